@@ -1,0 +1,50 @@
+"""The shape of the package: which part may import which, and no folder that shadows the standard library."""
+
+import ast
+import pathlib
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+ORDER = ["kernels", "model", "actors", "platform", "jobs"]
+LEAVES = {"errors", "log", "__init__"}
+
+
+def part_of(module: str) -> str:
+    return module.split(".")[1] if "." in module else "__init__"
+
+
+def imports_of(path: pathlib.Path) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+            found |= {f"{node.module}.{alias.name}" for alias in node.names if node.module == "sparseray"}
+    return {name for name in found if name.split(".")[0] == "sparseray" and name != "sparseray"}
+
+
+@pytest.mark.parametrize("part", ORDER)
+def test_imports_go_one_way(part: str) -> None:
+    allowed = set(ORDER[: ORDER.index(part) + 1]) | LEAVES
+    for path in sorted((ROOT / "sparseray" / part).rglob("*.py")):
+        foreign = {name for name in imports_of(path) if part_of(name) not in allowed}
+        assert not foreign, f"{path.relative_to(ROOT)} imports {sorted(foreign)}"
+
+
+def test_dashboards_read_only_the_metric_registry() -> None:
+    for path in sorted((ROOT / "sparseray" / "dashboards").rglob("*.py")):
+        foreign = {
+            name
+            for name in imports_of(path)
+            if part_of(name) not in LEAVES | {"dashboards"} and not name.startswith("sparseray.platform.metrics")
+        }
+        assert not foreign, f"{path.relative_to(ROOT)} imports {sorted(foreign)}"
+
+
+def test_no_root_folder_shadows_the_standard_library() -> None:
+    import sys
+
+    shadows = {p.name for p in ROOT.iterdir() if p.is_dir()} & set(sys.stdlib_module_names)
+    assert not shadows
