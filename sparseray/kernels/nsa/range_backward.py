@@ -26,6 +26,37 @@ from sparseray.kernels.nsa.tuning import LAUNCH
 
 
 @triton.jit
+def _dq_step(
+    b_dq0, b_dq1, b_q0, b_q1, b_do, b_lse, b_dg, b_t, p_k, p_k1, p_v, k_off, k_len, k_start, i, i_kv, scale2,
+    H: tl.constexpr, DQ: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
+    BN: tl.constexpr, LEN: tl.constexpr, STRIDE: tl.constexpr, WIN: tl.constexpr, IP: tl.constexpr,
+    BULK: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    o_i = i + tl.arange(0, BN)
+    m_i = o_i < k_len
+    o_key = (k_off + o_i) * H + i_kv
+    b_k0 = fetch(p_k, k_off + i, o_key, m_i, i_kv, DQ, 0, D0, True, BULK)
+    b_s = tl.dot(b_q0, tl.trans(b_k0), input_precision=IP)
+    if D1 > 0:
+        b_k1 = fetch(p_k1, k_off + i, o_key, m_i, i_kv, DQ, D0, D1, True, BULK)
+        b_s = tl.dot(b_q1, tl.trans(b_k1), b_s, input_precision=IP)
+    b_v = fetch(p_v, k_off + i, o_key, m_i, i_kv, DV, 0, DVP, True, BULK)
+    b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=IP)
+    b_p = tl.exp2(b_s * scale2 - b_lse[:, None])
+    if MASKED:
+        b_end = k_start + o_i * STRIDE + LEN - 1
+        b_see = m_i[None, :] & (b_end[None, :] <= b_t[:, None])
+        if WIN > 0:
+            b_see &= b_end[None, :] > b_t[:, None] - WIN
+        b_p = tl.where(b_see, b_p, 0.0)
+    b_ds = (b_p * (b_dp - b_dg[:, None])).to(b_k0.dtype)
+    b_dq0 = tl.dot(b_ds, b_k0, b_dq0, input_precision=IP)
+    if D1 > 0:
+        b_dq1 = tl.dot(b_ds, b_k1, b_dq1, input_precision=IP)
+    return b_dq0, b_dq1
+
+
+@triton.jit
 def range_dq_kernel(
     p_q, p_k, p_k1, p_v, p_do, p_lse, p_dg, p_dq, p_meta, p_tiles, num_tiles, scale, scale2,
     H: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, BQ: tl.constexpr, BN: tl.constexpr,
@@ -52,6 +83,7 @@ def range_dq_kernel(
     b_t = q_start + o_q
     o_row = (q_off + o_q) * (H * G) + i_kv * G + o_m % GP
     b_q0 = load_tile(p_q, o_row, m_q, DQ, 0, D0, True)
+    b_q1 = b_q0
     if D1 > 0:
         b_q1 = load_tile(p_q, o_row, m_q, DQ, D0, D1, True)
     b_do = load_tile(p_do, o_row, m_q, DV, 0, DVP, True)
@@ -64,31 +96,59 @@ def range_dq_kernel(
     if WIN > 0:
         i_lo = tl.maximum(t_first - WIN + 1 - k_start, 0) // BN * BN
     b_dq0 = tl.zeros([BQ * GP, D0], tl.float32)
-    if D1 > 0:
-        b_dq1 = tl.zeros([BQ * GP, D1], tl.float32)
-    for i in range(i_lo, i_hi, BN):
-        o_i = i + tl.arange(0, BN)
-        m_i = o_i < k_len
-        o_key = (k_off + o_i) * H + i_kv
-        b_k0 = fetch(p_k, k_off + i, o_key, m_i, i_kv, DQ, 0, D0, True, BULK)
-        b_s = tl.dot(b_q0, tl.trans(b_k0), input_precision=IP)
-        if D1 > 0:
-            b_k1 = fetch(p_k1, k_off + i, o_key, m_i, i_kv, DQ, D0, D1, True, BULK)
-            b_s = tl.dot(b_q1, tl.trans(b_k1), b_s, input_precision=IP)
-        b_v = fetch(p_v, k_off + i, o_key, m_i, i_kv, DV, 0, DVP, True, BULK)
-        b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=IP)
-        b_end = k_start + o_i * STRIDE + LEN - 1
-        b_see = m_i[None, :] & (b_end[None, :] <= b_t[:, None])
-        if WIN > 0:
-            b_see &= b_end[None, :] > b_t[:, None] - WIN
-        b_p = tl.where(b_see, tl.exp2(b_s * scale2 - b_lse[:, None]), 0.0)
-        b_ds = (b_p * (b_dp - b_dg[:, None])).to(b_k0.dtype)
-        b_dq0 = tl.dot(b_ds, b_k0, b_dq0, input_precision=IP)
-        if D1 > 0:
-            b_dq1 = tl.dot(b_ds, b_k1, b_dq1, input_precision=IP)
+    b_dq1 = tl.zeros([BQ * GP, D1 if D1 > 0 else 1], tl.float32)
+    i_mask = i_lo
+    if WIN == 0:
+        i_mask = tl.minimum(num_visible(t_first, k_start, LEN, STRIDE), k_len) // BN * BN
+        for i in range(0, i_mask, BN):
+            b_dq0, b_dq1 = _dq_step(
+                b_dq0, b_dq1, b_q0, b_q1, b_do, b_lse, b_dg, b_t, p_k, p_k1, p_v, k_off, k_len, k_start, i, i_kv,
+                scale2, H, DQ, D0, D1, DV, DVP, BN, LEN, STRIDE, WIN, IP, BULK, False,
+            )  # fmt: skip
+    for i in range(i_mask, i_hi, BN):
+        b_dq0, b_dq1 = _dq_step(
+            b_dq0, b_dq1, b_q0, b_q1, b_do, b_lse, b_dg, b_t, p_k, p_k1, p_v, k_off, k_len, k_start, i, i_kv,
+            scale2, H, DQ, D0, D1, DV, DVP, BN, LEN, STRIDE, WIN, IP, BULK, True,
+        )  # fmt: skip
     add_tile(p_dq, o_row, m_q, b_dq0 * scale, DQ, 0, D0, ADD)
     if D1 > 0:
         add_tile(p_dq, o_row, m_q, b_dq1 * scale, DQ, D0, D1, ADD)
+
+
+@triton.jit
+def _dkdv_step(
+    b_dk0, b_dk1, b_dv, b_k0, b_k1, b_v, b_end, m_i, p_q, p_do, p_lse, p_dg, q_off, q_hi, q_start, i, i_kv, scale2,
+    H: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, BQ: tl.constexpr, DQ: tl.constexpr, D0: tl.constexpr,
+    D1: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, WIN: tl.constexpr, IP: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """Keys are rows here. A query beyond q_hi reads +inf as its log-sum-exp, so its probabilities are 0."""
+    o_m = tl.arange(0, BQ * GP)
+    o_q = i + o_m // GP
+    m_q = (o_q < q_hi) & (o_m % GP < G)
+    o_row = (q_off + o_q) * (H * G) + i_kv * G + o_m % GP
+    b_q0 = load_tile(p_q, o_row, m_q, DQ, 0, D0, True)
+    b_s = tl.dot(b_k0, tl.trans(b_q0), input_precision=IP)
+    if D1 > 0:
+        b_q1 = load_tile(p_q, o_row, m_q, DQ, D0, D1, True)
+        b_s = tl.dot(b_k1, tl.trans(b_q1), b_s, input_precision=IP)
+    b_do = load_tile(p_do, o_row, m_q, DV, 0, DVP, True)
+    b_lse = tl.load(p_lse + o_row, mask=m_q, other=float("inf"))
+    b_dg = tl.load(p_dg + o_row, mask=m_q, other=0.0)
+    b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=IP)
+    b_p = tl.exp2(b_s * scale2 - b_lse[None, :])
+    if MASKED:
+        b_t = q_start + o_q
+        b_see = m_i[:, None] & (b_end[:, None] <= b_t[None, :])
+        if WIN > 0:
+            b_see &= b_end[:, None] > b_t[None, :] - WIN
+        b_p = tl.where(b_see, b_p, 0.0)
+    b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision=IP)
+    b_ds = (b_p * (b_dp - b_dg[None, :])).to(b_q0.dtype)
+    b_dk0 = tl.dot(b_ds, b_q0, b_dk0, input_precision=IP)
+    if D1 > 0:
+        b_dk1 = tl.dot(b_ds, b_q1, b_dk1, input_precision=IP)
+    return b_dk0, b_dk1, b_dv
 
 
 @triton.jit
@@ -119,9 +179,10 @@ def range_dkdv_kernel(
     b_end = k_start + o_i * STRIDE + LEN - 1
     b_k0 = load_tile(p_k, o_key, m_i, DQ, 0, D0, True)
     b_dk0 = tl.zeros([BN, D0], tl.float32)
+    b_dk1 = tl.zeros([BN, D1 if D1 > 0 else 1], tl.float32)
+    b_k1 = b_k0
     if D1 > 0:
         b_k1 = load_tile(p_k, o_key, m_i, DQ, D0, D1, True)
-        b_dk1 = tl.zeros([BN, D1], tl.float32)
     b_v = load_tile(p_v, o_key, m_i, DV, 0, DVP, True)
     b_dv = tl.zeros([BN, DVP], tl.float32)
     q_lo = tl.maximum(k_start + i_k * STRIDE + LEN - 1 - q_start, i_split * split)
@@ -129,30 +190,22 @@ def range_dkdv_kernel(
     q_hi = tl.minimum(q_len, (i_split + 1) * split)
     if WIN > 0:
         q_hi = tl.minimum(q_hi, k_start + i_k + BN - 1 + WIN - q_start)
-    for i in range(q_lo, q_hi, BQ):
-        o_m = tl.arange(0, BQ * GP)
-        o_q = i + o_m // GP
-        m_q = (o_q < q_hi) & (o_m % GP < G)
-        o_row = (q_off + o_q) * (H * G) + i_kv * G + o_m % GP
-        b_t = q_start + o_q
-        b_q0 = load_tile(p_q, o_row, m_q, DQ, 0, D0, True)
-        b_s = tl.dot(b_k0, tl.trans(b_q0), input_precision=IP)
-        if D1 > 0:
-            b_q1 = load_tile(p_q, o_row, m_q, DQ, D0, D1, True)
-            b_s = tl.dot(b_k1, tl.trans(b_q1), b_s, input_precision=IP)
-        b_do = load_tile(p_do, o_row, m_q, DV, 0, DVP, True)
-        b_lse = tl.load(p_lse + o_row, mask=m_q, other=float("inf"))
-        b_dg = tl.load(p_dg + o_row, mask=m_q, other=0.0)
-        b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=IP)
-        b_see = m_i[:, None] & (b_end[:, None] <= b_t[None, :])
-        if WIN > 0:
-            b_see &= b_end[:, None] > b_t[None, :] - WIN
-        b_p = tl.where(b_see, tl.exp2(b_s * scale2 - b_lse[None, :]), 0.0)
-        b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision=IP)
-        b_ds = (b_p * (b_dp - b_dg[None, :])).to(b_q0.dtype)
-        b_dk0 = tl.dot(b_ds, b_q0, b_dk0, input_precision=IP)
-        if D1 > 0:
-            b_dk1 = tl.dot(b_ds, b_q1, b_dk1, input_precision=IP)
+    q_mask = q_hi
+    if WIN == 0:
+        # From here on every query sees the whole key tile.
+        q_mask = tl.maximum(k_start + (i_k + BN - 1) * STRIDE + LEN - 1 - q_start, 0)
+        q_mask = tl.minimum(tl.maximum((q_mask + BQ - 1) // BQ * BQ, q_lo), q_hi)
+    for i in range(q_lo, q_mask, BQ):
+        b_dk0, b_dk1, b_dv = _dkdv_step(
+            b_dk0, b_dk1, b_dv, b_k0, b_k1, b_v, b_end, m_i, p_q, p_do, p_lse, p_dg, q_off, q_hi, q_start, i, i_kv,
+            scale2, H, G, GP, BQ, DQ, D0, D1, DV, DVP, WIN, IP, True,
+        )  # fmt: skip
+    if WIN == 0:
+        for i in range((q_mask + BQ - 1) // BQ * BQ, q_hi, BQ):
+            b_dk0, b_dk1, b_dv = _dkdv_step(
+                b_dk0, b_dk1, b_dv, b_k0, b_k1, b_v, b_end, m_i, p_q, p_do, p_lse, p_dg, q_off, q_hi, q_start, i,
+                i_kv, scale2, H, G, GP, BQ, DQ, D0, D1, DV, DVP, WIN, IP, False,
+            )  # fmt: skip
     o_out = (i_split.to(tl.int64) * num_keys + k_off + o_i) * H + i_kv
     store_tile(p_dk, o_out, m_i, b_dk0 * scale, DQ, 0, D0)
     if D1 > 0:

@@ -14,19 +14,55 @@ from torch import Tensor
 
 from sparseray.kernels.nsa.geometry import COMPRESSED, QUERY, Geometry
 from sparseray.kernels.nsa.range_forward import LOG2E, key_sources, tokens_per_tile
-from sparseray.kernels.nsa.tiles import fetch, load_tile, next_power_of_2, precision, split_width
+from sparseray.kernels.nsa.tiles import fetch, load_tile, next_power_of_2, num_visible, precision, split_width
 from sparseray.kernels.nsa.tuning import LAUNCH
 
 
 @triton.jit
+def _score_step(
+    j, b_q0, b_q1, b_lse, b_t, p_k, p_k1, k_off, k_len, i_kv, p_out, over, m_out, width, scale2,
+    H: tl.constexpr, GP: tl.constexpr, BQ: tl.constexpr, BJ: tl.constexpr, RP: tl.constexpr,
+    DQ: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, LEN: tl.constexpr, STRIDE: tl.constexpr,
+    SELECT: tl.constexpr, IP: tl.constexpr, BULK: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Scores of BJ selection blocks; keys are rows, so the heads of a group are summed inside a quad of threads."""
+    R: tl.constexpr = SELECT // STRIDE
+    L: tl.constexpr = LEN // STRIDE
+    o_c = tl.arange(0, BJ * RP)
+    o_i = (j + o_c // RP) * R + o_c % RP
+    m_i = (o_c % RP < R) & (o_i < k_len)
+    o_key = (k_off + o_i) * H + i_kv
+    b_k0 = fetch(p_k, k_off + j * R, o_key, m_i, i_kv, DQ, 0, D0, True, BULK)
+    b_s = tl.dot(b_k0, tl.trans(b_q0), input_precision=IP)
+    if D1 > 0:
+        b_k1 = fetch(p_k1, k_off + j * R, o_key, m_i, i_kv, DQ, D0, D1, True, BULK)
+        b_s = tl.dot(b_k1, tl.trans(b_q1), b_s, input_precision=IP)
+    b_p = tl.exp2(b_s * scale2 - b_lse[None, :])
+    if MASKED:
+        b_see = m_i[:, None] & ((o_i * STRIDE + LEN - 1)[:, None] <= b_t[None, :])
+        b_p = tl.where(b_see, b_p, 0.0)
+    b_sum = tl.sum(tl.reshape(b_p, [BJ * RP, BQ, GP]), 2)
+    b_sum = tl.reshape(b_sum, [BJ, RP, BQ])
+    o_r = tl.arange(0, RP)
+    o_j = j + tl.arange(0, BJ)
+    m_tile = (o_j < width)[:, None] & m_out[None, :]
+    b_here = tl.where(o_r < R, tl.minimum(R - o_r, L), 0).to(tl.float32)
+    p_tile = p_out[None, :] + o_j[:, None]
+    tl.store(p_tile, tl.sum(b_sum * b_here[None, :, None], 1), mask=m_tile)
+    if L > 1:
+        b_next = tl.where(o_r < R, tl.maximum(L - R + o_r, 0), 0).to(tl.float32)
+        tl.store(p_tile + over, tl.sum(b_sum * b_next[None, :, None], 1), mask=m_tile)
+
+
+@triton.jit
 def score_kernel(
-    p_q, p_k, p_k1, p_lse, p_score, p_meta, p_tiles, num_tiles, tile_first, row_first, row_end, width, scale2,
+    p_q, p_k, p_k1, p_lse, p_score, p_meta, p_tiles, num_tiles, tile_first, row_first, row_end, width, over, scale2,
     H: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, BQ: tl.constexpr, BJ: tl.constexpr, RP: tl.constexpr,
     DQ: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, LEN: tl.constexpr, STRIDE: tl.constexpr,
     SELECT: tl.constexpr, IP: tl.constexpr, BULK: tl.constexpr,
 ):  # fmt: skip
-    R: tl.constexpr = SELECT // STRIDE
-    L: tl.constexpr = LEN // STRIDE
+    """Per query and selection block: what its own compressed tokens add, and (at + over) what they add to the
+    next block, which they reach into."""
     i_kv = tl.program_id(0) // num_tiles
     i_tile = tile_first + num_tiles - 1 - tl.program_id(0) % num_tiles
     i_seq = tl.load(p_tiles + i_tile * 2)
@@ -47,6 +83,7 @@ def score_kernel(
     b_t = q_start + o_q
     o_row = (q_off + o_q) * (H * G) + i_kv * G + o_m % GP
     b_q0 = load_tile(p_q, o_row, m_q, DQ, 0, D0, True)
+    b_q1 = b_q0
     if D1 > 0:
         b_q1 = load_tile(p_q, o_row, m_q, DQ, D0, D1, True)
     b_lse = tl.load(p_lse + o_row, mask=m_q, other=float("inf"))
@@ -54,42 +91,25 @@ def score_kernel(
     o_out = q_off + i_q + tl.arange(0, BQ)
     m_out = (i_q + tl.arange(0, BQ) < q_len) & (o_out >= row_first) & (o_out < row_end)
     p_out = p_score + ((o_out - row_first) * H + i_kv) * width
-    o_r = tl.arange(0, RP)
-    b_here = tl.where(o_r < R, tl.minimum(R - o_r, L), 0).to(tl.float32)
-    b_next = tl.where(o_r < R, tl.maximum(L - R + o_r, 0), 0).to(tl.float32)
-    b_carry = tl.zeros([BQ], tl.float32)
-    o_jj = tl.arange(0, BJ)
     num_blocks = (q_start + tl.minimum(i_q + BQ, q_len) - 1) // SELECT + 1
-    for j in range(0, num_blocks, BJ):
-        o_c = tl.arange(0, BJ * RP)
-        o_i = (j + o_c // RP) * R + o_c % RP
-        m_i = (o_c % RP < R) & (o_i < k_len)
-        o_key = (k_off + o_i) * H + i_kv
-        b_k0 = fetch(p_k, k_off + j * R, o_key, m_i, i_kv, DQ, 0, D0, True, BULK)
-        b_s = tl.dot(b_q0, tl.trans(b_k0), input_precision=IP)
-        if D1 > 0:
-            b_k1 = fetch(p_k1, k_off + j * R, o_key, m_i, i_kv, DQ, D0, D1, True, BULK)
-            b_s = tl.dot(b_q1, tl.trans(b_k1), b_s, input_precision=IP)
-        b_see = m_i[None, :] & ((o_i * STRIDE + LEN - 1)[None, :] <= b_t[:, None])
-        b_p = tl.where(b_see, tl.exp2(b_s * scale2 - b_lse[:, None]), 0.0)
-        b_sum = tl.sum(tl.reshape(b_p, [BQ, GP, BJ * RP]), 1)
-        b_sum = tl.reshape(b_sum, [BQ, BJ, RP])
-        b_score = tl.sum(b_sum * b_here[None, None, :], 2)
-        if L > 1:
-            b_over = tl.sum(b_sum * b_next[None, None, :], 2)
-            b_shift = o_jj[:, None] + 1 == o_jj[None, :]
-            b_score += tl.sum(tl.where(b_shift[None, :, :], b_over[:, :, None], 0.0), 1)
-            b_score += tl.where(o_jj[None, :] == 0, b_carry[:, None], 0.0)
-            b_carry = tl.sum(tl.where(o_jj[None, :] == BJ - 1, b_over, 0.0), 1)
-        o_j = j + o_jj
-        tl.store(p_out[:, None] + o_j[None, :], b_score, mask=m_out[:, None] & (o_j < width)[None, :])
+    num_full = tl.minimum(num_visible(q_start + i_q, 0, LEN, STRIDE), k_len) // (SELECT // STRIDE) // BJ * BJ
+    for j in range(0, num_full, BJ):
+        _score_step(
+            j, b_q0, b_q1, b_lse, b_t, p_k, p_k1, k_off, k_len, i_kv, p_out, over, m_out, width, scale2,
+            H, GP, BQ, BJ, RP, DQ, D0, D1, LEN, STRIDE, SELECT, IP, BULK, RP * STRIDE != SELECT,
+        )  # fmt: skip
+    for j in range(num_full, num_blocks, BJ):
+        _score_step(
+            j, b_q0, b_q1, b_lse, b_t, p_k, p_k1, k_off, k_len, i_kv, p_out, over, m_out, width, scale2,
+            H, GP, BQ, BJ, RP, DQ, D0, D1, LEN, STRIDE, SELECT, IP, BULK, True,
+        )  # fmt: skip
 
 
 @triton.jit
 def top_n_kernel(
-    p_score, p_index, p_pos, row_first, width, n,
+    p_score, p_index, p_pos, row_first, width, over, n,
     H: tl.constexpr, BW: tl.constexpr, NP: tl.constexpr, SELECT: tl.constexpr,
-    INITIAL: tl.constexpr, LOCAL: tl.constexpr,
+    INITIAL: tl.constexpr, LOCAL: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     i_row = tl.program_id(0).to(tl.int64)
     i_q = row_first + i_row // H
@@ -97,7 +117,11 @@ def top_n_kernel(
     i_now = t // SELECT
     o_j = tl.arange(0, BW)
     m_j = (o_j <= i_now) & (o_j < width)
-    b_key = tl.load(p_score + i_row * width + o_j, mask=m_j, other=0.0).to(tl.int32, bitcast=True)
+    p_row = p_score + i_row * width + o_j
+    b_score = tl.load(p_row, mask=m_j, other=0.0)
+    if OVERLAP:
+        b_score += tl.load(p_row + over - 1, mask=m_j & (o_j > 0), other=0.0)
+    b_key = b_score.to(tl.int32, bitcast=True)
     b_force = (o_j < INITIAL) | (o_j > i_now - LOCAL)
     b_key = tl.where(b_force, 0x7F800000, b_key)
     b_key = tl.where(m_j, b_key, -1)
@@ -163,20 +187,21 @@ def select_blocks(
         end = min(first + chunk, tokens_total)
         longest = start + end if single else geometry.max_keys
         width = -(-longest // select_block)
-        scores = torch.empty(end - first, num_kv, width, dtype=torch.float32, device=q.device)
+        scores = torch.empty(2, end - first, num_kv, width, dtype=torch.float32, device=q.device)
         # With one sequence the tiles of a chunk are known; otherwise a tile outside the chunk returns at once.
         tile_first = first // tokens if single else 0
         num_tiles = -(-(end - first) // tokens) if single else tiles.shape[0]
         score_kernel[(num_tiles * num_kv,)](
-            q, src_k, src_k1, lse, scores, geometry.meta, tiles, num_tiles, tile_first, first, end, width, scale * LOG2E,
+            q, src_k, src_k1, lse, scores, geometry.meta, tiles, num_tiles, tile_first, first, end, width,
+            (end - first) * num_kv * width, scale * LOG2E,
             H=num_kv, G=heads // num_kv, GP=padded, BQ=tokens, BJ=bj, RP=rp,
             DQ=width_q, D0=d0, D1=d1, LEN=block, STRIDE=stride, SELECT=select_block, IP=precision(q.dtype), BULK=bulk,
             num_warps=launch["num_warps"], num_stages=launch["num_stages"],
         )  # fmt: skip
         top_n_kernel[((end - first) * num_kv,)](
-            scores, index, positions, first, width, num_selected,
+            scores, index, positions, first, width, (end - first) * num_kv * width, num_selected,
             H=num_kv, BW=max(16, next_power_of_2(width)), NP=next_power_of_2(num_selected), SELECT=select_block,
-            INITIAL=num_initial, LOCAL=num_local, num_warps=LAUNCH["top_n"]["num_warps"],
+            INITIAL=num_initial, LOCAL=num_local, OVERLAP=block > stride, num_warps=LAUNCH["top_n"]["num_warps"],
         )  # fmt: skip
     return index
 

@@ -1,0 +1,198 @@
+"""Compression of keys or values: an MLP over overlapping blocks, forward and backward, and one step of decoding.
+
+The first layer reads every block as `block` strided slices of the packed tensor, so blocks that overlap are not
+copied out in the forward pass. The position encoding enters before the nonlinearity as a bias,
+w1 (x + pos) = w1 x + w1 pos. The backward gathers: every token adds up the block / stride blocks that hold it,
+in ascending order, without atomics. Source: arXiv 2502.11089 eq. 7.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sparseray.errors import ConfigError
+from sparseray.kernels.nsa.reference import num_compressed
+from sparseray.kernels.nsa.tiles import load_tile, next_power_of_2, precision, split_width
+
+
+@triton.jit
+def first_layer_kernel(
+    p_x, p_w, p_bias, p_starts, p_pre, num_rows,
+    H: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, F: tl.constexpr, BF: tl.constexpr,
+    BC: tl.constexpr, LEN: tl.constexpr, IP: tl.constexpr,
+):  # fmt: skip
+    """pre[c, h, f] = bias[f] + sum over i < LEN of x[start[c] + i, h] . w[f, i]."""
+    o_r = tl.program_id(0) * BC + tl.arange(0, BC)
+    m_r = o_r < num_rows
+    o_f = tl.program_id(1) * BF + tl.arange(0, BF)
+    m_f = o_f < F
+    b_start = tl.load(p_starts + o_r // H, mask=m_r, other=0)
+    o_x = b_start * H + o_r % H
+    o_w = o_f.to(tl.int64) * LEN
+    b_acc = tl.zeros([BC, BF], tl.float32)
+    for i in range(0, LEN):
+        b_x = load_tile(p_x, o_x + i * H, m_r, D, 0, D0, True)
+        b_w = load_tile(p_w, o_w + i, m_f, D, 0, D0, True)
+        b_acc = tl.dot(b_x, tl.trans(b_w), b_acc, input_precision=IP)
+        if D1 > 0:
+            b_x1 = load_tile(p_x, o_x + i * H, m_r, D, D0, D1, True)
+            b_w1 = load_tile(p_w, o_w + i, m_f, D, D0, D1, True)
+            b_acc = tl.dot(b_x1, tl.trans(b_w1), b_acc, input_precision=IP)
+    b_acc += tl.load(p_bias + o_f, mask=m_f, other=0.0)[None, :]
+    p_out = p_pre + o_r.to(tl.int64)[:, None] * F + o_f[None, :]
+    tl.store(p_out, b_acc.to(p_pre.dtype.element_ty), mask=m_r[:, None] & m_f[None, :])
+
+
+@triton.jit
+def gather_blocks_kernel(
+    p_blocks, p_seq, p_meta, p_dx, num_rows,
+    H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BT: tl.constexpr, LEN: tl.constexpr, STRIDE: tl.constexpr,
+):  # fmt: skip
+    """dx[t, h] = sum of the gradients of the blocks that hold token t, in ascending order of the block."""
+    o_r = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
+    m_r = o_r < num_rows
+    o_t = o_r // H
+    i_seq = tl.load(p_seq + o_t, mask=m_r, other=0)
+    t = o_t - tl.load(p_meta + i_seq * 3, mask=m_r, other=0)
+    c_off = tl.load(p_meta + i_seq * 3 + 1, mask=m_r, other=0)
+    c_len = tl.load(p_meta + i_seq * 3 + 2, mask=m_r, other=0)
+    b = tl.zeros([BT, DP], tl.float32)
+    for n in tl.static_range(LEN // STRIDE):
+        i_c = t // STRIDE - (LEN // STRIDE - 1 - n)
+        m_c = m_r & (i_c >= 0) & (i_c < c_len)
+        o_b = ((c_off + i_c) * H + o_r % H) * LEN + (t - i_c * STRIDE)
+        b += load_tile(p_blocks, o_b, m_c, D, 0, DP, True).to(tl.float32)
+    o_d = tl.arange(0, DP)
+    m_out = m_r[:, None] & (o_d < D)[None, :]
+    tl.store(p_dx + o_r[:, None] * D + o_d[None, :], b.to(p_dx.dtype.element_ty), mask=m_out)
+
+
+def _tables(x: Tensor, cu_seqlens: Tensor | None, batch: int, block: int, stride: int, count: int) -> Any:
+    """First token of every compressed block [C], sequence of every token [T], and per sequence its first token,
+    first block and number of blocks."""
+    device, tokens = x.device, x.shape[0]
+    if cu_seqlens is None:
+        length = tokens // batch
+        first = torch.arange(batch, device=device) * length
+        counts = torch.full_like(first, num_compressed(length, block, stride))
+        ends = first + length
+    else:
+        cu = cu_seqlens.long()
+        first, ends = cu[:-1].contiguous(), cu[1:].contiguous()
+        lengths = ends - first
+        counts = torch.where(lengths >= block, (lengths - block) // stride + 1, torch.zeros_like(lengths))
+    total = counts.cumsum(0)
+    offsets = total - counts
+    ids = torch.arange(count, device=device)
+    seq_c = torch.searchsorted(total, ids, right=True).clamp(max=first.shape[0] - 1)
+    starts = first[seq_c] + (ids - offsets[seq_c]) * stride
+    rows = torch.arange(tokens, device=device)
+    seq = torch.searchsorted(ends, rows, right=True).clamp(max=first.shape[0] - 1)
+    return starts, seq, torch.stack([first, offsets, counts], 1).contiguous()
+
+
+def _first_layer(x: Tensor, w1: Tensor, bias: Tensor, starts: Tensor, block: int) -> Tensor:
+    """Packed x [T, H, D] and first tokens [C] to the hidden layer before GELU, [C * H, F]."""
+    heads, width = x.shape[1:]
+    rows, hidden = starts.shape[0] * heads, w1.shape[0]
+    pre = x.new_empty(rows, hidden)
+    if rows == 0:
+        return pre
+    d0, d1 = split_width(width)
+    bf = min(128, max(16, next_power_of_2(hidden)))
+    first_layer_kernel[(triton.cdiv(rows, 64), triton.cdiv(hidden, bf))](
+        x, w1, bias, starts, pre, rows, H=heads, D=width, D0=d0, D1=d1, F=hidden, BF=bf, BC=64, LEN=block,
+        IP=precision(x.dtype), num_warps=4, num_stages=3,
+    )  # fmt: skip
+    return pre
+
+
+class _Compress(torch.autograd.Function):
+    """Packed x [T, H, D] to [C, H, D_out]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w1: Tensor, bias: Tensor, w2: Tensor, b2: Tensor, tables: Any, block: int,
+                stride: int) -> Tensor:  # fmt: skip
+        starts, seq, meta = tables
+        pre = _first_layer(x, w1, bias, starts, block)
+        out = torch.nn.functional.linear(torch.nn.functional.gelu(pre), w2, b2)
+        ctx.save_for_backward(x, w1, bias, w2, pre, starts, seq, meta)
+        ctx.block, ctx.stride = block, stride
+        return out.view(starts.shape[0], x.shape[1], w2.shape[0])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, w1, bias, w2, pre, starts, seq, meta = ctx.saved_tensors
+        block, stride = ctx.block, ctx.stride
+        tokens, heads, width = x.shape
+        dy = grads[0].reshape(-1, grads[0].shape[-1])
+        hidden = torch.nn.functional.gelu(pre)
+        dw2, db2 = dy.t() @ hidden, dy.sum(0)
+        dpre = torch.ops.aten.gelu_backward(dy @ w2, pre)
+        index = starts[:, None] + torch.arange(block, device=x.device)
+        blocks = x[index].transpose(1, 2).reshape(-1, block * width)
+        dw1, dbias = dpre.t() @ blocks, dpre.float().sum(0)
+        dblocks = dpre @ w1
+        dx = torch.empty_like(x)
+        gather_blocks_kernel[(triton.cdiv(tokens * heads, 32),)](
+            dblocks, seq, meta, dx, tokens * heads, H=heads, D=width, DP=max(16, next_power_of_2(width)), BT=32,
+            LEN=block, STRIDE=stride, num_warps=4,
+        )  # fmt: skip
+        return dx, dw1, dbias.to(bias.dtype), dw2, db2, None, None, None
+
+
+def compress(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    pos: Tensor | None,
+    block: int,
+    stride: int,
+    *,
+    cu_seqlens: Tensor | None = None,
+    num_blocks: int | None = None,
+) -> Tensor:
+    """Compress overlapping blocks of keys or values to one token each, differentiable.
+
+    Args:
+        x: [B, T, H, D], fp16, bf16 or fp32; w1, w2, b1, b2 and pos in the same dtype.
+        w1: [F, block * D]; b1: [F] or None; w2: [D_out, F]; b2: [D_out] or None; pos: [block, D] or None.
+        block, stride: l and d in tokens; stride divides block.
+        cu_seqlens: int [N + 1] with B = 1: boundaries of packed sequences.
+        num_blocks: compressed tokens of all packed sequences together; with cu_seqlens only, where it saves
+            reading the boundaries back to the host.
+
+    Returns:
+        [B, C, H, D_out]; packed sequences follow each other.
+
+    Raises:
+        ConfigError: stride does not divide block, or w1 does not fit block and D.
+
+    Source: arXiv 2502.11089 eq. 7; see `compress_reference`.
+    """
+    batch, tokens, heads, width = x.shape
+    if block % stride or w1.shape[1] != block * width:
+        raise ConfigError(
+            f"nsa: compress needs stride={stride} to divide block={block} and w1 {tuple(w1.shape)} of"
+            f" block * D = {block * width} columns"
+        )
+    if cu_seqlens is None:
+        count = batch * num_compressed(tokens, block, stride)
+    elif num_blocks is not None:
+        count = num_blocks
+    else:
+        lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).tolist()
+        count = sum(num_compressed(length, block, stride) for length in lengths)
+    bias = x.new_zeros(w1.shape[0]) if b1 is None else b1
+    if pos is not None:
+        bias = bias + w1 @ pos.reshape(-1)
+    second = x.new_zeros(w2.shape[0]) if b2 is None else b2
+    flat = x.flatten(0, 1).contiguous()
+    tables = _tables(flat, cu_seqlens, batch, block, stride, count)
+    out: Tensor = _Compress.apply(flat, w1.contiguous(), bias, w2, second, tables, block, stride)
+    return out.view(batch, count // batch, heads, w2.shape[0])
