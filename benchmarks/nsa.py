@@ -1,0 +1,284 @@
+"""Native sparse attention against full attention by cuDNN and FlashAttention-2, in one run on one GPU.
+
+Run: `python -m benchmarks.nsa [--out FILE]` (under eight minutes). Checks outputs and gradients against the
+fp64 reference first; then times forward and backward at 8k to 64k, every stage, the shapes of small groups and
+of the paper, decoding in a CUDA graph, and peak memory. Times are medians of CUDA events; compression is
+included in every NSA total.
+"""
+
+import argparse
+import multiprocessing
+import os
+import statistics
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import triton
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from benchmarks.nsa_decode import decode_rows
+from sparseray.kernels.nsa.attention import nsa_attention
+from sparseray.kernels.nsa.compress import compress
+from sparseray.kernels.nsa.reference import compress_reference, nsa_attention_reference, num_compressed
+
+SIZES = dict(block=32, stride=16, select_block=64, num_selected=16, window=512)
+HIDDEN = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """Heads and head sizes of one benchmark."""
+
+    name: str
+    heads: int = 64
+    num_kv: int = 4
+    width: int = 128
+    value: int = 128
+    smooth: bool = False
+
+
+STANDARD = Shape(name="64 heads, 4 KV heads, D=128")
+OTHERS = [
+    Shape(name="the same, smoothed q and k", smooth=True),
+    Shape(name="32 heads, 8 KV heads, D=128", heads=32, num_kv=8),
+    Shape(name="64 heads, 4 KV heads, 192/128", width=192),
+]
+
+
+def rand(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.randn(*shape, device="cuda", dtype=dtype)
+
+
+def smoothed(x: Tensor) -> Tensor:
+    """A moving sum over 64 neighbouring tokens, rescaled to unit variance."""
+    total = torch.nn.functional.pad(x.float().cumsum(1), (0, 0, 0, 0, 64, 0))
+    return ((total[:, 64:] - total[:, :-64]) / 8.0).to(x.dtype)
+
+
+def inputs(shape: Shape, tokens: int) -> list[Tensor]:
+    """q, k, v of the three branches' shared tokens, gates, and the parameters of both compressions."""
+    q, k = rand(1, tokens, shape.heads, shape.width), rand(1, tokens, shape.num_kv, shape.width)
+    if shape.smooth:
+        q, k = smoothed(q), smoothed(k)
+    v = rand(1, tokens, shape.num_kv, shape.value)
+    gates = torch.rand(1, tokens, shape.heads, 3, device="cuda", dtype=torch.bfloat16)
+    found = [q, k, v, gates]
+    for width in (shape.width, shape.value):
+        span = SIZES["block"] * width
+        found += [
+            rand(HIDDEN, span) / span**0.5,
+            rand(width, HIDDEN) / HIDDEN**0.5,
+            rand(SIZES["block"], width),
+        ]
+    return [x.detach().requires_grad_() for x in found]
+
+
+def run_nsa(x: list[Tensor]) -> Tensor:
+    """The whole layer: both compressions and the three branches, which share k and v."""
+    q, k, v, gates, w1, w2, pos, u1, u2, vpos = x
+    k_cmp = compress(k, w1, None, w2, None, pos, SIZES["block"], SIZES["stride"])
+    v_cmp = compress(v, u1, None, u2, None, vpos, SIZES["block"], SIZES["stride"])
+    return nsa_attention(q, k_cmp, v_cmp, k, v, k, v, gates, **SIZES)  # type: ignore[arg-type]
+
+
+def run_full(x: list[Tensor], backend: SDPBackend) -> Tensor:
+    q, k, v = (t.transpose(1, 2) for t in x[:3])
+    with sdpa_kernel(backend):
+        return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+
+
+def median_ms(call: Callable[[], object], budget_ms: float = 400.0) -> float:
+    """Median of CUDA-event times after one warm-up call."""
+    call()
+    torch.cuda.synchronize()
+    times: list[float] = []
+    while len(times) < 3 or (sum(times) < budget_ms and len(times) < 50):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times)
+
+
+def forward_backward(run: Callable[[list[Tensor]], Tensor], x: list[Tensor]) -> tuple[float, float, float]:
+    """Forward ms, backward ms and peak extra GB of both."""
+    with torch.no_grad():
+        fwd = median_ms(lambda: run(x))
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    base = torch.cuda.memory_allocated()
+    out = run(x)
+    grad = torch.randn_like(out)
+    used = [t for t in x if t.requires_grad]
+    bwd = median_ms(lambda: torch.autograd.grad(out, used, grad, retain_graph=True, allow_unused=True))
+    return fwd, bwd, (torch.cuda.max_memory_allocated() - base) / 1e9
+
+
+def nsa_tflop(shape: Shape, tokens: int) -> float:
+    """Forward TFLOP of the three branches and of the score recomputation, 2 per multiply and add."""
+    pairs_cmp = sum(num_compressed(t, 32, 16) for t in range(64, tokens + 1, 64)) * 64
+    pairs_slc = sum(min(t, 16 * 64) for t in range(64, tokens + 1, 64)) * 64
+    pairs_win = sum(min(t, 512) for t in range(64, tokens + 1, 64)) * 64
+    both, keys = shape.width + shape.value, shape.width
+    return 2.0 * shape.heads * ((pairs_cmp + pairs_slc + pairs_win) * both + pairs_cmp * keys) / 1e12
+
+
+def full_tflop(shape: Shape, tokens: int) -> float:
+    return 1.0 * shape.heads * tokens * tokens * (shape.width + shape.value) / 1e12
+
+
+def ceilings() -> tuple[float, float]:
+    """Measured bf16 matrix TFLOP/s and device copy TB/s."""
+    a, b = rand(8192, 8192), rand(8192, 8192)
+    gemm = 2 * 8192**3 / median_ms(lambda: a @ b) / 1e9
+    x, y = (
+        torch.empty(2**30, dtype=torch.uint8, device="cuda"),
+        torch.empty(2**30, dtype=torch.uint8, device="cuda"),
+    )
+    return gemm, 2 * 2**30 / median_ms(lambda: y.copy_(x)) / 1e9
+
+
+def check_rows() -> list[str]:
+    """Relative errors against fp64 where every block is selected, and whether two runs give the same bits."""
+    rows = ["| dtype, shape | output | worst gradient | same bits twice |", "|---|---|---|---|"]
+    for dtype, shape in [(d, s) for d in (torch.bfloat16, torch.float16) for s in (STANDARD, *OTHERS[1:])]:
+        torch.manual_seed(0)
+        x = [t.detach().to(dtype).requires_grad_() for t in inputs(shape, 1001)]
+        exact = [t.detach().double().requires_grad_() for t in x]
+        q, k, v, gates, w1, w2, pos, u1, u2, vpos = exact
+        kc = compress_reference(k, w1, None, w2, None, pos, 32, 16)
+        vc = compress_reference(v, u1, None, u2, None, vpos, 32, 16)
+        ref = nsa_attention_reference(q, kc, vc, k, v, k, v, gates, **SIZES)  # type: ignore[arg-type]
+        grad = rand(*ref.shape, dtype=dtype)
+        wanted = (ref, *torch.autograd.grad(ref, exact, grad.double()))
+        found = []
+        for _ in range(2):
+            out = run_nsa(x)
+            found.append((out, *torch.autograd.grad(out, x, grad)))
+        errors = [float((a.double() - b).norm() / b.norm()) for a, b in zip(found[0], wanted)]
+        same = all(torch.equal(a, b) for a, b in zip(*found))
+        rows.append(f"| {dtype}, {shape.name} | {errors[0]:.1e} | {max(errors[1:]):.1e} | {same} |")
+    return rows
+
+
+def shape_rows(shape: Shape, lengths: list[int], gemm: float) -> list[str]:
+    """One row a length: NSA, cuDNN and FlashAttention-2, and the ratios to the better of the two."""
+    rows = [
+        f"### {shape.name}",
+        "| tokens | cuDNN fwd / bwd ms | FA2 fwd / bwd ms | NSA fwd / bwd ms | **ratio fwd / bwd** | NSA fwd"
+        " TFLOP/s (share of matrix ceiling) | peak extra GB, NSA / cuDNN |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for tokens in lengths:
+        results = {}
+        for name, call in (
+            ("nsa", run_nsa),
+            ("cudnn", lambda x: run_full(x, SDPBackend.CUDNN_ATTENTION)),
+            ("fa2", lambda x: run_full(x, SDPBackend.FLASH_ATTENTION)),
+        ):
+            torch.manual_seed(0)
+            x = inputs(shape, tokens)
+            try:
+                results[name] = forward_backward(call, x if name == "nsa" else x[:3])
+            except RuntimeError as error:
+                print(f"{name} at {tokens}, {shape.name}: {str(error)[:200]}", flush=True)
+                results[name] = (float("nan"),) * 3
+        nsa, cudnn, fa2 = results["nsa"], results["cudnn"], results["fa2"]
+        best = [min((c for c in pair if c == c), default=float("nan")) for pair in zip(cudnn, fa2)]
+        rate = nsa_tflop(shape, tokens) / nsa[0] * 1e3
+        rows.append(
+            f"| {tokens} | {cudnn[0]:.2f} / {cudnn[1]:.2f} | {fa2[0]:.2f} / {fa2[1]:.2f} | {nsa[0]:.2f} /"
+            f" {nsa[1]:.2f} | **{best[0] / nsa[0]:.2f}x / {best[1] / nsa[1]:.2f}x** | {rate:.0f}"
+            f" ({rate / gemm:.0%}) | {nsa[2]:.2f} / {cudnn[2]:.2f} |"
+        )
+        print(rows[-1], flush=True)
+    return rows
+
+
+def stage_rows(tokens: int) -> list[str]:
+    """Milliseconds of every kernel of one forward and backward, by the profiler."""
+    from torch.profiler import ProfilerActivity, profile
+
+    x = inputs(STANDARD, tokens)
+    grad = rand(1, tokens, 64, 128)
+    torch.autograd.grad(run_nsa(x), x, grad)
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as prof:
+        torch.autograd.grad(run_nsa(x), x, grad)
+        torch.cuda.synchronize()
+    events: dict[str, list[float]] = {}
+    for event in prof.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA and event.device_time_total > 0:
+            events.setdefault(event.name, []).append(event.device_time_total / 1e3)
+    ranked = sorted(events.items(), key=lambda item: -sum(item[1]))
+    rows = [
+        f"### Kernels of one forward and backward at {tokens}",
+        "| kernel | launches, ms each |",
+        "|---|---|",
+    ]
+    for name, times in ranked[:18]:
+        rows.append(f"| {name[:60]} | {', '.join(f'{t:.2f}' for t in times[:8])} |")
+    return rows
+
+
+def warm(number: int) -> None:
+    """Compile the kernels of one shape into the cache."""
+    try:
+        if number == 0:
+            decode_rows([1, 16, 32], 4096, compile_only=True)
+        elif number <= 3:
+            x = inputs([STANDARD, *OTHERS[1:]][number - 1], 16384)
+            out = run_nsa(x)
+            torch.autograd.grad(out, x, torch.randn_like(out))
+        else:
+            check_rows()
+    except Exception:  # The timed part reports what fails; warming up must not stop it.
+        traceback.print_exc()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", ".")) / "nsa.md")
+    parser.add_argument("--lengths", type=int, nargs="*", default=[8192, 16384, 32768, 65536])
+    args = parser.parse_args()
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(5) as pool:
+        pool.map(warm, range(5), chunksize=1)
+    gemm, copy = ceilings()
+    name = torch.cuda.get_device_name()
+    lines = [
+        "# Native sparse attention: kernels against full attention",
+        f"{name}; torch {torch.__version__}, triton {triton.__version__}, cuDNN {torch.backends.cudnn.version()},"
+        f" Python {sys.version.split()[0]}. Measured ceilings: bf16 8192^3 product {gemm:.0f} TFLOP/s, device copy"
+        f" {copy:.2f} TB/s. B=1, causal, bf16, l=32 d=16 l'=64 n=16 w=512; compression (hidden {HIDDEN}) included.",
+        "Ratios are to the faster of cuDNN and FlashAttention-2 through torch's SDPA in this run.",
+    ]
+    sections: list[Callable[[], list[str]]] = [
+        check_rows,
+        lambda: shape_rows(STANDARD, args.lengths, gemm),
+        lambda: decode_rows([1, 16, 32], 65536, copy_tb=copy),
+        lambda: stage_rows(65536),
+        lambda: stage_rows(8192),
+        *[lambda s=s: shape_rows(s, args.lengths[-1:], gemm) for s in OTHERS],  # type: ignore[misc]
+    ]
+    for section in sections:
+        try:
+            lines += ["", *section()]
+        except Exception as error:  # One failing section must not cost the others' numbers.
+            traceback.print_exc()
+            lines += ["", f"A section failed: {type(error).__name__}: {str(error)[:300]}"]
+        args.out.write_text("\n".join(lines) + "\n")
+        torch.cuda.empty_cache()
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

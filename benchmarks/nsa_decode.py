@@ -1,0 +1,109 @@
+"""Decoding one token against a long paged cache, in a CUDA graph: NSA beside full attention.
+
+Every step of a graph reads another layer's caches, so that a small batch does not time the L2 cache.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from sparseray.kernels.nsa.decode import DecodeWorkspace, nsa_decode
+from sparseray.kernels.nsa.reference import num_compressed
+
+HEADS, NUM_KV, DIM, PAGE = 64, 4, 128, 64
+SIZES = dict(block=32, stride=16, select_block=64, num_selected=16, window=512)
+
+
+def _cache(batch: int, tokens: int) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    pages = -(-tokens // PAGE)
+    pair = tuple(
+        torch.randn(batch * pages, PAGE, NUM_KV, DIM, device="cuda", dtype=torch.bfloat16) for _ in range(2)
+    )
+    table = torch.randperm(batch * pages, device="cuda").int().view(batch, pages)
+    return (pair[0], pair[1]), table
+
+
+def _nsa_step(batch: int, context: int) -> Callable[[], object]:
+    cmp_cache, cmp_table = _cache(batch, num_compressed(context, 32, 16))
+    slc_cache, slc_table = _cache(batch, context)
+    workspace = DecodeWorkspace.create(batch, 1, HEADS, NUM_KV, DIM, context, device="cuda", **SIZES)  # type: ignore[arg-type]
+    q = torch.randn(batch, 1, HEADS, DIM, device="cuda", dtype=torch.bfloat16)
+    gates = torch.rand(batch, 1, HEADS, 3, device="cuda", dtype=torch.bfloat16)
+    lens = torch.full((batch,), context, dtype=torch.int32, device="cuda")
+    out = torch.empty_like(q)
+    return lambda: nsa_decode(
+        q, gates, cmp_cache, slc_cache, slc_cache, cmp_table, slc_table, slc_table, lens, workspace, out,
+        **SIZES,  # type: ignore[arg-type]
+    )  # fmt: skip
+
+
+def _full_step(batch: int, context: int, backend: SDPBackend) -> Callable[[], object]:
+    q = torch.randn(batch, HEADS, 1, DIM, device="cuda", dtype=torch.bfloat16)
+    k, v = (torch.randn(batch, NUM_KV, context, DIM, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+
+    def step() -> object:
+        with sdpa_kernel(backend):
+            return scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+    return step
+
+
+def graph_us(steps: list[Callable[[], object]]) -> float:
+    """Median microseconds of one step, all steps captured in one graph."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for step in steps:
+            step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for step in steps:
+            step()
+    times = []
+    for _ in range(20):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return sorted(times)[len(times) // 2] * 1e3 / len(steps)
+
+
+def decode_rows(
+    batches: list[int], context: int, *, copy_tb: float = 0.0, compile_only: bool = False
+) -> list[str]:
+    """Markdown rows: microseconds of NSA and of the better full attention, ratio, and share of the bandwidth."""
+    rows = [
+        f"### Decode, one token a sequence, {context} cached, in a CUDA graph",
+        "| batch | cuDNN us | FA2 us | NSA us | **ratio** | NSA TB/s (share of the copy rate) |",
+        "|---|---|---|---|---|---|",
+    ]
+    tokens = num_compressed(context, 32, 16) + 16 * 64 + 512
+    for batch in batches:
+        layers = max(2, 16 // batch)
+        steps = [_nsa_step(batch, context) for _ in range(layers)]
+        if compile_only:
+            steps[0]()
+            torch.cuda.synchronize()
+            continue
+        nsa = graph_us(steps)
+        del steps
+        full = []
+        for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION):
+            try:
+                full.append(graph_us([_full_step(batch, context, backend) for _ in range(layers)]))
+            except RuntimeError as error:
+                print(f"{backend} decode: {str(error)[:200]}", flush=True)
+                full.append(float("nan"))
+        best = min((t for t in full if t == t), default=float("nan"))
+        rate = batch * tokens * NUM_KV * DIM * 4 / nsa / 1e6
+        rows.append(
+            f"| {batch} | {full[0]:.1f} | {full[1]:.1f} | {nsa:.1f} | **{best / nsa:.2f}x** | {rate:.2f}"
+            f" ({rate / copy_tb if copy_tb else 0:.0%}) |"
+        )
+        print(rows[-1], flush=True)
+    return rows
