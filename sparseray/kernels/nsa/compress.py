@@ -6,6 +6,7 @@ w1 (x + pos) = w1 x + w1 pos. The backward gathers: every token adds up the bloc
 in ascending order, without atomics. Source: arXiv 2502.11089 eq. 7.
 """
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -70,28 +71,39 @@ def gather_blocks_kernel(
     tl.store(p_dx + o_r[:, None] * D + o_d[None, :], b.to(p_dx.dtype.element_ty), mask=m_out)
 
 
-def _tables(x: Tensor, cu_seqlens: Tensor | None, batch: int, block: int, stride: int, count: int) -> Any:
+def _tables(
+    first: Tensor, ends: Tensor, counts: Tensor, tokens: int, count: int, stride: int
+) -> tuple[Tensor, ...]:
     """First token of every compressed block [C], sequence of every token [T], and per sequence its first token,
     first block and number of blocks."""
-    device, tokens = x.device, x.shape[0]
-    if cu_seqlens is None:
-        length = tokens // batch
-        first = torch.arange(batch, device=device) * length
-        counts = torch.full_like(first, num_compressed(length, block, stride))
-        ends = first + length
-    else:
-        cu = cu_seqlens.long()
-        first, ends = cu[:-1].contiguous(), cu[1:].contiguous()
-        lengths = ends - first
-        counts = torch.where(lengths >= block, (lengths - block) // stride + 1, torch.zeros_like(lengths))
     total = counts.cumsum(0)
     offsets = total - counts
-    ids = torch.arange(count, device=device)
+    ids = torch.arange(count, device=first.device)
     seq_c = torch.searchsorted(total, ids, right=True).clamp(max=first.shape[0] - 1)
     starts = first[seq_c] + (ids - offsets[seq_c]) * stride
-    rows = torch.arange(tokens, device=device)
+    rows = torch.arange(tokens, device=first.device)
     seq = torch.searchsorted(ends, rows, right=True).clamp(max=first.shape[0] - 1)
     return starts, seq, torch.stack([first, offsets, counts], 1).contiguous()
+
+
+@lru_cache(maxsize=64)
+def _uniform_tables(
+    batch: int, length: int, block: int, stride: int, device: torch.device
+) -> tuple[Tensor, ...]:
+    first = torch.arange(batch, device=device) * length
+    count = num_compressed(length, block, stride)
+    counts = torch.full_like(first, count)
+    return _tables(first, first + length, counts, batch * length, batch * count, stride)
+
+
+def _packed_tables(
+    cu_seqlens: Tensor, tokens: int, count: int, block: int, stride: int
+) -> tuple[Tensor, ...]:
+    cu = cu_seqlens.long()
+    first, ends = cu[:-1].contiguous(), cu[1:].contiguous()
+    lengths = ends - first
+    counts = torch.where(lengths >= block, (lengths - block) // stride + 1, torch.zeros_like(lengths))
+    return _tables(first, ends, counts, tokens, count, stride)
 
 
 def _first_layer(x: Tensor, w1: Tensor, bias: Tensor, starts: Tensor, block: int) -> Tensor:
@@ -193,6 +205,9 @@ def compress(
         bias = bias + w1 @ pos.reshape(-1)
     second = x.new_zeros(w2.shape[0]) if b2 is None else b2
     flat = x.flatten(0, 1).contiguous()
-    tables = _tables(flat, cu_seqlens, batch, block, stride, count)
+    if cu_seqlens is None:
+        tables = _uniform_tables(batch, tokens, block, stride, x.device)
+    else:
+        tables = _packed_tables(cu_seqlens, tokens, count, block, stride)
     out: Tensor = _Compress.apply(flat, w1.contiguous(), bias, w2, second, tables, block, stride)
     return out.view(batch, count // batch, heads, w2.shape[0])

@@ -109,7 +109,9 @@ def nsa_decode(
     batch, query_len, heads, width = q.shape
     num_kv, value_dim = slc_cache[1].shape[2], slc_cache[1].shape[3]
     if not 1 <= query_len <= 8:
-        raise ConfigError(f"nsa: decode takes 1 to 8 query tokens a sequence, got {query_len} (q {tuple(q.shape)})")
+        raise ConfigError(
+            f"nsa: decode takes 1 to 8 query tokens a sequence, got {query_len} (q {tuple(q.shape)})"
+        )
     group = heads // num_kv
     gp = max(next_power_of_2(group), 1)
     lp = max(next_power_of_2(query_len), 16 // min(gp, 16))

@@ -111,12 +111,11 @@ def block_score_kernel(
     o_j = i_j + tl.arange(0, BJ)
     b_score = tl.zeros([BJ], tl.float32)
     for r in tl.static_range(R + L - 1):
-        # Offset r - (L - 1) from the block's first compressed token, and how many (m, n) of eq. 9 meet there.
-        weight: tl.constexpr = min(min(r + 1, R + L - 1 - r), min(R, L))
+        # Offset r - (L - 1) from the block's first compressed token; the weight is how many (m, n) of eq. 9 meet.
         o_i = o_j * R + r - (L - 1)
         m_i = m_g[:, None] & ((o_i >= 0) & (o_i < n_key))[None, :]
         b_s = tl.load(p_logit + o_row[:, None] * num_logits + o_i[None, :], mask=m_i, other=float("-inf"))
-        b_score += weight * tl.sum(tl.exp2(b_s - b_lse[:, None]), 0)
+        b_score += min(min(r + 1, R + L - 1 - r), min(R, L)) * tl.sum(tl.exp2(b_s - b_lse[:, None]), 0)
     tl.store(p_score + (i_q * H + i_kv) * num_scores + o_j, b_score, mask=o_j < num_scores)
 
 
@@ -170,7 +169,23 @@ def sparse_split_kernel(
             m_t = (o_c < SELECT) & (o_t <= t)
             o_key = page_rows(p_slc_table + i_b * slc_width, o_t, m_t, SLC_PAGE) * H + i_kv
             b_acc, b_m, b_l, _ = _attend(
-                b_acc, b_m, b_l, b_q0, b_q1, p_ks, p_vs, o_key, m_t, m_t[None, :], scale2, DQ, D0, D1, DV, DVP, IP
+                b_acc,
+                b_m,
+                b_l,
+                b_q0,
+                b_q1,
+                p_ks,
+                p_vs,
+                o_key,
+                m_t,
+                m_t[None, :],
+                scale2,
+                DQ,
+                D0,
+                D1,
+                DV,
+                DVP,
+                IP,
             )
     else:
         span: tl.constexpr = (WIN + WINP - 1) // WINP
@@ -181,7 +196,23 @@ def sparse_split_kernel(
             m_t = o_t < t_hi
             o_key = page_rows(p_win_table + i_b * win_width, o_t, m_t, WIN_PAGE) * H + i_kv
             b_acc, b_m, b_l, _ = _attend(
-                b_acc, b_m, b_l, b_q0, b_q1, p_kw, p_vw, o_key, m_t, m_t[None, :], scale2, DQ, D0, D1, DV, DVP, IP
+                b_acc,
+                b_m,
+                b_l,
+                b_q0,
+                b_q1,
+                p_kw,
+                p_vw,
+                o_key,
+                m_t,
+                m_t[None, :],
+                scale2,
+                DQ,
+                D0,
+                D1,
+                DV,
+                DVP,
+                IP,
             )
     tl.store(p_m + o_row * parts + FIRST + i_part, b_m, mask=m_g)
     tl.store(p_l + o_row * parts + FIRST + i_part, b_l, mask=m_g)
@@ -200,9 +231,7 @@ def merge_kernel(
     b_l = tl.load(p_l + i_row * parts + o_p, mask=m_p, other=0.0)
     b_w = tl.zeros([PP], tl.float32)
     for c in tl.static_range(3):
-        lo: tl.constexpr = 0 if c == 0 else (CMP if c == 1 else CMP + SLC)
-        hi: tl.constexpr = CMP if c == 0 else (CMP + SLC if c == 1 else PP)
-        b_in = (o_p >= lo) & (o_p < hi)
+        b_in = (o_p >= CMP).to(tl.int32) + (o_p >= CMP + SLC).to(tl.int32) == c
         top = tl.max(tl.where(b_in, b_m, float("-inf")), 0)
         top = tl.where(top == float("-inf"), 0.0, top)
         b_e = tl.where(b_in, tl.exp2(b_m - top), 0.0)

@@ -22,7 +22,7 @@ from sparseray.kernels.nsa.tiles import (
     split_width,
     store_tile,
 )
-from sparseray.kernels.nsa.tuning import LAUNCH
+from sparseray.kernels.nsa.tuning import launch_for
 
 
 @triton.jit
@@ -236,7 +236,8 @@ def range_backward(
         DVP=max(16, next_power_of_2(v.shape[-1])), KIND=kind, LEN=block, STRIDE=stride, WIN=window,
         IP=precision(q.dtype),
     )  # fmt: skip
-    launch = LAUNCH[f"{name}_dq"]
+    width = max(q.shape[-1], v.shape[-1])
+    launch = launch_for(f"{name}_dq", width, q.element_size())
     tokens, padded = tokens_per_tile(launch["rows"], heads // num_kv)
     tiles = geometry.tiles(QUERY, tokens)
     src_k, src_k1, src_v, bulk = key_sources(k, v, launch["keys"])
@@ -247,16 +248,17 @@ def range_backward(
     )  # fmt: skip
     if k.shape[0] == 0:
         return torch.zeros_like(k), torch.zeros_like(v)
-    launch = LAUNCH[f"{name}_dkdv"]
+    launch = launch_for(f"{name}_dkdv", width, q.element_size())
     tokens, padded = tokens_per_tile(launch["rows"], heads // num_kv)
-    split = launch["split"] or geometry.totals[QUERY]
+    tiles = geometry.tiles(kind, launch["keys"])
+    longest = min(geometry.totals[QUERY], geometry.max_keys)
+    num_splits = max(1, launch["programs"] // (tiles.shape[0] * num_kv))
     # A whole number of query tiles, or neighbouring splits would share one.
-    split = -(-split // tokens) * tokens
-    num_splits = max(1, -(-min(geometry.totals[QUERY], geometry.max_keys) // split))
+    split = -(-max(-(-longest // num_splits), launch["split"]) // tokens) * tokens
+    num_splits = max(1, -(-longest // split))
     dtype = k.dtype if num_splits == 1 else torch.float32
     dk = torch.empty(num_splits, *k.shape, dtype=dtype, device=k.device)
     dv = torch.empty(num_splits, *v.shape, dtype=dtype, device=k.device)
-    tiles = geometry.tiles(kind, launch["keys"])
     range_dkdv_kernel[(tiles.shape[0] * num_splits * num_kv,)](
         q, k, v, do, row_lse, row_dg, dk, dv, geometry.meta, tiles, tiles.shape[0], num_splits, k.shape[0], split,
         scale, scale * LOG2E, GP=padded, BQ=tokens, BN=launch["keys"], **shared,

@@ -24,7 +24,7 @@ from sparseray.kernels.nsa.tiles import (
     split_width,
     store_tile,
 )
-from sparseray.kernels.nsa.tuning import LAUNCH
+from sparseray.kernels.nsa.tuning import launch_for
 
 LOG2E = 1.4426950408889634
 
@@ -140,8 +140,8 @@ def key_sources(k: Tensor, v: Tensor, rows: int) -> tuple[Any, Any, Any, bool]:
     """Sources of key tiles (both parts of a split head size) and value tiles, and whether they are bulk copies."""
     d0, d1 = split_width(k.shape[-1])
     src_k, bulk_k = copy_source(k, rows, d0)
-    src_k1, _ = copy_source(k, rows, d1 or d0)
-    src_v, bulk_v = copy_source(v, rows, max(16, next_power_of_2(v.shape[-1])))
+    src_k1 = copy_source(k, rows, d1)[0] if d1 else src_k
+    src_v, bulk_v = (src_k, bulk_k) if v is k else copy_source(v, rows, max(16, next_power_of_2(v.shape[-1])))
     if bulk_k and bulk_v:
         return src_k, src_k1, src_v, True
     return k, k, v, False
@@ -165,7 +165,8 @@ def range_forward(
     heads, num_kv = q.shape[1], k.shape[1]
     out = q.new_empty(q.shape[0], heads, v.shape[-1])
     lse = torch.empty(q.shape[0], heads, dtype=torch.float32, device=q.device)
-    launch = LAUNCH["window_fwd" if kind == WINDOW else "range_fwd"]
+    width = max(q.shape[-1], v.shape[-1])
+    launch = launch_for("window_fwd" if kind == WINDOW else "range_fwd", width, q.element_size())
     tokens, padded = tokens_per_tile(launch["rows"], heads // num_kv)
     tiles = geometry.tiles(QUERY, tokens)
     d0, d1 = split_width(q.shape[-1])

@@ -122,7 +122,7 @@ def masked_attention(
             _accumulator(k).sum() + _accumulator(v).sum()
         ) * 0.0
         lse = q5.new_full((B, T, H * G), float("-inf"))
-        return out.reshape(B, T, H * G, -1), lse, q5.new_zeros(B, T, H, G, 0)
+        return out.reshape(B, T, H * G, v.shape[-1]), lse, q5.new_zeros(B, T, H, G, 0)
     scores = torch.einsum("bthgd,bshd->bthgs", q5, _accumulator(k)) * scale
     scores = scores.masked_fill(~mask, float("-inf"))
     top = scores.amax(-1, keepdim=True).detach()
@@ -134,7 +134,7 @@ def masked_attention(
     probs = weights / safe
     out = torch.einsum("bthgs,bshd->bthgd", probs, _accumulator(v))
     lse = torch.where(empty, torch.full_like(safe, float("-inf")), top + safe.log())
-    return out.reshape(B, T, H * G, -1), lse.reshape(B, T, H * G), probs
+    return out.reshape(B, T, H * G, v.shape[-1]), lse.reshape(B, T, H * G), probs
 
 
 def _positions(length: int, start: int, device: torch.device) -> Tensor:

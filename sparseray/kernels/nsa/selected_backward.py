@@ -16,7 +16,7 @@ from sparseray.kernels.nsa.geometry import KEYS, Geometry
 from sparseray.kernels.nsa.range_forward import LOG2E, tokens_per_tile
 from sparseray.kernels.nsa.selected_forward import query_sequences, shared_constants
 from sparseray.kernels.nsa.tiles import load_tile, store_tile
-from sparseray.kernels.nsa.tuning import LAUNCH
+from sparseray.kernels.nsa.tuning import launch_for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,7 +168,7 @@ def selected_key_gradient(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """dk and dv of the selected branch, in the dtype of k; rows as in `range_backward`."""
     heads, num_kv = q.shape[1], k.shape[1]
-    launch = LAUNCH["selected_dkdv"]
+    launch = launch_for("selected_dkdv", max(q.shape[-1], v.shape[-1]), q.element_size())
     inverse = invert_selection(index, geometry, select_block=select_block, chunk=launch["chunk"])
     tokens, padded = tokens_per_tile(launch["rows"], heads // num_kv)
     tiles = geometry.tiles(KEYS, select_block)

@@ -23,7 +23,7 @@ from sparseray.kernels.nsa.tiles import (
     split_width,
     store_tile,
 )
-from sparseray.kernels.nsa.tuning import LAUNCH
+from sparseray.kernels.nsa.tuning import launch_for
 
 
 @triton.jit
@@ -161,7 +161,7 @@ def selected_forward(
     heads, num_kv = q.shape[1], k.shape[1]
     out = q.new_empty(q.shape[0], heads, v.shape[-1])
     lse = torch.empty(q.shape[0], heads, dtype=torch.float32, device=q.device)
-    launch = LAUNCH["selected_fwd"]
+    launch = launch_for("selected_fwd", max(q.shape[-1], v.shape[-1]), q.element_size())
     constants = shared_constants(q, k, v, select_block)
     src_k, src_k1, src_v, bulk = key_sources(k, v, constants["BN"])
     selected_fwd_kernel[(q.shape[0] * num_kv,)](
@@ -178,7 +178,7 @@ def selected_query_gradient(
 ) -> None:  # fmt: skip
     """Write or add the gradient of the selected branch to dq; rows as in `range_backward`."""
     heads, num_kv = q.shape[1], k.shape[1]
-    launch = LAUNCH["selected_dq"]
+    launch = launch_for("selected_dq", max(q.shape[-1], v.shape[-1]), q.element_size())
     constants = shared_constants(q, k, v, select_block)
     src_k, src_k1, src_v, bulk = key_sources(k, v, constants["BN"])
     selected_dq_kernel[(q.shape[0] * num_kv,)](

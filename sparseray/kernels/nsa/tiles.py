@@ -1,5 +1,6 @@
 """Small device functions shared by the NSA kernels: masked tile loads, split head sizes, visible ranges."""
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -29,6 +30,11 @@ def precision(dtype: torch.dtype) -> str:
     return "ieee" if dtype == torch.float32 else "tf32"
 
 
+@lru_cache(maxsize=16)
+def _compute_capability(device: torch.device) -> int:
+    return torch.cuda.get_device_capability(device)[0]
+
+
 def copy_source(x: Tensor, rows: int, width: int) -> tuple[Any, bool]:
     """What a kernel reads tiles of [rows, width] from: a bulk-copy descriptor where the hardware takes one.
 
@@ -45,7 +51,7 @@ def copy_source(x: Tensor, rows: int, width: int) -> tuple[Any, bool]:
         or x.shape[0] == 0
         or row_bytes % 16
         or x.data_ptr() % 16
-        or torch.cuda.get_device_capability(x.device)[0] < 9
+        or _compute_capability(x.device) < 9
     ):
         return x, False
     wide = x.shape[1] * x.shape[2]

@@ -15,7 +15,7 @@ from torch import Tensor
 from sparseray.kernels.nsa.geometry import COMPRESSED, QUERY, Geometry
 from sparseray.kernels.nsa.range_forward import LOG2E, key_sources, tokens_per_tile
 from sparseray.kernels.nsa.tiles import fetch, load_tile, next_power_of_2, num_visible, precision, split_width
-from sparseray.kernels.nsa.tuning import LAUNCH
+from sparseray.kernels.nsa.tuning import LAUNCH, launch_for
 
 
 @triton.jit
@@ -170,7 +170,7 @@ def select_blocks(
     tokens_total, heads, width_q = q.shape
     num_kv = k_cmp.shape[1]
     index = torch.empty(tokens_total, num_kv, num_selected, dtype=torch.int32, device=q.device)
-    launch = LAUNCH["score"]
+    launch = launch_for("score", width_q, q.element_size())
     tokens, padded = tokens_per_tile(launch["rows"], heads // num_kv)
     tiles = geometry.tiles(QUERY, tokens)
     positions = query_positions(geometry)

@@ -1,7 +1,8 @@
 """Launch parameters of the NSA kernels: how many rows and keys a program takes, warps and pipeline stages.
 
 One entry a kernel; chosen by measurement on an H200 (docs/kernels.md, section NSA). `rows` counts query
-tokens times query heads of one group; a program never takes less than one query token.
+tokens times query heads of one group; a program never takes less than one query token. `programs` is how many
+programs the split of long key tiles aims at, `split` the fewest query tokens of a part.
 """
 
 LAUNCH: dict[str, dict[str, int]] = {
@@ -9,8 +10,8 @@ LAUNCH: dict[str, dict[str, int]] = {
     "window_fwd": {"rows": 64, "keys": 64, "num_warps": 4, "num_stages": 3},
     "range_dq": {"rows": 128, "keys": 128, "num_warps": 8, "num_stages": 2},
     "window_dq": {"rows": 64, "keys": 64, "num_warps": 4, "num_stages": 2},
-    "range_dkdv": {"rows": 64, "keys": 64, "num_warps": 4, "num_stages": 2, "split": 8192},
-    "window_dkdv": {"rows": 64, "keys": 64, "num_warps": 4, "num_stages": 2, "split": 0},
+    "range_dkdv": {"rows": 64, "keys": 64, "num_warps": 4, "num_stages": 2, "split": 512, "programs": 3072},
+    "window_dkdv": {"rows": 64, "keys": 64, "num_warps": 4, "num_stages": 2, "split": 512, "programs": 0},
     "score": {"rows": 128, "keys": 128, "num_warps": 8, "num_stages": 2, "chunk": 8192},
     "top_n": {"num_warps": 1},
     "selected_fwd": {"num_warps": 2, "num_stages": 2},
@@ -18,3 +19,23 @@ LAUNCH: dict[str, dict[str, int]] = {
     "selected_dkdv": {"rows": 64, "num_warps": 4, "num_stages": 3, "chunk": 2048},
     "combine": {"rows": 64, "num_warps": 4},
 }
+
+
+def launch_for(name: str, width: int, item_size: int) -> dict[str, int]:
+    """Launch parameters of a kernel; smaller tiles where wide heads or fp32 would not fit shared memory.
+
+    Args:
+        width: the larger of the key and value head sizes.
+        item_size: bytes of one element.
+    """
+    launch = LAUNCH[name]
+    if width * item_size <= 256:
+        return launch
+    small = {"keys": min(64, launch.get("keys", 64)), "num_stages": min(2, launch.get("num_stages", 2))}
+    if width * item_size > 512:
+        small |= {
+            "keys": min(32, launch.get("keys", 32)),
+            "rows": min(32, launch.get("rows", 32)),
+            "num_stages": 1,
+        }
+    return {k: small.get(k, v) for k, v in launch.items()}

@@ -1,0 +1,271 @@
+"""NSA kernels against their plain reference: outputs, gradients, selection, packed sequences, decoding.
+
+Without a GPU the kernels run in Triton's interpreter at tiny odd shapes; with one, the marked tests run at real
+sizes in half precision.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import triton_interpreter  # Must come before anything that imports Triton.
+from sparseray.errors import ConfigError
+from sparseray.kernels.nsa import tuning
+from sparseray.kernels.nsa.attention import nsa_attention
+from sparseray.kernels.nsa.compress import compress
+from sparseray.kernels.nsa.decode import DecodeWorkspace, nsa_decode
+from sparseray.kernels.nsa.reference import (
+    compress_reference,
+    compressed_attention_reference,
+    nsa_attention_reference,
+    num_compressed,
+    selection_scores_reference,
+    top_n_reference,
+)
+
+assert triton_interpreter
+HAS_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if HAS_GPU else "cpu"
+TINY = {"block": 8, "stride": 4, "select_block": 16, "num_selected": 4, "window": 9}
+PAPER = {"block": 32, "stride": 16, "select_block": 64, "num_selected": 16, "window": 512}
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles small enough that tiny inputs cross their borders, in the interpreter only."""
+    if HAS_GPU:
+        return
+    for name, launch in tuning.LAUNCH.items():
+        small = {"rows": 16, "keys": 16, "chunk": 32 if name == "score" else 8}
+        if name == "range_dkdv":
+            small |= {"split": 16, "programs": 64}
+        monkeypatch.setitem(tuning.LAUNCH, name, {k: small.get(k, v) for k, v in launch.items()})
+
+
+def draw(
+    batch: int,
+    tokens: int,
+    heads: tuple[int, int],
+    dims: tuple[int, int],
+    compressed: int,
+    dtype: torch.dtype,
+) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(tokens)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(DEVICE, dtype)
+
+    (HQ, H), (D, Dv) = heads, dims
+    found = [normal(batch, tokens, HQ, D), normal(batch, compressed, H, D), normal(batch, compressed, H, Dv)]
+    for _ in range(2):
+        found += [normal(batch, tokens, H, D), normal(batch, tokens, H, Dv)]
+    gates = torch.rand(batch, tokens, HQ, 3, generator=generator).to(DEVICE, dtype)
+    gates[0, 0, 0, 0] = 0.0
+    return [*found, gates]
+
+
+def relative(found: Tensor, wanted: Tensor) -> float:
+    if wanted.numel() == 0:
+        return 0.0
+    return float((found.detach().double() - wanted.detach()).norm() / wanted.detach().norm().clamp(min=1e-30))
+
+
+def outputs_and_gradients(call: Any, inputs: list[Tensor], weight: Tensor | None = None) -> list[Tensor]:
+    out = call(*inputs)
+    weight = torch.cos(torch.arange(out.numel(), device=DEVICE)).view(out.shape)
+    return [out, *torch.autograd.grad(out, inputs, weight.to(out.dtype))]
+
+
+def compare(inputs: list[Tensor], sizes: dict[str, int], bound: float, cu: list[int] | None = None) -> None:
+    ours = [x.clone().requires_grad_() for x in inputs]
+    exact = [x.double().requires_grad_() for x in inputs]
+    cu_seqlens = None if cu is None else torch.tensor(cu, device=DEVICE)
+
+    def reference(q: Tensor, kc: Tensor, vc: Tensor, *rest: Tensor) -> Tensor:
+        if cu is None:
+            return nsa_attention_reference(q, kc, vc, *rest, **sizes)
+        parts, first = [], 0
+        for a, b in zip(cu[:-1], cu[1:]):
+            n = num_compressed(b - a, sizes["block"], sizes["stride"])
+            cut = [x[:, a:b] for x in rest]
+            c = slice(first, first + n)
+            parts.append(nsa_attention_reference(q[:, a:b], kc[:, c], vc[:, c], *cut, **sizes))
+            first += n
+        return torch.cat(parts, 1)
+
+    found = outputs_and_gradients(lambda *x: nsa_attention(*x, **sizes, cu_seqlens=cu_seqlens), ours)
+    wanted = outputs_and_gradients(reference, exact)
+    errors = [relative(a, b) for a, b in zip(found, wanted)]
+    assert all(error < bound for error in errors), errors
+
+
+@pytest.mark.parametrize(
+    ("batch", "tokens", "heads", "dims", "sizes"),
+    [
+        pytest.param(1, 71, (2, 1), (16, 16), TINY, id="more blocks than selected"),
+        pytest.param(2, 15, (3, 1), (24, 12), {**TINY, "select_block": 12}, id="odd sizes, split head size"),
+        pytest.param(1, 5, (2, 2), (16, 8), TINY, id="shorter than a block"),
+    ],
+)
+def test_attention_matches_the_reference_in_outputs_and_gradients(
+    batch: int, tokens: int, heads: tuple[int, int], dims: tuple[int, int], sizes: dict[str, int]
+) -> None:
+    count = num_compressed(tokens, sizes["block"], sizes["stride"])
+    compare(draw(batch, tokens, heads, dims, count, torch.float32), sizes, 1e-5)
+
+
+def test_packed_sequences_do_not_see_each_other() -> None:
+    cu = [0, 3, 3, 25, 37]
+    count = sum(num_compressed(b - a, 8, 4) for a, b in zip(cu[:-1], cu[1:]))
+    compare(draw(1, 37, (2, 1), (16, 16), count, torch.float32), TINY, 1e-5, cu)
+
+
+def test_chunk_against_longer_keys_equals_the_full_call() -> None:
+    tokens, start = 45, 21
+    q, kc, vc, ks, vs, kw, vw, gates = draw(1, tokens, (2, 1), (16, 16), 10, torch.float32)
+    full = nsa_attention_reference(q, kc, vc, ks, vs, kw, vw, gates, **TINY)
+    first = start - TINY["window"] + 1
+    chunk = nsa_attention(
+        q[:, start:], kc, vc, ks, vs, kw[:, first:], vw[:, first:], gates[:, start:], **TINY, q_start=start,
+        win_start=first,
+    )  # fmt: skip
+    torch.testing.assert_close(chunk, full[:, start:], rtol=1e-5, atol=1e-5)
+
+
+def test_same_inputs_give_the_same_bits() -> None:
+    runs = []
+    for _ in range(2):
+        inputs = [x.requires_grad_() for x in draw(1, 12, (2, 1), (16, 16), 2, torch.float32)]
+        runs.append(outputs_and_gradients(lambda *x: nsa_attention(*x, **TINY), inputs))
+    assert all(torch.equal(a, b) for a, b in zip(*runs))
+
+
+def test_fold_of_scores_counts_overlapping_blocks() -> None:
+    probs = torch.arange(1.0, 13.0).view(1, 1, 1, 1, 12)
+    scores = selection_scores_reference(probs, block=32, stride=16, select_block=64, num_blocks=3)
+    p = [0.0, *probs.flatten().tolist()]
+    for j in range(3):
+        expected = p[4 * j] + 2 * (p[4 * j + 1] + p[4 * j + 2] + p[4 * j + 3]) + p[4 * j + 4]
+        assert scores.flatten()[j] == expected
+
+
+def test_ties_go_to_the_lower_block_and_forced_blocks_are_always_read() -> None:
+    index = top_n_reference(torch.zeros(1, 1, 1, 8), select_block=4, num_selected=5, q_start=31)
+    assert index.flatten().tolist() == [0, 1, 2, 6, 7]
+    early = top_n_reference(torch.zeros(1, 1, 1, 8), select_block=4, num_selected=5, q_start=5)
+    assert early.flatten().tolist() == [0, 1, -1, -1, -1]
+
+
+def test_queries_before_the_first_block_get_zero_and_no_nan() -> None:
+    q, kc, vc, *_ = draw(1, 12, (2, 1), (8, 8), 2, torch.float32)
+    out, lse, _ = compressed_attention_reference(q, kc, vc, block=8, stride=4)
+    assert torch.equal(out[:, :7], torch.zeros_like(out[:, :7]))
+    assert torch.isinf(lse[:, :7]).all()
+
+
+def test_sizes_that_the_equations_do_not_define_are_refused() -> None:
+    inputs = draw(1, 12, (2, 1), (16, 16), 2, torch.float32)
+    with pytest.raises(ConfigError, match="stride=3 must divide"):
+        nsa_attention(*inputs, **{**TINY, "stride": 3})
+
+
+@pytest.mark.parametrize("cu", [None, [0, 3, 20, 30]])
+def test_compression_matches_the_reference(cu: list[int] | None) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(1 if cu else 2, 30, 2, 12), (20, 96), (20,), (10, 20), (10,), (8, 12)]
+    inputs = [torch.randn(*s, generator=generator).to(DEVICE) for s in shapes]
+    ours, exact = [x.clone().requires_grad_() for x in inputs], [x.double().requires_grad_() for x in inputs]
+    boundaries = None if cu is None else torch.tensor(cu, device=DEVICE)
+    spans = [(0, 30)] if cu is None else list(zip(cu[:-1], cu[1:]))
+    found = outputs_and_gradients(lambda *x: compress(*x, 8, 4, cu_seqlens=boundaries), ours)
+    wanted = outputs_and_gradients(
+        lambda x, *w: torch.cat([compress_reference(x[:, a:b], *w, 8, 4) for a, b in spans], 1), exact
+    )
+    assert max(relative(a, b) for a, b in zip(found, wanted)) < 1e-5
+
+
+def paged(rows: list[Tensor], page: int) -> tuple[Tensor, Tensor]:
+    """A cache with shuffled pages and its block table."""
+    counts = [-(-max(1, x.shape[0]) // page) for x in rows]
+    order = torch.randperm(sum(counts), generator=torch.Generator().manual_seed(1)).int().tolist()
+    cache = torch.full((sum(counts), page, *rows[0].shape[1:]), 7.0)
+    table = torch.zeros(len(rows), max(counts), dtype=torch.int32)
+    for b, x in enumerate(rows):
+        for i in range(counts[b]):
+            table[b, i] = order.pop()
+            piece = x[i * page : (i + 1) * page]
+            cache[table[b, i], : piece.shape[0]] = piece
+    return cache, table
+
+
+def decode_error(
+    lens: list[int], query_len: int, heads: tuple[int, int], dims: tuple[int, int], sizes: dict[str, int], page: int,
+    dtype: torch.dtype,
+) -> float:  # fmt: skip
+    (HQ, H), (D, Dv) = heads, dims
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(len(lens), query_len, HQ, D, generator=generator)
+    gates = torch.rand(len(lens), query_len, HQ, 3, generator=generator)
+    counts = [num_compressed(s, sizes["block"], sizes["stride"]) for s in lens]
+    kinds = [(counts, D), (counts, Dv), (lens, D), (lens, Dv), (lens, D), (lens, Dv)]
+    rows = [[torch.randn(n, H, d, generator=generator) for n in ns] for ns, d in kinds]
+    wanted = torch.cat(
+        [
+            nsa_attention_reference(
+                q[b : b + 1].double(), *[x[b][None].double() for x in rows], gates[b : b + 1].double(),
+                q_start=s - query_len, **sizes,
+            )
+            for b, s in enumerate(lens)
+        ]
+    )  # fmt: skip
+    caches = [(c.to(DEVICE, dtype), t.to(DEVICE)) for c, t in (paged(x, page) for x in rows)]
+    pairs = [(caches[i][0], caches[i + 1][0]) for i in (0, 2, 4)]
+    own = {k: v for k, v in sizes.items() if k in TINY}
+    workspace = DecodeWorkspace.create(len(lens), query_len, HQ, H, Dv, max(lens), device=DEVICE, **own)
+    out = torch.full((len(lens), query_len, HQ, Dv), float("nan"), device=DEVICE, dtype=dtype)
+    nsa_decode(
+        q.to(DEVICE, dtype), gates.to(DEVICE, dtype), *pairs, caches[0][1], caches[2][1], caches[4][1],
+        torch.tensor(lens, dtype=torch.int32, device=DEVICE), workspace, out, **sizes,
+    )  # fmt: skip
+    return relative(out.cpu(), wanted)
+
+
+def test_decode_over_shuffled_pages_matches_the_reference() -> None:
+    assert decode_error([70, 9, 3], 1, (4, 2), (16, 16), TINY, 16, torch.float32) < 1e-5
+
+
+def test_decode_of_several_tokens_selects_for_each_of_them() -> None:
+    sizes = {**TINY, "select_block": 8, "num_selected": 3, "window": 20}
+    assert decode_error([50, 33], 3, (3, 1), (24, 12), sizes, 8, torch.float32) < 1e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("heads", "dims"),
+    [
+        ((64, 4), (128, 128)),
+        ((32, 8), (128, 128)),
+        ((16, 1), (192, 128)),
+        ((12, 2), (96, 64)),
+        ((64, 1), (64, 64)),
+    ],
+)
+def test_half_precision_at_real_sizes(
+    dtype: torch.dtype, heads: tuple[int, int], dims: tuple[int, int]
+) -> None:
+    bound = 5e-3 if dtype == torch.bfloat16 else 1e-3
+    compare(draw(1, 777, heads, dims, num_compressed(777, 32, 16), dtype), PAPER, bound)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")
+@pytest.mark.parametrize("query_len", [1, 8])
+def test_decode_in_half_precision(query_len: int) -> None:
+    error = decode_error([1000, 70, 33], query_len, (64, 4), (128, 128), PAPER, 64, torch.bfloat16)
+    assert error < 1e-2
