@@ -63,13 +63,22 @@ def cases(tokens: int) -> dict[str, Callable[[], object]]:
     def rand(n: int, h: int) -> torch.Tensor:
         return torch.randn(n, h, width, device=device, dtype=dtype)
 
-    q, k, v, kc, vc, do = (rand(tokens, heads), rand(tokens, num_kv), rand(tokens, num_kv), rand(count, num_kv),
+    q, k, v, kc, vc, do = (rand(tokens, heads), rand(tokens, num_kv), rand(tokens, num_kv), rand(count,
+    num_kv),
                            rand(count, num_kv), rand(tokens, heads))  # fmt: skip
     gates = torch.rand(tokens, heads, 3, device=device, dtype=dtype)
-    cmp = dict(kind=COMPRESSED, block=32, stride=16, window=0, scale=scale)
-    win = dict(kind=WINDOW, block=1, stride=1, window=512, scale=scale)
-    sel = dict(select_block=64, scale=scale)
-    top = dict(block=32, stride=16, select_block=64, num_selected=16, num_initial=1, num_local=2, scale=scale)
+    cmp = {"kind": COMPRESSED, "block": 32, "stride": 16, "window": 0, "scale": scale}
+    win = {"kind": WINDOW, "block": 1, "stride": 1, "window": 512, "scale": scale}
+    sel = {"select_block": 64, "scale": scale}
+    top = {
+        "block": 32,
+        "stride": 16,
+        "select_block": 64,
+        "num_selected": 16,
+        "num_initial": 1,
+        "num_local": 2,
+        "scale": scale,
+    }
     o_cmp, lse_cmp = range_forward(q, kc, vc, geometry, **cmp)
     index = select_blocks(q, kc, lse_cmp, geometry, **top)
     positions = query_positions(geometry)

@@ -1,18 +1,19 @@
 """NSA kernels against their plain reference: outputs, gradients, selection, packed sequences, decoding.
 
-Without a GPU the kernels run in Triton's interpreter at tiny odd shapes; with one, the marked tests run at real
-sizes in half precision.
+Without a GPU the kernels run in Triton's interpreter at tiny odd shapes; with one, the marked tests run at
+real sizes in half precision.
 """
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
 import torch
+import triton_interpreter  # Must come before anything that imports Triton.
 from torch import Tensor
 
-import triton_interpreter  # Must come before anything that imports Triton.
 from sparseray.errors import ConfigError
 from sparseray.kernels.nsa import tuning
 from sparseray.kernels.nsa.attention import nsa_attention
@@ -89,7 +90,7 @@ def compare(inputs: list[Tensor], sizes: dict[str, int], bound: float, cu: list[
         if cu is None:
             return nsa_attention_reference(q, kc, vc, *rest, **sizes)
         parts, first = [], 0
-        for a, b in zip(cu[:-1], cu[1:]):
+        for a, b in itertools.pairwise(cu):
             n = num_compressed(b - a, sizes["block"], sizes["stride"])
             cut = [x[:, a:b] for x in rest]
             c = slice(first, first + n)
@@ -120,7 +121,7 @@ def test_attention_matches_the_reference_in_outputs_and_gradients(
 
 def test_packed_sequences_do_not_see_each_other() -> None:
     cu = [0, 3, 3, 25, 37]
-    count = sum(num_compressed(b - a, 8, 4) for a, b in zip(cu[:-1], cu[1:]))
+    count = sum(num_compressed(b - a, 8, 4) for a, b in itertools.pairwise(cu))
     compare(draw(1, 37, (2, 1), (16, 16), count, torch.float32), TINY, 1e-5, cu)
 
 
@@ -180,7 +181,7 @@ def test_compression_matches_the_reference(cu: list[int] | None) -> None:
     inputs = [torch.randn(*s, generator=generator).to(DEVICE) for s in shapes]
     ours, exact = [x.clone().requires_grad_() for x in inputs], [x.double().requires_grad_() for x in inputs]
     boundaries = None if cu is None else torch.tensor(cu, device=DEVICE)
-    spans = [(0, 30)] if cu is None else list(zip(cu[:-1], cu[1:]))
+    spans = [(0, 30)] if cu is None else list(itertools.pairwise(cu))
     found = outputs_and_gradients(lambda *x: compress(*x, 8, 4, cu_seqlens=boundaries), ours)
     wanted = outputs_and_gradients(
         lambda x, *w: torch.cat([compress_reference(x[:, a:b], *w, 8, 4) for a, b in spans], 1), exact
@@ -203,7 +204,8 @@ def paged(rows: list[Tensor], page: int) -> tuple[Tensor, Tensor]:
 
 
 def decode_error(
-    lens: list[int], query_len: int, heads: tuple[int, int], dims: tuple[int, int], sizes: dict[str, int], page: int,
+    lens: list[int], query_len: int, heads: tuple[int, int], dims: tuple[int, int], sizes: dict[str, int],
+    page: int,
     dtype: torch.dtype,
 ) -> float:  # fmt: skip
     (HQ, H), (D, Dv) = heads, dims

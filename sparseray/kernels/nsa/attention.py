@@ -41,8 +41,10 @@ class _Nsa(torch.autograd.Function):
     """Packed tensors [tokens, heads, D] in and out."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k_cmp: Tensor, v_cmp: Tensor, k_slc: Tensor, v_slc: Tensor, k_win: Tensor,
-                v_win: Tensor, gates: Tensor, geometry: Geometry, sizes: Blocks) -> Tensor:  # fmt: skip
+    def forward(
+        ctx: Any, q: Tensor, k_cmp: Tensor, v_cmp: Tensor, k_slc: Tensor, v_slc: Tensor, k_win: Tensor,
+        v_win: Tensor, gates: Tensor, geometry: Geometry, sizes: Blocks,
+    ) -> Tensor:  # fmt: skip
         b = sizes
         o_cmp, lse_cmp = range_forward(
             q,
@@ -118,7 +120,8 @@ class _Nsa(torch.autograd.Function):
 
 
 def _geometry(
-    q: Tensor, k_cmp: Tensor, k_slc: Tensor, k_win: Tensor, cu_seqlens: Tensor | None, block: int, stride: int,
+    q: Tensor, k_cmp: Tensor, k_slc: Tensor, k_win: Tensor, cu_seqlens: Tensor | None, block: int,
+    stride: int,
     q_start: int, win_start: int,
 ) -> Geometry:  # fmt: skip
     if cu_seqlens is None:
@@ -134,8 +137,8 @@ def _geometry(
         )
     if q.shape[0] != 1 or q_start or win_start or not q.shape[1] == k_slc.shape[1] == k_win.shape[1]:
         raise ConfigError(
-            f"nsa: cu_seqlens needs packed tensors of batch 1 and no q_start or win_start, got q {tuple(q.shape)},"
-            f" k_slc {tuple(k_slc.shape)}, k_win {tuple(k_win.shape)}, {q_start=}, {win_start=}"
+            f"nsa: cu_seqlens needs packed tensors of batch 1 and no q_start or win_start, got q"
+            f" {tuple(q.shape)}, k_slc {tuple(k_slc.shape)}, k_win {tuple(k_win.shape)}, {q_start=}, {win_start=}"
         )
     return packed(cu_seqlens, q.shape[1], k_cmp.shape[1], block, stride)
 
@@ -196,8 +199,8 @@ def nsa_attention(
         or k_slc.shape[1] < q_start + (0 if cu_seqlens is not None else queries)
     ):
         raise ConfigError(
-            f"nsa: q {tuple(q.shape)} from position {q_start} does not fit k_slc {tuple(k_slc.shape)}: the query"
-            " heads must be 1 to 64 times the key heads, and the keys must reach the last query"
+            f"nsa: q {tuple(q.shape)} from position {q_start} does not fit k_slc {tuple(k_slc.shape)}: the"
+            " query heads must be 1 to 64 times the key heads, and the keys must reach the last query"
         )
     geometry = _geometry(q, k_cmp, k_slc, k_win, cu_seqlens, block, stride, q_start, win_start)
     sizes = Blocks(
@@ -206,4 +209,4 @@ def nsa_attention(
     )  # fmt: skip
     flat = [x.flatten(0, 1).contiguous() for x in (q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates)]
     out: Tensor = _Nsa.apply(*flat, geometry, sizes)
-    return out.unflatten(0, (batch, queries))
+    return out.view(batch, queries, heads, v_slc.shape[-1])

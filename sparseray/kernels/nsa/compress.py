@@ -1,8 +1,9 @@
-"""Compression of keys or values: an MLP over overlapping blocks, forward and backward, and one step of decoding.
+"""Compression of keys or values: an MLP over overlapping blocks, forward and backward.
 
-The first layer reads every block as `block` strided slices of the packed tensor, so blocks that overlap are not
-copied out in the forward pass. The position encoding enters before the nonlinearity as a bias,
-w1 (x + pos) = w1 x + w1 pos. The backward gathers: every token adds up the block / stride blocks that hold it,
+The first layer reads every block as `block` strided slices of the packed tensor, so blocks that overlap are
+not copied out in the forward pass. The position encoding enters before the nonlinearity as a bias,
+
+1 (x + pos) = w1 x + w1 pos. The backward gathers: every token adds up the block / stride blocks that hold it,
 in ascending order, without atomics. Source: arXiv 2502.11089 eq. 7.
 """
 
@@ -50,7 +51,8 @@ def first_layer_kernel(
 @triton.jit
 def gather_blocks_kernel(
     p_blocks, p_seq, p_meta, p_dx, num_rows,
-    H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BT: tl.constexpr, LEN: tl.constexpr, STRIDE: tl.constexpr,
+    H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BT: tl.constexpr, LEN: tl.constexpr,
+    STRIDE: tl.constexpr,
 ):  # fmt: skip
     """dx[t, h] = sum of the gradients of the blocks that hold token t, in ascending order of the block."""
     o_r = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
@@ -74,8 +76,8 @@ def gather_blocks_kernel(
 def _tables(
     first: Tensor, ends: Tensor, counts: Tensor, tokens: int, count: int, stride: int
 ) -> tuple[Tensor, ...]:
-    """First token of every compressed block [C], sequence of every token [T], and per sequence its first token,
-    first block and number of blocks."""
+    """First token of every compressed block [C], sequence of every token [T], and per sequence its first
+    token, first block and number of blocks."""
     total = counts.cumsum(0)
     offsets = total - counts
     ids = torch.arange(count, device=first.device)
@@ -126,8 +128,10 @@ class _Compress(torch.autograd.Function):
     """Packed x [T, H, D] to [C, H, D_out]."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w1: Tensor, bias: Tensor, w2: Tensor, b2: Tensor, tables: Any, block: int,
-                stride: int) -> Tensor:  # fmt: skip
+    def forward(
+        ctx: Any, x: Tensor, w1: Tensor, bias: Tensor, w2: Tensor, b2: Tensor, tables: tuple[Tensor, ...],
+        block: int, stride: int,
+    ) -> Tensor:  # fmt: skip
         starts, seq, meta = tables
         pre = _first_layer(x, w1, bias, starts, block)
         out = torch.nn.functional.linear(torch.nn.functional.gelu(pre), w2, b2)
@@ -150,7 +154,8 @@ class _Compress(torch.autograd.Function):
         dblocks = dpre @ w1
         dx = torch.empty_like(x)
         gather_blocks_kernel[(triton.cdiv(tokens * heads, 32),)](
-            dblocks, seq, meta, dx, tokens * heads, H=heads, D=width, DP=max(16, next_power_of_2(width)), BT=32,
+            dblocks, seq, meta, dx, tokens * heads, H=heads, D=width, DP=max(16, next_power_of_2(width)),
+            BT=32,
             LEN=block, STRIDE=stride, num_warps=4,
         )  # fmt: skip
         return dx, dw1, dbias.to(bias.dtype), dw2, db2, None, None, None

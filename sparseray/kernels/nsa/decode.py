@@ -47,7 +47,8 @@ class DecodeWorkspace:
 
     @classmethod
     def create(
-        cls, batch: int, query_len: int, heads: int, num_kv: int, value_dim: int, max_context: int, *, block: int,
+        cls, batch: int, query_len: int, heads: int, num_kv: int, value_dim: int, max_context: int, *,
+        block: int,
         stride: int, select_block: int, num_selected: int, window: int, device: torch.device | str,
     ) -> "DecodeWorkspace":  # fmt: skip
         """Buffers for `batch` sequences of at most `max_context` tokens."""
@@ -58,7 +59,7 @@ class DecodeWorkspace:
         slc_splits = min(num_selected, max(1, -(-share // 2)), 8)
         win_splits = min(-(-window // 64), max(1, -(-share // 4)), 8)
         rows, parts = batch * query_len * heads, cmp_splits + slc_splits + win_splits
-        fp32 = dict(dtype=torch.float32, device=device)
+        fp32 = {"dtype": torch.float32, "device": device}
         return cls(
             logits=torch.empty(rows, count, **fp32),  # type: ignore[call-overload]
             scores=torch.empty(batch * query_len, num_kv, blocks, **fp32),  # type: ignore[call-overload]
@@ -95,7 +96,8 @@ def nsa_decode(
 
     Args:
         q: [B, Lq, HQ, D], Lq from 1 to 8, contiguous; gates: [B, Lq, HQ, 3].
-        cmp_cache, slc_cache, win_cache: keys [pages, page size, H, D] and values [pages, page size, H, Dv]; the
+        cmp_cache, slc_cache, win_cache: keys [pages, page size, H, D] and values [pages, page size, H, Dv];
+        the
             keys and values of the Lq tokens, and the compressed tokens they complete, are already in them.
         cmp_table, slc_table, win_table: int32 [B, pages of a sequence], page of every page-sized piece.
         context_lens: int32 [B], tokens of every sequence, the Lq new ones included, at least Lq.
@@ -120,13 +122,20 @@ def nsa_decode(
     cmp_splits, slc_splits, win_splits = workspace.splits
     parts = cmp_splits + slc_splits + win_splits
     blocks = workspace.scores.shape[-1]
-    tile = dict(
-        DQ=width, D0=d0, D1=d1, DV=value_dim, DVP=max(16, next_power_of_2(value_dim)), IP=precision(q.dtype)
-    )
+    tile = {
+        "DQ": width,
+        "D0": d0,
+        "D1": d1,
+        "DV": value_dim,
+        "DVP": max(16, next_power_of_2(value_dim)),
+        "IP": precision(q.dtype),
+    }
     w = workspace
     compressed_split_kernel[(cmp_splits, num_kv, batch)](
-        q, *cmp_cache, cmp_table, context_lens, w.logits, w.part_max, w.part_sum, w.part_out, cmp_table.shape[1],
-        w.logits.shape[1], parts, scale2, H=num_kv, G=group, GP=gp, LQ=query_len, LP=lp, BN=64, SPLITS=cmp_splits,
+        q, *cmp_cache, cmp_table, context_lens, w.logits, w.part_max, w.part_sum, w.part_out,
+        cmp_table.shape[1],
+        w.logits.shape[1], parts, scale2, H=num_kv, G=group, GP=gp, LQ=query_len, LP=lp, BN=64,
+        SPLITS=cmp_splits,
         PAGE=cmp_cache[0].shape[1], LEN=block, STRIDE=stride, **tile, num_warps=4, num_stages=3,
     )  # fmt: skip
     block_score_kernel[(triton.cdiv(blocks, 64), num_kv, batch * query_len)](
@@ -135,11 +144,13 @@ def nsa_decode(
         LEN=block, STRIDE=stride, SELECT=select_block, num_warps=4,
     )  # fmt: skip
     sparse_split_kernel[(slc_splits + win_splits, num_kv, batch * query_len)](
-        q, *slc_cache, *win_cache, slc_table, win_table, context_lens, w.scores, w.part_max, w.part_sum, w.part_out,
+        q, *slc_cache, *win_cache, slc_table, win_table, context_lens, w.scores, w.part_max, w.part_sum,
+        w.part_out,
         slc_table.shape[1], win_table.shape[1], blocks, parts, num_selected, scale2,
         H=num_kv, G=group, GP=max(16, gp), LQ=query_len, FIRST=cmp_splits, SLC=slc_splits,
         PER=-(-num_selected // slc_splits), WINP=win_splits, BW=max(16, next_power_of_2(blocks)),
-        BN=max(16, next_power_of_2(select_block)), BK=64, SELECT=select_block, WIN=window, INITIAL=num_initial,
+        BN=max(16, next_power_of_2(select_block)), BK=64, SELECT=select_block, WIN=window,
+        INITIAL=num_initial,
         LOCAL=num_local, SLC_PAGE=slc_cache[0].shape[1], WIN_PAGE=win_cache[0].shape[1], **tile,
         num_warps=4, num_stages=2,
     )  # fmt: skip

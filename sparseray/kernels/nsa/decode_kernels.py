@@ -23,7 +23,8 @@ def page_rows(p_table, o_t, m_t, PAGE: tl.constexpr):
 @triton.jit
 def _attend(
     b_acc, b_m, b_l, b_q0, b_q1, p_k, p_v, o_key, m_key, b_see, scale2,
-    DQ: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, IP: tl.constexpr,
+    DQ: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
+    IP: tl.constexpr,
 ):  # fmt: skip
     b_k0 = load_tile(p_k, o_key, m_key, DQ, 0, D0, True)
     b_s = tl.dot(b_q0, tl.trans(b_k0), input_precision=IP)
@@ -46,7 +47,8 @@ def compressed_split_kernel(
     p_q, p_k, p_v, p_table, p_lens, p_logit, p_m, p_l, p_acc, table_width, num_logits, parts, scale2,
     H: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, LQ: tl.constexpr, LP: tl.constexpr, BN: tl.constexpr,
     SPLITS: tl.constexpr, PAGE: tl.constexpr, LEN: tl.constexpr, STRIDE: tl.constexpr,
-    DQ: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, IP: tl.constexpr,
+    DQ: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
+    IP: tl.constexpr,
 ):  # fmt: skip
     i_split = tl.program_id(0)
     i_kv = tl.program_id(1)
@@ -85,7 +87,8 @@ def compressed_split_kernel(
 @triton.jit
 def block_score_kernel(
     p_logit, p_m, p_l, p_lens, p_score, num_logits, num_scores, parts,
-    H: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, LQ: tl.constexpr, BJ: tl.constexpr, SPLITS: tl.constexpr,
+    H: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, LQ: tl.constexpr, BJ: tl.constexpr,
+    SPLITS: tl.constexpr,
     SP: tl.constexpr, LEN: tl.constexpr, STRIDE: tl.constexpr, SELECT: tl.constexpr,
 ):  # fmt: skip
     R: tl.constexpr = SELECT // STRIDE
@@ -111,7 +114,7 @@ def block_score_kernel(
     o_j = i_j + tl.arange(0, BJ)
     b_score = tl.zeros([BJ], tl.float32)
     for r in tl.static_range(R + L - 1):
-        # Offset r - (L - 1) from the block's first compressed token; the weight is how many (m, n) of eq. 9 meet.
+        # Offset r - (L - 1) from the block's first token; weighted by how many (m, n) of eq. 9 meet there.
         o_i = o_j * R + r - (L - 1)
         m_i = m_g[:, None] & ((o_i >= 0) & (o_i < n_key))[None, :]
         b_s = tl.load(p_logit + o_row[:, None] * num_logits + o_i[None, :], mask=m_i, other=float("-inf"))
@@ -123,11 +126,13 @@ def block_score_kernel(
 def sparse_split_kernel(
     p_q, p_ks, p_vs, p_kw, p_vw, p_slc_table, p_win_table, p_lens, p_score, p_m, p_l, p_acc,
     slc_width, win_width, num_scores, parts, n, scale2,
-    H: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, LQ: tl.constexpr, FIRST: tl.constexpr, SLC: tl.constexpr,
+    H: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, LQ: tl.constexpr, FIRST: tl.constexpr,
+    SLC: tl.constexpr,
     PER: tl.constexpr, WINP: tl.constexpr, BW: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     SELECT: tl.constexpr, WIN: tl.constexpr, INITIAL: tl.constexpr, LOCAL: tl.constexpr,
     SLC_PAGE: tl.constexpr, WIN_PAGE: tl.constexpr,
-    DQ: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, IP: tl.constexpr,
+    DQ: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
+    IP: tl.constexpr,
 ):  # fmt: skip
     i_part = tl.program_id(0)
     i_kv = tl.program_id(1)

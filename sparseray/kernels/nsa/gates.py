@@ -30,7 +30,8 @@ def combine_kernel(
 
 @triton.jit
 def prepare_kernel(
-    p_do, p_cmp, p_slc, p_win, p_gate, p_lse_cmp, p_lse_slc, p_lse_win, p_row_lse, p_row_dg, p_dgate, num_rows,
+    p_do, p_cmp, p_slc, p_win, p_gate, p_lse_cmp, p_lse_slc, p_lse_win, p_row_lse, p_row_dg, p_dgate,
+    num_rows,
     BR: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
 ):  # fmt: skip
     o_r = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)

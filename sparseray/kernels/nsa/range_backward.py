@@ -1,7 +1,7 @@
 """Gradients of attention over one contiguous range of keys: the compressed branch and the sliding window.
 
-Seven matrix products in two kernels, none with atomics: dq by query tile, dk and dv by key tile. Long key tiles
-split their queries; the parts are fp32 and are added in order, so the gradients are bitwise repeatable.
+Seven matrix products in two kernels, none with atomics: dq by query tile, dk and dv by key tile. Long key
+tiles split their queries; the parts are fp32 and are added in order, so the gradients are bitwise repeatable.
 `row_lse` already holds the gate (lse - log2 g, +inf where nothing is visible), so exp2(s - row_lse) is g * p.
 """
 
@@ -28,7 +28,8 @@ from sparseray.kernels.nsa.tuning import launch_for
 @triton.jit
 def _dq_step(
     b_dq0, b_dq1, b_q0, b_q1, b_do, b_lse, b_dg, b_t, p_k, p_k1, p_v, k_off, k_len, k_start, i, i_kv, scale2,
-    H: tl.constexpr, DQ: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
+    H: tl.constexpr, DQ: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr,
+    DVP: tl.constexpr,
     BN: tl.constexpr, LEN: tl.constexpr, STRIDE: tl.constexpr, WIN: tl.constexpr, IP: tl.constexpr,
     BULK: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
@@ -102,7 +103,8 @@ def range_dq_kernel(
         i_mask = tl.minimum(num_visible(t_first, k_start, LEN, STRIDE), k_len) // BN * BN
         for i in range(0, i_mask, BN):
             b_dq0, b_dq1 = _dq_step(
-                b_dq0, b_dq1, b_q0, b_q1, b_do, b_lse, b_dg, b_t, p_k, p_k1, p_v, k_off, k_len, k_start, i, i_kv,
+                b_dq0, b_dq1, b_q0, b_q1, b_do, b_lse, b_dg, b_t, p_k, p_k1, p_v, k_off, k_len, k_start, i,
+                i_kv,
                 scale2, H, DQ, D0, D1, DV, DVP, BN, LEN, STRIDE, WIN, IP, BULK, False,
             )  # fmt: skip
     for i in range(i_mask, i_hi, BN):
@@ -117,7 +119,8 @@ def range_dq_kernel(
 
 @triton.jit
 def _dkdv_step(
-    b_dk0, b_dk1, b_dv, b_k0, b_k1, b_v, b_end, m_i, p_q, p_do, p_lse, p_dg, q_off, q_hi, q_start, i, i_kv, scale2,
+    b_dk0, b_dk1, b_dv, b_k0, b_k1, b_v, b_end, m_i, p_q, p_do, p_lse, p_dg, q_off, q_hi, q_start, i, i_kv,
+    scale2,
     H: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, BQ: tl.constexpr, DQ: tl.constexpr, D0: tl.constexpr,
     D1: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, WIN: tl.constexpr, IP: tl.constexpr,
     MASKED: tl.constexpr,
@@ -197,13 +200,15 @@ def range_dkdv_kernel(
         q_mask = tl.minimum(tl.maximum((q_mask + BQ - 1) // BQ * BQ, q_lo), q_hi)
     for i in range(q_lo, q_mask, BQ):
         b_dk0, b_dk1, b_dv = _dkdv_step(
-            b_dk0, b_dk1, b_dv, b_k0, b_k1, b_v, b_end, m_i, p_q, p_do, p_lse, p_dg, q_off, q_hi, q_start, i, i_kv,
+            b_dk0, b_dk1, b_dv, b_k0, b_k1, b_v, b_end, m_i, p_q, p_do, p_lse, p_dg, q_off, q_hi, q_start,
+            i, i_kv,
             scale2, H, G, GP, BQ, DQ, D0, D1, DV, DVP, WIN, IP, True,
         )  # fmt: skip
     if WIN == 0:
         for i in range((q_mask + BQ - 1) // BQ * BQ, q_hi, BQ):
             b_dk0, b_dk1, b_dv = _dkdv_step(
-                b_dk0, b_dk1, b_dv, b_k0, b_k1, b_v, b_end, m_i, p_q, p_do, p_lse, p_dg, q_off, q_hi, q_start, i,
+                b_dk0, b_dk1, b_dv, b_k0, b_k1, b_v, b_end, m_i, p_q, p_do, p_lse, p_dg, q_off, q_hi,
+                q_start, i,
                 i_kv, scale2, H, G, GP, BQ, DQ, D0, D1, DV, DVP, WIN, IP, False,
             )  # fmt: skip
     o_out = (i_split.to(tl.int64) * num_keys + k_off + o_i) * H + i_kv
@@ -214,7 +219,8 @@ def range_dkdv_kernel(
 
 
 def range_backward(
-    q: Tensor, k: Tensor, v: Tensor, do: Tensor, row_lse: Tensor, row_dg: Tensor, dq: Tensor, geometry: Geometry, *,
+    q: Tensor, k: Tensor, v: Tensor, do: Tensor, row_lse: Tensor, row_dg: Tensor, dq: Tensor,
+    geometry: Geometry, *,
     kind: int, block: int, stride: int, window: int, scale: float, add: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients of `range_forward` times its gate.
@@ -231,18 +237,20 @@ def range_backward(
     heads, num_kv = q.shape[1], k.shape[1]
     name = "window" if kind == WINDOW else "range"
     d0, d1 = split_width(q.shape[-1])
-    shared = dict(
-        H=num_kv, G=heads // num_kv, DQ=q.shape[-1], D0=d0, D1=d1, DV=v.shape[-1],
-        DVP=max(16, next_power_of_2(v.shape[-1])), KIND=kind, LEN=block, STRIDE=stride, WIN=window,
-        IP=precision(q.dtype),
-    )  # fmt: skip
+    shared = {
+        "H": num_kv, "G": heads // num_kv, "DQ": q.shape[-1], "D0": d0, "D1": d1, "DV": v.shape[-1],
+        "DVP": max(16, next_power_of_2(v.shape[-1])), "KIND": kind, "LEN": block, "STRIDE": stride,
+        "WIN": window,
+        "IP": precision(q.dtype),
+    }  # fmt: skip
     width = max(q.shape[-1], v.shape[-1])
     launch = launch_for(f"{name}_dq", width, q.element_size())
     tokens, padded = tokens_per_tile(launch["rows"], heads // num_kv)
     tiles = geometry.tiles(QUERY, tokens)
     src_k, src_k1, src_v, bulk = key_sources(k, v, launch["keys"])
     range_dq_kernel[(tiles.shape[0] * num_kv,)](
-        q, src_k, src_k1, src_v, do, row_lse, row_dg, dq, geometry.meta, tiles, tiles.shape[0], scale, scale * LOG2E,
+        q, src_k, src_k1, src_v, do, row_lse, row_dg, dq, geometry.meta, tiles, tiles.shape[0], scale,
+        scale * LOG2E,
         GP=padded, BQ=tokens, BN=launch["keys"], ADD=add, BULK=bulk, **shared,
         num_warps=launch["num_warps"], num_stages=launch["num_stages"],
     )  # fmt: skip
@@ -260,7 +268,8 @@ def range_backward(
     dk = torch.empty(num_splits, *k.shape, dtype=dtype, device=k.device)
     dv = torch.empty(num_splits, *v.shape, dtype=dtype, device=k.device)
     range_dkdv_kernel[(tiles.shape[0] * num_splits * num_kv,)](
-        q, k, v, do, row_lse, row_dg, dk, dv, geometry.meta, tiles, tiles.shape[0], num_splits, k.shape[0], split,
+        q, k, v, do, row_lse, row_dg, dk, dv, geometry.meta, tiles, tiles.shape[0], num_splits, k.shape[0],
+        split,
         scale, scale * LOG2E, GP=padded, BQ=tokens, BN=launch["keys"], **shared,
         num_warps=launch["num_warps"], num_stages=launch["num_stages"],
     )  # fmt: skip

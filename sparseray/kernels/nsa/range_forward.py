@@ -32,7 +32,8 @@ LOG2E = 1.4426950408889634
 @triton.jit
 def _step(
     b_acc, b_m, b_l, b_q0, b_q1, p_k, p_k1, p_v, o_key, i_kv, i, k_len, k_start, b_t, scale2,
-    H: tl.constexpr, DQ: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
+    H: tl.constexpr, DQ: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr,
+    DVP: tl.constexpr,
     BN: tl.constexpr, LEN: tl.constexpr, STRIDE: tl.constexpr, WIN: tl.constexpr, MASKED: tl.constexpr,
     IP: tl.constexpr, BULK: tl.constexpr,
 ):  # fmt: skip
@@ -137,7 +138,7 @@ def tokens_per_tile(rows: int, group: int) -> tuple[int, int]:
 
 
 def key_sources(k: Tensor, v: Tensor, rows: int) -> tuple[Any, Any, Any, bool]:
-    """Sources of key tiles (both parts of a split head size) and value tiles, and whether they are bulk copies."""
+    """Sources of key tiles (both parts of a split head size) and value tiles; whether by bulk copies."""
     d0, d1 = split_width(k.shape[-1])
     src_k, bulk_k = copy_source(k, rows, d0)
     src_k1 = copy_source(k, rows, d1)[0] if d1 else src_k

@@ -67,10 +67,13 @@ def invert_selection(index: Tensor, geometry: Geometry, *, select_block: int, ch
 
 @triton.jit
 def selected_dkdv_kernel(
-    p_q, p_k, p_v, p_do, p_lse, p_dg, p_dk, p_dv, p_part_k, p_part_v, p_queries, p_starts, p_parts, p_tiles, p_meta,
+    p_q, p_k, p_v, p_do, p_lse, p_dg, p_dk, p_dv, p_part_k, p_part_v, p_queries, p_starts, p_parts, p_tiles,
+    p_meta,
     p_pos, num_blocks, chunk, scale, scale2,
-    H: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, BQ: tl.constexpr, SELECT: tl.constexpr, BN: tl.constexpr,
-    DQ: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, IP: tl.constexpr,
+    H: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, BQ: tl.constexpr, SELECT: tl.constexpr,
+    BN: tl.constexpr,
+    DQ: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
+    IP: tl.constexpr,
 ):  # fmt: skip
     p_part = p_parts + tl.program_id(0) * 4
     i_row = tl.load(p_part)
@@ -163,7 +166,8 @@ def add_parts_kernel(
 
 
 def selected_key_gradient(
-    q: Tensor, k: Tensor, v: Tensor, do: Tensor, row_lse: Tensor, row_dg: Tensor, index: Tensor, positions: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, do: Tensor, row_lse: Tensor, row_dg: Tensor, index: Tensor,
+    positions: Tensor,
     geometry: Geometry, *, select_block: int, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """dk and dv of the selected branch, in the dtype of k; rows as in `range_backward`."""
@@ -180,7 +184,8 @@ def selected_key_gradient(
     constants = shared_constants(q, k, v, select_block)
     programs = inverse.parts.shape[0]
     selected_dkdv_kernel[(programs,)](
-        q, k, v, do, row_lse, row_dg, dk, dv, part_k, part_v, inverse.queries, inverse.starts, inverse.parts, tiles,
+        q, k, v, do, row_lse, row_dg, dk, dv, part_k, part_v, inverse.queries, inverse.starts,
+        inverse.parts, tiles,
         geometry.meta, positions, num_blocks, launch["chunk"], scale, scale * LOG2E, GP=padded, BQ=tokens,
         **constants, num_warps=launch["num_warps"], num_stages=launch["num_stages"],
     )  # fmt: skip

@@ -1,8 +1,8 @@
 """Attention over selected blocks, forward, and its query gradient.
 
 A program takes one query token with all query heads of one key/value head, so a selected block is loaded once
-for the group (arXiv 2502.11089 section 3.4). The head is the slowest grid axis: one head's keys and values fit
-the L2 cache, four heads' do not. Log-sum-exp is kept in base 2.
+for the group (arXiv 2502.11089 section 3.4). The head is the slowest grid axis: one head's keys and values
+fit the L2 cache, four heads' do not. Log-sum-exp is kept in base 2.
 """
 
 from typing import Any
@@ -30,7 +30,8 @@ from sparseray.kernels.nsa.tuning import launch_for
 def selected_fwd_kernel(
     p_q, p_k, p_k1, p_v, p_index, p_pos, p_seq, p_o, p_lse, p_meta, num_q, n, scale2,
     H: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, SELECT: tl.constexpr, BN: tl.constexpr,
-    DQ: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, IP: tl.constexpr,
+    DQ: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
+    IP: tl.constexpr,
     BULK: tl.constexpr,
 ):  # fmt: skip
     i_kv = tl.program_id(0) // num_q
@@ -77,7 +78,8 @@ def selected_fwd_kernel(
 def selected_dq_kernel(
     p_q, p_k, p_k1, p_v, p_do, p_lse, p_dg, p_dq, p_index, p_pos, p_seq, p_meta, num_q, n, scale, scale2,
     H: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, SELECT: tl.constexpr, BN: tl.constexpr,
-    DQ: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, IP: tl.constexpr,
+    DQ: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
+    IP: tl.constexpr,
     BULK: tl.constexpr,
     ADD: tl.constexpr,
 ):  # fmt: skip
@@ -137,15 +139,18 @@ def query_sequences(geometry: Geometry) -> Tensor:
 def shared_constants(q: Tensor, k: Tensor, v: Tensor, select_block: int) -> dict[str, Any]:
     """Compile-time constants common to the kernels of the selected branch."""
     d0, d1 = split_width(q.shape[-1])
-    return dict(
-        H=k.shape[1], G=q.shape[1] // k.shape[1], SELECT=select_block, BN=max(16, next_power_of_2(select_block)),
-        DQ=q.shape[-1], D0=d0, D1=d1, DV=v.shape[-1], DVP=max(16, next_power_of_2(v.shape[-1])),
-        IP=precision(q.dtype),
-    )  # fmt: skip
+    return {
+        "H": k.shape[1], "G": q.shape[1] // k.shape[1], "SELECT": select_block, "BN": max(16,
+        next_power_of_2(select_block)),
+        "DQ": q.shape[-1], "D0": d0, "D1": d1, "DV": v.shape[-1], "DVP": max(16,
+        next_power_of_2(v.shape[-1])),
+        "IP": precision(q.dtype),
+    }  # fmt: skip
 
 
 def selected_forward(
-    q: Tensor, k: Tensor, v: Tensor, index: Tensor, positions: Tensor, geometry: Geometry, *, select_block: int,
+    q: Tensor, k: Tensor, v: Tensor, index: Tensor, positions: Tensor, geometry: Geometry, *,
+    select_block: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Output and base-2 log-sum-exp of queries over their selected blocks.
@@ -165,7 +170,8 @@ def selected_forward(
     constants = shared_constants(q, k, v, select_block)
     src_k, src_k1, src_v, bulk = key_sources(k, v, constants["BN"])
     selected_fwd_kernel[(q.shape[0] * num_kv,)](
-        q, src_k, src_k1, src_v, index, positions, query_sequences(geometry), out, lse, geometry.meta, q.shape[0], index.shape[-1],
+        q, src_k, src_k1, src_v, index, positions, query_sequences(geometry), out, lse, geometry.meta,
+        q.shape[0], index.shape[-1],
         scale * LOG2E, GP=max(16, next_power_of_2(heads // num_kv)), BULK=bulk, **constants,
         num_warps=launch["num_warps"], num_stages=launch["num_stages"],
     )  # fmt: skip
@@ -182,7 +188,8 @@ def selected_query_gradient(
     constants = shared_constants(q, k, v, select_block)
     src_k, src_k1, src_v, bulk = key_sources(k, v, constants["BN"])
     selected_dq_kernel[(q.shape[0] * num_kv,)](
-        q, src_k, src_k1, src_v, do, row_lse, row_dg, dq, index, positions, query_sequences(geometry), geometry.meta, q.shape[0],
+        q, src_k, src_k1, src_v, do, row_lse, row_dg, dq, index, positions, query_sequences(geometry),
+        geometry.meta, q.shape[0],
         index.shape[-1], scale, scale * LOG2E, GP=max(16, next_power_of_2(heads // num_kv)), ADD=add,
         BULK=bulk, **constants,
         num_warps=launch["num_warps"], num_stages=launch["num_stages"],

@@ -25,7 +25,7 @@ def _score_step(
     DQ: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, LEN: tl.constexpr, STRIDE: tl.constexpr,
     SELECT: tl.constexpr, IP: tl.constexpr, BULK: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Scores of BJ selection blocks; keys are rows, so the heads of a group are summed inside a quad of threads."""
+    """Scores of BJ selection blocks; keys are rows, so that few threads hold the heads of one sum."""
     R: tl.constexpr = SELECT // STRIDE
     L: tl.constexpr = LEN // STRIDE
     o_c = tl.arange(0, BJ * RP)
@@ -56,7 +56,8 @@ def _score_step(
 
 @triton.jit
 def score_kernel(
-    p_q, p_k, p_k1, p_lse, p_score, p_meta, p_tiles, num_tiles, tile_first, row_first, row_end, width, over, scale2,
+    p_q, p_k, p_k1, p_lse, p_score, p_meta, p_tiles, num_tiles, tile_first, row_first, row_end, width, over,
+    scale2,
     H: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, BQ: tl.constexpr, BJ: tl.constexpr, RP: tl.constexpr,
     DQ: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, LEN: tl.constexpr, STRIDE: tl.constexpr,
     SELECT: tl.constexpr, IP: tl.constexpr, BULK: tl.constexpr,
@@ -188,20 +189,23 @@ def select_blocks(
         longest = start + end if single else geometry.max_keys
         width = -(-longest // select_block)
         scores = torch.empty(2, end - first, num_kv, width, dtype=torch.float32, device=q.device)
-        # With one sequence the tiles of a chunk are known; otherwise a tile outside the chunk returns at once.
+        # With one sequence the tiles of a chunk are known; otherwise one outside the chunk returns at once.
         tile_first = first // tokens if single else 0
         num_tiles = -(-(end - first) // tokens) if single else tiles.shape[0]
         score_kernel[(num_tiles * num_kv,)](
             q, src_k, src_k1, lse, scores, geometry.meta, tiles, num_tiles, tile_first, first, end, width,
             (end - first) * num_kv * width, scale * LOG2E,
             H=num_kv, G=heads // num_kv, GP=padded, BQ=tokens, BJ=bj, RP=rp,
-            DQ=width_q, D0=d0, D1=d1, LEN=block, STRIDE=stride, SELECT=select_block, IP=precision(q.dtype), BULK=bulk,
+            DQ=width_q, D0=d0, D1=d1, LEN=block, STRIDE=stride, SELECT=select_block, IP=precision(q.dtype),
+            BULK=bulk,
             num_warps=launch["num_warps"], num_stages=launch["num_stages"],
         )  # fmt: skip
         top_n_kernel[((end - first) * num_kv,)](
             scores, index, positions, first, width, (end - first) * num_kv * width, num_selected,
-            H=num_kv, BW=max(16, next_power_of_2(width)), NP=next_power_of_2(num_selected), SELECT=select_block,
-            INITIAL=num_initial, LOCAL=num_local, OVERLAP=block > stride, num_warps=LAUNCH["top_n"]["num_warps"],
+            H=num_kv, BW=max(16, next_power_of_2(width)), NP=next_power_of_2(num_selected),
+            SELECT=select_block,
+            INITIAL=num_initial, LOCAL=num_local, OVERLAP=block > stride,
+            num_warps=LAUNCH["top_n"]["num_warps"],
         )  # fmt: skip
     return index
 
