@@ -198,7 +198,8 @@ def segment_sum_rows(rows_N: Tensor, grads_ND: Tensor) -> tuple[Tensor, Tensor]:
     first_U = counts_U.cumsum(0) - counts_U
     for step in range(int(counts_U.max()) if counts_U.numel() else 0):
         live_L = torch.nonzero(counts_U > step).squeeze(1)
-        sums_UD[live_L] = sums_UD[live_L] + grads_ND[order_N[first_U[live_L] + step]].float()
+        terms_LD = grads_ND[order_N[first_U[live_L] + step]].float()
+        sums_UD[live_L] = sums_UD[live_L] + terms_LD if step else terms_LD
     return unique_U, sums_UD
 
 
