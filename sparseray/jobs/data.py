@@ -1,7 +1,7 @@
 """The `data` command, and the one import for everything about token shards.
 
 `prepare` makes a folder of shards from text (jobs/prepare.py); `TokenDataset` and `batch` read it in training
-(jobs/dataset.py). The command shows progress on a terminal, plain lines when piped, and says at the end where
+(actors/token_data.py). The command shows progress on a terminal, plain lines when piped, and says at the end where
 the result is.
 """
 
@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from sparseray.errors import UserError
-from sparseray.jobs.dataset import Batch, TokenDataset, batch, window_at
-from sparseray.jobs.manifest import SPLITS, Manifest, read_manifest
+from sparseray.actors.token_data import Batch, TokenDataset, batch, window_at
+from sparseray.actors.token_manifest import SPLITS, Manifest, read_manifest
 from sparseray.jobs.prepare import Progress, prepare
 from sparseray.jobs.tokenizer import TextTokenizer, load_tokenizer, train_bpe
 

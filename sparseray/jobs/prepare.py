@@ -25,7 +25,7 @@ import tokenizers
 
 from sparseray.errors import DataError
 from sparseray.jobs.corpus import Document, Source, document_limit, find_sources, iter_documents
-from sparseray.jobs.manifest import (
+from sparseray.actors.token_manifest import (
     MANIFEST_NAME,
     SPLITS,
     TOKENIZER_NAME,

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from tokenizers import Tokenizer
 
 from sparseray.errors import DataError
-from sparseray.jobs.manifest import TOKENIZER_NAME, Manifest, ShardInfo, read_manifest, sha256_of_file
+from sparseray.actors.token_manifest import TOKENIZER_NAME, Manifest, ShardInfo, read_manifest, sha256_of_file
 
 if TYPE_CHECKING:
     import torch
