@@ -7,7 +7,7 @@ it, and which slots answer for experts and rows, changes no bit. Called by slot.
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -16,7 +16,6 @@ from torch import Tensor
 from sparseray.actors.dense_state import DenseState
 from sparseray.actors.exchange import RemoteExperts, RemoteMemory
 from sparseray.kernels.dse.cpu import segment_sum_rows
-from sparseray.model.dse_layout import DSELayout
 from sparseray.model.transformer import cross_entropy_sum
 
 
@@ -60,7 +59,6 @@ class AttentionWorker:
 
     Args:
         state: dense weights, shared with the slot that holds them.
-        layout: DSE identity, None without memory layers.
         experts, memory: the remote sides of the model's seams.
         begin: told (step, shard) before the requests of that shard are sent.
     """
@@ -68,14 +66,13 @@ class AttentionWorker:
     def __init__(
         self,
         state: DenseState,
-        layout: DSELayout | None,
         experts: RemoteExperts,
         memory: RemoteMemory,
         begin: Callable[[int, int], None],
     ) -> None:
-        self.state, self.layout = state, layout
+        self.state = state
         self.experts, self.memory, self.begin = experts, memory, begin
-        self.layers = layout.layers if layout is not None else ()
+        self.layers = state.model.config.dse.layers
         self.seconds: dict[str, float] = {}
 
     def run_step(
@@ -86,66 +83,59 @@ class AttentionWorker:
         started = time.perf_counter()
         loaded = [batches(step, shard) for shard in shards]
         self._lap("data", started)
-        rows = self._fetch(step, loaded)
-        for shard, batch, values in zip(shards, loaded, rows):
+        fetched = self._fetch(step, loaded)
+        for shard, batch, (values, rows) in zip(shards, loaded, fetched):
             self.begin(step, shard)
-            finish(shard, self._run_shard(batch, values, len(batch.targets_BT.view(-1)) * self.state.num_shards))
+            finish(shard, self._run_shard(batch, values, rows))
 
-    def _fetch(self, step: int, batches: Sequence[Batch]) -> list[list[Tensor]]:
+    def _fetch(self, step: int, batches: Sequence[Batch]) -> list[tuple[list[Tensor], list[np.ndarray]]]:
+        """Fetch the memory rows of all batches at once: (values, row addresses) of every memory layer, per batch."""
         started = time.perf_counter()
-        if self.layout is None or not self.layers:
-            return [[] for _ in batches]
+        if not self.layers:
+            return [([], []) for _ in batches]
         self.begin(step, -1)
         addresses = [
-            [
-                np.asarray(self.layout.rows(layer, b.tokens_BT, document_starts=b.document_starts_BT)).reshape(-1)
-                for layer in self.layers
-            ]
+            [rows.reshape(-1).numpy() for rows in self.state.model.memory_rows(b.tokens_BT, b.document_starts_BT).values()]
             for b in batches
         ]
         fetched = self.memory.fetch([np.concatenate(per_layer) for per_layer in zip(*addresses)])
-        sizes = [[len(rows) for rows in per_layer] for per_layer in zip(*addresses)]
-        split = [torch.split(values, size) for values, size in zip(fetched, sizes)]
+        split = [
+            torch.split(values, [len(rows) for rows in per_layer])
+            for values, per_layer in zip(fetched, zip(*addresses))
+        ]
         self._lap("fetch", started)
-        return [list(per_batch) for per_batch in zip(*split)]
+        return list(zip(map(list, zip(*split)), addresses))
 
-    def _run_shard(self, batch: Batch, values: list[Tensor], total_tokens: int) -> ShardResult:
+    def _run_shard(self, batch: Batch, values: list[Tensor], rows: list[np.ndarray]) -> ShardResult:
         started = time.perf_counter()
-        model = self.state.model
+        model, tokens = self.state.model, batch.targets_BT.numel()
         self.memory.prepare(self.layers, values, train=True)
         out = model(
             batch.tokens_BT, experts=self.experts, memory=self.memory, document_starts_BT=batch.document_starts_BT
         )
         loss_sum = cross_entropy_sum(model, out.hidden_BTH, batch.targets_BT)
         started = self._lap("forward", started)
-        (loss_sum / total_tokens + out.aux_loss / self.state.num_shards).backward()
+        # Every logical shard has the same number of tokens, so this is the mean over the global batch.
+        (loss_sum / (tokens * self.state.num_shards) + out.aux_loss / self.state.num_shards).backward()
+        gradients = [self.memory.ready[layer].grad for layer in self.layers]
         result = ShardResult(
             loss_sum=float(loss_sum.detach()),
             aux_loss=float(out.aux_loss.detach()),
-            tokens=batch.targets_BT.numel(),
+            tokens=tokens,
             counts_LE=out.expert_counts_LE,
             gradient=self.state.take_gradient(),
-            rows=self._row_gradients(batch),
+            rows=[segment_sum_rows(r, g.numpy()) for r, g in zip(rows, gradients) if g is not None],
         )
+        assert len(result.rows) == len(self.layers), "no gradient reached a memory layer's rows"
         self._lap("backward", started)
         return result
 
-    def _row_gradients(self, batch: Batch) -> list[tuple[np.ndarray, np.ndarray]]:
-        found = []
-        for layer in self.layers:
-            assert self.layout is not None
-            gradient = self.memory.ready[layer].grad
-            assert gradient is not None, f"no gradient reached the rows of layer {layer}"
-            rows = np.asarray(self.layout.rows(layer, batch.tokens_BT, document_starts=batch.document_starts_BT))
-            found.append(segment_sum_rows(rows.reshape(-1), gradient.numpy()))
-        return found
-
     @torch.no_grad()
-    def evaluate(self, step: int, shards: Sequence[int], batches: Batches) -> dict[int, Any]:
+    def evaluate(self, step: int, shards: Sequence[int], batches: Batches) -> dict[int, tuple[float, int]]:
         """Return (loss sum in nats, tokens) of each shard, with no effect on any state."""
         loaded = [batches(step, shard) for shard in shards]
-        found = {}
-        for shard, batch, values in zip(shards, loaded, self._fetch(step, loaded)):
+        found: dict[int, tuple[float, int]] = {}
+        for shard, batch, (values, _) in zip(shards, loaded, self._fetch(step, loaded)):
             self.begin(step, shard)
             self.memory.prepare(self.layers, values, train=False)
             out = self.state.model(

@@ -15,15 +15,9 @@ from sparseray.actors.dense_state import moments, set_moments
 from sparseray.actors.tree import TreeSum
 from sparseray.kernels.moe.reference import swiglu_backward, swiglu_forward
 from sparseray.model.config import ModelConfig
-from sparseray.model.init import initial_tensor
+from sparseray.model.init import EXPERT_PARTS, expert_name, expert_shape, initial_expert
 
-PARTS = ("gate", "up", "down")
 Key = tuple[int, int]
-
-
-def expert_names(layer: int, expert: int) -> list[str]:
-    """Logical names of one expert's three matrices; `layer` is the transformer layer."""
-    return [f"layers.{layer}.moe.experts.{expert}.{part}" for part in PARTS]
 
 
 class ExpertShard:
@@ -48,20 +42,15 @@ class ExpertShard:
         eps: float,
         weight_decay: float,
     ) -> None:
-        H, I = config.hidden, config.moe.expert_dim
-        self.shapes = ((I, H), (I, H), (H, I))
-        self.size = 3 * H * I
+        self.shapes = [expert_shape(config, part) for part in EXPERT_PARTS]
+        self.size = sum(rows * columns for rows, columns in self.shapes)
         self.owned = list(owned)
         self.primary = {key: row for row, key in enumerate(primary)}
         self.num_shards = num_shards
         layers = config.moe_layers
-        self.names = {key: expert_names(layers[key[0]], key[1]) for key in self.owned}
+        self.names = {key: [expert_name(layers[key[0]], key[1], part) for part in EXPERT_PARTS] for key in self.owned}
         self.weights: dict[Key, list[Tensor]] = {
-            key: [
-                initial_tensor(name, shape, seed=seed, std=config.init_std)
-                for name, shape in zip(self.names[key], self.shapes)
-            ]
-            for key in self.owned
+            key: list(initial_expert(config, layers[key[0]], key[1], seed=seed).values()) for key in self.owned
         }
         flat = [weight for key in self.owned for weight in self.weights[key]]
         self.optimizer = torch.optim.AdamW(flat, lr=0.0, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)

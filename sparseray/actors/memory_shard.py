@@ -14,7 +14,7 @@ import torch
 from sparseray.actors.tree import TreeSum
 from sparseray.kernels.dse.cpu import gather_rows, merge_rows, rowwise_adam_
 from sparseray.model.config import ModelConfig
-from sparseray.model.init import initial_tensor
+from sparseray.model.init import bucket_name, initial_tensor
 
 Key = tuple[int, int]
 Rows = tuple[np.ndarray, np.ndarray]
@@ -70,7 +70,7 @@ class MemoryShard:
 
     def name(self, key: Key) -> str:
         """Logical name of a bucket."""
-        return f"dse.{self.layers[key[0]]}.bucket.{key[1]}"
+        return bucket_name(self.layers[key[0]], key[1])
 
     def discard(self) -> None:
         """Forget the gradients of the step; the rows stay."""

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -57,6 +58,7 @@ def run(config: RunConfig, show: Show) -> int:
         UserError: something in the configuration, data, folder or cluster does not fit; nothing is lost.
     """
     data = check_data(config)
+    config = resolve(config, data["train"])
     layout = build_layout(config.model, data["train"])
     folder = RunFolder(Path(config.run_dir).absolute())
     folder.check(config)
@@ -116,9 +118,15 @@ def check_data(config: RunConfig) -> dict[str, TokenDataset]:
     return data
 
 
+def resolve(config: RunConfig, data: TokenDataset) -> RunConfig:
+    """Fill in what follows from the data: the token that ends a document, which serving must know too."""
+    dse = replace(config.model.dse, document_end_id=data.eos_id)
+    return replace(config, model=replace(config.model, dse=dse))
+
+
 def build_layout(model: ModelConfig, data: TokenDataset) -> DSELayout | None:
     """Build the DSE identity from the data's tokenizer; None for a model without memory."""
-    return DSELayout.build(model, data.tokenizer()) if model.dse.layers else None
+    return DSELayout.build(model.dse, data.tokenizer(), vocab_size=model.vocab_size) if model.dse.layers else None
 
 
 def slots_of(config: RunConfig) -> int:

@@ -47,6 +47,9 @@ class TrainingJob:
         self._adam: dict[str, Any] = {"betas": (optim.beta1, optim.beta2), "eps": optim.eps}
         self._datasets: dict[str, TokenDataset] = {}
 
+    def _table_rows(self) -> list[int]:
+        return [] if self.layout is None else [self.layout.num_rows(layer) for layer in self.config.model.dse.layers]
+
     def dense(self) -> DenseState:
         """Build the dense weights from the seed."""
         decay = self.config.optim.weight_decay
@@ -66,9 +69,8 @@ class TrainingJob:
         owned = plan.buckets_of(slot)
         if not owned:
             return None
-        assert self.layout is not None
         primary = [key for key in owned if plan.buckets[key[0]][key[1]][0] == slot]
-        return MemoryShard(self.config.model, self.layout.table_rows, owned, primary, **self._shared, **self._adam)
+        return MemoryShard(self.config.model, self._table_rows(), owned, primary, **self._shared, **self._adam)
 
     def worker(
         self,
@@ -79,10 +81,9 @@ class TrainingJob:
     ) -> AttentionWorker:
         """Build an attention worker on dense weights."""
         model = self.config.model
-        rows = self.layout.table_rows if self.layout is not None else ()
-        bounds = [bucket_bounds(count, model.dse.num_buckets) for count in rows]
+        bounds = [bucket_bounds(count, model.dse.num_buckets) for count in self._table_rows()]
         experts = RemoteExperts(plan, call, model.moe_layers)
-        return AttentionWorker(state, self.layout, experts, RemoteMemory(plan, call, bounds), begin)
+        return AttentionWorker(state, experts, RemoteMemory(plan, call, bounds), begin)
 
     def _batches(self, split: str, seed: int) -> Batches:
         if split not in self._datasets:
