@@ -116,8 +116,10 @@ def prepare(
     sample_bytes = 0 if loaded else min(64 << 20, max(4 << 20, 2048 * vocab_size))
     survey = _survey(corpus, limit, validation_fraction, sample_bytes, progress)
     if loaded is None:
-        progress("training the tokenizer", 0, sum(map(len, survey.sample)))
+        sampled = sum(map(len, survey.sample))
+        progress("training the tokenizer", 0, sampled)
         loaded = train_bpe(survey.sample, vocab_size)
+        progress("training the tokenizer", sampled, sampled)
         if loaded.vocab_size < vocab_size:
             log.warning("the sources give %d of the %d token ids wanted", loaded.vocab_size, vocab_size)
     split = Split(fraction=validation_fraction, min_key=survey.min_key)
@@ -342,11 +344,12 @@ def _commit(partial: Path, out: Path, overwrite: bool) -> None:
     """Give the finished folder its name in one rename; an old data set steps aside first."""
     _check_target(out, overwrite)
     old = _aside(out)
-    if (out / MANIFEST_NAME).is_file():
+    has_old = (out / MANIFEST_NAME).is_file()
+    if has_old:
         out.rename(old)
     (partial / LOCK_NAME).unlink()
     sync(partial)
     partial.rename(out)
     sync(out.parent)
-    if old.exists():
+    if has_old:
         shutil.rmtree(old)
