@@ -23,8 +23,9 @@ STDLIB = "stdlib"
 READ_BYTES = 1 << 20
 MAX_DOCUMENT_BYTES = 1 << 18
 MIN_DOCUMENT_BYTES = 1 << 10
-# Below this many files, files are cut further so that the split by document has something to choose from.
-MIN_FILES = 50
+# Below this many files, the text is cut into about so many pieces: a split by document needs a choice.
+MIN_FILES = 20
+MIN_PIECES = 64
 LICENCE_STEMS = ("license", "licence", "copying")
 
 
@@ -113,7 +114,7 @@ def document_limit(sources: Sequence[Source]) -> int:
     files = [file for source in sources for file in source.files]
     if len(files) >= MIN_FILES:
         return MAX_DOCUMENT_BYTES
-    share = sum(file.num_bytes for file in files) // MIN_FILES
+    share = sum(file.num_bytes for file in files) // MIN_PIECES
     return min(MAX_DOCUMENT_BYTES, max(MIN_DOCUMENT_BYTES, share))
 
 

@@ -139,13 +139,13 @@ def _progress() -> Iterator[Progress]:
 
 def _plain_lines() -> Progress:
     """Return a callback that prints a line when a phase begins, ends, and every two seconds between."""
-    last = {"phase": "", "time": 0.0}
+    last_phase, last_time = "", 0.0
 
     def show(phase: str, done_bytes: int, total_bytes: int) -> None:
+        nonlocal last_phase, last_time
         now = time.monotonic()
-        is_due = now - float(last["time"]) >= PLAIN_INTERVAL_S
-        if phase != last["phase"] or is_due or done_bytes == total_bytes:
-            last.update(phase=phase, time=now)
+        if phase != last_phase or now - last_time >= PLAIN_INTERVAL_S or done_bytes == total_bytes:
+            last_phase, last_time = phase, now
             print(
                 f"{phase}: {done_bytes / 1e6:.1f} of {total_bytes / 1e6:.1f} MB", file=sys.stderr, flush=True
             )

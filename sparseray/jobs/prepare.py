@@ -12,15 +12,12 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 import tokenizers
 
 from sparseray.errors import DataError
@@ -38,6 +35,7 @@ from sparseray.actors.token_manifest import (
     sync,
     write_manifest,
 )
+from sparseray.jobs.shards import ShardWriter, token_dtype
 from sparseray.jobs.tokenizer import TextTokenizer, check_vocab_size, load_tokenizer, train_bpe
 from sparseray.log import get_logger
 
@@ -113,18 +111,20 @@ def prepare(
     loaded = None if tokenizer == "bpe" else load_tokenizer(tokenizer)
     if loaded is None:
         check_vocab_size(vocab_size)
-    corpus = find_sources(sources, exclude=(out, partial))
+    corpus = find_sources(sources, exclude=(out, partial, _aside(out)))
     limit = document_limit(corpus)
     sample_bytes = 0 if loaded else min(64 << 20, max(4 << 20, 2048 * vocab_size))
     survey = _survey(corpus, limit, validation_fraction, sample_bytes, progress)
     if loaded is None:
-        progress("training the tokenizer", 0, sum(map(len, survey.sample)))
+        sampled = sum(map(len, survey.sample))
+        progress("training the tokenizer", 0, sampled)
         loaded = train_bpe(survey.sample, vocab_size)
+        progress("training the tokenizer", sampled, sampled)
         if loaded.vocab_size < vocab_size:
             log.warning("the sources give %d of the %d token ids wanted", loaded.vocab_size, vocab_size)
     split = Split(fraction=validation_fraction, min_key=survey.min_key)
     with _partial_folder(partial) as folder:
-        loaded.tokenizer.save(str(folder / TOKENIZER_NAME))
+        loaded.tokenizer.save(str(folder / TOKENIZER_NAME), pretty=False)
         sync(folder / TOKENIZER_NAME)
         infos, shards = _write_shards(corpus, limit, loaded, split, folder, shard_tokens, progress)
         manifest = _manifest(loaded, folder, infos, shards, validation_fraction)
@@ -142,8 +142,15 @@ def _check_target(out: Path, overwrite: bool) -> None:
     if (out / MANIFEST_NAME).is_file():
         if not overwrite:
             raise DataError(f"--out {out} already holds a finished data set; use it, or add --overwrite")
+        if _aside(out).exists():
+            raise DataError(f"{_aside(out)} is in the way of replacing {out}; move it away")
     elif any(out.iterdir()):
         raise DataError(f"--out {out} is not empty and no data set; name another folder")
+
+
+def _aside(out: Path) -> Path:
+    """Return where a data set waits while its successor takes the name."""
+    return out.with_name(out.name + ".old")
 
 
 def _survey(
@@ -256,7 +263,7 @@ def _store(
     future: Future[list[list[int]]],
     eos_id: int,
     split: Split,
-    writers: dict[str, "ShardWriter"],
+    writers: dict[str, ShardWriter],
 ) -> int:
     """Write one encoded batch to its splits and return its bytes."""
     sides: dict[str, list[tuple[Document, list[int]]]] = {name: [] for name in writers}
@@ -267,76 +274,6 @@ def _store(
         if rows:
             writers[name].write(rows)
     return sum(document.num_bytes for document in batch)
-
-
-def token_dtype(vocab_size: int) -> str:
-    """Return the smallest unsigned type that holds every id: uint16 up to 65,536 ids, else uint32."""
-    return "uint16" if vocab_size <= 1 << 16 else "uint32"
-
-
-class ShardWriter:
-    """Parquet files of one split: a row is a document, its tokens end with the end of text."""
-
-    def __init__(self, folder: Path, split: str, dtype: str, shard_tokens: int) -> None:
-        self._folder = folder
-        self._split = split
-        self._dtype = np.dtype(dtype)
-        self._shard_tokens = shard_tokens
-        tokens = pa.list_(pa.field("item", pa.from_numpy_dtype(self._dtype), nullable=False))
-        self._schema = pa.schema([pa.field("tokens", tokens), pa.field("document", pa.string())])
-        self._writer: Any = None
-        self._counts = Counts()
-        self._shards: list[ShardInfo] = []
-
-    def write(self, rows: Sequence[tuple[Document, list[int]]]) -> None:
-        """Append documents with their token ids; begin a new file when the current one is full."""
-        if self._writer is None:
-            self._writer = pq.ParquetWriter(self._path(), self._schema, compression="zstd")
-        offsets: npt.NDArray[np.int32] = np.zeros(len(rows) + 1, np.int32)
-        np.cumsum([len(ids) for _, ids in rows], out=offsets[1:])
-        flat: npt.NDArray[Any] = np.concatenate([np.array(ids, self._dtype) for _, ids in rows])
-        names = [document.name.encode("utf-8", "replace").decode() for document, _ in rows]
-        tokens = pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat), type=self._schema.field(0).type)
-        self._writer.write_table(pa.table([tokens, pa.array(names, pa.string())], schema=self._schema))
-        self._counts = Counts(
-            documents=self._counts.documents + len(rows),
-            tokens=self._counts.tokens + len(flat),
-            bytes=self._counts.bytes + sum(document.num_bytes for document, _ in rows),
-        )
-        if self._counts.tokens >= self._shard_tokens:
-            self._finish()
-
-    def close(self) -> list[ShardInfo]:
-        """Finish the open file and return all files written."""
-        if self._writer is not None:
-            self._finish()
-        return self._shards
-
-    def abort(self) -> None:
-        """Let go of the open file without caring for its end."""
-        if self._writer is not None:
-            with suppress(OSError):
-                self._writer.close()
-
-    def _path(self) -> Path:
-        return self._folder / f"{self._split}-{len(self._shards):05d}.parquet"
-
-    def _finish(self) -> None:
-        self._writer.close()
-        self._writer = None
-        path, counts = self._path(), self._counts
-        sync(path)
-        self._shards.append(
-            ShardInfo(
-                name=path.name,
-                split=self._split,
-                rows=counts.documents,
-                tokens=counts.tokens,
-                bytes=counts.bytes,
-                sha256=sha256_of_file(path),
-            )
-        )
-        self._counts = Counts()
 
 
 def _manifest(
@@ -378,7 +315,7 @@ def _manifest(
 
 @contextmanager
 def _partial_folder(partial: Path) -> Iterator[Path]:
-    """Hold a fresh, locked work folder; it is removed unless it was renamed away.
+    """Hold a fresh, locked work folder; it is removed when anything fails before it is renamed.
 
     Raises:
         DataError: another process is preparing there, or the folder is not ours.
@@ -397,22 +334,22 @@ def _partial_folder(partial: Path) -> Iterator[Path]:
                 path.unlink()
         try:
             yield partial
-        finally:
-            if lock_path.exists():
+        except BaseException:
+            if lock_path.exists():  # else it already bears its final name
                 shutil.rmtree(partial)
+            raise
 
 
 def _commit(partial: Path, out: Path, overwrite: bool) -> None:
     """Give the finished folder its name in one rename; an old data set steps aside first."""
     _check_target(out, overwrite)
-    old = out.with_name(out.name + ".old")
-    if (out / MANIFEST_NAME).is_file():
-        if old.exists():
-            raise DataError(f"{old} is in the way of replacing {out}; move it away")
+    old = _aside(out)
+    has_old = (out / MANIFEST_NAME).is_file()
+    if has_old:
         out.rename(old)
     (partial / LOCK_NAME).unlink()
     sync(partial)
     partial.rename(out)
     sync(out.parent)
-    if old.exists():
+    if has_old:
         shutil.rmtree(old)

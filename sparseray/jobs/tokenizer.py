@@ -134,5 +134,6 @@ def _eos_token(tokenizer: Tokenizer, path: Path) -> str:
 def _wrap(tokenizer: Tokenizer, kind: str, eos_token: str) -> TextTokenizer:
     # Text that spells a special token must not become one: it would forge a document boundary.
     tokenizer.encode_special_tokens = True
-    eos_id = int(tokenizer.token_to_id(eos_token))
+    eos_id = tokenizer.token_to_id(eos_token)
+    assert eos_id is not None
     return TextTokenizer(kind=kind, tokenizer=tokenizer, eos_token=eos_token, eos_id=eos_id)
