@@ -19,10 +19,89 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparseray.kernels.nsa.reference import compress_reference, nsa_attention_reference
+from sparseray.kernels.nsa.reference import compress_reference, select_reference
 from sparseray.model.cache import FullCache, NSACache
-from sparseray.model.config import ModelConfig
+from sparseray.model.config import ModelConfig, NSAConfig
 from sparseray.model.layers import Batch, Linear, Span, rope_tables, rotate
+
+
+def _attend_masked(q_BTQD: Tensor, k_BSGD: Tensor, v_BSGV: Tensor, mask: Tensor) -> Tensor:
+    out = F.scaled_dot_product_attention(
+        q_BTQD.transpose(1, 2), k_BSGD.transpose(1, 2), v_BSGV.transpose(1, 2), attn_mask=mask, enable_gqa=True
+    )
+    return out.transpose(1, 2)
+
+
+def selected_mask(indices_BTGN: Tensor, positions_T: Tensor, num_keys: int, select_block: int) -> Tensor:
+    """Keys that each query sees through its selected blocks, causally.
+
+    Args:
+        indices_BTGN: block numbers, -1 for an unused slot.
+        positions_T: absolute positions of the queries.
+        num_keys: keys, from position 0.
+        select_block: tokens per block.
+
+    Returns:
+        bool [B, G, T, S].
+    """
+    B, T, G, _ = indices_BTGN.shape
+    blocks = -(-num_keys // select_block)
+    slots = torch.where(indices_BTGN < 0, blocks, indices_BTGN).long()
+    chosen = torch.zeros(B, T, G, blocks + 1, dtype=torch.bool, device=slots.device).scatter_(-1, slots, True)
+    keys_S = torch.arange(num_keys, device=slots.device)
+    mask = chosen[..., :blocks].repeat_interleave(select_block, dim=-1)[..., :num_keys]
+    return mask.transpose(1, 2) & (keys_S <= positions_T[:, None])
+
+
+def nsa_attention(
+    q_BTQD: Tensor,
+    kv: tuple[Tensor, ...],
+    gates_BTQ3: Tensor,
+    config: NSAConfig,
+    *,
+    q_start: int = 0,
+    win_start: int = 0,
+) -> Tensor:
+    """The gated sum of the three branches.
+
+    Compression and selection are the reference's; the two other branches run as masked attention, so that a
+    training step on a CPU keeps no probabilities. Equal to `nsa_attention_reference` up to rounding.
+
+    Args:
+        q_BTQD: rotated queries at positions q_start, q_start + 1, ...
+        kv: keys and values of the compressed, selected and window branches, [B, length, G, D | V] each.
+        gates_BTQ3: fp32 in [0, 1].
+        config: block sizes.
+        win_start: position of the first window key.
+
+    Returns:
+        [B, T, Q, V] in the dtype of q.
+
+    Source: arXiv 2502.11089 eq. 5 and 7-12.
+    """
+    k_cmp, v_cmp, k_slc, v_slc, k_win, v_win = kv
+    group = q_BTQD.shape[2] // k_slc.shape[2]
+    positions_T = torch.arange(q_start, q_start + q_BTQD.shape[1], device=q_BTQD.device)
+    o_cmp, indices = select_reference(
+        q_BTQD,
+        k_cmp,
+        v_cmp,
+        k_slc.shape[1],
+        block=config.block,
+        stride=config.stride,
+        select_block=config.select_block,
+        num_selected=config.num_selected,
+        num_initial=config.num_initial,
+        num_local=config.num_local,
+        q_start=q_start,
+    )
+    mask_BGTS = selected_mask(indices, positions_T, k_slc.shape[1], config.select_block)
+    o_slc = _attend_masked(q_BTQD, k_slc, v_slc, mask_BGTS.repeat_interleave(group, dim=1))
+    keys_S = torch.arange(win_start, win_start + k_win.shape[1], device=q_BTQD.device)
+    distance_TS = positions_T[:, None] - keys_S
+    o_win = _attend_masked(q_BTQD, k_win, v_win, (distance_TS >= 0) & (distance_TS < config.window))
+    g_cmp, g_slc, g_win = gates_BTQ3.split(1, dim=-1)
+    return (g_cmp * o_cmp + g_slc * o_slc.float() + g_win * o_win.float()).to(q_BTQD.dtype)
 
 
 class Rope(nn.Module):
@@ -185,26 +264,6 @@ class NSAttention(nn.Module):
             )
         return k_BCGD, v_BCGV
 
-    def attend(
-        self, q: Tensor, kv: tuple[Tensor, ...], gates: Tensor, *, q_start: int, win_start: int
-    ) -> Tensor:
-        """The gated sum of the branches, [B, T, Q, V]; kv is (k, v) of cmp, slc, win."""
-        nsa = self.config
-        return nsa_attention_reference(
-            q,
-            *kv,
-            gates,
-            block=nsa.block,
-            stride=nsa.stride,
-            select_block=nsa.select_block,
-            num_selected=nsa.num_selected,
-            window=nsa.window,
-            num_initial=nsa.num_initial,
-            num_local=nsa.num_local,
-            q_start=q_start,
-            win_start=win_start,
-        )
-
     def _attend_span(self, b: Branches, span: Span, rope: Rope) -> Tensor:
         """One chunk against its cache, [T, Q, V]."""
         rows, length = slice(span.start, span.stop), span.cache.length
@@ -217,7 +276,7 @@ class NSAttention(nn.Module):
         k_win, v_win, win_start = cache.append_window(length, b.k_win[rows], b.v_win[rows])
         kv = tuple(x[None] for x in (k_cmp, v_cmp, k_slc, v_slc, k_win, v_win))
         q, gates = b.q[rows][None], b.gates[rows][None]
-        return self.attend(q, kv, gates, q_start=length, win_start=win_start)[0]
+        return nsa_attention(q, kv, gates, self.config, q_start=length, win_start=win_start)[0]
 
     def forward(self, x_RH: Tensor, batch: Batch, rope: tuple[Tensor, Tensor], tables: Rope) -> Tensor:
         """Attend within each sequence; [R, H]."""
@@ -227,7 +286,7 @@ class NSAttention(nn.Module):
             s = Branches(**shaped)
             k_cmp, v_cmp = self.compress(s.k_cmp, s.v_cmp, tables)
             kv = (k_cmp, v_cmp, s.k_slc, s.v_slc, s.k_win, s.v_win)
-            o = self.attend(s.q, kv, s.gates, q_start=0, win_start=0).flatten(0, 1)
+            o = nsa_attention(s.q, kv, s.gates, self.config).flatten(0, 1)
         else:
             o = x_RH.new_zeros(x_RH.shape[0], self.heads, self.value_dim)
             for span in batch.spans:

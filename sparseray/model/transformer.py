@@ -224,10 +224,12 @@ class Transformer(nn.Module):
             (hidden states [T, H] of each chunk, expert counts int64 [L, E]).
 
         Raises:
-            ConfigError: a chunk is empty or does not fit its cache.
+            ConfigError: a chunk is empty or does not fit its cache, or a cache is given twice.
         """
         spans, starts, device = [], [], self.embedding.device
         start = 0
+        if len({id(cache) for _, cache in chunks}) != len(chunks):
+            raise ConfigError("a cache is given twice in one call; join its chunks")
         for index, (tokens_T, cache) in enumerate(chunks):
             if not tokens_T.numel():
                 raise ConfigError(f"chunk {index} is empty; leave it out")
@@ -286,7 +288,7 @@ class Transformer(nn.Module):
         cache.length += tokens_T.shape[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits [..., V] of hidden states [..., H]; without gradients, a row's bits do not depend on the others."""
+        """Logits [..., V] of hidden states [..., H]; batch invariant without gradients."""
         weight = self.embedding if self.head is None else self.head
         if torch.is_grad_enabled():
             return F.linear(hidden, weight)
