@@ -4,7 +4,10 @@ import importlib
 import sys
 
 COMMANDS = {
-    "demo": ("sparseray.jobs.demo", "train a tiny model with several actors, serve it, ask it: the whole story"),
+    "demo": (
+        "sparseray.jobs.demo",
+        "train a tiny model with several actors, serve it, ask it: the whole story",
+    ),
     "data": ("sparseray.jobs.data", "turn text or code into token shards"),
     "pretrain": ("sparseray.jobs.pretrain", "train a model on Ray actors"),
     "serve": ("sparseray.jobs.serve", "answer over HTTP, OpenAI-compatible"),

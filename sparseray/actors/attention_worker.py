@@ -95,7 +95,10 @@ class AttentionWorker:
             return [([], []) for _ in batches]
         self.begin(step, -1)
         addresses = [
-            [rows.reshape(-1).numpy() for rows in self.state.model.memory_rows(b.tokens_BT, b.document_starts_BT).values()]
+            [
+                rows.reshape(-1).numpy()
+                for rows in self.state.model.memory_rows(b.tokens_BT, b.document_starts_BT).values()
+            ]
             for b in batches
         ]
         fetched = self.memory.fetch([np.concatenate(per_layer) for per_layer in zip(*addresses)])
@@ -111,7 +114,10 @@ class AttentionWorker:
         model, tokens = self.state.model, batch.targets_BT.numel()
         self.memory.prepare(self.layers, values, train=True)
         out = model(
-            batch.tokens_BT, experts=self.experts, memory=self.memory, document_starts_BT=batch.document_starts_BT
+            batch.tokens_BT,
+            experts=self.experts,
+            memory=self.memory,
+            document_starts_BT=batch.document_starts_BT,
         )
         loss_sum = cross_entropy_sum(model, out.hidden_BTH, batch.targets_BT)
         started = self._lap("forward", started)
@@ -139,7 +145,10 @@ class AttentionWorker:
             self.begin(step, shard)
             self.memory.prepare(self.layers, values, train=False)
             out = self.state.model(
-                batch.tokens_BT, experts=self.experts, memory=self.memory, document_starts_BT=batch.document_starts_BT
+                batch.tokens_BT,
+                experts=self.experts,
+                memory=self.memory,
+                document_starts_BT=batch.document_starts_BT,
             )
             loss = cross_entropy_sum(self.state.model, out.hidden_BTH, batch.targets_BT)
             found[shard] = (float(loss), batch.targets_BT.numel())

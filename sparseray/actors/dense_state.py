@@ -125,7 +125,9 @@ class DenseState:
         set_moments(self.optimizer, self.names, self.parameters, tensors, step)
 
 
-def moments(optimizer: torch.optim.Optimizer, names: list[str], parameters: list[Tensor]) -> dict[str, Tensor]:
+def moments(
+    optimizer: torch.optim.Optimizer, names: list[str], parameters: list[Tensor]
+) -> dict[str, Tensor]:
     """Return AdamW's moments by parameter name; zeros before the first step."""
     found = {}
     for name, parameter in zip(names, parameters):

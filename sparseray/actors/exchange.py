@@ -92,7 +92,14 @@ class RemoteExperts:
             present[tokens] = True
             place_T = torch.cumsum(present, 0) - 1
             found.append(
-                _Route(slot, experts, [counts[e] for e in experts], order, present.nonzero().squeeze(1), place_T[tokens])
+                _Route(
+                    slot,
+                    experts,
+                    [counts[e] for e in experts],
+                    order,
+                    present.nonzero().squeeze(1),
+                    place_T[tokens],
+                )
             )
         return found
 

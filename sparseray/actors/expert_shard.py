@@ -48,12 +48,17 @@ class ExpertShard:
         self.primary = {key: row for row, key in enumerate(primary)}
         self.num_shards = num_shards
         layers = config.moe_layers
-        self.names = {key: [expert_name(layers[key[0]], key[1], part) for part in EXPERT_PARTS] for key in self.owned}
+        self.names = {
+            key: [expert_name(layers[key[0]], key[1], part) for part in EXPERT_PARTS] for key in self.owned
+        }
         self.weights: dict[Key, list[Tensor]] = {
-            key: list(initial_expert(config, layers[key[0]], key[1], seed=seed).values()) for key in self.owned
+            key: list(initial_expert(config, layers[key[0]], key[1], seed=seed).values())
+            for key in self.owned
         }
         flat = [weight for key in self.owned for weight in self.weights[key]]
-        self.optimizer = torch.optim.AdamW(flat, lr=0.0, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
+        self.optimizer = torch.optim.AdamW(
+            flat, lr=0.0, betas=betas, eps=eps, weight_decay=weight_decay, fused=True
+        )
         self.discard()
 
     def discard(self) -> None:
@@ -64,7 +69,14 @@ class ExpertShard:
         self._gradients: dict[int, Tensor] = {}
 
     def forward(
-        self, layer: int, shard: int, x_UH: Tensor, rows_R: Tensor, experts: list[int], counts: list[int], keep: bool
+        self,
+        layer: int,
+        shard: int,
+        x_UH: Tensor,
+        rows_R: Tensor,
+        experts: list[int],
+        counts: list[int],
+        keep: bool,
     ) -> Tensor:
         """Run rows through their experts.
 
@@ -138,7 +150,10 @@ class ExpertShard:
 
     def norms(self) -> dict[str, float]:
         """Squared norm of the reduced gradient of every expert computed here."""
-        return {f"expert.{k[0]}.{k[1]}": float(torch.linalg.vector_norm(self.reduced[k])) ** 2 for k in self.primary}
+        return {
+            f"expert.{k[0]}.{k[1]}": float(torch.linalg.vector_norm(self.reduced[k])) ** 2
+            for k in self.primary
+        }
 
     def digests(self, keys: Sequence[Key]) -> dict[str, int]:
         """CRC-32 of the reduced gradients of `keys`, to compare replicas."""

@@ -110,14 +110,16 @@ class MemoryShard:
     def norms(self) -> dict[str, float]:
         """Squared norm of the reduced gradient of every bucket answered for here."""
         return {
-            f"bucket.{k[0]}.{k[1]}": float(np.square(self.reduced[k][1], dtype=np.float64).sum()) for k in self.primary
+            f"bucket.{k[0]}.{k[1]}": float(np.square(self.reduced[k][1], dtype=np.float64).sum())
+            for k in self.primary
         }
 
     def digests(self, keys: Sequence[Key]) -> dict[str, int]:
         """CRC-32 of the reduced rows of `keys`, to compare replicas."""
         return {
             f"bucket.{k[0]}.{k[1]}": crc32(
-                np.ascontiguousarray(self.reduced[k][1]).data, crc32(np.ascontiguousarray(self.reduced[k][0]).data)
+                np.ascontiguousarray(self.reduced[k][1]).data,
+                crc32(np.ascontiguousarray(self.reduced[k][0]).data),
             )
             for k in keys
         }

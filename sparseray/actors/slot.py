@@ -43,7 +43,11 @@ class Job(Protocol):
     def experts(self, plan: Plan, slot: int) -> ExpertShard | None: ...
     def memory(self, plan: Plan, slot: int) -> MemoryShard | None: ...
     def worker(
-        self, plan: Plan, state: DenseState, call: Callable[[Sequence[Call]], list[Arrays]], begin: Callable[[int, int], None]
+        self,
+        plan: Plan,
+        state: DenseState,
+        call: Callable[[Sequence[Call]], list[Arrays]],
+        begin: Callable[[int, int], None],
     ) -> AttentionWorker: ...
     def train_batches(self) -> Batches: ...
     def validation_batches(self) -> Batches: ...
@@ -81,7 +85,11 @@ class Slot:
             "checkpoint": self._checkpoint,
             "stop": self._stop,
         }
-        self._requests = {"expert_forward": self._expert_forward, "expert_backward": self._expert_backward, "rows": self._rows}
+        self._requests = {
+            "expert_forward": self._expert_forward,
+            "expert_backward": self._expert_backward,
+            "rows": self._rows,
+        }
         self._gradients = {
             "finish_shard": self._finish_shard,
             "dense_nodes": self._dense_nodes,
@@ -100,7 +108,9 @@ class Slot:
                 self._handle(message, waiting=False)
             except Exception as error:
                 body = {"error": f"{type(error).__name__}: {error}", "user": isinstance(error, UserError)}
-                log.error("slot %d failed on %s:\n%s", self.mailbox.slot, message.kind, traceback.format_exc())
+                log.error(
+                    "slot %d failed on %s:\n%s", self.mailbox.slot, message.kind, traceback.format_exc()
+                )
                 self.mailbox.post(SCHEDULER, "failed", step=message.step, body=body)
 
     def _handle(self, message: Message, *, waiting: bool) -> None:
@@ -116,11 +126,15 @@ class Slot:
             log.debug("slot %d: %s of step %d comes too late", self.mailbox.slot, message.kind, message.step)
         elif message.kind in self._requests:
             arrays = self._requests[message.kind](message)
-            self.mailbox.post(message.source, "reply", step=message.step, reply_to=message.sequence, arrays=arrays)
+            self.mailbox.post(
+                message.source, "reply", step=message.step, reply_to=message.sequence, arrays=arrays
+            )
         elif message.kind in self._gradients:
             self._gradients[message.kind](message)
         else:
-            log.warning("slot %d: unexpected message %r from slot %d", self.mailbox.slot, message.kind, message.source)
+            log.warning(
+                "slot %d: unexpected message %r from slot %d", self.mailbox.slot, message.kind, message.source
+            )
 
     # -- control -------------------------------------------------------------------------------
 
@@ -248,7 +262,13 @@ class Slot:
                 order.append(0)
                 continue
             sequence = self.mailbox.post(
-                call.to, call.kind, step=step, shard=shard, layer=call.layer, body=call.body, arrays=call.arrays
+                call.to,
+                call.kind,
+                step=step,
+                shard=shard,
+                layer=call.layer,
+                body=call.body,
+                arrays=call.arrays,
             )
             sequences[sequence] = call.to
             order.append(sequence)
@@ -305,7 +325,11 @@ class Slot:
             keys = _backups(plan.experts, me)
             for slot, owned in keys.items():
                 self.mailbox.post(
-                    slot, "expert_reduced", step=step, body={"keys": owned}, arrays=(self.experts.pack(owned),)
+                    slot,
+                    "expert_reduced",
+                    step=step,
+                    body={"keys": owned},
+                    arrays=(self.experts.pack(owned),),
                 )
             self._prepared(step, "expert")
         if self.memory is not None and self.memory.primary:
@@ -328,7 +352,9 @@ class Slot:
         self.dense.reduced = self.dense.tree.root
         if self.dense.reduced is not None:
             for slot in self.plan.dense[1:]:
-                self.mailbox.post(slot, "dense_reduced", step=step, arrays=(self.dense.reduced.numpy().copy(),))
+                self.mailbox.post(
+                    slot, "dense_reduced", step=step, arrays=(self.dense.reduced.numpy().copy(),)
+                )
             self._prepared(step, "dense")
 
     def _dense_reduced(self, message: Message) -> None:
@@ -363,7 +389,9 @@ class Slot:
             if not self.experts.is_reduced:
                 return
             norms = self.experts.norms()
-            digests = self.experts.digests([k for k in self.experts.owned if len(plan.experts[k[0]][k[1]]) > 1])
+            digests = self.experts.digests(
+                [k for k in self.experts.owned if len(plan.experts[k[0]][k[1]]) > 1]
+            )
         if role == "memory" and self.memory is not None:
             if not self.memory.is_reduced:
                 return
@@ -373,7 +401,9 @@ class Slot:
         self.mailbox.post(SCHEDULER, "prepared", step=step, body=body)
 
 
-def _backups(placement: tuple[tuple[tuple[int, ...], ...], ...], slot: int) -> dict[int, list[tuple[int, int]]]:
+def _backups(
+    placement: tuple[tuple[tuple[int, ...], ...], ...], slot: int
+) -> dict[int, list[tuple[int, int]]]:
     """Keys of which `slot` is the primary, by the slots that back them up."""
     found: dict[int, list[tuple[int, int]]] = {}
     for layer, row in enumerate(placement):

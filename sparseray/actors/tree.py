@@ -43,4 +43,6 @@ class TreeSum(Generic[T]):
 
     def nodes(self) -> list[tuple[int, int, T]]:
         """Return the subtrees that are complete so far, as (level, index, sum)."""
-        return [(level, index, value) for (level, index), value in sorted(self._nodes.items(), key=lambda n: n[0])]
+        return [
+            (level, index, value) for (level, index), value in sorted(self._nodes.items(), key=lambda n: n[0])
+        ]

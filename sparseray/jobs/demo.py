@@ -32,9 +32,14 @@ START_DEADLINE_S = 90.0
 def main(arguments: Sequence[str]) -> int:
     """Run the command; 0 when everything worked, 2 for a user's mistake."""
     parser = argparse.ArgumentParser(
-        prog="sparseray demo", description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="sparseray demo",
+        description=__doc__,
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--out", default="demo", help="folder for corpus, run and report, default %(default)s")
+    parser.add_argument(
+        "--out", default="demo", help="folder for corpus, run and report, default %(default)s"
+    )
     parser.add_argument("--steps", type=int, default=300, help="training steps, default %(default)s")
     options = parser.parse_args(list(arguments))
     try:
@@ -106,13 +111,24 @@ def serve_and_ask(checkpoint: Path) -> None:
         UserError: the server did not come up.
     """
     port = free_port()
-    command = [sys.executable, "-m", "sparseray", "serve", "--checkpoint", str(checkpoint), "--port", str(port)]
+    command = [
+        sys.executable,
+        "-m",
+        "sparseray",
+        "serve",
+        "--checkpoint",
+        str(checkpoint),
+        "--port",
+        str(port),
+    ]
     server = subprocess.Popen(command, env=os.environ, start_new_session=True)
     try:
         url = f"http://127.0.0.1:{port}"
         wait_until_ready(url, server)
         for prompt in PROMPTS[:2]:
-            answer = post(f"{url}/v1/completions", {"prompt": prompt, "max_tokens": 48, "temperature": 0.7, "seed": 1})
+            answer = post(
+                f"{url}/v1/completions", {"prompt": prompt, "max_tokens": 48, "temperature": 0.7, "seed": 1}
+            )
             print(f"--- {prompt!r} gives\n{prompt}{json.loads(answer)['choices'][0]['text']}", flush=True)
         print(f"--- {PROMPTS[2]!r}, streamed, gives", flush=True)
         stream(f"{url}/v1/completions", PROMPTS[2])
@@ -163,7 +179,13 @@ def post(url: str, body: dict[str, object]) -> bytes:
 def stream(url: str, prompt: str) -> None:
     """Ask for a streamed completion and print the text as it comes."""
     print(prompt, end="", flush=True)
-    body: dict[str, object] = {"prompt": prompt, "max_tokens": 48, "temperature": 0.7, "seed": 2, "stream": True}
+    body: dict[str, object] = {
+        "prompt": prompt,
+        "max_tokens": 48,
+        "temperature": 0.7,
+        "seed": 2,
+        "stream": True,
+    }
     with urllib.request.urlopen(_request(url, body), timeout=60) as answer:
         for line in answer:
             if line.startswith(b"data: {"):

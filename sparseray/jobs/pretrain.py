@@ -104,7 +104,8 @@ def check_data(config: RunConfig) -> dict[str, TokenDataset]:
             "data.path is not set; give --data.path a folder made by `python -m sparseray data prepare --source stdlib --out DIR`"
         )
     data = {
-        split: TokenDataset(Path(config.data.path), split, verify=config.data.verify) for split in ("train", "validation")
+        split: TokenDataset(Path(config.data.path), split, verify=config.data.verify)
+        for split in ("train", "validation")
     }
     if data["train"].vocab_size > config.model.vocab_size:
         raise ConfigError(
@@ -126,7 +127,11 @@ def resolve(config: RunConfig, data: TokenDataset) -> RunConfig:
 
 def build_layout(model: ModelConfig, data: TokenDataset) -> DSELayout | None:
     """Build the DSE identity from the data's tokenizer; None for a model without memory."""
-    return DSELayout.build(model.dse, data.tokenizer(), vocab_size=model.vocab_size) if model.dse.layers else None
+    return (
+        DSELayout.build(model.dse, data.tokenizer(), vocab_size=model.vocab_size)
+        if model.dse.layers
+        else None
+    )
 
 
 def slots_of(config: RunConfig) -> int:
@@ -197,7 +202,9 @@ def _interrupts(stop: Callable[[], None], show: Show) -> Iterator[list[int]]:
         seen.append(number)
         if len(seen) > 1:
             raise KeyboardInterrupt
-        show("stopping after this step, with a checkpoint; Ctrl-C again stops at once and loses the steps since the last one")
+        show(
+            "stopping after this step, with a checkpoint; Ctrl-C again stops at once and loses the steps since the last one"
+        )
         stop()
 
     previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sparseray.jobs.corpus import Document
-from sparseray.jobs.manifest import Counts, ShardInfo, sha256_of_file, sync
+from sparseray.actors.token_manifest import Counts, ShardInfo, sha256_of_file, sync
 
 
 def token_dtype(vocab_size: int) -> str:

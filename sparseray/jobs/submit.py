@@ -42,8 +42,14 @@ def main(arguments: Sequence[str]) -> int:
         allow_abbrev=False,
     )
     parser.add_argument("command", choices=SUBMITTABLE, help="sparseray command to run on the cluster")
-    parser.add_argument("--address", default=os.environ.get("RAY_API_SERVER_ADDRESS", DEFAULT_ADDRESS), help="dashboard of the Ray head, default %(default)s")
-    parser.add_argument("--working_dir", help="folder that Ray copies to the cluster; paths then stay relative to it")
+    parser.add_argument(
+        "--address",
+        default=os.environ.get("RAY_API_SERVER_ADDRESS", DEFAULT_ADDRESS),
+        help="dashboard of the Ray head, default %(default)s",
+    )
+    parser.add_argument(
+        "--working_dir", help="folder that Ray copies to the cluster; paths then stay relative to it"
+    )
     parser.add_argument("--no_wait", action="store_true", help="return once the job is accepted")
     options, rest = parser.parse_known_args(list(arguments))
     try:

@@ -95,7 +95,9 @@ def prune(root: Path, keep: int) -> None:
 
 def list_finished(root: Path) -> list[Path]:
     """Checkpoints of a run, oldest first."""
-    found = [p for p in root.glob("step_*") if p.name.removeprefix("step_").isdigit() and (p / MANIFEST).exists()]
+    found = [
+        p for p in root.glob("step_*") if p.name.removeprefix("step_").isdigit() and (p / MANIFEST).exists()
+    ]
     return sorted(found, key=lambda p: int(p.name.removeprefix("step_")))
 
 
@@ -152,8 +154,12 @@ def read_tensors(directory: str | Path, names: Sequence[str]) -> dict[str, torch
                 for name in members:
                     found[name] = archive.get_tensor(name)
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{directory}/{file} cannot be read ({error}); use an older checkpoint") from None
+            raise CheckpointError(
+                f"{directory}/{file} cannot be read ({error}); use an older checkpoint"
+            ) from None
         for name in members:
             if tensor_sha256(found[name]) != entries[name]["sha256"]:
-                raise CheckpointError(f"{directory}/{file}: {name} differs from its SHA-256; use an older checkpoint")
+                raise CheckpointError(
+                    f"{directory}/{file}: {name} differs from its SHA-256; use an older checkpoint"
+                )
     return found

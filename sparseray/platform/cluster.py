@@ -78,9 +78,7 @@ class Cluster:
         actor = ray.remote(Scheduler)
         self.scheduler = actor.options(
             name=f"sparseray-scheduler-{self.job[:8]}", namespace=NAMESPACE, num_cpus=0, max_concurrency=4
-        ).remote(
-            job=self.job, transport=self.config.transport, bind_host=self.config.bind_host, **arguments
-        )
+        ).remote(job=self.job, transport=self.config.transport, bind_host=self.config.bind_host, **arguments)
         return self.scheduler
 
     def stop(self) -> None:
@@ -99,7 +97,11 @@ def _connect(config: ClusterConfig, num_slots: int) -> None:
     try:
         if config.address:
             ray.init(
-                address=config.address, namespace=NAMESPACE, runtime_env=runtime, log_to_driver=True, logging_level="error"
+                address=config.address,
+                namespace=NAMESPACE,
+                runtime_env=runtime,
+                log_to_driver=True,
+                logging_level="error",
             )
         else:
             os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")

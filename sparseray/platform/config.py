@@ -87,7 +87,14 @@ class TrainConfig:
     eval_batches: int = 8
 
     def __post_init__(self) -> None:
-        for name in ("steps", "seq_len", "logical_shards", "sequences_per_shard", "keep_checkpoints", "eval_batches"):
+        for name in (
+            "steps",
+            "seq_len",
+            "logical_shards",
+            "sequences_per_shard",
+            "keep_checkpoints",
+            "eval_batches",
+        ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"train.{name}={getattr(self, name)} must be at least 1")
 
@@ -170,7 +177,9 @@ def parser(prog: str, description: str) -> jsonargparse.ArgumentParser:
     found.add_argument("--config", action="config", help="YAML file; options after it override its values")
     for section, kind in zip(SECTIONS, (f.type for f in fields(RunConfig))):
         found.add_class_arguments(typing.cast(type, kind), section)
-    found.add_argument("--run_dir", type=str, default=RunConfig.run_dir, help="folder of the run; resumes what it holds")
+    found.add_argument(
+        "--run_dir", type=str, default=RunConfig.run_dir, help="folder of the run; resumes what it holds"
+    )
     return found
 
 
@@ -223,11 +232,15 @@ def _check_file(path: Path, known: set[str]) -> None:
     try:
         content = yaml.safe_load(path.read_text())
     except OSError as error:
-        raise ConfigError(f"cannot read the configuration {path}: {error.strerror}; give --config an existing file") from None
+        raise ConfigError(
+            f"cannot read the configuration {path}: {error.strerror}; give --config an existing file"
+        ) from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
-        raise ConfigError(f"{path} must hold sections such as 'model:' and 'train:', not {type(content).__name__}")
+        raise ConfigError(
+            f"{path} must hold sections such as 'model:' and 'train:', not {type(content).__name__}"
+        )
     for name in _flat_keys(content):
         if name not in known:
             raise ConfigError(f"{path}: unknown key {name!r}; {_nearest(name, known)}")

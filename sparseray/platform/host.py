@@ -48,7 +48,11 @@ class TrainingJob:
         self._datasets: dict[str, TokenDataset] = {}
 
     def _table_rows(self) -> list[int]:
-        return [] if self.layout is None else [self.layout.num_rows(layer) for layer in self.config.model.dse.layers]
+        return (
+            []
+            if self.layout is None
+            else [self.layout.num_rows(layer) for layer in self.config.model.dse.layers]
+        )
 
     def dense(self) -> DenseState:
         """Build the dense weights from the seed."""
@@ -62,7 +66,9 @@ class TrainingJob:
             return None
         primary = [key for key in owned if plan.experts[key[0]][key[1]][0] == slot]
         decay = self.config.optim.weight_decay
-        return ExpertShard(self.config.model, owned, primary, weight_decay=decay, **self._shared, **self._adam)
+        return ExpertShard(
+            self.config.model, owned, primary, weight_decay=decay, **self._shared, **self._adam
+        )
 
     def memory(self, plan: Plan, slot: int) -> MemoryShard | None:
         """Build the buckets that the plan gives a slot."""
@@ -70,7 +76,9 @@ class TrainingJob:
         if not owned:
             return None
         primary = [key for key in owned if plan.buckets[key[0]][key[1]][0] == slot]
-        return MemoryShard(self.config.model, self._table_rows(), owned, primary, **self._shared, **self._adam)
+        return MemoryShard(
+            self.config.model, self._table_rows(), owned, primary, **self._shared, **self._adam
+        )
 
     def worker(
         self,

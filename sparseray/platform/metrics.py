@@ -10,7 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, start_http_server
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+    start_http_server,
+)
 
 from sparseray.log import get_logger
 
@@ -18,7 +25,24 @@ log = get_logger(__name__)
 
 PREFIX = "sparseray_"
 STEP_BUCKETS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 60.0, 300.0)
-LATENCY_BUCKETS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 80.0)
+LATENCY_BUCKETS = (
+    0.0005,
+    0.001,
+    0.002,
+    0.005,
+    0.01,
+    0.02,
+    0.05,
+    0.1,
+    0.2,
+    0.5,
+    1.0,
+    2.0,
+    5.0,
+    10.0,
+    20.0,
+    80.0,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,12 +74,17 @@ REGISTRY: dict[str, Metric] = {
     "moe_load_max_violation": Metric(
         kind="gauge", unit="", help="Largest expert load over the mean, minus one", labels=("layer",)
     ),
-    "moe_dead_experts": Metric(kind="gauge", unit="", help="Experts without a token in the last step", labels=("layer",)),
+    "moe_dead_experts": Metric(
+        kind="gauge", unit="", help="Experts without a token in the last step", labels=("layer",)
+    ),
     "dse_update_rows_total": Metric(kind="counter", unit="rows", help="Memory rows updated by this slot"),
     "elastic_generation": Metric(kind="gauge", unit="", help="Generation of the plan in force"),
     "elastic_slots": Metric(kind="gauge", unit="", help="Slots by role", labels=("role",)),
     "checkpoint_save_seconds": Metric(
-        kind="histogram", unit="seconds", help="Time that training waited for a checkpoint", buckets=STEP_BUCKETS
+        kind="histogram",
+        unit="seconds",
+        help="Time that training waited for a checkpoint",
+        buckets=STEP_BUCKETS,
     ),
     "checkpoint_bytes": Metric(kind="gauge", unit="bytes", help="Size of the newest checkpoint"),
     "requests_running": Metric(kind="gauge", unit="", help="Requests in the batch"),
@@ -66,7 +95,10 @@ REGISTRY: dict[str, Metric] = {
         kind="counter", unit="", help="Requests by the reason they ended for", labels=("finished_reason",)
     ),
     "time_to_first_token_seconds": Metric(
-        kind="histogram", unit="seconds", help="From a request's arrival to its first token", buckets=LATENCY_BUCKETS
+        kind="histogram",
+        unit="seconds",
+        help="From a request's arrival to its first token",
+        buckets=LATENCY_BUCKETS,
     ),
     "inter_token_latency_seconds": Metric(
         kind="histogram", unit="seconds", help="Between two tokens of one request", buckets=LATENCY_BUCKETS

@@ -66,11 +66,17 @@ def make_plan(
         shard_owners=tuple(split_evenly(num_shards, attention_slots)),
         dense=tuple(attention_slots + _others(attention_slots, slots, replication - attention)),
         experts=tuple(
-            tuple(with_backups(slot, expert_slots, slots, replication) for slot in split_evenly(num_experts, expert_slots))
+            tuple(
+                with_backups(slot, expert_slots, slots, replication)
+                for slot in split_evenly(num_experts, expert_slots)
+            )
             for _ in range(moe_layers)
         ),
         buckets=tuple(
-            tuple(with_backups(slot, memory_slots, slots, replication) for slot in split_evenly(num_buckets, memory_slots))
+            tuple(
+                with_backups(slot, memory_slots, slots, replication)
+                for slot in split_evenly(num_buckets, memory_slots)
+            )
             for _ in range(dse_layers)
         ),
     )
@@ -81,7 +87,9 @@ def split_evenly(count: int, slots: Sequence[int]) -> list[int]:
     return [slots[index * len(slots) // count] for index in range(count)]
 
 
-def with_backups(primary: int, peers: Sequence[int], slots: Sequence[int], replication: int) -> tuple[int, ...]:
+def with_backups(
+    primary: int, peers: Sequence[int], slots: Sequence[int], replication: int
+) -> tuple[int, ...]:
     """Return the primary and its backups: the next peers in a ring, then any other slots."""
     start = peers.index(primary)
     ring = [*peers[start:], *peers[:start]]

@@ -15,7 +15,15 @@ from sparseray.platform import checkpoint
 from sparseray.platform.config import RunConfig, load_yaml, save_yaml, to_dict
 
 # Keys that may differ between two starts of one run: they change no bit of its result.
-FREE_KEYS = ("cluster.", "serve.", "run_dir", "data.path", "data.verify", "train.checkpoint_every", "train.keep_checkpoints")
+FREE_KEYS = (
+    "cluster.",
+    "serve.",
+    "run_dir",
+    "data.path",
+    "data.verify",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+)
 FREE_KEYS += ("train.eval_every", "train.eval_batches")
 
 
@@ -50,7 +58,9 @@ class RunFolder:
         old, new = _flat(to_dict(load_yaml(self.config))), _flat(to_dict(config))
         differing = [k for k in sorted(old | new) if old.get(k) != new.get(k) and not k.startswith(FREE_KEYS)]
         if differing:
-            shown = ", ".join(f"{key} ({old.get(key)!r} there, {new.get(key)!r} here)" for key in differing[:5])
+            shown = ", ".join(
+                f"{key} ({old.get(key)!r} there, {new.get(key)!r} here)" for key in differing[:5]
+            )
             raise ConfigError(
                 f"run_dir={self.path} belongs to another configuration: {shown}; "
                 "use the values of its config.yaml, or another run_dir"

@@ -86,7 +86,11 @@ class Scheduler:
             ).run()
         except Exception as error:
             log.error("training stopped:\n%s", traceback.format_exc())
-            self._failure = {"error": str(error), "kind": type(error).__name__, "user": isinstance(error, UserError)}
+            self._failure = {
+                "error": str(error),
+                "kind": type(error).__name__,
+                "user": isinstance(error, UserError),
+            }
         finally:
             journal.close()
 

@@ -168,7 +168,9 @@ class Trainer:
             )
         scale = min(1.0, self.config.optim.clip / (norm + 1e-6)) if self.config.optim.clip else 1.0
         counts = sum(reports.counts.values())
-        self.journal.append("commit", generation=self.plan.generation, step=step, lr=lr, scale=scale, norm=norm)
+        self.journal.append(
+            "commit", generation=self.plan.generation, step=step, lr=lr, scale=scale, norm=norm
+        )
         body = {"lr": lr, "memory_lr": lr * self.config.optim.memory_lr_scale, "scale": scale}
         for slot in self.plan.addresses:
             self.mailbox.post(slot, "commit", step=step, body=body, arrays=(np.asarray(counts),))
@@ -203,7 +205,9 @@ class Trainer:
                 deadline = time.monotonic() + deadline_s
                 yield message
 
-    def _record(self, reports: StepReports, counts: np.ndarray, lr: float, norm: float, seconds: float) -> None:
+    def _record(
+        self, reports: StepReports, counts: np.ndarray, lr: float, norm: float, seconds: float
+    ) -> None:
         order = sorted(reports.shards)
         tokens = sum(reports.shards[shard]["tokens"] for shard in order)
         loss = math.fsum(reports.shards[shard]["loss_sum"] for shard in order) / tokens
@@ -284,12 +288,16 @@ class Trainer:
             "tensors": dict(sorted(tensors.items())),
         }
         final = checkpoint.finish(unfinished, manifest)
-        self.journal.append("checkpoint", generation=self.plan.generation, step=self.step, digest=manifest["digest"])
+        self.journal.append(
+            "checkpoint", generation=self.plan.generation, step=self.step, digest=manifest["digest"]
+        )
         checkpoint.prune(self.folder.checkpoints, self.config.train.keep_checkpoints)
         seconds = time.perf_counter() - started
         self.metrics.record("checkpoint_save_seconds", seconds)
         self.metrics.record("checkpoint_bytes", sum(files.values()))
-        self.on_record({"step": self.step, "checkpoint": str(final), "digest": manifest["digest"], "seconds": seconds})
+        self.on_record(
+            {"step": self.step, "checkpoint": str(final), "digest": manifest["digest"], "seconds": seconds}
+        )
 
 
 def validation_batch_count(windows: int, config: RunConfig) -> int:
