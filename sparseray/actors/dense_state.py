@@ -4,6 +4,7 @@ Stands at both ends of a step: the attention worker reads the weights, and after
 holder applies the same reduced gradient (DESIGN of a step: docs/architecture.md).
 """
 
+from collections.abc import Sequence
 from zlib import crc32
 
 import torch
@@ -126,7 +127,7 @@ class DenseState:
 
 
 def moments(
-    optimizer: torch.optim.Optimizer, names: list[str], parameters: list[Tensor]
+    optimizer: torch.optim.Optimizer, names: list[str], parameters: Sequence[Tensor]
 ) -> dict[str, Tensor]:
     """Return AdamW's moments by parameter name; zeros before the first step."""
     found = {}
@@ -140,7 +141,7 @@ def moments(
 def set_moments(
     optimizer: torch.optim.Optimizer,
     names: list[str],
-    parameters: list[Tensor],
+    parameters: Sequence[Tensor],
     tensors: dict[str, Tensor],
     step: int,
 ) -> None:

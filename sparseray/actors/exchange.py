@@ -7,7 +7,7 @@ Combination runs here, over k in order, so no bit depends on who computed a row.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,11 +28,8 @@ class Call:
     arrays: tuple[np.ndarray, ...]
 
 
-class Caller(Protocol):
-    """Sends requests of the current (step, shard) and waits for all replies."""
-
-    def __call__(self, calls: Sequence[Call]) -> list[tuple[np.ndarray, ...]]:
-        """Return the arrays of each reply, in the order of `calls`."""
+# Sends requests of the current (step, shard), waits, and returns the arrays of each reply in the same order.
+Caller = Callable[[Sequence[Call]], list[tuple[np.ndarray, ...]]]
 
 
 @dataclass(frozen=True)
@@ -45,11 +42,6 @@ class _Route:
     order_R: Tensor
     tokens_U: Tensor
     rows_R: Tensor
-
-
-def tensor(array: np.ndarray) -> Tensor:
-    """Copy a received buffer into aligned, writable memory."""
-    return torch.tensor(array)
 
 
 class RemoteExperts:
@@ -108,7 +100,7 @@ class _RemoteExperts(torch.autograd.Function):
     """Dispatch, expert computation elsewhere, combine; backward sends each token's gradient once."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, x_TH: Tensor, weights_TK: Tensor, ids_TK: Tensor, remote: RemoteExperts, layer: int
     ) -> Tensor:
         (T, K), H = ids_TK.shape, x_TH.shape[1]
@@ -135,7 +127,7 @@ class _RemoteExperts(torch.autograd.Function):
         return (weights_TK[..., None] * y_TKH).sum(1)
 
     @staticmethod
-    def backward(ctx: Any, dout_TH: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dout_TH: Tensor) -> tuple[Tensor | None, ...]:
         y_TKH, weights_TK = ctx.saved_tensors
         T, K, H = y_TKH.shape
         flat_weights = weights_TK.reshape(-1)

@@ -154,7 +154,7 @@ class MemoryShard:
         found = {}
         for layer, bucket in self.primary:
             start, stop = self.bounds[layer][bucket : bucket + 2]
-            fields = (self.weight, self.m, self.v, self.t)
+            fields: tuple[list[np.ndarray], ...] = (self.weight, self.m, self.v, self.t)
             for suffix, field in zip(FIELDS, fields):
                 found[self.name((layer, bucket)) + suffix] = torch.from_numpy(field[layer][start:stop])
         return found
@@ -163,6 +163,6 @@ class MemoryShard:
         """Take over what `tensors` gave; rows carry their own step counts, so `step` is not needed."""
         for layer, bucket in self.owned:
             start, stop = self.bounds[layer][bucket : bucket + 2]
-            fields = (self.weight, self.m, self.v, self.t)
+            fields: tuple[list[np.ndarray], ...] = (self.weight, self.m, self.v, self.t)
             for suffix, field in zip(FIELDS, fields):
                 field[layer][start:stop] = tensors[self.name((layer, bucket)) + suffix].numpy()

@@ -20,7 +20,7 @@ import torch
 from sparseray.actors.assignment import Plan
 from sparseray.actors.attention_worker import AttentionWorker, Batches, ShardResult
 from sparseray.actors.dense_state import DenseState
-from sparseray.actors.exchange import Call, RemoteExperts, RemoteMemory
+from sparseray.actors.exchange import Call
 from sparseray.actors.expert_shard import ExpertShard
 from sparseray.actors.mailbox import Mailbox
 from sparseray.actors.memory_shard import MemoryShard
@@ -51,6 +51,7 @@ class Job(Protocol):
     ) -> AttentionWorker: ...
     def train_batches(self) -> Batches: ...
     def validation_batches(self) -> Batches: ...
+    def names(self, state: DenseState | ExpertShard | MemoryShard) -> list[str]: ...
     def read(self, directory: str, names: Sequence[str]) -> dict[str, torch.Tensor]: ...
     def write(self, directory: str, part: str, tensors: dict[str, torch.Tensor]) -> dict[str, Any]: ...
     def observe(self, name: str, value: float, **labels: str) -> None: ...
@@ -154,7 +155,7 @@ class Slot:
             for state in (self.dense, self.experts, self.memory):
                 if state is not None:
                     # The checkpoint holds primaries; a backup asks for the names of all that it owns.
-                    names = self.job.names(state)  # type: ignore[attr-defined]
+                    names = self.job.names(state)
                     state.load(self.job.read(body["checkpoint"], names), self.committed)
         self.worker = None
         if plan.shards_of(me):
@@ -235,7 +236,8 @@ class Slot:
     def _checkpoint(self, message: Message) -> None:
         """Write what is primary here into the checkpoint's folder and report the hashes."""
         assert self.plan is not None
-        me, directory, entries = self.mailbox.slot, message.body["directory"], {}
+        me, directory = self.mailbox.slot, message.body["directory"]
+        entries: dict[str, Any] = {}
         if self.dense is not None and self.plan.dense[0] == me:
             entries |= self.job.write(directory, "dense", self.dense.tensors())
         if self.experts is not None and self.experts.primary:

@@ -18,8 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tokenizers import Tokenizer
 
-from sparseray.errors import DataError
 from sparseray.actors.token_manifest import TOKENIZER_NAME, Manifest, ShardInfo, read_manifest, sha256_of_file
+from sparseray.errors import DataError
 
 if TYPE_CHECKING:
     import torch

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from sparseray.errors import UserError
 from sparseray.actors.token_data import Batch, TokenDataset, batch, window_at
 from sparseray.actors.token_manifest import SPLITS, Manifest, read_manifest
+from sparseray.errors import UserError
 from sparseray.jobs.prepare import Progress, prepare
 from sparseray.jobs.tokenizer import TextTokenizer, load_tokenizer, train_bpe
 

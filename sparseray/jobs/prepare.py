@@ -20,8 +20,6 @@ from typing import Protocol
 import pyarrow as pa
 import tokenizers
 
-from sparseray.errors import DataError
-from sparseray.jobs.corpus import Document, Source, document_limit, find_sources, iter_documents
 from sparseray.actors.token_manifest import (
     MANIFEST_NAME,
     SPLITS,
@@ -35,6 +33,8 @@ from sparseray.actors.token_manifest import (
     sync,
     write_manifest,
 )
+from sparseray.errors import DataError
+from sparseray.jobs.corpus import Document, Source, document_limit, find_sources, iter_documents
 from sparseray.jobs.shards import ShardWriter, token_dtype
 from sparseray.jobs.tokenizer import TextTokenizer, check_vocab_size, load_tokenizer, train_bpe
 from sparseray.log import get_logger

@@ -14,8 +14,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sparseray.jobs.corpus import Document
 from sparseray.actors.token_manifest import Counts, ShardInfo, sha256_of_file, sync
+from sparseray.jobs.corpus import Document
 
 
 def token_dtype(vocab_size: int) -> str:

@@ -167,7 +167,7 @@ SECTIONS = ("model", "data", "optim", "train", "cluster", "serve")
 class _Parser(jsonargparse.ArgumentParser):
     """Raises our error, which names the nearest key, where the library would exit."""
 
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # type: ignore[override]
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         raise ConfigError(message)
 
 

@@ -23,8 +23,9 @@ FREE_KEYS = (
     "data.verify",
     "train.checkpoint_every",
     "train.keep_checkpoints",
+    "train.eval_every",
+    "train.eval_batches",
 )
-FREE_KEYS += ("train.eval_every", "train.eval_batches")
 
 
 class RunFolder:
