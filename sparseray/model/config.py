@@ -280,6 +280,8 @@ class ModelConfig:
 
 _TINY = ModelConfig(
     attention=("full", "nsa", "nsa", "nsa"),
+    # Ten times the papers' step: a run of some hundred steps must balance its experts too.
+    moe=MoEConfig(bias_update=0.01),
     dse=DSEConfig(layers=(1, 2), num_buckets=16),
 )
 _SMALL = ModelConfig(

@@ -151,6 +151,10 @@ class Metrics:
         self._made[name] = made
         return made
 
+    def exposition(self) -> bytes:
+        """Return all series in Prometheus' text format."""
+        return generate_latest(self.registry)
+
     def serve(self, host: str) -> str:
         """Serve `/metrics` on a free port and return its address; a failure is told once and costs no step."""
         try:
