@@ -166,7 +166,9 @@ def test_masked_branches_equal_the_reference_in_outputs_and_gradients(T: int, q_
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
     up = torch.randn(expected.shape, generator=g)
     leaves = [x for x in [*inputs, gates] if x.numel()]
-    for a, b in zip(torch.autograd.grad(got, leaves, up), torch.autograd.grad(expected, leaves, up), strict=True):
+    for a, b in zip(
+        torch.autograd.grad(got, leaves, up), torch.autograd.grad(expected, leaves, up), strict=True
+    ):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
 
 

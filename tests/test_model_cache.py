@@ -49,9 +49,7 @@ class Net:
     @torch.no_grad()
     def full(self, tokens_T: Tensor, starts_T: Tensor | None = None) -> Tensor:
         starts = None if starts_T is None else starts_T[None]
-        out = self.model(
-            tokens_T[None], experts=self.experts, memory=self.memory, document_starts_BT=starts
-        )
+        out = self.model(tokens_T[None], experts=self.experts, memory=self.memory, document_starts_BT=starts)
         return out.hidden_BTH[0]
 
     def chunked(self, tokens_T: Tensor, sizes: list[int], starts_T: Tensor | None = None) -> Tensor:
@@ -140,8 +138,12 @@ def test_a_prefill_has_the_same_bits_alone_and_among_others(net: Net, length: in
     assert torch.equal(alone, together)
     with torch.no_grad():
         logits = net.model.logits(alone)
-        assert torch.equal(net.model.logits(torch.cat([*net.chunks(
-            [(random_tokens(7, 1), Cache(net.config, 9))]), alone]))[7:], logits)
+        assert torch.equal(
+            net.model.logits(torch.cat([*net.chunks([(random_tokens(7, 1), Cache(net.config, 9))]), alone]))[
+                7:
+            ],
+            logits,
+        )
 
 
 def test_training_rows_do_not_depend_on_the_other_sequences_beyond_rounding(net: Net) -> None:

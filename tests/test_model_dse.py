@@ -80,7 +80,9 @@ def test_rows_equal_exact_integer_arithmetic(reset: bool) -> None:
         assert rows.max() < layout.num_rows(layer)
         for b in range(2):
             assert rows[b].tolist() == slow_rows(layout, layer, tokens[b].tolist(), starts[b].tolist())
-    assert torch.equal(layout.rows(1, tokens.numpy(), document_starts=starts.numpy()), layout.rows(1, tokens, None, starts))
+    assert torch.equal(
+        layout.rows(1, tokens.numpy(), document_starts=starts.numpy()), layout.rows(1, tokens, None, starts)
+    )
     assert not torch.equal(layout.rows(1, tokens), layout.rows(2, tokens))
 
 
@@ -133,7 +135,8 @@ def test_layout_survives_saving_and_a_changed_file_is_refused(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    "changed", [{"seed": 1}, {"layers": (1, 3)}, {"reset_at_document": False}, {"pad_id": 4}, {"row_dtype": "bfloat16"}]
+    "changed",
+    [{"seed": 1}, {"layers": (1, 3)}, {"reset_at_document": False}, {"pad_id": 4}, {"row_dtype": "bfloat16"}],
 )
 def test_digest_changes_with_every_setting(changed: dict[str, object]) -> None:
     assert layout_of(replace(DSE_CONFIG, **changed)).sha256 != layout_of().sha256  # type: ignore[arg-type]
@@ -198,7 +201,9 @@ def test_fusion_equals_the_paper_and_resets_at_documents() -> None:
     starts[0, [0, 7, 20]] = True
     batch = Batch(shape=(1, 30), positions_R=torch.arange(30), rows=30, starts_BT=starts)
     got = layer(h, e, batch)
-    torch.testing.assert_close(got.detach(), slow_dse(layer, h, e.flatten(1), starts[0].tolist()), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        got.detach(), slow_dse(layer, h, e.flatten(1), starts[0].tolist()), rtol=1e-4, atol=1e-5
+    )
     got.square().sum().backward()
     for name, p in layer.named_parameters():
         assert p.grad is not None, name
@@ -212,7 +217,9 @@ def test_convolution_starts_at_zero_and_table_rows_get_gradients() -> None:
     memory = LocalMemory(config, layout)
     rows = layout.rows(1, torch.arange(12).reshape(1, 12))[0]
     memory(1, rows).sum().backward()
-    gradient = torch.cat([p.grad for n, p in memory.named_parameters() if n.startswith("dse.1.") and p.grad is not None])
+    gradient = torch.cat(
+        [p.grad for n, p in memory.named_parameters() if n.startswith("dse.1.") and p.grad is not None]
+    )
     touched = torch.nonzero(gradient.abs().sum(1)).squeeze(1)
     assert torch.equal(touched, rows.unique())
 

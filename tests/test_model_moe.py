@@ -14,7 +14,9 @@ from sparseray.model.layers import Batch
 from sparseray.model.moe import LocalExperts, MoE, balance_loss
 from sparseray.model.transformer import Transformer, cross_entropy_sum
 
-V3 = MoEConfig(num_experts=8, top_k=3, expert_dim=6, num_groups=4, topk_groups=2, scaling=2.5, leading_dense=0)
+V3 = MoEConfig(
+    num_experts=8, top_k=3, expert_dim=6, num_groups=4, topk_groups=2, scaling=2.5, leading_dense=0
+)
 V2 = replace(V3, router="v2", normalize=False, scaling=1.0)
 SETTINGS = {
     "v3": V3,
@@ -25,7 +27,9 @@ SETTINGS = {
 
 
 def config_of(moe: MoEConfig) -> ModelConfig:
-    return ModelConfig(vocab_size=50, hidden=10, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=4, moe=moe)
+    return ModelConfig(
+        vocab_size=50, hidden=10, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=4, moe=moe
+    )
 
 
 def slow_route(logits: list[float], bias: list[float], moe: MoEConfig) -> dict[int, float]:

@@ -27,7 +27,11 @@ from sparseray.model.layers import Batch, Linear, Span, rope_tables, rotate
 
 def _attend_masked(q_BTQD: Tensor, k_BSGD: Tensor, v_BSGV: Tensor, mask: Tensor) -> Tensor:
     out = F.scaled_dot_product_attention(
-        q_BTQD.transpose(1, 2), k_BSGD.transpose(1, 2), v_BSGV.transpose(1, 2), attn_mask=mask, enable_gqa=True
+        q_BTQD.transpose(1, 2),
+        k_BSGD.transpose(1, 2),
+        v_BSGV.transpose(1, 2),
+        attn_mask=mask,
+        enable_gqa=True,
     )
     return out.transpose(1, 2)
 

@@ -190,7 +190,7 @@ class Transformer(nn.Module):
                 aux_loss=torch.zeros((), device=tokens_BT.device),
                 expert_counts_LE=counts_LE,
             )
-        if T > self.config.max_seq_len:
+        if self.config.max_seq_len < T:
             raise ConfigError(f"{T} tokens exceed model.max_seq_len={self.config.max_seq_len}")
         if document_starts_BT is None and self.layout is not None:
             document_starts_BT = self.layout.document_starts(tokens_BT)
