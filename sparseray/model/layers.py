@@ -74,7 +74,7 @@ def linear(x_RI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None, *, inv
     """
     if not invariant or x_RI.shape[0] <= ROW_BLOCK or x_RI.is_cuda:
         return F.linear(x_RI, weight_OI, bias_O)
-    return torch.cat([F.linear(block, weight_OI, bias_O) for block in x_RI.split(ROW_BLOCK)])
+    return torch.cat([F.linear(block, weight_OI, bias_O) for block in torch.split(x_RI, ROW_BLOCK)])
 
 
 class Linear(nn.Module):
