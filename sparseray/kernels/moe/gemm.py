@@ -144,6 +144,25 @@ def rows_kernel(
 
 
 @triton.jit
+def _store_act_grad(da, weight, p_pre, p_dpre, p_weighted, o_r, m_r, o_n, I: tl.constexpr):
+    """SwiGLU's backward for some columns; returns each row's sum of da * act over them."""
+    m = m_r[:, None] & (o_n < I)[None, :]
+    o_pre = o_r[:, None].to(tl.int64) * (2 * I) + o_n[None, :]
+    g = tl.load(p_pre + o_pre, mask=m, other=0.0).to(tl.float32)
+    u = tl.load(p_pre + o_pre + I, mask=m, other=0.0).to(tl.float32)
+    sig, silu = _silu_parts(g)
+    element = p_dpre.dtype.element_ty
+    act = silu * u
+    dot = tl.sum(tl.where(m, da * act, 0.0), 1)
+    o_act = o_r[:, None].to(tl.int64) * I + o_n[None, :]
+    tl.store(p_weighted + o_act, (act * weight[:, None]).to(element), mask=m)
+    da = da * weight[:, None]
+    tl.store(p_dpre + o_pre, (da * u * (sig + silu * (1.0 - sig))).to(element), mask=m)
+    tl.store(p_dpre + o_pre + I, (da * silu).to(element), mask=m)
+    return dot
+
+
+@triton.jit
 def act_grad_kernel(
     p_dy,
     p_order,
@@ -194,19 +213,12 @@ def act_grad_kernel(
             p_w = d_w + e.to(tl.int64) * (H * I) + (k + o_k)[:, None] * I + (o_n % I)[None, :]
             w = tl.load(p_w, mask=(o_k < H - k)[:, None], other=0.0)
         acc = tl.dot(a, w, acc, input_precision="ieee")
-    m = m_r[:, None] & (o_n < I)[None, :]
-    o_pre = o_r[:, None].to(tl.int64) * (2 * I) + o_n[None, :]
-    g = tl.load(p_pre + o_pre, mask=m, other=0.0).to(tl.float32)
-    u = tl.load(p_pre + o_pre + I, mask=m, other=0.0).to(tl.float32)
-    sig, silu = _silu_parts(g)
-    act = silu * u
-    tl.store(p_partial + o_r.to(tl.int64) * num_n + i_n, tl.sum(tl.where(m, acc * act, 0.0), 1), mask=m_r)
-    weight = tl.load(p_weights + flat, mask=m_r, other=0.0)[:, None]
-    element = p_dpre.dtype.element_ty
-    tl.store(p_weighted + o_r[:, None].to(tl.int64) * I + o_n[None, :], (act * weight).to(element), mask=m)
-    acc = acc * weight
-    tl.store(p_dpre + o_pre, (acc * u * (sig + silu * (1.0 - sig))).to(element), mask=m)
-    tl.store(p_dpre + o_pre + I, (acc * silu).to(element), mask=m)
+    weight = tl.load(p_weights + flat, mask=m_r, other=0.0)
+    left, right = tl.split(tl.permute(tl.reshape(acc, (BM, 2, BN // 2)), (0, 2, 1)))
+    o_n = i_n * BN + tl.arange(0, BN // 2)
+    dot = _store_act_grad(left, weight, p_pre, p_dpre, p_weighted, o_r, m_r, o_n, I)
+    dot += _store_act_grad(right, weight, p_pre, p_dpre, p_weighted, o_r, m_r, o_n + BN // 2, I)
+    tl.store(p_partial + o_r.to(tl.int64) * num_n + i_n, dot, mask=m_r)
 
 
 @triton.jit
