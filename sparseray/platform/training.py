@@ -116,8 +116,10 @@ class Trainer:
         """Install the plan, train to the last step, leave a checkpoint."""
         self.install()
         train = self.config.train
-        while self.step < train.steps and not self.should_stop():
+        is_last = self.step >= train.steps or self.should_stop()
+        while not is_last:
             self.train_step()
+            # Asked once a step: a stop that comes while a checkpoint is written must find the next one too.
             is_last = self.step == train.steps or self.should_stop()
             if is_last or (train.eval_every and self.step % train.eval_every == 0):
                 self.evaluate()
