@@ -209,5 +209,5 @@ class LocalExperts(nn.Module):
         """Apply the experts, as `Experts` asks."""
         if layer not in self._weights:
             self._weights[layer] = self.weights(layer)  # type: ignore[assignment]
-        out: Tensor = _ExpertSum.apply(x_TH, topk_ids_TK, topk_weights_TK, *self._weights[layer])  # type: ignore[no-untyped-call]
+        out: Tensor = _ExpertSum.apply(x_TH, topk_ids_TK, topk_weights_TK, *self._weights[layer])
         return out

@@ -134,7 +134,9 @@ def plan_few_rows(topk_ids_TK: Tensor, num_experts: int, *, tile_rows: int) -> E
     T, K = topk_ids_TK.shape
     R = T * K
     num_tiles = R // tile_rows + min(num_experts, R)
-    integers = torch.empty(2 * R + 2 * num_experts + 3 * num_tiles, dtype=torch.int32, device=topk_ids_TK.device)
+    integers = torch.empty(
+        2 * R + 2 * num_experts + 3 * num_tiles, dtype=torch.int32, device=topk_ids_TK.device
+    )
     sizes = [R, R, num_experts, num_experts, num_tiles, num_tiles, num_tiles]
     order, inverse, counts, offsets, *tiles = integers.split(sizes)
     _sort_kernel[(1,)](
@@ -176,9 +178,7 @@ def decode_config(rows_per_expert: float) -> LayerConfig:
     )
 
 
-def _decode_pairs(
-    x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, w_E2IH: Tensor, w_EHI: Tensor
-) -> Tensor:
+def _decode_pairs(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, w_E2IH: Tensor, w_EHI: Tensor) -> Tensor:
     (T, H), K, I = x_TH.shape, ids_TK.shape[1], w_EHI.shape[2]
     act_RI, out_TH = x_TH.new_empty(T * K, I), torch.empty_like(x_TH)
     sizes = {"H": H, "I": I, "K": K}

@@ -177,11 +177,11 @@ def range_backward(
     heads, num_kv = q.shape[1], k.shape[1]
     name = "window" if kind == WINDOW else "range"
     d0, d1 = split_width(q.shape[-1])
-    shared = dict(
-        H=num_kv, G=heads // num_kv, DQ=q.shape[-1], D0=d0, D1=d1, DV=v.shape[-1],
-        DVP=max(16, next_power_of_2(v.shape[-1])), KIND=kind, LEN=block, STRIDE=stride, WIN=window,
-        IP=precision(q.dtype),
-    )  # fmt: skip
+    shared = {
+        "H": num_kv, "G": heads // num_kv, "DQ": q.shape[-1], "D0": d0, "D1": d1, "DV": v.shape[-1],
+        "DVP": max(16, next_power_of_2(v.shape[-1])), "KIND": kind, "LEN": block, "STRIDE": stride, "WIN": window,
+        "IP": precision(q.dtype),
+    }  # fmt: skip
     launch = LAUNCH[f"{name}_dq"]
     tokens, padded = tokens_per_tile(launch["rows"], heads // num_kv)
     tiles = geometry.tiles(QUERY, tokens)

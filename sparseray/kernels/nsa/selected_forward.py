@@ -132,11 +132,11 @@ def query_sequences(geometry: Geometry) -> Tensor:
 def shared_constants(q: Tensor, k: Tensor, v: Tensor, select_block: int) -> dict[str, Any]:
     """Compile-time constants common to the kernels of the selected branch."""
     d0, d1 = split_width(q.shape[-1])
-    return dict(
-        H=k.shape[1], G=q.shape[1] // k.shape[1], SELECT=select_block, BN=max(16, next_power_of_2(select_block)),
-        DQ=q.shape[-1], D0=d0, D1=d1, DV=v.shape[-1], DVP=max(16, next_power_of_2(v.shape[-1])),
-        IP=precision(q.dtype),
-    )  # fmt: skip
+    return {
+        "H": k.shape[1], "G": q.shape[1] // k.shape[1], "SELECT": select_block, "BN": max(16, next_power_of_2(select_block)),
+        "DQ": q.shape[-1], "D0": d0, "D1": d1, "DV": v.shape[-1], "DVP": max(16, next_power_of_2(v.shape[-1])),
+        "IP": precision(q.dtype),
+    }  # fmt: skip
 
 
 def selected_forward(
