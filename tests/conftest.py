@@ -8,24 +8,7 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-WORDS = [
-    "rain",
-    "river",
-    "stone",
-    "bread",
-    "light",
-    "house",
-    "under",
-    "winter",
-    "green",
-    "north",
-    "seven",
-    "learn",
-    "sparse",
-    "hold",
-    "move",
-    "quiet",
-]
+WORDS = "rain river stone bread light house under winter green north seven learn sparse hold move".split()  # noqa: SIM905
 
 
 def write_corpus(folder: Path, *, documents: int = 40, words: int = 160, seed: int = 0) -> None:

@@ -1,4 +1,4 @@
-"""A whole training run as threads of one process: real mailboxes, ZeroMQ, slots and scheduler loop, no Ray."""
+"""A training run as threads of one process: real mailboxes, ZeroMQ, slots and scheduler loop, no Ray."""
 
 import shutil
 import tempfile
@@ -17,7 +17,7 @@ from sparseray.actors.slot import Slot
 from sparseray.jobs.pretrain import build_layout, check_data, placement, resolve, slots_of
 from sparseray.model.config import DSEConfig, ModelConfig, MoEConfig, NSAConfig
 from sparseray.platform import checkpoint
-from sparseray.platform.config import ClusterConfig, DataConfig, OptimConfig, RunConfig, TrainConfig, to_dict
+from sparseray.platform.config import ClusterConfig, DataConfig, OptimConfig, RunConfig, TrainConfig
 from sparseray.platform.host import TrainingJob
 from sparseray.platform.journal import Journal
 from sparseray.platform.metrics import Metrics
@@ -49,16 +49,21 @@ def tiny_run(data: Path, *, steps: int = 30, **cluster: Any) -> RunConfig:
         data=DataConfig(path=str(data), verify=False),
         optim=OptimConfig(warmup_steps=5),
         train=TrainConfig(
-            steps=steps, seq_len=32, logical_shards=4, sequences_per_shard=2, checkpoint_every=0, eval_every=0,
+            steps=steps,
+            seq_len=32,
+            logical_shards=4,
+            sequences_per_shard=2,
+            checkpoint_every=0,
+            eval_every=0,
             eval_batches=2,
         ),
         cluster=ClusterConfig(deadline_s=20.0, **cluster),
-    )  # fmt: skip
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """What a run left: one record a step, the digest of its last checkpoint, validation losses, its folder."""
+    """What a run left: a record a step, the digest of its last checkpoint, validation losses, its folder."""
 
     records: list[dict[str, Any]]
     digest: str
@@ -145,20 +150,3 @@ def _serve(mailbox: Mailbox) -> None:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
     Slot(mailbox, lambda body: TrainingJob(body, Metrics({}))).serve_forever()
-
-
-def as_options(config: RunConfig) -> list[str]:
-    """The command-line options that make `config`."""
-    found: list[str] = []
-
-    def add(prefix: str, value: Any) -> None:
-        if isinstance(value, dict):
-            for key, item in value.items():
-                add(f"{prefix}.{key}" if prefix else key, item)
-        elif value is not None:
-            found.append(
-                f"--{prefix}={str(value).replace(chr(39), chr(34)) if isinstance(value, list) else value}"
-            )
-
-    add("", to_dict(config))
-    return found

@@ -16,6 +16,7 @@ from sparseray.log import get_logger
 from sparseray.platform.config import ClusterConfig
 from sparseray.platform.host import Host
 from sparseray.platform.scheduler import Scheduler
+from sparseray.platform.transport import remove_directory
 
 log = get_logger(__name__)
 
@@ -82,12 +83,13 @@ class Cluster:
         return self.scheduler
 
     def stop(self) -> None:
-        """End all actors of the job, and Ray itself if it was started here."""
+        """End all actors of the job, and Ray itself if it was started here; no socket stays behind."""
         for handle in [*self.slots.values(), self.scheduler]:
             if handle is not None:
                 ray.kill(handle)
         self.slots = {}
         ray.shutdown()
+        remove_directory(self.job)
 
 
 def _connect(config: ClusterConfig, num_slots: int) -> None:

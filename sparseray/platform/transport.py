@@ -6,6 +6,8 @@ across hosts. PUSH and PULL sockets keep the order of one pair; lost peers never
 
 import os
 import pathlib
+import shutil
+import socket
 import tempfile
 from collections.abc import Sequence
 from typing import Any
@@ -45,19 +47,19 @@ class ZmqTransport:
             self._outgoing.pop(slot)[1].close(linger=0)
         for slot, address in peers.items():
             if slot not in self._outgoing:
-                socket = self._context.socket(zmq.PUSH)
-                socket.setsockopt(zmq.SNDHWM, 0)
-                socket.setsockopt(zmq.LINGER, 1000)
-                socket.connect(address)
-                self._outgoing[slot] = (address, socket)
+                queue = self._context.socket(zmq.PUSH)
+                queue.setsockopt(zmq.SNDHWM, 0)
+                queue.setsockopt(zmq.LINGER, 1000)
+                queue.connect(address)
+                self._outgoing[slot] = (address, queue)
 
     def send(self, slot: int, frames: Sequence[Any]) -> None:
         """Queue frames for a slot; large ones are not copied, so the caller must not change them."""
-        _, socket = self._outgoing[slot]
+        _, queue = self._outgoing[slot]
         last = len(frames) - 1
         for index, frame in enumerate(frames):
             flags = zmq.SNDMORE if index < last else 0
-            socket.send(frame, flags, copy=len(frame) < _COPY_BELOW)
+            queue.send(frame, flags, copy=len(frame) < _COPY_BELOW)
 
     def receive(self, timeout_s: float) -> list[Any] | None:
         """Return the frames of the next message, or None after `timeout_s` seconds."""
@@ -67,8 +69,8 @@ class ZmqTransport:
 
     def close(self) -> None:
         """Close all sockets and remove the inbox's file."""
-        for _, socket in self._outgoing.values():
-            socket.close(linger=200)
+        for _, queue in self._outgoing.values():
+            queue.close(linger=200)
         self._outgoing.clear()
         self._inbox.close(linger=0)
         self._context.term()
@@ -78,7 +80,33 @@ class ZmqTransport:
 
 def private_directory(job: str) -> pathlib.Path:
     """Return a folder for Unix sockets that only this user can enter (a socket's path is at most 107 bytes)."""
-    path = pathlib.Path(tempfile.gettempdir()) / f"sparseray-{os.getuid()}" / job[:16]
+    path = _root() / job[:16]
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     os.chmod(path.parent, 0o700)
     return path
+
+
+def remove_directory(job: str) -> None:
+    """Remove the folder of a job that has ended, and those of jobs that were killed before they could."""
+    shutil.rmtree(_root() / job[:16], ignore_errors=True)
+    for folder in _root().glob("*"):
+        inboxes = list(folder.glob("*"))
+        if inboxes and not any(_is_served(inbox) for inbox in inboxes):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _root() -> pathlib.Path:
+    return pathlib.Path(tempfile.gettempdir()) / f"sparseray-{os.getuid()}"
+
+
+def _is_served(inbox: pathlib.Path) -> bool:
+    """Whether a process listens on a Unix socket; the kernel refuses a connection once none does."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(1.0)
+        try:
+            probe.connect(str(inbox))
+        except (ConnectionRefusedError, FileNotFoundError):
+            return False
+        except OSError:
+            return True
+    return True
