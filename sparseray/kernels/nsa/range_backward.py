@@ -11,9 +11,10 @@ import triton.language as tl
 from torch import Tensor
 
 from sparseray.kernels.nsa.geometry import QUERY, WINDOW, Geometry
-from sparseray.kernels.nsa.range_forward import LOG2E, tokens_per_tile
+from sparseray.kernels.nsa.range_forward import LOG2E, key_sources, tokens_per_tile
 from sparseray.kernels.nsa.tiles import (
     add_tile,
+    fetch,
     load_tile,
     next_power_of_2,
     num_visible,
@@ -26,11 +27,11 @@ from sparseray.kernels.nsa.tuning import LAUNCH
 
 @triton.jit
 def range_dq_kernel(
-    p_q, p_k, p_v, p_do, p_lse, p_dg, p_dq, p_meta, p_tiles, num_tiles, scale, scale2,
+    p_q, p_k, p_k1, p_v, p_do, p_lse, p_dg, p_dq, p_meta, p_tiles, num_tiles, scale, scale2,
     H: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, BQ: tl.constexpr, BN: tl.constexpr,
     DQ: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
     KIND: tl.constexpr, LEN: tl.constexpr, STRIDE: tl.constexpr, WIN: tl.constexpr, IP: tl.constexpr,
-    ADD: tl.constexpr,
+    ADD: tl.constexpr, BULK: tl.constexpr,
 ):  # fmt: skip
     i_kv = tl.program_id(0) // num_tiles
     i_tile = num_tiles - 1 - tl.program_id(0) % num_tiles
@@ -69,12 +70,12 @@ def range_dq_kernel(
         o_i = i + tl.arange(0, BN)
         m_i = o_i < k_len
         o_key = (k_off + o_i) * H + i_kv
-        b_k0 = load_tile(p_k, o_key, m_i, DQ, 0, D0, True)
+        b_k0 = fetch(p_k, k_off + i, o_key, m_i, i_kv, DQ, 0, D0, True, BULK)
         b_s = tl.dot(b_q0, tl.trans(b_k0), input_precision=IP)
         if D1 > 0:
-            b_k1 = load_tile(p_k, o_key, m_i, DQ, D0, D1, True)
+            b_k1 = fetch(p_k1, k_off + i, o_key, m_i, i_kv, DQ, D0, D1, True, BULK)
             b_s = tl.dot(b_q1, tl.trans(b_k1), b_s, input_precision=IP)
-        b_v = load_tile(p_v, o_key, m_i, DV, 0, DVP, True)
+        b_v = fetch(p_v, k_off + i, o_key, m_i, i_kv, DV, 0, DVP, True, BULK)
         b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=IP)
         b_end = k_start + o_i * STRIDE + LEN - 1
         b_see = m_i[None, :] & (b_end[None, :] <= b_t[:, None])
@@ -185,9 +186,10 @@ def range_backward(
     launch = LAUNCH[f"{name}_dq"]
     tokens, padded = tokens_per_tile(launch["rows"], heads // num_kv)
     tiles = geometry.tiles(QUERY, tokens)
+    src_k, src_k1, src_v, bulk = key_sources(k, v, launch["keys"])
     range_dq_kernel[(tiles.shape[0] * num_kv,)](
-        q, k, v, do, row_lse, row_dg, dq, geometry.meta, tiles, tiles.shape[0], scale, scale * LOG2E,
-        GP=padded, BQ=tokens, BN=launch["keys"], ADD=add, **shared,
+        q, src_k, src_k1, src_v, do, row_lse, row_dg, dq, geometry.meta, tiles, tiles.shape[0], scale, scale * LOG2E,
+        GP=padded, BQ=tokens, BN=launch["keys"], ADD=add, BULK=bulk, **shared,
         num_warps=launch["num_warps"], num_stages=launch["num_stages"],
     )  # fmt: skip
     if k.shape[0] == 0:

@@ -6,6 +6,8 @@ query heads of one key/value head as its rows (FlashAttention-2 with the group p
 once for the group. Log-sum-exp is kept in base 2. Source: arXiv 2502.11089 eq. 7 and section 3.3.3.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -13,6 +15,8 @@ from torch import Tensor
 
 from sparseray.kernels.nsa.geometry import COMPRESSED, QUERY, WINDOW, Geometry
 from sparseray.kernels.nsa.tiles import (
+    copy_source,
+    fetch,
     load_tile,
     next_power_of_2,
     num_visible,
@@ -27,18 +31,18 @@ LOG2E = 1.4426950408889634
 
 @triton.jit
 def _step(
-    b_acc, b_m, b_l, b_q0, b_q1, p_k, p_v, o_key, i_kv, i, k_len, k_start, b_t, scale2,
+    b_acc, b_m, b_l, b_q0, b_q1, p_k, p_k1, p_v, o_key, i_kv, i, k_len, k_start, b_t, scale2,
     H: tl.constexpr, DQ: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
     BN: tl.constexpr, LEN: tl.constexpr, STRIDE: tl.constexpr, WIN: tl.constexpr, MASKED: tl.constexpr,
-    IP: tl.constexpr,
+    IP: tl.constexpr, BULK: tl.constexpr,
 ):  # fmt: skip
     o_i = i + tl.arange(0, BN)
     m_i = o_i < k_len
     o_row = (o_key + o_i) * H + i_kv
-    b_k0 = load_tile(p_k, o_row, m_i, DQ, 0, D0, MASKED)
+    b_k0 = fetch(p_k, o_key + i, o_row, m_i, i_kv, DQ, 0, D0, MASKED, BULK)
     b_s = tl.dot(b_q0, tl.trans(b_k0), input_precision=IP)
     if D1 > 0:
-        b_k1 = load_tile(p_k, o_row, m_i, DQ, D0, D1, MASKED)
+        b_k1 = fetch(p_k1, o_key + i, o_row, m_i, i_kv, DQ, D0, D1, MASKED, BULK)
         b_s = tl.dot(b_q1, tl.trans(b_k1), b_s, input_precision=IP)
     if MASKED:
         b_end = k_start + o_i * STRIDE + LEN - 1
@@ -54,17 +58,18 @@ def _step(
     b_p = tl.exp2(b_s * scale2 - b_safe[:, None])
     b_alpha = tl.exp2(b_m - b_safe)
     b_l = b_l * b_alpha + tl.sum(b_p, 1)
-    b_v = load_tile(p_v, o_row, m_i, DV, 0, DVP, MASKED)
+    b_v = fetch(p_v, o_key + i, o_row, m_i, i_kv, DV, 0, DVP, MASKED, BULK)
     b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_alpha[:, None], input_precision=IP)
     return b_acc, b_new, b_l
 
 
 @triton.jit
 def range_fwd_kernel(
-    p_q, p_k, p_v, p_o, p_lse, p_meta, p_tiles, num_tiles, scale2,
+    p_q, p_k, p_k1, p_v, p_o, p_lse, p_meta, p_tiles, num_tiles, scale2,
     H: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, BQ: tl.constexpr, BN: tl.constexpr,
     DQ: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
     KIND: tl.constexpr, LEN: tl.constexpr, STRIDE: tl.constexpr, WIN: tl.constexpr, IP: tl.constexpr,
+    BULK: tl.constexpr,
 ):  # fmt: skip
     i_kv = tl.program_id(0) // num_tiles
     # The last tiles see the most keys: start them first.
@@ -104,19 +109,19 @@ def range_fwd_kernel(
     if WIN > 0:
         for i in range(i_lo, i_hi, BN):
             b_acc, b_m, b_l = _step(
-                b_acc, b_m, b_l, b_q0, b_q1, p_k, p_v, k_off, i_kv, i, k_len, k_start, b_t, scale2,
-                H, DQ, D0, D1, DV, DVP, BN, LEN, STRIDE, WIN, True, IP,
+                b_acc, b_m, b_l, b_q0, b_q1, p_k, p_k1, p_v, k_off, i_kv, i, k_len, k_start, b_t, scale2,
+                H, DQ, D0, D1, DV, DVP, BN, LEN, STRIDE, WIN, True, IP, BULK,
             )  # fmt: skip
     else:
         for i in range(0, i_full, BN):
             b_acc, b_m, b_l = _step(
-                b_acc, b_m, b_l, b_q0, b_q1, p_k, p_v, k_off, i_kv, i, k_len, k_start, b_t, scale2,
-                H, DQ, D0, D1, DV, DVP, BN, LEN, STRIDE, WIN, False, IP,
+                b_acc, b_m, b_l, b_q0, b_q1, p_k, p_k1, p_v, k_off, i_kv, i, k_len, k_start, b_t, scale2,
+                H, DQ, D0, D1, DV, DVP, BN, LEN, STRIDE, WIN, False, IP, BULK,
             )  # fmt: skip
         for i in range(i_full, i_hi, BN):
             b_acc, b_m, b_l = _step(
-                b_acc, b_m, b_l, b_q0, b_q1, p_k, p_v, k_off, i_kv, i, k_len, k_start, b_t, scale2,
-                H, DQ, D0, D1, DV, DVP, BN, LEN, STRIDE, WIN, True, IP,
+                b_acc, b_m, b_l, b_q0, b_q1, p_k, p_k1, p_v, k_off, i_kv, i, k_len, k_start, b_t, scale2,
+                H, DQ, D0, D1, DV, DVP, BN, LEN, STRIDE, WIN, True, IP, BULK,
             )  # fmt: skip
     b_none = b_l == 0.0
     b_safe = tl.where(b_none, 1.0, b_l)
@@ -129,6 +134,17 @@ def tokens_per_tile(rows: int, group: int) -> tuple[int, int]:
     """Query tokens of a tile and the padded group size, so that their product is a legal tile height."""
     padded = next_power_of_2(group)
     return max(16, rows, padded) // padded, padded
+
+
+def key_sources(k: Tensor, v: Tensor, rows: int) -> tuple[Any, Any, Any, bool]:
+    """Sources of key tiles (both parts of a split head size) and value tiles, and whether they are bulk copies."""
+    d0, d1 = split_width(k.shape[-1])
+    src_k, bulk_k = copy_source(k, rows, d0)
+    src_k1, _ = copy_source(k, rows, d1 or d0)
+    src_v, bulk_v = copy_source(v, rows, max(16, next_power_of_2(v.shape[-1])))
+    if bulk_k and bulk_v:
+        return src_k, src_k1, src_v, True
+    return k, k, v, False
 
 
 def range_forward(
@@ -154,11 +170,13 @@ def range_forward(
     tiles = geometry.tiles(QUERY, tokens)
     d0, d1 = split_width(q.shape[-1])
     assert kind in (COMPRESSED, WINDOW)
+    dvp = max(16, next_power_of_2(v.shape[-1]))
+    src_k, src_k1, src_v, bulk = key_sources(k, v, launch["keys"])
     range_fwd_kernel[(tiles.shape[0] * num_kv,)](
-        q, k, v, out, lse, geometry.meta, tiles, tiles.shape[0], scale * LOG2E,
+        q, src_k, src_k1, src_v, out, lse, geometry.meta, tiles, tiles.shape[0], scale * LOG2E,
         H=num_kv, G=heads // num_kv, GP=padded, BQ=tokens, BN=launch["keys"],
-        DQ=q.shape[-1], D0=d0, D1=d1, DV=v.shape[-1], DVP=max(16, next_power_of_2(v.shape[-1])),
-        KIND=kind, LEN=block, STRIDE=stride, WIN=window, IP=precision(q.dtype),
+        DQ=q.shape[-1], D0=d0, D1=d1, DV=v.shape[-1], DVP=dvp,
+        KIND=kind, LEN=block, STRIDE=stride, WIN=window, IP=precision(q.dtype), BULK=bulk,
         num_warps=launch["num_warps"], num_stages=launch["num_stages"],
     )  # fmt: skip
     return out, lse

@@ -13,9 +13,10 @@ import triton.language as tl
 from torch import Tensor
 
 from sparseray.kernels.nsa.geometry import QUERY, Geometry
-from sparseray.kernels.nsa.range_forward import LOG2E
+from sparseray.kernels.nsa.range_forward import LOG2E, key_sources
 from sparseray.kernels.nsa.tiles import (
     add_tile,
+    fetch,
     load_tile,
     next_power_of_2,
     precision,
@@ -27,9 +28,10 @@ from sparseray.kernels.nsa.tuning import LAUNCH
 
 @triton.jit
 def selected_fwd_kernel(
-    p_q, p_k, p_v, p_index, p_pos, p_seq, p_o, p_lse, p_meta, num_q, n, scale2,
+    p_q, p_k, p_k1, p_v, p_index, p_pos, p_seq, p_o, p_lse, p_meta, num_q, n, scale2,
     H: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, SELECT: tl.constexpr, BN: tl.constexpr,
     DQ: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, IP: tl.constexpr,
+    BULK: tl.constexpr,
 ):  # fmt: skip
     i_kv = tl.program_id(0) // num_q
     i_q = (tl.program_id(0) % num_q).to(tl.int64)
@@ -52,18 +54,19 @@ def selected_fwd_kernel(
         i_block = tl.load(p_row + i)
         o_i = i_block * SELECT + o_c
         m_i = (o_c < SELECT) & (o_i <= t)
+        row = k_off + i_block * SELECT
         o_key = (k_off + o_i) * H + i_kv
-        b_k0 = load_tile(p_k, o_key, m_i, DQ, 0, D0, True)
+        b_k0 = fetch(p_k, row, o_key, m_i, i_kv, DQ, 0, D0, True, BULK)
         b_s = tl.dot(b_q0, tl.trans(b_k0), input_precision=IP)
         if D1 > 0:
-            b_k1 = load_tile(p_k, o_key, m_i, DQ, D0, D1, True)
+            b_k1 = fetch(p_k1, row, o_key, m_i, i_kv, DQ, D0, D1, True, BULK)
             b_s = tl.dot(b_q1, tl.trans(b_k1), b_s, input_precision=IP)
         b_s = tl.where(m_i[None, :], b_s, float("-inf"))
         b_new = tl.maximum(b_m, tl.max(b_s, 1) * scale2)
         b_p = tl.exp2(b_s * scale2 - b_new[:, None])
         b_alpha = tl.exp2(b_m - b_new)
         b_l = b_l * b_alpha + tl.sum(b_p, 1)
-        b_v = load_tile(p_v, o_key, m_i, DV, 0, DVP, True)
+        b_v = fetch(p_v, row, o_key, m_i, i_kv, DV, 0, DVP, True, BULK)
         b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_alpha[:, None], input_precision=IP)
         b_m = b_new
     store_tile(p_o, o_row, m_g, b_acc / b_l[:, None], DV, 0, DVP)
@@ -72,9 +75,10 @@ def selected_fwd_kernel(
 
 @triton.jit
 def selected_dq_kernel(
-    p_q, p_k, p_v, p_do, p_lse, p_dg, p_dq, p_index, p_pos, p_seq, p_meta, num_q, n, scale, scale2,
+    p_q, p_k, p_k1, p_v, p_do, p_lse, p_dg, p_dq, p_index, p_pos, p_seq, p_meta, num_q, n, scale, scale2,
     H: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, SELECT: tl.constexpr, BN: tl.constexpr,
     DQ: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, IP: tl.constexpr,
+    BULK: tl.constexpr,
     ADD: tl.constexpr,
 ):  # fmt: skip
     i_kv = tl.program_id(0) // num_q
@@ -100,13 +104,14 @@ def selected_dq_kernel(
         i_block = tl.load(p_row + i)
         o_i = i_block * SELECT + o_c
         m_i = (o_c < SELECT) & (o_i <= t)
+        row = k_off + i_block * SELECT
         o_key = (k_off + o_i) * H + i_kv
-        b_k0 = load_tile(p_k, o_key, m_i, DQ, 0, D0, True)
+        b_k0 = fetch(p_k, row, o_key, m_i, i_kv, DQ, 0, D0, True, BULK)
         b_s = tl.dot(b_q0, tl.trans(b_k0), input_precision=IP)
         if D1 > 0:
-            b_k1 = load_tile(p_k, o_key, m_i, DQ, D0, D1, True)
+            b_k1 = fetch(p_k1, row, o_key, m_i, i_kv, DQ, D0, D1, True, BULK)
             b_s = tl.dot(b_q1, tl.trans(b_k1), b_s, input_precision=IP)
-        b_v = load_tile(p_v, o_key, m_i, DV, 0, DVP, True)
+        b_v = fetch(p_v, row, o_key, m_i, i_kv, DV, 0, DVP, True, BULK)
         b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=IP)
         b_p = tl.where(m_i[None, :], tl.exp2(b_s * scale2 - b_lse[:, None]), 0.0)
         b_ds = (b_p * (b_dp - b_dg[:, None])).to(b_k0.dtype)
@@ -157,9 +162,11 @@ def selected_forward(
     out = q.new_empty(q.shape[0], heads, v.shape[-1])
     lse = torch.empty(q.shape[0], heads, dtype=torch.float32, device=q.device)
     launch = LAUNCH["selected_fwd"]
+    constants = shared_constants(q, k, v, select_block)
+    src_k, src_k1, src_v, bulk = key_sources(k, v, constants["BN"])
     selected_fwd_kernel[(q.shape[0] * num_kv,)](
-        q, k, v, index, positions, query_sequences(geometry), out, lse, geometry.meta, q.shape[0], index.shape[-1],
-        scale * LOG2E, GP=max(16, next_power_of_2(heads // num_kv)), **shared_constants(q, k, v, select_block),
+        q, src_k, src_k1, src_v, index, positions, query_sequences(geometry), out, lse, geometry.meta, q.shape[0], index.shape[-1],
+        scale * LOG2E, GP=max(16, next_power_of_2(heads // num_kv)), BULK=bulk, **constants,
         num_warps=launch["num_warps"], num_stages=launch["num_stages"],
     )  # fmt: skip
     return out, lse
@@ -172,9 +179,11 @@ def selected_query_gradient(
     """Write or add the gradient of the selected branch to dq; rows as in `range_backward`."""
     heads, num_kv = q.shape[1], k.shape[1]
     launch = LAUNCH["selected_dq"]
+    constants = shared_constants(q, k, v, select_block)
+    src_k, src_k1, src_v, bulk = key_sources(k, v, constants["BN"])
     selected_dq_kernel[(q.shape[0] * num_kv,)](
-        q, k, v, do, row_lse, row_dg, dq, index, positions, query_sequences(geometry), geometry.meta, q.shape[0],
+        q, src_k, src_k1, src_v, do, row_lse, row_dg, dq, index, positions, query_sequences(geometry), geometry.meta, q.shape[0],
         index.shape[-1], scale, scale * LOG2E, GP=max(16, next_power_of_2(heads // num_kv)), ADD=add,
-        **shared_constants(q, k, v, select_block),
+        BULK=bulk, **constants,
         num_warps=launch["num_warps"], num_stages=launch["num_stages"],
     )  # fmt: skip

@@ -1,8 +1,12 @@
 """Small device functions shared by the NSA kernels: masked tile loads, split head sizes, visible ranges."""
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 def next_power_of_2(n: int) -> int:
@@ -23,6 +27,45 @@ def split_width(width: int) -> tuple[int, int]:
 def precision(dtype: torch.dtype) -> str:
     """How tl.dot treats operands of this dtype: exact for fp32."""
     return "ieee" if dtype == torch.float32 else "tf32"
+
+
+def copy_source(x: Tensor, rows: int, width: int) -> tuple[Any, bool]:
+    """What a kernel reads tiles of [rows, width] from: a bulk-copy descriptor where the hardware takes one.
+
+    Args:
+        x: [S, H, D], contiguous; read as [S, H * D].
+
+    Returns:
+        A descriptor and True, or x and False.
+    """
+    row_bytes = x.shape[1] * x.shape[2] * x.element_size()
+    if (
+        not x.is_cuda
+        or x.element_size() != 2
+        or x.shape[0] == 0
+        or row_bytes % 16
+        or x.data_ptr() % 16
+        or torch.cuda.get_device_capability(x.device)[0] < 9
+    ):
+        return x, False
+    wide = x.shape[1] * x.shape[2]
+    return TensorDescriptor(x, [x.shape[0], wide], [wide, 1], [rows, width]), True
+
+
+@triton.jit
+def fetch(
+    src, row, o_row, m_row, i_kv, WIDTH: tl.constexpr, START: tl.constexpr, SIZE: tl.constexpr,
+    MASK: tl.constexpr, BULK: tl.constexpr,
+):  # fmt: skip
+    """A tile of one key/value head's rows: by one bulk copy from `row` on, or by pointers to `o_row`.
+
+    A bulk copy does not mask: rows and columns that do not belong to the tile hold other finite values.
+    """
+    if BULK:
+        b = src.load([row.to(tl.int32), i_kv * WIDTH + START])
+    else:
+        b = load_tile(src, o_row, m_row, WIDTH, START, SIZE, MASK)
+    return b
 
 
 @triton.jit

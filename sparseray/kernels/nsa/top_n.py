@@ -13,17 +13,17 @@ import triton.language as tl
 from torch import Tensor
 
 from sparseray.kernels.nsa.geometry import COMPRESSED, QUERY, Geometry
-from sparseray.kernels.nsa.range_forward import LOG2E, tokens_per_tile
-from sparseray.kernels.nsa.tiles import load_tile, next_power_of_2, precision, split_width
+from sparseray.kernels.nsa.range_forward import LOG2E, key_sources, tokens_per_tile
+from sparseray.kernels.nsa.tiles import fetch, load_tile, next_power_of_2, precision, split_width
 from sparseray.kernels.nsa.tuning import LAUNCH
 
 
 @triton.jit
 def score_kernel(
-    p_q, p_k, p_lse, p_score, p_meta, p_tiles, num_tiles, tile_first, row_first, row_end, width, scale2,
+    p_q, p_k, p_k1, p_lse, p_score, p_meta, p_tiles, num_tiles, tile_first, row_first, row_end, width, scale2,
     H: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, BQ: tl.constexpr, BJ: tl.constexpr, RP: tl.constexpr,
     DQ: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, LEN: tl.constexpr, STRIDE: tl.constexpr,
-    SELECT: tl.constexpr, IP: tl.constexpr,
+    SELECT: tl.constexpr, IP: tl.constexpr, BULK: tl.constexpr,
 ):  # fmt: skip
     R: tl.constexpr = SELECT // STRIDE
     L: tl.constexpr = LEN // STRIDE
@@ -65,10 +65,10 @@ def score_kernel(
         o_i = (j + o_c // RP) * R + o_c % RP
         m_i = (o_c % RP < R) & (o_i < k_len)
         o_key = (k_off + o_i) * H + i_kv
-        b_k0 = load_tile(p_k, o_key, m_i, DQ, 0, D0, True)
+        b_k0 = fetch(p_k, k_off + j * R, o_key, m_i, i_kv, DQ, 0, D0, True, BULK)
         b_s = tl.dot(b_q0, tl.trans(b_k0), input_precision=IP)
         if D1 > 0:
-            b_k1 = load_tile(p_k, o_key, m_i, DQ, D0, D1, True)
+            b_k1 = fetch(p_k1, k_off + j * R, o_key, m_i, i_kv, DQ, D0, D1, True, BULK)
             b_s = tl.dot(b_q1, tl.trans(b_k1), b_s, input_precision=IP)
         b_see = m_i[None, :] & ((o_i * STRIDE + LEN - 1)[None, :] <= b_t[:, None])
         b_p = tl.where(b_see, tl.exp2(b_s * scale2 - b_lse[:, None]), 0.0)
@@ -153,20 +153,24 @@ def select_blocks(
     rp = next_power_of_2(select_block // stride)
     d0, d1 = split_width(width_q)
     chunk = -(-launch["chunk"] // tokens) * tokens
+    bj = max(1, launch["keys"] // rp)
+    src_k, src_k1, _, bulk = key_sources(k_cmp, k_cmp, bj * rp)
+    if rp * stride != select_block:
+        src_k, src_k1, bulk = k_cmp, k_cmp, False
     single = geometry.num_seqs == 1
     start = geometry.max_keys - tokens_total if single else 0
     for first in range(0, tokens_total, chunk):
         end = min(first + chunk, tokens_total)
-        longest = start + end if single else min(geometry.max_keys, geometry.max_keys)
+        longest = start + end if single else geometry.max_keys
         width = -(-longest // select_block)
         scores = torch.empty(end - first, num_kv, width, dtype=torch.float32, device=q.device)
         # With one sequence the tiles of a chunk are known; otherwise a tile outside the chunk returns at once.
         tile_first = first // tokens if single else 0
         num_tiles = -(-(end - first) // tokens) if single else tiles.shape[0]
         score_kernel[(num_tiles * num_kv,)](
-            q, k_cmp, lse, scores, geometry.meta, tiles, num_tiles, tile_first, first, end, width, scale * LOG2E,
-            H=num_kv, G=heads // num_kv, GP=padded, BQ=tokens, BJ=max(1, launch["keys"] // rp), RP=rp,
-            DQ=width_q, D0=d0, D1=d1, LEN=block, STRIDE=stride, SELECT=select_block, IP=precision(q.dtype),
+            q, src_k, src_k1, lse, scores, geometry.meta, tiles, num_tiles, tile_first, first, end, width, scale * LOG2E,
+            H=num_kv, G=heads // num_kv, GP=padded, BQ=tokens, BJ=bj, RP=rp,
+            DQ=width_q, D0=d0, D1=d1, LEN=block, STRIDE=stride, SELECT=select_block, IP=precision(q.dtype), BULK=bulk,
             num_warps=launch["num_warps"], num_stages=launch["num_stages"],
         )  # fmt: skip
         top_n_kernel[((end - first) * num_kv,)](
