@@ -139,7 +139,9 @@ def plan_few_rows(topk_ids_TK: Tensor, num_experts: int, *, tile_rows: int) -> E
     T, K = topk_ids_TK.shape
     R = T * K
     num_tiles = R // tile_rows + min(num_experts, R)
-    integers = torch.empty(2 * R + 2 * num_experts + 3 * num_tiles, dtype=torch.int32, device=topk_ids_TK.device)
+    integers = torch.empty(
+        2 * R + 2 * num_experts + 3 * num_tiles, dtype=torch.int32, device=topk_ids_TK.device
+    )
     sizes = [R, R, num_experts, num_experts, num_tiles, num_tiles, num_tiles]
     order, inverse, counts, offsets, *tiles = integers.split(sizes)
     _sort_kernel[(1,)](

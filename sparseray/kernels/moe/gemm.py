@@ -85,7 +85,7 @@ def up_kernel(
         p_out = p_pre + o_r[:, None].to(tl.int64) * (2 * I) + o_n[None, :]
         tl.store(p_out, acc_g.to(element), mask=m)
         tl.store(p_out + I, acc_u.to(element), mask=m)
-    sig, silu = _silu_parts(acc_g)
+    _sig, silu = _silu_parts(acc_g)
     tl.store(p_act + o_r[:, None].to(tl.int64) * I + o_n[None, :], (silu * acc_u).to(element), mask=m)
 
 
