@@ -110,7 +110,9 @@ def try_variant(name: str, call: Callable[[], object], variant: dict[str, int], 
         call()
         torch.cuda.synchronize()
         return float(do_bench(call, warmup=20, rep=60, return_mode="median")) if time else 0.0
-    except Exception as error:  # A variant may fail in the compiler in many ways; the next one must still run.
+    except (
+        Exception
+    ) as error:  # A variant may fail in the compiler in many ways; the next one must still run.
         return f"{type(error).__name__}: {str(error)[:80]}"
     finally:
         LAUNCH[name].clear()

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
-
 import numpy as np
 import pytest
 import torch
+import triton_interpreter  # noqa: F401  (first: it sets the interpreter up where there is no GPU)
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+from sparseray.kernels.dse import cpu, fusion, reference, rows
 
-from sparseray.kernels.dse import cpu, reference
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 LAYOUT = {
     "multipliers": [2**40 + 15, 2**41 + 9, 2**39 + 7],
@@ -187,3 +185,96 @@ def test_short_convolution_equals_torch_and_stops_at_documents() -> None:
     starts[0, 6] = True
     cut = reference.short_conv(x, weight, dilation=3, document_starts_BT=starts)
     assert torch.equal(cut[:, 6:], reference.short_conv(x[:, 6:], weight, dilation=3))
+
+
+@pytest.mark.parametrize("first", [0, 1, 19])
+def test_fused_hash_with_token_map_equals_the_reference(first: int) -> None:
+    rng = np.random.default_rng(10)
+    raw, token_map = rng.integers(0, 60, (2, 37)), rng.integers(0, 40, 60)
+    starts = rng.random((2, 37)) < 0.15
+    mapped = np.concatenate([np.full((2, 2), LAYOUT["pad"]), token_map[raw]], axis=1)
+    starts[:, first] |= first > 0
+    want = cpu.ngram_hash(token_map[raw], document_starts_BT=starts, **LAYOUT)[:, first:]
+    tables = {k: torch.tensor(LAYOUT[k], device=DEVICE) for k in ("multipliers", "primes", "offsets")}
+    got = rows.ngram_hash(
+        torch.from_numpy(raw[:, first:]).to(DEVICE),
+        multipliers=tables["multipliers"],
+        orders=(2, 3),
+        primes_OH=tables["primes"],
+        offsets_OH=tables["offsets"],
+        pad=LAYOUT["pad"],
+        token_map_V=torch.from_numpy(token_map).to(DEVICE),
+        history_BL=torch.from_numpy(mapped[:, first : first + 2]).to(DEVICE),
+        document_starts_BT=torch.from_numpy(starts[:, first:]).to(DEVICE),
+    )
+    np.testing.assert_array_equal(got.cpu().numpy(), want)
+
+
+@pytest.mark.parametrize("width", [4, 20])
+def test_gather_kernel_copies_the_tables_rows(width: int) -> None:
+    table = torch.randn(23, width, device=DEVICE)
+    wanted = torch.randint(0, 23, (57,), device=DEVICE)
+    out = torch.full((57, width), float("nan"), device=DEVICE)
+    rows.gather_rows(table, wanted, out, programs=2, block=32, warps=1)
+    assert torch.equal(out, table[wanted])
+    with pytest.raises(ValueError, match="16 bytes"):
+        rows.gather_rows(table[:, :3].contiguous(), wanted)
+
+
+@pytest.mark.parametrize("count", [0, 1, 90])
+def test_segment_sum_kernel_equals_the_reference_bit_for_bit(count: int) -> None:
+    torch.manual_seed(0)
+    index = torch.randint(0, 7, (count,))
+    grads = torch.randn(count, 5)
+    unique, sums = rows.segment_sum_rows(index.to(DEVICE), grads.to(DEVICE))
+    want_unique, want_sums = reference.segment_sum_rows(index, grads)
+    assert torch.equal(unique.cpu(), want_unique)
+    assert torch.equal(sums.cpu(), want_sums)
+
+
+@pytest.mark.parametrize("documents", [False, True])
+def test_fused_gate_and_convolution_equal_the_reference(documents: bool) -> None:
+    torch.manual_seed(0)
+    shapes = [(2, 11, 6)] * 3 + [(6, 4), (6,), (6,), (6,)]
+    tensors = [torch.randn(*shape, device=DEVICE) for shape in shapes]
+    starts = torch.rand(2, 11, device=DEVICE) < 0.2 if documents else None
+    plain, fused = ([t.clone().requires_grad_() for t in tensors] for _ in range(2))
+    want = reference.memory_output(*plain, dilation=3, document_starts_BT=starts)
+    got = fusion.memory_output(*fused, dilation=3, document_starts_BT=starts)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    grad = torch.randn_like(want)
+    want.backward(grad)
+    got.backward(grad)
+    for mine, theirs in zip(fused, plain):
+        torch.testing.assert_close(mine.grad, theirs.grad)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("width", [80, 256])
+def test_rows_fetched_from_host_memory_are_the_tables_rows(width: int) -> None:
+    table = rows.register_host(torch.randn(50_000, width).bfloat16())
+    wanted = torch.randint(0, 50_000, (3, 4099), device="cuda")
+    fetch = rows.RowFetcher(table, programs=4).fetch(wanted)
+    assert torch.equal(fetch.wait().cpu(), table[wanted.flatten().cpu()])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_hash_on_the_gpu_equals_the_cpu_on_a_million_tokens() -> None:
+    rng = np.random.default_rng(11)
+    tokens, starts = rng.integers(0, 99092, (2, 500_000)), rng.random((2, 500_000)) < 0.01
+    half = (2**63 - 1) // 99092 // 2
+    layout = {**LAYOUT, "multipliers": (rng.integers(0, half, 3) * 2 + 1).tolist()}
+    want = cpu.ngram_hash(tokens, document_starts_BT=starts, **layout)
+    tables = {k: torch.tensor(layout[k], device="cuda") for k in ("multipliers", "primes", "offsets")}
+    got = rows.ngram_hash(
+        torch.from_numpy(tokens).cuda(),
+        multipliers=tables["multipliers"],
+        orders=(2, 3),
+        primes_OH=tables["primes"],
+        offsets_OH=tables["offsets"],
+        pad=layout["pad"],
+        document_starts_BT=torch.from_numpy(starts).cuda(),
+    )
+    np.testing.assert_array_equal(got.cpu().numpy(), want)

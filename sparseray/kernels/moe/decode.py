@@ -8,6 +8,8 @@ shapes fix the grids, so a call can be captured in a CUDA graph.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -16,7 +18,7 @@ from torch import Tensor
 from sparseray.kernels.moe.ffn import LayerConfig, TileConfig, combine, project_rows, up_project
 from sparseray.kernels.moe.plan import ExpertPlan, plan_experts
 
-PAIRED_ROWS = 64
+PAIRED_ROWS = 8
 SORTED_ROWS = 512
 
 
@@ -31,6 +33,7 @@ def _pair_up_kernel(
     K: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     i_r = tl.program_id(0)
     o_n = tl.program_id(1) * BN + tl.arange(0, BN)
@@ -40,7 +43,7 @@ def _pair_up_kernel(
     p_g = p_w + e * (2 * I * H) + o_n[:, None] * H + o_k[None, :]
     acc_g = tl.zeros([BN, BK], tl.float32)
     acc_u = tl.zeros([BN, BK], tl.float32)
-    for k in range(0, H, BK):
+    for k in tl.range(0, H, BK, num_stages=STAGES):
         m_k = o_k < H - k
         m = m_n[:, None] & m_k[None, :]
         x = tl.load(p_x + (i_r // K).to(tl.int64) * H + k + o_k, mask=m_k, other=0.0).to(tl.float32)
@@ -63,22 +66,24 @@ def _pair_down_kernel(
     K: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     i_t = tl.program_id(0)
     o_n = tl.program_id(1) * BN + tl.arange(0, BN)
     o_k = tl.arange(0, BK)
     m_n = o_n < H
     acc = tl.zeros([BN, BK], tl.float32)
-    for slot in tl.static_range(K):
+    chunks: tl.constexpr = (I + BK - 1) // BK
+    for i in tl.range(0, K * chunks, num_stages=STAGES):
+        slot, k = i // chunks, (i % chunks) * BK
         e = tl.load(p_ids + i_t * K + slot).to(tl.int64)
         weight = tl.load(p_weights + i_t * K + slot)
-        for k in tl.static_range(0, I, BK):
-            m_k = o_k < I - k
-            p_a = p_act + (i_t * K + slot).to(tl.int64) * I + k + o_k
-            a = tl.load(p_a, mask=m_k, other=0.0).to(tl.float32) * weight
-            p = p_w + e * (H * I) + o_n[:, None] * I + (k + o_k)[None, :]
-            w = tl.load(p, mask=m_n[:, None] & m_k[None, :], other=0.0)  # [BN, BK]
-            acc += w.to(tl.float32) * a[None, :]
+        m_k = o_k < I - k
+        p_a = p_act + (i_t * K + slot).to(tl.int64) * I + k + o_k
+        a = tl.load(p_a, mask=m_k, other=0.0).to(tl.float32) * weight
+        p = p_w + e * (H * I) + o_n[:, None] * I + (k + o_k)[None, :]
+        w = tl.load(p, mask=m_n[:, None] & m_k[None, :], other=0.0)  # [BN, BK]
+        acc += w.to(tl.float32) * a[None, :]
     out = tl.sum(acc, 1).to(p_out.dtype.element_ty)
     tl.store(p_out + i_t.to(tl.int64) * H + o_n, out, mask=m_n)
 
@@ -178,18 +183,45 @@ def decode_config(rows_per_expert: float) -> LayerConfig:
     )
 
 
-def _decode_pairs(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, w_E2IH: Tensor, w_EHI: Tensor) -> Tensor:
-    (T, H), K, I = x_TH.shape, ids_TK.shape[1], w_EHI.shape[2]
+@dataclass(frozen=True, kw_only=True)
+class PairConfig:
+    """Slice of columns, depth, warps and stages of the two matrix-vector kernels."""
+
+    up: tuple[int, int, int, int] = (16, 512, 4, 1)
+    down: tuple[int, int, int, int] = (8, 256, 4, 1)
+
+
+def decode_pairs(
+    x_TH: Tensor,
+    topk_ids_TK: Tensor,
+    topk_weights_TK: Tensor,
+    w_gate_up_E2IH: Tensor,
+    w_down_EHI: Tensor,
+    config: PairConfig | None = None,
+) -> Tensor:
+    """`moe_ffn_decode` without a map: each pair reads its expert's weights itself."""
+    (T, H), K, I = x_TH.shape, topk_ids_TK.shape[1], w_down_EHI.shape[2]
+    config = config or PairConfig()
     act_RI, out_TH = x_TH.new_empty(T * K, I), torch.empty_like(x_TH)
     sizes = {"H": H, "I": I, "K": K}
-    bn = 16 if T * K <= 16 else 32
-    deep = min(512, triton.next_power_of_2(H)) // (bn // 16)
+    bn, bk, warps, stages = config.up
+    bk = min(bk, triton.next_power_of_2(H))
     _pair_up_kernel[(T * K, triton.cdiv(I, bn))](
-        x_TH, ids_TK, w_E2IH, act_RI, BN=bn, BK=deep, num_warps=4, **sizes
+        x_TH, topk_ids_TK, w_gate_up_E2IH, act_RI, BN=bn, BK=bk, STAGES=stages, num_warps=warps, **sizes
     )
-    bn = 8 if T == 1 else 16
+    bn, bk, warps, stages = config.down
+    bk = min(bk, triton.next_power_of_2(I))
     _pair_down_kernel[(T, triton.cdiv(H, bn))](
-        act_RI, ids_TK, weights_TK, w_EHI, out_TH, BN=bn, BK=256, num_warps=4, **sizes
+        act_RI,
+        topk_ids_TK,
+        topk_weights_TK,
+        w_down_EHI,
+        out_TH,
+        BN=bn,
+        BK=bk,
+        STAGES=stages,
+        num_warps=warps,
+        **sizes,
     )
     return out_TH
 
@@ -215,7 +247,7 @@ def moe_ffn_decode(
     """
     T, K = topk_ids_TK.shape
     if config is None and T * K <= PAIRED_ROWS:
-        return _decode_pairs(x_TH, topk_ids_TK, topk_weights_TK, w_gate_up_E2IH, w_down_EHI)
+        return decode_pairs(x_TH, topk_ids_TK, topk_weights_TK, w_gate_up_E2IH, w_down_EHI)
     num_experts = w_down_EHI.shape[0]
     config = config or decode_config(T * K / num_experts)
     make_plan = plan_few_rows if T * K <= SORTED_ROWS else plan_experts

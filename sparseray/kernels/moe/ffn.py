@@ -47,10 +47,10 @@ class LayerConfig:
 HOPPER = LayerConfig(
     m=128,
     up=TileConfig(n=128, k=64, group=8, warps=8, stages=4),
-    down=TileConfig(n=256, k=64, group=8, warps=8, stages=3),
-    act_grad=TileConfig(n=128, k=64, group=8, warps=8, stages=3),
+    down=TileConfig(n=256, k=64, group=8, warps=8, stages=4),
+    act_grad=TileConfig(n=128, k=64, group=8, warps=8, stages=4),
     input_grad=TileConfig(n=256, k=64, group=8, warps=8, stages=3),
-    weight_grad=TileConfig(n=256, k=64, group=8, warps=8, stages=4),
+    weight_grad=TileConfig(n=128, k=64, group=8, warps=4, stages=4),
     weight_grad_rows=128,
 )
 """bf16 and fp16 on compute capability 9.0; measured in benchmarks/results."""

@@ -144,6 +144,13 @@ def rows_kernel(
 
 
 @triton.jit
+def _halves(x):
+    """The left and the right half of a block's columns, so that an epilogue holds fewer registers."""
+    parts = tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2))
+    return tl.split(tl.permute(parts, (0, 2, 1)))
+
+
+@triton.jit
 def _store_act_grad(da, weight, p_pre, p_dpre, p_weighted, o_r, m_r, o_n, I: tl.constexpr):
     """SwiGLU's backward for some columns; returns each row's sum of da * act over them."""
     m = m_r[:, None] & (o_n < I)[None, :]
@@ -214,10 +221,13 @@ def act_grad_kernel(
             w = tl.load(p_w, mask=(o_k < H - k)[:, None], other=0.0)
         acc = tl.dot(a, w, acc, input_precision="ieee")
     weight = tl.load(p_weights + flat, mask=m_r, other=0.0)
-    left, right = tl.split(tl.permute(tl.reshape(acc, (BM, 2, BN // 2)), (0, 2, 1)))
-    o_n = i_n * BN + tl.arange(0, BN // 2)
-    dot = _store_act_grad(left, weight, p_pre, p_dpre, p_weighted, o_r, m_r, o_n, I)
-    dot += _store_act_grad(right, weight, p_pre, p_dpre, p_weighted, o_r, m_r, o_n + BN // 2, I)
+    left, right = _halves(acc)
+    dot = tl.zeros([BM], tl.float32)
+    for half in tl.static_range(2):
+        first, second = _halves(left if half == 0 else right)
+        o_n = i_n * BN + half * (BN // 2) + tl.arange(0, BN // 4)
+        dot += _store_act_grad(first, weight, p_pre, p_dpre, p_weighted, o_r, m_r, o_n, I)
+        dot += _store_act_grad(second, weight, p_pre, p_dpre, p_weighted, o_r, m_r, o_n + BN // 4, I)
     tl.store(p_partial + o_r.to(tl.int64) * num_n + i_n, dot, mask=m_r)
 
 
