@@ -180,6 +180,7 @@ class RemoteClient:
             "plan": plan,
             "config": configuration.to_dict(config),
             "layout": str(directory.absolute()) if config.model.dse.layers else "",
+            "layout_sha256": checkpoint.read_manifest(directory)["dse_layout_sha256"],
             "scheduler": self._inbox.transport.address,
             "step": checkpoint.read_manifest(directory)["step"],
             "checkpoint": str(directory.absolute()),

@@ -22,6 +22,7 @@ from sparseray.actors.mailbox import Mailbox
 from sparseray.actors.memory_shard import FIELDS, MemoryShard, bucket_bounds
 from sparseray.actors.slot import Slot
 from sparseray.actors.token_data import TokenDataset, batch
+from sparseray.errors import IdentityError
 from sparseray.model.dse_layout import DSELayout
 from sparseray.platform import checkpoint
 from sparseray.platform.config import RunConfig, from_dict
@@ -40,6 +41,11 @@ class TrainingJob:
     def __init__(self, body: dict[str, Any], metrics: Metrics) -> None:
         self.config = from_dict(RunConfig, body["config"])
         self.layout = DSELayout.load(Path(body["layout"])) if body["layout"] else None
+        if self.layout is not None and self.layout.sha256 != body["layout_sha256"]:
+            raise IdentityError(
+                f"{body['layout']} holds DSE layout {self.layout.sha256[:12]}, and the plan was made for "
+                f"{body['layout_sha256'][:12]}: rows would be addressed wrongly; use the run's own folder"
+            )
         self.metrics = metrics
         self.is_serving = bool(body.get("serving"))
         self.deadline_s = self.config.cluster.deadline_s
