@@ -29,6 +29,7 @@ from sparseray.actors.generation import GenerationRequest
 from sparseray.actors.mailbox import Mailbox
 from sparseray.actors.memory_shard import MemoryShard
 from sparseray.actors.messages import SCHEDULER, Message
+from sparseray.actors.reduction import Reduction
 from sparseray.errors import UserError
 from sparseray.log import get_logger
 
@@ -99,13 +100,6 @@ class Slot:
             "expert_backward": self._expert_backward,
             "rows": self._rows,
         }
-        self._gradients = {
-            "finish_shard": self._finish_shard,
-            "dense_nodes": self._dense_nodes,
-            "dense_reduced": self._dense_reduced,
-            "expert_reduced": self._expert_reduced,
-            "rows_reduced": self._rows_reduced,
-        }
 
     def serve_forever(self) -> None:
         """Handle messages until `stop`; a failure is told to the scheduler before it is raised."""
@@ -139,8 +133,8 @@ class Slot:
             self.mailbox.post(
                 message.source, "reply", step=message.step, reply_to=message.sequence, arrays=arrays
             )
-        elif message.kind in self._gradients:
-            self._gradients[message.kind](message)
+        elif message.kind in self.reduction.handlers:
+            self.reduction.handlers[message.kind](message)
         else:
             log.warning(
                 "slot %d: unexpected message %r from slot %d", self.mailbox.slot, message.kind, message.source
@@ -166,6 +160,7 @@ class Slot:
                     # The checkpoint holds primaries; a backup asks for the names of all that it owns.
                     names = self.job.names(state)
                     state.load(self.job.read(body["checkpoint"], names), self.committed)
+        self.reduction = Reduction(self.mailbox, plan, self.dense, self.experts, self.memory)
         self.worker, self.engine = None, None
         if plan.shards_of(me):
             assert self.dense is not None
@@ -177,35 +172,13 @@ class Slot:
         assert self.worker is not None and self.plan is not None
         shards = self.plan.shards_of(self.mailbox.slot)
         self.worker.run_step(message.step, shards, self.job.train_batches(), self._shard_done)
-        assert self.dense is not None
-        reducer = self.plan.dense[0]
-        nodes = self.dense.tree.nodes()
-        if reducer == self.mailbox.slot:
-            self._dense_complete(message.step)
-        else:
-            self.mailbox.post(
-                reducer,
-                "dense_nodes",
-                step=message.step,
-                body={"nodes": [(level, index) for level, index, _ in nodes]},
-                arrays=tuple(value.numpy() for _, _, value in nodes),
-            )
+        self.reduction.send_dense(message.step)
 
     def _shard_done(self, shard: int, result: ShardResult) -> None:
         """Send a shard's gradients on their way and report its loss."""
-        assert self.dense is not None and self.plan is not None and self.worker is not None
-        step, me = self._current[0], self.mailbox.slot
-        self.dense.tree.add(0, shard, result.gradient)
-        owners = [self.worker.memory.owner_of(layer, rows) for layer, (rows, _) in enumerate(result.rows)]
-        memory_slots = self.plan.memory_primaries
-        for slot in sorted(set(self.plan.expert_primaries) | set(memory_slots)):
-            arrays: Arrays = ()
-            if slot in memory_slots:
-                arrays = tuple(a[owner == slot] for owner, pair in zip(owners, result.rows) for a in pair)
-            if slot == me:
-                self._finish(step, shard, arrays)
-            else:
-                self.mailbox.post(slot, "finish_shard", step=step, shard=shard, arrays=arrays)
+        assert self.worker is not None
+        step = self._current[0]
+        self.reduction.send_shard(step, shard, result, self.worker.memory.owner_of)
         self.mailbox.post(
             SCHEDULER,
             "shard",
@@ -340,104 +313,3 @@ class Slot:
     def _rows(self, message: Message) -> Arrays:
         assert self.memory is not None
         return tuple(self.memory.gather(layer, rows) for layer, rows in enumerate(message.arrays))
-
-    # -- reduction -----------------------------------------------------------------------------
-
-    def _finish_shard(self, message: Message) -> None:
-        self._finish(message.step, message.shard, message.arrays)
-
-    def _finish(self, step: int, shard: int, arrays: Arrays) -> None:
-        """Take note that a logical shard has sent all its gradients here."""
-        plan, me = self.plan, self.mailbox.slot
-        assert plan is not None
-        if self.experts is not None and self.experts.primary and self.experts.finish_shard(shard):
-            keys = _backups(plan.experts, me)
-            for slot, owned in keys.items():
-                self.mailbox.post(
-                    slot,
-                    "expert_reduced",
-                    step=step,
-                    body={"keys": owned},
-                    arrays=(self.experts.pack(owned),),
-                )
-            self._prepared(step, "expert")
-        if self.memory is not None and self.memory.primary:
-            pairs = [(np.array(arrays[i]), np.array(arrays[i + 1])) for i in range(0, len(arrays), 2)]
-            if self.memory.add_gradients(shard, pairs):
-                for slot, owned in _backups(plan.buckets, me).items():
-                    packed = tuple(array for key in owned for array in self.memory.reduced[key])
-                    self.mailbox.post(slot, "rows_reduced", step=step, body={"keys": owned}, arrays=packed)
-                self._prepared(step, "memory")
-
-    def _dense_nodes(self, message: Message) -> None:
-        assert self.dense is not None
-        for (level, index), array in zip(message.body["nodes"], message.arrays):
-            self.dense.tree.add(level, index, torch.tensor(array))
-        self._dense_complete(message.step)
-
-    def _dense_complete(self, step: int) -> None:
-        """At the reducer: once all shards are in, share the sum with the other replicas."""
-        assert self.dense is not None and self.plan is not None
-        self.dense.reduced = self.dense.tree.root
-        if self.dense.reduced is not None:
-            for slot in self.plan.dense[1:]:
-                self.mailbox.post(
-                    slot, "dense_reduced", step=step, arrays=(self.dense.reduced.numpy().copy(),)
-                )
-            self._prepared(step, "dense")
-
-    def _dense_reduced(self, message: Message) -> None:
-        assert self.dense is not None
-        self.dense.reduced = torch.tensor(message.arrays[0])
-        self._prepared(message.step, "dense")
-
-    def _expert_reduced(self, message: Message) -> None:
-        assert self.experts is not None
-        self.experts.unpack([(layer, expert) for layer, expert in message.body["keys"]], message.arrays[0])
-        self._prepared(message.step, "expert")
-
-    def _rows_reduced(self, message: Message) -> None:
-        assert self.memory is not None
-        for i, (layer, bucket) in enumerate(message.body["keys"]):
-            self.memory.reduced[(layer, bucket)] = (
-                np.array(message.arrays[2 * i]),
-                np.array(message.arrays[2 * i + 1]),
-            )
-        self._prepared(message.step, "memory")
-
-    def _prepared(self, step: int, role: str) -> None:
-        """Tell the scheduler, once a role has all reduced gradients, their norms and digests."""
-        plan = self.plan
-        assert plan is not None
-        norms: dict[str, float] = {}
-        digests: dict[str, int] = {}
-        if role == "dense" and self.dense is not None:
-            norms = self.dense.norms() if plan.dense[0] == self.mailbox.slot else {}
-            digests = {"dense": self.dense.digest()} if len(plan.dense) > 1 else {}
-        if role == "expert" and self.experts is not None:
-            if not self.experts.is_reduced:
-                return
-            norms = self.experts.norms()
-            digests = self.experts.digests(
-                [k for k in self.experts.owned if len(plan.experts[k[0]][k[1]]) > 1]
-            )
-        if role == "memory" and self.memory is not None:
-            if not self.memory.is_reduced:
-                return
-            norms = self.memory.norms()
-            digests = self.memory.digests([k for k in self.memory.owned if len(plan.buckets[k[0]][k[1]]) > 1])
-        body = {"role": role, "norms": norms, "digests": digests}
-        self.mailbox.post(SCHEDULER, "prepared", step=step, body=body)
-
-
-def _backups(
-    placement: tuple[tuple[tuple[int, ...], ...], ...], slot: int
-) -> dict[int, list[tuple[int, int]]]:
-    """Keys of which `slot` is the primary, by the slots that back them up."""
-    found: dict[int, list[tuple[int, int]]] = {}
-    for layer, row in enumerate(placement):
-        for index, holders in enumerate(row):
-            if holders[0] == slot:
-                for backup in holders[1:]:
-                    found.setdefault(backup, []).append((layer, index))
-    return found
