@@ -1,4 +1,4 @@
-"""Validation of OpenAI-style bodies: JSON in, generation requests or an error object out.
+r"""Validation of OpenAI-style bodies: JSON in, generation requests or an error object out.
 
 The first thing on a request's path, before a byte of the answer. Every field has a type, a range and a limit;
 unknown fields are ignored, and known ones that would change the answer but are not supported are refused.
@@ -14,7 +14,7 @@ import json
 import math
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from sparseray.actors.generation import GenerationRequest
@@ -87,7 +87,6 @@ class _Fields:
     """Typed access to a JSON object; null stands for an absent field."""
 
     body: Mapping[str, Any]
-    where: str = field(default="")
 
     def integer(self, name: str, low: int, high: int) -> int | None:
         value = self.body.get(name)
