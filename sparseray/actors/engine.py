@@ -13,8 +13,10 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from sparseray.actors.generation import GenerationRequest, TokenEvent, TokenLogprobs
@@ -188,12 +190,13 @@ class Engine:
             return events
         try:
             hidden = self._forward(batch)
+            logits = self._last_logits(batch, hidden)
         except Exception as error:
             self._failed = events
             self._restart(batch, error)
             raise
-        for sequence, hidden_TH in zip(batch, hidden, strict=True):
-            event = self._advance(sequence, hidden_TH)
+        for sequence, hidden_TH, logits_V in zip(batch, hidden, logits, strict=True):
+            event = self._advance(sequence, hidden_TH, logits_V)
             if event is not None:
                 events.append(event)
                 if event.finish_reason is not None:
@@ -253,13 +256,23 @@ class Engine:
         return TokenEvent(request_id=request_id, index=index, finish_reason="error", error=message)
 
     @torch.no_grad()
-    def _advance(self, sequence: _Sequence, hidden_TH: Tensor) -> TokenEvent | None:
+    def _last_logits(self, batch: list[_Sequence], hidden: list[Tensor]) -> list[NDArray[Any] | None]:
+        """Logits [V] of the sequences whose known tokens are all in the cache, from one product."""
+        ready = [s.computed == len(s.tokens) for s in batch]
+        rows = [hidden_TH[-1:] for hidden_TH, is_ready in zip(hidden, ready, strict=True) if is_ready]
+        if not rows:
+            return [None] * len(batch)
+        logits = iter(self.model.logits(torch.cat(rows)).float().cpu().numpy())
+        return [next(logits) if is_ready else None for is_ready in ready]
+
+    @torch.no_grad()
+    def _advance(
+        self, sequence: _Sequence, hidden_TH: Tensor, logits_V: NDArray[Any] | None
+    ) -> TokenEvent | None:
         """Note the prompt's log probabilities, and sample once all known tokens are in the cache."""
         try:
             self._read_prompt(sequence, hidden_TH)
-            if sequence.computed < len(sequence.tokens):
-                return None
-            return self._next_token(sequence, hidden_TH[-1:])
+            return None if logits_V is None else self._next_token(sequence, logits_V)
         except FloatingPointError as error:
             return self._error(sequence, str(error))
 
@@ -277,7 +290,7 @@ class Engine:
             for token, logits_V in zip(targets, logits_TV, strict=True):
                 found.append(token_logprobs(log_probabilities(logits_V), token, top))
 
-    def _next_token(self, sequence: _Sequence, hidden_1H: Tensor) -> TokenEvent:
+    def _next_token(self, sequence: _Sequence, logits_V: NDArray[Any]) -> TokenEvent:
         request, index = sequence.request, len(sequence.tokens) - sequence.num_prompt
         prompt_logprobs = None
         if request.prompt_logprobs is not None and index == len(request.resume_tokens):
@@ -285,7 +298,7 @@ class Engine:
         event = TokenEvent(request_id=request.request_id, index=index, prompt_logprobs=prompt_logprobs)
         if request.max_tokens == 0:
             return replace(event, finish_reason="length")
-        logprobs_V = log_probabilities(self.model.logits(hidden_1H)[0].float().cpu().numpy())
+        logprobs_V = log_probabilities(logits_V)
         token = sample(
             logprobs_V,
             temperature=request.temperature,
