@@ -1,50 +1,100 @@
-"""The serving engine of one attention worker: continuous batching over caches.
+"""Continuous batching: each step takes the next chunk of several requests through the model together.
 
-Requests join and leave between two steps. A step takes one prefill chunk or one token of every
-running request through the model at once; chunk borders depend on the request alone, and rows are
-batch invariant (model/decode.py), so a request's text does not depend on its company.
+The middle of a request's path: between the batch's caches and the sampler. No Ray and no sockets; whoever
+owns an engine calls `step` in a loop. A request's prompt is cut into chunks of a fixed size from its own
+start, and the model's bits do not depend on the other rows of a call, so a request's tokens do not depend on
+its company. A step that fails (a lost expert shard) loses no request: each one in it starts again from its
+prompt and the tokens that it already added, in the same chunks as before.
+
+Shapes: T tokens of a chunk, H hidden, V vocabulary.
 """
 
-from collections import deque
-from dataclasses import dataclass, field
+from __future__ import annotations
 
-import numpy as np
+from collections import deque
+from dataclasses import dataclass, field, replace
+from typing import Any
+
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from sparseray.actors.generation import GenerationRequest, TokenEvent, TokenLogprobs
-from sparseray.actors.sampler import sample, token_logprobs
+from sparseray.actors.sampler import log_probabilities, sample, token_logprobs
+from sparseray.errors import ConfigError
+from sparseray.log import get_logger
 from sparseray.model.cache import Cache
 from sparseray.model.decode import forward_chunks
 from sparseray.model.dse import Memory
 from sparseray.model.moe import Experts
 from sparseray.model.transformer import Transformer
 
+logger = get_logger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineStats:
+    """Counters of an engine since its start, and its queues now.
+
+    Args:
+        waiting, running: requests without and with a cache.
+        steps, failed_steps: calls of the model, and those that raised.
+        prompt_tokens, generated_tokens: tokens read (again, after a failure) and tokens added.
+        largest_batch: most requests in one call of the model.
+    """
+
+    waiting: int = 0
+    running: int = 0
+    steps: int = 0
+    failed_steps: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    largest_batch: int = 0
+
 
 @dataclass
-class _Running:
-    """A request in the batch: its cache, what was computed of the prompt, what was generated."""
+class _Sequence:
+    """A request with what was computed of it so far."""
 
     request: GenerationRequest
-    cache: Cache
-    done: int = 0
-    generated: list[int] = field(default_factory=list)
+    tokens: list[int]
+    cache: Cache | None = None
+    failures: int = 0
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
 
-    def next_tokens(self, chunk: int) -> tuple[int, ...]:
-        """Tokens of the next step: the next prompt chunk, or the last generated token."""
-        prompt = self.request.prompt
-        return prompt[self.done : self.done + chunk] if self.done < len(prompt) else (self.generated[-1],)
+    @property
+    def num_prompt(self) -> int:
+        return len(self.request.prompt_tokens)
+
+    @property
+    def computed(self) -> int:
+        return self.cache.length if self.cache is not None else 0
+
+    @property
+    def in_prompt(self) -> bool:
+        return self.computed < self.num_prompt
+
+    def next_chunk(self, size: int) -> list[int]:
+        """Prompt: up to the next multiple of `size`; then one token, as when it was first computed."""
+        start = self.computed
+        stop = min(self.num_prompt, (start // size + 1) * size) if self.in_prompt else start + 1
+        return self.tokens[start:stop]
 
 
 class Engine:
-    """Generates for many requests at once.
+    """Runs many requests on one model.
 
     Args:
-        model: dense weights.
-        experts, memory: as the model wants them; memory is None without memory layers.
-        max_batch: requests that share a step; more wait.
-        max_model_len: prompt and generated tokens of one request.
-        prefill_chunk: prompt tokens of one request per step.
+        model: the dense part (it holds the memory's layout).
+        experts, memory: the routed experts and the memory tables; may be replaced between two steps.
+        max_batch: most requests with a cache.
+        max_model_len: most tokens of a request, prompt and continuation; at most the model's.
+        prefill_chunk: tokens of a prompt per step.
+        prefills_per_step: most prompts that advance in one step, so that decoding goes on beside them.
+        max_failures: failed steps after which a request ends with an error.
+
+    Raises:
+        ConfigError: a limit is out of range.
     """
 
     def __init__(
@@ -53,105 +103,213 @@ class Engine:
         experts: Experts,
         memory: Memory | None,
         *,
-        max_batch: int,
-        max_model_len: int,
-        prefill_chunk: int,
+        max_batch: int = 16,
+        max_model_len: int | None = None,
+        prefill_chunk: int = 64,
+        prefills_per_step: int = 4,
+        max_failures: int = 3,
     ) -> None:
+        longest = model.config.max_seq_len
+        self.max_model_len = longest if max_model_len is None else max_model_len
+        if not 1 <= self.max_model_len <= longest:
+            raise ConfigError(
+                f"max_model_len={max_model_len} is outside 1..model.max_seq_len={longest}; lower it"
+            )
+        for name, value in (
+            ("max_batch", max_batch),
+            ("prefill_chunk", prefill_chunk),
+            ("prefills_per_step", prefills_per_step),
+            ("max_failures", max_failures),
+        ):
+            if value < 1:
+                raise ConfigError(f"{name}={value} must be at least 1")
         self.model, self.experts, self.memory = model, experts, memory
-        self.max_batch, self.max_model_len, self.prefill_chunk = max_batch, max_model_len, prefill_chunk
-        self.waiting: deque[GenerationRequest] = deque()
-        self.running: dict[str, _Running] = {}
-        self.steps = 0
-        self.largest_batch = 0
+        self.max_batch, self.prefill_chunk = max_batch, prefill_chunk
+        self.prefills_per_step, self.max_failures = prefills_per_step, max_failures
+        self._waiting: deque[_Sequence] = deque()
+        self._running: list[_Sequence] = []
+        self._failed: list[TokenEvent] = []
+        self._stats = EngineStats()
 
     @property
     def has_work(self) -> bool:
-        """Whether a step would do anything."""
-        return bool(self.waiting or self.running)
+        """Whether `step` has something to do."""
+        return bool(self._waiting or self._running or self._failed)
+
+    @property
+    def stats(self) -> EngineStats:
+        """The counters now."""
+        return replace(self._stats, waiting=len(self._waiting), running=len(self._running))
 
     def add(self, request: GenerationRequest) -> None:
         """Queue a request.
 
         Raises:
-            ValueError: its prompt is empty or it could exceed `max_model_len`; the server checks before.
+            ConfigError: it cannot be computed: empty or too long, unknown tokens, or a used id.
         """
-        if not request.prompt or len(request.prompt) + request.max_tokens > self.max_model_len:
-            raise ValueError(
-                f"request {request.request_id}: {len(request.prompt)} + {request.max_tokens} tokens "
-                f"do not fit 1 to {self.max_model_len}"
+        total = len(request.prompt_tokens) + request.max_tokens
+        vocab = self.model.config.vocab_size
+        if not request.prompt_tokens or total > self.max_model_len:
+            raise ConfigError(
+                f"request {request.request_id}: {len(request.prompt_tokens)} prompt tokens and"
+                f" max_tokens={request.max_tokens} must be at least 1 and together at most"
+                f" max_model_len={self.max_model_len}; shorten the request"
             )
-        self.waiting.append(request)
+        tokens = [*request.prompt_tokens, *request.resume_tokens]
+        if not all(0 <= token < vocab for token in tokens):
+            raise ConfigError(f"request {request.request_id}: a token id is outside 0..{vocab - 1}")
+        if request.max_tokens < len(request.resume_tokens) + (request.max_tokens > 0):
+            raise ConfigError(
+                f"request {request.request_id}: resume_tokens already reach max_tokens={request.max_tokens}"
+            )
+        if any(s.request.request_id == request.request_id for s in (*self._waiting, *self._running)):
+            raise ConfigError(f"request id {request.request_id} is in use; choose another")
+        self._waiting.append(_Sequence(request, tokens))
 
-    def cancel(self, request_id: str) -> None:
-        """Forget a request, whether it waits, runs or has ended."""
-        self.waiting = deque(r for r in self.waiting if r.request_id != request_id)
-        self.running.pop(request_id, None)
+    def cancel(self, request_id: str) -> bool:
+        """Forget a request between two steps; no event follows. Returns whether it was there."""
+        before = len(self._waiting) + len(self._running)
+        self._waiting = deque(s for s in self._waiting if s.request.request_id != request_id)
+        self._running = [s for s in self._running if s.request.request_id != request_id]
+        return len(self._waiting) + len(self._running) < before
+
+    def step(self) -> list[TokenEvent]:
+        """Compute the next chunk of the requests in the batch.
+
+        Returns:
+            The events of the requests that got a token or ended, in the order of the batch.
+
+        Raises:
+            Exception: whatever the model's call raised. Its requests wait to be computed again; those that
+                failed too often end with an error event of the next step.
+        """
+        events, self._failed = self._failed, []
+        self._admit()
+        batch = self._select()
+        if not batch:
+            return events
+        try:
+            hidden = self._forward(batch)
+            logits = self._last_logits(batch, hidden)
+        except Exception as error:
+            self._failed = events
+            self._restart(batch, error)
+            raise
+        for sequence, hidden_TH, logits_V in zip(batch, hidden, logits, strict=True):
+            event = self._advance(sequence, hidden_TH, logits_V)
+            if event is not None:
+                events.append(event)
+                if event.finish_reason is not None:
+                    self._running.remove(sequence)
+        return events
+
+    def _admit(self) -> None:
+        """Give caches to waiting requests, first come first served."""
+        device = self.model.embedding.device
+        while self._waiting and len(self._running) < self.max_batch:
+            sequence = self._waiting.popleft()
+            length = sequence.num_prompt + sequence.request.max_tokens
+            sequence.cache = Cache(self.model.config, length, device=device)
+            self._running.append(sequence)
+
+    def _select(self) -> list[_Sequence]:
+        """All requests that decode, and the oldest ones that still read their prompt."""
+        prefills = [s for s in self._running if s.in_prompt][: self.prefills_per_step]
+        chosen = {id(s) for s in prefills}
+        return [s for s in self._running if not s.in_prompt or id(s) in chosen]
 
     @torch.no_grad()
-    def step(self) -> list[TokenEvent]:
-        """Run one step of the batch and return the tokens it gave."""
-        while self.waiting and len(self.running) < self.max_batch:
-            request = self.waiting.popleft()
-            length = len(request.prompt) + request.max_tokens
-            self.running[request.request_id] = _Running(request, Cache(self.model.config, length))
-        if not self.running:
-            return []
-        batch = list(self.running.values())
-        self.steps, self.largest_batch = self.steps + 1, max(self.largest_batch, len(batch))
-        tokens = [torch.tensor(one.next_tokens(self.prefill_chunk)) for one in batch]
-        chunks = [(chunk, one.cache) for chunk, one in zip(tokens, batch)]
+    def _forward(self, batch: list[_Sequence]) -> list[Tensor]:
+        """Run one chunk of each sequence; hidden states [T, H] of each."""
+        device = self.model.embedding.device
+        chunks, prompt_tokens = [], 0
+        for sequence in batch:
+            assert sequence.cache is not None
+            tokens = sequence.next_chunk(self.prefill_chunk)
+            prompt_tokens += len(tokens) if sequence.in_prompt else 0
+            chunks.append((torch.tensor(tokens, dtype=torch.int64, device=device), sequence.cache))
         hidden = forward_chunks(self.model, chunks, experts=self.experts, memory=self.memory)
-        ready = []
-        for one, chunk, hidden_TH in zip(batch, tokens, hidden):
-            if one.request.prompt_logprobs and one.done < len(one.request.prompt):
-                self._score_prompt(one, hidden_TH)
-            one.done += len(chunk)
-            if one.done >= len(one.request.prompt):
-                ready.append((one, hidden_TH[-1]))
-        if not ready:
-            return []
-        logits_BV = self.model.logits(torch.stack([last_H for _, last_H in ready])).float().numpy()
-        return [self._advance(one, logits_V) for (one, _), logits_V in zip(ready, logits_BV)]
+        self._stats = replace(
+            self._stats,
+            steps=self._stats.steps + 1,
+            prompt_tokens=self._stats.prompt_tokens + prompt_tokens,
+            largest_batch=max(self._stats.largest_batch, len(batch)),
+        )
+        return hidden
 
-    def _score_prompt(self, one: _Running, hidden_TH: torch.Tensor) -> None:
-        """Log-probabilities of the prompt tokens that follow each position of a chunk."""
-        following = one.request.prompt[one.done + 1 : one.done + 1 + len(hidden_TH)]
-        logits_TV = self.model.logits(hidden_TH[: len(following)]).float().numpy() if following else ()
-        for logits_V, token in zip(logits_TV, following):
-            one.prompt_logprobs.append(token_logprobs(logits_V, token, max(0, one.request.num_logprobs)))
+    def _restart(self, batch: list[_Sequence], error: Exception) -> None:
+        """Put the requests of a failed step back at the head of the queue, without their caches."""
+        self._stats = replace(self._stats, failed_steps=self._stats.failed_steps + 1)
+        for sequence in reversed(batch):
+            self._running.remove(sequence)
+            sequence.cache, sequence.prompt_logprobs = None, []
+            sequence.failures += 1
+            if sequence.failures < self.max_failures:
+                self._waiting.appendleft(sequence)
+            else:
+                self._failed.append(self._error(sequence, f"{sequence.failures} steps failed: {error}"))
 
-    def _advance(self, one: _Running, logits_V: np.ndarray) -> TokenEvent:
-        """Choose the next token of a request and end it when it is complete."""
-        request = one.request
-        scored = () if one.generated else tuple(one.prompt_logprobs)
+    def _error(self, sequence: _Sequence, message: str) -> TokenEvent:
+        request_id = sequence.request.request_id
+        logger.warning("request %s ends with an error: %s", request_id, message)
+        index = len(sequence.tokens) - sequence.num_prompt
+        return TokenEvent(request_id=request_id, index=index, finish_reason="error", error=message)
+
+    @torch.no_grad()
+    def _last_logits(self, batch: list[_Sequence], hidden: list[Tensor]) -> list[NDArray[Any] | None]:
+        """Logits [V] of the sequences whose known tokens are all in the cache, from one product."""
+        ready = [s.computed == len(s.tokens) for s in batch]
+        rows = [hidden_TH[-1:] for hidden_TH, is_ready in zip(hidden, ready, strict=True) if is_ready]
+        if not rows:
+            return [None] * len(batch)
+        logits = iter(self.model.logits(torch.cat(rows)).float().cpu().numpy())
+        return [next(logits) if is_ready else None for is_ready in ready]
+
+    @torch.no_grad()
+    def _advance(
+        self, sequence: _Sequence, hidden_TH: Tensor, logits_V: NDArray[Any] | None
+    ) -> TokenEvent | None:
+        """Note the prompt's log probabilities, and sample once all known tokens are in the cache."""
+        try:
+            self._read_prompt(sequence, hidden_TH)
+            return None if logits_V is None else self._next_token(sequence, logits_V)
+        except FloatingPointError as error:
+            return self._error(sequence, str(error))
+
+    def _read_prompt(self, sequence: _Sequence, hidden_TH: Tensor) -> None:
+        top = sequence.request.prompt_logprobs
+        if top is None or len(sequence.prompt_logprobs) == sequence.num_prompt:
+            return
+        found = sequence.prompt_logprobs
+        if not found:
+            found.append(TokenLogprobs(token_id=sequence.tokens[0], logprob=None))
+        start = sequence.computed - hidden_TH.shape[0]
+        targets = sequence.request.prompt_tokens[start + 1 : sequence.computed + 1]
+        if targets:
+            logits_TV = self.model.logits(hidden_TH[: len(targets)]).float().cpu().numpy()
+            for token, logits_V in zip(targets, logits_TV, strict=True):
+                found.append(token_logprobs(log_probabilities(logits_V), token, top))
+
+    def _next_token(self, sequence: _Sequence, logits_V: NDArray[Any]) -> TokenEvent:
+        request, index = sequence.request, len(sequence.tokens) - sequence.num_prompt
+        prompt_logprobs = None
+        if request.prompt_logprobs is not None and index == len(request.resume_tokens):
+            prompt_logprobs = tuple(sequence.prompt_logprobs)
+        event = TokenEvent(request_id=request.request_id, index=index, prompt_logprobs=prompt_logprobs)
         if request.max_tokens == 0:
-            self.running.pop(request.request_id)
-            return TokenEvent(
-                request_id=request.request_id, token=-1, finish_reason="length", prompt_logprobs=scored
-            )
-        position = len(request.prompt) + len(one.generated)
+            return replace(event, finish_reason="length")
+        logprobs_V = log_probabilities(logits_V)
         token = sample(
-            logits_V,
+            logprobs_V,
             temperature=request.temperature,
             top_p=request.top_p,
             seed=request.seed,
-            position=position,
+            position=len(sequence.tokens),
         )
-        logprobs = (
-            token_logprobs(logits_V, token, request.num_logprobs) if request.num_logprobs >= 0 else None
-        )
-        one.generated.append(token)
-        reason = None
+        sequence.tokens.append(token)
+        self._stats = replace(self._stats, generated_tokens=self._stats.generated_tokens + 1)
+        finish = "length" if index + 1 == request.max_tokens else None
         if token in request.stop_token_ids:
-            reason = "stop"
-        elif len(one.generated) == request.max_tokens:
-            reason = "length"
-        if reason:
-            self.running.pop(request.request_id)
-        return TokenEvent(
-            request_id=request.request_id,
-            token=token,
-            finish_reason=reason,
-            logprobs=logprobs,
-            prompt_logprobs=scored,
-        )
+            finish = "stop"
+        chosen = None if request.logprobs is None else token_logprobs(logprobs_V, token, request.logprobs)
+        return replace(event, token_id=token, logprobs=chosen, finish_reason=finish)

@@ -1,48 +1,84 @@
-"""Choosing the next token: pure functions of logits, settings, seed and position.
+"""From the logits of one position to one token: temperature, top-p, log probabilities.
 
-The generator is counter-based (Philox, keyed by seed and position), so a draw depends neither on
-earlier draws nor on what else is in the batch, and a request that moves to another worker goes on
-with the tokens it would have had.
+The last part of a request's step. Pure functions of a request's own logits, seed and position: the random
+number is drawn from a counter-based generator (Philox, Salmon et al. 2011) keyed by seed and position, so no
+state is kept, no order of requests matters, and another engine can go on where one was lost.
+
+Shapes: V vocabulary. Everything is float64 on the host, so sums do not depend on the device.
 """
 
+from __future__ import annotations
+
+from typing import Any
+
 import numpy as np
+from numpy.typing import NDArray
 
 from sparseray.actors.generation import TokenLogprobs
 
-
-def log_softmax(logits_V: np.ndarray) -> np.ndarray:
-    """Log-probabilities in fp64, [V]."""
-    shifted = logits_V.astype(np.float64) - float(logits_V.max())
-    result: np.ndarray = shifted - np.log(np.exp(shifted).sum())
-    return result
+Float64 = NDArray[np.float64]
+_MASK = 2**64 - 1
 
 
-def sample(logits_V: np.ndarray, *, temperature: float, top_p: float, seed: int, position: int) -> int:
-    """Choose a token.
+def uniform(seed: int, position: int) -> float:
+    """Return the random number in [0, 1) of a seed and a position.
 
     Args:
-        logits_V: fp32.
-        temperature: 0 takes the most probable token, the lowest id among equals.
-        top_p: in (0, 1]; the token that crosses it is still in.
-        seed, position: key of the draw.
+        seed: any integer, taken modulo 2**64.
+        position: of the token in its sequence, prompt included.
     """
+    key = np.array([seed & _MASK, position & _MASK], dtype=np.uint64)
+    return float(np.random.Generator(np.random.Philox(key=key)).random())
+
+
+def log_probabilities(logits_V: NDArray[Any]) -> Float64:
+    """Return the log softmax of logits [V] as float64.
+
+    Raises:
+        FloatingPointError: a logit is NaN or infinite.
+    """
+    shifted_V = np.asarray(logits_V, dtype=np.float64)
+    if not np.isfinite(shifted_V).all():
+        raise FloatingPointError("the model's logits are not finite; its weights or rows are damaged")
+    shifted_V = shifted_V - shifted_V.max()
+    return np.asarray(shifted_V - np.log(np.exp(shifted_V).sum()), dtype=np.float64)
+
+
+def sample(logprobs_V: Float64, *, temperature: float, top_p: float, seed: int, position: int) -> int:
+    """Return the next token.
+
+    Args:
+        logprobs_V: from `log_probabilities`.
+        temperature: at least 0; 0 takes the most probable token, the lowest id on ties.
+        top_p: in (0, 1].
+        seed, position: of the random number.
+    """
+    best = int(logprobs_V.argmax())
     if temperature == 0.0:
-        return int(logits_V.argmax())
-    probabilities = np.exp(log_softmax(logits_V / np.float32(temperature)))
-    # Stable, so equal probabilities keep the order of their ids.
-    order = np.argsort(-probabilities, kind="stable")
-    mass = np.cumsum(probabilities[order])
-    kept = len(mass) if top_p >= 1.0 else int(np.searchsorted(mass, top_p)) + 1
-    kept = min(kept, len(mass))
-    key = np.array([seed & 0xFFFFFFFFFFFFFFFF, position], dtype=np.uint64)
-    draw = np.random.Generator(np.random.Philox(key=key)).random() * mass[kept - 1]
-    return int(order[min(int(np.searchsorted(mass[:kept], draw, side="right")), kept - 1)])
+        return best
+    with np.errstate(under="ignore", over="ignore"):
+        weights_V = np.exp((logprobs_V - logprobs_V[best]) / temperature)
+    if top_p < 1.0:
+        order_V = np.argsort(-weights_V, kind="stable")
+        total_V = weights_V[order_V].cumsum()
+        kept = int(np.searchsorted(total_V, top_p * total_V[-1])) + 1
+        order_V, total_V = order_V[:kept], total_V[:kept]
+    else:
+        order_V, total_V = np.arange(weights_V.size), weights_V.cumsum()
+    drawn = int(np.searchsorted(total_V, uniform(seed, position) * total_V[-1], side="right"))
+    return int(order_V[min(drawn, order_V.size - 1)])
 
 
-def token_logprobs(logits_V: np.ndarray, token: int, num: int) -> TokenLogprobs:
-    """Log-probability of a token and of the `num` most probable ones, at temperature 1."""
-    logprobs = log_softmax(logits_V)
-    best = np.argsort(-logprobs, kind="stable")[:num]
+def token_logprobs(logprobs_V: Float64, token_id: int, top: int) -> TokenLogprobs:
+    """Return the log probabilities of a token and of the `top` best tokens (lowest id first on ties)."""
+    top = min(top, logprobs_V.size)
+    best: list[int] = []
+    if top:
+        threshold = np.partition(logprobs_V, -top)[-top]
+        candidates = np.flatnonzero(logprobs_V >= threshold)
+        best = candidates[np.argsort(-logprobs_V[candidates], kind="stable")][:top].tolist()
     return TokenLogprobs(
-        token=token, logprob=float(logprobs[token]), top=tuple((int(t), float(logprobs[t])) for t in best)
+        token_id=token_id,
+        logprob=float(logprobs_V[token_id]),
+        top=tuple((token, float(logprobs_V[token])) for token in best),
     )

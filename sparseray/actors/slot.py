@@ -30,7 +30,7 @@ from sparseray.actors.mailbox import Mailbox
 from sparseray.actors.memory_shard import MemoryShard
 from sparseray.actors.messages import SCHEDULER, Message
 from sparseray.actors.reduction import Reduction
-from sparseray.errors import UserError
+from sparseray.errors import SlotLostError, UserError
 from sparseray.log import get_logger
 
 log = get_logger(__name__)
@@ -242,7 +242,12 @@ class Slot:
         assert self.engine is not None
         # Experts and rows answer for the step after the last committed one, as in training.
         self._begin(self.committed + 1, -1)
-        events = self.engine.step()
+        try:
+            events = self.engine.step()
+        except SlotLostError as error:
+            # The engine has put the batch back; it gives up on a request after some failures.
+            log.warning("slot %d: a serving step failed, trying again: %s", self.mailbox.slot, error)
+            return
         if events:
             self.mailbox.post(SCHEDULER, "tokens", body={"events": [event.to_dict() for event in events]})
 

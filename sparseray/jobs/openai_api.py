@@ -1,373 +1,342 @@
-"""The OpenAI surface: bodies to requests, tokens to answers; pure, no sockets.
+r"""Validation of OpenAI-style bodies: JSON in, generation requests or an error object out.
 
-A body is checked whole before anything is generated. Unknown fields are ignored, as clients send
-many. Chat messages become `role: content` lines that end with `assistant:`; the model is a base
-model, and this is only a readable convention.
+The first thing on a request's path, before a byte of the answer. Every field has a type, a range and a limit;
+unknown fields are ignored, and known ones that would change the answer but are not supported are refused.
+
+Chat template, plain text: the messages joined by newlines as `role: content`, then `assistant:`, so
+`system: ...\nuser: ...\nassistant:`. Unless `ignore_eos` is set, an answer also ends before `\nuser:`.
 """
 
-import time
-import uuid
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from tokenizers import Tokenizer
+from sparseray.actors.generation import GenerationRequest
+from sparseray.jobs.text_stream import Vocabulary
 
-from sparseray.actors.generation import GenerationRequest, TokenEvent, TokenLogprobs
+ROLES = ("system", "developer", "user", "assistant", "tool")
+CHAT_STOP = "\nuser:"
+# Neutral values of fields that are not supported: anything else would silently give another answer.
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "frequency_penalty": (None, 0),
+    "presence_penalty": (None, 0),
+    "logit_bias": (None, {}),
+    "suffix": (None, ""),
+    "tools": (None, []),
+    "functions": (None, []),
+    "response_format": (None, {"type": "text"}),
+}
 
-MAX_CHOICES = 128
-MAX_STOPS = 4
-MAX_STOP_CHARS = 1024
-MAX_LOGPROBS = 20
-DEFAULT_MAX_TOKENS = 16
 
-
-class APIError(Exception):
-    """A request that cannot be served, as the OpenAI error object and an HTTP status."""
+class ApiError(Exception):
+    """A refused request: its HTTP status and the fields of OpenAI's error object."""
 
     def __init__(
-        self, message: str, *, status: int = 400, param: str | None = None, code: str | None = None
+        self, status: int, message: str, *, param: str | None = None, code: str | None = None
     ) -> None:
         super().__init__(message)
-        self.status = status
-        kind = "invalid_request_error" if status < 500 else "server_error"
-        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+        self.status, self.message, self.param, self.code = status, message, param, code
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the body of the answer."""
+        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        if self.status == 429:
+            kind = "rate_limit_error"
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Limits:
-    """What one server accepts."""
+class ApiLimits:
+    """Limits of what one HTTP request may ask for."""
 
-    model_name: str
-    vocab_size: int
     max_model_len: int
-    eos_id: int
+    vocab_size: int
+    max_body_bytes: int = 4 * 2**20
+    max_choices: int = 32
+    max_stops: int = 16
+    max_stop_chars: int = 256
+    max_logprobs: int = 20
+    max_messages: int = 1024
+    max_requests: int = 64
+    body_timeout_s: float = 30.0
+    send_timeout_s: float = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Parsed:
-    """A checked body.
+class ApiRequest:
+    """A validated body: one `GenerationRequest` per choice, prompts first, then samples of each."""
 
-    Args:
-        requests: one for every choice.
-        stops: texts that end an answer and are not part of it.
-        is_chat, is_stream, include_usage, echo: what the client asked for.
-        num_logprobs: as in `GenerationRequest`.
-    """
-
+    model: str
+    is_chat: bool
     requests: tuple[GenerationRequest, ...]
     stops: tuple[str, ...]
-    is_chat: bool
-    is_stream: bool
-    include_usage: bool
-    echo: bool
-    num_logprobs: int
-    model: str
-    answer_id: str = field(default_factory=lambda: uuid.uuid4().hex)
-    created: int = field(default_factory=lambda: int(time.time()))
+    num_prompt_tokens: int
+    echo: bool = False
+    stream: bool = False
+    include_usage: bool = False
 
 
-def _number(body: dict[str, Any], name: str, default: float, low: float, high: float) -> float:
-    value = body.get(name)
-    if value is None:
-        return default
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        raise APIError(f"{name} must be a number from {low:g} to {high:g}, got {value!r}", param=name)
-    return float(value)
+@dataclass(frozen=True)
+class _Fields:
+    """Typed access to a JSON object; null stands for an absent field."""
+
+    body: Mapping[str, Any]
+
+    def integer(self, name: str, low: int, high: int) -> int | None:
+        value = self.body.get(name)
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            raise ApiError(400, f"{name} must be an integer from {low} to {high}", param=name)
+        return value
+
+    def number(self, name: str, low: float, high: float, default: float) -> float:
+        value = self.body.get(name)
+        if value is None:
+            return default
+        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+            raise ApiError(400, f"{name} must be a number from {low} to {high}", param=name)
+        return float(value)
+
+    def boolean(self, name: str) -> bool:
+        value = self.body.get(name)
+        if value is not None and not isinstance(value, bool):
+            raise ApiError(400, f"{name} must be true or false", param=name)
+        return bool(value)
 
 
-def _integer(body: dict[str, Any], name: str, default: int, low: int, high: int) -> int:
-    value = body.get(name)
-    if value is None:
-        return default
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise APIError(f"{name} must be a whole number from {low} to {high}, got {value!r}", param=name)
-    return value
-
-
-def _flag(body: dict[str, Any], name: str) -> bool:
-    value = body.get(name)
-    if value is not None and not isinstance(value, bool):
-        raise APIError(f"{name} must be true or false, got {value!r}", param=name)
-    return bool(value)
-
-
-def _stops(body: dict[str, Any]) -> tuple[str, ...]:
-    value = body.get("stop")
-    stops = [] if value is None else [value] if isinstance(value, str) else value
-    is_ok = isinstance(stops, list) and len(stops) <= MAX_STOPS
-    if not is_ok or not all(isinstance(stop, str) and 0 < len(stop) <= MAX_STOP_CHARS for stop in stops):
-        raise APIError(f"stop must be a string or up to {MAX_STOPS} non-empty strings", param="stop")
-    return tuple(stops)
-
-
-def _is_ids(value: object) -> bool:
-    return (
-        isinstance(value, list)
-        and bool(value)
-        and all(isinstance(token, int) and not isinstance(token, bool) for token in value)
-    )
-
-
-def _prompts(body: dict[str, Any], tokenizer: Tokenizer) -> list[list[int]]:
-    """Token ids of every prompt: a string, ids, a list of strings or a list of id lists."""
-    value = body.get("prompt")
-    if isinstance(value, str) or _is_ids(value):
-        value = [value]
-    if not isinstance(value, list) or not value or len(value) > MAX_CHOICES:
-        raise APIError(
-            f"prompt must be a string, a list of token ids, or a list of up to {MAX_CHOICES} of either",
-            param="prompt",
-        )
-    prompts = []
-    for one in value:
-        if isinstance(one, str):
-            prompts.append(tokenizer.encode(one, add_special_tokens=False).ids)
-        elif _is_ids(one):
-            prompts.append(one)
-        else:
-            raise APIError("each prompt must be a string or a non-empty list of token ids", param="prompt")
-    return prompts
-
-
-def _chat_prompt(body: dict[str, Any], tokenizer: Tokenizer) -> list[list[int]]:
-    messages = body.get("messages")
-    if not isinstance(messages, list) or not messages:
-        raise APIError("messages must be a non-empty list", param="messages")
-    lines = []
-    for message in messages:
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise APIError("each message needs a role and a content", param="messages")
-        content = message.get("content")
-        if isinstance(content, list):
-            if not all(
-                isinstance(p, dict) and p.get("type") == "text" and isinstance(p.get("text"), str)
-                for p in content
-            ):
-                raise APIError("content parts must be of type text", param="messages")
-            content = "".join(part["text"] for part in content)
-        if not isinstance(content, str):
-            raise APIError("content must be a string or a list of text parts", param="messages")
-        lines.append(f"{message['role']}: {content}\n")
-    text = "".join(lines) + "assistant:"
-    return [tokenizer.encode(text, add_special_tokens=False).ids]
-
-
-def _num_logprobs(body: dict[str, Any], is_chat: bool) -> int:
-    if not is_chat:
-        return _integer(body, "logprobs", -1, 0, MAX_LOGPROBS)
-    wants = _flag(body, "logprobs")
-    top = _integer(body, "top_logprobs", 0, 0, MAX_LOGPROBS)
-    if top and not wants:
-        raise APIError("top_logprobs needs logprobs: true", param="top_logprobs")
-    return top if wants else -1
-
-
-def parse(body: object, tokenizer: Tokenizer, limits: Limits, *, is_chat: bool) -> Parsed:
-    """Check a body and turn it into requests.
+def parse_json(data: bytes) -> dict[str, Any]:
+    """Return the JSON object of a body.
 
     Raises:
-        APIError: with a 4xx status; nothing has been generated.
+        ApiError: 400, not JSON or not an object.
     """
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is not JSON")
+
+    try:
+        body = json.loads(data.decode("utf-8"), parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise ApiError(400, f"the body is not valid JSON: {error}"[:200], code="invalid_json") from error
     if not isinstance(body, dict):
-        raise APIError("the body must be a JSON object")
-    model = body.get("model", limits.model_name)
-    if model != limits.model_name:
-        raise APIError(
-            f"model {model!r} does not exist; this server has {limits.model_name!r}",
-            status=404,
-            param="model",
-            code="model_not_found",
+        raise ApiError(400, "the body must be a JSON object", code="invalid_json")
+    return body
+
+
+def parse_request(
+    body: Mapping[str, Any],
+    *,
+    is_chat: bool,
+    model: str,
+    vocabulary: Vocabulary,
+    limits: ApiLimits,
+    request_id: str,
+) -> ApiRequest:
+    """Validate the body of a completion or a chat completion.
+
+    Args:
+        body: from `parse_json`.
+        is_chat: which of the two.
+        model: name that is served.
+        vocabulary: of the model.
+        limits: of the server.
+        request_id: prefix of the requests' ids.
+
+    Raises:
+        ApiError: 400, or 404 for another model.
+    """
+    fields = _Fields(body)
+    _check_model(body, model)
+    for name, neutral in UNSUPPORTED.items():
+        if body.get(name) not in neutral:
+            raise ApiError(400, f"{name} is not supported; leave it out", param=name, code="unsupported")
+    n = fields.integer("n", 1, limits.max_choices) or 1
+    if (fields.integer("best_of", 1, limits.max_choices) or n) != n:
+        raise ApiError(400, "best_of is not supported; leave it out", param="best_of", code="unsupported")
+    ignore_eos = fields.boolean("ignore_eos")
+    stops = _stops(body.get("stop"), limits)
+    if is_chat:
+        prompts = [vocabulary.encode(chat_text(body.get("messages"), limits))]
+        stops += () if ignore_eos else (CHAT_STOP,)
+    else:
+        prompts = _prompts(body, vocabulary, limits)
+    if len(prompts) * n > limits.max_choices:
+        raise ApiError(
+            400, f"{len(prompts)} prompts with n={n} exceed {limits.max_choices} choices", param="n"
         )
-    prompts = _chat_prompt(body, tokenizer) if is_chat else _prompts(body, tokenizer)
-    logprobs = _num_logprobs(body, is_chat)
-    echo = not is_chat and _flag(body, "echo")
-    lowest = 0 if echo else 1
-    name = "max_completion_tokens" if body.get("max_completion_tokens") is not None else "max_tokens"
-    asked = _integer(body, name, DEFAULT_MAX_TOKENS, lowest, 1 << 30)
-    choices = _integer(body, "n", 1, 1, MAX_CHOICES)
-    if choices * len(prompts) > MAX_CHOICES:
-        raise APIError(f"n times the number of prompts must not exceed {MAX_CHOICES}", param="n")
-    seed = _integer(body, "seed", uuid.uuid4().int & 0x7FFFFFFF, -(1 << 63), (1 << 63) - 1)
-    options = body.get("stream_options") or {}
-    if not isinstance(options, dict):
-        raise APIError("stream_options must be an object", param="stream_options")
-    temperature = _number(body, "temperature", 1.0, 0.0, 100.0)
-    top_p = _number(body, "top_p", 1.0, 1e-6, 1.0)
-    stop_ids = () if _flag(body, "ignore_eos") else (limits.eos_id,)
-    answer_id = uuid.uuid4().hex
-    requests: list[GenerationRequest] = []
-    for prompt in prompts:
-        _check_prompt(prompt, asked, limits, is_default=body.get(name) is None)
-        room = limits.max_model_len - len(prompt)
-        for choice in range(choices):
-            requests.append(
-                GenerationRequest(
-                    request_id=f"{answer_id}-{len(requests)}",
-                    prompt=tuple(prompt),
-                    max_tokens=min(asked, room),
-                    temperature=temperature,
-                    top_p=top_p,
-                    seed=seed + choice,
-                    stop_token_ids=stop_ids,
-                    num_logprobs=logprobs,
-                    prompt_logprobs=echo and logprobs >= 0,
-                )
-            )
-    return Parsed(
-        requests=tuple(requests),
-        stops=_stops(body),
+    logprobs = _logprobs(fields, is_chat, limits)
+    echo = not is_chat and fields.boolean("echo")
+    seed = fields.integer("seed", -(2**63), 2**64 - 1)
+    seed = secrets.randbits(63) if seed is None else seed
+    requests = tuple(
+        GenerationRequest(
+            request_id=f"{request_id}-{which * n + sample}",
+            prompt_tokens=prompt,
+            max_tokens=_max_tokens(fields, is_chat, len(prompt), limits),
+            temperature=fields.number("temperature", 0.0, 2.0, 1.0),
+            top_p=_top_p(fields),
+            seed=sample_seed(seed, sample),
+            stop_token_ids=() if ignore_eos else (vocabulary.eos_id,),
+            logprobs=logprobs,
+            prompt_logprobs=logprobs if echo else None,
+        )
+        for which, prompt in enumerate(prompts)
+        for sample in range(n)
+    )
+    stream = fields.boolean("stream")
+    return ApiRequest(
+        model=model,
         is_chat=is_chat,
-        is_stream=_flag(body, "stream"),
-        include_usage=_flag(options, "include_usage"),
+        requests=requests,
+        stops=stops,
+        num_prompt_tokens=sum(len(prompt) for prompt in prompts),
         echo=echo,
-        num_logprobs=logprobs,
-        model=limits.model_name,
-        answer_id=answer_id,
+        stream=stream,
+        include_usage=stream and _include_usage(body),
     )
 
 
-def _check_prompt(prompt: Sequence[int], asked: int, limits: Limits, *, is_default: bool) -> None:
-    param = "prompt"
-    if not prompt:
-        raise APIError("the prompt has no tokens", param=param)
-    if not all(0 <= token < limits.vocab_size for token in prompt):
-        raise APIError(f"token ids must be from 0 to {limits.vocab_size - 1}", param=param)
-    wanted = 1 if is_default else asked
-    if len(prompt) + wanted > limits.max_model_len:
-        raise APIError(
-            f"this model's maximum context length is {limits.max_model_len} tokens, and the request asks for "
-            f"{len(prompt) + wanted} ({len(prompt)} in the prompt, {wanted} to generate); shorten one of them",
-            param=param,
-            code="context_length_exceeded",
-        )
+def sample_seed(seed: int, sample: int) -> int:
+    """Return the seed of one of n samples; the first has the request's own."""
+    if sample == 0:
+        return seed % 2**64
+    digest = hashlib.sha256(f"{seed % 2**64}:{sample}".encode()).digest()
+    return int.from_bytes(digest[:8], "little")
 
 
-class TextBuilder:
-    """Turns a choice's tokens into text that can be sent: whole characters, and never a part of a stop string.
+def chat_text(messages: Any, limits: ApiLimits) -> str:
+    """Return the text of a conversation (template: see the module).
 
-    Args:
-        tokenizer: of the model.
-        stops: texts that end the answer.
+    Raises:
+        ApiError: 400, messages of another form.
     """
-
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]) -> None:
-        self._tokenizer, self._stops = tokenizer, stops
-        self._tokens: list[int] = []
-        self.text = ""
-        self.sent = 0
-        self.is_stopped = False
-
-    def add(self, token: int, *, is_last: bool) -> str:
-        """Add a token and return the text that became certain."""
-        self._tokens.append(token)
-        return self._certain(is_last)
-
-    def finish(self) -> str:
-        """Return what was held back, when no token will come any more."""
-        return self._certain(is_last=True)
-
-    def _certain(self, is_last: bool) -> str:
-        self.text = self._tokenizer.decode(self._tokens, skip_special_tokens=True)
-        found = [place for place in (self.text.find(stop) for stop in self._stops) if place >= 0]
-        if found:
-            self.is_stopped, self.text = True, self.text[: min(found)]
-        held = 0 if is_last or self.is_stopped else self._held()
-        start, self.sent = self.sent, max(self.sent, len(self.text) - held)
-        return self.text[start : self.sent]
-
-    def _held(self) -> int:
-        """Characters at the end that may still change or turn out to begin a stop string."""
-        whole = self.text.rstrip("\ufffd")
-        longest = max((len(stop) for stop in self._stops), default=1) - 1
-        for size in range(min(longest, len(whole)), 0, -1):
-            if any(stop.startswith(whole[-size:]) for stop in self._stops):
-                return size + len(self.text) - len(whole)
-        return len(self.text) - len(whole)
+    if not isinstance(messages, list) or not messages:
+        raise ApiError(400, "messages must be a non-empty list", param="messages")
+    if len(messages) > limits.max_messages:
+        raise ApiError(400, f"messages must be at most {limits.max_messages}", param="messages")
+    lines = []
+    for index, message in enumerate(messages):
+        where = f"messages[{index}]"
+        if not isinstance(message, dict) or message.get("role") not in ROLES:
+            raise ApiError(400, f"{where}.role must be one of {', '.join(ROLES)}", param=where)
+        lines.append(f"{message['role']}: {_content(message.get('content'), where)}")
+    return "\n".join([*lines, "assistant:"])
 
 
-def completion_logprobs(
-    tokenizer: Tokenizer, entries: Sequence[TokenLogprobs | None], tokens: Sequence[int], offset: int = 0
-) -> dict[str, Any]:
-    """The `logprobs` object of a completion; None stands for a token without a score (the first of an echo)."""
-    texts = [token_text(tokenizer, token) for token in tokens]
-    offsets = [offset + sum(len(text) for text in texts[:i]) for i in range(len(texts))]
-    return {
-        "tokens": texts,
-        "token_logprobs": [None if e is None else e.logprob for e in entries],
-        "top_logprobs": [
-            None if e is None else {token_text(tokenizer, token): logprob for token, logprob in e.top}
-            for e in entries
-        ],
-        "text_offset": offsets,
-    }
+def _content(content: Any, where: str) -> str:
+    if isinstance(content, str):
+        return _text(content, where)
+    if not isinstance(content, list):
+        raise ApiError(400, f"{where}.content must be a string or a list of text parts", param=where)
+    parts = []
+    for part in content:
+        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            raise ApiError(
+                400, f'{where}.content: only {{"type": "text", "text": ...}} parts are supported', param=where
+            )
+        parts.append(_text(part["text"], where))
+    return "".join(parts)
 
 
-def chat_logprobs(tokenizer: Tokenizer, entries: Sequence[TokenLogprobs]) -> dict[str, Any]:
-    """The `logprobs` object of a chat choice."""
-
-    def item(token: int, logprob: float) -> dict[str, Any]:
-        text = token_text(tokenizer, token)
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
-
-    content = [
-        item(entry.token, entry.logprob)
-        | {"top_logprobs": [item(token, value) for token, value in entry.top]}
-        for entry in entries
-    ]
-    return {"content": content}
-
-
-def token_text(tokenizer: Tokenizer, token: int) -> str:
-    """Text of one token, special ones by name."""
-    text: str = tokenizer.decode([token], skip_special_tokens=False)
+def _text(text: str, where: str) -> str:
+    """Refuse lone surrogates, which JSON can spell and UTF-8 cannot."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ApiError(400, f"{where} holds a lone surrogate, which is no character", param=where) from error
     return text
 
 
-def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
-    """The `usage` object."""
-    return {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": completion_tokens,
-        "total_tokens": prompt_tokens + completion_tokens,
-    }
+def _check_model(body: Mapping[str, Any], model: str) -> None:
+    asked = body.get("model")
+    if not isinstance(asked, str):
+        raise ApiError(400, f"model must be a string, for example {model!r}", param="model")
+    if asked != model:
+        message = f"model {asked[:100]!r} does not exist; this server has {model!r}"
+        raise ApiError(404, message, param="model", code="model_not_found")
 
 
-def envelope(parsed: Parsed, *, is_chunk: bool) -> dict[str, Any]:
-    """What every answer and every streamed chunk carries."""
-    kind = "text_completion"
-    if parsed.is_chat:
-        kind = "chat.completion.chunk" if is_chunk else "chat.completion"
-    prefix = "chatcmpl-" if parsed.is_chat else "cmpl-"
-    return {"id": prefix + parsed.answer_id, "object": kind, "created": parsed.created, "model": parsed.model}
+def _prompts(body: Mapping[str, Any], vocabulary: Vocabulary, limits: ApiLimits) -> list[tuple[int, ...]]:
+    """String, list of ids, list of strings or list of lists of ids; an empty string starts a document."""
+    prompt = body.get("prompt")
+    is_ids = isinstance(prompt, list) and prompt and all(type(token) is int for token in prompt)
+    items = [prompt] if isinstance(prompt, str) or is_ids else prompt
+    if not isinstance(items, list) or not items:
+        raise ApiError(400, "prompt must be a string, token ids, or a non-empty list of them", param="prompt")
+    if len(items) > limits.max_choices:
+        raise ApiError(400, f"prompt may hold at most {limits.max_choices} prompts", param="prompt")
+    prompts = []
+    for item in items:
+        if isinstance(item, str):
+            prompts.append(vocabulary.encode(_text(item, "prompt")) or (vocabulary.eos_id,))
+        elif isinstance(item, list) and item and all(type(token) is int for token in item):
+            if not all(0 <= token < limits.vocab_size for token in item):
+                raise ApiError(400, f"token ids must be from 0 to {limits.vocab_size - 1}", param="prompt")
+            prompts.append(tuple(item))
+        else:
+            raise ApiError(
+                400, "each prompt must be a string or a non-empty list of token ids", param="prompt"
+            )
+    return prompts
 
 
-def choice(
-    parsed: Parsed,
-    index: int,
-    text: str,
-    finish_reason: str | None,
-    logprobs: dict[str, Any] | None,
-    *,
-    is_chunk: bool,
-) -> dict[str, Any]:
-    """One entry of `choices`."""
-    shared = {"index": index, "finish_reason": finish_reason, "logprobs": logprobs}
-    if not parsed.is_chat:
-        return {**shared, "text": text}
-    content = {"content": text}
-    return (
-        {**shared, "delta": content} if is_chunk else {**shared, "message": {"role": "assistant", **content}}
-    )
+def _stops(stop: Any, limits: ApiLimits) -> tuple[str, ...]:
+    stops = [stop] if isinstance(stop, str) else [] if stop is None else stop
+    if not isinstance(stops, list) or len(stops) > limits.max_stops:
+        raise ApiError(400, f"stop must be a string or at most {limits.max_stops} strings", param="stop")
+    for value in stops:
+        if not isinstance(value, str) or not 1 <= len(value) <= limits.max_stop_chars:
+            message = f"each stop string must have 1 to {limits.max_stop_chars} characters"
+            raise ApiError(400, message, param="stop")
+    return tuple(stops)
 
 
-def event_logprobs(
-    parsed: Parsed, tokenizer: Tokenizer, events: Sequence[TokenEvent], offset: int = 0
-) -> dict[str, Any] | None:
-    """The `logprobs` object of some events, with the prompt's if it is echoed; None when not asked for."""
-    if parsed.num_logprobs < 0:
+def _logprobs(fields: _Fields, is_chat: bool, limits: ApiLimits) -> int | None:
+    if not is_chat:
+        return fields.integer("logprobs", 0, limits.max_logprobs)
+    top = fields.integer("top_logprobs", 0, limits.max_logprobs)
+    if not fields.boolean("logprobs"):
+        if top:
+            raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
         return None
-    scored = [event.logprobs for event in events if event.logprobs is not None]
-    if parsed.is_chat:
-        return chat_logprobs(tokenizer, scored)
-    return completion_logprobs(tokenizer, scored, [entry.token for entry in scored], offset)
+    return top or 0
+
+
+def _top_p(fields: _Fields) -> float:
+    top_p = fields.number("top_p", 0.0, 1.0, 1.0)
+    # top_p 0 is commonly sent for "only the most probable token"; the smallest positive value means that.
+    return top_p or math.ulp(0.0)
+
+
+def _max_tokens(fields: _Fields, is_chat: bool, num_prompt: int, limits: ApiLimits) -> int:
+    """What is asked for, else 16 (completions) or the rest of the context (chat)."""
+    room = limits.max_model_len - num_prompt
+    high = 2**31 - 1
+    asked = fields.integer("max_tokens", 1 if is_chat else 0, high)
+    newer = fields.integer("max_completion_tokens", 1 if is_chat else 0, high)
+    asked = newer if newer is not None else asked
+    if room < (0 if asked == 0 else 1) or (asked or 0) > room:
+        raise ApiError(
+            400,
+            f"the prompt has {num_prompt} tokens and max_tokens is {asked}; together they must be at most"
+            f" {limits.max_model_len}",
+            param="messages" if is_chat else "prompt",
+            code="context_length_exceeded",
+        )
+    return asked if asked is not None else room if is_chat else min(16, room)
+
+
+def _include_usage(body: Mapping[str, Any]) -> bool:
+    options = body.get("stream_options")
+    if options is None:
+        return False
+    if not isinstance(options, dict):
+        raise ApiError(400, "stream_options must be an object", param="stream_options")
+    return _Fields(options).boolean("include_usage")

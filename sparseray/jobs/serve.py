@@ -5,7 +5,6 @@ streams the tokens that come back. Ray starts the slots and is not on the path o
 """
 
 import asyncio
-import itertools
 import socket
 import sys
 import threading
@@ -21,6 +20,7 @@ from sparseray.actors.generation import GenerationRequest, TokenEvent
 from sparseray.actors.mailbox import Mailbox
 from sparseray.actors.messages import INGRESS, SCHEDULER
 from sparseray.errors import CheckpointError, ConfigError, IdentityError, SlotLostError, UserError
+from sparseray.jobs.generation_client import OverloadedError
 from sparseray.log import get_logger
 from sparseray.model.dse_layout import DSELayout
 from sparseray.platform import checkpoint
@@ -69,12 +69,14 @@ def run(directory: Path, serve: ServeConfig, cluster_config: ClusterConfig, mode
     check_port(serve.host, serve.port)
     from tokenizers import Tokenizer
 
-    from sparseray.jobs.http_server import build_app, serve_app
-    from sparseray.jobs.openai_api import Limits
+    from sparseray.jobs.http_server import HttpServer, create_app
+    from sparseray.jobs.openai_api import ApiLimits
     from sparseray.jobs.pretrain import placement, slots_of
+    from sparseray.jobs.text_stream import Vocabulary
     from sparseray.platform.cluster import Cluster
 
     tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    vocabulary = Vocabulary(tokenizer, config.model.dse.document_end_id)
     print("starting Ray and its slots ...", flush=True)
     cluster = Cluster(cluster_config, slots_of(config))
     client = None
@@ -82,26 +84,19 @@ def run(directory: Path, serve: ServeConfig, cluster_config: ClusterConfig, mode
         addresses = cluster.start()
         plan = make_plan(**placement(config, addresses))
         metrics = Metrics({})
-        client = RemoteClient(cluster.job, cluster_config, metrics)
+        client = RemoteClient(cluster.job, cluster_config, metrics, max_waiting=serve.max_waiting)
         client.install(config, plan.to_dict(), directory)
-        app = build_app(
-            client,
-            tokenizer,
-            limits=Limits(
-                model_name=model_name,
-                vocab_size=tokenizer.get_vocab_size(),
-                max_model_len=min(serve.max_model_len, config.model.max_seq_len),
-                eos_id=config.model.dse.document_end_id,
-            ),
-            max_waiting=serve.max_waiting,
-            metrics=metrics.exposition,
+        limits = ApiLimits(
+            max_model_len=min(serve.max_model_len, config.model.max_seq_len),
+            vocab_size=config.model.vocab_size,
         )
+        app = create_app(client, vocabulary, model=model_name, limits=limits, metrics=metrics.exposition)
         url = f"http://{serve.host}:{serve.port}"
         print(f"serving {directory} as {model_name!r} at {url} (Ctrl-C stops); try:", flush=True)
         print(
             f"  curl -s {url}/v1/completions -H 'Content-Type: application/json' -d '{{\"prompt\": \"import \"}}'"
         )
-        serve_app(app, serve.host, serve.port)
+        HttpServer(app, host=serve.host, port=serve.port).run()
     finally:
         if client is not None:
             client.close()
@@ -151,9 +146,10 @@ class RemoteClient:
         job: identifier of the job.
         cluster: transport settings and deadline.
         metrics: where request metrics go.
+        max_waiting: open requests before new ones are refused.
     """
 
-    def __init__(self, job: str, cluster: ClusterConfig, metrics: Metrics) -> None:
+    def __init__(self, job: str, cluster: ClusterConfig, metrics: Metrics, *, max_waiting: int) -> None:
         directory = private_directory(job) if cluster.transport == "ipc" else None
         # ZeroMQ sockets belong to one thread: one mailbox receives in a thread, one sends from the event loop.
         self._inbox = Mailbox(ZmqTransport("scheduler", directory, cluster.bind_host), SCHEDULER, job)
@@ -161,8 +157,7 @@ class RemoteClient:
         self._deadline_s, self._metrics = cluster.deadline_s, metrics
         self._queues: dict[str, tuple[asyncio.AbstractEventLoop, asyncio.Queue[TokenEvent | Exception]]] = {}
         self._open: dict[int, set[str]] = {}
-        self._order = itertools.count()
-        self._running = True
+        self._max_waiting, self._running = max_waiting, True
         self._thread = threading.Thread(target=self._receive, daemon=True, name="ingress")
 
     def install(self, config: RunConfig, plan: dict[str, Any], directory: Path) -> None:
@@ -225,46 +220,57 @@ class RemoteClient:
             loop.call_soon_threadsafe(queue.put_nowait, item)
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenEvent, None]:
-        """Yield a request's tokens as they come.
+        """Yield a request's tokens as they come; closing the generator cancels it.
 
         Raises:
+            OverloadedError: too many requests are open.
             SlotLostError: its worker failed or fell silent.
         """
+        if len(self._queues) >= self._max_waiting:
+            raise OverloadedError(f"{len(self._queues)} requests are open, as many as this server accepts")
         slot = min(self._open, key=lambda s: (len(self._open[s]), s))
         queue: asyncio.Queue[TokenEvent | Exception] = asyncio.Queue()
         self._queues[request.request_id] = (asyncio.get_running_loop(), queue)
         self._open[slot].add(request.request_id)
         started = last = time.perf_counter()
-        is_first, is_done = True, False
-        self._metrics.record("prompt_tokens_total", len(request.prompt))
+        is_first, reason = True, "cancelled"
+        self._metrics.record("prompt_tokens_total", len(request.prompt_tokens))
         self._count_running()
         try:
             self._outbox.post(slot, "generate", body=request.to_dict())
-            while not is_done:
-                try:
-                    event = await asyncio.wait_for(queue.get(), self._deadline_s)
-                except TimeoutError:
-                    raise SlotLostError(f"slot {slot} sent nothing for {self._deadline_s:g} s") from None
-                if isinstance(event, Exception):
-                    raise event
+            while reason == "cancelled":
+                event = await self._next_event(queue, slot)
                 now = time.perf_counter()
                 name = "time_to_first_token_seconds" if is_first else "inter_token_latency_seconds"
                 self._metrics.record(name, now - (started if is_first else last))
-                self._metrics.record("generation_tokens_total", 1)
-                last, is_first, is_done = now, False, event.finish_reason is not None
-                if is_done:
-                    self._metrics.record(
-                        "requests_finished_total", 1, finished_reason=str(event.finish_reason)
-                    )
-                    self._metrics.record("request_latency_seconds", now - started)
+                self._metrics.record("generation_tokens_total", int(event.token_id is not None))
+                last, is_first = now, False
+                reason = event.finish_reason or reason
                 yield event
         finally:
-            if not is_done:
+            if reason == "cancelled":
                 self._outbox.post(slot, "cancel", body={"request_id": request.request_id})
-                self._metrics.record("requests_finished_total", 1, finished_reason="cancelled")
+            else:
+                self._metrics.record("request_latency_seconds", last - started)
+            self._metrics.record("requests_finished_total", 1, finished_reason=reason)
             self._queues.pop(request.request_id, None)
             self._open[slot].discard(request.request_id)
             self._count_running()
+
+    async def _next_event(self, queue: "asyncio.Queue[TokenEvent | Exception]", slot: int) -> TokenEvent:
+        try:
+            event = await asyncio.wait_for(queue.get(), self._deadline_s)
+        except TimeoutError:
+            raise SlotLostError(f"slot {slot} sent nothing for {self._deadline_s:g} s") from None
+        if isinstance(event, Exception):
+            raise event
+        return event
+
+    async def cancel(self, request_id: str) -> None:
+        """End a request at its worker; unknown ones are ignored."""
+        for slot, ids in self._open.items():
+            if request_id in ids:
+                self._outbox.post(slot, "cancel", body={"request_id": request_id})
 
     def _count_running(self) -> None:
         self._metrics.record("requests_running", sum(len(ids) for ids in self._open.values()))
