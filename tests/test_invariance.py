@@ -150,7 +150,7 @@ def test_remote_exchange_equals_the_plain_modules(
     local_experts, local_memory = LocalExperts(MODEL, seed=0), LocalMemory(MODEL, layout, seed=0)
     plain_loss, plain = run(Transformer(MODEL, layout, seed=0), local_experts, local_memory)
     model = Transformer(MODEL, layout, seed=0)
-    memory = RemoteMemory(plan, call, [bucket_bounds(table[0], MODEL.dse.num_buckets)])
+    memory = RemoteMemory(plan, call, MODEL.dse.layers, [bucket_bounds(table[0], MODEL.dse.num_buckets)])
     rows = [
         r.reshape(-1).numpy() for r in model.memory_rows(shard.tokens_BT, shard.document_starts_BT).values()
     ]

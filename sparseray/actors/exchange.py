@@ -157,8 +157,9 @@ class RemoteMemory:
     only hands out what lies ready, as a leaf whose gradient is the rows' gradient.
     """
 
-    def __init__(self, plan: Plan, call: Caller, bounds: Sequence[np.ndarray]) -> None:
+    def __init__(self, plan: Plan, call: Caller, layers: Sequence[int], bounds: Sequence[np.ndarray]) -> None:
         self.call = call
+        self.layers = list(layers)
         self.bounds = bounds
         self.owner = [np.array([holders[0] for holders in row], np.int64) for row in plan.buckets]
         self.slots = plan.memory_primaries
@@ -206,6 +207,12 @@ class RemoteMemory:
         self.ready = {layer: value.requires_grad_(train) for layer, value in zip(layers, values)}
 
     def __call__(self, layer: int, rows_TN: Tensor) -> Tensor:
-        """Return rows [T, N, D] that were prepared for this layer."""
-        value = self.ready[layer]
+        """Return rows [T, N, D]: those that were prepared for this layer, or fetched now (serving)."""
+        value = self.ready[layer] if self.ready else self._fetch_now(layer, rows_TN)
         return value.view(*rows_TN.shape, value.shape[-1])
+
+    def _fetch_now(self, layer: int, rows_TN: Tensor) -> Tensor:
+        none = np.empty(0, np.int64)
+        index = self.layers.index(layer)
+        wanted = [rows_TN.reshape(-1).numpy() if i == index else none for i in range(len(self.layers))]
+        return self.fetch(wanted)[index]

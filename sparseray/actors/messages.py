@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import msgpack
 import numpy as np
 
-SCHEDULER = -1
+SCHEDULER, INGRESS = -1, -2
 MAX_HEADER_BYTES = 16 << 20
 _DTYPES = {"float32", "float64", "int32", "int64", "uint8", "bool"}
 

@@ -1,12 +1,14 @@
 """A slot: one process with a device share that plays whatever roles the plan gives it.
 
 It owns a mailbox and serves it from one thread. Messages and who sends them:
-  scheduler -> slot: plan, step, commit, evaluate, checkpoint, serve, stop
+  scheduler -> slot: plan, step, commit, evaluate, checkpoint, stop
   slot -> scheduler: installed, shard, prepared, evaluated, saved, failed
+  ingress -> slot:   generate, cancel (answered to the scheduler's mailbox by `tokens`)
   slot -> slot:      expert_forward, expert_backward, rows (answered by `reply`);
                      finish_shard, dense_nodes, dense_reduced, expert_reduced, rows_reduced
 One step: step -> (rows, expert_*)* -> finish_shard, dense_nodes -> *_reduced -> prepared -> commit.
 A request of a step that is not open yet waits until the commit before it has been applied.
+One request: generate -> (rows, expert_forward)* -> tokens, once for every engine step.
 """
 
 import traceback
@@ -20,8 +22,10 @@ import torch
 from sparseray.actors.assignment import Plan
 from sparseray.actors.attention_worker import AttentionWorker, Batches, ShardResult
 from sparseray.actors.dense_state import DenseState
+from sparseray.actors.engine import Engine
 from sparseray.actors.exchange import Call
 from sparseray.actors.expert_shard import ExpertShard
+from sparseray.actors.generation import GenerationRequest
 from sparseray.actors.mailbox import Mailbox
 from sparseray.actors.memory_shard import MemoryShard
 from sparseray.actors.messages import SCHEDULER, Message
@@ -49,6 +53,7 @@ class Job(Protocol):
         call: Callable[[Sequence[Call]], list[Arrays]],
         begin: Callable[[int, int], None],
     ) -> AttentionWorker: ...
+    def engine(self, worker: AttentionWorker) -> Engine | None: ...
     def train_batches(self) -> Batches: ...
     def validation_batches(self) -> Batches: ...
     def names(self, state: DenseState | ExpertShard | MemoryShard) -> list[str]: ...
@@ -77,6 +82,7 @@ class Slot:
         self.experts: ExpertShard | None = None
         self.memory: MemoryShard | None = None
         self.worker: AttentionWorker | None = None
+        self.engine: Engine | None = None
         self._current = (0, -1)
         self._control = {
             "plan": self._install,
@@ -84,6 +90,8 @@ class Slot:
             "commit": self._commit,
             "evaluate": self._evaluate,
             "checkpoint": self._checkpoint,
+            "generate": self._generate,
+            "cancel": self._cancel,
             "stop": self._stop,
         }
         self._requests = {
@@ -102,17 +110,18 @@ class Slot:
     def serve_forever(self) -> None:
         """Handle messages until `stop`; a failure is told to the scheduler before it is raised."""
         while self.running:
-            message = self.later.popleft() if self.later else self.mailbox.next(0.5)
-            if message is None:
-                continue
+            is_busy = self.engine is not None and self.engine.has_work
+            message = self.later.popleft() if self.later else self.mailbox.next(0.0 if is_busy else 0.5)
             try:
-                self._handle(message, waiting=False)
+                if message is not None:
+                    self._handle(message, waiting=False)
+                elif is_busy:
+                    self._generate_tokens()
             except Exception as error:
                 body = {"error": f"{type(error).__name__}: {error}", "user": isinstance(error, UserError)}
-                log.error(
-                    "slot %d failed on %s:\n%s", self.mailbox.slot, message.kind, traceback.format_exc()
-                )
-                self.mailbox.post(SCHEDULER, "failed", step=message.step, body=body)
+                what = "generating" if message is None else message.kind
+                log.error("slot %d failed on %s:\n%s", self.mailbox.slot, what, traceback.format_exc())
+                self.mailbox.post(SCHEDULER, "failed", step=self.committed, body=body)
 
     def _handle(self, message: Message, *, waiting: bool) -> None:
         """Handle one message; while a step of our own waits for replies, control messages keep."""
@@ -157,10 +166,11 @@ class Slot:
                     # The checkpoint holds primaries; a backup asks for the names of all that it owns.
                     names = self.job.names(state)
                     state.load(self.job.read(body["checkpoint"], names), self.committed)
-        self.worker = None
+        self.worker, self.engine = None, None
         if plan.shards_of(me):
             assert self.dense is not None
             self.worker = self.job.worker(plan, self.dense, self._call, self._begin)
+            self.engine = self.job.engine(self.worker)
         self.mailbox.post(SCHEDULER, "installed", step=self.committed, body={"roles": plan.roles_of(me)})
 
     def _run_step(self, message: Message) -> None:
@@ -245,6 +255,23 @@ class Slot:
         if self.memory is not None and self.memory.primary:
             entries |= self.job.write(directory, f"memory_{me}", self.memory.tensors())
         self.mailbox.post(SCHEDULER, "saved", step=message.step, body={"tensors": entries})
+
+    def _generate(self, message: Message) -> None:
+        assert self.engine is not None, "this slot was not installed for serving"
+        self.engine.add(GenerationRequest.from_dict(message.body))
+
+    def _cancel(self, message: Message) -> None:
+        assert self.engine is not None, "this slot was not installed for serving"
+        self.engine.cancel(message.body["request_id"])
+
+    def _generate_tokens(self) -> None:
+        """Run one step of the serving batch and send its tokens on."""
+        assert self.engine is not None
+        # Experts and rows answer for the step after the last committed one, as in training.
+        self._begin(self.committed + 1, -1)
+        events = self.engine.step()
+        if events:
+            self.mailbox.post(SCHEDULER, "tokens", body={"events": [event.to_dict() for event in events]})
 
     def _stop(self, message: Message) -> None:
         self.running = False

@@ -19,7 +19,9 @@ from pathlib import Path
 
 from sparseray.errors import UserError
 from sparseray.jobs import pretrain
+from sparseray.model.config import preset
 from sparseray.platform import config as configuration
+from sparseray.platform.config import ClusterConfig, DataConfig, RunConfig, TrainConfig
 from sparseray.platform.run_folder import RunFolder
 
 EXAMPLE = """example:
@@ -40,7 +42,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--out", default="demo", help="folder for corpus, run and report, default %(default)s"
     )
-    parser.add_argument("--steps", type=int, default=300, help="training steps, default %(default)s")
+    parser.add_argument("--steps", type=int, default=200, help="training steps, default %(default)s")
     options = parser.parse_args(list(arguments))
     try:
         return demo(Path(options.out), options.steps)
@@ -67,7 +69,7 @@ def demo(out: Path, steps: int) -> int:
     else:
         say(f"1/4 the corpus is there already: {data}")
     say("2/4 training: 2 attention workers, 2 expert shards, 2 memory shards, each an actor of its own")
-    config = configuration.parse(_training_options(data, run, steps), prog="sparseray demo", description="")
+    config = demo_config(data, run, steps)
     code = pretrain.run(config, pretrain.print_line)
     if code:
         return code
@@ -89,19 +91,15 @@ def demo(out: Path, steps: int) -> int:
     return 0
 
 
-def _training_options(data: Path, run: Path, steps: int) -> list[str]:
-    # One default file serves the repository and an installed package alike: the defaults are the tiny model.
-    options = {
-        "data.path": data,
-        "run_dir": run,
-        "train.steps": steps,
-        "train.checkpoint_every": 100,
-        "train.eval_every": 100,
-        "cluster.attention_workers": 2,
-        "cluster.expert_shards": 2,
-        "cluster.memory_shards": 2,
-    }
-    return [word for name, value in options.items() for word in (f"--{name}", str(value))]
+def demo_config(data: Path, run: Path, steps: int) -> RunConfig:
+    """The tiny model on six slots."""
+    return RunConfig(
+        model=preset("tiny"),
+        data=DataConfig(path=str(data)),
+        train=TrainConfig(steps=steps, checkpoint_every=100, eval_every=100),
+        cluster=ClusterConfig(attention_workers=2, expert_shards=2, memory_shards=2),
+        run_dir=str(run),
+    )
 
 
 def serve_and_ask(checkpoint: Path) -> None:

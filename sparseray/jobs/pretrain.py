@@ -15,7 +15,7 @@ from types import FrameType
 from typing import Any
 
 from sparseray.actors.token_data import TokenDataset
-from sparseray.errors import ConfigError, UserError
+from sparseray.errors import ConfigError, RunFailedError, UserError
 from sparseray.jobs.report import write_report
 from sparseray.model.config import ModelConfig
 from sparseray.model.counts import count_parameters
@@ -38,12 +38,15 @@ Show = Callable[[str], None]
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command; 0 when the last step is reached, 130 after Ctrl-C, 2 for a user's mistake."""
+    """Run the command; 0 when the last step is reached, 130 after Ctrl-C, 2 for a user's mistake, 1 if it failed."""
     try:
         config = configuration.parse(arguments, prog="sparseray pretrain", description=DESCRIPTION)
         return run(config, print_line)
     except UserError as error:
         return configuration.die(error)
+    except RunFailedError as error:
+        configuration.die(error)
+        return 1
 
 
 def print_line(line: str) -> None:
@@ -176,7 +179,7 @@ def follow(scheduler: Any, config: RunConfig, show: Show) -> bool:
 
     Raises:
         UserError: training stopped for a reason the user can mend.
-        RuntimeError: training stopped for another reason.
+        RunFailedError: training stopped for another reason.
     """
     import ray
 
@@ -189,8 +192,11 @@ def follow(scheduler: Any, config: RunConfig, show: Show) -> bool:
                 show(describe(record, config.train.steps, started, first=seen == 0))
             seen, done = seen + len(state["records"]), state["done"]
     if state["failure"]:
-        kind = UserError if state["failure"]["user"] else RuntimeError
-        raise kind(f"{state['failure']['kind']}: {state['failure']['error']}")
+        if state["failure"]["user"]:
+            raise UserError(state["failure"]["error"])
+        raise RunFailedError(
+            f"{state['failure']['kind']}: {state['failure']['error']}; the same command resumes from the last checkpoint"
+        )
     return bool(interrupted)
 
 

@@ -104,7 +104,7 @@ def nsa_attention(
     keys_S = torch.arange(win_start, win_start + k_win.shape[1], device=q_BTQD.device)
     distance_TS = positions_T[:, None] - keys_S
     o_win = _attend_masked(q_BTQD, k_win, v_win, (distance_TS >= 0) & (distance_TS < config.window))
-    g_cmp, g_slc, g_win = gates_BTQ3.split(1, dim=-1)
+    g_cmp, g_slc, g_win = gates_BTQ3.unsqueeze(-2).unbind(-1)
     return (g_cmp * o_cmp + g_slc * o_slc.float() + g_win * o_win.float()).to(q_BTQD.dtype)
 
 
@@ -254,7 +254,7 @@ class NSAttention(nn.Module):
             v_slc=v[:, :kv],
             v_win=v[:, min(1, self.branches - 1) * kv :][:, :kv],
             v_cmp=v[:, keys - kv :],
-            gates=torch.sigmoid(self.gate(x_RH, batch).float()).unflatten(-1, (heads, 3)),
+            gates=torch.sigmoid(self.gate(x_RH, batch).float()).view(-1, heads, 3),
         )
 
     def compress(self, k_BTGD: Tensor, v_BTGV: Tensor, rope: Rope, first: int = 0) -> tuple[Tensor, Tensor]:
@@ -286,7 +286,9 @@ class NSAttention(nn.Module):
         """Attend within each sequence; [R, H]."""
         b = self.project(x_RH, batch, rope)
         if batch.spans is None:
-            shaped = {name: x.unflatten(0, batch.shape) for name, x in vars(b).items()}
+            shaped: dict[str, Tensor] = {
+                name: torch.unflatten(x, 0, batch.shape) for name, x in vars(b).items()
+            }
             s = Branches(**shaped)
             k_cmp, v_cmp = self.compress(s.k_cmp, s.v_cmp, tables)
             kv = (k_cmp, v_cmp, s.k_slc, s.v_slc, s.k_win, s.v_win)

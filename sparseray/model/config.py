@@ -228,7 +228,8 @@ class ModelConfig:
     dse: DSEConfig = field(default_factory=DSEConfig)
 
     def __post_init__(self) -> None:
-        words = (self.attention,) if isinstance(self.attention, str) else tuple(self.attention)
+        given: object = self.attention
+        words = (given,) if isinstance(given, str) else tuple(self.attention)
         object.__setattr__(self, "attention", words * self.num_layers if len(words) == 1 else words)
         _positive(
             "model",
@@ -280,6 +281,8 @@ class ModelConfig:
 
 _TINY = ModelConfig(
     attention=("full", "nsa", "nsa", "nsa"),
+    # Ten times the papers' step: a run of some hundred steps must balance its experts too.
+    moe=MoEConfig(bias_update=0.01),
     dse=DSEConfig(layers=(1, 2), num_buckets=16),
 )
 _SMALL = ModelConfig(

@@ -67,10 +67,10 @@ def count_parameters(config: ModelConfig) -> dict[str, int]:
 
 
 def keys_per_query(config: ModelConfig, layer: int, seq_len: int) -> dict[str, float]:
-    """Mean number of keys that a query reads in each branch of a layer, over positions 0 .. seq_len - 1.
+    """Mean number of keys that a query reads in each branch of a layer, over the positions of a sequence.
 
-    The selected count is of causal keys in the blocks selected: exact for the forced blocks, an upper bound by
-    at most one block where fewer local blocks exist.
+    The selected count is of causal keys in whole blocks and the query's own; exact when num_local is at
+    least 1.
     """
     t = np.arange(seq_len)
     if config.attention[layer] == "full":

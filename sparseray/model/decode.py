@@ -71,7 +71,7 @@ def greedy(
     """
     cache = Cache(model.config, prompt_T.numel() + num_tokens, device=prompt_T.device)
     hidden_TH = prompt_T.new_zeros(0)
-    for piece in prompt_T.split(chunk or max(1, prompt_T.numel())):
+    for piece in torch.split(prompt_T, chunk or max(1, prompt_T.numel())):
         (hidden_TH,) = forward_chunks(model, [(piece, cache)], experts=experts, memory=memory)
     tokens = [model.logits(hidden_TH[-1:]).argmax(-1)]
     while len(tokens) < num_tokens:

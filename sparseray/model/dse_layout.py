@@ -64,7 +64,7 @@ def build_token_map(tokenizer: Tokenizer) -> np.ndarray[Any, np.dtype[np.int64]]
     token_map = np.empty(size, dtype=np.int64)
     for token, text in enumerate(texts):
         if "\ufffd" in text:
-            key = tokenizer.id_to_token(token)
+            key = tokenizer.id_to_token(token) or text
         else:
             key = normalizer.normalize_str(text) or text
         token_map[token] = ids.setdefault(key, len(ids))
@@ -309,7 +309,9 @@ class DSELayout:
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))
             token_map = np.load(Path(directory) / "dse_token_map.npy", allow_pickle=False)
-            settings = {k: tuple(v) if isinstance(v, list) else v for k, v in stored["config"].items()}
+            settings: dict[str, Any] = {
+                k: tuple(v) if isinstance(v, list) else v for k, v in stored["config"].items()
+            }
             layout = cls(
                 config=DSEConfig(**settings),
                 token_map=token_map,

@@ -2,8 +2,10 @@
 
 The network works on rows: all tokens of a call in one [R, H] matrix. In training these are B sequences of
 equal length; in inference they are chunks of any length, each with its cache, padded at the end to a multiple
-of `ROW_MULTIPLE` rows. A row's bits then do not depend on what else is in the call: matrix products run on
-blocks of 16 to 128 rows, for which CPU libraries sum in one order, and everything else is per row.
+of `ROW_PADDING` rows. A row's bits then do not depend on what else is in the call: matrix products run on
+blocks of 32 to 128 rows, for which CPU libraries sum in one order; everything else is per row, and no element
+falls into the scalar remainder of a vector loop, whose exp differs from the vector one (seen in the sigmoid
+of the memory's gate, one number per row).
 
 Shapes: R rows, H hidden, B sequences, T tokens, I inner width, D head size.
 """
@@ -17,10 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparseray.kernels.moe.reference import ROW_BLOCK, ROW_MULTIPLE
+from sparseray.kernels.moe.reference import ROW_BLOCK
 
 if TYPE_CHECKING:
     from sparseray.model.cache import Cache
+
+ROW_PADDING = 32
+"""Two vectors of 16 floats, what one turn of torch's widest elementwise loop takes; divides `ROW_BLOCK`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,19 +62,19 @@ class Batch:
 
 
 def padded(rows: int) -> int:
-    """Rows after padding to a multiple of `ROW_MULTIPLE`."""
-    return -(-rows // ROW_MULTIPLE) * ROW_MULTIPLE
+    """Rows after padding to a multiple of `ROW_PADDING`."""
+    return -(-rows // ROW_PADDING) * ROW_PADDING
 
 
 def linear(x_RI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None, *, invariant: bool) -> Tensor:
     """x @ weight.T + bias; with `invariant`, in row blocks whose bits do not depend on the number of rows.
 
     Args:
-        x_RI: input rows; for `invariant` R is a multiple of `ROW_MULTIPLE`.
+        x_RI: input rows; for `invariant` R is a multiple of `ROW_PADDING`.
     """
     if not invariant or x_RI.shape[0] <= ROW_BLOCK or x_RI.is_cuda:
         return F.linear(x_RI, weight_OI, bias_O)
-    return torch.cat([F.linear(block, weight_OI, bias_O) for block in x_RI.split(ROW_BLOCK)])
+    return torch.cat([F.linear(block, weight_OI, bias_O) for block in torch.split(x_RI, ROW_BLOCK)])
 
 
 class Linear(nn.Module):

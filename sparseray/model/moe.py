@@ -45,10 +45,11 @@ class Experts(Protocol):
 
 
 def balance_loss(config: MoEConfig, scores_TE: Tensor, topk_ids_TK: Tensor, shape: tuple[int, int]) -> Tensor:
-    """The router's balance loss, its coefficient included, as a scalar fp32.
+    """The router's balance loss, coefficient included, as a scalar fp32.
 
-    v2: over all tokens of the call, alpha * sum f_i P_i. v3: for each sequence, from the top-k of the unbiased
-    scores, with scores divided by their sum; the mean over sequences. gshard and switch: from first choices.
+    v2: over all tokens of the call, alpha * sum f_i P_i. v3: for each sequence, from the top-k of the
+    unbiased scores, with scores divided by their sum; the mean over sequences. gshard and switch: from first
+    choices.
 
     Args:
         config: of the router.
@@ -119,7 +120,7 @@ class _ExpertSum(torch.autograd.Function):
     """All experts of a layer on grouped rows; the combination runs in slot order in fp32."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: torch.autograd.function.FunctionCtx,
         x_TH: Tensor,
         topk_ids_TK: Tensor,
@@ -129,7 +130,8 @@ class _ExpertSum(torch.autograd.Function):
         T, K = topk_ids_TK.shape
         order_R, counts_E = group_by_expert(topk_ids_TK, len(weights) // 3)
         rows_RH = x_TH[order_R // K]
-        y_RH, saved, start = torch.empty_like(rows_RH), [], 0
+        saved: list[Tensor] = []
+        y_RH, start = torch.empty_like(rows_RH), 0
         counts = counts_E.tolist()
         for expert, count in enumerate(counts):
             if count:
@@ -150,7 +152,7 @@ class _ExpertSum(torch.autograd.Function):
         return out_TH.to(x_TH.dtype)
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, dout_TH: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: torch.autograd.function.FunctionCtx, dout_TH: Tensor) -> tuple[Tensor | None, ...]:
         order_R, weights_TK, y_TKH, rows_RH, *rest = ctx.saved_tensors  # type: ignore[attr-defined]
         counts: list[int] = ctx.counts  # type: ignore[attr-defined]
         (T, K), E = weights_TK.shape, len(counts)
@@ -207,5 +209,5 @@ class LocalExperts(nn.Module):
         """Apply the experts, as `Experts` asks."""
         if layer not in self._weights:
             self._weights[layer] = self.weights(layer)  # type: ignore[assignment]
-        out: Tensor = _ExpertSum.apply(x_TH, topk_ids_TK, topk_weights_TK, *self._weights[layer])  # type: ignore[no-untyped-call]
+        out: Tensor = _ExpertSum.apply(x_TH, topk_ids_TK, topk_weights_TK, *self._weights[layer])
         return out

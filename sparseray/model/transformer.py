@@ -4,8 +4,8 @@ One call of `forward` is the work of one logical shard of a training step, or a 
 cache. Routed experts and memory tables are not parameters of this module: they come in through `experts` and
 `memory`. Pre-norm residual blocks; the memory is added before the attention (arXiv 2601.07372 section 2.3).
 
-Shapes: B sequences, T tokens, R rows (B*T, or all chunks' tokens padded), H hidden, V vocabulary, L MoE layers,
-E experts, N table rows per token.
+Shapes: B sequences, T tokens, R rows (B*T, or all chunks' tokens padded), H hidden, V vocabulary,
+L MoE layers, E experts, N table rows per token.
 """
 
 from __future__ import annotations
@@ -64,8 +64,10 @@ class Block(nn.Module):
         """Add the attention of the normed hidden states."""
         x_RH = self.attention_norm(h_RH)
         if isinstance(self.attention, NSAttention):
-            return h_RH + self.attention(x_RH, batch, angles, rope)
-        return h_RH + self.attention(x_RH, batch, angles)
+            out_RH: Tensor = self.attention(x_RH, batch, angles, rope)
+        else:
+            out_RH = self.attention(x_RH, batch, angles)
+        return h_RH + out_RH
 
     def feed_forward(
         self, h_RH: Tensor, batch: Batch, experts: Experts
@@ -146,7 +148,7 @@ class Transformer(nn.Module):
     def memory_rows(
         self, tokens_BT: Tensor, document_starts_BT: Tensor | None = None, history_BL: Tensor | None = None
     ) -> dict[int, Tensor]:
-        """Table rows [B*T, N] of every memory layer; known before the forward pass, so they can be fetched ahead."""
+        """Table rows [B*T, N] of every memory layer, known before the forward pass (fetch them ahead)."""
         if self.layout is None:
             return {}
         layout = self.layout
@@ -202,7 +204,7 @@ class Transformer(nn.Module):
         )
         rows = self.memory_rows(tokens_BT, document_starts_BT)
         hidden_RH, aux, counts_LE = self._blocks(tokens_BT.reshape(-1), batch, rows, experts, memory)
-        return Output(hidden_BTH=hidden_RH.unflatten(0, (B, T)), aux_loss=aux, expert_counts_LE=counts_LE)
+        return Output(hidden_BTH=hidden_RH.view(B, T, -1), aux_loss=aux, expert_counts_LE=counts_LE)
 
     @torch.no_grad()
     def run_chunks(
@@ -295,7 +297,8 @@ class Transformer(nn.Module):
         rows_RH = hidden.flatten(0, -2)
         count = rows_RH.shape[0]
         rows_RH = F.pad(rows_RH, (0, 0, 0, padded(count) - count))
-        return linear(rows_RH, weight, invariant=True)[:count].unflatten(0, hidden.shape[:-1])
+        logits_RV = linear(rows_RH, weight, invariant=True)[:count]
+        return logits_RV.reshape(*hidden.shape[:-1], -1)
 
     @torch.no_grad()
     def update_router_bias(self, counts_LE: Tensor) -> None:

@@ -106,6 +106,8 @@ def _connect(config: ClusterConfig, num_slots: int) -> None:
             )
         else:
             os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+            # Ray runs its workers at nice 15; a step waits for the slowest slot, so here they are not niced.
+            os.environ.setdefault("RAY_worker_niceness", "0")
             ray.init(
                 num_cpus=max(1, round(num_slots * config.cpus_per_slot + 0.5)),
                 object_store_memory=OBJECT_STORE_BYTES,

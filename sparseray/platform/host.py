@@ -15,12 +15,14 @@ import torch
 from sparseray.actors.assignment import Plan
 from sparseray.actors.attention_worker import AttentionWorker, Batch, Batches
 from sparseray.actors.dense_state import EXP_AVG, EXP_AVG_SQ, DenseState
+from sparseray.actors.engine import Engine
 from sparseray.actors.exchange import Call, RemoteExperts, RemoteMemory
 from sparseray.actors.expert_shard import ExpertShard
 from sparseray.actors.mailbox import Mailbox
 from sparseray.actors.memory_shard import FIELDS, MemoryShard, bucket_bounds
 from sparseray.actors.slot import Slot
 from sparseray.actors.token_data import TokenDataset, batch
+from sparseray.errors import IdentityError
 from sparseray.model.dse_layout import DSELayout
 from sparseray.platform import checkpoint
 from sparseray.platform.config import RunConfig, from_dict
@@ -39,7 +41,13 @@ class TrainingJob:
     def __init__(self, body: dict[str, Any], metrics: Metrics) -> None:
         self.config = from_dict(RunConfig, body["config"])
         self.layout = DSELayout.load(Path(body["layout"])) if body["layout"] else None
+        if self.layout is not None and self.layout.sha256 != body["layout_sha256"]:
+            raise IdentityError(
+                f"{body['layout']} holds DSE layout {self.layout.sha256[:12]}, and the plan was made for "
+                f"{body['layout_sha256'][:12]}: rows would be addressed wrongly; use the run's own folder"
+            )
         self.metrics = metrics
+        self.is_serving = bool(body.get("serving"))
         self.deadline_s = self.config.cluster.deadline_s
         self.num_shards = self.config.train.logical_shards
         optim = self.config.optim
@@ -91,7 +99,21 @@ class TrainingJob:
         model = self.config.model
         bounds = [bucket_bounds(count, model.dse.num_buckets) for count in self._table_rows()]
         experts = RemoteExperts(plan, call, model.moe_layers)
-        return AttentionWorker(state, experts, RemoteMemory(plan, call, bounds), begin)
+        return AttentionWorker(state, experts, RemoteMemory(plan, call, model.dse.layers, bounds), begin)
+
+    def engine(self, worker: AttentionWorker) -> Engine | None:
+        """Build the serving engine of an attention worker; None in training."""
+        if not self.is_serving:
+            return None
+        serve = self.config.serve
+        return Engine(
+            worker.state.model,
+            worker.experts,
+            worker.memory if self.config.model.dse.layers else None,
+            max_batch=serve.max_batch,
+            max_model_len=min(serve.max_model_len, self.config.model.max_seq_len),
+            prefill_chunk=serve.prefill_chunk,
+        )
 
     def _batches(self, split: str, seed: int) -> Batches:
         if split not in self._datasets:

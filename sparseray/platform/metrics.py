@@ -16,6 +16,7 @@ from prometheus_client import (
     Gauge,
     Histogram,
     disable_created_metrics,
+    generate_latest,
     start_http_server,
 )
 
@@ -150,6 +151,10 @@ class Metrics:
             made = Histogram(full, metric.help, labels, registry=self.registry, buckets=metric.buckets)
         self._made[name] = made
         return made
+
+    def exposition(self) -> bytes:
+        """Return all series in Prometheus' text format."""
+        return generate_latest(self.registry)
 
     def serve(self, host: str) -> str:
         """Serve `/metrics` on a free port and return its address; a failure is told once and costs no step."""

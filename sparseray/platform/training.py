@@ -138,6 +138,7 @@ class Trainer:
             "plan": self.plan.to_dict(),
             "config": to_dict(self.config),
             "layout": self.layout,
+            "layout_sha256": self.folder.layout_sha256(),
             "scheduler": self.mailbox.transport.address,
             "step": self.step,
             "checkpoint": str(newest or ""),

@@ -38,7 +38,7 @@ class ZmqTransport:
             self._inbox.bind(self.address)
         else:
             self._inbox.bind(f"tcp://{host}:*")
-            self.address = self._inbox.getsockopt(zmq.LAST_ENDPOINT).decode().rstrip("\0")
+            self.address = bytes(self._inbox.getsockopt(zmq.LAST_ENDPOINT)).decode().rstrip("\0")
         self._outgoing: dict[int, tuple[str, zmq.Socket[bytes]]] = {}
 
     def connect(self, peers: dict[int, str]) -> None:

@@ -34,7 +34,7 @@ def stable_topk(scores_TE: Tensor, k: int) -> Tensor:
     Returns:
         int64 [T, k].
     """
-    return torch.sort(scores_TE, dim=-1, descending=True, stable=True).indices[..., :k]
+    return torch.sort(scores_TE, dim=-1, descending=True, stable=True).indices[..., :k].contiguous()
 
 
 def limit_groups(biased_TE: Tensor, *, num_groups: int, topk_groups: int, group_score: str) -> Tensor:

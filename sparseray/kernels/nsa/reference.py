@@ -33,7 +33,7 @@ def check_blocks(
     """Reject block sizes for which the paper's equations are not defined.
 
     Raises:
-        ConfigError: a size is not positive, d does not divide l and l', l > l', or the forced blocks exceed n.
+        ConfigError: a size is not positive, d does not divide l and l', l > l', or n is too small.
     """
     if min(block, stride, select_block, window) < 1 or min(num_initial, num_local) < 0:
         raise ConfigError(
@@ -42,13 +42,13 @@ def check_blocks(
         )
     if block % stride or select_block % stride or block > select_block:
         raise ConfigError(
-            f"nsa: stride={stride} must divide block={block} and select_block={select_block}, and block must not"
-            " exceed select_block; try block=32, stride=16, select_block=64"
+            f"nsa: stride={stride} must divide block={block} and select_block={select_block}, and"
+            " block must not exceed select_block; try block=32, stride=16, select_block=64"
         )
     if num_selected < max(1, num_initial + num_local):
         raise ConfigError(
-            f"nsa: num_selected={num_selected} is less than the {num_initial} first and {num_local} local blocks"
-            " that are always selected; raise num_selected"
+            f"nsa: num_selected={num_selected} is less than the {num_initial} first and {num_local} local"
+            " blocks that are always selected; raise num_selected"
         )
 
 
@@ -118,7 +118,9 @@ def masked_attention(
     q5 = _grouped(_accumulator(q), k.shape[2])
     B, T, H, G, _ = q5.shape
     if k.shape[1] == 0:
-        out = (q5.sum(-1, keepdim=True) * 0.0).expand(B, T, H, G, v.shape[-1]) + _accumulator(v).sum() * 0.0
+        out = (q5.sum(-1, keepdim=True) * 0.0).expand(B, T, H, G, v.shape[-1]) + (
+            _accumulator(k).sum() + _accumulator(v).sum()
+        ) * 0.0
         lse = q5.new_full((B, T, H * G), float("-inf"))
         return out.reshape(B, T, H * G, -1), lse, q5.new_zeros(B, T, H, G, 0)
     scores = torch.einsum("bthgd,bshd->bthgs", q5, _accumulator(k)) * scale
@@ -213,7 +215,7 @@ def top_n_reference(
 
     Source: arXiv 2502.11089 eq. 11-12 and section 4.1 (1 initial and 2 local blocks).
     """
-    B, T, H, N = scores.shape
+    T, N = scores.shape[1], scores.shape[3]
     current = _positions(T, q_start, scores.device)[:, None] // select_block
     j = torch.arange(N, device=scores.device)[None, :]
     visible = j <= current

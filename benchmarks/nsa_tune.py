@@ -1,0 +1,148 @@
+"""Times every NSA kernel at several launch parameters, to choose those in sparseray/kernels/nsa/tuning.py.
+
+Run: `python -m benchmarks.nsa_tune [--tokens 65536] [kernel ...]`. Compiles in parallel first, then times one
+kernel after the other; a variant that does not compile or does not fit is reported and passed over.
+"""
+
+import argparse
+import concurrent.futures
+import multiprocessing
+from collections.abc import Callable
+
+import torch
+from triton.testing import do_bench
+
+from sparseray.kernels.nsa.gates import combine, prepare_backward
+from sparseray.kernels.nsa.geometry import COMPRESSED, WINDOW, uniform
+from sparseray.kernels.nsa.range_backward import range_backward
+from sparseray.kernels.nsa.range_forward import range_forward
+from sparseray.kernels.nsa.reference import num_compressed
+from sparseray.kernels.nsa.selected_backward import selected_key_gradient
+from sparseray.kernels.nsa.selected_forward import selected_forward, selected_query_gradient
+from sparseray.kernels.nsa.top_n import query_positions, select_blocks
+from sparseray.kernels.nsa.tuning import LAUNCH
+
+TILES = [(128, 128, 8, 3), (128, 128, 8, 2), (128, 64, 8, 3), (64, 128, 4, 2), (64, 64, 4, 3), (64, 64, 4, 4)]
+BACK = [(128, 64, 8, 2), (128, 64, 8, 3), (64, 64, 4, 2), (64, 64, 4, 3), (128, 128, 8, 2), (32, 64, 4, 2)]
+
+
+def _tiles(choices: list[tuple[int, int, int, int]]) -> list[dict[str, int]]:
+    return [{"rows": r, "keys": k, "num_warps": w, "num_stages": s} for r, k, w, s in choices]
+
+
+def _warps(choices: list[tuple[int, int]]) -> list[dict[str, int]]:
+    return [{"num_warps": w, "num_stages": s} for w, s in choices]
+
+
+VARIANTS: dict[str, list[dict[str, int]]] = {
+    "range_fwd": _tiles(TILES),
+    "window_fwd": _tiles(TILES),
+    "range_dq": _tiles(BACK),
+    "window_dq": _tiles(BACK),
+    "range_dkdv": _tiles(BACK),
+    "window_dkdv": _tiles(BACK),
+    "score": _tiles([*TILES, (128, 256, 8, 2)]),
+    "top_n": [{"num_warps": w} for w in (1, 2, 4)],
+    "selected_fwd": _warps([(1, 2), (1, 3), (2, 2), (2, 3), (4, 2), (4, 3), (1, 4)]),
+    "selected_dq": _warps([(1, 2), (1, 3), (2, 2), (2, 3), (4, 2), (4, 3)]),
+    "selected_dkdv": [
+        {"rows": r, "num_warps": w, "num_stages": s}
+        for r, w, s in [(64, 4, 2), (64, 4, 3), (64, 4, 4), (32, 4, 3), (64, 8, 3)]
+    ],
+    "combine": [{"rows": r, "num_warps": w} for r, w in ((16, 4), (32, 4), (64, 4), (64, 8))],
+}
+
+
+def cases(tokens: int) -> dict[str, Callable[[], object]]:
+    """One call per kernel at the standard shape; backward cases time dq and dk/dv together."""
+    heads, num_kv, width, scale = 64, 4, 128, 128**-0.5
+    device, dtype = torch.device("cuda"), torch.bfloat16
+    count = num_compressed(tokens, 32, 16)
+    geometry = uniform(1, tokens, count, tokens, tokens, 0, 0, device)
+
+    def rand(n: int, h: int) -> torch.Tensor:
+        return torch.randn(n, h, width, device=device, dtype=dtype)
+
+    q, k, v, kc, vc, do = (rand(tokens, heads), rand(tokens, num_kv), rand(tokens, num_kv), rand(count, num_kv),
+                           rand(count, num_kv), rand(tokens, heads))  # fmt: skip
+    gates = torch.rand(tokens, heads, 3, device=device, dtype=dtype)
+    cmp = dict(kind=COMPRESSED, block=32, stride=16, window=0, scale=scale)
+    win = dict(kind=WINDOW, block=1, stride=1, window=512, scale=scale)
+    sel = dict(select_block=64, scale=scale)
+    top = dict(block=32, stride=16, select_block=64, num_selected=16, num_initial=1, num_local=2, scale=scale)
+    o_cmp, lse_cmp = range_forward(q, kc, vc, geometry, **cmp)
+    index = select_blocks(q, kc, lse_cmp, geometry, **top)
+    positions = query_positions(geometry)
+    o_slc, lse_slc = selected_forward(q, k, v, index, positions, geometry, **sel)
+    o_win, lse_win = range_forward(q, k, v, geometry, **win)
+    outs, lses = (o_cmp, o_slc, o_win), (lse_cmp, lse_slc, lse_win)
+    lse, dg, _ = prepare_backward(do, outs, lses, gates)
+    dq = torch.empty_like(q)
+
+    def back(k_: torch.Tensor, v_: torch.Tensor, c: int, kw: dict[str, object]) -> object:
+        return range_backward(q, k_, v_, do, lse[c], dg[c], dq, geometry, add=False, **kw)  # type: ignore[arg-type]
+
+    return {
+        "range_fwd": lambda: range_forward(q, kc, vc, geometry, **cmp),
+        "window_fwd": lambda: range_forward(q, k, v, geometry, **win),
+        "range_dq": lambda: back(kc, vc, 0, cmp),
+        "range_dkdv": lambda: back(kc, vc, 0, cmp),
+        "window_dq": lambda: back(k, v, 2, win),
+        "window_dkdv": lambda: back(k, v, 2, win),
+        "score": lambda: select_blocks(q, kc, lse_cmp, geometry, **top),
+        "top_n": lambda: select_blocks(q, kc, lse_cmp, geometry, **top),
+        "selected_fwd": lambda: selected_forward(q, k, v, index, positions, geometry, **sel),
+        "selected_dq": lambda: selected_query_gradient(
+            q, k, v, do, lse[1], dg[1], dq, index, positions, geometry, add=False, **sel
+        ),
+        "selected_dkdv": lambda: selected_key_gradient(
+            q, k, v, do, lse[1], dg[1], index, positions, geometry, **sel
+        ),
+        "combine": lambda: (combine(*outs, gates), prepare_backward(do, outs, lses, gates)),
+    }
+
+
+def try_variant(name: str, call: Callable[[], object], variant: dict[str, int], time: bool) -> float | str:
+    """Median milliseconds, or why the variant does not run."""
+    saved = dict(LAUNCH[name])
+    LAUNCH[name].update(variant)
+    try:
+        call()
+        torch.cuda.synchronize()
+        return float(do_bench(call, warmup=20, rep=60, return_mode="median")) if time else 0.0
+    except (
+        Exception
+    ) as error:  # A variant may fail in the compiler in many ways; the next one must still run.
+        return f"{type(error).__name__}: {str(error)[:80]}"
+    finally:
+        LAUNCH[name].clear()
+        LAUNCH[name].update(saved)
+
+
+def compile_all(job: tuple[str, int, int]) -> None:
+    """Fill the compile cache with one variant."""
+    name, number, tokens = job
+    try_variant(name, cases(tokens)[name], VARIANTS[name][number], time=False)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tokens", type=int, default=65536)
+    parser.add_argument("--workers", type=int, default=14)
+    parser.add_argument("kernels", nargs="*", default=list(VARIANTS))
+    args = parser.parse_args()
+    jobs = [(name, i, args.tokens) for name in args.kernels for i in range(len(VARIANTS[name]))]
+    cases(args.tokens)
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(args.workers, mp_context=context) as pool:
+        list(pool.map(compile_all, jobs))
+    calls = cases(args.tokens)
+    for name in args.kernels:
+        for variant in VARIANTS[name]:
+            result = try_variant(name, calls[name], variant, time=True)
+            shown = f"{result:8.3f} ms" if isinstance(result, float) else result
+            print(f"{name:14} {' '.join(f'{k}={v}' for k, v in variant.items()):44} {shown}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

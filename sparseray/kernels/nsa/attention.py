@@ -1,0 +1,209 @@
+"""`nsa_attention`: native sparse attention by Triton kernels, differentiable.
+
+One call runs the compressed branch, scores and selects blocks, reads the selected blocks and the window, and
+adds the three under their gates. Everything is packed [tokens, heads, D] inside; a batch of equal lengths,
+packed sequences and a chunk of queries against longer keys share the kernels. No host synchronisation, no
+atomics: the same inputs give the same bits. Source: arXiv 2502.11089 section 3.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparseray.errors import ConfigError
+from sparseray.kernels.nsa.gates import combine, prepare_backward
+from sparseray.kernels.nsa.geometry import COMPRESSED, WINDOW, Geometry, packed, uniform
+from sparseray.kernels.nsa.range_backward import range_backward
+from sparseray.kernels.nsa.range_forward import range_forward
+from sparseray.kernels.nsa.reference import check_blocks
+from sparseray.kernels.nsa.selected_backward import selected_key_gradient
+from sparseray.kernels.nsa.selected_forward import selected_forward, selected_query_gradient
+from sparseray.kernels.nsa.top_n import query_positions, select_blocks
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blocks:
+    """Block sizes of one call; see `nsa_attention`."""
+
+    block: int
+    stride: int
+    select_block: int
+    num_selected: int
+    window: int
+    num_initial: int
+    num_local: int
+    scale: float
+
+
+class _Nsa(torch.autograd.Function):
+    """Packed tensors [tokens, heads, D] in and out."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k_cmp: Tensor, v_cmp: Tensor, k_slc: Tensor, v_slc: Tensor, k_win: Tensor,
+                v_win: Tensor, gates: Tensor, geometry: Geometry, sizes: Blocks) -> Tensor:  # fmt: skip
+        b = sizes
+        o_cmp, lse_cmp = range_forward(
+            q,
+            k_cmp,
+            v_cmp,
+            geometry,
+            kind=COMPRESSED,
+            block=b.block,
+            stride=b.stride,
+            window=0,
+            scale=b.scale,
+        )
+        index = select_blocks(
+            q, k_cmp, lse_cmp, geometry, block=b.block, stride=b.stride, select_block=b.select_block,
+            num_selected=b.num_selected, num_initial=b.num_initial, num_local=b.num_local, scale=b.scale,
+        )  # fmt: skip
+        positions = query_positions(geometry)
+        o_slc, lse_slc = selected_forward(
+            q, k_slc, v_slc, index, positions, geometry, select_block=b.select_block, scale=b.scale
+        )
+        o_win, lse_win = range_forward(
+            q, k_win, v_win, geometry, kind=WINDOW, block=1, stride=1, window=b.window, scale=b.scale
+        )
+        ctx.save_for_backward(
+            q,
+            k_cmp,
+            v_cmp,
+            k_slc,
+            v_slc,
+            k_win,
+            v_win,
+            gates,
+            o_cmp,
+            o_slc,
+            o_win,
+            lse_cmp,
+            lse_slc,
+            lse_win,
+            index,
+        )
+        ctx.geometry, ctx.sizes = geometry, sizes
+        return combine(o_cmp, o_slc, o_win, gates)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, *saved = ctx.saved_tensors
+        o_cmp, o_slc, o_win, lse_cmp, lse_slc, lse_win, index = saved
+        geometry, b = ctx.geometry, ctx.sizes
+        do = grads[0].contiguous()
+        row_lse, row_dg, dgates = prepare_backward(
+            do, (o_cmp, o_slc, o_win), (lse_cmp, lse_slc, lse_win), gates
+        )
+        del saved, o_cmp, o_slc, o_win
+        dq = torch.empty_like(q)
+        positions = query_positions(geometry)
+        selected_query_gradient(
+            q, k_slc, v_slc, do, row_lse[1], row_dg[1], dq, index, positions, geometry,
+            select_block=b.select_block, scale=b.scale, add=False,
+        )  # fmt: skip
+        dk_slc, dv_slc = selected_key_gradient(
+            q, k_slc, v_slc, do, row_lse[1], row_dg[1], index, positions, geometry,
+            select_block=b.select_block, scale=b.scale,
+        )  # fmt: skip
+        dk_cmp, dv_cmp = range_backward(
+            q, k_cmp, v_cmp, do, row_lse[0], row_dg[0], dq, geometry, kind=COMPRESSED, block=b.block,
+            stride=b.stride, window=0, scale=b.scale, add=True,
+        )  # fmt: skip
+        dk_win, dv_win = range_backward(
+            q, k_win, v_win, do, row_lse[2], row_dg[2], dq, geometry, kind=WINDOW, block=1, stride=1,
+            window=b.window, scale=b.scale, add=True,
+        )  # fmt: skip
+        return dq, dk_cmp, dv_cmp, dk_slc, dv_slc, dk_win, dv_win, dgates, None, None
+
+
+def _geometry(
+    q: Tensor, k_cmp: Tensor, k_slc: Tensor, k_win: Tensor, cu_seqlens: Tensor | None, block: int, stride: int,
+    q_start: int, win_start: int,
+) -> Geometry:  # fmt: skip
+    if cu_seqlens is None:
+        return uniform(
+            q.shape[0],
+            q.shape[1],
+            k_cmp.shape[1],
+            k_slc.shape[1],
+            k_win.shape[1],
+            q_start,
+            win_start,
+            q.device,
+        )
+    if q.shape[0] != 1 or q_start or win_start or not q.shape[1] == k_slc.shape[1] == k_win.shape[1]:
+        raise ConfigError(
+            f"nsa: cu_seqlens needs packed tensors of batch 1 and no q_start or win_start, got q {tuple(q.shape)},"
+            f" k_slc {tuple(k_slc.shape)}, k_win {tuple(k_win.shape)}, {q_start=}, {win_start=}"
+        )
+    return packed(cu_seqlens, q.shape[1], k_cmp.shape[1], block, stride)
+
+
+def nsa_attention(
+    q: Tensor,
+    k_cmp: Tensor,
+    v_cmp: Tensor,
+    k_slc: Tensor,
+    v_slc: Tensor,
+    k_win: Tensor,
+    v_win: Tensor,
+    gates: Tensor,
+    *,
+    block: int,
+    stride: int,
+    select_block: int,
+    num_selected: int,
+    window: int,
+    cu_seqlens: Tensor | None = None,
+    scale: float | None = None,
+    num_initial: int = 1,
+    num_local: int = 2,
+    q_start: int = 0,
+    win_start: int = 0,
+) -> Tensor:
+    """Native sparse attention on a GPU (or in Triton's interpreter).
+
+    Args:
+        q: [B, Tq, HQ, D], fp16, bf16 or fp32, on one device with everything else.
+        k_cmp, v_cmp: compressed tokens, [B, C, H, D | Dv]; HQ is 1 to 64 times H.
+        k_slc, v_slc: keys and values of the selection branch, [B, S, H, D | Dv], S >= q_start + Tq.
+        k_win, v_win: keys and values of the window branch; the first has position win_start. The three
+            pairs may be the same tensors.
+        gates: [B, Tq, HQ, 3], in [0, 1], in the order compressed, selected, window.
+        block, stride, select_block: l, d and l' in tokens; stride divides both, block <= select_block.
+        num_selected: blocks a query reads, the first and local ones among them.
+        window: positions a query sees back, its own included.
+        cu_seqlens: int [N + 1] with B = 1: boundaries of packed sequences; the compressed tokens of the
+            sequences follow each other too, max(0, (T - block) // stride + 1) for a sequence of T tokens.
+        scale: factor of the scores; D ** -0.5 by default.
+        q_start: position of the first query, for a chunk against longer keys.
+
+    Returns:
+        [B, Tq, HQ, Dv] in the dtype of q.
+
+    Raises:
+        ConfigError: sizes for which the equations are not defined, or shapes that do not fit together.
+
+    Source: arXiv 2502.11089 eq. 5 to 12.
+    """
+    check_blocks(block, stride, select_block, num_selected, window, num_initial, num_local)
+    batch, queries, heads, width = q.shape
+    num_kv = k_slc.shape[2]
+    if (
+        heads % num_kv
+        or heads // num_kv > 64
+        or k_slc.shape[1] < q_start + (0 if cu_seqlens is not None else queries)
+    ):
+        raise ConfigError(
+            f"nsa: q {tuple(q.shape)} from position {q_start} does not fit k_slc {tuple(k_slc.shape)}: the query"
+            " heads must be 1 to 64 times the key heads, and the keys must reach the last query"
+        )
+    geometry = _geometry(q, k_cmp, k_slc, k_win, cu_seqlens, block, stride, q_start, win_start)
+    sizes = Blocks(
+        block=block, stride=stride, select_block=select_block, num_selected=num_selected, window=window,
+        num_initial=num_initial, num_local=num_local, scale=width**-0.5 if scale is None else scale,
+    )  # fmt: skip
+    flat = [x.flatten(0, 1).contiguous() for x in (q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates)]
+    out: Tensor = _Nsa.apply(*flat, geometry, sizes)
+    return out.unflatten(0, (batch, queries))

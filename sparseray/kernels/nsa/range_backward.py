@@ -1,0 +1,214 @@
+"""Gradients of attention over one contiguous range of keys: the compressed branch and the sliding window.
+
+Seven matrix products in two kernels, none with atomics: dq by query tile, dk and dv by key tile. Long key tiles
+split their queries; the parts are fp32 and are added in order, so the gradients are bitwise repeatable.
+`row_lse` already holds the gate (lse - log2 g, +inf where nothing is visible), so exp2(s - row_lse) is g * p.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sparseray.kernels.nsa.geometry import QUERY, WINDOW, Geometry
+from sparseray.kernels.nsa.range_forward import LOG2E, key_sources, tokens_per_tile
+from sparseray.kernels.nsa.tiles import (
+    add_tile,
+    fetch,
+    load_tile,
+    next_power_of_2,
+    num_visible,
+    precision,
+    split_width,
+    store_tile,
+)
+from sparseray.kernels.nsa.tuning import LAUNCH
+
+
+@triton.jit
+def range_dq_kernel(
+    p_q, p_k, p_k1, p_v, p_do, p_lse, p_dg, p_dq, p_meta, p_tiles, num_tiles, scale, scale2,
+    H: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, BQ: tl.constexpr, BN: tl.constexpr,
+    DQ: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
+    KIND: tl.constexpr, LEN: tl.constexpr, STRIDE: tl.constexpr, WIN: tl.constexpr, IP: tl.constexpr,
+    ADD: tl.constexpr, BULK: tl.constexpr,
+):  # fmt: skip
+    i_kv = tl.program_id(0) // num_tiles
+    i_tile = num_tiles - 1 - tl.program_id(0) % num_tiles
+    i_seq = tl.load(p_tiles + i_tile * 2)
+    if i_seq < 0:
+        return
+    i_q = tl.load(p_tiles + i_tile * 2 + 1) * BQ
+    p_row = p_meta + i_seq * 12
+    q_off = tl.load(p_row)
+    q_len = tl.load(p_row + 1).to(tl.int32)
+    q_start = tl.load(p_row + 2).to(tl.int32)
+    k_off = tl.load(p_row + KIND)
+    k_len = tl.load(p_row + KIND + 1).to(tl.int32)
+    k_start = tl.load(p_row + KIND + 2).to(tl.int32)
+    o_m = tl.arange(0, BQ * GP)
+    o_q = i_q + o_m // GP
+    m_q = (o_q < q_len) & (o_m % GP < G)
+    b_t = q_start + o_q
+    o_row = (q_off + o_q) * (H * G) + i_kv * G + o_m % GP
+    b_q0 = load_tile(p_q, o_row, m_q, DQ, 0, D0, True)
+    if D1 > 0:
+        b_q1 = load_tile(p_q, o_row, m_q, DQ, D0, D1, True)
+    b_do = load_tile(p_do, o_row, m_q, DV, 0, DVP, True)
+    b_lse = tl.load(p_lse + o_row, mask=m_q, other=float("inf"))
+    b_dg = tl.load(p_dg + o_row, mask=m_q, other=0.0)
+    t_first = q_start + i_q
+    t_last = q_start + tl.minimum(i_q + BQ, q_len) - 1
+    i_hi = tl.minimum(num_visible(t_last, k_start, LEN, STRIDE), k_len)
+    i_lo = 0
+    if WIN > 0:
+        i_lo = tl.maximum(t_first - WIN + 1 - k_start, 0) // BN * BN
+    b_dq0 = tl.zeros([BQ * GP, D0], tl.float32)
+    if D1 > 0:
+        b_dq1 = tl.zeros([BQ * GP, D1], tl.float32)
+    for i in range(i_lo, i_hi, BN):
+        o_i = i + tl.arange(0, BN)
+        m_i = o_i < k_len
+        o_key = (k_off + o_i) * H + i_kv
+        b_k0 = fetch(p_k, k_off + i, o_key, m_i, i_kv, DQ, 0, D0, True, BULK)
+        b_s = tl.dot(b_q0, tl.trans(b_k0), input_precision=IP)
+        if D1 > 0:
+            b_k1 = fetch(p_k1, k_off + i, o_key, m_i, i_kv, DQ, D0, D1, True, BULK)
+            b_s = tl.dot(b_q1, tl.trans(b_k1), b_s, input_precision=IP)
+        b_v = fetch(p_v, k_off + i, o_key, m_i, i_kv, DV, 0, DVP, True, BULK)
+        b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=IP)
+        b_end = k_start + o_i * STRIDE + LEN - 1
+        b_see = m_i[None, :] & (b_end[None, :] <= b_t[:, None])
+        if WIN > 0:
+            b_see &= b_end[None, :] > b_t[:, None] - WIN
+        b_p = tl.where(b_see, tl.exp2(b_s * scale2 - b_lse[:, None]), 0.0)
+        b_ds = (b_p * (b_dp - b_dg[:, None])).to(b_k0.dtype)
+        b_dq0 = tl.dot(b_ds, b_k0, b_dq0, input_precision=IP)
+        if D1 > 0:
+            b_dq1 = tl.dot(b_ds, b_k1, b_dq1, input_precision=IP)
+    add_tile(p_dq, o_row, m_q, b_dq0 * scale, DQ, 0, D0, ADD)
+    if D1 > 0:
+        add_tile(p_dq, o_row, m_q, b_dq1 * scale, DQ, D0, D1, ADD)
+
+
+@triton.jit
+def range_dkdv_kernel(
+    p_q, p_k, p_v, p_do, p_lse, p_dg, p_dk, p_dv, p_meta, p_tiles, num_tiles, num_splits, num_keys, split,
+    scale, scale2,
+    H: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, BQ: tl.constexpr, BN: tl.constexpr,
+    DQ: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
+    KIND: tl.constexpr, LEN: tl.constexpr, STRIDE: tl.constexpr, WIN: tl.constexpr, IP: tl.constexpr,
+):  # fmt: skip
+    i_kv = tl.program_id(0) // (num_tiles * num_splits)
+    i_tile = tl.program_id(0) // num_splits % num_tiles
+    i_split = tl.program_id(0) % num_splits
+    i_seq = tl.load(p_tiles + i_tile * 2)
+    if i_seq < 0:
+        return
+    i_k = tl.load(p_tiles + i_tile * 2 + 1) * BN
+    p_row = p_meta + i_seq * 12
+    q_off = tl.load(p_row)
+    q_len = tl.load(p_row + 1).to(tl.int32)
+    q_start = tl.load(p_row + 2).to(tl.int32)
+    k_off = tl.load(p_row + KIND)
+    k_len = tl.load(p_row + KIND + 1).to(tl.int32)
+    k_start = tl.load(p_row + KIND + 2).to(tl.int32)
+    o_i = i_k + tl.arange(0, BN)
+    m_i = o_i < k_len
+    o_key = (k_off + o_i) * H + i_kv
+    b_end = k_start + o_i * STRIDE + LEN - 1
+    b_k0 = load_tile(p_k, o_key, m_i, DQ, 0, D0, True)
+    b_dk0 = tl.zeros([BN, D0], tl.float32)
+    if D1 > 0:
+        b_k1 = load_tile(p_k, o_key, m_i, DQ, D0, D1, True)
+        b_dk1 = tl.zeros([BN, D1], tl.float32)
+    b_v = load_tile(p_v, o_key, m_i, DV, 0, DVP, True)
+    b_dv = tl.zeros([BN, DVP], tl.float32)
+    q_lo = tl.maximum(k_start + i_k * STRIDE + LEN - 1 - q_start, i_split * split)
+    q_lo = tl.maximum(q_lo, 0) // BQ * BQ
+    q_hi = tl.minimum(q_len, (i_split + 1) * split)
+    if WIN > 0:
+        q_hi = tl.minimum(q_hi, k_start + i_k + BN - 1 + WIN - q_start)
+    for i in range(q_lo, q_hi, BQ):
+        o_m = tl.arange(0, BQ * GP)
+        o_q = i + o_m // GP
+        m_q = (o_q < q_hi) & (o_m % GP < G)
+        o_row = (q_off + o_q) * (H * G) + i_kv * G + o_m % GP
+        b_t = q_start + o_q
+        b_q0 = load_tile(p_q, o_row, m_q, DQ, 0, D0, True)
+        b_s = tl.dot(b_k0, tl.trans(b_q0), input_precision=IP)
+        if D1 > 0:
+            b_q1 = load_tile(p_q, o_row, m_q, DQ, D0, D1, True)
+            b_s = tl.dot(b_k1, tl.trans(b_q1), b_s, input_precision=IP)
+        b_do = load_tile(p_do, o_row, m_q, DV, 0, DVP, True)
+        b_lse = tl.load(p_lse + o_row, mask=m_q, other=float("inf"))
+        b_dg = tl.load(p_dg + o_row, mask=m_q, other=0.0)
+        b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=IP)
+        b_see = m_i[:, None] & (b_end[:, None] <= b_t[None, :])
+        if WIN > 0:
+            b_see &= b_end[:, None] > b_t[None, :] - WIN
+        b_p = tl.where(b_see, tl.exp2(b_s * scale2 - b_lse[None, :]), 0.0)
+        b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision=IP)
+        b_ds = (b_p * (b_dp - b_dg[None, :])).to(b_q0.dtype)
+        b_dk0 = tl.dot(b_ds, b_q0, b_dk0, input_precision=IP)
+        if D1 > 0:
+            b_dk1 = tl.dot(b_ds, b_q1, b_dk1, input_precision=IP)
+    o_out = (i_split.to(tl.int64) * num_keys + k_off + o_i) * H + i_kv
+    store_tile(p_dk, o_out, m_i, b_dk0 * scale, DQ, 0, D0)
+    if D1 > 0:
+        store_tile(p_dk, o_out, m_i, b_dk1 * scale, DQ, D0, D1)
+    store_tile(p_dv, o_out, m_i, b_dv, DV, 0, DVP)
+
+
+def range_backward(
+    q: Tensor, k: Tensor, v: Tensor, do: Tensor, row_lse: Tensor, row_dg: Tensor, dq: Tensor, geometry: Geometry, *,
+    kind: int, block: int, stride: int, window: int, scale: float, add: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Gradients of `range_forward` times its gate.
+
+    Args:
+        do: gradient of the gated sum, [T, HQ, Dv].
+        row_lse: fp32 [T, HQ], base-2 log-sum-exp minus log2 of the gate, +inf where nothing is visible.
+        row_dg: fp32 [T, HQ], do . out of this branch, which is the gradient of its gate.
+        dq: [T, HQ, D], written, or added to if `add`.
+
+    Returns:
+        dk and dv in the dtype of k.
+    """
+    heads, num_kv = q.shape[1], k.shape[1]
+    name = "window" if kind == WINDOW else "range"
+    d0, d1 = split_width(q.shape[-1])
+    shared = {
+        "H": num_kv, "G": heads // num_kv, "DQ": q.shape[-1], "D0": d0, "D1": d1, "DV": v.shape[-1],
+        "DVP": max(16, next_power_of_2(v.shape[-1])), "KIND": kind, "LEN": block, "STRIDE": stride, "WIN": window,
+        "IP": precision(q.dtype),
+    }  # fmt: skip
+    launch = LAUNCH[f"{name}_dq"]
+    tokens, padded = tokens_per_tile(launch["rows"], heads // num_kv)
+    tiles = geometry.tiles(QUERY, tokens)
+    src_k, src_k1, src_v, bulk = key_sources(k, v, launch["keys"])
+    range_dq_kernel[(tiles.shape[0] * num_kv,)](
+        q, src_k, src_k1, src_v, do, row_lse, row_dg, dq, geometry.meta, tiles, tiles.shape[0], scale, scale * LOG2E,
+        GP=padded, BQ=tokens, BN=launch["keys"], ADD=add, BULK=bulk, **shared,
+        num_warps=launch["num_warps"], num_stages=launch["num_stages"],
+    )  # fmt: skip
+    if k.shape[0] == 0:
+        return torch.zeros_like(k), torch.zeros_like(v)
+    launch = LAUNCH[f"{name}_dkdv"]
+    tokens, padded = tokens_per_tile(launch["rows"], heads // num_kv)
+    split = launch["split"] or geometry.totals[QUERY]
+    # A whole number of query tiles, or neighbouring splits would share one.
+    split = -(-split // tokens) * tokens
+    num_splits = max(1, -(-min(geometry.totals[QUERY], geometry.max_keys) // split))
+    dtype = k.dtype if num_splits == 1 else torch.float32
+    dk = torch.empty(num_splits, *k.shape, dtype=dtype, device=k.device)
+    dv = torch.empty(num_splits, *v.shape, dtype=dtype, device=k.device)
+    tiles = geometry.tiles(kind, launch["keys"])
+    range_dkdv_kernel[(tiles.shape[0] * num_splits * num_kv,)](
+        q, k, v, do, row_lse, row_dg, dk, dv, geometry.meta, tiles, tiles.shape[0], num_splits, k.shape[0], split,
+        scale, scale * LOG2E, GP=padded, BQ=tokens, BN=launch["keys"], **shared,
+        num_warps=launch["num_warps"], num_stages=launch["num_stages"],
+    )  # fmt: skip
+    if num_splits == 1:
+        return dk[0], dv[0]
+    return dk.sum(0).to(k.dtype), dv.sum(0).to(v.dtype)

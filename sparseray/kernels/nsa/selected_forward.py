@@ -1,0 +1,189 @@
+"""Attention over selected blocks, forward, and its query gradient.
+
+A program takes one query token with all query heads of one key/value head, so a selected block is loaded once
+for the group (arXiv 2502.11089 section 3.4). The head is the slowest grid axis: one head's keys and values fit
+the L2 cache, four heads' do not. Log-sum-exp is kept in base 2.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sparseray.kernels.nsa.geometry import QUERY, Geometry
+from sparseray.kernels.nsa.range_forward import LOG2E, key_sources
+from sparseray.kernels.nsa.tiles import (
+    add_tile,
+    fetch,
+    load_tile,
+    next_power_of_2,
+    precision,
+    split_width,
+    store_tile,
+)
+from sparseray.kernels.nsa.tuning import LAUNCH
+
+
+@triton.jit
+def selected_fwd_kernel(
+    p_q, p_k, p_k1, p_v, p_index, p_pos, p_seq, p_o, p_lse, p_meta, num_q, n, scale2,
+    H: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, SELECT: tl.constexpr, BN: tl.constexpr,
+    DQ: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, IP: tl.constexpr,
+    BULK: tl.constexpr,
+):  # fmt: skip
+    i_kv = tl.program_id(0) // num_q
+    i_q = (tl.program_id(0) % num_q).to(tl.int64)
+    t = tl.load(p_pos + i_q)
+    i_seq = tl.load(p_seq + i_q)
+    k_off = tl.load(p_meta + i_seq * 12 + 6)
+    o_g = tl.arange(0, GP)
+    m_g = o_g < G
+    o_row = i_q * (H * G) + i_kv * G + o_g
+    b_q0 = load_tile(p_q, o_row, m_g, DQ, 0, D0, True)
+    if D1 > 0:
+        b_q1 = load_tile(p_q, o_row, m_g, DQ, D0, D1, True)
+    count = tl.minimum(n, t // SELECT + 1)
+    p_row = p_index + (i_q * H + i_kv) * n
+    b_m = tl.full([GP], float("-inf"), tl.float32)
+    b_l = tl.zeros([GP], tl.float32)
+    b_acc = tl.zeros([GP, DVP], tl.float32)
+    o_c = tl.arange(0, BN)
+    for i in range(0, count):
+        i_block = tl.load(p_row + i)
+        o_i = i_block * SELECT + o_c
+        m_i = (o_c < SELECT) & (o_i <= t)
+        row = k_off + i_block * SELECT
+        o_key = (k_off + o_i) * H + i_kv
+        b_k0 = fetch(p_k, row, o_key, m_i, i_kv, DQ, 0, D0, True, BULK)
+        b_s = tl.dot(b_q0, tl.trans(b_k0), input_precision=IP)
+        if D1 > 0:
+            b_k1 = fetch(p_k1, row, o_key, m_i, i_kv, DQ, D0, D1, True, BULK)
+            b_s = tl.dot(b_q1, tl.trans(b_k1), b_s, input_precision=IP)
+        b_s = tl.where(m_i[None, :], b_s, float("-inf"))
+        b_new = tl.maximum(b_m, tl.max(b_s, 1) * scale2)
+        b_p = tl.exp2(b_s * scale2 - b_new[:, None])
+        b_alpha = tl.exp2(b_m - b_new)
+        b_l = b_l * b_alpha + tl.sum(b_p, 1)
+        b_v = fetch(p_v, row, o_key, m_i, i_kv, DV, 0, DVP, True, BULK)
+        b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_alpha[:, None], input_precision=IP)
+        b_m = b_new
+    store_tile(p_o, o_row, m_g, b_acc / b_l[:, None], DV, 0, DVP)
+    tl.store(p_lse + o_row, b_m + tl.log2(b_l), mask=m_g)
+
+
+@triton.jit
+def selected_dq_kernel(
+    p_q, p_k, p_k1, p_v, p_do, p_lse, p_dg, p_dq, p_index, p_pos, p_seq, p_meta, num_q, n, scale, scale2,
+    H: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, SELECT: tl.constexpr, BN: tl.constexpr,
+    DQ: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, IP: tl.constexpr,
+    BULK: tl.constexpr,
+    ADD: tl.constexpr,
+):  # fmt: skip
+    i_kv = tl.program_id(0) // num_q
+    i_q = (tl.program_id(0) % num_q).to(tl.int64)
+    t = tl.load(p_pos + i_q)
+    i_seq = tl.load(p_seq + i_q)
+    k_off = tl.load(p_meta + i_seq * 12 + 6)
+    o_g = tl.arange(0, GP)
+    m_g = o_g < G
+    o_row = i_q * (H * G) + i_kv * G + o_g
+    b_q0 = load_tile(p_q, o_row, m_g, DQ, 0, D0, True)
+    b_dq0 = tl.zeros([GP, D0], tl.float32)
+    if D1 > 0:
+        b_q1 = load_tile(p_q, o_row, m_g, DQ, D0, D1, True)
+        b_dq1 = tl.zeros([GP, D1], tl.float32)
+    b_do = load_tile(p_do, o_row, m_g, DV, 0, DVP, True)
+    b_lse = tl.load(p_lse + o_row, mask=m_g, other=float("inf"))
+    b_dg = tl.load(p_dg + o_row, mask=m_g, other=0.0)
+    count = tl.minimum(n, t // SELECT + 1)
+    p_row = p_index + (i_q * H + i_kv) * n
+    o_c = tl.arange(0, BN)
+    for i in range(0, count):
+        i_block = tl.load(p_row + i)
+        o_i = i_block * SELECT + o_c
+        m_i = (o_c < SELECT) & (o_i <= t)
+        row = k_off + i_block * SELECT
+        o_key = (k_off + o_i) * H + i_kv
+        b_k0 = fetch(p_k, row, o_key, m_i, i_kv, DQ, 0, D0, True, BULK)
+        b_s = tl.dot(b_q0, tl.trans(b_k0), input_precision=IP)
+        if D1 > 0:
+            b_k1 = fetch(p_k1, row, o_key, m_i, i_kv, DQ, D0, D1, True, BULK)
+            b_s = tl.dot(b_q1, tl.trans(b_k1), b_s, input_precision=IP)
+        b_v = fetch(p_v, row, o_key, m_i, i_kv, DV, 0, DVP, True, BULK)
+        b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=IP)
+        b_p = tl.where(m_i[None, :], tl.exp2(b_s * scale2 - b_lse[:, None]), 0.0)
+        b_ds = (b_p * (b_dp - b_dg[:, None])).to(b_k0.dtype)
+        b_dq0 = tl.dot(b_ds, b_k0, b_dq0, input_precision=IP)
+        if D1 > 0:
+            b_dq1 = tl.dot(b_ds, b_k1, b_dq1, input_precision=IP)
+    add_tile(p_dq, o_row, m_g, b_dq0 * scale, DQ, 0, D0, ADD)
+    if D1 > 0:
+        add_tile(p_dq, o_row, m_g, b_dq1 * scale, DQ, D0, D1, ADD)
+
+
+def query_sequences(geometry: Geometry) -> Tensor:
+    """int32 [T]: sequence of every packed query."""
+    key = (QUERY, -2)
+    if key not in geometry.cache:
+        meta = geometry.meta
+        rows = torch.arange(geometry.totals[QUERY], device=meta.device)
+        seq = torch.searchsorted(meta[:, 0] + meta[:, 1], rows, right=True).clamp(max=meta.shape[0] - 1)
+        geometry.cache[key] = seq.int()
+    return geometry.cache[key]
+
+
+def shared_constants(q: Tensor, k: Tensor, v: Tensor, select_block: int) -> dict[str, Any]:
+    """Compile-time constants common to the kernels of the selected branch."""
+    d0, d1 = split_width(q.shape[-1])
+    return {
+        "H": k.shape[1], "G": q.shape[1] // k.shape[1], "SELECT": select_block, "BN": max(16, next_power_of_2(select_block)),
+        "DQ": q.shape[-1], "D0": d0, "D1": d1, "DV": v.shape[-1], "DVP": max(16, next_power_of_2(v.shape[-1])),
+        "IP": precision(q.dtype),
+    }  # fmt: skip
+
+
+def selected_forward(
+    q: Tensor, k: Tensor, v: Tensor, index: Tensor, positions: Tensor, geometry: Geometry, *, select_block: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Output and base-2 log-sum-exp of queries over their selected blocks.
+
+    Args:
+        q: [T, HQ, D] packed; k: [S, H, D]; v: [S, H, Dv], contiguous, one dtype.
+        index: int32 [T, H, n], ascending, padded with -1 (`select_blocks`).
+        positions: int32 [T], position of every query in its sequence.
+
+    Returns:
+        Output [T, HQ, Dv] in the dtype of q, and fp32 [T, HQ].
+    """
+    heads, num_kv = q.shape[1], k.shape[1]
+    out = q.new_empty(q.shape[0], heads, v.shape[-1])
+    lse = torch.empty(q.shape[0], heads, dtype=torch.float32, device=q.device)
+    launch = LAUNCH["selected_fwd"]
+    constants = shared_constants(q, k, v, select_block)
+    src_k, src_k1, src_v, bulk = key_sources(k, v, constants["BN"])
+    selected_fwd_kernel[(q.shape[0] * num_kv,)](
+        q, src_k, src_k1, src_v, index, positions, query_sequences(geometry), out, lse, geometry.meta, q.shape[0], index.shape[-1],
+        scale * LOG2E, GP=max(16, next_power_of_2(heads // num_kv)), BULK=bulk, **constants,
+        num_warps=launch["num_warps"], num_stages=launch["num_stages"],
+    )  # fmt: skip
+    return out, lse
+
+
+def selected_query_gradient(
+    q: Tensor, k: Tensor, v: Tensor, do: Tensor, row_lse: Tensor, row_dg: Tensor, dq: Tensor, index: Tensor,
+    positions: Tensor, geometry: Geometry, *, select_block: int, scale: float, add: bool,
+) -> None:  # fmt: skip
+    """Write or add the gradient of the selected branch to dq; rows as in `range_backward`."""
+    heads, num_kv = q.shape[1], k.shape[1]
+    launch = LAUNCH["selected_dq"]
+    constants = shared_constants(q, k, v, select_block)
+    src_k, src_k1, src_v, bulk = key_sources(k, v, constants["BN"])
+    selected_dq_kernel[(q.shape[0] * num_kv,)](
+        q, src_k, src_k1, src_v, do, row_lse, row_dg, dq, index, positions, query_sequences(geometry), geometry.meta, q.shape[0],
+        index.shape[-1], scale, scale * LOG2E, GP=max(16, next_power_of_2(heads // num_kv)), ADD=add,
+        BULK=bulk, **constants,
+        num_warps=launch["num_warps"], num_stages=launch["num_stages"],
+    )  # fmt: skip

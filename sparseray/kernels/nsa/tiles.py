@@ -1,0 +1,111 @@
+"""Small device functions shared by the NSA kernels: masked tile loads, split head sizes, visible ranges."""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
+
+
+def split_width(width: int) -> tuple[int, int]:
+    """Cut a head size into a power of two and a padded rest: 192 -> (128, 64), 128 -> (128, 0)."""
+    if width <= 16:
+        return 16, 0
+    first = 1 << (width.bit_length() - 1)
+    rest = width - first
+    if rest == 0:
+        return first, 0
+    return first, max(16, next_power_of_2(rest))
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How tl.dot treats operands of this dtype: exact for fp32."""
+    return "ieee" if dtype == torch.float32 else "tf32"
+
+
+def copy_source(x: Tensor, rows: int, width: int) -> tuple[Any, bool]:
+    """What a kernel reads tiles of [rows, width] from: a bulk-copy descriptor where the hardware takes one.
+
+    Args:
+        x: [S, H, D], contiguous; read as [S, H * D].
+
+    Returns:
+        A descriptor and True, or x and False.
+    """
+    row_bytes = x.shape[1] * x.shape[2] * x.element_size()
+    if (
+        not x.is_cuda
+        or x.element_size() != 2
+        or x.shape[0] == 0
+        or row_bytes % 16
+        or x.data_ptr() % 16
+        or torch.cuda.get_device_capability(x.device)[0] < 9
+    ):
+        return x, False
+    wide = x.shape[1] * x.shape[2]
+    return TensorDescriptor(x, [x.shape[0], wide], [wide, 1], [rows, width]), True
+
+
+@triton.jit
+def fetch(
+    src, row, o_row, m_row, i_kv, WIDTH: tl.constexpr, START: tl.constexpr, SIZE: tl.constexpr,
+    MASK: tl.constexpr, BULK: tl.constexpr,
+):  # fmt: skip
+    """A tile of one key/value head's rows: by one bulk copy from `row` on, or by pointers to `o_row`.
+
+    A bulk copy does not mask: rows and columns that do not belong to the tile hold other finite values.
+    """
+    if BULK:
+        b = src.load([row.to(tl.int32), i_kv * WIDTH + START])
+    else:
+        b = load_tile(src, o_row, m_row, WIDTH, START, SIZE, MASK)
+    return b
+
+
+@triton.jit
+def load_tile(
+    p, o_row, m_row, WIDTH: tl.constexpr, START: tl.constexpr, SIZE: tl.constexpr, MASK: tl.constexpr
+):
+    """Columns [START, START + SIZE) of rows of WIDTH values; what is masked or beyond WIDTH reads as 0."""
+    o_col = START + tl.arange(0, SIZE)
+    p_tile = p + o_row[:, None] * WIDTH + o_col[None, :]
+    if START + SIZE > WIDTH:
+        m_col = o_col < WIDTH
+        b = tl.load(p_tile, mask=m_row[:, None] & m_col[None, :], other=0.0)
+    elif MASK:
+        b = tl.load(p_tile, mask=m_row[:, None], other=0.0)
+    else:
+        b = tl.load(p_tile)
+    return b
+
+
+@triton.jit
+def store_tile(p, o_row, m_row, b, WIDTH: tl.constexpr, START: tl.constexpr, SIZE: tl.constexpr):
+    o_col = START + tl.arange(0, SIZE)
+    m_tile = m_row[:, None] & (o_col < WIDTH)[None, :]
+    tl.store(p + o_row[:, None] * WIDTH + o_col[None, :], b.to(p.dtype.element_ty), mask=m_tile)
+
+
+@triton.jit
+def add_tile(
+    p, o_row, m_row, b, WIDTH: tl.constexpr, START: tl.constexpr, SIZE: tl.constexpr, ADD: tl.constexpr
+):
+    """Store a tile, or add it to what is there."""
+    o_col = START + tl.arange(0, SIZE)
+    m_tile = m_row[:, None] & (o_col < WIDTH)[None, :]
+    p_tile = p + o_row[:, None] * WIDTH + o_col[None, :]
+    if ADD:
+        b += tl.load(p_tile, mask=m_tile, other=0.0).to(tl.float32)
+    tl.store(p_tile, b.to(p.dtype.element_ty), mask=m_tile)
+
+
+@triton.jit
+def num_visible(t, start, LEN: tl.constexpr, STRIDE: tl.constexpr):
+    """How many keys of LEN tokens every STRIDE tokens, the first at `start`, end at or before position t."""
+    return tl.maximum(t - start - LEN + 1 + STRIDE, 0) // STRIDE

@@ -1,0 +1,184 @@
+"""Which blocks a query reads: scores of the selection blocks from the compressed attention, and the top n.
+
+The scores recompute q . k of the compressed branch, turn it into probabilities with the log-sum-exp, add the
+heads of a group in a fixed order and fold neighbouring compressed tokens into selection blocks (0-based
+eq. 9). They exist for one chunk of queries at a time. The top n are found by bisection on the bits of the
+scores (non-negative floats order like integers); ties go to the lower index; indices come out ascending.
+Source: arXiv 2502.11089 eq. 8-12.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sparseray.kernels.nsa.geometry import COMPRESSED, QUERY, Geometry
+from sparseray.kernels.nsa.range_forward import LOG2E, key_sources, tokens_per_tile
+from sparseray.kernels.nsa.tiles import fetch, load_tile, next_power_of_2, precision, split_width
+from sparseray.kernels.nsa.tuning import LAUNCH
+
+
+@triton.jit
+def score_kernel(
+    p_q, p_k, p_k1, p_lse, p_score, p_meta, p_tiles, num_tiles, tile_first, row_first, row_end, width, scale2,
+    H: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, BQ: tl.constexpr, BJ: tl.constexpr, RP: tl.constexpr,
+    DQ: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, LEN: tl.constexpr, STRIDE: tl.constexpr,
+    SELECT: tl.constexpr, IP: tl.constexpr, BULK: tl.constexpr,
+):  # fmt: skip
+    R: tl.constexpr = SELECT // STRIDE
+    L: tl.constexpr = LEN // STRIDE
+    i_kv = tl.program_id(0) // num_tiles
+    i_tile = tile_first + num_tiles - 1 - tl.program_id(0) % num_tiles
+    i_seq = tl.load(p_tiles + i_tile * 2)
+    if i_seq < 0:
+        return
+    i_q = tl.load(p_tiles + i_tile * 2 + 1) * BQ
+    p_row = p_meta + i_seq * 12
+    q_off = tl.load(p_row)
+    q_len = tl.load(p_row + 1).to(tl.int32)
+    q_start = tl.load(p_row + 2).to(tl.int32)
+    k_off = tl.load(p_row + 3)
+    k_len = tl.load(p_row + 4).to(tl.int32)
+    if (q_off + i_q >= row_end) | (q_off + i_q + BQ <= row_first):
+        return
+    o_m = tl.arange(0, BQ * GP)
+    o_q = i_q + o_m // GP
+    m_q = (o_q < q_len) & (o_m % GP < G)
+    b_t = q_start + o_q
+    o_row = (q_off + o_q) * (H * G) + i_kv * G + o_m % GP
+    b_q0 = load_tile(p_q, o_row, m_q, DQ, 0, D0, True)
+    if D1 > 0:
+        b_q1 = load_tile(p_q, o_row, m_q, DQ, D0, D1, True)
+    b_lse = tl.load(p_lse + o_row, mask=m_q, other=float("inf"))
+    b_lse = tl.where(b_lse == float("-inf"), float("inf"), b_lse)
+    o_out = q_off + i_q + tl.arange(0, BQ)
+    m_out = (i_q + tl.arange(0, BQ) < q_len) & (o_out >= row_first) & (o_out < row_end)
+    p_out = p_score + ((o_out - row_first) * H + i_kv) * width
+    o_r = tl.arange(0, RP)
+    b_here = tl.where(o_r < R, tl.minimum(R - o_r, L), 0).to(tl.float32)
+    b_next = tl.where(o_r < R, tl.maximum(L - R + o_r, 0), 0).to(tl.float32)
+    b_carry = tl.zeros([BQ], tl.float32)
+    o_jj = tl.arange(0, BJ)
+    num_blocks = (q_start + tl.minimum(i_q + BQ, q_len) - 1) // SELECT + 1
+    for j in range(0, num_blocks, BJ):
+        o_c = tl.arange(0, BJ * RP)
+        o_i = (j + o_c // RP) * R + o_c % RP
+        m_i = (o_c % RP < R) & (o_i < k_len)
+        o_key = (k_off + o_i) * H + i_kv
+        b_k0 = fetch(p_k, k_off + j * R, o_key, m_i, i_kv, DQ, 0, D0, True, BULK)
+        b_s = tl.dot(b_q0, tl.trans(b_k0), input_precision=IP)
+        if D1 > 0:
+            b_k1 = fetch(p_k1, k_off + j * R, o_key, m_i, i_kv, DQ, D0, D1, True, BULK)
+            b_s = tl.dot(b_q1, tl.trans(b_k1), b_s, input_precision=IP)
+        b_see = m_i[None, :] & ((o_i * STRIDE + LEN - 1)[None, :] <= b_t[:, None])
+        b_p = tl.where(b_see, tl.exp2(b_s * scale2 - b_lse[:, None]), 0.0)
+        b_sum = tl.sum(tl.reshape(b_p, [BQ, GP, BJ * RP]), 1)
+        b_sum = tl.reshape(b_sum, [BQ, BJ, RP])
+        b_score = tl.sum(b_sum * b_here[None, None, :], 2)
+        if L > 1:
+            b_over = tl.sum(b_sum * b_next[None, None, :], 2)
+            b_shift = o_jj[:, None] + 1 == o_jj[None, :]
+            b_score += tl.sum(tl.where(b_shift[None, :, :], b_over[:, :, None], 0.0), 1)
+            b_score += tl.where(o_jj[None, :] == 0, b_carry[:, None], 0.0)
+            b_carry = tl.sum(tl.where(o_jj[None, :] == BJ - 1, b_over, 0.0), 1)
+        o_j = j + o_jj
+        tl.store(p_out[:, None] + o_j[None, :], b_score, mask=m_out[:, None] & (o_j < width)[None, :])
+
+
+@triton.jit
+def top_n_kernel(
+    p_score, p_index, p_pos, row_first, width, n,
+    H: tl.constexpr, BW: tl.constexpr, NP: tl.constexpr, SELECT: tl.constexpr,
+    INITIAL: tl.constexpr, LOCAL: tl.constexpr,
+):  # fmt: skip
+    i_row = tl.program_id(0).to(tl.int64)
+    i_q = row_first + i_row // H
+    t = tl.load(p_pos + i_q)
+    i_now = t // SELECT
+    o_j = tl.arange(0, BW)
+    m_j = (o_j <= i_now) & (o_j < width)
+    b_key = tl.load(p_score + i_row * width + o_j, mask=m_j, other=0.0).to(tl.int32, bitcast=True)
+    b_force = (o_j < INITIAL) | (o_j > i_now - LOCAL)
+    b_key = tl.where(b_force, 0x7F800000, b_key)
+    b_key = tl.where(m_j, b_key, -1)
+    # Largest threshold that at least n keys reach; with fewer than n keys it ends at 0 and all are taken.
+    lo = 0
+    for s in tl.static_range(31):
+        mid = lo | (1 << (30 - s))
+        enough = tl.sum((b_key >= mid).to(tl.int32), 0) >= n
+        lo = tl.where(enough, mid, lo)
+    b_above = b_key > lo
+    b_equal = b_key == lo
+    room = n - tl.sum(b_above.to(tl.int32), 0)
+    b_take = b_above | (b_equal & (tl.cumsum(b_equal.to(tl.int32), 0) <= room))
+    b_taken = b_take.to(tl.int32)
+    b_slot = tl.cumsum(b_taken, 0) - 1
+    p_out = p_index + (row_first * H + i_row) * n
+    tl.store(p_out + b_slot, o_j, mask=b_take)
+    o_n = tl.arange(0, NP)
+    tl.store(p_out + o_n, tl.full([NP], -1, tl.int32), mask=(o_n >= tl.sum(b_taken, 0)) & (o_n < n))
+
+
+def query_positions(geometry: Geometry) -> Tensor:
+    """int32 [T]: position of every packed query in its sequence."""
+    key = (QUERY, -1)
+    if key not in geometry.cache:
+        meta = geometry.meta
+        rows = torch.arange(geometry.totals[QUERY], device=meta.device)
+        seq = torch.searchsorted(meta[:, 0] + meta[:, 1], rows, right=True).clamp(max=meta.shape[0] - 1)
+        geometry.cache[key] = (rows - meta[seq, 0] + meta[seq, 2]).int()
+    return geometry.cache[key]
+
+
+def select_blocks(
+    q: Tensor, k_cmp: Tensor, lse: Tensor, geometry: Geometry, *, block: int, stride: int, select_block: int,
+    num_selected: int, num_initial: int, num_local: int, scale: float,
+) -> Tensor:  # fmt: skip
+    """Blocks that every query reads, for every key/value head.
+
+    Args:
+        q: [T, HQ, D] packed; k_cmp: [C, H, D].
+        lse: fp32 [T, HQ], base-2 log-sum-exp of the compressed branch.
+
+    Returns:
+        int32 [T, H, num_selected]: ascending, padded with -1.
+    """
+    tokens_total, heads, width_q = q.shape
+    num_kv = k_cmp.shape[1]
+    index = torch.empty(tokens_total, num_kv, num_selected, dtype=torch.int32, device=q.device)
+    launch = LAUNCH["score"]
+    tokens, padded = tokens_per_tile(launch["rows"], heads // num_kv)
+    tiles = geometry.tiles(QUERY, tokens)
+    positions = query_positions(geometry)
+    rp = next_power_of_2(select_block // stride)
+    d0, d1 = split_width(width_q)
+    chunk = -(-launch["chunk"] // tokens) * tokens
+    bj = max(1, launch["keys"] // rp)
+    src_k, src_k1, _, bulk = key_sources(k_cmp, k_cmp, bj * rp)
+    if rp * stride != select_block:
+        src_k, src_k1, bulk = k_cmp, k_cmp, False
+    single = geometry.num_seqs == 1
+    start = geometry.max_keys - tokens_total if single else 0
+    for first in range(0, tokens_total, chunk):
+        end = min(first + chunk, tokens_total)
+        longest = start + end if single else geometry.max_keys
+        width = -(-longest // select_block)
+        scores = torch.empty(end - first, num_kv, width, dtype=torch.float32, device=q.device)
+        # With one sequence the tiles of a chunk are known; otherwise a tile outside the chunk returns at once.
+        tile_first = first // tokens if single else 0
+        num_tiles = -(-(end - first) // tokens) if single else tiles.shape[0]
+        score_kernel[(num_tiles * num_kv,)](
+            q, src_k, src_k1, lse, scores, geometry.meta, tiles, num_tiles, tile_first, first, end, width, scale * LOG2E,
+            H=num_kv, G=heads // num_kv, GP=padded, BQ=tokens, BJ=bj, RP=rp,
+            DQ=width_q, D0=d0, D1=d1, LEN=block, STRIDE=stride, SELECT=select_block, IP=precision(q.dtype), BULK=bulk,
+            num_warps=launch["num_warps"], num_stages=launch["num_stages"],
+        )  # fmt: skip
+        top_n_kernel[((end - first) * num_kv,)](
+            scores, index, positions, first, width, num_selected,
+            H=num_kv, BW=max(16, next_power_of_2(width)), NP=next_power_of_2(num_selected), SELECT=select_block,
+            INITIAL=num_initial, LOCAL=num_local, num_warps=LAUNCH["top_n"]["num_warps"],
+        )  # fmt: skip
+    return index
+
+
+__all__ = ["COMPRESSED", "query_positions", "select_blocks"]
