@@ -6,7 +6,7 @@ Real processes and a real Ray; the undisturbed run is one of threads (tests/loca
 import json
 import subprocess
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -68,11 +68,14 @@ class Runs:
         return [json.loads(line)["step"] for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
     def reaches(self, step: int, process: subprocess.Popen[bytes]) -> None:
+        self.wait(process, lambda: step in self.steps(), f"step {step}")
+
+    def wait(self, process: subprocess.Popen[bytes], condition: Callable[[], bool], what: str) -> None:
         def there() -> bool:
             assert process.poll() is None, self.log.read_text()
-            return step in self.steps()
+            return condition()
 
-        wait_until(there, f"step {step}")
+        wait_until(there, what)
 
     def check(self, undisturbed: Trained) -> None:
         """Each step once, all losses and the last checkpoint as they must be, no trace of disturbances."""
@@ -110,7 +113,7 @@ def test_killed_run_goes_on_with_other_actors_and_ends_with_the_same_bits(
     # Resumed on other actors, and killed when the next checkpoint is all there but its name.
     path = f"{ROOT}:{ROOT / 'tests' / 'held_rename'}"
     second = runs.start(OTHER, PYTHONPATH=path, SPARSERAY_TEST_HOLD=held)
-    wait_until((runs.run_dir / "checkpoints" / "held").exists, f"the rename to {held}")
+    runs.wait(second, (runs.run_dir / "checkpoints" / "held").exists, f"the rename to {held}")
     kill_all(second, runs.mark)
     assert (runs.run_dir / "checkpoints" / f"{held}.unfinished" / "manifest.json").exists()
     assert checkpoint.list_finished(runs.run_dir / "checkpoints")[-1].name == last

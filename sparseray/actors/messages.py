@@ -15,6 +15,8 @@ import numpy as np
 SCHEDULER, INGRESS = -1, -2
 MAX_HEADER_BYTES = 16 << 20
 _DTYPES = {"float32", "float64", "int32", "int64", "uint8", "bool"}
+# job, kind; source, generation, sequence, step, shard, layer, reply_to; body; arrays.
+_HEADER_TYPES = [str, str, *[int] * 7, dict, list]
 
 
 class Transport(Protocol):
@@ -89,22 +91,13 @@ def decode(frames: Sequence[Any], job: str) -> Message | None:
     Raises:
         ValueError: the frames are not a message of ours.
     """
-    head = memoryview(frames[0])
-    if head.nbytes > MAX_HEADER_BYTES:
-        raise ValueError(f"a header of {head.nbytes} bytes is over the limit of {MAX_HEADER_BYTES}")
-    header = msgpack.unpackb(head, strict_map_key=False)
-    if not isinstance(header, list) or len(header) != 11:
-        raise ValueError("a frame without a header of ours")
+    header = _header(frames)
     if header[0] != job:
         return None
     kind, source, generation, sequence, step, shard, layer, reply_to, body, specs = header[1:]
     if len(specs) != len(frames) - 1:
         raise ValueError(f"{len(specs)} arrays announced, {len(frames) - 1} received")
-    arrays = []
-    for (dtype, shape), frame in zip(specs, frames[1:]):
-        if dtype not in _DTYPES:
-            raise ValueError(f"dtype {dtype!r} does not travel")
-        arrays.append(np.frombuffer(frame, dtype=dtype).reshape(shape))
+    arrays = [_array(spec, frame) for spec, frame in zip(specs, frames[1:])]
     return Message(
         kind=kind,
         source=source,
@@ -117,3 +110,31 @@ def decode(frames: Sequence[Any], job: str) -> Message | None:
         body=body,
         arrays=tuple(arrays),
     )
+
+
+def _header(frames: Sequence[Any]) -> list[Any]:
+    """Unpack the first frame and check every field's type: over TCP anybody may have sent it."""
+    if not frames:
+        raise ValueError("a message without frames")
+    head = memoryview(frames[0])
+    if head.nbytes > MAX_HEADER_BYTES:
+        raise ValueError(f"a header of {head.nbytes} bytes is over the limit of {MAX_HEADER_BYTES}")
+    try:
+        header = msgpack.unpackb(head, strict_map_key=False)
+    except (ValueError, TypeError, msgpack.UnpackException) as error:
+        raise ValueError(f"a header that is not msgpack ({error})") from None
+    if not isinstance(header, list) or [type(value) for value in header] != _HEADER_TYPES:
+        raise ValueError("a frame without a header of ours")
+    return header
+
+
+def _array(spec: Any, frame: Any) -> np.ndarray:
+    """View a frame as the array that the header announces."""
+    if not isinstance(spec, list) or len(spec) != 2 or not isinstance(spec[1], list):
+        raise ValueError(f"{spec!r} announces no array")
+    dtype, shape = spec
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
+        raise ValueError(f"dtype {dtype!r} does not travel")
+    if not all(type(size) is int and size >= 0 for size in shape):
+        raise ValueError(f"shape {shape!r} is none")
+    return np.frombuffer(frame, dtype=dtype).reshape(shape)

@@ -66,7 +66,8 @@ def run(config: RunConfig, show: Show) -> int:
     folder = RunFolder(Path(config.run_dir).absolute())
     folder.check(config)
     make_plan(**placement(config, dict.fromkeys(range(slots_of(config)), "")))
-    newest = folder.newest_checkpoint()
+    folder.check_identity(layout)
+    newest = folder.check_checkpoint(config, layout)
     if newest is not None and newest.name == f"step_{config.train.steps}":
         show(f"nothing to do: {newest} is the last step of this run; it serves with: {serve_hint(newest)}")
         return 0

@@ -132,7 +132,9 @@ def check_files(directory: str | Path, manifest: dict[str, Any]) -> None:
         actual = path.stat().st_size if path.exists() else None
         if actual != size:
             state = "is missing" if actual is None else f"has {actual} bytes instead of {size}"
-            raise CheckpointError(f"{path} {state}: the checkpoint is damaged; use an older one")
+            raise CheckpointError(
+                f"{path} {state}: the checkpoint is damaged; remove {directory} to use the one before"
+            )
 
 
 def read_tensors(directory: str | Path, names: Sequence[str]) -> dict[str, torch.Tensor]:

@@ -9,7 +9,6 @@ import uuid
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
 
 from sparseray.errors import ClusterError
 from sparseray.log import get_logger
@@ -119,14 +118,18 @@ def _connect(config: ClusterConfig, num_slots: int) -> None:
                 log_to_driver=True,
                 logging_level="error",
             )
-    except (ConnectionError, RuntimeError, ValueError, RayError) as error:
+    # Ray says with a bare Exception that its own daemons did not start in time.
+    except Exception as error:
         raise ClusterError(_connection_message(config.address, error)) from None
 
 
 def _connection_message(address: str, error: Exception) -> str:
     where = f"the Ray cluster at {address!r}" if address else "a local Ray"
     text = " ".join(str(error).split())[:300]
-    cure = "check the address with `ray status`"
-    if "token" in text.lower() or "auth" in text.lower():
-        cure = "set RAY_AUTH_MODE=token and put the cluster's token into RAY_AUTH_TOKEN or ~/.ray/auth_token"
-    return f"cannot reach {where}: {text}; {cure}"
+    if not address:
+        return f"cannot start {where}: {text}; free memory or CPUs, and see Ray's logs in its session folder"
+    # Ray reports a refused token on stderr only; its exception says no more than that it could not connect.
+    return (
+        f"cannot reach {where}: {text}; check the address with `ray status`, and if the cluster asks for a token "
+        "set RAY_AUTH_MODE=token and put it into RAY_AUTH_TOKEN or ~/.ray/auth_token"
+    )

@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from sparseray.errors import ConfigError
+from sparseray.errors import CheckpointError, ConfigError, IdentityError
 from sparseray.model.dse_layout import DSELayout
 from sparseray.platform import checkpoint
 from sparseray.platform.config import RunConfig, load_yaml, save_yaml, to_dict
@@ -67,6 +67,37 @@ class RunFolder:
                 "use the values of its config.yaml, or another run_dir"
             )
 
+    def check_identity(self, layout: DSELayout | None) -> None:
+        """Refuse data that would address the table rows in another way than the run's; changes nothing.
+
+        Raises:
+            IdentityError: the run was started with another DSE identity.
+        """
+        if layout is not None and self.identity.exists() and self.layout_sha256() != layout.sha256:
+            raise IdentityError(
+                f"{self.identity} holds another DSE identity than this data and configuration give: "
+                "the table rows would be addressed wrongly; use the data that the run was started with"
+            )
+
+    def check_checkpoint(self, config: RunConfig, layout: DSELayout | None) -> Path | None:
+        """Return the newest finished checkpoint once it is sure that this run can go on from it.
+
+        Raises:
+            CheckpointError: it is damaged, or of another model.
+            IdentityError: its rows are addressed in another way.
+        """
+        newest = self.newest_checkpoint()
+        if newest is None:
+            return None
+        manifest, cure = checkpoint.read_manifest(newest), f"remove {newest} to use the one before"
+        old, new = _flat(manifest["config"]["model"]), _flat(to_dict(config)["model"])
+        differing = [f"model.{key}" for key in sorted(old | new) if old.get(key) != new.get(key)]
+        if differing:
+            raise CheckpointError(f"{newest} is of another model ({', '.join(differing[:5])} differ); {cure}")
+        if layout is not None and manifest["dse_layout_sha256"] != layout.sha256:
+            raise IdentityError(f"{newest} addresses its table rows by another DSE identity; {cure}")
+        return newest
+
     def open(self, config: RunConfig, layout: DSELayout | None, tokenizer: Path) -> None:
         """Create what is missing; the identity (DSE layout, tokenizer) is written once and checked ever after."""
         for path in (self.path, self.checkpoints, self.report):
@@ -79,11 +110,7 @@ class RunFolder:
             if layout is not None:
                 layout.save(unfinished)
             os.rename(unfinished, self.identity)
-        elif layout is not None and self.layout_sha256() != layout.sha256:
-            raise ConfigError(
-                f"{self.identity} holds another DSE identity than this data and configuration give: "
-                "the table rows would be addressed wrongly; use the data that the run was started with"
-            )
+        self.check_identity(layout)
         if not self.config.exists():
             save_yaml(config, self.path / "config.tmp")
             os.replace(self.path / "config.tmp", self.config)
