@@ -156,9 +156,9 @@ def test_router_bias_moves_against_the_load_and_only_changes_the_selection() -> 
     model.update_router_bias(counts)
     bias = [model.get_buffer(f"layers.{layer}.moe.router_bias") for layer in (1, 2, 3)]
     assert bias[0].tolist() == [0.0] * 16
-    assert bias[1][:3].tolist() == pytest.approx([0.001, -0.001, 0.0])
-    assert bias[2][0].item() == pytest.approx(-0.001)
-    assert bias[2][1].item() == pytest.approx(0.001)
+    assert bias[1][:3].tolist() == pytest.approx([gamma, -gamma, 0.0])
+    assert bias[2][0].item() == pytest.approx(-gamma)
+    assert bias[2][1].item() == pytest.approx(gamma)
     for b in bias:
         b.zero_()
     tokens = torch.arange(40).reshape(2, 20)
