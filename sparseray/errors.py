@@ -29,6 +29,10 @@ class ClusterError(UserError):
     """Ray is missing, refuses the token, or has too few free slots."""
 
 
+class RunFailedError(RuntimeError):
+    """A run that stopped by itself; its checkpoints are whole and it can be resumed."""
+
+
 class SlotLostError(RuntimeError):
     """A slot did not answer within its deadline, or its process is gone."""
 

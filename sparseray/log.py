@@ -17,9 +17,7 @@ def get_logger(name: str) -> logging.Logger:
     root = logging.getLogger("sparseray")
     if not root.handlers:
         handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(
-            logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s", "%H:%M:%S")
-        )
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s", "%H:%M:%S"))
         root.addHandler(handler)
         root.setLevel(os.environ.get("SPARSERAY_LOG", "info").upper())
         root.propagate = False

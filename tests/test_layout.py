@@ -38,7 +38,8 @@ def test_dashboards_read_only_the_metric_registry() -> None:
         foreign = {
             name
             for name in imports_of(path)
-            if part_of(name) not in LEAVES | {"dashboards"} and not name.startswith("sparseray.platform.metrics")
+            if part_of(name) not in LEAVES | {"dashboards"}
+            and not name.startswith("sparseray.platform.metrics")
         }
         assert not foreign, f"{path.relative_to(ROOT)} imports {sorted(foreign)}"
 

@@ -1,0 +1,52 @@
+"""The command line: `sparseray COMMAND ...`, or `python -m sparseray COMMAND ...`."""
+
+import importlib
+import sys
+
+COMMANDS = {
+    "demo": (
+        "sparseray.jobs.demo",
+        "train a tiny model with several actors, serve it, ask it: the whole story",
+    ),
+    "data": ("sparseray.jobs.data", "turn text or code into token shards"),
+    "pretrain": ("sparseray.jobs.pretrain", "train a model on Ray actors"),
+    "serve": ("sparseray.jobs.serve", "answer over HTTP, OpenAI-compatible"),
+    "submit": ("sparseray.jobs.submit", "run a command as a job of a Ray cluster"),
+}
+
+
+def usage() -> str:
+    """Return the text of `--help`."""
+    lines = "\n".join(f"  {name:9} {help_}" for name, (_, help_) in COMMANDS.items())
+    return (
+        "usage: sparseray COMMAND [options]\n\n"
+        "Elastic training and serving on Ray of models that are sparse in attention, computation and memory.\n\n"
+        f"commands:\n{lines}\n\n"
+        "`sparseray COMMAND --help` shows options and an example. Start with: sparseray demo"
+    )
+
+
+def main() -> int:
+    """Run one command and return its exit code."""
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if arguments[0] == "--version":
+        from sparseray import __version__
+
+        print(__version__)
+        return 0
+    if arguments[0] not in COMMANDS:
+        import difflib
+
+        close = difflib.get_close_matches(arguments[0], COMMANDS, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else "see sparseray --help"
+        print(f"sparseray: error: unknown command {arguments[0]!r}; {hint}", file=sys.stderr)
+        return 2
+    module = importlib.import_module(COMMANDS[arguments[0]][0])
+    return int(module.main(arguments[1:]))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,197 @@
+"""An expert shard: routed experts that compute rows for whoever asks, and train in place.
+
+Forward and backward run per (step, logical shard, moe layer) on rows in a fixed order, one expert
+after another, so no bit depends on which shard holds an expert. DeepSeekMoE, arXiv 2401.06066.
+"""
+
+from collections.abc import Sequence
+from zlib import crc32
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparseray.actors.dense_state import moments, set_moments
+from sparseray.actors.tree import TreeSum
+from sparseray.kernels.moe.reference import swiglu_backward, swiglu_forward
+from sparseray.model.config import ModelConfig
+from sparseray.model.init import EXPERT_PARTS, expert_name, expert_shape, initial_expert
+
+Key = tuple[int, int]
+
+
+class ExpertShard:
+    """The experts that one slot holds.
+
+    Args:
+        config: the model.
+        owned: (moe layer index, expert) of every replica held here.
+        primary: those of `owned` that compute; the rest only follow the updates.
+        seed, num_shards, betas, eps, weight_decay: as in `DenseState`.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        owned: Sequence[Key],
+        primary: Sequence[Key],
+        *,
+        seed: int,
+        num_shards: int,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+    ) -> None:
+        self.shapes = [expert_shape(config, part) for part in EXPERT_PARTS]
+        self.size = sum(rows * columns for rows, columns in self.shapes)
+        self.owned = list(owned)
+        self.primary = {key: row for row, key in enumerate(primary)}
+        self.num_shards = num_shards
+        layers = config.moe_layers
+        self.names = {
+            key: [expert_name(layers[key[0]], key[1], part) for part in EXPERT_PARTS] for key in self.owned
+        }
+        self.weights: dict[Key, list[Tensor]] = {
+            key: list(initial_expert(config, layers[key[0]], key[1], seed=seed).values())
+            for key in self.owned
+        }
+        flat = [weight for key in self.owned for weight in self.weights[key]]
+        self.optimizer = torch.optim.AdamW(
+            flat, lr=0.0, betas=betas, eps=eps, weight_decay=weight_decay, fused=True
+        )
+        self.discard()
+
+    def discard(self) -> None:
+        """Forget saved activations and gradients of the step; the weights stay."""
+        self.reduced: dict[Key, Tensor] = {}
+        self.tree: TreeSum[Tensor] = TreeSum(self.num_shards, lambda left, right: left.add_(right))
+        self._saved: dict[tuple[int, int], list[tuple[Key, Tensor, Tensor, tuple[Tensor, Tensor]]]] = {}
+        self._gradients: dict[int, Tensor] = {}
+
+    def forward(
+        self,
+        layer: int,
+        shard: int,
+        x_UH: Tensor,
+        rows_R: Tensor,
+        experts: list[int],
+        counts: list[int],
+        keep: bool,
+    ) -> Tensor:
+        """Run rows through their experts.
+
+        Args:
+            layer: moe layer index.
+            shard: logical shard, the key under which activations are kept.
+            x_UH: fp32, tokens that any of this shard's experts needs, once each.
+            rows_R: int64, the token of each row, sorted by expert.
+            experts, counts: experts asked for and how many rows each has, in row order.
+            keep: keep what backward needs.
+
+        Returns:
+            y_RH fp32, one row per (token, expert), unweighted.
+        """
+        y_RH = torch.empty(len(rows_R), x_UH.shape[1])
+        saved = []
+        start = 0
+        for expert, count in zip(experts, counts):
+            if not count:
+                continue
+            rows = rows_R[start : start + count]
+            x = x_UH[rows]
+            y, activations = swiglu_forward(x, *self.weights[(layer, expert)])
+            y_RH[start : start + count] = y
+            if keep:
+                saved.append(((layer, expert), rows, x, activations))
+            start += count
+        if keep:
+            self._saved[(layer, shard)] = saved
+        return y_RH
+
+    def backward(self, layer: int, shard: int, dout_UH: Tensor, weights_R: Tensor) -> Tensor:
+        """Propagate the gradient of the weighted outputs and add up the experts' own gradients.
+
+        Args:
+            layer, shard: as in `forward`.
+            dout_UH: fp32, gradient of the layer's output for the tokens that were sent.
+            weights_R: fp32, routing weight of each row.
+
+        Returns:
+            dx_RH fp32, gradient of each row's input.
+        """
+        if shard not in self._gradients:
+            self._gradients[shard] = torch.zeros(len(self.primary), self.size)
+        gradients = self._gradients[shard]
+        dx_RH = torch.empty(len(weights_R), dout_UH.shape[1])
+        start = 0
+        for key, rows, x, activations in self._saved.pop((layer, shard)):
+            stop = start + len(rows)
+            dy = dout_UH[rows] * weights_R[start:stop, None]
+            dx, *parts = swiglu_backward(dy, x, activations, *self.weights[key])
+            dx_RH[start:stop] = dx
+            torch.cat([part.reshape(-1) for part in parts], out=gradients[self.primary[key]])
+            start = stop
+        return dx_RH
+
+    def finish_shard(self, shard: int) -> bool:
+        """Add a logical shard's gradients to the sum; True once all shards are in."""
+        gradient = self._gradients.pop(shard, None)
+        self.tree.add(0, shard, torch.zeros(len(self.primary), self.size) if gradient is None else gradient)
+        root = self.tree.root
+        if root is None:
+            return False
+        self.reduced |= {key: root[row] for key, row in self.primary.items()}
+        return True
+
+    @property
+    def is_reduced(self) -> bool:
+        """Whether every replica held here has its reduced gradient."""
+        return len(self.reduced) == len(self.owned)
+
+    def norms(self) -> dict[str, float]:
+        """Squared norm of the reduced gradient of every expert computed here."""
+        return {
+            f"expert.{k[0]}.{k[1]}": float(torch.linalg.vector_norm(self.reduced[k])) ** 2
+            for k in self.primary
+        }
+
+    def digests(self, keys: Sequence[Key]) -> dict[str, int]:
+        """CRC-32 of the reduced gradients of `keys`, to compare replicas."""
+        return {f"expert.{k[0]}.{k[1]}": crc32(self.reduced[k].numpy().data) for k in keys}
+
+    def pack(self, keys: Sequence[Key]) -> np.ndarray:
+        """Return the reduced gradients of `keys`, fp32 [len(keys), 3*H*I], for a backup."""
+        return torch.stack([self.reduced[key] for key in keys]).numpy()
+
+    def unpack(self, keys: Sequence[Key], packed: np.ndarray) -> None:
+        """Take over what a primary packed."""
+        self.reduced |= {key: torch.tensor(packed[row]) for row, key in enumerate(keys)}
+
+    def apply(self, *, lr: float, scale: float) -> None:
+        """Update every replica held here once; forgets the gradients."""
+        for key in self.owned:
+            parts = torch.split(self.reduced[key].mul_(scale), [a * b for a, b in self.shapes])
+            for weight, part in zip(self.weights[key], parts):
+                weight.grad = part.view_as(weight)
+        self.optimizer.param_groups[0]["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.discard()
+
+    def _flat(self, keys: Sequence[Key]) -> tuple[list[str], list[Tensor]]:
+        return (
+            [name for key in keys for name in self.names[key]],
+            [weight for key in keys for weight in self.weights[key]],
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint must hold of the experts computed here, by logical name."""
+        names, weights = self._flat(list(self.primary))
+        return dict(zip(names, weights)) | moments(self.optimizer, names, weights)
+
+    def load(self, tensors: dict[str, Tensor], step: int) -> None:
+        """Take over what `tensors` gave, at optimizer step `step`."""
+        names, weights = self._flat(self.owned)
+        for name, weight in zip(names, weights):
+            weight.copy_(tensors[name])
+        set_moments(self.optimizer, names, weights, tensors, step)

@@ -1,0 +1,116 @@
+"""What the ingress sends to an engine and what comes back: plain values that travel as msgpack.
+
+The first objects on the path of a request. Nothing here knows text: token ids go in, token ids come out, and
+the ingress turns them into characters. `to_dict` gives only str, int, float, bool, None and lists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationRequest:
+    """One continuation to compute.
+
+    Args:
+        request_id: unique among the requests of an engine.
+        prompt_tokens: token ids, at least one.
+        max_tokens: most tokens to add, `resume_tokens` included; 0 only reads the prompt.
+        temperature: 0 for the most probable token (lowest id on ties).
+        top_p: smallest set of most probable tokens with at least this probability, in (0, 1].
+        seed: of the request's random numbers; any integer, taken modulo 2**64.
+        stop_token_ids: tokens that end the text (the end of a document); empty to ignore them.
+        logprobs: also return the chosen token's log probability and those of this many best tokens; None for
+            neither.
+        prompt_logprobs: the same for the prompt's tokens, with the first event.
+        resume_tokens: tokens that another engine already added; the continuation starts after them.
+    """
+
+    request_id: str
+    prompt_tokens: tuple[int, ...]
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    resume_tokens: tuple[int, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the request as msgpack can pack it (a seed is brought into 64 bits)."""
+        return {**asdict(self), "seed": self.seed % 2**64}
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> GenerationRequest:
+        """Return the request that `to_dict` gave."""
+        lists = {name: tuple(fields[name]) for name in ("prompt_tokens", "stop_token_ids", "resume_tokens")}
+        return cls(**{**fields, **lists})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenLogprobs:
+    """Log probabilities at one position, of the model itself: before temperature and top-p.
+
+    Args:
+        token_id: the token that stands there.
+        logprob: its log probability; None for the first token of a prompt, which nothing predicts.
+        top: (token id, log probability) of the best tokens, best first.
+    """
+
+    token_id: int
+    logprob: float | None
+    top: tuple[tuple[int, float], ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the value as msgpack can pack it."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> TokenLogprobs:
+        """Return the value that `to_dict` gave."""
+        top = tuple((int(token), float(logprob)) for token, logprob in fields["top"])
+        return cls(token_id=fields["token_id"], logprob=fields["logprob"], top=top)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenEvent:
+    """One token of a request, or its end.
+
+    Args:
+        request_id: of the request.
+        index: number of tokens added before this one.
+        token_id: the token; None where the event only ends the request.
+        logprobs: of the token, if asked for.
+        prompt_logprobs: of each prompt token, on a request's first event, if asked for.
+        finish_reason: "stop" (a stop token, which is the event's token), "length" or "error" on the last
+            event, else None.
+        error: what went wrong, with finish_reason "error".
+    """
+
+    request_id: str
+    index: int
+    token_id: int | None = None
+    logprobs: TokenLogprobs | None = None
+    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
+    finish_reason: str | None = None
+    error: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the event as msgpack can pack it."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> TokenEvent:
+        """Return the event that `to_dict` gave."""
+        chosen, prompt = fields["logprobs"], fields["prompt_logprobs"]
+        parsed = {
+            "logprobs": None if chosen is None else TokenLogprobs.from_dict(chosen),
+            "prompt_logprobs": None
+            if prompt is None
+            else tuple(TokenLogprobs.from_dict(entry) for entry in prompt),
+        }
+        return cls(**{**fields, **parsed})

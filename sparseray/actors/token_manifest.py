@@ -1,0 +1,153 @@
+"""The manifest of a folder of token shards: what is in it, from what, and the SHA-256 of every file.
+
+It is written last, so a folder without it is not a data set. `read_manifest` refuses any other format
+version, and names of files that would lead out of the folder.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from sparseray.errors import DataError
+
+FORMAT = "sparseray-tokens"
+FORMAT_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+TOKENIZER_NAME = "tokenizer.json"
+SPLITS = ("train", "validation")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """Size of one split: documents, tokens (one end of text a document included), bytes of UTF-8 text."""
+
+    documents: int = 0
+    tokens: int = 0
+    bytes: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardInfo:
+    """One Parquet file: its name, split, size and SHA-256."""
+
+    name: str
+    split: str
+    rows: int
+    tokens: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceInfo:
+    """One source as it was read; `sha256` covers the names and contents of its documents in order."""
+
+    source: str
+    version: str
+    licence: str
+    files: int
+    documents: int
+    bytes: int
+    skipped: dict[str, int]
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerInfo:
+    """The tokenizer beside the shards; `kind` is bpe, deepseek or file."""
+
+    kind: str
+    eos_token: str
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """Everything known about a folder of token shards; equal inputs and versions give equal manifests."""
+
+    vocab_size: int
+    eos_id: int
+    token_dtype: str
+    validation_fraction: float
+    tokenizer: TokenizerInfo
+    splits: dict[str, Counts]
+    sources: tuple[SourceInfo, ...]
+    files: tuple[ShardInfo, ...]
+    versions: dict[str, str]
+    format: str = FORMAT
+    format_version: int = FORMAT_VERSION
+
+
+def sha256_of_file(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes in hexadecimal."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Force a file, or the entries of a folder, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write the manifest through a temporary file, a sync and a rename."""
+    temporary = folder / f"{MANIFEST_NAME}.tmp"
+    temporary.write_text(json.dumps(asdict(manifest), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    sync(temporary)
+    temporary.rename(folder / MANIFEST_NAME)
+    sync(folder)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check the manifest of a folder of token shards.
+
+    Raises:
+        DataError: no folder, no manifest (an unfinished preparation), another format version, or a
+            manifest that lacks fields.
+    """
+    path = folder / MANIFEST_NAME
+    cure = "run `python -m sparseray data prepare --source stdlib --out DIR`"
+    if not folder.is_dir():
+        raise DataError(f"data folder {folder} does not exist; {cure}")
+    if not path.is_file():
+        raise DataError(f"{folder} has no {MANIFEST_NAME}: not a finished data set; {cure}")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON ({error}); prepare the data again") from error
+    if not isinstance(raw, dict) or raw.get("format") != FORMAT:
+        raise DataError(f"{path} is not a manifest of token shards; {cure}")
+    if raw.get("format_version") != FORMAT_VERSION:
+        raise DataError(
+            f"{path} has format version {raw.get('format_version')!r}, this release reads {FORMAT_VERSION}; "
+            "prepare the data again"
+        )
+    try:
+        manifest = _parse(raw)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DataError(f"{path} is damaged ({error!r}); prepare the data again") from error
+    for file in manifest.files:
+        if Path(file.name).name != file.name or file.split not in SPLITS:
+            raise DataError(
+                f"{path} names a shard {file.name!r} of split {file.split!r}; prepare the data again"
+            )
+    return manifest
+
+
+def _parse(raw: dict[str, Any]) -> Manifest:
+    """Build the dataclasses from parsed JSON; unknown and missing fields raise."""
+    fields = dict(raw)
+    fields["tokenizer"] = TokenizerInfo(**raw["tokenizer"])
+    fields["splits"] = {name: Counts(**raw["splits"][name]) for name in SPLITS}
+    fields["sources"] = tuple(SourceInfo(**item) for item in raw["sources"])
+    fields["files"] = tuple(ShardInfo(**item) for item in raw["files"])
+    if fields["token_dtype"] not in ("uint16", "uint32"):
+        raise ValueError(f"token_dtype {fields['token_dtype']!r}")
+    return Manifest(**fields)

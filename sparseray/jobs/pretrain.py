@@ -1,0 +1,258 @@
+"""The `pretrain` command: checks everything, starts slots and a scheduler, and follows the run.
+
+Nothing is written and nothing is started before configuration, data and run folder have been
+checked. The same command goes on from the newest checkpoint of its run folder.
+"""
+
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from sparseray.actors.token_data import TokenDataset
+from sparseray.errors import ConfigError, RunFailedError, UserError
+from sparseray.jobs.report import write_report
+from sparseray.model.config import ModelConfig
+from sparseray.model.counts import count_parameters
+from sparseray.model.dse_layout import DSELayout
+from sparseray.platform import config as configuration
+from sparseray.platform.config import RunConfig
+from sparseray.platform.plan import make_plan, num_slots
+from sparseray.platform.run_folder import RunFolder
+from sparseray.platform.training import validation_batch_count
+
+DESCRIPTION = """Pretrain a sparse model on Ray actors.
+
+example:
+  python -m sparseray data prepare --source stdlib --out data/stdlib
+  python -m sparseray pretrain --config configs/tiny.yaml --data.path data/stdlib --train.steps 100 \\
+      --cluster.attention_workers 2 --cluster.expert_shards 2 --cluster.memory_shards 2 --run_dir runs/first
+"""
+
+Show = Callable[[str], None]
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command; 0 when the last step is reached, 130 after Ctrl-C, 2 for a user's mistake, 1 if it failed."""
+    try:
+        config = configuration.parse(arguments, prog="sparseray pretrain", description=DESCRIPTION)
+        return run(config, print_line)
+    except UserError as error:
+        return configuration.die(error)
+    except RunFailedError as error:
+        configuration.die(error)
+        return 1
+
+
+def print_line(line: str) -> None:
+    """Write one line at once, also into a pipe."""
+    print(line, flush=True)
+
+
+def run(config: RunConfig, show: Show) -> int:
+    """Train until the last step or Ctrl-C.
+
+    Raises:
+        UserError: something in the configuration, data, folder or cluster does not fit; nothing is lost.
+    """
+    data = check_data(config)
+    config = resolve(config, data["train"])
+    layout = build_layout(config.model, data["train"])
+    folder = RunFolder(Path(config.run_dir).absolute())
+    folder.check(config)
+    make_plan(**placement(config, dict.fromkeys(range(slots_of(config)), "")))
+    folder.check_identity(layout)
+    newest = folder.check_checkpoint(config, layout)
+    if newest is not None and newest.name == f"step_{config.train.steps}":
+        show(f"nothing to do: {newest} is the last step of this run; it serves with: {serve_hint(newest)}")
+        return 0
+    windows = data["validation"].num_windows(config.train.seq_len)
+    batches = validation_batch_count(windows, config)
+    _show_start(config, data["train"], show)
+    from sparseray.platform.cluster import Cluster
+
+    show("starting Ray and its slots ...")
+    cluster = Cluster(config.cluster, slots_of(config))
+    try:
+        folder.open(config, layout, Path(config.data.path) / "tokenizer.json")
+        addresses = cluster.start()
+        plan = make_plan(**placement(config, addresses))
+        for slot in addresses:
+            show(f"  slot {slot}: {', '.join(plan.roles_of(slot))}")
+        resolved = configuration.to_dict(config) | {"run_dir": str(folder.path)}
+        resolved["data"]["path"] = str(Path(config.data.path).absolute())
+        scheduler = cluster.start_scheduler(
+            config=resolved,
+            plan=plan.to_dict(),
+            bytes_per_token=data["validation"].bytes_per_token,
+            validation_batches=batches,
+            metric_targets=cluster.metric_targets(),
+        )
+        if newest is not None:
+            show(f"going on from {newest}")
+        is_interrupted = follow(scheduler, config, show)
+    finally:
+        cluster.stop()
+    return _finish(folder, config, is_interrupted, show)
+
+
+def check_data(config: RunConfig) -> dict[str, TokenDataset]:
+    """Open both splits, verified, and see that the model's vocabulary holds their tokens."""
+    if not config.data.path:
+        raise ConfigError(
+            "data.path is not set; give --data.path a folder made by `python -m sparseray data prepare --source stdlib --out DIR`"
+        )
+    data = {
+        split: TokenDataset(Path(config.data.path), split, verify=config.data.verify)
+        for split in ("train", "validation")
+    }
+    if data["train"].vocab_size > config.model.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size={config.model.vocab_size} is smaller than the {data['train'].vocab_size} tokens of "
+            f"{config.data.path}; set model.vocab_size to at least that"
+        )
+    if config.train.seq_len > config.model.max_seq_len:
+        raise ConfigError(
+            f"train.seq_len={config.train.seq_len} exceeds model.max_seq_len={config.model.max_seq_len}; lower the first"
+        )
+    return data
+
+
+def resolve(config: RunConfig, data: TokenDataset) -> RunConfig:
+    """Fill in what follows from the data: the token that ends a document, which serving must know too."""
+    dse = replace(config.model.dse, document_end_id=data.eos_id)
+    return replace(config, model=replace(config.model, dse=dse))
+
+
+def build_layout(model: ModelConfig, data: TokenDataset) -> DSELayout | None:
+    """Build the DSE identity from the data's tokenizer; None for a model without memory."""
+    return (
+        DSELayout.build(model.dse, data.tokenizer(), vocab_size=model.vocab_size)
+        if model.dse.layers
+        else None
+    )
+
+
+def slots_of(config: RunConfig) -> int:
+    """Slots that the configured placement needs."""
+    c, model = config.cluster, config.model
+    experts = c.expert_shards if model.moe_layers else 0
+    memory = c.memory_shards if model.dse.layers else 0
+    return num_slots(c.attention_workers, experts, memory, colocated=c.colocated)
+
+
+def placement(config: RunConfig, addresses: dict[int, str]) -> dict[str, Any]:
+    """Arguments of `make_plan` for generation 1 of a run."""
+    c, model = config.cluster, config.model
+    return {
+        "generation": 1,
+        "addresses": addresses,
+        "attention": c.attention_workers,
+        "experts": c.expert_shards if model.moe_layers else 0,
+        "memory": c.memory_shards if model.dse.layers else 0,
+        "replication": c.replication,
+        "num_shards": config.train.logical_shards,
+        "moe_layers": len(model.moe_layers),
+        "num_experts": model.moe.num_experts,
+        "dse_layers": len(model.dse.layers),
+        "num_buckets": model.dse.num_buckets,
+        "colocated": c.colocated,
+    }
+
+
+def _show_start(config: RunConfig, train: TokenDataset, show: Show) -> None:
+    parameters, t = count_parameters(config.model), config.train
+    tokens = t.logical_shards * t.sequences_per_shard * t.seq_len
+    show(
+        f"model: {parameters['total'] / 1e6:.2f} M parameters, {parameters['active'] / 1e6:.2f} M active per token | "
+        f"data: {train.num_tokens / 1e6:.2f} M tokens | step: {tokens} tokens in {t.logical_shards} logical shards"
+    )
+
+
+def follow(scheduler: Any, config: RunConfig, show: Show) -> bool:
+    """Show the run's records until it ends; True when Ctrl-C ended it.
+
+    Raises:
+        UserError: training stopped for a reason the user can mend.
+        RunFailedError: training stopped for another reason.
+    """
+    import ray
+
+    with _interrupts(lambda: ray.get(scheduler.stop.remote()), show) as interrupted:
+        ray.get(scheduler.start.remote())
+        seen, done, started = 0, False, time.monotonic()
+        while not done:
+            state = ray.get(scheduler.progress.remote(seen))
+            for record in state["records"]:
+                show(describe(record, config.train.steps, started, first=seen == 0))
+            seen, done = seen + len(state["records"]), state["done"]
+    if state["failure"]:
+        if state["failure"]["user"]:
+            raise UserError(state["failure"]["error"])
+        raise RunFailedError(
+            f"{state['failure']['kind']}: {state['failure']['error']}; the same command resumes from the last checkpoint"
+        )
+    return bool(interrupted)
+
+
+@contextmanager
+def _interrupts(stop: Callable[[], None], show: Show) -> Iterator[list[int]]:
+    """First Ctrl-C: stop after the current step, with a checkpoint. Second: at once."""
+    seen: list[int] = []
+
+    def handle(number: int, _frame: FrameType | None) -> None:
+        seen.append(number)
+        if len(seen) > 1:
+            raise KeyboardInterrupt
+        show(
+            "stopping after this step, with a checkpoint; Ctrl-C again stops at once and loses the steps since the last one"
+        )
+        stop()
+
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield seen
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def describe(record: dict[str, Any], steps: int, started: float, *, first: bool) -> str:
+    """One line for people about a step, a validation or a checkpoint."""
+    if "checkpoint" in record:
+        return f"checkpoint {record['checkpoint']} ({record['seconds']:.2f} s)"
+    if "eval_loss" in record:
+        return f"step {record['step']} | validation {record['eval_loss']:.4f} nats, {record['eval_bits_per_byte']:.4f} bits/byte"
+    left = (steps - record["step"]) * record["seconds"]
+    return (
+        f"step {record['step']}/{steps} | loss {record['loss']:.4f} | grad {record['grad_norm']:.3f} | "
+        f"{record['tokens_per_second']:,.0f} tok/s | experts max/mean {record['expert_load_max_over_mean']:.2f} | "
+        f"left {left / 60:.0f}m{left % 60:02.0f}s"
+    )
+
+
+def _finish(folder: RunFolder, config: RunConfig, is_interrupted: bool, show: Show) -> int:
+    picture = write_report(folder)
+    newest = folder.newest_checkpoint()
+    show(f"records: {folder.metrics}")
+    show(f"pictures: {picture}")
+    if newest is not None:
+        show(f"checkpoint: {newest}; serve it with: {serve_hint(newest)}")
+    if is_interrupted:
+        show("interrupted; the same command goes on from the checkpoint")
+        return 130
+    return 0
+
+
+def serve_hint(checkpoint: Path) -> str:
+    """The command that serves a checkpoint."""
+    return f"python -m sparseray serve --checkpoint {checkpoint}"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

@@ -1,0 +1,288 @@
+"""The `serve` command: an HTTP ingress here, engines, experts and memory in slots.
+
+The ingress validates a request, sends it to the attention worker with the fewest open requests, and
+streams the tokens that come back. Ray starts the slots and is not on the path of a token.
+"""
+
+import asyncio
+import socket
+import sys
+import threading
+import time
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+
+from sparseray.actors.generation import GenerationRequest, TokenEvent
+from sparseray.actors.mailbox import Mailbox
+from sparseray.actors.messages import INGRESS, SCHEDULER
+from sparseray.errors import CheckpointError, ConfigError, IdentityError, SlotLostError, UserError
+from sparseray.jobs.generation_client import OverloadedError
+from sparseray.log import get_logger
+from sparseray.model.dse_layout import DSELayout
+from sparseray.platform import checkpoint
+from sparseray.platform import config as configuration
+from sparseray.platform.config import ClusterConfig, RunConfig, ServeConfig
+from sparseray.platform.metrics import Metrics
+from sparseray.platform.plan import make_plan
+from sparseray.platform.transport import ZmqTransport, private_directory
+
+log = get_logger(__name__)
+
+DESCRIPTION = """Serve a checkpoint over HTTP, OpenAI-compatible.
+
+example:
+  python -m sparseray serve --checkpoint runs/first/checkpoints/step_100 --port 8000
+  curl -s localhost:8000/v1/completions -H 'Content-Type: application/json' \\
+      -d '{"prompt": "def main(", "max_tokens": 32}'
+"""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command until Ctrl-C; 0 after a clean stop, 2 for a user's mistake."""
+    parser = jsonargparse.ArgumentParser(prog="sparseray serve", description=DESCRIPTION)
+    parser.add_argument("--checkpoint", required=True, help="folder such as RUN/checkpoints/step_100")
+    parser.add_argument("--port", type=int, default=ServeConfig.port)
+    parser.add_argument("--host", default=ServeConfig.host, help="loopback by default")
+    parser.add_argument("--model_name", default="sparseray", help="name that requests ask for")
+    parser.add_class_arguments(ServeConfig, "serve", skip={"host", "port"})
+    parser.add_class_arguments(ClusterConfig, "cluster")
+    options = parser.parse_args(list(arguments))
+    try:
+        made = parser.instantiate_classes(options)
+        serve = ServeConfig(**{**vars(made.serve), "host": options.host, "port": options.port})
+        return run(Path(options.checkpoint), serve, ClusterConfig(**vars(made.cluster)), options.model_name)
+    except UserError as error:
+        return configuration.die(error)
+
+
+def run(directory: Path, serve: ServeConfig, cluster_config: ClusterConfig, model_name: str) -> int:
+    """Check everything, start the slots, and serve.
+
+    Raises:
+        UserError: checkpoint, port or cluster do not fit.
+    """
+    config = load(directory, serve, cluster_config)
+    check_port(serve.host, serve.port)
+    from tokenizers import Tokenizer
+
+    from sparseray.jobs.http_server import HttpServer, create_app
+    from sparseray.jobs.openai_api import ApiLimits
+    from sparseray.jobs.pretrain import placement, slots_of
+    from sparseray.jobs.text_stream import Vocabulary
+    from sparseray.platform.cluster import Cluster
+
+    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    vocabulary = Vocabulary(tokenizer, config.model.dse.document_end_id)
+    print("starting Ray and its slots ...", flush=True)
+    cluster = Cluster(cluster_config, slots_of(config))
+    client = None
+    try:
+        addresses = cluster.start()
+        plan = make_plan(**placement(config, addresses))
+        metrics = Metrics({})
+        client = RemoteClient(cluster.job, cluster_config, metrics, max_waiting=serve.max_waiting)
+        client.install(config, plan.to_dict(), directory)
+        limits = ApiLimits(
+            max_model_len=min(serve.max_model_len, config.model.max_seq_len),
+            vocab_size=config.model.vocab_size,
+        )
+        app = create_app(client, vocabulary, model=model_name, limits=limits, metrics=metrics.exposition)
+        url = f"http://{serve.host}:{serve.port}"
+        print(f"serving {directory} as {model_name!r} at {url} (Ctrl-C stops); try:", flush=True)
+        print(
+            f"  curl -s {url}/v1/completions -H 'Content-Type: application/json' -d '{{\"prompt\": \"import \"}}'"
+        )
+        HttpServer(app, host=serve.host, port=serve.port).run()
+    finally:
+        if client is not None:
+            client.close()
+        cluster.stop()
+    print("stopped", flush=True)
+    return 0
+
+
+def load(directory: Path, serve: ServeConfig, cluster: ClusterConfig) -> RunConfig:
+    """Read a checkpoint's configuration and check what is beside it.
+
+    Raises:
+        CheckpointError: damaged or incomplete.
+        IdentityError: its DSE layout is not the one it was trained with.
+    """
+    manifest = checkpoint.read_manifest(directory)
+    checkpoint.check_files(directory, manifest)
+    config = replace(configuration.from_dict(RunConfig, manifest["config"]), serve=serve, cluster=cluster)
+    if not (directory / "tokenizer.json").exists():
+        raise CheckpointError(f"{directory} has no tokenizer.json; use a whole checkpoint folder")
+    if config.model.dse.layers:
+        found = DSELayout.load(directory).sha256
+        if found != manifest["dse_layout_sha256"]:
+            raise IdentityError(
+                f"{directory} holds DSE layout {found[:12]}, and its tensors were trained with "
+                f"{manifest['dse_layout_sha256'][:12]}: every row would be addressed wrongly; use the original folder"
+            )
+    return config
+
+
+def check_port(host: str, port: int) -> None:
+    """Raise ConfigError when nothing can listen at the address, before anything is started."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ConfigError(
+                f"cannot listen on {host}:{port} ({error.strerror}); choose another --port, or stop who uses it"
+            ) from None
+
+
+class RemoteClient:
+    """`GenerationClient` of the HTTP server, played by the attention workers of a plan.
+
+    Args:
+        job: identifier of the job.
+        cluster: transport settings and deadline.
+        metrics: where request metrics go.
+        max_waiting: open requests before new ones are refused.
+    """
+
+    def __init__(self, job: str, cluster: ClusterConfig, metrics: Metrics, *, max_waiting: int) -> None:
+        directory = private_directory(job) if cluster.transport == "ipc" else None
+        # ZeroMQ sockets belong to one thread: one mailbox receives in a thread, one sends from the event loop.
+        self._inbox = Mailbox(ZmqTransport("scheduler", directory, cluster.bind_host), SCHEDULER, job)
+        self._outbox = Mailbox(ZmqTransport("ingress", directory, cluster.bind_host), INGRESS, job)
+        self._deadline_s, self._metrics = cluster.deadline_s, metrics
+        self._queues: dict[str, tuple[asyncio.AbstractEventLoop, asyncio.Queue[TokenEvent | Exception]]] = {}
+        self._open: dict[int, set[str]] = {}
+        self._max_waiting, self._running = max_waiting, True
+        self._thread = threading.Thread(target=self._receive, daemon=True, name="ingress")
+
+    def install(self, config: RunConfig, plan: dict[str, Any], directory: Path) -> None:
+        """Give every slot its roles and state, and wait until all have them.
+
+        Raises:
+            UserError: a slot could not load its state.
+            SlotLostError: a slot did not answer.
+        """
+        addresses = {int(slot): address for slot, address in plan["addresses"].items()}
+        for mailbox in (self._inbox, self._outbox):
+            mailbox.generation = plan["generation"]
+            mailbox.transport.connect(addresses)
+        body = {
+            "plan": plan,
+            "config": configuration.to_dict(config),
+            "layout": str(directory.absolute()) if config.model.dse.layers else "",
+            "layout_sha256": checkpoint.read_manifest(directory)["dse_layout_sha256"],
+            "scheduler": self._inbox.transport.address,
+            "step": checkpoint.read_manifest(directory)["step"],
+            "checkpoint": str(directory.absolute()),
+            "serving": True,
+        }
+        for slot in addresses:
+            self._inbox.post(slot, "plan", body=body)
+        waiting = set(addresses)
+        while waiting:
+            message = self._inbox.next(self._deadline_s + 60)
+            if message is None:
+                raise SlotLostError(
+                    f"slots {sorted(waiting)} did not take their roles; see the messages above"
+                )
+            if message.kind == "failed":
+                raise UserError(f"slot {message.source}: {message.body['error']}")
+            waiting.discard(message.source)
+        self._open = {slot: set() for slot in dict.fromkeys(plan["shard_owners"])}
+        self._thread.start()
+
+    def _receive(self) -> None:
+        while self._running:
+            message = self._inbox.next(0.5)
+            if message is None:
+                continue
+            if message.kind == "tokens":
+                for event in message.body["events"]:
+                    self._hand_out(TokenEvent.from_dict(event))
+            elif message.kind == "failed":
+                failed = list(self._open.get(message.source, ()))
+                log.error("slot %d failed: %s", message.source, message.body["error"])
+                for request_id in failed:
+                    self._put(request_id, SlotLostError(f"slot {message.source}: {message.body['error']}"))
+
+    def _hand_out(self, event: TokenEvent) -> None:
+        self._put(event.request_id, event)
+
+    def _put(self, request_id: str, item: TokenEvent | Exception) -> None:
+        found = self._queues.get(request_id)
+        if found is not None:
+            loop, queue = found
+            loop.call_soon_threadsafe(queue.put_nowait, item)
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenEvent, None]:
+        """Yield a request's tokens as they come; closing the generator cancels it.
+
+        Raises:
+            OverloadedError: too many requests are open.
+            SlotLostError: its worker failed or fell silent.
+        """
+        if len(self._queues) >= self._max_waiting:
+            raise OverloadedError(f"{len(self._queues)} requests are open, as many as this server accepts")
+        slot = min(self._open, key=lambda s: (len(self._open[s]), s))
+        queue: asyncio.Queue[TokenEvent | Exception] = asyncio.Queue()
+        self._queues[request.request_id] = (asyncio.get_running_loop(), queue)
+        self._open[slot].add(request.request_id)
+        started = last = time.perf_counter()
+        is_first, reason = True, "cancelled"
+        self._metrics.record("prompt_tokens_total", len(request.prompt_tokens))
+        self._count_running()
+        try:
+            self._outbox.post(slot, "generate", body=request.to_dict())
+            while reason == "cancelled":
+                event = await self._next_event(queue, slot)
+                now = time.perf_counter()
+                name = "time_to_first_token_seconds" if is_first else "inter_token_latency_seconds"
+                self._metrics.record(name, now - (started if is_first else last))
+                self._metrics.record("generation_tokens_total", int(event.token_id is not None))
+                last, is_first = now, False
+                reason = event.finish_reason or reason
+                yield event
+        finally:
+            if reason == "cancelled":
+                self._outbox.post(slot, "cancel", body={"request_id": request.request_id})
+            else:
+                self._metrics.record("request_latency_seconds", last - started)
+            self._metrics.record("requests_finished_total", 1, finished_reason=reason)
+            self._queues.pop(request.request_id, None)
+            self._open[slot].discard(request.request_id)
+            self._count_running()
+
+    async def _next_event(self, queue: "asyncio.Queue[TokenEvent | Exception]", slot: int) -> TokenEvent:
+        try:
+            event = await asyncio.wait_for(queue.get(), self._deadline_s)
+        except TimeoutError:
+            raise SlotLostError(f"slot {slot} sent nothing for {self._deadline_s:g} s") from None
+        if isinstance(event, Exception):
+            raise event
+        return event
+
+    async def cancel(self, request_id: str) -> None:
+        """End a request at its worker; unknown ones are ignored."""
+        for slot, ids in self._open.items():
+            if request_id in ids:
+                self._outbox.post(slot, "cancel", body={"request_id": request_id})
+
+    def _count_running(self) -> None:
+        self._metrics.record("requests_running", sum(len(ids) for ids in self._open.values()))
+
+    def close(self) -> None:
+        """Stop receiving and release the sockets."""
+        self._running = False
+        if self._thread.is_alive():
+            self._thread.join(2.0)
+        self._inbox.transport.close()
+        self._outbox.transport.close()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

@@ -1,0 +1,247 @@
+"""Plain PyTorch routing and expert computation: the oracle of every fused MoE kernel.
+
+Routing follows DeepSeek-V2 (softmax), DeepSeek-V3 section 2.1.2 (sigmoid with a selection-only
+bias), GShard (top-2) and Switch (top-1); the expert is a SwiGLU feed-forward network. Every
+function is deterministic: ties go to the lower id, sums run in a fixed order.
+
+Shapes: T tokens, K experts per token, E experts, R = rows of one expert, H hidden, I inter.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparseray.errors import ConfigError
+
+ROW_MULTIPLE = 16
+ROW_BLOCK = 128
+"""Rows go through the matrix products in blocks of 16 to 128, so a row's bits do not depend on its company:
+MKL sums in another order below 16 rows and above some 130 (seen at inner sizes from 704 up)."""
+
+NORMALIZE_EPS = 1e-20
+ROUTERS = ("v3", "v2", "gshard", "switch")
+
+
+def stable_topk(scores_TE: Tensor, k: int) -> Tensor:
+    """Return the ids of the k largest entries of each row, largest first, ties to the lower id.
+
+    Args:
+        scores_TE: any floating dtype; -inf marks what should come last.
+        k: how many, 1 to E.
+
+    Returns:
+        int64 [T, k].
+    """
+    return torch.sort(scores_TE, dim=-1, descending=True, stable=True).indices[..., :k].contiguous()
+
+
+def limit_groups(biased_TE: Tensor, *, num_groups: int, topk_groups: int, group_score: str) -> Tensor:
+    """Set the scores outside each token's best groups to -inf.
+
+    Args:
+        biased_TE: selection scores; groups are contiguous ranges of E / num_groups experts.
+        num_groups: number of groups.
+        topk_groups: how many groups a token keeps; ties go to the lower group.
+        group_score: "max" (V2) or "top2" (V3: the sum of the two largest scores of the group).
+
+    Returns:
+        The masked scores [T, E].
+
+    Source: DeepSeek-V2 section 2.2.2 and its released gate; DeepSeek-V3 section 2.1.2.
+    """
+    if topk_groups >= num_groups:
+        return biased_TE
+    T, E = biased_TE.shape
+    grouped_TGS = biased_TE.reshape(T, num_groups, E // num_groups)
+    if group_score == "max":
+        group_TG = grouped_TGS.amax(-1)
+    else:
+        group_TG = grouped_TGS.sort(dim=-1, descending=True).values[..., :2].sum(-1)
+    kept_TG = torch.zeros_like(group_TG, dtype=torch.bool)
+    kept_TG.scatter_(1, stable_topk(group_TG, topk_groups), True)
+    return grouped_TGS.masked_fill(~kept_TG[..., None], float("-inf")).reshape(T, E)
+
+
+def check_route(E: int, *, top_k: int, router: str, num_groups: int, topk_groups: int) -> None:
+    """Raise ConfigError when these routing settings cannot choose top_k experts."""
+    if router not in ROUTERS:
+        raise ConfigError(f"router={router!r} is unknown; use one of {', '.join(ROUTERS)}")
+    if E % num_groups:
+        raise ConfigError(f"num_experts={E} is not divisible by num_groups={num_groups}")
+    if not 1 <= topk_groups <= num_groups:
+        raise ConfigError(f"topk_groups={topk_groups} is outside 1..num_groups={num_groups}")
+    if not 1 <= top_k <= topk_groups * (E // num_groups):
+        usable = topk_groups * (E // num_groups)
+        raise ConfigError(f"top_k={top_k} exceeds the {usable} experts of topk_groups={topk_groups}")
+    if (router == "gshard" and top_k != 2) or (router == "switch" and top_k != 1):
+        raise ConfigError(
+            f"router={router!r} needs top_k={2 if router == 'gshard' else 1}, got top_k={top_k}"
+        )
+
+
+def route(
+    logits_TE: Tensor,
+    *,
+    top_k: int,
+    router: str = "v3",
+    bias_E: Tensor | None = None,
+    num_groups: int = 1,
+    topk_groups: int = 1,
+    normalize: bool | None = None,
+    scaling: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Choose top_k experts for each token and weigh them, in fp32.
+
+    Args:
+        logits_TE: router logits; converted to fp32.
+        top_k: experts per token (2 for "gshard", 1 for "switch").
+        router: "v3" sigmoid scores; "v2" softmax scores; "gshard" softmax, the two weights
+            normalised; "switch" softmax, weight = probability.
+        bias_E: fp32, added for selection only (v3); it gets no gradient.
+        num_groups: contiguous expert groups; a property of the model, never of the cluster.
+        topk_groups: groups that a token may use. V2 scores a group by its maximum, V3 by the
+            sum of its two largest biased scores.
+        normalize: divide the weights by their sum + 1e-20; None means True for v3, False for v2.
+            Ignored by gshard (always) and switch (never).
+        scaling: factor on the weights, after normalisation (v2, v3).
+
+    Returns:
+        (topk_ids_TK int64, by falling selection score with ties to the lower id;
+        topk_weights_TK fp32, differentiable in the logits; scores_TE fp32, unbiased).
+
+    Raises:
+        ConfigError: settings that cannot select top_k experts.
+
+    Source: DeepSeek-V2 eq. 20-22; DeepSeek-V3 eq. 12-16; GShard section 2.2; Switch eq. 1-2.
+    """
+    check_route(
+        logits_TE.shape[-1], top_k=top_k, router=router, num_groups=num_groups, topk_groups=topk_groups
+    )
+    logits_TE = logits_TE.float()
+    scores_TE = torch.sigmoid(logits_TE) if router == "v3" else torch.softmax(logits_TE, dim=-1)
+    with torch.no_grad():
+        biased_TE = scores_TE if bias_E is None else scores_TE + bias_E.float()
+        group_score = "top2" if router == "v3" else "max"
+        biased_TE = limit_groups(
+            biased_TE, num_groups=num_groups, topk_groups=topk_groups, group_score=group_score
+        )
+        topk_ids_TK = stable_topk(biased_TE, top_k)
+    weights_TK = scores_TE.gather(1, topk_ids_TK)
+    if router == "gshard" or (
+        router in ("v3", "v2") and (router == "v3" if normalize is None else normalize)
+    ):
+        weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + NORMALIZE_EPS)
+    if router in ("v3", "v2"):
+        weights_TK = weights_TK * scaling
+    return topk_ids_TK, weights_TK, scores_TE
+
+
+def group_by_expert(topk_ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """Sort the (token, slot) pairs by expert, stably.
+
+    Args:
+        topk_ids_TK: int64 expert ids in 0..num_experts-1.
+        num_experts: E.
+
+    Returns:
+        (order_R int64: flat index t*K+k of each row, by expert then by flat index;
+        counts_E int64: rows of each expert).
+    """
+    flat_R = topk_ids_TK.reshape(-1)
+    return torch.sort(flat_R, stable=True).indices, torch.bincount(flat_R, minlength=num_experts)
+
+
+def _pad_rows(x_RH: Tensor) -> Tensor:
+    missing = -x_RH.shape[0] % ROW_MULTIPLE
+    return F.pad(x_RH, (0, 0, 0, missing)) if missing else x_RH
+
+
+def _product(x_RK: Tensor, w_KN: Tensor) -> Tensor:
+    """x @ w, in blocks of rows whose bits are those of any other number of rows."""
+    if x_RK.shape[0] <= ROW_BLOCK or x_RK.is_cuda:
+        return x_RK @ w_KN
+    return torch.cat([block_BK @ w_KN for block_BK in x_RK.split(ROW_BLOCK)])
+
+
+def swiglu_forward(
+    x_RH: Tensor, gate_IH: Tensor, up_IH: Tensor, down_HI: Tensor
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Run one expert on its rows: down(silu(gate x) * (up x)).
+
+    Args:
+        x_RH: the expert's rows, R >= 0.
+        gate_IH: gate projection.
+        up_IH: up projection.
+        down_HI: down projection.
+
+    Returns:
+        (y_RH, (g_RI, u_RI)): the output and the two pre-activations that backward needs.
+    """
+    rows = x_RH.shape[0]
+    x_PH = _pad_rows(x_RH)
+    g_PI, u_PI = _product(x_PH, gate_IH.T), _product(x_PH, up_IH.T)
+    y_PH = _product(F.silu(g_PI) * u_PI, down_HI.T)
+    return y_PH[:rows], (g_PI[:rows], u_PI[:rows])
+
+
+def swiglu_backward(
+    dy_RH: Tensor,
+    x_RH: Tensor,
+    saved: tuple[Tensor, Tensor],
+    gate_IH: Tensor,
+    up_IH: Tensor,
+    down_HI: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `swiglu_forward`; the activation is recomputed from the saved pre-activations.
+
+    Args:
+        dy_RH: gradient of the output.
+        x_RH: the input rows.
+        saved: (g_RI, u_RI) of the forward.
+        gate_IH, up_IH, down_HI: the projections.
+
+    Returns:
+        (dx_RH, dgate_IH, dup_IH, ddown_HI); zero weight gradients for an expert without rows.
+    """
+    rows = x_RH.shape[0]
+    dy_PH, x_PH = _pad_rows(dy_RH), _pad_rows(x_RH)
+    g_PI, u_PI = _pad_rows(saved[0]), _pad_rows(saved[1])
+    sig_PI = torch.sigmoid(g_PI)
+    silu_PI = g_PI * sig_PI
+    da_PI = _product(dy_PH, down_HI)
+    du_PI = da_PI * silu_PI
+    dg_PI = da_PI * u_PI * (sig_PI * (1 + g_PI * (1 - sig_PI)))
+    dx_PH = _product(dg_PI, gate_IH) + _product(du_PI, up_IH)
+    return dx_PH[:rows], dg_PI.T @ x_PH, du_PI.T @ x_PH, dy_PH.T @ (silu_PI * u_PI)
+
+
+def moe_ffn_reference(
+    x_TH: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor, w_gate_up_E2IH: Tensor, w_down_EHI: Tensor
+) -> Tensor:
+    """Weighted sum over each token's experts, in slot order, with fp32 accumulation.
+
+    Args:
+        x_TH: tokens.
+        topk_ids_TK: int64.
+        topk_weights_TK: fp32.
+        w_gate_up_E2IH: gate rows first, then up rows.
+        w_down_EHI: down projections.
+
+    Returns:
+        y_TH in x's dtype; differentiable by autograd in x, the weights and the routing weights.
+    """
+    T, K = topk_ids_TK.shape
+    order_R, counts_E = group_by_expert(topk_ids_TK, w_down_EHI.shape[0])
+    parts, start = [], 0
+    for expert, count in enumerate(counts_E.tolist()):
+        tokens_R = order_R[start : start + count] // K
+        gate_IH, up_IH = w_gate_up_E2IH[expert].chunk(2, dim=0)
+        parts.append(swiglu_forward(x_TH[tokens_R], gate_IH, up_IH, w_down_EHI[expert])[0])
+        start += count
+    y_TKH = torch.cat(parts)[torch.argsort(order_R)].reshape(T, K, -1)
+    y_TH = torch.zeros_like(x_TH, dtype=torch.float32)
+    for k in range(K):
+        y_TH = y_TH + topk_weights_TK[:, k, None].float() * y_TKH[:, k].float()
+    return y_TH.to(x_TH.dtype)

@@ -1,0 +1,327 @@
+"""The model's configuration: frozen dataclasses, checked when they are made, and three presets.
+
+Every command starts here: a YAML file becomes a `ModelConfig`, and each part of the network reads its own
+section. Sources of the default choices: arXiv 2502.11089 (NSA), 2401.06066 and 2412.19437 (DeepSeekMoE),
+2601.07372 (DSE).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from sparseray.errors import ConfigError
+
+ATTENTIONS = ("full", "nsa")
+ROUTERS = ("v3", "v2", "gshard", "switch", "dense")
+ROW_DTYPES = ("float32", "bfloat16")
+
+
+def _positive(section: str, **values: int) -> None:
+    for name, value in values.items():
+        if value < 1:
+            raise ConfigError(f"{section}.{name}={value} must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class NSAConfig:
+    """Native sparse attention: compression, selection and window (arXiv 2502.11089 section 3.3).
+
+    Args:
+        block: tokens per compression block, l.
+        stride: tokens between the starts of neighbouring compression blocks, d; divides both block sizes.
+        select_block: tokens per selection block, l', at least `block`.
+        num_selected: selected blocks per query, n, the forced ones included.
+        num_initial: first blocks that are always selected.
+        num_local: blocks, ending with the query's own, that are always selected.
+        window: tokens of the sliding window, the query's own included.
+        shared_kv: one key and value for all branches instead of one for each.
+        compress_hidden: width of the compression MLP; 0 means twice the head size.
+    """
+
+    block: int = 16
+    stride: int = 8
+    select_block: int = 16
+    num_selected: int = 4
+    num_initial: int = 1
+    num_local: int = 2
+    window: int = 32
+    shared_kv: bool = False
+    compress_hidden: int = 0
+
+    def __post_init__(self) -> None:
+        _positive(
+            "nsa",
+            block=self.block,
+            stride=self.stride,
+            select_block=self.select_block,
+            num_selected=self.num_selected,
+            window=self.window,
+        )
+        if self.block % self.stride or self.select_block % self.stride or self.block > self.select_block:
+            raise ConfigError(
+                f"nsa.stride={self.stride} must divide nsa.block={self.block} and"
+                f" nsa.select_block={self.select_block}, and block must not exceed select_block"
+            )
+        if min(self.num_initial, self.num_local, self.compress_hidden) < 0:
+            raise ConfigError("nsa.num_initial, nsa.num_local and nsa.compress_hidden must not be negative")
+        if self.num_selected < self.num_initial + self.num_local:
+            raise ConfigError(
+                f"nsa.num_selected={self.num_selected} is less than num_initial + num_local ="
+                f" {self.num_initial + self.num_local}, which are always selected; raise num_selected"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoEConfig:
+    """Fine-grained and shared experts (arXiv 2401.06066; V3 routing: arXiv 2412.19437 section 2.1.2).
+
+    Args:
+        num_experts: routed experts per layer.
+        num_shared: shared experts, applied to every token as one MLP of num_shared * expert_dim.
+        top_k: routed experts per token (2 for "gshard", 1 for "switch").
+        expert_dim: inner width of one expert.
+        leading_dense: first layers that keep a dense MLP of `ModelConfig.ffn_dim`.
+        router: "v3", "v2", "gshard", "switch"; "dense" makes every layer an MLP of
+            (num_shared + top_k) * expert_dim, the width a token would have used.
+        num_groups: contiguous groups of experts (a property of the model, not of the cluster).
+        topk_groups: groups that a token may use.
+        normalize: divide the chosen weights by their sum (v2, v3).
+        scaling: factor on the chosen weights (v2, v3).
+        bias_update: step of the selection bias after an optimizer step (v3), gamma.
+        balance_loss: coefficient of the balance loss, alpha.
+    """
+
+    num_experts: int = 16
+    num_shared: int = 1
+    top_k: int = 4
+    expert_dim: int = 64
+    leading_dense: int = 1
+    router: str = "v3"
+    num_groups: int = 1
+    topk_groups: int = 1
+    normalize: bool = True
+    scaling: float = 1.0
+    bias_update: float = 0.001
+    balance_loss: float = 1e-4
+
+    def __post_init__(self) -> None:
+        _positive(
+            "moe",
+            num_experts=self.num_experts,
+            top_k=self.top_k,
+            expert_dim=self.expert_dim,
+            num_groups=self.num_groups,
+            topk_groups=self.topk_groups,
+        )
+        if min(self.num_shared, self.leading_dense) < 0 or min(self.bias_update, self.balance_loss) < 0:
+            raise ConfigError(
+                "moe.num_shared, leading_dense, bias_update and balance_loss must not be negative"
+            )
+        if self.router not in ROUTERS:
+            raise ConfigError(f"moe.router={self.router!r} is unknown; use one of {', '.join(ROUTERS)}")
+        if self.num_experts % self.num_groups or self.topk_groups > self.num_groups:
+            raise ConfigError(
+                f"moe.num_experts={self.num_experts} must be divisible by num_groups={self.num_groups}, and"
+                f" topk_groups={self.topk_groups} must not exceed num_groups"
+            )
+        usable = self.topk_groups * (self.num_experts // self.num_groups)
+        if self.top_k > usable:
+            raise ConfigError(f"moe.top_k={self.top_k} exceeds the {usable} experts of the usable groups")
+        needed = {"gshard": 2, "switch": 1}.get(self.router, self.top_k)
+        if self.top_k != needed:
+            raise ConfigError(f"moe.router={self.router!r} needs top_k={needed}, got top_k={self.top_k}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DSEConfig:
+    """Conditional memory: hashed n-gram tables before the attention of some layers (arXiv 2601.07372).
+
+    Args:
+        layers: 0-based layers with a memory; empty for none. The id seeds the hash.
+        orders: n-gram lengths, rising, at least 2.
+        heads: hash heads of each order.
+        rows_per_head: lower bound of each head's rows; the real number is the next unused prime.
+        head_dim: width of a row.
+        kernel_size: taps of the short convolution; its dilation is the largest order.
+        seed: of the hash multipliers.
+        pad_id: raw token id read before the start of a sequence or document.
+        reset_at_document: n-grams and the convolution do not reach into an earlier document.
+        document_end_id: token that ends a document, from which document starts are derived where the caller
+            gives none (serving); -1 for none.
+        row_dtype: dtype of the rows.
+        num_buckets: contiguous row ranges that a layer's table is divided into for placement.
+    """
+
+    layers: tuple[int, ...] = ()
+    orders: tuple[int, ...] = (2, 3)
+    heads: int = 4
+    rows_per_head: int = 4096
+    head_dim: int = 16
+    kernel_size: int = 4
+    seed: int = 0
+    pad_id: int = 0
+    reset_at_document: bool = True
+    document_end_id: int = -1
+    row_dtype: str = "float32"
+    num_buckets: int = 64
+
+    def __post_init__(self) -> None:
+        _positive(
+            "dse",
+            heads=self.heads,
+            rows_per_head=self.rows_per_head,
+            head_dim=self.head_dim,
+            kernel_size=self.kernel_size,
+            num_buckets=self.num_buckets,
+        )
+        if list(self.layers) != sorted(set(self.layers)) or any(layer < 0 for layer in self.layers):
+            raise ConfigError(f"dse.layers={self.layers} must be rising 0-based layer numbers")
+        if not self.orders or list(self.orders) != sorted(set(self.orders)) or self.orders[0] < 2:
+            raise ConfigError(f"dse.orders={self.orders} must be rising n-gram lengths of at least 2")
+        if self.row_dtype not in ROW_DTYPES:
+            raise ConfigError(f"dse.row_dtype={self.row_dtype!r} is unknown; use {' or '.join(ROW_DTYPES)}")
+        if self.num_buckets > self.rows_per_head:
+            raise ConfigError(
+                f"dse.num_buckets={self.num_buckets} exceeds rows_per_head={self.rows_per_head}; lower it"
+            )
+
+    @property
+    def width(self) -> int:
+        """Width of a token's concatenated rows."""
+        return len(self.orders) * self.heads * self.head_dim
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A sparse language model.
+
+    Args:
+        vocab_size: rows of the embedding.
+        hidden, num_layers, ffn_dim: width, depth and inner width of the leading dense layers.
+        num_heads, num_kv_heads: query and key/value heads; the first is a multiple of the second.
+        head_dim, v_head_dim: size of queries and keys, and of values (None: the same).
+        attention: "full" or "nsa" per layer; one word stands for all layers.
+        rope_theta: base of the rotary position encoding.
+        max_seq_len: longest sequence.
+        norm_eps: of every RMSNorm.
+        tie_embeddings: the head shares the embedding.
+        init_std: standard deviation of every initial matrix.
+        nsa, moe, dse: the three sparse parts.
+    """
+
+    vocab_size: int = 2048
+    hidden: int = 128
+    num_layers: int = 4
+    num_heads: int = 8
+    num_kv_heads: int = 2
+    head_dim: int = 16
+    v_head_dim: int | None = None
+    ffn_dim: int = 384
+    attention: tuple[str, ...] = ("full",)
+    rope_theta: float = 10000.0
+    max_seq_len: int = 512
+    norm_eps: float = 1e-6
+    tie_embeddings: bool = True
+    init_std: float = 0.02
+    nsa: NSAConfig = field(default_factory=NSAConfig)
+    moe: MoEConfig = field(default_factory=MoEConfig)
+    dse: DSEConfig = field(default_factory=DSEConfig)
+
+    def __post_init__(self) -> None:
+        given: object = self.attention
+        words = (given,) if isinstance(given, str) else tuple(self.attention)
+        object.__setattr__(self, "attention", words * self.num_layers if len(words) == 1 else words)
+        _positive(
+            "model",
+            vocab_size=self.vocab_size,
+            hidden=self.hidden,
+            num_layers=self.num_layers,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            value_dim=self.value_dim,
+            ffn_dim=self.ffn_dim,
+            max_seq_len=self.max_seq_len,
+        )
+        if len(self.attention) != self.num_layers or set(self.attention) - set(ATTENTIONS):
+            raise ConfigError(
+                f"model.attention={self.attention} must name {' or '.join(ATTENTIONS)} once, or once for each"
+                f" of the num_layers={self.num_layers} layers"
+            )
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError(
+                f"model.num_heads={self.num_heads} is not divisible by num_kv_heads={self.num_kv_heads}"
+            )
+        if self.head_dim % 2:
+            raise ConfigError(f"model.head_dim={self.head_dim} must be even: RoPE turns pairs of channels")
+        if self.dse.layers and self.dse.layers[-1] >= self.num_layers:
+            raise ConfigError(f"dse.layers={self.dse.layers} must be below num_layers={self.num_layers}")
+        for name, token in (("pad_id", self.dse.pad_id), ("document_end_id", self.dse.document_end_id)):
+            if not (0 if name == "pad_id" else -1) <= token < self.vocab_size:
+                raise ConfigError(f"dse.{name}={token} is outside the vocabulary of {self.vocab_size}")
+
+    @property
+    def value_dim(self) -> int:
+        """Size of a value head."""
+        return self.head_dim if self.v_head_dim is None else self.v_head_dim
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """0-based layers with routed experts."""
+        if self.moe.router == "dense":
+            return ()
+        return tuple(range(min(self.moe.leading_dense, self.num_layers), self.num_layers))
+
+    def dense_width(self, layer: int) -> int:
+        """Inner width of a layer's dense MLP: leading, or instead of experts ("dense" router)."""
+        if layer < self.moe.leading_dense:
+            return self.ffn_dim
+        return (self.moe.num_shared + self.moe.top_k) * self.moe.expert_dim
+
+
+_TINY = ModelConfig(
+    attention=("full", "nsa", "nsa", "nsa"),
+    # Ten times the papers' step: a run of some hundred steps must balance its experts too.
+    moe=MoEConfig(bias_update=0.01),
+    dse=DSEConfig(layers=(1, 2), num_buckets=16),
+)
+_SMALL = ModelConfig(
+    vocab_size=32768,
+    hidden=512,
+    num_layers=8,
+    num_heads=16,
+    num_kv_heads=2,
+    head_dim=64,
+    ffn_dim=1408,
+    attention=("full",) + ("nsa",) * 7,
+    max_seq_len=8192,
+    nsa=NSAConfig(block=32, stride=16, select_block=64, num_selected=16, window=512),
+    moe=MoEConfig(num_experts=64, num_shared=1, top_k=6, expert_dim=176),
+    dse=DSEConfig(layers=(1, 4), heads=8, rows_per_head=65536, head_dim=32),
+)
+_1B = replace(
+    _SMALL,
+    vocab_size=129280,
+    hidden=1024,
+    num_layers=16,
+    num_heads=32,
+    num_kv_heads=2,
+    ffn_dim=4096,
+    attention=("full",) + ("nsa",) * 15,
+    max_seq_len=32768,
+    tie_embeddings=False,
+    moe=MoEConfig(num_experts=64, num_shared=2, top_k=6, expert_dim=320, scaling=2.5),
+    dse=DSEConfig(layers=(1, 7), heads=8, rows_per_head=262144, head_dim=80, pad_id=2, document_end_id=1),
+)
+PRESETS = {"tiny": _TINY, "small": _SMALL, "1b": _1B}
+
+
+def preset(name: str) -> ModelConfig:
+    """Return a named configuration: tiny (CPU, seconds), small or 1b.
+
+    Raises:
+        ConfigError: no such preset.
+    """
+    if name not in PRESETS:
+        raise ConfigError(f"model preset {name!r} is unknown; use one of {', '.join(PRESETS)}")
+    return PRESETS[name]

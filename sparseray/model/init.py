@@ -1,0 +1,76 @@
+"""Initial weights by logical name: any holder makes any tensor alone, and all holders make the same.
+
+The generator of a tensor is seeded from the model's seed and the tensor's name, so neither the order of
+construction nor the number of workers matters.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sparseray.model.config import ModelConfig
+
+EXPERT_PARTS = ("gate", "up", "down")
+
+
+def initial_tensor(name: str, shape: Sequence[int], *, seed: int, std: float) -> Tensor:
+    """Draw a tensor from N(0, std^2).
+
+    Args:
+        name: logical name of the tensor.
+        shape: its shape.
+        seed: of the model.
+        std: standard deviation.
+
+    Returns:
+        fp32 on the CPU; equal wherever it is made.
+    """
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.randn(tuple(shape), generator=generator, dtype=torch.float32) * std
+
+
+def initial_dense(name: str, shape: Sequence[int], *, seed: int, std: float) -> Tensor:
+    """Initial value of a parameter of `Transformer`: norms 1, biases and convolutions 0, the rest normal."""
+    if name.endswith("norm.weight"):
+        return torch.ones(tuple(shape))
+    if name.endswith((".bias", "conv.weight")):
+        return torch.zeros(tuple(shape))
+    return initial_tensor(name, shape, seed=seed, std=std)
+
+
+def expert_name(layer: int, expert: int, part: str) -> str:
+    """Logical name of one matrix of one expert; part is gate, up or down."""
+    return f"layers.{layer}.moe.experts.{expert}.{part}"
+
+
+def expert_shape(config: ModelConfig, part: str) -> tuple[int, int]:
+    """Shape of an expert's gate, up ([I, H]) or down ([H, I])."""
+    inner, hidden = config.moe.expert_dim, config.hidden
+    return (hidden, inner) if part == "down" else (inner, hidden)
+
+
+def initial_expert(config: ModelConfig, layer: int, expert: int, *, seed: int) -> dict[str, Tensor]:
+    """Initial gate, up and down of one expert, fp32."""
+    return {
+        part: initial_tensor(
+            expert_name(layer, expert, part), expert_shape(config, part), seed=seed, std=config.init_std
+        )
+        for part in EXPERT_PARTS
+    }
+
+
+def bucket_name(layer: int, bucket: int) -> str:
+    """Logical name of one bucket of a layer's memory table."""
+    return f"dse.{layer}.bucket.{bucket}"
+
+
+def initial_bucket(config: ModelConfig, layer: int, bucket: int, rows: int, *, seed: int) -> Tensor:
+    """Initial rows [rows, head_dim] of one bucket, fp32."""
+    return initial_tensor(
+        bucket_name(layer, bucket), (rows, config.dse.head_dim), seed=seed, std=config.init_std
+    )

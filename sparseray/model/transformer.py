@@ -1,0 +1,335 @@
+"""The network: embedding, blocks of (memory, attention, experts), final norm and head.
+
+One call of `forward` is the work of one logical shard of a training step, or a chunk of one sequence with its
+cache. Routed experts and memory tables are not parameters of this module: they come in through `experts` and
+`memory`. Pre-norm residual blocks; the memory is added before the attention (arXiv 2601.07372 section 2.3).
+
+Shapes: B sequences, T tokens, R rows (B*T, or all chunks' tokens padded), H hidden, V vocabulary,
+L MoE layers, E experts, N table rows per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparseray.errors import ConfigError
+from sparseray.model.attention import FullAttention, NSAttention, Rope
+from sparseray.model.cache import Cache
+from sparseray.model.config import ModelConfig
+from sparseray.model.dse import DSE, Memory
+from sparseray.model.dse_layout import NO_TOKEN, DSELayout
+from sparseray.model.init import initial_dense
+from sparseray.model.layers import Batch, RMSNorm, Span, SwiGLU, linear, padded
+from sparseray.model.moe import Experts, MoE
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """What one forward call returns.
+
+    Args:
+        hidden_BTH: hidden states after the final norm.
+        aux_loss: fp32 scalar, balance losses of all layers with their coefficients (0 in inference).
+        expert_counts_LE: int64 [MoE layers, experts], tokens sent to each expert.
+    """
+
+    hidden_BTH: Tensor
+    aux_loss: Tensor
+    expert_counts_LE: Tensor
+
+
+class Block(nn.Module):
+    """One layer."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.dse = DSE(config, layer) if layer in config.dse.layers else None
+        self.attention_norm = RMSNorm(config.hidden, config.norm_eps)
+        self.attention: FullAttention | NSAttention
+        if config.attention[layer] == "nsa":
+            self.attention = NSAttention(config, layer)
+        else:
+            self.attention = FullAttention(config, layer)
+        self.ffn_norm = RMSNorm(config.hidden, config.norm_eps)
+        self.moe = MoE(config, layer) if layer in config.moe_layers else None
+        self.ffn = None if self.moe else SwiGLU(config.hidden, config.dense_width(layer))
+
+    def attend(self, h_RH: Tensor, batch: Batch, angles: tuple[Tensor, Tensor], rope: Rope) -> Tensor:
+        """Add the attention of the normed hidden states."""
+        x_RH = self.attention_norm(h_RH)
+        if isinstance(self.attention, NSAttention):
+            out_RH: Tensor = self.attention(x_RH, batch, angles, rope)
+        else:
+            out_RH = self.attention(x_RH, batch, angles)
+        return h_RH + out_RH
+
+    def feed_forward(
+        self, h_RH: Tensor, batch: Batch, experts: Experts
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Add the experts (or the dense MLP); also the balance loss and the counts."""
+        x_RH = self.ffn_norm(h_RH)
+        if self.moe is None:
+            assert self.ffn is not None
+            return h_RH + self.ffn(x_RH, batch), None, None
+        y_RH, loss, counts_E = self.moe(x_RH, batch, experts)
+        return h_RH + y_RH, loss, counts_E
+
+
+class Transformer(nn.Module):
+    """The dense part of the model, with seams for the experts and the memory.
+
+    Args:
+        config: of the model.
+        layout: row addresses of the memory; None for a model without memory layers.
+        seed: of the initial weights.
+
+    Raises:
+        ConfigError: the config has memory layers and the layout is missing or belongs to other settings.
+    """
+
+    def __init__(self, config: ModelConfig, layout: DSELayout | None, *, seed: int = 0) -> None:
+        super().__init__()
+        if config.dse.layers and layout is None:
+            raise ConfigError(f"dse.layers={config.dse.layers} needs a DSELayout; build or load one")
+        if config.dse.layers and layout is not None and layout.config != config.dse:
+            raise ConfigError(
+                "the DSELayout was built from other settings than model.dse; rebuild one of them"
+            )
+        if config.dse.layers and layout is not None and len(layout.token_map) < config.vocab_size:
+            raise ConfigError(
+                f"the DSELayout maps {len(layout.token_map)} tokens, model.vocab_size={config.vocab_size};"
+                " pass vocab_size to DSELayout.build"
+            )
+        self.config, self.layout = config, layout
+        self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.hidden))
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        self.final_norm = RMSNorm(config.hidden, config.norm_eps)
+        self.head = (
+            None if config.tie_embeddings else nn.Parameter(torch.empty(config.vocab_size, config.hidden))
+        )
+        self.rope = Rope(config)
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                parameter.copy_(initial_dense(name, parameter.shape, seed=seed, std=config.init_std))
+
+    def _blocks(
+        self,
+        tokens_R: Tensor,
+        batch: Batch,
+        rows: dict[int, Tensor],
+        experts: Experts,
+        memory: Memory | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Run all layers on the rows: (hidden after the final norm, aux loss, counts)."""
+        h_RH = F.embedding(tokens_R, self.embedding)
+        angles = self.rope.at(batch.positions_R)
+        losses: list[Tensor] = []
+        counts: list[Tensor] = []
+        for block in self.layers:
+            assert isinstance(block, Block)
+            if block.dse is not None:
+                if memory is None:
+                    raise ConfigError(f"layer {block.layer} has a memory; pass `memory`")
+                h_RH = h_RH + block.dse(h_RH, memory(block.layer, rows[block.layer]), batch)
+            h_RH = block.attend(h_RH, batch, angles, self.rope)
+            h_RH, loss, counts_E = block.feed_forward(h_RH, batch, experts)
+            losses += [] if loss is None else [loss]
+            counts += [] if counts_E is None else [counts_E]
+        aux = torch.stack(losses).sum() if losses else torch.zeros((), device=h_RH.device)
+        empty = torch.zeros(0, self.config.moe.num_experts, dtype=torch.int64, device=h_RH.device)
+        return self.final_norm(h_RH), aux, torch.stack(counts) if counts else empty
+
+    def memory_rows(
+        self, tokens_BT: Tensor, document_starts_BT: Tensor | None = None, history_BL: Tensor | None = None
+    ) -> dict[int, Tensor]:
+        """Table rows [B*T, N] of every memory layer, known before the forward pass (fetch them ahead)."""
+        if self.layout is None:
+            return {}
+        layout = self.layout
+        return {
+            layer: layout.rows(layer, tokens_BT, history_BL, document_starts_BT).flatten(0, 1)
+            for layer in self.config.dse.layers
+        }
+
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        *,
+        experts: Experts,
+        memory: Memory | None,
+        document_starts_BT: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Output:
+        """Run the network on B sequences from their start, or on the next chunk of one sequence.
+
+        Args:
+            tokens_BT: int64; with a cache B is 1 and T any length, and the chunk is appended to the cache.
+            experts: the routed experts.
+            memory: the memory tables; None for a model without memory layers.
+            document_starts_BT: bool, True at documents' first tokens. None: derived from
+                `dse.document_end_id`, if that is set.
+            cache: of the sequence.
+
+        Raises:
+            ConfigError: too many tokens for the model or the cache, or B > 1 with a cache.
+        """
+        B, T = tokens_BT.shape
+        if cache is not None:
+            if B != 1:
+                raise ConfigError(f"a cache holds one sequence, got {B}; use decode.forward_chunks")
+            starts = None if document_starts_BT is None else [document_starts_BT[0]]
+            hidden, counts_LE = self.run_chunks(
+                [(tokens_BT[0], cache)], experts=experts, memory=memory, document_starts=starts
+            )
+            return Output(
+                hidden_BTH=hidden[0][None],
+                aux_loss=torch.zeros((), device=tokens_BT.device),
+                expert_counts_LE=counts_LE,
+            )
+        if self.config.max_seq_len < T:
+            raise ConfigError(f"{T} tokens exceed model.max_seq_len={self.config.max_seq_len}")
+        if document_starts_BT is None and self.layout is not None:
+            document_starts_BT = self.layout.document_starts(tokens_BT)
+        batch = Batch(
+            shape=(B, T),
+            positions_R=torch.arange(T, device=tokens_BT.device).repeat(B),
+            rows=B * T,
+            starts_BT=document_starts_BT,
+        )
+        rows = self.memory_rows(tokens_BT, document_starts_BT)
+        hidden_RH, aux, counts_LE = self._blocks(tokens_BT.reshape(-1), batch, rows, experts, memory)
+        return Output(hidden_BTH=hidden_RH.view(B, T, -1), aux_loss=aux, expert_counts_LE=counts_LE)
+
+    @torch.no_grad()
+    def run_chunks(
+        self,
+        chunks: Sequence[tuple[Tensor, Cache]],
+        *,
+        experts: Experts,
+        memory: Memory | None,
+        document_starts: Sequence[Tensor] | None = None,
+    ) -> tuple[list[Tensor], Tensor]:
+        """Run the next chunk of several sequences; a sequence's bits do not depend on the others.
+
+        Args:
+            chunks: (tokens int64 [T], cache) of each sequence, T >= 1; the chunk is appended to the cache.
+            experts, memory: as in `forward`.
+            document_starts: bool [T] for each chunk, or None.
+
+        Returns:
+            (hidden states [T, H] of each chunk, expert counts int64 [L, E]).
+
+        Raises:
+            ConfigError: a chunk is empty or does not fit its cache, or a cache is given twice.
+        """
+        spans, starts, device = [], [], self.embedding.device
+        start = 0
+        if len({id(cache) for _, cache in chunks}) != len(chunks):
+            raise ConfigError("a cache is given twice in one call; join its chunks")
+        for index, (tokens_T, cache) in enumerate(chunks):
+            if not tokens_T.numel():
+                raise ConfigError(f"chunk {index} is empty; leave it out")
+            cache.room(tokens_T.numel())
+            spans.append(Span(start=start, stop=start + tokens_T.numel(), cache=cache))
+            start += tokens_T.numel()
+            if document_starts is not None:
+                starts.append(document_starts[index])
+            elif self.layout is not None:
+                previous = tokens_T.new_tensor([cache.last_token])
+                derived = self.layout.document_starts(tokens_T[None], previous)
+                starts += [] if derived is None else [derived[0]]
+        padding = padded(start) - start
+        tokens_R = F.pad(torch.cat([tokens for tokens, _ in chunks]), (0, padding))
+        positions = [torch.arange(s.stop - s.start, device=device) + s.cache.length for s in spans]
+        batch = Batch(
+            shape=(1, start),
+            positions_R=F.pad(torch.cat(positions), (0, padding)),
+            rows=start,
+            starts_BT=torch.cat(starts)[None] if starts else None,
+            spans=tuple(spans),
+        )
+        rows = self._chunk_rows(tokens_R, batch)
+        hidden_RH, _, counts_LE = self._blocks(tokens_R, batch, rows, experts, memory)
+        for span in spans:
+            self._advance(span, tokens_R, batch)
+        return [hidden_RH[span.start : span.stop] for span in spans], counts_LE
+
+    def _chunk_rows(self, tokens_R: Tensor, batch: Batch) -> dict[int, Tensor]:
+        """Addresses of all chunks at once: their histories and tokens lie one after the other."""
+        assert batch.spans is not None
+        if self.layout is None or not self.config.dse.layers:
+            return {}
+        pieces, starts, kept = [], [], []
+        for span in batch.spans:
+            pieces += [span.cache.tokens_L, tokens_R[span.start : span.stop]]
+            old = torch.zeros_like(span.cache.tokens_L, dtype=torch.bool)
+            kept += [old, torch.ones_like(pieces[-1], dtype=torch.bool)]
+            if batch.starts_BT is not None:
+                starts += [old, batch.starts_BT[0, span.start : span.stop]]
+        keep = torch.cat(kept)
+        starts_1P = torch.cat(starts)[None] if starts else None
+        found = self.memory_rows(torch.cat(pieces)[None], starts_1P)
+        return {layer: rows[keep] for layer, rows in found.items()}
+
+    def _advance(self, span: Span, tokens_R: Tensor, batch: Batch) -> None:
+        """Append a chunk's tokens to its cache's length and history."""
+        cache, tokens_T = span.cache, tokens_R[span.start : span.stop]
+        seen = torch.cat([cache.tokens_L, tokens_T])
+        if batch.starts_BT is not None and self.config.dse.reset_at_document:
+            document = batch.starts_BT[0, span.start : span.stop].long().cumsum(0)
+            document = F.pad(document, (cache.tokens_L.shape[0], 0))
+            seen = torch.where(document == document[-1], seen, NO_TOKEN)
+        cache.tokens_L.copy_(seen[seen.shape[0] - cache.tokens_L.shape[0] :])
+        cache.last_token = int(tokens_T[-1])
+        cache.length += tokens_T.shape[0]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [..., V] of hidden states [..., H]; batch invariant without gradients."""
+        weight = self.embedding if self.head is None else self.head
+        if torch.is_grad_enabled():
+            return F.linear(hidden, weight)
+        rows_RH = hidden.flatten(0, -2)
+        count = rows_RH.shape[0]
+        rows_RH = F.pad(rows_RH, (0, 0, 0, padded(count) - count))
+        logits_RV = linear(rows_RH, weight, invariant=True)[:count]
+        return logits_RV.reshape(*hidden.shape[:-1], -1)
+
+    @torch.no_grad()
+    def update_router_bias(self, counts_LE: Tensor) -> None:
+        """Move the selection biases against the load, once per optimizer step (V3 routing only).
+
+        Args:
+            counts_LE: int64 [MoE layers, E], tokens per expert over the whole global batch.
+
+        Source: arXiv 2412.19437 section 2.1.2: b_i += gamma * sign(mean count - count_i).
+        """
+        if self.config.moe.router != "v3":
+            return
+        for layer, counts_E in zip(self.config.moe_layers, counts_LE, strict=True):
+            block = self.layers[layer]
+            assert isinstance(block, Block)
+            assert block.moe is not None
+            # Whole numbers: sum - E * count has the sign of mean - count, without rounding.
+            sign_E = torch.sign(counts_E.sum() - counts_E * counts_E.numel())
+            block.moe.router_bias.add_(sign_E.to(torch.float32), alpha=self.config.moe.bias_update)
+
+
+def cross_entropy_sum(model: Transformer, hidden_BTH: Tensor, targets_BT: Tensor) -> Tensor:
+    """Sum of the cross-entropies of the targets, in fp32; targets of -1 are ignored.
+
+    Args:
+        model: whose head is used.
+        hidden_BTH: hidden states after the final norm.
+        targets_BT: int64.
+
+    Returns:
+        fp32 scalar.
+    """
+    logits_RV = model.logits(hidden_BTH).flatten(0, -2).float()
+    return F.cross_entropy(logits_RV, targets_BT.reshape(-1), ignore_index=-1, reduction="sum")

@@ -1,0 +1,167 @@
+"""Checkpoints: a folder of safetensors named by logical parameter, and a manifest written last.
+
+Every holder writes its part; the scheduler writes the manifest and renames the folder. A folder
+without the final name does not count. It loads on any number of slots, since names are logical.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from sparseray.errors import CheckpointError
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+UNFINISHED = ".unfinished"
+
+
+def tensor_sha256(tensor: torch.Tensor) -> str:
+    """SHA-256 of a tensor's bytes in row-major order."""
+    return hashlib.sha256(tensor.detach().contiguous().numpy().reshape(-1).view("uint8").data).hexdigest()
+
+
+def write_part(directory: str | Path, part: str, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Write tensors to `<part>.safetensors`, on disk when this returns.
+
+    Returns:
+        name to {file, shape, dtype, sha256}.
+    """
+    path = Path(directory) / f"{part}.safetensors"
+    plain = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    save_file(plain, path)
+    sync(path)
+    return {
+        name: {
+            "file": path.name,
+            "shape": list(tensor.shape),
+            "dtype": str(tensor.dtype).removeprefix("torch."),
+            "sha256": tensor_sha256(tensor),
+        }
+        for name, tensor in plain.items()
+    }
+
+
+def sync(path: Path) -> None:
+    """Flush a file or folder to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def digest(tensors: dict[str, Any]) -> str:
+    """SHA-256 over names and hashes of all tensors; the same however they are spread over files."""
+    lines = "".join(f"{name} {entry['sha256']}\n" for name, entry in sorted(tensors.items()))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def begin(root: Path, step: int) -> Path:
+    """Make an empty folder for the parts of a checkpoint."""
+    path = root / f"step_{step}{UNFINISHED}"
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True)
+    return path
+
+
+def finish(unfinished: Path, manifest: dict[str, Any]) -> Path:
+    """Write the manifest and give the folder its final name; from now on it counts."""
+    path = unfinished / MANIFEST
+    path.write_text(json.dumps(manifest, indent=1))
+    sync(path)
+    sync(unfinished)
+    final = unfinished.with_name(unfinished.name.removesuffix(UNFINISHED))
+    shutil.rmtree(final, ignore_errors=True)
+    os.rename(unfinished, final)
+    sync(final.parent)
+    return final
+
+
+def prune(root: Path, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints, and what was never finished."""
+    for path in root.glob(f"step_*{UNFINISHED}"):
+        shutil.rmtree(path, ignore_errors=True)
+    for path in list_finished(root)[:-keep]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def list_finished(root: Path) -> list[Path]:
+    """Checkpoints of a run, oldest first."""
+    found = [
+        p for p in root.glob("step_*") if p.name.removeprefix("step_").isdigit() and (p / MANIFEST).exists()
+    ]
+    return sorted(found, key=lambda p: int(p.name.removeprefix("step_")))
+
+
+def read_manifest(directory: str | Path) -> dict[str, Any]:
+    """Read a checkpoint's manifest.
+
+    Raises:
+        CheckpointError: there is none, it is damaged, or of another format.
+    """
+    path = Path(directory) / MANIFEST
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{directory} is not a checkpoint: it has no {MANIFEST}; give a folder such as RUN/checkpoints/step_50"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); use an older checkpoint") from None
+    if manifest.get("format") != FORMAT:
+        raise CheckpointError(f"{path} has format {manifest.get('format')}, this version reads {FORMAT}")
+    return manifest
+
+
+def check_files(directory: str | Path, manifest: dict[str, Any]) -> None:
+    """Check, without reading them whole, that all files are there with the length that was written.
+
+    Raises:
+        CheckpointError: a file is missing or truncated.
+    """
+    for name, size in manifest["files"].items():
+        path = Path(directory) / name
+        actual = path.stat().st_size if path.exists() else None
+        if actual != size:
+            state = "is missing" if actual is None else f"has {actual} bytes instead of {size}"
+            raise CheckpointError(
+                f"{path} {state}: the checkpoint is damaged; remove {directory} to use the one before"
+            )
+
+
+def read_tensors(directory: str | Path, names: Sequence[str]) -> dict[str, torch.Tensor]:
+    """Read and verify tensors by logical name.
+
+    Raises:
+        CheckpointError: a tensor is missing, or its bytes differ from what was written.
+    """
+    entries = read_manifest(directory)["tensors"]
+    by_file: dict[str, list[str]] = {}
+    for name in names:
+        if name not in entries:
+            raise CheckpointError(f"{directory} has no tensor {name!r}: it is a checkpoint of another model")
+        by_file.setdefault(entries[name]["file"], []).append(name)
+    found = {}
+    for file, members in by_file.items():
+        try:
+            with safe_open(Path(directory) / file, framework="pt") as archive:
+                for name in members:
+                    found[name] = archive.get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"{directory}/{file} cannot be read ({error}); use an older checkpoint"
+            ) from None
+        for name in members:
+            if tensor_sha256(found[name]) != entries[name]["sha256"]:
+                raise CheckpointError(
+                    f"{directory}/{file}: {name} differs from its SHA-256; use an older checkpoint"
+                )
+    return found

@@ -1,0 +1,58 @@
+"""The scheduler's journal: every decision is written here before it takes effect.
+
+SQLite in WAL mode, one row a decision. A decision that is not in the journal has not happened; one
+that is there has, whoever died meanwhile.
+"""
+
+import json
+import sqlite3
+import time
+from pathlib import Path
+from typing import Any
+
+
+class Journal:
+    """Appends and reads decisions of one run.
+
+    Args:
+        path: database file; created when missing.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
+        self._db.execute("PRAGMA journal_mode=WAL")
+        # A killed process loses nothing in WAL mode; only a power cut needs more than NORMAL.
+        self._db.execute("PRAGMA synchronous=NORMAL")
+        self._db.execute(
+            "CREATE TABLE IF NOT EXISTS decisions ("
+            "id INTEGER PRIMARY KEY, time REAL NOT NULL, generation INTEGER NOT NULL, "
+            "step INTEGER NOT NULL, kind TEXT NOT NULL, body TEXT NOT NULL)"
+        )
+
+    def append(self, kind: str, *, generation: int, step: int, **body: Any) -> None:
+        """Write one decision; it is in the file when this returns."""
+        self._db.execute(
+            "INSERT INTO decisions (time, generation, step, kind, body) VALUES (?, ?, ?, ?, ?)",
+            (time.time(), generation, step, kind, json.dumps(body)),
+        )
+
+    def last(self, kind: str) -> dict[str, Any] | None:
+        """Return the newest decision of a kind, or None."""
+        rows = self.read(kind, limit=1)
+        return rows[0] if rows else None
+
+    def read(self, kind: str | None = None, limit: int = 100) -> list[dict[str, Any]]:
+        """Return up to `limit` decisions, newest first."""
+        where, values = ("WHERE kind = ?", (kind,)) if kind else ("", ())
+        rows = self._db.execute(
+            f"SELECT time, generation, step, kind, body FROM decisions {where} ORDER BY id DESC LIMIT ?",
+            (*values, limit),
+        )
+        return [
+            {"time": t, "generation": generation, "step": step, "kind": name, **json.loads(body)}
+            for t, generation, step, name, body in rows
+        ]
+
+    def close(self) -> None:
+        """Close the file."""
+        self._db.close()

@@ -1,0 +1,112 @@
+"""Frames over ZeroMQ: one inbox per slot, one outgoing queue per peer.
+
+Unix sockets in a private folder on one host (the default), TCP on an address of the user's choice
+across hosts. PUSH and PULL sockets keep the order of one pair; lost peers never block a sender.
+"""
+
+import os
+import pathlib
+import shutil
+import socket
+import tempfile
+from collections.abc import Sequence
+from typing import Any
+
+import zmq
+
+MAX_FRAME_BYTES = 1 << 30
+_COPY_BELOW = 64 << 10
+
+
+class ZmqTransport:
+    """A slot's inbox and its ways to the others.
+
+    Args:
+        name: file name of the inbox, unique within the job.
+        directory: private folder for Unix sockets; None to use TCP.
+        host: address to bind for TCP.
+    """
+
+    def __init__(self, name: str, directory: pathlib.Path | None, host: str = "127.0.0.1") -> None:
+        self._context = zmq.Context()
+        self._inbox = self._context.socket(zmq.PULL)
+        self._inbox.setsockopt(zmq.RCVHWM, 0)
+        self._inbox.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
+        if directory is not None:
+            path = directory / f"{name}-{os.getpid()}"
+            self.address = f"ipc://{path}"
+            self._inbox.bind(self.address)
+        else:
+            self._inbox.bind(f"tcp://{host}:*")
+            self.address = bytes(self._inbox.getsockopt(zmq.LAST_ENDPOINT)).decode().rstrip("\0")
+        self._outgoing: dict[int, tuple[str, zmq.Socket[bytes]]] = {}
+
+    def connect(self, peers: dict[int, str]) -> None:
+        """Open a queue to every peer; one whose address changed is replaced, one that left is closed."""
+        for slot in [s for s, (address, _) in self._outgoing.items() if peers.get(s) != address]:
+            self._outgoing.pop(slot)[1].close(linger=0)
+        for slot, address in peers.items():
+            if slot not in self._outgoing:
+                queue = self._context.socket(zmq.PUSH)
+                queue.setsockopt(zmq.SNDHWM, 0)
+                queue.setsockopt(zmq.LINGER, 1000)
+                queue.connect(address)
+                self._outgoing[slot] = (address, queue)
+
+    def send(self, slot: int, frames: Sequence[Any]) -> None:
+        """Queue frames for a slot; large ones are not copied, so the caller must not change them."""
+        _, queue = self._outgoing[slot]
+        last = len(frames) - 1
+        for index, frame in enumerate(frames):
+            flags = zmq.SNDMORE if index < last else 0
+            queue.send(frame, flags, copy=len(frame) < _COPY_BELOW)
+
+    def receive(self, timeout_s: float) -> list[Any] | None:
+        """Return the frames of the next message, or None after `timeout_s` seconds."""
+        if not self._inbox.poll(int(timeout_s * 1000)):
+            return None
+        return [frame.buffer for frame in self._inbox.recv_multipart(copy=False)]
+
+    def close(self) -> None:
+        """Close all sockets and remove the inbox's file."""
+        for _, queue in self._outgoing.values():
+            queue.close(linger=200)
+        self._outgoing.clear()
+        self._inbox.close(linger=0)
+        self._context.term()
+        if self.address.startswith("ipc://"):
+            pathlib.Path(self.address.removeprefix("ipc://")).unlink(missing_ok=True)
+
+
+def private_directory(job: str) -> pathlib.Path:
+    """Return a folder for Unix sockets that only this user can enter (a socket's path is at most 107 bytes)."""
+    path = _root() / job[:16]
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    os.chmod(path.parent, 0o700)
+    return path
+
+
+def remove_directory(job: str) -> None:
+    """Remove the folder of a job that has ended, and those of jobs that were killed before they could."""
+    shutil.rmtree(_root() / job[:16], ignore_errors=True)
+    for folder in _root().glob("*"):
+        inboxes = list(folder.glob("*"))
+        if inboxes and not any(_is_served(inbox) for inbox in inboxes):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _root() -> pathlib.Path:
+    return pathlib.Path(tempfile.gettempdir()) / f"sparseray-{os.getuid()}"
+
+
+def _is_served(inbox: pathlib.Path) -> bool:
+    """Whether a process listens on a Unix socket; the kernel refuses a connection once none does."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(1.0)
+        try:
+            probe.connect(str(inbox))
+        except (ConnectionRefusedError, FileNotFoundError):
+            return False
+        except OSError:
+            return True
+    return True

@@ -1,0 +1,32 @@
+"""What all tests share: a tiny corpus, prepared once a session."""
+
+import os
+import random
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+WORDS = "rain river stone bread light house under winter green north seven learn sparse hold move".split()  # noqa: SIM905
+
+
+def write_corpus(folder: Path, *, documents: int = 40, words: int = 160, seed: int = 0) -> None:
+    """Write text that depends on the seed alone: every document repeats a few phrases of its own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    source = random.Random(seed)
+    for index in range(documents):
+        phrases = [" ".join(source.choices(WORDS, k=6)) for _ in range(4)]
+        lines = [source.choice(phrases) for _ in range(words // 6)]
+        (folder / f"{index:03d}.txt").write_text(".\n".join(lines) + ".\n")
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Token shards of a corpus of fixed text, vocabulary 300; read only."""
+    from sparseray.jobs.prepare import prepare
+
+    folder = tmp_path_factory.mktemp("corpus")
+    write_corpus(folder / "text")
+    prepare([str(folder / "text")], folder / "data", vocab_size=300, validation_fraction=0.1)
+    return folder / "data"

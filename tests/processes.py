@@ -1,0 +1,97 @@
+"""Runs commands as real processes with an environment of their own, and finds what they leave behind."""
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).resolve().parent.parent
+LIMIT_S = 120.0
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """The environment of a command: token authentication off unless asked for, one thread."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    return kept | {
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        **changes,
+    }
+
+
+def start(arguments: list[str], log: Path, **changes: str) -> subprocess.Popen[bytes]:
+    """Start `python -m sparseray ARGUMENTS` as a process group of its own, its output in `log`."""
+    with log.open("ab") as file:
+        return subprocess.Popen(
+            [sys.executable, "-m", "sparseray", *arguments],
+            cwd=ROOT,
+            env=environment(**changes),
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
+def run(arguments: list[str], log: Path, **changes: str) -> int:
+    """Run a command to its end and return its exit code."""
+    return start(arguments, log, **changes).wait(LIMIT_S)
+
+
+def wait_until(condition: Callable[[], object], what: str, limit_s: float = LIMIT_S) -> None:
+    """Wait for a condition that another process brings about."""
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < deadline, f"{what} did not happen within {limit_s} s"
+        time.sleep(0.02)
+
+
+def of_mark(mark: str) -> list[psutil.Process]:
+    """All living processes whose environment has SPARSERAY_TEST=mark: Ray's daemons and workers too."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.status() != psutil.STATUS_ZOMBIE and process.environ().get("SPARSERAY_TEST") == mark:
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return found
+
+
+def kill_all(process: subprocess.Popen[bytes], mark: str) -> None:
+    """SIGKILL a command and all its processes, by id, and wait until they are gone."""
+    for member in of_mark(mark):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.kill()
+    process.wait(LIMIT_S)
+    wait_until(lambda: not of_mark(mark), "the end of all processes")
+
+
+def interrupt(process: subprocess.Popen[bytes]) -> None:
+    """Ctrl-C in a terminal: SIGINT to the whole process group."""
+    os.killpg(process.pid, signal.SIGINT)
+
+
+def socket_folders(temporary: Path) -> list[Path]:
+    """Folders of Unix sockets below a command's temporary folder."""
+    return list((temporary / f"sparseray-{os.getuid()}").glob("*"))
+
+
+@contextlib.contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """A short private folder for TMPDIR (a socket's path is at most 107 bytes); Ray's files go there too."""
+    path = Path(tempfile.mkdtemp(prefix="sr-", dir="/tmp"))
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,166 @@
+"""The number of actors changes no bit: losses, gradient norms and checkpoints equal those of one actor."""
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from local_cluster import MODEL, Trained, tiny_run, train
+
+from sparseray.actors.exchange import Call, RemoteExperts, RemoteMemory
+from sparseray.actors.expert_shard import ExpertShard
+from sparseray.actors.memory_shard import MemoryShard, bucket_bounds
+from sparseray.actors.token_data import TokenDataset, batch
+from sparseray.jobs.pretrain import build_layout, placement
+from sparseray.model.dse import LocalMemory
+from sparseray.model.moe import LocalExperts
+from sparseray.model.transformer import Transformer, cross_entropy_sum
+from sparseray.platform.plan import make_plan
+
+STEPS, SHORT = 30, 8
+PLACEMENTS = list(itertools.product((1, 2, 4), (1, 2, 3), (1, 2), (1, 2)))
+# Every pair of values of two of the four numbers occurs here and runs all 30 steps; the rest stop after 8.
+LONG = [
+    (1, 2, 1, 2), (1, 3, 2, 1), (1, 1, 2, 2), (2, 1, 2, 1), (2, 2, 2, 2), (2, 3, 1, 2),
+    (2, 2, 1, 1), (4, 1, 1, 2), (4, 2, 2, 1), (4, 3, 2, 2), (4, 3, 1, 1),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def reference(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Trained]:
+    """One actor of each role, after all steps and after a few."""
+    folder = tmp_path_factory.mktemp("reference")
+    return {
+        steps: train(folder / str(steps), tiny_run(corpus, steps=STEPS), stop_after=steps)
+        for steps in (SHORT, STEPS)
+    }
+
+
+def check(found: Trained, reference: Trained) -> None:
+    assert found.curve == reference.curve
+    assert found.evaluations == reference.evaluations
+    assert found.digest == reference.digest
+
+
+def test_the_loss_falls_and_the_short_run_is_the_start_of_the_long_one(reference: dict[int, Trained]) -> None:
+    curve = reference[STEPS].curve
+    assert len(curve) == STEPS
+    assert curve[-1][0] < curve[0][0] - 0.5
+    assert reference[SHORT].curve == curve[:SHORT]
+    assert reference[SHORT].digest != reference[STEPS].digest
+
+
+@pytest.mark.parametrize(("attention", "experts", "memory", "replication"), PLACEMENTS)
+def test_placement_changes_no_bit(
+    attention: int,
+    experts: int,
+    memory: int,
+    replication: int,
+    corpus: Path,
+    reference: dict[int, Trained],
+    tmp_path: Path,
+) -> None:
+    steps = STEPS if (attention, experts, memory, replication) in LONG else SHORT
+    config = tiny_run(
+        corpus,
+        steps=STEPS,
+        attention_workers=attention,
+        expert_shards=experts,
+        memory_shards=memory,
+        replication=replication,
+    )
+    check(train(tmp_path / "run", config, stop_after=steps), reference[steps])
+
+
+@pytest.mark.parametrize(
+    ("attention", "experts", "memory", "replication"),
+    [(1, 1, 1, 1), (2, 2, 2, 1), (4, 3, 2, 2), (1, 3, 2, 3), (2, 1, 1, 2)],
+)
+def test_colocated_roles_change_no_bit(
+    attention: int,
+    experts: int,
+    memory: int,
+    replication: int,
+    corpus: Path,
+    reference: dict[int, Trained],
+    tmp_path: Path,
+) -> None:
+    config = tiny_run(
+        corpus,
+        steps=STEPS,
+        attention_workers=attention,
+        expert_shards=experts,
+        memory_shards=memory,
+        replication=replication,
+        colocated=True,
+    )
+    check(train(tmp_path / "run", config, stop_after=SHORT), reference[SHORT])
+
+
+def test_tcp_changes_no_bit(corpus: Path, reference: dict[int, Trained], tmp_path: Path) -> None:
+    config = tiny_run(corpus, steps=STEPS, attention_workers=2, expert_shards=2, memory_shards=2)
+    check(train(tmp_path / "run", config, tcp=True, stop_after=SHORT), reference[SHORT])
+
+
+@pytest.mark.parametrize("experts", [1, 3])
+def test_remote_exchange_equals_the_plain_modules(
+    experts: int, corpus: Path, reference: dict[int, Trained]
+) -> None:
+    """One shard through RemoteExperts and RemoteMemory, and through LocalExperts and LocalMemory."""
+    config = tiny_run(corpus, expert_shards=experts, memory_shards=2)
+    data = TokenDataset(corpus, "train", verify=False)
+    layout = build_layout(MODEL, data)
+    assert layout is not None
+    shard = batch(data, seed=0, step=1, shard=0, num_shards=4, sequences_per_shard=2, seq_len=32)
+    plan = make_plan(**placement(config, dict.fromkeys(range(3 + experts), "")))
+    common = {"seed": 0, "num_shards": 1, "betas": (0.9, 0.95), "eps": 1e-8}
+    table = [layout.num_rows(1)]
+    experts_at = {}
+    memory_at = {}
+    for slot in plan.addresses:
+        if owned := plan.experts_of(slot):
+            experts_at[slot] = ExpertShard(MODEL, owned, owned, weight_decay=0.0, **common)
+        if owned := plan.buckets_of(slot):
+            memory_at[slot] = MemoryShard(MODEL, table, owned, owned, **common)
+
+    def call(calls: list[Call]) -> list[tuple]:
+        return [answer(c) for c in calls]
+
+    def answer(c: Call) -> tuple:
+        if c.kind == "rows":
+            return tuple(memory_at[c.to].gather(layer, rows) for layer, rows in enumerate(c.arrays))
+        first, second = (torch.tensor(array) for array in c.arrays)
+        if c.kind == "expert_forward":
+            y = experts_at[c.to].forward(c.layer, 0, first, second, **c.body)
+        else:
+            y = experts_at[c.to].backward(c.layer, 0, first, second)
+        return (y.numpy(),)
+
+    def run(model: Transformer, expert_side: object, memory_side: object) -> tuple[float, dict]:
+        out = model(
+            shard.tokens_BT,
+            experts=expert_side,
+            memory=memory_side,
+            document_starts_BT=shard.document_starts_BT,
+        )
+        loss = cross_entropy_sum(model, out.hidden_BTH, shard.targets_BT)
+        (loss + out.aux_loss).backward()
+        return float(loss.detach()), {n: p.grad.clone() for n, p in model.named_parameters()}
+
+    local_experts, local_memory = LocalExperts(MODEL, seed=0), LocalMemory(MODEL, layout, seed=0)
+    plain_loss, plain = run(Transformer(MODEL, layout, seed=0), local_experts, local_memory)
+    model = Transformer(MODEL, layout, seed=0)
+    memory = RemoteMemory(plan, call, MODEL.dse.layers, [bucket_bounds(table[0], MODEL.dse.num_buckets)])
+    rows = [
+        r.reshape(-1).numpy() for r in model.memory_rows(shard.tokens_BT, shard.document_starts_BT).values()
+    ]
+    memory.prepare((1,), memory.fetch(rows), train=True)
+    loss, gradients = run(model, RemoteExperts(plan, call, MODEL.moe_layers), memory)
+    assert loss == plain_loss
+    for name, gradient in plain.items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-5, atol=1e-6, msg=name)
+    for holder in experts_at.values():
+        assert holder.finish_shard(0)
+        for key, reduced in holder.reduced.items():
+            expected = [local_experts.get_parameter(name).grad.reshape(-1) for name in holder.names[key]]
+            torch.testing.assert_close(reduced, torch.cat(expected), rtol=1e-5, atol=1e-6)

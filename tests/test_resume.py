@@ -1,0 +1,141 @@
+"""A run that is killed, interrupted or placed anew ends as the undisturbed run does, to the bit.
+
+Real processes and a real Ray; the undisturbed run is one of threads (tests/local_cluster.py).
+"""
+
+import json
+import subprocess
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from local_cluster import Trained, tiny_run, train
+from processes import ROOT, interrupt, kill_all, of_mark, socket_folders, start, temporary_folder, wait_until
+
+from sparseray.platform import checkpoint
+from sparseray.platform.config import RunConfig, save_yaml
+
+pytestmark = pytest.mark.ray
+STEPS, EVERY = 60, 10
+WIDE = ["--cluster.attention_workers=2", "--cluster.expert_shards=2", "--cluster.memory_shards=2"]
+OTHER = ["--cluster.attention_workers=1", "--cluster.expert_shards=3", "--cluster.memory_shards=1"]
+ONE = ["--cluster.colocated=true"]
+
+
+@pytest.fixture(scope="module")
+def config(corpus: Path) -> RunConfig:
+    run = tiny_run(corpus, steps=STEPS)
+    # Generous: other work on the machine must not make a slot look lost.
+    return replace(
+        run,
+        train=replace(run.train, checkpoint_every=EVERY),
+        cluster=replace(run.cluster, deadline_s=60.0),
+    )
+
+
+@pytest.fixture(scope="module")
+def undisturbed(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    return train(tmp_path_factory.mktemp("undisturbed") / "run", config)
+
+
+class Runs:
+    """Starts the same run again and again in one folder."""
+
+    def __init__(self, folder: Path, temporary: Path, config: RunConfig) -> None:
+        self.temporary = temporary
+        self.run_dir, self.log, self.mark = folder / "run", folder / "log.txt", uuid.uuid4().hex
+        self.options = ["pretrain", "--config", str(folder / "run.yaml"), f"--run_dir={self.run_dir}"]
+        save_yaml(config, folder / "run.yaml")
+
+    def start(self, options: list[str], **changes: str) -> subprocess.Popen[bytes]:
+        return start(
+            [*self.options, *options],
+            self.log,
+            TMPDIR=str(self.temporary),
+            SPARSERAY_TEST=self.mark,
+            **changes,
+        )
+
+    def finish(self, options: list[str]) -> None:
+        assert self.start(options).wait(120) == 0, self.log.read_text()
+
+    def steps(self) -> list[int]:
+        """Steps in metrics.jsonl; a line that is being written does not count."""
+        path = self.run_dir / "metrics.jsonl"
+        text = path.read_text() if path.exists() else ""
+        return [json.loads(line)["step"] for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+    def reaches(self, step: int, process: subprocess.Popen[bytes]) -> None:
+        self.wait(process, lambda: step in self.steps(), f"step {step}")
+
+    def wait(self, process: subprocess.Popen[bytes], condition: Callable[[], bool], what: str) -> None:
+        def there() -> bool:
+            assert process.poll() is None, self.log.read_text()
+            return condition()
+
+        wait_until(there, what)
+
+    def check(self, undisturbed: Trained) -> None:
+        """Each step once, all losses and the last checkpoint as they must be, no trace of disturbances."""
+        assert self.steps() == list(range(1, STEPS + 1))
+        records = [json.loads(line) for line in (self.run_dir / "metrics.jsonl").read_text().splitlines()]
+        assert [(r["loss"], r["aux_loss"], r["grad_norm"]) for r in records] == undisturbed.curve
+        newest = checkpoint.read_manifest(self.run_dir / "checkpoints" / f"step_{STEPS}")
+        assert newest["digest"] == undisturbed.digest
+        assert not list(self.run_dir.rglob("*.unfinished"))
+        wait_until(lambda: not of_mark(self.mark), "the end of all processes", 20.0)
+
+
+@pytest.fixture
+def runs(tmp_path: Path, config: RunConfig) -> Iterator[Runs]:
+    with temporary_folder() as temporary:
+        made = Runs(tmp_path, temporary, config)
+        yield made
+        left = of_mark(made.mark)
+        for process in left:
+            process.kill()
+        assert left == []
+        assert socket_folders(temporary) == []
+
+
+def test_killed_run_goes_on_with_other_actors_and_ends_with_the_same_bits(
+    runs: Runs, undisturbed: Trained
+) -> None:
+    first = runs.start(WIDE)
+    runs.reaches(EVERY + 4, first)
+    kill_all(first, runs.mark)
+    assert max(runs.steps()) < STEPS, "killed too late to show anything"
+    last = checkpoint.list_finished(runs.run_dir / "checkpoints")[-1].name
+    held = f"step_{int(last.removeprefix('step_')) + EVERY}"
+
+    # Resumed on other actors, and killed when the next checkpoint is all there but its name.
+    path = f"{ROOT}:{ROOT / 'tests' / 'held_rename'}"
+    second = runs.start(OTHER, PYTHONPATH=path, SPARSERAY_TEST_HOLD=held)
+    runs.wait(second, (runs.run_dir / "checkpoints" / "held").exists, f"the rename to {held}")
+    kill_all(second, runs.mark)
+    assert (runs.run_dir / "checkpoints" / f"{held}.unfinished" / "manifest.json").exists()
+    assert checkpoint.list_finished(runs.run_dir / "checkpoints")[-1].name == last
+
+    runs.finish(OTHER)
+    assert f"going on from {runs.run_dir / 'checkpoints' / last}" in runs.log.read_text()
+    runs.check(undisturbed)
+
+
+def test_ctrl_c_leaves_a_checkpoint_of_the_last_step_and_exit_code_130(
+    runs: Runs, undisturbed: Trained
+) -> None:
+    process = runs.start(ONE)
+    runs.reaches(3, process)
+    interrupt(process)
+    assert process.wait(60) == 130, runs.log.read_text()
+    stopped_at = runs.steps()[-1]
+    assert stopped_at < STEPS
+    newest = checkpoint.list_finished(runs.run_dir / "checkpoints")[-1]
+    assert newest.name == f"step_{stopped_at}"
+    assert of_mark(runs.mark) == []
+
+    runs.finish(ONE)
+    assert f"going on from {newest}" in runs.log.read_text()
+    runs.check(undisturbed)

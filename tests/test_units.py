@@ -1,0 +1,335 @@
+"""Pure parts of the platform, without Ray and without processes."""
+
+import contextlib
+import itertools
+import math
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparseray.actors.assignment import Plan
+from sparseray.actors.mailbox import Mailbox
+from sparseray.actors.messages import Message, decode, encode
+from sparseray.actors.tree import TreeSum
+from sparseray.errors import ConfigError, SlotLostError
+from sparseray.model.config import preset
+from sparseray.platform.config import OptimConfig, RunConfig, from_dict, load_yaml, parse, save_yaml, to_dict
+from sparseray.platform.journal import Journal
+from sparseray.platform.plan import make_plan, num_slots, split_evenly, with_backups
+from sparseray.platform.training import learning_rate
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# -- sums ------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 13), st.integers(1, 4), st.randoms(use_true_random=False))
+def test_sum_depends_neither_on_the_order_of_leaves_nor_on_who_adds_them(
+    leaves: int, workers: int, random: Any
+) -> None:
+    generator = torch.Generator().manual_seed(leaves)
+    values = [torch.randn(5, generator=generator) * 10.0 ** (3 * (i % 3)) for i in range(leaves)]
+
+    def add(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        return left + right
+
+    alone = TreeSum(leaves, add)
+    for index, value in enumerate(values):
+        alone.add(0, index, value)
+    trees = [TreeSum(leaves, add) for _ in range(workers)]
+    order = list(range(leaves))
+    random.shuffle(order)
+    for index in order:
+        trees[random.randrange(workers)].add(0, index, values[index])
+    for tree in trees[1:]:
+        for level, index, value in tree.nodes():
+            trees[0].add(level, index, value)
+    assert alone.root is not None
+    assert trees[0].root is not None
+    assert torch.equal(trees[0].root, alone.root)
+    torch.testing.assert_close(alone.root, torch.stack(values).sum(0), rtol=1e-4, atol=1e-2)
+
+
+def test_sum_is_not_there_before_its_last_leaf() -> None:
+    tree = TreeSum[int](5, lambda left, right: left + right)
+    for index in (4, 0, 3, 1):
+        tree.add(0, index, 1)
+        assert tree.root is None
+    tree.add(0, 2, 1)
+    assert tree.root == 5
+
+
+# -- placement -------------------------------------------------------------------------------------
+
+
+def plan_of(attention: int, experts: int, memory: int, replication: int, *, colocated: bool) -> Plan:
+    slots = num_slots(attention, experts, memory, colocated=colocated)
+    return make_plan(
+        generation=1,
+        addresses={slot: f"ipc://{slot}" for slot in range(slots)},
+        attention=attention,
+        experts=experts,
+        memory=memory,
+        replication=replication,
+        num_shards=8,
+        moe_layers=2,
+        num_experts=16,
+        dse_layers=2,
+        num_buckets=9,
+        colocated=colocated,
+    )
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.integers(1, 8), st.integers(1, 8), st.integers(1, 9), st.integers(1, 4), st.booleans())
+def test_plan_gives_everything_its_number_of_distinct_holders(
+    attention: int, experts: int, memory: int, replication: int, colocated: bool
+) -> None:
+    slots = num_slots(attention, experts, memory, colocated=colocated)
+    if replication > slots:
+        with pytest.raises(ConfigError, match="replication"):
+            plan_of(attention, experts, memory, replication, colocated=colocated)
+        return
+    plan = plan_of(attention, experts, memory, replication, colocated=colocated)
+    for holders in [h for table in (plan.experts, plan.buckets) for row in table for h in row]:
+        assert len(set(holders)) == len(holders) == replication
+    assert len(set(plan.dense)) == len(plan.dense) == max(attention, replication)
+    assert plan.dense[: len(plan.attention)] == plan.attention
+    assert (len(plan.attention), len(plan.expert_primaries)) == (attention, experts)
+    assert len(plan.memory_primaries) == memory
+    sizes = [len(plan.shards_of(slot)) for slot in plan.attention]
+    assert max(sizes) - min(sizes) <= 1
+    assert Plan.from_dict(msgpack.unpackb(msgpack.packb(plan.to_dict()), strict_map_key=False)) == plan
+    if not colocated:
+        assert not set(plan.attention) & set(plan.expert_primaries)
+        assert not set(plan.expert_primaries) & set(plan.memory_primaries)
+
+
+def test_backups_are_the_next_peers_and_then_any_other_slot() -> None:
+    assert with_backups(3, [2, 3, 4], range(6), 2) == (3, 4)
+    assert with_backups(4, [2, 3, 4], range(6), 3) == (4, 2, 3)
+    assert with_backups(2, [2], range(4), 3) == (2, 3, 1)
+    assert split_evenly(7, [5, 6, 7]) == [5, 5, 5, 6, 6, 7, 7]
+
+
+# -- messages and mailbox --------------------------------------------------------------------------
+
+
+def message(**changes: Any) -> Message:
+    values: dict[str, Any] = {"kind": "rows", "source": 1, "generation": 1, "sequence": 1, "step": 4}
+    return Message(**{**values, **changes})
+
+
+def test_message_survives_the_wire() -> None:
+    arrays = (
+        np.arange(6, dtype=np.float32).reshape(2, 3)[:, ::2],
+        np.zeros((0, 4), np.int64),
+        np.array([True, False]),
+    )
+    sent = message(body={"a": [1, 2.5], 3: "x"}, arrays=arrays, shard=2, layer=0, reply_to=9)
+    got = decode([bytes(frame) for frame in encode(sent, "job")], "job")
+    assert got is not None
+    assert (got.kind, got.step, got.shard, got.reply_to, got.body) == ("rows", 4, 2, 9, sent.body)
+    for before, after in zip(arrays, got.arrays, strict=True):
+        assert before.dtype == after.dtype
+        assert np.array_equal(before, after)
+    assert decode(encode(sent, "job"), "another job") is None
+
+
+def header(**changes: Any) -> bytes:
+    names = "job kind source generation sequence step shard layer reply_to body specs".split()  # noqa: SIM905
+    values = dict(zip(names, ["job", "rows", 1, 1, 1, 4, -1, -1, 0, {}, []]))
+    return msgpack.packb(list({**values, **changes}.values()))
+
+
+@pytest.mark.parametrize(
+    "frames",
+    [
+        [],
+        [b""],
+        [b"GET / HTTP/1.1\r\n\r\n"],
+        [b"\xff" * 64],
+        [b"\xdd\xff\xff\xff\xff"],
+        [msgpack.packb({"job": "job"})],
+        [msgpack.packb(["job", 1, 2])],
+        [header(kind=7)],
+        [header(source="one")],
+        [header(body=[1])],
+        [header(specs=3)],
+        [header(specs=[["float32"]]), b"1234"],
+        [header(specs=[["float32", [1]]])],
+        [header(), b"1234"],
+        [header(specs=[["object", [1]]]), b"12345678"],
+        [header(specs=[["float32", [2]]]), b"1234"],
+        [header(specs=[["float32", [1]]]), b"123"],
+        [header(specs=[["float32", "x"]]), b"1234"],
+        [header(specs=[[["float32"], [1]]]), b"1234"],
+        [header(specs=[["float32", [-1]]]), b"1234"],
+        [header(specs=[["float32", [True]]]), b"1234"],
+    ],
+)
+def test_malformed_frames_raise_value_error_and_nothing_else(frames: list[bytes]) -> None:
+    with pytest.raises(ValueError):  # noqa: PT011
+        decode(frames, "job")
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.binary(max_size=40), max_size=3))
+def test_random_frames_never_raise_anything_but_value_error(frames: list[bytes]) -> None:
+    with contextlib.suppress(ValueError):
+        assert decode(frames, "job") is None
+
+
+class FakeTransport:
+    """Hands out prepared frames and keeps what is sent; an empty queue is silence."""
+
+    address = "fake://"
+
+    def __init__(self) -> None:
+        self.incoming: deque[list[Any]] = deque()
+        self.sent: list[tuple[int, list[Any]]] = []
+
+    def connect(self, peers: dict[int, str]) -> None:
+        pass
+
+    def send(self, slot: int, frames: Sequence[Any]) -> None:
+        self.sent.append((slot, list(frames)))
+
+    def receive(self, timeout_s: float) -> list[Any] | None:
+        return self.incoming.popleft() if self.incoming else None
+
+    def close(self) -> None:
+        pass
+
+    def put(self, **changes: Any) -> None:
+        self.incoming.append(encode(message(**changes), "job"))
+
+
+@pytest.fixture
+def transport() -> FakeTransport:
+    return FakeTransport()
+
+
+@pytest.fixture
+def mailbox(transport: FakeTransport) -> Mailbox:
+    box = Mailbox(transport, 0, "job")
+    box.generation = 1
+    return box
+
+
+def test_mailbox_drops_other_generations_duplicates_and_noise(
+    transport: FakeTransport, mailbox: Mailbox
+) -> None:
+    transport.put(generation=0, sequence=1)
+    transport.put(generation=2, sequence=2)
+    transport.put(sequence=3)
+    transport.put(sequence=3)
+    transport.put(sequence=3, source=2)
+    transport.incoming.append([b"noise"])
+    transport.incoming.append([header(source="one")])
+    transport.put(kind="plan", generation=0, sequence=4)
+    transport.put(kind="plan", generation=2, sequence=5)
+    found = []
+    while (got := mailbox.next(0.0)) is not None:
+        found.append((got.source, got.sequence, got.kind))
+    assert found == [(1, 3, "rows"), (2, 3, "rows"), (1, 5, "plan")]
+    assert mailbox.dropped == {"generation": 3, "duplicate": 1, "malformed": 2}
+
+
+def test_mailbox_remembers_only_the_newest_sequences(transport: FakeTransport, mailbox: Mailbox) -> None:
+    for sequence in range(1, 20001):
+        transport.put(sequence=sequence)
+        assert mailbox.next(0.0) is not None
+    transport.put(sequence=20000)
+    assert mailbox.next(0.0) is None
+    assert len(mailbox._seen[1]) <= 8193
+
+
+def test_waiting_serves_others_and_returns_the_replies(transport: FakeTransport, mailbox: Mailbox) -> None:
+    first, second = mailbox.post(1, "rows"), mailbox.post(2, "rows")
+    transport.put(sequence=1, source=2, kind="reply", reply_to=second)
+    transport.put(sequence=1, source=3)
+    transport.put(sequence=2, source=1, kind="reply", reply_to=first)
+    served: list[Message] = []
+    replies = mailbox.wait({first: 1, second: 2}, 1.0, served.append)
+    assert (replies[first].source, replies[second].source) == (1, 2)
+    assert [m.source for m in served] == [3]
+    assert [slot for slot, _ in transport.sent] == [1, 2]
+
+
+def test_silent_slots_are_named_after_the_deadline(transport: FakeTransport, mailbox: Mailbox) -> None:
+    first, second = mailbox.post(1, "rows"), mailbox.post(2, "rows")
+    transport.put(source=1, kind="reply", reply_to=first)
+    with pytest.raises(SlotLostError, match=r"slots \[2\]"):
+        mailbox.wait({first: 1, second: 2}, 0.01, lambda m: None)
+
+
+# -- journal, configuration, schedule --------------------------------------------------------------
+
+
+def test_journal_keeps_decisions_across_a_restart(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal.sqlite")
+    for step in range(3):
+        journal.append("commit", generation=1, step=step, norm=step / 3)
+    journal.append("plan", generation=2, step=3)
+    # Not closed: a killed scheduler does not close its journal either.
+    again = Journal(tmp_path / "journal.sqlite")
+    last = again.last("commit")
+    assert last is not None
+    assert (last["step"], last["norm"], last["generation"]) == (2, 2 / 3, 1)
+    assert [d["kind"] for d in again.read(limit=2)] == ["plan", "commit"]
+    assert again.last("nothing") is None
+    again.close()
+    journal.close()
+
+
+@pytest.mark.parametrize("name", ["tiny", "small", "1b"])
+def test_configuration_survives_yaml(tmp_path: Path, name: str) -> None:
+    config = RunConfig(model=preset(name), optim=OptimConfig(lr=1.0 / 3.0))
+    save_yaml(config, tmp_path / "a.yaml")
+    assert load_yaml(tmp_path / "a.yaml") == config
+    assert from_dict(RunConfig, to_dict(config)) == config
+    assert parse(["--config", str(tmp_path / "a.yaml")], prog="x", description="") == config
+
+
+def test_tiny_configuration_is_the_tiny_preset() -> None:
+    config = parse(["--config", str(ROOT / "configs" / "tiny.yaml")], prog="x", description="")
+    assert config.model == preset("tiny")
+    assert load_yaml(ROOT / "configs" / "tiny.yaml") == config
+
+
+def test_option_after_the_file_wins() -> None:
+    file = ["--config", str(ROOT / "configs" / "tiny.yaml")]
+    options = [
+        "--train.steps",
+        "7",
+        "--model.moe.top_k=2",
+        "--model.attention",
+        '["full","full","nsa","nsa"]',
+    ]
+    config = parse([*file, *options], prog="x", description="")
+    assert config.train.steps == 7
+    assert config.model.moe.top_k == 2
+    assert config.model.attention == ("full", "full", "nsa", "nsa")
+    assert config.model.dse.layers == (1, 2)
+
+
+def test_learning_rate_rises_linearly_and_falls_to_its_floor() -> None:
+    optim = OptimConfig(lr=1.0, warmup_steps=10, min_lr_ratio=0.1)
+    rates = [learning_rate(step, optim, 110) for step in range(1, 111)]
+    assert rates[:10] == [step / 10 for step in range(1, 11)]
+    assert all(later < earlier for earlier, later in itertools.pairwise(rates[9:]))
+    assert math.isclose(rates[59], 0.55)
+    assert math.isclose(rates[-1], 0.1)
+    assert math.isclose(learning_rate(500, optim, 110), 0.1)
+    assert learning_rate(1, OptimConfig(lr=1.0, warmup_steps=0), 5) <= 1.0
+    assert learning_rate(1, OptimConfig(lr=1.0, warmup_steps=20), 5) == 0.05
