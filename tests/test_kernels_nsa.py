@@ -18,6 +18,7 @@ from sparseray.errors import ConfigError
 from sparseray.kernels.nsa import tuning
 from sparseray.kernels.nsa.attention import nsa_attention
 from sparseray.kernels.nsa.compress import compress
+from sparseray.kernels.nsa.compress_step import compress_step
 from sparseray.kernels.nsa.decode import DecodeWorkspace, nsa_decode
 from sparseray.kernels.nsa.reference import (
     compress_reference,
@@ -271,3 +272,29 @@ def test_half_precision_at_real_sizes(
 def test_decode_in_half_precision(query_len: int) -> None:
     error = decode_error([1000, 70, 33], query_len, (64, 4), (128, 128), PAPER, 64, torch.bfloat16)
     assert error < 1e-2
+
+
+def compressed_step_by_step(dtype: torch.dtype, sizes: tuple[int, int], tokens: int, query_len: int) -> float:
+    """Largest relative error of tokens compressed while decoding, against all at once."""
+    block, stride = sizes
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, tokens, 2, 12), (20, block * 12), (20,), (10, 20), (10,)]
+    x, w1, bias, w2, b2 = (torch.randn(*s, generator=generator) * 0.3 for s in shapes)
+    count = num_compressed(tokens, block, stride)
+    cache, table = paged(list(x), 4)
+    compressed, compressed_table = paged([torch.zeros(count, 2, 10)] * 2, 4)
+    moved = [t.to(DEVICE, dtype) for t in (cache, compressed, w1, bias, w2, b2)]
+    for length in range(query_len, tokens + 1, query_len):
+        compress_step(
+            moved[0], table.to(DEVICE), moved[1], compressed_table.to(DEVICE),
+            torch.full((2,), length, dtype=torch.int32, device=DEVICE), *moved[2:], block=block, stride=stride,
+            query_len=query_len,
+        )  # fmt: skip
+    wanted = compress_reference(*(t.double() for t in (x, w1, bias, w2, b2)), None, block, stride)
+    pages = [moved[1].cpu()[compressed_table[b]].flatten(0, 1)[:count] for b in range(2)]
+    return relative(torch.stack(pages), wanted)
+
+
+@pytest.mark.parametrize(("tokens", "query_len"), [(14, 1), (18, 3)])
+def test_compression_while_decoding_equals_compression_at_once(tokens: int, query_len: int) -> None:
+    assert compressed_step_by_step(torch.float32, (4, 2), tokens, query_len) < 1e-5

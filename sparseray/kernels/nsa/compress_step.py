@@ -1,0 +1,106 @@
+"""Compression while decoding: the compressed tokens that the newest tokens complete, straight into the pages.
+
+Block c is complete once position c * stride + block - 1 is cached. A step of Lq new tokens completes at most
+(Lq - 1) // stride + 1 blocks; whether it completes one at all is decided on the device, so a captured graph
+serves every step. The keys of the block, which may lie on two pages, are read from the paged cache.
+Source: arXiv 2502.11089 eq. 7.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sparseray.errors import ConfigError
+from sparseray.kernels.nsa.decode_kernels import page_rows
+from sparseray.kernels.nsa.tiles import load_tile, next_power_of_2, num_visible, precision, split_width
+
+
+@triton.jit
+def compress_step_kernel(
+    p_x, p_table, p_lens, p_w1, p_bias, p_w2, p_b2, p_out, p_out_table, table_width, out_width,
+    H: tl.constexpr, HP: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DO: tl.constexpr,
+    DOP: tl.constexpr, F: tl.constexpr, BF: tl.constexpr, LQ: tl.constexpr, LEN: tl.constexpr, STRIDE: tl.constexpr,
+    PAGE: tl.constexpr, OUT_PAGE: tl.constexpr, IP: tl.constexpr,
+):  # fmt: skip
+    """One program per sequence and completed block; its rows are the key/value heads, padded."""
+    i_b = tl.program_id(0).to(tl.int64)
+    n_ctx = tl.load(p_lens + i_b)
+    i_c = num_visible(n_ctx - LQ - 1, 0, LEN, STRIDE) + tl.program_id(1)
+    if i_c >= num_visible(n_ctx - 1, 0, LEN, STRIDE):
+        return
+    o_h = tl.arange(0, HP)
+    m_h = o_h < H
+    b_out = tl.zeros([HP, DOP], tl.float32)
+    for f in range(0, F, BF):
+        o_f = f + tl.arange(0, BF)
+        m_f = o_f < F
+        o_w = o_f.to(tl.int64) * LEN
+        b_pre = tl.zeros([HP, BF], tl.float32)
+        for i in range(0, LEN):
+            t = i_c * STRIDE + i
+            row = page_rows(p_table + i_b * table_width, t, t >= 0, PAGE)
+            b_x = load_tile(p_x, row * H + o_h, m_h, D, 0, D0, True)
+            b_w = load_tile(p_w1, o_w + i, m_f, D, 0, D0, True)
+            b_pre = tl.dot(b_x, tl.trans(b_w), b_pre, input_precision=IP)
+            if D1 > 0:
+                b_x1 = load_tile(p_x, row * H + o_h, m_h, D, D0, D1, True)
+                b_w1 = load_tile(p_w1, o_w + i, m_f, D, D0, D1, True)
+                b_pre = tl.dot(b_x1, tl.trans(b_w1), b_pre, input_precision=IP)
+        b_pre += tl.load(p_bias + o_f, mask=m_f, other=0.0).to(tl.float32)[None, :]
+        # Rounded where the batched form rounds, so that both write the same compressed token.
+        b_pre = b_pre.to(p_x.dtype.element_ty).to(tl.float32)
+        b_hidden = 0.5 * b_pre * (1.0 + tl.math.erf(b_pre * 0.7071067811865476))
+        o_d = tl.arange(0, DOP)
+        m_w2 = (o_d < DO)[:, None] & m_f[None, :]
+        b_w2 = tl.load(p_w2 + o_d[:, None] * F + o_f[None, :], mask=m_w2, other=0.0)
+        b_out = tl.dot(b_hidden.to(b_w2.dtype), tl.trans(b_w2), b_out, input_precision=IP)
+    o_d = tl.arange(0, DOP)
+    b_out += tl.load(p_b2 + o_d, mask=o_d < DO, other=0.0).to(tl.float32)[None, :]
+    slot = page_rows(p_out_table + i_b * out_width, i_c, i_c >= 0, OUT_PAGE)
+    p_tile = p_out + (slot * H + o_h)[:, None] * DO + o_d[None, :]
+    tl.store(p_tile, b_out.to(p_out.dtype.element_ty), mask=m_h[:, None] & (o_d < DO)[None, :])
+
+
+def compress_step(
+    cache: Tensor,
+    table: Tensor,
+    compressed: Tensor,
+    compressed_table: Tensor,
+    context_lens: Tensor,
+    w1: Tensor,
+    bias: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    *,
+    block: int,
+    stride: int,
+    query_len: int = 1,
+) -> None:
+    """Write the compressed tokens that the last `query_len` tokens of every sequence complete.
+
+    Args:
+        cache: keys or values, [pages, page size, H, D]; table: int32 [B, pages of a sequence].
+        compressed: their compressed tokens, [pages, page size, H, D_out]; compressed_table: int32, likewise.
+        context_lens: int32 [B], tokens of every sequence, the new ones included.
+        w1: [F, block * D]; w2: [D_out, F]; b2: [D_out], as in `compress`.
+        bias: [F], the first layer's bias with the position encoding in it: b1 + w1 @ pos.flatten().
+        query_len: new tokens a sequence.
+
+    Raises:
+        ConfigError: stride does not divide block, or w1 does not fit block and D.
+    """
+    heads, width = cache.shape[2:]
+    hidden, out_dim = w1.shape[0], w2.shape[0]
+    if block % stride or w1.shape[1] != block * width:
+        raise ConfigError(
+            f"nsa: compress_step needs stride={stride} to divide block={block} and w1 {tuple(w1.shape)} of"
+            f" block * D = {block * width} columns"
+        )
+    d0, d1 = split_width(width)
+    compress_step_kernel[(context_lens.shape[0], (query_len - 1) // stride + 1)](
+        cache, table, context_lens, w1, bias, w2, b2, compressed, compressed_table, table.shape[1],
+        compressed_table.shape[1], H=heads, HP=max(16, next_power_of_2(heads)), D=width, D0=d0, D1=d1, DO=out_dim,
+        DOP=max(16, next_power_of_2(out_dim)), F=hidden, BF=min(64, max(16, next_power_of_2(hidden))), LQ=query_len,
+        LEN=block, STRIDE=stride, PAGE=cache.shape[1], OUT_PAGE=compressed.shape[1], IP=precision(cache.dtype),
+        num_warps=4, num_stages=2,
+    )  # fmt: skip
