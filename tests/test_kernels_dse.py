@@ -257,6 +257,11 @@ def test_rows_fetched_from_host_memory_are_the_tables_rows(width: int) -> None:
     wanted = torch.randint(0, 50_000, (3, 4099), device="cuda")
     fetch = rows.RowFetcher(table, programs=4).fetch(wanted)
     assert torch.equal(fetch.wait().cpu(), table[wanted.flatten().cpu()])
+    device = torch.device("cuda")
+    staged = rows.StagedRowFetcher(table, max_rows=3 * 4099, threads=2, device=device)
+    for _ in range(3):
+        got = staged.fetch(wanted.flatten().cpu().numpy()).result().wait()
+        assert torch.equal(got.cpu(), table[wanted.flatten().cpu()])
 
 
 @pytest.mark.gpu

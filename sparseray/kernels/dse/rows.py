@@ -7,12 +7,17 @@ Oracles: `reference.ngram_hash`, plain indexing, `reference.segment_sum_rows` (a
 
 from __future__ import annotations
 
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
+from numpy.typing import NDArray
 from torch import Tensor
+
+from sparseray.kernels.dse import cpu
 
 WORDS_PER_UNIT = 2
 """Rows move as units of two 8-byte words: 16-byte loads."""
@@ -143,9 +148,9 @@ def gather_rows(
     rows_N: Tensor,
     out_ND: Tensor | None = None,
     *,
-    programs: int = 8,
-    block: int = 2048,
-    warps: int = 16,
+    programs: int = 32,
+    block: int = 128,
+    warps: int = 1,
 ) -> Tensor:
     """Copy rows of a table in pinned (or registered) host memory, or on the GPU, to the GPU.
 
@@ -153,7 +158,8 @@ def gather_rows(
         table_RD: contiguous; the row width must be a multiple of 16 bytes.
         rows_N: int64 on the GPU, 0 <= row < R (unchecked).
         out_ND: [N, D] buffer on the GPU to reuse.
-        programs: how many programs, hence multiprocessors at most, the copy may occupy.
+        programs: how many programs copy. One warp of 32 registers fits beside a matrix product that
+            fills the multiprocessor's registers; wider programs would push its tiles out.
         block, warps: 16-byte units that a program has in flight, and its warps.
 
     Returns:
@@ -220,19 +226,55 @@ class RowFetcher:
     all of them. Allocations are made on the fetching stream.
     """
 
-    def __init__(self, table_RD: Tensor, *, programs: int = 8) -> None:
+    def __init__(self, table_RD: Tensor, *, programs: int = 32, block: int = 128, warps: int = 1) -> None:
         self.table_RD = table_RD
-        self.programs = programs
+        self.launch = {"programs": programs, "block": block, "warps": warps}
         self.stream = torch.cuda.Stream(priority=-1)  # type: ignore[no-untyped-call]
 
     def fetch(self, rows_N: Tensor) -> Fetch:
         """Start copying; `rows_N` (int64, on the GPU) must be complete on the current stream."""
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
-            rows_ND = gather_rows(self.table_RD, rows_N.flatten(), programs=self.programs)
+            rows_ND = gather_rows(self.table_RD, rows_N.flatten(), **self.launch)
             rows_N.record_stream(self.stream)
             done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             done.record(self.stream)
+        return Fetch(rows_ND=rows_ND, done=done)
+
+
+class StagedRowFetcher:
+    """Fetches rows without any multiprocessor: CPU threads gather into pinned memory, DMA copies it.
+
+    For addresses that are known on the CPU (the data loader hashes there). `fetch` returns at once; two
+    staging buffers take turns.
+    """
+
+    def __init__(self, table_RD: Tensor, *, max_rows: int, threads: int, device: torch.device) -> None:
+        width = table_RD.shape[1] * table_RD.element_size()
+        self.table = table_RD.view(torch.uint8).view(-1, width).numpy()
+        self.dtype, self.threads, self.device = table_RD.dtype, threads, device
+        self.staging = [torch.empty(max_rows, width, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+        self.copied: list[torch.cuda.Event | None] = [None, None]
+        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self.worker = ThreadPoolExecutor(1)
+        self.turn = 0
+
+    def fetch(self, rows_N: NDArray[np.int64]) -> Future[Fetch]:
+        """Start gathering and copying `rows_N`; the future holds the rows on their way."""
+        self.turn ^= 1
+        return self.worker.submit(self._fetch, rows_N, self.turn)
+
+    def _fetch(self, rows_N: NDArray[np.int64], turn: int) -> Fetch:
+        busy = self.copied[turn]
+        if busy is not None:
+            busy.synchronize()
+        staged = self.staging[turn][: rows_N.shape[0]]
+        cpu.gather_rows(self.table, rows_N, staged.numpy(), threads=self.threads)
+        with torch.cuda.stream(self.stream):
+            rows_ND = staged.to(self.device, non_blocking=True).view(self.dtype)
+            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            done.record(self.stream)
+        self.copied[turn] = done
         return Fetch(rows_ND=rows_ND, done=done)
 
 
