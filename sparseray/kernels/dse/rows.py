@@ -19,6 +19,7 @@ from torch import Tensor
 
 from sparseray.kernels.dse import cpu
 
+MAX_REGISTERS = 32
 WORDS_PER_UNIT = 2
 """Rows move as units of two 8-byte words: 16-byte loads."""
 
@@ -187,6 +188,7 @@ def gather_rows(
         WORDS=WORDS_PER_UNIT,
         BLOCK=block,
         num_warps=warps,
+        maxnreg=MAX_REGISTERS,
     )
     return out_ND
 
@@ -198,7 +200,7 @@ def register_host(table: Tensor) -> Tensor:
         RuntimeError: the driver refuses to register the range.
     """
     size = table.numel() * table.element_size()
-    status = torch.cuda.cudart().cudaHostRegister(table.data_ptr(), size, 0)  # type: ignore[no-untyped-call]
+    status = torch.cuda.cudart().cudaHostRegister(table.data_ptr(), size, 0)
     if int(status) != 0:
         raise RuntimeError(f"cudaHostRegister of {size} bytes failed with {status}")
     return table
@@ -228,16 +230,22 @@ class RowFetcher:
 
     def __init__(self, table_RD: Tensor, *, programs: int = 32, block: int = 128, warps: int = 1) -> None:
         self.table_RD = table_RD
-        self.launch = {"programs": programs, "block": block, "warps": warps}
-        self.stream = torch.cuda.Stream(priority=-1)  # type: ignore[no-untyped-call]
+        self.programs, self.block, self.warps = programs, block, warps
+        self.stream = torch.cuda.Stream(priority=-1)
 
     def fetch(self, rows_N: Tensor) -> Fetch:
         """Start copying; `rows_N` (int64, on the GPU) must be complete on the current stream."""
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
-            rows_ND = gather_rows(self.table_RD, rows_N.flatten(), **self.launch)
+            rows_ND = gather_rows(
+                self.table_RD,
+                rows_N.flatten(),
+                programs=self.programs,
+                block=self.block,
+                warps=self.warps,
+            )
             rows_N.record_stream(self.stream)
-            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            done = torch.cuda.Event()
             done.record(self.stream)
         return Fetch(rows_ND=rows_ND, done=done)
 
@@ -255,7 +263,7 @@ class StagedRowFetcher:
         self.dtype, self.threads, self.device = table_RD.dtype, threads, device
         self.staging = [torch.empty(max_rows, width, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
         self.copied: list[torch.cuda.Event | None] = [None, None]
-        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self.stream = torch.cuda.Stream(device)
         self.worker = ThreadPoolExecutor(1)
         self.turn = 0
 
@@ -272,7 +280,7 @@ class StagedRowFetcher:
         cpu.gather_rows(self.table, rows_N, staged.numpy(), threads=self.threads)
         with torch.cuda.stream(self.stream):
             rows_ND = staged.to(self.device, non_blocking=True).view(self.dtype)
-            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            done = torch.cuda.Event()
             done.record(self.stream)
         self.copied[turn] = done
         return Fetch(rows_ND=rows_ND, done=done)

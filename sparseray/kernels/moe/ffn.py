@@ -259,7 +259,7 @@ class _MoeFfn(torch.autograd.Function):
         return combine(y_RH, plan, weights_TK)
 
     @staticmethod
-    def backward(ctx: Any, dy_TH: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, dy_TH: Tensor) -> Any:
         x_TH, weights_TK, w_E2IH, w_EHI, pre_RP = ctx.saved_tensors
         plan, config, dy_TH = ctx.plan, ctx.config, dy_TH.contiguous()
         need_x, need_weights, need_up, need_down = ctx.needs_input_grad[:4]
