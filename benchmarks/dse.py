@@ -121,7 +121,7 @@ def milliseconds(work: Callable[[], Any], repeats: int = 9) -> float:
     return float(statistics.median(spans))
 
 
-def gathers(table: torch.Tensor) -> None:
+def gathers(table: torch.Tensor, pages: str) -> None:
     from sparseray.kernels.dse import rows as gpu
 
     source = torch.empty(2**28, dtype=torch.uint8, pin_memory=True)
@@ -144,34 +144,41 @@ def gathers(table: torch.Tensor) -> None:
         index = torch.randint(0, len(view), (count,), device="cuda")
         host_index, size = index.cpu().numpy(), count * width * 2
         staged = gpu.StagedRowFetcher(view, max_rows=count, threads=threads, device=torch.device("cuda"))
-        forms: list[tuple[str, Callable[[], gpu.Fetch]]] = []
-        for programs, block, warps in (
-            (16, 128, 1),
-            (32, 128, 1),
-            (64, 128, 1),
-            (128, 128, 1),
-            (4, 2048, 16),
-        ):
+        forms: list[tuple[str, Callable[[], Callable[[], Any]]]] = []
+        for programs, block, warps in ((4, 128, 1), (16, 128, 1), (64, 128, 1), (4, 2048, 16)):
             fetcher = gpu.RowFetcher(view, programs=programs, block=block, warps=warps)
-            forms.append((f"zero-copy, {programs} programs of {warps} warps", partial(fetcher.fetch, index)))
-        forms.append((f"{threads} CPU threads, DMA", lambda: staged.fetch(host_index).result()))  # noqa: B023
-        for name, fetch in forms:
+            name = f"zero-copy, {programs} programs of {warps} warps"
+            forms.append((name, partial(start_direct, fetcher, index)))
+        forms.append((f"{threads} CPU threads, DMA", partial(start_staged, staged, host_index)))
+        for name, start in forms:
 
-            def beside(fetch: Callable[[], gpu.Fetch] = fetch) -> None:
-                rows = fetch()
+            def beside(start: Callable[[], Callable[[], Any]] = start) -> None:
+                wait = start()
                 work()
-                rows.wait()
+                wait()
 
-            def fetched(fetch: Callable[[], gpu.Fetch] = fetch) -> None:
-                fetch().wait()
+            def fetched(start: Callable[[], Callable[[], Any]] = start) -> None:
+                start()()
                 torch.cuda.synchronize()
 
             span = 1e3 * seconds(fetched, 5)
             both = milliseconds(beside, 5)
             say(
-                f"| {2 * width} B rows, {name} | {size / span / 1e6:.1f} | {size / span / 1e6 / bulk:.0%} |"
-                f" {alone:.1f} / {both:.1f} | {(both - alone) / span:.0%} |"
+                f"| {2 * width} B rows, {pages} pages, {name} | {size / span / 1e6:.1f} |"
+                f" {size / span / 1e6 / bulk:.0%} | {alone:.1f} / {both:.1f} | {(both - alone) / span:.0%} |"
             )
+
+
+def start_direct(fetcher: Any, rows: torch.Tensor) -> Callable[[], Any]:
+    """Start a zero-copy fetch; the result waits for it."""
+    wait: Callable[[], Any] = fetcher.fetch(rows).wait
+    return wait
+
+
+def start_staged(fetcher: Any, rows: np.ndarray) -> Callable[[], Any]:
+    """Start a staged fetch; the result waits for it."""
+    future = fetcher.fetch(rows)
+    return lambda: future.result().wait()
 
 
 def steps(table: torch.Tensor) -> None:
@@ -269,6 +276,21 @@ def fused() -> None:
     )
 
 
+def make_tables() -> tuple[torch.Tensor, torch.Tensor]:
+    """4 GiB of pinned host memory twice: as the driver allocates it, and with huge pages."""
+    from sparseray.kernels.dse import rows as gpu
+
+    tables = (
+        torch.empty(2**31, dtype=torch.bfloat16, pin_memory=True),
+        gpu.host_table(1, 2**31, torch.bfloat16)[0],
+    )
+    for table in tables:
+        table.view(torch.int64).fill_(0x3F803F803F803F80)
+    lines_of = Path("/proc/meminfo").read_text().splitlines()
+    say("; ".join(" ".join(line.split()) for line in lines_of if line.startswith("AnonHuge")))
+    return tables
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, help="also write the tables to this file")
@@ -279,9 +301,9 @@ def main() -> None:
     device = torch.cuda.get_device_name() if gpu else f"{os.cpu_count()} CPU cores ({platform.machine()})"
     say(f"# DSE kernels on {device}: torch {torch.__version__}\n")
     if gpu:
-        table = torch.empty(2**31, dtype=torch.bfloat16, pin_memory=True)
-        table.view(torch.int64).fill_(0x3F803F803F803F80)
-        for part in (lambda: gathers(table), lambda: steps(table), fused):
+        small, huge = make_tables()
+        parts = (lambda: gathers(small, "small"), lambda: gathers(huge, "huge"), lambda: steps(huge), fused)
+        for part in parts:
             try:
                 part()
             except Exception as error:

@@ -7,6 +7,7 @@ Oracles: `reference.ngram_hash`, plain indexing, `reference.segment_sum_rows` (a
 
 from __future__ import annotations
 
+import mmap
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -18,6 +19,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sparseray.kernels.dse import cpu
+
+STAGES, STAGE_ROWS = 4, 16_384
+"""A staged fetch copies one part to the GPU while the CPU gathers the next, if parts are large enough."""
 
 MAX_REGISTERS = 32
 WORDS_PER_UNIT = 2
@@ -193,6 +197,20 @@ def gather_rows(
     return out_ND
 
 
+def host_table(num_rows: int, width: int, dtype: torch.dtype) -> Tensor:
+    """An uninitialised table in registered host memory that asks for huge pages.
+
+    Random rows cost an address translation each, on the CPU and on the bus; huge pages make them few.
+    """
+    size = num_rows * width * dtype.itemsize
+    memory = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    flat = torch.frombuffer(memory, dtype=torch.uint8, count=size)
+    flat[::4096] = 0
+    table = flat.view(dtype).view(num_rows, width)
+    return register_host(table) if torch.cuda.is_available() else table
+
+
 def register_host(table: Tensor) -> Tensor:
     """Pin a host tensor's memory where it lies (a shared-memory mapping, say), so that the GPU reads it.
 
@@ -264,7 +282,7 @@ class StagedRowFetcher:
         self.staging = [torch.empty(max_rows, width, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
         self.copied: list[torch.cuda.Event | None] = [None, None]
         self.stream = torch.cuda.Stream(device)
-        self.worker = ThreadPoolExecutor(1)
+        self.worker, self.pool = ThreadPoolExecutor(1), ThreadPoolExecutor(threads)
         self.turn = 0
 
     def fetch(self, rows_N: NDArray[np.int64]) -> Future[Fetch]:
@@ -277,9 +295,16 @@ class StagedRowFetcher:
         if busy is not None:
             busy.synchronize()
         staged = self.staging[turn][: rows_N.shape[0]]
-        cpu.gather_rows(self.table, rows_N, staged.numpy(), threads=self.threads)
+        edges = range(0, rows_N.shape[0], max(STAGE_ROWS, -(-rows_N.shape[0] // STAGES)))
         with torch.cuda.stream(self.stream):
-            rows_ND = staged.to(self.device, non_blocking=True).view(self.dtype)
+            rows_ND = torch.empty_like(staged, device=self.device)
+            for first, last in zip(edges, [*edges[1:], rows_N.shape[0]]):
+                part = staged[first:last]
+                cpu.gather_rows(
+                    self.table, rows_N[first:last], part.numpy(), threads=self.threads, pool=self.pool
+                )
+                rows_ND[first:last].copy_(part, non_blocking=True)
+            rows_ND = rows_ND.view(self.dtype)
             done = torch.cuda.Event()
             done.record(self.stream)
         self.copied[turn] = done
@@ -323,6 +348,6 @@ def segment_sum_rows(rows_N: Tensor, grads_ND: Tensor) -> tuple[Tensor, Tensor]:
     bd = min(256, triton.next_power_of_2(D))
     if U:
         _segment_kernel[(U, triton.cdiv(D, bd))](
-            grads_ND.contiguous(), order_N, first_U1, sums_UD, D=D, BD=bd, UNROLL=8, num_warps=1
+            grads_ND.contiguous(), order_N, first_U1, sums_UD, D=D, BD=bd, UNROLL=32, num_warps=1
         )
     return unique_U, sums_UD
