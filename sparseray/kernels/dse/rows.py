@@ -153,7 +153,7 @@ def gather_rows(
     rows_N: Tensor,
     out_ND: Tensor | None = None,
     *,
-    programs: int = 32,
+    programs: int = 16,
     block: int = 128,
     warps: int = 1,
 ) -> Tensor:
@@ -163,8 +163,8 @@ def gather_rows(
         table_RD: contiguous; the row width must be a multiple of 16 bytes.
         rows_N: int64 on the GPU, 0 <= row < R (unchecked).
         out_ND: [N, D] buffer on the GPU to reuse.
-        programs: how many programs copy. One warp of 32 registers fits beside a matrix product that
-            fills the multiprocessor's registers; wider programs would push its tiles out.
+        programs: how many programs copy; each keeps a large matrix product's tile off its multiprocessor
+            while it runs, so no more than the bus needs.
         block, warps: 16-byte units that a program has in flight, and its warps.
 
     Returns:
@@ -200,7 +200,7 @@ def gather_rows(
 def host_table(num_rows: int, width: int, dtype: torch.dtype) -> Tensor:
     """An uninitialised table in registered host memory that asks for huge pages.
 
-    Random rows cost an address translation each, on the CPU and on the bus; huge pages make them few.
+    They save the CPU's address translations; the bus still reads some 40 million random rows a second.
     """
     size = num_rows * width * dtype.itemsize
     memory = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -246,7 +246,7 @@ class RowFetcher:
     all of them. Allocations are made on the fetching stream.
     """
 
-    def __init__(self, table_RD: Tensor, *, programs: int = 32, block: int = 128, warps: int = 1) -> None:
+    def __init__(self, table_RD: Tensor, *, programs: int = 16, block: int = 128, warps: int = 1) -> None:
         self.table_RD = table_RD
         self.programs, self.block, self.warps = programs, block, warps
         self.stream = torch.cuda.Stream(priority=-1)
@@ -348,6 +348,6 @@ def segment_sum_rows(rows_N: Tensor, grads_ND: Tensor) -> tuple[Tensor, Tensor]:
     bd = min(256, triton.next_power_of_2(D))
     if U:
         _segment_kernel[(U, triton.cdiv(D, bd))](
-            grads_ND.contiguous(), order_N, first_U1, sums_UD, D=D, BD=bd, UNROLL=32, num_warps=1
+            grads_ND.contiguous(), order_N, first_U1, sums_UD, D=D, BD=bd, UNROLL=8, num_warps=1
         )
     return unique_U, sums_UD
