@@ -221,6 +221,12 @@ def test_gather_kernel_copies_the_tables_rows(width: int) -> None:
         rows.gather_rows(table[:, :3].contiguous(), wanted)
 
 
+def test_a_host_table_is_an_ordinary_tensor() -> None:
+    table = rows.host_table(5, 3, torch.bfloat16)
+    table.copy_(torch.arange(15.0).view(5, 3))
+    assert table[4].tolist() == [12.0, 13.0, 14.0]
+
+
 @pytest.mark.parametrize("count", [0, 1, 90])
 def test_segment_sum_kernel_equals_the_reference_bit_for_bit(count: int) -> None:
     torch.manual_seed(0)
@@ -253,10 +259,16 @@ def test_fused_gate_and_convolution_equal_the_reference(documents: bool) -> None
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("width", [80, 256])
 def test_rows_fetched_from_host_memory_are_the_tables_rows(width: int) -> None:
-    table = rows.register_host(torch.randn(50_000, width).bfloat16())
-    wanted = torch.randint(0, 50_000, (3, 4099), device="cuda")
+    table = rows.host_table(50_000, width, torch.bfloat16)
+    table.copy_(torch.randn(50_000, width))
+    wanted = torch.randint(0, 50_000, (9, 4099), device="cuda")
     fetch = rows.RowFetcher(table, programs=4).fetch(wanted)
     assert torch.equal(fetch.wait().cpu(), table[wanted.flatten().cpu()])
+    device = torch.device("cuda")
+    staged = rows.StagedRowFetcher(table, max_rows=9 * 4099, threads=2, device=device)
+    for _ in range(3):
+        got = staged.fetch(wanted.flatten().cpu().numpy()).result().wait()
+        assert torch.equal(got.cpu(), table[wanted.flatten().cpu()])
 
 
 @pytest.mark.gpu

@@ -10,7 +10,9 @@ Shapes: N gradients or looked-up rows (repeats allowed), U unique rows, R table 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import nullcontext
+from itertools import pairwise
 from typing import Any
 
 import numba
@@ -76,7 +78,12 @@ def _as_words(array: NDArray[Any]) -> NDArray[Any]:
 
 
 def gather_rows(
-    table_RD: NDArray[Any], rows_N: Ints, out: NDArray[Any] | None = None, *, threads: int = 1
+    table_RD: NDArray[Any],
+    rows_N: Ints,
+    out: NDArray[Any] | None = None,
+    *,
+    threads: int = 1,
+    pool: Executor | None = None,
 ) -> NDArray[Any]:
     """Copy table rows into a buffer.
 
@@ -85,6 +92,7 @@ def gather_rows(
         rows_N: int64, 0 <= row < R, repeats allowed.
         out: [N, D] buffer of the table's dtype to reuse (page faults cost more than the copy).
         threads: copying threads; they do not change the result.
+        pool: where they run, at least that many wide; None starts them for this call.
 
     Returns:
         out (or a new array) with out[i] = table[rows[i]].
@@ -104,10 +112,8 @@ def gather_rows(
         bad = _copy_rows(source, rows_N, target, 0, rows_N.shape[0])
     else:
         edges = np.linspace(0, rows_N.shape[0], threads + 1).astype(np.int64)
-        with ThreadPoolExecutor(threads) as pool:
-            jobs = [
-                pool.submit(_copy_rows, source, rows_N, target, *edges[i : i + 2]) for i in range(threads)
-            ]
+        with nullcontext(pool) if pool is not None else ThreadPoolExecutor(threads) as workers:
+            jobs = [workers.submit(_copy_rows, source, rows_N, target, *span) for span in pairwise(edges)]
             bad = max(job.result() for job in jobs)
     if bad >= 0:
         raise IndexError(f"rows[{bad}]={rows_N[bad]} is outside the table's {table_RD.shape[0]} rows")

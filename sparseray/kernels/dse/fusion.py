@@ -124,7 +124,7 @@ class _MemoryOutput(torch.autograd.Function):
         return _forward(h, k, v, weight, norms, options)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Any:
         with torch.enable_grad():
             inputs = [t.detach().requires_grad_() for t in ctx.saved_tensors]
             out = reference.memory_output(*inputs, **ctx.options)

@@ -7,13 +7,23 @@ Oracles: `reference.ngram_hash`, plain indexing, `reference.segment_sum_rows` (a
 
 from __future__ import annotations
 
+import mmap
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
+from numpy.typing import NDArray
 from torch import Tensor
 
+from sparseray.kernels.dse import cpu
+
+STAGES, STAGE_ROWS = 4, 16_384
+"""A staged fetch copies one part to the GPU while the CPU gathers the next, if parts are large enough."""
+
+MAX_REGISTERS = 32
 WORDS_PER_UNIT = 2
 """Rows move as units of two 8-byte words: 16-byte loads."""
 
@@ -143,9 +153,9 @@ def gather_rows(
     rows_N: Tensor,
     out_ND: Tensor | None = None,
     *,
-    programs: int = 8,
-    block: int = 2048,
-    warps: int = 16,
+    programs: int = 16,
+    block: int = 128,
+    warps: int = 1,
 ) -> Tensor:
     """Copy rows of a table in pinned (or registered) host memory, or on the GPU, to the GPU.
 
@@ -153,7 +163,8 @@ def gather_rows(
         table_RD: contiguous; the row width must be a multiple of 16 bytes.
         rows_N: int64 on the GPU, 0 <= row < R (unchecked).
         out_ND: [N, D] buffer on the GPU to reuse.
-        programs: how many programs, hence multiprocessors at most, the copy may occupy.
+        programs: how many programs copy; each keeps a large matrix product's tile off its multiprocessor
+            while it runs, so no more than the bus needs.
         block, warps: 16-byte units that a program has in flight, and its warps.
 
     Returns:
@@ -181,8 +192,23 @@ def gather_rows(
         WORDS=WORDS_PER_UNIT,
         BLOCK=block,
         num_warps=warps,
+        maxnreg=MAX_REGISTERS,
     )
     return out_ND
+
+
+def host_table(num_rows: int, width: int, dtype: torch.dtype) -> Tensor:
+    """An uninitialised table in registered host memory that asks for huge pages.
+
+    They save the CPU's address translations; the bus still reads some 40 million random rows a second.
+    """
+    size = num_rows * width * dtype.itemsize
+    memory = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    flat = torch.frombuffer(memory, dtype=torch.uint8, count=size)
+    flat[::4096] = 0
+    table = flat.view(dtype).view(num_rows, width)
+    return register_host(table) if torch.cuda.is_available() else table
 
 
 def register_host(table: Tensor) -> Tensor:
@@ -192,7 +218,7 @@ def register_host(table: Tensor) -> Tensor:
         RuntimeError: the driver refuses to register the range.
     """
     size = table.numel() * table.element_size()
-    status = torch.cuda.cudart().cudaHostRegister(table.data_ptr(), size, 0)  # type: ignore[no-untyped-call]
+    status = torch.cuda.cudart().cudaHostRegister(table.data_ptr(), size, 0)
     if int(status) != 0:
         raise RuntimeError(f"cudaHostRegister of {size} bytes failed with {status}")
     return table
@@ -220,19 +246,68 @@ class RowFetcher:
     all of them. Allocations are made on the fetching stream.
     """
 
-    def __init__(self, table_RD: Tensor, *, programs: int = 8) -> None:
+    def __init__(self, table_RD: Tensor, *, programs: int = 16, block: int = 128, warps: int = 1) -> None:
         self.table_RD = table_RD
-        self.programs = programs
-        self.stream = torch.cuda.Stream(priority=-1)  # type: ignore[no-untyped-call]
+        self.programs, self.block, self.warps = programs, block, warps
+        self.stream = torch.cuda.Stream(priority=-1)
 
     def fetch(self, rows_N: Tensor) -> Fetch:
         """Start copying; `rows_N` (int64, on the GPU) must be complete on the current stream."""
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
-            rows_ND = gather_rows(self.table_RD, rows_N.flatten(), programs=self.programs)
+            rows_ND = gather_rows(
+                self.table_RD,
+                rows_N.flatten(),
+                programs=self.programs,
+                block=self.block,
+                warps=self.warps,
+            )
             rows_N.record_stream(self.stream)
-            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            done = torch.cuda.Event()
             done.record(self.stream)
+        return Fetch(rows_ND=rows_ND, done=done)
+
+
+class StagedRowFetcher:
+    """Fetches rows without any multiprocessor: CPU threads gather into pinned memory, DMA copies it.
+
+    For addresses that are known on the CPU (the data loader hashes there). `fetch` returns at once; two
+    staging buffers take turns.
+    """
+
+    def __init__(self, table_RD: Tensor, *, max_rows: int, threads: int, device: torch.device) -> None:
+        width = table_RD.shape[1] * table_RD.element_size()
+        self.table = table_RD.view(torch.uint8).view(-1, width).numpy()
+        self.dtype, self.threads, self.device = table_RD.dtype, threads, device
+        self.staging = [torch.empty(max_rows, width, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+        self.copied: list[torch.cuda.Event | None] = [None, None]
+        self.stream = torch.cuda.Stream(device)
+        self.worker, self.pool = ThreadPoolExecutor(1), ThreadPoolExecutor(threads)
+        self.turn = 0
+
+    def fetch(self, rows_N: NDArray[np.int64]) -> Future[Fetch]:
+        """Start gathering and copying `rows_N`; the future holds the rows on their way."""
+        self.turn ^= 1
+        return self.worker.submit(self._fetch, rows_N, self.turn)
+
+    def _fetch(self, rows_N: NDArray[np.int64], turn: int) -> Fetch:
+        busy = self.copied[turn]
+        if busy is not None:
+            busy.synchronize()
+        staged = self.staging[turn][: rows_N.shape[0]]
+        edges = range(0, rows_N.shape[0], max(STAGE_ROWS, -(-rows_N.shape[0] // STAGES)))
+        with torch.cuda.stream(self.stream):
+            rows_ND = torch.empty_like(staged, device=self.device)
+            for first, last in zip(edges, [*edges[1:], rows_N.shape[0]]):
+                part = staged[first:last]
+                cpu.gather_rows(
+                    self.table, rows_N[first:last], part.numpy(), threads=self.threads, pool=self.pool
+                )
+                rows_ND[first:last].copy_(part, non_blocking=True)
+            rows_ND = rows_ND.view(self.dtype)
+            done = torch.cuda.Event()
+            done.record(self.stream)
+        self.copied[turn] = done
         return Fetch(rows_ND=rows_ND, done=done)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from sparseray.kernels.moe.ffn import LayerConfig, TileConfig, combine, project_rows, up_project
 from sparseray.kernels.moe.plan import ExpertPlan, plan_experts
 
-PAIRED_ROWS = 8
+PAIRED_ROWS = 32
 SORTED_ROWS = 512
 
 
@@ -174,10 +174,10 @@ def plan_few_rows(topk_ids_TK: Tensor, num_experts: int, *, tile_rows: int) -> E
 
 
 def decode_config(rows_per_expert: float) -> LayerConfig:
-    """Narrow tiles that keep many loads of weights in flight; wider ones as experts get more rows."""
-    m = 16 if rows_per_expert <= 12 else 32 if rows_per_expert <= 24 else 64
-    up = TileConfig(n=32, k=128, group=4, warps=4, stages=4)
-    down = TileConfig(n=64, k=128, group=4, warps=4, stages=4)
+    """Narrow tiles that keep many loads of weights in flight; taller ones as experts get more rows."""
+    m = 16 if rows_per_expert <= 8 else 32
+    up = TileConfig(n=64, k=128, group=4, warps=4, stages=3)
+    down = TileConfig(n=128, k=128, group=4, warps=4, stages=3)
     return LayerConfig(
         m=m, up=up, down=down, act_grad=up, input_grad=down, weight_grad=down, weight_grad_rows=64
     )
@@ -187,8 +187,8 @@ def decode_config(rows_per_expert: float) -> LayerConfig:
 class PairConfig:
     """Slice of columns, depth, warps and stages of the two matrix-vector kernels."""
 
-    up: tuple[int, int, int, int] = (16, 512, 4, 1)
-    down: tuple[int, int, int, int] = (8, 256, 4, 1)
+    up: tuple[int, int, int, int] = (16, 256, 4, 3)
+    down: tuple[int, int, int, int] = (8, 256, 4, 4)
 
 
 def decode_pairs(

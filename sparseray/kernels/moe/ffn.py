@@ -48,7 +48,7 @@ HOPPER = LayerConfig(
     m=128,
     up=TileConfig(n=128, k=64, group=8, warps=8, stages=4),
     down=TileConfig(n=256, k=64, group=8, warps=8, stages=4),
-    act_grad=TileConfig(n=128, k=64, group=8, warps=8, stages=4),
+    act_grad=TileConfig(n=256, k=64, group=8, warps=8, stages=4),
     input_grad=TileConfig(n=256, k=64, group=8, warps=8, stages=3),
     weight_grad=TileConfig(n=128, k=64, group=8, warps=4, stages=4),
     weight_grad_rows=128,
@@ -126,7 +126,8 @@ def project_rows(
     N = w.shape[1] if transposed else w.shape[2]
     flat = w.view(-1, w.shape[2])
     out_RN = a_RK.new_empty(a_RK.shape[0], N)
-    tma = _may_use_tma(config, flat, a_RK)
+    # A partial last step of the depth would read the next expert's rows: pointers mask it.
+    tma = _may_use_tma(config, flat, a_RK) and (transposed or depth % tile.k == 0)
     block = (tile.n, tile.k) if transposed else (tile.k, tile.n)
     gemm.rows_kernel[(plan.tile_expert_M.shape[0] * triton.cdiv(N, tile.n),)](
         _operand(a_RK, (config.m, tile.k), tma),
@@ -180,7 +181,7 @@ def activation_grad(
     num_n = triton.cdiv(I, tile.n)
     dpre_RP, weighted_RI = torch.empty_like(pre_RP), pre_RP.new_empty(R, I)
     partial_RN = torch.empty(R, num_n, dtype=torch.float32, device=pre_RP.device)
-    tma = _may_use_tma(config, flat)
+    tma = _may_use_tma(config, flat) and H % tile.k == 0
     gemm.act_grad_kernel[(plan.tile_expert_M.shape[0] * num_n,)](
         dy_TH,
         plan.order_R,
@@ -258,7 +259,7 @@ class _MoeFfn(torch.autograd.Function):
         return combine(y_RH, plan, weights_TK)
 
     @staticmethod
-    def backward(ctx: Any, dy_TH: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, dy_TH: Tensor) -> Any:
         x_TH, weights_TK, w_E2IH, w_EHI, pre_RP = ctx.saved_tensors
         plan, config, dy_TH = ctx.plan, ctx.config, dy_TH.contiguous()
         need_x, need_weights, need_up, need_down = ctx.needs_input_grad[:4]

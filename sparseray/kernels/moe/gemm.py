@@ -126,9 +126,7 @@ def rows_kernel(
             if TRANSPOSED:
                 w = d_w.load([e * N + i_n * BN, k]).T
             else:
-                w = d_w.load([e * KDIM + k, i_n * BN])  # [BK, BN]
-                if KDIM % BK != 0:
-                    a = tl.where(m_k[None, :], a, 0.0)
+                w = d_w.load([e * KDIM + k, i_n * BN])  # [BK, BN]; KDIM is a multiple of BK
         else:
             p_a = d_a + o_r[:, None].to(tl.int64) * KDIM + (k + o_k)[None, :]
             a = tl.load(p_a, mask=m_r[:, None] & m_k[None, :], other=0.0)

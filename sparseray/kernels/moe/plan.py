@@ -144,7 +144,7 @@ def _place_kernel(
 
 def block_tokens(num_experts: int) -> int:
     """Tokens of one program of the router and of the ranks: [tokens, experts] stays in registers."""
-    return max(8, min(32, 4096 // triton.next_power_of_2(num_experts)))
+    return max(8, min(32, 2048 // triton.next_power_of_2(num_experts)))
 
 
 def finish_plan(
