@@ -1,7 +1,8 @@
 """Tokens per second of training on one CPU: Ray actors against a plain PyTorch loop over the same model.
 
-The plain loop is what one would write without this project: one process, two threads, autograd through all
-experts and tables, fused AdamW. It runs the global batch whole and by logical shards; the faster one counts.
+The plain loop is what one would write without this project: one process, autograd through all
+experts and tables, fused AdamW. It runs the global batch whole and by logical shards, on one
+and two threads; the fastest one counts.
 Both sides have the same model, batches, clipping and router bias update. Prints a table as Markdown:
 
   PYTHONPATH=. python benchmarks/train.py --data data/stdlib --out benchmarks/results/train_cpu_DATE.md
@@ -187,8 +188,11 @@ def main() -> int:
     config = resolve(config, data)
     counts = {"steps": options.steps, "warmup": options.warmup}
     jobs: list[Callable[[], Measured]] = [
-        lambda: plain_loop(config, data, by_shard=False, threads=2, **counts),
-        lambda: plain_loop(config, data, by_shard=True, threads=2, **counts),
+        *(
+            lambda t=threads, s=by_shard: plain_loop(config, data, by_shard=s, threads=t, **counts)
+            for threads in (1, 2)
+            for by_shard in (False, True)
+        ),
         *(lambda n=name, c=cluster: actors(config, n, c, **counts) for name, cluster in PEERS.items()),
     ]
     lines = []
