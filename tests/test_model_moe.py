@@ -151,6 +151,7 @@ def tiny_without_memory(**changes: object) -> ModelConfig:
 
 def test_router_bias_moves_against_the_load_and_only_changes_the_selection() -> None:
     config = tiny_without_memory()
+    gamma = config.moe.bias_update
     model, experts = Transformer(config, None), LocalExperts(config)
     counts = torch.tensor([[4] * 16, [0, 8] + [4] * 14, [7] + [4] * 15])
     model.update_router_bias(counts)

@@ -10,8 +10,8 @@ import httpx
 import openai
 import pytest
 import torch
-from local_cluster import tiny_run, train
 from background import Background, end_leftovers, environment, free_ports
+from local_cluster import tiny_run, train
 from tokenizers import Tokenizer
 
 from sparseray.jobs.serve import load, main

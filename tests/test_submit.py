@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from local_cluster import tiny_run
 from background import Background, end_leftovers, environment, free_ports, sparseray
+from local_cluster import tiny_run
 
 from sparseray.errors import ConfigError
 from sparseray.jobs.submit import entrypoint, main, submit

@@ -5,6 +5,7 @@ streams the tokens that come back. Ray starts the slots and is not on the path o
 """
 
 import asyncio
+import contextlib
 import socket
 import sys
 import threading
@@ -52,7 +53,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_class_arguments(ClusterConfig, "cluster")
     options = parser.parse_args(list(arguments))
     try:
-        made = parser.instantiate_classes(options)
+        made = parser.instantiate(options)
         serve = ServeConfig(**{**vars(made.serve), "host": options.host, "port": options.port})
         return run(Path(options.checkpoint), serve, ClusterConfig(**vars(made.cluster)), options.model_name)
     except UserError as error:
@@ -96,7 +97,9 @@ def run(directory: Path, serve: ServeConfig, cluster_config: ClusterConfig, mode
         print(
             f"  curl -s {url}/v1/completions -H 'Content-Type: application/json' -d '{{\"prompt\": \"import \"}}'"
         )
-        HttpServer(app, host=serve.host, port=serve.port).run()
+        # uvicorn raises Ctrl-C again once it has shut down; here that is the clean way to stop.
+        with contextlib.suppress(KeyboardInterrupt):
+            HttpServer(app, host=serve.host, port=serve.port).run()
     finally:
         if client is not None:
             client.close()

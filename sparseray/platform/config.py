@@ -193,7 +193,7 @@ def parse(arguments: Sequence[str], *, prog: str, description: str) -> RunConfig
     reader = parser(prog, description)
     try:
         namespace = reader.parse_args(list(arguments))
-        made = reader.instantiate_classes(namespace)
+        made = reader.instantiate(namespace)
     except ConfigError as error:
         raise ConfigError(_shorten(str(error))) from None
     return RunConfig(**{name: getattr(made, name) for name in SECTIONS}, run_dir=made.run_dir)
