@@ -132,16 +132,18 @@ class _Compress(torch.autograd.Function):
         ctx: Any, x: Tensor, w1: Tensor, bias: Tensor, w2: Tensor, b2: Tensor, tables: tuple[Tensor, ...],
         block: int, stride: int,
     ) -> Tensor:  # fmt: skip
-        starts, seq, meta = tables
+        starts = tables[0]
         pre = _first_layer(x, w1, bias, starts, block)
         out = torch.nn.functional.linear(torch.nn.functional.gelu(pre), w2, b2)
-        ctx.save_for_backward(x, w1, bias, w2, pre, starts, seq, meta)
-        ctx.block, ctx.stride = block, stride
+        ctx.save_for_backward(x, w1, bias, w2, pre)
+        # The cached tables may come from inference mode, which autograd refuses to save.
+        ctx.tables, ctx.block, ctx.stride = tables, block, stride
         return out.view(starts.shape[0], x.shape[1], w2.shape[0])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, w1, bias, w2, pre, starts, seq, meta = ctx.saved_tensors
+        x, w1, bias, w2, pre = ctx.saved_tensors
+        starts, seq, meta = ctx.tables
         block, stride = ctx.block, ctx.stride
         tokens, heads, width = x.shape
         dy = grads[0].reshape(-1, grads[0].shape[-1])

@@ -10,7 +10,7 @@ Sequence lengths are read on the device, so a captured graph serves growing sequ
 import triton
 import triton.language as tl
 
-from sparseray.kernels.nsa.tiles import load_tile, num_visible, store_tile
+from sparseray.kernels.nsa.tiles import load_tile, num_visible, store_tile, take_top
 
 
 @triton.jit
@@ -154,18 +154,7 @@ def sparse_split_kernel(
         o_j = tl.arange(0, BW)
         m_j = (o_j <= i_now) & (o_j < num_scores)
         b_score = tl.load(p_score + (i_q * H + i_kv) * num_scores + o_j, mask=m_j, other=0.0)
-        b_key = b_score.to(tl.int32, bitcast=True)
-        b_key = tl.where((o_j < INITIAL) | (o_j > i_now - LOCAL), 0x7F800000, b_key)
-        b_key = tl.where(m_j, b_key, -1)
-        lo = 0
-        for s in tl.static_range(31):
-            mid = lo | (1 << (30 - s))
-            lo = tl.where(tl.sum((b_key >= mid).to(tl.int32), 0) >= n, mid, lo)
-        b_above = b_key > lo
-        b_equal = b_key == lo
-        room = n - tl.sum(b_above.to(tl.int32), 0)
-        b_take = b_above | (b_equal & (tl.cumsum(b_equal.to(tl.int32), 0) <= room))
-        b_slot = tl.cumsum(b_take.to(tl.int32), 0) - 1
+        b_take, b_slot = take_top(b_score, o_j, m_j, i_now, n, INITIAL, LOCAL)
         i_hi = tl.minimum(i_part * PER + PER, tl.minimum(n, i_now + 1))
         for i in range(i_part * PER, i_hi):
             i_block = tl.sum(tl.where(b_take & (b_slot == i), o_j, 0), 0)

@@ -115,3 +115,24 @@ def add_tile(
 def num_visible(t, start, LEN: tl.constexpr, STRIDE: tl.constexpr):
     """How many keys of LEN tokens every STRIDE tokens, the first at `start`, end at or before position t."""
     return tl.maximum(t - start - LEN + 1 + STRIDE, 0) // STRIDE
+
+
+@triton.jit
+def take_top(b_score, o_j, m_j, i_now, n, INITIAL: tl.constexpr, LOCAL: tl.constexpr):
+    """Which blocks are among the n best, the first and local ones first of all, and their rank by index.
+
+    Scores are not negative, so their bits order like integers: 31 counts find the largest threshold that at
+    least n keys reach. With fewer than n visible blocks it ends at 0 and all are taken; ties go to lower indices.
+    """
+    b_key = b_score.to(tl.int32, bitcast=True)
+    b_key = tl.where((o_j < INITIAL) | (o_j > i_now - LOCAL), 0x7F800000, b_key)
+    b_key = tl.where(m_j, b_key, -1)
+    lo = 0
+    for s in tl.static_range(31):
+        mid = lo | (1 << (30 - s))
+        lo = tl.where(tl.sum((b_key >= mid).to(tl.int32), 0) >= n, mid, lo)
+    b_above = b_key > lo
+    b_equal = b_key == lo
+    room = n - tl.sum(b_above.to(tl.int32), 0)
+    b_take = b_above | (b_equal & (tl.cumsum(b_equal.to(tl.int32), 0) <= room))
+    return b_take, tl.cumsum(b_take.to(tl.int32), 0) - 1

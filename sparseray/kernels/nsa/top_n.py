@@ -14,7 +14,15 @@ from torch import Tensor
 
 from sparseray.kernels.nsa.geometry import COMPRESSED, QUERY, Geometry
 from sparseray.kernels.nsa.range_forward import LOG2E, key_sources, tokens_per_tile
-from sparseray.kernels.nsa.tiles import fetch, load_tile, next_power_of_2, num_visible, precision, split_width
+from sparseray.kernels.nsa.tiles import (
+    fetch,
+    load_tile,
+    next_power_of_2,
+    num_visible,
+    precision,
+    split_width,
+    take_top,
+)
 from sparseray.kernels.nsa.tuning import LAUNCH, launch_for
 
 
@@ -122,26 +130,13 @@ def top_n_kernel(
     b_score = tl.load(p_row, mask=m_j, other=0.0)
     if OVERLAP:
         b_score += tl.load(p_row + over - 1, mask=m_j & (o_j > 0), other=0.0)
-    b_key = b_score.to(tl.int32, bitcast=True)
-    b_force = (o_j < INITIAL) | (o_j > i_now - LOCAL)
-    b_key = tl.where(b_force, 0x7F800000, b_key)
-    b_key = tl.where(m_j, b_key, -1)
-    # Largest threshold that at least n keys reach; with fewer than n keys it ends at 0 and all are taken.
-    lo = 0
-    for s in tl.static_range(31):
-        mid = lo | (1 << (30 - s))
-        enough = tl.sum((b_key >= mid).to(tl.int32), 0) >= n
-        lo = tl.where(enough, mid, lo)
-    b_above = b_key > lo
-    b_equal = b_key == lo
-    room = n - tl.sum(b_above.to(tl.int32), 0)
-    b_take = b_above | (b_equal & (tl.cumsum(b_equal.to(tl.int32), 0) <= room))
-    b_taken = b_take.to(tl.int32)
-    b_slot = tl.cumsum(b_taken, 0) - 1
+    b_take, b_slot = take_top(b_score, o_j, m_j, i_now, n, INITIAL, LOCAL)
     p_out = p_index + (row_first * H + i_row) * n
     tl.store(p_out + b_slot, o_j, mask=b_take)
     o_n = tl.arange(0, NP)
-    tl.store(p_out + o_n, tl.full([NP], -1, tl.int32), mask=(o_n >= tl.sum(b_taken, 0)) & (o_n < n))
+    tl.store(
+        p_out + o_n, tl.full([NP], -1, tl.int32), mask=(o_n >= tl.sum(b_take.to(tl.int32), 0)) & (o_n < n)
+    )
 
 
 def query_positions(geometry: Geometry) -> Tensor:
