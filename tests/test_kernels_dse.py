@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -87,6 +89,14 @@ def test_gathered_rows_are_the_tables_rows(dtype: type, width: int, threads: int
     assert cpu.gather_rows(table, rows[:0]).shape == (0, width)
     with pytest.raises(IndexError, match="outside"):
         cpu.gather_rows(table, np.array([0, 57]))
+
+
+def test_rows_are_gathered_from_a_read_only_memory_map(tmp_path: Path) -> None:
+    table = np.arange(60, dtype=np.float32).reshape(15, 4)
+    np.save(tmp_path / "table.npy", table)
+    mapped = np.load(tmp_path / "table.npy", mmap_mode="r")
+    wanted = np.array([14, 0, 3, 3])
+    np.testing.assert_array_equal(cpu.gather_rows(mapped, wanted), table[wanted])
 
 
 @pytest.mark.parametrize("count", [0, 1, 7, 1000])

@@ -159,6 +159,16 @@ def test_layer_and_its_gradients_equal_the_reference(
         torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-4, atol=1e-4)
 
 
+def test_layer_without_tokens_has_zero_weight_gradients() -> None:
+    x, weights, w_up, w_down = (t.requires_grad_() for t in layer(0, 3, 2, 16, 16))
+    ids = torch.empty(0, 2, dtype=torch.int64, device=DEVICE)
+    y = ffn.moe_ffn(x, ids, weights, w_up, w_down, config=TINY)
+    assert y.shape == (0, 16)
+    y.sum().backward()
+    assert not w_up.grad.any()
+    assert not w_down.grad.any()
+
+
 @pytest.mark.parametrize(("T", "E", "K", "H", "I"), [(1, 5, 2, 24, 20), (7, 9, 3, 19, 21)])
 def test_both_decode_forms_equal_the_reference(T: int, E: int, K: int, H: int, I: int) -> None:
     torch.manual_seed(0)

@@ -287,7 +287,7 @@ def moe_ffn(
     """Weighted sum over each token's experts of down(silu(gate x) * (up x)), differentiable.
 
     Args:
-        x_TH: bf16, fp16 or fp32 tokens on the GPU, T >= 1.
+        x_TH: bf16, fp16 or fp32 tokens on the GPU; T may be 0.
         topk_ids_TK: integer expert ids.
         topk_weights_TK: fp32 routing weights.
         w_gate_up_E2IH: x's dtype, gate rows first, then up rows.

@@ -153,16 +153,16 @@ def finish_plan(
     """Scan the blocks' counts (in place) and place the rows; ranks come from `rank_block`."""
     T, K = ids_TK.shape
     num_blocks = block_counts_BE.shape[0]
-    num_tiles = T * K // tile_rows + min(num_experts, T * K)
+    num_tiles = max(1, T * K // tile_rows + min(num_experts, T * K))
     integers = {"dtype": torch.int32, "device": ids_TK.device}
     counts, offsets = torch.empty(num_experts, **integers), torch.empty(num_experts, **integers)
     order, inverse = torch.empty(T * K, **integers), torch.empty(T * K, **integers)
-    tiles = torch.empty(3, max(num_tiles, 1), **integers)
+    tiles = torch.empty(3, num_tiles, **integers)
     grid = (triton.cdiv(num_experts, SCAN_EXPERTS),)
     _scan_kernel[grid](
         block_counts_BE, counts, num_blocks, num_experts, BB=SCAN_BLOCKS, BE=SCAN_EXPERTS, num_warps=4
     )
-    _place_kernel[(num_blocks + triton.cdiv(max(num_tiles, 1), TILES_PER_PROGRAM),)](
+    _place_kernel[(num_blocks + triton.cdiv(num_tiles, TILES_PER_PROGRAM),)](
         ids_TK,
         ranks_TK,
         block_counts_BE,
