@@ -7,7 +7,7 @@ wrong gets the OpenAI error object and costs nobody else anything.
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterator
 from typing import Any, Protocol
 
 import uvicorn
@@ -16,6 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 from tokenizers import Tokenizer
 
 from sparseray.actors.generation import GenerationRequest, TokenEvent, TokenLogprobs
@@ -112,11 +113,14 @@ class _Server:
             )
         self.open += len(parsed.requests)
         if parsed.is_stream:
-            return StreamingResponse(self._stream(parsed), media_type="text/event-stream")
+            return _EventStream(self._stream(parsed), lambda: self._release(parsed))
         try:
             return await self._whole(request, parsed)
         finally:
-            self.open -= len(parsed.requests)
+            self._release(parsed)
+
+    def _release(self, parsed: Parsed) -> None:
+        self.open -= len(parsed.requests)
 
     async def _whole(self, request: Request, parsed: Parsed) -> Response:
         """Collect all choices; a client that goes away cancels them."""
@@ -133,18 +137,20 @@ class _Server:
             choices, counts = zip(*work.result())
         finally:
             gone.cancel()
-        prompts = {one.prompt for one in parsed.requests}
-        total = sum(len(prompt) for prompt in prompts)
+        usage = api.usage(parsed.prompt_tokens, sum(counts))
         return JSONResponse(
-            {
-                **api.envelope(parsed, is_chunk=False),
-                "choices": list(choices),
-                "usage": api.usage(total, sum(counts)),
-            }
+            {**api.envelope(parsed, is_chunk=False), "choices": list(choices), "usage": usage}
         )
 
     async def _collect_all(self, parsed: Parsed) -> list[tuple[dict[str, Any], int]]:
-        return await asyncio.gather(*(self._collect(parsed, index) for index in range(len(parsed.requests))))
+        work = [asyncio.create_task(self._collect(parsed, i)) for i in range(len(parsed.requests))]
+        try:
+            return await asyncio.gather(*work)
+        finally:
+            # One choice that fails ends the answer; the others would generate for nobody.
+            for task in work:
+                task.cancel()
+            await asyncio.gather(*work, return_exceptions=True)
 
     async def _collect(self, parsed: Parsed, index: int) -> tuple[dict[str, Any], int]:
         text, reason = "", None
@@ -208,13 +214,13 @@ class _Server:
             queue.put_nowait(None)
 
         tasks = [asyncio.create_task(pump(index)) for index in range(len(parsed.requests))]
-        made = 0
+        made, left = 0, len(tasks)
+        offsets = [-1] * len(tasks)
         try:
             for index in range(len(tasks)):
                 first = self._first_chunk(parsed, index)
                 if first is not None:
                     yield first
-            left = len(tasks)
             while left:
                 item = await queue.get()
                 if item is None:
@@ -225,37 +231,71 @@ class _Server:
                     return
                 else:
                     made += item[2] is not None and item[2].token >= 0
-                    if item[1] or item[3] or parsed.num_logprobs >= 0:
-                        yield self._chunk(parsed, *item)
+                    for chunk in self._chunks(parsed, offsets, *item):
+                        yield chunk
             if parsed.include_usage:
-                total = sum(len(prompt) for prompt in {one.prompt for one in parsed.requests})
-                yield _event(
-                    {**api.envelope(parsed, is_chunk=True), "choices": [], "usage": api.usage(total, made)}
-                )
+                usage = api.usage(parsed.prompt_tokens, made)
+                yield _event({**api.envelope(parsed, is_chunk=True), "choices": [], "usage": usage})
             yield b"data: [DONE]\n\n"
         finally:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            self.open -= len(parsed.requests)
 
     def _first_chunk(self, parsed: Parsed, index: int) -> bytes | None:
-        """The role of a chat answer, or the echoed prompt."""
+        """The role of a chat answer, or the echoed prompt if no scores of it have to be waited for."""
         if parsed.is_chat:
             delta = {"index": index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
             return _event({**api.envelope(parsed, is_chunk=True), "choices": [delta]})
-        if parsed.echo:
-            text, _ = self._echo(parsed, index)
-            entry = api.choice(parsed, index, text, None, None, is_chunk=True)
-            return _event({**api.envelope(parsed, is_chunk=True), "choices": [entry]})
+        if parsed.echo and parsed.num_logprobs < 0:
+            return self._chunk(parsed, index, self._echo(parsed, index)[0], None, None)
         return None
 
+    def _chunks(
+        self,
+        parsed: Parsed,
+        offsets: list[int],
+        index: int,
+        text: str,
+        event: TokenEvent | None,
+        reason: str | None,
+    ) -> Iterator[bytes]:
+        """Yield what one event of a choice sends; `offsets` holds where its next token's text begins, -1 before any."""
+        if parsed.num_logprobs < 0 or event is None:
+            if text or reason:
+                yield self._chunk(parsed, index, text, reason, None)
+            return
+        is_first, offsets[index] = offsets[index] < 0, max(0, offsets[index])
+        if is_first and parsed.echo:
+            prompt = parsed.requests[index].prompt
+            scored = [None, *event.prompt_logprobs]
+            logprobs = api.completion_logprobs(self.tokenizer, scored, prompt)
+            yield self._chunk(parsed, index, self._echo(parsed, index)[0], None, logprobs)
+            offsets[index] = sum(len(one) for one in logprobs["tokens"])
+        scores = api.event_logprobs(parsed, self.tokenizer, [event], offsets[index])
+        yield self._chunk(parsed, index, text, reason, scores)
+        offsets[index] += len(api.token_text(self.tokenizer, event.token)) if event.token >= 0 else 0
+
     def _chunk(
-        self, parsed: Parsed, index: int, text: str, event: TokenEvent | None, reason: str | None
+        self, parsed: Parsed, index: int, text: str, reason: str | None, logprobs: dict[str, Any] | None
     ) -> bytes:
-        logprobs = api.event_logprobs(parsed, self.tokenizer, [event] if event is not None else [])
         entry = api.choice(parsed, index, text, reason, logprobs, is_chunk=True)
         return _event({**api.envelope(parsed, is_chunk=True), "choices": [entry]})
+
+
+class _EventStream(StreamingResponse):
+    """Server-sent events; however the connection ends, the events are closed and the places given back."""
+
+    def __init__(self, events: AsyncGenerator[bytes, None], release: Callable[[], None]) -> None:
+        super().__init__(events, media_type="text/event-stream")
+        self._events, self._release = events, release
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            async with contextlib.aclosing(self._events):
+                await super().__call__(scope, receive, send)
+        finally:
+            self._release()
 
 
 def _event(body: dict[str, Any]) -> bytes:

@@ -50,12 +50,14 @@ class Parsed:
 
     Args:
         requests: one for every choice.
+        prompt_tokens: of all prompts, each counted once whatever the number of its choices.
         stops: texts that end an answer and are not part of it.
         is_chat, is_stream, include_usage, echo: what the client asked for.
         num_logprobs: as in `GenerationRequest`.
     """
 
     requests: tuple[GenerationRequest, ...]
+    prompt_tokens: int
     stops: tuple[str, ...]
     is_chat: bool
     is_stream: bool
@@ -122,7 +124,7 @@ def _prompts(body: dict[str, Any], tokenizer: Tokenizer) -> list[list[int]]:
     prompts = []
     for one in value:
         if isinstance(one, str):
-            prompts.append(tokenizer.encode(one, add_special_tokens=False).ids)
+            prompts.append(_encode(tokenizer, one, "prompt"))
         elif _is_ids(one):
             prompts.append(one)
         else:
@@ -150,7 +152,17 @@ def _chat_prompt(body: dict[str, Any], tokenizer: Tokenizer) -> list[list[int]]:
             raise APIError("content must be a string or a list of text parts", param="messages")
         lines.append(f"{message['role']}: {content}\n")
     text = "".join(lines) + "assistant:"
-    return [tokenizer.encode(text, add_special_tokens=False).ids]
+    return [_encode(tokenizer, text, "messages")]
+
+
+def _encode(tokenizer: Tokenizer, text: str, param: str) -> list[int]:
+    """Token ids of a text; JSON can spell half a surrogate pair, which is no text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise APIError("the text has a lone surrogate (half of a \\u pair)", param=param) from None
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+    return ids
 
 
 def _num_logprobs(body: dict[str, Any], is_chat: bool) -> int:
@@ -216,6 +228,7 @@ def parse(body: object, tokenizer: Tokenizer, limits: Limits, *, is_chat: bool) 
             )
     return Parsed(
         requests=tuple(requests),
+        prompt_tokens=sum(len(prompt) for prompt in prompts),
         stops=_stops(body),
         is_chat=is_chat,
         is_stream=_flag(body, "stream"),
