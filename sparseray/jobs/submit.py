@@ -94,7 +94,10 @@ def submit(command: str, rest: Sequence[str], address: str, working_dir: str | N
     print(shlex.join([*line, "--", *words]), flush=True)
     client = _connect(address)
     runtime: dict[str, Any] = {"working_dir": working_dir} if working_dir else {}
-    job = client.submit_job(entrypoint=shlex.join(words), runtime_env=runtime)
+    try:
+        job = client.submit_job(entrypoint=shlex.join(words), runtime_env=runtime)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ClusterError(f"{address} did not accept the job: {_one_line(error)}") from None
     print(f"job {job} accepted by {address}", flush=True)
     if not wait:
         return 0
@@ -123,13 +126,14 @@ def _connect(address: str) -> "JobSubmissionClient":
     if "RAY_AUTH_MODE" not in os.environ and ("RAY_AUTH_TOKEN" in os.environ or token_file.exists()):
         # A client that starts no cluster sends its token only when told to.
         os.environ["RAY_AUTH_MODE"] = "token"
+    from ray.exceptions import RayError
     from ray.job_submission import JobSubmissionClient
 
     try:
         client = JobSubmissionClient(address)
         client.get_version()
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        text = " ".join(str(error).split())[:300]
+    except (ConnectionError, RuntimeError, ValueError, RayError) as error:
+        text = _one_line(error)
         is_token = any(word in text.lower() for word in ("token", "401", "403", "unauthenticated", "auth"))
         cure = (
             "give the cluster's token in RAY_AUTH_TOKEN or ~/.ray/auth_token"
@@ -138,6 +142,10 @@ def _connect(address: str) -> "JobSubmissionClient":
         )
         raise ClusterError(f"the Ray head at {address} cannot be used: {text}; {cure}") from None
     return client
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 async def _follow(client: "JobSubmissionClient", job: str) -> None:

@@ -1,0 +1,135 @@
+"""`sparseray serve` as a process: a checkpoint on two expert and two memory shards, and Ctrl-C leaves nothing."""
+
+import shutil
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import torch
+from local_cluster import tiny_run, train
+from processes import Background, end_leftovers, environment, free_ports
+from tokenizers import Tokenizer
+
+from sparseray.jobs.serve import load, main
+from sparseray.model.decode import greedy
+from sparseray.model.dse import LocalMemory
+from sparseray.model.dse_layout import DSELayout
+from sparseray.model.moe import LocalExperts
+from sparseray.model.transformer import Transformer
+from sparseray.platform import checkpoint
+from sparseray.platform.config import ClusterConfig, ServeConfig
+
+PROMPT = "rain river stone"
+
+
+@pytest.fixture(scope="module")
+def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint of a run of two steps."""
+    folder = train(tmp_path_factory.mktemp("served"), tiny_run(corpus, steps=2)).folder
+    newest = folder.newest_checkpoint()
+    assert newest is not None
+    return newest
+
+
+def expected_text(directory: Path, tokenizer: Tokenizer, count: int) -> str:
+    """Greedy continuation by the plain path in this process, from the checkpoint's tensors."""
+    config = load(directory, ServeConfig(), ClusterConfig()).model
+    layout = DSELayout.load(directory)
+    model, experts = Transformer(config, layout), LocalExperts(config)
+    memory = LocalMemory(config, layout)
+    with torch.no_grad():
+        for part in (model, experts, memory):
+            own: dict[str, torch.Tensor] = dict(part.named_parameters())
+            own |= {name: b for name, b in part.named_buffers() if name.endswith("router_bias")}
+            for name, tensor in checkpoint.read_tensors(str(directory), list(own)).items():
+                own[name].copy_(tensor.view_as(own[name]))
+    prompt = torch.tensor(tokenizer.encode(PROMPT).ids)
+    tokens = greedy(model, prompt, count, experts=experts, memory=memory)
+    return str(tokenizer.decode(tokens.tolist()))
+
+
+def complete(ai: openai.OpenAI, **options: Any) -> Any:
+    options = {"prompt": PROMPT, "max_tokens": 12, "seed": 3, "extra_body": {"ignore_eos": True}} | options
+    return ai.completions.create(model="sparseray", **options)
+
+
+def check_answers(ai: openai.OpenAI, directory: Path) -> None:
+    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    assert [model.id for model in ai.models.list()] == ["sparseray"]
+    greedy_text = complete(ai, temperature=0.0).choices[0].text
+    assert greedy_text == expected_text(directory, tokenizer, 12)
+    alone = complete(ai, logprobs=1).choices[0]
+    with ThreadPoolExecutor(4) as pool:
+        others = [pool.submit(complete, ai, prompt="green " * i, seed=i) for i in (1, 2, 3)]
+        assert pool.submit(complete, ai, logprobs=1).result().choices[0] == alone
+        assert all(other.result().usage.completion_tokens == 12 for other in others)
+    stream = complete(ai, stream=True, stream_options={"include_usage": True})
+    chunks = list(stream)
+    assert "".join(chunk.choices[0].text for chunk in chunks[:-1]) == alone.text
+    assert chunks[-1].usage.completion_tokens == 12
+    chat = ai.chat.completions.create(
+        model="sparseray", messages=[{"role": "user", "content": "rain"}], max_tokens=4, temperature=0
+    )
+    assert chat.choices[0].message.role == "assistant"
+
+
+@pytest.mark.ray
+def test_a_checkpoint_is_served_over_shards_and_ctrl_c_leaves_nothing_running(
+    trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    env, (port,) = environment(), free_ports(1)
+    shards = ["--cluster.expert_shards", "2", "--cluster.memory_shards", "2"]
+    command = [sys.executable, "-m", "sparseray", "serve", "--checkpoint", str(trained), "--port", str(port)]
+    server = Background([*command, *shards], env)
+    try:
+        server.wait_for("Ctrl-C stops", 60.0)
+        url = f"http://127.0.0.1:{port}"
+        wait_until_healthy(url, server)
+        with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=30.0) as ai:
+            check_answers(ai, trained)
+            long = complete(ai, max_tokens=48, stream=True)
+            next(iter(long))
+            long.response.close()
+        metrics = httpx.get(f"{url}/metrics").text
+        for line in (
+            "request_latency_seconds_count 8.0",
+            "prompt_tokens_total",
+            "first_token_seconds_bucket",
+        ):
+            assert line in metrics
+        assert main(["--checkpoint", str(trained), "--port", str(port)]) == 2
+        assert f"cannot listen on 127.0.0.1:{port}" in capsys.readouterr().err
+        assert server.interrupt() == 0, server.output
+        assert server.output.rstrip().endswith("stopped")
+        assert "Traceback" not in server.output and "ERROR" not in server.output, server.output
+    finally:
+        server.terminate()
+        left = end_leftovers(env)
+    assert not left
+
+
+def wait_until_healthy(url: str, server: Background) -> None:
+    for _ in range(200):
+        assert server.process.poll() is None, server.output
+        try:
+            assert httpx.get(f"{url}/health").status_code == 200
+            return
+        except httpx.ConnectError:
+            pass
+    raise AssertionError("the server does not listen")
+
+
+def test_what_cannot_be_served_is_told_in_one_line(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "step_2"
+    shutil.copytree(trained, copy)
+    (copy / "tokenizer.json").unlink()
+    for path in (tmp_path / "nowhere", tmp_path, copy):
+        assert main(["--checkpoint", str(path)]) == 2
+        out, err = capsys.readouterr()
+        assert (out, err.count("\n")) == ("", 1) and str(path) in err
