@@ -11,11 +11,9 @@ import sys
 import threading
 import time
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
-
-import jsonargparse
 
 from sparseray.actors.generation import GenerationRequest, TokenEvent
 from sparseray.actors.mailbox import Mailbox
@@ -43,15 +41,19 @@ example:
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command until Ctrl-C; 0 after a clean stop, 2 for a user's mistake."""
-    parser = jsonargparse.ArgumentParser(prog="sparseray serve", description=DESCRIPTION)
+    parser = configuration.Parser(prog="sparseray serve", description=DESCRIPTION)
     parser.add_argument("--checkpoint", required=True, help="folder such as RUN/checkpoints/step_100")
     parser.add_argument("--port", type=int, default=ServeConfig.port)
     parser.add_argument("--host", default=ServeConfig.host, help="loopback by default")
     parser.add_argument("--model_name", default="sparseray", help="name that requests ask for")
     parser.add_class_arguments(ServeConfig, "serve", skip={"host", "port"})
     parser.add_class_arguments(ClusterConfig, "cluster")
-    options = parser.parse_args(list(arguments))
+    known = {"checkpoint", "port", "host", "model_name", "serve", "cluster"}
+    known |= {f"serve.{name.name}" for name in fields(ServeConfig)} - {"serve.host", "serve.port"}
+    known |= {f"cluster.{name.name}" for name in fields(ClusterConfig)}
     try:
+        configuration.check_keys(arguments, known)
+        options = parser.parse_args(list(arguments))
         made = parser.instantiate_classes(options)
         serve = ServeConfig(**{**vars(made.serve), "host": options.host, "port": options.port})
         return run(Path(options.checkpoint), serve, ClusterConfig(**vars(made.cluster)), options.model_name)
