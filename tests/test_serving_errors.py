@@ -1,7 +1,9 @@
 """What goes wrong with one request stays with it: bad input, clients that leave, a full server, a broken engine."""
 
+import asyncio
 import json
 import socket
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -10,6 +12,14 @@ import httpx
 import openai
 import pytest
 from local_server import MAX_LEN, MAX_OPEN, LocalClient, Net, serving, text_tokenizer, wait_for
+
+from sparseray.actors.generation import GenerationRequest
+from sparseray.actors.messages import Message
+from sparseray.actors.slot import Slot
+from sparseray.errors import SlotLostError
+from sparseray.jobs.serve import RemoteClient
+from sparseray.platform.config import ClusterConfig
+from sparseray.platform.metrics import Metrics
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 USER = {"role": "user", "content": "rain"}
@@ -214,3 +224,57 @@ def test_an_engine_failure_in_a_stream_is_an_error_event(
         net.experts.is_broken = True
         with pytest.raises(openai.APIError, match="expert shard 1 is gone"):
             list(ai.completions.create(model="tiny", prompt="rain", stream=True))
+
+
+class ScriptedMailbox:
+    """A slot's mailbox that hands out what the test wrote, None for a moment without a message."""
+
+    slot = 0
+
+    def __init__(self, script: list[Message | None]) -> None:
+        self.script, self.posted = script, []
+
+    def next(self, _timeout_s: float) -> Message | None:
+        return self.script.pop(0)
+
+    def post(self, _to: int, kind: str, **message: Any) -> int:
+        self.posted.append((kind, message["body"]))
+        return 0
+
+
+def message(kind: str, body: dict[str, Any] | None = None) -> Message:
+    return Message(kind=kind, source=-1, generation=0, sequence=1, body=body or {})
+
+
+def test_a_slot_forgets_the_requests_of_a_failed_step_and_serves_the_next(net: Net) -> None:
+    lost, served = (
+        GenerationRequest(request_id=name, prompt=(5, 6, 7), max_tokens=1, temperature=0.0)
+        for name in ("lost", "served")
+    )
+    script = [message("generate", lost.to_dict()), None, message("generate", served.to_dict()), None]
+    mailbox = ScriptedMailbox([*script, message("stop")])
+    slot = Slot(mailbox, lambda _: None)  # type: ignore[arg-type,return-value]
+    slot.engine, net.experts.is_broken = net.engine(), True
+    slot.serve_forever()
+    (failed, body), (tokens, found) = mailbox.posted
+    assert failed == "failed" and "expert shard 1 is gone" in body["error"]
+    assert tokens == "tokens" and [event["request_id"] for event in found["events"]] == ["served"]
+
+
+def test_a_request_waits_while_its_worker_is_heard_and_is_given_up_when_it_falls_silent() -> None:
+    async def ask_it() -> float:
+        client = RemoteClient("test", ClusterConfig(deadline_s=0.2, transport="tcp"), Metrics({}))
+        client._open, client._outbox.post = {0: set()}, lambda *_args, **_options: 0  # type: ignore[assignment,method-assign]
+        started = time.monotonic()
+        # As if tokens of other requests came for another half a second.
+        client._heard_s[0] = started + 0.5
+        try:
+            request = GenerationRequest(request_id="a", prompt=(1,), max_tokens=1)
+            with pytest.raises(SlotLostError, match="slot 0 sent nothing"):
+                await anext(client.generate(request))
+        finally:
+            client.close()
+        assert client._open == {0: set()}
+        return time.monotonic() - started
+
+    assert 0.7 <= asyncio.run(ask_it()) < 3.0

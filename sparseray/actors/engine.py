@@ -87,6 +87,11 @@ class Engine:
         self.waiting = deque(r for r in self.waiting if r.request_id != request_id)
         self.running.pop(request_id, None)
 
+    def clear(self) -> None:
+        """Forget all requests; after a failed step their caches hold half of it."""
+        self.waiting.clear()
+        self.running.clear()
+
     @torch.no_grad()
     def step(self) -> list[TokenEvent]:
         """Run one step of the batch and return the tokens it gave."""

@@ -269,7 +269,12 @@ class Slot:
         assert self.engine is not None
         # Experts and rows answer for the step after the last committed one, as in training.
         self._begin(self.committed + 1, -1)
-        events = self.engine.step()
+        try:
+            events = self.engine.step()
+        except Exception:
+            # The ingress fails all that is open here; a request that comes next must not meet their caches.
+            self.engine.clear()
+            raise
         if events:
             self.mailbox.post(SCHEDULER, "tokens", body={"events": [event.to_dict() for event in events]})
 

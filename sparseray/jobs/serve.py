@@ -163,6 +163,7 @@ class RemoteClient:
         self._deadline_s, self._metrics = cluster.deadline_s, metrics
         self._queues: dict[str, tuple[asyncio.AbstractEventLoop, asyncio.Queue[TokenEvent | Exception]]] = {}
         self._open: dict[int, set[str]] = {}
+        self._heard_s: dict[int, float] = {}
         self._order = itertools.count()
         self._running = True
         self._thread = threading.Thread(target=self._receive, daemon=True, name="ingress")
@@ -207,6 +208,7 @@ class RemoteClient:
             message = self._inbox.next(0.5)
             if message is None:
                 continue
+            self._heard_s[message.source] = time.monotonic()
             if message.kind == "tokens":
                 for event in message.body["events"]:
                     self._hand_out(TokenEvent.from_dict(event))
@@ -245,6 +247,9 @@ class RemoteClient:
                 try:
                     event = await asyncio.wait_for(queue.get(), self._deadline_s)
                 except TimeoutError:
+                    # A request that waits for a place in a batch that moves is not lost.
+                    if time.monotonic() - self._heard_s.get(slot, 0.0) < self._deadline_s:
+                        continue
                     raise SlotLostError(f"slot {slot} sent nothing for {self._deadline_s:g} s") from None
                 if isinstance(event, Exception):
                     raise event
