@@ -129,3 +129,11 @@ def test_the_module_runs_as_a_process() -> None:
     found = sparseray("pretran")
     assert (found.returncode, found.stdout, found.stderr.count("\n")) == (2, "", 1)
     assert sparseray("--version").stdout.strip() == __version__
+
+
+def test_ctrl_c_while_a_command_starts_is_one_line(cli: Out, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(serve, "run", interrupted)
+    assert cli("serve", "--checkpoint", "x") == (130, "", "sparseray: interrupted\n")
