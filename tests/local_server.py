@@ -194,7 +194,8 @@ def serving(client: GenerationClient, tokenizer: Tokenizer, *, max_waiting: int 
 @contextmanager
 def listening(app: Starlette) -> Iterator[int]:
     server = uvicorn.Server(uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=1))
-    with socket.socket() as listener:
+    # asyncio switches off Nagle's delays only where the socket says that it is TCP.
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
         listener.bind(("127.0.0.1", 0))
         options: dict[str, Any] = {"sockets": [listener]}
         thread = threading.Thread(target=server.run, kwargs=options, name="http")
