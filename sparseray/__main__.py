@@ -44,8 +44,12 @@ def main() -> int:
         hint = f"did you mean {close[0]!r}?" if close else "see sparseray --help"
         print(f"sparseray: error: unknown command {arguments[0]!r}; {hint}", file=sys.stderr)
         return 2
-    module = importlib.import_module(COMMANDS[arguments[0]][0])
-    return int(module.main(arguments[1:]))
+    try:
+        module = importlib.import_module(COMMANDS[arguments[0]][0])
+        return int(module.main(arguments[1:]))
+    except KeyboardInterrupt:
+        print("sparseray: interrupted", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

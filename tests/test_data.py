@@ -282,7 +282,9 @@ def test_bad_input_is_one_clear_line_exit_code_2_and_nothing_written(
     before = sorted(tmp_path.rglob("*"))
     for arguments, message in cases:
         assert main(["prepare", *arguments, "--out", str(tmp_path / "deep" / "out")]) == 2
-        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        lines = [
+            line for line in capsys.readouterr().err.splitlines() if line.startswith("sparseray: error: ")
+        ]
         assert len(lines) == 1
         assert message in lines[0]
         assert sorted(tmp_path.rglob("*")) == before

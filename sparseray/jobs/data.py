@@ -55,11 +55,11 @@ def main(argv: list[str]) -> int:
                 overwrite=arguments.overwrite,
             )
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"sparseray: error: {error}", file=sys.stderr)
         return 2
     except OSError as error:  # a full disk, a folder that may not be written
         print(
-            f"error: cannot prepare {arguments.out}: {error}; free space or name another --out",
+            f"sparseray: error: cannot prepare {arguments.out}: {error}; free space or name another --out",
             file=sys.stderr,
         )
         return 2

@@ -11,11 +11,9 @@ import sys
 import threading
 import time
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
-
-import jsonargparse
 
 from sparseray.actors.generation import GenerationRequest, TokenEvent
 from sparseray.actors.mailbox import Mailbox
@@ -44,15 +42,19 @@ example:
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command until Ctrl-C; 0 after a clean stop, 2 for a user's mistake."""
-    parser = jsonargparse.ArgumentParser(prog="sparseray serve", description=DESCRIPTION)
+    parser = configuration.Parser(prog="sparseray serve", description=DESCRIPTION)
     parser.add_argument("--checkpoint", required=True, help="folder such as RUN/checkpoints/step_100")
     parser.add_argument("--port", type=int, default=ServeConfig.port)
     parser.add_argument("--host", default=ServeConfig.host, help="loopback by default")
     parser.add_argument("--model_name", default="sparseray", help="name that requests ask for")
     parser.add_class_arguments(ServeConfig, "serve", skip={"host", "port"})
     parser.add_class_arguments(ClusterConfig, "cluster")
-    options = parser.parse_args(list(arguments))
+    known = {"checkpoint", "port", "host", "model_name", "serve", "cluster"}
+    known |= {f"serve.{name.name}" for name in fields(ServeConfig)} - {"serve.host", "serve.port"}
+    known |= {f"cluster.{name.name}" for name in fields(ClusterConfig)}
     try:
+        configuration.check_keys(arguments, known)
+        options = parser.parse_args(list(arguments))
         made = parser.instantiate(options)
         serve = ServeConfig(**{**vars(made.serve), "host": options.host, "port": options.port})
         return run(Path(options.checkpoint), serve, ClusterConfig(**vars(made.cluster)), options.model_name)
@@ -160,6 +162,7 @@ class RemoteClient:
         self._deadline_s, self._metrics = cluster.deadline_s, metrics
         self._queues: dict[str, tuple[asyncio.AbstractEventLoop, asyncio.Queue[TokenEvent | Exception]]] = {}
         self._open: dict[int, set[str]] = {}
+        self._heard_s: dict[int, float] = {}
         self._max_waiting, self._running = max_waiting, True
         self._thread = threading.Thread(target=self._receive, daemon=True, name="ingress")
 
@@ -204,6 +207,7 @@ class RemoteClient:
             message = self._inbox.next(0.5)
             if message is None:
                 continue
+            self._heard_s[message.source] = time.monotonic()
             if message.kind == "tokens":
                 for event in message.body["events"]:
                     self._hand_out(TokenEvent.from_dict(event))
@@ -261,13 +265,17 @@ class RemoteClient:
             self._count_running()
 
     async def _next_event(self, queue: "asyncio.Queue[TokenEvent | Exception]", slot: int) -> TokenEvent:
-        try:
-            event = await asyncio.wait_for(queue.get(), self._deadline_s)
-        except TimeoutError:
-            raise SlotLostError(f"slot {slot} sent nothing for {self._deadline_s:g} s") from None
-        if isinstance(event, Exception):
-            raise event
-        return event
+        while True:
+            try:
+                event = await asyncio.wait_for(queue.get(), self._deadline_s)
+            except TimeoutError:
+                # A request that waits for a place in a batch that moves is not lost.
+                if time.monotonic() - self._heard_s.get(slot, 0.0) < self._deadline_s:
+                    continue
+                raise SlotLostError(f"slot {slot} sent nothing for {self._deadline_s:g} s") from None
+            if isinstance(event, Exception):
+                raise event
+            return event
 
     async def cancel(self, request_id: str) -> None:
         """End a request at its worker; unknown ones are ignored."""

@@ -109,6 +109,7 @@ def _connect(config: ClusterConfig, num_slots: int) -> None:
             # Ray runs its workers at nice 15; a step waits for the slowest slot, so here they are not niced.
             os.environ.setdefault("RAY_worker_niceness", "0")
             ray.init(
+                address="local",
                 num_cpus=max(1, round(num_slots * config.cpus_per_slot + 0.5)),
                 object_store_memory=OBJECT_STORE_BYTES,
                 include_dashboard=False,

@@ -4,6 +4,7 @@ A file is the complete record of a run; defaults live once, here and in model/co
 keys are errors that name the nearest known one.
 """
 
+import argparse
 import difflib
 import sys
 import types
@@ -164,16 +165,23 @@ class RunConfig:
 SECTIONS = ("model", "data", "optim", "train", "cluster", "serve")
 
 
-class _Parser(jsonargparse.ArgumentParser):
+class _HelpFormatter(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Leaves the lines of an example as they are, so that they can be copied."""
+
+
+class Parser(jsonargparse.ArgumentParser):
     """Raises our error, which names the nearest key, where the library would exit."""
 
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **({"formatter_class": _HelpFormatter} | options))
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise ConfigError(message)
+        raise ConfigError(_shorten(message))
 
 
 def parser(prog: str, description: str) -> jsonargparse.ArgumentParser:
     """Return a parser with `--config FILE` and one option per field of every section."""
-    found = _Parser(prog=prog, description=description, formatter_class=jsonargparse.DefaultHelpFormatter)
+    found = Parser(prog=prog, description=description)
     found.add_argument("--config", action="config", help="YAML file; options after it override its values")
     for section, kind in zip(SECTIONS, (f.type for f in fields(RunConfig))):
         found.add_class_arguments(typing.cast(type, kind), section)
@@ -189,13 +197,9 @@ def parse(arguments: Sequence[str], *, prog: str, description: str) -> RunConfig
     Raises:
         ConfigError: an unknown key, a wrong type, or values that do not fit each other.
     """
-    _check_keys(arguments)
+    check_keys(arguments, set(known_keys()))
     reader = parser(prog, description)
-    try:
-        namespace = reader.parse_args(list(arguments))
-        made = reader.instantiate(namespace)
-    except ConfigError as error:
-        raise ConfigError(_shorten(str(error))) from None
+    made = reader.instantiate(reader.parse_args(list(arguments)))
     return RunConfig(**{name: getattr(made, name) for name in SECTIONS}, run_dir=made.run_dir)
 
 
@@ -214,8 +218,12 @@ def known_keys(kind: type = RunConfig, prefix: str = "") -> Iterator[str]:
             yield from known_keys(typing.cast(type, hints[item.name]), f"{prefix}{item.name}.")
 
 
-def _check_keys(arguments: Sequence[str]) -> None:
-    known = set(known_keys())
+def check_keys(arguments: Sequence[str], known: set[str]) -> None:
+    """See that options, and keys of files given with --config, are known.
+
+    Raises:
+        ConfigError: one is not; it names the nearest that is.
+    """
     for position, argument in enumerate(arguments):
         if not argument.startswith("--") or argument in ("--help", "--config", "--print_config"):
             if position and arguments[position - 1] == "--config":

@@ -1,0 +1,139 @@
+"""The command line: help with an example that parses, the nearest name for a typo, exit codes."""
+
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+
+import pytest
+from background import ROOT, sparseray
+
+from sparseray import __version__
+from sparseray.__main__ import COMMANDS, main
+from sparseray.jobs import data, demo, pretrain, serve, submit
+
+HELPS = [[name] for name in COMMANDS] + [["data", "prepare"]]
+
+
+class Out:
+    """Runs the command line in this process: exit code, standard output, standard error."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        self._monkeypatch, self._capsys = monkeypatch, capsys
+
+    def __call__(self, *arguments: str) -> tuple[int, str, str]:
+        self._monkeypatch.setattr(sys, "argv", ["sparseray", *arguments])
+        self._monkeypatch.setenv("COLUMNS", "200")
+        try:
+            code = main()
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+        return code, *self._capsys.readouterr()
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Out:
+    return Out(monkeypatch, capsys)
+
+
+def examples(help_: str) -> list[list[str]]:
+    """Words of the example's command lines, with continued lines joined."""
+    text = help_[re.search(r"^examples?:$", help_, re.MULTILINE).end() :].replace("\\\n", " ")  # type: ignore[union-attr]
+    lines = [line.strip() for line in text.splitlines()]
+    return [shlex.split(line) for line in lines if line.startswith(("python -m sparseray ", "sparseray "))]
+
+
+def test_help_names_every_command_and_the_first_step(cli: Out) -> None:
+    for arguments in ((), ("--help",), ("-h",), ("help",)):
+        code, out, err = cli(*arguments)
+        assert (code, err) == (0, "")
+        assert out.startswith("usage: sparseray COMMAND")
+        assert all(re.search(rf"^  {name} ", out, re.MULTILINE) for name in COMMANDS)
+        assert "sparseray demo" in out
+    assert cli("--version") == (0, f"{__version__}\n", "")
+
+
+@pytest.mark.parametrize("command", HELPS, ids=" ".join)
+def test_the_help_of_a_command_has_an_example_of_it_that_parses(
+    cli: Out, command: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, out, err = cli(*command, "--help")
+    assert (code, err) == (0, "")
+    found = examples(out)
+    assert any(words[3 : 3 + len(command)] == command for words in found), out
+    ran: list[str] = []
+
+    def note(name: str) -> object:
+        return lambda *_args, **_options: ran.append(name) or 0
+
+    # What a command does after its options have been read is replaced; reading them is what is tested.
+    for module, name in ((pretrain, "run"), (serve, "run"), (submit, "submit"), (demo, "demo")):
+        monkeypatch.setattr(module, name, note(module.__name__))
+    monkeypatch.setattr(data, "prepare", note(data.__name__))
+    monkeypatch.setattr(data, "_report", note("report"))
+    monkeypatch.chdir(ROOT)
+    for words in found:
+        code, _, err = cli(*words[3:])
+        assert code == 0, (words, err)
+        assert f"sparseray.jobs.{words[3]}" in ran, words
+
+
+@pytest.mark.parametrize(
+    ("typo", "nearest"),
+    [("pretran", "pretrain"), ("server", "serve"), ("demos", "demo"), ("sumbit", "submit")],
+)
+def test_an_unknown_command_names_the_nearest_one(cli: Out, typo: str, nearest: str) -> None:
+    assert cli(typo) == (2, "", f"sparseray: error: unknown command {typo!r}; did you mean {nearest!r}?\n")
+
+
+def test_a_command_far_from_all_others_points_to_the_help(cli: Out) -> None:
+    assert cli("xyzzy") == (2, "", "sparseray: error: unknown command 'xyzzy'; see sparseray --help\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["pretrain", "--train.stepz", "3"], ["--train.stepz", "train.steps"]),
+        (["pretrain", "--train.steps", "x"], ["train.steps", "x"]),
+        (["pretrain", "--train.steps", "0"], ["train.steps=0", "at least 1"]),
+        (["pretrain", "--config", "nowhere.yaml"], ["nowhere.yaml"]),
+        (["pretrain"], ["data.path is not set", "data prepare"]),
+        (["pretrain", "--data.path", "nowhere"], ["nowhere"]),
+        (["serve"], ["checkpoint"]),
+        (["serve", "--checkpoint", "nowhere"], ["nowhere"]),
+        (["serve", "--checkpoint", "x", "--serve.max_batc", "3"], ["--serve.max_batc", "serve.max_batch"]),
+        (["serve", "--checkpoint", "x", "--port", "many"], ["port", "many"]),
+        (["data", "prepare", "--source", "/nowhere/at/all", "--out", "out"], ["/nowhere/at/all"]),
+        (["submit", "pretrain", "--config", "nowhere.yaml"], ["nowhere.yaml", "nothing was submitted"]),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_line_on_stderr_and_exit_code_2(
+    cli: Out, arguments: Sequence[str], words: Sequence[str]
+) -> None:
+    code, out, err = cli(*arguments)
+    assert (code, out) == (2, "")
+    assert err.count("\n") == 1 and re.match(r"sparseray( \w+)?: error: ", err), err
+    assert all(word in err for word in words), err
+
+
+@pytest.mark.parametrize(
+    "arguments", [["data"], ["submit"], ["submit", "dance"], ["demo", "--steps", "x"], ["data", "prepare"]]
+)
+def test_missing_or_wrong_arguments_exit_with_2_and_the_usage(cli: Out, arguments: Sequence[str]) -> None:
+    code, out, err = cli(*arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith("usage: ") and "error: " in err
+
+
+def test_the_module_runs_as_a_process() -> None:
+    found = sparseray("pretran")
+    assert (found.returncode, found.stdout, found.stderr.count("\n")) == (2, "", 1)
+    assert sparseray("--version").stdout.strip() == __version__
+
+
+def test_ctrl_c_while_a_command_starts_is_one_line(cli: Out, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(serve, "run", interrupted)
+    assert cli("serve", "--checkpoint", "x") == (130, "", "sparseray: interrupted\n")
