@@ -218,6 +218,7 @@ class Engine:
         chosen = {id(s) for s in prefills}
         return [s for s in self._running if not s.in_prompt or id(s) in chosen]
 
+    @torch.no_grad()
     def _forward(self, batch: list[_Sequence]) -> list[Tensor]:
         """Run one chunk of each sequence; hidden states [T, H] of each."""
         device = self.model.embedding.device
