@@ -255,7 +255,7 @@ def _text(text: str, where: str) -> str:
 
 
 def _check_model(body: Mapping[str, Any], model: str) -> None:
-    asked = body.get("model")
+    asked = body.get("model", model)
     if not isinstance(asked, str):
         raise ApiError(400, f"model must be a string, for example {model!r}", param="model")
     if asked != model:

@@ -232,7 +232,7 @@ def describe(record: dict[str, Any], steps: int, started: float, *, first: bool)
     return (
         f"step {record['step']}/{steps} | loss {record['loss']:.4f} | grad {record['grad_norm']:.3f} | "
         f"{record['tokens_per_second']:,.0f} tok/s | experts max/mean {record['expert_load_max_over_mean']:.2f} | "
-        f"left {left / 60:.0f}m{left % 60:02.0f}s"
+        f"left {int(left) // 60}m{int(left) % 60:02d}s"
     )
 
 
