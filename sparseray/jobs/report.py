@@ -73,6 +73,7 @@ def _draw_load(figure: Any, steps: list[int], load_SLE: np.ndarray) -> None:
             extent=(steps[0] - 0.5, steps[-1] + 0.5, -0.5, share.shape[2] - 0.5),
         )
         ax.set_ylabel(f"MoE layer {layer}\nexpert")
+        ax.yaxis.get_major_locator().set_params(integer=True)
     axes[-1].set_xlabel("step")
     figure.colorbar(image, ax=list(axes), label="load over mean")
     figure.suptitle("Expert load (1 is even)")
