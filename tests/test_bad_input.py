@@ -145,6 +145,13 @@ def test_folder_that_is_no_run_is_refused(command: Command) -> None:
     assert "not a run" in command.refuse()
 
 
+def test_other_text_with_the_same_tokenizer_is_refused_on_resume(trained: Command, corpus: Path) -> None:
+    other = trained.folder / "other"
+    write_corpus(other / "text", seed=2)
+    prepare([str(other / "text")], other / "data", tokenizer=str(corpus / "tokenizer.json"))
+    assert "other token shards" in trained.refuse(f"--data.path={other / 'data'}")
+
+
 def test_data_of_another_dse_identity_is_refused(trained: Command) -> None:
     other = trained.folder / "other"
     write_corpus(other / "text", seed=1)

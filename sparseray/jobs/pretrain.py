@@ -67,6 +67,7 @@ def run(config: RunConfig, show: Show) -> int:
     folder.check(config)
     make_plan(**placement(config, dict.fromkeys(range(slots_of(config)), "")))
     folder.check_identity(layout)
+    folder.check_data(Path(config.data.path))
     newest = folder.check_checkpoint(config, layout)
     if newest is not None and newest.name == f"step_{config.train.steps}":
         show(f"nothing to do: {newest} is the last step of this run; it serves with: {serve_hint(newest)}")

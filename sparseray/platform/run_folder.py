@@ -107,6 +107,7 @@ class RunFolder:
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir()
             shutil.copyfile(tokenizer, unfinished / "tokenizer.json")
+            shutil.copyfile(tokenizer.with_name("manifest.json"), unfinished / "data_manifest.json")
             if layout is not None:
                 layout.save(unfinished)
             os.rename(unfinished, self.identity)
@@ -114,6 +115,19 @@ class RunFolder:
         if not self.config.exists():
             save_yaml(config, self.path / "config.tmp")
             os.replace(self.path / "config.tmp", self.config)
+
+    def check_data(self, data: Path) -> None:
+        """Refuse to go on with other token shards than the run was started with; changes nothing.
+
+        Raises:
+            ConfigError: the SHA-256 of a shard differs.
+        """
+        started = self.identity / "data_manifest.json"
+        if started.exists() and _shards(started) != _shards(data / "manifest.json"):
+            raise ConfigError(
+                f"data.path={data} holds other token shards than run_dir={self.path} was started with; "
+                "give the same data, or another run_dir"
+            )
 
     def layout_sha256(self) -> str:
         """SHA-256 of the run's DSE identity, empty without memory layers."""
@@ -157,6 +171,10 @@ class RunFolder:
         if not self.metrics.exists():
             return []
         return [json.loads(line) for line in self.metrics.read_text().splitlines() if _step_of(line) < _CUT]
+
+
+def _shards(manifest: Path) -> list[str]:
+    return sorted(entry["sha256"] for entry in json.loads(manifest.read_text())["files"])
 
 
 _CUT = 1 << 62
