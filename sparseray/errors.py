@@ -35,7 +35,3 @@ class RunFailedError(RuntimeError):
 
 class SlotLostError(RuntimeError):
     """A slot did not answer within its deadline, or its process is gone."""
-
-
-class FencedError(RuntimeError):
-    """A message belongs to a generation that is no longer (or not yet) current."""

@@ -209,16 +209,13 @@ class RemoteClient:
                 continue
             self._heard_s[message.source] = time.monotonic()
             if message.kind == "tokens":
-                for event in message.body["events"]:
-                    self._hand_out(TokenEvent.from_dict(event))
+                for event in map(TokenEvent.from_dict, message.body["events"]):
+                    self._put(event.request_id, event)
             elif message.kind == "failed":
                 failed = list(self._open.get(message.source, ()))
                 log.error("slot %d failed: %s", message.source, message.body["error"])
                 for request_id in failed:
                     self._put(request_id, SlotLostError(f"slot {message.source}: {message.body['error']}"))
-
-    def _hand_out(self, event: TokenEvent) -> None:
-        self._put(event.request_id, event)
 
     def _put(self, request_id: str, item: TokenEvent | Exception) -> None:
         found = self._queues.get(request_id)

@@ -88,8 +88,9 @@ REGISTRY: dict[str, Metric] = {
         buckets=STEP_BUCKETS,
     ),
     "checkpoint_bytes": Metric(kind="gauge", unit="bytes", help="Size of the newest checkpoint"),
-    "requests_running": Metric(kind="gauge", unit="", help="Requests in the batch"),
-    "requests_waiting": Metric(kind="gauge", unit="", help="Requests that wait for a place in the batch"),
+    "requests_running": Metric(
+        kind="gauge", unit="", help="Requests that are open, in the batch or waiting for a place in it"
+    ),
     "prompt_tokens_total": Metric(kind="counter", unit="tokens", help="Prompt tokens of accepted requests"),
     "generation_tokens_total": Metric(kind="counter", unit="tokens", help="Tokens generated"),
     "requests_finished_total": Metric(
