@@ -290,11 +290,11 @@ class DSELayout:
         return before_BT == self.config.document_end_id
 
     def save(self, directory: str | Path) -> None:
-        """Write dse_layout.json and dse_token_map.npy into a folder, which is made if missing."""
+        """Write dse_layout.json and dse_token_map.bin (int64, little-endian) into a folder, made if missing."""
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
         content = _content(self.config, self.num_ids, self.pad, self.multipliers, self.primes)
-        np.save(folder / "dse_token_map.npy", self.token_map, allow_pickle=False)
+        self.token_map.astype("<i8").tofile(folder / "dse_token_map.bin")
         text = json.dumps({**content, "sha256": self.sha256}, indent=1, sort_keys=True)
         (folder / "dse_layout.json").write_text(text + "\n", encoding="utf-8")
 
@@ -308,7 +308,9 @@ class DSELayout:
         path = Path(directory) / "dse_layout.json"
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))
-            token_map = np.load(Path(directory) / "dse_token_map.npy", allow_pickle=False)
+            # Not numpy's own format: its header is parsed by `ast`, which fails at random in CPython 3.11
+            # when several threads parse at once.
+            token_map = np.fromfile(Path(directory) / "dse_token_map.bin", "<i8").astype(np.int64)
             settings: dict[str, Any] = {
                 k: tuple(v) if isinstance(v, list) else v for k, v in stored["config"].items()
             }
