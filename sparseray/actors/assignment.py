@@ -7,6 +7,9 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+Piece = tuple[str, int, int]
+"""The least unit of state that moves: ("dense", 0, 0), ("expert", layer, expert), ("bucket", layer, bucket)."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
@@ -75,6 +78,12 @@ class Plan:
             for bucket, holders in enumerate(row)
             if slot in holders
         ]
+
+    def pieces_of(self, slot: int) -> list[Piece]:
+        """All pieces of which the slot holds a replica."""
+        dense: list[Piece] = [("dense", 0, 0)] if slot in self.dense else []
+        experts: list[Piece] = [("expert", *key) for key in self.experts_of(slot)]
+        return dense + experts + [("bucket", *key) for key in self.buckets_of(slot)]
 
     def roles_of(self, slot: int) -> list[str]:
         """Names of the roles that a slot plays, for people to read."""

@@ -40,6 +40,7 @@ class RunFolder:
         self.config = path / "config.yaml"
         self.metrics = path / "metrics.jsonl"
         self.evaluations = path / "evaluations.jsonl"
+        self.events = path / "events.jsonl"
         self.journal = path / "journal.sqlite"
         self.checkpoints = path / "checkpoints"
         self.identity = path / "identity"
@@ -165,6 +166,17 @@ class RunFolder:
         """Add one validation's record."""
         with self.evaluations.open("a") as file:
             file.write(json.dumps(record) + "\n")
+
+    def append_event(self, event: dict[str, Any]) -> None:
+        """Add one event: a loss, a recovery, a resize; they are never dropped, not even by `rewind`."""
+        with self.events.open("a") as file:
+            file.write(json.dumps(event) + "\n")
+
+    def event_lines(self) -> list[dict[str, Any]]:
+        """All events, oldest first; a last line cut short by a kill does not count."""
+        if not self.events.exists():
+            return []
+        return [json.loads(line) for line in self.events.read_text().splitlines() if _step_of(line) < _CUT]
 
     def records(self) -> list[dict[str, Any]]:
         """All steps' records; a last line cut short by a kill does not count."""

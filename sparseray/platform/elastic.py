@@ -1,0 +1,481 @@
+"""The generations of a run: every change of who holds what, whatever its cause.
+
+Loss of slots, resize, rebalance and a new scheduler all end in `_enter`: journal the plan, send it,
+wait until every slot has its state. What goes wrong on the way starts the next generation; a piece
+that changes hands stays with its old holders until the first commit, so nothing is lost meanwhile.
+"""
+
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from sparseray.actors.assignment import Piece, Plan
+from sparseray.errors import ConfigError, SlotsLostError, StateLostError
+from sparseray.log import get_logger
+from sparseray.platform import checkpoint
+from sparseray.platform.config import RunConfig, to_dict
+from sparseray.platform.fleet import Control, Fleet, Loss, StalledError
+from sparseray.platform.journal import Journal
+from sparseray.platform.ledger import Ledger
+from sparseray.platform.metrics import Metrics
+from sparseray.platform.plan import Moves, Roles, holdings, make_plan, moves, replan
+from sparseray.platform.policy import Rebalance, Resize, Start, View, decide
+from sparseray.platform.run_folder import RunFolder
+
+log = get_logger(__name__)
+
+RESEND_S = 1.0
+INSTALL_DEADLINE_S = 120.0
+MOST_STALLS = 5
+LOAD_DECAY = 0.9
+
+
+@dataclass(kw_only=True)
+class Change:
+    """One change of generation, from its cause to the first commit after it.
+
+    Args:
+        kind: event that it becomes.
+        text: cause, for people.
+        noticed: when it was, `time.monotonic`.
+        silent_s: seconds that a lost slot had been silent by then.
+        phases: seconds by phase.
+        installed: when all slots had their state.
+    """
+
+    kind: str
+    text: str
+    noticed: float
+    silent_s: float = 0.0
+    phases: dict[str, float] = field(default_factory=dict)
+    installed: float = 0.0
+
+
+class Elastic:
+    """Owns the plan of a run and changes it.
+
+    Args:
+        config: the run.
+        control: conversation with the slots.
+        journal, folder, metrics, ledger: where decisions, events, series and time go.
+        placement: what there is to place: arguments of `make_plan` besides the slots.
+        size: bytes of a piece.
+        install: what every plan message carries besides the plan.
+        on_event: told of every event.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        control: Control,
+        journal: Journal,
+        folder: RunFolder,
+        metrics: Metrics,
+        ledger: Ledger,
+        *,
+        placement: dict[str, Any],
+        size: Callable[[Piece], int],
+        install: dict[str, Any],
+        on_event: Callable[[dict[str, Any]], None],
+    ) -> None:
+        self.config, self.control, self.journal = config, control, journal
+        self.folder, self.metrics, self.ledger = folder, metrics, ledger
+        self.placement, self.size, self.install, self.on_event = placement, size, install, on_event
+        self.wanted = Roles(
+            attention=placement["attention"], experts=placement["experts"], memory=placement["memory"]
+        )
+        self.plan: Plan | None = None
+        self.commit: dict[str, Any] | None = None
+        self.counts = np.zeros((0, 0), np.int64)
+        self.load = np.zeros((0, 0))
+        self.held: dict[Piece, set[int]] = {}
+        self.generation = 0
+        self.since_change = 0
+        self._pending: Change | None = None
+        self._stalls = 0
+
+    @property
+    def fleet(self) -> Fleet:
+        return self.control.fleet
+
+    # -- entering a generation -----------------------------------------------------------------
+
+    def begin(self, step: int, restore: str) -> None:
+        """Place everything for the first time, with state from a checkpoint or, "", from the seed."""
+        members = self.fleet.members()
+        c = self.config.cluster
+        self.plan = make_plan(
+            generation=self.generation + 1,
+            addresses={slot: m.address for slot, m in members.items()},
+            replication=c.replication,
+            colocated=c.colocated,
+            nodes={slot: m.node for slot, m in members.items()},
+            **self.placement,
+        )
+        try:
+            self._enter(self.plan, step, restore={"checkpoint": restore}, pulls=None)
+        except (SlotsLostError, StalledError) as error:
+            self._settle(error, step, restore={"checkpoint": restore})
+        self._event("start", step, f"{len(self.plan.addresses)} slots")
+
+    def take_over(self, plan: Plan, step: int) -> None:
+        """Go on with a running job after its scheduler died: same slots, next generation.
+
+        Args:
+            plan: the last one that all slots had taken.
+            step: the last committed one.
+        """
+        self.plan = plan
+        self.held = {piece: set(slots) for piece, slots in holdings(plan).items()}
+        gone = sorted(set(self._role_slots(plan)) - set(self.fleet.members()))
+        now = time.monotonic()
+        losses = [Loss(slot=slot, cause="gone when the scheduler came back", noticed=now) for slot in gone]
+        self._pending = Change(kind="scheduler", text="a new scheduler took over", noticed=now)
+        self._event("scheduler", step, "a new scheduler took over the running job")
+        self._settle(SlotsLostError(losses), step, restore=None)
+
+    def recover(self, error: Exception, step: int) -> int:
+        """Go on after a loss or a stall, and return the step that the slots hold now.
+
+        Raises:
+            StateLostError: every replica of something is gone.
+            RuntimeError: nothing moves although all slots answer.
+        """
+        if isinstance(error, SlotsLostError):
+            first = error.losses[0]
+            self._pending = Change(
+                kind="recovered", text=str(error), noticed=first.noticed, silent_s=first.silent_s
+            )
+            for loss in error.losses:
+                self._event("lost", step, f"slot {loss.slot}: {loss.cause}")
+            self._stalls = 0
+        else:
+            self._stalls += 1
+            if self._stalls > MOST_STALLS:
+                raise RuntimeError(f"step {step + 1} does not end although all slots answer: {error}")
+            self._pending = Change(kind="recovered", text=f"stalled: {error}", noticed=time.monotonic())
+            self._event("lost", step, f"a message: {error}")
+        return self._settle(error, step, restore=None)
+
+    def _settle(self, error: Exception, step: int, *, restore: dict[str, Any] | None) -> int:
+        """Try generations until one holds; what is lost on the way is left out of the next."""
+        while True:
+            if isinstance(error, SlotsLostError):
+                gone = {loss.slot for loss in error.losses}
+                self.held = {piece: slots - gone for piece, slots in self.held.items()}
+            started = time.monotonic()
+            new = self._replanned(self.wanted)
+            change = None if restore else moves(self._live_holders(), new, self.size)
+            if change is not None and change.missing:
+                restore, step = self._give_back(change, step)
+                change = None
+            try:
+                if self._pending is not None:
+                    self._pending.phases["detect"] = self._pending.silent_s
+                    self._pending.phases["decide"] = time.monotonic() - started
+                self._enter(new, step, restore=restore, pulls=change)
+                return step
+            except (SlotsLostError, StalledError) as next_error:
+                log.warning("generation %d failed: %s", new.generation, next_error)
+                error = next_error
+                if isinstance(error, SlotsLostError):
+                    for loss in error.losses:
+                        self._event("lost", step, f"slot {loss.slot}: {loss.cause}")
+
+    def _give_back(self, change: Moves, step: int) -> tuple[dict[str, Any], int]:
+        """Restore what nobody holds any more from the newest checkpoint, or stop where that is not wanted."""
+        newest = self.folder.newest_checkpoint()
+        back = checkpoint.read_manifest(newest)["step"] if newest else 0
+        what = _describe(change.missing)
+        where = str(newest) if newest else "its seed (no checkpoint was written yet)"
+        if self.config.cluster.replication > 1:
+            raise StateLostError(
+                f"all {self.config.cluster.replication} replicas of {what} are gone after step {step}; the same "
+                f"command resumes from {where}, {step - back} steps back"
+            )
+        self._event("restored", back, f"{what} had one holder: going back {step - back} steps to {where}")
+        self.folder.rewind(back)
+        self.journal.append("restore", generation=self.generation, step=back, checkpoint=str(newest or ""))
+        self.commit = None
+        return {"checkpoint": str(newest or "")}, back
+
+    def _enter(self, new: Plan, step: int, *, restore: dict[str, Any] | None, pulls: Moves | None) -> None:
+        """Journal a plan, send it, and wait until every slot has its roles and state."""
+        started = time.monotonic()
+        self.generation = new.generation
+        self.journal.append("plan", generation=new.generation, step=step, plan=new.to_dict())
+        mailbox = self.control.mailbox
+        mailbox.adopt(new.generation)
+        mailbox.transport.connect(new.addresses)
+        sources = {source for listed in (pulls.pulls.values() if pulls else ()) for source in listed}
+        self.control.needed = self._role_slots(new) | sources
+        body = self.install | {
+            "plan": new.to_dict(),
+            "scheduler": mailbox.transport.address,
+            "step": step,
+            "restore": restore,
+            "commit": self.commit,
+        }
+
+        def send(slots: Collection[int]) -> None:
+            for slot in slots:
+                own = pulls.pulls.get(slot, {}) if pulls else {}
+                full = body | {"pulls": [[source, pieces] for source, pieces in own.items()]}
+                self.control.post([slot], "plan", step=step, body=full, arrays=(self.counts,))
+
+        send(new.addresses)
+        self._wait_until_installed(set(new.addresses), send, step)
+        self.journal.append("active", generation=new.generation, step=step)
+        old, self.plan = self.plan, new
+        gained = {piece: set(slots) for piece, slots in holdings(new).items()}
+        kept = {} if restore else self._live_holders()
+        self.held = {piece: slots | kept.get(piece, set()) for piece, slots in gained.items()}
+        self.control.needed = self._role_slots(new)
+        self.since_change = 0
+        now = time.monotonic()
+        if self._pending is not None:
+            self._pending.phases["move"], self._pending.installed = now - started, now
+        if pulls is not None:
+            self.metrics.record("elastic_moved_bytes_total", pulls.num_bytes(self.size))
+        self._record_gauges()
+        log.info("generation %d follows %s", new.generation, old.generation if old else "none")
+
+    def _wait_until_installed(
+        self, waiting: set[int], send: Callable[[Collection[int]], None], step: int
+    ) -> None:
+        deadline, sent = time.monotonic() + INSTALL_DEADLINE_S, time.monotonic()
+        while waiting:
+            try:
+                message = next(self.control.messages("installed stale", RESEND_S))
+            except StalledError:
+                if time.monotonic() > deadline:
+                    raise
+                send(waiting)
+                continue
+            if message.kind == "stale":
+                # It lives, but what it holds is of another step: it starts empty in the next generation.
+                loss = Loss(
+                    slot=message.source, cause=f"its state is not of step {step}", noticed=time.monotonic()
+                )
+                raise SlotsLostError([loss])
+            waiting.discard(message.source)
+            waiting &= set(self.fleet.members())
+            if time.monotonic() - sent > RESEND_S:
+                send(waiting)
+                sent = time.monotonic()
+
+    # -- between two steps ---------------------------------------------------------------------
+
+    def committed(self, commit: dict[str, Any], counts: np.ndarray) -> None:
+        """Take note of a committed step: it ends a change of generation for good."""
+        assert self.plan is not None
+        self.commit, self.counts = commit, counts
+        if counts.size:
+            fresh = counts.astype(np.float64)
+            same = self.load.shape == fresh.shape
+            self.load = LOAD_DECAY * self.load + (1 - LOAD_DECAY) * fresh if same else fresh
+        self.held = {piece: set(slots) for piece, slots in holdings(self.plan).items()}
+        self.since_change += 1
+        self._stalls = 0
+        if self._pending is not None:
+            change, self._pending = self._pending, None
+            now = time.monotonic()
+            change.phases["first_step"] = now - change.installed
+            change.phases["total"] = now - change.noticed + change.silent_s
+            for phase, seconds in change.phases.items():
+                self.metrics.record("elastic_recovery_seconds", seconds, phase=phase)
+            parts = ", ".join(f"{phase} {seconds * 1000:.0f} ms" for phase, seconds in change.phases.items())
+            self._event(
+                change.kind, commit["step"], f"generation {self.generation}: {parts}", phases=change.phases
+            )
+
+    def between_steps(self, step: int) -> None:
+        """Do what the policy says: start slots, resize, rebalance, retire.
+
+        Raises:
+            SlotsLostError, StalledError: on the way; `recover` goes on from there.
+        """
+        assert self.plan is not None
+        self.control.check()
+        for loss in self.control.idle_losses:
+            self._event("lost", step, f"slot {loss.slot} (it had no role): {loss.cause}")
+        self.control.idle_losses.clear()
+        decision = decide(self._view())
+        if isinstance(decision, Start):
+            self.fleet.start(decision.count)
+        elif isinstance(decision, Resize):
+            before = self.sizes()
+            self._change("resized", f"{before} to", step, self._replanned(decision.roles))
+        elif isinstance(decision, Rebalance):
+            loads = decision.loads
+            self._change("rebalanced", "experts packed by load", step, self._replanned(self.wanted, loads))
+        elif self.since_change > 0:
+            self._retire_idle()
+
+    def _change(self, kind: str, text: str, step: int, new: Plan) -> None:
+        started = time.monotonic()
+        change = moves(self._live_holders(), new, self.size)
+        with self.ledger.state("resizing"):
+            self._enter(new, step, restore=None, pulls=change)
+        seconds, moved = time.monotonic() - started, change.num_bytes(self.size)
+        self.metrics.record("elastic_resize_pause_seconds", seconds)
+        text = f"{text} {self.sizes()}" if kind == "resized" else text
+        self._event(
+            kind, step, f"{text}, {moved / 1e6:.2f} MB moved in {seconds * 1000:.0f} ms", pause=seconds, moved=moved
+        )
+
+    def _retire_idle(self) -> None:
+        """End slots beyond the wanted standby ones; only once no state is left with them."""
+        assert self.plan is not None
+        if self._short(self.plan):
+            return
+        idle = sorted(set(self.fleet.members()) - self._role_slots(self.plan))
+        for slot in idle[self.config.cluster.standby :]:
+            self.fleet.retire(slot)
+            self._record_gauges()
+
+    def _view(self) -> View:
+        assert self.plan is not None
+        c = self.config.cluster
+        ready = tuple(sorted(set(self.fleet.members()) - self._role_slots(self.plan)))
+        return View(
+            plan=self.plan,
+            roles=self.wanted,
+            ready=ready,
+            starting=self.fleet.starting(),
+            free_slots=self.fleet.room(),
+            standby=c.standby,
+            expert_load=self.load.tolist(),
+            steps_since_change=self.since_change,
+            rebalance_above=c.rebalance_above,
+            rebalance_every=c.rebalance_every,
+        )
+
+    def _replanned(self, roles: Roles, loads: Any = None) -> Plan:
+        assert self.plan is not None
+        members, c = self.fleet.members(), self.config.cluster
+        if not members:
+            raise StateLostError("all slots are gone; the same command resumes from the last checkpoint")
+        return replan(
+            self.plan,
+            generation=self.generation + 1,
+            addresses={slot: m.address for slot, m in members.items()},
+            roles=roles,
+            replication=c.replication,
+            colocated=c.colocated,
+            nodes={slot: m.node for slot, m in members.items()},
+            loads=loads,
+        )
+
+    # -- for people ----------------------------------------------------------------------------
+
+    def request(self, role: str, count: int) -> None:
+        """Ask for another number of slots of a role; it is reached between two later steps.
+
+        Raises:
+            ConfigError: it cannot be; nothing was changed.
+        """
+        if role not in ("attention", "experts", "memory"):
+            raise ConfigError(f"there is no role {role!r}; give attention, experts or memory")
+        p = self.placement
+        limits = {
+            "attention": ("logical shards (train.logical_shards)", p["num_shards"]),
+            "experts": ("experts per layer (model.moe.num_experts)", p["num_experts"] if p["moe_layers"] else 0),
+            "memory": ("buckets (model.dse.num_buckets)", p["num_buckets"] if p["dse_layers"] else 0),
+        }
+        what, most = limits[role]
+        if not 1 <= count <= most:
+            raise ConfigError(f"{role} {count}: this model has {most} {what}; give a number from 1 to {most}")
+        wanted = replace(self.wanted, **{role: count})
+        slots, c = self._slots_of(wanted), self.config.cluster
+        if slots < c.replication:
+            raise ConfigError(
+                f"{role} {count}: {slots} slots cannot hold {c.replication} replicas (cluster.replication); "
+                f"ask for at least {count + c.replication - slots}"
+            )
+        lacking = slots - len(self.fleet.members()) - self.fleet.starting()
+        room = self.fleet.room()
+        if lacking > room:
+            raise ConfigError(
+                f"{role} {count}: that takes {lacking} more slots of {c.cpus_per_slot:g} CPU, and the cluster has room "
+                f"for {room}; add a node, or scale another role down first"
+            )
+        self.wanted = wanted
+
+    def _slots_of(self, roles: Roles) -> int:
+        counts = (roles.attention, roles.experts, roles.memory)
+        return max(counts) if self.config.cluster.colocated else sum(counts)
+
+    def is_settled(self) -> bool:
+        """Whether the plan is as wanted and no change is under way."""
+        return self.plan is not None and not self._short(self.plan) and self.since_change > 0
+
+    def _short(self, plan: Plan) -> bool:
+        now = (len(plan.attention), len(plan.expert_primaries), len(plan.memory_primaries))
+        return now != (self.wanted.attention, self.wanted.experts, self.wanted.memory)
+
+    def sizes(self) -> str:
+        """The number of slots of each role, as people write it."""
+        assert self.plan is not None
+        p = self.plan
+        return f"{len(p.attention)}+{len(p.expert_primaries)}+{len(p.memory_primaries)}"
+
+    def _role_slots(self, plan: Plan) -> set[int]:
+        return {*plan.shard_owners, *plan.dense, *plan.expert_holders, *plan.memory_holders}
+
+    def _live_holders(self) -> dict[Piece, set[int]]:
+        members = set(self.fleet.members())
+        return {piece: slots & members for piece, slots in self.held.items()}
+
+    def replicas(self) -> int:
+        """Holders that the piece with the fewest has."""
+        members = set(self.fleet.members())
+        return min((len(slots & members) for slots in list(self.held.values())), default=0)
+
+    def finish(self, step: int) -> None:
+        """Take note that the run has ended."""
+        spent = ", ".join(f"{s} {seconds:.1f} s" for s, seconds in self.ledger.seconds.items() if seconds)
+        self._event("end", step, f"goodput {self.ledger.goodput:.3f} ({spent})", goodput=self.ledger.goodput)
+
+    def _record_gauges(self) -> None:
+        assert self.plan is not None
+        self.metrics.record("elastic_generation", self.plan.generation)
+        for role, count in self.counts_by_role().items():
+            self.metrics.record("elastic_slots", count, role=role)
+        self.metrics.record("elastic_replicas", self.config.cluster.replication, state="target")
+        self.metrics.record("elastic_replicas", self.replicas(), state="actual")
+
+    def counts_by_role(self) -> dict[str, int]:
+        """Slots of each role, and those without."""
+        assert self.plan is not None
+        plan, members = self.plan, set(self.fleet.members())
+        return {
+            "attention": len(set(plan.attention) & members),
+            "experts": len(set(plan.expert_primaries) & members),
+            "memory": len(set(plan.memory_primaries) & members),
+            "standby": len(members - self._role_slots(plan)),
+        }
+
+    def _event(self, kind: str, step: int, text: str, **more: Any) -> None:
+        event = {
+            "time": time.time(),
+            "step": step,
+            "generation": self.generation,
+            "kind": kind,
+            "text": text,
+            **self.counts_by_role(),
+            **more,
+        }
+        self.folder.append_event(event)
+        self.metrics.record("elastic_events_total", 1, kind=kind)
+        self.on_event({"event": kind, **event})
+
+
+def _describe(pieces: Collection[Piece]) -> str:
+    """Name pieces for people."""
+    names = {"dense": "the dense weights", "expert": "expert", "bucket": "memory bucket"}
+    listed = [names[kind] if kind == "dense" else f"{names[kind]} {layer}.{i}" for kind, layer, i in pieces]
+    return ", ".join(listed[:4]) + (f" and {len(listed) - 4} more pieces" if len(listed) > 4 else "")
