@@ -129,7 +129,7 @@ def even(cost_LPS: Array, at_LP: Array) -> Array:
     least, most = at_LP.size // slots, -(-at_LP.size // slots)
 
     def total() -> Array:
-        return found.count.sum(0)[None]
+        return np.asarray(found.count.sum(0)[None])
 
     while found.shift(
         (total() > most) & (found.count > low), (total() < most) & (found.count < high), low, high

@@ -350,19 +350,20 @@ def _with_backups(
     at = _start_backups(cost, fixed)
     shape = (layers, pieces * group)
     at = even_backups(cost.reshape(*shape, -1), at.reshape(shape), group, fixed).reshape(at.shape)
-    found = []
-    for layer, row in enumerate(primaries):
-        found.append(
-            tuple((primary, *(slots[i] for i in at[layer, piece])) for piece, primary in enumerate(row))
-        )
-    return tuple(found)
+    return tuple(
+        tuple((primary, *(slots[i] for i in at[layer, piece])) for piece, primary in enumerate(row))
+        for layer, row in enumerate(primaries)
+    )
 
 
 def _start_backups(cost_LPGS: Array, fixed_LPS: Array) -> Array:
-    """Cheapest slots of all backups; among equals the one with the fewest pieces, then the next in a ring."""
+    """Cheapest slots of all backups; among equals the one that shares the fewest pieces with the primary.
+
+    So all others help to replace a dead slot. After that: the fewest pieces, then the next in a ring.
+    """
     layers, pieces, group, slots = cost_LPGS.shape
     at = np.zeros((layers, pieces, group), np.int64)
-    count = fixed_LPS.sum((0, 1))
+    count, shared = fixed_LPS.sum((0, 1)), np.zeros((slots, slots), np.int64)
     for layer in range(layers):
         for piece in range(pieces):
             free = ~fixed_LPS[layer, piece]
@@ -371,9 +372,10 @@ def _start_backups(cost_LPGS: Array, fixed_LPS: Array) -> Array:
                 options = np.flatnonzero(free)
                 price = cost_LPGS[layer, piece, rank, options]
                 ring = (options - primary) % slots
-                best = options[np.lexsort((ring, count[options], price))[0]]
+                best = options[np.lexsort((ring, count[options], shared[primary, options], price))[0]]
                 at[layer, piece, rank], free[best] = best, False
                 count[best] += 1
+                shared[[primary, best], [best, primary]] += 1
     return at
 
 
