@@ -57,3 +57,7 @@ class StateLostError(UserError):
 
 class FencedError(RuntimeError):
     """Another scheduler has taken over this run's journal; this one must not act any more."""
+
+
+class SchedulerLostError(RuntimeError):
+    """The scheduler does not answer; Ray may be restarting it."""

@@ -215,7 +215,7 @@ def transport() -> FakeTransport:
 @pytest.fixture
 def mailbox(transport: FakeTransport) -> Mailbox:
     box = Mailbox(transport, 0, "job")
-    box.generation = 1
+    box.adopt(1)
     return box
 
 
@@ -235,7 +235,7 @@ def test_mailbox_drops_other_generations_duplicates_and_noise(
     while (got := mailbox.next(0.0)) is not None:
         found.append((got.source, got.sequence, got.kind))
     assert found == [(1, 3, "rows"), (2, 3, "rows"), (1, 5, "plan")]
-    assert mailbox.dropped == {"generation": 3, "duplicate": 1, "malformed": 2}
+    assert mailbox.dropped == {"generation": 2, "duplicate": 1, "malformed": 2}
 
 
 def test_mailbox_remembers_only_the_newest_sequences(transport: FakeTransport, mailbox: Mailbox) -> None:
@@ -271,6 +271,7 @@ def test_silent_slots_are_named_after_the_deadline(transport: FakeTransport, mai
 
 def test_journal_keeps_decisions_across_a_restart(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "journal.sqlite")
+    journal.lead()
     for step in range(3):
         journal.append("commit", generation=1, step=step, norm=step / 3)
     journal.append("plan", generation=2, step=3)

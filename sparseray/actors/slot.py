@@ -22,6 +22,7 @@ import torch
 
 from sparseray.actors.assignment import Piece, Plan
 from sparseray.actors.attention_worker import AttentionWorker, Batches, ShardResult
+from sparseray.actors.dense_state import DenseState
 from sparseray.actors.engine import Engine
 from sparseray.actors.exchange import Call
 from sparseray.actors.generation import GenerationRequest
@@ -219,14 +220,10 @@ class Slot:
                 wanted.append(pieces)
                 calls.append(Call(to=source, kind="pull", body={"pieces": pieces}, arrays=()))
         self._begin(self.committed + 1, -1)
-        moved = 0
         for pieces, arrays in zip(wanted, self._call(calls)):
             names = self.holdings.names(pieces)
             tensors = {name: torch.from_numpy(array) for name, array in zip(names, arrays, strict=True)}
             self.holdings.load(pieces, tensors, self.committed)
-            moved += sum(array.nbytes for array in arrays)
-        if moved:
-            self.job.observe("elastic_moved_bytes_total", moved)
 
     def _run_step(self, message: Message) -> None:
         assert self.worker is not None and self.plan is not None and self.reduction is not None

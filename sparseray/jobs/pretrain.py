@@ -15,7 +15,7 @@ from types import FrameType
 from typing import Any
 
 from sparseray.actors.token_data import TokenDataset
-from sparseray.errors import ConfigError, RunFailedError, UserError
+from sparseray.errors import ConfigError, RunFailedError, SchedulerLostError, UserError
 from sparseray.jobs.report import write_report
 from sparseray.model.config import ModelConfig
 from sparseray.model.counts import count_parameters
@@ -35,6 +35,7 @@ example:
 """
 
 Show = Callable[[str], None]
+SCHEDULER_DEADLINE_S = 60.0
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -78,24 +79,25 @@ def run(config: RunConfig, show: Show) -> int:
     from sparseray.platform.cluster import Cluster
 
     show("starting Ray and its slots ...")
-    cluster = Cluster(config.cluster, slots_of(config))
+    cluster = Cluster(config.cluster, slots_of(config) + config.cluster.standby, run_dir=folder.path)
+    is_interrupted = False
     try:
-        folder.open(config, layout, Path(config.data.path) / "tokenizer.json")
-        addresses = cluster.start()
-        plan = make_plan(**placement(config, addresses))
-        for slot in addresses:
-            show(f"  slot {slot}: {', '.join(plan.roles_of(slot))}")
-        resolved = configuration.to_dict(config) | {"run_dir": str(folder.path)}
-        resolved["data"]["path"] = str(Path(config.data.path).absolute())
-        scheduler = cluster.start_scheduler(
-            config=resolved,
-            plan=plan.to_dict(),
-            bytes_per_token=data["validation"].bytes_per_token,
-            validation_batches=batches,
-            metric_targets=cluster.metric_targets(),
-        )
-        if newest is not None:
-            show(f"going on from {newest}")
+        scheduler = cluster.find_scheduler(folder.path)
+        if scheduler is None:
+            folder.open(config, layout, Path(config.data.path) / "tokenizer.json")
+            resolved = configuration.to_dict(config) | {"run_dir": str(folder.path)}
+            resolved["data"]["path"] = str(Path(config.data.path).absolute())
+            scheduler = cluster.start_scheduler(
+                folder.path,
+                config=resolved,
+                placement=what_to_place(config),
+                bytes_per_token=data["validation"].bytes_per_token,
+                validation_batches=batches,
+            )
+            if newest is not None:
+                show(f"going on from {newest}")
+        else:
+            show("this run is going on already, in the same cluster: following it")
         is_interrupted = follow(scheduler, config, show)
     finally:
         cluster.stop()
@@ -149,20 +151,28 @@ def slots_of(config: RunConfig) -> int:
 
 def placement(config: RunConfig, addresses: dict[int, str]) -> dict[str, Any]:
     """Arguments of `make_plan` for generation 1 of a run."""
-    c, model = config.cluster, config.model
+    c = config.cluster
     return {
         "generation": 1,
         "addresses": addresses,
+        "replication": c.replication,
+        "colocated": c.colocated,
+        **what_to_place(config),
+    }
+
+
+def what_to_place(config: RunConfig) -> dict[str, int]:
+    """Arguments of `make_plan` that follow from the configuration alone."""
+    c, model = config.cluster, config.model
+    return {
         "attention": c.attention_workers,
         "experts": c.expert_shards if model.moe_layers else 0,
         "memory": c.memory_shards if model.dse.layers else 0,
-        "replication": c.replication,
         "num_shards": config.train.logical_shards,
         "moe_layers": len(model.moe_layers),
         "num_experts": model.moe.num_experts,
         "dse_layers": len(model.dse.layers),
         "num_buckets": model.dse.num_buckets,
-        "colocated": c.colocated,
     }
 
 
@@ -182,16 +192,30 @@ def follow(scheduler: Any, config: RunConfig, show: Show) -> bool:
         UserError: training stopped for a reason the user can mend.
         RunFailedError: training stopped for another reason.
     """
-    import ray
+    from sparseray.platform.cluster import ask
 
-    with _interrupts(lambda: ray.get(scheduler.stop.remote()), show) as interrupted:
-        ray.get(scheduler.start.remote())
-        seen, done, started = 0, False, time.monotonic()
+    state: dict[str, Any] = {"failure": None}
+    with _interrupts(lambda: ask(scheduler, "stop"), show) as interrupted:
+        ask(scheduler, "start", timeout_s=120.0)
+        seen, epoch, last_step, done, started = 0, "", 0, False, time.monotonic()
+        heard = time.monotonic()
         while not done:
-            state = ray.get(scheduler.progress.remote(seen))
+            try:
+                state = ask(scheduler, "progress", seen, epoch)
+            except SchedulerLostError as error:
+                if time.monotonic() - heard > SCHEDULER_DEADLINE_S:
+                    raise RunFailedError(f"the scheduler is gone: {error}; the same command resumes") from None
+                time.sleep(0.2)
+                continue
+            if epoch and state["epoch"] != epoch:
+                show("the scheduler died; a new one has taken over")
             for record in state["records"]:
-                show(describe(record, config.train.steps, started, first=seen == 0))
-            seen, done = seen + len(state["records"]), state["done"]
+                if "loss" not in record or record["step"] > last_step or "event" in record:
+                    show(describe(record, config.train.steps, started, first=last_step == 0))
+                last_step = max(last_step, record["step"]) if "loss" in record else last_step
+                if record.get("event") == "restored":
+                    last_step = record["step"]
+            seen, epoch, done, heard = state["seen"], state["epoch"], state["done"], time.monotonic()
     if state["failure"]:
         if state["failure"]["user"]:
             raise UserError(state["failure"]["error"])
@@ -224,7 +248,9 @@ def _interrupts(stop: Callable[[], None], show: Show) -> Iterator[list[int]]:
 
 
 def describe(record: dict[str, Any], steps: int, started: float, *, first: bool) -> str:
-    """One line for people about a step, a validation or a checkpoint."""
+    """One line for people about a step, a validation, a checkpoint or an event."""
+    if "event" in record:
+        return f"*** {record['event']} after step {record['step']}: {record['text']}"
     if "checkpoint" in record:
         return f"checkpoint {record['checkpoint']} ({record['seconds']:.2f} s)"
     if "eval_loss" in record:

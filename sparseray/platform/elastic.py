@@ -16,7 +16,7 @@ from sparseray.actors.assignment import Piece, Plan
 from sparseray.errors import ConfigError, SlotsLostError, StateLostError
 from sparseray.log import get_logger
 from sparseray.platform import checkpoint
-from sparseray.platform.config import RunConfig, to_dict
+from sparseray.platform.config import RunConfig
 from sparseray.platform.fleet import Control, Fleet, Loss, StalledError
 from sparseray.platform.journal import Journal
 from sparseray.platform.ledger import Ledger

@@ -226,7 +226,8 @@ class Host:
 
     def _beat(self) -> None:
         """Tell the scheduler ten times a second that this process runs."""
-        socket, target = zmq.Context.instance().socket(zmq.PUSH), ""
+        socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PUSH)
+        target = ""
         beat = [msgpack.packb([self._job_id, self._slot_id])]
         while True:
             if self._heartbeats != target:

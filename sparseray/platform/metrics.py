@@ -81,6 +81,27 @@ REGISTRY: dict[str, Metric] = {
     "dse_update_rows_total": Metric(kind="counter", unit="rows", help="Memory rows updated by this slot"),
     "elastic_generation": Metric(kind="gauge", unit="", help="Generation of the plan in force"),
     "elastic_slots": Metric(kind="gauge", unit="", help="Slots by role", labels=("role",)),
+    "elastic_replicas": Metric(
+        kind="gauge", unit="", help="Holders that a piece of state should have and has", labels=("state",)
+    ),
+    "elastic_events_total": Metric(kind="counter", unit="", help="Losses, recoveries, resizes", labels=("kind",)),
+    "elastic_recovery_seconds": Metric(
+        kind="histogram",
+        unit="seconds",
+        help="From a loss to the next committed step, by phase",
+        labels=("phase",),
+        buckets=STEP_BUCKETS,
+    ),
+    "elastic_resize_pause_seconds": Metric(
+        kind="histogram", unit="seconds", help="Time that training waited for a resize", buckets=STEP_BUCKETS
+    ),
+    "elastic_moved_bytes_total": Metric(
+        kind="counter", unit="bytes", help="State that moved between slots because the plan changed"
+    ),
+    "elastic_goodput_ratio": Metric(kind="gauge", unit="", help="Productive time over all time"),
+    "elastic_time_seconds_total": Metric(
+        kind="counter", unit="seconds", help="Where the run's time went", labels=("state",)
+    ),
     "checkpoint_save_seconds": Metric(
         kind="histogram",
         unit="seconds",

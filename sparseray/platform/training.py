@@ -183,7 +183,7 @@ class Trainer:
             counts = np.asarray(sum(reports.counts.values()))
             record = self._record_of(reports, step, counts, lr, norm, time.perf_counter() - started)
             memory_lr = lr * self.config.optim.memory_lr_scale
-            commit = {"step": step, "lr": lr, "memory_lr": memory_lr, "scale": scale}
+            commit: dict[str, Any] = {"step": step, "lr": lr, "memory_lr": memory_lr, "scale": scale}
             self.journal.append("commit", generation=self.plan.generation, record=record, **commit)
             self.control.post(self.plan.addresses, "commit", step=step, body=commit, arrays=(counts,))
         self.step = step
