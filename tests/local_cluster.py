@@ -370,6 +370,7 @@ def train(
         fleet.start(slots_of(config) + config.cluster.standby)
         trainer.start()
         trainer.run()
+        elastic.finish(trainer.step)
     finally:
         fleet.stop()
         journal.close()

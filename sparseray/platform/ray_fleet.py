@@ -31,6 +31,7 @@ WATCH_S = 0.05
 ROOM_EVERY_S = 0.5
 LISTEN_S = 0.05
 START_DEADLINE_S = 90.0
+MOST_STARTS = 3
 
 
 def slot_name(job: str, slot: int) -> str:
@@ -141,24 +142,27 @@ class RayFleet:
     # -- life ------------------------------------------------------------------------------------
 
     def open(self, count: int) -> None:
-        """Start the first slots and wait until they are warm.
+        """Start slots until `count` are warm.
 
         Raises:
             UserError: what one of them found wrong.
             RuntimeError: one of them did not come up.
         """
-        self.start(count)
         deadline = time.monotonic() + START_DEADLINE_S
-        while self.starting():
+        for _ in range(MOST_STARTS):
+            self.start(count - len(self.members()))
+            while self.starting():
+                if self._refused is not None:
+                    raise self._refused
+                if time.monotonic() > deadline:
+                    raise RuntimeError(f"{self.starting()} slots did not start within {START_DEADLINE_S:g} s")
+                time.sleep(0.01)
             if self._refused is not None:
                 raise self._refused
-            if time.monotonic() > deadline:
-                raise RuntimeError(f"{self.starting()} slots did not start within {START_DEADLINE_S:g} s")
-            time.sleep(0.01)
-        if self._refused is not None:
-            raise self._refused
-        if len(self.members()) < count:
-            raise RuntimeError("; ".join(loss.cause for loss in self.losses()) or "a slot ended at its start")
+            if len(self.members()) >= count:
+                return
+            log.warning("slots died at their start: %s", "; ".join(loss.cause for loss in self.losses()))
+        raise RuntimeError(f"slots died at their start {MOST_STARTS} times; see the messages above")
 
     def reopen(self, slots: list[int]) -> None:
         """Find the slots of a running job again; those that are gone are left out."""
