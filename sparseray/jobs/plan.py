@@ -182,10 +182,10 @@ def _show_rich(shares: Sequence[Share]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, show_footer=True)
+    table = Table(box=box.SIMPLE_HEAD, show_footer=True, pad_edge=False, padding=(0, 1, 0, 0))
     rows = cells(shares)
     for i, (name, footer) in enumerate(zip(COLUMNS, rows[-1])):
-        table.add_column(name, footer, justify="left" if i < LEFT_ALIGNED else "right")
+        table.add_column(name, footer, justify="left" if i < LEFT_ALIGNED else "right", overflow="fold")
     for row in rows[:-1]:
         table.add_row(*row)
     Console().print(table)

@@ -40,6 +40,7 @@ class RunFolder:
         self.config = path / "config.yaml"
         self.metrics = path / "metrics.jsonl"
         self.evaluations = path / "evaluations.jsonl"
+        self.events = path / "events.jsonl"
         self.journal = path / "journal.sqlite"
         self.checkpoints = path / "checkpoints"
         self.identity = path / "identity"
@@ -171,6 +172,18 @@ class RunFolder:
         if not self.metrics.exists():
             return []
         return [json.loads(line) for line in self.metrics.read_text().splitlines() if _step_of(line) < _CUT]
+
+    def event_lines(self) -> list[dict[str, Any]]:
+        """What happened to the run, in order of time; lines cut short by a kill do not count.
+
+        Each has "time" (Unix seconds), "step", "generation", "kind" ("start", "lost", "recovered", "resized",
+        "rebalanced", "restored", "checkpoint" or "scheduler"), "text", and the number of slots in each role:
+        "attention", "experts", "memory", "standby".
+        """
+        if not self.events.exists():
+            return []
+        lines = self.events.read_text().splitlines()
+        return sorted((json.loads(line) for line in lines if _step_of(line) < _CUT), key=lambda e: e["time"])
 
 
 def _shards(manifest: Path) -> list[str]:
