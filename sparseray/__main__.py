@@ -9,6 +9,7 @@ COMMANDS = {
         "train a tiny model with several actors, serve it, ask it: the whole story",
     ),
     "data": ("sparseray.jobs.data", "turn text or code into token shards"),
+    "plan": ("sparseray.jobs.plan", "show who would hold what in a run; starts nothing"),
     "pretrain": ("sparseray.jobs.pretrain", "train a model on Ray actors"),
     "serve": ("sparseray.jobs.serve", "answer over HTTP, OpenAI-compatible"),
     "submit": ("sparseray.jobs.submit", "run a command as a job of a Ray cluster"),

@@ -258,6 +258,16 @@ def test_a_role_without_any_slot_goes_to_the_slot_with_the_fewest_roles() -> Non
     assert all(len(holders) == 1 for holders in holdings(alone).values())
 
 
+def test_a_slot_that_took_a_second_role_in_need_gives_it_up_to_a_newcomer() -> None:
+    plan = fresh(2, 1, 1)
+    new = change(plan, dead=[3])
+    shared = new.memory_primaries[0]
+    assert shared in new.attention + new.expert_primaries
+    back = change(new, joined=[9])
+    assert (back.attention, back.expert_primaries, back.memory_primaries) == ((0, 1), (2,), (9,))
+    check(back, replication=2)
+
+
 def test_no_slot_left_is_an_error() -> None:
     plan = fresh(1, 1, 1)
     with pytest.raises(ConfigError, match="no slot is left"):

@@ -99,6 +99,20 @@ def test_a_missing_role_slot_is_started_when_none_is_ready() -> None:
     assert decide(view(plan=broken, free_slots=5, starting=1)) == Noop()
 
 
+def test_a_shared_slot_counts_as_a_missing_one_only_where_roles_are_apart() -> None:
+    roles = Roles(attention=2, experts=2, memory=1)
+    plan = fresh(roles, slots=5)
+    left = {slot: address for slot, address in plan.addresses.items() if slot != 4}
+    shared = replan(plan, generation=2, addresses=left, roles=roles, replication=2)
+    assert len(shared.memory_primaries) == 1
+    assert decide(view(plan=shared, roles=roles, ready=(6,))) == Noop()
+    seen = view(plan=shared, roles=roles, ready=(6,), colocated=False)
+    assert decide(seen) == Resize(roles)
+    assert carry_out(seen).plan.memory_primaries == (6,)
+    assert decide(carry_out(seen)) == Noop()
+    assert decide(replace(seen, ready=(), free_slots=3)) == Start(1)
+
+
 def test_spares_are_started_up_to_what_is_free() -> None:
     assert decide(view(standby=3, free_slots=2)) == Start(2)
     assert decide(view(standby=3, ready=(6,), starting=1, free_slots=2)) == Start(1)

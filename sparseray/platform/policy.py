@@ -28,6 +28,8 @@ class View:
         steps_since_change: optimizer steps since the plan came into force.
         rebalance_above: `imbalance` from which loads are evened out; 0 for never.
         rebalance_every: least steps between two changes for the sake of loads.
+        colocated: roles share slots on purpose. False: a slot that took over a second role in need gives it up
+            again, as soon as there is a slot for it.
     """
 
     plan: Plan
@@ -40,6 +42,7 @@ class View:
     steps_since_change: int
     rebalance_above: float
     rebalance_every: int
+    colocated: bool = True
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,8 @@ Decision = Noop | Start | Resize | Rebalance
 def decide(view: View) -> Decision:
     """Decide on one thing to do; once it is done, the next call decides on the next or on `Noop`."""
     lacking, surplus = _difference(view.plan, view.roles)
+    if not view.colocated:
+        lacking += _shared(view.plan)
     if surplus or (lacking and view.ready):
         return Resize(view.roles)
     short = lacking + view.standby - len(view.ready) - view.starting
@@ -130,6 +135,12 @@ def _difference(plan: Plan, roles: Roles) -> tuple[int, int]:
         wanted.memory - len(slots["memory"]),
     ]
     return sum(d for d in differences if d > 0), -sum(d for d in differences if d < 0)
+
+
+def _shared(plan: Plan) -> int:
+    """Slots that would be needed more if no slot had two roles."""
+    slots = [slot for slots in role_slots(plan).values() for slot in slots]
+    return len(slots) - len(set(slots))
 
 
 def _is_worth_rebalancing(view: View) -> bool:

@@ -184,6 +184,18 @@ class RunFolder:
             return []
         return [json.loads(line) for line in self.metrics.read_text().splitlines() if _step_of(line) < _CUT]
 
+    def event_lines(self) -> list[dict[str, Any]]:
+        """What happened to the run, in order of time; lines cut short by a kill do not count.
+
+        Each has "time" (Unix seconds), "step", "generation", "kind" ("start", "lost", "recovered", "resized",
+        "rebalanced", "restored", "checkpoint" or "scheduler"), "text", and the number of slots in each role:
+        "attention", "experts", "memory", "standby".
+        """
+        if not self.events.exists():
+            return []
+        lines = self.events.read_text().splitlines()
+        return sorted((json.loads(line) for line in lines if _step_of(line) < _CUT), key=lambda e: e["time"])
+
 
 def _shards(manifest: Path) -> list[str]:
     return sorted(entry["sha256"] for entry in json.loads(manifest.read_text())["files"])
