@@ -11,6 +11,9 @@ COMMANDS = {
     "data": ("sparseray.jobs.data", "turn text or code into token shards"),
     "plan": ("sparseray.jobs.plan", "show who would hold what in a run; starts nothing"),
     "pretrain": ("sparseray.jobs.pretrain", "train a model on Ray actors"),
+    "scale": ("sparseray.jobs.scale", "change how many actors play a role in a running job"),
+    "status": ("sparseray.jobs.status", "plan, roles, replicas and last events of a running job"),
+    "top": ("sparseray.jobs.top", "watch a running job: speed, loss, load of every slot, events"),
     "serve": ("sparseray.jobs.serve", "answer over HTTP, OpenAI-compatible"),
     "submit": ("sparseray.jobs.submit", "run a command as a job of a Ray cluster"),
 }

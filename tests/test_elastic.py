@@ -102,7 +102,9 @@ def test_a_slot_that_dies_while_state_moves_is_left_out_of_the_next_generation(
     check(trained, undisturbed)
 
 
-def at(changes: dict[int, Callable[[Trainer, LocalFleet], None]]) -> Callable[[int, Trainer, LocalFleet], None]:
+def at(
+    changes: dict[int, Callable[[Trainer, LocalFleet], None]],
+) -> Callable[[int, Trainer, LocalFleet], None]:
     return lambda step, trainer, fleet: changes.get(step, lambda t, f: None)(trainer, fleet)
 
 
@@ -120,16 +122,16 @@ def test_roles_grow_and_shrink_while_training(
         trainer.elastic.request("memory", 3)
 
     changes = at({1: scale("experts", 4), 3: scale("attention", 4), 5: several, 7: scale("memory", 1)})
-    trained = train(
-        tmp_path / "run", config_of(corpus, replication=replication), at_step=changes
-    )
+    trained = train(tmp_path / "run", config_of(corpus, replication=replication), at_step=changes)
     check(trained, undisturbed)
     assert trained.events.count("resized") >= 4
     last = trained.folder.event_lines()[-1]
     assert (last["attention"], last["experts"], last["memory"], last["standby"]) == (1, 2, 1, 0)
 
 
-def test_what_cannot_be_is_refused_with_the_reason(corpus: Path, undisturbed: Trained, tmp_path: Path) -> None:
+def test_what_cannot_be_is_refused_with_the_reason(
+    corpus: Path, undisturbed: Trained, tmp_path: Path
+) -> None:
     told: list[str] = []
 
     def refuse(trainer: Trainer, fleet: LocalFleet) -> None:

@@ -122,9 +122,7 @@ class DenseState:
         """Everything that a checkpoint must hold, by logical name."""
         found: dict[str, Tensor] = {name: p.detach() for name, p in zip(self.names, self.parameters)}
         found |= self.biases
-        return found | moments(
-            self.optimizer.state, self.names, self.parameters
-        )
+        return found | moments(self.optimizer.state, self.names, self.parameters)
 
     def load(self, tensors: dict[str, Tensor], step: int) -> None:
         """Take over what `tensors` gave, at optimizer step `step`."""

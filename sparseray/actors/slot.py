@@ -146,7 +146,9 @@ class Slot:
         elif self.reduction is not None and kind in self.reduction.handlers:
             self.reduction.handlers[kind](message)
         else:
-            log.warning("slot %d: unexpected message %r from slot %d", self.mailbox.slot, kind, message.source)
+            log.warning(
+                "slot %d: unexpected message %r from slot %d", self.mailbox.slot, kind, message.source
+            )
 
     # -- control -------------------------------------------------------------------------------
 

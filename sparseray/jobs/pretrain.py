@@ -204,7 +204,9 @@ def follow(scheduler: Any, config: RunConfig, show: Show) -> bool:
                 state = ask(scheduler, "progress", seen, epoch)
             except SchedulerLostError as error:
                 if time.monotonic() - heard > SCHEDULER_DEADLINE_S:
-                    raise RunFailedError(f"the scheduler is gone: {error}; the same command resumes") from None
+                    raise RunFailedError(
+                        f"the scheduler is gone: {error}; the same command resumes"
+                    ) from None
                 time.sleep(0.2)
                 continue
             if epoch and state["epoch"] != epoch:

@@ -42,7 +42,8 @@ class Cluster:
         self.job = uuid.uuid4().hex
         self.slots: dict[int, Any] = {}
         self.scheduler: Any = None
-        _connect(config, num_slots)
+        # Slots and scheduler of a run report through the run's folder; Ray's own words on each death would bury it.
+        _connect(config, num_slots, log_to_driver=run_dir is None)
         if run_dir is None or self.find_scheduler(run_dir) is None:
             self._check_room()
 
@@ -108,10 +109,6 @@ class Cluster:
         ray.shutdown()
         remove_directory(self.job)
 
-    def leave(self) -> None:
-        """Disconnect and let the job go on."""
-        ray.shutdown()
-
 
 def attach(run: dict[str, Any]) -> Any:
     """Connect to the scheduler of a run that is going on (platform/registry.py).
@@ -131,6 +128,11 @@ def attach(run: dict[str, Any]) -> Any:
         ) from None
 
 
+def detach() -> None:
+    """Leave a cluster that `attach` joined."""
+    ray.shutdown()
+
+
 def ask(scheduler: Any, method: str, *arguments: Any, timeout_s: float = 30.0) -> Any:
     """Call a method of a scheduler and wait for the answer.
 
@@ -143,7 +145,7 @@ def ask(scheduler: Any, method: str, *arguments: Any, timeout_s: float = 30.0) -
         raise SchedulerLostError(" ".join(str(error).split())[:200]) from None
 
 
-def _connect(config: ClusterConfig, num_slots: int) -> None:
+def _connect(config: ClusterConfig, num_slots: int, *, log_to_driver: bool) -> None:
     # Slots decide about their own threads; without this Ray warns and sets OMP_NUM_THREADS itself.
     environment = {"OMP_NUM_THREADS": str(config.threads_per_slot), "RAY_DEDUP_LOGS": "0"}
     runtime = {"env_vars": environment}
@@ -153,7 +155,7 @@ def _connect(config: ClusterConfig, num_slots: int) -> None:
                 address=config.address,
                 namespace=NAMESPACE,
                 runtime_env=runtime,
-                log_to_driver=True,
+                log_to_driver=log_to_driver,
                 logging_level="error",
             )
         else:
@@ -168,7 +170,7 @@ def _connect(config: ClusterConfig, num_slots: int) -> None:
                 namespace=NAMESPACE,
                 runtime_env=runtime,
                 _node_ip_address="127.0.0.1",
-                log_to_driver=True,
+                log_to_driver=log_to_driver,
                 logging_level="error",
             )
     # Ray says with a bare Exception that its own daemons did not start in time.

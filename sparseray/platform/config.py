@@ -140,7 +140,9 @@ class ClusterConfig:
 
     def __post_init__(self) -> None:
         if self.standby < 0 or self.max_slots < 0 or self.rebalance_every < 1:
-            raise ConfigError("cluster.standby, cluster.max_slots and cluster.rebalance_every cannot be negative")
+            raise ConfigError(
+                "cluster.standby, cluster.max_slots and cluster.rebalance_every cannot be negative"
+            )
         if self.hang_s < 0.3:
             raise ConfigError(
                 f"cluster.hang_s={self.hang_s:g} is below 0.3 s: a busy machine would look like a dead one"

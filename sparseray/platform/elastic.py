@@ -96,6 +96,7 @@ class Elastic:
         self.since_change = 0
         self._pending: Change | None = None
         self._stalls = 0
+        self._known: set[int] = set()
 
     @property
     def fleet(self) -> Fleet:
@@ -149,8 +150,7 @@ class Elastic:
             self._pending = Change(
                 kind="recovered", text=str(error), noticed=first.noticed, silent_s=first.silent_s
             )
-            for loss in error.losses:
-                self._event("lost", step, f"slot {loss.slot}: {loss.cause}")
+            self._tell_losses(error, step)
             self._stalls = 0
         else:
             self._stalls += 1
@@ -159,6 +159,12 @@ class Elastic:
             self._pending = Change(kind="recovered", text=f"stalled: {error}", noticed=time.monotonic())
             self._event("lost", step, f"a message: {error}")
         return self._settle(error, step, restore=None)
+
+    def _tell_losses(self, error: SlotsLostError, step: int) -> None:
+        assert self.plan is not None
+        for loss in error.losses:
+            roles = "+".join(self.plan.roles_of(loss.slot))
+            self._event("lost", step, f"slot {loss.slot} ({roles}): {loss.cause}")
 
     def _settle(self, error: Exception, step: int, *, restore: dict[str, Any] | None) -> int:
         """Try generations until one holds; what is lost on the way is left out of the next."""
@@ -182,8 +188,7 @@ class Elastic:
                 log.warning("generation %d failed: %s", new.generation, next_error)
                 error = next_error
                 if isinstance(error, SlotsLostError):
-                    for loss in error.losses:
-                        self._event("lost", step, f"slot {loss.slot}: {loss.cause}")
+                    self._tell_losses(error, step)
 
     def _give_back(self, change: Moves, step: int) -> tuple[dict[str, Any], int]:
         """Restore what nobody holds any more from the newest checkpoint, or stop where that is not wanted."""
@@ -230,6 +235,7 @@ class Elastic:
         self._wait_until_installed(set(new.addresses), send, step)
         self.journal.append("active", generation=new.generation, step=step)
         old, self.plan = self.plan, new
+        self._known |= set(new.addresses)
         gained = {piece: set(slots) for piece, slots in holdings(new).items()}
         kept = {} if restore else self._live_holders()
         self.held = {piece: slots | kept.get(piece, set()) for piece, slots in gained.items()}
@@ -287,10 +293,10 @@ class Elastic:
             change.phases["total"] = now - change.noticed + change.silent_s
             for phase, seconds in change.phases.items():
                 self.metrics.record("elastic_recovery_seconds", seconds, phase=phase)
+            total = change.phases.pop("total")
             parts = ", ".join(f"{phase} {seconds * 1000:.0f} ms" for phase, seconds in change.phases.items())
-            self._event(
-                change.kind, commit["step"], f"generation {self.generation}: {parts}", phases=change.phases
-            )
+            text = f"back after {total:.2f} s ({parts.replace('_', ' ')}), generation {self.generation}"
+            self._event(change.kind, commit["step"], text, phases=change.phases, total=total)
 
     def between_steps(self, step: int) -> None:
         """Do what the policy says: start slots, resize, rebalance, retire.
@@ -301,8 +307,9 @@ class Elastic:
         assert self.plan is not None
         self.control.check()
         for loss in self.control.idle_losses:
-            self._event("lost", step, f"slot {loss.slot} (it had no role): {loss.cause}")
+            self._event("lost", step, f"slot {loss.slot} (standby): {loss.cause}")
         self.control.idle_losses.clear()
+        self._welcome(step)
         decision = decide(self._view())
         if isinstance(decision, Start):
             self.fleet.start(decision.count)
@@ -315,6 +322,13 @@ class Elastic:
         elif self.since_change > 0:
             self._retire_idle()
 
+    def _welcome(self, step: int) -> None:
+        """Take note of slots that have become ready."""
+        new = set(self.fleet.members()) - self._known
+        self._known |= new
+        if new:
+            self._event("ready", step, f"slot {', '.join(map(str, sorted(new)))} is warm")
+
     def _change(self, kind: str, text: str, step: int, new: Plan) -> None:
         started = time.monotonic()
         change = moves(self._live_holders(), new, self.size)
@@ -324,7 +338,11 @@ class Elastic:
         self.metrics.record("elastic_resize_pause_seconds", seconds)
         text = f"{text} {self.sizes()}" if kind == "resized" else text
         self._event(
-            kind, step, f"{text}, {moved / 1e6:.2f} MB moved in {seconds * 1000:.0f} ms", pause=seconds, moved=moved
+            kind,
+            step,
+            f"{text}, {moved / 1e6:.2f} MB moved in {seconds * 1000:.0f} ms",
+            pause=seconds,
+            moved=moved,
         )
 
     def _retire_idle(self) -> None:
@@ -383,7 +401,10 @@ class Elastic:
         p = self.placement
         limits = {
             "attention": ("logical shards (train.logical_shards)", p["num_shards"]),
-            "experts": ("experts per layer (model.moe.num_experts)", p["num_experts"] if p["moe_layers"] else 0),
+            "experts": (
+                "experts per layer (model.moe.num_experts)",
+                p["num_experts"] if p["moe_layers"] else 0,
+            ),
             "memory": ("buckets (model.dse.num_buckets)", p["num_buckets"] if p["dse_layers"] else 0),
         }
         what, most = limits[role]

@@ -54,7 +54,9 @@ class Journal:
             (time.time(), generation, step, kind, json.dumps(body), self._epoch),
         )
         if done.rowcount != 1:
-            raise FencedError(f"another scheduler has taken over this run; {kind} of step {step} was not decided")
+            raise FencedError(
+                f"another scheduler has taken over this run; {kind} of step {step} was not decided"
+            )
 
     def last(self, kind: str) -> dict[str, Any] | None:
         """Return the newest decision of a kind, or None."""

@@ -84,7 +84,9 @@ REGISTRY: dict[str, Metric] = {
     "elastic_replicas": Metric(
         kind="gauge", unit="", help="Holders that a piece of state should have and has", labels=("state",)
     ),
-    "elastic_events_total": Metric(kind="counter", unit="", help="Losses, recoveries, resizes", labels=("kind",)),
+    "elastic_events_total": Metric(
+        kind="counter", unit="", help="Losses, recoveries, resizes", labels=("kind",)
+    ),
     "elastic_recovery_seconds": Metric(
         kind="histogram",
         unit="seconds",

@@ -239,7 +239,11 @@ class RayFleet:
                     self._room, asked = self._count_room(), time.monotonic()
                 with self._lock:
                     references = [*self._starting, *self._ends]
-                    late = [s for s, since in self._starting.values() if time.monotonic() - since > START_DEADLINE_S]
+                    late = [
+                        s
+                        for s, since in self._starting.values()
+                        if time.monotonic() - since > START_DEADLINE_S
+                    ]
                 for slot in late:
                     self._lose(slot, f"it did not start within {START_DEADLINE_S:g} s")
                 if not references:
@@ -254,9 +258,8 @@ class RayFleet:
 
     def _take(self, reference: Any) -> None:
         with self._lock:
-            slot = self._starting[reference][0] if reference in self._starting else self._ends.get(reference)
-            is_start = self._starting.pop(reference, None) is not None
-            self._ends.pop(reference, None)
+            is_start = reference in self._starting
+            slot = self._starting[reference][0] if is_start else self._ends.pop(reference, None)
             handle = self._handles.get(slot) if slot is not None else None
         if handle is None or slot is None:
             return
@@ -265,8 +268,8 @@ class RayFleet:
         except Exception as error:
             cause = getattr(error, "cause", None)
             self._refused = cause if isinstance(cause, UserError) else self._refused
-            what = "it could not start" if is_start else "its process died"
-            self._lose(slot, f"{what} ({_first_line(error)})")
+            log.info("slot %d: %s", slot, " ".join(str(error).split()))
+            self._lose(slot, f"could not start: {_first_line(error)}" if is_start else "its process died")
             return
         if not is_start:
             self._lose(slot, "it stopped serving")
@@ -274,9 +277,10 @@ class RayFleet:
         end = handle.wait_for_end.remote()
         with self._lock:
             self._namespaces[slot] = found.pop("namespace")
-            self._members[slot] = Member(slot=slot, **found)
             self._heard[slot] = time.monotonic()
             self._ends[end] = slot
+            self._members[slot] = Member(slot=slot, **found)
+            self._starting.pop(reference, None)
             members = dict(self._members)
         self._on_change(members)
 
@@ -299,7 +303,9 @@ class RayFleet:
             with self._lock:
                 if now - last > self.config.hang_s / 3:
                     # This process itself stood still: silence since then says nothing about the others.
-                    self._heard = {slot: max(heard, now - self.config.hang_s / 2) for slot, heard in self._heard.items()}
+                    self._heard = {
+                        slot: max(heard, now - self.config.hang_s / 2) for slot, heard in self._heard.items()
+                    }
                 silent = [s for s, heard in self._heard.items() if now - heard > self.config.hang_s]
             last = now
             for slot in silent:

@@ -172,12 +172,6 @@ class RunFolder:
         with self.events.open("a") as file:
             file.write(json.dumps(event) + "\n")
 
-    def event_lines(self) -> list[dict[str, Any]]:
-        """All events, oldest first; a last line cut short by a kill does not count."""
-        if not self.events.exists():
-            return []
-        return [json.loads(line) for line in self.events.read_text().splitlines() if _step_of(line) < _CUT]
-
     def records(self) -> list[dict[str, Any]]:
         """All steps' records; a last line cut short by a kill does not count."""
         if not self.metrics.exists():
