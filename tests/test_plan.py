@@ -197,6 +197,8 @@ def test_random_changes_move_little_more_than_they_must(seed: int) -> None:
         check(new, replication=replication, avoid=avoid)
         assert all(spread(list(totals(table).values())) <= 1 for table in (new.experts, new.buckets))
         assert moved_bytes(plan, new) <= 1.1 * least_bytes(plan, new, size), (kind, plan, new)
+        again = change(new, roles=roles, replication=replication, avoid=avoid)
+        assert replace(again, generation=new.generation) == new
         plan = replace(new, addresses={s: a for s, a in there.items() if s not in avoid})
 
 
