@@ -197,6 +197,8 @@ def test_random_changes_move_little_more_than_they_must(seed: int) -> None:
         check(new, replication=replication, avoid=avoid)
         assert all(spread(list(totals(table).values())) <= 1 for table in (new.experts, new.buckets))
         assert moved_bytes(plan, new) <= 1.1 * least_bytes(plan, new, size), (kind, plan, new)
+        again = change(new, roles=roles, replication=replication, avoid=avoid)
+        assert replace(again, generation=new.generation) == new
         plan = replace(new, addresses={s: a for s, a in there.items() if s not in avoid})
 
 
@@ -390,3 +392,14 @@ def test_bytes_of_a_piece_are_those_of_weights_and_moments() -> None:
     for layer, number in enumerate(rows):
         buckets = [of(("bucket", layer, bucket)) for bucket in range(config.dse.num_buckets)]
         assert sum(buckets) == number * row and spread(buckets) <= row
+
+
+def test_a_piece_is_pulled_from_whoever_has_sent_the_least() -> None:
+    plan = fresh(1, 4, 1, replication=1)
+    held = {piece: {1, 2, 3} for piece in holdings(plan) if piece[0] == "expert"}
+    found = moves(held, plan, size)
+    assert set(found.missing) == {piece for piece in holdings(plan) if piece[0] != "expert"}
+    sent: Counter[int] = Counter()
+    for sources in found.pulls.values():
+        sent.update({source: len(pieces) for source, pieces in sources.items()})
+    assert set(found.pulls) == {4} and set(sent.values()) == {LAYERS * EXPERTS // 4 // 3}

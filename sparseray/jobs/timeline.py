@@ -161,6 +161,7 @@ def _draw_slots(axes: Any, events: Sequence[Event], end: float) -> None:
 
 def _draw_events(loss: Any, slots: Any, events: Sequence[Event]) -> None:
     """Draw a line for each event, and a band from each loss of a slot to the next good news."""
+    covered = -1.0
     for position, event in enumerate(events):
         is_checkpoint = event["kind"] == "checkpoint"
         for ax in (loss, slots):
@@ -172,9 +173,10 @@ def _draw_events(loss: Any, slots: Any, events: Sequence[Event]) -> None:
                 alpha=0.7 if is_checkpoint else 0.85,
                 zorder=1 if is_checkpoint else 3,
             )
-        if event["kind"] == "lost":
+        if event["kind"] == "lost" and event["x"] >= covered:
             later = (e["x"] for e in events[position:] if e["kind"] in ("recovered", "restored"))
-            loss.axvspan(event["x"], next(later, event["x"]), color=COLOURS["lost"], alpha=0.12, linewidth=0)
+            covered = next(later, event["x"])
+            loss.axvspan(event["x"], covered, color=COLOURS["lost"], alpha=0.12, linewidth=0)
     if any(event["kind"] == "checkpoint" for event in events):
         loss.plot([], [], color=COLOURS["checkpoint"], linewidth=0.9, linestyle=":", label="checkpoint")
         loss.legend(

@@ -111,7 +111,7 @@ class Placement:
 
     def dense(self) -> tuple[int, ...]:
         """Holders of the dense weights: attention workers, then backups."""
-        return tuple(self.slots["attention"] + self._others("attention"))
+        return tuple(self.slots["attention"] + sorted(self._others("attention")))
 
     def _others(self, role: str) -> list[int]:
         """Slots without the role that must hold its pieces, because its own are too few or on one node."""
@@ -187,7 +187,7 @@ def _start(cost_LPS: Array) -> Array:
 def _with_backups(
     old: Table, primaries: list[list[int]], slots: list[int], group: int, nodes: Mapping[int, str]
 ) -> tuple[tuple[tuple[int, ...], ...], ...]:
-    """Add `group` backups to every primary, the first of them on another node where that is possible."""
+    """Add `group` backups, in ascending order, to every primary; one is on another node where that is possible."""
     column = {slot: index for index, slot in enumerate(slots)}
     layers, pieces = len(primaries), len(primaries[0])
     cost = np.full((layers, pieces, group, len(slots)), COPY)
@@ -203,7 +203,7 @@ def _with_backups(
     shape = (layers, pieces * group)
     at = even_backups(cost.reshape(*shape, -1), at.reshape(shape), group, fixed).reshape(at.shape)
     return tuple(
-        tuple((primary, *(slots[i] for i in at[layer, piece])) for piece, primary in enumerate(row))
+        tuple((primary, *sorted(slots[i] for i in at[layer, piece])) for piece, primary in enumerate(row))
         for layer, row in enumerate(primaries)
     )
 
