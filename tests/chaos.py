@@ -237,7 +237,9 @@ def chaos(folder: Path, data: Path, *, seed: int, seconds: float, steps: int) ->
         assert not left, left
     except BaseException as error:
         events = "\n".join(f"{e['step']} {e['kind']}: {e['text']}" for e in run.events())
-        raise AssertionError(f"{error}\n\nfaults:\n" + "\n".join(faults.done) + f"\n\nevents:\n{events}") from error
+        raise AssertionError(
+            f"{error}\n\nfaults:\n" + "\n".join(faults.done) + f"\n\nevents:\n{events}"
+        ) from error
     finally:
         run.detach()
         run.close()
@@ -252,11 +254,15 @@ def _has_mark(process: psutil.Process, mark: str) -> bool:
 
 def main() -> int:
     """Run by hand."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--minutes", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=int(time.time()))
     parser.add_argument("--data", required=True, help="folder made by `data prepare --vocab_size 300`")
-    parser.add_argument("--steps_per_second", type=float, default=20.0, help="decides how many steps are trained")
+    parser.add_argument(
+        "--steps_per_second", type=float, default=20.0, help="decides how many steps are trained"
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         steps = int(options.minutes * 60 * options.steps_per_second)

@@ -6,7 +6,7 @@ that changes hands stays with its old holders until the first commit, so nothing
 """
 
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -93,6 +93,7 @@ class Elastic:
         self.load = np.zeros((0, 0))
         self.held: dict[Piece, set[int]] = {}
         self.generation = 0
+        self.packed_by: Sequence[Sequence[float]] | None = None
         self.since_change = 0
         self._pending: Change | None = None
         self._stalls = 0
@@ -317,8 +318,9 @@ class Elastic:
             before = self.sizes()
             self._change("resized", f"{before} to", step, self._replanned(decision.roles))
         elif isinstance(decision, Rebalance):
-            loads = decision.loads
-            self._change("rebalanced", "experts packed by load", step, self._replanned(self.wanted, loads))
+            # From now on every plan is packed by these loads: counting again would move the experts back.
+            self.packed_by = decision.loads
+            self._change("rebalanced", "experts packed by load", step, self._replanned(self.wanted))
         elif self.since_change > 0:
             self._retire_idle()
 
@@ -370,9 +372,10 @@ class Elastic:
             steps_since_change=self.since_change,
             rebalance_above=c.rebalance_above,
             rebalance_every=c.rebalance_every,
+            colocated=c.colocated,
         )
 
-    def _replanned(self, roles: Roles, loads: Any = None) -> Plan:
+    def _replanned(self, roles: Roles) -> Plan:
         assert self.plan is not None
         members, c = self.fleet.members(), self.config.cluster
         if not members:
@@ -385,7 +388,7 @@ class Elastic:
             replication=c.replication,
             colocated=c.colocated,
             nodes={slot: m.node for slot, m in members.items()},
-            loads=loads,
+            loads=self.packed_by,
         )
 
     # -- for people ----------------------------------------------------------------------------
