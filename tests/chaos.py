@@ -21,16 +21,16 @@ from pathlib import Path
 from typing import Any
 
 import local_cluster
-import psutil
-from local_cluster import Trained, tiny_run
-from processes import kill_all, start, wait_until
+from local_cluster import tiny_run
+from processes import interrupt, kill_all, of_mark, start, wait_until
 
 from sparseray.errors import SchedulerLostError
 from sparseray.platform import checkpoint
-from sparseray.platform.config import RunConfig, save_yaml
+from sparseray.platform.config import ClusterConfig, RunConfig, save_yaml
 from sparseray.platform.registry import registered_runs
 
 ROLES = {"attention": "attention", "expert": "experts", "memory": "memory"}
+ENDLESS = 100_000
 FAULTS = ("kill", "kill", "hang", "two", "scheduler", "scale", "scale", "kill standby")
 
 
@@ -51,6 +51,7 @@ class Watched:
         os.environ["XDG_STATE_HOME"] = str(self.folder / "state")
         os.environ["RAY_AUTH_MODE"] = "disabled"
         save_yaml(self.config, self.folder / "run.yaml")
+        self.plain = replace(self.config, cluster=ClusterConfig(deadline_s=20.0))
 
     def start(self, *options: str) -> None:
         """Start the command, or the same command again."""
@@ -91,12 +92,10 @@ class Watched:
             time.sleep(0.1)
 
     def settled(self) -> dict[str, Any]:
-        """Wait until the plan is as wanted, with all replicas and a standby slot; or until the run is over."""
+        """Wait until the plan is as wanted, with all replicas and a standby slot."""
 
         def there() -> bool:
             found.update(self.status())
-            if found["state"] != "training":
-                return True
             full = found.get("replicas", {}).get("actual", 0) >= self.config.cluster.replication
             spare = [s for s in found.get("slots", []) if s["roles"] == ["standby"]]
             return bool(found.get("settled") and full and len(spare) >= self.config.cluster.standby)
@@ -109,8 +108,8 @@ class Watched:
         def there() -> bool:
             assert self.process is not None
             ended = self.process.poll()
-            assert ended in (None, 0), f"it ended with {ended} before {what}:\n{self.log.read_text()}"
-            return bool(condition()) or ended == 0
+            assert ended is None, f"it ended with {ended} before {what}:\n{self.log.read_text()}"
+            return bool(condition())
 
         wait_until(there, what, limit_s)
 
@@ -124,26 +123,40 @@ class Watched:
 
         return int(ask(self.scheduler, "pid"))
 
-    def finish(self, limit_s: float = 180.0) -> None:
-        """Wait for the end of the command and see that nothing is left of it."""
+    def finish(self, limit_s: float = 60.0) -> None:
+        """End the run by Ctrl-C, which leaves a checkpoint of the step that it had reached."""
         assert self.process is not None
-        assert self.process.wait(limit_s) == 0, self.log.read_text()
+        interrupt(self.process)
+        self.wait_for_end(130, limit_s)
+
+    def wait_for_end(self, code: int, limit_s: float = 60.0) -> None:
+        """Wait until the command has ended, with this exit code."""
+        assert self.process is not None
+        try:
+            found = self.process.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            found = None
+        assert found == code, f"ended with {found}, not {code}:\n{self.log.read_text()}"
 
     def close(self) -> None:
         """End what is left."""
         if self.process is not None:
             kill_all(self.process, self.mark)
 
-    def check(self, undisturbed: Trained) -> None:
-        """Each step once, all losses and the last checkpoint as they must be."""
+    def check(self) -> int:
+        """Each step once, all losses and the last checkpoint as in an undisturbed run; returns the steps."""
         records = [json.loads(line) for line in (self.run_dir / "metrics.jsonl").read_text().splitlines()]
-        steps = self.config.train.steps
+        steps = len(records)
+        undisturbed = local_cluster.train(self.folder / "undisturbed", self.plain, stop_after=steps)
         assert [r["step"] for r in records] == list(range(1, steps + 1))
         assert [(r["loss"], r["aux_loss"], r["grad_norm"]) for r in records] == undisturbed.curve
         newest = checkpoint.read_manifest(self.run_dir / "checkpoints" / f"step_{steps}")
         assert newest["digest"] == undisturbed.digest
+        return steps
 
     def events(self) -> list[dict[str, Any]]:
+        if not (self.run_dir / "events.jsonl").exists():
+            return []
         return [json.loads(line) for line in (self.run_dir / "events.jsonl").read_text().splitlines()]
 
 
@@ -153,19 +166,16 @@ class Chaos:
     def __init__(self, run: Watched, seed: int) -> None:
         self.run, self.random, self.done = run, random.Random(seed), [f"seed {seed}"]
 
-    def strike(self) -> bool:
-        """Wait until all is well, then do one thing; False once the run is over."""
+    def strike(self) -> None:
+        """Wait until all is well, then do one thing."""
         time.sleep(self.random.uniform(0.1, 1.5))
         fault = self.random.choice(FAULTS)
         found = self.run.settled()
-        if found.get("state") != "training":
-            return False
         by_role: dict[str, list[dict[str, Any]]] = {name: [] for name in (*ROLES, "standby")}
         for slot in found["slots"]:
             for role in slot["roles"]:
                 by_role.setdefault(role, []).append(slot)
         getattr(self, fault.replace(" ", "_"))(by_role)
-        return True
 
     def note(self, text: str) -> None:
         self.done.append(f"step {self.run.steps()}: {text}")
@@ -212,28 +222,28 @@ class Chaos:
         self.run.signal(slot["pid"])
 
 
-def chaos(folder: Path, data: Path, *, seed: int, seconds: float, steps: int) -> list[str]:
-    """Train with random faults for a while, let the run end, and compare; returns what was done.
+def chaos(folder: Path, data: Path, *, seed: int, seconds: float) -> list[str]:
+    """Train with random faults for a while, stop, and compare; returns what was done.
 
     Raises:
         AssertionError: something differs; the message holds seed, faults and events.
     """
-    config = tiny_run(data, steps=steps, attention_workers=2, expert_shards=2, memory_shards=2, replication=2)
+    wide = {"attention_workers": 2, "expert_shards": 2, "memory_shards": 2, "replication": 2, "standby": 1}
+    config = tiny_run(data, steps=ENDLESS, **wide)
     config = replace(config, train=replace(config.train, checkpoint_every=100))
-    undisturbed = local_cluster.train(folder / "undisturbed", config)
-    config = replace(config, cluster=replace(config.cluster, standby=1))
     run = Watched(folder / "disturbed", config)
     faults = Chaos(run, seed)
     try:
         run.start()
         run.attach()
         end = time.monotonic() + seconds
-        while time.monotonic() < end and faults.strike():
-            continue
+        while time.monotonic() < end:
+            faults.strike()
+        run.settled()
         run.detach()
-        run.finish(limit_s=60.0 + steps)
-        run.check(undisturbed)
-        left = [p.cmdline() for p in psutil.process_iter() if _has_mark(p, run.mark)]
+        run.finish()
+        faults.done.append(f"{run.check()} steps, every loss and the last checkpoint equal to the bit")
+        left = [process.cmdline() for process in of_mark(run.mark)]
         assert not left, left
     except BaseException as error:
         events = "\n".join(f"{e['step']} {e['kind']}: {e['text']}" for e in run.events())
@@ -244,12 +254,6 @@ def chaos(folder: Path, data: Path, *, seed: int, seconds: float, steps: int) ->
         run.detach()
         run.close()
     return faults.done
-
-
-def _has_mark(process: psutil.Process, mark: str) -> bool:
-    with contextlib.suppress(psutil.Error):
-        return process.environ().get("SPARSERAY_TEST") == mark and process.status() != psutil.STATUS_ZOMBIE
-    return False
 
 
 def main() -> int:
@@ -265,12 +269,8 @@ def main() -> int:
     )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        steps = int(options.minutes * 60 * options.steps_per_second)
-        done = chaos(
-            Path(folder), Path(options.data), seed=options.seed, seconds=options.minutes * 60, steps=steps
-        )
+        done = chaos(Path(folder), Path(options.data), seed=options.seed, seconds=options.minutes * 60)
     print("\n".join(done))
-    print(f"{len(done) - 1} faults, {steps} steps, every loss and the last checkpoint equal to the bit")
     return 0
 
 

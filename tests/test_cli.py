@@ -10,7 +10,7 @@ from background import ROOT, sparseray
 
 from sparseray import __version__
 from sparseray.__main__ import COMMANDS, main
-from sparseray.jobs import data, demo, plan, pretrain, serve, submit
+from sparseray.jobs import data, demo, plan, pretrain, scale, serve, status, submit, top
 
 HELPS = [[name] for name in COMMANDS] + [["data", "prepare"]]
 
@@ -73,8 +73,13 @@ def test_the_help_of_a_command_has_an_example_of_it_that_parses(
         (serve, "run"),
         (submit, "submit"),
         (demo, "demo"),
+        (scale, "scale"),
+        (status, "show"),
+        (top, "watch"),
     ):
         monkeypatch.setattr(module, name, note(module.__name__))
+    for module in (scale, status, top):
+        monkeypatch.setattr(module, "connect", lambda run_dir: None)
     monkeypatch.setattr(data, "prepare", note(data.__name__))
     monkeypatch.setattr(data, "_report", note("report"))
     monkeypatch.chdir(ROOT)

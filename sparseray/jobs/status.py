@@ -33,20 +33,25 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="all there is, for programs")
     add_run_dir(parser)
     options = parser.parse_args(list(arguments))
-    from sparseray.platform.cluster import ask
-
     try:
-        found = ask(connect(options.run_dir), "status")
+        show(connect(options.run_dir), as_json=options.json)
     except UserError as error:
         return configuration.die(error)
     except SchedulerLostError as error:
         configuration.die(error)
         return 1
-    if options.json:
+    return 0
+
+
+def show(scheduler: Any, *, as_json: bool) -> None:
+    """Print the status of a job."""
+    from sparseray.platform.cluster import ask
+
+    found = ask(scheduler, "status")
+    if as_json:
         print(json.dumps(found))
     else:
         Console().print(Group(head(found), slots(found), events(found)))
-    return 0
 
 
 def head(found: dict[str, Any]) -> Text:

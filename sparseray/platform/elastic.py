@@ -137,7 +137,9 @@ class Elastic:
         losses = [Loss(slot=slot, cause="gone when the scheduler came back", noticed=now) for slot in gone]
         self._pending = Change(kind="scheduler", text="a new scheduler took over", noticed=now)
         self._event("scheduler", step, "a new scheduler took over the running job")
-        self._settle(SlotsLostError(losses), step, restore=None)
+        error = SlotsLostError(losses)
+        self._tell_losses(error, step)
+        self._settle(error, step, restore=None)
 
     def recover(self, error: Exception, step: int) -> int:
         """Go on after a loss or a stall, and return the step that the slots hold now.
