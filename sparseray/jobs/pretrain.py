@@ -195,12 +195,15 @@ def follow(scheduler: Any, config: RunConfig, show: Show) -> bool:
     from sparseray.platform.cluster import ask
 
     state: dict[str, Any] = {"failure": None}
-    with _interrupts(lambda: ask(scheduler, "stop"), show) as interrupted:
+    with _interrupts(show) as interrupted:
         ask(scheduler, "start", timeout_s=120.0)
         seen, epoch, last_step, done, started = 0, "", 0, False, time.monotonic()
-        heard = time.monotonic()
+        heard, is_told = time.monotonic(), False
         while not done:
             try:
+                if interrupted and not is_told:
+                    ask(scheduler, "stop")
+                    is_told = True
                 state = ask(scheduler, "progress", seen, epoch)
             except SchedulerLostError as error:
                 if time.monotonic() - heard > SCHEDULER_DEADLINE_S:
@@ -211,6 +214,7 @@ def follow(scheduler: Any, config: RunConfig, show: Show) -> bool:
                 continue
             if epoch and state["epoch"] != epoch:
                 show("the scheduler died; a new one has taken over")
+                is_told = False
             for record in state["records"]:
                 if "loss" not in record or record["step"] > last_step or "event" in record:
                     show(describe(record, config.train.steps, started, first=last_step == 0))
@@ -228,8 +232,8 @@ def follow(scheduler: Any, config: RunConfig, show: Show) -> bool:
 
 
 @contextmanager
-def _interrupts(stop: Callable[[], None], show: Show) -> Iterator[list[int]]:
-    """First Ctrl-C: stop after the current step, with a checkpoint. Second: at once."""
+def _interrupts(show: Show) -> Iterator[list[int]]:
+    """Note the first Ctrl-C, after which the run shall stop with a checkpoint; end at once on the second."""
     seen: list[int] = []
 
     def handle(number: int, _frame: FrameType | None) -> None:
@@ -239,7 +243,6 @@ def _interrupts(stop: Callable[[], None], show: Show) -> Iterator[list[int]]:
         show(
             "stopping after this step, with a checkpoint; Ctrl-C again stops at once and loses the steps since the last one"
         )
-        stop()
 
     previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
