@@ -99,8 +99,10 @@ def run(config: RunConfig, show: Show) -> int:
         else:
             show("this run is going on already, in the same cluster: following it")
         is_interrupted = follow(scheduler, config, show)
-    finally:
-        cluster.stop()
+    except BaseException:
+        cluster.stop(at_once=True)
+        raise
+    cluster.stop()
     return _finish(folder, config, is_interrupted, show)
 
 
