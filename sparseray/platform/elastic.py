@@ -7,22 +7,23 @@ that changes hands stays with its old holders until the first commit, so nothing
 
 import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from sparseray.actors.assignment import Piece, Plan
-from sparseray.errors import ConfigError, SlotsLostError, StateLostError
+from sparseray.errors import SlotsLostError, StateLostError
 from sparseray.log import get_logger
 from sparseray.platform import checkpoint
 from sparseray.platform.config import RunConfig
+from sparseray.platform.events import Change, Events, describe_pieces, role_holders
 from sparseray.platform.fleet import Control, Fleet, Loss, StalledError
 from sparseray.platform.journal import Journal
 from sparseray.platform.ledger import Ledger
 from sparseray.platform.metrics import Metrics
 from sparseray.platform.plan import Moves, Roles, holdings, make_plan, moves, replan
 from sparseray.platform.policy import Rebalance, Resize, Start, View, decide
+from sparseray.platform.requests import check_request
 from sparseray.platform.run_folder import RunFolder
 
 log = get_logger(__name__)
@@ -31,27 +32,6 @@ RESEND_S = 1.0
 INSTALL_DEADLINE_S = 120.0
 MOST_STALLS = 5
 LOAD_DECAY = 0.9
-
-
-@dataclass(kw_only=True)
-class Change:
-    """One change of generation, from its cause to the first commit after it.
-
-    Args:
-        kind: event that it becomes.
-        text: cause, for people.
-        noticed: when it was, `time.monotonic`.
-        silent_s: seconds that a lost slot had been silent by then.
-        phases: seconds by phase.
-        installed: when all slots had their state.
-    """
-
-    kind: str
-    text: str
-    noticed: float
-    silent_s: float = 0.0
-    phases: dict[str, float] = field(default_factory=dict)
-    installed: float = 0.0
 
 
 class Elastic:
@@ -83,7 +63,8 @@ class Elastic:
     ) -> None:
         self.config, self.control, self.journal = config, control, journal
         self.folder, self.metrics, self.ledger = folder, metrics, ledger
-        self.placement, self.size, self.install, self.on_event = placement, size, install, on_event
+        self.placement, self.size, self.install = placement, size, install
+        self.events = Events(folder, metrics, config.cluster.replication, on_event)
         self.wanted = Roles(
             attention=placement["attention"], experts=placement["experts"], memory=placement["memory"]
         )
@@ -132,7 +113,7 @@ class Elastic:
         """
         self.plan = plan
         self.held = {piece: set(slots) for piece, slots in holdings(plan).items()}
-        gone = sorted(set(self._role_slots(plan)) - set(self.fleet.members()))
+        gone = sorted(set(role_holders(plan)) - set(self.fleet.members()))
         now = time.monotonic()
         losses = [Loss(slot=slot, cause="gone when the scheduler came back", noticed=now) for slot in gone]
         self._pending = Change(kind="scheduler", text="a new scheduler took over", noticed=now)
@@ -197,7 +178,7 @@ class Elastic:
         """Restore what nobody holds any more from the newest checkpoint, or stop where that is not wanted."""
         newest = self.folder.newest_checkpoint()
         back = checkpoint.read_manifest(newest)["step"] if newest else 0
-        what = _describe(change.missing)
+        what = describe_pieces(change.missing)
         where = str(newest) if newest else "its seed (no checkpoint was written yet)"
         if self.config.cluster.replication > 1:
             raise StateLostError(
@@ -219,7 +200,7 @@ class Elastic:
         mailbox.adopt(new.generation)
         mailbox.transport.connect(new.addresses)
         sources = {source for listed in (pulls.pulls.values() if pulls else ()) for source in listed}
-        self.control.needed = self._role_slots(new) | sources
+        self.control.needed = role_holders(new) | sources
         body = self.install | {
             "plan": new.to_dict(),
             "scheduler": mailbox.transport.address,
@@ -242,7 +223,7 @@ class Elastic:
         gained = {piece: set(slots) for piece, slots in holdings(new).items()}
         kept = {} if restore else self._live_holders()
         self.held = {piece: slots | kept.get(piece, set()) for piece, slots in gained.items()}
-        self.control.needed = self._role_slots(new)
+        self.control.needed = role_holders(new)
         self.since_change = 0
         now = time.monotonic()
         if self._pending is not None:
@@ -291,15 +272,13 @@ class Elastic:
         self._stalls = 0
         if self._pending is not None:
             change, self._pending = self._pending, None
-            now = time.monotonic()
-            change.phases["first_step"] = now - change.installed
-            change.phases["total"] = now - change.noticed + change.silent_s
+            change.end(time.monotonic())
             for phase, seconds in change.phases.items():
                 self.metrics.record("elastic_recovery_seconds", seconds, phase=phase)
-            total = change.phases.pop("total")
-            parts = ", ".join(f"{phase} {seconds * 1000:.0f} ms" for phase, seconds in change.phases.items())
-            text = f"back after {total:.2f} s ({parts.replace('_', ' ')}), generation {self.generation}"
-            self._event(change.kind, commit["step"], text, phases=change.phases, total=total)
+            text = (
+                f"back after {change.phases['total']:.2f} s ({change.parts()}), generation {self.generation}"
+            )
+            self._event(change.kind, commit["step"], text, phases=change.phases)
 
     def between_steps(self, step: int) -> None:
         """Do what the policy says: start slots, resize, rebalance, retire.
@@ -354,7 +333,7 @@ class Elastic:
         assert self.plan is not None
         if self._short(self.plan):
             return
-        idle = sorted(set(self.fleet.members()) - self._role_slots(self.plan))
+        idle = sorted(set(self.fleet.members()) - role_holders(self.plan))
         for slot in idle[self.config.cluster.standby :]:
             self.fleet.retire(slot)
             self._record_gauges()
@@ -362,7 +341,7 @@ class Elastic:
     def _view(self) -> View:
         assert self.plan is not None
         c = self.config.cluster
-        ready = tuple(sorted(set(self.fleet.members()) - self._role_slots(self.plan)))
+        ready = tuple(sorted(set(self.fleet.members()) - role_holders(self.plan)))
         return View(
             plan=self.plan,
             roles=self.wanted,
@@ -401,39 +380,16 @@ class Elastic:
         Raises:
             ConfigError: it cannot be; nothing was changed.
         """
-        if role not in ("attention", "experts", "memory"):
-            raise ConfigError(f"there is no role {role!r}; give attention, experts or memory")
-        p = self.placement
-        limits = {
-            "attention": ("logical shards (train.logical_shards)", p["num_shards"]),
-            "experts": (
-                "experts per layer (model.moe.num_experts)",
-                p["num_experts"] if p["moe_layers"] else 0,
-            ),
-            "memory": ("buckets (model.dse.num_buckets)", p["num_buckets"] if p["dse_layers"] else 0),
-        }
-        what, most = limits[role]
-        if not 1 <= count <= most:
-            raise ConfigError(f"{role} {count}: this model has {most} {what}; give a number from 1 to {most}")
-        wanted = replace(self.wanted, **{role: count})
-        slots, c = self._slots_of(wanted), self.config.cluster
-        if slots < c.replication:
-            raise ConfigError(
-                f"{role} {count}: {slots} slots cannot hold {c.replication} replicas (cluster.replication); "
-                f"ask for at least {count + c.replication - slots}"
-            )
-        lacking = slots - len(self.fleet.members()) - self.fleet.starting()
-        room = self.fleet.room()
-        if lacking > room:
-            raise ConfigError(
-                f"{role} {count}: that takes {lacking} more slots of {c.cpus_per_slot:g} CPU, and the cluster has room "
-                f"for {room}; add a node, or scale another role down first"
-            )
-        self.wanted = wanted
-
-    def _slots_of(self, roles: Roles) -> int:
-        counts = (roles.attention, roles.experts, roles.memory)
-        return max(counts) if self.config.cluster.colocated else sum(counts)
+        fleet = self.fleet
+        self.wanted = check_request(
+            role,
+            count,
+            self.wanted,
+            self.placement,
+            self.config.cluster,
+            slots=len(fleet.members()) + fleet.starting(),
+            room=fleet.room(),
+        )
 
     def is_settled(self) -> bool:
         """Whether the plan is as wanted and no change is under way."""
@@ -448,9 +404,6 @@ class Elastic:
         assert self.plan is not None
         p = self.plan
         return f"{len(p.attention)}+{len(p.expert_primaries)}+{len(p.memory_primaries)}"
-
-    def _role_slots(self, plan: Plan) -> set[int]:
-        return {*plan.shard_owners, *plan.dense, *plan.expert_holders, *plan.memory_holders}
 
     def _live_holders(self) -> dict[Piece, set[int]]:
         members = set(self.fleet.members())
@@ -468,40 +421,16 @@ class Elastic:
 
     def _record_gauges(self) -> None:
         assert self.plan is not None
-        self.metrics.record("elastic_generation", self.plan.generation)
-        for role, count in self.counts_by_role().items():
-            self.metrics.record("elastic_slots", count, role=role)
-        self.metrics.record("elastic_replicas", self.config.cluster.replication, state="target")
-        self.metrics.record("elastic_replicas", self.replicas(), state="actual")
-
-    def counts_by_role(self) -> dict[str, int]:
-        """Slots of each role, and those without."""
-        assert self.plan is not None
-        plan, members = self.plan, set(self.fleet.members())
-        return {
-            "attention": len(set(plan.attention) & members),
-            "experts": len(set(plan.expert_primaries) & members),
-            "memory": len(set(plan.memory_primaries) & members),
-            "standby": len(members - self._role_slots(plan)),
-        }
+        self.events.gauges(self.plan, set(self.fleet.members()), self.replicas())
 
     def _event(self, kind: str, step: int, text: str, **more: Any) -> None:
-        event = {
-            "time": time.time(),
-            "step": step,
-            "generation": self.generation,
-            "kind": kind,
-            "text": text,
-            **self.counts_by_role(),
+        assert self.plan is not None
+        self.events.tell(
+            kind,
+            step,
+            text,
+            generation=self.generation,
+            plan=self.plan,
+            members=set(self.fleet.members()),
             **more,
-        }
-        self.folder.append_event(event)
-        self.metrics.record("elastic_events_total", 1, kind=kind)
-        self.on_event({"event": kind, **event})
-
-
-def _describe(pieces: Collection[Piece]) -> str:
-    """Name pieces for people."""
-    names = {"dense": "the dense weights", "expert": "expert", "bucket": "memory bucket"}
-    listed = [names[kind] if kind == "dense" else f"{names[kind]} {layer}.{i}" for kind, layer, i in pieces]
-    return ", ".join(listed[:4]) + (f" and {len(listed) - 4} more pieces" if len(listed) > 4 else "")
+        )
