@@ -6,35 +6,20 @@ packed sequences and a chunk of queries against longer keys share the kernels. N
 atomics: the same inputs give the same bits. Source: arXiv 2502.11089 section 3.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparseray.errors import ConfigError
+from sparseray.kernels.nsa.branches import Blocks, forward_branches
 from sparseray.kernels.nsa.gates import combine, prepare_backward
-from sparseray.kernels.nsa.geometry import COMPRESSED, WINDOW, Geometry, packed, uniform
+from sparseray.kernels.nsa.geometry import COMPRESSED, KEYS, WINDOW, Geometry, packed, uniform
 from sparseray.kernels.nsa.range_backward import range_backward
-from sparseray.kernels.nsa.range_forward import range_forward
 from sparseray.kernels.nsa.reference import check_blocks
 from sparseray.kernels.nsa.selected_backward import selected_key_gradient
-from sparseray.kernels.nsa.selected_forward import selected_forward, selected_query_gradient
-from sparseray.kernels.nsa.top_n import query_positions, select_blocks
-
-
-@dataclass(frozen=True, kw_only=True)
-class Blocks:
-    """Block sizes of one call; see `nsa_attention`."""
-
-    block: int
-    stride: int
-    select_block: int
-    num_selected: int
-    window: int
-    num_initial: int
-    num_local: int
-    scale: float
+from sparseray.kernels.nsa.selected_forward import selected_query_gradient
+from sparseray.kernels.nsa.top_n import query_positions
 
 
 class _Nsa(torch.autograd.Function):
@@ -45,48 +30,12 @@ class _Nsa(torch.autograd.Function):
         ctx: Any, q: Tensor, k_cmp: Tensor, v_cmp: Tensor, k_slc: Tensor, v_slc: Tensor, k_win: Tensor,
         v_win: Tensor, gates: Tensor, geometry: Geometry, sizes: Blocks,
     ) -> Tensor:  # fmt: skip
-        b = sizes
-        o_cmp, lse_cmp = range_forward(
-            q,
-            k_cmp,
-            v_cmp,
-            geometry,
-            kind=COMPRESSED,
-            block=b.block,
-            stride=b.stride,
-            window=0,
-            scale=b.scale,
-        )
-        index = select_blocks(
-            q, k_cmp, lse_cmp, geometry, block=b.block, stride=b.stride, select_block=b.select_block,
-            num_selected=b.num_selected, num_initial=b.num_initial, num_local=b.num_local, scale=b.scale,
-        )  # fmt: skip
-        positions = query_positions(geometry)
-        o_slc, lse_slc = selected_forward(
-            q, k_slc, v_slc, index, positions, geometry, select_block=b.select_block, scale=b.scale
-        )
-        o_win, lse_win = range_forward(
-            q, k_win, v_win, geometry, kind=WINDOW, block=1, stride=1, window=b.window, scale=b.scale
-        )
+        found = forward_branches(q, (k_cmp, v_cmp), (k_slc, v_slc), (k_win, v_win), geometry, sizes)
         ctx.save_for_backward(
-            q,
-            k_cmp,
-            v_cmp,
-            k_slc,
-            v_slc,
-            k_win,
-            v_win,
-            gates,
-            o_cmp,
-            o_slc,
-            o_win,
-            lse_cmp,
-            lse_slc,
-            lse_win,
-            index,
+            q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, *found.outs, *found.lses, found.index
         )
         ctx.geometry, ctx.sizes = geometry, sizes
-        return combine(o_cmp, o_slc, o_win, gates)
+        return combine(*found.outs, gates)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -99,15 +48,21 @@ class _Nsa(torch.autograd.Function):
         )
         del saved, o_cmp, o_slc, o_win
         dq = torch.empty_like(q)
-        positions = query_positions(geometry)
-        selected_query_gradient(
-            q, k_slc, v_slc, do, row_lse[1], row_dg[1], dq, index, positions, geometry,
-            select_block=b.select_block, scale=b.scale, add=False,
-        )  # fmt: skip
-        dk_slc, dv_slc = selected_key_gradient(
-            q, k_slc, v_slc, do, row_lse[1], row_dg[1], index, positions, geometry,
-            select_block=b.select_block, scale=b.scale,
-        )  # fmt: skip
+        if index is None:
+            dk_slc, dv_slc = range_backward(
+                q, k_slc, v_slc, do, row_lse[1], row_dg[1], dq, geometry, kind=KEYS, block=1, stride=1, window=0,
+                scale=b.scale, add=False,
+            )  # fmt: skip
+        else:
+            positions = query_positions(geometry)
+            selected_query_gradient(
+                q, k_slc, v_slc, do, row_lse[1], row_dg[1], dq, index, positions, geometry,
+                select_block=b.select_block, scale=b.scale, add=False,
+            )  # fmt: skip
+            dk_slc, dv_slc = selected_key_gradient(
+                q, k_slc, v_slc, do, row_lse[1], row_dg[1], index, positions, geometry,
+                select_block=b.select_block, scale=b.scale,
+            )  # fmt: skip
         dk_cmp, dv_cmp = range_backward(
             q, k_cmp, v_cmp, do, row_lse[0], row_dg[0], dq, geometry, kind=COMPRESSED, block=b.block,
             stride=b.stride, window=0, scale=b.scale, add=True,

@@ -10,14 +10,7 @@ Sequence lengths are read on the device, so a captured graph serves growing sequ
 import triton
 import triton.language as tl
 
-from sparseray.kernels.nsa.tiles import load_tile, num_visible, store_tile, take_top
-
-
-@triton.jit
-def page_rows(p_table, o_t, m_t, PAGE: tl.constexpr):
-    """Row in a paged cache of every token position."""
-    b_page = tl.load(p_table + o_t // PAGE, mask=m_t, other=0).to(tl.int64)
-    return b_page * PAGE + o_t % PAGE
+from sparseray.kernels.nsa.tiles import load_tile, num_visible, page_rows, store_tile, take_top
 
 
 @triton.jit

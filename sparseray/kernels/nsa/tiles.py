@@ -112,6 +112,23 @@ def add_tile(
 
 
 @triton.jit
+def page_rows(p_table, o_t, m_t, PAGE: tl.constexpr):
+    """Row in a paged cache of every token position."""
+    b_page = tl.load(p_table + o_t // PAGE, mask=m_t, other=0).to(tl.int64)
+    return b_page * PAGE + o_t % PAGE
+
+
+@triton.jit
+def key_rows(p_table, offset, o_i, m_i, PAGE: tl.constexpr):
+    """Rows of keys: packed ones follow `offset`; paged ones (PAGE > 0) are in the table from `offset` on."""
+    if PAGE > 0:
+        b = page_rows(p_table + offset, o_i, m_i, PAGE)
+    else:
+        b = offset + o_i
+    return b
+
+
+@triton.jit
 def num_visible(t, start, LEN: tl.constexpr, STRIDE: tl.constexpr):
     """How many keys of LEN tokens every STRIDE tokens, the first at `start`, end at or before position t."""
     return tl.maximum(t - start - LEN + 1 + STRIDE, 0) // STRIDE
