@@ -21,6 +21,7 @@ from sparseray.kernels.nsa.tiles import (
     next_power_of_2,
     num_visible,
     precision,
+    selection_keys,
     split_width,
     take_top,
 )
@@ -131,7 +132,7 @@ def top_n_kernel(
     b_score = tl.load(p_row, mask=m_j, other=0.0)
     if OVERLAP:
         b_score += tl.load(p_row + over - 1, mask=m_j & (o_j > 0), other=0.0)
-    b_take, b_slot = take_top(b_score, o_j, m_j, i_now, n, INITIAL, LOCAL)
+    b_take, b_slot = take_top(selection_keys(b_score, o_j, m_j, i_now, INITIAL, LOCAL), n)
     p_out = p_index + (row_first * H + i_row) * n
     tl.store(p_out + b_slot, o_j, mask=b_take)
     o_n = tl.arange(0, NP)
