@@ -23,26 +23,29 @@ from sparseray.kernels.nsa.top_n import query_positions
 
 
 class _Nsa(torch.autograd.Function):
-    """Packed tensors [tokens, heads, D] in and out."""
+    """[B, tokens, heads, D] in and out; packed in here, where views cost no node of the graph."""
 
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k_cmp: Tensor, v_cmp: Tensor, k_slc: Tensor, v_slc: Tensor, k_win: Tensor,
         v_win: Tensor, gates: Tensor, geometry: Geometry, sizes: Blocks,
     ) -> Tensor:  # fmt: skip
+        shapes = [x.shape for x in (q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates)]
+        q, k_cmp, v_cmp, k_slc, v_slc = (x.flatten(0, 1).contiguous() for x in (q, k_cmp, v_cmp, k_slc, v_slc))
+        k_win, v_win, gates = (x.flatten(0, 1).contiguous() for x in (k_win, v_win, gates))
         found = forward_branches(q, (k_cmp, v_cmp), (k_slc, v_slc), (k_win, v_win), geometry, sizes)
         ctx.save_for_backward(
             q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, *found.outs, *found.lses, found.index
         )
-        ctx.geometry, ctx.sizes = geometry, sizes
-        return combine(*found.outs, gates)
+        ctx.geometry, ctx.sizes, ctx.shapes = geometry, sizes, shapes
+        return combine(*found.outs, gates).view(*shapes[0][:3], -1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, *saved = ctx.saved_tensors
         o_cmp, o_slc, o_win, lse_cmp, lse_slc, lse_win, index = saved
         geometry, b = ctx.geometry, ctx.sizes
-        do = grads[0].contiguous()
+        do = grads[0].flatten(0, 1).contiguous()
         row_lse, row_dg, dgates = prepare_backward(
             do, (o_cmp, o_slc, o_win), (lse_cmp, lse_slc, lse_win), gates
         )
@@ -71,7 +74,8 @@ class _Nsa(torch.autograd.Function):
             q, k_win, v_win, do, row_lse[2], row_dg[2], dq, geometry, kind=WINDOW, block=1, stride=1,
             window=b.window, scale=b.scale, add=True,
         )  # fmt: skip
-        return dq, dk_cmp, dv_cmp, dk_slc, dv_slc, dk_win, dv_win, dgates, None, None
+        found = (dq, dk_cmp, dv_cmp, dk_slc, dv_slc, dk_win, dv_win, dgates)
+        return *(x.view(shape) for x, shape in zip(found, ctx.shapes)), None, None
 
 
 def _geometry(
@@ -162,6 +166,5 @@ def nsa_attention(
         block=block, stride=stride, select_block=select_block, num_selected=num_selected, window=window,
         num_initial=num_initial, num_local=num_local, scale=width**-0.5 if scale is None else scale,
     )  # fmt: skip
-    flat = [x.flatten(0, 1).contiguous() for x in (q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates)]
-    out: Tensor = _Nsa.apply(*flat, geometry, sizes)
-    return out.view(batch, queries, heads, v_slc.shape[-1])
+    out: Tensor = _Nsa.apply(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, geometry, sizes)
+    return out

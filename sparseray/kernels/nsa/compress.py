@@ -22,11 +22,11 @@ from sparseray.kernels.nsa.tiles import load_tile, next_power_of_2, precision, s
 
 @triton.jit
 def first_layer_kernel(
-    p_x, p_w, p_bias, p_starts, p_pre, num_rows,
+    p_x, p_w, p_bias, p_starts, p_pre, p_hidden, num_rows,
     H: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, F: tl.constexpr, BF: tl.constexpr,
-    BC: tl.constexpr, LEN: tl.constexpr, IP: tl.constexpr,
+    BC: tl.constexpr, LEN: tl.constexpr, BIAS: tl.constexpr, IP: tl.constexpr,
 ):  # fmt: skip
-    """pre[c, h, f] = bias[f] + sum over i < LEN of x[start[c] + i, h] . w[f, i]."""
+    """pre[c, h, f] = bias[f] + sum over i < LEN of x[start[c] + i, h] . w[f, i]; hidden = gelu(pre)."""
     o_r = tl.program_id(0) * BC + tl.arange(0, BC)
     m_r = o_r < num_rows
     o_f = tl.program_id(1) * BF + tl.arange(0, BF)
@@ -43,9 +43,16 @@ def first_layer_kernel(
             b_x1 = load_tile(p_x, o_x + i * H, m_r, D, D0, D1, True)
             b_w1 = load_tile(p_w, o_w + i, m_f, D, D0, D1, True)
             b_acc = tl.dot(b_x1, tl.trans(b_w1), b_acc, input_precision=IP)
-    b_acc += tl.load(p_bias + o_f, mask=m_f, other=0.0)[None, :]
-    p_out = p_pre + o_r.to(tl.int64)[:, None] * F + o_f[None, :]
-    tl.store(p_out, b_acc.to(p_pre.dtype.element_ty), mask=m_r[:, None] & m_f[None, :])
+    if BIAS:
+        b_acc += tl.load(p_bias + o_f, mask=m_f, other=0.0)[None, :]
+    o_out = o_r.to(tl.int64)[:, None] * F + o_f[None, :]
+    m_out = m_r[:, None] & m_f[None, :]
+    b_pre = b_acc.to(p_pre.dtype.element_ty)
+    tl.store(p_pre + o_out, b_pre, mask=m_out)
+    # Of the rounded value, which is what the backward sees.
+    b_pre = b_pre.to(tl.float32)
+    b_hidden = 0.5 * b_pre * (1.0 + tl.math.erf(b_pre * 0.7071067811865476))
+    tl.store(p_hidden + o_out, b_hidden.to(p_pre.dtype.element_ty), mask=m_out)
 
 
 @triton.jit
@@ -108,20 +115,23 @@ def _packed_tables(
     return _tables(first, ends, counts, tokens, count, stride)
 
 
-def _first_layer(x: Tensor, w1: Tensor, bias: Tensor, starts: Tensor, block: int) -> Tensor:
-    """Packed x [T, H, D] and first tokens [C] to the hidden layer before GELU, [C * H, F]."""
+def _first_layer(
+    x: Tensor, w1: Tensor, bias: Tensor | None, starts: Tensor, block: int
+) -> tuple[Tensor, Tensor]:
+    """Packed x [T, H, D] and first tokens [C] to the hidden layer before and after GELU, [C * H, F]."""
     heads, width = x.shape[1:]
     rows, hidden = starts.shape[0] * heads, w1.shape[0]
     pre = x.new_empty(rows, hidden)
+    after = torch.empty_like(pre)
     if rows == 0:
-        return pre
+        return pre, after
     d0, d1 = split_width(width)
     bf = min(128, max(16, next_power_of_2(hidden)))
     first_layer_kernel[(triton.cdiv(rows, 64), triton.cdiv(hidden, bf))](
-        x, w1, bias, starts, pre, rows, H=heads, D=width, D0=d0, D1=d1, F=hidden, BF=bf, BC=64, LEN=block,
+        x, w1, bias, starts, pre, after, rows, H=heads, D=width, D0=d0, D1=d1, F=hidden, BF=bf, BC=64, LEN=block, BIAS=bias is not None,
         IP=precision(x.dtype), num_warps=4, num_stages=3,
     )  # fmt: skip
-    return pre
+    return pre, after
 
 
 class _Compress(torch.autograd.Function):
@@ -129,12 +139,12 @@ class _Compress(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, w1: Tensor, bias: Tensor, w2: Tensor, b2: Tensor, tables: tuple[Tensor, ...],
+        ctx: Any, x: Tensor, w1: Tensor, bias: Tensor | None, w2: Tensor, b2: Tensor | None, tables: tuple[Tensor, ...],
         block: int, stride: int,
     ) -> Tensor:  # fmt: skip
         starts = tables[0]
-        pre = _first_layer(x, w1, bias, starts, block)
-        out = torch.nn.functional.linear(torch.nn.functional.gelu(pre), w2, b2)
+        pre, hidden = _first_layer(x, w1, bias, starts, block)
+        out = torch.nn.functional.linear(hidden, w2, b2)
         ctx.save_for_backward(x, w1, bias, w2, pre)
         # The cached tables may come from inference mode, which autograd refuses to save.
         ctx.tables, ctx.block, ctx.stride = tables, block, stride
@@ -148,11 +158,13 @@ class _Compress(torch.autograd.Function):
         tokens, heads, width = x.shape
         dy = grads[0].reshape(-1, grads[0].shape[-1])
         hidden = torch.nn.functional.gelu(pre)
-        dw2, db2 = dy.t() @ hidden, dy.sum(0)
+        dw2 = dy.t() @ hidden
+        db2 = dy.sum(0) if ctx.needs_input_grad[4] else None
         dpre = torch.ops.aten.gelu_backward(dy @ w2, pre)
         index = starts[:, None] + torch.arange(block, device=x.device)
         blocks = x[index].transpose(1, 2).reshape(-1, block * width)
-        dw1, dbias = dpre.t() @ blocks, dpre.float().sum(0)
+        dw1 = dpre.t() @ blocks
+        dbias = None if bias is None else dpre.sum(0, dtype=torch.float32).to(bias.dtype)
         dblocks = dpre @ w1
         dx = torch.empty_like(x)
         gather_blocks_kernel[(triton.cdiv(tokens * heads, 32),)](
@@ -160,7 +172,7 @@ class _Compress(torch.autograd.Function):
             BT=32,
             LEN=block, STRIDE=stride, num_warps=4,
         )  # fmt: skip
-        return dx, dw1, dbias.to(bias.dtype), dw2, db2, None, None, None
+        return dx, dw1, dbias, dw2, db2, None, None, None
 
 
 def compress(
@@ -207,14 +219,14 @@ def compress(
     else:
         lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).tolist()
         count = sum(num_compressed(length, block, stride) for length in lengths)
-    bias = x.new_zeros(w1.shape[0]) if b1 is None else b1
+    bias = b1
     if pos is not None:
-        bias = bias + w1 @ pos.reshape(-1)
-    second = x.new_zeros(w2.shape[0]) if b2 is None else b2
+        encoded = w1 @ pos.reshape(-1)
+        bias = encoded if b1 is None else b1 + encoded
     flat = x.flatten(0, 1).contiguous()
     if cu_seqlens is None:
         tables = _uniform_tables(batch, tokens, block, stride, x.device)
     else:
         tables = _packed_tables(cu_seqlens, tokens, count, block, stride)
-    out: Tensor = _Compress.apply(flat, w1.contiguous(), bias, w2, second, tables, block, stride)
+    out: Tensor = _Compress.apply(flat, w1.contiguous(), bias, w2, b2, tables, block, stride)
     return out.view(batch, count // batch, heads, w2.shape[0])

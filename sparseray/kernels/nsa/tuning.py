@@ -18,10 +18,10 @@ LAUNCH: dict[str, dict[str, int]] = {
     "selected_dq": {"num_warps": 2, "num_stages": 2},
     "selected_dkdv": {"rows": 64, "num_warps": 4, "num_stages": 3, "chunk": 2048},
     "combine": {"rows": 64, "num_warps": 4},
-    "decode_cmp": {"keys": 64, "num_warps": 4, "num_stages": 3, "programs": 1056, "least": 2},
+    "decode_cmp": {"keys": 64, "num_warps": 4, "num_stages": 5, "programs": 1056, "least": 2},
     "decode_win": {"programs": 264, "least": 2},
     "decode_score": {"num_warps": 4},
-    "decode_slc": {"num_warps": 4, "num_stages": 2, "programs": 528, "least": 1},
+    "decode_slc": {"num_warps": 4, "num_stages": 5, "programs": 528, "least": 1},
     "decode_merge": {"num_warps": 4},
 }
 
