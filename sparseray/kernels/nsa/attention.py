@@ -31,7 +31,9 @@ class _Nsa(torch.autograd.Function):
         v_win: Tensor, gates: Tensor, geometry: Geometry, sizes: Blocks,
     ) -> Tensor:  # fmt: skip
         shapes = [x.shape for x in (q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates)]
-        q, k_cmp, v_cmp, k_slc, v_slc = (x.flatten(0, 1).contiguous() for x in (q, k_cmp, v_cmp, k_slc, v_slc))
+        q, k_cmp, v_cmp, k_slc, v_slc = (
+            x.flatten(0, 1).contiguous() for x in (q, k_cmp, v_cmp, k_slc, v_slc)
+        )
         k_win, v_win, gates = (x.flatten(0, 1).contiguous() for x in (k_win, v_win, gates))
         found = forward_branches(q, (k_cmp, v_cmp), (k_slc, v_slc), (k_win, v_win), geometry, sizes)
         ctx.save_for_backward(
