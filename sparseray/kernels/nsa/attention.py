@@ -152,7 +152,7 @@ def nsa_attention(
     Source: arXiv 2502.11089 eq. 5 to 12.
     """
     check_blocks(block, stride, select_block, num_selected, window, num_initial, num_local)
-    batch, queries, heads, width = q.shape
+    queries, heads, width = q.shape[1:]
     num_kv = k_slc.shape[2]
     if (
         heads % num_kv
