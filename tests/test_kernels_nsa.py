@@ -192,17 +192,31 @@ def test_sizes_that_the_equations_do_not_define_are_refused() -> None:
         nsa_attention(*inputs, **{**TINY, "stride": 3})
 
 
-@pytest.mark.parametrize("cu", [None, [0, 3, 20, 30]])
-def test_compression_matches_the_reference(cu: list[int] | None) -> None:
+@pytest.mark.parametrize(
+    ("cu", "width", "has_bias"),
+    [
+        pytest.param(None, 12, True, id="batch"),
+        pytest.param([0, 3, 20, 30], 12, True, id="packed"),
+        pytest.param([0, 9, 19], 24, False, id="split head size, no bias"),
+    ],
+)
+def test_compression_matches_the_reference(cu: list[int] | None, width: int, has_bias: bool) -> None:
     generator = torch.Generator().manual_seed(0)
-    shapes = [(1 if cu else 2, 30, 2, 12), (20, 96), (20,), (10, 20), (10,), (8, 12)]
+    tokens = 30 if cu is None else cu[-1]
+    shapes = [(1 if cu else 2, tokens, 2, width), (20, 8 * width), (20,), (10, 20), (10,), (8, width)]
+    shapes = shapes if has_bias else [shapes[0], shapes[1], shapes[3]]
     inputs = [torch.randn(*s, generator=generator).to(DEVICE) for s in shapes]
     ours, exact = [x.clone().requires_grad_() for x in inputs], [x.double().requires_grad_() for x in inputs]
     boundaries = None if cu is None else torch.tensor(cu, device=DEVICE)
-    spans = [(0, 30)] if cu is None else list(itertools.pairwise(cu))
-    found = outputs_and_gradients(lambda *x: compress(*x, 8, 4, cu_seqlens=boundaries), ours)
+    spans = [(0, tokens)] if cu is None else list(itertools.pairwise(cu))
+
+    def all_weights(x: Tensor, *w: Tensor) -> tuple[Tensor | None, ...]:
+        return (x, *w) if has_bias else (x, w[0], None, w[1], None, None)
+
+    found = outputs_and_gradients(lambda *x: compress(*all_weights(*x), 8, 4, cu_seqlens=boundaries), ours)
     wanted = outputs_and_gradients(
-        lambda x, *w: torch.cat([compress_reference(x[:, a:b], *w, 8, 4) for a, b in spans], 1), exact
+        lambda x, *w: torch.cat([compress_reference(*all_weights(x[:, a:b], *w), 8, 4) for a, b in spans], 1),
+        exact,
     )
     assert max(relative(a, b) for a, b in zip(found, wanted)) < 1e-5
 
