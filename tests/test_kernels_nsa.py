@@ -373,3 +373,8 @@ def compressed_step_by_step(dtype: torch.dtype, sizes: tuple[int, int], tokens: 
 @pytest.mark.parametrize(("tokens", "query_len"), [(14, 1), (18, 3)])
 def test_compression_while_decoding_equals_compression_at_once(tokens: int, query_len: int) -> None:
     assert compressed_step_by_step(torch.float32, (4, 2), tokens, query_len) < 1e-5
+
+
+def test_decode_of_several_tokens_of_a_large_group_takes_several_programs() -> None:
+    sizes = {**TINY, "select_block": 8, "num_selected": 3}
+    assert decode_error([28], 3, (24, 1), (16, 16), sizes, 16, torch.float32) < 1e-5

@@ -129,7 +129,8 @@ def nsa_decode(
         )
     group = heads // num_kv
     gp = max(next_power_of_2(group), 1)
-    lp = max(next_power_of_2(query_len), 16 // min(gp, 16))
+    # More than 64 rows a program do not fit the registers; the next tokens' program finds the keys in the cache.
+    lp = max(min(next_power_of_2(query_len), 64 // gp), 16 // min(gp, 16))
     d0, d1 = split_width(width)
     scale2 = (width**-0.5 if scale is None else scale) * LOG2E
     cmp_splits, slc_splits, win_splits = workspace.splits
@@ -144,12 +145,12 @@ def nsa_decode(
         "IP": precision(q.dtype),
     }
     w = workspace
-    dense_split_kernel[(cmp_splits + win_splits, num_kv, batch)](
+    dense_split_kernel[(cmp_splits + win_splits, num_kv, batch * -(-query_len // lp))](
         q, *cmp_cache, *win_cache, cmp_table, win_table, context_lens, w.logits, w.part_max, w.part_sum,
         w.part_out, cmp_table.shape[1], win_table.shape[1], w.logits.shape[1], parts, scale2,
         H=num_kv, G=group, GP=gp, LQ=query_len, LP=lp, BN=LAUNCH["decode_cmp"]["keys"], CMP=cmp_splits,
         SLC=slc_splits, WINP=win_splits, CMP_PAGE=cmp_cache[0].shape[1], WIN_PAGE=win_cache[0].shape[1],
-        LEN=block, STRIDE=stride, WIN=window, **tile, **warps_of("decode_cmp"),
+        LEN=block, STRIDE=stride, WIN=window, **tile, **warps_of("decode_cmp", width, q.element_size()),
     )  # fmt: skip
     candidate_kernel[(tiles, num_kv, batch * query_len)](
         w.logits, w.part_max, w.part_sum, context_lens, w.keys, w.blocks, w.logits.shape[1], parts,
@@ -163,7 +164,7 @@ def nsa_decode(
         H=num_kv, G=group, GP=max(16, gp), LQ=query_len, FIRST=cmp_splits, PER=-(-num_selected // slc_splits),
         CP=next_power_of_2(tiles * keep), BJ=CANDIDATE_BLOCKS, KEEP=keep,
         BN=max(16, next_power_of_2(select_block)), SELECT=select_block, PAGE=slc_cache[0].shape[1], **tile,
-        **warps_of("decode_slc"),
+        **warps_of("decode_slc", width, q.element_size()),
     )  # fmt: skip
     merge_kernel[(batch * query_len * heads,)](
         w.part_max, w.part_sum, w.part_out, gates, out, parts, CMP=cmp_splits, SLC=slc_splits,

@@ -53,16 +53,19 @@ def dense_split_kernel(
     DQ: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
     IP: tl.constexpr,
 ):  # fmt: skip
-    """The first CMP programs of a row take compressed tokens, the last WINP the window of all query tokens."""
+    """The first CMP programs of a row take compressed tokens, the last WINP the window of LP query tokens."""
+    QT: tl.constexpr = (LQ + LP - 1) // LP
     i_split = tl.program_id(0)
     i_kv = tl.program_id(1)
-    i_b = tl.program_id(2).to(tl.int64)
-    n_ctx = tl.load(p_lens + i_b)
+    i_b = (tl.program_id(2) // QT).to(tl.int64)
+    i_q = tl.program_id(2) % QT * LP
+    t_first = tl.load(p_lens + i_b) - LQ + i_q
+    t_last = t_first + tl.minimum(LP, LQ - i_q) - 1
     o_m = tl.arange(0, LP * GP)
-    o_q = o_m // GP
+    o_q = i_q + o_m // GP
     m_q = (o_q < LQ) & (o_m % GP < G)
     o_row = (i_b * LQ + o_q) * (H * G) + i_kv * G + o_m % GP
-    b_t = n_ctx - LQ + o_q
+    b_t = t_first + o_m // GP
     b_q0 = load_tile(p_q, o_row, m_q, DQ, 0, D0, True)
     b_q1 = b_q0
     if D1 > 0:
@@ -74,15 +77,15 @@ def dense_split_kernel(
     is_cmp = i_split < CMP
     if is_cmp:
         p_k, p_v, p_table = p_kc, p_vc, p_cmp_table + i_b * cmp_width
-        num_keys = num_visible(n_ctx - 1, 0, LEN, STRIDE)
+        num_keys = num_visible(t_last, 0, LEN, STRIDE)
         span = ((num_keys + CMP - 1) // CMP + BN - 1) // BN * BN
         i_lo = i_split * span
         i_part, length, stride, reach, page = i_split, LEN, STRIDE, 1 << 30, CMP_PAGE
     else:
         p_k, p_v, p_table = p_kw, p_vw, p_win_table + i_b * win_width
-        num_keys = n_ctx
-        span = ((WIN + LQ - 1 + WINP - 1) // WINP + BN - 1) // BN * BN
-        i_lo = n_ctx - LQ - WIN + 1 + (i_split - CMP) * span
+        num_keys = t_last + 1
+        span = ((WIN + LP - 1 + WINP - 1) // WINP + BN - 1) // BN * BN
+        i_lo = t_first - WIN + 1 + (i_split - CMP) * span
         i_part, length, stride, reach, page = i_split + SLC, 1, 1, WIN, WIN_PAGE
     i_hi = tl.minimum(i_lo + span, num_keys)
     for i in range(tl.maximum(i_lo, 0), i_hi, BN):

@@ -46,6 +46,13 @@ def launch_for(name: str, width: int, item_size: int) -> dict[str, int]:
     return {k: small.get(k, v) for k, v in launch.items()}
 
 
-def warps_of(name: str) -> dict[str, int]:
-    """The compiler's part of a kernel's launch parameters."""
-    return {k: v for k, v in LAUNCH[name].items() if k in ("num_warps", "num_stages")}
+def warps_of(name: str, width: int = 0, item_size: int = 0) -> dict[str, int]:
+    """The compiler's part of a kernel's launch parameters; fewer tiles in flight for wide heads.
+
+    Args:
+        width: the key head size; item_size: bytes of one element.
+    """
+    launch = {k: v for k, v in LAUNCH[name].items() if k in ("num_warps", "num_stages")}
+    if width * item_size > 256 and "num_stages" in launch:
+        launch["num_stages"] = min(3 if width * item_size <= 512 else 1, launch["num_stages"])
+    return launch
