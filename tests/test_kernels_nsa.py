@@ -111,11 +111,9 @@ def compare(inputs: list[Tensor], sizes: dict[str, int], bound: float, cu: list[
 @pytest.mark.parametrize(
     ("batch", "tokens", "heads", "dims", "sizes"),
     [
-        pytest.param(1, 71, (2, 1), (16, 16), TINY, id="more blocks than selected"),
+        pytest.param(1, 67, (2, 1), (16, 16), TINY, id="more blocks than selected"),
         pytest.param(2, 15, (3, 1), (24, 12), {**TINY, "select_block": 12}, id="dense, split head size"),
-        pytest.param(
-            1, 41, (3, 1), (24, 12), {**TINY, "select_block": 12, "num_selected": 3}, id="odd sizes"
-        ),
+        pytest.param(1, 26, (3, 1), (24, 12), TINY_SPARSE, id="odd sizes"),
         pytest.param(1, 5, (2, 2), (16, 8), TINY, id="shorter than a block"),
     ],
 )
@@ -127,9 +125,9 @@ def test_attention_matches_the_reference_in_outputs_and_gradients(
 
 
 def test_packed_sequences_do_not_see_each_other() -> None:
-    cu = [0, 3, 3, 25, 37]
+    cu = [0, 3, 3, 16, 26]
     count = sum(num_compressed(b - a, 8, 4) for a, b in itertools.pairwise(cu))
-    compare(draw(1, 37, (2, 1), (16, 16), count, torch.float32), TINY_SPARSE, 1e-5, cu)
+    compare(draw(1, 26, (2, 1), (16, 16), count, torch.float32), TINY_SPARSE, 1e-5, cu)
 
 
 def test_chunk_against_longer_keys_equals_the_full_call() -> None:
@@ -158,7 +156,7 @@ def test_dense_and_selected_kernels_agree_where_every_block_is_selected(
 def test_same_inputs_give_the_same_bits() -> None:
     runs = []
     for _ in range(2):
-        inputs = [x.requires_grad_() for x in draw(1, 33, (2, 1), (16, 16), 7, torch.float32)]
+        inputs = [x.requires_grad_() for x in draw(1, 25, (2, 1), (16, 16), 5, torch.float32)]
         runs.append(outputs_and_gradients(lambda *x: nsa_attention(*x, **TINY_SPARSE), inputs))
     assert all(torch.equal(a, b) for a, b in zip(*runs))
 
