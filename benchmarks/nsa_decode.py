@@ -53,6 +53,8 @@ def _full_step(batch: int, context: int, backend: SDPBackend) -> Callable[[], ob
 
 def graph_us(steps: list[Callable[[], object]]) -> float:
     """Median microseconds of one step, all steps captured in one graph."""
+    # The inputs were made on another stream; a page table that is not written yet sends reads anywhere.
+    torch.cuda.synchronize()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for step in steps:

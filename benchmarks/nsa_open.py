@@ -9,6 +9,7 @@ NSA in the same run where `fla-core` is installed. The table is written after ev
 import argparse
 import multiprocessing
 import os
+import statistics
 import sys
 import time
 import traceback
@@ -23,8 +24,19 @@ import triton
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-from benchmarks.nsa import SIZES, STANDARD, forward_backward, inputs, median_ms, rand, run_full, run_nsa
-from benchmarks.nsa_decode import graph_us, nsa_step
+from benchmarks.nsa import (
+    SIZES,
+    STANDARD,
+    ceilings,
+    forward_backward,
+    inputs,
+    median_ms,
+    rand,
+    run_full,
+    run_nsa,
+    stage_rows,
+)
+from benchmarks.nsa_decode import decode_rows, graph_us, nsa_step
 from sparseray.kernels.nsa import branches
 from sparseray.kernels.nsa.attention import nsa_attention
 from sparseray.kernels.nsa.decode import DecodeWorkspace, nsa_decode
@@ -128,11 +140,11 @@ def graph_ms(call: Callable[[], object]) -> float:
     return graph_us([call]) / 1e3
 
 
-def short_rows() -> list[str]:
-    """Forward and backward at 8k and 16k against cuDNN; eager, and the forward in a graph."""
-    rows = ["### Short sequences, ms", "| tokens | NSA fwd | NSA fwd, graph | NSA bwd | cuDNN fwd / bwd | **ratio** |",
+def length_rows() -> list[str]:
+    """Forward and backward at 8k to 64k against cuDNN; eager, and the forward in a graph."""
+    rows = ["### Forward and backward, ms", "| tokens | NSA fwd | NSA fwd, graph | NSA bwd | cuDNN fwd / bwd | **ratio** |",
             "|---|---|---|---|---|---|"]  # fmt: skip
-    for tokens in (8192, 16384):
+    for tokens in (8192, 16384, 32768, 65536):
         x = inputs(STANDARD, tokens)
         fwd, bwd, _ = forward_backward(run_nsa, x)
         with torch.no_grad():
@@ -142,6 +154,29 @@ def short_rows() -> list[str]:
         )
         rows.append(f"| {tokens} | {fwd:.2f} | {graph:.2f} | {bwd:.2f} | {full[0]:.2f} / {full[1]:.2f} |"
                     f" **{full[0] / fwd:.2f}x / {full[1] / bwd:.2f}x** |")  # fmt: skip
+    return rows
+
+
+def decode_kernel_rows() -> list[str]:
+    """Microseconds of every kernel of a decode step, by the profiler."""
+    from torch.profiler import ProfilerActivity, profile
+
+    rows = ["### Kernels of a decode step, us (one launch after the other)"]
+    for batch in (1, 16, 32):
+        steps = [nsa_step(batch, CONTEXT) for _ in range(max(2, 16 // batch))]
+        for step in steps:
+            step()
+        torch.cuda.synchronize()
+        with profile(activities=[ProfilerActivity.CUDA]) as prof:
+            for step in steps:
+                step()
+            torch.cuda.synchronize()
+        times: dict[str, list[float]] = {}
+        for event in prof.events():
+            if "CUDA" in str(event.device_type) and event.device_time_total > 0:
+                times.setdefault(event.name, []).append(event.device_time_total)
+        shown = ", ".join(f"{name} {statistics.median(found):.1f}" for name, found in times.items())
+        rows.append(f"- B={batch}: {shown}")
     return rows
 
 
@@ -190,6 +225,14 @@ def fla_rows() -> list[str]:
     return rows
 
 
+def decode_ratio_rows() -> list[str]:
+    return decode_rows([1, 16, 32], CONTEXT, copy_tb=ceilings()[1])
+
+
+def profile_rows() -> list[str]:
+    return stage_rows(8192)
+
+
 def warm(number: int) -> None:
     """Compile the kernels of one part of the run into the cache."""
     try:
@@ -217,7 +260,9 @@ def main() -> None:
     jobs = range(len(DECODE_VARIANTS) + 2)
     with multiprocessing.get_context("spawn").Pool(len(jobs)) as pool:
         pool.map(warm, jobs, chunksize=1)
-    for section in (check_rows, short_rows, decode_variant_rows, prefill_rows, fla_rows):
+    sections: list[Callable[[], list[str]]] = [check_rows, decode_ratio_rows, length_rows, decode_kernel_rows]
+    sections += [decode_variant_rows, profile_rows, prefill_rows, fla_rows]
+    for section in sections:
         try:
             lines += ["", *section()]
         except Exception as error:  # One failing section must not cost the others' numbers.
