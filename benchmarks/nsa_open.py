@@ -1,7 +1,7 @@
 """What the last NSA run left unmeasured, in one call of under three minutes on one GPU.
 
 Run: `python -m benchmarks.nsa_open [--out FILE]`. Checks first: decoding, prefill over pages and both forms of
-the selected branch against the fp64 reference. Then decode launch parameters, forward and backward of short
+the selected branch against the fp64 reference. Then decode, forward and backward of short
 sequences by eager calls (which count) and in a CUDA graph (what the host costs), chunked prefill, and fla's
 NSA in the same run where `fla-core` is installed. The table is written after every section.
 """
@@ -42,23 +42,10 @@ from sparseray.kernels.nsa.attention import nsa_attention
 from sparseray.kernels.nsa.decode import DecodeWorkspace, nsa_decode
 from sparseray.kernels.nsa.prefill import nsa_prefill
 from sparseray.kernels.nsa.reference import nsa_attention_reference, num_compressed
-from sparseray.kernels.nsa.tuning import LAUNCH
 
 CONTEXT, PAGE = 65536, 64
+BATCHES = [1, 16, 32]
 PAPER: dict[str, Any] = dict(SIZES)
-DECODE_VARIANTS: list[dict[str, dict[str, int]]] = [
-    {},
-    {"decode_cmp": {"num_stages": 3}, "decode_slc": {"num_stages": 2}},
-    {"decode_cmp": {"num_warps": 8}},
-    {"decode_cmp": {"programs": 528}},
-    {"decode_cmp": {"programs": 2112}},
-    {"decode_slc": {"num_warps": 2}},
-    {"decode_slc": {"num_warps": 8}},
-    {"decode_slc": {"programs": 1056}},
-    {"decode_merge": {"num_warps": 1}},
-    {"decode_merge": {"num_warps": 2}},
-    {"decode_score": {"num_warps": 8}},
-]
 
 
 def relative(found: Tensor, wanted: Tensor) -> float:
@@ -114,27 +101,6 @@ def check_rows() -> list[str]:
     return rows
 
 
-def decode_variant_rows() -> list[str]:
-    """Microseconds of a decode step in a CUDA graph at batch 1, 16 and 32, by launch parameters."""
-    rows = [f"### Decode at {CONTEXT}, microseconds", "| changed | B=1 | B=16 | B=32 |", "|---|---|---|---|"]
-    for variant in DECODE_VARIANTS:
-        saved = {name: dict(LAUNCH[name]) for name in variant}
-        for name, change in variant.items():
-            LAUNCH[name].update(change)
-        cells = []
-        for batch in (1, 16, 32):
-            try:
-                cells.append(
-                    f"{graph_us([nsa_step(batch, CONTEXT) for _ in range(max(2, 16 // batch))]):.1f}"
-                )
-            except Exception as error:  # One variant that does not launch must not cost the others.
-                cells.append(type(error).__name__)
-        LAUNCH.update(saved)
-        rows.append(f"| {variant or 'nothing'} | {' | '.join(cells)} |")
-        print(rows[-1], flush=True)
-    return rows
-
-
 def graph_ms(call: Callable[[], object]) -> float:
     """The call's GPU time without the host: one captured graph, replayed."""
     return graph_us([call]) / 1e3
@@ -162,7 +128,7 @@ def decode_kernel_rows() -> list[str]:
     from torch.profiler import ProfilerActivity, profile
 
     rows = ["### Kernels of a decode step, us (one launch after the other)"]
-    for batch in (1, 16, 32):
+    for batch in BATCHES:
         steps = [nsa_step(batch, CONTEXT) for _ in range(max(2, 16 // batch))]
         for step in steps:
             step()
@@ -226,7 +192,7 @@ def fla_rows() -> list[str]:
 
 
 def decode_ratio_rows() -> list[str]:
-    return decode_rows([1, 16, 32], CONTEXT, copy_tb=ceilings()[1])
+    return decode_rows(BATCHES, CONTEXT, copy_tb=ceilings()[1])
 
 
 def profile_rows() -> list[str]:
@@ -236,12 +202,9 @@ def profile_rows() -> list[str]:
 def warm(number: int) -> None:
     """Compile the kernels of one part of the run into the cache."""
     try:
-        if number < len(DECODE_VARIANTS):
-            for name, change in DECODE_VARIANTS[number].items():
-                LAUNCH[name].update(change)
-            for batch in (1, 16, 32):
-                nsa_step(batch, CONTEXT)()
-        elif number == len(DECODE_VARIANTS):
+        if number < len(BATCHES):
+            nsa_step(BATCHES[number], CONTEXT)()
+        elif number == len(BATCHES):
             check_rows()
         else:
             out = run_nsa(x := inputs(STANDARD, 16384))
@@ -257,11 +220,11 @@ def main() -> None:
     versions = f"torch {torch.__version__}, triton {triton.__version__}, Python {sys.version.split()[0]}"
     lines = ["# Native sparse attention: what was open", f"{torch.cuda.get_device_name()}; {versions}."]
     started = time.monotonic()
-    jobs = range(len(DECODE_VARIANTS) + 2)
+    jobs = range(len(BATCHES) + 2)
     with multiprocessing.get_context("spawn").Pool(len(jobs)) as pool:
         pool.map(warm, jobs, chunksize=1)
     sections: list[Callable[[], list[str]]] = [check_rows, decode_ratio_rows, length_rows, decode_kernel_rows]
-    sections += [decode_variant_rows, profile_rows, prefill_rows, fla_rows]
+    sections += [profile_rows, prefill_rows, fla_rows]
     for section in sections:
         try:
             lines += ["", *section()]

@@ -1,9 +1,9 @@
 """Device code of NSA decoding over paged caches: four kernels a step, partial results merged at the end.
 
-1. `dense_split_kernel`: attention over a part of the compressed tokens, its logits kept, or of the window;
-2. `candidate_kernel`: logits to scores of selection blocks, and the best of every 128 blocks; 3.
-`selected_split_kernel`: the best of those (found by every program, cheaper than a launch), then attention over
-some of them; 4. `merge_kernel`: the three softmaxes put together under their gates.
+1. `compressed_split_kernel`: attention over a part of the compressed tokens, its logits kept;
+2. `block_score_kernel`: logits to scores of selection blocks; 3. `sparse_split_kernel`: top n (found again by
+every program, cheaper than a launch), then attention over a part of the selected blocks or of the window;
+4. `merge_kernel`: the three softmaxes put together under their gates.
 Sequence lengths are read on the device, so a captured graph serves growing sequences.
 """
 
@@ -11,7 +11,6 @@ import triton
 import triton.language as tl
 
 from sparseray.kernels.nsa.tiles import (
-    descending_rank,
     load_tile,
     num_visible,
     page_rows,
@@ -44,28 +43,26 @@ def _attend(
 
 
 @triton.jit
-def dense_split_kernel(
-    p_q, p_kc, p_vc, p_kw, p_vw, p_cmp_table, p_win_table, p_lens, p_logit, p_m, p_l, p_acc,
-    cmp_width, win_width, num_logits, parts, scale2,
+def compressed_split_kernel(
+    p_q, p_k, p_v, p_table, p_lens, p_logit, p_m, p_l, p_acc, table_width, num_logits, parts, scale2,
     H: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, LQ: tl.constexpr, LP: tl.constexpr, BN: tl.constexpr,
-    CMP: tl.constexpr, SLC: tl.constexpr, WINP: tl.constexpr, CMP_PAGE: tl.constexpr, WIN_PAGE: tl.constexpr,
-    LEN: tl.constexpr, STRIDE: tl.constexpr, WIN: tl.constexpr,
+    SPLITS: tl.constexpr, PAGE: tl.constexpr, LEN: tl.constexpr, STRIDE: tl.constexpr,
     DQ: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
     IP: tl.constexpr,
 ):  # fmt: skip
-    """The first CMP programs of a row take compressed tokens, the last WINP the window of LP query tokens."""
-    QT: tl.constexpr = (LQ + LP - 1) // LP
     i_split = tl.program_id(0)
     i_kv = tl.program_id(1)
-    i_b = (tl.program_id(2) // QT).to(tl.int64)
-    i_q = tl.program_id(2) % QT * LP
-    t_first = tl.load(p_lens + i_b) - LQ + i_q
-    t_last = t_first + tl.minimum(LP, LQ - i_q) - 1
+    i_b = tl.program_id(2).to(tl.int64)
+    n_ctx = tl.load(p_lens + i_b)
     o_m = tl.arange(0, LP * GP)
-    o_q = i_q + o_m // GP
+    o_q = o_m // GP
     m_q = (o_q < LQ) & (o_m % GP < G)
     o_row = (i_b * LQ + o_q) * (H * G) + i_kv * G + o_m % GP
-    b_t = t_first + o_m // GP
+    b_t = n_ctx - LQ + o_q
+    n_key = num_visible(n_ctx - 1, 0, LEN, STRIDE)
+    span = ((n_key + SPLITS - 1) // SPLITS + BN - 1) // BN * BN
+    i_lo = i_split * span
+    i_hi = tl.minimum(i_lo + span, n_key)
     b_q0 = load_tile(p_q, o_row, m_q, DQ, 0, D0, True)
     b_q1 = b_q0
     if D1 > 0:
@@ -73,62 +70,40 @@ def dense_split_kernel(
     b_m = tl.full([LP * GP], float("-inf"), tl.float32)
     b_l = tl.zeros([LP * GP], tl.float32)
     b_acc = tl.zeros([LP * GP, DVP], tl.float32)
-    # One loop for both, or its buffers in shared memory and its registers would exist twice.
-    is_cmp = i_split < CMP
-    if is_cmp:
-        p_k, p_v, p_table = p_kc, p_vc, p_cmp_table + i_b * cmp_width
-        num_keys = num_visible(t_last, 0, LEN, STRIDE)
-        span = ((num_keys + CMP - 1) // CMP + BN - 1) // BN * BN
-        i_lo = i_split * span
-        i_part, length, stride, reach, page = i_split, LEN, STRIDE, 1 << 30, CMP_PAGE
-    else:
-        p_k, p_v, p_table = p_kw, p_vw, p_win_table + i_b * win_width
-        num_keys = t_last + 1
-        span = ((WIN + LP - 1 + WINP - 1) // WINP + BN - 1) // BN * BN
-        i_lo = t_first - WIN + 1 + (i_split - CMP) * span
-        i_part, length, stride, reach, page = i_split + SLC, 1, 1, WIN, WIN_PAGE
-    i_hi = tl.minimum(i_lo + span, num_keys)
-    for i in range(tl.maximum(i_lo, 0), i_hi, BN):
+    for i in range(i_lo, i_hi, BN):
         o_i = i + tl.arange(0, BN)
         m_i = o_i < i_hi
-        if CMP_PAGE == WIN_PAGE:
-            o_key = page_rows(p_table, o_i, m_i, CMP_PAGE) * H + i_kv
-        else:
-            o_key = page_rows(p_table, o_i, m_i, page) * H + i_kv
-        b_end = (o_i * stride + length - 1)[None, :]
-        b_see = m_i[None, :] & (b_end <= b_t[:, None]) & (b_end > b_t[:, None] - reach)
+        o_key = page_rows(p_table + i_b * table_width, o_i, m_i, PAGE) * H + i_kv
+        b_see = m_i[None, :] & ((o_i * STRIDE + LEN - 1)[None, :] <= b_t[:, None])
         b_acc, b_m, b_l, b_s = _attend(
             b_acc, b_m, b_l, b_q0, b_q1, p_k, p_v, o_key, m_i, b_see, scale2, DQ, D0, D1, DV, DVP, IP
-        )  # fmt: skip
-        p_tile = p_logit + o_row[:, None] * num_logits + o_i[None, :]
-        tl.store(p_tile, b_s, mask=m_q[:, None] & m_i[None, :] & is_cmp)
-    tl.store(p_m + o_row * parts + i_part, b_m, mask=m_q)
-    tl.store(p_l + o_row * parts + i_part, b_l, mask=m_q)
-    store_tile(p_acc, o_row * parts + i_part, m_q, b_acc, DV, 0, DVP)
+        )
+        tl.store(p_logit + o_row[:, None] * num_logits + o_i[None, :], b_s, mask=m_q[:, None] & m_i[None, :])
+    tl.store(p_m + o_row * parts + i_split, b_m, mask=m_q)
+    tl.store(p_l + o_row * parts + i_split, b_l, mask=m_q)
+    store_tile(p_acc, o_row * parts + i_split, m_q, b_acc, DV, 0, DVP)
 
 
 @triton.jit
-def candidate_kernel(
-    p_logit, p_m, p_l, p_lens, p_key, p_block, num_logits, parts,
+def block_score_kernel(
+    p_logit, p_m, p_l, p_lens, p_score, num_logits, num_scores, parts,
     H: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, LQ: tl.constexpr, BJ: tl.constexpr,
-    RP: tl.constexpr, CMP: tl.constexpr, SP: tl.constexpr, KEEP: tl.constexpr, LEN: tl.constexpr,
-    STRIDE: tl.constexpr, SELECT: tl.constexpr, INITIAL: tl.constexpr, LOCAL: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SP: tl.constexpr, LEN: tl.constexpr, STRIDE: tl.constexpr, SELECT: tl.constexpr,
 ):  # fmt: skip
-    """Of BJ selection blocks the KEEP best, ascending; only these can be among the best of all."""
     R: tl.constexpr = SELECT // STRIDE
     L: tl.constexpr = LEN // STRIDE
     i_kv = tl.program_id(1)
     i_q = tl.program_id(2).to(tl.int64)
     t = tl.load(p_lens + i_q // LQ) - LQ + (i_q % LQ).to(tl.int32)
-    i_now = t // SELECT
     i_j = tl.program_id(0) * BJ
-    if i_j > i_now:
+    if i_j > t // SELECT:
         return
     o_g = tl.arange(0, GP)
     m_g = o_g < G
     o_row = i_q * (H * G) + i_kv * G + o_g
     o_s = tl.arange(0, SP)
-    m_s = m_g[:, None] & (o_s < CMP)[None, :]
+    m_s = m_g[:, None] & (o_s < SPLITS)[None, :]
     b_m = tl.load(p_m + o_row[:, None] * parts + o_s[None, :], mask=m_s, other=float("-inf"))
     b_l = tl.load(p_l + o_row[:, None] * parts + o_s[None, :], mask=m_s, other=0.0)
     b_top = tl.max(b_m, 1)
@@ -136,40 +111,26 @@ def candidate_kernel(
     b_sum = tl.sum(b_l * tl.exp2(b_m - b_top[:, None]), 1)
     b_lse = tl.where(b_sum == 0.0, float("inf"), b_top + tl.log2(tl.where(b_sum == 0.0, 1.0, b_sum)))
     n_key = num_visible(t, 0, LEN, STRIDE)
-    p_row = p_logit + o_row[:, None] * num_logits
-    # No mask on the columns, or the loads would not be wide: the buffer reaches beyond the last block.
-    o_c = tl.arange(0, BJ * RP)
-    o_i = (i_j + o_c // RP) * R + o_c % RP
-    b_s = tl.load(p_row + o_i[None, :], mask=m_g[:, None], other=float("-inf"))
-    m_i = (o_c % RP < R) & (o_i < n_key)
-    b_s = tl.where(m_i[None, :], b_s, float("-inf"))
-    b_p = tl.sum(tl.exp2(b_s - b_lse[:, None]), 0)
-    # How many (m, n) of eq. 9 meet at a compressed token of the block itself.
-    o_r = tl.arange(0, RP)
-    b_weight = tl.where(o_r < R, tl.minimum(R - o_r, L), 0).to(tl.float32)
-    b_score = tl.sum(tl.reshape(b_p, [BJ, RP]) * b_weight[None, :], 1)
     o_j = i_j + tl.arange(0, BJ)
-    for r in tl.static_range(L - 1):
-        # Tokens of the block before that reach into this one.
+    b_score = tl.zeros([BJ], tl.float32)
+    for r in tl.static_range(R + L - 1):
+        # Offset r - (L - 1) from the block's first token; weighted by how many (m, n) of eq. 9 meet there.
         o_i = o_j * R + r - (L - 1)
         m_i = m_g[:, None] & ((o_i >= 0) & (o_i < n_key))[None, :]
-        b_s = tl.load(p_row + o_i[None, :], mask=m_i, other=float("-inf"))
-        b_score += (r + 1) * tl.sum(tl.exp2(b_s - b_lse[:, None]), 0)
-    b_key = selection_keys(b_score, o_j, o_j <= i_now, i_now, INITIAL, LOCAL)
-    b_take = descending_rank(b_key, BJ) < KEEP
-    o_out = ((i_q * H + i_kv) * tl.num_programs(0) + tl.program_id(0)) * KEEP
-    o_out += tl.cumsum(b_take.to(tl.int32), 0) - 1
-    tl.store(p_key + o_out, b_key, mask=b_take)
-    tl.store(p_block + o_out, o_j, mask=b_take)
+        b_s = tl.load(p_logit + o_row[:, None] * num_logits + o_i[None, :], mask=m_i, other=float("-inf"))
+        b_score += min(min(r + 1, R + L - 1 - r), min(R, L)) * tl.sum(tl.exp2(b_s - b_lse[:, None]), 0)
+    tl.store(p_score + (i_q * H + i_kv) * num_scores + o_j, b_score, mask=o_j < num_scores)
 
 
 @triton.jit
-def selected_split_kernel(
-    p_q, p_k, p_v, p_table, p_lens, p_key, p_block, p_m, p_l, p_acc, table_width, num_candidates, parts, n,
-    scale2,
+def sparse_split_kernel(
+    p_q, p_ks, p_vs, p_kw, p_vw, p_slc_table, p_win_table, p_lens, p_score, p_m, p_l, p_acc,
+    slc_width, win_width, num_scores, parts, n, scale2,
     H: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, LQ: tl.constexpr, FIRST: tl.constexpr,
-    PER: tl.constexpr, CP: tl.constexpr, BJ: tl.constexpr, KEEP: tl.constexpr, BN: tl.constexpr,
-    SELECT: tl.constexpr, PAGE: tl.constexpr,
+    SLC: tl.constexpr,
+    PER: tl.constexpr, WINP: tl.constexpr, BW: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    SELECT: tl.constexpr, WIN: tl.constexpr, INITIAL: tl.constexpr, LOCAL: tl.constexpr,
+    SLC_PAGE: tl.constexpr, WIN_PAGE: tl.constexpr,
     DQ: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
     IP: tl.constexpr,
 ):  # fmt: skip
@@ -178,7 +139,6 @@ def selected_split_kernel(
     i_q = tl.program_id(2).to(tl.int64)
     i_b = i_q // LQ
     t = tl.load(p_lens + i_b) - LQ + (i_q % LQ).to(tl.int32)
-    i_now = t // SELECT
     o_g = tl.arange(0, GP)
     m_g = o_g < G
     o_row = i_q * (H * G) + i_kv * G + o_g
@@ -186,29 +146,68 @@ def selected_split_kernel(
     b_q1 = b_q0
     if D1 > 0:
         b_q1 = load_tile(p_q, o_row, m_g, DQ, D0, D1, True)
-    o_c = tl.arange(0, CP)
-    m_c = (o_c < num_candidates) & (o_c // KEEP * BJ <= i_now)
-    p_row = (i_q * H + i_kv) * num_candidates + o_c
-    b_key = tl.load(p_key + p_row, mask=m_c, other=-1)
-    b_block = tl.load(p_block + p_row, mask=m_c, other=0)
-    if CP <= 256:
-        b_rank = descending_rank(b_key, CP)
-    else:
-        b_take, b_rank = take_top(b_key, n)
-        b_rank = tl.where(b_take, b_rank, n)
     b_m = tl.full([GP], float("-inf"), tl.float32)
     b_l = tl.zeros([GP], tl.float32)
     b_acc = tl.zeros([GP, DVP], tl.float32)
-    i_hi = tl.minimum(i_part * PER + PER, tl.minimum(n, i_now + 1))
-    for i in range(i_part * PER, i_hi):
-        i_block = tl.sum(tl.where(b_rank == i, b_block, 0), 0)
-        o_n = tl.arange(0, BN)
-        o_t = i_block * SELECT + o_n
-        m_t = (o_n < SELECT) & (o_t <= t)
-        o_key = page_rows(p_table + i_b * table_width, o_t, m_t, PAGE) * H + i_kv
-        b_acc, b_m, b_l, _ = _attend(
-            b_acc, b_m, b_l, b_q0, b_q1, p_k, p_v, o_key, m_t, m_t[None, :], scale2, DQ, D0, D1, DV, DVP, IP
-        )  # fmt: skip
+    if i_part < SLC:
+        i_now = t // SELECT
+        o_j = tl.arange(0, BW)
+        m_j = (o_j <= i_now) & (o_j < num_scores)
+        b_score = tl.load(p_score + (i_q * H + i_kv) * num_scores + o_j, mask=m_j, other=0.0)
+        b_take, b_slot = take_top(selection_keys(b_score, o_j, m_j, i_now, INITIAL, LOCAL), n)
+        i_hi = tl.minimum(i_part * PER + PER, tl.minimum(n, i_now + 1))
+        for i in range(i_part * PER, i_hi):
+            i_block = tl.sum(tl.where(b_take & (b_slot == i), o_j, 0), 0)
+            o_c = tl.arange(0, BN)
+            o_t = i_block * SELECT + o_c
+            m_t = (o_c < SELECT) & (o_t <= t)
+            o_key = page_rows(p_slc_table + i_b * slc_width, o_t, m_t, SLC_PAGE) * H + i_kv
+            b_acc, b_m, b_l, _ = _attend(
+                b_acc,
+                b_m,
+                b_l,
+                b_q0,
+                b_q1,
+                p_ks,
+                p_vs,
+                o_key,
+                m_t,
+                m_t[None, :],
+                scale2,
+                DQ,
+                D0,
+                D1,
+                DV,
+                DVP,
+                IP,
+            )
+    else:
+        span: tl.constexpr = (WIN + WINP - 1) // WINP
+        t_lo = t - WIN + 1 + (i_part - SLC) * span
+        t_hi = tl.minimum(t_lo + span, t + 1)
+        for i in range(tl.maximum(t_lo, 0), t_hi, BK):
+            o_t = i + tl.arange(0, BK)
+            m_t = o_t < t_hi
+            o_key = page_rows(p_win_table + i_b * win_width, o_t, m_t, WIN_PAGE) * H + i_kv
+            b_acc, b_m, b_l, _ = _attend(
+                b_acc,
+                b_m,
+                b_l,
+                b_q0,
+                b_q1,
+                p_kw,
+                p_vw,
+                o_key,
+                m_t,
+                m_t[None, :],
+                scale2,
+                DQ,
+                D0,
+                D1,
+                DV,
+                DVP,
+                IP,
+            )
     tl.store(p_m + o_row * parts + FIRST + i_part, b_m, mask=m_g)
     tl.store(p_l + o_row * parts + FIRST + i_part, b_l, mask=m_g)
     store_tile(p_acc, o_row * parts + FIRST + i_part, m_g, b_acc, DV, 0, DVP)

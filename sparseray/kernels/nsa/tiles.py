@@ -161,15 +161,3 @@ def take_top(b_key, n):
     room = n - tl.sum(b_above.to(tl.int32), 0)
     b_take = b_above | (b_equal & (tl.cumsum(b_equal.to(tl.int32), 0) <= room))
     return b_take, tl.cumsum(b_take.to(tl.int32), 0) - 1
-
-
-@triton.jit
-def descending_rank(b_key, SIZE: tl.constexpr):
-    """Rank of every key, the largest first and ties to lower positions, by comparing all pairs.
-
-    For few keys: one pass without the barriers that the counts of `take_top` wait on one after the other.
-    """
-    o = tl.arange(0, SIZE)
-    b_other, b_self = b_key[:, None], b_key[None, :]
-    b_before = (b_other > b_self) | ((b_other == b_self) & (o[:, None] < o[None, :]))
-    return tl.sum(b_before.to(tl.int32), 0)

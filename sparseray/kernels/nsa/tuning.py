@@ -18,11 +18,6 @@ LAUNCH: dict[str, dict[str, int]] = {
     "selected_dq": {"num_warps": 2, "num_stages": 2},
     "selected_dkdv": {"rows": 64, "num_warps": 4, "num_stages": 3, "chunk": 2048},
     "combine": {"rows": 64, "num_warps": 4},
-    "decode_cmp": {"keys": 64, "num_warps": 4, "num_stages": 5, "programs": 1056, "least": 2},
-    "decode_win": {"programs": 264, "least": 2},
-    "decode_score": {"num_warps": 4},
-    "decode_slc": {"num_warps": 4, "num_stages": 5, "programs": 528, "least": 1},
-    "decode_merge": {"num_warps": 4},
 }
 
 
@@ -44,15 +39,3 @@ def launch_for(name: str, width: int, item_size: int) -> dict[str, int]:
             "num_stages": 1,
         }
     return {k: small.get(k, v) for k, v in launch.items()}
-
-
-def warps_of(name: str, width: int = 0, item_size: int = 0) -> dict[str, int]:
-    """The compiler's part of a kernel's launch parameters; fewer tiles in flight for wide heads.
-
-    Args:
-        width: the key head size; item_size: bytes of one element.
-    """
-    launch = {k: v for k, v in LAUNCH[name].items() if k in ("num_warps", "num_stages")}
-    if width * item_size > 256 and "num_stages" in launch:
-        launch["num_stages"] = min(3 if width * item_size <= 512 else 1, launch["num_stages"])
-    return launch
