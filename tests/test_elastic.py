@@ -256,3 +256,27 @@ def test_busy_experts_are_spread_by_the_policy_alone(
     trained = train(tmp_path / "run", config)
     check(trained, undisturbed)
     assert "rebalanced" in trained.events
+
+
+@pytest.mark.parametrize("replication", [1, 2])
+def test_hot_experts_computed_by_several_holders_change_no_bit(
+    replication: int, corpus: Path, undisturbed: Trained, tmp_path: Path
+) -> None:
+    spread: list[tuple[tuple[int, ...], ...]] = []
+
+    def heat(trainer: Trainer, fleet: LocalFleet) -> None:
+        elastic = trainer.elastic
+        elastic.packed_by = [[100.0] + [1.0] * 7, [1.0, 60.0, 60.0] + [1.0] * 5]
+        elastic._change(
+            "rebalanced", "as if two experts were hot", trainer.step, elastic._replanned(elastic.wanted)
+        )
+        spread.append(trainer.plan.spread)
+
+    def lose(trainer: Trainer, fleet: LocalFleet) -> None:
+        if replication > 1:
+            fleet.kill(trainer.plan.experts[0][0][1])
+
+    config = config_of(corpus, replication=replication, expert_shards=4)
+    trained = train(tmp_path / "run", config, at_step=at({3: heat, 6: lose}))
+    check(trained, undisturbed)
+    assert spread[0][0][0] == 4 and max(spread[0][1]) >= 2

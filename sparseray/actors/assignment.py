@@ -23,6 +23,8 @@ class Plan:
             the replication asks for, backups; the first one reduces the gradients.
         experts: holders of every expert, [moe layers][experts].
         buckets: holders of every memory bucket, [dse layers][buckets].
+        spread: how many of an expert's holders compute it, the first ones, [moe layers][experts]; logical
+            shard s goes to holder s mod spread. Empty: one each.
     """
 
     generation: int
@@ -31,6 +33,16 @@ class Plan:
     dense: tuple[int, ...]
     experts: tuple[tuple[tuple[int, ...], ...], ...]
     buckets: tuple[tuple[tuple[int, ...], ...], ...]
+    spread: tuple[tuple[int, ...], ...] = ()
+
+    def computing(self, layer: int, expert: int) -> tuple[int, ...]:
+        """Slots that compute an expert, its primary first."""
+        holders = self.experts[layer][expert]
+        return holders[: self.spread[layer][expert] if self.spread else 1]
+
+    def computes(self, slot: int) -> list[tuple[int, int]]:
+        """(moe layer, expert) pairs that the slot computes for some logical shard."""
+        return [key for key in self.experts_of(slot) if slot in self.computing(*key)]
 
     @property
     def attention(self) -> tuple[int, ...]:
@@ -39,7 +51,7 @@ class Plan:
 
     @property
     def expert_primaries(self) -> tuple[int, ...]:
-        """Slots that compute experts, in ascending order."""
+        """Slots that compute experts, in ascending order; all of them are some expert's primary."""
         return _slots(holders[0] for layer in self.experts for holders in layer)
 
     @property
@@ -111,6 +123,7 @@ class Plan:
             dense=tuple(value["dense"]),
             experts=_nested(value["experts"]),
             buckets=_nested(value["buckets"]),
+            spread=tuple(tuple(row) for row in value["spread"]),
         )
 
 

@@ -86,6 +86,7 @@ class AttentionWorker:
         fetched = self._fetch(step, loaded)
         for shard, batch, (values, rows) in zip(shards, loaded, fetched):
             self.begin(step, shard)
+            self.experts.shard = shard
             finish(shard, self._run_shard(batch, values, rows))
 
     def _fetch(self, step: int, batches: Sequence[Batch]) -> list[tuple[list[Tensor], list[np.ndarray]]]:
@@ -143,6 +144,7 @@ class AttentionWorker:
         found: dict[int, tuple[float, int]] = {}
         for shard, batch, (values, _) in zip(shards, loaded, self._fetch(step, loaded)):
             self.begin(step, shard)
+            self.experts.shard = shard
             self.memory.prepare(self.layers, values, train=False)
             out = self.state.model(
                 batch.tokens_BT,

@@ -47,7 +47,8 @@ class ExpertShard:
         self.size = sum(rows * columns for rows, columns in self.shapes)
         self.num_shards = num_shards
         self.owned: list[Key] = []
-        self.primary: dict[Key, int] = {}
+        self.primary: list[Key] = []
+        self.computed: dict[Key, int] = {}
         self.weights: dict[Key, list[Tensor]] = {}
         self._adam: dict[str, Any] = {"betas": betas, "eps": eps, "weight_decay": weight_decay}
         self._optimizer: torch.optim.AdamW | None = None
@@ -65,11 +66,19 @@ class ExpertShard:
             layer = self.config.moe_layers[key[0]]
             self.weights[key] = list(initial_expert(self.config, layer, key[1], seed=self.seed).values())
 
-    def assign(self, owned: Sequence[Key], primary: Sequence[Key]) -> None:
-        """Say which of the held replicas follow the updates, and which of those compute."""
+    def assign(
+        self, owned: Sequence[Key], primary: Sequence[Key], computed: Sequence[Key] | None = None
+    ) -> None:
+        """Say which of the held replicas follow the updates.
+
+        Args:
+            owned: those that do.
+            primary: those of them whose gradient is summed here.
+            computed: those that compute for some logical shard; None for `primary`.
+        """
         self._remember()
-        self.owned = list(owned)
-        self.primary = {key: row for row, key in enumerate(primary)}
+        self.owned, self.primary = list(owned), list(primary)
+        self.computed = {key: row for row, key in enumerate(primary if computed is None else computed)}
         flat = [weight for key in self.owned for weight in self.weights[key]]
         self._optimizer = torch.optim.AdamW(flat, lr=0.0, fused=True, **self._adam) if flat else None
         if self._optimizer is not None:
@@ -144,9 +153,7 @@ class ExpertShard:
         Returns:
             dx_RH fp32, gradient of each row's input.
         """
-        if shard not in self._gradients:
-            self._gradients[shard] = torch.zeros(len(self.primary), self.size)
-        gradients = self._gradients[shard]
+        gradients = self._of_shard(shard)
         dx_RH = torch.empty(len(weights_R), dout_UH.shape[1])
         start = 0
         for key, rows, x, activations in self._saved.pop((layer, shard)):
@@ -154,18 +161,37 @@ class ExpertShard:
             dy = dout_UH[rows] * weights_R[start:stop, None]
             dx, *parts = swiglu_backward(dy, x, activations, *self.weights[key])
             dx_RH[start:stop] = dx
-            torch.cat([part.reshape(-1) for part in parts], out=gradients[self.primary[key]])
+            torch.cat([part.reshape(-1) for part in parts], out=gradients[self.computed[key]])
             start = stop
         return dx_RH
 
+    def part(self, shard: int, keys: Sequence[Key]) -> np.ndarray:
+        """Gradients of one shard for experts whose primary is another slot, fp32 [len(keys), 3*H*I]."""
+        gradient = self._of_shard(shard)
+        return gradient[[self.computed[key] for key in keys]].numpy()
+
+    def take_part(self, shard: int, keys: Sequence[Key], packed: np.ndarray) -> None:
+        """Take over the gradients of one shard that another holder computed."""
+        rows = [self.computed[key] for key in keys]
+        self._of_shard(shard)[rows] = torch.tensor(packed)
+
+    def _of_shard(self, shard: int) -> Tensor:
+        # A shard that sent no token here has a gradient of zero.
+        if shard not in self._gradients:
+            self._gradients[shard] = torch.zeros(len(self.computed), self.size)
+        return self._gradients[shard]
+
     def finish_shard(self, shard: int) -> bool:
-        """Add a logical shard's gradients to the sum; True once all shards are in."""
-        gradient = self._gradients.pop(shard, None)
-        self.tree.add(0, shard, torch.zeros(len(self.primary), self.size) if gradient is None else gradient)
+        """Add a logical shard's gradients, all of which are here, to the sum; True once all shards are in."""
+        gradient = self._of_shard(shard)
+        del self._gradients[shard]
+        if len(self.primary) < len(self.computed):
+            gradient = gradient[[self.computed[key] for key in self.primary]]
+        self.tree.add(0, shard, gradient)
         root = self.tree.root
         if root is None:
             return False
-        self.reduced |= {key: root[row] for key, row in self.primary.items()}
+        self.reduced |= {key: root[row] for row, key in enumerate(self.primary)}
         return True
 
     @property

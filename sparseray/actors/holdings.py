@@ -103,7 +103,8 @@ class Holdings:
         if self.dense is not None:
             self.dense.discard()
         owned = plan.experts_of(slot)
-        self.experts.assign(owned, [k for k in owned if plan.experts[k[0]][k[1]][0] == slot])
+        primary = [k for k in owned if plan.experts[k[0]][k[1]][0] == slot]
+        self.experts.assign(owned, primary, plan.computes(slot))
         if self.memory is not None:
             owned = plan.buckets_of(slot)
             self.memory.assign(owned, [k for k in owned if plan.buckets[k[0]][k[1]][0] == slot])

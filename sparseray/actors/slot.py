@@ -5,7 +5,8 @@ It owns a mailbox and serves it from one thread. Messages and who sends them:
   slot -> scheduler: installed, stale, shard, prepared, evaluated, saved, pong, silent, failed
   ingress -> slot:   generate, cancel (answered to the scheduler's mailbox by `tokens`)
   slot -> slot:      expert_forward, expert_backward, rows, pull (answered by `reply`);
-                     finish_shard, dense_nodes, dense_reduced, expert_reduced, rows_reduced
+                     finish_shard, expert_part, dense_nodes, dense_reduced, expert_reduced,
+                     rows_reduced
 One step: step -> (rows, expert_*)* -> finish_shard, dense_nodes -> *_reduced -> prepared -> commit.
 What belongs to a step that is not open yet waits until the commit before it has been applied.
 A change of plan: plan -> pull* -> installed; it may come at any moment and ends a step half way.

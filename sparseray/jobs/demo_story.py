@@ -20,7 +20,7 @@ LEAST_STEPS = 20
 """A run with fewer steps left is over before anything can be seen."""
 KILL_AT, ADD_AT = 0.3, 0.55
 """Parts of the steps after which the shard is killed and the worker is asked for."""
-LOOK_S, START_S, BACK_S, ASK_S = 0.1, 180.0, 60.0, 10.0
+LOOK_S, START_S, BACK_S, ASK_S = 0.1, 180.0, 60.0, 5.0
 
 Tell = Callable[[str], None]
 
@@ -47,7 +47,7 @@ def story(scheduler: Any, folder: RunFolder, *, steps: int, attention: int, tell
     finally:
         # The connection to Ray ends after this; nothing may ask through it any more.
         over.set()
-        thread.join(2 * ASK_S)
+        thread.join(ASK_S)
 
 
 class _OverError(Exception):
@@ -83,7 +83,7 @@ class _Story:
         victim = next(slot for slot in status["slots"] if "expert" in slot["roles"])
         self.tell(
             f"killing expert shard slot {victim['slot']} (pid {victim['pid']}) with SIGKILL, in mid-training; "
-            f"its {victim['experts']} experts have {status['replicas']['actual'] - 1} more holder(s)"
+            f"each of its {victim['experts']} experts lies on another slot, too"
         )
         killed = time.time()
         os.kill(victim["pid"], signal.SIGKILL)

@@ -106,8 +106,10 @@ def run(config: RunConfig, show: Show, beside: Beside = nullcontext) -> int:
             show("this run is going on already, in the same cluster: following it")
         with beside(scheduler):
             is_interrupted = follow(scheduler, config, show)
-    finally:
-        cluster.stop()
+    except BaseException:
+        cluster.stop(at_once=True)
+        raise
+    cluster.stop()
     return _finish(folder, config, is_interrupted, show)
 
 

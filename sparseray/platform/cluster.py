@@ -14,8 +14,8 @@ import ray
 from sparseray.errors import ClusterError, SchedulerLostError
 from sparseray.log import get_logger
 from sparseray.platform.config import ClusterConfig
-from sparseray.platform.ray_fleet import NAMESPACE, start_host
-from sparseray.platform.registry import scheduler_name
+from sparseray.platform.ray_fleet import NAMESPACE, slot_name, start_host
+from sparseray.platform.registry import forget_run, scheduler_name
 from sparseray.platform.scheduler import Scheduler
 from sparseray.platform.transport import remove_directory
 
@@ -38,7 +38,7 @@ class Cluster:
     """
 
     def __init__(self, config: ClusterConfig, num_slots: int, run_dir: Path | None = None) -> None:
-        self.config, self.num_slots = config, num_slots
+        self.config, self.num_slots, self._run_dir = config, num_slots, run_dir
         self.job = uuid.uuid4().hex
         self.slots: dict[int, Any] = {}
         self.scheduler: Any = None
@@ -94,20 +94,39 @@ class Cluster:
             self.scheduler = None
         return self.scheduler
 
-    def stop(self) -> None:
-        """End all actors of the job, and Ray itself if it was started here; no socket stays behind."""
+    def stop(self, *, at_once: bool = False) -> None:
+        """End all actors of the job, and Ray itself if it was started here; no socket stays behind.
+
+        Args:
+            at_once: do not wait for the scheduler to come to an end by itself.
+        """
         for handle in self.slots.values():
             ray.kill(handle)
         self.slots = {}
         if self.scheduler is not None:
             try:
-                ray.get(self.scheduler.release.remote(), timeout=15.0)
+                self.job = ray.get(self.scheduler.job.remote(), timeout=5.0)
+                if not at_once:
+                    ray.get(self.scheduler.release.remote(), timeout=15.0)
             except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError) as error:
                 log.warning("the scheduler did not end by itself: %s", " ".join(str(error).split())[:200])
             ray.kill(self.scheduler)
             self.scheduler = None
+            self._end_slots()
+        if self._run_dir is not None:
+            forget_run(self._run_dir)
         ray.shutdown()
         remove_directory(self.job)
+
+    def _end_slots(self) -> None:
+        """End detached slots that their scheduler could not."""
+        prefix = slot_name(self.job, 0).removesuffix("0")
+        for entry in ray.util.list_named_actors(all_namespaces=True):
+            if entry["namespace"] == NAMESPACE and entry["name"].startswith(prefix):
+                try:
+                    ray.kill(ray.get_actor(entry["name"], namespace=NAMESPACE))
+                except ValueError:
+                    log.debug("%s has ended already", entry["name"])
 
 
 def attach(run: dict[str, Any]) -> Any:

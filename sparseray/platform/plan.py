@@ -17,6 +17,7 @@ from sparseray.errors import ConfigError
 from sparseray.platform.balance import pack
 from sparseray.platform.moves import Moves, Piece, holdings, least_bytes, moves, piece_bytes
 from sparseray.platform.placement import NO_NODES, Placement, costs, role_slots, split_evenly
+from sparseray.platform.spread import slot_loads, spread_hot
 
 __all__ = [
     "Moves",
@@ -25,10 +26,10 @@ __all__ = [
     "fitting",
     "holdings",
     "least_bytes",
+    "loads_when_packed",
     "make_plan",
     "moves",
     "num_slots",
-    "packed",
     "piece_bytes",
     "replan",
     "role_slots",
@@ -141,7 +142,8 @@ def replan(
             that is possible.
         avoid: slots that must end without any role.
         loads: tokens of every expert, [moe layers][experts]; primaries are then placed such that the slots of
-            a layer have equal loads. None: equal numbers of experts.
+            a layer have equal loads, and what is left too hot is computed by several of its holders
+            (spread.py). None: equal numbers of experts.
 
     Raises:
         ConfigError: no slot is left.
@@ -156,13 +158,19 @@ def replan(
         colocated=colocated,
     )
     attention = places.slots["attention"]
+    experts = places.table("experts", old.experts, loads)
+    spread: tuple[tuple[int, ...], ...] = ()
+    if loads is not None:
+        own = sorted(places.slots["experts"])
+        experts, spread = spread_hot(experts, own, loads, len(old.shard_owners))
     return Plan(
         generation=generation,
         addresses=dict(addresses),
         shard_owners=tuple(split_evenly(len(old.shard_owners), attention)),
         dense=places.dense(),
-        experts=places.table("experts", old.experts, loads),
+        experts=experts,
         buckets=places.table("memory", old.buckets, None),
+        spread=spread,
     )
 
 
@@ -179,12 +187,16 @@ def fitting(plan: Plan, roles: Roles) -> Roles:
     )
 
 
-def packed(plan: Plan, loads: Sequence[Sequence[float]]) -> list[list[int]]:
-    """Return the primaries that `replan` gives the same expert slots by load, [moe layers][experts]."""
+def loads_when_packed(plan: Plan, loads: Sequence[Sequence[float]]) -> list[dict[int, float]]:
+    """Load of every expert slot in each layer as `replan` would leave it on the same slots by load."""
     slots = plan.expert_primaries
     cost = costs(plan.experts, slots)
-    at = cost.argmin(2)
-    return [[slots[i] for i in pack(c, a, np.array(load, float))] for c, a, load in zip(cost, at, loads)]
+    found = []
+    for c, a, load in zip(cost, cost.argmin(2), loads):
+        at = [(slots[i],) for i in pack(c, a, np.array(load, float))]
+        (holders,), (spread,) = spread_hot((tuple(at),), slots, [load], len(plan.shard_owners))
+        found.append(dict.fromkeys(slots, 0.0) | slot_loads(holders, spread, load))
+    return found
 
 
 def _check(key: str, value: int, what: str, limit: int) -> None:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sparseray.actors.assignment import Plan
-from sparseray.platform.plan import Roles, fitting, packed, role_slots
+from sparseray.platform.plan import Roles, fitting, loads_when_packed, role_slots
+from sparseray.platform.spread import slot_loads
 
 LEAST_GAIN = 0.1
 """Part of the imbalance that a rebalancing must take away to be worth its transfers."""
@@ -105,24 +106,25 @@ def imbalance(plan: Plan, loads: Sequence[Sequence[float]]) -> float:
     """Time that a step spends in experts over the time it would with even loads, at least 1.
 
     A layer waits for its most loaded slot, and layers run one after another: so it is the sum over layers
-    of the maximum over slots, over the sum over layers of the mean over slots, of the primaries' summed load.
+    of the maximum over slots, over the sum over layers of the mean over slots, of the tokens they compute.
 
     Args:
-        plan: who holds which expert.
+        plan: who computes which expert.
         loads: tokens, [moe layers][experts].
     """
-    return _imbalance([[holders[0] for holders in row] for row in plan.experts], loads)
+    slots = plan.expert_primaries
+    spread = plan.spread or tuple((1,) * len(row) for row in plan.experts)
+    return _imbalance(
+        [
+            dict.fromkeys(slots, 0.0) | slot_loads(row, counts, load)
+            for row, counts, load in zip(plan.experts, spread, loads)
+        ]
+    )
 
 
-def _imbalance(primaries: Sequence[Sequence[int]], loads: Sequence[Sequence[float]]) -> float:
-    slots = sorted({slot for row in primaries for slot in row})
-    peaks = means = 0.0
-    for row, load in zip(primaries, loads):
-        sums = dict.fromkeys(slots, 0.0)
-        for slot, tokens in zip(row, load):
-            sums[slot] += tokens
-        peaks += max(sums.values())
-        means += sum(sums.values()) / len(slots)
+def _imbalance(layers: Sequence[dict[int, float]]) -> float:
+    peaks = sum(max(sums.values()) for sums in layers)
+    means = sum(sum(sums.values()) / len(sums) for sums in layers)
     return peaks / means if means else 1.0
 
 
@@ -149,4 +151,4 @@ def _is_worth_rebalancing(view: View) -> bool:
     now = imbalance(view.plan, view.expert_load)
     if now <= view.rebalance_above:
         return False
-    return _imbalance(packed(view.plan, view.expert_load), view.expert_load) <= now * (1 - LEAST_GAIN)
+    return _imbalance(loads_when_packed(view.plan, view.expert_load)) <= now * (1 - LEAST_GAIN)

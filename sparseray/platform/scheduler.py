@@ -60,7 +60,7 @@ class Scheduler:
         bytes_per_token: float,
         validation_batches: int,
     ) -> None:
-        self._job, self._config = job, from_dict(RunConfig, config)
+        self._job_id, self._config = job, from_dict(RunConfig, config)
         self._placement = placement
         self._numbers = {"bytes_per_token": bytes_per_token, "validation_batches": validation_batches}
         self._folder = RunFolder(Path(self._config.run_dir))
@@ -107,8 +107,8 @@ class Scheduler:
         config, cluster = self._config, self._config.cluster
         metrics = Metrics({"slot": "scheduler"})
         own = metrics.serve(cluster.bind_host)
-        directory = private_directory(self._job) if cluster.transport == "ipc" else None
-        mailbox = Mailbox(ZmqTransport("scheduler", directory, cluster.bind_host), SCHEDULER, self._job)
+        directory = private_directory(self._job_id) if cluster.transport == "ipc" else None
+        mailbox = Mailbox(ZmqTransport("scheduler", directory, cluster.bind_host), SCHEDULER, self._job_id)
         layout = DSELayout.load(self._folder.identity) if config.model.dse.layers else None
         install = {
             "config": to_dict(config),
@@ -126,10 +126,10 @@ class Scheduler:
         def next_slot() -> int:
             nonlocal counter
             counter += 1
-            journal.append("slot", generation=0, step=0, slot=counter, job=self._job)
+            journal.append("slot", generation=0, step=0, slot=counter, job=self._job_id)
             return counter
 
-        fleet = self._fleet = RayFleet(self._job, cluster, install, next_slot, show_targets)
+        fleet = self._fleet = RayFleet(self._job_id, cluster, install, next_slot, show_targets)
         install["heartbeats"] = fleet.heartbeats
         control = Control(mailbox, fleet, cluster.deadline_s)
         ledger = self._ledger = Ledger(metrics)
@@ -169,7 +169,7 @@ class Scheduler:
     def _of_job(self, journal: Journal, kind: str, limit: int = 1 << 30) -> list[dict[str, Any]]:
         """Decisions of a kind since this job began, newest first."""
         begun = journal.last("begin")
-        if begun is None or begun["job"] != self._job:
+        if begun is None or begun["job"] != self._job_id:
             return []
         return [entry for entry in journal.read(kind, limit=limit) if entry["id"] > begun["id"]]
 
@@ -183,7 +183,7 @@ class Scheduler:
         fleet.reopen(used)
         if not active:
             if not used:
-                journal.append("begin", generation=0, step=0, job=self._job)
+                journal.append("begin", generation=0, step=0, job=self._job_id)
             p, c = self._placement, self._config.cluster
             count = num_slots(p["attention"], p["experts"], p["memory"], colocated=c.colocated)
             fleet.open(count + c.standby - len(fleet.members()))
@@ -211,7 +211,7 @@ class Scheduler:
         if self._fleet is not None:
             self._fleet.close()
         forget_run(self._folder.path)
-        remove_directory(self._job)
+        remove_directory(self._job_id)
         self._closed.set()
 
     # -- questions -----------------------------------------------------------------------------
@@ -246,6 +246,10 @@ class Scheduler:
         """End all slots; True once that is done. Called by the driver that has seen the end."""
         self._released.set()
         return self._closed.wait(wait_s)
+
+    def job(self) -> str:
+        """Identifier of the job, part of its slots' names."""
+        return self._job_id
 
     def pid(self) -> int:
         """Process id of this scheduler."""
