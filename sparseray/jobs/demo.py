@@ -1,7 +1,8 @@
-"""The `demo` command: real text, real actors, a trained model that answers over HTTP.
+"""The `demo` command: real text, real actors that die and are added, a trained model that answers over HTTP.
 
-Prepares the standard library as a corpus, trains the tiny model with 2 + 2 + 2 actors, serves the
-checkpoint, asks for three completions (one streamed), and leaves pictures. About three minutes.
+Prepares the standard library as a corpus and trains the tiny model with 2 + 2 + 2 actors; meanwhile an
+expert shard is killed and an attention worker is added (jobs/demo_story.py). Then it serves the checkpoint,
+asks for three completions (one streamed), and leaves pictures. About three minutes.
 """
 
 import argparse
@@ -15,10 +16,13 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 from sparseray.errors import UserError
 from sparseray.jobs import pretrain
+from sparseray.jobs.demo_story import story, summary
 from sparseray.model.config import preset
 from sparseray.platform import config as configuration
 from sparseray.platform.config import ClusterConfig, DataConfig, RunConfig, TrainConfig
@@ -52,7 +56,8 @@ def main(arguments: Sequence[str]) -> int:
 
 def say(text: str) -> None:
     """Tell a person what happens now."""
-    print(f"\n=== {text}", flush=True)
+    # One write: a line of another thread cannot come between.
+    print(f"\n=== {text}\n", end="", flush=True)
 
 
 def demo(out: Path, steps: int) -> int:
@@ -68,18 +73,25 @@ def demo(out: Path, steps: int) -> int:
             return code
     else:
         say(f"1/4 the corpus is there already: {data}")
-    say("2/4 training: 2 attention workers, 2 expert shards, 2 memory shards, each an actor of its own")
-    config = demo_config(data, run, steps)
-    code = pretrain.run(config, pretrain.print_line)
+    say(
+        "2/4 training: 2 attention workers, 2 expert shards, 2 memory shards and a spare, each an actor of its own"
+    )
+    folder, config = RunFolder(run.absolute()), demo_config(data, run, steps)
+
+    def beside(scheduler: Any) -> AbstractContextManager[None]:
+        return story(scheduler, folder, steps=steps, attention=config.cluster.attention_workers + 1, tell=say)
+
+    code = pretrain.run(config, pretrain.print_line, beside)
     if code:
         return code
-    folder = RunFolder(run.absolute())
     checkpoint = folder.newest_checkpoint()
     assert checkpoint is not None, "a finished run has a checkpoint"
     say("3/4 serving the checkpoint, experts and memory again in actors, and asking it")
     serve_and_ask(checkpoint)
     say(f"4/4 done in {time.monotonic() - started:.0f} s")
+    print("\n".join(summary(folder)))
     print(
+        f"the story:     {folder.report / 'timeline.png'}\n"
         f"loss curve:    {folder.report / 'loss.png'}\n"
         f"expert load:   {folder.report / 'experts.png'}\n"
         f"step records:  {folder.metrics}\n"
@@ -92,12 +104,15 @@ def demo(out: Path, steps: int) -> int:
 
 
 def demo_config(data: Path, run: Path, steps: int) -> RunConfig:
-    """The tiny model on six slots."""
+    """The tiny model on six slots and a spare one, every piece of state held twice."""
     return RunConfig(
         model=preset("tiny"),
         data=DataConfig(path=str(data)),
         train=TrainConfig(steps=steps, checkpoint_every=100, eval_every=100),
-        cluster=ClusterConfig(attention_workers=2, expert_shards=2, memory_shards=2),
+        # A machine that is busy with a slot's start must not look like a dead slot: hanging is not in the story.
+        cluster=ClusterConfig(
+            attention_workers=2, expert_shards=2, memory_shards=2, replication=2, standby=1, hang_s=5.0
+        ),
         run_dir=str(run),
     )
 

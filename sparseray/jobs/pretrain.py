@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -35,6 +35,7 @@ example:
 """
 
 Show = Callable[[str], None]
+Beside = Callable[[Any], AbstractContextManager[None]]
 SCHEDULER_DEADLINE_S = 60.0
 
 
@@ -55,8 +56,13 @@ def print_line(line: str) -> None:
     print(line, flush=True)
 
 
-def run(config: RunConfig, show: Show) -> int:
+def run(config: RunConfig, show: Show, beside: Beside = nullcontext) -> int:
     """Train until the last step or Ctrl-C.
+
+    Args:
+        config: the run.
+        show: shows a line to a person.
+        beside: takes the scheduler and gives what is entered while the run is followed.
 
     Raises:
         UserError: something in the configuration, data, folder or cluster does not fit; nothing is lost.
@@ -98,7 +104,8 @@ def run(config: RunConfig, show: Show) -> int:
                 show(f"going on from {newest}")
         else:
             show("this run is going on already, in the same cluster: following it")
-        is_interrupted = follow(scheduler, config, show)
+        with beside(scheduler):
+            is_interrupted = follow(scheduler, config, show)
     except BaseException:
         cluster.stop(at_once=True)
         raise

@@ -20,7 +20,10 @@ COLOURS = {
     "restored": "#c77f12",
     "scheduler": "#c2352b",
     "checkpoint": "#aab4bf",
+    "ready": "#8f99a6",
 }
+QUIET = ("checkpoint", "ready")
+"""Kinds that change nothing in training: thin dotted lines."""
 ROLES = {"attention": "#4c78a8", "experts": "#e39a3b", "memory": "#5ba36b", "standby": "#d3d8de"}
 OTHER = "#6b7480"
 WIDTH, LEFT, RIGHT, BOTTOM = 11.0, 0.75, 1.15, 0.55
@@ -44,14 +47,14 @@ def draw_timeline(figure: Any, records: Sequence[Event], events: Sequence[Event]
     )
     events = [event | {"x": (event["time"] - start) / unit} for event in events]
     end = span / unit
-    labelled = [event for event in events if event["kind"] != "checkpoint"]
+    labelled = [event for event in events if event["kind"] not in ("checkpoint", "end")]
     widths = _text_widths(figure, [_label(event) for event in labelled])
     plot = WIDTH - LEFT - RIGHT
     # A label stands to the right of its line: the last ones need room.
     right = max(end * 1.01, *(e["x"] * plot / max(plot - w, plot / 2) for e, w in zip(labelled, widths)), 0.0)
     rows = label_rows([event["x"] for event in labelled], [width * right / plot for width in widths])
     strip = ROW * (max(rows, default=-1) + 1) + 0.1
-    height = BOTTOM + SLOTS_HEIGHT + GAP + LOSS_HEIGHT + strip + 0.4
+    height = BOTTOM + SLOTS_HEIGHT + GAP + LOSS_HEIGHT + strip + 0.55
     figure.set_size_inches(WIDTH, height)
 
     def axes(bottom: float, tall: float) -> Any:
@@ -70,6 +73,7 @@ def draw_timeline(figure: Any, records: Sequence[Event], events: Sequence[Event]
     figure.text(
         LEFT / WIDTH, 1 - 0.26 / height, "One run, its actors come and go", fontsize=12, weight="bold"
     )
+    figure.text(LEFT / WIDTH, 1 - 0.46 / height, _subtitle(records, events), fontsize=8.5, color=OTHER)
 
 
 def label_rows(starts: Sequence[float], widths: Sequence[float]) -> list[int]:
@@ -92,8 +96,28 @@ def label_rows(starts: Sequence[float], widths: Sequence[float]) -> list[int]:
     return rows
 
 
+def _subtitle(records: Sequence[Event], events: Sequence[Event]) -> str:
+    """Say in a line what the picture shows."""
+    kinds = [event["kind"] for event in events]
+    parts = [f"{len(records)} steps"]
+    for kind, name, plural in (
+        ("lost", "slot lost", "slots lost"),
+        ("resized", "resize", "resizes"),
+        ("restored", "return to a checkpoint", "returns to a checkpoint"),
+    ):
+        count = kinds.count(kind)
+        if count:
+            parts.append(f"{count} {name if count == 1 else plural}")
+    goodput = next((event["goodput"] for event in reversed(events) if "goodput" in event), None)
+    return ", ".join(parts) + ("" if goodput is None else f", goodput {goodput:.3f}")
+
+
 def _label(event: Event) -> str:
     text = str(event["text"] or event["kind"])
+    if event["kind"] == "recovered" and "total" in event:
+        text = f"back after {event['total']:.2f} s"
+    elif event["kind"] == "resized" and "pause" in event:
+        text = f"{text.split(', ')[0]}, {event['pause'] * 1000:.0f} ms pause"
     return text if len(text) <= MAX_LETTERS else text[: MAX_LETTERS - 1].rstrip() + "…"
 
 
@@ -163,15 +187,15 @@ def _draw_events(loss: Any, slots: Any, events: Sequence[Event]) -> None:
     """Draw a line for each event, and a band from each loss of a slot to the next good news."""
     covered = -1.0
     for position, event in enumerate(events):
-        is_checkpoint = event["kind"] == "checkpoint"
+        is_quiet = event["kind"] in QUIET
         for ax in (loss, slots):
             ax.axvline(
                 event["x"],
                 color=COLOURS.get(event["kind"], OTHER),
-                linewidth=0.7 if is_checkpoint else 1.1,
-                linestyle=":" if is_checkpoint else "-",
-                alpha=0.7 if is_checkpoint else 0.85,
-                zorder=1 if is_checkpoint else 3,
+                linewidth=0.7 if is_quiet else 1.1,
+                linestyle=":" if is_quiet else "-",
+                alpha=0.7 if is_quiet else 0.85,
+                zorder=1 if is_quiet else 3,
             )
         if event["kind"] == "lost" and event["x"] >= covered:
             later = (e["x"] for e in events[position:] if e["kind"] in ("recovered", "restored"))
