@@ -2,11 +2,14 @@
 
 import os
 import random
+import tempfile
 from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Tests leave nothing in the folder of the user who runs them.
+os.environ.setdefault("SPARSERAY_STATE_DIR", tempfile.mkdtemp(prefix="sparseray-state-"))
 
 WORDS = "rain river stone bread light house under winter green north seven learn sparse hold move".split()  # noqa: SIM905
 

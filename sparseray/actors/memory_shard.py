@@ -68,6 +68,13 @@ class MemoryShard:
             ).numpy()
         self.discard()
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the rows held here, with their optimizer state."""
+        rows = sum(int(self.bounds[layer][b + 1] - self.bounds[layer][b]) for layer, b in self.owned)
+        width = self.weight[0].shape[1] if self.weight else 0
+        return rows * (2 * width * 4 + 4 + 8)
+
     def name(self, key: Key) -> str:
         """Logical name of a bucket."""
         return bucket_name(self.layers[key[0]], key[1])

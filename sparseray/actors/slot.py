@@ -11,6 +11,7 @@ A request of a step that is not open yet waits until the commit before it has be
 One request: generate -> (rows, expert_forward)* -> tokens, once for every engine step.
 """
 
+import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -29,6 +30,7 @@ from sparseray.actors.generation import GenerationRequest
 from sparseray.actors.mailbox import Mailbox
 from sparseray.actors.memory_shard import MemoryShard
 from sparseray.actors.messages import SCHEDULER, Message
+from sparseray.actors.observation import observe_engine, observe_memory, observe_rows, observe_worker
 from sparseray.actors.reduction import Reduction
 from sparseray.errors import SlotLostError, UserError
 from sparseray.log import get_logger
@@ -173,6 +175,7 @@ class Slot:
         shards = self.plan.shards_of(self.mailbox.slot)
         self.worker.run_step(message.step, shards, self.job.train_batches(), self._shard_done)
         self.reduction.send_dense(message.step)
+        observe_worker(self.job.observe, self.worker, self.mailbox.slot)
 
     def _shard_done(self, shard: int, result: ShardResult) -> None:
         """Send a shard's gradients on their way and report its loss."""
@@ -204,6 +207,7 @@ class Slot:
         if self.memory is not None:
             rows = self.memory.apply(lr=message.body["memory_lr"], scale=scale)
             self.job.observe("dse_update_rows_total", rows)
+            self.job.observe("dse_table_bytes", self.memory.num_bytes)
         self.committed = message.step
         waiting, self.deferred = self.deferred, []
         for deferred in waiting:
@@ -239,7 +243,8 @@ class Slot:
 
     def _generate_tokens(self) -> None:
         """Run one step of the serving batch and send its tokens on."""
-        assert self.engine is not None
+        assert self.engine is not None and self.worker is not None
+        started = time.perf_counter()
         # Experts and rows answer for the step after the last committed one, as in training.
         self._begin(self.committed + 1, -1)
         try:
@@ -248,6 +253,9 @@ class Slot:
             # The engine has put the batch back; it gives up on a request after some failures.
             log.warning("slot %d: a serving step failed, trying again: %s", self.mailbox.slot, error)
             return
+        finally:
+            observe_engine(self.job.observe, self.engine, time.perf_counter() - started)
+            observe_memory(self.job.observe, self.worker.memory, self.mailbox.slot)
         if events:
             self.mailbox.post(SCHEDULER, "tokens", body={"events": [event.to_dict() for event in events]})
 
@@ -303,17 +311,20 @@ class Slot:
     def _expert_forward(self, message: Message) -> Arrays:
         assert self.experts is not None
         x_UH, rows_R = (torch.from_numpy(array) for array in message.arrays)
-        body = message.body
-        return (
-            self.experts.forward(
-                message.layer, message.shard, x_UH, rows_R, body["experts"], body["counts"], body["keep"]
-            ).numpy(),
+        body, started = message.body, time.perf_counter()
+        y_RH = self.experts.forward(
+            message.layer, message.shard, x_UH, rows_R, body["experts"], body["counts"], body["keep"]
         )
+        observe_rows(self.job.observe, "forward", len(y_RH), time.perf_counter() - started)
+        return (y_RH.numpy(),)
 
     def _expert_backward(self, message: Message) -> Arrays:
         assert self.experts is not None
         dout_UH, weights_R = (torch.from_numpy(array) for array in message.arrays)
-        return (self.experts.backward(message.layer, message.shard, dout_UH, weights_R).numpy(),)
+        started = time.perf_counter()
+        dx_RH = self.experts.backward(message.layer, message.shard, dout_UH, weights_R)
+        observe_rows(self.job.observe, "backward", len(dx_RH), time.perf_counter() - started)
+        return (dx_RH.numpy(),)
 
     def _rows(self, message: Message) -> Arrays:
         assert self.memory is not None

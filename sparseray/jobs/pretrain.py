@@ -22,6 +22,7 @@ from sparseray.model.counts import count_parameters
 from sparseray.model.dse_layout import DSELayout
 from sparseray.platform import config as configuration
 from sparseray.platform.config import RunConfig
+from sparseray.platform.metrics import write_targets
 from sparseray.platform.plan import make_plan, num_slots
 from sparseray.platform.run_folder import RunFolder
 from sparseray.platform.training import validation_batch_count
@@ -99,6 +100,8 @@ def run(config: RunConfig, show: Show) -> int:
         is_interrupted = follow(scheduler, config, show)
     finally:
         cluster.stop()
+        if folder.targets.exists():
+            write_targets(folder.targets, {}, folder.path.name)
     return _finish(folder, config, is_interrupted, show)
 
 

@@ -182,7 +182,7 @@ class Host:
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         directory = private_directory(job) if transport == "ipc" else None
         self._transport = ZmqTransport(f"slot{slot}", directory, bind_host)
-        self._metrics = Metrics({"slot": str(slot)})
+        self._metrics = Metrics({"slot": str(slot)}, declare="slot")
         self._metrics_address = self._metrics.serve(bind_host)
         mailbox = Mailbox(self._transport, slot, job)
         self._slot = Slot(mailbox, lambda body: TrainingJob(body, self._metrics))

@@ -52,7 +52,7 @@ class Scheduler:
         self._config = from_dict(RunConfig, config)
         self._plan = Plan.from_dict(plan)
         self._folder = RunFolder(Path(self._config.run_dir))
-        self._metrics = Metrics({"slot": "scheduler"})
+        self._metrics = Metrics({"slot": "scheduler"}, declare="scheduler")
         targets = metric_targets | {"scheduler": self._metrics.serve(bind_host)}
         write_targets(self._folder.targets, targets, self._folder.path.name)
         directory = private_directory(job) if transport == "ipc" else None

@@ -21,6 +21,7 @@ from sparseray.platform import checkpoint
 from sparseray.platform.config import OptimConfig, RunConfig, to_dict
 from sparseray.platform.journal import Journal
 from sparseray.platform.metrics import Metrics
+from sparseray.platform.metrics_training import StepMetrics
 from sparseray.platform.run_folder import RunFolder
 
 
@@ -104,6 +105,7 @@ class Trainer:
         self.layout, self.bytes_per_token = layout, bytes_per_token
         self.validation_batches = validation_batches
         self.on_record, self.should_stop = on_record, should_stop
+        self.step_metrics = StepMetrics(metrics, config)
         self.step = 0
         self.expected = self._expected_reports()
 
@@ -164,6 +166,7 @@ class Trainer:
         lr = learning_rate(step, self.config.optim, self.config.train.steps)
         norm = math.sqrt(math.fsum(reports.norms.values()))
         if not math.isfinite(norm):
+            self.step_metrics.refused()
             raise UserError(
                 f"the gradient norm of step {step} is {norm}: nothing was applied; "
                 f"lower optim.lr={self.config.optim.lr:g} and resume from the last checkpoint"
@@ -231,17 +234,7 @@ class Trainer:
         }
         self.folder.append(record)
         self.on_record(record)
-        phases = [reports.shards[shard]["seconds"] for shard in order]
-        for phase in phases[0]:
-            self.metrics.record("train_phase_seconds_total", max(p[phase] for p in phases), phase=phase)
-        values = {"step": self.step, "loss": loss, "aux_loss": aux, "grad_norm": norm, "learning_rate": lr}
-        for name, value in values.items():
-            self.metrics.record(f"train_{name}", value)
-        self.metrics.record("train_tokens_total", tokens)
-        self.metrics.record("train_step_seconds", seconds)
-        for layer, row in enumerate(counts):
-            self.metrics.record("moe_load_max_violation", float(load[layer]) - 1.0, layer=str(layer))
-            self.metrics.record("moe_dead_experts", int((row == 0).sum()), layer=str(layer))
+        self.step_metrics.step(record, [reports.shards[shard]["seconds"] for shard in order])
 
     def evaluate(self) -> None:
         """Measure the validation loss; it changes no state."""
@@ -263,7 +256,7 @@ class Trainer:
         self.folder.append_evaluation(record)
         self.on_record(record)
         self.metrics.record("eval_loss", loss)
-        self.metrics.record("eval_bits_per_byte", bits)
+        self.metrics.record("eval_bpb", bits)
 
     def save(self) -> None:
         """Write a checkpoint of the committed step; it counts once its folder has its final name."""
@@ -295,8 +288,7 @@ class Trainer:
         )
         checkpoint.prune(self.folder.checkpoints, self.config.train.keep_checkpoints)
         seconds = time.perf_counter() - started
-        self.metrics.record("checkpoint_save_seconds", seconds)
-        self.metrics.record("checkpoint_bytes", sum(files.values()))
+        self.step_metrics.checkpoint(seconds, sum(files.values()))
         self.on_record(
             {"step": self.step, "checkpoint": str(final), "digest": manifest["digest"], "seconds": seconds}
         )
