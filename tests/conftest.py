@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -33,3 +34,12 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_corpus(folder / "text")
     prepare([str(folder / "text")], folder / "data", vocab_size=300, validation_fraction=0.1)
     return folder / "data"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say loudly which outside programs were missing, for tests that need them are skipped."""
+    for program in ("prometheus", "chromium"):
+        if shutil.which(program) is None:
+            terminalreporter.write_line(
+                f"WARNING: no {program} here; the tests that need it WERE SKIPPED", red=True
+            )

@@ -19,7 +19,7 @@ from sparseray.actors.generation import GenerationRequest, TokenEvent
 from sparseray.actors.mailbox import Mailbox
 from sparseray.actors.messages import INGRESS, SCHEDULER
 from sparseray.errors import CheckpointError, ConfigError, IdentityError, SlotLostError, UserError
-from sparseray.jobs.generation_client import OverloadedError
+from sparseray.jobs.generation_client import ARRIVED_S, OverloadedError
 from sparseray.log import get_logger
 from sparseray.model.dse_layout import DSELayout
 from sparseray.platform import checkpoint
@@ -241,7 +241,7 @@ class RemoteClient:
         queue: asyncio.Queue[TokenEvent | Exception] = asyncio.Queue()
         self._queues[request.request_id] = (asyncio.get_running_loop(), queue)
         self._open[slot].add(request.request_id)
-        started = last = time.perf_counter()
+        started = last = ARRIVED_S.get() or time.perf_counter()
         is_first, reason = True, "cancelled"
         self._metrics.record("prompt_tokens_total", len(request.prompt_tokens))
         self._count_running()
