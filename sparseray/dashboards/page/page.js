@@ -53,6 +53,34 @@ function format(value, unit) {
   return plain(value) + suffix;
 }
 
+// Ticks of an axis: as many digits as tell them apart, and no word behind each.
+function ticks(values, unit) {
+  const factor = unit === "percentunit" ? 100 : 1, present = values.filter((value) => value !== null);
+  if (unit === "bytes" || (unit === "s" && Math.max(...present) >= 60)) return values.map((value) => (value === null ? "" : format(value, unit)));
+  const tail = unit === "percentunit" ? " %" : unit === "s" ? " s" : "";
+  const gap = Math.min(...present.slice(1).map((value, i) => Math.abs(value - present[i]))) * factor;
+  const digits = Math.max(0, Math.min(8, -Math.floor(Math.log10(gap || 1) + 1e-9)));
+  return values.map((value) => {
+    if (value === null) return "";
+    const size = Math.abs(value * factor);
+    return (size !== 0 && (size >= 1e6 || digits > 5) ? (value * factor).toExponential(Math.max(0, Math.min(6, Math.floor(Math.log10(size)) + digits))).replace("e+", "e") : (value * factor).toLocaleString("en", { minimumFractionDigits: digits, maximumFractionDigits: digits })) + tail;
+  });
+}
+
+function clock(values) {
+  const isShort = values.length > 1 && values[1] - values[0] < 60;
+  return values.map((value) => new Date(value * 1000).toLocaleTimeString("en-GB", { hour: "2-digit", minute: "2-digit", second: isShort ? "2-digit" : undefined }));
+}
+
+// As wide as the longest label.
+function axisSize(plot, values, index, cycle) {
+  const axis = plot.axes[index];
+  if (cycle > 1) return axis._size;
+  const longest = (values ?? []).reduce((a, b) => (b.length > a.length ? b : a), "");
+  plot.ctx.font = axis.font[0];
+  return Math.ceil(plot.ctx.measureText(longest).width / devicePixelRatio) + 18;
+}
+
 // --- panels -----------------------------------------------------------------------------------------------
 
 function label(target, metric, oneRun) {
@@ -148,7 +176,7 @@ function draw(card, panel, curves, span, marks) {
     cursor: { sync: { key: "sparseray" }, y: false, points: { size: 6 } },
     legend: { show: false },
     scales: { x: { time: true, min: span.start, max: span.end, range: () => [Number(span.start), Number(span.end)] }, y: isLog ? { distr: 3 } : { range } },
-    axes: [{ ...axis, space: 70 }, { ...axis, size: 64, values: (_, ticks) => ticks.map((v) => (v === null ? "" : format(v, unit))) }],
+    axes: [{ ...axis, space: 80, size: 30, values: (_, values) => clock(values) }, { ...axis, size: axisSize, values: (_, values) => (isLog ? values.map((v) => (v === null ? "" : plain(v))) : ticks(values, unit)) }],
     series: [{}, ...curves.map((curve, i) => ({
       label: curve.label, stroke: colours[i % colours.length], width: 1.6, spanGaps: true,
       points: { show: times.length < 3 }, fill: isStacked && i === 0 ? colours[0] + "55" : undefined,
@@ -161,7 +189,7 @@ function draw(card, panel, curves, span, marks) {
 }
 
 function nothing(panel, isAnswered) {
-  if (!isAnswered && state.info.kind === "records") return "Not in the run's records: it needs a Prometheus (python -m sparseray dashboards prometheus --out DIR)";
+  if (!isAnswered && state.info.kind === "records") return "Not in the run's records; a Prometheus shows it.";
   return "Nothing of this in the chosen time.";
 }
 
@@ -180,7 +208,7 @@ function show(card, panel, { curves, isAnswered }, span, marks) {
   place.replaceChildren();
   card.querySelector(".legend").replaceChildren();
   const hasValues = curves.some((curve) => [...curve.points.values()].some(Number.isFinite));
-  card.dataset.state = hasValues ? "drawn" : "empty";
+  card.dataset.state = hasValues ? "drawn" : isAnswered ? "empty" : "unrecorded";
   if (panel.type === "stat") {
     const unit = panel.fieldConfig.defaults.unit;
     for (const curve of curves.slice(0, 4)) {
@@ -262,6 +290,7 @@ async function refresh() {
       if (state.board === board) show($(`panel-${panel.id}`), panel, figures, span, marks);
     }));
     $("trouble").hidden = true;
+    $("hint").hidden = state.info.kind !== "records";
     $("source").textContent = `Figures ${state.info.what}. Drawn ${new Date().toLocaleTimeString()}.`;
     document.body.dataset.drawn = board.uid;
   } catch (error) {
