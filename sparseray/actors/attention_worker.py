@@ -19,7 +19,7 @@ from sparseray.kernels.dse.cpu import segment_sum_rows
 from sparseray.model.statistics import Noted, collect
 from sparseray.model.transformer import cross_entropy_sum
 
-# Of every so many steps the first shard notes statistics; they move slowly.
+# Of one in so many steps a worker's first shard notes statistics; they move slowly.
 SAMPLE_EVERY = 10
 
 
@@ -91,7 +91,7 @@ class AttentionWorker:
         fetched = self._fetch(step, loaded)
         for shard, batch, (values, rows) in zip(shards, loaded, fetched):
             self.begin(step, shard)
-            if shard == shards[0] and step % SAMPLE_EVERY == 1:
+            if shard == shards[0] and step % SAMPLE_EVERY == 0:
                 with collect() as self.noted:
                     result = self._run_shard(batch, values, rows)
             else:
