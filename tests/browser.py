@@ -19,8 +19,15 @@ def run(url: str, *arguments: str, size: tuple[int, int] = (1280, 1000)) -> str:
     """Open a page, let it draw, and return what Chromium prints."""
     assert CHROMIUM is not None
     with tempfile.TemporaryDirectory() as profile:
-        command = [CHROMIUM, *FLAGS.split(), f"--user-data-dir={profile}", f"--window-size={size[0]},{size[1]}"]
-        done = subprocess.run([*command, *arguments, url], capture_output=True, text=True, timeout=60, check=True)
+        command = [
+            CHROMIUM,
+            *FLAGS.split(),
+            f"--user-data-dir={profile}",
+            f"--window-size={size[0]},{size[1]}",
+        ]
+        done = subprocess.run(
+            [*command, *arguments, url], capture_output=True, text=True, timeout=60, check=True
+        )
     return done.stdout
 
 

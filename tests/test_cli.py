@@ -10,7 +10,7 @@ from background import ROOT, sparseray
 
 from sparseray import __version__
 from sparseray.__main__ import COMMANDS, main
-from sparseray.jobs import data, demo, pretrain, serve, submit
+from sparseray.jobs import dashboard, dashboards, data, demo, pretrain, serve, submit
 
 HELPS = [[name] for name in COMMANDS] + [["data", "prepare"]]
 
@@ -69,6 +69,10 @@ def test_the_help_of_a_command_has_an_example_of_it_that_parses(
     # What a command does after its options have been read is replaced; reading them is what is tested.
     for module, name in ((pretrain, "run"), (serve, "run"), (submit, "submit"), (demo, "demo")):
         monkeypatch.setattr(module, name, note(module.__name__))
+    for name in ("serve", "source_of"):
+        monkeypatch.setattr(dashboard, name, note(dashboard.__name__))
+    for name in ("write_prometheus", "install", "generate"):
+        monkeypatch.setattr(dashboards, name, note(dashboards.__name__))
     monkeypatch.setattr(data, "prepare", note(data.__name__))
     monkeypatch.setattr(data, "_report", note("report"))
     monkeypatch.chdir(ROOT)

@@ -77,7 +77,9 @@ def test_the_rules_fire_when_they_should_and_only_then(tmp_path: Path) -> None:
     rules = ROOT / "sparseray" / "dashboards" / "sparseray.rules.yml"
     text = (ROOT / "tests" / "rules.test.yml").read_text()
     (tmp_path / "test.yml").write_text(text.replace("RULES", str(rules)))
-    done = subprocess.run([PROMTOOL, "test", "rules", "test.yml"], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [PROMTOOL, "test", "rules", "test.yml"], cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert all(f"Sparseray{alert.name}\n" in text or f"Sparseray{alert.name}," in text for alert in ALERTS)
 
@@ -120,7 +122,7 @@ def test_prometheus_is_set_up_for_live_runs_for_given_runs_and_for_ray_with_its_
     assert files == [str(run_dir / "prometheus_targets.json")]
 
 
-class ray_head:  # noqa: N801
+class ray_head:
     """Answers as the dashboard of a Ray head does: 401 without its token, a list of targets with it."""
 
     def __init__(self, token: str) -> None:
@@ -151,7 +153,9 @@ def test_dashboards_are_installed_where_grafana_reads(
     own = tmp_path / "grafana"
     (own / "provisioning").mkdir(parents=True)
     assert main(["install", "--grafana", str(own)]) == 0
-    provider = yaml.safe_load((own / "provisioning" / "dashboards" / "sparseray.yml").read_text())["providers"]
+    provider = yaml.safe_load((own / "provisioning" / "dashboards" / "sparseray.yml").read_text())[
+        "providers"
+    ]
     assert len(list(Path(provider[0]["options"]["path"]).glob("*.json"))) == len(DASHBOARDS)
     source = yaml.safe_load((own / "provisioning" / "datasources" / "sparseray.yml").read_text())
     assert source["datasources"][0]["url"] == "http://127.0.0.1:9090"
@@ -161,9 +165,15 @@ def test_dashboards_are_installed_where_grafana_reads(
     for name in ("dashboards", "datasources"):
         (ray / "provisioning" / name).mkdir(parents=True)
     path = ray / "dashboards"
-    content = {"apiVersion": 1, "providers": [{"name": "Ray", "type": "file", "options": {"path": str(path)}}]}
+    content = {
+        "apiVersion": 1,
+        "providers": [{"name": "Ray", "type": "file", "options": {"path": str(path)}}],
+    }
     (ray / "provisioning" / "dashboards" / "default.yml").write_text(yaml.safe_dump(content))
-    sources = {"apiVersion": 1, "datasources": [{"name": "Prometheus", "type": "prometheus", "url": "http://x"}]}
+    sources = {
+        "apiVersion": 1,
+        "datasources": [{"name": "Prometheus", "type": "prometheus", "url": "http://x"}],
+    }
     (ray / "provisioning" / "datasources" / "default.yml").write_text(yaml.safe_dump(sources))
     path.mkdir()
     (path / "sparseray-training.json").write_text("{}")
@@ -212,7 +222,12 @@ def test_mistakes_are_told_in_one_sentence_with_their_cure(
         (main, ["install", "--grafana", str(tmp_path)], "has no folder provisioning/", "/etc/grafana"),
         (main, ["prometheus", "--out", str(run_dir / "config.yaml")], "cannot be written", "folder of yours"),
         (main, ["prometheus", "--out", str(tmp_path), "--run", str(tmp_path)], "no config.yaml", "run_dir"),
-        (main, ["prometheus", "--out", str(tmp_path), "--ray", nobody], "gives no list of targets", "Ray head"),
+        (
+            main,
+            ["prometheus", "--out", str(tmp_path), "--ray", nobody],
+            "gives no list of targets",
+            "Ray head",
+        ),
     )
     for command, arguments, what, cure in cases:
         assert command(arguments) == 2, arguments
@@ -240,7 +255,9 @@ def test_the_page_answers_only_its_own_questions_on_its_own_name(page: str, run_
 def test_the_page_loads_nothing_from_elsewhere() -> None:
     for path in (ROOT / "sparseray" / "dashboards" / "page").iterdir():
         text = path.read_text()
-        assert "http://" not in text and "https://" not in text.replace("https://github.com/leeoniya/uPlot", "")
+        assert "http://" not in text and "https://" not in text.replace(
+            "https://github.com/leeoniya/uPlot", ""
+        )
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason=NO_CHROMIUM)

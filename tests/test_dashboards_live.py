@@ -19,6 +19,7 @@ import httpx
 import psutil
 import pytest
 from background import Background, end_leftovers, environment, free_ports
+from browser import CHROMIUM, NO_CHROMIUM, cards, document
 from local_cluster import tiny_run, train
 from watching import MISSING, PROMETHEUS, Prometheus, lint
 
@@ -28,7 +29,9 @@ from sparseray.dashboards.rules import ALERTS, RECORDS
 from sparseray.dashboards.serving import SERVING
 from sparseray.dashboards.sparse import SPARSE
 from sparseray.dashboards.training import TRAINING
+from sparseray.jobs.dashboard import PrometheusSource, create_app
 from sparseray.jobs.dashboards import names_in, read_dashboards, write_prometheus
+from sparseray.jobs.http_server import HttpServer
 from sparseray.platform.config import save_yaml
 from sparseray.platform.metrics_registry import PREFIX, REGISTRY
 
@@ -144,6 +147,16 @@ def test_every_panel_shows_data(live: Live, board: Dashboard) -> None:
 def test_the_committed_json_asks_what_was_checked(live: Live) -> None:
     asked = [t["expr"] for b in read_dashboards() for p in b["panels"] for t in p.get("targets", [])]
     assert sorted(asked) == sorted(q.expr for b in BOARDS for p in b.panels for q in p.queries)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason=NO_CHROMIUM)
+def test_a_browser_draws_every_panel_of_the_page(live: Live) -> None:
+    with HttpServer(create_app(PrometheusSource(live.prometheus.url), read_dashboards())) as server:
+        for board in BOARDS:
+            shown = cards(document(f"{server.url}/?range=300#{board.uid}"))
+            assert set(shown) == {panel.title for panel in board.panels}
+            wanted = {panel.title for panel in board.panels if panel.when != "fault" and recorded(panel)}
+            assert {title for title in wanted if shown[title] != "drawn"} == set()
 
 
 def test_every_rule_is_healthy_and_has_something_to_judge(live: Live) -> None:

@@ -60,7 +60,9 @@ def test_promtool_finds_nothing_in_all_that_a_process_can_export(source: Source)
         if metric.source == source:
             metrics.record(name, 1.0, **dict.fromkeys(metric.labels, "1"))
     text = metrics.exposition()
-    assert all(f"# TYPE {PREFIX}{name}".encode() in text for name, m in REGISTRY.items() if m.source == source)
+    assert all(
+        f"# TYPE {PREFIX}{name}".encode() in text for name, m in REGISTRY.items() if m.source == source
+    )
     assert lint(text) == ""
 
 

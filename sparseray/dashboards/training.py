@@ -127,7 +127,7 @@ _SPEED = (
 _CHECKPOINTS = (
     Panel(
         title="Time that training waited for checkpoints",
-        meaning="Mean of the newest checkpoints, and the share of all time that went there.",
+        meaning="Mean over all checkpoints since the scheduler started. Nothing is trained meanwhile.",
         unit="s",
         queries=one(
             f"max by (run) ({series('checkpoint_save_seconds_sum')}) / max by (run) ({series('checkpoint_save_seconds_count')})"

@@ -166,7 +166,7 @@ class PrometheusSource:
     ) -> list[dict[str, Any]] | None:
         """Answer an expression, with Grafana's variables filled in."""
         chosen = re.escape(run).replace("\\", "\\\\").replace('"', '\\"') if run else ".*"
-        expr = expr.replace("$__rate_interval", f"{math.ceil(max(4.0, 2 * step))}s").replace("$run", chosen)
+        expr = expr.replace("$__rate_interval", f"{math.ceil(max(15.0, 2 * step))}s").replace("$run", chosen)
         result = self._get("query_range", query=expr, start=str(start), end=str(end), step=str(step))[
             "result"
         ]

@@ -59,13 +59,18 @@ function ticks(values, unit) {
   if (unit === "bytes" || (unit === "s" && Math.max(...present) >= 60)) return values.map((value) => (value === null ? "" : format(value, unit)));
   const tail = unit === "percentunit" ? " %" : unit === "s" ? " s" : "";
   const gap = Math.min(...present.slice(1).map((value, i) => Math.abs(value - present[i]))) * factor;
-  const digits = Math.max(0, Math.min(8, -Math.floor(Math.log10(gap || 1) + 1e-9)));
+  let digits = 0;
+  while (digits < 8 && Math.abs(gap * 10 ** digits - Math.round(gap * 10 ** digits)) > 1e-6 * 10 ** digits * gap) digits += 1;
   return values.map((value) => {
     if (value === null) return "";
     const size = Math.abs(value * factor);
     return (size !== 0 && (size >= 1e6 || digits > 5) ? (value * factor).toExponential(Math.max(0, Math.min(6, Math.floor(Math.log10(size)) + digits))).replace("e+", "e") : (value * factor).toLocaleString("en", { minimumFractionDigits: digits, maximumFractionDigits: digits })) + tail;
   });
 }
+
+// Distances of ticks that people read well.
+const POWERS = Array.from({ length: 50 }, (_, i) => 2 ** i);
+const SECONDS = [...[-6, -5, -4, -3, -2, -1].flatMap((e) => [1, 2, 5].map((m) => m * 10 ** e)), 1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 1800, 3600, 7200, 21600, 86400];
 
 function clock(values) {
   const isShort = values.length > 1 && values[1] - values[0] < 60;
@@ -75,7 +80,7 @@ function clock(values) {
 // As wide as the longest label.
 function axisSize(plot, values, index, cycle) {
   const axis = plot.axes[index];
-  if (cycle > 1) return axis._size;
+  if (cycle > 2) return axis._size;
   const longest = (values ?? []).reduce((a, b) => (b.length > a.length ? b : a), "");
   plot.ctx.font = axis.font[0];
   return Math.ceil(plot.ctx.measureText(longest).width / devicePixelRatio) + 18;
@@ -99,11 +104,14 @@ async function load(panel, span) {
     isAnswered = true;
     for (const series of result) found.push({ target, ...series });
   }
-  const oneRun = new Set(found.map((series) => series.metric.run)).size <= 1;
-  const curves = found.map((series) => ({
+  const curvesOf = found.filter((series) => series.values.some(([, value]) => Number.isFinite(Number(value))));
+  const oneRun = new Set(curvesOf.map((series) => series.metric.run)).size <= 1;
+  const curves = curvesOf.map((series) => ({
     label: label(series.target, series.metric, oneRun),
     points: new Map(series.values.map(([time, value]) => [time, Number(value)])),
+    order: panel.targets.indexOf(series.target),
   }));
+  curves.sort((a, b) => a.order - b.order || a.label.localeCompare(b.label, "en", { numeric: true }));
   return { curves, isAnswered };
 }
 
@@ -116,9 +124,10 @@ function table(curves) {
   return { times, rows };
 }
 
+// Sums from below; a curve that adds nothing is left out, or its line would cover the one below it.
 function stacked(rows) {
   const sums = new Array(rows.length ? rows[0].length : 0).fill(0);
-  return rows.map((row) => row.map((value, i) => (sums[i] += value ?? 0)));
+  return rows.map((row) => (row.some((value) => value) ? row.map((value, i) => (sums[i] += value ?? 0)) : row.map(() => null)));
 }
 
 function drawMarks(plot, marks, colour) {
@@ -139,6 +148,11 @@ function drawMarks(plot, marks, colour) {
     context.fillText(mark.text, x + 3 * devicePixelRatio, plot.bbox.top + 11 * devicePixelRatio);
   }
   context.restore();
+}
+
+function bands(shown, colours) {
+  const present = shown.flatMap((row, i) => (row.some((value) => value !== null) ? [i] : []));
+  return present.slice(1).map((upper, i) => ({ series: [upper + 1, present[i] + 1], fill: colours[upper % colours.length] + "55" }));
 }
 
 function draw(card, panel, curves, span, marks) {
@@ -166,7 +180,7 @@ function draw(card, panel, curves, span, marks) {
   const axis = { stroke: soft, grid: { stroke: line, width: 1 }, ticks: { stroke: line, width: 1 } };
   const top = panel.fieldConfig.defaults.max;
   const range = (_, low, high) => {
-    if (low === null) return [0, 1];
+    if (low === null || (low === 0 && high === 0)) return [0, 1];
     if (top !== undefined && top !== null) return [0, top];
     const pad = (high - low) * 0.08 || Math.abs(high) * 0.1 || 1;
     return [low >= 0 && (isStacked || low < high * 0.5) ? 0 : low - pad, high + pad];
@@ -176,12 +190,12 @@ function draw(card, panel, curves, span, marks) {
     cursor: { sync: { key: "sparseray" }, y: false, points: { size: 6 } },
     legend: { show: false },
     scales: { x: { time: true, min: span.start, max: span.end, range: () => [Number(span.start), Number(span.end)] }, y: isLog ? { distr: 3 } : { range } },
-    axes: [{ ...axis, space: 80, size: 30, values: (_, values) => clock(values) }, { ...axis, size: axisSize, values: (_, values) => (isLog ? values.map((v) => (v === null ? "" : plain(v))) : ticks(values, unit)) }],
+    axes: [{ ...axis, space: 80, size: 30, values: (_, values) => clock(values) }, { ...axis, size: axisSize, incrs: unit === "bytes" ? POWERS : unit === "s" ? SECONDS : undefined, values: (_, values) => (isLog ? values.map((v) => (v === null ? "" : plain(v))) : ticks(values, unit)) }],
     series: [{}, ...curves.map((curve, i) => ({
       label: curve.label, stroke: colours[i % colours.length], width: 1.6, spanGaps: true,
-      points: { show: times.length < 3 }, fill: isStacked && i === 0 ? colours[0] + "55" : undefined,
+      points: { show: times.length < 3 }, fill: isStacked && i === shown.findIndex((row) => row[0] !== null) ? colours[i % colours.length] + "55" : undefined,
     }))],
-    bands: isStacked ? curves.slice(1).map((_, i) => ({ series: [i + 2, i + 1], fill: colours[(i + 1) % colours.length] + "55" })) : [],
+    bands: isStacked ? bands(shown, colours) : [],
     hooks: { draw: [(self) => drawMarks(self, marks, alarm)], setCursor: [(self) => tell(self.cursor.idx)] },
   }, [times, ...shown], place);
   tell(null);
@@ -273,8 +287,8 @@ function spanNow() {
   if (end - start < 10) start = end - 10;
   const step = Math.max(1, Math.ceil((end - start) / POINTS));
   // Whole steps, so that the same points are asked for again and curves do not tremble.
-  const aligned = Math.ceil(end / step) * step;
-  return { start: String(Math.floor(start / step) * step), end: String(aligned), step: String(step) };
+  const aligned = Math.floor(end / step) * step;
+  return { start: String(Math.floor(start / step) * step), end: String(state.whole ? aligned + step : aligned), step: String(step) };
 }
 
 async function refresh() {
@@ -339,6 +353,8 @@ async function start() {
   for (const [name, seconds] of Object.entries(RANGES)) $("range").append(new Option(name, seconds));
   if (state.info.span) $("range").prepend(new Option("whole run", "whole"));
   state.whole = Boolean(state.info.span);
+  const askedRange = Number(new URLSearchParams(location.search).get("range"));
+  if (Object.values(RANGES).includes(askedRange)) [state.range, state.whole] = [askedRange, false];
   $("range").value = state.whole ? "whole" : String(state.range);
   $("range").onchange = (event) => {
     state.whole = event.target.value === "whole";
