@@ -104,7 +104,8 @@ def test_prometheus_is_set_up_for_live_runs_for_given_runs_and_for_ray_with_its_
         assert ray["http_sd_configs"] == [
             {
                 "url": f"{address}/api/prometheus/sd",
-                "authorization": {"credentials_file": str(tmp_path / "token")},
+                "refresh_interval": "5s",
+                "authorization": {"type": "Bearer", "credentials_file": str(tmp_path / "token")},
             }
         ]
         if PROMTOOL is not None:

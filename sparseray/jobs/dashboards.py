@@ -142,9 +142,10 @@ def _ray_job(ray: str, out: Path) -> dict[str, Any]:
         raise ClusterError(
             f"--ray {ray} gives no list of targets ({error}); give the address of a Ray head's dashboard"
         ) from None
-    discovery: dict[str, Any] = {"url": url}
+    discovery: dict[str, Any] = {"url": url, "refresh_interval": "5s"}
     if file:
-        discovery["authorization"] = {"credentials_file": file}
+        # Without its type, Prometheus 2.42 sends the bare token to a discovery address, and Ray refuses it.
+        discovery["authorization"] = {"type": "Bearer", "credentials_file": file}
     return {"job_name": "ray", "http_sd_configs": [discovery]}
 
 
