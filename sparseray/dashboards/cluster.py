@@ -62,7 +62,7 @@ _CHANGES = (
         title="Pause of a resize",
         meaning="Mean time that training stood still for a resize.",
         unit="s",
-        when="fault",
+        when="resize",
         queries=one(mean("elastic_resize_pause_seconds", window="1h")),
     ),
     Panel(

@@ -40,8 +40,8 @@ class Panel:
         stack: curves on top of each other.
         log: logarithmic axis.
         top: end of the axis, if it is known.
-        when: "always", "fault" (rightly without values until something was lost or failed), or "asked" (only
-            with metrics.per_expert).
+        when: "always", or rightly without values until something was lost ("fault"), a resize was asked for
+            ("resize"), or metrics.per_expert was set ("asked").
     """
 
     title: str
@@ -52,7 +52,7 @@ class Panel:
     stack: bool = False
     log: bool = False
     top: float | None = None
-    when: Literal["always", "fault", "asked"] = "always"
+    when: Literal["always", "fault", "resize", "asked"] = "always"
 
 
 @dataclass(frozen=True, kw_only=True)
