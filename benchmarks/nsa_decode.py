@@ -26,7 +26,7 @@ def _cache(batch: int, tokens: int) -> tuple[tuple[Tensor, Tensor], Tensor]:
     return (pair[0], pair[1]), table
 
 
-def _nsa_step(batch: int, context: int) -> Callable[[], object]:
+def nsa_step(batch: int, context: int) -> Callable[[], object]:
     cmp_cache, cmp_table = _cache(batch, num_compressed(context, 32, 16))
     slc_cache, slc_table = _cache(batch, context)
     workspace = DecodeWorkspace.create(batch, 1, HEADS, NUM_KV, DIM, context, device="cuda", **SIZES)
@@ -53,6 +53,8 @@ def _full_step(batch: int, context: int, backend: SDPBackend) -> Callable[[], ob
 
 def graph_us(steps: list[Callable[[], object]]) -> float:
     """Median microseconds of one step, all steps captured in one graph."""
+    # The inputs were made on another stream; a page table that is not written yet sends reads anywhere.
+    torch.cuda.synchronize()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for step in steps:
@@ -85,7 +87,7 @@ def decode_rows(
     tokens = num_compressed(context, 32, 16) + 16 * 64 + 512
     for batch in batches:
         layers = 1 if compile_only else max(2, 16 // batch)
-        steps = [_nsa_step(batch, context) for _ in range(layers)]
+        steps = [nsa_step(batch, context) for _ in range(layers)]
         if compile_only:
             steps[0]()
             torch.cuda.synchronize()

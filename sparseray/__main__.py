@@ -9,7 +9,11 @@ COMMANDS = {
         "train a tiny model with several actors, serve it, ask it: the whole story",
     ),
     "data": ("sparseray.jobs.data", "turn text or code into token shards"),
+    "plan": ("sparseray.jobs.plan", "show who would hold what in a run; starts nothing"),
     "pretrain": ("sparseray.jobs.pretrain", "train a model on Ray actors"),
+    "scale": ("sparseray.jobs.scale", "change how many actors play a role in a running job"),
+    "status": ("sparseray.jobs.status", "plan, roles, replicas and last events of a running job"),
+    "top": ("sparseray.jobs.top", "watch a running job: speed, loss, load of every slot, events"),
     "serve": ("sparseray.jobs.serve", "answer over HTTP, OpenAI-compatible"),
     "dashboard": (
         "sparseray.jobs.dashboard",

@@ -4,6 +4,8 @@ Each message says what is wrong, where, the value, and what to do. The command l
 a `UserError` into one line on stderr and exit code 2; anything else is a defect of ours.
 """
 
+from typing import Any
+
 
 class UserError(Exception):
     """A mistake in what the user gave; the message names the place and the cure."""
@@ -35,3 +37,27 @@ class RunFailedError(RuntimeError):
 
 class SlotLostError(RuntimeError):
     """A slot did not answer within its deadline, or its process is gone."""
+
+
+class SupersededError(Exception):
+    """A newer plan came while a slot waited for replies of an older one; args[0] is its message."""
+
+
+class SlotsLostError(RuntimeError):
+    """Slots of the running plan are gone; `losses` says which, why, and when it was noticed."""
+
+    def __init__(self, losses: list[Any]) -> None:
+        super().__init__("; ".join(f"slot {loss.slot}: {loss.cause}" for loss in losses))
+        self.losses = losses
+
+
+class StateLostError(UserError):
+    """Every replica of some state is gone; the message names it and the checkpoint to resume from."""
+
+
+class FencedError(RuntimeError):
+    """Another scheduler has taken over this run's journal; this one must not act any more."""
+
+
+class SchedulerLostError(RuntimeError):
+    """The scheduler does not answer; Ray may be restarting it."""

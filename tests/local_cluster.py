@@ -1,27 +1,47 @@
-"""A training run as threads of one process: real mailboxes, ZeroMQ, slots and scheduler loop, no Ray."""
+"""A training run as threads of one process: real mailboxes, ZeroMQ, slots and scheduler loop, no Ray.
 
+Slots can be killed, hung and added, and messages dropped, repeated, delayed and reordered, at a
+chosen message of a chosen step or at random from a seed.
+"""
+
+import random
 import shutil
 import tempfile
 import threading
+import time
 import uuid
 import warnings
-from dataclasses import dataclass, replace
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import msgpack
 import torch
 
 from sparseray.actors.mailbox import Mailbox
 from sparseray.actors.messages import SCHEDULER
 from sparseray.actors.slot import Slot
-from sparseray.jobs.pretrain import build_layout, check_data, placement, resolve, slots_of
+from sparseray.jobs.pretrain import build_layout, check_data, resolve, slots_of, what_to_place
 from sparseray.model.config import DSEConfig, ModelConfig, MoEConfig, NSAConfig
+from sparseray.model.counts import count_parameters
 from sparseray.platform import checkpoint
-from sparseray.platform.config import ClusterConfig, DataConfig, OptimConfig, RunConfig, TrainConfig
+from sparseray.platform.config import (
+    ClusterConfig,
+    DataConfig,
+    OptimConfig,
+    RunConfig,
+    TrainConfig,
+    to_dict,
+)
+from sparseray.platform.elastic import Elastic
+from sparseray.platform.fleet import Control, Loss, Member
 from sparseray.platform.host import TrainingJob
 from sparseray.platform.journal import Journal
+from sparseray.platform.ledger import Ledger
 from sparseray.platform.metrics import Metrics
-from sparseray.platform.plan import make_plan
+from sparseray.platform.plan import piece_bytes
 from sparseray.platform.run_folder import RunFolder
 from sparseray.platform.training import Trainer, validation_batch_count
 from sparseray.platform.transport import ZmqTransport
@@ -57,7 +77,7 @@ def tiny_run(data: Path, *, steps: int = 30, **cluster: Any) -> RunConfig:
             eval_every=0,
             eval_batches=2,
         ),
-        cluster=ClusterConfig(deadline_s=20.0, **cluster),
+        cluster=ClusterConfig(**{"deadline_s": 20.0, **cluster}),
     )
 
 
@@ -75,6 +95,205 @@ class Trained:
         """Loss, balance loss and gradient norm of every step, to be compared to the bit."""
         return [(r["loss"], r["aux_loss"], r["grad_norm"]) for r in self.records]
 
+    @property
+    def events(self) -> list[str]:
+        """Kinds of the run's events, in order."""
+        return [event["kind"] for event in self.folder.event_lines()]
+
+
+class Killed(BaseException):
+    """Ends a slot's thread where it stands, as SIGKILL ends a process."""
+
+
+@dataclass(frozen=True)
+class Sent:
+    """A message on its way: who sends it to whom, its kind and step."""
+
+    source: int
+    to: int
+    kind: str
+    step: int
+
+
+@dataclass
+class Faults:
+    """What goes wrong.
+
+    Args:
+        on_send: called before every message; it may kill or hang slots.
+        drop, repeat, delay: chance of each for a message between slots, from a stream of `seed`.
+        seed: of the chances.
+    """
+
+    on_send: Callable[[Sent, "LocalFleet"], None] = lambda sent, fleet: None
+    drop: float = 0.0
+    repeat: float = 0.0
+    delay: float = 0.0
+    seed: int = 0
+
+
+class FaultyTransport:
+    """A `Transport` of a slot that can be killed or hung, and that treats messages badly."""
+
+    def __init__(self, inner: ZmqTransport, slot: int, faults: Faults, fleet: "LocalFleet") -> None:
+        self._inner, self._slot, self._faults, self._fleet = inner, slot, faults, fleet
+        self._random = random.Random(f"{faults.seed}:{slot}")
+        self._late: deque[tuple[int, int, list[Any]]] = deque()
+        self._count = 0
+        self.address = inner.address
+        self.killed, self.hung = threading.Event(), threading.Event()
+
+    def _live(self) -> None:
+        while self.hung.is_set() and not self.killed.is_set():
+            time.sleep(0.005)
+        if self.killed.is_set():
+            raise Killed
+
+    def connect(self, peers: dict[int, str]) -> None:
+        self._live()
+        self._inner.connect(peers)
+
+    def send(self, slot: int, frames: Sequence[Any]) -> None:
+        self._live()
+        header = msgpack.unpackb(frames[0], strict_map_key=False)
+        sent = Sent(self._slot, slot, header[1], header[5])
+        self._faults.on_send(sent, self._fleet)
+        self._live()
+        self._count += 1
+        frames = [bytes(frame) for frame in frames]
+        chance = self._random.random()
+        if chance < self._faults.drop:
+            return
+        if self._random.random() < self._faults.delay:
+            # Kept back until some later messages have overtaken it.
+            self._late.append((self._count + self._random.randint(1, 4), slot, frames))
+        else:
+            self._inner.send(slot, frames)
+            if self._random.random() < self._faults.repeat:
+                self._late.append((self._count + self._random.randint(0, 6), slot, frames))
+        self._flush(everything=False)
+
+    def _flush(self, *, everything: bool) -> None:
+        for due, slot, frames in list(self._late):
+            if everything or due <= self._count:
+                self._late.remove((due, slot, frames))
+                self._inner.send(slot, frames)
+
+    def receive(self, timeout_s: float) -> list[Any] | None:
+        deadline = time.monotonic() + timeout_s
+        while True:
+            self._live()
+            found = self._inner.receive(min(0.02, max(0.0, deadline - time.monotonic())))
+            if found is not None:
+                return found
+            # Nothing else to do: what was kept back goes out now, so that nobody waits for it forever.
+            self._flush(everything=True)
+            if time.monotonic() >= deadline:
+                return None
+
+    def close(self) -> None:
+        self._inner.close()
+
+
+@dataclass
+class LocalFleet:
+    """`Fleet` of threads.
+
+    Args:
+        job: identifier of the job.
+        sockets: folder for Unix sockets, None for TCP.
+        faults: what goes wrong.
+        most: slots that may live at once.
+    """
+
+    job: str
+    sockets: Path | None
+    faults: Faults
+    most: int = 12
+    nodes: dict[int, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._lock = threading.Lock()
+        self._members: dict[int, Member] = {}
+        self._losses: list[Loss] = []
+        self.transports: dict[int, FaultyTransport] = {}
+        self.slots: dict[int, Slot] = {}
+        self.threads: dict[int, threading.Thread] = {}
+        self.used = 0
+
+    def members(self) -> dict[int, Member]:
+        with self._lock:
+            return dict(self._members)
+
+    def starting(self) -> int:
+        return 0
+
+    def room(self) -> int:
+        return self.most - len(self.members())
+
+    def losses(self) -> list[Loss]:
+        with self._lock:
+            taken, self._losses = self._losses, []
+        return taken
+
+    def start(self, count: int) -> None:
+        for _ in range(count):
+            slot, self.used = self.used, self.used + 1
+            inner = ZmqTransport(f"slot{slot}", self.sockets)
+            transport = self.transports[slot] = FaultyTransport(inner, slot, self.faults, self)
+            self.slots[slot] = Slot(Mailbox(transport, slot, self.job), lambda b: TrainingJob(b, Metrics({})))
+            self.threads[slot] = threading.Thread(target=self._serve, args=(slot,), name=f"slot-{slot}")
+            self.threads[slot].start()
+            with self._lock:
+                node = self.nodes.get(slot, "")
+                self._members[slot] = Member(slot=slot, address=transport.address, node=node)
+
+    def _serve(self, slot: int) -> None:
+        torch.set_num_threads(1)
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        try:
+            self.slots[slot].serve_forever()
+        except Killed:
+            self.transports[slot].close()
+
+    def retire(self, slot: int) -> None:
+        with self._lock:
+            self._members.pop(slot, None)
+        self.transports[slot].killed.set()
+
+    def give_up(self, slot: int, cause: str) -> None:
+        self._lose(slot, cause)
+
+    def _lose(self, slot: int, cause: str) -> None:
+        with self._lock:
+            if self._members.pop(slot, None) is None:
+                return
+            self._losses.append(Loss(slot=slot, cause=cause, noticed=time.monotonic()))
+        self.transports[slot].killed.set()
+
+    def kill(self, slot: int) -> None:
+        """SIGKILL: the thread ends at its next word, and the fleet knows."""
+        self.transports[slot].killed.set()
+        self._lose(slot, "killed")
+
+    def partition(self, slot: int) -> None:
+        """Count a slot as lost while it lives on, speechless, until `heal`."""
+        self.transports[slot].hung.set()
+        with self._lock:
+            self._members.pop(slot, None)
+            self._losses.append(Loss(slot=slot, cause="no sign of life", noticed=time.monotonic()))
+
+    def heal(self, slot: int) -> None:
+        """Let a slot that was counted as lost speak again."""
+        self.transports[slot].hung.clear()
+
+    def stop(self) -> None:
+        for transport in self.transports.values():
+            transport.killed.set()
+        for thread in self.threads.values():
+            thread.join(10.0)
+        assert not any(thread.is_alive() for thread in self.threads.values()), "a slot did not stop"
+
 
 def train(
     run_dir: Path,
@@ -82,6 +301,9 @@ def train(
     *,
     tcp: bool = False,
     stop_after: int = 1 << 30,
+    faults: Faults | None = None,
+    at_step: Callable[[int, Trainer, LocalFleet], None] = lambda step, trainer, fleet: None,
+    nodes: dict[int, str] | None = None,
 ) -> Trained:
     """Train `config` in `run_dir` with every slot as a thread; resumes what the folder holds.
 
@@ -90,6 +312,9 @@ def train(
         config: of `tiny_run`.
         tcp: TCP on loopback instead of Unix sockets.
         stop_after: step after which to stop as Ctrl-C does, the schedule being that of the whole run.
+        faults: what goes wrong.
+        at_step: called after every committed step.
+        nodes: of the slots, by id.
     """
     data = check_data(config)
     config = replace(resolve(config, data["train"]), run_dir=str(run_dir))
@@ -97,46 +322,61 @@ def train(
     folder = RunFolder(run_dir)
     folder.check(config)
     folder.open(config, layout, Path(config.data.path) / "tokenizer.json")
-    job, count = uuid.uuid4().hex, slots_of(config)
     sockets = None if tcp else Path(tempfile.mkdtemp(prefix="sr"))
-    transports = {slot: ZmqTransport(f"slot{slot}", sockets) for slot in (*range(count), SCHEDULER)}
-    threads = [
-        threading.Thread(target=_serve, args=(Mailbox(transports[slot], slot, job),), name=f"slot-{slot}")
-        for slot in range(count)
-    ]
-    mailbox, seen = Mailbox(transports[SCHEDULER], SCHEDULER, job), []
-    journal = Journal(folder.journal)
-    plan = make_plan(**placement(config, {slot: transports[slot].address for slot in range(count)}))
+    fleet = LocalFleet(uuid.uuid4().hex, sockets, faults or Faults(), nodes=nodes or {})
+    transport = FaultyTransport(ZmqTransport("scheduler", sockets), SCHEDULER, fleet.faults, fleet)
+    control = Control(Mailbox(transport, SCHEDULER, fleet.job), fleet, config.cluster.deadline_s)
+    journal, metrics, seen = Journal(folder.journal), Metrics({}), []
+    journal.lead()
+    ledger = Ledger(metrics)
+    rows = [] if layout is None else [layout.num_rows(layer) for layer in config.model.dse.layers]
+    elastic = Elastic(
+        config,
+        control,
+        journal,
+        folder,
+        metrics,
+        ledger,
+        placement=what_to_place(config),
+        size=piece_bytes(config.model, rows, count_parameters(config.model)["dense"]),
+        install={
+            "config": to_dict(config),
+            "layout": "" if layout is None else str(folder.identity),
+            "layout_sha256": folder.layout_sha256(),
+        },
+        on_event=lambda event: None,
+    )
+
+    def note(record: dict[str, Any]) -> None:
+        seen.append(record)
+        if "loss" in record:
+            at_step(record["step"], trainer, fleet)
+
     windows = data["validation"].num_windows(config.train.seq_len)
     trainer = Trainer(
         config,
-        plan,
-        mailbox,
+        control,
+        elastic,
         journal,
         folder,
-        Metrics({}),
-        layout="" if layout is None else str(folder.identity),
+        metrics,
+        ledger,
         bytes_per_token=data["validation"].bytes_per_token,
         validation_batches=validation_batch_count(windows, config),
-        on_record=seen.append,
+        on_record=note,
         should_stop=lambda: trainer.step >= stop_after,
     )
-    for thread in threads:
-        thread.start()
     try:
+        fleet.start(slots_of(config) + config.cluster.standby)
+        trainer.start()
         trainer.run()
+        elastic.finish(trainer.step)
     finally:
-        mailbox.transport.connect(plan.addresses)
-        for slot in plan.addresses:
-            mailbox.post(slot, "stop")
-        for thread in threads:
-            thread.join(10.0)
+        fleet.stop()
         journal.close()
-        for transport in transports.values():
-            transport.close()
+        transport.close()
         if sockets is not None:
             shutil.rmtree(sockets)
-    assert not any(thread.is_alive() for thread in threads), "a slot did not stop"
     newest = folder.newest_checkpoint()
     return Trained(
         records=folder.records(),
@@ -144,9 +384,3 @@ def train(
         evaluations=[record["eval_loss"] for record in seen if "eval_loss" in record],
         folder=folder,
     )
-
-
-def _serve(mailbox: Mailbox) -> None:
-    torch.set_num_threads(1)
-    warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-    Slot(mailbox, lambda body: TrainingJob(body, Metrics({}))).serve_forever()

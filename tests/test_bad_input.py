@@ -184,7 +184,7 @@ def test_checkpoint_of_another_dse_identity_is_refused(trained: Command) -> None
     assert "DSE identity" in line
 
 
-@pytest.mark.parametrize("name", ["dense.safetensors", "experts_1.safetensors", "manifest.json"])
+@pytest.mark.parametrize("name", ["dense_0_1.safetensors", "experts_1_1.safetensors", "manifest.json"])
 def test_truncated_checkpoint_is_named_and_the_one_before_is_used_without_it(
     trained: Command, corpus: Path, name: str
 ) -> None:
@@ -201,7 +201,7 @@ def test_checkpoint_with_a_wrong_tensor_stops_the_run_and_loses_nothing(
 ) -> None:
     path, manifest = newest_manifest(trained)
     if damage == "flipped bit":
-        file = path / "experts_1.safetensors"
+        file = path / "experts_1_1.safetensors"
         content = bytearray(file.read_bytes())
         content[-5] ^= 1
         file.write_bytes(content)

@@ -10,7 +10,19 @@ from background import ROOT, sparseray
 
 from sparseray import __version__
 from sparseray.__main__ import COMMANDS, main
-from sparseray.jobs import dashboard, dashboards, data, demo, pretrain, serve, submit
+from sparseray.jobs import (
+    dashboard,
+    dashboards,
+    data,
+    demo,
+    plan,
+    pretrain,
+    scale,
+    serve,
+    status,
+    submit,
+    top,
+)
 
 HELPS = [[name] for name in COMMANDS] + [["data", "prepare"]]
 
@@ -67,12 +79,24 @@ def test_the_help_of_a_command_has_an_example_of_it_that_parses(
         return lambda *_args, **_options: ran.append(name) or 0
 
     # What a command does after its options have been read is replaced; reading them is what is tested.
-    for module, name in ((pretrain, "run"), (serve, "run"), (submit, "submit"), (demo, "demo")):
+    for module, name in (
+        (plan, "run"),
+        (pretrain, "run"),
+        (serve, "run"),
+        (submit, "submit"),
+        (demo, "demo"),
+        (scale, "scale"),
+        (status, "show"),
+        (top, "watch"),
+    ):
         monkeypatch.setattr(module, name, note(module.__name__))
     for name in ("serve", "source_of"):
         monkeypatch.setattr(dashboard, name, note(dashboard.__name__))
     for name in ("write_prometheus", "install", "generate"):
         monkeypatch.setattr(dashboards, name, note(dashboards.__name__))
+
+    for module in (scale, status, top):
+        monkeypatch.setattr(module, "connect", lambda run_dir: None)
     monkeypatch.setattr(data, "prepare", note(data.__name__))
     monkeypatch.setattr(data, "_report", note("report"))
     monkeypatch.chdir(ROOT)

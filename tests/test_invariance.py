@@ -119,9 +119,13 @@ def test_remote_exchange_equals_the_plain_modules(
     memory_at = {}
     for slot in plan.addresses:
         if owned := plan.experts_of(slot):
-            experts_at[slot] = ExpertShard(MODEL, owned, owned, weight_decay=0.0, **common)
+            experts_at[slot] = ExpertShard(MODEL, weight_decay=0.0, **common)
+            experts_at[slot].initialize(owned)
+            experts_at[slot].assign(owned, owned)
         if owned := plan.buckets_of(slot):
-            memory_at[slot] = MemoryShard(MODEL, table, owned, owned, **common)
+            memory_at[slot] = MemoryShard(MODEL, table, **common)
+            memory_at[slot].initialize(owned)
+            memory_at[slot].assign(owned, owned)
 
     def call(calls: list[Call]) -> list[tuple]:
         return [answer(c) for c in calls]
@@ -162,5 +166,5 @@ def test_remote_exchange_equals_the_plain_modules(
     for holder in experts_at.values():
         assert holder.finish_shard(0)
         for key, reduced in holder.reduced.items():
-            expected = [local_experts.get_parameter(name).grad.reshape(-1) for name in holder.names[key]]
+            expected = [local_experts.get_parameter(name).grad.reshape(-1) for name in holder.names(key)]
             torch.testing.assert_close(reduced, torch.cat(expected), rtol=1e-5, atol=1e-6)

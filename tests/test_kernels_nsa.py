@@ -15,11 +15,13 @@ import triton_interpreter  # Must come before anything that imports Triton.
 from torch import Tensor
 
 from sparseray.errors import ConfigError
-from sparseray.kernels.nsa import tuning
+from sparseray.kernels.nsa import branches, tuning
 from sparseray.kernels.nsa.attention import nsa_attention
+from sparseray.kernels.nsa.branches import selects_all
 from sparseray.kernels.nsa.compress import compress
 from sparseray.kernels.nsa.compress_step import compress_step
 from sparseray.kernels.nsa.decode import DecodeWorkspace, nsa_decode
+from sparseray.kernels.nsa.prefill import nsa_prefill
 from sparseray.kernels.nsa.reference import (
     compress_reference,
     compressed_attention_reference,
@@ -33,6 +35,7 @@ assert triton_interpreter
 HAS_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if HAS_GPU else "cpu"
 TINY = {"block": 8, "stride": 4, "select_block": 16, "num_selected": 4, "window": 9}
+TINY_SPARSE = {**TINY, "select_block": 8, "num_selected": 3}
 PAPER = {"block": 32, "stride": 16, "select_block": 64, "num_selected": 16, "window": 512}
 
 
@@ -108,8 +111,9 @@ def compare(inputs: list[Tensor], sizes: dict[str, int], bound: float, cu: list[
 @pytest.mark.parametrize(
     ("batch", "tokens", "heads", "dims", "sizes"),
     [
-        pytest.param(1, 71, (2, 1), (16, 16), TINY, id="more blocks than selected"),
-        pytest.param(2, 15, (3, 1), (24, 12), {**TINY, "select_block": 12}, id="odd sizes, split head size"),
+        pytest.param(1, 67, (2, 1), (16, 16), TINY, id="more blocks than selected"),
+        pytest.param(2, 15, (3, 1), (24, 12), {**TINY, "select_block": 12}, id="dense, split head size"),
+        pytest.param(1, 26, (3, 1), (24, 12), TINY_SPARSE, id="odd sizes"),
         pytest.param(1, 5, (2, 2), (16, 8), TINY, id="shorter than a block"),
     ],
 )
@@ -121,9 +125,9 @@ def test_attention_matches_the_reference_in_outputs_and_gradients(
 
 
 def test_packed_sequences_do_not_see_each_other() -> None:
-    cu = [0, 3, 3, 25, 37]
+    cu = [0, 3, 3, 16, 26]
     count = sum(num_compressed(b - a, 8, 4) for a, b in itertools.pairwise(cu))
-    compare(draw(1, 37, (2, 1), (16, 16), count, torch.float32), TINY, 1e-5, cu)
+    compare(draw(1, 26, (2, 1), (16, 16), count, torch.float32), TINY_SPARSE, 1e-5, cu)
 
 
 def test_chunk_against_longer_keys_equals_the_full_call() -> None:
@@ -138,11 +142,22 @@ def test_chunk_against_longer_keys_equals_the_full_call() -> None:
     torch.testing.assert_close(chunk, full[:, start:], rtol=1e-5, atol=1e-5)
 
 
+def test_dense_and_selected_kernels_agree_where_every_block_is_selected(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    runs = []
+    for is_dense in (True, False):
+        monkeypatch.setattr(branches, "selects_all", lambda *args, is_dense=is_dense, **kwargs: is_dense)
+        inputs = [x.requires_grad_() for x in draw(1, 19, (2, 1), (16, 16), 3, torch.float32)]
+        runs.append(outputs_and_gradients(lambda *x: nsa_attention(*x, **TINY), inputs))
+    assert max(relative(a, b) for a, b in zip(*runs)) < 1e-5
+
+
 def test_same_inputs_give_the_same_bits() -> None:
     runs = []
     for _ in range(2):
-        inputs = [x.requires_grad_() for x in draw(1, 12, (2, 1), (16, 16), 2, torch.float32)]
-        runs.append(outputs_and_gradients(lambda *x: nsa_attention(*x, **TINY), inputs))
+        inputs = [x.requires_grad_() for x in draw(1, 25, (2, 1), (16, 16), 5, torch.float32)]
+        runs.append(outputs_and_gradients(lambda *x: nsa_attention(*x, **TINY_SPARSE), inputs))
     assert all(torch.equal(a, b) for a, b in zip(*runs))
 
 
@@ -175,26 +190,40 @@ def test_sizes_that_the_equations_do_not_define_are_refused() -> None:
         nsa_attention(*inputs, **{**TINY, "stride": 3})
 
 
-@pytest.mark.parametrize("cu", [None, [0, 3, 20, 30]])
-def test_compression_matches_the_reference(cu: list[int] | None) -> None:
+@pytest.mark.parametrize(
+    ("cu", "width", "has_bias"),
+    [
+        pytest.param(None, 12, True, id="batch"),
+        pytest.param([0, 3, 20, 30], 12, True, id="packed"),
+        pytest.param([0, 9, 19], 24, False, id="split head size, no bias"),
+    ],
+)
+def test_compression_matches_the_reference(cu: list[int] | None, width: int, has_bias: bool) -> None:
     generator = torch.Generator().manual_seed(0)
-    shapes = [(1 if cu else 2, 30, 2, 12), (20, 96), (20,), (10, 20), (10,), (8, 12)]
+    tokens = 30 if cu is None else cu[-1]
+    shapes = [(1 if cu else 2, tokens, 2, width), (20, 8 * width), (20,), (10, 20), (10,), (8, width)]
+    shapes = shapes if has_bias else [shapes[0], shapes[1], shapes[3]]
     inputs = [torch.randn(*s, generator=generator).to(DEVICE) for s in shapes]
     ours, exact = [x.clone().requires_grad_() for x in inputs], [x.double().requires_grad_() for x in inputs]
     boundaries = None if cu is None else torch.tensor(cu, device=DEVICE)
-    spans = [(0, 30)] if cu is None else list(itertools.pairwise(cu))
-    found = outputs_and_gradients(lambda *x: compress(*x, 8, 4, cu_seqlens=boundaries), ours)
+    spans = [(0, tokens)] if cu is None else list(itertools.pairwise(cu))
+
+    def all_weights(x: Tensor, *w: Tensor) -> tuple[Tensor | None, ...]:
+        return (x, *w) if has_bias else (x, w[0], None, w[1], None, None)
+
+    found = outputs_and_gradients(lambda *x: compress(*all_weights(*x), 8, 4, cu_seqlens=boundaries), ours)
     wanted = outputs_and_gradients(
-        lambda x, *w: torch.cat([compress_reference(x[:, a:b], *w, 8, 4) for a, b in spans], 1), exact
+        lambda x, *w: torch.cat([compress_reference(*all_weights(x[:, a:b], *w), 8, 4) for a, b in spans], 1),
+        exact,
     )
     assert max(relative(a, b) for a, b in zip(found, wanted)) < 1e-5
 
 
-def paged(rows: list[Tensor], page: int) -> tuple[Tensor, Tensor]:
+def paged(rows: list[Tensor], page: int, fill: float = 7.0) -> tuple[Tensor, Tensor]:
     """A cache with shuffled pages and its block table."""
     counts = [-(-max(1, x.shape[0]) // page) for x in rows]
     order = torch.randperm(sum(counts), generator=torch.Generator().manual_seed(1)).int().tolist()
-    cache = torch.full((sum(counts), page, *rows[0].shape[1:]), 7.0)
+    cache = torch.full((sum(counts), page, *rows[0].shape[1:]), fill)
     table = torch.zeros(len(rows), max(counts), dtype=torch.int32)
     for b, x in enumerate(rows):
         for i in range(counts[b]):
@@ -246,6 +275,43 @@ def test_decode_of_several_tokens_selects_for_each_of_them() -> None:
     assert decode_error([50, 33], 3, (3, 1), (24, 12), sizes, 8, torch.float32) < 1e-5
 
 
+@pytest.mark.parametrize("num_selected", [3, 8])
+def test_prefill_of_chunks_of_different_lengths_over_pages_matches_the_reference(num_selected: int) -> None:
+    """Eight blocks hold every sequence, so the selected branch is dense; three do not."""
+    sizes = {**TINY, "num_selected": num_selected}
+    lens, chunks, page, (HQ, H), (D, Dv) = [61, 7, 40, 5], [23, 7, 1, 0], 8, (4, 2), (24, 12)
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(sum(chunks), HQ, D, generator=generator)
+    gates = torch.rand(sum(chunks), HQ, 3, generator=generator)
+    counts = [num_compressed(s, 8, 4) for s in lens]
+    kinds = [(counts, D), (counts, Dv), (lens, D), (lens, Dv), (lens, D), (lens, Dv)]
+    rows = [[torch.randn(n, H, d, generator=generator) for n in ns] for ns, d in kinds]
+    cu = [0, *itertools.accumulate(chunks)]
+    wanted = torch.cat(
+        [
+            nsa_attention_reference(
+                q[None, cu[b] : cu[b + 1]].double(), *[x[b][None].double() for x in rows],
+                gates[None, cu[b] : cu[b + 1]].double(), q_start=lens[b] - chunks[b], **sizes,
+            )[0]
+            for b in range(3)
+        ]
+    )  # fmt: skip
+    caches = [paged(x, page, fill=float("nan")) for x in rows]
+    tables = [caches[i][1].clone() for i in (0, 2, 4)]
+    for b in range(len(lens)):
+        tables[2][b, : max(0, lens[b] - chunks[b] - sizes["window"] + 1) // page] = -(10**6)
+    found = nsa_prefill(
+        q.to(DEVICE), gates.to(DEVICE), *[(caches[i][0].to(DEVICE), caches[i + 1][0].to(DEVICE)) for i in (0, 2, 4)],
+        *[t.to(DEVICE) for t in tables], torch.tensor(cu, device=DEVICE), torch.tensor(lens, device=DEVICE), **sizes,
+    )  # fmt: skip
+    assert relative(found.cpu(), wanted) < 1e-5
+
+
+def test_short_sequences_take_the_dense_kernel_and_long_ones_do_not() -> None:
+    assert selects_all(64, select_block=16, num_selected=4)
+    assert not selects_all(65, select_block=16, num_selected=4)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -259,9 +325,16 @@ def test_decode_of_several_tokens_selects_for_each_of_them() -> None:
         ((64, 1), (64, 64)),
     ],
 )
+@pytest.mark.parametrize("is_dense", [False, True])
 def test_half_precision_at_real_sizes(
-    dtype: torch.dtype, heads: tuple[int, int], dims: tuple[int, int]
+    monkeypatch: pytest.MonkeyPatch,
+    is_dense: bool,
+    dtype: torch.dtype,
+    heads: tuple[int, int],
+    dims: tuple[int, int],
 ) -> None:
+    """Every block is selected, so that no near tie decides; by the dense kernel and by the selecting ones."""
+    monkeypatch.setattr(branches, "selects_all", lambda *args, **kwargs: is_dense)
     bound = 5e-3 if dtype == torch.bfloat16 else 1e-3
     compare(draw(1, 777, heads, dims, num_compressed(777, 32, 16), dtype), PAPER, bound)
 
@@ -298,3 +371,8 @@ def compressed_step_by_step(dtype: torch.dtype, sizes: tuple[int, int], tokens: 
 @pytest.mark.parametrize(("tokens", "query_len"), [(14, 1), (18, 3)])
 def test_compression_while_decoding_equals_compression_at_once(tokens: int, query_len: int) -> None:
     assert compressed_step_by_step(torch.float32, (4, 2), tokens, query_len) < 1e-5
+
+
+def test_decode_of_several_tokens_of_a_large_group_takes_several_programs() -> None:
+    sizes = {**TINY, "select_block": 8, "num_selected": 3}
+    assert decode_error([28], 3, (24, 1), (16, 16), sizes, 16, torch.float32) < 1e-5

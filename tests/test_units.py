@@ -23,7 +23,7 @@ from sparseray.errors import ConfigError, SlotLostError
 from sparseray.model.config import preset
 from sparseray.platform.config import OptimConfig, RunConfig, from_dict, load_yaml, parse, save_yaml, to_dict
 from sparseray.platform.journal import Journal
-from sparseray.platform.plan import make_plan, num_slots, split_evenly, with_backups
+from sparseray.platform.plan import make_plan, num_slots
 from sparseray.platform.training import learning_rate
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -112,13 +112,6 @@ def test_plan_gives_everything_its_number_of_distinct_holders(
     if not colocated:
         assert not set(plan.attention) & set(plan.expert_primaries)
         assert not set(plan.expert_primaries) & set(plan.memory_primaries)
-
-
-def test_backups_are_the_next_peers_and_then_any_other_slot() -> None:
-    assert with_backups(3, [2, 3, 4], range(6), 2) == (3, 4)
-    assert with_backups(4, [2, 3, 4], range(6), 3) == (4, 2, 3)
-    assert with_backups(2, [2], range(4), 3) == (2, 3, 1)
-    assert split_evenly(7, [5, 6, 7]) == [5, 5, 5, 6, 6, 7, 7]
 
 
 # -- messages and mailbox --------------------------------------------------------------------------
@@ -222,7 +215,7 @@ def transport() -> FakeTransport:
 @pytest.fixture
 def mailbox(transport: FakeTransport) -> Mailbox:
     box = Mailbox(transport, 0, "job")
-    box.generation = 1
+    box.adopt(1)
     return box
 
 
@@ -242,7 +235,7 @@ def test_mailbox_drops_other_generations_duplicates_and_noise(
     while (got := mailbox.next(0.0)) is not None:
         found.append((got.source, got.sequence, got.kind))
     assert found == [(1, 3, "rows"), (2, 3, "rows"), (1, 5, "plan")]
-    assert mailbox.dropped == {"generation": 3, "duplicate": 1, "malformed": 2}
+    assert mailbox.dropped == {"generation": 2, "duplicate": 1, "malformed": 2}
 
 
 def test_mailbox_remembers_only_the_newest_sequences(transport: FakeTransport, mailbox: Mailbox) -> None:
@@ -278,6 +271,7 @@ def test_silent_slots_are_named_after_the_deadline(transport: FakeTransport, mai
 
 def test_journal_keeps_decisions_across_a_restart(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "journal.sqlite")
+    journal.lead()
     for step in range(3):
         journal.append("commit", generation=1, step=step, norm=step / 3)
     journal.append("plan", generation=2, step=3)

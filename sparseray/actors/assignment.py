@@ -7,6 +7,9 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+Piece = tuple[str, int, int]
+"""The least unit of state that moves: ("dense", 0, 0), ("expert", layer, expert), ("bucket", layer, bucket)."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
@@ -20,6 +23,8 @@ class Plan:
             the replication asks for, backups; the first one reduces the gradients.
         experts: holders of every expert, [moe layers][experts].
         buckets: holders of every memory bucket, [dse layers][buckets].
+        spread: how many of an expert's holders compute it, the first ones, [moe layers][experts]; logical
+            shard s goes to holder s mod spread. Empty: one each.
     """
 
     generation: int
@@ -28,6 +33,16 @@ class Plan:
     dense: tuple[int, ...]
     experts: tuple[tuple[tuple[int, ...], ...], ...]
     buckets: tuple[tuple[tuple[int, ...], ...], ...]
+    spread: tuple[tuple[int, ...], ...] = ()
+
+    def computing(self, layer: int, expert: int) -> tuple[int, ...]:
+        """Slots that compute an expert, its primary first."""
+        holders = self.experts[layer][expert]
+        return holders[: self.spread[layer][expert] if self.spread else 1]
+
+    def computes(self, slot: int) -> list[tuple[int, int]]:
+        """(moe layer, expert) pairs that the slot computes for some logical shard."""
+        return [key for key in self.experts_of(slot) if slot in self.computing(*key)]
 
     @property
     def attention(self) -> tuple[int, ...]:
@@ -36,7 +51,7 @@ class Plan:
 
     @property
     def expert_primaries(self) -> tuple[int, ...]:
-        """Slots that compute experts, in ascending order."""
+        """Slots that compute experts, in ascending order; all of them are some expert's primary."""
         return _slots(holders[0] for layer in self.experts for holders in layer)
 
     @property
@@ -76,6 +91,12 @@ class Plan:
             if slot in holders
         ]
 
+    def pieces_of(self, slot: int) -> list[Piece]:
+        """All pieces of which the slot holds a replica."""
+        dense: list[Piece] = [("dense", 0, 0)] if slot in self.dense else []
+        experts: list[Piece] = [("expert", *key) for key in self.experts_of(slot)]
+        return dense + experts + [("bucket", *key) for key in self.buckets_of(slot)]
+
     def roles_of(self, slot: int) -> list[str]:
         """Names of the roles that a slot plays, for people to read."""
         roles = []
@@ -102,6 +123,7 @@ class Plan:
             dense=tuple(value["dense"]),
             experts=_nested(value["experts"]),
             buckets=_nested(value["buckets"]),
+            spread=tuple(tuple(row) for row in value["spread"]),
         )
 
 

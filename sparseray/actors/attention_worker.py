@@ -91,6 +91,7 @@ class AttentionWorker:
         fetched = self._fetch(step, loaded)
         for shard, batch, (values, rows) in zip(shards, loaded, fetched):
             self.begin(step, shard)
+            self.experts.shard = shard
             if shard == shards[0] and step % SAMPLE_EVERY == 0:
                 with collect() as self.noted:
                     result = self._run_shard(batch, values, rows)
@@ -153,6 +154,7 @@ class AttentionWorker:
         found: dict[int, tuple[float, int]] = {}
         for shard, batch, (values, _) in zip(shards, loaded, self._fetch(step, loaded)):
             self.begin(step, shard)
+            self.experts.shard = shard
             self.memory.prepare(self.layers, values, train=False)
             out = self.state.model(
                 batch.tokens_BT,

@@ -4,7 +4,8 @@ Stands at both ends of a step: the attention worker reads the weights, and after
 holder applies the same reduced gradient (DESIGN of a step: docs/architecture.md).
 """
 
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
+from typing import Any
 from zlib import crc32
 
 import torch
@@ -15,6 +16,7 @@ from sparseray.model.config import ModelConfig
 from sparseray.model.dse_layout import DSELayout
 from sparseray.model.transformer import Transformer
 
+AdamState = MutableMapping[Tensor, Any]
 EXP_AVG, EXP_AVG_SQ = "@exp_avg", "@exp_avg_sq"
 
 
@@ -105,16 +107,22 @@ class DenseState:
     def discard(self) -> None:
         """Forget the gradients of the step; the weights stay."""
         self.reduced, self.tree = None, self._new_tree()
+        for parameter in self.parameters:
+            parameter.grad = None
 
     def _parts(self, flat: Tensor) -> list[Tensor]:
         parts = torch.split(flat, [p.numel() for p in self.parameters])
         return [part.view_as(p) for part, p in zip(parts, self.parameters)]
 
+    def tensor_names(self) -> list[str]:
+        """Logical names of everything that `tensors` gives."""
+        return [*self.biases, *(name + part for name in self.names for part in ("", EXP_AVG, EXP_AVG_SQ))]
+
     def tensors(self) -> dict[str, Tensor]:
         """Everything that a checkpoint must hold, by logical name."""
         found: dict[str, Tensor] = {name: p.detach() for name, p in zip(self.names, self.parameters)}
         found |= self.biases
-        return found | moments(self.optimizer, self.names, self.parameters)
+        return found | moments(self.optimizer.state, self.names, self.parameters)
 
     def load(self, tensors: dict[str, Tensor], step: int) -> None:
         """Take over what `tensors` gave, at optimizer step `step`."""
@@ -123,23 +131,21 @@ class DenseState:
                 parameter.copy_(tensors[name])
             for name, bias in self.biases.items():
                 bias.copy_(tensors[name])
-        set_moments(self.optimizer, self.names, self.parameters, tensors, step)
+        set_moments(self.optimizer.state, self.names, self.parameters, tensors, step)
 
 
-def moments(
-    optimizer: torch.optim.Optimizer, names: list[str], parameters: Sequence[Tensor]
-) -> dict[str, Tensor]:
+def moments(state: AdamState, names: list[str], parameters: Sequence[Tensor]) -> dict[str, Tensor]:
     """Return AdamW's moments by parameter name; zeros before the first step."""
     found = {}
     for name, parameter in zip(names, parameters):
-        state = optimizer.state.get(parameter, {})
-        found[name + EXP_AVG] = state.get("exp_avg", torch.zeros_like(parameter)).detach()
-        found[name + EXP_AVG_SQ] = state.get("exp_avg_sq", torch.zeros_like(parameter)).detach()
+        of_parameter = state.get(parameter, {})
+        found[name + EXP_AVG] = of_parameter.get("exp_avg", torch.zeros_like(parameter)).detach()
+        found[name + EXP_AVG_SQ] = of_parameter.get("exp_avg_sq", torch.zeros_like(parameter)).detach()
     return found
 
 
 def set_moments(
-    optimizer: torch.optim.Optimizer,
+    state: AdamState,
     names: list[str],
     parameters: Sequence[Tensor],
     tensors: dict[str, Tensor],
@@ -147,7 +153,7 @@ def set_moments(
 ) -> None:
     """Restore AdamW's moments and step count."""
     for name, parameter in zip(names, parameters):
-        optimizer.state[parameter] = {
+        state[parameter] = {
             "step": torch.tensor(float(step)),
             "exp_avg": tensors[name + EXP_AVG].clone(),
             "exp_avg_sq": tensors[name + EXP_AVG_SQ].clone(),

@@ -52,17 +52,27 @@ class RemoteExperts:
         plan: who holds which expert.
         call: how to reach them.
         moe_layers: transformer layers that have experts, in order.
+
+    `shard` is the logical shard that runs now: of an expert with several computing holders it names one.
     """
 
     def __init__(self, plan: Plan, call: Caller, moe_layers: Sequence[int]) -> None:
         self.call = call
         self.index = {layer: index for index, layer in enumerate(moe_layers)}
-        self.holders: list[dict[int, list[int]]] = []
-        for row in plan.experts:
-            by_slot: dict[int, list[int]] = {}
-            for expert, holders in enumerate(row):
-                by_slot.setdefault(holders[0], []).append(expert)
-            self.holders.append(by_slot)
+        self.shard = 0
+        self._plan = plan
+        self._holders: dict[tuple[int, int], dict[int, list[int]]] = {}
+
+    def holders(self, layer: int) -> dict[int, list[int]]:
+        """Experts of the layer with index `layer` by the slot that computes them for the current shard."""
+        key = (layer, self.shard if self._plan.spread else 0)
+        if key not in self._holders:
+            found: dict[int, list[int]] = {}
+            for expert in range(len(self._plan.experts[layer])):
+                computing = self._plan.computing(layer, expert)
+                found.setdefault(computing[key[1] % len(computing)], []).append(expert)
+            self._holders[key] = found
+        return self._holders[key]
 
     def __call__(self, layer: int, x_TH: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Tensor:
         """Sum over k of weight * expert(x), [T, H]; differentiable in x and the weights."""
@@ -72,7 +82,7 @@ class RemoteExperts:
     def routes(self, layer: int, topk_ids_TK: Tensor) -> list[_Route]:
         """Split the (token, k) rows of a layer over the slots that hold its experts."""
         T, K = topk_ids_TK.shape
-        by_slot = self.holders[layer]
+        by_slot = self.holders(layer)
         num_experts = sum(len(experts) for experts in by_slot.values())
         order_R, counts_E = group_by_expert(topk_ids_TK, num_experts)
         counts = counts_E.tolist()

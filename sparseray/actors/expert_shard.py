@@ -5,6 +5,7 @@ after another, so no bit depends on which shard holds an expert. DeepSeekMoE, ar
 """
 
 from collections.abc import Sequence
+from typing import Any
 from zlib import crc32
 
 import numpy as np
@@ -23,18 +24,17 @@ Key = tuple[int, int]
 class ExpertShard:
     """The experts that one slot holds.
 
+    A replica comes by `initialize` or `load`; `assign` says which replicas count and which compute.
+    What is held but no longer assigned stays readable until `trim`, so that a peer can still copy it.
+
     Args:
         config: the model.
-        owned: (moe layer index, expert) of every replica held here.
-        primary: those of `owned` that compute; the rest only follow the updates.
         seed, num_shards, betas, eps, weight_decay: as in `DenseState`.
     """
 
     def __init__(
         self,
         config: ModelConfig,
-        owned: Sequence[Key],
-        primary: Sequence[Key],
         *,
         seed: int,
         num_shards: int,
@@ -42,24 +42,58 @@ class ExpertShard:
         eps: float,
         weight_decay: float,
     ) -> None:
+        self.config, self.seed = config, seed
         self.shapes = [expert_shape(config, part) for part in EXPERT_PARTS]
         self.size = sum(rows * columns for rows, columns in self.shapes)
-        self.owned = list(owned)
-        self.primary = {key: row for row, key in enumerate(primary)}
         self.num_shards = num_shards
-        layers = config.moe_layers
-        self.names = {
-            key: [expert_name(layers[key[0]], key[1], part) for part in EXPERT_PARTS] for key in self.owned
-        }
-        self.weights: dict[Key, list[Tensor]] = {
-            key: list(initial_expert(config, layers[key[0]], key[1], seed=seed).values())
-            for key in self.owned
-        }
-        flat = [weight for key in self.owned for weight in self.weights[key]]
-        self.optimizer = torch.optim.AdamW(
-            flat, lr=0.0, betas=betas, eps=eps, weight_decay=weight_decay, fused=True
-        )
+        self.owned: list[Key] = []
+        self.primary: list[Key] = []
+        self.computed: dict[Key, int] = {}
+        self.weights: dict[Key, list[Tensor]] = {}
+        self._adam: dict[str, Any] = {"betas": betas, "eps": eps, "weight_decay": weight_decay}
+        self._optimizer: torch.optim.AdamW | None = None
+        self._state: dict[Tensor, Any] = {}
         self.discard()
+
+    def names(self, key: Key) -> list[str]:
+        """Logical names of an expert's weights."""
+        layer = self.config.moe_layers[key[0]]
+        return [expert_name(layer, key[1], part) for part in EXPERT_PARTS]
+
+    def initialize(self, keys: Sequence[Key]) -> None:
+        """Draw the first weights of `keys` from the seed."""
+        for key in keys:
+            layer = self.config.moe_layers[key[0]]
+            self.weights[key] = list(initial_expert(self.config, layer, key[1], seed=self.seed).values())
+
+    def assign(
+        self, owned: Sequence[Key], primary: Sequence[Key], computed: Sequence[Key] | None = None
+    ) -> None:
+        """Say which of the held replicas follow the updates.
+
+        Args:
+            owned: those that do.
+            primary: those of them whose gradient is summed here.
+            computed: those that compute for some logical shard; None for `primary`.
+        """
+        self._remember()
+        self.owned, self.primary = list(owned), list(primary)
+        self.computed = {key: row for row, key in enumerate(primary if computed is None else computed)}
+        flat = [weight for key in self.owned for weight in self.weights[key]]
+        self._optimizer = torch.optim.AdamW(flat, lr=0.0, fused=True, **self._adam) if flat else None
+        if self._optimizer is not None:
+            self._optimizer.state.update({w: self._state[w] for w in flat if w in self._state})
+        self.discard()
+
+    def _remember(self) -> None:
+        if self._optimizer is not None:
+            self._state.update(self._optimizer.state)
+
+    def trim(self) -> None:
+        """Forget replicas that are held and not assigned."""
+        for key in set(self.weights) - set(self.owned):
+            for weight in self.weights.pop(key):
+                self._state.pop(weight, None)
 
     def discard(self) -> None:
         """Forget saved activations and gradients of the step; the weights stay."""
@@ -119,9 +153,7 @@ class ExpertShard:
         Returns:
             dx_RH fp32, gradient of each row's input.
         """
-        if shard not in self._gradients:
-            self._gradients[shard] = torch.zeros(len(self.primary), self.size)
-        gradients = self._gradients[shard]
+        gradients = self._of_shard(shard)
         dx_RH = torch.empty(len(weights_R), dout_UH.shape[1])
         start = 0
         for key, rows, x, activations in self._saved.pop((layer, shard)):
@@ -129,18 +161,37 @@ class ExpertShard:
             dy = dout_UH[rows] * weights_R[start:stop, None]
             dx, *parts = swiglu_backward(dy, x, activations, *self.weights[key])
             dx_RH[start:stop] = dx
-            torch.cat([part.reshape(-1) for part in parts], out=gradients[self.primary[key]])
+            torch.cat([part.reshape(-1) for part in parts], out=gradients[self.computed[key]])
             start = stop
         return dx_RH
 
+    def part(self, shard: int, keys: Sequence[Key]) -> np.ndarray:
+        """Gradients of one shard for experts whose primary is another slot, fp32 [len(keys), 3*H*I]."""
+        gradient = self._of_shard(shard)
+        return gradient[[self.computed[key] for key in keys]].numpy()
+
+    def take_part(self, shard: int, keys: Sequence[Key], packed: np.ndarray) -> None:
+        """Take over the gradients of one shard that another holder computed."""
+        rows = [self.computed[key] for key in keys]
+        self._of_shard(shard)[rows] = torch.tensor(packed)
+
+    def _of_shard(self, shard: int) -> Tensor:
+        # A shard that sent no token here has a gradient of zero.
+        if shard not in self._gradients:
+            self._gradients[shard] = torch.zeros(len(self.computed), self.size)
+        return self._gradients[shard]
+
     def finish_shard(self, shard: int) -> bool:
-        """Add a logical shard's gradients to the sum; True once all shards are in."""
-        gradient = self._gradients.pop(shard, None)
-        self.tree.add(0, shard, torch.zeros(len(self.primary), self.size) if gradient is None else gradient)
+        """Add a logical shard's gradients, all of which are here, to the sum; True once all shards are in."""
+        gradient = self._of_shard(shard)
+        del self._gradients[shard]
+        if len(self.primary) < len(self.computed):
+            gradient = gradient[[self.computed[key] for key in self.primary]]
+        self.tree.add(0, shard, gradient)
         root = self.tree.root
         if root is None:
             return False
-        self.reduced |= {key: root[row] for key, row in self.primary.items()}
+        self.reduced |= {key: root[row] for row, key in enumerate(self.primary)}
         return True
 
     @property
@@ -169,29 +220,26 @@ class ExpertShard:
 
     def apply(self, *, lr: float, scale: float) -> None:
         """Update every replica held here once; forgets the gradients."""
+        if self._optimizer is None:
+            return
         for key in self.owned:
             parts = torch.split(self.reduced[key].mul_(scale), [a * b for a, b in self.shapes])
             for weight, part in zip(self.weights[key], parts):
                 weight.grad = part.view_as(weight)
-        self.optimizer.param_groups[0]["lr"] = lr
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self._optimizer.param_groups[0]["lr"] = lr
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
         self.discard()
 
-    def _flat(self, keys: Sequence[Key]) -> tuple[list[str], list[Tensor]]:
-        return (
-            [name for key in keys for name in self.names[key]],
-            [weight for key in keys for weight in self.weights[key]],
-        )
+    def tensors(self, keys: Sequence[Key]) -> dict[str, Tensor]:
+        """Weights and moments of replicas held here, by logical name."""
+        self._remember()
+        names = [name for key in keys for name in self.names(key)]
+        weights = [weight for key in keys for weight in self.weights[key]]
+        return dict(zip(names, weights)) | moments(self._state, names, weights)
 
-    def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint must hold of the experts computed here, by logical name."""
-        names, weights = self._flat(list(self.primary))
-        return dict(zip(names, weights)) | moments(self.optimizer, names, weights)
-
-    def load(self, tensors: dict[str, Tensor], step: int) -> None:
-        """Take over what `tensors` gave, at optimizer step `step`."""
-        names, weights = self._flat(self.owned)
-        for name, weight in zip(names, weights):
-            weight.copy_(tensors[name])
-        set_moments(self.optimizer, names, weights, tensors, step)
+    def load(self, keys: Sequence[Key], tensors: dict[str, Tensor], step: int) -> None:
+        """Take over replicas of `keys` as they are at optimizer step `step`."""
+        for key in keys:
+            self.weights[key] = [tensors[name].clone() for name in self.names(key)]
+            set_moments(self._state, self.names(key), self.weights[key], tensors, step)

@@ -6,18 +6,20 @@ replies it goes on serving what others ask of it, so two slots that need each ot
 
 import itertools
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from sparseray.actors.messages import Message, Transport, decode, encode
-from sparseray.errors import SlotLostError
+from sparseray.errors import SlotLostError, SupersededError
 from sparseray.log import get_logger
 
 log = get_logger(__name__)
 
 _REMEMBERED = 4096
+_HELD = 65536
 
 
 class Mailbox:
@@ -37,6 +39,18 @@ class Mailbox:
         self.dropped = {"generation": 0, "duplicate": 0, "malformed": 0}
         self._sequence = itertools.count(1)
         self._seen: dict[int, set[int]] = {}
+        self._early: deque[Message] = deque(maxlen=_HELD)
+        self._due: deque[Message] = deque()
+
+    def adopt(self, generation: int) -> None:
+        """Enter a generation: older messages are refused from now on, and those that came early are due."""
+        if generation == self.generation:
+            return
+        self.generation = generation
+        self._seen.clear()
+        self._due.clear()
+        early, self._early = self._early, deque(maxlen=_HELD)
+        self._due.extend(message for message in early if self._accept(message))
 
     def post(
         self,
@@ -69,6 +83,8 @@ class Mailbox:
 
     def next(self, timeout_s: float) -> Message | None:
         """Return the next acceptable message, or None when none came within `timeout_s` seconds."""
+        if self._due:
+            return self._due.popleft()
         deadline = time.monotonic() + timeout_s
         while True:
             frames = self.transport.receive(max(0.0, deadline - time.monotonic()))
@@ -84,9 +100,13 @@ class Mailbox:
                 return message
 
     def _accept(self, message: Message) -> bool:
-        # A plan opens a generation; everything else must belong to the current one.
-        is_new_plan = message.kind == "plan" and message.generation >= self.generation
-        if message.generation != self.generation and not is_new_plan:
+        if message.generation > self.generation:
+            # A plan opens a generation; a peer that has adopted it already may be faster than our plan.
+            if message.kind == "plan":
+                return True
+            self._early.append(message)
+            return False
+        if message.generation < self.generation:
             self.dropped["generation"] += 1
             return False
         seen = self._seen.setdefault(message.source, set())
@@ -117,6 +137,7 @@ class Mailbox:
 
         Raises:
             SlotLostError: a slot did not answer in time.
+            SupersededError: a plan of a later generation came; it carries that plan.
         """
         replies: dict[int, Message] = {}
         deadline = time.monotonic() + deadline_s
@@ -127,6 +148,8 @@ class Mailbox:
                 raise SlotLostError(
                     f"slot {self.slot} got no answer from slots {silent} within {deadline_s} s"
                 )
+            if message.generation > self.generation:
+                raise SupersededError(message)
             if message.reply_to in sequences:
                 replies[message.reply_to] = message
                 deadline = time.monotonic() + deadline_s

@@ -27,13 +27,11 @@ def bucket_bounds(num_rows: int, num_buckets: int) -> np.ndarray:
 
 
 class MemoryShard:
-    """The buckets that one slot holds.
+    """The buckets that one slot holds: `initialize`, `load`, `assign` and `trim` as in `ExpertShard`.
 
     Args:
         config: the model.
         table_rows: rows of each memory layer's table.
-        owned: (dse layer index, bucket) of every replica held here.
-        primary: those of `owned` that answer for rows and reduce their gradients.
         seed, num_shards: as in `DenseState`.
         betas, eps: Adam's.
     """
@@ -42,8 +40,6 @@ class MemoryShard:
         self,
         config: ModelConfig,
         table_rows: Sequence[int],
-        owned: Sequence[Key],
-        primary: Sequence[Key],
         *,
         seed: int,
         num_shards: int,
@@ -51,7 +47,10 @@ class MemoryShard:
         eps: float,
     ) -> None:
         self.layers = config.dse.layers
-        self.owned, self.primary = sorted(owned), sorted(primary)
+        self.owned: list[Key] = []
+        self.primary: list[Key] = []
+        self.held: set[Key] = set()
+        self.seed, self.init_std = seed, config.init_std
         self.num_shards, self.betas, self.eps = num_shards, betas, eps
         self.bounds = [bucket_bounds(rows, config.dse.num_buckets) for rows in table_rows]
         dim = config.dse.head_dim
@@ -60,12 +59,6 @@ class MemoryShard:
         self.m = [np.zeros((rows, dim), np.float32) for rows in table_rows]
         self.v = [np.zeros(rows, np.float32) for rows in table_rows]
         self.t = [np.zeros(rows, np.int64) for rows in table_rows]
-        for layer, bucket in self.owned:
-            start, stop = self.bounds[layer][bucket : bucket + 2]
-            name = self.name((layer, bucket))
-            self.weight[layer][start:stop] = initial_tensor(
-                name, (int(stop - start), dim), seed=seed, std=config.init_std
-            ).numpy()
         self.discard()
 
     @property
@@ -74,6 +67,30 @@ class MemoryShard:
         rows = sum(int(self.bounds[layer][b + 1] - self.bounds[layer][b]) for layer, b in self.owned)
         width = self.weight[0].shape[1] if self.weight else 0
         return rows * (2 * width * 4 + 4 + 8)
+
+    def initialize(self, keys: Sequence[Key]) -> None:
+        """Draw the first rows of `keys` from the seed; their moments are zero."""
+        for key in keys:
+            start, stop = self._range(key)
+            shape = (stop - start, self.weight[key[0]].shape[1])
+            drawn = initial_tensor(self.name(key), shape, seed=self.seed, std=self.init_std)
+            self.weight[key[0]][start:stop] = drawn.numpy()
+            for field in (self.m, self.v, self.t):
+                field[key[0]][start:stop] = 0
+            self.held.add(key)
+
+    def assign(self, owned: Sequence[Key], primary: Sequence[Key]) -> None:
+        """Say which of the held buckets follow the updates, and which of those answer for rows."""
+        self.owned, self.primary = sorted(owned), sorted(primary)
+        self.discard()
+
+    def trim(self) -> None:
+        """Forget buckets that are held and not assigned."""
+        self.held = set(self.owned)
+
+    def _range(self, key: Key) -> tuple[int, int]:
+        start, stop = self.bounds[key[0]][key[1] : key[1] + 2]
+        return int(start), int(stop)
 
     def name(self, key: Key) -> str:
         """Logical name of a bucket."""
@@ -156,20 +173,25 @@ class MemoryShard:
         self.discard()
         return updated
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """What a checkpoint must hold of the buckets answered for here, by logical name."""
+    def tensor_names(self, keys: Sequence[Key]) -> list[str]:
+        """Logical names of everything that `tensors` gives."""
+        return [self.name(key) + suffix for key in keys for suffix in FIELDS]
+
+    def tensors(self, keys: Sequence[Key]) -> dict[str, torch.Tensor]:
+        """Rows, moments and step counts of buckets held here, by logical name."""
+        fields: tuple[list[np.ndarray], ...] = (self.weight, self.m, self.v, self.t)
         found = {}
-        for layer, bucket in self.primary:
-            start, stop = self.bounds[layer][bucket : bucket + 2]
-            fields: tuple[list[np.ndarray], ...] = (self.weight, self.m, self.v, self.t)
+        for key in keys:
+            start, stop = self._range(key)
             for suffix, field in zip(FIELDS, fields):
-                found[self.name((layer, bucket)) + suffix] = torch.from_numpy(field[layer][start:stop])
+                found[self.name(key) + suffix] = torch.from_numpy(field[key[0]][start:stop])
         return found
 
-    def load(self, tensors: dict[str, torch.Tensor], step: int) -> None:
-        """Take over what `tensors` gave; rows carry their own step counts, so `step` is not needed."""
-        for layer, bucket in self.owned:
-            start, stop = self.bounds[layer][bucket : bucket + 2]
-            fields: tuple[list[np.ndarray], ...] = (self.weight, self.m, self.v, self.t)
+    def load(self, keys: Sequence[Key], tensors: dict[str, torch.Tensor]) -> None:
+        """Take over buckets; rows carry their own step counts."""
+        fields: tuple[list[np.ndarray], ...] = (self.weight, self.m, self.v, self.t)
+        for key in keys:
+            start, stop = self._range(key)
             for suffix, field in zip(FIELDS, fields):
-                field[layer][start:stop] = tensors[self.name((layer, bucket)) + suffix].numpy()
+                field[key[0]][start:stop] = tensors[self.name(key) + suffix].numpy()
+            self.held.add(key)

@@ -40,8 +40,10 @@ class Reduction:
     ) -> None:
         self.mailbox, self.plan = mailbox, plan
         self.dense, self.experts, self.memory = dense, experts, memory
+        self._parts_due: dict[int, set[int]] = {}
         self.handlers: dict[str, Callable[[Message], None]] = {
             "finish_shard": self._finish_shard,
+            "expert_part": self._expert_part,
             "dense_nodes": self._dense_nodes,
             "dense_reduced": self._dense_reduced,
             "expert_reduced": self._expert_reduced,
@@ -93,9 +95,52 @@ class Reduction:
     def finish(self, step: int, shard: int, arrays: Arrays) -> None:
         """Take note that a logical shard has sent all its gradients here."""
         plan, me = self.plan, self.mailbox.slot
-        if self.experts is not None and self.experts.primary and self.experts.finish_shard(shard):
-            keys = _backups(plan.experts, me)
-            for slot, owned in keys.items():
+        if self.experts is not None and self.experts.computed:
+            for primary, keys in self._elsewhere(shard).items():
+                part = (self.experts.part(shard, keys),)
+                self.mailbox.post(
+                    primary, "expert_part", step=step, shard=shard, body={"keys": keys}, arrays=part
+                )
+            self._expert_shard_in(step, shard, me)
+        if self.memory is not None and self.memory.primary:
+            pairs = [(np.array(arrays[i]), np.array(arrays[i + 1])) for i in range(0, len(arrays), 2)]
+            if self.memory.add_gradients(shard, pairs):
+                for slot, owned in _backups(plan.buckets, me).items():
+                    packed = tuple(array for key in owned for array in self.memory.reduced[key])
+                    self.mailbox.post(slot, "rows_reduced", step=step, body={"keys": owned}, arrays=packed)
+                self._prepared(step, "memory")
+
+    def _elsewhere(self, shard: int) -> dict[int, list[tuple[int, int]]]:
+        """Experts that are computed here for a shard and summed elsewhere, by the slot that sums them."""
+        assert self.experts is not None
+        found: dict[int, list[tuple[int, int]]] = {}
+        for key in self.experts.computed:
+            computing = self.plan.computing(*key)
+            if computing[shard % len(computing)] == self.mailbox.slot != computing[0]:
+                found.setdefault(computing[0], []).append(key)
+        return found
+
+    def _expert_part(self, message: Message) -> None:
+        assert self.experts is not None
+        keys = [(layer, expert) for layer, expert in message.body["keys"]]
+        self.experts.take_part(message.shard, keys, message.arrays[0])
+        self._expert_shard_in(message.step, message.shard, message.source)
+
+    def _expert_shard_in(self, step: int, shard: int, source: int) -> None:
+        """Note that one of those who compute our experts for a shard has sent all; sum up once all have."""
+        assert self.experts is not None
+        me, plan = self.mailbox.slot, self.plan
+        if not self.experts.primary:
+            return
+        if shard not in self._parts_due:
+            holders = [plan.computing(*key) for key in self.experts.primary]
+            self._parts_due[shard] = {slots[shard % len(slots)] for slots in holders} | {me}
+        self._parts_due[shard].discard(source)
+        if self._parts_due[shard]:
+            return
+        del self._parts_due[shard]
+        if self.experts.finish_shard(shard):
+            for slot, owned in _backups(plan.experts, me).items():
                 self.mailbox.post(
                     slot,
                     "expert_reduced",
@@ -104,13 +149,6 @@ class Reduction:
                     arrays=(self.experts.pack(owned),),
                 )
             self._prepared(step, "expert")
-        if self.memory is not None and self.memory.primary:
-            pairs = [(np.array(arrays[i]), np.array(arrays[i + 1])) for i in range(0, len(arrays), 2)]
-            if self.memory.add_gradients(shard, pairs):
-                for slot, owned in _backups(plan.buckets, me).items():
-                    packed = tuple(array for key in owned for array in self.memory.reduced[key])
-                    self.mailbox.post(slot, "rows_reduced", step=step, body={"keys": owned}, arrays=packed)
-                self._prepared(step, "memory")
 
     def _dense_nodes(self, message: Message) -> None:
         assert self.dense is not None

@@ -1,13 +1,15 @@
 """A slot: one process with a device share that plays whatever roles the plan gives it.
 
 It owns a mailbox and serves it from one thread. Messages and who sends them:
-  scheduler -> slot: plan, step, commit, evaluate, checkpoint, stop
-  slot -> scheduler: installed, shard, prepared, evaluated, saved, failed
+  scheduler -> slot: plan, step, commit, evaluate, checkpoint, ping, stop
+  slot -> scheduler: installed, stale, shard, prepared, evaluated, saved, pong, silent, failed
   ingress -> slot:   generate, cancel (answered to the scheduler's mailbox by `tokens`)
-  slot -> slot:      expert_forward, expert_backward, rows (answered by `reply`);
-                     finish_shard, dense_nodes, dense_reduced, expert_reduced, rows_reduced
+  slot -> slot:      expert_forward, expert_backward, rows, pull (answered by `reply`);
+                     finish_shard, expert_part, dense_nodes, dense_reduced, expert_reduced,
+                     rows_reduced
 One step: step -> (rows, expert_*)* -> finish_shard, dense_nodes -> *_reduced -> prepared -> commit.
-A request of a step that is not open yet waits until the commit before it has been applied.
+What belongs to a step that is not open yet waits until the commit before it has been applied.
+A change of plan: plan -> pull* -> installed; it may come at any moment and ends a step half way.
 One request: generate -> (rows, expert_forward)* -> tokens, once for every engine step.
 """
 
@@ -20,24 +22,24 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from sparseray.actors.assignment import Plan
+from sparseray.actors.assignment import Piece, Plan
 from sparseray.actors.attention_worker import AttentionWorker, Batches, ShardResult
 from sparseray.actors.dense_state import DenseState
 from sparseray.actors.engine import Engine
 from sparseray.actors.exchange import Call
-from sparseray.actors.expert_shard import ExpertShard
 from sparseray.actors.generation import GenerationRequest
+from sparseray.actors.holdings import DENSE, Holdings
 from sparseray.actors.mailbox import Mailbox
-from sparseray.actors.memory_shard import MemoryShard
 from sparseray.actors.messages import SCHEDULER, Message
 from sparseray.actors.observation import observe_engine, observe_memory, observe_rows, observe_worker
 from sparseray.actors.reduction import Reduction
-from sparseray.errors import SlotLostError, UserError
+from sparseray.errors import SlotLostError, SupersededError, UserError
 from sparseray.log import get_logger
 
 log = get_logger(__name__)
 
 Arrays = tuple[np.ndarray, ...]
+_UNORDERED = ("plan", "generate", "cancel", "stop")
 
 
 class Job(Protocol):
@@ -46,9 +48,7 @@ class Job(Protocol):
     deadline_s: float
     num_shards: int
 
-    def dense(self) -> DenseState: ...
-    def experts(self, plan: Plan, slot: int) -> ExpertShard | None: ...
-    def memory(self, plan: Plan, slot: int) -> MemoryShard | None: ...
+    def holdings(self) -> Holdings: ...
     def worker(
         self,
         plan: Plan,
@@ -59,7 +59,6 @@ class Job(Protocol):
     def engine(self, worker: AttentionWorker) -> Engine | None: ...
     def train_batches(self) -> Batches: ...
     def validation_batches(self) -> Batches: ...
-    def names(self, state: DenseState | ExpertShard | MemoryShard) -> list[str]: ...
     def read(self, directory: str, names: Sequence[str]) -> dict[str, torch.Tensor]: ...
     def write(self, directory: str, part: str, tensors: dict[str, torch.Tensor]) -> dict[str, Any]: ...
     def observe(self, name: str, value: float, **labels: str) -> None: ...
@@ -70,7 +69,7 @@ class Slot:
 
     Args:
         mailbox: own mailbox.
-        job_from: builds the job from the body of a plan message.
+        job_from: returns the job for the body of a plan message.
     """
 
     def __init__(self, mailbox: Mailbox, job_from: Callable[[dict[str, Any]], Job]) -> None:
@@ -81,9 +80,8 @@ class Slot:
         self.plan: Plan | None = None
         self.later: deque[Message] = deque()
         self.deferred: list[Message] = []
-        self.dense: DenseState | None = None
-        self.experts: ExpertShard | None = None
-        self.memory: MemoryShard | None = None
+        self.holdings: Holdings | None = None
+        self.reduction: Reduction | None = None
         self.worker: AttentionWorker | None = None
         self.engine: Engine | None = None
         self._current = (0, -1)
@@ -101,77 +99,139 @@ class Slot:
             "expert_forward": self._expert_forward,
             "expert_backward": self._expert_backward,
             "rows": self._rows,
+            "pull": self._pull,
         }
 
     def serve_forever(self) -> None:
-        """Handle messages until `stop`; a failure is told to the scheduler before it is raised."""
+        """Handle messages until `stop`; a failure is told to the scheduler, and the slot goes on."""
         while self.running:
             is_busy = self.engine is not None and self.engine.has_work
             message = self.later.popleft() if self.later else self.mailbox.next(0.0 if is_busy else 0.5)
-            try:
-                if message is not None:
-                    self._handle(message, waiting=False)
-                elif is_busy:
-                    self._generate_tokens()
-            except Exception as error:
-                body = {"error": f"{type(error).__name__}: {error}", "user": isinstance(error, UserError)}
-                what = "generating" if message is None else message.kind
-                log.error("slot %d failed on %s:\n%s", self.mailbox.slot, what, traceback.format_exc())
-                self.mailbox.post(SCHEDULER, "failed", step=self.committed, body=body)
+            while message is not None or is_busy:
+                try:
+                    if message is not None:
+                        self._handle(message, waiting=False)
+                    else:
+                        self._generate_tokens()
+                    break
+                except SupersededError as newer:
+                    message = newer.args[0]
+                except SlotLostError as error:
+                    log.warning("%s", error)
+                    self.mailbox.post(SCHEDULER, "silent", step=self.committed, body={"error": str(error)})
+                    break
+                except Exception as error:
+                    body = {"error": f"{type(error).__name__}: {error}", "user": isinstance(error, UserError)}
+                    what = "generating" if message is None else message.kind
+                    log.error("slot %d failed on %s:\n%s", self.mailbox.slot, what, traceback.format_exc())
+                    self.mailbox.post(SCHEDULER, "failed", step=self.committed, body=body)
+                    break
 
     def _handle(self, message: Message, *, waiting: bool) -> None:
         """Handle one message; while a step of our own waits for replies, control messages keep."""
-        if message.kind in self._control:
+        kind = message.kind
+        if kind == "ping":
+            self.mailbox.post(SCHEDULER, "pong", reply_to=message.sequence)
+        elif kind not in _UNORDERED and message.step > self.committed + 1:
+            self.deferred.append(message)
+        elif kind not in _UNORDERED and message.step < self.committed + 1:
+            log.debug("slot %d: %s of step %d comes again", self.mailbox.slot, kind, message.step)
+        elif kind in self._control:
             if waiting:
                 self.later.append(message)
             else:
-                self._control[message.kind](message)
-        elif message.step > self.committed + 1:
-            self.deferred.append(message)
-        elif message.step < self.committed + 1:
-            log.debug("slot %d: %s of step %d comes too late", self.mailbox.slot, message.kind, message.step)
-        elif message.kind in self._requests:
-            arrays = self._requests[message.kind](message)
+                self._control[kind](message)
+        elif kind in self._requests:
+            arrays = self._requests[kind](message)
             self.mailbox.post(
                 message.source, "reply", step=message.step, reply_to=message.sequence, arrays=arrays
             )
-        elif message.kind in self.reduction.handlers:
-            self.reduction.handlers[message.kind](message)
+        elif self.reduction is not None and kind in self.reduction.handlers:
+            self.reduction.handlers[kind](message)
         else:
             log.warning(
-                "slot %d: unexpected message %r from slot %d", self.mailbox.slot, message.kind, message.source
+                "slot %d: unexpected message %r from slot %d", self.mailbox.slot, kind, message.source
             )
 
     # -- control -------------------------------------------------------------------------------
 
     def _install(self, message: Message) -> None:
-        """Take the roles of a plan, with state from a checkpoint or from the seed."""
+        """Enter a generation: finish or drop the open step, get what is lacking, take the roles."""
         body, plan, me = message.body, Plan.from_dict(message.body["plan"]), self.mailbox.slot
-        self.mailbox.generation = plan.generation
+        if plan.generation == self.mailbox.generation and self.plan == plan:
+            self.mailbox.post(SCHEDULER, "installed", step=self.committed)
+            return
+        self.mailbox.adopt(plan.generation)
         self.mailbox.transport.connect({**plan.addresses, SCHEDULER: body["scheduler"]})
-        self.plan, self.job = plan, self.job_from(body)
-        self.committed = body["step"]
         self.later.clear()
         self.deferred.clear()
-        self.dense = self.job.dense() if me in plan.dense else None
-        self.experts = self.job.experts(plan, me)
-        self.memory = self.job.memory(plan, me)
-        if body["checkpoint"]:
-            for state in (self.dense, self.experts, self.memory):
-                if state is not None:
-                    # The checkpoint holds primaries; a backup asks for the names of all that it owns.
-                    names = self.job.names(state)
-                    state.load(self.job.read(body["checkpoint"], names), self.committed)
-        self.reduction = Reduction(self.mailbox, plan, self.dense, self.experts, self.memory)
-        self.worker, self.engine = None, None
+        self.worker, self.reduction, self.plan = None, None, None
+        self.job = self.job_from(body)
+        if self.holdings is None:
+            self.holdings = self.job.holdings()
+        mine = plan.pieces_of(me)
+        if body["restore"]:
+            self._restore(mine, body)
+        elif not self._catch_up(body, message):
+            self.mailbox.post(SCHEDULER, "stale", step=self.committed)
+            return
+        else:
+            self._pull_missing(mine, body["pulls"])
+        self.holdings.assign(plan, me)
+        dense = self.holdings.dense if me in plan.dense else None
+        self.reduction = Reduction(self.mailbox, plan, dense, self.holdings.experts, self.holdings.memory)
+        self.engine = None
         if plan.shards_of(me):
-            assert self.dense is not None
-            self.worker = self.job.worker(plan, self.dense, self._call, self._begin)
+            assert dense is not None
+            self.worker = self.job.worker(plan, dense, self._call, self._begin)
             self.engine = self.job.engine(self.worker)
-        self.mailbox.post(SCHEDULER, "installed", step=self.committed, body={"roles": plan.roles_of(me)})
+        self.plan = plan
+        self.mailbox.post(SCHEDULER, "installed", step=self.committed)
+
+    def _restore(self, mine: list[Piece], body: dict[str, Any]) -> None:
+        """Take the state of a checkpoint, or draw it from the seed where there is none."""
+        assert self.holdings is not None
+        self.holdings.clear()
+        self.committed = body["step"]
+        if body["restore"]["checkpoint"]:
+            names = self.holdings.names(mine)
+            self.holdings.load(mine, self.job.read(body["restore"]["checkpoint"], names), self.committed)
+        else:
+            self.holdings.initialize(mine)
+
+    def _catch_up(self, body: dict[str, Any], message: Message) -> bool:
+        """Reach the plan's step: apply a commit that did not arrive. False when that cannot be done."""
+        assert self.holdings is not None
+        commit = body["commit"]
+        if not self.holdings.held:
+            self.committed = body["step"]
+        elif commit and commit["step"] == body["step"] == self.committed + 1 and self.holdings.is_reduced:
+            self._apply(commit, message.arrays)
+        if self.committed != body["step"]:
+            log.warning("slot %d is at step %d, not %d", self.mailbox.slot, self.committed, body["step"])
+            self.holdings.clear()
+            return False
+        return True
+
+    def _pull_missing(self, mine: list[Piece], sources: list[Any]) -> None:
+        """Copy from peers the pieces that are not held here."""
+        assert self.holdings is not None
+        lacking = set(mine) - self.holdings.held
+        calls, wanted = [], []
+        for source, listed in sources:
+            pieces: list[Piece] = [(kind, layer, index) for kind, layer, index in listed]
+            pieces = [piece for piece in pieces if piece in lacking]
+            if pieces:
+                wanted.append(pieces)
+                calls.append(Call(to=source, kind="pull", body={"pieces": pieces}, arrays=()))
+        self._begin(self.committed + 1, -1)
+        for pieces, arrays in zip(wanted, self._call(calls)):
+            names = self.holdings.names(pieces)
+            tensors = {name: torch.from_numpy(array) for name, array in zip(names, arrays, strict=True)}
+            self.holdings.load(pieces, tensors, self.committed)
 
     def _run_step(self, message: Message) -> None:
-        assert self.worker is not None and self.plan is not None
+        assert self.worker is not None and self.plan is not None and self.reduction is not None
         shards = self.plan.shards_of(self.mailbox.slot)
         self.worker.run_step(message.step, shards, self.job.train_batches(), self._shard_done)
         self.reduction.send_dense(message.step)
@@ -179,7 +239,7 @@ class Slot:
 
     def _shard_done(self, shard: int, result: ShardResult) -> None:
         """Send a shard's gradients on their way and report its loss."""
-        assert self.worker is not None
+        assert self.worker is not None and self.reduction is not None
         step = self._current[0]
         self.reduction.send_shard(step, shard, result, self.worker.memory.owner_of)
         self.mailbox.post(
@@ -198,20 +258,28 @@ class Slot:
 
     def _commit(self, message: Message) -> None:
         """Apply a step's update to every replica held here, then serve what waited for it."""
-        assert message.step == self.committed + 1, (message.step, self.committed)
-        lr, scale = message.body["lr"], message.body["scale"]
-        if self.dense is not None:
-            self.dense.apply(lr=lr, scale=scale, counts_LE=torch.tensor(message.arrays[0]))
-        if self.experts is not None:
-            self.experts.apply(lr=lr, scale=scale)
-        if self.memory is not None:
-            rows = self.memory.apply(lr=message.body["memory_lr"], scale=scale)
-            self.job.observe("dse_update_rows_total", rows)
-            self.job.observe("dse_table_bytes", self.memory.num_bytes)
-        self.committed = message.step
+        self._apply(message.body, message.arrays)
         waiting, self.deferred = self.deferred, []
-        for deferred in waiting:
-            self._handle(deferred, waiting=False)
+        # What others wait for goes first: a step of our own would wait for them in turn.
+        for deferred in sorted(waiting, key=lambda m: m.kind in self._control):
+            if deferred.kind in self._control:
+                self.later.append(deferred)
+            else:
+                self._handle(deferred, waiting=False)
+
+    def _apply(self, commit: dict[str, Any], arrays: Arrays) -> None:
+        assert self.holdings is not None and commit["step"] == self.committed + 1
+        rows = self.holdings.apply(
+            lr=commit["lr"],
+            memory_lr=commit["memory_lr"],
+            scale=commit["scale"],
+            counts_LE=torch.tensor(arrays[0]),
+        )
+        self.committed = commit["step"]
+        if rows:
+            assert self.holdings.memory is not None
+            self.job.observe("dse_update_rows_total", rows)
+            self.job.observe("dse_table_bytes", self.holdings.memory.num_bytes)
 
     def _evaluate(self, message: Message) -> None:
         assert self.worker is not None and self.plan is not None
@@ -222,15 +290,19 @@ class Slot:
 
     def _checkpoint(self, message: Message) -> None:
         """Write what is primary here into the checkpoint's folder and report the hashes."""
-        assert self.plan is not None
-        me, directory = self.mailbox.slot, message.body["directory"]
+        assert self.plan is not None and self.holdings is not None
+        me, directory, plan = self.mailbox.slot, message.body["directory"], self.plan
+        parts: dict[str, list[Piece]] = {
+            "dense": [DENSE] if plan.dense[0] == me else [],
+            "experts": [("expert", *k) for k in plan.experts_of(me) if plan.experts[k[0]][k[1]][0] == me],
+            "memory": [("bucket", *k) for k in plan.buckets_of(me) if plan.buckets[k[0]][k[1]][0] == me],
+        }
         entries: dict[str, Any] = {}
-        if self.dense is not None and self.plan.dense[0] == me:
-            entries |= self.job.write(directory, "dense", self.dense.tensors())
-        if self.experts is not None and self.experts.primary:
-            entries |= self.job.write(directory, f"experts_{me}", self.experts.tensors())
-        if self.memory is not None and self.memory.primary:
-            entries |= self.job.write(directory, f"memory_{me}", self.memory.tensors())
+        for part, pieces in parts.items():
+            if pieces:
+                # The generation keeps a slot that was given up and comes back from writing over another's file.
+                name = f"{part}_{me}_{plan.generation}"
+                entries |= self.job.write(directory, name, self.holdings.tensors(pieces))
         self.mailbox.post(SCHEDULER, "saved", step=message.step, body={"tensors": entries})
 
     def _generate(self, message: Message) -> None:
@@ -309,23 +381,32 @@ class Slot:
         return [replies[sequence].arrays if sequence else next(answered) for sequence in order]
 
     def _expert_forward(self, message: Message) -> Arrays:
-        assert self.experts is not None
+        assert self.holdings is not None
         x_UH, rows_R = (torch.from_numpy(array) for array in message.arrays)
         body, started = message.body, time.perf_counter()
-        y_RH = self.experts.forward(
+        y_RH = self.holdings.experts.forward(
             message.layer, message.shard, x_UH, rows_R, body["experts"], body["counts"], body["keep"]
         )
         observe_rows(self.job.observe, "forward", len(y_RH), time.perf_counter() - started)
         return (y_RH.numpy(),)
 
     def _expert_backward(self, message: Message) -> Arrays:
-        assert self.experts is not None
+        assert self.holdings is not None
         dout_UH, weights_R = (torch.from_numpy(array) for array in message.arrays)
         started = time.perf_counter()
-        dx_RH = self.experts.backward(message.layer, message.shard, dout_UH, weights_R)
+        dx_RH = self.holdings.experts.backward(message.layer, message.shard, dout_UH, weights_R)
         observe_rows(self.job.observe, "backward", len(dx_RH), time.perf_counter() - started)
         return (dx_RH.numpy(),)
 
     def _rows(self, message: Message) -> Arrays:
-        assert self.memory is not None
-        return tuple(self.memory.gather(layer, rows) for layer, rows in enumerate(message.arrays))
+        assert self.holdings is not None and self.holdings.memory is not None
+        memory = self.holdings.memory
+        return tuple(memory.gather(layer, rows) for layer, rows in enumerate(message.arrays))
+
+    def _pull(self, message: Message) -> Arrays:
+        """Give a peer copies of pieces as they are at the plan's step."""
+        assert self.holdings is not None
+        pieces: list[Piece] = [(kind, layer, index) for kind, layer, index in message.body["pieces"]]
+        tensors = self.holdings.tensors(pieces)
+        # Copies, because frames leave later than the next update may come.
+        return tuple(tensors[name].numpy().copy() for name in self.holdings.names(pieces))

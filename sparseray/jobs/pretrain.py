@@ -15,14 +15,13 @@ from types import FrameType
 from typing import Any
 
 from sparseray.actors.token_data import TokenDataset
-from sparseray.errors import ConfigError, RunFailedError, UserError
+from sparseray.errors import ConfigError, RunFailedError, SchedulerLostError, UserError
 from sparseray.jobs.report import write_report
 from sparseray.model.config import ModelConfig
 from sparseray.model.counts import count_parameters
 from sparseray.model.dse_layout import DSELayout
 from sparseray.platform import config as configuration
 from sparseray.platform.config import RunConfig
-from sparseray.platform.metrics import write_targets
 from sparseray.platform.plan import make_plan, num_slots
 from sparseray.platform.run_folder import RunFolder
 from sparseray.platform.training import validation_batch_count
@@ -36,6 +35,7 @@ example:
 """
 
 Show = Callable[[str], None]
+SCHEDULER_DEADLINE_S = 60.0
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -79,29 +79,30 @@ def run(config: RunConfig, show: Show) -> int:
     from sparseray.platform.cluster import Cluster
 
     show("starting Ray and its slots ...")
-    cluster = Cluster(config.cluster, slots_of(config))
+    cluster = Cluster(config.cluster, slots_of(config) + config.cluster.standby, run_dir=folder.path)
+    is_interrupted = False
     try:
-        folder.open(config, layout, Path(config.data.path) / "tokenizer.json")
-        addresses = cluster.start()
-        plan = make_plan(**placement(config, addresses))
-        for slot in addresses:
-            show(f"  slot {slot}: {', '.join(plan.roles_of(slot))}")
-        resolved = configuration.to_dict(config) | {"run_dir": str(folder.path)}
-        resolved["data"]["path"] = str(Path(config.data.path).absolute())
-        scheduler = cluster.start_scheduler(
-            config=resolved,
-            plan=plan.to_dict(),
-            bytes_per_token=data["validation"].bytes_per_token,
-            validation_batches=batches,
-            metric_targets=cluster.metric_targets(),
-        )
-        if newest is not None:
-            show(f"going on from {newest}")
+        scheduler = cluster.find_scheduler(folder.path)
+        if scheduler is None:
+            folder.open(config, layout, Path(config.data.path) / "tokenizer.json")
+            resolved = configuration.to_dict(config) | {"run_dir": str(folder.path)}
+            resolved["data"]["path"] = str(Path(config.data.path).absolute())
+            scheduler = cluster.start_scheduler(
+                folder.path,
+                config=resolved,
+                placement=what_to_place(config),
+                bytes_per_token=data["validation"].bytes_per_token,
+                validation_batches=batches,
+            )
+            if newest is not None:
+                show(f"going on from {newest}")
+        else:
+            show("this run is going on already, in the same cluster: following it")
         is_interrupted = follow(scheduler, config, show)
-    finally:
-        cluster.stop()
-        if folder.targets.exists():
-            write_targets(folder.targets, {}, folder.path.name)
+    except BaseException:
+        cluster.stop(at_once=True)
+        raise
+    cluster.stop()
     return _finish(folder, config, is_interrupted, show)
 
 
@@ -152,20 +153,28 @@ def slots_of(config: RunConfig) -> int:
 
 def placement(config: RunConfig, addresses: dict[int, str]) -> dict[str, Any]:
     """Arguments of `make_plan` for generation 1 of a run."""
-    c, model = config.cluster, config.model
+    c = config.cluster
     return {
         "generation": 1,
         "addresses": addresses,
+        "replication": c.replication,
+        "colocated": c.colocated,
+        **what_to_place(config),
+    }
+
+
+def what_to_place(config: RunConfig) -> dict[str, int]:
+    """Arguments of `make_plan` that follow from the configuration alone."""
+    c, model = config.cluster, config.model
+    return {
         "attention": c.attention_workers,
         "experts": c.expert_shards if model.moe_layers else 0,
         "memory": c.memory_shards if model.dse.layers else 0,
-        "replication": c.replication,
         "num_shards": config.train.logical_shards,
         "moe_layers": len(model.moe_layers),
         "num_experts": model.moe.num_experts,
         "dse_layers": len(model.dse.layers),
         "num_buckets": model.dse.num_buckets,
-        "colocated": c.colocated,
     }
 
 
@@ -185,16 +194,36 @@ def follow(scheduler: Any, config: RunConfig, show: Show) -> bool:
         UserError: training stopped for a reason the user can mend.
         RunFailedError: training stopped for another reason.
     """
-    import ray
+    from sparseray.platform.cluster import ask
 
-    with _interrupts(lambda: ray.get(scheduler.stop.remote()), show) as interrupted:
-        ray.get(scheduler.start.remote())
-        seen, done, started = 0, False, time.monotonic()
+    state: dict[str, Any] = {"failure": None}
+    with _interrupts(show) as interrupted:
+        ask(scheduler, "start", timeout_s=120.0)
+        seen, epoch, last_step, done, started = 0, "", 0, False, time.monotonic()
+        heard, is_told = time.monotonic(), False
         while not done:
-            state = ray.get(scheduler.progress.remote(seen))
+            try:
+                if interrupted and not is_told:
+                    ask(scheduler, "stop")
+                    is_told = True
+                state = ask(scheduler, "progress", seen, epoch)
+            except SchedulerLostError as error:
+                if time.monotonic() - heard > SCHEDULER_DEADLINE_S:
+                    raise RunFailedError(
+                        f"the scheduler is gone: {error}; the same command resumes"
+                    ) from None
+                time.sleep(0.2)
+                continue
+            if epoch and state["epoch"] != epoch:
+                show("the scheduler died; a new one has taken over")
+                is_told = False
             for record in state["records"]:
-                show(describe(record, config.train.steps, started, first=seen == 0))
-            seen, done = seen + len(state["records"]), state["done"]
+                if "loss" not in record or record["step"] > last_step or "event" in record:
+                    show(describe(record, config.train.steps, started, first=last_step == 0))
+                last_step = max(last_step, record["step"]) if "loss" in record else last_step
+                if record.get("event") == "restored":
+                    last_step = record["step"]
+            seen, epoch, done, heard = state["seen"], state["epoch"], state["done"], time.monotonic()
     if state["failure"]:
         if state["failure"]["user"]:
             raise UserError(state["failure"]["error"])
@@ -205,8 +234,8 @@ def follow(scheduler: Any, config: RunConfig, show: Show) -> bool:
 
 
 @contextmanager
-def _interrupts(stop: Callable[[], None], show: Show) -> Iterator[list[int]]:
-    """First Ctrl-C: stop after the current step, with a checkpoint. Second: at once."""
+def _interrupts(show: Show) -> Iterator[list[int]]:
+    """Note the first Ctrl-C, after which the run shall stop with a checkpoint; end at once on the second."""
     seen: list[int] = []
 
     def handle(number: int, _frame: FrameType | None) -> None:
@@ -216,7 +245,6 @@ def _interrupts(stop: Callable[[], None], show: Show) -> Iterator[list[int]]:
         show(
             "stopping after this step, with a checkpoint; Ctrl-C again stops at once and loses the steps since the last one"
         )
-        stop()
 
     previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -227,7 +255,9 @@ def _interrupts(stop: Callable[[], None], show: Show) -> Iterator[list[int]]:
 
 
 def describe(record: dict[str, Any], steps: int, started: float, *, first: bool) -> str:
-    """One line for people about a step, a validation or a checkpoint."""
+    """One line for people about a step, a validation, a checkpoint or an event."""
+    if "event" in record:
+        return f"*** {record['event']} after step {record['step']}: {record['text']}"
     if "checkpoint" in record:
         return f"checkpoint {record['checkpoint']} ({record['seconds']:.2f} s)"
     if "eval_loss" in record:

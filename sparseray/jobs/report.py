@@ -1,4 +1,4 @@
-"""Pictures of a run, drawn from its folder: loss curve and expert load.
+"""Pictures of a run, drawn from its folder: loss curve, expert load, and a timeline of its events.
 
 Written as PNG into `report/` by pretrain and demo; nothing here is needed to train.
 """
@@ -9,16 +9,23 @@ from typing import Any
 
 import numpy as np
 
+from sparseray.jobs.timeline import draw_timeline
 from sparseray.platform.run_folder import RunFolder
 
 
 def write_report(folder: RunFolder) -> Path:
-    """Draw `report/loss.png` and `report/experts.png` and return the report's folder."""
+    """Draw `report/loss.png`, `experts.png` and `timeline.png`, as far as there is data; return the folder."""
     # Drawing takes most of a second to import; training must not wait for it at its start.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    records = folder.records()
+    records, events = folder.records(), folder.event_lines()
     folder.report.mkdir(parents=True, exist_ok=True)
+    if events:
+        figure = Figure()
+        FigureCanvasAgg(figure)
+        draw_timeline(figure, records, events)
+        figure.savefig(folder.report / "timeline.png", dpi=130)
     if not records:
         return folder.report
     evaluations = []

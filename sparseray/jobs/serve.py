@@ -179,7 +179,7 @@ class RemoteClient:
         """
         addresses = {int(slot): address for slot, address in plan["addresses"].items()}
         for mailbox in (self._inbox, self._outbox):
-            mailbox.generation = plan["generation"]
+            mailbox.adopt(plan["generation"])
             mailbox.transport.connect(addresses)
         body = {
             "plan": plan,
@@ -188,7 +188,7 @@ class RemoteClient:
             "layout_sha256": checkpoint.read_manifest(directory)["dse_layout_sha256"],
             "scheduler": self._inbox.transport.address,
             "step": checkpoint.read_manifest(directory)["step"],
-            "checkpoint": str(directory.absolute()),
+            "restore": {"checkpoint": str(directory.absolute())},
             "serving": True,
         }
         for slot in addresses:

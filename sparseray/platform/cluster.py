@@ -1,26 +1,28 @@
 """Starts or joins Ray and starts slots on it; the only file that does.
 
-Without an address a local Ray is started for this run alone, with as many logical CPUs as the
-placement has slots: on a laptop several slots share a core on purpose.
+Without an address a local Ray is started for this run alone, with more logical CPUs than it has slots:
+on a laptop several slots share a core on purpose, and a run must be able to grow.
 """
 
 import os
 import uuid
+from pathlib import Path
 from typing import Any
 
 import ray
 
-from sparseray.errors import ClusterError
+from sparseray.errors import ClusterError, SchedulerLostError
 from sparseray.log import get_logger
 from sparseray.platform.config import ClusterConfig
-from sparseray.platform.host import Host
+from sparseray.platform.ray_fleet import NAMESPACE, slot_name, start_host
+from sparseray.platform.registry import forget_run, scheduler_name
 from sparseray.platform.scheduler import Scheduler
 from sparseray.platform.transport import remove_directory
 
 log = get_logger(__name__)
 
-NAMESPACE = "sparseray"
 OBJECT_STORE_BYTES = 128 << 20
+LOCAL_CPUS = 16
 
 
 class Cluster:
@@ -29,18 +31,21 @@ class Cluster:
     Args:
         config: how to reach Ray and what a slot reserves.
         num_slots: slots to start.
+        run_dir: of a training run; where it is going on already in this cluster, no room is needed.
 
     Raises:
         ClusterError: Ray cannot be reached, refuses the token, or has too few free CPUs.
     """
 
-    def __init__(self, config: ClusterConfig, num_slots: int) -> None:
-        self.config, self.num_slots = config, num_slots
+    def __init__(self, config: ClusterConfig, num_slots: int, run_dir: Path | None = None) -> None:
+        self.config, self.num_slots, self._run_dir = config, num_slots, run_dir
         self.job = uuid.uuid4().hex
         self.slots: dict[int, Any] = {}
         self.scheduler: Any = None
-        _connect(config, num_slots)
-        self._check_room()
+        # Slots and scheduler of a run report through the run's folder; Ray's own words on each death would bury it.
+        _connect(config, num_slots, log_to_driver=run_dir is None)
+        if run_dir is None or self.find_scheduler(run_dir) is None:
+            self._check_room()
 
     def _check_room(self) -> None:
         free, all_ = ray.available_resources().get("CPU", 0.0), ray.cluster_resources().get("CPU", 0.0)
@@ -54,14 +59,9 @@ class Cluster:
             )
 
     def start(self) -> dict[int, str]:
-        """Start all slots side by side and return their addresses."""
-        arguments = {"job": self.job, "transport": self.config.transport, "bind_host": self.config.bind_host}
-        actor = ray.remote(Host)
+        """Start slots that live as long as this process (serving) and return their addresses."""
         self.slots = {
-            slot: actor.options(num_cpus=self.config.cpus_per_slot, max_concurrency=4).remote(
-                slot=slot, threads=self.config.threads_per_slot, **arguments
-            )
-            for slot in range(self.num_slots)
+            slot: start_host(self.job, slot, self.config, is_detached=False) for slot in range(self.num_slots)
         }
         addresses = ray.get([handle.address.remote() for handle in self.slots.values()])
         for handle in self.slots.values():
@@ -73,25 +73,98 @@ class Cluster:
         found = ray.get([handle.metrics_address.remote() for handle in self.slots.values()])
         return {f"slot-{slot}": address for slot, address in zip(self.slots, found)}
 
-    def start_scheduler(self, **arguments: Any) -> Any:
-        """Start the named scheduler actor of this job."""
+    def start_scheduler(self, run_dir: Path, **arguments: Any) -> Any:
+        """Start the scheduler of a run; Ray restarts it when it dies, and it outlives this process."""
         actor = ray.remote(Scheduler)
         self.scheduler = actor.options(
-            name=f"sparseray-scheduler-{self.job[:8]}", namespace=NAMESPACE, num_cpus=0, max_concurrency=4
-        ).remote(job=self.job, transport=self.config.transport, bind_host=self.config.bind_host, **arguments)
+            name=scheduler_name(run_dir),
+            namespace=NAMESPACE,
+            lifetime="detached",
+            max_restarts=-1,
+            num_cpus=0,
+            max_concurrency=8,
+        ).remote(job=self.job, **arguments)
         return self.scheduler
 
-    def stop(self) -> None:
-        """End all actors of the job, and Ray itself if it was started here; no socket stays behind."""
-        for handle in [*self.slots.values(), self.scheduler]:
-            if handle is not None:
-                ray.kill(handle)
+    def find_scheduler(self, run_dir: Path) -> Any | None:
+        """The scheduler of a run that is going on, or None."""
+        try:
+            self.scheduler = ray.get_actor(scheduler_name(run_dir), namespace=NAMESPACE)
+        except ValueError:
+            self.scheduler = None
+        return self.scheduler
+
+    def stop(self, *, at_once: bool = False) -> None:
+        """End all actors of the job, and Ray itself if it was started here; no socket stays behind.
+
+        Args:
+            at_once: do not wait for the scheduler to come to an end by itself.
+        """
+        for handle in self.slots.values():
+            ray.kill(handle)
         self.slots = {}
+        if self.scheduler is not None:
+            try:
+                self.job = ray.get(self.scheduler.job.remote(), timeout=5.0)
+                if not at_once:
+                    ray.get(self.scheduler.release.remote(), timeout=15.0)
+            except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError) as error:
+                log.warning("the scheduler did not end by itself: %s", " ".join(str(error).split())[:200])
+            ray.kill(self.scheduler)
+            self.scheduler = None
+            self._end_slots()
+        if self._run_dir is not None:
+            forget_run(self._run_dir)
         ray.shutdown()
         remove_directory(self.job)
 
+    def _end_slots(self) -> None:
+        """End detached slots that their scheduler could not."""
+        prefix = slot_name(self.job, 0).removesuffix("0")
+        for entry in ray.util.list_named_actors(all_namespaces=True):
+            if entry["namespace"] == NAMESPACE and entry["name"].startswith(prefix):
+                try:
+                    ray.kill(ray.get_actor(entry["name"], namespace=NAMESPACE))
+                except ValueError:
+                    log.debug("%s has ended already", entry["name"])
 
-def _connect(config: ClusterConfig, num_slots: int) -> None:
+
+def attach(run: dict[str, Any]) -> Any:
+    """Connect to the scheduler of a run that is going on (platform/registry.py).
+
+    Raises:
+        ClusterError: its cluster or its scheduler is gone.
+    """
+    try:
+        ray.init(address=run["address"], namespace=NAMESPACE, log_to_driver=False, logging_level="error")
+        return ray.get_actor(scheduler_name(Path(run["run_dir"])), namespace=NAMESPACE)
+    # Ray says with a bare Exception that nobody answers.
+    except Exception as error:
+        ray.shutdown()
+        raise ClusterError(
+            f"the run in {run['run_dir']} does not answer at {run['address']} ({' '.join(str(error).split())[:160]}); "
+            "it has ended or its machine is gone; start it again with its `pretrain` command"
+        ) from None
+
+
+def detach() -> None:
+    """Leave a cluster that `attach` joined."""
+    ray.shutdown()
+
+
+def ask(scheduler: Any, method: str, *arguments: Any, timeout_s: float = 30.0) -> Any:
+    """Call a method of a scheduler and wait for the answer.
+
+    Raises:
+        SchedulerLostError: it is gone, or being restarted.
+    """
+    try:
+        return ray.get(getattr(scheduler, method).remote(*arguments), timeout=timeout_s)
+    except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
+        raise SchedulerLostError(" ".join(str(error).split())[:200]) from None
+
+
+def _connect(config: ClusterConfig, num_slots: int, *, log_to_driver: bool) -> None:
     # Slots decide about their own threads; without this Ray warns and sets OMP_NUM_THREADS itself.
     environment = {"OMP_NUM_THREADS": str(config.threads_per_slot), "RAY_DEDUP_LOGS": "0"}
     runtime = {"env_vars": environment}
@@ -101,7 +174,7 @@ def _connect(config: ClusterConfig, num_slots: int) -> None:
                 address=config.address,
                 namespace=NAMESPACE,
                 runtime_env=runtime,
-                log_to_driver=True,
+                log_to_driver=log_to_driver,
                 logging_level="error",
             )
         else:
@@ -110,13 +183,13 @@ def _connect(config: ClusterConfig, num_slots: int) -> None:
             os.environ.setdefault("RAY_worker_niceness", "0")
             ray.init(
                 address="local",
-                num_cpus=max(1, round(num_slots * config.cpus_per_slot + 0.5)),
+                num_cpus=max(LOCAL_CPUS, round(2 * num_slots * config.cpus_per_slot + 0.5)),
                 object_store_memory=OBJECT_STORE_BYTES,
                 include_dashboard=False,
                 namespace=NAMESPACE,
                 runtime_env=runtime,
                 _node_ip_address="127.0.0.1",
-                log_to_driver=True,
+                log_to_driver=log_to_driver,
                 logging_level="error",
             )
     # Ray says with a bare Exception that its own daemons did not start in time.

@@ -113,7 +113,12 @@ class ClusterConfig:
         address: Ray address to join, for example "auto"; empty starts a local Ray.
         transport: "ipc" (Unix sockets, one host) or "tcp".
         bind_host: address that TCP sockets and metrics bind to.
-        deadline_s: seconds without an answer after which a slot counts as lost.
+        deadline_s: seconds without an answer after which all slots are probed.
+        hang_s: seconds without a sign of life after which a slot counts as lost.
+        standby: warm slots without a role, ready to take over a lost one's.
+        max_slots: most slots of the job, 0 for as many as the cluster has room for.
+        rebalance_above: load of the busiest expert shard over the mean that moves experts, 0 for never.
+        rebalance_every: least number of steps between two such moves.
     """
 
     attention_workers: int = 1
@@ -127,6 +132,21 @@ class ClusterConfig:
     transport: typing.Literal["ipc", "tcp"] = "ipc"
     bind_host: str = "127.0.0.1"
     deadline_s: float = 30.0
+    hang_s: float = 0.9
+    standby: int = 0
+    max_slots: int = 0
+    rebalance_above: float = 0.0
+    rebalance_every: int = 50
+
+    def __post_init__(self) -> None:
+        if self.standby < 0 or self.max_slots < 0 or self.rebalance_every < 1:
+            raise ConfigError(
+                "cluster.standby, cluster.max_slots and cluster.rebalance_every cannot be negative"
+            )
+        if self.hang_s < 0.3:
+            raise ConfigError(
+                f"cluster.hang_s={self.hang_s:g} is below 0.3 s: a busy machine would look like a dead one"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,26 +3,35 @@
 Ray starts, finds and ends it; everything else reaches the slot through its mailbox.
 """
 
+import contextlib
+import json
+import os
 import threading
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgpack
 import numpy as np
+import ray
 import torch
+import zmq
 
 from sparseray.actors.assignment import Plan
 from sparseray.actors.attention_worker import AttentionWorker, Batch, Batches
-from sparseray.actors.dense_state import EXP_AVG, EXP_AVG_SQ, DenseState
+from sparseray.actors.dense_state import DenseState
 from sparseray.actors.engine import Engine
 from sparseray.actors.exchange import Call, RemoteExperts, RemoteMemory
 from sparseray.actors.expert_shard import ExpertShard
+from sparseray.actors.holdings import Holdings
 from sparseray.actors.mailbox import Mailbox
-from sparseray.actors.memory_shard import FIELDS, MemoryShard, bucket_bounds
+from sparseray.actors.memory_shard import MemoryShard, bucket_bounds
 from sparseray.actors.slot import Slot
 from sparseray.actors.token_data import TokenDataset, batch
 from sparseray.errors import IdentityError
+from sparseray.kernels.dse.cpu import gather_rows, merge_rows, rowwise_adam_, segment_sum_rows
 from sparseray.model.dse_layout import DSELayout
 from sparseray.platform import checkpoint
 from sparseray.platform.config import RunConfig, from_dict
@@ -62,31 +71,16 @@ class TrainingJob:
             else [self.layout.num_rows(layer) for layer in self.config.model.dse.layers]
         )
 
-    def dense(self) -> DenseState:
-        """Build the dense weights from the seed."""
+    def _dense(self) -> DenseState:
         decay = self.config.optim.weight_decay
         return DenseState(self.config.model, self.layout, weight_decay=decay, **self._shared, **self._adam)
 
-    def experts(self, plan: Plan, slot: int) -> ExpertShard | None:
-        """Build the experts that the plan gives a slot."""
-        owned = plan.experts_of(slot)
-        if not owned:
-            return None
-        primary = [key for key in owned if plan.experts[key[0]][key[1]][0] == slot]
-        decay = self.config.optim.weight_decay
-        return ExpertShard(
-            self.config.model, owned, primary, weight_decay=decay, **self._shared, **self._adam
-        )
-
-    def memory(self, plan: Plan, slot: int) -> MemoryShard | None:
-        """Build the buckets that the plan gives a slot."""
-        owned = plan.buckets_of(slot)
-        if not owned:
-            return None
-        primary = [key for key in owned if plan.buckets[key[0]][key[1]][0] == slot]
-        return MemoryShard(
-            self.config.model, self._table_rows(), owned, primary, **self._shared, **self._adam
-        )
+    def holdings(self) -> Holdings:
+        """Build a slot's state, empty."""
+        model, decay = self.config.model, self.config.optim.weight_decay
+        experts = ExpertShard(model, weight_decay=decay, **self._shared, **self._adam)
+        memory = MemoryShard(model, self._table_rows(), **self._shared, **self._adam)
+        return Holdings(self._dense, experts, memory if model.dse.layers else None)
 
     def worker(
         self,
@@ -143,15 +137,6 @@ class TrainingJob:
         read = self._batches("validation", 0)
         return lambda _step, index: read(index // self.num_shards, index % self.num_shards)
 
-    def names(self, state: DenseState | ExpertShard | MemoryShard) -> list[str]:
-        """Logical names of everything a state must load."""
-        if isinstance(state, DenseState):
-            return [*state.biases, *(n + s for n in state.names for s in ("", EXP_AVG, EXP_AVG_SQ))]
-        if isinstance(state, ExpertShard):
-            names = [name for key in state.owned for name in state.names[key]]
-            return [n + s for n in names for s in ("", EXP_AVG, EXP_AVG_SQ)]
-        return [state.name(key) + suffix for key in state.owned for suffix in FIELDS]
-
     def read(self, directory: str, names: Sequence[str]) -> dict[str, torch.Tensor]:
         """Read tensors of a checkpoint."""
         return checkpoint.read_tensors(directory, names)
@@ -163,6 +148,9 @@ class TrainingJob:
     def observe(self, name: str, value: float, **labels: str) -> None:
         """Record a metric of this slot."""
         self.metrics.record(name, value, **labels)
+
+
+HEARTBEAT_S = 0.1
 
 
 class Host:
@@ -181,12 +169,16 @@ class Host:
         # Received buffers are read-only by intent; nobody writes through the tensors that view them.
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         directory = private_directory(job) if transport == "ipc" else None
+        self._slot_id, self._job_id = slot, job
         self._transport = ZmqTransport(f"slot{slot}", directory, bind_host)
         self._metrics = Metrics({"slot": str(slot)}, declare="slot")
         self._metrics_address = self._metrics.serve(bind_host)
         mailbox = Mailbox(self._transport, slot, job)
-        self._slot = Slot(mailbox, lambda body: TrainingJob(body, self._metrics))
+        self._jobs: dict[str, TrainingJob] = {}
+        self._slot = Slot(mailbox, self._job_from)
         self._thread = threading.Thread(target=self._slot.serve_forever, daemon=True, name=f"slot-{slot}")
+        self._heartbeats = ""
+        self._beating = threading.Thread(target=self._beat, daemon=True, name="heartbeat")
 
     def address(self) -> str:
         """Address of the slot's inbox."""
@@ -198,4 +190,77 @@ class Host:
 
     def serve(self) -> None:
         """Start serving the mailbox."""
-        self._thread.start()
+        if not self._thread.is_alive():
+            self._thread.start()
+
+    def prepare(self, body: dict[str, Any]) -> dict[str, Any]:
+        """Load and warm what a job needs, begin to serve and to give signs of life; harmless when repeated.
+
+        Returns:
+            address, node, metrics, pid, namespace of this slot.
+        """
+        self._heartbeats = body["heartbeats"]
+        job = self._job_from(body)
+        if not self._thread.is_alive():
+            self._slot.holdings = job.holdings()
+            warm_up(job, self._slot.holdings)
+            self._thread.start()
+            self._beating.start()
+        return {
+            "address": self._transport.address,
+            "node": ray.get_runtime_context().get_node_id(),
+            "metrics": self._metrics_address,
+            "pid": os.getpid(),
+            "namespace": process_namespace(),
+        }
+
+    def wait_for_end(self) -> None:
+        """Return when the slot has stopped serving; the scheduler's call to it fails when this process dies."""
+        self._thread.join()
+
+    def _job_from(self, body: dict[str, Any]) -> TrainingJob:
+        key = json.dumps([body["config"], body["layout"], bool(body.get("serving"))], sort_keys=True)
+        if key not in self._jobs:
+            self._jobs = {key: TrainingJob(body, self._metrics)}
+        return self._jobs[key]
+
+    def _beat(self) -> None:
+        """Tell the scheduler ten times a second that this process runs."""
+        socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PUSH)
+        target = ""
+        beat = [msgpack.packb([self._job_id, self._slot_id])]
+        while True:
+            if self._heartbeats != target:
+                socket.close(linger=0)
+                socket = zmq.Context.instance().socket(zmq.PUSH)
+                # Beats that nobody takes are worth nothing: none is kept for later.
+                socket.setsockopt(zmq.SNDHWM, 2)
+                socket.setsockopt(zmq.LINGER, 0)
+                target = self._heartbeats
+                socket.connect(target)
+            with contextlib.suppress(zmq.Again):
+                socket.send_multipart(beat, zmq.DONTWAIT)
+            time.sleep(HEARTBEAT_S)
+
+
+def process_namespace() -> str:
+    """Names the set of processes within which a process id means the same: boot and PID namespace."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return f"{boot.read_text().strip() if boot.exists() else ''}-{os.stat('/proc/self/ns/pid').st_ino}"
+
+
+def warm_up(job: TrainingJob, holdings: Holdings) -> None:
+    """Touch once what is slow the first time: dense weights, autograd, compiled loops."""
+    dense = holdings.spare()
+    x_RH = torch.randn(8, job.config.model.hidden, requires_grad=True)
+    (x_RH @ x_RH.T).sum().backward()
+    assert dense.names
+    rows, sums = segment_sum_rows(np.array([1, 0, 1]), np.ones((3, 4), np.float32))
+    merged = merge_rows((rows, sums), (rows, sums.copy()))
+    table, moments = np.zeros((4, 4), np.float32), np.zeros((4, 4), np.float32)
+    variances, counts = np.zeros(4, np.float32), np.zeros(4, np.int64)
+    rowwise_adam_(table, moments, variances, counts, *merged, lr=0.1, beta1=0.9, beta2=0.95, eps=1e-8)
+    gather_rows(table, rows)
+    if job.layout is not None:
+        tokens_BT = torch.zeros(1, 8, dtype=torch.int64)
+        job.layout.rows(job.config.model.dse.layers[0], tokens_BT)

@@ -1,14 +1,17 @@
 """The scheduler's journal: every decision is written here before it takes effect.
 
 SQLite in WAL mode, one row a decision. A decision that is not in the journal has not happened; one
-that is there has, whoever died meanwhile.
+that is there has, whoever died meanwhile. Of several schedulers only the last to lead can write.
 """
 
 import json
+import os
 import sqlite3
 import time
 from pathlib import Path
 from typing import Any
+
+from sparseray.errors import FencedError
 
 
 class Journal:
@@ -19,7 +22,7 @@ class Journal:
     """
 
     def __init__(self, path: Path) -> None:
-        self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
+        self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None, timeout=10.0)
         self._db.execute("PRAGMA journal_mode=WAL")
         # A killed process loses nothing in WAL mode; only a power cut needs more than NORMAL.
         self._db.execute("PRAGMA synchronous=NORMAL")
@@ -28,13 +31,32 @@ class Journal:
             "id INTEGER PRIMARY KEY, time REAL NOT NULL, generation INTEGER NOT NULL, "
             "step INTEGER NOT NULL, kind TEXT NOT NULL, body TEXT NOT NULL)"
         )
+        self._db.execute(
+            "CREATE TABLE IF NOT EXISTS leaders (epoch INTEGER PRIMARY KEY AUTOINCREMENT, pid INTEGER NOT NULL, "
+            "time REAL NOT NULL)"
+        )
+        self._epoch = 0
+
+    def lead(self) -> None:
+        """Take over the journal: whoever led before can append no more."""
+        found = self._db.execute("INSERT INTO leaders (pid, time) VALUES (?, ?)", (os.getpid(), time.time()))
+        self._epoch = int(found.lastrowid or 0)
 
     def append(self, kind: str, *, generation: int, step: int, **body: Any) -> None:
-        """Write one decision; it is in the file when this returns."""
-        self._db.execute(
-            "INSERT INTO decisions (time, generation, step, kind, body) VALUES (?, ?, ?, ?, ?)",
-            (time.time(), generation, step, kind, json.dumps(body)),
+        """Write one decision; it is in the file when this returns.
+
+        Raises:
+            FencedError: another scheduler leads now; nothing was written.
+        """
+        done = self._db.execute(
+            "INSERT INTO decisions (time, generation, step, kind, body) SELECT ?, ?, ?, ?, ? "
+            "WHERE (SELECT max(epoch) FROM leaders) = ?",
+            (time.time(), generation, step, kind, json.dumps(body), self._epoch),
         )
+        if done.rowcount != 1:
+            raise FencedError(
+                f"another scheduler has taken over this run; {kind} of step {step} was not decided"
+            )
 
     def last(self, kind: str) -> dict[str, Any] | None:
         """Return the newest decision of a kind, or None."""
@@ -45,12 +67,12 @@ class Journal:
         """Return up to `limit` decisions, newest first."""
         where, values = ("WHERE kind = ?", (kind,)) if kind else ("", ())
         rows = self._db.execute(
-            f"SELECT time, generation, step, kind, body FROM decisions {where} ORDER BY id DESC LIMIT ?",
+            f"SELECT id, time, generation, step, kind, body FROM decisions {where} ORDER BY id DESC LIMIT ?",
             (*values, limit),
         )
         return [
-            {"time": t, "generation": generation, "step": step, "kind": name, **json.loads(body)}
-            for t, generation, step, name, body in rows
+            {"id": i, "time": t, "generation": generation, "step": step, "kind": name, **json.loads(body)}
+            for i, t, generation, step, name, body in rows
         ]
 
     def close(self) -> None:

@@ -2,13 +2,49 @@
 
 Disaggregated: every role has slots of its own. Colocated: the roles share slots, and a call
 from a slot to itself is a function call (actors/slot.py). Backups go to slots of the same
-role where there are enough of them, else to any other slot.
+role where there are enough of them, else to any other slot. A new plan keeps what it can of the
+old one: platform/placement.py chooses, by the search of platform/balance.py; what then travels says
+platform/moves.py.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
 
 from sparseray.actors.assignment import Plan
 from sparseray.errors import ConfigError
+from sparseray.platform.balance import pack
+from sparseray.platform.moves import Moves, Piece, holdings, least_bytes, moves, piece_bytes
+from sparseray.platform.placement import NO_NODES, Placement, costs, role_slots, split_evenly
+from sparseray.platform.spread import slot_loads, spread_hot
+
+__all__ = [
+    "Moves",
+    "Piece",
+    "Roles",
+    "fitting",
+    "holdings",
+    "least_bytes",
+    "loads_when_packed",
+    "make_plan",
+    "moves",
+    "num_slots",
+    "piece_bytes",
+    "replan",
+    "role_slots",
+]
+
+NOBODY = -1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Roles:
+    """Wanted number of slots for each role, 0 where the model has none."""
+
+    attention: int
+    experts: int
+    memory: int
 
 
 def num_slots(attention: int, experts: int, memory: int, *, colocated: bool) -> int:
@@ -30,8 +66,9 @@ def make_plan(
     dse_layers: int,
     num_buckets: int,
     colocated: bool = False,
+    nodes: Mapping[int, str] = NO_NODES,
 ) -> Plan:
-    """Place the roles on slots 0, 1, ... in the order attention, experts, memory.
+    """Place the roles on slots 0, 1, ... in the order attention, experts, memory; `replan` from nothing.
 
     Args:
         generation: number of the plan.
@@ -41,6 +78,7 @@ def make_plan(
         num_shards: logical shards of a step.
         moe_layers, num_experts, dse_layers, num_buckets: what there is to place.
         colocated: roles share slots.
+        nodes: slot id to the name of its node, where known.
 
     Raises:
         ConfigError: the numbers do not fit each other.
@@ -50,54 +88,115 @@ def make_plan(
         _check("cluster.expert_shards", experts, "experts (model.moe.num_experts)", num_experts)
     if dse_layers:
         _check("cluster.memory_shards", memory, "buckets (model.dse.num_buckets)", num_buckets)
-    slots = sorted(addresses)
-    if replication < 1 or replication > len(slots):
+    if replication < 1 or replication > len(addresses):
         raise ConfigError(
-            f"cluster.replication={replication} needs as many slots, and this placement has {len(slots)}; "
-            f"give it a value from 1 to {len(slots)} or add actors"
+            f"cluster.replication={replication} needs as many slots, and this placement has {len(addresses)}; "
+            f"give it a value from 1 to {len(addresses)} or add actors"
         )
-    first_expert, first_memory = (0, 0) if colocated else (attention, attention + experts)
-    attention_slots = slots[:attention]
-    expert_slots = slots[first_expert : first_expert + experts]
-    memory_slots = slots[first_memory : first_memory + memory]
-    return Plan(
+    nothing = Plan(
+        generation=generation - 1,
+        addresses={},
+        shard_owners=(NOBODY,) * num_shards,
+        dense=(),
+        experts=(((NOBODY,),) * num_experts,) * moe_layers,
+        buckets=(((NOBODY,),) * num_buckets,) * dse_layers,
+    )
+    return replan(
+        nothing,
         generation=generation,
-        addresses=dict(addresses),
-        shard_owners=tuple(split_evenly(num_shards, attention_slots)),
-        dense=tuple(attention_slots + _others(attention_slots, slots, replication - attention)),
-        experts=tuple(
-            tuple(
-                with_backups(slot, expert_slots, slots, replication)
-                for slot in split_evenly(num_experts, expert_slots)
-            )
-            for _ in range(moe_layers)
-        ),
-        buckets=tuple(
-            tuple(
-                with_backups(slot, memory_slots, slots, replication)
-                for slot in split_evenly(num_buckets, memory_slots)
-            )
-            for _ in range(dse_layers)
-        ),
+        addresses=addresses,
+        roles=Roles(attention=attention, experts=experts, memory=memory),
+        replication=replication,
+        colocated=colocated,
+        nodes=nodes,
     )
 
 
-def split_evenly(count: int, slots: Sequence[int]) -> list[int]:
-    """Give `count` things to slots in contiguous ranges whose sizes differ by at most one."""
-    return [slots[index * len(slots) // count] for index in range(count)]
+def replan(
+    old: Plan,
+    *,
+    generation: int,
+    addresses: dict[int, str],
+    roles: Roles,
+    replication: int,
+    colocated: bool = False,
+    nodes: Mapping[int, str] = NO_NODES,
+    avoid: Collection[int] = (),
+    loads: Sequence[Sequence[float]] | None = None,
+) -> Plan:
+    """Make the next plan: as balanced as a fresh one, with as little as possible moved.
+
+    A role keeps its slots; beyond `roles` those with the highest ids go, and slots without a role fill up
+    what is missing. With too few of them the role's survivors share its work, and a role without any slot
+    goes to the slot with the fewest roles.
+
+    Args:
+        old: the plan so far.
+        generation: number of the new plan.
+        addresses: every slot of the new generation: with roles, spare, leaving; slots of `old` that are not
+            in it are dead.
+        roles: wanted slots of each role; more than a role can use, or 0 for one the model needs, is mended.
+        replication: wanted holders of every piece of state; fewer where there are fewer slots.
+        colocated: roles share slots.
+        nodes: slot id to the name of its node; where known, a piece's holders are not all on one node if
+            that is possible.
+        avoid: slots that must end without any role.
+        loads: tokens of every expert, [moe layers][experts]; primaries are then placed such that the slots of
+            a layer have equal loads, and what is left too hot is computed by several of its holders
+            (spread.py). None: equal numbers of experts.
+
+    Raises:
+        ConfigError: no slot is left.
+    """
+    usable = sorted(set(addresses) - set(avoid))
+    if not usable:
+        raise ConfigError(f"no slot is left for generation {generation}; start one")
+    places = Placement(old, usable, min(max(1, replication), len(usable)), nodes)
+    wanted = fitting(old, roles)
+    places.choose(
+        {"attention": wanted.attention, "experts": wanted.experts, "memory": wanted.memory},
+        colocated=colocated,
+    )
+    attention = places.slots["attention"]
+    experts = places.table("experts", old.experts, loads)
+    spread: tuple[tuple[int, ...], ...] = ()
+    if loads is not None:
+        own = sorted(places.slots["experts"])
+        experts, spread = spread_hot(experts, own, loads, len(old.shard_owners))
+    return Plan(
+        generation=generation,
+        addresses=dict(addresses),
+        shard_owners=tuple(split_evenly(len(old.shard_owners), attention)),
+        dense=places.dense(),
+        experts=experts,
+        buckets=places.table("memory", old.buckets, None),
+        spread=spread,
+    )
 
 
-def with_backups(
-    primary: int, peers: Sequence[int], slots: Sequence[int], replication: int
-) -> tuple[int, ...]:
-    """Return the primary and its backups: the next peers in a ring, then any other slots."""
-    start = peers.index(primary)
-    ring = [*peers[start:], *peers[:start]]
-    return tuple((ring + _others(ring, slots, replication))[:replication])
+def fitting(plan: Plan, roles: Roles) -> Roles:
+    """Return the roles that a plan can use: at least one slot where there is work, at most one a thing."""
+
+    def limit(value: int, things: int) -> int:
+        return min(max(1, value), things)
+
+    return Roles(
+        attention=limit(roles.attention, len(plan.shard_owners)),
+        experts=limit(roles.experts, len(plan.experts[0]) if plan.experts else 0),
+        memory=limit(roles.memory, len(plan.buckets[0]) if plan.buckets else 0),
+    )
 
 
-def _others(taken: Sequence[int], slots: Sequence[int], count: int) -> list[int]:
-    return [slot for slot in reversed(slots) if slot not in taken][: max(0, count)]
+def loads_when_packed(plan: Plan, loads: Sequence[Sequence[float]]) -> list[dict[int, float]]:
+    """Load of every expert slot in each layer as `replan` would leave it on the same slots by load."""
+    slots = plan.expert_primaries
+    cost = costs(plan.experts, slots)
+    found = []
+    for c, a, load in zip(cost, cost.argmin(2), loads):
+        at = [(slots[i],) for i in pack(c, a, np.array(load, float))]
+        (holders,), (spread,) = spread_hot((tuple(at),), slots, [load], len(plan.shard_owners))
+        found.append(dict.fromkeys(slots, 0.0) | slot_loads(holders, spread, load))
+    return found
 
 
 def _check(key: str, value: int, what: str, limit: int) -> None:

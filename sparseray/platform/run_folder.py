@@ -41,6 +41,7 @@ class RunFolder:
         self.config = path / "config.yaml"
         self.metrics = path / "metrics.jsonl"
         self.evaluations = path / "evaluations.jsonl"
+        self.events = path / "events.jsonl"
         self.journal = path / "journal.sqlite"
         self.checkpoints = path / "checkpoints"
         self.identity = path / "identity"
@@ -167,11 +168,28 @@ class RunFolder:
         with self.evaluations.open("a") as file:
             file.write(json.dumps(record) + "\n")
 
+    def append_event(self, event: dict[str, Any]) -> None:
+        """Add one event: a loss, a recovery, a resize; they are never dropped, not even by `rewind`."""
+        with self.events.open("a") as file:
+            file.write(json.dumps(event) + "\n")
+
     def records(self) -> list[dict[str, Any]]:
         """All steps' records; a last line cut short by a kill does not count."""
         if not self.metrics.exists():
             return []
         return [json.loads(line) for line in self.metrics.read_text().splitlines() if _step_of(line) < _CUT]
+
+    def event_lines(self) -> list[dict[str, Any]]:
+        """What happened to the run, in order of time; lines cut short by a kill do not count.
+
+        Each has "time" (Unix seconds), "step", "generation", "kind" ("start", "lost", "recovered", "resized",
+        "rebalanced", "restored", "checkpoint" or "scheduler"), "text", and the number of slots in each role:
+        "attention", "experts", "memory", "standby".
+        """
+        if not self.events.exists():
+            return []
+        lines = self.events.read_text().splitlines()
+        return sorted((json.loads(line) for line in lines if _step_of(line) < _CUT), key=lambda e: e["time"])
 
 
 def _shards(manifest: Path) -> list[str]:

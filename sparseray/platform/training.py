@@ -2,24 +2,28 @@
 
 Phase one: attention workers run their logical shards, gradients are reduced, and every holder
 reports norms and digests. Phase two: the decision is journalled, then every holder applies it.
-A step that is not in the journal has not happened. Runs in the scheduler's thread.
+A step that is not in the journal has not happened; one that a loss cuts off runs again. Changes of
+who holds what are in elastic.py. Runs in the scheduler's thread.
 """
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from sparseray.actors.assignment import Plan
-from sparseray.actors.mailbox import Mailbox
 from sparseray.actors.messages import Message
-from sparseray.errors import ConfigError, SlotLostError, UserError
+from sparseray.errors import ConfigError, SlotsLostError, UserError
 from sparseray.platform import checkpoint
 from sparseray.platform.config import OptimConfig, RunConfig, to_dict
+from sparseray.platform.elastic import Elastic
+from sparseray.platform.fleet import Control, StalledError
 from sparseray.platform.journal import Journal
+from sparseray.platform.ledger import Ledger
 from sparseray.platform.metrics import Metrics
 from sparseray.platform.metrics_training import StepMetrics
 from sparseray.platform.run_folder import RunFolder
@@ -72,15 +76,15 @@ class StepReports:
 
 
 class Trainer:
-    """Drives a run from the step it holds to its last one.
+    """Drives a run from the step it holds to its last one, through losses and changes of its slots.
 
     Args:
         config: the run.
-        plan: placement in force.
-        mailbox: the scheduler's.
-        journal, folder, metrics: where decisions, results and series go.
-        layout: folder of the DSE identity, empty without memory.
+        control: conversation with the slots.
+        elastic: who holds what.
+        journal, folder, metrics, ledger: where decisions, results, series and time go.
         bytes_per_token: of the validation split, for bits per byte.
+        validation_batches: of one validation.
         on_record: told of every step's record.
         should_stop: asked between two steps.
     """
@@ -88,140 +92,132 @@ class Trainer:
     def __init__(
         self,
         config: RunConfig,
-        plan: Plan,
-        mailbox: Mailbox,
+        control: Control,
+        elastic: Elastic,
         journal: Journal,
         folder: RunFolder,
         metrics: Metrics,
+        ledger: Ledger,
         *,
-        layout: str,
         bytes_per_token: float,
         validation_batches: int,
         on_record: Callable[[dict[str, Any]], None],
         should_stop: Callable[[], bool],
     ) -> None:
-        self.config, self.plan, self.mailbox = config, plan, mailbox
-        self.journal, self.folder, self.metrics = journal, folder, metrics
-        self.layout, self.bytes_per_token = layout, bytes_per_token
-        self.validation_batches = validation_batches
+        self.config, self.control, self.elastic = config, control, elastic
+        self.journal, self.folder, self.metrics, self.ledger = journal, folder, metrics, ledger
+        self.bytes_per_token, self.validation_batches = bytes_per_token, validation_batches
         self.on_record, self.should_stop = on_record, should_stop
         self.step_metrics = StepMetrics(metrics, config)
         self.step = 0
-        self.expected = self._expected_reports()
+        self._due: list[Callable[[], None]] = []
+        self._is_last = False
 
-    def _expected_reports(self) -> set[tuple[int, str]]:
-        plan = self.plan
-        roles = (("dense", plan.dense), ("expert", plan.expert_holders), ("memory", plan.memory_holders))
-        return {(slot, role) for role, slots in roles for slot in slots}
+    @property
+    def plan(self) -> Plan:
+        """The placement in force."""
+        assert self.elastic.plan is not None
+        return self.elastic.plan
 
-    def run(self) -> None:
-        """Install the plan, train to the last step, leave a checkpoint."""
-        self.install()
-        train = self.config.train
-        is_last = self.step >= train.steps or self.should_stop()
-        while not is_last:
-            self.train_step()
-            # Asked once a step: a stop that comes while a checkpoint is written must find the next one too.
-            is_last = self.step == train.steps or self.should_stop()
-            if is_last or (train.eval_every and self.step % train.eval_every == 0):
-                self.evaluate()
-            if is_last or (train.checkpoint_every and self.step % train.checkpoint_every == 0):
-                self.save()
-
-    def install(self) -> None:
+    def start(self) -> None:
         """Give every slot its roles and its state, from the newest checkpoint or from the seed."""
         newest = self.folder.newest_checkpoint()
         self.step = checkpoint.read_manifest(newest)["step"] if newest else 0
         self.folder.rewind(self.step)
-        self.journal.append("plan", generation=self.plan.generation, step=self.step, plan=self.plan.to_dict())
-        self.mailbox.generation = self.plan.generation
-        self.mailbox.transport.connect(self.plan.addresses)
-        body = {
-            "plan": self.plan.to_dict(),
-            "config": to_dict(self.config),
-            "layout": self.layout,
-            "layout_sha256": self.folder.layout_sha256(),
-            "scheduler": self.mailbox.transport.address,
-            "step": self.step,
-            "checkpoint": str(newest or ""),
-        }
-        for slot in self.plan.addresses:
-            self.mailbox.post(slot, "plan", step=self.step, body=body)
-        waiting = set(self.plan.addresses)
-        for message in self._messages("installed", self.config.cluster.deadline_s + 120):
-            waiting.discard(message.source)
-            if not waiting:
-                break
-        self.metrics.record("elastic_generation", self.plan.generation)
-        for role in ("attention", "expert", "memory"):
-            count = sum(role in self.plan.roles_of(slot) for slot in self.plan.addresses)
-            self.metrics.record("elastic_slots", count, role=role)
+        self.elastic.begin(self.step, str(newest or ""))
+
+    def take_over(self, plan: Plan, commit: dict[str, Any] | None, step: int) -> None:
+        """Go on where a scheduler that died had stopped: at the last step in its journal."""
+        self.step = step
+        if commit is not None:
+            record = commit.pop("record")
+            self.elastic.commit = commit
+            self.elastic.counts = np.array(record["expert_load"], np.int64)
+            records = self.folder.records()
+            if not records or records[-1]["step"] < step:
+                self.folder.append(record)
+        self._set_due()
+        self.elastic.take_over(plan, step)
+
+    def run(self) -> None:
+        """Train to the last step or until asked to stop; leaves a checkpoint."""
+        self._is_last = self._is_last or self.step >= self.config.train.steps
+        while self._due or not self._is_last:
+            try:
+                if self._due:
+                    self._due[0]()
+                    self._due.pop(0)
+                else:
+                    self.elastic.between_steps(self.step)
+                    self.train_step()
+                    self._set_due()
+            except (SlotsLostError, StalledError) as error:
+                with self.ledger.state("recovering", failed="recovering"):
+                    step = self.elastic.recover(error, self.step)
+                if step != self.step:
+                    self.step, self._due, self._is_last = step, [], False
+
+    def _set_due(self) -> None:
+        """What follows the step that was committed last."""
+        train = self.config.train
+        # Asked once a step: a stop that comes while a checkpoint is written must find the next one too.
+        self._is_last = self.step >= train.steps or self.should_stop()
+        self._due = []
+        if self._is_last or (train.eval_every and self.step % train.eval_every == 0):
+            self._due.append(self.evaluate)
+        if self._is_last or (train.checkpoint_every and self.step % train.checkpoint_every == 0):
+            self._due.append(self.save)
 
     def train_step(self) -> None:
         """Run one step and commit it."""
-        started, step = time.perf_counter(), self.step + 1
-        for slot in self.plan.attention:
-            self.mailbox.post(slot, "step", step=step)
-        reports = self._collect(step)
-        lr = learning_rate(step, self.config.optim, self.config.train.steps)
-        norm = math.sqrt(math.fsum(reports.norms.values()))
-        if not math.isfinite(norm):
-            self.step_metrics.refused()
-            raise UserError(
-                f"the gradient norm of step {step} is {norm}: nothing was applied; "
-                f"lower optim.lr={self.config.optim.lr:g} and resume from the last checkpoint"
-            )
-        scale = min(1.0, self.config.optim.clip / (norm + 1e-6)) if self.config.optim.clip else 1.0
-        counts = sum(reports.counts.values())
-        self.journal.append(
-            "commit", generation=self.plan.generation, step=step, lr=lr, scale=scale, norm=norm
-        )
-        body = {"lr": lr, "memory_lr": lr * self.config.optim.memory_lr_scale, "scale": scale}
-        for slot in self.plan.addresses:
-            self.mailbox.post(slot, "commit", step=step, body=body, arrays=(np.asarray(counts),))
+        with self.ledger.state("productive"):
+            started, step = time.perf_counter(), self.step + 1
+            self.control.post(self.plan.attention, "step", step=step)
+            reports = self._collect(step)
+            lr = learning_rate(step, self.config.optim, self.config.train.steps)
+            norm = math.sqrt(math.fsum(reports.norms.values()))
+            if not math.isfinite(norm):
+                self.step_metrics.refused()
+                raise UserError(
+                    f"the gradient norm of step {step} is {norm}: nothing was applied; "
+                    f"lower optim.lr={self.config.optim.lr:g} and resume from the last checkpoint"
+                )
+            scale = min(1.0, self.config.optim.clip / (norm + 1e-6)) if self.config.optim.clip else 1.0
+            counts = np.asarray(sum(reports.counts.values()))
+            record = self._record_of(reports, step, counts, lr, norm, time.perf_counter() - started)
+            memory_lr = lr * self.config.optim.memory_lr_scale
+            commit: dict[str, Any] = {"step": step, "lr": lr, "memory_lr": memory_lr, "scale": scale}
+            self.journal.append("commit", generation=self.plan.generation, record=record, **commit)
+            self.control.post(self.plan.addresses, "commit", step=step, body=commit, arrays=(counts,))
         self.step = step
-        self._record(reports, np.asarray(counts), lr, norm, time.perf_counter() - started)
+        self.folder.append(record)
+        self.on_record(record)
+        self.elastic.committed(commit, counts)
+        self._measure(reports, record)
 
     def _collect(self, step: int) -> StepReports:
-        reports = StepReports()
-        for message in self._messages("shard prepared", self.config.cluster.deadline_s):
+        reports, plan = StepReports(), self.plan
+        roles = (("dense", plan.dense), ("expert", plan.expert_holders), ("memory", plan.memory_holders))
+        expected = {(slot, role) for role, slots in roles for slot in slots}
+        for message in self.control.messages("shard prepared"):
             if message.step != step:
                 continue
             reports.take(message)
-            if len(reports.shards) == self.config.train.logical_shards and reports.prepared >= self.expected:
+            if len(reports.shards) == self.config.train.logical_shards and reports.prepared >= expected:
                 break
         reports.check_replicas()
         return reports
 
-    def _messages(self, kinds: str, deadline_s: float) -> Iterable[Message]:
-        """Yield messages of the given kinds; raise what a slot reports as its failure."""
-        deadline = time.monotonic() + deadline_s
-        while True:
-            message = self.mailbox.next(max(0.0, deadline - time.monotonic()))
-            if message is None:
-                raise SlotLostError(
-                    f"no {kinds.replace(' ', ' or ')} message for {deadline_s:g} s after step {self.step}; "
-                    "the run resumes from its last checkpoint with the same command"
-                )
-            if message.kind == "failed":
-                kind = UserError if message.body["user"] else RuntimeError
-                raise kind(f"slot {message.source}: {message.body['error']}")
-            if message.kind in kinds.split():
-                deadline = time.monotonic() + deadline_s
-                yield message
-
-    def _record(
-        self, reports: StepReports, counts: np.ndarray, lr: float, norm: float, seconds: float
-    ) -> None:
+    def _record_of(
+        self, reports: StepReports, step: int, counts: np.ndarray, lr: float, norm: float, seconds: float
+    ) -> dict[str, Any]:
         order = sorted(reports.shards)
         tokens = sum(reports.shards[shard]["tokens"] for shard in order)
-        loss = math.fsum(reports.shards[shard]["loss_sum"] for shard in order) / tokens
-        aux = math.fsum(reports.shards[shard]["aux_loss"] for shard in order) / len(order)
         load = counts.max(1) / np.maximum(counts.mean(1), 1e-9) if counts.size else np.ones(1)
-        record = {
-            "step": self.step,
-            "loss": loss,
-            "aux_loss": aux,
+        return {
+            "step": step,
+            "loss": math.fsum(reports.shards[shard]["loss_sum"] for shard in order) / tokens,
+            "aux_loss": math.fsum(reports.shards[shard]["aux_loss"] for shard in order) / len(order),
             "grad_norm": norm,
             "lr": lr,
             "tokens": tokens,
@@ -232,8 +228,9 @@ class Trainer:
             "generation": self.plan.generation,
             "time": time.time(),
         }
-        self.folder.append(record)
-        self.on_record(record)
+
+    def _measure(self, reports: StepReports, record: dict[str, Any]) -> None:
+        order = sorted(reports.shards)
         self.step_metrics.step(record, [reports.shards[shard]["seconds"] for shard in order])
 
     def evaluate(self) -> None:
@@ -242,13 +239,13 @@ class Trainer:
             (index, self.plan.shard_owners[index % self.config.train.logical_shards])
             for index in range(self.validation_batches)
         ]
-        for slot in self.plan.attention:
-            self.mailbox.post(slot, "evaluate", step=self.step + 1, body={"batches": batches})
         found: dict[int, tuple[float, int]] = {}
-        for message in self._messages("evaluated", self.config.cluster.deadline_s):
-            found |= {int(index): tuple(value) for index, value in message.body["losses"].items()}
-            if len(found) == len(batches):
-                break
+        with self.ledger.state("evaluating"):
+            self.control.post(self.plan.attention, "evaluate", step=self.step + 1, body={"batches": batches})
+            for message in self.control.messages("evaluated"):
+                found |= {int(index): tuple(value) for index, value in message.body["losses"].items()}
+                if len(found) == len(batches):
+                    break
         tokens = sum(value[1] for value in found.values())
         loss = math.fsum(found[index][0] for index in sorted(found)) / tokens
         bits = loss / math.log(2.0) / self.bytes_per_token
@@ -261,37 +258,46 @@ class Trainer:
     def save(self) -> None:
         """Write a checkpoint of the committed step; it counts once its folder has its final name."""
         started = time.perf_counter()
-        unfinished = checkpoint.begin(self.folder.checkpoints, self.step)
-        self.folder.copy_identity(unfinished)
-        for slot in self.plan.addresses:
-            self.mailbox.post(slot, "checkpoint", step=self.step, body={"directory": str(unfinished)})
+        with self.ledger.state("checkpointing"):
+            unfinished = checkpoint.begin(self.folder.checkpoints, self.step)
+            self.folder.copy_identity(unfinished)
+            tensors = self._save_parts(unfinished)
+            files = {entry["file"] for entry in tensors.values()}
+            files |= {path.name for path in self.folder.identity.iterdir()}
+            sizes = {name: (unfinished / name).stat().st_size for name in sorted(files)}
+            manifest = {
+                "format": checkpoint.FORMAT,
+                "step": self.step,
+                "digest": checkpoint.digest(tensors),
+                "config": to_dict(self.config),
+                "dse_layout_sha256": self.folder.layout_sha256(),
+                "files": sizes,
+                "tensors": dict(sorted(tensors.items())),
+            }
+            final = checkpoint.finish(unfinished, manifest)
+            self.journal.append(
+                "checkpoint", generation=self.plan.generation, step=self.step, digest=manifest["digest"]
+            )
+            checkpoint.prune(self.folder.checkpoints, self.config.train.keep_checkpoints)
+        seconds = time.perf_counter() - started
+        self.step_metrics.checkpoint(seconds, sum(sizes.values()))
+        record = {"step": self.step, "checkpoint": str(final), "digest": manifest["digest"]}
+        self.on_record({**record, "seconds": seconds})
+
+    def _save_parts(self, unfinished: Path) -> dict[str, Any]:
+        """Have every slot write what is primary there, and return the hashes by tensor."""
+        plan = self.plan
+        waiting = {plan.dense[0], *plan.expert_primaries, *plan.memory_primaries}
+        # As a part of the open step, so that a slot that has not applied the last commit yet keeps it back.
+        body = {"directory": str(unfinished)}
+        self.control.post(sorted(waiting), "checkpoint", step=self.step + 1, body=body)
         tensors: dict[str, Any] = {}
-        waiting = set(self.plan.addresses)
-        for message in self._messages("saved", self.config.cluster.deadline_s + 60):
+        for message in self.control.messages("saved", self.control.deadline_s + 60):
             tensors |= message.body["tensors"]
             waiting.discard(message.source)
             if not waiting:
                 break
-        files = {path.name: path.stat().st_size for path in sorted(unfinished.iterdir()) if path.is_file()}
-        manifest = {
-            "format": checkpoint.FORMAT,
-            "step": self.step,
-            "digest": checkpoint.digest(tensors),
-            "config": to_dict(self.config),
-            "dse_layout_sha256": self.folder.layout_sha256(),
-            "files": files,
-            "tensors": dict(sorted(tensors.items())),
-        }
-        final = checkpoint.finish(unfinished, manifest)
-        self.journal.append(
-            "checkpoint", generation=self.plan.generation, step=self.step, digest=manifest["digest"]
-        )
-        checkpoint.prune(self.folder.checkpoints, self.config.train.keep_checkpoints)
-        seconds = time.perf_counter() - started
-        self.step_metrics.checkpoint(seconds, sum(files.values()))
-        self.on_record(
-            {"step": self.step, "checkpoint": str(final), "digest": manifest["digest"], "seconds": seconds}
-        )
+        return tensors
 
 
 def validation_batch_count(windows: int, config: RunConfig) -> int:

@@ -6,108 +6,68 @@ packed sequences and a chunk of queries against longer keys share the kernels. N
 atomics: the same inputs give the same bits. Source: arXiv 2502.11089 section 3.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparseray.errors import ConfigError
+from sparseray.kernels.nsa.branches import Blocks, forward_branches
 from sparseray.kernels.nsa.gates import combine, prepare_backward
-from sparseray.kernels.nsa.geometry import COMPRESSED, WINDOW, Geometry, packed, uniform
+from sparseray.kernels.nsa.geometry import COMPRESSED, KEYS, WINDOW, Geometry, packed, uniform
 from sparseray.kernels.nsa.range_backward import range_backward
-from sparseray.kernels.nsa.range_forward import range_forward
 from sparseray.kernels.nsa.reference import check_blocks
 from sparseray.kernels.nsa.selected_backward import selected_key_gradient
-from sparseray.kernels.nsa.selected_forward import selected_forward, selected_query_gradient
-from sparseray.kernels.nsa.top_n import query_positions, select_blocks
-
-
-@dataclass(frozen=True, kw_only=True)
-class Blocks:
-    """Block sizes of one call; see `nsa_attention`."""
-
-    block: int
-    stride: int
-    select_block: int
-    num_selected: int
-    window: int
-    num_initial: int
-    num_local: int
-    scale: float
+from sparseray.kernels.nsa.selected_forward import selected_query_gradient
+from sparseray.kernels.nsa.top_n import query_positions
 
 
 class _Nsa(torch.autograd.Function):
-    """Packed tensors [tokens, heads, D] in and out."""
+    """[B, tokens, heads, D] in and out; packed in here, where views cost no node of the graph."""
 
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k_cmp: Tensor, v_cmp: Tensor, k_slc: Tensor, v_slc: Tensor, k_win: Tensor,
         v_win: Tensor, gates: Tensor, geometry: Geometry, sizes: Blocks,
     ) -> Tensor:  # fmt: skip
-        b = sizes
-        o_cmp, lse_cmp = range_forward(
-            q,
-            k_cmp,
-            v_cmp,
-            geometry,
-            kind=COMPRESSED,
-            block=b.block,
-            stride=b.stride,
-            window=0,
-            scale=b.scale,
+        shapes = [x.shape for x in (q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates)]
+        q, k_cmp, v_cmp, k_slc, v_slc = (
+            x.flatten(0, 1).contiguous() for x in (q, k_cmp, v_cmp, k_slc, v_slc)
         )
-        index = select_blocks(
-            q, k_cmp, lse_cmp, geometry, block=b.block, stride=b.stride, select_block=b.select_block,
-            num_selected=b.num_selected, num_initial=b.num_initial, num_local=b.num_local, scale=b.scale,
-        )  # fmt: skip
-        positions = query_positions(geometry)
-        o_slc, lse_slc = selected_forward(
-            q, k_slc, v_slc, index, positions, geometry, select_block=b.select_block, scale=b.scale
-        )
-        o_win, lse_win = range_forward(
-            q, k_win, v_win, geometry, kind=WINDOW, block=1, stride=1, window=b.window, scale=b.scale
-        )
+        k_win, v_win, gates = (x.flatten(0, 1).contiguous() for x in (k_win, v_win, gates))
+        found = forward_branches(q, (k_cmp, v_cmp), (k_slc, v_slc), (k_win, v_win), geometry, sizes)
         ctx.save_for_backward(
-            q,
-            k_cmp,
-            v_cmp,
-            k_slc,
-            v_slc,
-            k_win,
-            v_win,
-            gates,
-            o_cmp,
-            o_slc,
-            o_win,
-            lse_cmp,
-            lse_slc,
-            lse_win,
-            index,
+            q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, *found.outs, *found.lses, found.index
         )
-        ctx.geometry, ctx.sizes = geometry, sizes
-        return combine(o_cmp, o_slc, o_win, gates)
+        ctx.geometry, ctx.sizes, ctx.shapes = geometry, sizes, shapes
+        return combine(*found.outs, gates).view(*shapes[0][:3], -1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, *saved = ctx.saved_tensors
         o_cmp, o_slc, o_win, lse_cmp, lse_slc, lse_win, index = saved
         geometry, b = ctx.geometry, ctx.sizes
-        do = grads[0].contiguous()
+        do = grads[0].flatten(0, 1).contiguous()
         row_lse, row_dg, dgates = prepare_backward(
             do, (o_cmp, o_slc, o_win), (lse_cmp, lse_slc, lse_win), gates
         )
         del saved, o_cmp, o_slc, o_win
         dq = torch.empty_like(q)
-        positions = query_positions(geometry)
-        selected_query_gradient(
-            q, k_slc, v_slc, do, row_lse[1], row_dg[1], dq, index, positions, geometry,
-            select_block=b.select_block, scale=b.scale, add=False,
-        )  # fmt: skip
-        dk_slc, dv_slc = selected_key_gradient(
-            q, k_slc, v_slc, do, row_lse[1], row_dg[1], index, positions, geometry,
-            select_block=b.select_block, scale=b.scale,
-        )  # fmt: skip
+        if index is None:
+            dk_slc, dv_slc = range_backward(
+                q, k_slc, v_slc, do, row_lse[1], row_dg[1], dq, geometry, kind=KEYS, block=1, stride=1, window=0,
+                scale=b.scale, add=False,
+            )  # fmt: skip
+        else:
+            positions = query_positions(geometry)
+            selected_query_gradient(
+                q, k_slc, v_slc, do, row_lse[1], row_dg[1], dq, index, positions, geometry,
+                select_block=b.select_block, scale=b.scale, add=False,
+            )  # fmt: skip
+            dk_slc, dv_slc = selected_key_gradient(
+                q, k_slc, v_slc, do, row_lse[1], row_dg[1], index, positions, geometry,
+                select_block=b.select_block, scale=b.scale,
+            )  # fmt: skip
         dk_cmp, dv_cmp = range_backward(
             q, k_cmp, v_cmp, do, row_lse[0], row_dg[0], dq, geometry, kind=COMPRESSED, block=b.block,
             stride=b.stride, window=0, scale=b.scale, add=True,
@@ -116,7 +76,8 @@ class _Nsa(torch.autograd.Function):
             q, k_win, v_win, do, row_lse[2], row_dg[2], dq, geometry, kind=WINDOW, block=1, stride=1,
             window=b.window, scale=b.scale, add=True,
         )  # fmt: skip
-        return dq, dk_cmp, dv_cmp, dk_slc, dv_slc, dk_win, dv_win, dgates, None, None
+        found = (dq, dk_cmp, dv_cmp, dk_slc, dv_slc, dk_win, dv_win, dgates)
+        return *(x.view(shape) for x, shape in zip(found, ctx.shapes)), None, None
 
 
 def _geometry(
@@ -191,7 +152,7 @@ def nsa_attention(
     Source: arXiv 2502.11089 eq. 5 to 12.
     """
     check_blocks(block, stride, select_block, num_selected, window, num_initial, num_local)
-    batch, queries, heads, width = q.shape
+    queries, heads, width = q.shape[1:]
     num_kv = k_slc.shape[2]
     if (
         heads % num_kv
@@ -207,6 +168,5 @@ def nsa_attention(
         block=block, stride=stride, select_block=select_block, num_selected=num_selected, window=window,
         num_initial=num_initial, num_local=num_local, scale=width**-0.5 if scale is None else scale,
     )  # fmt: skip
-    flat = [x.flatten(0, 1).contiguous() for x in (q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates)]
-    out: Tensor = _Nsa.apply(*flat, geometry, sizes)
-    return out.view(batch, queries, heads, v_slc.shape[-1])
+    out: Tensor = _Nsa.apply(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, geometry, sizes)
+    return out

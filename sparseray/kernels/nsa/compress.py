@@ -2,9 +2,8 @@
 
 The first layer reads every block as `block` strided slices of the packed tensor, so blocks that overlap are
 not copied out in the forward pass. The position encoding enters before the nonlinearity as a bias,
-
-1 (x + pos) = w1 x + w1 pos. The backward gathers: every token adds up the block / stride blocks that hold it,
-in ascending order, without atomics. Source: arXiv 2502.11089 eq. 7.
+w1 (x + pos) = w1 x + w1 pos. The backward copies no blocks either: every token adds up the block / stride blocks
+that hold it, in ascending order, without atomics. Source: arXiv 2502.11089 eq. 7.
 """
 
 from functools import lru_cache
@@ -17,16 +16,16 @@ from torch import Tensor
 
 from sparseray.errors import ConfigError
 from sparseray.kernels.nsa.reference import num_compressed
-from sparseray.kernels.nsa.tiles import load_tile, next_power_of_2, precision, split_width
+from sparseray.kernels.nsa.tiles import load_tile, next_power_of_2, precision, split_width, store_tile
 
 
 @triton.jit
 def first_layer_kernel(
-    p_x, p_w, p_bias, p_starts, p_pre, num_rows,
+    p_x, p_w, p_bias, p_starts, p_pre, p_hidden, num_rows,
     H: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, F: tl.constexpr, BF: tl.constexpr,
-    BC: tl.constexpr, LEN: tl.constexpr, IP: tl.constexpr,
+    BC: tl.constexpr, LEN: tl.constexpr, BIAS: tl.constexpr, IP: tl.constexpr,
 ):  # fmt: skip
-    """pre[c, h, f] = bias[f] + sum over i < LEN of x[start[c] + i, h] . w[f, i]."""
+    """pre[c, h, f] = bias[f] + sum over i < LEN of x[start[c] + i, h] . w[f, i]; hidden = gelu(pre)."""
     o_r = tl.program_id(0) * BC + tl.arange(0, BC)
     m_r = o_r < num_rows
     o_f = tl.program_id(1) * BF + tl.arange(0, BF)
@@ -43,49 +42,106 @@ def first_layer_kernel(
             b_x1 = load_tile(p_x, o_x + i * H, m_r, D, D0, D1, True)
             b_w1 = load_tile(p_w, o_w + i, m_f, D, D0, D1, True)
             b_acc = tl.dot(b_x1, tl.trans(b_w1), b_acc, input_precision=IP)
-    b_acc += tl.load(p_bias + o_f, mask=m_f, other=0.0)[None, :]
-    p_out = p_pre + o_r.to(tl.int64)[:, None] * F + o_f[None, :]
-    tl.store(p_out, b_acc.to(p_pre.dtype.element_ty), mask=m_r[:, None] & m_f[None, :])
+    if BIAS:
+        b_acc += tl.load(p_bias + o_f, mask=m_f, other=0.0)[None, :]
+    o_out = o_r.to(tl.int64)[:, None] * F + o_f[None, :]
+    m_out = m_r[:, None] & m_f[None, :]
+    b_pre = b_acc.to(p_pre.dtype.element_ty)
+    tl.store(p_pre + o_out, b_pre, mask=m_out)
+    # Of the rounded value, which is what the backward sees.
+    b_pre = b_pre.to(tl.float32)
+    b_hidden = 0.5 * b_pre * (1.0 + tl.math.erf(b_pre * 0.7071067811865476))
+    tl.store(p_hidden + o_out, b_hidden.to(p_pre.dtype.element_ty), mask=m_out)
 
 
 @triton.jit
-def gather_blocks_kernel(
-    p_blocks, p_seq, p_meta, p_dx, num_rows,
-    H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BT: tl.constexpr, LEN: tl.constexpr,
-    STRIDE: tl.constexpr,
+def token_gradient_kernel(
+    p_pre, p_w, p_slots, p_dx, num_rows,
+    H: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, F: tl.constexpr, BF: tl.constexpr,
+    BS: tl.constexpr, LEN: tl.constexpr, STRIDE: tl.constexpr, IP: tl.constexpr,
 ):  # fmt: skip
-    """dx[t, h] = sum of the gradients of the blocks that hold token t, in ascending order of the block."""
-    o_r = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
-    m_r = o_r < num_rows
-    o_t = o_r // H
-    i_seq = tl.load(p_seq + o_t, mask=m_r, other=0)
-    t = o_t - tl.load(p_meta + i_seq * 3, mask=m_r, other=0)
-    c_off = tl.load(p_meta + i_seq * 3 + 1, mask=m_r, other=0)
-    c_len = tl.load(p_meta + i_seq * 3 + 2, mask=m_r, other=0)
-    b = tl.zeros([BT, DP], tl.float32)
-    for n in tl.static_range(LEN // STRIDE):
-        i_c = t // STRIDE - (LEN // STRIDE - 1 - n)
-        m_c = m_r & (i_c >= 0) & (i_c < c_len)
-        o_b = ((c_off + i_c) * H + o_r % H) * LEN + (t - i_c * STRIDE)
-        b += load_tile(p_blocks, o_b, m_c, D, 0, DP, True).to(tl.float32)
-    o_d = tl.arange(0, DP)
-    m_out = m_r[:, None] & (o_d < D)[None, :]
-    tl.store(p_dx + o_r[:, None] * D + o_d[None, :], b.to(p_dx.dtype.element_ty), mask=m_out)
+    """dx[t, h] = sum over the blocks c that hold token t, ascending, of dpre[c, h] . w[:, t - start[c]].
+
+    A program takes the tokens that stand at one place of their stride: they share the columns of w.
+    """
+    NF: tl.constexpr = (F + BF - 1) // BF
+    OVER: tl.constexpr = LEN // STRIDE
+    i_r = tl.program_id(1)
+    o_s = tl.program_id(0) * BS + tl.arange(0, BS)
+    m_s = o_s < num_rows
+    p_row = p_slots + (o_s // H) * 5
+    t = tl.load(p_row, mask=m_s, other=0) + i_r
+    m_s &= i_r < tl.load(p_row + 1, mask=m_s, other=0)
+    i_slot = tl.load(p_row + 2, mask=m_s, other=0)
+    c_off = tl.load(p_row + 3, mask=m_s, other=0)
+    c_len = tl.load(p_row + 4, mask=m_s, other=0)
+    b_dx0 = tl.zeros([BS, D0], tl.float32)
+    b_dx1 = tl.zeros([BS, D1 if D1 > 0 else 1], tl.float32)
+    for k in range(0, OVER * NF):
+        n = OVER - 1 - k // NF
+        i_c = i_slot - n
+        m_c = m_s & (i_c >= 0) & (i_c < c_len)
+        o_f = (k % NF) * BF + tl.arange(0, BF)
+        m_f = o_f < F
+        p_tile = p_pre + ((c_off + i_c) * H + o_s % H)[:, None] * F + o_f[None, :]
+        b_pre = tl.load(p_tile, mask=m_c[:, None] & m_f[None, :], other=0.0)
+        o_w = o_f.to(tl.int64) * LEN + i_r + n * STRIDE
+        b_dx0 = tl.dot(b_pre, load_tile(p_w, o_w, m_f, D, 0, D0, True), b_dx0, input_precision=IP)
+        if D1 > 0:
+            b_dx1 = tl.dot(b_pre, load_tile(p_w, o_w, m_f, D, D0, D1, True), b_dx1, input_precision=IP)
+    store_tile(p_dx, t * H + o_s % H, m_s, b_dx0, D, 0, D0)
+    if D1 > 0:
+        store_tile(p_dx, t * H + o_s % H, m_s, b_dx1, D, D0, D1)
+
+
+@triton.jit
+def weight_gradient_kernel(
+    p_x, p_pre, p_starts, p_dw, num_rows, span,
+    H: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, F: tl.constexpr, BF: tl.constexpr,
+    BC: tl.constexpr, LEN: tl.constexpr, IP: tl.constexpr,
+):  # fmt: skip
+    """dw[f, i] = sum over a part of the rows (c, h) of dpre[c, h, f] x[start[c] + i, h]; no copy of the blocks."""
+    i = tl.program_id(0)
+    o_f = tl.program_id(1) * BF + tl.arange(0, BF)
+    m_f = o_f < F
+    i_lo = tl.program_id(2) * span
+    i_hi = tl.minimum(i_lo + span, num_rows)
+    b_dw0 = tl.zeros([BF, D0], tl.float32)
+    b_dw1 = tl.zeros([BF, D1 if D1 > 0 else 1], tl.float32)
+    for j in range(i_lo, i_hi, BC):
+        o_r = j + tl.arange(0, BC)
+        m_r = o_r < i_hi
+        o_x = (tl.load(p_starts + o_r // H, mask=m_r, other=0) + i) * H + o_r % H
+        p_tile = p_pre + o_r.to(tl.int64)[:, None] * F + o_f[None, :]
+        b_pre = tl.trans(tl.load(p_tile, mask=m_r[:, None] & m_f[None, :], other=0.0))
+        b_dw0 = tl.dot(b_pre, load_tile(p_x, o_x, m_r, D, 0, D0, True), b_dw0, input_precision=IP)
+        if D1 > 0:
+            b_dw1 = tl.dot(b_pre, load_tile(p_x, o_x, m_r, D, D0, D1, True), b_dw1, input_precision=IP)
+    o_out = (tl.program_id(2).to(tl.int64) * F + o_f) * LEN + i
+    store_tile(p_dw, o_out, m_f, b_dw0, D, 0, D0)
+    if D1 > 0:
+        store_tile(p_dw, o_out, m_f, b_dw1, D, D0, D1)
 
 
 def _tables(
     first: Tensor, ends: Tensor, counts: Tensor, tokens: int, count: int, stride: int
 ) -> tuple[Tensor, ...]:
-    """First token of every compressed block [C], sequence of every token [T], and per sequence its first
-    token, first block and number of blocks."""
+    """First token of every compressed block [C], and every stride of tokens: int64 [slots, 5], its first token,
+    how many tokens it has (0 for slots beyond the last), the block that starts there, and the first block and
+    the number of blocks of its sequence."""
     total = counts.cumsum(0)
     offsets = total - counts
     ids = torch.arange(count, device=first.device)
     seq_c = torch.searchsorted(total, ids, right=True).clamp(max=first.shape[0] - 1)
     starts = first[seq_c] + (ids - offsets[seq_c]) * stride
-    rows = torch.arange(tokens, device=first.device)
-    seq = torch.searchsorted(ends, rows, right=True).clamp(max=first.shape[0] - 1)
-    return starts, seq, torch.stack([first, offsets, counts], 1).contiguous()
+    slots = (ends - first + stride - 1) // stride
+    slot_ends = slots.cumsum(0)
+    ids = torch.arange(tokens // stride + first.shape[0], device=first.device)
+    seq = torch.searchsorted(slot_ends, ids, right=True).clamp(max=first.shape[0] - 1)
+    local = ids - (slot_ends - slots)[seq]
+    token = first[seq] + local * stride
+    columns = [token, (ends[seq] - token).clamp(min=0, max=stride), local, offsets[seq], counts[seq]]
+    return starts, torch.stack(columns, 1).contiguous()
 
 
 @lru_cache(maxsize=64)
@@ -108,20 +164,49 @@ def _packed_tables(
     return _tables(first, ends, counts, tokens, count, stride)
 
 
-def _first_layer(x: Tensor, w1: Tensor, bias: Tensor, starts: Tensor, block: int) -> Tensor:
-    """Packed x [T, H, D] and first tokens [C] to the hidden layer before GELU, [C * H, F]."""
+def _first_layer(
+    x: Tensor, w1: Tensor, bias: Tensor | None, starts: Tensor, block: int
+) -> tuple[Tensor, Tensor]:
+    """Packed x [T, H, D] and first tokens [C] to the hidden layer before and after GELU, [C * H, F]."""
     heads, width = x.shape[1:]
     rows, hidden = starts.shape[0] * heads, w1.shape[0]
     pre = x.new_empty(rows, hidden)
+    after = torch.empty_like(pre)
     if rows == 0:
-        return pre
+        return pre, after
     d0, d1 = split_width(width)
     bf = min(128, max(16, next_power_of_2(hidden)))
     first_layer_kernel[(triton.cdiv(rows, 64), triton.cdiv(hidden, bf))](
-        x, w1, bias, starts, pre, rows, H=heads, D=width, D0=d0, D1=d1, F=hidden, BF=bf, BC=64, LEN=block,
+        x, w1, bias, starts, pre, after, rows, H=heads, D=width, D0=d0, D1=d1, F=hidden, BF=bf, BC=64, LEN=block, BIAS=bias is not None,
         IP=precision(x.dtype), num_warps=4, num_stages=3,
     )  # fmt: skip
-    return pre
+    return pre, after
+
+
+def _first_layer_backward(
+    x: Tensor, w1: Tensor, dpre: Tensor, starts: Tensor, slots: Tensor, block: int, stride: int
+) -> tuple[Tensor, Tensor]:
+    """Gradients of packed x [T, H, D] and of w1 from that of the hidden layer before GELU, [C * H, F]."""
+    heads, width = x.shape[1:]
+    rows, hidden = dpre.shape
+    dx = torch.empty_like(x)
+    if rows == 0:
+        return dx.zero_(), torch.zeros_like(w1)
+    d0, d1 = split_width(width)
+    shared = {"H": heads, "D": width, "D0": d0, "D1": d1, "F": hidden, "LEN": block, "IP": precision(x.dtype)}
+    bf = min(64, max(16, next_power_of_2(hidden)))
+    strided = slots.shape[0] * heads
+    token_gradient_kernel[(triton.cdiv(strided, 64), stride)](
+        dpre, w1, slots, dx, strided, BF=bf, BS=64, STRIDE=stride, **shared, num_warps=4, num_stages=3
+    )
+    # Parts of the rows, so that short inputs fill the device too; fp32, added in order.
+    parts = min(4, triton.cdiv(rows, 1024))
+    span = triton.cdiv(triton.cdiv(rows, parts), 64) * 64
+    dw = torch.empty(triton.cdiv(rows, span), *w1.shape, dtype=torch.float32, device=x.device)
+    weight_gradient_kernel[(block, triton.cdiv(hidden, bf), dw.shape[0])](
+        x, dpre, starts, dw, rows, span, BF=bf, BC=64, **shared, num_warps=4, num_stages=3
+    )
+    return dx, dw.sum(0).to(w1.dtype)
 
 
 class _Compress(torch.autograd.Function):
@@ -129,12 +214,12 @@ class _Compress(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, w1: Tensor, bias: Tensor, w2: Tensor, b2: Tensor, tables: tuple[Tensor, ...],
+        ctx: Any, x: Tensor, w1: Tensor, bias: Tensor | None, w2: Tensor, b2: Tensor | None, tables: tuple[Tensor, ...],
         block: int, stride: int,
     ) -> Tensor:  # fmt: skip
         starts = tables[0]
-        pre = _first_layer(x, w1, bias, starts, block)
-        out = torch.nn.functional.linear(torch.nn.functional.gelu(pre), w2, b2)
+        pre, hidden = _first_layer(x, w1, bias, starts, block)
+        out = torch.nn.functional.linear(hidden, w2, b2)
         ctx.save_for_backward(x, w1, bias, w2, pre)
         # The cached tables may come from inference mode, which autograd refuses to save.
         ctx.tables, ctx.block, ctx.stride = tables, block, stride
@@ -143,24 +228,15 @@ class _Compress(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, w1, bias, w2, pre = ctx.saved_tensors
-        starts, seq, meta = ctx.tables
+        starts, slots = ctx.tables
         block, stride = ctx.block, ctx.stride
-        tokens, heads, width = x.shape
         dy = grads[0].reshape(-1, grads[0].shape[-1])
-        hidden = torch.nn.functional.gelu(pre)
-        dw2, db2 = dy.t() @ hidden, dy.sum(0)
-        dpre = torch.ops.aten.gelu_backward(dy @ w2, pre)
-        index = starts[:, None] + torch.arange(block, device=x.device)
-        blocks = x[index].transpose(1, 2).reshape(-1, block * width)
-        dw1, dbias = dpre.t() @ blocks, dpre.float().sum(0)
-        dblocks = dpre @ w1
-        dx = torch.empty_like(x)
-        gather_blocks_kernel[(triton.cdiv(tokens * heads, 32),)](
-            dblocks, seq, meta, dx, tokens * heads, H=heads, D=width, DP=max(16, next_power_of_2(width)),
-            BT=32,
-            LEN=block, STRIDE=stride, num_warps=4,
-        )  # fmt: skip
-        return dx, dw1, dbias.to(bias.dtype), dw2, db2, None, None, None
+        dw2 = dy.t() @ torch.nn.functional.gelu(pre)
+        db2 = dy.sum(0) if ctx.needs_input_grad[4] else None
+        dpre = torch.ops.aten.gelu_backward(dy @ w2, pre).contiguous()
+        dbias = None if bias is None else dpre.sum(0, dtype=torch.float32).to(bias.dtype)
+        dx, dw1 = _first_layer_backward(x, w1, dpre, starts, slots, block, stride)
+        return dx, dw1, dbias, dw2, db2, None, None, None
 
 
 def compress(
@@ -207,14 +283,14 @@ def compress(
     else:
         lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).tolist()
         count = sum(num_compressed(length, block, stride) for length in lengths)
-    bias = x.new_zeros(w1.shape[0]) if b1 is None else b1
+    bias = b1
     if pos is not None:
-        bias = bias + w1 @ pos.reshape(-1)
-    second = x.new_zeros(w2.shape[0]) if b2 is None else b2
+        encoded = w1 @ pos.reshape(-1)
+        bias = encoded if b1 is None else b1 + encoded
     flat = x.flatten(0, 1).contiguous()
     if cu_seqlens is None:
         tables = _uniform_tables(batch, tokens, block, stride, x.device)
     else:
         tables = _packed_tables(cu_seqlens, tokens, count, block, stride)
-    out: Tensor = _Compress.apply(flat, w1.contiguous(), bias, w2, second, tables, block, stride)
+    out: Tensor = _Compress.apply(flat, w1.contiguous(), bias, w2, b2, tables, block, stride)
     return out.view(batch, count // batch, heads, w2.shape[0])

@@ -11,8 +11,14 @@ import triton.language as tl
 from torch import Tensor
 
 from sparseray.errors import ConfigError
-from sparseray.kernels.nsa.decode_kernels import page_rows
-from sparseray.kernels.nsa.tiles import load_tile, next_power_of_2, num_visible, precision, split_width
+from sparseray.kernels.nsa.tiles import (
+    load_tile,
+    next_power_of_2,
+    num_visible,
+    page_rows,
+    precision,
+    split_width,
+)
 
 
 @triton.jit

@@ -10,14 +10,14 @@ Sequence lengths are read on the device, so a captured graph serves growing sequ
 import triton
 import triton.language as tl
 
-from sparseray.kernels.nsa.tiles import load_tile, num_visible, store_tile, take_top
-
-
-@triton.jit
-def page_rows(p_table, o_t, m_t, PAGE: tl.constexpr):
-    """Row in a paged cache of every token position."""
-    b_page = tl.load(p_table + o_t // PAGE, mask=m_t, other=0).to(tl.int64)
-    return b_page * PAGE + o_t % PAGE
+from sparseray.kernels.nsa.tiles import (
+    load_tile,
+    num_visible,
+    page_rows,
+    selection_keys,
+    store_tile,
+    take_top,
+)
 
 
 @triton.jit
@@ -154,7 +154,7 @@ def sparse_split_kernel(
         o_j = tl.arange(0, BW)
         m_j = (o_j <= i_now) & (o_j < num_scores)
         b_score = tl.load(p_score + (i_q * H + i_kv) * num_scores + o_j, mask=m_j, other=0.0)
-        b_take, b_slot = take_top(b_score, o_j, m_j, i_now, n, INITIAL, LOCAL)
+        b_take, b_slot = take_top(selection_keys(b_score, o_j, m_j, i_now, INITIAL, LOCAL), n)
         i_hi = tl.minimum(i_part * PER + PER, tl.minimum(n, i_now + 1))
         for i in range(i_part * PER, i_hi):
             i_block = tl.sum(tl.where(b_take & (b_slot == i), o_j, 0), 0)

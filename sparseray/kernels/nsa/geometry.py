@@ -89,3 +89,24 @@ def packed(cu_seqlens: Tensor, tokens: int, compressed: int, block: int, stride:
     columns = [start, length, zero, first, count, zero, start, length, zero, start, length, zero]
     totals = {QUERY: tokens, COMPRESSED: compressed, KEYS: tokens, WINDOW: tokens}
     return Geometry(meta=torch.stack(columns, 1), totals=totals, max_keys=tokens)
+
+
+def paged(
+    cu_seqlens: Tensor, context_lens: Tensor, tokens: int, longest: int, widths: tuple[int, int, int],
+    block: int, stride: int,
+) -> Geometry:  # fmt: skip
+    """Packed chunks of queries against pages; the offset of keys is their sequence's row in the flat table.
+
+    Args:
+        cu_seqlens: [B + 1], boundaries of the chunks among `tokens` queries.
+        context_lens: [B], tokens of every sequence, its chunk included, at most `longest`.
+        widths: columns of the tables of compressed tokens, selection keys and window keys.
+    """
+    cu, context = cu_seqlens.long(), context_lens.long()
+    start, length = cu[:-1], cu[1:] - cu[:-1]
+    zero = torch.zeros_like(start)
+    row = torch.arange(start.shape[0], device=start.device)
+    count = torch.where(context >= block, (context - block) // stride + 1, zero)
+    columns = [start, length, context - length, row * widths[0], count, zero]
+    columns += [row * widths[1], context, zero, row * widths[2], context, zero]
+    return Geometry(meta=torch.stack(columns, 1), totals={QUERY: tokens}, max_keys=longest)

@@ -13,10 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparseray.kernels.nsa.geometry import COMPRESSED, QUERY, WINDOW, Geometry
+from sparseray.kernels.nsa.geometry import COMPRESSED, KEYS, QUERY, WINDOW, Geometry
 from sparseray.kernels.nsa.tiles import (
     copy_source,
     fetch,
+    key_rows,
     load_tile,
     next_power_of_2,
     num_visible,
@@ -31,15 +32,18 @@ LOG2E = 1.4426950408889634
 
 @triton.jit
 def _step(
-    b_acc, b_m, b_l, b_q0, b_q1, p_k, p_k1, p_v, o_key, i_kv, i, k_len, k_start, b_t, scale2,
+    b_acc, b_m, b_l, b_q0, b_q1, p_k, p_k1, p_v, p_table, o_key, i_kv, i, i_min, k_len, k_start, b_t, scale2,
     H: tl.constexpr, DQ: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr,
     DVP: tl.constexpr,
     BN: tl.constexpr, LEN: tl.constexpr, STRIDE: tl.constexpr, WIN: tl.constexpr, MASKED: tl.constexpr,
-    IP: tl.constexpr, BULK: tl.constexpr,
+    IP: tl.constexpr, BULK: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     o_i = i + tl.arange(0, BN)
     m_i = o_i < k_len
-    o_row = (o_key + o_i) * H + i_kv
+    if PAGE > 0:
+        # Pages before the window may be gone, and what lies behind the last key was never written.
+        m_i &= o_i >= i_min
+    o_row = key_rows(p_table, o_key, o_i, m_i, PAGE) * H + i_kv
     b_k0 = fetch(p_k, o_key + i, o_row, m_i, i_kv, DQ, 0, D0, MASKED, BULK)
     b_s = tl.dot(b_q0, tl.trans(b_k0), input_precision=IP)
     if D1 > 0:
@@ -66,11 +70,11 @@ def _step(
 
 @triton.jit
 def range_fwd_kernel(
-    p_q, p_k, p_k1, p_v, p_o, p_lse, p_meta, p_tiles, num_tiles, scale2,
+    p_q, p_k, p_k1, p_v, p_table, p_o, p_lse, p_meta, p_tiles, num_tiles, scale2,
     H: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, BQ: tl.constexpr, BN: tl.constexpr,
     DQ: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
     KIND: tl.constexpr, LEN: tl.constexpr, STRIDE: tl.constexpr, WIN: tl.constexpr, IP: tl.constexpr,
-    BULK: tl.constexpr,
+    BULK: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     i_kv = tl.program_id(0) // num_tiles
     # The last tiles see the most keys: start them first.
@@ -101,8 +105,10 @@ def range_fwd_kernel(
     i_hi = tl.minimum(num_visible(t_last, k_start, LEN, STRIDE), k_len)
     i_full = tl.minimum(num_visible(t_first, k_start, LEN, STRIDE), k_len) // BN * BN
     i_lo = 0
+    i_min = 0
     if WIN > 0:
-        i_lo = tl.maximum(t_first - WIN + 1 - k_start, 0) // BN * BN
+        i_min = tl.maximum(t_first - WIN + 1 - k_start, 0)
+        i_lo = i_min // BN * BN
 
     b_m = tl.full([BQ * GP], float("-inf"), tl.float32)
     b_l = tl.zeros([BQ * GP], tl.float32)
@@ -110,19 +116,19 @@ def range_fwd_kernel(
     if WIN > 0:
         for i in range(i_lo, i_hi, BN):
             b_acc, b_m, b_l = _step(
-                b_acc, b_m, b_l, b_q0, b_q1, p_k, p_k1, p_v, k_off, i_kv, i, k_len, k_start, b_t, scale2,
-                H, DQ, D0, D1, DV, DVP, BN, LEN, STRIDE, WIN, True, IP, BULK,
+                b_acc, b_m, b_l, b_q0, b_q1, p_k, p_k1, p_v, p_table, k_off, i_kv, i, i_min, k_len, k_start, b_t,
+                scale2, H, DQ, D0, D1, DV, DVP, BN, LEN, STRIDE, WIN, True, IP, BULK, PAGE,
             )  # fmt: skip
     else:
         for i in range(0, i_full, BN):
             b_acc, b_m, b_l = _step(
-                b_acc, b_m, b_l, b_q0, b_q1, p_k, p_k1, p_v, k_off, i_kv, i, k_len, k_start, b_t, scale2,
-                H, DQ, D0, D1, DV, DVP, BN, LEN, STRIDE, WIN, False, IP, BULK,
+                b_acc, b_m, b_l, b_q0, b_q1, p_k, p_k1, p_v, p_table, k_off, i_kv, i, i_min, k_len, k_start, b_t,
+                scale2, H, DQ, D0, D1, DV, DVP, BN, LEN, STRIDE, WIN, False, IP, BULK, PAGE,
             )  # fmt: skip
         for i in range(i_full, i_hi, BN):
             b_acc, b_m, b_l = _step(
-                b_acc, b_m, b_l, b_q0, b_q1, p_k, p_k1, p_v, k_off, i_kv, i, k_len, k_start, b_t, scale2,
-                H, DQ, D0, D1, DV, DVP, BN, LEN, STRIDE, WIN, True, IP, BULK,
+                b_acc, b_m, b_l, b_q0, b_q1, p_k, p_k1, p_v, p_table, k_off, i_kv, i, i_min, k_len, k_start, b_t,
+                scale2, H, DQ, D0, D1, DV, DVP, BN, LEN, STRIDE, WIN, True, IP, BULK, PAGE,
             )  # fmt: skip
     b_none = b_l == 0.0
     b_safe = tl.where(b_none, 1.0, b_l)
@@ -137,8 +143,18 @@ def tokens_per_tile(rows: int, group: int) -> tuple[int, int]:
     return max(16, rows, padded) // padded, padded
 
 
-def key_sources(k: Tensor, v: Tensor, rows: int) -> tuple[Any, Any, Any, bool]:
-    """Sources of key tiles (both parts of a split head size) and value tiles; whether by bulk copies."""
+def page_size(k: Tensor, table: Tensor | None) -> int:
+    """Tokens of a page, 0 for keys that are packed."""
+    return 0 if table is None else k.shape[1]
+
+
+def key_sources(k: Tensor, v: Tensor, rows: int, table: Tensor | None = None) -> tuple[Any, Any, Any, bool]:
+    """Sources of key tiles (both parts of a split head size) and value tiles; whether by bulk copies.
+
+    Pages are read by pointers: a bulk copy does not mask, and the end of a page may hold NaN.
+    """
+    if table is not None:
+        return k, k, v, False
     d0, d1 = split_width(k.shape[-1])
     src_k, bulk_k = copy_source(k, rows, d0)
     src_k1 = copy_source(k, rows, d1)[0] if d1 else src_k
@@ -150,20 +166,21 @@ def key_sources(k: Tensor, v: Tensor, rows: int) -> tuple[Any, Any, Any, bool]:
 
 def range_forward(
     q: Tensor, k: Tensor, v: Tensor, geometry: Geometry, *, kind: int, block: int, stride: int, window: int,
-    scale: float,
+    scale: float, table: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Output and base-2 log-sum-exp of queries over compressed tokens or over a sliding window.
+    """Output and base-2 log-sum-exp of queries over compressed tokens, over a sliding window or over all keys.
 
     Args:
         q: [T, HQ, D] packed; k: [S, H, D]; v: [S, H, Dv], contiguous, one dtype.
-        kind: COMPRESSED or WINDOW, the columns of the geometry that hold these keys.
+        kind: COMPRESSED, WINDOW or KEYS, the columns of the geometry that hold these keys.
         block, stride: tokens a key stands for and their distance (1 and 1 for a window).
         window: positions a query sees back, 0 for all.
+        table: int32, pages of every sequence, where the keys are pages: k [pages, page size, H, D], v likewise.
 
     Returns:
         Output [T, HQ, Dv] in the dtype of q, and fp32 [T, HQ], -inf where a query sees no key.
     """
-    heads, num_kv = q.shape[1], k.shape[1]
+    heads, num_kv = q.shape[1], k.shape[-2]
     out = q.new_empty(q.shape[0], heads, v.shape[-1])
     lse = torch.empty(q.shape[0], heads, dtype=torch.float32, device=q.device)
     width = max(q.shape[-1], v.shape[-1])
@@ -171,14 +188,15 @@ def range_forward(
     tokens, padded = tokens_per_tile(launch["rows"], heads // num_kv)
     tiles = geometry.tiles(QUERY, tokens)
     d0, d1 = split_width(q.shape[-1])
-    assert kind in (COMPRESSED, WINDOW)
+    assert kind in (COMPRESSED, WINDOW, KEYS)
     dvp = max(16, next_power_of_2(v.shape[-1]))
-    src_k, src_k1, src_v, bulk = key_sources(k, v, launch["keys"])
+    src_k, src_k1, src_v, bulk = key_sources(k, v, launch["keys"], table)
     range_fwd_kernel[(tiles.shape[0] * num_kv,)](
-        q, src_k, src_k1, src_v, out, lse, geometry.meta, tiles, tiles.shape[0], scale * LOG2E,
+        q, src_k, src_k1, src_v, table, out, lse, geometry.meta, tiles, tiles.shape[0], scale * LOG2E,
         H=num_kv, G=heads // num_kv, GP=padded, BQ=tokens, BN=launch["keys"],
         DQ=q.shape[-1], D0=d0, D1=d1, DV=v.shape[-1], DVP=dvp,
         KIND=kind, LEN=block, STRIDE=stride, WIN=window, IP=precision(q.dtype), BULK=bulk,
+        PAGE=page_size(k, table),
         num_warps=launch["num_warps"], num_stages=launch["num_stages"],
     )  # fmt: skip
     return out, lse

@@ -13,10 +13,11 @@ import triton.language as tl
 from torch import Tensor
 
 from sparseray.kernels.nsa.geometry import QUERY, Geometry
-from sparseray.kernels.nsa.range_forward import LOG2E, key_sources
+from sparseray.kernels.nsa.range_forward import LOG2E, key_sources, page_size
 from sparseray.kernels.nsa.tiles import (
     add_tile,
     fetch,
+    key_rows,
     load_tile,
     next_power_of_2,
     precision,
@@ -28,11 +29,11 @@ from sparseray.kernels.nsa.tuning import launch_for
 
 @triton.jit
 def selected_fwd_kernel(
-    p_q, p_k, p_k1, p_v, p_index, p_pos, p_seq, p_o, p_lse, p_meta, num_q, n, scale2,
+    p_q, p_k, p_k1, p_v, p_table, p_index, p_pos, p_seq, p_o, p_lse, p_meta, num_q, n, scale2,
     H: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, SELECT: tl.constexpr, BN: tl.constexpr,
     DQ: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
     IP: tl.constexpr,
-    BULK: tl.constexpr,
+    BULK: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     i_kv = tl.program_id(0) // num_q
     i_q = (tl.program_id(0) % num_q).to(tl.int64)
@@ -56,7 +57,7 @@ def selected_fwd_kernel(
         o_i = i_block * SELECT + o_c
         m_i = (o_c < SELECT) & (o_i <= t)
         row = k_off + i_block * SELECT
-        o_key = (k_off + o_i) * H + i_kv
+        o_key = key_rows(p_table, k_off, o_i, m_i, PAGE) * H + i_kv
         b_k0 = fetch(p_k, row, o_key, m_i, i_kv, DQ, 0, D0, True, BULK)
         b_s = tl.dot(b_q0, tl.trans(b_k0), input_precision=IP)
         if D1 > 0:
@@ -140,7 +141,7 @@ def shared_constants(q: Tensor, k: Tensor, v: Tensor, select_block: int) -> dict
     """Compile-time constants common to the kernels of the selected branch."""
     d0, d1 = split_width(q.shape[-1])
     return {
-        "H": k.shape[1], "G": q.shape[1] // k.shape[1], "SELECT": select_block, "BN": max(16,
+        "H": k.shape[-2], "G": q.shape[1] // k.shape[-2], "SELECT": select_block, "BN": max(16,
         next_power_of_2(select_block)),
         "DQ": q.shape[-1], "D0": d0, "D1": d1, "DV": v.shape[-1], "DVP": max(16,
         next_power_of_2(v.shape[-1])),
@@ -151,7 +152,7 @@ def shared_constants(q: Tensor, k: Tensor, v: Tensor, select_block: int) -> dict
 def selected_forward(
     q: Tensor, k: Tensor, v: Tensor, index: Tensor, positions: Tensor, geometry: Geometry, *,
     select_block: int,
-    scale: float,
+    scale: float, table: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Output and base-2 log-sum-exp of queries over their selected blocks.
 
@@ -159,20 +160,22 @@ def selected_forward(
         q: [T, HQ, D] packed; k: [S, H, D]; v: [S, H, Dv], contiguous, one dtype.
         index: int32 [T, H, n], ascending, padded with -1 (`select_blocks`).
         positions: int32 [T], position of every query in its sequence.
+        table: int32, pages of every sequence, where the keys are pages (`range_forward`).
 
     Returns:
         Output [T, HQ, Dv] in the dtype of q, and fp32 [T, HQ].
     """
-    heads, num_kv = q.shape[1], k.shape[1]
+    heads, num_kv = q.shape[1], k.shape[-2]
     out = q.new_empty(q.shape[0], heads, v.shape[-1])
     lse = torch.empty(q.shape[0], heads, dtype=torch.float32, device=q.device)
     launch = launch_for("selected_fwd", max(q.shape[-1], v.shape[-1]), q.element_size())
     constants = shared_constants(q, k, v, select_block)
-    src_k, src_k1, src_v, bulk = key_sources(k, v, constants["BN"])
+    src_k, src_k1, src_v, bulk = key_sources(k, v, constants["BN"], table)
     selected_fwd_kernel[(q.shape[0] * num_kv,)](
-        q, src_k, src_k1, src_v, index, positions, query_sequences(geometry), out, lse, geometry.meta,
+        q, src_k, src_k1, src_v, table, index, positions, query_sequences(geometry), out, lse, geometry.meta,
         q.shape[0], index.shape[-1],
-        scale * LOG2E, GP=max(16, next_power_of_2(heads // num_kv)), BULK=bulk, **constants,
+        scale * LOG2E, GP=max(16, next_power_of_2(heads // num_kv)), BULK=bulk,
+        PAGE=page_size(k, table), **constants,
         num_warps=launch["num_warps"], num_stages=launch["num_stages"],
     )  # fmt: skip
     return out, lse

@@ -112,21 +112,46 @@ def add_tile(
 
 
 @triton.jit
+def page_rows(p_table, o_t, m_t, PAGE):
+    """Row in a paged cache of every token position."""
+    b_page = tl.load(p_table + o_t // PAGE, mask=m_t, other=0).to(tl.int64)
+    return b_page * PAGE + o_t % PAGE
+
+
+@triton.jit
+def key_rows(p_table, offset, o_i, m_i, PAGE: tl.constexpr):
+    """Rows of keys: packed ones follow `offset`; paged ones (PAGE > 0) are in the table from `offset` on."""
+    if PAGE > 0:
+        b = page_rows(p_table + offset, o_i, m_i, PAGE)
+    else:
+        b = offset + o_i
+    return b
+
+
+@triton.jit
 def num_visible(t, start, LEN: tl.constexpr, STRIDE: tl.constexpr):
     """How many keys of LEN tokens every STRIDE tokens, the first at `start`, end at or before position t."""
     return tl.maximum(t - start - LEN + 1 + STRIDE, 0) // STRIDE
 
 
 @triton.jit
-def take_top(b_score, o_j, m_j, i_now, n, INITIAL: tl.constexpr, LOCAL: tl.constexpr):
-    """Which blocks are among the n best, the first and local ones first of all, and their rank by index.
+def selection_keys(b_score, o_j, m_j, i_now, INITIAL: tl.constexpr, LOCAL: tl.constexpr):
+    """Integers that order like the scores: infinite for the first and local blocks, -1 where masked out.
 
-    Scores are not negative, so their bits order like integers: 31 counts find the largest threshold that at
-    least n keys reach. With fewer than n visible blocks it ends at 0 and all are taken; ties go to lower indices.
+    Scores are not negative, so their bits order like integers.
     """
     b_key = b_score.to(tl.int32, bitcast=True)
     b_key = tl.where((o_j < INITIAL) | (o_j > i_now - LOCAL), 0x7F800000, b_key)
-    b_key = tl.where(m_j, b_key, -1)
+    return tl.where(m_j, b_key, -1)
+
+
+@triton.jit
+def take_top(b_key, n):
+    """Which of the keys are among the n largest that are not negative, and their rank by position.
+
+    31 counts find the largest threshold that at least n keys reach. With fewer than n keys it ends at 0 and all
+    are taken; ties go to lower positions.
+    """
     lo = 0
     for s in tl.static_range(31):
         mid = lo | (1 << (30 - s))

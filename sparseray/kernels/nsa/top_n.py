@@ -13,13 +13,15 @@ import triton.language as tl
 from torch import Tensor
 
 from sparseray.kernels.nsa.geometry import COMPRESSED, QUERY, Geometry
-from sparseray.kernels.nsa.range_forward import LOG2E, key_sources, tokens_per_tile
+from sparseray.kernels.nsa.range_forward import LOG2E, key_sources, page_size, tokens_per_tile
 from sparseray.kernels.nsa.tiles import (
     fetch,
+    key_rows,
     load_tile,
     next_power_of_2,
     num_visible,
     precision,
+    selection_keys,
     split_width,
     take_top,
 )
@@ -28,10 +30,10 @@ from sparseray.kernels.nsa.tuning import LAUNCH, launch_for
 
 @triton.jit
 def _score_step(
-    j, b_q0, b_q1, b_lse, b_t, p_k, p_k1, k_off, k_len, i_kv, p_out, over, m_out, width, scale2,
+    j, b_q0, b_q1, b_lse, b_t, p_k, p_k1, p_table, k_off, k_len, i_kv, p_out, over, m_out, width, scale2,
     H: tl.constexpr, GP: tl.constexpr, BQ: tl.constexpr, BJ: tl.constexpr, RP: tl.constexpr,
     DQ: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, LEN: tl.constexpr, STRIDE: tl.constexpr,
-    SELECT: tl.constexpr, IP: tl.constexpr, BULK: tl.constexpr, MASKED: tl.constexpr,
+    SELECT: tl.constexpr, IP: tl.constexpr, BULK: tl.constexpr, PAGE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Scores of BJ selection blocks; keys are rows, so that few threads hold the heads of one sum."""
     R: tl.constexpr = SELECT // STRIDE
@@ -39,7 +41,7 @@ def _score_step(
     o_c = tl.arange(0, BJ * RP)
     o_i = (j + o_c // RP) * R + o_c % RP
     m_i = (o_c % RP < R) & (o_i < k_len)
-    o_key = (k_off + o_i) * H + i_kv
+    o_key = key_rows(p_table, k_off, o_i, m_i, PAGE) * H + i_kv
     b_k0 = fetch(p_k, k_off + j * R, o_key, m_i, i_kv, DQ, 0, D0, True, BULK)
     b_s = tl.dot(b_k0, tl.trans(b_q0), input_precision=IP)
     if D1 > 0:
@@ -64,11 +66,11 @@ def _score_step(
 
 @triton.jit
 def score_kernel(
-    p_q, p_k, p_k1, p_lse, p_score, p_meta, p_tiles, num_tiles, tile_first, row_first, row_end, width, over,
+    p_q, p_k, p_k1, p_table, p_lse, p_score, p_meta, p_tiles, num_tiles, tile_first, row_first, row_end, width, over,
     scale2,
     H: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, BQ: tl.constexpr, BJ: tl.constexpr, RP: tl.constexpr,
     DQ: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, LEN: tl.constexpr, STRIDE: tl.constexpr,
-    SELECT: tl.constexpr, IP: tl.constexpr, BULK: tl.constexpr,
+    SELECT: tl.constexpr, IP: tl.constexpr, BULK: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     """Per query and selection block: what its own compressed tokens add, and (at + over) what they add to the
     next block, which they reach into."""
@@ -104,13 +106,13 @@ def score_kernel(
     num_full = tl.minimum(num_visible(q_start + i_q, 0, LEN, STRIDE), k_len) // (SELECT // STRIDE) // BJ * BJ
     for j in range(0, num_full, BJ):
         _score_step(
-            j, b_q0, b_q1, b_lse, b_t, p_k, p_k1, k_off, k_len, i_kv, p_out, over, m_out, width, scale2,
-            H, GP, BQ, BJ, RP, DQ, D0, D1, LEN, STRIDE, SELECT, IP, BULK, RP * STRIDE != SELECT,
+            j, b_q0, b_q1, b_lse, b_t, p_k, p_k1, p_table, k_off, k_len, i_kv, p_out, over, m_out, width, scale2,
+            H, GP, BQ, BJ, RP, DQ, D0, D1, LEN, STRIDE, SELECT, IP, BULK, PAGE, RP * STRIDE != SELECT,
         )  # fmt: skip
     for j in range(num_full, num_blocks, BJ):
         _score_step(
-            j, b_q0, b_q1, b_lse, b_t, p_k, p_k1, k_off, k_len, i_kv, p_out, over, m_out, width, scale2,
-            H, GP, BQ, BJ, RP, DQ, D0, D1, LEN, STRIDE, SELECT, IP, BULK, True,
+            j, b_q0, b_q1, b_lse, b_t, p_k, p_k1, p_table, k_off, k_len, i_kv, p_out, over, m_out, width, scale2,
+            H, GP, BQ, BJ, RP, DQ, D0, D1, LEN, STRIDE, SELECT, IP, BULK, PAGE, True,
         )  # fmt: skip
 
 
@@ -130,7 +132,7 @@ def top_n_kernel(
     b_score = tl.load(p_row, mask=m_j, other=0.0)
     if OVERLAP:
         b_score += tl.load(p_row + over - 1, mask=m_j & (o_j > 0), other=0.0)
-    b_take, b_slot = take_top(b_score, o_j, m_j, i_now, n, INITIAL, LOCAL)
+    b_take, b_slot = take_top(selection_keys(b_score, o_j, m_j, i_now, INITIAL, LOCAL), n)
     p_out = p_index + (row_first * H + i_row) * n
     tl.store(p_out + b_slot, o_j, mask=b_take)
     o_n = tl.arange(0, NP)
@@ -153,18 +155,20 @@ def query_positions(geometry: Geometry) -> Tensor:
 def select_blocks(
     q: Tensor, k_cmp: Tensor, lse: Tensor, geometry: Geometry, *, block: int, stride: int, select_block: int,
     num_selected: int, num_initial: int, num_local: int, scale: float,
+    table: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Blocks that every query reads, for every key/value head.
 
     Args:
         q: [T, HQ, D] packed; k_cmp: [C, H, D].
         lse: fp32 [T, HQ], base-2 log-sum-exp of the compressed branch.
+        table: int32, pages of every sequence, where the compressed keys are pages (`range_forward`).
 
     Returns:
         int32 [T, H, num_selected]: ascending, padded with -1.
     """
     tokens_total, heads, width_q = q.shape
-    num_kv = k_cmp.shape[1]
+    num_kv = k_cmp.shape[-2]
     index = torch.empty(tokens_total, num_kv, num_selected, dtype=torch.int32, device=q.device)
     launch = launch_for("score", width_q, q.element_size())
     tokens, padded = tokens_per_tile(launch["rows"], heads // num_kv)
@@ -174,7 +178,7 @@ def select_blocks(
     d0, d1 = split_width(width_q)
     chunk = -(-launch["chunk"] // tokens) * tokens
     bj = max(1, launch["keys"] // rp)
-    src_k, src_k1, _, bulk = key_sources(k_cmp, k_cmp, bj * rp)
+    src_k, src_k1, _, bulk = key_sources(k_cmp, k_cmp, bj * rp, table)
     if rp * stride != select_block:
         src_k, src_k1, bulk = k_cmp, k_cmp, False
     single = geometry.num_seqs == 1
@@ -188,11 +192,11 @@ def select_blocks(
         tile_first = first // tokens if single else 0
         num_tiles = -(-(end - first) // tokens) if single else tiles.shape[0]
         score_kernel[(num_tiles * num_kv,)](
-            q, src_k, src_k1, lse, scores, geometry.meta, tiles, num_tiles, tile_first, first, end, width,
+            q, src_k, src_k1, table, lse, scores, geometry.meta, tiles, num_tiles, tile_first, first, end, width,
             (end - first) * num_kv * width, scale * LOG2E,
             H=num_kv, G=heads // num_kv, GP=padded, BQ=tokens, BJ=bj, RP=rp,
             DQ=width_q, D0=d0, D1=d1, LEN=block, STRIDE=stride, SELECT=select_block, IP=precision(q.dtype),
-            BULK=bulk,
+            BULK=bulk, PAGE=page_size(k_cmp, table),
             num_warps=launch["num_warps"], num_stages=launch["num_stages"],
         )  # fmt: skip
         top_n_kernel[((end - first) * num_kv,)](

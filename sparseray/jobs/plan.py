@@ -1,0 +1,215 @@
+"""The `plan` command: who would hold what in a run, and how many bytes that is; starts nothing.
+
+Reads the same options as `pretrain` and makes the same plan of generation 1 from them. Without
+`data.path` it answers from the configuration alone.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from sparseray.actors.assignment import Plan
+from sparseray.errors import UserError
+from sparseray.jobs.pretrain import build_layout, check_data, placement, print_line, resolve, slots_of
+from sparseray.model.counts import count_parameters
+from sparseray.model.dse_layout import draw_primes
+from sparseray.platform import config as configuration
+from sparseray.platform.config import RunConfig
+from sparseray.platform.plan import Piece, holdings, make_plan, piece_bytes
+
+DESCRIPTION = """Show who would hold what in a run: roles, experts, memory and bytes of every slot. Starts nothing.
+
+example:
+  python -m sparseray plan --config configs/tiny.yaml --cluster.attention_workers 2 \\
+      --cluster.expert_shards 2 --cluster.memory_shards 2 --cluster.replication 2
+"""
+COLUMNS = (
+    "slot",
+    "roles",
+    "logical shards",
+    "experts",
+    "backup experts",
+    "buckets",
+    "backup buckets",
+    "bytes",
+)
+LEFT_ALIGNED = 3
+"""The first columns are text; numbers are aligned to the right."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """What one slot holds.
+
+    Args:
+        slot: its id.
+        roles: for people to read.
+        shards: logical shards that it runs.
+        experts, buckets: pieces that it answers for.
+        expert_backups, bucket_backups: pieces of which it only keeps a copy.
+        num_bytes: weights and optimizer state.
+    """
+
+    slot: int
+    roles: tuple[str, ...]
+    shards: tuple[int, ...]
+    experts: int
+    expert_backups: int
+    buckets: int
+    bucket_backups: int
+    num_bytes: int
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command; 0, or 2 for a user's mistake."""
+    try:
+        config = configuration.parse(arguments, prog="sparseray plan", description=DESCRIPTION)
+        return run(config, print_line)
+    except UserError as error:
+        return configuration.die(error)
+
+
+def run(config: RunConfig, show: Callable[[str], None]) -> int:
+    """Show the plan of a run's first generation.
+
+    Raises:
+        UserError: configuration or data do not fit.
+    """
+    plan = make_plan(**placement(config, dict.fromkeys(range(slots_of(config)), "")))
+    data_line = "data: none given (--data.path); nothing was checked against a vocabulary"
+    if config.data.path:
+        train = check_data(config)["train"]
+        config = resolve(config, train)
+        build_layout(config.model, train)
+        passes = config.train.steps * tokens_per_step(config) / train.num_tokens
+        data_line = (
+            f"data: {train.num_tokens:,} tokens, seen {passes:.2f} times in {config.train.steps:,} steps"
+        )
+    parameters = count_parameters(config.model)
+    size = piece_bytes(config.model, table_rows(config), parameters["dense"])
+    shares = [share(plan, slot, size) for slot in sorted(plan.addresses)]
+    if sys.stdout.isatty():
+        _show_rich(shares)
+    else:
+        for line in plain_table(shares):
+            show(line)
+    once = sum(map(size, holdings(plan)))
+    held = sum(s.num_bytes for s in shares)
+    show("")
+    show(
+        f"parameters: {parameters['total']:,} in all, {parameters['active']:,} active for a token "
+        f"(dense {parameters['dense']:,}, experts {parameters['experts']:,}, memory {parameters['memory']:,})"
+    )
+    show(
+        f"bytes: {human(once)} of weights and optimizer state, {human(held)} with all copies; "
+        f"replication {config.cluster.replication}, activations not counted"
+    )
+    show(
+        f"step: {tokens_per_step(config):,} tokens in {config.train.logical_shards} logical shards of "
+        f"{config.train.sequences_per_shard} x {config.train.seq_len}"
+    )
+    show(data_line)
+    show(
+        f"slots: {len(shares)}{' that share roles' if config.cluster.colocated else ''}, "
+        f"{len(shares) * config.cluster.cpus_per_slot:g} CPUs"
+    )
+    return 0
+
+
+def tokens_per_step(config: RunConfig) -> int:
+    """Tokens of a global batch."""
+    return config.train.logical_shards * config.train.sequences_per_shard * config.train.seq_len
+
+
+def table_rows(config: RunConfig) -> list[int]:
+    """Rows of every memory layer's table, as `DSELayout.num_rows` counts them, without a tokenizer."""
+    return [sum(map(sum, layer)) for layer in draw_primes(config.model.dse)]
+
+
+def share(plan: Plan, slot: int, size: Callable[[Piece], int]) -> Share:
+    """Count what a slot holds."""
+    held = {piece: holders for piece, holders in holdings(plan).items() if slot in holders}
+
+    def count(kind: str, *, primary: bool) -> int:
+        return sum(piece[0] == kind and (holders[0] == slot) == primary for piece, holders in held.items())
+
+    return Share(
+        slot=slot,
+        roles=tuple(plan.roles_of(slot)),
+        shards=tuple(plan.shards_of(slot)),
+        experts=count("expert", primary=True),
+        expert_backups=count("expert", primary=False),
+        buckets=count("bucket", primary=True),
+        bucket_backups=count("bucket", primary=False),
+        num_bytes=sum(map(size, held)),
+    )
+
+
+def cells(shares: Sequence[Share]) -> list[tuple[str, ...]]:
+    """Return the table's rows as text, the totals last."""
+    counts = ("experts", "expert_backups", "buckets", "bucket_backups")
+    rows = [
+        (
+            str(s.slot),
+            " + ".join(s.roles),
+            ranges(s.shards),
+            *(str(getattr(s, name) or "-") for name in counts),
+            human(s.num_bytes),
+        )
+        for s in shares
+    ]
+    sums = [sum(getattr(s, name) for s in shares) for name in counts]
+    shards = sum(len(s.shards) for s in shares)
+    total = sum(s.num_bytes for s in shares)
+    return [*rows, ("all", "", f"{shards} shards", *(str(number or "-") for number in sums), human(total))]
+
+
+def plain_table(shares: Sequence[Share]) -> list[str]:
+    """Return the table as lines without any drawing, for pipes and files."""
+    rows = [COLUMNS, *cells(shares)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
+    return [
+        "  ".join(
+            text.ljust(width) if i < LEFT_ALIGNED else text.rjust(width)
+            for i, (text, width) in enumerate(zip(row, widths))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def _show_rich(shares: Sequence[Share]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, show_footer=True, pad_edge=False, padding=(0, 1, 0, 0))
+    rows = cells(shares)
+    for i, (name, footer) in enumerate(zip(COLUMNS, rows[-1])):
+        table.add_column(name, footer, justify="left" if i < LEFT_ALIGNED else "right", overflow="fold")
+    for row in rows[:-1]:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Return rising numbers in short: "0-3, 6"; "-" for none."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and parts[-1][-1] == number - 1:
+            parts[-1][1:] = [number]
+        else:
+            parts.append([number])
+    return ", ".join("-".join(map(str, part)) for part in parts) or "-"
+
+
+def human(num_bytes: int) -> str:
+    """Return bytes with a decimal unit."""
+    value, units = float(num_bytes), ["B", "kB", "MB", "GB", "TB"]
+    while value >= 1000 and len(units) > 1:
+        value /= 1000
+        units.pop(0)
+    return f"{value:.0f} B" if units[0] == "B" else f"{value:.1f} {units[0]}"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

@@ -1,0 +1,111 @@
+"""The `status` command: who plays what in a running job, how many replicas there are, what happened last."""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from sparseray.errors import SchedulerLostError, UserError
+from sparseray.jobs.running import add_run_dir, connect
+from sparseray.platform import config as configuration
+
+EXAMPLE = """example:
+  python -m sparseray status
+  python -m sparseray status --json | python -m json.tool
+"""
+STYLES = {"lost": "red", "recovered": "green", "resized": "cyan", "rebalanced": "cyan", "restored": "yellow"}
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command; 0 with the status, 2 when no job can be asked, 1 when it does not answer."""
+    parser = argparse.ArgumentParser(
+        prog="sparseray status",
+        description=__doc__,
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--json", action="store_true", help="all there is, for programs")
+    add_run_dir(parser)
+    options = parser.parse_args(list(arguments))
+    try:
+        show(connect(options.run_dir), as_json=options.json)
+    except UserError as error:
+        return configuration.die(error)
+    except SchedulerLostError as error:
+        configuration.die(error)
+        return 1
+    return 0
+
+
+def show(scheduler: Any, *, as_json: bool) -> None:
+    """Print the status of a job."""
+    from sparseray.platform.cluster import ask
+
+    found = ask(scheduler, "status")
+    if as_json:
+        print(json.dumps(found))
+    else:
+        Console().print(Group(head(found), slots(found), events(found)))
+
+
+def head(found: dict[str, Any]) -> Text:
+    """A few lines on the whole job."""
+    lines = [f"run       {found['run_dir']}", f"state     {found['state']}"]
+    if found["records"]:
+        last = found["records"][-1]
+        lines.append(
+            f"step      {last['step']} of {found['steps']}, loss {last['loss']:.4f}, "
+            f"{last['tokens_per_second']:,.0f} tokens/s"
+        )
+    if "generation" in found:
+        replicas = found["replicas"]
+        wanted = "+".join(str(found["wanted"][role]) for role in ("attention", "experts", "memory"))
+        lines += [
+            f"plan      generation {found['generation']}: {found['sizes']} (attention+experts+memory), wanted {wanted}, "
+            f"{found['starting']} starting, room for {found['room']} more",
+            f"replicas  {replicas['actual']} of {replicas['target']}",
+            f"goodput   {found['goodput']:.3f}",
+        ]
+    return Text("\n".join(lines))
+
+
+def slots(found: dict[str, Any]) -> RenderableType:
+    """A line for every slot."""
+    table = Table(title=None, box=None, pad_edge=False, header_style="bold")
+    for name in ("slot", "pid", "node", "roles", "logical shards", "experts", "buckets", "heard"):
+        table.add_column(
+            name, justify="right" if name in ("slot", "pid", "experts", "buckets", "heard") else "left"
+        )
+    for slot in found.get("slots", []):
+        table.add_row(
+            str(slot["slot"]),
+            str(slot["pid"]),
+            slot["node"][:8],
+            ", ".join(slot["roles"]),
+            ", ".join(map(str, slot["shards"])) or "-",
+            str(slot["experts"]),
+            str(slot["buckets"]),
+            f"{slot['heartbeat_age_s'] * 1000:.0f} ms ago",
+        )
+    return table
+
+
+def events(found: dict[str, Any]) -> Text:
+    """The last events, oldest first."""
+    text = Text("last events\n" if found["events"] else "no events yet\n", style="bold")
+    for event in found["events"]:
+        clock = time.strftime("%H:%M:%S", time.localtime(event["time"]))
+        text.append(f"{clock}  step {event['step']:>6}  ", style="dim")
+        text.append(f"{event['kind']:10} ", style=STYLES.get(event["kind"], ""))
+        text.append(f"{event['text']}\n", style="default")
+    return text
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

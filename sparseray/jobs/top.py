@@ -1,0 +1,105 @@
+"""The `top` command: a running job live in the terminal: speed, loss, load of the experts, slots, events."""
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.text import Text
+
+from sparseray.errors import SchedulerLostError, UserError
+from sparseray.jobs.running import add_run_dir, connect
+from sparseray.jobs.status import events, head, slots
+from sparseray.platform import config as configuration
+
+EXAMPLE = """example:
+  python -m sparseray top
+  python -m sparseray top --every 0.5 --run_dir runs/first
+"""
+BARS = " ▁▂▃▄▅▆▇█"
+LOST_S = 60.0
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command until the job ends or Ctrl-C; 0 then, 2 when no job can be asked, 1 when it falls silent."""
+    parser = argparse.ArgumentParser(
+        prog="sparseray top",
+        description=__doc__,
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--every", type=float, default=1.0, help="seconds between two looks, default %(default)s"
+    )
+    parser.add_argument("--once", action="store_true", help="one look, and end")
+    add_run_dir(parser)
+    options = parser.parse_args(list(arguments))
+    try:
+        return watch(connect(options.run_dir), every_s=max(0.1, options.every), is_once=options.once)
+    except UserError as error:
+        return configuration.die(error)
+    except SchedulerLostError as error:
+        configuration.die(error)
+        return 1
+    except KeyboardInterrupt:
+        return 0
+
+
+def watch(scheduler: Any, *, every_s: float, is_once: bool) -> int:
+    """Show the job until it ends; a scheduler that is being restarted is waited for."""
+    from sparseray.platform.cluster import ask
+
+    console = Console()
+    with Live(console=console, auto_refresh=False, screen=console.is_terminal and not is_once) as live:
+        heard = time.monotonic()
+        while True:
+            try:
+                found = ask(scheduler, "status", timeout_s=5.0)
+                heard = time.monotonic()
+            except SchedulerLostError:
+                if time.monotonic() - heard > LOST_S:
+                    raise
+                live.update(
+                    Text("the scheduler does not answer; Ray is restarting it ...", style="red"), refresh=True
+                )
+                time.sleep(every_s)
+                continue
+            live.update(picture(found), refresh=True)
+            if is_once or found["state"] not in ("starting", "training", "stopping"):
+                break
+            time.sleep(every_s)
+    console.print(f"the job is {found['state']}")
+    return 0
+
+
+def picture(found: dict[str, Any]) -> RenderableType:
+    """Everything on one screen."""
+    records = found["records"]
+    lines = Text()
+    if records:
+        lines.append(f"loss      {spark([r['loss'] for r in records])}\n")
+        lines.append(f"tokens/s  {spark([r['tokens_per_second'] for r in records], floor=0.0)}\n")
+    for layer, row in enumerate(found.get("load", [])):
+        mean = sum(row) / len(row) if row else 0.0
+        lines.append(
+            f"experts {layer} {spark(row, floor=0.0)}  max/mean {max(row) / mean if mean else 0:.2f}\n"
+        )
+    return Group(head(found), lines, slots(found), Text(), events(found))
+
+
+def spark(values: Sequence[float], floor: float | None = None) -> str:
+    """Draw values as one row of bars; the least is the lowest bar, or `floor` is."""
+    if not values:
+        return ""
+    low = min(values) if floor is None else floor
+    span = max(values) - low
+    return "".join(
+        BARS[1 + round((len(BARS) - 2) * (v - low) / span)] if span > 0 else BARS[1] for v in values
+    )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

@@ -1,0 +1,84 @@
+"""Forward pass of the three branches over packed queries, shared by `nsa_attention` and `nsa_prefill`.
+
+Here is the only dispatch of the NSA kernels: where no sequence is longer than num_selected selection blocks,
+every visible block is selected, whatever the scores. The selected branch then is dense causal attention by
+definition; it runs on the tiled kernel of the other branches, and scores, top n and the inverse table of the
+backward are left out. The length alone decides, so nothing is read from the device.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from sparseray.kernels.nsa.geometry import COMPRESSED, KEYS, WINDOW, Geometry
+from sparseray.kernels.nsa.range_forward import range_forward
+from sparseray.kernels.nsa.selected_forward import selected_forward
+from sparseray.kernels.nsa.top_n import query_positions, select_blocks
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blocks:
+    """Block sizes of one call; see `nsa_attention`."""
+
+    block: int
+    stride: int
+    select_block: int
+    num_selected: int
+    window: int
+    num_initial: int
+    num_local: int
+    scale: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Branches:
+    """Outputs [T, HQ, Dv] and base-2 log-sum-exps [T, HQ], in the order compressed, selected, window.
+
+    Attributes:
+        index: int32 [T, H, num_selected], blocks of every query; None where all are selected.
+    """
+
+    outs: tuple[Tensor, Tensor, Tensor]
+    lses: tuple[Tensor, Tensor, Tensor]
+    index: Tensor | None
+
+
+def selects_all(longest: int, *, select_block: int, num_selected: int) -> bool:
+    """Whether the selected branch equals dense causal attention for sequences of at most `longest` tokens."""
+    return longest <= select_block * num_selected
+
+
+def forward_branches(
+    q: Tensor, cmp: tuple[Tensor, Tensor], slc: tuple[Tensor, Tensor], win: tuple[Tensor, Tensor],
+    geometry: Geometry, sizes: Blocks, tables: tuple[Tensor | None, Tensor | None, Tensor | None] = (None,) * 3,
+) -> Branches:  # fmt: skip
+    """Run the three branches without their gates.
+
+    Args:
+        q: [T, HQ, D] packed.
+        cmp, slc, win: keys and values, packed [S, H, D | Dv], or pages [pages, page size, H, D | Dv].
+        tables: pages of every sequence for each of them, None where they are packed.
+    """
+    b = sizes
+    o_cmp, lse_cmp = range_forward(
+        q, *cmp, geometry, kind=COMPRESSED, block=b.block, stride=b.stride, window=0, scale=b.scale, table=tables[0]
+    )  # fmt: skip
+    index = None
+    if selects_all(geometry.max_keys, select_block=b.select_block, num_selected=b.num_selected):
+        o_slc, lse_slc = range_forward(
+            q, *slc, geometry, kind=KEYS, block=1, stride=1, window=0, scale=b.scale, table=tables[1]
+        )
+    else:
+        index = select_blocks(
+            q, cmp[0], lse_cmp, geometry, block=b.block, stride=b.stride, select_block=b.select_block,
+            num_selected=b.num_selected, num_initial=b.num_initial, num_local=b.num_local, scale=b.scale,
+            table=tables[0],
+        )  # fmt: skip
+        o_slc, lse_slc = selected_forward(
+            q, *slc, index, query_positions(geometry), geometry, select_block=b.select_block, scale=b.scale,
+            table=tables[1],
+        )  # fmt: skip
+    o_win, lse_win = range_forward(
+        q, *win, geometry, kind=WINDOW, block=1, stride=1, window=b.window, scale=b.scale, table=tables[2]
+    )
+    return Branches(outs=(o_cmp, o_slc, o_win), lses=(lse_cmp, lse_slc, lse_win), index=index)

@@ -1,0 +1,50 @@
+"""Which runs of this user are going on, and where: how `scale`, `status` and `top` find a job.
+
+One small JSON file per run in the user's state folder, written when a scheduler starts and removed
+when it ends; a file that a killed machine left behind is passed over once its cluster is gone.
+"""
+
+import hashlib
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+
+def state_folder() -> Path:
+    """Per-user folder of what runs now (XDG_STATE_HOME, or ~/.local/state)."""
+    root = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")
+    return Path(root) / "sparseray" / "runs"
+
+
+def scheduler_name(run_dir: Path) -> str:
+    """Ray's name of the scheduler of a run: a folder can have one only."""
+    return f"sparseray-{hashlib.sha256(str(run_dir.absolute()).encode()).hexdigest()[:12]}"
+
+
+def register_run(run_dir: Path, address: str) -> None:
+    """Note that a run is going on at a Ray address."""
+    folder = state_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{scheduler_name(run_dir)}.json"
+    content = {"run_dir": str(run_dir.absolute()), "address": address, "time": time.time()}
+    temporary = path.with_suffix(f".{os.getpid()}")
+    temporary.write_text(json.dumps(content))
+    os.replace(temporary, path)
+
+
+def forget_run(run_dir: Path) -> None:
+    """Note that a run has ended."""
+    (state_folder() / f"{scheduler_name(run_dir)}.json").unlink(missing_ok=True)
+
+
+def registered_runs() -> list[dict[str, Any]]:
+    """All runs that were not seen to end, newest first: {"run_dir", "address", "time"}."""
+    found = []
+    for path in state_folder().glob("*.json"):
+        try:
+            found.append(json.loads(path.read_text()))
+        except (OSError, ValueError):
+            continue
+    return sorted(found, key=lambda run: -run["time"])

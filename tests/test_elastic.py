@@ -1,0 +1,282 @@
+"""Slots come, go, hang and die in training, and every loss and the last checkpoint stay equal to the bit.
+
+Slots are threads here (tests/local_cluster.py), so that a fault can be put at an exact message of an
+exact step; tests/test_elastic_ray.py has real processes, nodes and signals.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from local_cluster import Faults, LocalFleet, Sent, Trained, tiny_run, train
+
+from sparseray.actors.messages import SCHEDULER
+from sparseray.errors import ConfigError, FencedError, StateLostError
+from sparseray.platform.config import RunConfig
+from sparseray.platform.journal import Journal
+from sparseray.platform.training import Trainer
+
+STEPS = 10
+WIDE = {"attention_workers": 2, "expert_shards": 2, "memory_shards": 2, "replication": 2}
+# Slots 0 and 1 are attention workers, 2 and 3 expert shards, 4 and 5 memory shards, 6 is on standby.
+
+
+def config_of(corpus: Path, **cluster: object) -> RunConfig:
+    run = tiny_run(corpus, steps=STEPS, **{**WIDE, "deadline_s": 3.0, **cluster})
+    return replace(run, train=replace(run.train, checkpoint_every=4))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    return train(tmp_path_factory.mktemp("undisturbed") / "run", config_of(corpus))
+
+
+def check(trained: Trained, undisturbed: Trained) -> None:
+    assert [r["step"] for r in trained.records] == list(range(1, STEPS + 1))
+    assert trained.curve == undisturbed.curve
+    assert trained.digest == undisturbed.digest
+
+
+class KillAt:
+    """Kills slots when one of them is about to send a message of a kind in a step."""
+
+    def __init__(self, victims: tuple[int, ...], source: int, kind: str, step: int) -> None:
+        self.victims, self.source, self.kind, self.step, self.done = victims, source, kind, step, False
+
+    def __call__(self, sent: Sent, fleet: LocalFleet) -> None:
+        if not self.done and (sent.source, sent.kind) == (self.source, self.kind) and sent.step >= self.step:
+            self.done = True
+            for victim in self.victims:
+                fleet.kill(victim)
+
+
+MOMENTS = {
+    "attention, forward": KillAt((0,), 0, "expert_forward", 5),
+    "attention, backward": KillAt((1,), 1, "expert_backward", 5),
+    "attention, first reducer, sums": KillAt((0,), 1, "dense_nodes", 5),
+    "attention, prepared": KillAt((0,), 0, "prepared", 5),
+    "expert, reply": KillAt((2,), 2, "reply", 5),
+    "expert, sum for the backup": KillAt((3,), 3, "expert_reduced", 5),
+    "expert, prepared": KillAt((2,), 2, "prepared", 5),
+    "memory, rows": KillAt((4,), 4, "reply", 5),
+    "memory, sum for the backup": KillAt((5,), 5, "rows_reduced", 5),
+    "any, at the commit": KillAt((2,), SCHEDULER, "commit", 5),
+    "two different ones": KillAt((0, 3), 1, "expert_forward", 5),
+    "expert and memory": KillAt((2, 5), 0, "expert_backward", 5),
+    "in a checkpoint": KillAt((2,), 2, "saved", 5),
+    "standby": KillAt((6,), 0, "expert_forward", 5),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("standby", [1, 0])
+def test_a_kill_at_any_moment_changes_no_bit_and_loses_no_step(
+    moment: str, standby: int, corpus: Path, undisturbed: Trained, tmp_path: Path
+) -> None:
+    if moment == "standby" and not standby:
+        pytest.skip("there is none to kill")
+    fault = MOMENTS[moment]
+    fault.done = False
+    trained = train(tmp_path / "run", config_of(corpus, standby=standby), faults=Faults(on_send=fault))
+    assert fault.done
+    check(trained, undisturbed)
+    assert trained.events.count("lost") == len(fault.victims)
+    if moment != "standby":
+        assert "recovered" in trained.events
+    assert "restored" not in trained.events
+
+
+def test_a_slot_that_dies_while_state_moves_is_left_out_of_the_next_generation(
+    corpus: Path, undisturbed: Trained, tmp_path: Path
+) -> None:
+    # Slot 6 takes over from 2 and dies before it has its state; 3 holds everything still.
+    first, second = KillAt((2,), 0, "expert_forward", 5), KillAt((6,), 6, "pull", 5)
+
+    def both(sent: Sent, fleet: LocalFleet) -> None:
+        first(sent, fleet)
+        second(sent, fleet)
+
+    trained = train(tmp_path / "run", config_of(corpus, standby=1), faults=Faults(on_send=both))
+    assert first.done and second.done
+    check(trained, undisturbed)
+
+
+def at(
+    changes: dict[int, Callable[[Trainer, LocalFleet], None]],
+) -> Callable[[int, Trainer, LocalFleet], None]:
+    return lambda step, trainer, fleet: changes.get(step, lambda t, f: None)(trainer, fleet)
+
+
+def scale(role: str, count: int) -> Callable[[Trainer, LocalFleet], None]:
+    return lambda trainer, fleet: trainer.elastic.request(role, count)
+
+
+@pytest.mark.parametrize("replication", [1, 2])
+def test_roles_grow_and_shrink_while_training(
+    replication: int, corpus: Path, undisturbed: Trained, tmp_path: Path
+) -> None:
+    def several(trainer: Trainer, fleet: LocalFleet) -> None:
+        trainer.elastic.request("attention", 1)
+        trainer.elastic.request("experts", 2)
+        trainer.elastic.request("memory", 3)
+
+    changes = at({1: scale("experts", 4), 3: scale("attention", 4), 5: several, 7: scale("memory", 1)})
+    trained = train(tmp_path / "run", config_of(corpus, replication=replication), at_step=changes)
+    check(trained, undisturbed)
+    assert trained.events.count("resized") >= 4
+    last = trained.folder.event_lines()[-1]
+    assert (last["attention"], last["experts"], last["memory"], last["standby"]) == (1, 2, 1, 0)
+
+
+def test_what_cannot_be_is_refused_with_the_reason(
+    corpus: Path, undisturbed: Trained, tmp_path: Path
+) -> None:
+    told: list[str] = []
+
+    def refuse(trainer: Trainer, fleet: LocalFleet) -> None:
+        fleet.most = 7
+        for role, count in (("experts", 9), ("experts", 0), ("attention", 4), ("memory", 99), ("gpu", 1)):
+            with pytest.raises(ConfigError) as error:
+                trainer.elastic.request(role, count)
+            told.append(str(error.value))
+
+    check(train(tmp_path / "run", config_of(corpus), at_step=at({2: refuse})), undisturbed)
+    assert "8 experts per layer" in told[0] and "room for 1" in told[2] and "no role 'gpu'" in told[4]
+
+
+def test_without_replicas_the_last_checkpoint_is_computed_on_to_the_same_bits(
+    corpus: Path, undisturbed: Trained, tmp_path: Path
+) -> None:
+    fault = KillAt((2,), 0, "expert_forward", 7)
+    trained = train(
+        tmp_path / "run", config_of(corpus, replication=1, standby=1), faults=Faults(on_send=fault)
+    )
+    check(trained, undisturbed)
+    restored = next(e for e in trained.folder.event_lines() if e["kind"] == "restored")
+    assert restored["step"] == 4 and "step_4" in restored["text"]
+
+
+def test_before_the_first_checkpoint_it_starts_from_the_seed_again(
+    corpus: Path, undisturbed: Trained, tmp_path: Path
+) -> None:
+    fault = KillAt((4,), 0, "expert_forward", 3)
+    trained = train(tmp_path / "run", config_of(corpus, replication=1), faults=Faults(on_send=fault))
+    check(trained, undisturbed)
+    assert "restored" in trained.events
+
+
+def test_when_all_replicas_are_gone_it_says_what_and_where_to_go_on(
+    corpus: Path, undisturbed: Trained, tmp_path: Path
+) -> None:
+    fault = KillAt((2, 3), 0, "expert_forward", 7)
+    with pytest.raises(StateLostError, match=r"all 2 replicas of expert 0\.0.*step_4, 2 steps back"):
+        train(tmp_path / "run", config_of(corpus, standby=1), faults=Faults(on_send=fault))
+    check(train(tmp_path / "run", config_of(corpus)), undisturbed)
+
+
+@pytest.mark.parametrize("victim", [0, 2, 4])
+def test_a_slot_that_was_thought_dead_and_comes_back_changes_nothing(
+    victim: int, corpus: Path, undisturbed: Trained, tmp_path: Path
+) -> None:
+    changes = at(
+        {
+            4: lambda trainer, fleet: fleet.partition(victim),
+            7: lambda trainer, fleet: fleet.heal(victim),
+        }
+    )
+    trained = train(tmp_path / "run", config_of(corpus, standby=1), at_step=changes)
+    check(trained, undisturbed)
+    assert trained.events.count("lost") == 1
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_repeated_late_and_overtaking_messages_apply_every_step_once(
+    seed: int, corpus: Path, undisturbed: Trained, tmp_path: Path
+) -> None:
+    faults = Faults(repeat=0.2, delay=0.2, seed=seed)
+    trained = train(tmp_path / "run", config_of(corpus), faults=faults)
+    check(trained, undisturbed)
+    assert "lost" not in trained.events
+
+
+def test_dropped_messages_cost_time_and_nothing_else(
+    corpus: Path, undisturbed: Trained, tmp_path: Path
+) -> None:
+    dropped: list[str] = []
+
+    def drop(sent: Sent, fleet: LocalFleet) -> None:
+        # The transport is told to drop exactly this message.
+        wanted = {(0, "dense_nodes"), (1, "dense_nodes"), (SCHEDULER, "commit"), (2, "prepared")}
+        transport = fleet.transports.get(sent.source)
+        faults = fleet.faults
+        faults.drop = 0.0
+        if sent.step == 3 + 2 * len(dropped) and (sent.source, sent.kind) in wanted - set(seen):
+            seen.append((sent.source, sent.kind))
+            dropped.append(sent.kind)
+            faults.drop = 1.0
+        assert transport is not None or sent.source == SCHEDULER
+
+    seen: list[tuple[int, str]] = []
+    trained = train(tmp_path / "run", config_of(corpus, deadline_s=1.0), faults=Faults(on_send=drop))
+    assert dropped
+    check(trained, undisturbed)
+
+
+def test_replicas_lie_on_different_nodes_and_a_whole_node_may_go(
+    corpus: Path, undisturbed: Trained, tmp_path: Path
+) -> None:
+    nodes = {slot: f"node-{slot % 2}" for slot in range(12)}
+
+    def lose_node(trainer: Trainer, fleet: LocalFleet) -> None:
+        fleet.most = 3
+        for slot in (1, 3, 5):
+            fleet.kill(slot)
+
+    trained = train(tmp_path / "run", config_of(corpus), nodes=nodes, at_step=at({5: lose_node}))
+    check(trained, undisturbed)
+    assert "restored" not in trained.events
+
+
+def test_of_two_schedulers_only_the_last_can_decide(tmp_path: Path) -> None:
+    old, new = Journal(tmp_path / "journal.sqlite"), Journal(tmp_path / "journal.sqlite")
+    old.lead()
+    old.append("commit", generation=1, step=1)
+    new.lead()
+    with pytest.raises(FencedError):
+        old.append("commit", generation=1, step=2)
+    new.append("commit", generation=2, step=2)
+    assert [entry["generation"] for entry in new.read("commit")] == [2, 1]
+
+
+def test_busy_experts_are_spread_by_the_policy_alone(
+    corpus: Path, undisturbed: Trained, tmp_path: Path
+) -> None:
+    config = config_of(corpus, rebalance_above=1.02, rebalance_every=2)
+    trained = train(tmp_path / "run", config)
+    check(trained, undisturbed)
+    assert "rebalanced" in trained.events
+
+
+@pytest.mark.parametrize("replication", [1, 2])
+def test_hot_experts_computed_by_several_holders_change_no_bit(
+    replication: int, corpus: Path, undisturbed: Trained, tmp_path: Path
+) -> None:
+    spread: list[tuple[tuple[int, ...], ...]] = []
+
+    def heat(trainer: Trainer, fleet: LocalFleet) -> None:
+        elastic = trainer.elastic
+        elastic.packed_by = [[100.0] + [1.0] * 7, [1.0, 60.0, 60.0] + [1.0] * 5]
+        elastic._change(
+            "rebalanced", "as if two experts were hot", trainer.step, elastic._replanned(elastic.wanted)
+        )
+        spread.append(trainer.plan.spread)
+
+    def lose(trainer: Trainer, fleet: LocalFleet) -> None:
+        if replication > 1:
+            fleet.kill(trainer.plan.experts[0][0][1])
+
+    config = config_of(corpus, replication=replication, expert_shards=4)
+    trained = train(tmp_path / "run", config, at_step=at({3: heat, 6: lose}))
+    check(trained, undisturbed)
+    assert spread[0][0][0] == 4 and max(spread[0][1]) >= 2

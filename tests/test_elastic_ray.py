@@ -1,0 +1,160 @@
+"""Real processes, signals, nodes and Ray's own head: the run goes on and ends with the undisturbed run's bits."""
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from chaos import ENDLESS, Watched
+from local_cluster import tiny_run
+from processes import ROOT, interrupt, of_mark, wait_until
+
+from sparseray.platform.config import RunConfig
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(280)]
+
+
+def config_of(corpus: Path, **cluster: Any) -> RunConfig:
+    wide = {"attention_workers": 2, "expert_shards": 2, "memory_shards": 2, "replication": 2}
+    run = tiny_run(corpus, steps=ENDLESS, **{**wide, **cluster})
+    return replace(run, train=replace(run.train, checkpoint_every=50))
+
+
+@pytest.fixture
+def run(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Watched]:
+    # `Watched` sets these for the processes that it starts; they must not reach other tests.
+    monkeypatch.setenv("XDG_STATE_HOME", "")
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    made = Watched(tmp_path / "watched", config_of(corpus, standby=1))
+    yield made
+    made.detach()
+    made.close()
+
+
+def slot_of(status: dict[str, Any], role: str) -> dict[str, Any]:
+    found: dict[str, Any] = next(slot for slot in status["slots"] if role in slot["roles"])
+    return found
+
+
+def count(run: Watched, kind: str) -> int:
+    return [event["kind"] for event in run.events()].count(kind)
+
+
+def test_slots_killed_hung_and_added_and_the_scheduler_killed(run: Watched) -> None:
+    run.start()
+    run.attach()
+    blows = [("expert", signal.SIGKILL), ("attention", signal.SIGSTOP), ("memory", signal.SIGKILL)]
+    for done, (role, number) in enumerate(blows, start=1):
+        run.signal(slot_of(run.settled(), role)["pid"], number)
+        run.wait(lambda done=done: count(run, "recovered") == done, f"recovery {done}")
+    run.settled()
+    os.kill(run.scheduler_pid(), signal.SIGKILL)
+    run.wait(lambda: count(run, "scheduler") == 2, "the next scheduler's first step")
+    from sparseray.jobs.scale import scale
+
+    assert scale(run.scheduler, "memory", 3)["sizes"] == "2+2+3"
+    run.detach()
+    run.finish()
+    run.check()
+    assert (count(run, "lost"), count(run, "recovered"), count(run, "restored")) == (3, 3, 0), run.events()
+    wait_until(lambda: not of_mark(run.mark), "the end of all processes", 20.0)
+    assert not list(run.temporary.glob("sparseray-*/*"))
+
+
+def test_ctrl_c_in_a_disturbed_run_leaves_a_checkpoint_and_a_second_one_ends_at_once(run: Watched) -> None:
+    run.start()
+    run.attach()
+    run.signal(slot_of(run.settled(), "expert")["pid"])
+    run.detach()
+    assert run.process is not None
+    interrupt(run.process)
+    assert run.process.wait(60) == 130, run.log.read_text()
+    assert (run.run_dir / "checkpoints" / f"step_{run.steps()}").exists()
+
+    run.start()
+    before = run.steps()
+    run.wait(lambda: run.steps() > before, "another step")
+    interrupt(run.process)
+    time.sleep(0.05)
+    interrupt(run.process)
+    started = time.monotonic()
+    assert run.process.wait(60) in (130, -signal.SIGINT, 1), run.log.read_text()
+    assert time.monotonic() - started < 20.0
+    wait_until(lambda: not of_mark(run.mark), "the end of all processes", 20.0)
+
+    run.start()
+    before = run.steps()
+    run.wait(lambda: run.steps() > before, "another step")
+    run.finish()
+    run.check()
+
+
+@pytest.fixture
+def cluster(run: Watched, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
+    """Three nodes on this machine; the head keeps its state in RocksDB."""
+    from ray.cluster_utils import Cluster
+
+    for name, value in {
+        "PYTHONPATH": str(ROOT),
+        "SPARSERAY_TEST": run.mark,
+        "TMPDIR": str(run.temporary),
+        "XDG_STATE_HOME": str(run.folder / "state"),
+        "RAY_gcs_storage": "rocksdb",
+        "RAY_gcs_storage_path": str(tmp_path / "gcs"),
+        "RAY_worker_niceness": "0",
+    }.items():
+        monkeypatch.setenv(name, value)
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "include_dashboard": False})
+    for _ in range(2):
+        made.add_node(num_cpus=4)
+    yield made
+    run.detach()
+    made.shutdown()
+    for process in of_mark(run.mark):
+        process.kill()
+
+
+def test_a_node_the_head_and_the_driver_die(run: Watched, cluster: Any) -> None:
+    address = f"--cluster.address={cluster.address}"
+    run.start(address)
+    run.attach()
+    run.settled()
+
+    # A node that does not hold the scheduler (a worker's parent is its raylet).
+    own = psutil.Process(run.scheduler_pid()).ppid()
+    victim = next(n for n in cluster.worker_nodes if n.all_processes["raylet"][0].process.pid != own)
+    cluster.remove_node(victim, allow_graceful=False)
+    wait_until(
+        lambda: any(e["kind"] == "recovered" for e in run.events()), "the recovery from the node's death"
+    )
+    run.settled()
+
+    head = cluster.head_node
+    head.kill_gcs_server()
+    before = run.steps()
+    wait_until(lambda: run.steps() >= before + 5, "steps without Ray's head", 30.0)
+    head.start_gcs_server()
+    # A new slot can be had again: the policy makes up for one that dies now.
+    status = run.settled()
+    run.signal(slot_of(status, "memory")["pid"])
+    run.settled()
+
+    assert run.process is not None
+    run.process.kill()
+    run.process.wait()
+    before = run.steps()
+    wait_until(lambda: run.steps() >= before + 5, "steps without the driver", 30.0)
+    run.detach()
+    run.start(address)
+    run.wait(lambda: "this run is going on already" in run.log.read_text(), "the second driver")
+    before = run.steps()
+    run.wait(lambda: run.steps() > before, "another step")
+    run.finish()
+    assert "this run is going on already" in run.log.read_text()
+    run.check()
+    assert count(run, "restored") == 0

@@ -1,0 +1,183 @@
+"""The policy's decisions on made-up views, and that carrying one out ends the reason for it."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from sparseray.actors.assignment import Plan
+from sparseray.platform.plan import Roles, make_plan, replan
+from sparseray.platform.policy import Noop, Rebalance, Resize, Start, View, decide, imbalance
+
+ROLES = Roles(attention=2, experts=2, memory=2)
+EVEN = [[10.0] * 8] * 2
+SKEWED = [[70.0, 60.0, 50.0, 40.0, 1.0, 1.0, 1.0, 1.0]] * 2
+
+
+def fresh(roles: Roles = ROLES, slots: int = 6) -> Plan:
+    return make_plan(
+        generation=1,
+        addresses={slot: f"ipc://{slot}" for slot in range(slots)},
+        attention=roles.attention,
+        experts=roles.experts,
+        memory=roles.memory,
+        replication=2,
+        num_shards=4,
+        moe_layers=2,
+        num_experts=8,
+        dse_layers=1,
+        num_buckets=8,
+    )
+
+
+def view(**changes: Any) -> View:
+    values: dict[str, Any] = {
+        "plan": fresh(),
+        "roles": ROLES,
+        "ready": (),
+        "starting": 0,
+        "free_slots": 0,
+        "standby": 0,
+        "expert_load": EVEN,
+        "steps_since_change": 100,
+        "rebalance_above": 1.3,
+        "rebalance_every": 10,
+    }
+    return View(**{**values, **changes})
+
+
+def without(plan: Plan, *dead: int, spare: tuple[int, ...] = ()) -> Plan:
+    left = {slot: address for slot, address in plan.addresses.items() if slot not in dead}
+    added = {slot: f"ipc://{slot}" for slot in spare}
+    return replan(plan, generation=2, addresses=left | added, roles=ROLES, replication=2)
+
+
+def carry_out(seen: View) -> View:
+    """What the policy would see after the scheduler did as it decided."""
+    decision, plan = decide(seen), seen.plan
+    if isinstance(decision, Start):
+        return replace(
+            seen, starting=seen.starting + decision.count, free_slots=seen.free_slots - decision.count
+        )
+    if isinstance(decision, Noop):
+        return seen
+    loads = decision.loads if isinstance(decision, Rebalance) else None
+    roles = decision.roles if isinstance(decision, Resize) else seen.roles
+    new = replan(
+        plan,
+        generation=plan.generation + 1,
+        addresses=plan.addresses | {slot: f"ipc://{slot}" for slot in seen.ready},
+        roles=roles,
+        replication=2,
+        loads=loads,
+    )
+    used = {*new.attention, *new.expert_primaries, *new.memory_primaries}
+    return replace(seen, plan=new, ready=tuple(s for s in seen.ready if s not in used), steps_since_change=0)
+
+
+def test_nothing_to_do_is_noop() -> None:
+    assert decide(view()) == Noop()
+    assert decide(view(standby=1, ready=(6,))) == Noop()
+    assert decide(view(standby=1, starting=1)) == Noop()
+
+
+def test_a_missing_role_slot_is_filled_from_the_ready_ones() -> None:
+    broken = without(fresh(), 3)
+    assert broken.expert_primaries == (2,)
+    assert decide(view(plan=broken, ready=(6,))) == Resize(ROLES)
+    after = carry_out(view(plan=broken, ready=(6,)))
+    assert after.plan.expert_primaries == (2, 6)
+    assert decide(after) == Noop()
+
+
+def test_a_missing_role_slot_is_started_when_none_is_ready() -> None:
+    broken = without(fresh(), 3)
+    assert decide(view(plan=broken)) == Noop()
+    assert decide(view(plan=broken, free_slots=5)) == Start(1)
+    assert decide(view(plan=broken, free_slots=5, standby=2)) == Start(3)
+    assert decide(view(plan=broken, free_slots=5, standby=2, starting=2)) == Start(1)
+    assert decide(view(plan=broken, free_slots=5, starting=1)) == Noop()
+
+
+def test_a_shared_slot_counts_as_a_missing_one_only_where_roles_are_apart() -> None:
+    roles = Roles(attention=2, experts=2, memory=1)
+    plan = fresh(roles, slots=5)
+    left = {slot: address for slot, address in plan.addresses.items() if slot != 4}
+    shared = replan(plan, generation=2, addresses=left, roles=roles, replication=2)
+    assert len(shared.memory_primaries) == 1
+    assert decide(view(plan=shared, roles=roles, ready=(6,))) == Noop()
+    seen = view(plan=shared, roles=roles, ready=(6,), colocated=False)
+    assert decide(seen) == Resize(roles)
+    assert carry_out(seen).plan.memory_primaries == (6,)
+    assert decide(carry_out(seen)) == Noop()
+    assert decide(replace(seen, ready=(), free_slots=3)) == Start(1)
+
+
+def test_spares_are_started_up_to_what_is_free() -> None:
+    assert decide(view(standby=3, free_slots=2)) == Start(2)
+    assert decide(view(standby=3, ready=(6,), starting=1, free_slots=2)) == Start(1)
+
+
+def test_fewer_wanted_slots_resize_without_any_ready() -> None:
+    smaller = Roles(attention=1, experts=2, memory=1)
+    assert decide(view(roles=smaller)) == Resize(smaller)
+    after = carry_out(view(roles=smaller))
+    assert (after.plan.attention, after.plan.memory_primaries) == ((0,), (4,))
+    assert decide(after) == Noop()
+
+
+def test_roles_beyond_what_there_is_to_share_are_not_missing() -> None:
+    assert decide(view(roles=Roles(attention=4, experts=2, memory=2), ready=(6, 7), plan=fresh())) != Noop()
+    most = Roles(attention=9, experts=2, memory=2)
+    after = carry_out(view(roles=most, ready=(6, 7, 8, 9)))
+    assert len(after.plan.attention) == 4
+    assert decide(after) == Noop()
+
+
+def test_imbalance_is_the_time_over_that_of_even_loads() -> None:
+    plan = fresh()
+    assert imbalance(plan, EVEN) == 1.0
+    assert imbalance(plan, [[0.0] * 8] * 2) == 1.0
+    primaries = [holders[0] for holders in plan.experts[0]]
+    assert primaries == [2, 2, 2, 2, 3, 3, 3, 3]
+    assert imbalance(plan, SKEWED) == pytest.approx(2 * 220 / 224)
+    # Layers that lean to different slots do not make up for each other: each waits for its slowest.
+    assert imbalance(plan, [SKEWED[0], SKEWED[0][::-1]]) == pytest.approx(2 * 220 / 224)
+
+
+def test_skewed_loads_are_evened_out_once() -> None:
+    seen = view(expert_load=SKEWED)
+    assert decide(seen) == Rebalance(SKEWED)
+    after = carry_out(seen)
+    assert imbalance(after.plan, SKEWED) < 1.05
+    assert decide(after) == Noop()
+    assert decide(replace(after, steps_since_change=1000)) == Noop()
+
+
+def test_rebalancing_waits_and_can_be_switched_off() -> None:
+    assert decide(view(expert_load=SKEWED, steps_since_change=9)) == Noop()
+    assert decide(view(expert_load=SKEWED, rebalance_above=0.0)) == Noop()
+    assert decide(view(expert_load=SKEWED, rebalance_above=1.99)) == Noop()
+    assert decide(view(expert_load=[])) == Noop()
+
+
+def test_a_hot_expert_that_no_placement_mends_is_computed_by_several_holders() -> None:
+    one_hot = [[100.0, 1, 1, 1, 1, 1, 1, 1]] * 2
+    after = carry_out(view(expert_load=one_hot))
+    assert imbalance(after.plan, one_hot) < 1.1
+    assert len(after.plan.computing(0, 0)) == 2
+    assert decide(replace(after, steps_since_change=1000)) == Noop()
+
+
+def test_every_decision_ends_its_reason() -> None:
+    seen = view(plan=without(fresh(), 0, 3), standby=1, free_slots=9, expert_load=SKEWED)
+    for _ in range(20):
+        if decide(seen) == Noop():
+            break
+        if isinstance(decide(seen), Start):
+            seen = carry_out(seen)
+            seen = replace(seen, ready=tuple(range(10, 10 + seen.starting)), starting=0)
+        else:
+            seen = replace(carry_out(seen), steps_since_change=1000)
+    assert decide(seen) == Noop()
+    assert (len(seen.plan.attention), len(seen.plan.expert_primaries), len(seen.ready)) == (2, 2, 1)
