@@ -117,7 +117,8 @@ class Job:
         os.kill(pid, number)
         self.wait(lambda: self.records()[-1]["generation"] > generation, "the recovery")
         first = next(record for record in self.records() if record["generation"] > generation)
-        return float(first["time"]) - struck
+        seconds: float = first["time"] - struck
+        return seconds
 
     def stop(self) -> None:
         """Ctrl-C: the run ends with a checkpoint."""
@@ -148,7 +149,8 @@ def spread(values: list[float]) -> str:
 def step_seconds(records: list[dict[str, Any]]) -> float:
     """Median seconds from one commit to the next."""
     times = [record["time"] for record in records]
-    return statistics.median(b - a for a, b in itertools.pairwise(times))
+    seconds: float = statistics.median(b - a for a, b in itertools.pairwise(times))
+    return seconds
 
 
 def recovery(folder: Path, data: Path, repeats: int) -> list[str]:

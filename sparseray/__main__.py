@@ -15,13 +15,18 @@ COMMANDS = {
     "status": ("sparseray.jobs.status", "plan, roles, replicas and last events of a running job"),
     "top": ("sparseray.jobs.top", "watch a running job: speed, loss, load of every slot, events"),
     "serve": ("sparseray.jobs.serve", "answer over HTTP, OpenAI-compatible"),
+    "dashboard": (
+        "sparseray.jobs.dashboard",
+        "show the dashboards as one page, with or without a Prometheus",
+    ),
+    "dashboards": ("sparseray.jobs.dashboards", "set up Prometheus and Grafana"),
     "submit": ("sparseray.jobs.submit", "run a command as a job of a Ray cluster"),
 }
 
 
 def usage() -> str:
     """Return the text of `--help`."""
-    lines = "\n".join(f"  {name:9} {help_}" for name, (_, help_) in COMMANDS.items())
+    lines = "\n".join(f"  {name:10} {help_}" for name, (_, help_) in COMMANDS.items())
     return (
         "usage: sparseray COMMAND [options]\n\n"
         "Elastic training and serving on Ray of models that are sparse in attention, computation and memory.\n\n"

@@ -2,11 +2,15 @@
 
 import os
 import random
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Tests leave nothing in the folder of the user who runs them.
+os.environ.setdefault("SPARSERAY_STATE_DIR", tempfile.mkdtemp(prefix="sparseray-state-"))
 
 WORDS = "rain river stone bread light house under winter green north seven learn sparse hold move".split()  # noqa: SIM905
 
@@ -30,3 +34,12 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_corpus(folder / "text")
     prepare([str(folder / "text")], folder / "data", vocab_size=300, validation_fraction=0.1)
     return folder / "data"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say loudly which outside programs were missing, for tests that need them are skipped."""
+    for program in ("prometheus", "chromium"):
+        if shutil.which(program) is None:
+            terminalreporter.write_line(
+                f"WARNING: no {program} here; the tests that need it WERE SKIPPED", red=True
+            )

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from background import Background, end_leftovers, environment, free_ports, sparseray
 from local_cluster import tiny_run
+from watching import MISSING, PROMETHEUS, Prometheus
 
 from sparseray.errors import ConfigError
 from sparseray.jobs.submit import entrypoint, main, submit
@@ -128,3 +129,21 @@ def test_a_missing_file_is_found_before_anything_is_submitted(capsys: pytest.Cap
         submit("pretrain", ["--config", "nowhere.yaml"], "http://127.0.0.1:1", None, wait=True)
     assert main(["pretrain", "--data.path=nowhere"]) == 2
     assert "--data.path nowhere does not exist" in capsys.readouterr().err
+
+
+@pytest.mark.ray
+@pytest.mark.skipif(PROMETHEUS is None, reason=MISSING)
+def test_a_prometheus_of_ours_scrapes_rays_own_targets_with_the_token(head: Head, tmp_path: Path) -> None:
+    env = head.env | {"SPARSERAY_STATE_DIR": str(tmp_path / "state")}
+    command = ["dashboards", "prometheus", "--out", str(tmp_path / "out"), "--ray", head.address]
+    refused = sparseray(
+        *command, env={name: value for name, value in env.items() if name != "RAY_AUTH_TOKEN"}
+    )
+    assert refused.returncode == 2 and "answers 401" in refused.stderr, refused.stdout + refused.stderr
+    made = sparseray(*command, env=env)
+    assert made.returncode == 0, made.stderr
+    prometheus = Prometheus(tmp_path / "out" / "prometheus.yml", tmp_path / "out" / "data")
+    try:
+        prometheus.wait_for('up{job="ray"} == 1', 60.0)
+    finally:
+        prometheus.close()

@@ -16,7 +16,11 @@ from torch import Tensor
 from sparseray.actors.dense_state import DenseState
 from sparseray.actors.exchange import RemoteExperts, RemoteMemory
 from sparseray.kernels.dse.cpu import segment_sum_rows
+from sparseray.model.statistics import Noted, collect
 from sparseray.model.transformer import cross_entropy_sum
+
+# Of one in so many steps a worker's first shard notes statistics; they move slowly.
+SAMPLE_EVERY = 10
 
 
 class Batch(Protocol):
@@ -74,6 +78,7 @@ class AttentionWorker:
         self.experts, self.memory, self.begin = experts, memory, begin
         self.layers = state.model.config.dse.layers
         self.seconds: dict[str, float] = {}
+        self.noted: Noted = []
 
     def run_step(
         self, step: int, shards: Sequence[int], batches: Batches, finish: Callable[[int, ShardResult], None]
@@ -87,7 +92,12 @@ class AttentionWorker:
         for shard, batch, (values, rows) in zip(shards, loaded, fetched):
             self.begin(step, shard)
             self.experts.shard = shard
-            finish(shard, self._run_shard(batch, values, rows))
+            if shard == shards[0] and step % SAMPLE_EVERY == 0:
+                with collect() as self.noted:
+                    result = self._run_shard(batch, values, rows)
+            else:
+                result = self._run_shard(batch, values, rows)
+            finish(shard, result)
 
     def _fetch(self, step: int, batches: Sequence[Batch]) -> list[tuple[list[Tensor], list[np.ndarray]]]:
         """Fetch the memory rows of all batches at once: (values, row addresses) of every memory layer, per batch."""

@@ -11,6 +11,7 @@ Shapes: T tokens of a chunk, H hidden, V vocabulary.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -52,6 +53,22 @@ class EngineStats:
     largest_batch: int = 0
 
 
+@dataclass(kw_only=True)
+class StepCounts:
+    """What happened since it was last asked for.
+
+    Args:
+        batch: requests in the last call of the model.
+        failed_steps, retries: calls that raised, and requests that were queued again.
+        queue_seconds: from its arrival to its place in the batch, of every request that got one.
+    """
+
+    batch: int = 0
+    failed_steps: int = 0
+    retries: int = 0
+    queue_seconds: list[float] = field(default_factory=list)
+
+
 @dataclass
 class _Sequence:
     """A request with what was computed of it so far."""
@@ -60,6 +77,7 @@ class _Sequence:
     tokens: list[int]
     cache: Cache | None = None
     failures: int = 0
+    queued_s: float = field(default_factory=time.perf_counter)
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
 
     @property
@@ -129,7 +147,7 @@ class Engine:
         self._waiting: deque[_Sequence] = deque()
         self._running: list[_Sequence] = []
         self._failed: list[TokenEvent] = []
-        self._stats = EngineStats()
+        self._stats, self._counts = EngineStats(), StepCounts()
 
     @property
     def has_work(self) -> bool:
@@ -140,6 +158,17 @@ class Engine:
     def stats(self) -> EngineStats:
         """The counters now."""
         return replace(self._stats, waiting=len(self._waiting), running=len(self._running))
+
+    @property
+    def cache_usage(self) -> float:
+        """Cache positions reserved by the batch over those of a full batch of longest requests."""
+        reserved = sum(s.cache.max_len for s in self._running if s.cache is not None)
+        return reserved / (self.max_batch * self.max_model_len)
+
+    def take_counts(self) -> StepCounts:
+        """Return what happened since the last call."""
+        counts, self._counts = self._counts, StepCounts()
+        return counts
 
     def add(self, request: GenerationRequest) -> None:
         """Queue a request.
@@ -211,6 +240,7 @@ class Engine:
             length = sequence.num_prompt + sequence.request.max_tokens
             sequence.cache = Cache(self.model.config, length, device=device)
             self._running.append(sequence)
+            self._counts.queue_seconds.append(time.perf_counter() - sequence.queued_s)
 
     def _select(self) -> list[_Sequence]:
         """All requests that decode, and the oldest ones that still read their prompt."""
@@ -235,17 +265,21 @@ class Engine:
             prompt_tokens=self._stats.prompt_tokens + prompt_tokens,
             largest_batch=max(self._stats.largest_batch, len(batch)),
         )
+        self._counts.batch = len(batch)
         return hidden
 
     def _restart(self, batch: list[_Sequence], error: Exception) -> None:
         """Put the requests of a failed step back at the head of the queue, without their caches."""
         self._stats = replace(self._stats, failed_steps=self._stats.failed_steps + 1)
+        self._counts.failed_steps += 1
         for sequence in reversed(batch):
             self._running.remove(sequence)
             sequence.cache, sequence.prompt_logprobs = None, []
             sequence.failures += 1
             if sequence.failures < self.max_failures:
+                sequence.queued_s = time.perf_counter()
                 self._waiting.appendleft(sequence)
+                self._counts.retries += 1
             else:
                 self._failed.append(self._error(sequence, f"{sequence.failures} steps failed: {error}"))
 

@@ -5,6 +5,7 @@ messages to the slots that hold the experts and buckets, or plain calls where th
 Combination runs here, over k in order, so no bit depends on who computed a row.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -160,6 +161,15 @@ class _RemoteExperts(torch.autograd.Function):
         return dx_RH.view(T, K, H).sum(1), dweights_TK, None, None, None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Fetch:
+    """What one fetch of table rows cost: rows addressed, distinct rows by the slot that gave them, seconds."""
+
+    addressed: int
+    rows_by_slot: dict[int, int]
+    seconds: float
+
+
 class RemoteMemory:
     """`Memory` of the model: rows of the tables, fetched ahead for a whole batch.
 
@@ -174,6 +184,7 @@ class RemoteMemory:
         self.owner = [np.array([holders[0] for holders in row], np.int64) for row in plan.buckets]
         self.slots = plan.memory_primaries
         self.ready: dict[int, Tensor] = {}
+        self._fetches: list[Fetch] = []
 
     def owner_of(self, layer: int, rows_N: np.ndarray) -> np.ndarray:
         """Slot that answers for each row of the layer with index `layer`; int64 [N]."""
@@ -192,6 +203,7 @@ class RemoteMemory:
         """
         if not self.slots:
             return []
+        started = time.perf_counter()
         distinct = [np.unique(rows, return_inverse=True) for rows in rows_LN]
         owners = [self.owner_of(layer, unique) for layer, (unique, _) in enumerate(distinct)]
         calls = [
@@ -210,6 +222,14 @@ class RemoteMemory:
             for slot, reply in zip(self.slots, replies):
                 values[owner == slot] = reply[layer]
             found.append(torch.from_numpy(np.take(values, inverse.reshape(-1), axis=0)))
+        by_slot = {call.to: sum(len(rows) for rows in call.arrays) for call in calls}
+        addressed, seconds = sum(len(rows) for rows in rows_LN), time.perf_counter() - started
+        self._fetches.append(Fetch(addressed=addressed, rows_by_slot=by_slot, seconds=seconds))
+        return found
+
+    def take_fetches(self) -> list[Fetch]:
+        """Return the fetches since the last call."""
+        found, self._fetches = self._fetches, []
         return found
 
     def prepare(self, layers: Sequence[int], values: Sequence[Tensor], *, train: bool) -> None:

@@ -61,6 +61,13 @@ class MemoryShard:
         self.t = [np.zeros(rows, np.int64) for rows in table_rows]
         self.discard()
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the rows held here, with their optimizer state."""
+        rows = sum(int(self.bounds[layer][b + 1] - self.bounds[layer][b]) for layer, b in self.owned)
+        width = self.weight[0].shape[1] if self.weight else 0
+        return rows * (2 * width * 4 + 4 + 8)
+
     def initialize(self, keys: Sequence[Key]) -> None:
         """Draw the first rows of `keys` from the seed; their moments are zero."""
         for key in keys:

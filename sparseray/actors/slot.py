@@ -13,6 +13,7 @@ A change of plan: plan -> pull* -> installed; it may come at any moment and ends
 One request: generate -> (rows, expert_forward)* -> tokens, once for every engine step.
 """
 
+import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -30,6 +31,7 @@ from sparseray.actors.generation import GenerationRequest
 from sparseray.actors.holdings import DENSE, Holdings
 from sparseray.actors.mailbox import Mailbox
 from sparseray.actors.messages import SCHEDULER, Message
+from sparseray.actors.observation import observe_engine, observe_memory, observe_rows, observe_worker
 from sparseray.actors.reduction import Reduction
 from sparseray.errors import SlotLostError, SupersededError, UserError
 from sparseray.log import get_logger
@@ -233,6 +235,7 @@ class Slot:
         shards = self.plan.shards_of(self.mailbox.slot)
         self.worker.run_step(message.step, shards, self.job.train_batches(), self._shard_done)
         self.reduction.send_dense(message.step)
+        observe_worker(self.job.observe, self.worker, self.mailbox.slot)
 
     def _shard_done(self, shard: int, result: ShardResult) -> None:
         """Send a shard's gradients on their way and report its loss."""
@@ -274,7 +277,9 @@ class Slot:
         )
         self.committed = commit["step"]
         if rows:
+            assert self.holdings.memory is not None
             self.job.observe("dse_update_rows_total", rows)
+            self.job.observe("dse_table_bytes", self.holdings.memory.num_bytes)
 
     def _evaluate(self, message: Message) -> None:
         assert self.worker is not None and self.plan is not None
@@ -310,7 +315,8 @@ class Slot:
 
     def _generate_tokens(self) -> None:
         """Run one step of the serving batch and send its tokens on."""
-        assert self.engine is not None
+        assert self.engine is not None and self.worker is not None
+        started = time.perf_counter()
         # Experts and rows answer for the step after the last committed one, as in training.
         self._begin(self.committed + 1, -1)
         try:
@@ -319,6 +325,9 @@ class Slot:
             # The engine has put the batch back; it gives up on a request after some failures.
             log.warning("slot %d: a serving step failed, trying again: %s", self.mailbox.slot, error)
             return
+        finally:
+            observe_engine(self.job.observe, self.engine, time.perf_counter() - started)
+            observe_memory(self.job.observe, self.worker.memory, self.mailbox.slot)
         if events:
             self.mailbox.post(SCHEDULER, "tokens", body={"events": [event.to_dict() for event in events]})
 
@@ -374,16 +383,19 @@ class Slot:
     def _expert_forward(self, message: Message) -> Arrays:
         assert self.holdings is not None
         x_UH, rows_R = (torch.from_numpy(array) for array in message.arrays)
-        body = message.body
+        body, started = message.body, time.perf_counter()
         y_RH = self.holdings.experts.forward(
             message.layer, message.shard, x_UH, rows_R, body["experts"], body["counts"], body["keep"]
         )
+        observe_rows(self.job.observe, "forward", len(y_RH), time.perf_counter() - started)
         return (y_RH.numpy(),)
 
     def _expert_backward(self, message: Message) -> Arrays:
         assert self.holdings is not None
         dout_UH, weights_R = (torch.from_numpy(array) for array in message.arrays)
+        started = time.perf_counter()
         dx_RH = self.holdings.experts.backward(message.layer, message.shard, dout_UH, weights_R)
+        observe_rows(self.job.observe, "backward", len(dx_RH), time.perf_counter() - started)
         return (dx_RH.numpy(),)
 
     def _rows(self, message: Message) -> Arrays:

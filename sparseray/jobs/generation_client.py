@@ -10,6 +10,7 @@ import asyncio
 import threading
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Protocol
@@ -20,6 +21,10 @@ from sparseray.errors import UserError
 from sparseray.log import get_logger
 
 logger = get_logger(__name__)
+
+
+# When the request that is being answered reached the HTTP server, by `time.perf_counter`; 0 without one.
+ARRIVED_S: ContextVar[float] = ContextVar("arrived_s", default=0.0)
 
 
 class OverloadedError(RuntimeError):

@@ -19,13 +19,14 @@ from sparseray.actors.generation import GenerationRequest, TokenEvent
 from sparseray.actors.mailbox import Mailbox
 from sparseray.actors.messages import INGRESS, SCHEDULER
 from sparseray.errors import CheckpointError, ConfigError, IdentityError, SlotLostError, UserError
-from sparseray.jobs.generation_client import OverloadedError
+from sparseray.jobs.generation_client import ARRIVED_S, OverloadedError
 from sparseray.log import get_logger
 from sparseray.model.dse_layout import DSELayout
 from sparseray.platform import checkpoint
 from sparseray.platform import config as configuration
 from sparseray.platform.config import ClusterConfig, RunConfig, ServeConfig
 from sparseray.platform.metrics import Metrics
+from sparseray.platform.metrics_discovery import entries, publish
 from sparseray.platform.plan import make_plan
 from sparseray.platform.transport import ZmqTransport, private_directory
 
@@ -86,7 +87,7 @@ def run(directory: Path, serve: ServeConfig, cluster_config: ClusterConfig, mode
     try:
         addresses = cluster.start()
         plan = make_plan(**placement(config, addresses))
-        metrics = Metrics({})
+        metrics = Metrics({}, declare="server")
         client = RemoteClient(cluster.job, cluster_config, metrics, max_waiting=serve.max_waiting)
         client.install(config, plan.to_dict(), directory)
         limits = ApiLimits(
@@ -95,6 +96,8 @@ def run(directory: Path, serve: ServeConfig, cluster_config: ClusterConfig, mode
         )
         app = create_app(client, vocabulary, model=model_name, limits=limits, metrics=metrics.exposition)
         url = f"http://{serve.host}:{serve.port}"
+        targets = cluster.metric_targets() | {"server": f"{serve.host}:{serve.port}"}
+        publish(cluster.job, entries(targets, model_name))
         print(f"serving {directory} as {model_name!r} at {url} (Ctrl-C stops); try:", flush=True)
         print(
             f"  curl -s {url}/v1/completions -H 'Content-Type: application/json' -d '{{\"prompt\": \"import \"}}'"
@@ -105,6 +108,7 @@ def run(directory: Path, serve: ServeConfig, cluster_config: ClusterConfig, mode
     finally:
         if client is not None:
             client.close()
+        publish(cluster.job, [])
         cluster.stop()
     print("stopped", flush=True)
     return 0
@@ -231,12 +235,13 @@ class RemoteClient:
             SlotLostError: its worker failed or fell silent.
         """
         if len(self._queues) >= self._max_waiting:
+            self._metrics.record("requests_failed_total", 1, reason="overloaded")
             raise OverloadedError(f"{len(self._queues)} requests are open, as many as this server accepts")
         slot = min(self._open, key=lambda s: (len(self._open[s]), s))
         queue: asyncio.Queue[TokenEvent | Exception] = asyncio.Queue()
         self._queues[request.request_id] = (asyncio.get_running_loop(), queue)
         self._open[slot].add(request.request_id)
-        started = last = time.perf_counter()
+        started = last = ARRIVED_S.get() or time.perf_counter()
         is_first, reason = True, "cancelled"
         self._metrics.record("prompt_tokens_total", len(request.prompt_tokens))
         self._count_running()
@@ -245,14 +250,22 @@ class RemoteClient:
             while reason == "cancelled":
                 event = await self._next_event(queue, slot)
                 now = time.perf_counter()
-                name = "time_to_first_token_seconds" if is_first else "inter_token_latency_seconds"
-                self._metrics.record(name, now - (started if is_first else last))
-                self._metrics.record("generation_tokens_total", int(event.token_id is not None))
-                last, is_first = now, False
                 reason = event.finish_reason or reason
+                if event.token_id is not None:
+                    name = "time_to_first_token_seconds" if is_first else "inter_token_latency_seconds"
+                    self._metrics.record(name, now - (started if is_first else last))
+                    self._metrics.record("generation_tokens_total", 1)
+                    is_first = False
+                last = now
+                if reason == "error":
+                    self._metrics.record("requests_failed_total", 1, reason="engine")
                 yield event
+        except SlotLostError:
+            reason = "error"
+            self._metrics.record("requests_failed_total", 1, reason="slot_lost")
+            raise
         finally:
-            if reason == "cancelled":
+            if reason in ("cancelled", "error"):
                 self._outbox.post(slot, "cancel", body={"request_id": request.request_id})
             else:
                 self._metrics.record("request_latency_seconds", last - started)
@@ -281,7 +294,7 @@ class RemoteClient:
                 self._outbox.post(slot, "cancel", body={"request_id": request_id})
 
     def _count_running(self) -> None:
-        self._metrics.record("requests_running", sum(len(ids) for ids in self._open.values()))
+        self._metrics.record("requests_open", sum(len(ids) for ids in self._open.values()))
 
     def close(self) -> None:
         """Stop receiving and release the sockets."""

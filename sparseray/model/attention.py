@@ -23,6 +23,7 @@ from sparseray.kernels.nsa.reference import compress_reference, select_reference
 from sparseray.model.cache import FullCache, NSACache
 from sparseray.model.config import ModelConfig, NSAConfig
 from sparseray.model.layers import Batch, Linear, Span, rope_tables, rotate
+from sparseray.model.statistics import is_collecting, note_attention
 
 
 def _attend_masked(q_BTQD: Tensor, k_BSGD: Tensor, v_BSGV: Tensor, mask: Tensor) -> Tensor:
@@ -65,6 +66,7 @@ def nsa_attention(
     *,
     q_start: int = 0,
     win_start: int = 0,
+    layer: int = -1,
 ) -> Tensor:
     """The gated sum of the three branches.
 
@@ -77,6 +79,7 @@ def nsa_attention(
         gates_BTQ3: fp32 in [0, 1].
         config: block sizes.
         win_start: position of the first window key.
+        layer: number under which statistics are noted.
 
     Returns:
         [B, T, Q, V] in the dtype of q.
@@ -99,6 +102,8 @@ def nsa_attention(
         num_local=config.num_local,
         q_start=q_start,
     )
+    if is_collecting():
+        note_attention(layer, gates_BTQ3, indices, positions_T, config.select_block)
     mask_BGTS = selected_mask(indices, positions_T, k_slc.shape[1], config.select_block)
     o_slc = _attend_masked(q_BTQD, k_slc, v_slc, mask_BGTS.repeat_interleave(group, dim=1))
     keys_S = torch.arange(win_start, win_start + k_win.shape[1], device=q_BTQD.device)
@@ -280,7 +285,9 @@ class NSAttention(nn.Module):
         k_win, v_win, win_start = cache.append_window(length, b.k_win[rows], b.v_win[rows])
         kv = tuple(x[None] for x in (k_cmp, v_cmp, k_slc, v_slc, k_win, v_win))
         q, gates = b.q[rows][None], b.gates[rows][None]
-        return nsa_attention(q, kv, gates, self.config, q_start=length, win_start=win_start)[0]
+        return nsa_attention(
+            q, kv, gates, self.config, q_start=length, win_start=win_start, layer=self.layer
+        )[0]
 
     def forward(self, x_RH: Tensor, batch: Batch, rope: tuple[Tensor, Tensor], tables: Rope) -> Tensor:
         """Attend within each sequence; [R, H]."""
@@ -292,7 +299,7 @@ class NSAttention(nn.Module):
             s = Branches(**shaped)
             k_cmp, v_cmp = self.compress(s.k_cmp, s.v_cmp, tables)
             kv = (k_cmp, v_cmp, s.k_slc, s.v_slc, s.k_win, s.v_win)
-            o = nsa_attention(s.q, kv, s.gates, self.config).flatten(0, 1)
+            o = nsa_attention(s.q, kv, s.gates, self.config, layer=self.layer).flatten(0, 1)
         else:
             o = x_RH.new_zeros(x_RH.shape[0], self.heads, self.value_dim)
             for span in batch.spans:

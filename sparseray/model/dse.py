@@ -20,6 +20,7 @@ from sparseray.model.config import ModelConfig
 from sparseray.model.dse_layout import DSELayout
 from sparseray.model.init import initial_bucket
 from sparseray.model.layers import Batch, Linear, RMSNorm, Span
+from sparseray.model.statistics import is_collecting, note_memory
 
 
 class Memory(Protocol):
@@ -90,6 +91,8 @@ class DSE(nn.Module):
         gated_RH = context_gate(
             h_RH, key_RH, value_RH, self.query_norm.weight, self.key_norm.weight, eps=self.eps
         )
+        if is_collecting():
+            note_memory(self.layer, value_RH[: batch.rows], gated_RH[: batch.rows])
         normed_RH = self.value_norm(gated_RH)
         if batch.spans is None:
             conv_RH = self._conv(normed_RH.unflatten(0, batch.shape), batch.starts_BT).flatten(0, 1)

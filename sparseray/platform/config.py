@@ -170,6 +170,17 @@ class ServeConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MetricsConfig:
+    """What is recorded for Prometheus beyond the usual.
+
+    Args:
+        per_expert: also a series for each expert of each layer; many, so only on request.
+    """
+
+    per_expert: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Everything that defines a run."""
 
@@ -179,10 +190,11 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     serve: ServeConfig = field(default_factory=ServeConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
     run_dir: str = "runs/run"
 
 
-SECTIONS = ("model", "data", "optim", "train", "cluster", "serve")
+SECTIONS = ("model", "data", "optim", "train", "cluster", "serve", "metrics")
 
 
 class _HelpFormatter(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):

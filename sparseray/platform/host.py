@@ -171,7 +171,7 @@ class Host:
         directory = private_directory(job) if transport == "ipc" else None
         self._slot_id, self._job_id = slot, job
         self._transport = ZmqTransport(f"slot{slot}", directory, bind_host)
-        self._metrics = Metrics({"slot": str(slot)})
+        self._metrics = Metrics({"slot": str(slot)}, declare="slot")
         self._metrics_address = self._metrics.serve(bind_host)
         mailbox = Mailbox(self._transport, slot, job)
         self._jobs: dict[str, TrainingJob] = {}

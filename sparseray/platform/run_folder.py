@@ -18,6 +18,7 @@ from sparseray.platform.config import RunConfig, load_yaml, save_yaml, to_dict
 FREE_KEYS = (
     "cluster.",
     "serve.",
+    "metrics.",
     "run_dir",
     "data.path",
     "data.verify",

@@ -101,11 +101,12 @@ class Scheduler:
             }
         finally:
             journal.close()
+            write_targets(self._folder.targets, {}, self._folder.path.name)
             threading.Thread(target=self._end, daemon=True, name="end").start()
 
     def _train(self, journal: Journal) -> None:
         config, cluster = self._config, self._config.cluster
-        metrics = Metrics({"slot": "scheduler"})
+        metrics = Metrics({"slot": "scheduler"}, declare="scheduler")
         own = metrics.serve(cluster.bind_host)
         directory = private_directory(self._job_id) if cluster.transport == "ipc" else None
         mailbox = Mailbox(ZmqTransport("scheduler", directory, cluster.bind_host), SCHEDULER, self._job_id)

@@ -25,6 +25,7 @@ from sparseray.platform.fleet import Control, StalledError
 from sparseray.platform.journal import Journal
 from sparseray.platform.ledger import Ledger
 from sparseray.platform.metrics import Metrics
+from sparseray.platform.metrics_training import StepMetrics
 from sparseray.platform.run_folder import RunFolder
 
 
@@ -107,6 +108,7 @@ class Trainer:
         self.journal, self.folder, self.metrics, self.ledger = journal, folder, metrics, ledger
         self.bytes_per_token, self.validation_batches = bytes_per_token, validation_batches
         self.on_record, self.should_stop = on_record, should_stop
+        self.step_metrics = StepMetrics(metrics, config)
         self.step = 0
         self._due: list[Callable[[], None]] = []
         self._is_last = False
@@ -175,6 +177,7 @@ class Trainer:
             lr = learning_rate(step, self.config.optim, self.config.train.steps)
             norm = math.sqrt(math.fsum(reports.norms.values()))
             if not math.isfinite(norm):
+                self.step_metrics.refused()
                 raise UserError(
                     f"the gradient norm of step {step} is {norm}: nothing was applied; "
                     f"lower optim.lr={self.config.optim.lr:g} and resume from the last checkpoint"
@@ -190,7 +193,7 @@ class Trainer:
         self.folder.append(record)
         self.on_record(record)
         self.elastic.committed(commit, counts)
-        self._measure(reports, record, counts)
+        self._measure(reports, record)
 
     def _collect(self, step: int) -> StepReports:
         reports, plan = StepReports(), self.plan
@@ -226,19 +229,9 @@ class Trainer:
             "time": time.time(),
         }
 
-    def _measure(self, reports: StepReports, record: dict[str, Any], counts: np.ndarray) -> None:
-        phases = [reports.shards[shard]["seconds"] for shard in sorted(reports.shards)]
-        for phase in phases[0]:
-            self.metrics.record("train_phase_seconds_total", max(p[phase] for p in phases), phase=phase)
-        for name in ("step", "loss", "aux_loss", "grad_norm"):
-            self.metrics.record(f"train_{name}", record[name])
-        self.metrics.record("train_learning_rate", record["lr"])
-        self.metrics.record("train_tokens_total", record["tokens"])
-        self.metrics.record("train_step_seconds", record["seconds"])
-        for layer, row in enumerate(counts):
-            violation = float(row.max() / max(row.mean(), 1e-9)) - 1.0
-            self.metrics.record("moe_load_max_violation", violation, layer=str(layer))
-            self.metrics.record("moe_dead_experts", int((row == 0).sum()), layer=str(layer))
+    def _measure(self, reports: StepReports, record: dict[str, Any]) -> None:
+        order = sorted(reports.shards)
+        self.step_metrics.step(record, [reports.shards[shard]["seconds"] for shard in order])
 
     def evaluate(self) -> None:
         """Measure the validation loss; it changes no state."""
@@ -260,7 +253,7 @@ class Trainer:
         self.folder.append_evaluation(record)
         self.on_record(record)
         self.metrics.record("eval_loss", loss)
-        self.metrics.record("eval_bits_per_byte", bits)
+        self.metrics.record("eval_bpb", bits)
 
     def save(self) -> None:
         """Write a checkpoint of the committed step; it counts once its folder has its final name."""
@@ -287,8 +280,7 @@ class Trainer:
             )
             checkpoint.prune(self.folder.checkpoints, self.config.train.keep_checkpoints)
         seconds = time.perf_counter() - started
-        self.metrics.record("checkpoint_save_seconds", seconds)
-        self.metrics.record("checkpoint_bytes", sum(sizes.values()))
+        self.step_metrics.checkpoint(seconds, sum(sizes.values()))
         record = {"step": self.step, "checkpoint": str(final), "digest": manifest["digest"]}
         self.on_record({**record, "seconds": seconds})
 

@@ -1,0 +1,70 @@
+"""What a slot tells its metrics after a step: read from the worker, the engine and the states, then forgotten.
+
+Called by slot.py between a step's work and its next message; the objects read here only count.
+"""
+
+from typing import Protocol
+
+from sparseray.actors.attention_worker import AttentionWorker
+from sparseray.actors.dense_state import DenseState
+from sparseray.actors.engine import Engine
+from sparseray.actors.exchange import RemoteMemory
+
+
+class Observe(Protocol):
+    """Records a metric of this slot."""
+
+    def __call__(self, name: str, value: float, **labels: str) -> None: ...
+
+
+def observe_worker(observe: Observe, worker: AttentionWorker, slot: int) -> None:
+    """Record what a training step left: fetches, and statistics if the step was sampled."""
+    observe_memory(observe, worker.memory, slot)
+    if worker.noted:
+        for name, labels, value in worker.noted:
+            observe(name, value, **labels)
+        observe_biases(observe, worker.state)
+        worker.noted.clear()
+
+
+def observe_memory(observe: Observe, memory: RemoteMemory, slot: int) -> None:
+    """Record the fetches of table rows since the last call."""
+    for fetch in memory.take_fetches():
+        observe("dse_fetch_seconds", fetch.seconds)
+        observe("dse_rows_total", fetch.addressed)
+        observe("dse_unique_row_ratio", sum(fetch.rows_by_slot.values()) / max(1, fetch.addressed))
+        own = fetch.rows_by_slot.get(slot, 0)
+        observe("dse_lookups_total", own, tier="local")
+        observe("dse_lookups_total", sum(fetch.rows_by_slot.values()) - own, tier="remote")
+
+
+def observe_biases(observe: Observe, state: DenseState) -> None:
+    """Record the range of the router's biases, by model layer (`layers.3.moe.router_bias` is layer 3)."""
+    for name, bias_E in state.biases.items():
+        observe("moe_router_bias_range", float(bias_E.max() - bias_E.min()), layer=name.split(".")[1])
+
+
+def observe_engine(observe: Observe, engine: Engine, seconds: float) -> None:
+    """Record one step of the serving batch.
+
+    Args:
+        engine: after the step.
+        seconds: that the step took.
+    """
+    stats, counted = engine.stats, engine.take_counts()
+    observe("engine_step_seconds", seconds)
+    observe("engine_batch_requests", counted.batch)
+    observe("requests_running", stats.running)
+    observe("requests_waiting", stats.waiting)
+    observe("cache_usage_ratio", engine.cache_usage)
+    for waited in counted.queue_seconds:
+        observe("request_queue_seconds", waited)
+    if counted.failed_steps:
+        observe("engine_failed_steps_total", counted.failed_steps)
+        observe("request_retries_total", counted.retries)
+
+
+def observe_rows(observe: Observe, direction: str, rows: int, seconds: float) -> None:
+    """Record token rows that the experts of this slot computed."""
+    observe("expert_rows_total", rows, direction=direction)
+    observe("expert_seconds_total", seconds, direction=direction)

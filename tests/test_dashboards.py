@@ -1,0 +1,283 @@
+"""Dashboards, rules and page without a cluster: what is committed is current, and mistakes are told in a sentence."""
+
+import json
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import httpx
+import pytest
+import yaml
+from background import ROOT, Background, environment
+from browser import CHROMIUM, NO_CHROMIUM, cards, document
+from local_cluster import tiny_run, train
+from watching import MISSING, PROMTOOL
+
+from sparseray.dashboards.generate import DASHBOARDS, EVENTS
+from sparseray.dashboards.panels import series
+from sparseray.dashboards.rules import ALERTS, RECORDS
+from sparseray.jobs import dashboard
+from sparseray.jobs.dashboards import FOLDER, generated, main, names_in, ray_token, read_dashboards
+from sparseray.jobs.http_server import HttpServer
+from sparseray.jobs.records import QUERIES
+from sparseray.platform.metrics_registry import REGISTRY
+
+
+@pytest.fixture(scope="module")
+def run_dir(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of twelve steps with evaluations."""
+    return train(tmp_path_factory.mktemp("drawn") / "run", tiny_run(corpus, steps=12)).folder.path
+
+
+@pytest.fixture(scope="module")
+def page(run_dir: Path) -> Iterator[str]:
+    app = dashboard.create_app(dashboard.RecordSource(run_dir), read_dashboards())
+    with HttpServer(app) as server:
+        yield server.url
+
+
+def test_the_committed_files_are_what_the_generator_writes() -> None:
+    stale = [name for name, text in generated().items() if (ROOT / name).read_text() != text]
+    assert not stale, "run `python -m sparseray dashboards generate`"
+    assert len(list(FOLDER.glob("*.json"))) == len(DASHBOARDS)
+
+
+def test_every_metric_of_dashboards_and_rules_is_registered_and_every_metric_is_shown_somewhere() -> None:
+    panels = [q.expr for board in DASHBOARDS for panel in board.panels for q in panel.queries]
+    rules = [a.value + a.condition for a in ALERTS] + list(RECORDS.values()) + [EVENTS]
+    named = {name for expr in panels + rules for name in names_in(expr)}
+    assert named <= set(REGISTRY)
+    unseen = {"process_virtual_memory_bytes"}
+    assert set(REGISTRY) - named == unseen
+    with pytest.raises(KeyError):
+        series("train_lost")
+
+
+def test_panels_follow_the_conventions_of_grafana() -> None:
+    for board in read_dashboards():
+        variables = {v["name"]: v for v in board["templating"]["list"]}
+        assert variables["datasource"]["type"] == "datasource" and variables["run"]["includeAll"]
+        assert board["annotations"]["list"][0]["expr"] == EVENTS
+        panels = [panel for panel in board["panels"] if panel["type"] != "row"]
+        assert len({panel["title"] for panel in panels}) == len(panels) >= 8
+        for panel in panels:
+            assert panel["description"].endswith((".", "?")) and panel["fieldConfig"]["defaults"]["unit"]
+            assert panel["datasource"]["uid"] == "${datasource}"
+            assert all('run=~"$run"' in target["expr"] for target in panel["targets"])
+
+
+@pytest.mark.skipif(PROMTOOL is None, reason=MISSING)
+def test_the_rules_fire_when_they_should_and_only_then(tmp_path: Path) -> None:
+    assert PROMTOOL is not None
+    rules = ROOT / "sparseray" / "dashboards" / "sparseray.rules.yml"
+    text = (ROOT / "tests" / "rules.test.yml").read_text()
+    (tmp_path / "test.yml").write_text(text.replace("RULES", str(rules)))
+    done = subprocess.run(
+        [PROMTOOL, "test", "rules", "test.yml"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert all(f"Sparseray{alert.name}\n" in text or f"Sparseray{alert.name}," in text for alert in ALERTS)
+
+
+def test_every_alert_has_its_lines_in_the_runbook() -> None:
+    headings = [x[3:] for x in (ROOT / "docs" / "runbook.md").read_text().splitlines() if x.startswith("## ")]
+    assert headings == [alert.name for alert in ALERTS]
+
+
+def test_prometheus_is_set_up_for_live_runs_for_given_runs_and_for_ray_with_its_token(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SPARSERAY_STATE_DIR", str(tmp_path / "state"))
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    (tmp_path / "token").write_text("secret\n")
+    with ray_head("secret") as address:
+        assert main(["prometheus", "--out", str(tmp_path / "p"), "--ray", address]) == 0
+        written = yaml.safe_load((tmp_path / "p" / "prometheus.yml").read_text())
+        ours, ray = written["scrape_configs"]
+        assert ours["file_sd_configs"][0]["files"] == [str(tmp_path / "state" / "prometheus_targets.json")]
+        assert ray["http_sd_configs"] == [
+            {
+                "url": f"{address}/api/prometheus/sd",
+                "refresh_interval": "5s",
+                "authorization": {"type": "Bearer", "credentials_file": str(tmp_path / "token")},
+            }
+        ]
+        if PROMTOOL is not None:
+            config = str(tmp_path / "p" / "prometheus.yml")
+            assert subprocess.run([PROMTOOL, "check", "config", config], capture_output=True).returncode == 0
+        (tmp_path / "token").write_text("wrong")
+        assert main(["prometheus", "--out", str(tmp_path / "p"), "--ray", address]) == 2
+        assert "answers 401" in capsys.readouterr().err
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "given")
+    token, file = ray_token(tmp_path)
+    assert token == "given" and Path(file).read_text() == "given" and Path(file).stat().st_mode & 0o77 == 0
+    assert main(["prometheus", "--out", str(tmp_path / "p"), "--run", str(run_dir)]) == 0
+    written = yaml.safe_load((tmp_path / "p" / "prometheus.yml").read_text())
+    files = written["scrape_configs"][0]["file_sd_configs"][0]["files"]
+    assert files == [str(run_dir / "prometheus_targets.json")]
+
+
+class ray_head:
+    """Answers as the dashboard of a Ray head does: 401 without its token, a list of targets with it."""
+
+    def __init__(self, token: str) -> None:
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                is_known = self.headers.get("Authorization") == f"Bearer {token}"
+                self.send_response(200 if is_known else 401)
+                self.end_headers()
+                self.wfile.write(b"[]")
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self._server = HTTPServer(("127.0.0.1", 0), Handler)
+
+    def __enter__(self) -> str:
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{self._server.server_port}"
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+def test_dashboards_are_installed_where_grafana_reads(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = tmp_path / "grafana"
+    (own / "provisioning").mkdir(parents=True)
+    assert main(["install", "--grafana", str(own)]) == 0
+    provider = yaml.safe_load((own / "provisioning" / "dashboards" / "sparseray.yml").read_text())[
+        "providers"
+    ]
+    assert len(list(Path(provider[0]["options"]["path"]).glob("*.json"))) == len(DASHBOARDS)
+    source = yaml.safe_load((own / "provisioning" / "datasources" / "sparseray.yml").read_text())
+    assert source["datasources"][0]["url"] == "http://127.0.0.1:9090"
+
+    # As Ray lays it out: a provider with its folder, and a data source.
+    ray = tmp_path / "ray"
+    for name in ("dashboards", "datasources"):
+        (ray / "provisioning" / name).mkdir(parents=True)
+    path = ray / "dashboards"
+    content = {
+        "apiVersion": 1,
+        "providers": [{"name": "Ray", "type": "file", "options": {"path": str(path)}}],
+    }
+    (ray / "provisioning" / "dashboards" / "default.yml").write_text(yaml.safe_dump(content))
+    sources = {
+        "apiVersion": 1,
+        "datasources": [{"name": "Prometheus", "type": "prometheus", "url": "http://x"}],
+    }
+    (ray / "provisioning" / "datasources" / "default.yml").write_text(yaml.safe_dump(sources))
+    path.mkdir()
+    (path / "sparseray-training.json").write_text("{}")
+    capsys.readouterr()
+    assert main(["install", "--grafana", str(ray)]) == 0
+    assert "replaced an older" in capsys.readouterr().out
+    assert len(list(path.glob("*.json"))) == len(DASHBOARDS)
+    assert [p.name for p in sorted((ray / "provisioning").rglob("*.yml"))] == ["default.yml"] * 2
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+def test_mistakes_are_told_in_one_sentence_with_their_cure(
+    run_dir: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    nobody = f"http://127.0.0.1:{free_port()}"
+    monkeypatch.setattr(dashboard, "DEFAULT_PROMETHEUS", nobody)
+    (tmp_path / "old").mkdir()
+    board = json.loads((FOLDER / "sparseray-training.json").read_text())
+    board["panels"][1]["targets"][0]["expr"] = "sparseray_loss_of_old"
+    (tmp_path / "old" / "training.json").write_text(json.dumps(board))
+    shutil.copytree(run_dir, tmp_path / "young")
+    (tmp_path / "young" / "metrics.jsonl").write_text("")
+    shutil.copytree(run_dir, tmp_path / "torn")
+    (tmp_path / "torn" / "metrics.jsonl").unlink()
+    (tmp_path / "torn" / "metrics.jsonl").mkdir()
+    taken = socket.create_server(("127.0.0.1", 0))
+    port = str(taken.getsockname()[1])
+    cases = (
+        (dashboard.main, ["--prometheus", nobody], "no Prometheus answers at", "dashboards prometheus --out"),
+        (dashboard.main, [], "no Prometheus answers at", "--run RUN_DIR"),
+        (dashboard.main, ["--prometheus", "localhost"], "is not an address", "http://127.0.0.1"),
+        (dashboard.main, ["--run", str(tmp_path)], "is not the folder of a run", "give a run_dir"),
+        (dashboard.main, ["--run", str(tmp_path / "young")], "holds no step yet", "wait"),
+        (dashboard.main, ["--run", str(tmp_path / "torn")], "cannot be read", "check its rights"),
+        (dashboard.main, ["--run", str(run_dir), "--port", port], f"port {port}", "choose another port"),
+        (dashboard.main, ["--dashboards", str(tmp_path / "old")], "sparseray_loss_of_old", "install"),
+        (dashboard.main, ["--dashboards", str(tmp_path)], "holds no dashboards", "leave the option out"),
+        (main, ["install", "--grafana", str(tmp_path)], "has no folder provisioning/", "/etc/grafana"),
+        (main, ["prometheus", "--out", str(run_dir / "config.yaml")], "cannot be written", "folder of yours"),
+        (main, ["prometheus", "--out", str(tmp_path), "--run", str(tmp_path)], "no config.yaml", "run_dir"),
+        (
+            main,
+            ["prometheus", "--out", str(tmp_path), "--ray", nobody],
+            "gives no list of targets",
+            "Ray head",
+        ),
+    )
+    for command, arguments, what, cure in cases:
+        assert command(arguments) == 2, arguments
+        _, err = capsys.readouterr()
+        assert err.startswith("sparseray: error: ") and err.count("\n") == 1, err
+        assert what in err and cure in err, err
+    taken.close()
+
+
+def test_the_page_answers_only_its_own_questions_on_its_own_name(page: str, run_dir: Path) -> None:
+    expr = next(expr for expr, record in QUERIES.items() if record == "loss")
+    state = httpx.get(f"{page}/api/state").json()
+    start, end = state["span"]
+    asked = {"query": expr, "run": "", "start": start, "end": end + 1, "step": 0.001 + (end - start) / 500}
+    (curve,) = httpx.get(f"{page}/api/query", params=asked).json()
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [float(value) for _, value in curve["values"]] == [record["loss"] for record in records]
+    for change in ({"query": "up"}, {"step": "0"}, {"step": "nan"}, {"start": "x"}, {"step": "1e-9"}):
+        assert httpx.get(f"{page}/api/query", params=asked | change).status_code == 400, change
+    assert httpx.get(f"{page}/api/state", headers={"Host": "evil.example"}).status_code == 400
+    assert httpx.get(f"{page}/page/../../jobs/serve.py").status_code == 404
+    assert "default-src 'self'" in httpx.get(page).headers["content-security-policy"]
+
+
+def test_the_page_loads_nothing_from_elsewhere() -> None:
+    for path in (ROOT / "sparseray" / "dashboards" / "page").iterdir():
+        text = path.read_text()
+        assert "http://" not in text and "https://" not in text.replace(
+            "https://github.com/leeoniya/uPlot", ""
+        )
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason=NO_CHROMIUM)
+def test_a_browser_draws_the_records_of_a_run_wide_and_narrow(page: str) -> None:
+    shown = cards(document(f"{page}/?theme=dark#sparseray-training", (390, 844)))
+    assert len(shown) == len(DASHBOARDS[0].panels)
+    drawn = {title for title, state in shown.items() if state == "drawn"}
+    recorded = {p.title for p in DASHBOARDS[0].panels if any(q.record for q in p.queries)}
+    assert drawn == recorded
+    shown = cards(document(f"{page}/#sparseray-sparse"))
+    assert {"drawn", "unrecorded"} == set(shown.values()) and shown["Tokens per expert"] == "drawn"
+
+
+def test_the_dashboard_command_serves_until_ctrl_c(run_dir: Path) -> None:
+    command = [sys.executable, "-m", "sparseray", "dashboard", "--run", str(run_dir), "--port", "0"]
+    process = Background([*command], environment())
+    try:
+        process.wait_for("Ctrl-C stops", 60.0)
+        assert process.interrupt() == 0
+        assert process.output.rstrip().endswith("stopped") and "Traceback" not in process.output
+    finally:
+        process.terminate()

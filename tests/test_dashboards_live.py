@@ -1,0 +1,269 @@
+"""Every panel and every rule against a real Prometheus that watches a real training run and a real server.
+
+Then one actor of the run is killed: its series must be gone within two seconds, and the panels that are
+rightly empty in health must show the fault.
+"""
+
+import json
+import re
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+from background import Background, end_leftovers, environment, free_ports
+from browser import CHROMIUM, NO_CHROMIUM, cards, document
+from local_cluster import tiny_run, train
+from watching import MISSING, PROMETHEUS, Prometheus, lint
+
+from sparseray.dashboards.cluster import CLUSTER
+from sparseray.dashboards.generate import EVENTS
+from sparseray.dashboards.panels import Dashboard, Panel
+from sparseray.dashboards.rules import ALERTS, RECORDS
+from sparseray.dashboards.serving import SERVING
+from sparseray.dashboards.sparse import SPARSE
+from sparseray.dashboards.training import TRAINING
+from sparseray.jobs.dashboard import PrometheusSource, create_app
+from sparseray.jobs.dashboards import names_in, read_dashboards, write_prometheus
+from sparseray.jobs.http_server import HttpServer
+from sparseray.platform.config import save_yaml
+from sparseray.platform.metrics_registry import PREFIX, REGISTRY
+
+PROMPT = "rain river stone bread light house under winter green north seven learn sparse hold move rain"
+pytestmark = [pytest.mark.ray, pytest.mark.skipif(PROMETHEUS is None, reason=MISSING)]
+BOARDS = (TRAINING, SPARSE, SERVING, CLUSTER)
+# A lost actor ends the run, so nothing records these yet. Elastic training empties the set, gives the run a replica
+# and a standby, and asks for a resize before the panels that wait for one are checked.
+NOT_RECORDED_YET = {
+    "elastic_replicas",
+    "elastic_goodput_ratio",
+    "elastic_heartbeat_age_seconds",
+    "elastic_recovery_seconds",
+    "elastic_resize_pause_seconds",
+    "messages_dropped_total",
+}
+
+
+@dataclass
+class Live:
+    """What runs: a server at `url`, a run in `run_dir`, a Prometheus; requests stop while `quiet` is set."""
+
+    url: str
+    run_dir: Path
+    prometheus: Prometheus
+    quiet: threading.Event
+
+
+def drive(url: str, stop: threading.Event, quiet: threading.Event) -> None:
+    """Ask again and again until told to stop."""
+    body = {"model": "served", "prompt": PROMPT, "max_tokens": 12, "ignore_eos": True}
+    with httpx.Client(timeout=20) as client:
+        while not stop.wait(0.1):
+            if quiet.is_set():
+                continue
+            try:
+                client.post(f"{url}/v1/completions", json=body)
+            except httpx.HTTPError:
+                continue
+
+
+@pytest.fixture(scope="module")
+def live(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    folder = tmp_path_factory.mktemp("live")
+    config = tiny_run(corpus, steps=100_000)
+    config = replace(
+        config,
+        train=replace(config.train, checkpoint_every=20, eval_every=20),
+        cluster=replace(config.cluster, deadline_s=8.0),
+        metrics=replace(config.metrics, per_expert=True),
+    )
+    save_yaml(config, folder / "run.yaml")
+    env, (port,) = environment(SPARSERAY_STATE_DIR=str(folder / "state")), free_ports(1)
+    command = [sys.executable, "-m", "sparseray"]
+    pretrain = ["pretrain", "--config", str(folder / "run.yaml"), "--run_dir", str(folder / "run")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SPARSERAY_STATE_DIR", str(folder / "state"))
+        write_prometheus(folder / "prometheus", [], "")
+    prometheus = Prometheus(folder / "prometheus" / "prometheus.yml", folder / "prometheus" / "data")
+    processes = [run := Background([*command, *pretrain], env)]
+    stop, quiet, url = threading.Event(), threading.Event(), f"http://127.0.0.1:{port}"
+    clients = [threading.Thread(target=drive, args=(url, stop, quiet), daemon=True) for _ in range(2)]
+    try:
+        # While the run starts, a model that has learned to write whole characters.
+        checkpoint = train(folder / "served", tiny_run(corpus, steps=30)).folder.newest_checkpoint()
+        serve = ["serve", "--checkpoint", str(checkpoint), "--port", str(port), "--model_name", "served"]
+        # Prompts are read token by token, so that a first token takes long enough to compare two clocks.
+        processes.append(server := Background([*command, *serve, "--serve.prefill_chunk", "1"], env))
+        server.wait_for("Ctrl-C stops", 120.0)
+        run.wait_for("checkpoint ", 120.0)
+        for client in clients:
+            client.start()
+        # A rate needs two scrapes of a series; this one appears with the first answer.
+        prometheus.wait_for('sum(rate(sparseray_request_latency_seconds_count{run="served"}[10s])) > 0')
+        for name in RECORDS:
+            prometheus.wait_for(name)
+        yield Live(url, folder / "run", prometheus, quiet)
+    finally:
+        stop.set()
+        # The second signal does not wait for a slot that has gone.
+        run.process.terminate()
+        time.sleep(0.3)
+        for process in processes:
+            process.terminate(30.0)
+        prometheus.close()
+        left = end_leftovers(env)
+    assert not left
+
+
+def targets(live: Live) -> dict[str, str]:
+    """Address of every process that Prometheus is told about, by run and name."""
+    path = live.run_dir.parent / "state" / "prometheus_targets.json"
+    entries = json.loads(path.read_text())
+    return {f"{e['labels']['run']}/{e['labels']['process']}": e["targets"][0] for e in entries}
+
+
+def recorded(panel: Panel) -> bool:
+    return not {n for q in panel.queries for n in names_in(q.expr)} & NOT_RECORDED_YET
+
+
+def unanswered(live: Live, board: Dashboard, *when: str) -> list[str]:
+    """Queries without one finite value, of the panels that should have some."""
+    wanted = [panel for panel in board.panels if panel.when in when and recorded(panel)]
+    queries = [(panel.title, query.expr) for panel in wanted for query in panel.queries]
+    return [f"{title}: {expr}" for title, expr in queries if not live.prometheus.values(expr)]
+
+
+@pytest.mark.parametrize("board", BOARDS, ids=lambda board: board.uid)
+def test_every_panel_shows_data(live: Live, board: Dashboard) -> None:
+    assert not unanswered(live, board, "always", "asked")
+
+
+def test_the_committed_json_asks_what_was_checked(live: Live) -> None:
+    asked = [t["expr"] for b in read_dashboards() for p in b["panels"] for t in p.get("targets", [])]
+    assert sorted(asked) == sorted(q.expr for b in BOARDS for p in b.panels for q in p.queries)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason=NO_CHROMIUM)
+def test_a_browser_draws_every_panel_of_two_dashboards(live: Live) -> None:
+    with HttpServer(create_app(PrometheusSource(live.prometheus.url), read_dashboards())) as server:
+        for board in (SPARSE, SERVING):
+            shown = cards(document(f"{server.url}/?range=300#{board.uid}"))
+            assert set(shown) == {panel.title for panel in board.panels}
+            wanted = {
+                panel.title for panel in board.panels if panel.when in ("always", "asked") and recorded(panel)
+            }
+            assert {title for title in wanted if shown[title] != "drawn"} == set()
+
+
+def test_every_rule_is_healthy_and_has_something_to_judge(live: Live) -> None:
+    rules = live.prometheus.rules()
+    assert [rule["name"] for rule in rules if rule["health"] != "ok"] == []
+    assert len(rules) == len(RECORDS) + len(ALERTS)
+    assert [name for name in RECORDS if not live.prometheus.now(name)] == []
+    judged = [alert for alert in ALERTS if not names_in(alert.value) & NOT_RECORDED_YET]
+    assert [alert.name for alert in judged if not live.prometheus.now(alert.value)] == []
+    firing = {rule["name"] for rule in rules if rule.get("state") == "firing"}
+    assert not firing
+
+
+def test_every_metric_of_the_registry_is_exported_and_passes_promtool(live: Live) -> None:
+    exported: set[str] = set()
+    for name, address in targets(live).items():
+        with urllib.request.urlopen(f"http://{address}/metrics", timeout=5) as answer:
+            text = answer.read()
+        assert lint(text) == "", name
+        exported |= set(re.findall(rf"^# TYPE {PREFIX}(\w+)", text.decode(), re.MULTILINE))
+    # Seen only in trouble, without a value before.
+    exported |= NOT_RECORDED_YET
+    assert exported == set(REGISTRY)
+
+
+def test_values_are_fresh_and_of_both_runs(live: Live) -> None:
+    newest = live.prometheus.now('timestamp(sparseray_train_step{run="run"})')
+    assert time.time() - float(newest[0]["value"][1]) < 2.0
+    assert {n.split("/")[0] for n in targets(live)} == {"run", "served"}
+    assert all(series["value"][1] == "1" for series in live.prometheus.now('up{job="sparseray"}'))
+
+
+def listener(address: str) -> psutil.Process:
+    port = int(address.rsplit(":", 1)[1])
+    for process in psutil.process_iter():
+        try:
+            if any(c.status == "LISTEN" and c.laddr.port == port for c in process.net_connections("tcp")):
+                return process
+        except psutil.Error:
+            continue
+    raise AssertionError(f"nobody listens at {address}")
+
+
+def test_a_killed_actor_takes_its_series_along_and_the_fault_is_shown(live: Live) -> None:
+    killed = "slot-1"
+    series = f'sparseray_process_cpu_seconds_total{{run="run",process="{killed}"}}'
+    assert live.prometheus.now(series)
+    listener(targets(live)[f"run/{killed}"]).kill()
+    started = time.monotonic()
+    while live.prometheus.now(series):
+        assert time.monotonic() - started < 2.0, "the series of a killed actor stay"
+        time.sleep(0.05)
+    if NOT_RECORDED_YET:
+        return
+    live.prometheus.wait_for('sum(sparseray_elastic_events_total{run="run",kind="recovered"}) > 0', 60.0)
+    time.sleep(2.0)
+    for board in BOARDS:
+        assert not unanswered(live, board, "fault")
+    assert live.prometheus.values(EVENTS)
+
+
+def stream(url: str, max_tokens: int) -> tuple[float, float]:
+    """One streamed completion by the client's own clock: seconds to the first token, and from it to the last."""
+    body: dict[str, Any] = {
+        "model": "served",
+        "prompt": PROMPT,
+        "max_tokens": max_tokens,
+        "stream": True,
+        "ignore_eos": True,
+    }
+    body["temperature"] = 0.0
+    with httpx.Client(timeout=20) as client:
+        client.get(f"{url}/health")
+        started, times = time.perf_counter(), []
+        with client.stream("POST", f"{url}/v1/completions", json=body) as answer:
+            for line in answer.iter_lines():
+                if line.startswith("data: {"):
+                    times.append(time.perf_counter())
+    # Were a token's text held back, as part of a character is, the first chunk would not be the first token.
+    assert len(times) == max_tokens
+    return times[0] - started, times[max_tokens - 1] - times[0]
+
+
+def histograms(url: str) -> dict[str, float]:
+    """Sums and counts of the server's two latency histograms."""
+    text = httpx.get(f"{url}/metrics").text
+    pattern = r"^sparseray_(time_to_first_token|inter_token_latency)_seconds_(sum|count) (\S+)$"
+    return {f"{n}_{part}": float(value) for n, part, value in re.findall(pattern, text, re.MULTILINE)}
+
+
+def test_latencies_agree_with_the_clock_of_a_client(live: Live) -> None:
+    """Last, when the run stands still; on a machine with other work the clocks' processes wait for each other."""
+    requests, tokens, rounds = 4, 16, []
+    live.quiet.set()
+    live.prometheus.wait_for('sparseray_requests_open{run="served"} == 0')
+    for _ in range(4):
+        before = histograms(live.url)
+        seen = [stream(live.url, tokens) for _ in range(requests)]
+        after = histograms(live.url)
+        found = {name: after[name] - before[name] for name in after}
+        assert found["time_to_first_token_count"] == requests
+        assert found["inter_token_latency_count"] == requests * (tokens - 1)
+        first, rest = (sum(times) for times in zip(*seen))
+        rounds.append((found["time_to_first_token_sum"] / first, found["inter_token_latency_sum"] / rest))
+        if all(abs(ratio - 1.0) < 0.05 for ratio in rounds[-1]):
+            return
+    raise AssertionError(f"server over client, first token and rest, of every round: {rounds}")
