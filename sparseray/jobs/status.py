@@ -17,7 +17,7 @@ from sparseray.platform import config as configuration
 
 EXAMPLE = """example:
   python -m sparseray status
-  python -m sparseray status --json | python -m json.tool
+  python -m sparseray status --json
 """
 STYLES = {"lost": "red", "recovered": "green", "resized": "cyan", "rebalanced": "cyan", "restored": "yellow"}
 
