@@ -39,13 +39,9 @@ from sparseray.platform.metrics_registry import PREFIX, REGISTRY
 PROMPT = "rain river stone bread light house under winter green north seven learn sparse hold move rain"
 pytestmark = [pytest.mark.ray, pytest.mark.skipif(PROMETHEUS is None, reason=MISSING)]
 BOARDS = (TRAINING, SPARSE, SERVING, CLUSTER)
-# A lost actor ends the run, so nothing records these yet. Elastic training empties the set, gives the run a replica
-# and a standby, and asks for a resize before the panels that wait for one are checked.
+# Nothing records these yet, or (resizes) nothing here asks for them; take a name out once that has changed.
 NOT_RECORDED_YET = {
-    "elastic_replicas",
-    "elastic_goodput_ratio",
     "elastic_heartbeat_age_seconds",
-    "elastic_recovery_seconds",
     "elastic_resize_pause_seconds",
     "messages_dropped_total",
 }
@@ -56,6 +52,7 @@ class Live:
     """What runs: a server at `url`, a run in `run_dir`, a Prometheus; requests stop while `quiet` is set."""
 
     url: str
+    run: Background
     run_dir: Path
     prometheus: Prometheus
     quiet: threading.Event
@@ -77,7 +74,9 @@ def drive(url: str, stop: threading.Event, quiet: threading.Event) -> None:
 @pytest.fixture(scope="module")
 def live(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     folder = tmp_path_factory.mktemp("live")
-    config = tiny_run(corpus, steps=100_000)
+    # Two slots with every role and a replica of all state: the run goes on when one is killed.
+    shared = {"attention_workers": 2, "expert_shards": 2, "memory_shards": 2, "replication": 2}
+    config = tiny_run(corpus, steps=100_000, colocated=True, **shared)
     config = replace(
         config,
         train=replace(config.train, checkpoint_every=20, eval_every=20),
@@ -109,7 +108,7 @@ def live(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Liv
         prometheus.wait_for('sum(rate(sparseray_request_latency_seconds_count{run="served"}[10s])) > 0')
         for name in RECORDS:
             prometheus.wait_for(name)
-        yield Live(url, folder / "run", prometheus, quiet)
+        yield Live(url, run, folder / "run", prometheus, quiet)
     finally:
         stop.set()
         # The second signal does not wait for a slot that has gone.
@@ -204,7 +203,8 @@ def listener(address: str) -> psutil.Process:
 
 
 def test_a_killed_actor_takes_its_series_along_and_the_fault_is_shown(live: Live) -> None:
-    killed = "slot-1"
+    # On a machine that is busy enough a slot may have been lost and replaced before.
+    killed = max(name.removeprefix("run/") for name in targets(live) if name.startswith("run/slot-"))
     series = f'sparseray_process_cpu_seconds_total{{run="run",process="{killed}"}}'
     assert live.prometheus.now(series)
     listener(targets(live)[f"run/{killed}"]).kill()
@@ -212,8 +212,6 @@ def test_a_killed_actor_takes_its_series_along_and_the_fault_is_shown(live: Live
     while live.prometheus.now(series):
         assert time.monotonic() - started < 2.0, "the series of a killed actor stay"
         time.sleep(0.05)
-    if NOT_RECORDED_YET:
-        return
     live.prometheus.wait_for('sum(sparseray_elastic_events_total{run="run",kind="recovered"}) > 0', 60.0)
     time.sleep(2.0)
     for board in BOARDS:
@@ -251,9 +249,10 @@ def histograms(url: str) -> dict[str, float]:
 
 
 def test_latencies_agree_with_the_clock_of_a_client(live: Live) -> None:
-    """Last, when the run stands still; on a machine with other work the clocks' processes wait for each other."""
+    """Last, when the run has ended; on a machine with other work the clocks' processes wait for each other."""
     requests, tokens, rounds = 4, 16, []
     live.quiet.set()
+    live.run.terminate(60.0)
     live.prometheus.wait_for('sparseray_requests_open{run="served"} == 0')
     for _ in range(4):
         before = histograms(live.url)

@@ -197,7 +197,7 @@ _ELASTIC = {
         unit="seconds",
         help="Time of the run by what it was spent on",
         labels=("state",),
-        values={"state": ("productive", "lost", "recovering", "resizing", "checkpointing", "idle")},
+        values={"state": ("productive", "lost", "recovering", "resizing", "checkpointing", "evaluating")},
     ),
     "elastic_heartbeat_age_seconds": _gauge(
         unit="seconds", help="Time since the scheduler last heard of a peer", labels=("peer",)
