@@ -4,9 +4,10 @@ import re
 import shlex
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
-from background import ROOT, sparseray
+from background import ROOT, free_ports, sparseray
 
 from sparseray import __version__
 from sparseray.__main__ import COMMANDS, main
@@ -23,6 +24,7 @@ from sparseray.jobs import (
     submit,
     top,
 )
+from sparseray.platform.registry import register_run, registered_runs
 
 HELPS = [[name] for name in COMMANDS] + [["data", "prepare"]]
 
@@ -151,6 +153,50 @@ def test_missing_or_wrong_arguments_exit_with_2_and_the_usage(cli: Out, argument
     code, out, err = cli(*arguments)
     assert (code, out) == (2, "")
     assert err.startswith("usage: ") and "error: " in err
+
+
+RUNNING = [["scale", "experts", "3"], ["status"], ["top", "--once"]]
+
+
+@pytest.mark.parametrize("command", RUNNING, ids=lambda command: command[0])
+def test_a_command_about_a_running_job_says_which_there_are(
+    cli: Out, command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    code, out, err = cli(*command)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "no run is going on" in err and "sparseray pretrain" in err
+
+    # Two that are gone: nobody listens on their ports any more.
+    runs = [tmp_path / "first", tmp_path / "second"]
+    for run, port in zip(runs, free_ports(2)):
+        register_run(run, f"127.0.0.1:{port}")
+    code, out, err = cli(*command, "--run_dir", str(tmp_path / "third"))
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert all(word in err for word in (str(tmp_path / "third"), str(runs[0]), str(runs[1]))), err
+    code, out, err = cli(*command, "--run_dir", str(runs[0]))
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert str(runs[0]) in err and "does not answer" in err and "pretrain" in err
+    code, out, err = cli(*command)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "0 runs are going on" in err and not registered_runs()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["scale"], "role"),
+        (["scale", "gpu", "2"], "invalid choice: 'gpu'"),
+        (["scale", "experts"], "count"),
+        (["scale", "experts", "many"], "invalid int value: 'many'"),
+        (["status", "runs/first"], "unrecognized arguments"),
+        (["top", "--every", "often"], "invalid float value: 'often'"),
+    ],
+)
+def test_wrong_arguments_about_a_running_job_are_named(cli: Out, arguments: list[str], word: str) -> None:
+    code, out, err = cli(*arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"usage: sparseray {arguments[0]}") and word in err, err
 
 
 def test_the_module_runs_as_a_process() -> None:

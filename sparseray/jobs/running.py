@@ -1,11 +1,14 @@
 """Finds the job that `scale`, `status` and `top` are about, and connects to its scheduler."""
 
 import argparse
+import socket
 from pathlib import Path
 from typing import Any
 
 from sparseray.errors import ClusterError, ConfigError
 from sparseray.platform.registry import forget_run, registered_runs
+
+ANSWER_S = 3.0
 
 
 def add_run_dir(parser: argparse.ArgumentParser) -> None:
@@ -22,31 +25,44 @@ def connect(run_dir: str) -> Any:
         ConfigError: no run is going on there, or several are and none was named.
         ClusterError: it does not answer.
     """
-    from sparseray.platform.cluster import attach
-
     runs = registered_runs()
     if run_dir:
         wanted = str(Path(run_dir).absolute())
         found = [run for run in runs if run["run_dir"] == wanted]
         if not found:
             raise ConfigError(f"--run_dir {run_dir}: no run is going on there; {_known(runs)}")
-        return attach(found[0])
+        return _attach(found[0])
     if not runs:
         raise ConfigError(f"no run is going on; {_known(runs)}")
     if len(runs) == 1:
-        return attach(runs[0])
+        return _attach(runs[0])
     # A killed machine leaves its file behind: those whose cluster is gone are dropped from the choice.
     alive = [run for run in runs if _answers(run)]
     if len(alive) != 1:
         raise ConfigError(f"{len(alive)} runs are going on; name one with --run_dir: {_known(alive)}")
-    return attach(alive[0])
+    return _attach(alive[0])
+
+
+def _attach(run: dict[str, Any]) -> Any:
+    from sparseray.platform.cluster import attach
+
+    # Ray itself tries for many minutes to reach a cluster that is gone, and fills the terminal meanwhile.
+    host, _, port = str(run["address"]).rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=ANSWER_S).close()
+    except (OSError, ValueError) as error:
+        raise ClusterError(
+            f"the run in {run['run_dir']} does not answer at {run['address']} ({error}); it has ended or its machine "
+            "is gone; start it again with its `pretrain` command"
+        ) from None
+    return attach(run)
 
 
 def _answers(run: dict[str, Any]) -> bool:
-    from sparseray.platform.cluster import attach, detach
+    from sparseray.platform.cluster import detach
 
     try:
-        attach(run)
+        _attach(run)
     except ClusterError:
         forget_run(Path(run["run_dir"]))
         return False
