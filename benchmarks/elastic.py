@@ -52,7 +52,7 @@ class Job:
         save_yaml(config, folder / "run.yaml")
         self.folder, self.run = folder, RunFolder(folder / "run")
         os.environ |= {
-            "XDG_STATE_HOME": str(folder / "state"),
+            "SPARSERAY_STATE_DIR": str(folder / "state"),
             "RAY_AUTH_MODE": "disabled",
             "OMP_NUM_THREADS": "1",
         }
@@ -226,7 +226,7 @@ def node(folder: Path, data: Path) -> list[str]:
     os.environ |= {
         "PYTHONPATH": str(ROOT),
         "RAY_worker_niceness": "0",
-        "XDG_STATE_HOME": str(folder / "node" / "state"),
+        "SPARSERAY_STATE_DIR": str(folder / "node" / "state"),
     }
     os.environ["RAY_AUTH_MODE"] = "disabled"
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "include_dashboard": False})

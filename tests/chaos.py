@@ -48,7 +48,7 @@ class Watched:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.run_dir, self.log = self.folder / "run", self.folder / "log.txt"
         self.temporary = Path(tempfile.mkdtemp(prefix="sr-", dir="/tmp"))
-        os.environ["XDG_STATE_HOME"] = str(self.folder / "state")
+        os.environ["SPARSERAY_STATE_DIR"] = str(self.folder / "state")
         os.environ["RAY_AUTH_MODE"] = "disabled"
         save_yaml(self.config, self.folder / "run.yaml")
         self.plain = replace(self.config, cluster=ClusterConfig(deadline_s=20.0))
@@ -56,7 +56,7 @@ class Watched:
     def start(self, *options: str) -> None:
         """Start the command, or the same command again."""
         arguments = ["pretrain", "--config", str(self.folder / "run.yaml"), f"--run_dir={self.run_dir}"]
-        state = {"XDG_STATE_HOME": os.environ["XDG_STATE_HOME"]}
+        state = {"SPARSERAY_STATE_DIR": os.environ["SPARSERAY_STATE_DIR"]}
         self.process = start(
             [*arguments, *options], self.log, TMPDIR=str(self.temporary), SPARSERAY_TEST=self.mark, **state
         )

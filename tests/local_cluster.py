@@ -228,6 +228,9 @@ class LocalFleet:
     def starting(self) -> int:
         return 0
 
+    def ages(self) -> dict[int, float]:
+        return dict.fromkeys(self.members(), 0.0)
+
     def room(self) -> int:
         return self.most - len(self.members())
 

@@ -28,7 +28,7 @@ def config_of(corpus: Path, **cluster: Any) -> RunConfig:
 @pytest.fixture
 def run(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Watched]:
     # `Watched` sets these for the processes that it starts; they must not reach other tests.
-    monkeypatch.setenv("XDG_STATE_HOME", "")
+    monkeypatch.setenv("SPARSERAY_STATE_DIR", "")
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     made = Watched(tmp_path / "watched", config_of(corpus, standby=1))
     yield made
@@ -103,7 +103,7 @@ def cluster(run: Watched, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> It
         "PYTHONPATH": str(ROOT),
         "SPARSERAY_TEST": run.mark,
         "TMPDIR": str(run.temporary),
-        "XDG_STATE_HOME": str(run.folder / "state"),
+        "SPARSERAY_STATE_DIR": str(run.folder / "state"),
         "RAY_gcs_storage": "rocksdb",
         "RAY_gcs_storage_path": str(tmp_path / "gcs"),
         "RAY_worker_niceness": "0",

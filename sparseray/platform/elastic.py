@@ -270,6 +270,7 @@ class Elastic:
         self.held = {piece: set(slots) for piece, slots in holdings(self.plan).items()}
         self.since_change += 1
         self._stalls = 0
+        self.events.watch(self.fleet.ages(), self.control.mailbox.dropped)
         if self._pending is not None:
             change, self._pending = self._pending, None
             change.end(time.monotonic())

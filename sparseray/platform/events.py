@@ -61,6 +61,8 @@ class Events:
         on_event: Callable[[dict[str, Any]], None],
     ) -> None:
         self.folder, self.metrics, self.replication, self.on_event = folder, metrics, replication, on_event
+        self._peers: set[str] = set()
+        self._dropped: dict[str, int] = {}
 
     def tell(
         self, kind: str, step: int, text: str, *, generation: int, plan: Plan, members: set[int], **more: Any
@@ -86,6 +88,18 @@ class Events:
             self.metrics.record("elastic_slots", count, role=role)
         self.metrics.record("elastic_replicas", self.replication, state="target")
         self.metrics.record("elastic_replicas", replicas, state="actual")
+
+    def watch(self, ages: dict[int, float], dropped: dict[str, int]) -> None:
+        """Show how long ago each slot was heard of, and messages that were refused."""
+        for slot, age in ages.items():
+            self.metrics.record("elastic_heartbeat_age_seconds", age, peer=str(slot))
+        peers = {str(slot) for slot in ages}
+        for gone in self._peers - peers:
+            self.metrics.forget("elastic_heartbeat_age_seconds", peer=gone)
+        self._peers = peers
+        for reason, count in dropped.items():
+            self.metrics.record("messages_dropped_total", count - self._dropped.get(reason, 0), reason=reason)
+        self._dropped = dict(dropped)
 
 
 def role_holders(plan: Plan) -> set[int]:

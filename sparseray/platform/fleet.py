@@ -69,6 +69,9 @@ class Fleet(Protocol):
     def losses(self) -> list[Loss]:
         """Losses since the last call."""
 
+    def ages(self) -> dict[int, float]:
+        """Seconds since each member's last sign of life."""
+
     def start(self, count: int) -> None:
         """Start slots in the background."""
 

@@ -42,6 +42,11 @@ class Journal:
         found = self._db.execute("INSERT INTO leaders (pid, time) VALUES (?, ?)", (os.getpid(), time.time()))
         self._epoch = int(found.lastrowid or 0)
 
+    def leads(self) -> bool:
+        """Whether nobody has taken the lead since."""
+        (newest,) = self._db.execute("SELECT max(epoch) FROM leaders").fetchone()
+        return bool(newest == self._epoch)
+
     def append(self, kind: str, *, generation: int, step: int, **body: Any) -> None:
         """Write one decision; it is in the file when this returns.
 

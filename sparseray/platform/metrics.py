@@ -66,6 +66,11 @@ class Metrics:
                 self._refused.add(name)
                 log.warning("metric %s is not recorded: %s: %s", name, type(error).__name__, error)
 
+    def forget(self, name: str, **labels: str) -> None:
+        """Drop one series, of a thing that is gone."""
+        if self._actions.pop((name, *labels.items()), None) is not None:
+            self._made[name].remove_by_labels(self._constant | labels)
+
     def _action(self, name: str, labels: dict[str, str]) -> Callable[[float], None]:
         """Return what records into one series, and keep it for the next time."""
         metric = REGISTRY[name]

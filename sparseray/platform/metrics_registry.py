@@ -203,7 +203,9 @@ _ELASTIC = {
         unit="seconds", help="Time since the scheduler last heard of a peer", labels=("peer",)
     ),
     "messages_dropped_total": _counter(
-        help="Messages dropped, for instance of an older generation", labels=("reason",)
+        help="Messages that the scheduler dropped, for instance of an older generation",
+        labels=("reason",),
+        values={"reason": ("generation", "duplicate", "malformed")},
     ),
 }
 

@@ -67,6 +67,7 @@ class RayFleet:
         prepare: body with which a slot builds and warms what it needs.
         next_slot: gives the next slot id, which is journalled before it is used.
         on_change: told when members came or went.
+        may_act: whether this scheduler still leads; one that does not must end no slot.
     """
 
     def __init__(
@@ -76,9 +77,10 @@ class RayFleet:
         prepare: dict[str, Any],
         next_slot: Callable[[], int],
         on_change: Callable[[dict[int, Member]], None],
+        may_act: Callable[[], bool],
     ) -> None:
         self.job, self.config, self.prepare = job, config, prepare
-        self._next_slot, self._on_change = next_slot, on_change
+        self._next_slot, self._on_change, self._may_act = next_slot, on_change, may_act
         directory = private_directory(job) if config.transport == "ipc" else None
         self._transport = ZmqTransport("heartbeats", directory, config.bind_host)
         self.heartbeats = self._transport.address
@@ -219,6 +221,10 @@ class RayFleet:
             Path(member.address.removeprefix("ipc://")).unlink(missing_ok=True)
 
     def _lose(self, slot: int, cause: str) -> None:
+        if not self._may_act():
+            log.warning("slot %d: %s; another scheduler leads now and will see to it", slot, cause)
+            self._running = False
+            return
         now = time.monotonic()
         with self._lock:
             if slot not in self._handles:

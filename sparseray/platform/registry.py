@@ -11,11 +11,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+from sparseray.platform.metrics_discovery import state_directory
+
 
 def state_folder() -> Path:
-    """Per-user folder of what runs now (XDG_STATE_HOME, or ~/.local/state)."""
-    root = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")
-    return Path(root) / "sparseray" / "runs"
+    """Per-user folder of what runs now, beside the merged targets of Prometheus."""
+    return state_directory() / "schedulers"
 
 
 def scheduler_name(run_dir: Path) -> str:

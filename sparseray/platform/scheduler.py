@@ -18,7 +18,7 @@ import ray
 from sparseray.actors.assignment import Plan
 from sparseray.actors.mailbox import Mailbox
 from sparseray.actors.messages import SCHEDULER
-from sparseray.errors import UserError
+from sparseray.errors import FencedError, UserError
 from sparseray.log import get_logger
 from sparseray.model.counts import count_parameters
 from sparseray.model.dse_layout import DSELayout
@@ -92,6 +92,11 @@ class Scheduler:
         try:
             journal.lead()
             self._train(journal)
+        except FencedError as error:
+            # Slots, targets and sockets are the other scheduler's now.
+            log.error("this scheduler acts no more: %s", error)
+            journal.close()
+            os._exit(1)
         except Exception as error:
             log.error("training stopped:\n%s", traceback.format_exc())
             self._failure = {
@@ -130,7 +135,7 @@ class Scheduler:
             journal.append("slot", generation=0, step=0, slot=counter, job=self._job_id)
             return counter
 
-        fleet = self._fleet = RayFleet(self._job_id, cluster, install, next_slot, show_targets)
+        fleet = self._fleet = RayFleet(self._job_id, cluster, install, next_slot, show_targets, journal.leads)
         install["heartbeats"] = fleet.heartbeats
         control = Control(mailbox, fleet, cluster.deadline_s)
         ledger = self._ledger = Ledger(metrics)

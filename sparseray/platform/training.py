@@ -133,6 +133,8 @@ class Trainer:
             record = commit.pop("record")
             self.elastic.commit = commit
             self.elastic.counts = np.array(record["expert_load"], np.int64)
+            # A line that was cut short by the kill would swallow the next one.
+            self.folder.rewind(step)
             records = self.folder.records()
             if not records or records[-1]["step"] < step:
                 self.folder.append(record)
