@@ -31,6 +31,8 @@ from sparseray.platform.registry import registered_runs
 
 ROLES = {"attention": "attention", "expert": "experts", "memory": "memory"}
 ENDLESS = 100_000
+# Longer than the default: other work on the machine must not look like a hang.
+HANG_S = 3.0
 FAULTS = ("kill", "kill", "hang", "two", "scheduler", "scale", "scale", "kill standby")
 
 
@@ -229,6 +231,7 @@ def chaos(folder: Path, data: Path, *, seed: int, seconds: float) -> list[str]:
         AssertionError: something differs; the message holds seed, faults and events.
     """
     wide = {"attention_workers": 2, "expert_shards": 2, "memory_shards": 2, "replication": 2, "standby": 1}
+    wide["hang_s"] = HANG_S
     config = tiny_run(data, steps=ENDLESS, **wide)
     config = replace(config, train=replace(config.train, checkpoint_every=100))
     run = Watched(folder / "disturbed", config)

@@ -75,7 +75,7 @@ def live(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Liv
     config = replace(
         config,
         train=replace(config.train, checkpoint_every=20, eval_every=20),
-        cluster=replace(config.cluster, deadline_s=8.0),
+        cluster=replace(config.cluster, deadline_s=20.0, hang_s=3.0),
         metrics=replace(config.metrics, per_expert=True),
     )
     save_yaml(config, folder / "run.yaml")
@@ -243,7 +243,7 @@ def test_latencies_agree_with_the_clock_of_a_client(live: Live) -> None:
     live.quiet.set()
     live.run.terminate(60.0)
     live.prometheus.wait_for('sparseray_requests_open{run="served"} == 0')
-    for _ in range(4):
+    for _ in range(12):
         before = histograms(live.url)
         seen = [stream(live.url, tokens) for _ in range(requests)]
         after = histograms(live.url)

@@ -10,7 +10,7 @@ from typing import Any
 
 import psutil
 import pytest
-from chaos import ENDLESS, Watched
+from chaos import ENDLESS, HANG_S, Watched
 from local_cluster import tiny_run
 from processes import ROOT, interrupt, of_mark, wait_until
 
@@ -21,6 +21,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(280)]
 
 def config_of(corpus: Path, **cluster: Any) -> RunConfig:
     wide = {"attention_workers": 2, "expert_shards": 2, "memory_shards": 2, "replication": 2}
+    wide["hang_s"] = HANG_S
     run = tiny_run(corpus, steps=ENDLESS, **{**wide, **cluster})
     return replace(run, train=replace(run.train, checkpoint_every=50))
 
@@ -66,19 +67,12 @@ def test_slots_killed_hung_and_added_and_the_scheduler_killed(run: Watched) -> N
     assert not list(run.temporary.glob("sparseray-*/*"))
 
 
-def test_ctrl_c_in_a_disturbed_run_leaves_a_checkpoint_and_a_second_one_ends_at_once(run: Watched) -> None:
+def test_a_second_ctrl_c_ends_a_disturbed_run_at_once(run: Watched) -> None:
     run.start()
     run.attach()
     run.signal(slot_of(run.settled(), "expert")["pid"])
     run.detach()
     assert run.process is not None
-    interrupt(run.process)
-    assert run.process.wait(60) == 130, run.log.read_text()
-    assert (run.run_dir / "checkpoints" / f"step_{run.steps()}").exists()
-
-    run.start()
-    before = run.steps()
-    run.wait(lambda: run.steps() > before, "another step")
     interrupt(run.process)
     time.sleep(0.05)
     interrupt(run.process)
@@ -86,12 +80,6 @@ def test_ctrl_c_in_a_disturbed_run_leaves_a_checkpoint_and_a_second_one_ends_at_
     assert run.process.wait(60) in (130, -signal.SIGINT, 1), run.log.read_text()
     assert time.monotonic() - started < 20.0
     wait_until(lambda: not of_mark(run.mark), "the end of all processes", 20.0)
-
-    run.start()
-    before = run.steps()
-    run.wait(lambda: run.steps() > before, "another step")
-    run.finish()
-    run.check()
 
 
 @pytest.fixture

@@ -410,6 +410,11 @@ class Elastic:
         members = set(self.fleet.members())
         return {piece: slots & members for piece, slots in self.held.items()}
 
+    def is_spare(self, slot: int) -> bool:
+        """Whether other members hold everything that a slot holds."""
+        others = set(self.fleet.members()) - {slot}
+        return all(holders & others for holders in list(self.held.values()) if slot in holders)
+
     def replicas(self) -> int:
         """Holders that the piece with the fewest has."""
         members = set(self.fleet.members())

@@ -67,6 +67,7 @@ class RayFleet:
         prepare: body with which a slot builds and warms what it needs.
         next_slot: gives the next slot id, which is journalled before it is used.
         on_change: told when members came or went.
+        (`is_spare`, set later, says whether all that a slot holds is held by others too.)
         may_act: whether this scheduler still leads; one that does not must end no slot.
     """
 
@@ -94,6 +95,7 @@ class RayFleet:
         self._losses: list[Loss] = []
         self._room = 0
         self._refused: UserError | None = None
+        self.is_spare: Callable[[int], bool] = lambda slot: True
         self._running = True
         self._killer = ThreadPoolExecutor(4, thread_name_prefix="kill")
         self._threads = [
@@ -312,10 +314,14 @@ class RayFleet:
                     self._heard = {
                         slot: max(heard, now - self.config.hang_s / 2) for slot, heard in self._heard.items()
                     }
-                silent = [s for s, heard in self._heard.items() if now - heard > self.config.hang_s]
+                silent = {
+                    s: now - heard for s, heard in self._heard.items() if now - heard > self.config.hang_s
+                }
             last = now
-            for slot in silent:
-                self._lose(slot, f"no sign of life for {self.config.hang_s:g} s")
+            for slot, silence in silent.items():
+                # A busy machine looks like a dead slot: where nobody else has its state, that is worth a longer wait.
+                if self.is_spare(slot) or silence > self.config.deadline_s:
+                    self._lose(slot, f"no sign of life for {silence:.1f} s")
 
     def _hear(self, frames: list[Any]) -> None:
         try:

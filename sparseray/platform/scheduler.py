@@ -152,6 +152,7 @@ class Scheduler:
             install=install,
             on_event=self._tell,
         )
+        fleet.is_spare = elastic.is_spare
         trainer = Trainer(
             config,
             control,
