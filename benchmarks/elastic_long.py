@@ -104,7 +104,7 @@ def _victim(cluster: Any, run: Training) -> tuple[Any, int]:
 
 def goodput(bench: Bench) -> None:
     """A random kill every ten seconds: how much of the time made steps that count."""
-    source, struck = bench.source, []
+    source, struck = bench.source, list[str]()
     with bench.run("goodput") as run:
         run.wait_calm(5)
         calm = run.wait_steps(CALM_STEPS)
