@@ -98,13 +98,19 @@ def options_of() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--data", required=True, help="folder of `sparseray data prepare`")
     parser.add_argument("--only", default=names, help=f"parts, with commas between; default all: {names}")
-    parser.add_argument("--repeats", type=int, default=5, help="of each kill, hang, resize, turn of the cost part")
+    parser.add_argument(
+        "--repeats", type=int, default=5, help="of each kill, hang, resize, turn of the cost part"
+    )
     parser.add_argument("--steps", type=int, default=60, help="steps of one turn of the cost part")
-    parser.add_argument("--sequences", type=int, default=1, help="train.sequences_per_shard: how long a step is")
+    parser.add_argument(
+        "--sequences", type=int, default=1, help="train.sequences_per_shard: how long a step is"
+    )
     parser.add_argument("--minutes", type=float, default=10.0, help="of the goodput part")
     parser.add_argument("--cycles", type=int, default=50, help="resizes up and down in the soak")
     parser.add_argument("--kills", type=int, default=100, help="kills in the soak")
-    parser.add_argument("--compare", type=int, default=1000, help="most steps of one run to compare losses of")
+    parser.add_argument(
+        "--compare", type=int, default=1000, help="most steps of one run to compare losses of"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the choice of victims")
     parser.add_argument("--peer_python", default=sys.executable, help="Python that the peers run with")
     parser.add_argument("--peer_step_s", type=float, default=0.15, help="seconds of a step of the peers")
@@ -143,7 +149,9 @@ def main() -> int:
                 # One part that fails is a line of the table; the others are measured all the same.
                 print(traceback.format_exc(), flush=True)
                 text = " ".join(str(error).split()).replace("|", "/")[:300]
-                bench.add(Row(part=name, what="the part failed", measured=text, target="no failure", is_met=False))
+                bench.add(
+                    Row(part=name, what="the part failed", measured=text, target="no failure", is_met=False)
+                )
     result = table(bench.rows, bench.config, time.monotonic() - started)
     print(result)
     if options.out:

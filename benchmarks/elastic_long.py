@@ -178,7 +178,9 @@ def _held(run: Training) -> Held:
     mapped: set[str] = set()
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
-            mapped |= {m.path.removesuffix(" (deleted)") for m in process.memory_maps() if "/dev/shm/" in m.path}
+            mapped |= {
+                m.path.removesuffix(" (deleted)") for m in process.memory_maps() if "/dev/shm/" in m.path
+            }
     files = {str(path) for path in Path("/dev/shm").iterdir() if path.stat().st_uid == os.getuid()}
     return Held(
         processes=len(processes),
@@ -231,13 +233,17 @@ def soak(bench: Bench) -> None:
                 is_met=three[2] <= limit,
             )
         )
-    bench.add(Row(part="soak", what="socket files after the end", measured=str(left), target="0", is_met=left == 0))
+    bench.add(
+        Row(part="soak", what="socket files after the end", measured=str(left), target="0", is_met=left == 0)
+    )
     bench.compare_losses("soak", run)
 
 
 def _disturb(bench: Bench, run: Training, cycles: int, kills: int) -> None:
     """Resizes and kills in a random order."""
-    actions: list[Callable[[], None]] = [lambda: _cycle(bench, run)] * cycles + [lambda: _kill(bench, run)] * kills
+    actions: list[Callable[[], None]] = [lambda: _cycle(bench, run)] * cycles + [
+        lambda: _kill(bench, run)
+    ] * kills
     bench.source.shuffle(actions)
     for number, action in enumerate(actions):
         run.wait_calm(1)

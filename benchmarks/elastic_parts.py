@@ -74,7 +74,11 @@ class Bench:
         steps = [line[0] for line in curve]
         differing = next((a[0] for a, b in zip(curve[:wanted], undisturbed) if a != b), None)
         whole = steps == list(range(1, len(steps) + 1))
-        text = f"equal over {wanted} steps of {len(curve)}" if differing is None else f"differs at step {differing}"
+        text = (
+            f"equal over {wanted} steps of {len(curve)}"
+            if differing is None
+            else f"differs at step {differing}"
+        )
         text += "" if whole else ", a step is missing or stands twice"
         self.add(
             Row(
@@ -153,7 +157,9 @@ def losses(bench: Bench) -> None:
         run.wait_calm(2)
         run.stop()
     what = f"disturbances in one run ({', '.join(disturbances)})"
-    bench.add(Row(part="losses", what=what, measured=f"{len(disturbances)}; longest: {worst[0]}, {worst[1]:.2f} s"))
+    bench.add(
+        Row(part="losses", what=what, measured=f"{len(disturbances)}; longest: {worst[0]}, {worst[1]:.2f} s")
+    )
     bench.compare_losses("losses", run)
 
 
@@ -204,7 +210,13 @@ def _strikes(bench: Bench, part: str, cluster: ClusterConfig, number: int, must_
             aim = statistics.median(every)
             text = f"median {aim:.2f} s"
             bench.add(
-                Row(part=part, what=f"{name}, all roles", measured=text, target="aim 0.5 s", is_met=aim <= KILL_AIM_S)
+                Row(
+                    part=part,
+                    what=f"{name}, all roles",
+                    measured=text,
+                    target="aim 0.5 s",
+                    is_met=aim <= KILL_AIM_S,
+                )
             )
     bench.compare_losses(part, run)
 
@@ -215,7 +227,9 @@ def _must(seconds: float) -> str:
 
 def _phases(strikes: Sequence[Strike]) -> str:
     """Medians of what the platform says of its own recoveries."""
-    names = [name for name in ("detect", "decide", "move", "first_step") if any(name in s.phases for s in strikes)]
+    names = [
+        name for name in ("detect", "decide", "move", "first_step") if any(name in s.phases for s in strikes)
+    ]
     return ", ".join(
         f"{name} {statistics.median([s.phases[name] for s in strikes if name in s.phases]) * 1e3:.0f} ms"
         for name in names
@@ -236,7 +250,10 @@ def resize(bench: Bench) -> None:
                 at = {record["step"]: record["time"] for record in run.records()}
                 pause = at[event["step"] + 1] - at[event["step"]] - step
                 found[role, count].append((pause, step, event["moved"]))
-                print(f"[resize] {role} {count}: {pause * 1e3:.0f} ms beside a step of {step * 1e3:.0f} ms", flush=True)
+                print(
+                    f"[resize] {role} {count}: {pause * 1e3:.0f} ms beside a step of {step * 1e3:.0f} ms",
+                    flush=True,
+                )
         run.wait_calm()
         run.stop()
     for (role, count), measured in found.items():
@@ -260,7 +277,9 @@ def cost(bench: Bench) -> None:
     found: dict[int, list[float]] = {1: [], 2: []}
     for turn in range(bench.repeats):
         for replication in found:
-            with bench.run(f"cost-{replication}-{turn}", replace(WIDE, replication=replication, standby=0)) as run:
+            with bench.run(
+                f"cost-{replication}-{turn}", replace(WIDE, replication=replication, standby=0)
+            ) as run:
                 run.wait_steps(5)
                 found[replication] += gaps(run.wait_steps(bench.steps))
                 run.stop()
@@ -290,6 +309,8 @@ def _journal_seconds(path: Path, record: dict[str, object]) -> float:
         journal.lead()
         for step in range(300):
             started = time.perf_counter()
-            journal.append("commit", generation=1, step=step, record=record, lr=1e-3, memory_lr=5e-3, scale=1.0)
+            journal.append(
+                "commit", generation=1, step=step, record=record, lr=1e-3, memory_lr=5e-3, scale=1.0
+            )
             seconds.append(time.perf_counter() - started)
     return statistics.median(seconds)

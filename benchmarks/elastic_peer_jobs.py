@@ -8,7 +8,6 @@ for, so that the peers' own work is all that costs more. Every worker writes a J
 import argparse
 import json
 import os
-import sys
 import tempfile
 import time
 from datetime import timedelta
@@ -139,7 +138,7 @@ def lighthouse(options: argparse.Namespace) -> None:
 
 def torchft(options: argparse.Namespace) -> None:
     """Run one replica group of one worker until it is killed."""
-    from torch.distributed import TCPStore
+    from torch.distributed.distributed_c10d import TCPStore
     from torchft import DistributedDataParallel, Manager, Optimizer, ProcessGroupGloo
 
     plain, x_RD = network(options.parameters)
@@ -195,5 +194,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    # Ray pickles this module's functions by value only when they are of the main module.
-    sys.exit(main())
+    main()

@@ -174,7 +174,9 @@ def peers(bench: Bench, python: str, step_s: float) -> None:
             for _ in range(REPEATS):
                 peer.wait_whole(3)
                 kills.append(peer.kill_one(3, again=lambda _rank: None))
-        _report(bench, "Ray Train v2, elastic from 1 to 3 workers, a checkpoint every 10 steps", kills, step_s)
+        _report(
+            bench, "Ray Train v2, elastic from 1 to 3 workers, a checkpoint every 10 steps", kills, step_s
+        )
     if _has(bench, "torchft", python):
         for join_timeout_ms in (1000, 200):
             with _peer(python, bench.folder / f"torchft-{join_timeout_ms}", arguments) as peer:
@@ -201,7 +203,9 @@ def _torchft(peer: Peer, join_timeout_ms: int) -> list[Kill]:
 
 
 def _has(bench: Bench, name: str, python: str) -> bool:
-    done = subprocess.run([python, "-c", NEEDED[name]], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        [python, "-c", NEEDED[name]], capture_output=True, text=True, timeout=120, check=False
+    )
     if done.returncode:
         why = done.stderr.strip().splitlines()[-1:] or ["unknown"]
         bench.add(Row(part="peers", what=name, measured=f"not installed ({why[0][:120]})"))

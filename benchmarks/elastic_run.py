@@ -5,6 +5,7 @@ the clock of this process; slots are found through the scheduler actor, as `stat
 """
 
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -88,7 +89,10 @@ class Training:
     def __init__(self, config: RunConfig, cluster: ClusterConfig, folder: Path, name: str) -> None:
         self.config, self.cluster, self.name = config, cluster, name
         self.run_dir, self.log = folder / name, folder / f"{name}.log"
-        self._metrics, self._events = Tail(self.run_dir / "metrics.jsonl"), Tail(self.run_dir / "events.jsonl")
+        self._metrics, self._events = (
+            Tail(self.run_dir / "metrics.jsonl"),
+            Tail(self.run_dir / "events.jsonl"),
+        )
         self._scheduler: Any = None
         self._process: subprocess.Popen[bytes] | None = None
         # Short: the path of a Unix socket is at most 107 bytes.
@@ -308,7 +312,8 @@ class Training:
         if answer["error"]:
             raise RunDied(self._said(f"scale {role} {count} was refused: {answer['error']}"))
         self.wait(
-            lambda: any(e["kind"] == "resized" for e in self.events()[known:]), f"the resize of {role} to {count}"
+            lambda: any(e["kind"] == "resized" for e in self.events()[known:]),
+            f"the resize of {role} to {count}",
         )
         return next(e for e in self.events()[known:] if e["kind"] == "resized")
 
@@ -316,7 +321,9 @@ class Training:
 
     def repeated_steps(self) -> int:
         """Steps that were committed more than once: what a loss threw away, from the journal."""
-        with contextlib.closing(sqlite3.connect(f"file:{self.run_dir}/journal.sqlite?mode=ro", uri=True)) as db:
+        with contextlib.closing(
+            sqlite3.connect(f"file:{self.run_dir}/journal.sqlite?mode=ro", uri=True)
+        ) as db:
             row = db.execute("SELECT count(*) - count(DISTINCT step) FROM decisions WHERE kind = 'commit'")
             return int(row.fetchone()[0])
 
@@ -327,7 +334,7 @@ class Training:
 
 def gaps(records: Sequence[dict[str, Any]]) -> list[float]:
     """Seconds from each commit to the next."""
-    return [b["time"] - a["time"] for a, b in zip(records, records[1:])]
+    return [b["time"] - a["time"] for a, b in itertools.pairwise(records)]
 
 
 def median_step(records: Sequence[dict[str, Any]]) -> float:
