@@ -102,9 +102,12 @@ class Peer:
         """Wait for what the workers do."""
         deadline = time.monotonic() + LIMIT_S
         while not condition():
-            if time.monotonic() > deadline:
+            ended = any(process.poll() not in (None, -signal.SIGKILL) for process in self.started)
+            if ended or time.monotonic() > deadline:
                 last = self.log.read_text(errors="replace").splitlines()[-3:]
-                raise RuntimeError(f"{what} did not come within {LIMIT_S:g} s: {' / '.join(last)[:300]}")
+                raise RuntimeError(
+                    f"{what} did not come {'from a job that ended' if ended else f'within {LIMIT_S:g} s'}: {' / '.join(last)[:300]}"
+                )
             time.sleep(0.05)
 
     def wait_whole(self, workers: int) -> None:
@@ -180,12 +183,13 @@ def peers(bench: Bench, python: str, step_s: float) -> None:
     if _has(bench, "torchft", python):
         for join_timeout_ms in (1000, 200):
             with _peer(python, bench.folder / f"torchft-{join_timeout_ms}", arguments) as peer:
-                kills = _torchft(peer, join_timeout_ms)
-            name = f"torchft, 3 replica groups of one worker, join timeout {join_timeout_ms} ms"
-            _report(bench, name, kills, step_s)
+                start = _start_torchft(peer, join_timeout_ms)
+                name = f"torchft, 3 replica groups of one worker, join timeout {join_timeout_ms} ms"
+                _measure(bench, name, peer, step_s, again=start)
 
 
-def _torchft(peer: Peer, join_timeout_ms: int) -> list[Kill]:
+def _start_torchft(peer: Peer, join_timeout_ms: int) -> Callable[[int], object]:
+    """Start torchft's lighthouse and three workers; returns what starts a worker again."""
     peer.start("lighthouse", "--join_timeout_ms", str(join_timeout_ms))
     address = peer.folder / "lighthouse"
     peer.wait(address.exists, "torchft's lighthouse")
@@ -195,11 +199,23 @@ def _torchft(peer: Peer, join_timeout_ms: int) -> list[Kill]:
 
     for rank in range(3):
         start(rank)
-    kills = []
-    for _ in range(REPEATS):
-        peer.wait_whole(3)
-        kills.append(peer.kill_one(3, again=start))
-    return kills
+    return start
+
+
+def _measure(bench: Bench, name: str, peer: Peer, step_s: float, again: Callable[[int], object]) -> None:
+    """Kill workers and add the line; a peer that does not go on is a line too."""
+    kills: list[Kill] = []
+    failure = ""
+    try:
+        for _ in range(REPEATS):
+            peer.wait_whole(3)
+            kills.append(peer.kill_one(3, again))
+    except RuntimeError as error:
+        failure = " ".join(str(error).split()).replace("|", "/")
+    if kills:
+        _report(bench, name, kills, step_s)
+    if failure:
+        bench.add(Row(part="peers", what=f"{name}: stopped after {len(kills)} kills", measured=failure[:300]))
 
 
 def _has(bench: Bench, name: str, python: str) -> bool:
