@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -95,8 +96,6 @@ class Training:
         )
         self._scheduler: Any = None
         self._process: subprocess.Popen[bytes] | None = None
-        # Short: the path of a Unix socket is at most 107 bytes.
-        self.temporary = Path(tempfile.mkdtemp(prefix="sr-", dir="/tmp"))
 
     def __enter__(self) -> "Training":
         try:
@@ -174,6 +173,11 @@ class Training:
             time.sleep(0.1)
         if left := self.processes():
             raise RunDied(self._said(f"left {len(left)} processes: {' '.join(left[0].cmdline())[:80]}"))
+
+    @cached_property
+    def temporary(self) -> Path:
+        """TMPDIR of the run's processes; short, as the path of a Unix socket is at most 107 bytes."""
+        return Path(tempfile.mkdtemp(prefix="sr-", dir="/tmp"))
 
     # -- what there is to see -------------------------------------------------------------------
 
