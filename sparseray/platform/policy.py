@@ -89,7 +89,7 @@ Decision = Noop | Start | Resize | Rebalance
 
 def decide(view: View) -> Decision:
     """Decide on one thing to do; once it is done, the next call decides on the next or on `Noop`."""
-    lacking, surplus = _difference(view.plan, view.roles)
+    lacking, surplus = _difference(view.plan, view.roles, is_shared=view.colocated)
     if not view.colocated:
         lacking += _shared(view.plan)
     if surplus or (lacking and view.ready):
@@ -128,15 +128,16 @@ def _imbalance(layers: Sequence[dict[int, float]]) -> float:
     return peaks / means if means else 1.0
 
 
-def _difference(plan: Plan, roles: Roles) -> tuple[int, int]:
-    """Slots that roles lack, and slots that they have too many."""
+def _difference(plan: Plan, roles: Roles, *, is_shared: bool) -> tuple[int, int]:
+    """Slots that roles lack, and slots that they have too many; where roles share slots one can fill several."""
     wanted, slots = fitting(plan, roles), role_slots(plan)
     differences = [
         wanted.attention - len(slots["attention"]),
         wanted.experts - len(slots["experts"]),
         wanted.memory - len(slots["memory"]),
     ]
-    return sum(d for d in differences if d > 0), -sum(d for d in differences if d < 0)
+    lacking, surplus = [d for d in differences if d > 0], [-d for d in differences if d < 0]
+    return max(lacking, default=0) if is_shared else sum(lacking), sum(surplus)
 
 
 def _shared(plan: Plan) -> int:
