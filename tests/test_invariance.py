@@ -17,7 +17,7 @@ from sparseray.model.moe import LocalExperts
 from sparseray.model.transformer import Transformer, cross_entropy_sum
 from sparseray.platform.plan import make_plan
 
-STEPS, SHORT = 30, 8
+STEPS, SHORT = 30, 5
 PLACEMENTS = list(itertools.product((1, 2, 4), (1, 2, 3), (1, 2), (1, 2)))
 # Every pair of values of two of the four numbers occurs here and runs all 30 steps; the rest stop after 8.
 LONG = [

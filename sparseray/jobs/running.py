@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sparseray.errors import ClusterError, ConfigError
-from sparseray.platform.registry import forget_run, registered_runs
+from sparseray.platform.registry import adopt_authentication, forget_run, registered_runs
 
 ANSWER_S = 3.0
 
@@ -44,29 +44,34 @@ def connect(run_dir: str) -> Any:
 
 
 def _attach(run: dict[str, Any]) -> Any:
+    if error := _why_gone(run):
+        raise ClusterError(
+            f"the run in {run['run_dir']} does not answer at {run['address']} ({error}); it has ended or its machine "
+            "is gone; start it again with its `pretrain` command"
+        )
+    adopt_authentication(run)
     from sparseray.platform.cluster import attach
 
-    # Ray itself tries for many minutes to reach a cluster that is gone, and fills the terminal meanwhile.
+    return attach(run)
+
+
+def _why_gone(run: dict[str, Any]) -> str:
+    """Why nobody answers at a run's address, empty if somebody does.
+
+    Ray itself tries for many minutes to reach a cluster that is gone, and fills the terminal meanwhile.
+    """
     host, _, port = str(run["address"]).rpartition(":")
     try:
         socket.create_connection((host, int(port)), timeout=ANSWER_S).close()
     except (OSError, ValueError) as error:
-        raise ClusterError(
-            f"the run in {run['run_dir']} does not answer at {run['address']} ({error}); it has ended or its machine "
-            "is gone; start it again with its `pretrain` command"
-        ) from None
-    return attach(run)
+        return str(error)
+    return ""
 
 
 def _answers(run: dict[str, Any]) -> bool:
-    from sparseray.platform.cluster import detach
-
-    try:
-        _attach(run)
-    except ClusterError:
+    if _why_gone(run):
         forget_run(Path(run["run_dir"]))
         return False
-    detach()
     return True
 
 

@@ -29,7 +29,9 @@ def register_run(run_dir: Path, address: str) -> None:
     folder = state_folder()
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{scheduler_name(run_dir)}.json"
-    content = {"run_dir": str(run_dir.absolute()), "address": address, "time": time.time()}
+    # Ray turns its token authentication on by itself where it starts a cluster, and off where it joins one.
+    auth = os.environ.get("RAY_AUTH_MODE", "")
+    content = {"run_dir": str(run_dir.absolute()), "address": address, "auth": auth, "time": time.time()}
     temporary = path.with_suffix(f".{os.getpid()}")
     temporary.write_text(json.dumps(content))
     os.replace(temporary, path)
@@ -41,7 +43,7 @@ def forget_run(run_dir: Path) -> None:
 
 
 def registered_runs() -> list[dict[str, Any]]:
-    """All runs that were not seen to end, newest first: {"run_dir", "address", "time"}."""
+    """All runs that were not seen to end, newest first: {"run_dir", "address", "auth", "time"}."""
     found = []
     for path in state_folder().glob("*.json"):
         try:
@@ -49,3 +51,9 @@ def registered_runs() -> list[dict[str, Any]]:
         except (OSError, ValueError):
             continue
     return sorted(found, key=lambda run: -run["time"])
+
+
+def adopt_authentication(run: dict[str, Any]) -> None:
+    """Use the authentication mode of a run's cluster, unless the user chose one; call it before Ray is imported."""
+    if run.get("auth"):
+        os.environ.setdefault("RAY_AUTH_MODE", run["auth"])
