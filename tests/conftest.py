@@ -36,6 +36,14 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "data"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """One process runs what starts clusters, one after another and first; the other runs the rest, file by file."""
+    for item in items:
+        is_cluster = item.get_closest_marker("ray") is not None
+        item.add_marker(pytest.mark.xdist_group("ray" if is_cluster else item.path.name))
+    items.sort(key=lambda item: item.get_closest_marker("ray") is None)
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Say loudly which outside programs were missing, for tests that need them are skipped."""
     for program in ("prometheus", "chromium"):

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,7 @@ import psutil
 import pytest
 from chaos import ENDLESS, HANG_S, Watched
 from local_cluster import tiny_run
-from processes import ROOT, interrupt, of_mark, wait_until
+from processes import ROOT, of_mark, wait_until
 
 from sparseray.platform.config import RunConfig
 
@@ -65,21 +64,6 @@ def test_slots_killed_hung_and_added_and_the_scheduler_killed(run: Watched) -> N
     assert (count(run, "lost"), count(run, "recovered"), count(run, "restored")) == (3, 3, 0), run.events()
     wait_until(lambda: not of_mark(run.mark), "the end of all processes", 20.0)
     assert not list(run.temporary.glob("sparseray-*/*"))
-
-
-def test_a_second_ctrl_c_ends_a_disturbed_run_at_once(run: Watched) -> None:
-    run.start()
-    run.attach()
-    run.signal(slot_of(run.settled(), "expert")["pid"])
-    run.detach()
-    assert run.process is not None
-    interrupt(run.process)
-    time.sleep(0.05)
-    interrupt(run.process)
-    started = time.monotonic()
-    assert run.process.wait(60) in (130, -signal.SIGINT, 1), run.log.read_text()
-    assert time.monotonic() - started < 20.0
-    wait_until(lambda: not of_mark(run.mark), "the end of all processes", 20.0)
 
 
 @pytest.fixture

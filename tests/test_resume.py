@@ -5,6 +5,7 @@ Real processes and a real Ray; the undisturbed run is one of threads (tests/loca
 
 import json
 import subprocess
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -135,6 +136,15 @@ def test_ctrl_c_leaves_a_checkpoint_of_the_last_step_and_exit_code_130(
     newest = checkpoint.list_finished(runs.run_dir / "checkpoints")[-1]
     assert newest.name == f"step_{stopped_at}"
     assert of_mark(runs.mark) == []
+
+    # Twice: it ends at once, without another checkpoint and with nothing left behind.
+    again = runs.start(ONE)
+    runs.wait(again, lambda: runs.steps()[-1] > stopped_at, "another step")
+    interrupt(again)
+    time.sleep(0.05)
+    interrupt(again)
+    assert again.wait(30) != 0, runs.log.read_text()
+    wait_until(lambda: not of_mark(runs.mark), "the end of all processes", 20.0)
 
     runs.finish(ONE)
     assert f"going on from {newest}" in runs.log.read_text()
