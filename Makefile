@@ -19,8 +19,12 @@ lint: $(STAMP)
 types: $(STAMP)
 	$(BIN)/mypy
 
+# Two processes: what starts clusters, and everything else; the second one's output follows when both are done.
 unit: $(STAMP)
-	$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -m "not ray" > $(VENV)/rest.log 2>&1 & rest=$$!; \
+	$(BIN)/python -m pytest -m ray; clusters=$$?; \
+	wait $$rest; status=$$?; cat $(VENV)/rest.log; \
+	exit $$((clusters + status))
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
