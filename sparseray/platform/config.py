@@ -132,7 +132,7 @@ class ClusterConfig:
     transport: typing.Literal["ipc", "tcp"] = "ipc"
     bind_host: str = "127.0.0.1"
     deadline_s: float = 30.0
-    hang_s: float = 0.9
+    hang_s: float = 0.7
     standby: int = 0
     max_slots: int = 0
     rebalance_above: float = 0.0
