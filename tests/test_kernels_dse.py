@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 import triton_interpreter  # noqa: F401  (first: it sets the interpreter up where there is no GPU)
 
-from sparseray.kernels.dse import cpu, fusion, reference, rows
+from sparseray.kernels.dse import cpu, fusion, gather, reference, rows
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -79,16 +80,34 @@ def test_hash_equals_the_reference_on_a_million_tokens() -> None:
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.uint16])
-@pytest.mark.parametrize("width", [1, 3, 40])
-@pytest.mark.parametrize("threads", [1, 2])
-def test_gathered_rows_are_the_tables_rows(dtype: type, width: int, threads: int) -> None:
+@pytest.mark.parametrize("width", [1, 3, 8, 40, 83])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("streaming", [None, True])
+def test_gathered_rows_are_the_tables_rows(dtype: type, width: int, threads: int, streaming: bool) -> None:
     rng = np.random.default_rng(3)
     table = rng.integers(0, 1000, (57, width)).astype(dtype)
-    rows = rng.integers(0, 57, 101)
-    np.testing.assert_array_equal(cpu.gather_rows(table, rows, threads=threads), table[rows])
-    assert cpu.gather_rows(table, rows[:0]).shape == (0, width)
+    rows, how = rng.integers(0, 57, 1001), {"threads": threads, "streaming": streaming}
+    np.testing.assert_array_equal(cpu.gather_rows(table, rows, **how), table[rows])
+    np.testing.assert_array_equal(cpu.gather_rows(table[:, ::-1], rows, **how), table[rows][:, ::-1])
+    assert cpu.gather_rows(table, rows[:0], **how).shape == (0, width)
+    rows[:: 1000 // threads] = 57
     with pytest.raises(IndexError, match="outside"):
-        cpu.gather_rows(table, np.array([0, 57]))
+        cpu.gather_rows(table, rows, **how)
+
+
+@pytest.mark.parametrize("part_rows", [1, 300, 5000])
+def test_parts_are_complete_and_in_order_when_they_are_handed_over(part_rows: int) -> None:
+    rng = np.random.default_rng(12)
+    table, rows = rng.standard_normal((57, 40), dtype=np.float32), rng.integers(0, 57, 3001)
+    out, last = np.full((3001, 40), np.nan, dtype=np.float32), 0
+    with ThreadPoolExecutor(3) as pool:
+        for part in gather.gather_parts(
+            table, rows, out, part_rows=part_rows, threads=4, pool=pool, streaming=True
+        ):
+            assert part.start == last
+            np.testing.assert_array_equal(out[part], table[rows[part]])
+            last = part.stop
+    assert last == 3001
 
 
 def test_rows_are_gathered_from_a_read_only_memory_map(tmp_path: Path) -> None:

@@ -10,21 +10,19 @@ Shapes: N gradients or looked-up rows (repeats allowed), U unique rows, R table 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import nullcontext
-from itertools import pairwise
 from typing import Any
 
 import numba
 import numpy as np
-from llvmlite import ir  # type: ignore[import-untyped]
-from numba import types
-from numba.extending import intrinsic
 from numpy.typing import NDArray
+
+from sparseray.kernels.dse.gather import gather_rows, prefetch
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
 Rows = tuple[Ints, Floats]
+
+__all__ = ["gather_rows", "merge_rows", "ngram_hash", "rowwise_adam_", "segment_sum_rows"]
 
 RADIX_BITS = 11
 FLOAT_DIVISION_MINIMUM = 4096
@@ -32,112 +30,6 @@ FLOAT_DIVISION_MINIMUM = 4096
 
 PREFETCH_DISTANCE = 8
 """How many random rows ahead a loop that changes rows asks for them: they miss every cache."""
-
-FAR_ROWS, NEAR_ROWS = 32, 4
-"""The gather asks the second-level cache for rows far ahead, and the first for wide ones that are near."""
-
-WIDE_ROW_BYTES = 256
-"""Rows of 512 B come 19 % faster with the second request, rows of 160 B slower."""
-
-FIRST_LEVEL, SECOND_LEVEL = 3, 2
-"""Which cache a prefetch fills, in llvm.prefetch's numbers."""
-
-
-def _prefetch_into(level: int) -> Any:
-    """An intrinsic (array, row, offset): ask for the cache line at byte `offset` of array[row]; never faults."""
-
-    @intrinsic
-    def prefetch(typingctx, array, row, offset):
-        def codegen(context, builder, signature, args):
-            data = context.make_array(signature.args[0])(context, builder, args[0])
-            byte_pointer, int32 = ir.IntType(8).as_pointer(), ir.IntType(32)
-            start = builder.bitcast(data.data, byte_pointer)
-            distance = builder.add(builder.mul(args[1], builder.extract_value(data.strides, 0)), args[2])
-            function_type = ir.FunctionType(ir.VoidType(), [byte_pointer, int32, int32, int32])
-            function = builder.module.declare_intrinsic("llvm.prefetch", [byte_pointer], function_type)
-            read, keep, data_cache = (ir.Constant(int32, value) for value in (0, level, 1))
-            builder.call(function, [builder.gep(start, [distance]), read, keep, data_cache])
-            return context.get_dummy_value()
-
-        return types.void(array, types.int64, types.int64), codegen
-
-    return prefetch
-
-
-_prefetch = _prefetch_into(FIRST_LEVEL)
-_prefetch_far = _prefetch_into(SECOND_LEVEL)
-
-
-@numba.njit(cache=True, nogil=True)
-def _copy_rows(table, rows, out, first, last):
-    """Copy rows [first, last); returns the position of a row outside the table, or -1."""
-    bad = -1
-    num_rows, width = table.shape
-    row_bytes = width * table.itemsize
-    for i in range(first, last):
-        if i + FAR_ROWS < last:
-            for offset in range(0, row_bytes, 64):
-                _prefetch_far(table, rows[i + FAR_ROWS], offset)
-        if row_bytes > WIDE_ROW_BYTES and i + NEAR_ROWS < last:
-            for offset in range(0, row_bytes, 64):
-                _prefetch(table, rows[i + NEAR_ROWS], offset)
-        row = rows[i]
-        if row < 0 or row >= num_rows:
-            bad = i
-            continue
-        for d in range(width):
-            out[i, d] = table[row, d]
-    return bad
-
-
-def _as_words(array: NDArray[Any]) -> NDArray[Any]:
-    """View a row-contiguous array as 8-byte words where its row width allows."""
-    if array.shape[1] * array.itemsize % 8 or not array.flags.c_contiguous or not array.shape[1]:
-        return array
-    return array.view(np.uint64)
-
-
-def gather_rows(
-    table_RD: NDArray[Any],
-    rows_N: Ints,
-    out: NDArray[Any] | None = None,
-    *,
-    threads: int = 1,
-    pool: Executor | None = None,
-) -> NDArray[Any]:
-    """Copy table rows into a buffer.
-
-    Args:
-        table_RD: any numpy dtype, for instance float32 or bfloat16 held as uint16; may be a memory map.
-        rows_N: int64, 0 <= row < R, repeats allowed.
-        out: [N, D] buffer of the table's dtype to reuse (page faults cost more than the copy).
-        threads: copying threads; they do not change the result.
-        pool: where they run, at least that many wide; None starts them for this call.
-
-    Returns:
-        out (or a new array) with out[i] = table[rows[i]].
-
-    Raises:
-        IndexError: a row lies outside the table.
-    """
-    if out is None:
-        out = np.empty((rows_N.shape[0], table_RD.shape[1]), dtype=table_RD.dtype)
-    if out.shape != (rows_N.shape[0], table_RD.shape[1]) or out.dtype != table_RD.dtype:
-        wanted = (rows_N.shape[0], table_RD.shape[1])
-        raise ValueError(f"out is {out.dtype} {out.shape}; gather_rows needs {table_RD.dtype} {wanted}")
-    source, target = _as_words(table_RD), _as_words(out)
-    if source.dtype != target.dtype:
-        source, target = table_RD, out
-    if threads == 1:
-        bad = _copy_rows(source, rows_N, target, 0, rows_N.shape[0])
-    else:
-        edges = np.linspace(0, rows_N.shape[0], threads + 1).astype(np.int64)
-        with nullcontext(pool) if pool is not None else ThreadPoolExecutor(threads) as workers:
-            jobs = [workers.submit(_copy_rows, source, rows_N, target, *span) for span in pairwise(edges)]
-            bad = max(job.result() for job in jobs)
-    if bad >= 0:
-        raise IndexError(f"rows[{bad}]={rows_N[bad]} is outside the table's {table_RD.shape[0]} rows")
-    return out
 
 
 @numba.njit(cache=True, nogil=True)
@@ -344,8 +236,8 @@ def _adam_rows(weight, m, v, t, rows, grads, lr, beta1, beta2, eps):
     for u in range(rows.shape[0]):
         if u + PREFETCH_DISTANCE < rows.shape[0]:
             for offset in range(0, width * 4, 64):
-                _prefetch(weight, rows[u + PREFETCH_DISTANCE], offset)
-                _prefetch(m, rows[u + PREFETCH_DISTANCE], offset)
+                prefetch(weight, rows[u + PREFETCH_DISTANCE], offset)
+                prefetch(m, rows[u + PREFETCH_DISTANCE], offset)
         row = rows[u]
         if row < 0 or row >= weight.shape[0]:
             return u
