@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import numba
@@ -260,9 +261,9 @@ def gather_parts(
     parts = -(-count // part_rows)
     counters = np.zeros((parts + 1) * LINE, dtype=np.int64)
     source, target, how = plan_copy(table_RD, out_ND, streaming=streaming)
-    arguments: tuple[Any, ...] = (source, rows_N, target, how, counters, part_rows)
+    arguments = (source, rows_N, target, how, counters, part_rows)
     helpers = min(threads, -(-count // CHUNK_ROWS)) - 1
-    jobs: list[Future[int]] = [pool.submit(_copy_chunks, *arguments, -1) for _ in range(helpers)]
+    jobs: list[Future[int]] = [pool.submit(partial(_copy_chunks, *arguments, -1)) for _ in range(helpers)]
     bad = -1
     try:
         for part in range(parts):
