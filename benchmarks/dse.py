@@ -122,7 +122,7 @@ def milliseconds(work: Callable[[], Any], repeats: int = 9) -> float:
 
 
 def gathers(table: torch.Tensor, pages: str) -> None:
-    from sparseray.kernels.dse import rows as gpu
+    from sparseray.kernels.dse import fetch as gpu
 
     source = torch.empty(2**28, dtype=torch.uint8, pin_memory=True)
     bulk = source.numel() / milliseconds(lambda: source.cuda(non_blocking=True)) / 1e6
@@ -145,9 +145,16 @@ def gathers(table: torch.Tensor, pages: str) -> None:
         host_index, size = index.cpu().numpy(), count * width * 2
         staged = gpu.StagedRowFetcher(view, max_rows=count, threads=threads, device=torch.device("cuda"))
         forms: list[tuple[str, Callable[[], Callable[[], Any]]]] = []
-        for programs, block, warps in ((4, 128, 1), (16, 128, 1), (64, 128, 1), (4, 2048, 16)):
-            fetcher = gpu.RowFetcher(view, programs=programs, block=block, warps=warps)
-            name = f"zero-copy, {programs} programs of {warps} warps"
+        for programs, block, warps, ascending in (
+            (4, 128, 1, False),
+            (16, 128, 1, False),
+            (64, 128, 1, False),
+            (4, 2048, 16, False),
+            (4, 2048, 16, True),
+            (16, 2048, 16, True),
+        ):
+            fetcher = gpu.RowFetcher(view, programs=programs, block=block, warps=warps, ascending=ascending)
+            name = f"zero-copy, {programs} programs of {warps} warps{', sorted first' if ascending else ''}"
             forms.append((name, partial(start_direct, fetcher, index)))
         forms.append((f"{threads} CPU threads, DMA", partial(start_staged, staged, host_index)))
         for name, start in forms:
@@ -183,7 +190,7 @@ def start_staged(fetcher: Any, rows: np.ndarray) -> Callable[[], Any]:
 
 def steps(table: torch.Tensor) -> None:
     """A step of 16,384 tokens at more than 100k tokens/s; rows of the next step are fetched under it."""
-    from sparseray.kernels.dse import rows as gpu
+    from sparseray.kernels.dse import fetch as gpu
 
     tokens = 16_384
     view = table[: table.numel() // WIDTH * WIDTH].view(-1, WIDTH)

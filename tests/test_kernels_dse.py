@@ -10,7 +10,7 @@ import pytest
 import torch
 import triton_interpreter  # noqa: F401  (first: it sets the interpreter up where there is no GPU)
 
-from sparseray.kernels.dse import cpu, fusion, gather, reference, rows
+from sparseray.kernels.dse import cpu, fetch, fusion, gather, reference, rows
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -246,6 +246,10 @@ def test_gather_kernel_copies_the_tables_rows(width: int) -> None:
     out = torch.full((57, width), float("nan"), device=DEVICE)
     rows.gather_rows(table, wanted, out, programs=2, block=32, warps=1)
     assert torch.equal(out, table[wanted])
+    ascending, order = torch.sort(wanted)
+    out = torch.full_like(out, float("nan"))
+    rows.gather_rows(table, ascending, out, order_N=order, programs=2, block=32, warps=1)
+    assert torch.equal(out, table[wanted])
     with pytest.raises(ValueError, match="16 bytes"):
         rows.gather_rows(table[:, :3].contiguous(), wanted)
 
@@ -256,11 +260,11 @@ def test_a_host_table_is_an_ordinary_tensor() -> None:
     assert table[4].tolist() == [12.0, 13.0, 14.0]
 
 
-@pytest.mark.parametrize("count", [0, 1, 90])
+@pytest.mark.parametrize("count", [0, 1, 90, 1100])
 def test_segment_sum_kernel_equals_the_reference_bit_for_bit(count: int) -> None:
     torch.manual_seed(0)
     index = torch.randint(0, 7, (count,))
-    grads = torch.randn(count, 5)
+    grads = torch.randn(count, 37)
     unique, sums = rows.segment_sum_rows(index.to(DEVICE), grads.to(DEVICE))
     want_unique, want_sums = reference.segment_sum_rows(index, grads)
     assert torch.equal(unique.cpu(), want_unique)
@@ -291,10 +295,11 @@ def test_rows_fetched_from_host_memory_are_the_tables_rows(width: int) -> None:
     table = rows.host_table(50_000, width, torch.bfloat16)
     table.copy_(torch.randn(50_000, width))
     wanted = torch.randint(0, 50_000, (9, 4099), device="cuda")
-    fetch = rows.RowFetcher(table, programs=4).fetch(wanted)
-    assert torch.equal(fetch.wait().cpu(), table[wanted.flatten().cpu()])
+    for ascending in (False, True):
+        direct = fetch.RowFetcher(table, programs=4, ascending=ascending).fetch(wanted)
+        assert torch.equal(direct.wait().cpu(), table[wanted.flatten().cpu()])
     device = torch.device("cuda")
-    staged = rows.StagedRowFetcher(table, max_rows=9 * 4099, threads=2, device=device)
+    staged = fetch.StagedRowFetcher(table, max_rows=9 * 4099, threads=2, device=device, part_bytes=1 << 20)
     for _ in range(3):
         got = staged.fetch(wanted.flatten().cpu().numpy()).result().wait()
         assert torch.equal(got.cpu(), table[wanted.flatten().cpu()])

@@ -1,27 +1,21 @@
 """DSE's rows on the GPU: addresses from tokens, rows from host memory, sums of row gradients.
 
-The table stays in pinned host memory. A few programs with many loads in flight copy rows over the
-bus on a stream of their own, ahead of the layers that use them, since addresses follow from tokens.
+The table stays in pinned host memory; a few programs with many loads in flight read rows over the bus
+(`fetch.py` starts them ahead of the layers that use the rows).
 Oracles: `reference.ngram_hash`, plain indexing, `reference.segment_sum_rows` (all bit for bit).
 """
 
 from __future__ import annotations
 
 import mmap
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
-from numpy.typing import NDArray
 from torch import Tensor
 
-from sparseray.kernels.dse import cpu
-
-STAGES, STAGE_ROWS = 4, 16_384
-"""A staged fetch copies one part to the GPU while the CPU gathers the next, if parts are large enough."""
+SEGMENT_COLUMNS, SEGMENT_LOADS = 32, 64
+"""A warp adds one column a lane, with that many rows' loads in flight."""
 
 MAX_REGISTERS = 32
 WORDS_PER_UNIT = 2
@@ -135,7 +129,15 @@ def ngram_hash(
 
 @triton.jit
 def _gather_kernel(
-    p_table, p_rows, p_out, units, UNITS_PER_ROW: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr
+    p_table,
+    p_rows,
+    p_order,
+    p_out,
+    units,
+    UNITS_PER_ROW: tl.constexpr,
+    WORDS: tl.constexpr,
+    ORDERED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     o_w = tl.arange(0, WORDS)
     step = tl.num_programs(0) * BLOCK
@@ -145,7 +147,11 @@ def _gather_kernel(
         row = tl.load(p_rows + o_u // UNITS_PER_ROW, mask=o_u < units, other=0)
         p = p_table + (row * (UNITS_PER_ROW * WORDS) + (o_u % UNITS_PER_ROW) * WORDS)[:, None] + o_w[None, :]
         x = tl.load(p, mask=m, other=0, cache_modifier=".cg")  # [BLOCK, WORDS]
-        tl.store(p_out + o_u.to(tl.int64)[:, None] * WORDS + o_w[None, :], x, mask=m)
+        o_out = o_u.to(tl.int64)
+        if ORDERED:
+            position = tl.load(p_order + o_u // UNITS_PER_ROW, mask=o_u < units, other=0)
+            o_out = position * UNITS_PER_ROW + o_u % UNITS_PER_ROW
+        tl.store(p_out + o_out[:, None] * WORDS + o_w[None, :], x, mask=m)
 
 
 def gather_rows(
@@ -153,6 +159,7 @@ def gather_rows(
     rows_N: Tensor,
     out_ND: Tensor | None = None,
     *,
+    order_N: Tensor | None = None,
     programs: int = 16,
     block: int = 128,
     warps: int = 1,
@@ -163,6 +170,7 @@ def gather_rows(
         table_RD: contiguous; the row width must be a multiple of 16 bytes.
         rows_N: int64 on the GPU, 0 <= row < R (unchecked).
         out_ND: [N, D] buffer on the GPU to reuse.
+        order_N: int64 permutation; row i then goes to out[order[i]], so that rows may come sorted.
         programs: how many programs copy; each keeps a large matrix product's tile off its multiprocessor
             while it runs, so no more than the bus needs.
         block, warps: 16-byte units that a program has in flight, and its warps.
@@ -186,10 +194,12 @@ def gather_rows(
     _gather_kernel[grid](
         table_RD.view(torch.int64),
         rows_N,
+        order_N if order_N is not None else rows_N,
         out_ND.view(torch.int64),
         units,
         UNITS_PER_ROW=row_bytes // 16,
         WORDS=WORDS_PER_UNIT,
+        ORDERED=order_N is not None,
         BLOCK=block,
         num_warps=warps,
         maxnreg=MAX_REGISTERS,
@@ -224,115 +234,37 @@ def register_host(table: Tensor) -> Tensor:
     return table
 
 
-@dataclass(frozen=True, kw_only=True)
-class Fetch:
-    """Rows on their way; `wait` orders the current stream behind them."""
-
-    rows_ND: Tensor
-    done: torch.cuda.Event
-
-    def wait(self) -> Tensor:
-        """Return the rows for use on the current stream."""
-        stream = torch.cuda.current_stream()
-        stream.wait_event(self.done)
-        self.rows_ND.record_stream(stream)
-        return self.rows_ND
-
-
-class RowFetcher:
-    """Fetches rows of one host table on a stream of its own, ahead of their use.
-
-    The tables of several layers may lie behind one another in `table_RD`: one call fetches the rows of
-    all of them. Allocations are made on the fetching stream.
-    """
-
-    def __init__(self, table_RD: Tensor, *, programs: int = 16, block: int = 128, warps: int = 1) -> None:
-        self.table_RD = table_RD
-        self.programs, self.block, self.warps = programs, block, warps
-        self.stream = torch.cuda.Stream(priority=-1)
-
-    def fetch(self, rows_N: Tensor) -> Fetch:
-        """Start copying; `rows_N` (int64, on the GPU) must be complete on the current stream."""
-        self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
-            rows_ND = gather_rows(
-                self.table_RD,
-                rows_N.flatten(),
-                programs=self.programs,
-                block=self.block,
-                warps=self.warps,
-            )
-            rows_N.record_stream(self.stream)
-            done = torch.cuda.Event()
-            done.record(self.stream)
-        return Fetch(rows_ND=rows_ND, done=done)
-
-
-class StagedRowFetcher:
-    """Fetches rows without any multiprocessor: CPU threads gather into pinned memory, DMA copies it.
-
-    For addresses that are known on the CPU (the data loader hashes there). `fetch` returns at once; two
-    staging buffers take turns.
-    """
-
-    def __init__(self, table_RD: Tensor, *, max_rows: int, threads: int, device: torch.device) -> None:
-        width = table_RD.shape[1] * table_RD.element_size()
-        self.table = table_RD.view(torch.uint8).view(-1, width).numpy()
-        self.dtype, self.threads, self.device = table_RD.dtype, threads, device
-        self.staging = [torch.empty(max_rows, width, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
-        self.copied: list[torch.cuda.Event | None] = [None, None]
-        self.stream = torch.cuda.Stream(device)
-        self.worker, self.pool = ThreadPoolExecutor(1), ThreadPoolExecutor(threads)
-        self.turn = 0
-
-    def fetch(self, rows_N: NDArray[np.int64]) -> Future[Fetch]:
-        """Start gathering and copying `rows_N`; the future holds the rows on their way."""
-        self.turn ^= 1
-        return self.worker.submit(self._fetch, rows_N, self.turn)
-
-    def _fetch(self, rows_N: NDArray[np.int64], turn: int) -> Fetch:
-        busy = self.copied[turn]
-        if busy is not None:
-            busy.synchronize()
-        staged = self.staging[turn][: rows_N.shape[0]]
-        edges = range(0, rows_N.shape[0], max(STAGE_ROWS, -(-rows_N.shape[0] // STAGES)))
-        with torch.cuda.stream(self.stream):
-            rows_ND = torch.empty_like(staged, device=self.device)
-            for first, last in zip(edges, [*edges[1:], rows_N.shape[0]]):
-                part = staged[first:last]
-                cpu.gather_rows(
-                    self.table, rows_N[first:last], part.numpy(), threads=self.threads, pool=self.pool
-                )
-                rows_ND[first:last].copy_(part, non_blocking=True)
-            rows_ND = rows_ND.view(self.dtype)
-            done = torch.cuda.Event()
-            done.record(self.stream)
-        self.copied[turn] = done
-        return Fetch(rows_ND=rows_ND, done=done)
-
-
 @triton.jit
 def _segment_kernel(
-    p_grads, p_order, p_first, p_out, D: tl.constexpr, BD: tl.constexpr, UNROLL: tl.constexpr
+    p_grads, p_first, p_out, D: tl.constexpr, BD: tl.constexpr, MANY: tl.constexpr, FEW: tl.constexpr
 ):
+    """Add one segment's rows, which lie behind one another, in order; MANY loads are in flight at once."""
     i_u = tl.program_id(0)
     o_d = tl.program_id(1) * BD + tl.arange(0, BD)
     m_d = o_d < D
     first = tl.load(p_first + i_u)
     last = tl.load(p_first + i_u + 1)
-    position = tl.load(p_order + first)
-    acc = tl.load(p_grads + position * D + o_d, mask=m_d, other=0.0).to(tl.float32)
-    for start in range(first + 1, last, UNROLL):
-        for i in tl.static_range(UNROLL):
+    p = p_grads + o_d
+    acc = tl.load(p + first * D, mask=m_d, other=0.0).to(tl.float32)
+    start = first + 1
+    while start + MANY <= last:
+        for i in tl.static_range(MANY):
+            acc += tl.load(p + (start + i) * D, mask=m_d, other=0.0).to(tl.float32)
+        start += MANY
+    while start < last:
+        for i in tl.static_range(FEW):
             m = start + i < last
-            position = tl.load(p_order + start + i, mask=m, other=0)
-            x = tl.load(p_grads + position * D + o_d, mask=m_d & m, other=0.0).to(tl.float32)
+            x = tl.load(p + (start + i) * D, mask=m_d & m, other=0.0).to(tl.float32)
             acc = tl.where(m, acc + x, acc)
+        start += FEW
     tl.store(p_out + i_u.to(tl.int64) * D + o_d, acc, mask=m_d)
 
 
 def segment_sum_rows(rows_N: Tensor, grads_ND: Tensor) -> tuple[Tensor, Tensor]:
     """`reference.segment_sum_rows` on the GPU, bit for bit: a stable sort, then sums in order.
+
+    The gradients are first laid in sorted order, so that a long segment, a chain of dependent
+    additions, never waits for the address of its next row.
 
     Args:
         rows_N: int64. grads_ND: fp32 or bf16 (converted to fp32), contiguous.
@@ -345,9 +277,15 @@ def segment_sum_rows(rows_N: Tensor, grads_ND: Tensor) -> tuple[Tensor, Tensor]:
     U, D = unique_U.numel(), grads_ND.shape[1]
     sums_UD = torch.empty(U, D, dtype=torch.float32, device=grads_ND.device)
     first_U1 = torch.nn.functional.pad(counts_U.cumsum(0), (1, 0))
-    bd = min(256, triton.next_power_of_2(D))
     if U:
-        _segment_kernel[(U, triton.cdiv(D, bd))](
-            grads_ND.contiguous(), order_N, first_U1, sums_UD, D=D, BD=bd, UNROLL=8, num_warps=1
+        _segment_kernel[(U, triton.cdiv(D, SEGMENT_COLUMNS))](
+            grads_ND[order_N],
+            first_U1,
+            sums_UD,
+            D=D,
+            BD=SEGMENT_COLUMNS,
+            MANY=SEGMENT_LOADS,
+            FEW=4,
+            num_warps=1,
         )
     return unique_U, sums_UD
