@@ -4,20 +4,16 @@ Stands at both ends of a step: the attention worker reads the weights, and after
 holder applies the same reduced gradient (DESIGN of a step: docs/architecture.md).
 """
 
-from collections.abc import MutableMapping, Sequence
-from typing import Any
 from zlib import crc32
 
 import torch
 from torch import Tensor
 
+from sparseray.actors.adamw import EXP_AVG, EXP_AVG_SQ, AdamW
 from sparseray.actors.tree import TreeSum
 from sparseray.model.config import ModelConfig
 from sparseray.model.dse_layout import DSELayout
 from sparseray.model.transformer import Transformer
-
-AdamState = MutableMapping[Tensor, Any]
-EXP_AVG, EXP_AVG_SQ = "@exp_avg", "@exp_avg_sq"
 
 
 class DenseState:
@@ -28,7 +24,7 @@ class DenseState:
         layout: DSE identity, None without memory layers.
         seed: initialisation seed.
         num_shards: logical shards of a step.
-        betas, eps, weight_decay: AdamW; matrices decay, vectors do not.
+        betas, eps, weight_decay: of `AdamW`.
     """
 
     def __init__(
@@ -47,13 +43,7 @@ class DenseState:
         self.parameters = list(self.model.parameters())
         self.biases = {name: b for name, b in self.model.named_buffers() if name.endswith("router_bias")}
         self.num_shards = num_shards
-        groups = [
-            {"params": [p for p in self.parameters if p.ndim >= 2], "weight_decay": weight_decay},
-            {"params": [p for p in self.parameters if p.ndim < 2], "weight_decay": 0.0},
-        ]
-        self.optimizer = torch.optim.AdamW(
-            [g for g in groups if g["params"]], lr=0.0, betas=betas, eps=eps, fused=True
-        )
+        self.adamw = AdamW(betas=betas, eps=eps, weight_decay=weight_decay)
         self.reduced: Tensor | None = None
         self.tree = self._new_tree()
 
@@ -94,12 +84,7 @@ class DenseState:
             scale: factor on the gradient (global-norm clipping).
             counts_LE: int64, tokens per expert over the whole global batch.
         """
-        for parameter, part in zip(self.parameters, self._parts(self.reduced_gradient.mul_(scale))):
-            parameter.grad = part
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.adamw.step(self.parameters, self._parts(self.reduced_gradient.mul_(scale)), lr=lr)
         if counts_LE.numel():
             self.model.update_router_bias(counts_LE)
         self.discard()
@@ -122,7 +107,7 @@ class DenseState:
         """Everything that a checkpoint must hold, by logical name."""
         found: dict[str, Tensor] = {name: p.detach() for name, p in zip(self.names, self.parameters)}
         found |= self.biases
-        return found | moments(self.optimizer.state, self.names, self.parameters)
+        return found | self.adamw.tensors(self.names, self.parameters)
 
     def load(self, tensors: dict[str, Tensor], step: int) -> None:
         """Take over what `tensors` gave, at optimizer step `step`."""
@@ -131,30 +116,4 @@ class DenseState:
                 parameter.copy_(tensors[name])
             for name, bias in self.biases.items():
                 bias.copy_(tensors[name])
-        set_moments(self.optimizer.state, self.names, self.parameters, tensors, step)
-
-
-def moments(state: AdamState, names: list[str], parameters: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Return AdamW's moments by parameter name; zeros before the first step."""
-    found = {}
-    for name, parameter in zip(names, parameters):
-        of_parameter = state.get(parameter, {})
-        found[name + EXP_AVG] = of_parameter.get("exp_avg", torch.zeros_like(parameter)).detach()
-        found[name + EXP_AVG_SQ] = of_parameter.get("exp_avg_sq", torch.zeros_like(parameter)).detach()
-    return found
-
-
-def set_moments(
-    state: AdamState,
-    names: list[str],
-    parameters: Sequence[Tensor],
-    tensors: dict[str, Tensor],
-    step: int,
-) -> None:
-    """Restore AdamW's moments and step count."""
-    for name, parameter in zip(names, parameters):
-        state[parameter] = {
-            "step": torch.tensor(float(step)),
-            "exp_avg": tensors[name + EXP_AVG].clone(),
-            "exp_avg_sq": tensors[name + EXP_AVG_SQ].clone(),
-        }
+        self.adamw.load(self.names, self.parameters, tensors, step)

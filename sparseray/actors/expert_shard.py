@@ -5,14 +5,13 @@ after another, so no bit depends on which shard holds an expert. DeepSeekMoE, ar
 """
 
 from collections.abc import Sequence
-from typing import Any
 from zlib import crc32
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sparseray.actors.dense_state import moments, set_moments
+from sparseray.actors.adamw import AdamW
 from sparseray.actors.tree import TreeSum
 from sparseray.kernels.moe.reference import swiglu_backward, swiglu_forward
 from sparseray.model.config import ModelConfig
@@ -50,9 +49,7 @@ class ExpertShard:
         self.primary: list[Key] = []
         self.computed: dict[Key, int] = {}
         self.weights: dict[Key, list[Tensor]] = {}
-        self._adam: dict[str, Any] = {"betas": betas, "eps": eps, "weight_decay": weight_decay}
-        self._optimizer: torch.optim.AdamW | None = None
-        self._state: dict[Tensor, Any] = {}
+        self.adamw = AdamW(betas=betas, eps=eps, weight_decay=weight_decay)
         self.discard()
 
     def names(self, key: Key) -> list[str]:
@@ -76,24 +73,15 @@ class ExpertShard:
             primary: those of them whose gradient is summed here.
             computed: those that compute for some logical shard; None for `primary`.
         """
-        self._remember()
         self.owned, self.primary = list(owned), list(primary)
         self.computed = {key: row for row, key in enumerate(primary if computed is None else computed)}
-        flat = [weight for key in self.owned for weight in self.weights[key]]
-        self._optimizer = torch.optim.AdamW(flat, lr=0.0, fused=True, **self._adam) if flat else None
-        if self._optimizer is not None:
-            self._optimizer.state.update({w: self._state[w] for w in flat if w in self._state})
         self.discard()
-
-    def _remember(self) -> None:
-        if self._optimizer is not None:
-            self._state.update(self._optimizer.state)
 
     def trim(self) -> None:
         """Forget replicas that are held and not assigned."""
         for key in set(self.weights) - set(self.owned):
             for weight in self.weights.pop(key):
-                self._state.pop(weight, None)
+                self.adamw.forget(weight)
 
     def discard(self) -> None:
         """Forget saved activations and gradients of the step; the weights stay."""
@@ -220,26 +208,22 @@ class ExpertShard:
 
     def apply(self, *, lr: float, scale: float) -> None:
         """Update every replica held here once; forgets the gradients."""
-        if self._optimizer is None:
-            return
+        weights, gradients = [], []
         for key in self.owned:
             parts = torch.split(self.reduced[key].mul_(scale), [a * b for a, b in self.shapes])
-            for weight, part in zip(self.weights[key], parts):
-                weight.grad = part.view_as(weight)
-        self._optimizer.param_groups[0]["lr"] = lr
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+            weights += self.weights[key]
+            gradients += [part.view(shape) for part, shape in zip(parts, self.shapes)]
+        self.adamw.step(weights, gradients, lr=lr)
         self.discard()
 
     def tensors(self, keys: Sequence[Key]) -> dict[str, Tensor]:
         """Weights and moments of replicas held here, by logical name."""
-        self._remember()
         names = [name for key in keys for name in self.names(key)]
         weights = [weight for key in keys for weight in self.weights[key]]
-        return dict(zip(names, weights)) | moments(self._state, names, weights)
+        return dict(zip(names, weights)) | self.adamw.tensors(names, weights)
 
     def load(self, keys: Sequence[Key], tensors: dict[str, Tensor], step: int) -> None:
         """Take over replicas of `keys` as they are at optimizer step `step`."""
         for key in keys:
             self.weights[key] = [tensors[name].clone() for name in self.names(key)]
-            set_moments(self._state, self.names(key), self.weights[key], tensors, step)
+            self.adamw.load(self.names(key), self.weights[key], tensors, step)

@@ -1,7 +1,4 @@
-"""The Ray actor that a slot lives in: builds transport, metrics and state, then lets the slot serve.
-
-Ray starts, finds and ends it; everything else reaches the slot through its mailbox.
-"""
+"""What a slot's process holds: builds transport, metrics and state, then lets the slot serve."""
 
 import contextlib
 import json
@@ -37,6 +34,7 @@ from sparseray.model.transformer import cross_entropy_sum
 from sparseray.platform import checkpoint
 from sparseray.platform.config import RunConfig, from_dict
 from sparseray.platform.metrics import Metrics
+from sparseray.platform.priority import gently
 from sparseray.platform.transport import ZmqTransport, private_directory
 
 
@@ -155,7 +153,7 @@ HEARTBEAT_S = 0.1
 
 
 class Host:
-    """One slot as a Ray actor.
+    """One slot.
 
     Args:
         slot: slot id.
@@ -181,10 +179,12 @@ class Host:
         self._heartbeats = ""
         self._beating = threading.Thread(target=self._beat, daemon=True, name="heartbeat")
 
+    @property
     def address(self) -> str:
         """Address of the slot's inbox."""
         return self._transport.address
 
+    @property
     def metrics_address(self) -> str:
         """Host and port of the slot's `/metrics`, empty when there is none."""
         return self._metrics_address
@@ -203,8 +203,7 @@ class Host:
         self._heartbeats = body["heartbeats"]
         job = self._job_from(body)
         if not self._thread.is_alive():
-            self._slot.holdings = job.holdings()
-            warm_up(job, self._slot.holdings)
+            self._slot.holdings = gently(lambda: warm_holdings(job))
             self._thread.start()
             self._beating.start()
         return {
@@ -216,7 +215,7 @@ class Host:
         }
 
     def wait_for_end(self) -> None:
-        """Return when the slot has stopped serving; the scheduler's call to it fails when this process dies."""
+        """Return when the slot has stopped serving."""
         self._thread.join()
 
     def _job_from(self, body: dict[str, Any]) -> TrainingJob:
@@ -250,8 +249,9 @@ def process_namespace() -> str:
     return f"{boot.read_text().strip() if boot.exists() else ''}-{os.stat('/proc/self/ns/pid').st_ino}"
 
 
-def warm_up(job: TrainingJob, holdings: Holdings) -> None:
-    """Touch once what is slow the first time: dense weights, autograd, compiled loops."""
+def warm_holdings(job: TrainingJob) -> Holdings:
+    """Build a slot's state, empty, and touch once what is slow the first time: dense weights, autograd, compiled loops."""
+    holdings = job.holdings()
     dense = holdings.spare()
     if not job.is_serving:
         rehearse(job, dense)
@@ -264,6 +264,7 @@ def warm_up(job: TrainingJob, holdings: Holdings) -> None:
     if job.layout is not None:
         tokens_BT = torch.zeros(1, 8, dtype=torch.int64)
         job.layout.rows(job.config.model.dse.layers[0], tokens_BT)
+    return holdings
 
 
 def rehearse(job: TrainingJob, dense: DenseState) -> None:

@@ -21,7 +21,8 @@ from sparseray.errors import UserError
 from sparseray.log import get_logger
 from sparseray.platform.config import ClusterConfig
 from sparseray.platform.fleet import Loss, Member
-from sparseray.platform.host import Host, process_namespace
+from sparseray.platform.host import process_namespace
+from sparseray.platform.slot_actor import SlotActor
 from sparseray.platform.transport import ZmqTransport, private_directory
 
 log = get_logger(__name__)
@@ -46,7 +47,7 @@ def start_host(job: str, slot: int, config: ClusterConfig, *, is_detached: bool)
         options |= {"name": slot_name(job, slot), "namespace": NAMESPACE, "lifetime": "detached"}
         options["scheduling_strategy"] = "SPREAD"
     return (
-        ray.remote(Host)
+        ray.remote(SlotActor)
         .options(**options)
         .remote(
             slot=slot,

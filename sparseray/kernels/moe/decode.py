@@ -175,9 +175,15 @@ def plan_few_rows(topk_ids_TK: Tensor, num_experts: int, *, tile_rows: int) -> E
 
 def decode_config(rows_per_expert: float) -> LayerConfig:
     """Narrow tiles that keep many loads of weights in flight; taller ones as experts get more rows."""
-    m = 16 if rows_per_expert <= 8 else 32
-    up = TileConfig(n=64, k=128, group=4, warps=4, stages=3)
-    down = TileConfig(n=128, k=128, group=4, warps=4, stages=3)
+    if rows_per_expert > 24:
+        # One tile of 64 rows for nearly every expert: 32 rows would read the weights of half of them twice.
+        m = 64
+        up = TileConfig(n=128, k=64, group=4, warps=8, stages=4)
+        down = TileConfig(n=256, k=64, group=4, warps=8, stages=4)
+    else:
+        m = 16 if rows_per_expert <= 8 else 32
+        up = TileConfig(n=64, k=128, group=4, warps=4, stages=3)
+        down = TileConfig(n=128, k=128, group=4, warps=4, stages=3)
     return LayerConfig(
         m=m, up=up, down=down, act_grad=up, input_grad=down, weight_grad=down, weight_grad_rows=64
     )

@@ -1,0 +1,75 @@
+"""AdamW on whatever parameters a slot holds: torch's fused update and the moments by parameter."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+EXP_AVG, EXP_AVG_SQ = "@exp_avg", "@exp_avg_sq"
+
+
+class AdamW:
+    """Moments of parameters that come and go, and their update; matrices decay, vectors do not.
+
+    Only the function of torch's optimizer: its class loads torch's compiler when it is built, 1.3 s of processor
+    time and some 100 MB in every slot that starts.
+
+    Args:
+        betas, eps, weight_decay: as in Loshchilov and Hutter, arXiv 1711.05101.
+    """
+
+    def __init__(self, *, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
+        self.betas, self.eps, self.weight_decay = betas, eps, weight_decay
+        self._moments: dict[Tensor, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def _of(self, parameter: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Step count, first and second moment; zeros before the first step."""
+        zeros = torch.zeros_like(parameter, requires_grad=False)
+        return self._moments.get(parameter) or (torch.tensor(0.0), zeros, zeros.clone())
+
+    @torch.no_grad()
+    def step(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor], *, lr: float) -> None:
+        """Update parameters in place, each with the gradient of its shape."""
+        for decays in (True, False):
+            chosen = [(p, g) for p, g in zip(parameters, gradients) if (p.ndim >= 2) == decays]
+            if not chosen:
+                continue
+            for parameter, _ in chosen:
+                self._moments[parameter] = self._of(parameter)
+            counts, first, second = zip(*(self._moments[parameter] for parameter, _ in chosen))
+            adamw(
+                [parameter for parameter, _ in chosen],
+                [gradient for _, gradient in chosen],
+                list(first),
+                list(second),
+                [],
+                list(counts),
+                fused=True,
+                amsgrad=False,
+                beta1=self.betas[0],
+                beta2=self.betas[1],
+                lr=lr,
+                weight_decay=self.weight_decay if decays else 0.0,
+                eps=self.eps,
+                maximize=False,
+            )
+
+    def forget(self, parameter: Tensor) -> None:
+        """Drop the moments of a parameter."""
+        self._moments.pop(parameter, None)
+
+    def tensors(self, names: Sequence[str], parameters: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Return both moments by the parameter's name."""
+        found = {}
+        for name, parameter in zip(names, parameters):
+            _, found[name + EXP_AVG], found[name + EXP_AVG_SQ] = self._of(parameter)
+        return found
+
+    def load(
+        self, names: Sequence[str], parameters: Sequence[Tensor], tensors: dict[str, Tensor], step: int
+    ) -> None:
+        """Restore what `tensors` gave, at a step count."""
+        for name, parameter in zip(names, parameters):
+            first, second = (tensors[name + part].clone() for part in (EXP_AVG, EXP_AVG_SQ))
+            self._moments[parameter] = (torch.tensor(float(step)), first, second)
