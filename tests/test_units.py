@@ -3,6 +3,10 @@
 import contextlib
 import itertools
 import math
+import os
+import subprocess
+import sys
+import threading
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +19,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sparseray.actors.adamw import AdamW
 from sparseray.actors.assignment import Plan
 from sparseray.actors.mailbox import Mailbox
 from sparseray.actors.messages import Message, decode, encode
@@ -24,6 +29,7 @@ from sparseray.model.config import preset
 from sparseray.platform.config import OptimConfig, RunConfig, from_dict, load_yaml, parse, save_yaml, to_dict
 from sparseray.platform.journal import Journal
 from sparseray.platform.plan import make_plan, num_slots
+from sparseray.platform.priority import NICENESS, gently
 from sparseray.platform.training import learning_rate
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -327,3 +333,54 @@ def test_learning_rate_rises_linearly_and_falls_to_its_floor() -> None:
     assert math.isclose(learning_rate(500, optim, 110), 0.1)
     assert learning_rate(1, OptimConfig(lr=1.0, warmup_steps=0), 5) <= 1.0
     assert learning_rate(1, OptimConfig(lr=1.0, warmup_steps=20), 5) == 0.05
+
+
+# -- what a slot is made of --------------------------------------------------------------------------
+
+
+def test_adamw_is_torchs_to_the_bit_also_after_a_move() -> None:
+    generator = torch.Generator().manual_seed(0)
+    theirs = [torch.randn(5, 3, generator=generator), torch.randn(7, generator=generator)]
+    ours, names = [p.clone() for p in theirs], ["matrix", "vector"]
+    optim: dict[str, Any] = {"betas": (0.9, 0.95), "eps": 1e-8}
+    groups = [{"params": theirs[:1], "weight_decay": 0.1}, {"params": theirs[1:], "weight_decay": 0.0}]
+    peer = torch.optim.AdamW(groups, fused=True, **optim)
+    adamw = AdamW(weight_decay=0.1, **optim)
+    for step in range(1, 7):
+        gradients = [torch.randn(p.shape, generator=generator) for p in theirs]
+        for parameter, gradient in zip(theirs, gradients):
+            parameter.grad = gradient.clone()
+        for group in peer.param_groups:
+            group["lr"] = 0.01 / step
+        peer.step()
+        adamw.step(ours, gradients, lr=0.01 / step)
+        if step == 3:
+            moved, adamw = adamw.tensors(names, ours), AdamW(weight_decay=0.1, **optim)
+            adamw.load(names, ours, moved, step)
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="priorities of threads are Linux's")
+def test_gentle_work_has_a_low_priority_and_leaves_the_callers_as_it_is() -> None:
+    def niceness() -> int:
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    before = niceness()
+    assert gently(niceness) == max(NICENESS, before)
+    assert niceness() == before
+    with pytest.raises(ZeroDivisionError):
+        gently(lambda: 1 // 0)
+
+
+def test_a_slots_state_is_built_without_torchs_compiler() -> None:
+    # It would cost every slot that starts beside a running job 1.3 s of processor time.
+    program = (
+        "import sys; from dataclasses import replace; from sparseray.actors.dense_state import DenseState; from sparseray.model.config import DSEConfig, preset;"
+        "config = replace(preset('tiny'), dse=DSEConfig());"
+        "state = DenseState(config, None, seed=0, num_shards=1, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1);"
+        "print('torch._dynamo' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    assert done.stdout.strip() == "False"
