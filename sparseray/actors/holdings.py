@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from sparseray.actors.assignment import Piece, Plan
 from sparseray.actors.adamw import EXP_AVG, EXP_AVG_SQ
+from sparseray.actors.assignment import Piece, Plan
 from sparseray.actors.dense_state import DenseState
 from sparseray.actors.expert_shard import ExpertShard
 from sparseray.actors.memory_shard import MemoryShard
