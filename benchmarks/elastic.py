@@ -44,13 +44,14 @@ PARTS: dict[str, Callable[[Bench], None]] = {
 MORE_STEPS_THAN_ANY_RUN = 100_000
 
 
-def run_config(data: str, sequences: int) -> RunConfig:
-    """The tiny model with few sequences a step; nothing but steps in the run."""
+def run_config(data: str, sequences: int, seq_len: int) -> RunConfig:
+    """The tiny model with few and short sequences a step; nothing but steps in the run."""
     config = load_yaml(ROOT / "configs" / "tiny.yaml")
     train = replace(
         config.train,
         steps=MORE_STEPS_THAN_ANY_RUN,
         sequences_per_shard=sequences,
+        seq_len=seq_len,
         checkpoint_every=0,
         eval_every=0,
         eval_batches=1,
@@ -105,6 +106,7 @@ def options_of() -> argparse.Namespace:
     parser.add_argument(
         "--sequences", type=int, default=1, help="train.sequences_per_shard: how long a step is"
     )
+    parser.add_argument("--seq_len", type=int, default=96, help="train.seq_len: likewise")
     parser.add_argument("--minutes", type=float, default=10.0, help="of the goodput part")
     parser.add_argument("--cycles", type=int, default=50, help="resizes up and down in the soak")
     parser.add_argument("--kills", type=int, default=100, help="kills in the soak")
@@ -130,7 +132,7 @@ def main() -> int:
     folder = folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)
     bench = Bench(
-        config=run_config(options.data, options.sequences),
+        config=run_config(options.data, options.sequences, options.seq_len),
         folder=folder,
         repeats=options.repeats,
         steps=options.steps,
