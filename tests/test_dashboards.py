@@ -23,6 +23,7 @@ from sparseray.dashboards.panels import series
 from sparseray.dashboards.rules import ALERTS, RECORDS
 from sparseray.jobs import dashboard
 from sparseray.jobs.dashboards import FOLDER, generated, main, names_in, ray_token, read_dashboards
+from sparseray.jobs.figures import Key, Readings, lines
 from sparseray.jobs.http_server import HttpServer
 from sparseray.jobs.records import QUERIES
 from sparseray.platform.metrics_registry import REGISTRY
@@ -183,6 +184,29 @@ def test_dashboards_are_installed_where_grafana_reads(
     assert "replaced an older" in capsys.readouterr().out
     assert len(list(path.glob("*.json"))) == len(DASHBOARDS)
     assert [p.name for p in sorted((ray / "provisioning").rglob("*.yml"))] == ["default.yml"] * 2
+
+
+def test_figures_of_two_looks_are_rates_and_a_restarted_process_counts_from_zero() -> None:
+    def look(tokens: float, count: float, total: float) -> dict[Key, float]:
+        server, of = "server", frozenset[tuple[str, str]]()
+        return {
+            (server, "requests_open", of): 2.0,
+            (server, "generation_tokens_total", of): tokens,
+            (server, "time_to_first_token_seconds_count", of): count,
+            (server, "time_to_first_token_seconds_sum", of): total,
+        }
+
+    before, now = look(100.0, 4.0, 1.0), look(140.0, 6.0, 1.1)
+    later = Readings("served", now, before, 2.0, 1)
+    assert later.rate("generation_tokens_total") == 20.0
+    assert later.mean("time_to_first_token_seconds") == pytest.approx(0.05)
+    assert later.values("requests_open", model="other") == []
+    text = "\n".join(lines(later))
+    assert "20.0 tokens/s" in text and "first token 50.0 ms" in text and "1 silent" in text
+    first = Readings("served", now, {}, 0.0, 0)
+    assert first.rate("generation_tokens_total") is None
+    assert first.mean("time_to_first_token_seconds") == pytest.approx(1.1 / 6)
+    assert Readings("served", look(5.0, 0.0, 0.0), now, 2.0, 0).rate("generation_tokens_total") is None
 
 
 def free_port() -> int:

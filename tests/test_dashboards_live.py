@@ -177,6 +177,15 @@ def test_values_are_fresh_and_of_both_runs(live: Live) -> None:
     assert all(series["value"][1] == "1" for series in live.prometheus.now('up{job="sparseray"}'))
 
 
+def test_the_terminal_shows_the_same_figures(live: Live) -> None:
+    shown = sparseray("top", "--once", "--run_dir", str(live.run_dir), env=live.env, timeout=60.0)
+    assert shown.returncode == 0, shown.stderr
+    text = " ".join(shown.stdout.split())
+    assert "figures of run" in text and "figures of served" in text
+    wanted = "gradient norm, load at most, gate, selected, from the own slot, s old, in the batch, first token, answer"
+    assert [word for word in wanted.split(", ") if word not in text] == []
+
+
 def listener(address: str) -> psutil.Process:
     port = int(address.rsplit(":", 1)[1])
     for process in psutil.process_iter():

@@ -1,4 +1,8 @@
-"""The `top` command: a running job live in the terminal: speed, loss, load of the experts, slots, events."""
+"""The `top` command: a running job live in the terminal: speed, loss, load of the experts, slots, events.
+
+Below it the figures that the dashboards show, of every live run and server of this user; where no job trains, they
+stand alone.
+"""
 
 import argparse
 import sys
@@ -11,9 +15,11 @@ from rich.live import Live
 from rich.text import Text
 
 from sparseray.errors import SchedulerLostError, UserError
+from sparseray.jobs.figures import Figures, Readings, lines
 from sparseray.jobs.running import add_run_dir, connect
 from sparseray.jobs.status import events, head, slots
 from sparseray.platform import config as configuration
+from sparseray.platform.registry import registered_runs
 
 EXAMPLE = """example:
   python -m sparseray top
@@ -37,8 +43,13 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--once", action="store_true", help="one look, and end")
     add_run_dir(parser)
     options = parser.parse_args(list(arguments))
+    every_s = max(0.1, options.every)
     try:
-        return watch(connect(options.run_dir), every_s=max(0.1, options.every), is_once=options.once)
+        # A server alone is no job, and has figures all the same.
+        is_job = bool(options.run_dir or registered_runs())
+        if not is_job and watch_figures(every_s=every_s, is_once=options.once):
+            return 0
+        return watch(connect(options.run_dir), every_s=every_s, is_once=options.once)
     except UserError as error:
         return configuration.die(error)
     except SchedulerLostError as error:
@@ -52,7 +63,7 @@ def watch(scheduler: Any, *, every_s: float, is_once: bool) -> int:
     """Show the job until it ends; a scheduler that is being restarted is waited for."""
     from sparseray.platform.cluster import ask
 
-    console = Console()
+    console, figures = Console(), Figures()
     with Live(console=console, auto_refresh=False, screen=console.is_terminal and not is_once) as live:
         heard = time.monotonic()
         while True:
@@ -67,12 +78,37 @@ def watch(scheduler: Any, *, every_s: float, is_once: bool) -> int:
                 )
                 time.sleep(every_s)
                 continue
-            live.update(picture(found), refresh=True)
+            live.update(Group(picture(found), below(figures.look())), refresh=True)
             if is_once or found["state"] not in ("starting", "training", "stopping"):
                 break
             time.sleep(every_s)
     console.print(f"the job is {found['state']}")
     return 0
+
+
+def watch_figures(*, every_s: float, is_once: bool) -> bool:
+    """Show the figures alone for as long as there are any; False when there were none."""
+    console, figures = Console(), Figures()
+    readings = figures.look()
+    if not any(reading.processes for reading in readings):
+        return False
+    with Live(console=console, auto_refresh=False, screen=console.is_terminal and not is_once) as live:
+        while any(reading.processes for reading in readings):
+            live.update(below(readings), refresh=True)
+            if is_once:
+                break
+            time.sleep(every_s)
+            readings = figures.look()
+    return True
+
+
+def below(readings: Sequence[Readings]) -> RenderableType:
+    """The figures of every run under its name."""
+    text = Text()
+    for reading in readings:
+        text.append(f"figures of {reading.run}\n", style="bold")
+        text.append("".join(f"{line}\n" for line in lines(reading)))
+    return text
 
 
 def picture(found: dict[str, Any]) -> RenderableType:
