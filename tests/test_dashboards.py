@@ -5,9 +5,7 @@ import shutil
 import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import httpx
@@ -90,31 +88,17 @@ def test_every_alert_has_its_lines_in_the_runbook() -> None:
     assert headings == [alert.name for alert in ALERTS]
 
 
-def test_prometheus_is_set_up_for_live_runs_for_given_runs_and_for_ray_with_its_token(
-    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_prometheus_is_set_up_for_all_live_runs_for_given_ones_and_with_rays_token(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SPARSERAY_STATE_DIR", str(tmp_path / "state"))
-    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
-    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
-    (tmp_path / "token").write_text("secret\n")
-    with ray_head("secret") as address:
-        assert main(["prometheus", "--out", str(tmp_path / "p"), "--ray", address]) == 0
-        written = yaml.safe_load((tmp_path / "p" / "prometheus.yml").read_text())
-        ours, ray = written["scrape_configs"]
-        assert ours["file_sd_configs"][0]["files"] == [str(tmp_path / "state" / "prometheus_targets.json")]
-        assert ray["http_sd_configs"] == [
-            {
-                "url": f"{address}/api/prometheus/sd",
-                "refresh_interval": "5s",
-                "authorization": {"type": "Bearer", "credentials_file": str(tmp_path / "token")},
-            }
-        ]
-        if PROMTOOL is not None:
-            config = str(tmp_path / "p" / "prometheus.yml")
-            assert subprocess.run([PROMTOOL, "check", "config", config], capture_output=True).returncode == 0
-        (tmp_path / "token").write_text("wrong")
-        assert main(["prometheus", "--out", str(tmp_path / "p"), "--ray", address]) == 2
-        assert "answers 401" in capsys.readouterr().err
+    assert main(["prometheus", "--out", str(tmp_path / "p")]) == 0
+    ours, ray = yaml.safe_load((tmp_path / "p" / "prometheus.yml").read_text())["scrape_configs"]
+    assert ours["file_sd_configs"][0]["files"] == [str(tmp_path / "state" / "prometheus_targets.json")]
+    assert ray["file_sd_configs"][0]["files"][0].endswith("prom_metrics_service_discovery.json")
+    if PROMTOOL is not None:
+        config = str(tmp_path / "p" / "prometheus.yml")
+        assert subprocess.run([PROMTOOL, "check", "config", config], capture_output=True).returncode == 0
     monkeypatch.setenv("RAY_AUTH_TOKEN", "given")
     token, file = ray_token(tmp_path)
     assert token == "given" and Path(file).read_text() == "given" and Path(file).stat().st_mode & 0o77 == 0
@@ -122,31 +106,6 @@ def test_prometheus_is_set_up_for_live_runs_for_given_runs_and_for_ray_with_its_
     written = yaml.safe_load((tmp_path / "p" / "prometheus.yml").read_text())
     files = written["scrape_configs"][0]["file_sd_configs"][0]["files"]
     assert files == [str(run_dir / "prometheus_targets.json")]
-
-
-class ray_head:
-    """Answers as the dashboard of a Ray head does: 401 without its token, a list of targets with it."""
-
-    def __init__(self, token: str) -> None:
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                is_known = self.headers.get("Authorization") == f"Bearer {token}"
-                self.send_response(200 if is_known else 401)
-                self.end_headers()
-                self.wfile.write(b"[]")
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        self._server = HTTPServer(("127.0.0.1", 0), Handler)
-
-    def __enter__(self) -> str:
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-        return f"http://127.0.0.1:{self._server.server_port}"
-
-    def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
 
 
 def test_dashboards_are_installed_where_grafana_reads(

@@ -249,7 +249,7 @@ def test_bf16_layer_on_the_gpu_is_close_to_fp64_and_repeats_its_bits(
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("T", [1, 8, 100])
+@pytest.mark.parametrize("T", [1, 8, 50, 100])
 def test_decode_in_a_cuda_graph_equals_the_training_form(T: int) -> None:
     torch.manual_seed(0)
     ids = distinct_ids(T, 16, 4)
