@@ -25,6 +25,8 @@ from sparseray.kernels.nsa.tiles import next_power_of_2, precision, split_width
 
 TARGET_PROGRAMS = 528
 """Programs that fill an H100 or H200 (132 multiprocessors) four deep."""
+SCORE_BLOCKS = 16
+"""Selection blocks that one program scores, for all heads of a group: few, so that two warps do."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,10 +140,11 @@ def nsa_decode(
         SPLITS=cmp_splits,
         PAGE=cmp_cache[0].shape[1], LEN=block, STRIDE=stride, **tile, num_warps=4, num_stages=3,
     )  # fmt: skip
-    block_score_kernel[(triton.cdiv(blocks, 64), num_kv, batch * query_len)](
+    block_score_kernel[(triton.cdiv(blocks, SCORE_BLOCKS), num_kv, batch * query_len)](
         w.logits, w.part_max, w.part_sum, context_lens, w.scores, w.logits.shape[1], blocks, parts,
-        H=num_kv, G=group, GP=gp, LQ=query_len, BJ=64, SPLITS=cmp_splits, SP=next_power_of_2(cmp_splits),
-        LEN=block, STRIDE=stride, SELECT=select_block, num_warps=4,
+        H=num_kv, G=group, GP=gp, LQ=query_len, BJ=SCORE_BLOCKS, SPLITS=cmp_splits,
+        SP=next_power_of_2(cmp_splits),
+        LEN=block, STRIDE=stride, SELECT=select_block, num_warps=2,
     )  # fmt: skip
     sparse_split_kernel[(slc_splits + win_splits, num_kv, batch * query_len)](
         q, *slc_cache, *win_cache, slc_table, win_table, context_lens, w.scores, w.part_max, w.part_sum,
@@ -152,10 +155,10 @@ def nsa_decode(
         BN=max(16, next_power_of_2(select_block)), BK=64, SELECT=select_block, WIN=window,
         INITIAL=num_initial,
         LOCAL=num_local, SLC_PAGE=slc_cache[0].shape[1], WIN_PAGE=win_cache[0].shape[1], **tile,
-        num_warps=4, num_stages=2,
+        num_warps=4, num_stages=3,
     )  # fmt: skip
     merge_kernel[(batch * query_len * heads,)](
         w.part_max, w.part_sum, w.part_out, gates, out, parts, CMP=cmp_splits, SLC=slc_splits,
-        PP=next_power_of_2(parts), DV=value_dim, DVP=max(16, next_power_of_2(value_dim)), num_warps=4,
+        PP=next_power_of_2(parts), DV=value_dim, DVP=max(16, next_power_of_2(value_dim)), num_warps=1,
     )  # fmt: skip
     return out
