@@ -274,7 +274,8 @@ def test_a_real_ray_head_that_asks_for_its_token_is_scraped(
         monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "other"))
         (tmp_path / "other").write_text("wrong")
         assert dashboards.main([*write, address]) == 2
-        assert "answers 401" in capsys.readouterr().err
+        told = capsys.readouterr().err
+        assert "answers 403" in told and "set RAY_AUTH_TOKEN" in told
 
 
 def stream(url: str, max_tokens: int) -> tuple[float, float]:
