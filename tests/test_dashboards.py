@@ -165,6 +165,11 @@ def test_figures_of_two_looks_are_rates_and_a_restarted_process_counts_from_zero
     first = Readings("served", now, {}, 0.0, 0)
     assert first.rate("generation_tokens_total") is None
     assert first.mean("time_to_first_token_seconds") == pytest.approx(1.1 / 6)
+    tiers = {
+        ("slot-0", "dse_lookups_total", frozenset({("tier", t)})): n
+        for t, n in (("local", 3.0), ("remote", 9.0))
+    }
+    assert Readings("run", tiers, {}, 0.0, 0).share("dse_lookups_total", tier="local") == 0.25
     assert Readings("served", look(5.0, 0.0, 0.0), now, 2.0, 0).rate("generation_tokens_total") is None
 
 

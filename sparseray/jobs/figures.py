@@ -54,6 +54,13 @@ class Readings:
                 grown += max(0.0, value - self._before.get(key, value))
         return grown / self.seconds if self.seconds and grown else None
 
+    def share(self, name: str, **labels: str) -> float | None:
+        """Part of a counter that the series with these labels have: since the last look, else of all time."""
+        part, whole = self.rate(name, **labels) or 0.0, self.rate(name)
+        if whole is None:
+            part, whole = sum(self.values(name, **labels)), sum(self.values(name))
+        return part / whole if whole else None
+
     def mean(self, name: str) -> float | None:
         """Mean of what a histogram observed since the last look; over all time at the first."""
         count, total = self.rate(f"{name}_count"), self.rate(f"{name}_sum")
@@ -176,14 +183,13 @@ def _attention(r: Readings) -> list[str]:
 
 
 def _memory(r: Readings) -> list[str]:
-    every, fetch = r.rate("dse_lookups_total"), r.mean("dse_fetch_seconds")
-    own = r.rate("dse_lookups_total", tier="local") or 0.0
+    fetch = r.mean("dse_fetch_seconds")
     return _texts(
         (
             ("gate {:.2f}", _of(r.values("dse_gate_mean"), _average)),
             ("{:,.0f} rows/s", r.rate("dse_rows_total")),
             ("{:.0%} of them distinct", _of([v for v in r.values("dse_unique_row_ratio") if v], _average)),
-            ("{:.0%} from the own slot", own / every if every else None),
+            ("{:.0%} from the own slot", r.share("dse_lookups_total", tier="local")),
             ("a fetch {:.1f} ms", fetch * 1e3 if fetch else None),
             ("tables {:.1f} MB", _of([v / 1e6 for v in r.values("dse_table_bytes")], sum)),
         )

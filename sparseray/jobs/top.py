@@ -27,6 +27,7 @@ EXAMPLE = """example:
 """
 BARS = " ▁▂▃▄▅▆▇█"
 LOST_S = 60.0
+RATES_S = 1.0
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -63,7 +64,7 @@ def watch(scheduler: Any, *, every_s: float, is_once: bool) -> int:
     """Show the job until it ends; a scheduler that is being restarted is waited for."""
     from sparseray.platform.cluster import ask
 
-    console, figures = Console(), Figures()
+    console, figures = Console(), first_look(is_once)
     with Live(console=console, auto_refresh=False, screen=console.is_terminal and not is_once) as live:
         heard = time.monotonic()
         while True:
@@ -86,9 +87,17 @@ def watch(scheduler: Any, *, every_s: float, is_once: bool) -> int:
     return 0
 
 
+def first_look(is_once: bool) -> Figures:
+    """Figures to look at; where there is to be one look only, it has another before it, since rates need two."""
+    figures = Figures()
+    if is_once and figures.look():
+        time.sleep(RATES_S)
+    return figures
+
+
 def watch_figures(*, every_s: float, is_once: bool) -> bool:
     """Show the figures alone for as long as there are any; False when there were none."""
-    console, figures = Console(), Figures()
+    console, figures = Console(), first_look(is_once)
     readings = figures.look()
     if not any(reading.processes for reading in readings):
         return False

@@ -2,7 +2,7 @@
 
 1. `compressed_split_kernel`: attention over a part of the compressed tokens, its logits kept;
 2. `block_score_kernel`: logits to scores of selection blocks; 3. `sparse_split_kernel`: top n (found again by
-every program, cheaper than a launch), then attention over a part of the selected blocks or of the window;
+every program), then attention over a part of the selected blocks or of the window;
 4. `merge_kernel`: the three softmaxes put together under their gates.
 Sequence lengths are read on the device, so a captured graph serves growing sequences.
 """
