@@ -141,6 +141,8 @@ def goodput(bench: Bench) -> None:
             what="the same from outside: steps made times the median step before the first kill, over the time from then",
             measured=f"{outside:.3f} ({steps} steps in {wall:.0f} s, {step * 1e3:.0f} ms; the same sum without kills: "
             f"{steady:.3f})",
+            target=f"at least {GOODPUT:.2f}",
+            is_met=outside >= GOODPUT,
         )
     )
     bench.compare_losses("goodput", run)

@@ -8,6 +8,7 @@ import contextlib
 import json
 import re
 import shutil
+import subprocess
 import sys
 import tempfile
 import threading
@@ -26,7 +27,7 @@ import yaml
 from background import Background, end_leftovers, environment, free_ports, sparseray
 from browser import CHROMIUM, NO_CHROMIUM, cards, document
 from local_cluster import tiny_run, train
-from watching import MISSING, PROMETHEUS, Prometheus, lint
+from watching import MISSING, PROMETHEUS, PROMTOOL, Prometheus, lint
 
 from sparseray.dashboards.cluster import CLUSTER
 from sparseray.dashboards.generate import EVENTS
@@ -264,7 +265,16 @@ def test_a_real_ray_head_that_asks_for_its_token_is_scraped(
     with ray_head(token) as address:
         assert dashboards.main([*write, address]) == 0
         ray = yaml.safe_load((tmp_path / "p" / "prometheus.yml").read_text())["scrape_configs"][1]
-        assert ray["http_sd_configs"][0]["authorization"]["credentials_file"] == str(token)
+        assert ray["http_sd_configs"] == [
+            {
+                "url": f"{address}/api/prometheus/sd",
+                "refresh_interval": "5s",
+                "authorization": {"type": "Bearer", "credentials_file": str(token)},
+            }
+        ]
+        if PROMTOOL is not None:
+            config = str(tmp_path / "p" / "prometheus.yml")
+            assert subprocess.run([PROMTOOL, "check", "config", config], capture_output=True).returncode == 0
         prometheus = Prometheus(tmp_path / "p" / "prometheus.yml", tmp_path / "data")
         try:
             prometheus.wait_for('up{job="ray"} == 1', 60.0)

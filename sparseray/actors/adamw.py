@@ -25,8 +25,11 @@ class AdamW:
 
     def _of(self, parameter: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Step count, first and second moment; zeros before the first step."""
-        zeros = torch.zeros_like(parameter, requires_grad=False)
-        return self._moments.get(parameter) or (torch.tensor(0.0), zeros, zeros.clone())
+        known = self._moments.get(parameter)
+        if known is None:
+            first, second = (torch.zeros_like(parameter, requires_grad=False) for _ in range(2))
+            known = (torch.tensor(0.0), first, second)
+        return known
 
     @torch.no_grad()
     def step(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor], *, lr: float) -> None:
