@@ -15,7 +15,7 @@ import triton_interpreter  # Must come before anything that imports Triton.
 from torch import Tensor
 
 from sparseray.errors import ConfigError
-from sparseray.kernels.nsa import branches, tuning
+from sparseray.kernels.nsa import branches, inverse, tuning
 from sparseray.kernels.nsa.attention import nsa_attention
 from sparseray.kernels.nsa.branches import selects_all
 from sparseray.kernels.nsa.compress import compress
@@ -45,10 +45,11 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     if HAS_GPU:
         return
     for name, launch in tuning.LAUNCH.items():
-        small = {"rows": 16, "keys": 16, "chunk": 32 if name == "score" else 8}
+        small = {"rows": 16, "keys": 16, "chunk": 32, "part": 8}
         if name == "range_dkdv":
             small |= {"split": 16, "programs": 64}
         monkeypatch.setitem(tuning.LAUNCH, name, {k: small.get(k, v) for k, v in launch.items()})
+    monkeypatch.setattr(inverse, "PARTIAL_BYTES", 1 << 16)
 
 
 def draw(

@@ -17,8 +17,7 @@ from sparseray.kernels.nsa.gates import combine, prepare_backward
 from sparseray.kernels.nsa.geometry import COMPRESSED, KEYS, WINDOW, Geometry, packed, uniform
 from sparseray.kernels.nsa.range_backward import range_backward
 from sparseray.kernels.nsa.reference import check_blocks
-from sparseray.kernels.nsa.selected_backward import selected_key_gradient
-from sparseray.kernels.nsa.selected_forward import selected_query_gradient
+from sparseray.kernels.nsa.selected_backward import selected_backward
 from sparseray.kernels.nsa.top_n import query_positions
 
 
@@ -59,14 +58,9 @@ class _Nsa(torch.autograd.Function):
                 scale=b.scale, add=False,
             )  # fmt: skip
         else:
-            positions = query_positions(geometry)
-            selected_query_gradient(
-                q, k_slc, v_slc, do, row_lse[1], row_dg[1], dq, index, positions, geometry,
+            dk_slc, dv_slc = selected_backward(
+                q, k_slc, v_slc, do, row_lse[1], row_dg[1], dq, index, query_positions(geometry), geometry,
                 select_block=b.select_block, scale=b.scale, add=False,
-            )  # fmt: skip
-            dk_slc, dv_slc = selected_key_gradient(
-                q, k_slc, v_slc, do, row_lse[1], row_dg[1], index, positions, geometry,
-                select_block=b.select_block, scale=b.scale,
             )  # fmt: skip
         dk_cmp, dv_cmp = range_backward(
             q, k_cmp, v_cmp, do, row_lse[0], row_dg[0], dq, geometry, kind=COMPRESSED, block=b.block,

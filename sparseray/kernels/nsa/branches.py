@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from sparseray.kernels.nsa.geometry import COMPRESSED, KEYS, WINDOW, Geometry
+from sparseray.kernels.nsa.inverse import pays_by_block
 from sparseray.kernels.nsa.range_forward import range_forward
+from sparseray.kernels.nsa.selected_by_block import selected_by_block
 from sparseray.kernels.nsa.selected_forward import selected_forward
 from sparseray.kernels.nsa.top_n import query_positions, select_blocks
 
@@ -74,10 +76,16 @@ def forward_branches(
             num_selected=b.num_selected, num_initial=b.num_initial, num_local=b.num_local, scale=b.scale,
             table=tables[0],
         )  # fmt: skip
-        o_slc, lse_slc = selected_forward(
-            q, *slc, index, query_positions(geometry), geometry, select_block=b.select_block, scale=b.scale,
-            table=tables[1],
-        )  # fmt: skip
+        positions = query_positions(geometry)
+        if tables[1] is None and pays_by_block(q.shape[1] // slc[0].shape[-2]):
+            o_slc, lse_slc = selected_by_block(
+                q, *slc, index, positions, geometry, select_block=b.select_block, scale=b.scale
+            )
+        else:
+            o_slc, lse_slc = selected_forward(
+                q, *slc, index, positions, geometry, select_block=b.select_block, scale=b.scale,
+                table=tables[1],
+            )  # fmt: skip
     o_win, lse_win = range_forward(
         q, *win, geometry, kind=WINDOW, block=1, stride=1, window=b.window, scale=b.scale, table=tables[2]
     )

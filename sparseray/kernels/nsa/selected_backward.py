@@ -1,11 +1,11 @@
-"""Key and value gradients of the selected branch: for every block, the queries that selected it.
+"""Gradients of the selected branch.
 
-The inverse of the selection is a compressed-row table made by a stable sort, so the queries of a block are in
-ascending order and the sums are bitwise repeatable. Block 0 is read by every query: rows longer than `chunk`
-are cut into parts with fp32 partial sums that a second kernel adds in order. No atomics.
+A program takes one block and the queries that selected it (`inverse.py`) and adds up dk and dv of the block.
+For small groups it also writes what each (query, block) pair gives to dq, which a second kernel adds in
+ascending order of the blocks; the queries then come a chunk at a time, and dk and dv stay in fp32 between
+chunks. Large groups take dq query by query (`selected_forward.py`): there the pairs' rows would be more bytes
+than the keys. No atomics: the same inputs give the same bits.
 """
-
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -13,79 +13,29 @@ import triton.language as tl
 from torch import Tensor
 
 from sparseray.kernels.nsa.geometry import KEYS, Geometry
+from sparseray.kernels.nsa.inverse import Inverse, invert_selection, pays_by_block, queries_per_chunk
 from sparseray.kernels.nsa.range_forward import LOG2E, tokens_per_tile
-from sparseray.kernels.nsa.selected_forward import query_sequences, shared_constants
-from sparseray.kernels.nsa.tiles import load_tile, store_tile
+from sparseray.kernels.nsa.selected_forward import selected_query_gradient, shared_constants
+from sparseray.kernels.nsa.tiles import add_tile, load_tile, next_power_of_2, store_tile
 from sparseray.kernels.nsa.tuning import launch_for
 
 
-@dataclass(frozen=True, kw_only=True)
-class InverseSelection:
-    """Which queries selected each block, and the parts the rows are cut into.
-
-    Attributes:
-        queries: int32 [entries], packed query index, rows one after the other.
-        starts: int64 [rows + 1]; a row is (key/value head, packed block).
-        parts: int32 [programs, 4]: row (-1: none), part inside the row, parts of the row, first partial slot.
-        num_slots: upper bound of the fp32 partial sums.
-    """
-
-    queries: Tensor
-    starts: Tensor
-    parts: Tensor
-    num_slots: int
-
-
-def invert_selection(index: Tensor, geometry: Geometry, *, select_block: int, chunk: int) -> InverseSelection:
-    """Build the table without a host synchronisation; equal keys keep the order of the queries."""
-    tokens, num_kv, n = index.shape
-    meta = geometry.meta
-    blocks = (meta[:, 7] + select_block - 1) // select_block
-    first = blocks.cumsum(0) - blocks
-    num_blocks = geometry.num_tiles(KEYS, select_block)
-    rows = num_kv * num_blocks
-    head = torch.arange(num_kv, device=index.device, dtype=torch.int32)[None, :, None] * num_blocks
-    base = first[query_sequences(geometry).long()].int()[:, None, None]
-    keys = torch.where(index < 0, rows, index + base + head).flatten()
-    keys, order = keys.sort(stable=True)
-    starts = torch.searchsorted(keys, torch.arange(rows + 1, device=index.device, dtype=torch.int32))
-    queries = (order // (num_kv * n)).int()
-    counts = starts[1:] - starts[:-1]
-    parts = ((counts + chunk - 1) // chunk).clamp(min=1)
-    ends = parts.cumsum(0)
-    shared = torch.where(parts > 1, parts, torch.zeros_like(parts))
-    slot = shared.cumsum(0) - shared
-    entries = tokens * num_kv * n
-    ids = torch.arange(rows + entries // chunk, device=index.device)
-    row = torch.searchsorted(ends, ids, right=True)
-    known = row.clamp(max=rows - 1)
-    part = ids - (ends - parts)[known]
-    row = torch.where(row < rows, row, torch.full_like(row, -1))
-    table = torch.stack([row, part, parts[known], slot[known]], 1).int().contiguous()
-    return InverseSelection(queries=queries, starts=starts, parts=table, num_slots=2 * (entries // chunk) + 1)
-
-
 @triton.jit
-def selected_dkdv_kernel(
-    p_q, p_k, p_v, p_do, p_lse, p_dg, p_dk, p_dv, p_part_k, p_part_v, p_queries, p_starts, p_parts, p_tiles,
-    p_meta,
-    p_pos, num_blocks, chunk, scale, scale2,
+def selected_bwd_kernel(
+    p_q, p_k, p_v, p_do, p_lse, p_dg, p_part_q, p_dk, p_dv, p_part_k, p_part_v, p_entries, p_parts,
+    p_tiles, p_meta, p_pos, num_blocks, n, first, scale, scale2,
     H: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, BQ: tl.constexpr, SELECT: tl.constexpr,
-    BN: tl.constexpr,
-    DQ: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
-    IP: tl.constexpr,
+    BN: tl.constexpr, DQ: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
+    IP: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
-    p_part = p_parts + tl.program_id(0) * 4
+    p_part = p_parts + tl.program_id(0) * 6
     i_row = tl.load(p_part)
     if i_row < 0:
         return
-    i_part = tl.load(p_part + 1)
     num_parts = tl.load(p_part + 2)
-    i_slot = tl.load(p_part + 3) + i_part
+    i_slot = tl.load(p_part + 3) + tl.load(p_part + 1)
     i_kv = i_row // num_blocks
     i_seq = tl.load(p_tiles + (i_row % num_blocks) * 2)
-    if i_seq < 0:
-        return
     i_block = tl.load(p_tiles + (i_row % num_blocks) * 2 + 1)
     k_off = tl.load(p_meta + i_seq * 12 + 6)
     k_len = tl.load(p_meta + i_seq * 12 + 7).to(tl.int32)
@@ -100,16 +50,18 @@ def selected_dkdv_kernel(
         b_dk1 = tl.zeros([BN, D1], tl.float32)
     b_v = load_tile(p_v, o_key, m_i, DV, 0, DVP, True)
     b_dv = tl.zeros([BN, DVP], tl.float32)
-    e_lo = tl.load(p_starts + i_row) + i_part * chunk
-    e_hi = tl.minimum(tl.load(p_starts + i_row + 1), e_lo + chunk)
+    e_lo = tl.load(p_part + 4)
+    e_hi = tl.load(p_part + 5)
     o_m = tl.arange(0, BQ * GP)
+    o_g = o_m % GP
     for e in range(e_lo, e_hi, BQ):
         o_e = e + o_m // GP
         m_e = o_e < e_hi
-        b_i = tl.load(p_queries + o_e, mask=m_e, other=0)
+        m_q = m_e & (o_g < G)
+        b_f = tl.load(p_entries + o_e, mask=m_e, other=0)
+        b_i = b_f // (H * n)
         b_t = tl.load(p_pos + b_i, mask=m_e, other=-1)
-        m_q = m_e & (o_m % GP < G)
-        o_row = b_i.to(tl.int64) * (H * G) + i_kv * G + o_m % GP
+        o_row = b_i.to(tl.int64) * (H * G) + i_kv * G + o_g
         b_q0 = load_tile(p_q, o_row, m_q, DQ, 0, D0, True)
         b_s = tl.dot(b_k0, tl.trans(b_q0), input_precision=IP)
         if D1 > 0:
@@ -126,17 +78,23 @@ def selected_dkdv_kernel(
         b_dk0 = tl.dot(b_ds, b_q0, b_dk0, input_precision=IP)
         if D1 > 0:
             b_dk1 = tl.dot(b_ds, b_q1, b_dk1, input_precision=IP)
+        if PAIRS:
+            o_out = (b_f - first * (H * n)).to(tl.int64) * G + o_g
+            b_dst = tl.trans(b_ds)
+            store_tile(p_part_q, o_out, m_q, tl.dot(b_dst, b_k0, input_precision=IP), DQ, 0, D0)
+            if D1 > 0:
+                store_tile(p_part_q, o_out, m_q, tl.dot(b_dst, b_k1, input_precision=IP), DQ, D0, D1)
     if num_parts == 1:
-        store_tile(p_dk, o_key, m_i, b_dk0 * scale, DQ, 0, D0)
+        add_tile(p_dk, o_key, m_i, b_dk0 * scale, DQ, 0, D0, True)
         if D1 > 0:
-            store_tile(p_dk, o_key, m_i, b_dk1 * scale, DQ, D0, D1)
-        store_tile(p_dv, o_key, m_i, b_dv, DV, 0, DVP)
+            add_tile(p_dk, o_key, m_i, b_dk1 * scale, DQ, D0, D1, True)
+        add_tile(p_dv, o_key, m_i, b_dv, DV, 0, DVP, True)
     else:
-        o_out = i_slot.to(tl.int64) * SELECT + o_c
-        store_tile(p_part_k, o_out, m_i, b_dk0 * scale, DQ, 0, D0)
+        o_part = i_slot.to(tl.int64) * SELECT + o_c
+        store_tile(p_part_k, o_part, m_i, b_dk0 * scale, DQ, 0, D0)
         if D1 > 0:
-            store_tile(p_part_k, o_out, m_i, b_dk1 * scale, DQ, D0, D1)
-        store_tile(p_part_v, o_out, m_i, b_dv, DV, 0, DVP)
+            store_tile(p_part_k, o_part, m_i, b_dk1 * scale, DQ, D0, D1)
+        store_tile(p_part_v, o_part, m_i, b_dv, DV, 0, DVP)
 
 
 @triton.jit
@@ -144,7 +102,7 @@ def add_parts_kernel(
     p_out, p_part_sum, p_parts, p_tiles, p_meta, num_blocks,
     H: tl.constexpr, SELECT: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
 ):  # fmt: skip
-    p_part = p_parts + tl.program_id(0) * 4
+    p_part = p_parts + tl.program_id(0) * 6
     i_row = tl.load(p_part)
     num_parts = tl.load(p_part + 2)
     # The first part of a row adds them all.
@@ -162,37 +120,82 @@ def add_parts_kernel(
     b_sum = tl.zeros([BN, DP], tl.float32)
     for i in range(0, num_parts):
         b_sum += load_tile(p_part_sum, (i_slot + i) * SELECT + o_c, m_i, D, 0, DP, True)
-    store_tile(p_out, (k_off + o_i) * H + i_kv, m_i, b_sum, D, 0, DP)
+    add_tile(p_out, (k_off + o_i) * H + i_kv, m_i, b_sum, D, 0, DP, True)
 
 
-def selected_key_gradient(
-    q: Tensor, k: Tensor, v: Tensor, do: Tensor, row_lse: Tensor, row_dg: Tensor, index: Tensor,
-    positions: Tensor,
-    geometry: Geometry, *, select_block: int, scale: float,
+@triton.jit
+def add_queries_kernel(
+    p_part, p_dq, p_pos, first, n, scale,
+    H: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, SELECT: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    ADD: tl.constexpr,
+):  # fmt: skip
+    """dq of one query and key/value head: what its selected blocks gave, the lowest first."""
+    i_local = (tl.program_id(0) // H).to(tl.int64)
+    i_kv = tl.program_id(0) % H
+    count = tl.minimum(n, tl.load(p_pos + first + i_local) // SELECT + 1)
+    o_g = tl.arange(0, GP)
+    m_g = o_g < G
+    b_sum = tl.zeros([GP, DP], tl.float32)
+    for i in range(0, count):
+        o_part = ((i_local * H + i_kv) * n + i) * G + o_g
+        b_sum += load_tile(p_part, o_part, m_g, D, 0, DP, True).to(tl.float32)
+    add_tile(p_dq, ((first + i_local) * H + i_kv) * G + o_g, m_g, b_sum * scale, D, 0, DP, ADD)
+
+
+def selected_backward(
+    q: Tensor, k: Tensor, v: Tensor, do: Tensor, row_lse: Tensor, row_dg: Tensor, dq: Tensor, index: Tensor,
+    positions: Tensor, geometry: Geometry, *, select_block: int, scale: float, add: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """dk and dv of the selected branch, in the dtype of k; rows as in `range_backward`."""
-    heads, num_kv = q.shape[1], k.shape[1]
-    launch = launch_for("selected_dkdv", max(q.shape[-1], v.shape[-1]), q.element_size())
-    inverse = invert_selection(index, geometry, select_block=select_block, chunk=launch["chunk"])
-    tokens, padded = tokens_per_tile(launch["rows"], heads // num_kv)
-    tiles = geometry.tiles(KEYS, select_block)
-    num_blocks = tiles.shape[0]
-    dk, dv = torch.empty_like(k), torch.empty_like(v)
-    shape = (inverse.num_slots, select_block)
-    part_k = torch.empty(*shape, k.shape[-1], dtype=torch.float32, device=k.device)
-    part_v = torch.empty(*shape, v.shape[-1], dtype=torch.float32, device=k.device)
-    constants = shared_constants(q, k, v, select_block)
-    programs = inverse.parts.shape[0]
-    selected_dkdv_kernel[(programs,)](
-        q, k, v, do, row_lse, row_dg, dk, dv, part_k, part_v, inverse.queries, inverse.starts,
-        inverse.parts, tiles,
-        geometry.meta, positions, num_blocks, launch["chunk"], scale, scale * LOG2E, GP=padded, BQ=tokens,
-        **constants, num_warps=launch["num_warps"], num_stages=launch["num_stages"],
-    )  # fmt: skip
-    for out, part, width in ((dk, part_k, constants["D0"] + constants["D1"]), (dv, part_v, constants["DVP"])):
-        padded_width = 1 << (width - 1).bit_length()
-        add_parts_kernel[(programs, triton.cdiv(select_block, 16))](
-            out, part, inverse.parts, tiles, geometry.meta, num_blocks, H=num_kv, SELECT=select_block, BN=16,
-            D=out.shape[-1], DP=padded_width, num_warps=4,
+    """Write the gradient of the selected branch to dq, or add it, and return dk and dv in the dtype of k.
+
+    Rows, dq and `add` as in `range_backward`; index and positions as in `selected_forward`.
+    """
+    (total, heads, width), (num_kv, value) = q.shape, v.shape[1:]
+    n, group = index.shape[2], heads // num_kv
+    by_pair = pays_by_block(group)
+    launch = launch_for("block_bwd" if by_pair else "selected_dkdv", max(width, value), q.element_size())
+    chunk = queries_per_chunk(heads, n, width, q.element_size()) if by_pair else total
+    part = max(launch["part"], min(chunk, total) * num_kv * n // launch["programs"])
+    inverse = invert_selection(index, geometry, select_block=select_block, chunk=chunk, part=part)
+    dk, dv = (torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (k, v))
+    slots = (inverse.num_slots, select_block)
+    part_k, part_v = (torch.empty(*slots, x.shape[2], dtype=torch.float32, device=x.device) for x in (k, v))
+    part_q = q.new_empty(inverse.chunk * num_kv * n * group if by_pair else 0, width)
+    if not by_pair:
+        selected_query_gradient(
+            q, k, v, do, row_lse, row_dg, dq, index, positions, geometry, select_block=select_block, scale=scale,
+            add=add,
         )  # fmt: skip
-    return dk, dv
+    for i, first in enumerate(range(0, total, inverse.chunk)):
+        _one_chunk(
+            (q, k, v, do, row_lse, row_dg, part_q, dk, dv, part_k, part_v), i, inverse, positions, geometry,
+            launch, n=n, select_block=select_block, scale=scale, by_pair=by_pair,
+        )  # fmt: skip
+        if by_pair:
+            add_queries_kernel[(min(inverse.chunk, total - first) * num_kv,)](
+                part_q, dq, positions, first, n, scale, H=num_kv, G=group, GP=next_power_of_2(group),
+                SELECT=select_block, D=width, DP=next_power_of_2(width), ADD=add, num_warps=1,
+            )  # fmt: skip
+    return dk.to(k.dtype), dv.to(v.dtype)
+
+
+def _one_chunk(
+    tensors: tuple[Tensor, ...], i: int, inverse: Inverse, positions: Tensor, geometry: Geometry,
+    launch: dict[str, int], *, n: int, select_block: int, scale: float, by_pair: bool,
+) -> None:  # fmt: skip
+    """Pairs of the i-th chunk of queries: what they add to dk and dv, and their rows of dq."""
+    q, k, v = tensors[:3]
+    dk, dv, part_k, part_v = tensors[7:]
+    tokens, padded = tokens_per_tile(launch["rows"], q.shape[1] // k.shape[1])
+    tiles = geometry.tiles(KEYS, select_block)
+    parts = inverse.parts[i]
+    selected_bwd_kernel[(parts.shape[0],)](
+        *tensors, inverse.entries, parts, tiles, geometry.meta, positions, tiles.shape[0], n, i * inverse.chunk,
+        scale, scale * LOG2E, GP=padded, BQ=tokens, PAIRS=by_pair,
+        **shared_constants(q, k, v, select_block), num_warps=launch["num_warps"], num_stages=launch["num_stages"],
+    )  # fmt: skip
+    for out, part in ((dk, part_k), (dv, part_v)):
+        add_parts_kernel[(parts.shape[0], triton.cdiv(select_block, 16))](
+            out, part, parts, tiles, geometry.meta, tiles.shape[0], H=k.shape[1], SELECT=select_block, BN=16,
+            D=out.shape[2], DP=next_power_of_2(out.shape[2]), num_warps=4,
+        )  # fmt: skip

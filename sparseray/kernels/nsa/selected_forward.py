@@ -1,4 +1,4 @@
-"""Attention over selected blocks, forward, and its query gradient.
+"""Attention over selected blocks by query, forward, and its query gradient.
 
 A program takes one query token with all query heads of one key/value head, so a selected block is loaded once
 for the group (arXiv 2502.11089 section 3.4). The head is the slowest grid axis: one head's keys and values
@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparseray.kernels.nsa.geometry import QUERY, Geometry
+from sparseray.kernels.nsa.geometry import Geometry
+from sparseray.kernels.nsa.inverse import query_sequences
 from sparseray.kernels.nsa.range_forward import LOG2E, key_sources, page_size
 from sparseray.kernels.nsa.tiles import (
     add_tile,
@@ -124,17 +125,6 @@ def selected_dq_kernel(
     add_tile(p_dq, o_row, m_g, b_dq0 * scale, DQ, 0, D0, ADD)
     if D1 > 0:
         add_tile(p_dq, o_row, m_g, b_dq1 * scale, DQ, D0, D1, ADD)
-
-
-def query_sequences(geometry: Geometry) -> Tensor:
-    """int32 [T]: sequence of every packed query."""
-    key = (QUERY, -2)
-    if key not in geometry.cache:
-        meta = geometry.meta
-        rows = torch.arange(geometry.totals[QUERY], device=meta.device)
-        seq = torch.searchsorted(meta[:, 0] + meta[:, 1], rows, right=True).clamp(max=meta.shape[0] - 1)
-        geometry.cache[key] = seq.int()
-    return geometry.cache[key]
 
 
 def shared_constants(q: Tensor, k: Tensor, v: Tensor, select_block: int) -> dict[str, Any]:

@@ -149,15 +149,20 @@ def selection_keys(b_score, o_j, m_j, i_now, INITIAL: tl.constexpr, LOCAL: tl.co
 def take_top(b_key, n):
     """Which of the keys are among the n largest that are not negative, and their rank by position.
 
-    31 counts find the largest threshold that at least n keys reach. With fewer than n keys it ends at 0 and all
-    are taken; ties go to lower positions.
+    Halving finds a threshold that n keys reach: 31 counts at most, fewer once exactly n do. With fewer than n keys
+    it ends at 0 and all are taken; ties go to lower positions.
     """
     lo = 0
-    for s in tl.static_range(31):
-        mid = lo | (1 << (30 - s))
-        lo = tl.where(tl.sum((b_key >= mid).to(tl.int32), 0) >= n, mid, lo)
-    b_above = b_key > lo
-    b_equal = b_key == lo
-    room = n - tl.sum(b_above.to(tl.int32), 0)
-    b_take = b_above | (b_equal & (tl.cumsum(b_equal.to(tl.int32), 0) <= room))
+    s = 30
+    while s >= 0:
+        mid = lo | (1 << s)
+        reach = tl.sum((b_key >= mid).to(tl.int32), 0)
+        lo = tl.where(reach >= n, mid, lo)
+        s = tl.where(reach == n, -1, s - 1)
+    b_take = b_key >= lo
+    if tl.sum(b_take.to(tl.int32), 0) > n:
+        b_above = b_key > lo
+        b_equal = b_key == lo
+        room = n - tl.sum(b_above.to(tl.int32), 0)
+        b_take = b_above | (b_equal & (tl.cumsum(b_equal.to(tl.int32), 0) <= room))
     return b_take, tl.cumsum(b_take.to(tl.int32), 0) - 1

@@ -16,7 +16,9 @@ LAUNCH: dict[str, dict[str, int]] = {
     "top_n": {"num_warps": 1},
     "selected_fwd": {"num_warps": 2, "num_stages": 2},
     "selected_dq": {"num_warps": 2, "num_stages": 2},
-    "selected_dkdv": {"rows": 64, "num_warps": 4, "num_stages": 3, "chunk": 2048},
+    "selected_dkdv": {"rows": 64, "num_warps": 4, "num_stages": 3, "part": 256, "programs": 2048},
+    "block_fwd": {"rows": 64, "num_warps": 4, "num_stages": 4, "part": 512},
+    "block_bwd": {"rows": 64, "num_warps": 4, "num_stages": 3, "part": 256, "programs": 2048},
     "combine": {"rows": 64, "num_warps": 4},
 }
 

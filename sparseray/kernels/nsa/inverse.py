@@ -1,0 +1,100 @@
+"""The inverse of the selection: for every block, the queries that selected it.
+
+A stable sort makes it, so the queries of a block ascend and what is summed over them is bitwise repeatable.
+Queries are taken a chunk at a time, because the kernels that walk the table write one partial row for every
+query and selected block; the chunk bounds that buffer, not the length of the sequence. Block 0 is read by
+every query: rows longer than `part` entries are cut, so that no program runs much longer than the others.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparseray.kernels.nsa.geometry import KEYS, QUERY, Geometry
+
+BY_BLOCK_BELOW = 16
+"""Measured: 8 heads a group are faster by block, 16 by query (docs/kernels.md)."""
+PARTIAL_BYTES = 1 << 30
+"""Upper bound of the partial rows of one chunk."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inverse:
+    """Which queries selected each block, by chunk of queries, and the parts the rows are cut into.
+
+    Attributes:
+        entries: int32 [E], flat place in index [T, H, n], rows one after the other; a row is (key/value head,
+            packed block).
+        parts: int32 [chunks, programs, 6]: row (-1: none), part inside the row, parts of the row, first partial
+            slot, first entry, end of the entries.
+        chunk: queries of a chunk.
+        num_slots: upper bound of the parts of cut rows in one chunk.
+    """
+
+    entries: Tensor
+    parts: Tensor
+    chunk: int
+    num_slots: int
+
+
+def pays_by_block(group: int) -> bool:
+    """Whether the selected branch runs block by block, forward and backward, for this many heads a group."""
+    return group < BY_BLOCK_BELOW
+
+
+def queries_per_chunk(heads: int, n: int, width: int, item_size: int) -> int:
+    """Queries whose partial rows [heads, n, width] stay within PARTIAL_BYTES."""
+    fit = PARTIAL_BYTES // (heads * n * width * item_size)
+    return max(1, fit // 64 * 64 if fit > 64 else fit)
+
+
+def query_sequences(geometry: Geometry) -> Tensor:
+    """int32 [T]: sequence of every packed query."""
+    key = (QUERY, -2)
+    if key not in geometry.cache:
+        meta = geometry.meta
+        rows = torch.arange(geometry.totals[QUERY], device=meta.device)
+        seq = torch.searchsorted(meta[:, 0] + meta[:, 1], rows, right=True).clamp(max=meta.shape[0] - 1)
+        geometry.cache[key] = seq.int()
+    return geometry.cache[key]
+
+
+def invert_selection(
+    index: Tensor, geometry: Geometry, *, select_block: int, chunk: int, part: int
+) -> Inverse:
+    """Build the table without a host synchronisation.
+
+    Args:
+        index: int32 [T, H, n], ascending, padded with -1 (`select_blocks`).
+        chunk: queries of a chunk; part: entries after which a row is cut.
+    """
+    tokens, num_kv, n = index.shape
+    meta, device = geometry.meta, index.device
+    chunk = min(chunk, tokens)
+    chunks = -(-tokens // chunk)
+    num_blocks = geometry.num_tiles(KEYS, select_block)
+    rows = num_kv * num_blocks
+    blocks = (meta[:, 7] + select_block - 1) // select_block
+    first = (blocks.cumsum(0) - blocks)[query_sequences(geometry).long()]
+    base = (torch.arange(tokens, device=device) // chunk * rows + first).int()[:, None, None]
+    head = torch.arange(num_kv, device=device, dtype=torch.int32)[None, :, None] * num_blocks
+    keys, order = torch.where(index < 0, chunks * rows, index + base + head).flatten().sort(stable=True)
+    starts = torch.searchsorted(keys, torch.arange(chunks * rows + 1, device=device, dtype=torch.int32))
+    starts, stops = starts[:-1].view(chunks, rows), starts[1:].view(chunks, rows)
+    counts = stops - starts
+    parts = (counts + part - 1) // part
+    ends = parts.cumsum(1)
+    shared = torch.where(parts > 1, parts, 0)
+    slots = shared.cumsum(1) - shared
+    entries = chunk * num_kv * n
+    programs = min(rows, entries) + entries // part
+    ids = torch.arange(programs, device=device).expand(chunks, programs).contiguous()
+    row = torch.searchsorted(ends, ids, right=True)
+    known = row.clamp(max=rows - 1)
+    which = ids - (ends - parts).gather(1, known)
+    low = starts.gather(1, known) + which * part
+    high = torch.minimum(stops.gather(1, known), low + part)
+    columns = [torch.where(row < rows, row, -1), which, parts.gather(1, known), slots.gather(1, known), low, high]
+    table = torch.stack(columns, 2).int()
+    return Inverse(entries=order.int(), parts=table, chunk=chunk, num_slots=2 * (entries // part) + 1)
