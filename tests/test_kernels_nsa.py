@@ -267,13 +267,20 @@ def decode_error(
     return relative(out.cpu(), wanted)
 
 
-def test_decode_over_shuffled_pages_matches_the_reference() -> None:
-    assert decode_error([70, 9, 3], 1, (4, 2), (16, 16), TINY, 16, torch.float32) < 1e-5
+@pytest.mark.parametrize("page", [16, 64, 12])
+def test_decode_over_shuffled_pages_matches_the_reference(page: int) -> None:
+    assert decode_error([300, 70, 9, 3], 1, (4, 2), (16, 16), TINY, page, torch.float32) < 1e-5
 
 
-def test_decode_of_several_tokens_selects_for_each_of_them() -> None:
+@pytest.mark.parametrize("page", [8, 64])
+def test_decode_of_several_tokens_selects_for_each_of_them(page: int) -> None:
     sizes = {**TINY, "select_block": 8, "num_selected": 3, "window": 20}
-    assert decode_error([50, 33], 3, (3, 1), (24, 12), sizes, 8, torch.float32) < 1e-5
+    assert decode_error([150, 33], 3, (3, 1), (24, 12), sizes, page, torch.float32) < 1e-5
+
+
+def test_decode_where_a_block_is_no_power_of_two_of_strides() -> None:
+    sizes = {**TINY, "select_block": 12, "num_selected": 4}
+    assert decode_error([150, 33], 2, (4, 2), (16, 16), sizes, 24, torch.float32) < 1e-5
 
 
 @pytest.mark.parametrize("num_selected", [3, 8])

@@ -15,18 +15,28 @@ from torch import Tensor
 from sparseray.errors import ConfigError
 from sparseray.kernels.nsa.decode_kernels import (
     block_score_kernel,
+    choose_kernel,
     compressed_split_kernel,
     merge_kernel,
     sparse_split_kernel,
 )
 from sparseray.kernels.nsa.range_forward import LOG2E
-from sparseray.kernels.nsa.reference import check_blocks, num_compressed
+from sparseray.kernels.nsa.reference import check_blocks
 from sparseray.kernels.nsa.tiles import next_power_of_2, precision, split_width
 
+LAUNCH: dict = {"dense": {"num_warps": 4, "num_stages": 3}, "sparse": {"num_warps": 4, "num_stages": 3}, "mode": 2, "scored": 32, "score": 1, "choose": 1,
+  "slc": None, "win": None, "cmp": None, "merge": 1}
 TARGET_PROGRAMS = 528
 """Programs that fill an H100 or H200 (132 multiprocessors) four deep."""
-SCORE_BLOCKS = 16
-"""Selection blocks that one program scores, for all heads of a group: few, so that two warps do."""
+KEYS = 64
+"""Compressed tokens of a tile."""
+SCORED = 256
+"""Selection blocks whose scores are added up at a time."""
+
+
+def blocks_per_tile(select_block: int, stride: int) -> int:
+    """Selection blocks whose compressed tokens make a tile of the compressed branch."""
+    return max(1, KEYS // next_power_of_2(select_block // stride))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,14 +44,19 @@ class DecodeWorkspace:
     """Buffers of a decode step for a fixed batch, number of query tokens and longest context.
 
     Attributes:
-        logits: fp32 [B * Lq * HQ, compressed tokens], base-2 scaled logits of the compressed branch.
-        scores: fp32 [B * Lq, H, selection blocks].
+        fold: fp32 [2, B * Lq * HQ, selection blocks], probabilities of the compressed tokens of a block, weighted as
+            eq. 9 adds them to this block and to the next one, against the largest logit so far.
+        tops: fp32 [B * Lq * HQ, tiles], that logit, base 2.
+        scores: fp32 [B * Lq, H, 2, selection blocks].
+        index: int32 [B * Lq, H, n], the blocks selected.
         part_max, part_sum: fp32 [B * Lq * HQ, parts]; part_out: fp32 [B * Lq * HQ, parts, Dv].
         splits: parts of the compressed branch, the selected blocks and the window.
     """
 
-    logits: Tensor
+    fold: Tensor
+    tops: Tensor
     scores: Tensor
+    index: Tensor
     part_max: Tensor
     part_sum: Tensor
     part_out: Tensor
@@ -54,20 +69,28 @@ class DecodeWorkspace:
         stride: int, select_block: int, num_selected: int, window: int, device: torch.device | str,
     ) -> "DecodeWorkspace":  # fmt: skip
         """Buffers for `batch` sequences of at most `max_context` tokens."""
-        count = max(1, num_compressed(max_context, block, stride))
         blocks = -(-max_context // select_block)
-        cmp_splits = min(max(1, TARGET_PROGRAMS // (batch * num_kv)), max(1, count // 128), 64)
+        tiles = -(-blocks // blocks_per_tile(select_block, stride))
+        cmp_splits = min(max(1, TARGET_PROGRAMS // (batch * num_kv)), tiles, 32)
         share = max(1, TARGET_PROGRAMS // (batch * query_len * num_kv))
         slc_splits = min(num_selected, max(1, -(-share // 2)), 8)
-        win_splits = min(-(-window // 64), max(1, -(-share // 4)), 8)
+        win_splits = min(window // select_block + 1, max(1, -(-share // 4)), 8)
+        cmp_splits = LAUNCH["cmp"] or cmp_splits
+        slc_splits = LAUNCH["slc"] or slc_splits
+        win_splits = LAUNCH["win"] or win_splits
         rows, parts = batch * query_len * heads, cmp_splits + slc_splits + win_splits
-        fp32 = {"dtype": torch.float32, "device": device}
+
+        def fp32(*shape: int) -> Tensor:
+            return torch.empty(shape, dtype=torch.float32, device=device)
+
         return cls(
-            logits=torch.empty(rows, count, **fp32),  # type: ignore[call-overload]
-            scores=torch.empty(batch * query_len, num_kv, blocks, **fp32),  # type: ignore[call-overload]
-            part_max=torch.empty(rows, parts, **fp32),  # type: ignore[call-overload]
-            part_sum=torch.empty(rows, parts, **fp32),  # type: ignore[call-overload]
-            part_out=torch.empty(rows, parts, value_dim, **fp32),  # type: ignore[call-overload]
+            fold=fp32(2, rows, blocks),
+            tops=fp32(rows, tiles),
+            scores=fp32(batch * query_len, num_kv, 2, blocks),
+            index=torch.empty(batch * query_len, num_kv, num_selected, dtype=torch.int32, device=device),
+            part_max=fp32(rows, parts),
+            part_sum=fp32(rows, parts),
+            part_out=fp32(rows, parts, value_dim),
             splits=(cmp_splits, slc_splits, win_splits),
         )
 
@@ -133,32 +156,38 @@ def nsa_decode(
         "IP": precision(q.dtype),
     }
     w = workspace
+    bj, rows, n = blocks_per_tile(select_block, stride), batch * query_len * heads, num_selected
+    whole = cmp_cache[0].shape[1] % (bj * select_block // stride) == 0 and next_power_of_2(select_block // stride) * stride == select_block
+    whole2 = slc_cache[0].shape[1] % select_block == 0 and win_cache[0].shape[1] % select_block == 0 and select_block == max(16, next_power_of_2(select_block))
+    per, win_per = -(-n // slc_splits), -(-((window + select_block - 2) // select_block + 1) // win_splits)
     compressed_split_kernel[(cmp_splits, num_kv, batch)](
-        q, *cmp_cache, cmp_table, context_lens, w.logits, w.part_max, w.part_sum, w.part_out,
-        cmp_table.shape[1],
-        w.logits.shape[1], parts, scale2, H=num_kv, G=group, GP=gp, LQ=query_len, LP=lp, BN=64,
-        SPLITS=cmp_splits,
-        PAGE=cmp_cache[0].shape[1], LEN=block, STRIDE=stride, **tile, num_warps=4, num_stages=3,
+        q, *cmp_cache, cmp_table, context_lens, w.fold, w.tops, w.part_max, w.part_sum, w.part_out, cmp_table.shape[1],
+        blocks, w.tops.shape[1], parts, rows, scale2, H=num_kv, G=group, GP=gp,
+        LQ=query_len, LP=lp, BJ=bj, RP=next_power_of_2(select_block // stride), SPLITS=cmp_splits,
+        PAGE=cmp_cache[0].shape[1], LEN=block, STRIDE=stride, SELECT=select_block,
+        PAGES=next_power_of_2(-(-w.tops.shape[1] // cmp_splits)), MODE=LAUNCH["mode"] if whole else 0, **tile,
+        **LAUNCH["dense"],
     )  # fmt: skip
-    block_score_kernel[(triton.cdiv(blocks, SCORE_BLOCKS), num_kv, batch * query_len)](
-        w.logits, w.part_max, w.part_sum, context_lens, w.scores, w.logits.shape[1], blocks, parts,
-        H=num_kv, G=group, GP=gp, LQ=query_len, BJ=SCORE_BLOCKS, SPLITS=cmp_splits,
-        SP=next_power_of_2(cmp_splits),
-        LEN=block, STRIDE=stride, SELECT=select_block, num_warps=2,
+    block_score_kernel[(triton.cdiv(blocks, LAUNCH["scored"]), num_kv, batch * query_len)](
+        w.part_max, w.part_sum, w.fold, w.tops, context_lens, w.scores, blocks, w.tops.shape[1], parts, rows,
+        H=num_kv, G=group, GP=gp, LQ=query_len, SPLITS=cmp_splits, SP=next_power_of_2(cmp_splits), BJ=bj,
+        BC=LAUNCH["scored"], SELECT=select_block, num_warps=LAUNCH["score"],
+    )  # fmt: skip
+    choose_kernel[(batch * query_len * num_kv,)](
+        w.scores, context_lens, w.index, blocks, n, H=num_kv, LQ=query_len, BW=max(16, next_power_of_2(blocks)),
+        SELECT=select_block, INITIAL=num_initial, LOCAL=num_local, num_warps=LAUNCH["choose"],
     )  # fmt: skip
     sparse_split_kernel[(slc_splits + win_splits, num_kv, batch * query_len)](
-        q, *slc_cache, *win_cache, slc_table, win_table, context_lens, w.scores, w.part_max, w.part_sum,
-        w.part_out,
-        slc_table.shape[1], win_table.shape[1], blocks, parts, num_selected, scale2,
+        q, *slc_cache, *win_cache, slc_table, win_table, context_lens, w.index, w.part_max, w.part_sum,
+        w.part_out, slc_table.shape[1], win_table.shape[1], parts, n, scale2,
         H=num_kv, G=group, GP=max(16, gp), LQ=query_len, FIRST=cmp_splits, SLC=slc_splits,
-        PER=-(-num_selected // slc_splits), WINP=win_splits, BW=max(16, next_power_of_2(blocks)),
-        BN=max(16, next_power_of_2(select_block)), BK=64, SELECT=select_block, WIN=window,
-        INITIAL=num_initial,
-        LOCAL=num_local, SLC_PAGE=slc_cache[0].shape[1], WIN_PAGE=win_cache[0].shape[1], **tile,
-        num_warps=4, num_stages=3,
+        PER=per, WIN_PER=win_per, ITEMS=next_power_of_2(max(per, win_per)),
+        BN=max(16, next_power_of_2(select_block)), SELECT=select_block, WIN=window,
+        WHOLE=whole2, SLC_PAGE=slc_cache[0].shape[1], WIN_PAGE=win_cache[0].shape[1], **tile,
+        **LAUNCH["sparse"],
     )  # fmt: skip
     merge_kernel[(batch * query_len * heads,)](
         w.part_max, w.part_sum, w.part_out, gates, out, parts, CMP=cmp_splits, SLC=slc_splits,
-        PP=next_power_of_2(parts), DV=value_dim, DVP=max(16, next_power_of_2(value_dim)), num_warps=1,
+        PP=next_power_of_2(parts), DV=value_dim, DVP=max(16, next_power_of_2(value_dim)), num_warps=LAUNCH["merge"],
     )  # fmt: skip
     return out

@@ -1,10 +1,10 @@
-"""Device code of NSA decoding over paged caches: four kernels a step, partial results merged at the end.
+"""Device code of NSA decoding over paged caches: five kernels a step, partial results merged at the end.
 
-1. `compressed_split_kernel`: attention over a part of the compressed tokens, its logits kept;
-2. `block_score_kernel`: logits to scores of selection blocks; 3. `sparse_split_kernel`: top n (found again by
-every program), then attention over a part of the selected blocks or of the window;
-4. `merge_kernel`: the three softmaxes put together under their gates.
-Sequence lengths are read on the device, so a captured graph serves growing sequences.
+1. `compressed_split_kernel`: attention over a part of the compressed tokens, its probabilities folded into
+selection blocks; 2. `block_score_kernel`: scores of the blocks; 3. `choose_kernel`: the top n;
+4. `sparse_split_kernel`: attention over a part of the selected blocks or of the window; 5. `merge_kernel`: the
+three softmaxes put together under their gates. Sequence lengths are read on the device, so a captured graph
+serves growing sequences.
 """
 
 import triton
@@ -26,6 +26,7 @@ def _attend(
     DQ: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
     IP: tl.constexpr,
 ):  # fmt: skip
+    """One tile of keys into the running softmax; also the tile's probabilities against the new maximum."""
     b_k0 = load_tile(p_k, o_key, m_key, DQ, 0, D0, True)
     b_s = tl.dot(b_q0, tl.trans(b_k0), input_precision=IP)
     if D1 > 0:
@@ -39,17 +40,21 @@ def _attend(
     b_l = b_l * b_alpha + tl.sum(b_p, 1)
     b_v = load_tile(p_v, o_key, m_key, DV, 0, DVP, True)
     b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_alpha[:, None], input_precision=IP)
-    return b_acc, b_new, b_l, b_s
+    return b_acc, b_new, b_l, b_p
 
 
 @triton.jit
 def compressed_split_kernel(
-    p_q, p_k, p_v, p_table, p_lens, p_logit, p_m, p_l, p_acc, table_width, num_logits, parts, scale2,
-    H: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, LQ: tl.constexpr, LP: tl.constexpr, BN: tl.constexpr,
-    SPLITS: tl.constexpr, PAGE: tl.constexpr, LEN: tl.constexpr, STRIDE: tl.constexpr,
+    p_q, p_k, p_v, p_table, p_lens, p_fold, p_top, p_m, p_l, p_acc, table_width,
+    num_blocks, num_tiles, parts, num_rows, scale2,
+    H: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, LQ: tl.constexpr, LP: tl.constexpr, BJ: tl.constexpr,
+    RP: tl.constexpr, SPLITS: tl.constexpr, PAGE: tl.constexpr, LEN: tl.constexpr, STRIDE: tl.constexpr,
+    SELECT: tl.constexpr, PAGES: tl.constexpr, MODE: tl.constexpr,
     DQ: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
     IP: tl.constexpr,
 ):  # fmt: skip
+    R: tl.constexpr = SELECT // STRIDE
+    L: tl.constexpr = LEN // STRIDE
     i_split = tl.program_id(0)
     i_kv = tl.program_id(1)
     i_b = tl.program_id(2).to(tl.int64)
@@ -60,9 +65,10 @@ def compressed_split_kernel(
     o_row = (i_b * LQ + o_q) * (H * G) + i_kv * G + o_m % GP
     b_t = n_ctx - LQ + o_q
     n_key = num_visible(n_ctx - 1, 0, LEN, STRIDE)
-    span = ((n_key + SPLITS - 1) // SPLITS + BN - 1) // BN * BN
-    i_lo = i_split * span
-    i_hi = tl.minimum(i_lo + span, n_key)
+    # Parts end at selection blocks, and at tiles of BJ of them.
+    span = ((n_key + R * SPLITS - 1) // (R * SPLITS) + BJ - 1) // BJ * BJ
+    j_lo = i_split * span
+    j_hi = tl.minimum(j_lo + span, (n_key + R - 1) // R)
     b_q0 = load_tile(p_q, o_row, m_q, DQ, 0, D0, True)
     b_q1 = b_q0
     if D1 > 0:
@@ -70,15 +76,35 @@ def compressed_split_kernel(
     b_m = tl.full([LP * GP], float("-inf"), tl.float32)
     b_l = tl.zeros([LP * GP], tl.float32)
     b_acc = tl.zeros([LP * GP, DVP], tl.float32)
-    for i in range(i_lo, i_hi, BN):
-        o_i = i + tl.arange(0, BN)
-        m_i = o_i < i_hi
-        o_key = page_rows(p_table + i_b * table_width, o_i, m_i, PAGE) * H + i_kv
+    o_c = tl.arange(0, BJ * RP)
+    o_r = tl.arange(0, RP)
+    b_own = tl.where(o_r < R, tl.minimum(R - o_r, L), 0).to(tl.float32)[None, None, :]
+    b_next = tl.where(o_r < R, tl.maximum(L - R + o_r, 0), 0).to(tl.float32)[None, None, :]
+    if MODE == 2:
+        o_p = tl.arange(0, PAGES)
+        b_pages = tl.load(p_table + i_b * table_width + (j_lo + o_p * BJ) * R // PAGE, mask=j_lo + o_p * BJ < j_hi, other=0)
+    for j in range(j_lo, j_hi, BJ):
+        o_i = (j + o_c // RP) * R + o_c % RP
+        m_i = (o_c % RP < R) & (o_i < n_key)
+        if MODE == 0:
+            o_key = page_rows(p_table + i_b * table_width, o_i, m_i, PAGE) * H + i_kv
+        else:
+            if MODE == 1:
+                page = tl.load(p_table + i_b * table_width + j * R // PAGE)
+            else:
+                page = tl.sum(tl.where(o_p == (j - j_lo) // BJ, b_pages, 0), 0)
+            o_key = (page.to(tl.int64) * PAGE + j * R % PAGE + o_c) * H + i_kv
         b_see = m_i[None, :] & ((o_i * STRIDE + LEN - 1)[None, :] <= b_t[:, None])
-        b_acc, b_m, b_l, b_s = _attend(
+        b_acc, b_m, b_l, b_p = _attend(
             b_acc, b_m, b_l, b_q0, b_q1, p_k, p_v, o_key, m_i, b_see, scale2, DQ, D0, D1, DV, DVP, IP
         )
-        tl.store(p_logit + o_row[:, None] * num_logits + o_i[None, :], b_s, mask=m_q[:, None] & m_i[None, :])
+        b_p = tl.reshape(b_p, [LP * GP, BJ, RP])
+        o_j = j + tl.arange(0, BJ)
+        p_out = p_fold + o_row[:, None] * num_blocks + o_j[None, :]
+        m_out = m_q[:, None] & (o_j < num_blocks)[None, :]
+        tl.store(p_out, tl.sum(b_p * b_own, 2), mask=m_out)
+        tl.store(p_out + num_rows * num_blocks, tl.sum(b_p * b_next, 2), mask=m_out)
+        tl.store(p_top + o_row * num_tiles + j // BJ, b_m, mask=m_q)
     tl.store(p_m + o_row * parts + i_split, b_m, mask=m_q)
     tl.store(p_l + o_row * parts + i_split, b_l, mask=m_q)
     store_tile(p_acc, o_row * parts + i_split, m_q, b_acc, DV, 0, DVP)
@@ -86,51 +112,69 @@ def compressed_split_kernel(
 
 @triton.jit
 def block_score_kernel(
-    p_logit, p_m, p_l, p_lens, p_score, num_logits, num_scores, parts,
-    H: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, LQ: tl.constexpr, BJ: tl.constexpr,
-    SPLITS: tl.constexpr,
-    SP: tl.constexpr, LEN: tl.constexpr, STRIDE: tl.constexpr, SELECT: tl.constexpr,
+    p_m, p_l, p_fold, p_top, p_lens, p_score, num_blocks, num_tiles, parts, num_rows,
+    H: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, LQ: tl.constexpr, SPLITS: tl.constexpr, SP: tl.constexpr,
+    BJ: tl.constexpr, BC: tl.constexpr, SELECT: tl.constexpr,
 ):  # fmt: skip
-    R: tl.constexpr = SELECT // STRIDE
-    L: tl.constexpr = LEN // STRIDE
+    """Scores of BC selection blocks of one query token: the folded probabilities of all heads of a group added up.
+
+    What the blocks' tokens add to the next block is the second row of the scores.
+    """
     i_kv = tl.program_id(1)
     i_q = tl.program_id(2).to(tl.int64)
-    t = tl.load(p_lens + i_q // LQ) - LQ + (i_q % LQ).to(tl.int32)
-    i_j = tl.program_id(0) * BJ
-    if i_j > t // SELECT:
+    i_now = (tl.load(p_lens + i_q // LQ) - LQ + (i_q % LQ).to(tl.int32)) // SELECT
+    o_j = tl.program_id(0) * BC + tl.arange(0, BC)
+    if tl.program_id(0) * BC > i_now:
         return
     o_g = tl.arange(0, GP)
     m_g = o_g < G
     o_row = i_q * (H * G) + i_kv * G + o_g
+    m_j = m_g[:, None] & ((o_j < num_blocks) & (o_j <= i_now))[None, :]
+    p_in = p_fold + o_row[:, None] * num_blocks + o_j[None, :]
+    b_own = tl.load(p_in, mask=m_j, other=0.0)
+    b_next = tl.load(p_in + num_rows * num_blocks, mask=m_j, other=0.0)
+    b_top = tl.load(p_top + o_row[:, None] * num_tiles + o_j[None, :] // BJ, mask=m_j, other=float("-inf"))
     o_s = tl.arange(0, SP)
     m_s = m_g[:, None] & (o_s < SPLITS)[None, :]
     b_m = tl.load(p_m + o_row[:, None] * parts + o_s[None, :], mask=m_s, other=float("-inf"))
     b_l = tl.load(p_l + o_row[:, None] * parts + o_s[None, :], mask=m_s, other=0.0)
-    b_top = tl.max(b_m, 1)
-    b_top = tl.where(b_top == float("-inf"), 0.0, b_top)
-    b_sum = tl.sum(b_l * tl.exp2(b_m - b_top[:, None]), 1)
-    b_lse = tl.where(b_sum == 0.0, float("inf"), b_top + tl.log2(tl.where(b_sum == 0.0, 1.0, b_sum)))
-    n_key = num_visible(t, 0, LEN, STRIDE)
-    o_j = i_j + tl.arange(0, BJ)
-    b_score = tl.zeros([BJ], tl.float32)
-    for r in tl.static_range(R + L - 1):
-        # Offset r - (L - 1) from the block's first token; weighted by how many (m, n) of eq. 9 meet there.
-        o_i = o_j * R + r - (L - 1)
-        m_i = m_g[:, None] & ((o_i >= 0) & (o_i < n_key))[None, :]
-        b_s = tl.load(p_logit + o_row[:, None] * num_logits + o_i[None, :], mask=m_i, other=float("-inf"))
-        b_score += min(min(r + 1, R + L - 1 - r), min(R, L)) * tl.sum(tl.exp2(b_s - b_lse[:, None]), 0)
-    tl.store(p_score + (i_q * H + i_kv) * num_scores + o_j, b_score, mask=o_j < num_scores)
+    b_max = tl.max(b_m, 1)
+    b_max = tl.where(b_max == float("-inf"), 0.0, b_max)
+    b_sum = tl.sum(b_l * tl.exp2(b_m - b_max[:, None]), 1)
+    b_lse = tl.where(b_sum == 0.0, float("inf"), b_max + tl.log2(tl.where(b_sum == 0.0, 1.0, b_sum)))
+    b_w = tl.exp2(b_top - b_lse[:, None])
+    p_out = p_score + (i_q * H + i_kv) * 2 * num_blocks + o_j
+    tl.store(p_out, tl.sum(b_own * b_w, 0), mask=o_j < num_blocks)
+    tl.store(p_out + num_blocks, tl.sum(b_next * b_w, 0), mask=o_j < num_blocks)
+
+
+@triton.jit
+def choose_kernel(
+    p_score, p_lens, p_index, num_blocks, n,
+    H: tl.constexpr, LQ: tl.constexpr, BW: tl.constexpr, SELECT: tl.constexpr, INITIAL: tl.constexpr,
+    LOCAL: tl.constexpr,
+):  # fmt: skip
+    """The n blocks of one query token and key/value head, by one warp: its counts need no barrier."""
+    i_row = tl.program_id(0).to(tl.int64)
+    i_q = i_row // H
+    i_now = (tl.load(p_lens + i_q // LQ) - LQ + (i_q % LQ).to(tl.int32)) // SELECT
+    p_row = p_score + i_row * 2 * num_blocks
+    o_j = tl.arange(0, BW)
+    m_j = (o_j <= i_now) & (o_j < num_blocks)
+    b_score = tl.load(p_row + o_j, mask=m_j, other=0.0)
+    b_score += tl.load(p_row + num_blocks + o_j - 1, mask=m_j & (o_j > 0), other=0.0)
+    b_take, b_slot = take_top(selection_keys(b_score, o_j, m_j, i_now, INITIAL, LOCAL), n)
+    tl.store(p_index + i_row * n + b_slot, o_j, mask=b_take)
 
 
 @triton.jit
 def sparse_split_kernel(
-    p_q, p_ks, p_vs, p_kw, p_vw, p_slc_table, p_win_table, p_lens, p_score, p_m, p_l, p_acc,
-    slc_width, win_width, num_scores, parts, n, scale2,
+    p_q, p_ks, p_vs, p_kw, p_vw, p_slc_table, p_win_table, p_lens, p_index, p_m, p_l, p_acc,
+    slc_width, win_width, parts, n, scale2,
     H: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, LQ: tl.constexpr, FIRST: tl.constexpr,
     SLC: tl.constexpr,
-    PER: tl.constexpr, WINP: tl.constexpr, BW: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    SELECT: tl.constexpr, WIN: tl.constexpr, INITIAL: tl.constexpr, LOCAL: tl.constexpr,
-    SLC_PAGE: tl.constexpr, WIN_PAGE: tl.constexpr,
+    PER: tl.constexpr, WIN_PER: tl.constexpr, ITEMS: tl.constexpr, BN: tl.constexpr, SELECT: tl.constexpr,
+    WIN: tl.constexpr, WHOLE: tl.constexpr, SLC_PAGE: tl.constexpr, WIN_PAGE: tl.constexpr,
     DQ: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
     IP: tl.constexpr,
 ):  # fmt: skip
@@ -149,65 +193,39 @@ def sparse_split_kernel(
     b_m = tl.full([GP], float("-inf"), tl.float32)
     b_l = tl.zeros([GP], tl.float32)
     b_acc = tl.zeros([GP, DVP], tl.float32)
-    if i_part < SLC:
-        i_now = t // SELECT
-        o_j = tl.arange(0, BW)
-        m_j = (o_j <= i_now) & (o_j < num_scores)
-        b_score = tl.load(p_score + (i_q * H + i_kv) * num_scores + o_j, mask=m_j, other=0.0)
-        b_take, b_slot = take_top(selection_keys(b_score, o_j, m_j, i_now, INITIAL, LOCAL), n)
-        i_hi = tl.minimum(i_part * PER + PER, tl.minimum(n, i_now + 1))
-        for i in range(i_part * PER, i_hi):
-            i_block = tl.sum(tl.where(b_take & (b_slot == i), o_j, 0), 0)
-            o_c = tl.arange(0, BN)
-            o_t = i_block * SELECT + o_c
-            m_t = (o_c < SELECT) & (o_t <= t)
-            o_key = page_rows(p_slc_table + i_b * slc_width, o_t, m_t, SLC_PAGE) * H + i_kv
-            b_acc, b_m, b_l, _ = _attend(
-                b_acc,
-                b_m,
-                b_l,
-                b_q0,
-                b_q1,
-                p_ks,
-                p_vs,
-                o_key,
-                m_t,
-                m_t[None, :],
-                scale2,
-                DQ,
-                D0,
-                D1,
-                DV,
-                DVP,
-                IP,
-            )
-    else:
-        span: tl.constexpr = (WIN + WINP - 1) // WINP
-        t_lo = t - WIN + 1 + (i_part - SLC) * span
-        t_hi = tl.minimum(t_lo + span, t + 1)
-        for i in range(tl.maximum(t_lo, 0), t_hi, BK):
-            o_t = i + tl.arange(0, BK)
-            m_t = o_t < t_hi
-            o_key = page_rows(p_win_table + i_b * win_width, o_t, m_t, WIN_PAGE) * H + i_kv
-            b_acc, b_m, b_l, _ = _attend(
-                b_acc,
-                b_m,
-                b_l,
-                b_q0,
-                b_q1,
-                p_kw,
-                p_vw,
-                o_key,
-                m_t,
-                m_t[None, :],
-                scale2,
-                DQ,
-                D0,
-                D1,
-                DV,
-                DVP,
-                IP,
-            )
+    is_slc = i_part < SLC
+    p_k = p_kw
+    p_v = p_vw
+    p_table = p_win_table + i_b * win_width
+    page_size = WIN_PAGE
+    t_lo = t - WIN + 1
+    i_lo = tl.maximum(t_lo, 0) // SELECT + (i_part - SLC) * WIN_PER
+    i_hi = tl.minimum(i_lo + WIN_PER, t // SELECT + 1)
+    if is_slc:
+        p_k = p_ks
+        p_v = p_vs
+        p_table = p_slc_table + i_b * slc_width
+        page_size = SLC_PAGE
+        t_lo = 0
+        i_lo = i_part * PER
+        i_hi = tl.minimum(i_lo + PER, tl.minimum(n, t // SELECT + 1))
+    o_p = i_lo + tl.arange(0, ITEMS)
+    b_blocks = tl.load(p_index + (i_q * H + i_kv) * n + o_p, mask=is_slc & (o_p < i_hi), other=0)
+    b_blocks = tl.where(is_slc, b_blocks, o_p)
+    b_pages = tl.load(p_table + b_blocks * SELECT // page_size, mask=o_p < i_hi, other=0)
+    o_c = tl.arange(0, BN)
+    for i in range(i_lo, i_hi):
+        i_block = tl.sum(tl.where(o_p == i, b_blocks, 0), 0)
+        o_t = i_block * SELECT + o_c
+        m_t = (o_c < SELECT) & (o_t >= t_lo) & (o_t <= t)
+        if WHOLE:
+            page = tl.sum(tl.where(o_p == i, b_pages, 0), 0)
+            o_key = page.to(tl.int64) * page_size + i_block * SELECT % page_size + o_c
+        else:
+            o_key = page_rows(p_table, o_t, m_t, page_size)
+        b_acc, b_m, b_l, _ = _attend(
+            b_acc, b_m, b_l, b_q0, b_q1, p_k, p_v, o_key * H + i_kv, m_t, m_t[None, :], scale2, DQ, D0, D1, DV, DVP, IP
+        )
     tl.store(p_m + o_row * parts + FIRST + i_part, b_m, mask=m_g)
     tl.store(p_l + o_row * parts + FIRST + i_part, b_l, mask=m_g)
     store_tile(p_acc, o_row * parts + FIRST + i_part, m_g, b_acc, DV, 0, DVP)

@@ -15,7 +15,7 @@ from sparseray.kernels.nsa.geometry import KEYS, QUERY, Geometry
 
 BY_BLOCK_BELOW = 16
 """Measured: 8 heads a group are faster by block, 16 by query (docs/kernels.md)."""
-PARTIAL_BYTES = 1 << 30
+PARTIAL_BYTES = 3 << 28
 """Upper bound of the partial rows of one chunk."""
 
 
@@ -26,6 +26,7 @@ class Inverse:
     Attributes:
         entries: int32 [E], flat place in index [T, H, n], rows one after the other; a row is (key/value head,
             packed block).
+        queries: int32 [E], packed query of every entry.
         parts: int32 [chunks, programs, 6]: row (-1: none), part inside the row, parts of the row, first partial
             slot, first entry, end of the entries.
         chunk: queries of a chunk.
@@ -33,6 +34,7 @@ class Inverse:
     """
 
     entries: Tensor
+    queries: Tensor
     parts: Tensor
     chunk: int
     num_slots: int
@@ -97,4 +99,7 @@ def invert_selection(
     high = torch.minimum(stops.gather(1, known), low + part)
     columns = [torch.where(row < rows, row, -1), which, parts.gather(1, known), slots.gather(1, known), low, high]
     table = torch.stack(columns, 2).int()
-    return Inverse(entries=order.int(), parts=table, chunk=chunk, num_slots=2 * (entries // part) + 1)
+    return Inverse(
+        entries=order.int(), queries=(order // (num_kv * n)).int(), parts=table, chunk=chunk,
+        num_slots=2 * (entries // part) + 1,
+    )  # fmt: skip

@@ -22,7 +22,7 @@ from sparseray.kernels.nsa.tuning import launch_for
 
 @triton.jit
 def selected_bwd_kernel(
-    p_q, p_k, p_v, p_do, p_lse, p_dg, p_part_q, p_dk, p_dv, p_part_k, p_part_v, p_entries, p_parts,
+    p_q, p_k, p_v, p_do, p_lse, p_dg, p_part_q, p_dk, p_dv, p_part_k, p_part_v, p_entries, p_queries, p_parts,
     p_tiles, p_meta, p_pos, num_blocks, n, first, scale, scale2,
     H: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, BQ: tl.constexpr, SELECT: tl.constexpr,
     BN: tl.constexpr, DQ: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
@@ -58,8 +58,7 @@ def selected_bwd_kernel(
         o_e = e + o_m // GP
         m_e = o_e < e_hi
         m_q = m_e & (o_g < G)
-        b_f = tl.load(p_entries + o_e, mask=m_e, other=0)
-        b_i = b_f // (H * n)
+        b_i = tl.load(p_queries + o_e, mask=m_e, other=0)
         b_t = tl.load(p_pos + b_i, mask=m_e, other=-1)
         o_row = b_i.to(tl.int64) * (H * G) + i_kv * G + o_g
         b_q0 = load_tile(p_q, o_row, m_q, DQ, 0, D0, True)
@@ -79,7 +78,8 @@ def selected_bwd_kernel(
         if D1 > 0:
             b_dk1 = tl.dot(b_ds, b_q1, b_dk1, input_precision=IP)
         if PAIRS:
-            o_out = (b_f - first * (H * n)).to(tl.int64) * G + o_g
+            b_f = tl.load(p_entries + o_e, mask=m_e, other=0) - first * (H * n)
+            o_out = b_f.to(tl.int64) * G + o_g
             b_dst = tl.trans(b_ds)
             store_tile(p_part_q, o_out, m_q, tl.dot(b_dst, b_k0, input_precision=IP), DQ, 0, D0)
             if D1 > 0:
@@ -153,6 +153,11 @@ def selected_backward(
     (total, heads, width), (num_kv, value) = q.shape, v.shape[1:]
     n, group = index.shape[2], heads // num_kv
     by_pair = pays_by_block(group)
+    if not by_pair:  # Before the table: the device is busy while the host makes it.
+        selected_query_gradient(
+            q, k, v, do, row_lse, row_dg, dq, index, positions, geometry, select_block=select_block, scale=scale,
+            add=add,
+        )  # fmt: skip
     launch = launch_for("block_bwd" if by_pair else "selected_dkdv", max(width, value), q.element_size())
     chunk = queries_per_chunk(heads, n, width, q.element_size()) if by_pair else total
     part = max(launch["part"], min(chunk, total) * num_kv * n // launch["programs"])
@@ -161,11 +166,6 @@ def selected_backward(
     slots = (inverse.num_slots, select_block)
     part_k, part_v = (torch.empty(*slots, x.shape[2], dtype=torch.float32, device=x.device) for x in (k, v))
     part_q = q.new_empty(inverse.chunk * num_kv * n * group if by_pair else 0, width)
-    if not by_pair:
-        selected_query_gradient(
-            q, k, v, do, row_lse, row_dg, dq, index, positions, geometry, select_block=select_block, scale=scale,
-            add=add,
-        )  # fmt: skip
     for i, first in enumerate(range(0, total, inverse.chunk)):
         _one_chunk(
             (q, k, v, do, row_lse, row_dg, part_q, dk, dv, part_k, part_v), i, inverse, positions, geometry,
@@ -190,7 +190,7 @@ def _one_chunk(
     tiles = geometry.tiles(KEYS, select_block)
     parts = inverse.parts[i]
     selected_bwd_kernel[(parts.shape[0],)](
-        *tensors, inverse.entries, parts, tiles, geometry.meta, positions, tiles.shape[0], n, i * inverse.chunk,
+        *tensors, inverse.entries, inverse.queries, parts, tiles, geometry.meta, positions, tiles.shape[0], n, i * inverse.chunk,
         scale, scale * LOG2E, GP=padded, BQ=tokens, PAIRS=by_pair,
         **shared_constants(q, k, v, select_block), num_warps=launch["num_warps"], num_stages=launch["num_stages"],
     )  # fmt: skip

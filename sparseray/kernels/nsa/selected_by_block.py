@@ -21,7 +21,7 @@ from sparseray.kernels.nsa.tuning import launch_for
 
 @triton.jit
 def block_fwd_kernel(
-    p_q, p_k, p_v, p_part, p_part_lse, p_entries, p_parts, p_tiles, p_meta, p_pos, num_blocks, n, first, scale2,
+    p_q, p_k, p_v, p_part, p_part_lse, p_entries, p_queries, p_parts, p_tiles, p_meta, p_pos, num_blocks, n, first, scale2,
     H: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, BQ: tl.constexpr, SELECT: tl.constexpr,
     BN: tl.constexpr, DQ: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
     IP: tl.constexpr,
@@ -50,8 +50,7 @@ def block_fwd_kernel(
         o_e = e + o_m // GP
         m_e = o_e < e_hi
         m_q = m_e & (o_g < G)
-        b_f = tl.load(p_entries + o_e, mask=m_e, other=0)
-        b_i = b_f // (H * n)
+        b_i = tl.load(p_queries + o_e, mask=m_e, other=0)
         # The block's first key is visible to whoever selected it, and to the rows that are none.
         b_t = tl.load(p_pos + b_i, mask=m_e, other=0x7FFFFFFF)
         o_row = b_i.to(tl.int64) * (H * G) + i_kv * G + o_g
@@ -66,7 +65,8 @@ def block_fwd_kernel(
         b_p = tl.exp2(b_s - b_m[:, None])
         b_l = tl.sum(b_p, 1)
         b_o = tl.dot(b_p.to(b_v.dtype), b_v, input_precision=IP)
-        o_out = (b_f - first * (H * n)).to(tl.int64) * G + o_g
+        b_f = tl.load(p_entries + o_e, mask=m_e, other=0) - first * (H * n)
+        o_out = b_f.to(tl.int64) * G + o_g
         store_tile(p_part, o_out, m_q, b_o / b_l[:, None], DV, 0, DVP)
         tl.store(p_part_lse + o_out, b_m + tl.log2(b_l), mask=m_q)
 
@@ -117,7 +117,7 @@ def selected_by_block(
     tiles = geometry.tiles(KEYS, select_block)
     for i, first in enumerate(range(0, total, inverse.chunk)):
         block_fwd_kernel[(inverse.parts.shape[1],)](
-            q, k, v, part, part_lse, inverse.entries, inverse.parts[i], tiles, geometry.meta, positions,
+            q, k, v, part, part_lse, inverse.entries, inverse.queries, inverse.parts[i], tiles, geometry.meta, positions,
             tiles.shape[0], n, first, scale * LOG2E, GP=padded, BQ=tokens,
             **shared_constants(q, k, v, select_block), num_warps=launch["num_warps"],
             num_stages=launch["num_stages"],

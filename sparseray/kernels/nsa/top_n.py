@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparseray.kernels.nsa.geometry import COMPRESSED, QUERY, Geometry
+from sparseray.kernels.nsa.inverse import pays_by_block
 from sparseray.kernels.nsa.range_forward import LOG2E, key_sources, page_size, tokens_per_tile
 from sparseray.kernels.nsa.tiles import (
     fetch,
@@ -170,7 +171,8 @@ def select_blocks(
     tokens_total, heads, width_q = q.shape
     num_kv = k_cmp.shape[-2]
     index = torch.empty(tokens_total, num_kv, num_selected, dtype=torch.int32, device=q.device)
-    launch = launch_for("score", width_q, q.element_size())
+    name = "score_small" if pays_by_block(heads // num_kv) else "score"
+    launch = launch_for(name, width_q, q.element_size())
     tokens, padded = tokens_per_tile(launch["rows"], heads // num_kv)
     tiles = geometry.tiles(QUERY, tokens)
     positions = query_positions(geometry)

@@ -13,31 +13,46 @@ LAUNCH: dict[str, dict[str, int]] = {
     "range_dkdv": {"rows": 64, "keys": 64, "num_warps": 4, "num_stages": 2, "split": 512, "programs": 3072},
     "window_dkdv": {"rows": 64, "keys": 64, "num_warps": 4, "num_stages": 2, "split": 512, "programs": 0},
     "score": {"rows": 128, "keys": 128, "num_warps": 8, "num_stages": 2, "chunk": 8192},
+    "score_small": {"rows": 128, "keys": 64, "num_warps": 8, "num_stages": 3, "chunk": 8192},
     "top_n": {"num_warps": 1},
     "selected_fwd": {"num_warps": 2, "num_stages": 2},
     "selected_dq": {"num_warps": 2, "num_stages": 2},
-    "selected_dkdv": {"rows": 64, "num_warps": 4, "num_stages": 3, "part": 256, "programs": 2048},
-    "block_fwd": {"rows": 64, "num_warps": 4, "num_stages": 4, "part": 512},
-    "block_bwd": {"rows": 64, "num_warps": 4, "num_stages": 3, "part": 256, "programs": 2048},
+    "selected_dkdv": {"rows": 64, "num_warps": 4, "num_stages": 3, "part": 512, "programs": 4096},
+    "block_fwd": {"rows": 64, "num_warps": 4, "num_stages": 5, "part": 512},
+    "block_bwd": {"rows": 64, "num_warps": 4, "num_stages": 3, "part": 512, "programs": 4096},
     "combine": {"rows": 64, "num_warps": 4},
 }
 
 
+WIDE: dict[str, dict[str, int]] = {
+    "range_fwd": {"rows": 128, "keys": 128, "num_warps": 8, "num_stages": 2},
+    "window_fwd": {"rows": 64, "keys": 64, "num_warps": 4, "num_stages": 2},
+    "range_dq": {"rows": 128, "keys": 64, "num_warps": 8, "num_stages": 2},
+    "window_dq": {"rows": 128, "keys": 64, "num_warps": 8, "num_stages": 2},
+    "range_dkdv": {"rows": 64, "keys": 128, "num_warps": 8, "num_stages": 2},
+    "window_dkdv": {"rows": 32, "keys": 64, "num_warps": 4, "num_stages": 2},
+    "score": {"rows": 64, "keys": 64, "num_warps": 4, "num_stages": 2},
+    "score_small": {"rows": 64, "keys": 64, "num_warps": 4, "num_stages": 2},
+    "selected_dkdv": {"rows": 32, "num_warps": 4, "num_stages": 2},
+    "block_fwd": {"rows": 64, "num_warps": 4, "num_stages": 2},
+    "block_bwd": {"rows": 32, "num_warps": 4, "num_stages": 2},
+}
+"""What differs where a row of keys is more than 256 bytes."""
+
+
 def launch_for(name: str, width: int, item_size: int) -> dict[str, int]:
-    """Launch parameters of a kernel; smaller tiles where wide heads or fp32 would not fit shared memory.
+    """Launch parameters of a kernel; others for wide heads, and small tiles where fp32 would not fit shared memory.
 
     Args:
         width: the larger of the key and value head sizes.
         item_size: bytes of one element.
     """
-    launch = LAUNCH[name]
-    if width * item_size <= 256:
+    launch, row = LAUNCH[name], width * item_size
+    if row <= 256:
         return launch
-    small = {"keys": min(64, launch.get("keys", 64)), "num_stages": min(2, launch.get("num_stages", 2))}
-    if width * item_size > 512:
-        small |= {
-            "keys": min(32, launch.get("keys", 32)),
-            "rows": min(32, launch.get("rows", 32)),
-            "num_stages": 1,
-        }
-    return {k: small.get(k, v) for k, v in launch.items()}
+    if item_size == 2:
+        launch = launch | WIDE.get(name, {})
+    most = {"keys": 64, "num_stages": 2} if row <= 512 else {"keys": 32, "rows": 32, "num_stages": 1}
+    if item_size == 2 and row <= 384:
+        most = {}
+    return {k: min(v, most.get(k, v)) for k, v in launch.items()}
