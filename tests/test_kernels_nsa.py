@@ -45,7 +45,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     if HAS_GPU:
         return
     for name, launch in tuning.LAUNCH.items():
-        small = {"rows": 16, "keys": 16, "chunk": 32, "part": 8}
+        small = {"rows": 16, "keys": 16, "chunk": 32, "part": 8, "blocks": 4}
         if name == "range_dkdv":
             small |= {"split": 16, "programs": 64}
         monkeypatch.setitem(tuning.LAUNCH, name, {k: small.get(k, v) for k, v in launch.items()})

@@ -20,6 +20,9 @@ LAUNCH: dict[str, dict[str, int]] = {
     "selected_dkdv": {"rows": 64, "num_warps": 4, "num_stages": 3, "part": 512, "programs": 4096},
     "block_fwd": {"rows": 64, "num_warps": 4, "num_stages": 5, "part": 512},
     "block_bwd": {"rows": 64, "num_warps": 4, "num_stages": 3, "part": 512, "programs": 4096},
+    "decode_compressed": {"keys": 64, "programs": 396, "splits": 32, "num_warps": 4, "num_stages": 3},
+    "decode_choose": {"blocks": 64, "programs": 132, "num_warps": 4, "num_stages": 2},
+    "decode_selected": {"programs": 264, "num_warps": 4, "num_stages": 2},
     "combine": {"rows": 64, "num_warps": 4},
 }
 
