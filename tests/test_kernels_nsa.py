@@ -45,7 +45,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     if HAS_GPU:
         return
     for name, launch in tuning.LAUNCH.items():
-        small = {"rows": 16, "keys": 16, "chunk": 32, "part": 8, "blocks": 4}
+        small = {"rows": 16, "keys": 16, "chunk": 32, "part": 8, "blocks": 4, "fewest": 4}
         if name == "range_dkdv":
             small |= {"split": 16, "programs": 64}
         monkeypatch.setitem(tuning.LAUNCH, name, {k: small.get(k, v) for k, v in launch.items()})
@@ -152,6 +152,16 @@ def test_dense_and_selected_kernels_agree_where_every_block_is_selected(
         inputs = [x.requires_grad_() for x in draw(1, 19, (2, 1), (16, 16), 3, torch.float32)]
         runs.append(outputs_and_gradients(lambda *x: nsa_attention(*x, **TINY), inputs))
     assert max(relative(a, b) for a, b in zip(*runs)) < 1e-5
+
+
+def test_selected_branch_by_block_and_by_query_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = draw(1, 31, (4, 2), (24, 12), num_compressed(31, 8, 4), torch.float32)
+    found = []
+    for below in (1, 64):
+        monkeypatch.setattr(inverse, "BY_BLOCK_BELOW", below)
+        inputs = [x.clone().requires_grad_() for x in tensors]
+        found.append(outputs_and_gradients(lambda *x: nsa_attention(*x, **TINY_SPARSE), inputs))
+    assert max(relative(a, b) for a, b in zip(*found)) < 1e-5
 
 
 def test_same_inputs_give_the_same_bits() -> None:

@@ -160,7 +160,9 @@ def nsa_decode(
         SPLITS=cmp_splits, PAGES=next_power_of_2(-(-tiles // cmp_splits)), PAGE=cmp_cache[0].shape[1], **shape,
         **shared, **_launch("decode_compressed"),
     )  # fmt: skip
-    scored = min(LAUNCH["decode_choose"]["blocks"], next_power_of_2(w.num_blocks))
+    # Small batches are latency: many small programs; large ones would wait for the window's programs.
+    choose = LAUNCH["decode_choose"]
+    scored = min(choose["blocks"], max(choose["fewest"], next_power_of_2(8 * queries * num_kv)))
     chunks, bn = triton.cdiv(w.num_blocks, scored), max(16, next_power_of_2(select_block))
     num_score, per = chunks * queries * num_kv, triton.cdiv(blocks_in_window(window, select_block), win_splits)
     choose_kernel[(num_score + win_splits * queries * num_kv,)](

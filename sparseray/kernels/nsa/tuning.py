@@ -2,7 +2,9 @@
 
 One entry a kernel; chosen by measurement on an H200 (docs/kernels.md, section NSA). `rows` counts query
 tokens times query heads of one group; a program never takes less than one query token. `programs` is how many
-programs the split of long key tiles aims at, `split` the fewest query tokens of a part.
+programs the split of long tiles, table rows or paged sequences aims at, `split` the fewest query tokens of a
+part, `part` the fewest table entries of one, `splits` the most parts of a sequence; `blocks` is how many selection
+blocks a decoding program scores at most, `fewest` at least.
 """
 
 LAUNCH: dict[str, dict[str, int]] = {
@@ -20,8 +22,8 @@ LAUNCH: dict[str, dict[str, int]] = {
     "selected_dkdv": {"rows": 64, "num_warps": 4, "num_stages": 3, "part": 512, "programs": 4096},
     "block_fwd": {"rows": 64, "num_warps": 4, "num_stages": 5, "part": 512},
     "block_bwd": {"rows": 64, "num_warps": 4, "num_stages": 3, "part": 512, "programs": 4096},
-    "decode_compressed": {"keys": 64, "programs": 396, "splits": 32, "num_warps": 4, "num_stages": 3},
-    "decode_choose": {"blocks": 64, "programs": 132, "num_warps": 4, "num_stages": 2},
+    "decode_compressed": {"keys": 64, "programs": 264, "splits": 32, "num_warps": 4, "num_stages": 3},
+    "decode_choose": {"blocks": 256, "fewest": 32, "programs": 396, "num_warps": 4, "num_stages": 2},
     "decode_selected": {"programs": 264, "num_warps": 4, "num_stages": 2},
     "combine": {"rows": 64, "num_warps": 4},
 }
