@@ -17,7 +17,7 @@ from sparseray.kernels.nsa.geometry import COMPRESSED, WINDOW, uniform
 from sparseray.kernels.nsa.range_backward import range_backward
 from sparseray.kernels.nsa.range_forward import range_forward
 from sparseray.kernels.nsa.reference import num_compressed
-from sparseray.kernels.nsa.selected_backward import selected_key_gradient
+from sparseray.kernels.nsa.selected_backward import selected_backward
 from sparseray.kernels.nsa.selected_forward import selected_forward, selected_query_gradient
 from sparseray.kernels.nsa.top_n import query_positions, select_blocks
 from sparseray.kernels.nsa.tuning import LAUNCH
@@ -104,8 +104,8 @@ def cases(tokens: int) -> dict[str, Callable[[], object]]:
         "selected_dq": lambda: selected_query_gradient(
             q, k, v, do, lse[1], dg[1], dq, index, positions, geometry, add=False, **sel
         ),
-        "selected_dkdv": lambda: selected_key_gradient(
-            q, k, v, do, lse[1], dg[1], index, positions, geometry, **sel
+        "selected_dkdv": lambda: selected_backward(
+            q, k, v, do, lse[1], dg[1], dq, index, positions, geometry, add=False, **sel
         ),
         "combine": lambda: (combine(*outs, gates), prepare_backward(do, outs, lses, gates)),
     }

@@ -164,7 +164,10 @@ def nsa_decode(
     choose = LAUNCH["decode_choose"]
     scored = min(choose["blocks"], max(choose["fewest"], next_power_of_2(8 * queries * num_kv)))
     chunks, bn = triton.cdiv(w.num_blocks, scored), max(16, next_power_of_2(select_block))
-    num_score, per = chunks * queries * num_kv, triton.cdiv(blocks_in_window(window, select_block), win_splits)
+    num_score, per = (
+        chunks * queries * num_kv,
+        triton.cdiv(blocks_in_window(window, select_block), win_splits),
+    )
     choose_kernel[(num_score + win_splits * queries * num_kv,)](
         q, *win_cache, win_table, context_lens, *part, w.fold, w.tops, w.scores, w.ended, w.index,
         win_table.shape[1], num_score, w.num_blocks, tiles, parts, num_selected, scale2, GP=max(16, gp),

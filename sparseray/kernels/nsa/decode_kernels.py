@@ -99,7 +99,23 @@ def compressed_split_kernel(
             o_key = page_rows(p_table, o_i, m_i, PAGE)
         b_see = m_i[None, :] & ((o_i * STRIDE + LEN - 1)[None, :] <= b_t[:, None])
         b_acc, b_m, b_l, b_p = _attend(
-            b_acc, b_m, b_l, b_q0, b_q1, p_k, p_v, o_key * H + i_kv, m_i, b_see, scale2, DQ, D0, D1, DV, DVP, IP
+            b_acc,
+            b_m,
+            b_l,
+            b_q0,
+            b_q1,
+            p_k,
+            p_v,
+            o_key * H + i_kv,
+            m_i,
+            b_see,
+            scale2,
+            DQ,
+            D0,
+            D1,
+            DV,
+            DVP,
+            IP,
         )
         b_p = tl.reshape(b_p, [LP * GP, BJ, RP])
         p_tile = p_fold + ((o_tile + j // BJ) * (2 * G) + o_g)[:, None] * BJ + tl.arange(0, BJ)[None, :]
@@ -192,7 +208,23 @@ def _attend_blocks(
         else:
             o_key = page_rows(p_table, o_t, m_t, PAGE)
         b_acc, b_m, b_l, _ = _attend(
-            b_acc, b_m, b_l, b_q0, b_q1, p_k, p_v, o_key * H + i_kv, m_t, m_t[None, :], scale2, DQ, D0, D1, DV, DVP, IP
+            b_acc,
+            b_m,
+            b_l,
+            b_q0,
+            b_q1,
+            p_k,
+            p_v,
+            o_key * H + i_kv,
+            m_t,
+            m_t[None, :],
+            scale2,
+            DQ,
+            D0,
+            D1,
+            DV,
+            DVP,
+            IP,
         )
     tl.store(p_m + o_row * parts + i_part, b_m, mask=m_g)
     tl.store(p_l + o_row * parts + i_part, b_l, mask=m_g)

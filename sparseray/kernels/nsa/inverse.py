@@ -97,7 +97,14 @@ def invert_selection(
     which = ids - (ends - parts).gather(1, known)
     low = starts.gather(1, known) + which * part
     high = torch.minimum(stops.gather(1, known), low + part)
-    columns = [torch.where(row < rows, row, -1), which, parts.gather(1, known), slots.gather(1, known), low, high]
+    columns = [
+        torch.where(row < rows, row, -1),
+        which,
+        parts.gather(1, known),
+        slots.gather(1, known),
+        low,
+        high,
+    ]
     table = torch.stack(columns, 2).int()
     return Inverse(
         entries=order.int(), queries=(order // (num_kv * n)).int(), parts=table, chunk=chunk,
