@@ -14,11 +14,18 @@ from torch import Tensor
 from sparseray.errors import ConfigError
 from sparseray.kernels.nsa.branches import Blocks, forward_branches
 from sparseray.kernels.nsa.gates import combine, prepare_backward
-from sparseray.kernels.nsa.geometry import COMPRESSED, KEYS, WINDOW, Geometry, packed, uniform
+from sparseray.kernels.nsa.geometry import (
+    COMPRESSED,
+    KEYS,
+    WINDOW,
+    Geometry,
+    packed,
+    query_positions,
+    uniform,
+)
 from sparseray.kernels.nsa.range_backward import range_backward
 from sparseray.kernels.nsa.reference import check_blocks
 from sparseray.kernels.nsa.selected_backward import selected_backward
-from sparseray.kernels.nsa.top_n import query_positions
 
 
 class _Nsa(torch.autograd.Function):

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from sparseray.kernels.nsa.geometry import COMPRESSED, KEYS, WINDOW, Geometry
+from sparseray.kernels.nsa.geometry import COMPRESSED, KEYS, WINDOW, Geometry, query_positions
 from sparseray.kernels.nsa.inverse import pays_by_block
 from sparseray.kernels.nsa.range_forward import range_forward
 from sparseray.kernels.nsa.selected_by_block import selected_by_block
 from sparseray.kernels.nsa.selected_forward import selected_forward
-from sparseray.kernels.nsa.top_n import query_positions, select_blocks
+from sparseray.kernels.nsa.top_n import select_blocks
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -58,6 +58,27 @@ def _tile_table(lengths: Tensor, size: int, count: int) -> Tensor:
     return torch.stack([seq, local], 1).int().contiguous()
 
 
+def query_sequences(geometry: Geometry) -> Tensor:
+    """int32 [T]: sequence of every packed query."""
+    key = (QUERY, -2)
+    if key not in geometry.cache:
+        meta = geometry.meta
+        rows = torch.arange(geometry.totals[QUERY], device=meta.device)
+        seq = torch.searchsorted(meta[:, 0] + meta[:, 1], rows, right=True).clamp(max=meta.shape[0] - 1)
+        geometry.cache[key] = seq.int()
+    return geometry.cache[key]
+
+
+def query_positions(geometry: Geometry) -> Tensor:
+    """int32 [T]: position of every packed query in its sequence."""
+    key = (QUERY, -1)
+    if key not in geometry.cache:
+        meta, seq = geometry.meta, query_sequences(geometry).long()
+        rows = torch.arange(geometry.totals[QUERY], device=meta.device)
+        geometry.cache[key] = (rows - meta[seq, 0] + meta[seq, 2]).int()
+    return geometry.cache[key]
+
+
 @lru_cache(maxsize=64)
 def uniform(
     batch: int,

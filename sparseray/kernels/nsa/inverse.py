@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparseray.kernels.nsa.geometry import KEYS, QUERY, Geometry
+from sparseray.kernels.nsa.geometry import KEYS, Geometry, query_sequences
 
 BY_BLOCK_BELOW = 16
 """Measured: 8 heads a group are faster by block, 16 by query (docs/kernels.md)."""
@@ -51,17 +51,6 @@ def queries_per_chunk(heads: int, n: int, width: int, item_size: int) -> int:
     return max(1, fit // 64 * 64 if fit > 64 else fit)
 
 
-def query_sequences(geometry: Geometry) -> Tensor:
-    """int32 [T]: sequence of every packed query."""
-    key = (QUERY, -2)
-    if key not in geometry.cache:
-        meta = geometry.meta
-        rows = torch.arange(geometry.totals[QUERY], device=meta.device)
-        seq = torch.searchsorted(meta[:, 0] + meta[:, 1], rows, right=True).clamp(max=meta.shape[0] - 1)
-        geometry.cache[key] = seq.int()
-    return geometry.cache[key]
-
-
 def invert_selection(
     index: Tensor, geometry: Geometry, *, select_block: int, chunk: int, part: int
 ) -> Inverse:
@@ -73,7 +62,7 @@ def invert_selection(
     """
     tokens, num_kv, n = index.shape
     meta, device = geometry.meta, index.device
-    chunk = min(chunk, tokens)
+    chunk = max(1, min(chunk, tokens))
     chunks = -(-tokens // chunk)
     num_blocks = geometry.num_tiles(KEYS, select_block)
     rows = num_kv * num_blocks

@@ -16,7 +16,7 @@ from sparseray.kernels.nsa.geometry import KEYS, Geometry
 from sparseray.kernels.nsa.inverse import Inverse, invert_selection, pays_by_block, queries_per_chunk
 from sparseray.kernels.nsa.range_forward import LOG2E, tokens_per_tile
 from sparseray.kernels.nsa.selected_forward import selected_query_gradient, shared_constants
-from sparseray.kernels.nsa.tiles import add_tile, load_tile, next_power_of_2, store_tile
+from sparseray.kernels.nsa.tiles import add_tile, block_rows, load_tile, next_power_of_2, store_tile
 from sparseray.kernels.nsa.tuning import launch_for
 
 
@@ -34,15 +34,8 @@ def selected_bwd_kernel(
         return
     num_parts = tl.load(p_part + 2)
     i_slot = tl.load(p_part + 3) + tl.load(p_part + 1)
-    i_kv = i_row // num_blocks
-    i_seq = tl.load(p_tiles + (i_row % num_blocks) * 2)
-    i_block = tl.load(p_tiles + (i_row % num_blocks) * 2 + 1)
-    k_off = tl.load(p_meta + i_seq * 12 + 6)
-    k_len = tl.load(p_meta + i_seq * 12 + 7).to(tl.int32)
     o_c = tl.arange(0, BN)
-    o_i = i_block * SELECT + o_c
-    m_i = (o_c < SELECT) & (o_i < k_len)
-    o_key = (k_off + o_i) * H + i_kv
+    i_kv, o_i, m_i, o_key = block_rows(i_row, o_c, p_tiles, p_meta, num_blocks, H, SELECT)
     b_k0 = load_tile(p_k, o_key, m_i, DQ, 0, D0, True)
     b_dk0 = tl.zeros([BN, D0], tl.float32)
     if D1 > 0:
@@ -108,19 +101,13 @@ def add_parts_kernel(
     # The first part of a row adds them all.
     if (i_row < 0) | (num_parts == 1) | (tl.load(p_part + 1) > 0):
         return
-    i_kv = i_row // num_blocks
-    i_seq = tl.load(p_tiles + (i_row % num_blocks) * 2)
-    i_block = tl.load(p_tiles + (i_row % num_blocks) * 2 + 1)
-    k_off = tl.load(p_meta + i_seq * 12 + 6)
-    k_len = tl.load(p_meta + i_seq * 12 + 7).to(tl.int32)
     o_c = tl.program_id(1) * BN + tl.arange(0, BN)
-    o_i = i_block * SELECT + o_c
-    m_i = (o_c < SELECT) & (o_i < k_len)
+    _, _, m_i, o_key = block_rows(i_row, o_c, p_tiles, p_meta, num_blocks, H, SELECT)
     i_slot = tl.load(p_part + 3).to(tl.int64)
     b_sum = tl.zeros([BN, DP], tl.float32)
     for i in range(0, num_parts):
         b_sum += load_tile(p_part_sum, (i_slot + i) * SELECT + o_c, m_i, D, 0, DP, True)
-    add_tile(p_out, (k_off + o_i) * H + i_kv, m_i, b_sum, D, 0, DP, True)
+    add_tile(p_out, o_key, m_i, b_sum, D, 0, DP, True)
 
 
 @triton.jit

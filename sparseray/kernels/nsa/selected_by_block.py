@@ -15,7 +15,7 @@ from sparseray.kernels.nsa.geometry import KEYS, Geometry
 from sparseray.kernels.nsa.inverse import invert_selection, queries_per_chunk
 from sparseray.kernels.nsa.range_forward import LOG2E, tokens_per_tile
 from sparseray.kernels.nsa.selected_forward import shared_constants
-from sparseray.kernels.nsa.tiles import load_tile, next_power_of_2, store_tile
+from sparseray.kernels.nsa.tiles import block_rows, load_tile, next_power_of_2, store_tile
 from sparseray.kernels.nsa.tuning import launch_for
 
 
@@ -30,15 +30,7 @@ def block_fwd_kernel(
     i_row = tl.load(p_of)
     if i_row < 0:
         return
-    i_kv = i_row // num_blocks
-    i_seq = tl.load(p_tiles + (i_row % num_blocks) * 2)
-    i_block = tl.load(p_tiles + (i_row % num_blocks) * 2 + 1)
-    k_off = tl.load(p_meta + i_seq * 12 + 6)
-    k_len = tl.load(p_meta + i_seq * 12 + 7).to(tl.int32)
-    o_c = tl.arange(0, BN)
-    o_i = i_block * SELECT + o_c
-    m_i = (o_c < SELECT) & (o_i < k_len)
-    o_key = (k_off + o_i) * H + i_kv
+    i_kv, o_i, m_i, o_key = block_rows(i_row, tl.arange(0, BN), p_tiles, p_meta, num_blocks, H, SELECT)
     b_k0 = load_tile(p_k, o_key, m_i, DQ, 0, D0, True)
     if D1 > 0:
         b_k1 = load_tile(p_k, o_key, m_i, DQ, D0, D1, True)

@@ -12,8 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparseray.kernels.nsa.geometry import Geometry
-from sparseray.kernels.nsa.inverse import query_sequences
+from sparseray.kernels.nsa.geometry import Geometry, query_sequences
 from sparseray.kernels.nsa.range_forward import LOG2E, key_sources, page_size
 from sparseray.kernels.nsa.tiles import (
     add_tile,

@@ -129,6 +129,18 @@ def key_rows(p_table, offset, o_i, m_i, PAGE: tl.constexpr):
 
 
 @triton.jit
+def block_rows(i_row, o_c, p_tiles, p_meta, num_blocks, H: tl.constexpr, SELECT: tl.constexpr):
+    """A row of the inverse table (`inverse.py`): its head, the positions of keys o_c of its block, which of them
+    there are, and their packed rows."""
+    i_kv = i_row // num_blocks
+    p_tile = p_tiles + (i_row % num_blocks) * 2
+    p_seq = p_meta + tl.load(p_tile) * 12
+    o_i = tl.load(p_tile + 1) * SELECT + o_c
+    m_i = (o_c < SELECT) & (o_i < tl.load(p_seq + 7).to(tl.int32))
+    return i_kv, o_i, m_i, (tl.load(p_seq + 6) + o_i) * H + i_kv
+
+
+@triton.jit
 def num_visible(t, start, LEN: tl.constexpr, STRIDE: tl.constexpr):
     """How many keys of LEN tokens every STRIDE tokens, the first at `start`, end at or before position t."""
     return tl.maximum(t - start - LEN + 1 + STRIDE, 0) // STRIDE

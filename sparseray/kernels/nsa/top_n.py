@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparseray.kernels.nsa.geometry import COMPRESSED, QUERY, Geometry
+from sparseray.kernels.nsa.geometry import QUERY, Geometry, query_positions
 from sparseray.kernels.nsa.inverse import pays_by_block
 from sparseray.kernels.nsa.range_forward import LOG2E, key_sources, page_size, tokens_per_tile
 from sparseray.kernels.nsa.tiles import (
@@ -142,17 +142,6 @@ def top_n_kernel(
     )
 
 
-def query_positions(geometry: Geometry) -> Tensor:
-    """int32 [T]: position of every packed query in its sequence."""
-    key = (QUERY, -1)
-    if key not in geometry.cache:
-        meta = geometry.meta
-        rows = torch.arange(geometry.totals[QUERY], device=meta.device)
-        seq = torch.searchsorted(meta[:, 0] + meta[:, 1], rows, right=True).clamp(max=meta.shape[0] - 1)
-        geometry.cache[key] = (rows - meta[seq, 0] + meta[seq, 2]).int()
-    return geometry.cache[key]
-
-
 def select_blocks(
     q: Tensor, k_cmp: Tensor, lse: Tensor, geometry: Geometry, *, block: int, stride: int, select_block: int,
     num_selected: int, num_initial: int, num_local: int, scale: float,
@@ -209,6 +198,3 @@ def select_blocks(
             num_warps=LAUNCH["top_n"]["num_warps"],
         )  # fmt: skip
     return index
-
-
-__all__ = ["COMPRESSED", "query_positions", "select_blocks"]
