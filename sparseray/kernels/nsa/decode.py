@@ -7,19 +7,14 @@ length on the host and can be captured in a CUDA graph. Source: arXiv 2502.11089
 """
 
 from dataclasses import dataclass
-from typing import Any
+from math import gcd
 
 import torch
 import triton
 from torch import Tensor
 
 from sparseray.errors import ConfigError
-from sparseray.kernels.nsa.decode_kernels import (
-    choose_kernel,
-    compressed_split_kernel,
-    merge_kernel,
-    selected_split_kernel,
-)
+from sparseray.kernels.nsa.decode_kernels import decode_kernel
 from sparseray.kernels.nsa.range_forward import LOG2E
 from sparseray.kernels.nsa.reference import check_blocks
 from sparseray.kernels.nsa.tiles import next_power_of_2, precision, split_width
@@ -28,7 +23,7 @@ from sparseray.kernels.nsa.tuning import LAUNCH
 
 def blocks_per_tile(select_block: int, stride: int) -> int:
     """Selection blocks whose compressed tokens make a tile of the compressed branch."""
-    return max(1, LAUNCH["decode_compressed"]["keys"] // next_power_of_2(select_block // stride))
+    return max(1, LAUNCH["decode"]["keys"] // next_power_of_2(select_block // stride))
 
 
 def blocks_in_window(window: int, select_block: int) -> int:
@@ -36,9 +31,50 @@ def blocks_in_window(window: int, select_block: int) -> int:
     return (window + select_block - 2) // select_block + 1
 
 
-def _splits(name: str, rows: int, most: int) -> int:
-    """Parts of every row, so that all rows together make about as many programs as measured best."""
-    return min(most, max(1, LAUNCH[name]["programs"] // rows))
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """How many tasks of each kind a row (one key/value head of one sequence) has, and their order.
+
+    Attributes:
+        compressed: parts of the compressed branch, for all query tokens of the row together.
+        window, pieces, selected, merges: of one query token: parts of the window, pieces of the scores, parts of
+            the selected blocks, and merges.
+        piece: selection blocks of a piece.
+        group: rows of a step, whose tasks stand together.
+        lags: steps by which window, scores, selected blocks and merges stand behind the compressed parts of their row;
+            the programs between fill the device. 0 where all rows run at once.
+    """
+
+    compressed: int
+    window: int
+    pieces: int
+    piece: int
+    selected: int
+    merges: int
+    group: int
+    lags: tuple[int, int, int, int]
+
+    @classmethod
+    def of(
+        cls, rows: int, query_len: int, group: int, *, tiles: int, blocks: int, window_blocks: int, num_selected: int
+    ) -> "Schedule":  # fmt: skip
+        """Schedule of `rows` rows of `group` query heads and `tiles` tiles of compressed tokens."""
+        launch, queries = LAUNCH["decode"], rows * query_len
+        few = rows <= launch["few"]
+        piece = min(launch["most"], max(launch["fewest"], next_power_of_2(blocks * queries // launch["scores"])))
+        return cls(
+            compressed=min(tiles, launch["splits"], max(1, launch["compressed"] // rows)),
+            window=min(window_blocks, max(1, launch["window"] // queries)),
+            pieces=triton.cdiv(blocks, piece), piece=piece,
+            selected=min(num_selected, max(1, launch["selected"] // queries)),
+            merges=group // gcd(group, max(1, queries * group // launch["merges"])),
+            group=rows if few else launch["group"],
+            lags=(0, 0, 0, 0) if few else (launch["lag_window"], launch["lag_choose"], launch["lag_selected"], launch["lag_merge"]),
+        )  # fmt: skip
+
+    def programs(self, rows: int, query_len: int) -> int:
+        row = self.compressed + query_len * (self.window + self.pieces + self.selected + self.merges)
+        return (triton.cdiv(rows, self.group) + max(self.lags)) * self.group * row
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,24 +85,20 @@ class DecodeWorkspace:
         fold: fp32 [B * Lq, H, tiles, 2, G, blocks of a tile], probabilities of the compressed tokens of a block,
             weighted as eq. 9 adds them to this block and to the next one, against the tile's largest logit.
         tops: fp32 [B * Lq, H, tiles, G], that logit, base 2.
-        scores: fp32 [B * Lq, H, 2, selection blocks], the two rows of `fold` added over the heads.
-        ended: int32 [B * Lq, H], 0 between steps: programs whose scores are written.
-        index: int32 [B * Lq, H, n], the blocks selected, ascending.
+        best: int64 [B * Lq, H, pieces, n], the best blocks of every piece of the scores.
+        state: int64 [B * H, 2 + 2 * Lq], how many tasks of a row have ended (`decode_kernels`); only grows.
         part_max, part_sum: fp32 [B * Lq * HQ, parts]; part_out: fp32 [B * Lq * HQ, parts, Dv].
-        splits: parts of the compressed branch, the selected blocks and the window.
-        num_blocks: selection blocks of the longest context.
+        schedule: the tasks of a step.
     """
 
     fold: Tensor
     tops: Tensor
-    scores: Tensor
-    ended: Tensor
-    index: Tensor
+    best: Tensor
+    state: Tensor
     part_max: Tensor
     part_sum: Tensor
     part_out: Tensor
-    splits: tuple[int, int, int]
-    num_blocks: int
+    schedule: Schedule
 
     @classmethod
     def create(
@@ -77,13 +109,11 @@ class DecodeWorkspace:
         """Buffers for `batch` sequences of at most `max_context` tokens."""
         blocks, bj = -(-max_context // select_block), blocks_per_tile(select_block, stride)
         tiles, queries = -(-blocks // bj), batch * query_len
-        most = min(tiles, LAUNCH["decode_compressed"]["splits"])
-        splits = (
-            _splits("decode_compressed", batch * num_kv, most),
-            _splits("decode_selected", queries * num_kv, num_selected),
-            _splits("decode_choose", queries * num_kv, blocks_in_window(window, select_block)),
-        )
-        rows, parts = queries * heads, sum(splits)
+        schedule = Schedule.of(
+            batch * num_kv, query_len, heads // num_kv, tiles=tiles, blocks=blocks,
+            window_blocks=blocks_in_window(window, select_block), num_selected=num_selected,
+        )  # fmt: skip
+        rows, parts = queries * heads, schedule.compressed + schedule.selected + schedule.window
 
         def fp32(*shape: int) -> Tensor:
             return torch.empty(shape, dtype=torch.float32, device=device)
@@ -91,11 +121,13 @@ class DecodeWorkspace:
         return cls(
             fold=fp32(queries, num_kv, tiles, 2, heads // num_kv, bj),
             tops=fp32(queries, num_kv, tiles, heads // num_kv),
-            scores=fp32(queries, num_kv, 2, blocks),
-            ended=torch.zeros(queries, num_kv, dtype=torch.int32, device=device),
-            index=torch.empty(queries, num_kv, num_selected, dtype=torch.int32, device=device),
+            best=torch.empty(
+                queries, num_kv, triton.cdiv(blocks, schedule.piece), min(num_selected, schedule.piece),
+                dtype=torch.int64, device=device,
+            ),
+            state=torch.zeros(batch * num_kv, 2 + 2 * query_len, dtype=torch.int64, device=device),
             part_max=fp32(rows, parts), part_sum=fp32(rows, parts), part_out=fp32(rows, parts, value_dim),
-            splits=splits, num_blocks=blocks,
+            schedule=schedule,
         )  # fmt: skip
 
 
@@ -142,52 +174,36 @@ def nsa_decode(
         raise ConfigError(
             f"nsa: decode takes 1 to 8 query tokens a sequence, got {query_len} (q {tuple(q.shape)})"
         )
-    w, group, dvp = workspace, heads // num_kv, max(16, next_power_of_2(value_dim))
-    gp, queries = next_power_of_2(group), batch * query_len
-    d0, d1 = split_width(width)
-    scale2 = (width**-0.5 if scale is None else scale) * LOG2E
-    cmp_splits, slc_splits, win_splits = w.splits
-    parts, tiles = sum(w.splits), w.tops.shape[2]
-    shared: dict[str, Any] = {
-        "H": num_kv, "G": group, "LQ": query_len, "SELECT": select_block, "DQ": width, "D0": d0, "D1": d1,
-        "DV": value_dim, "DVP": dvp, "IP": precision(q.dtype),
-    }  # fmt: skip
-    shape = {"LEN": block, "STRIDE": stride, "BJ": w.fold.shape[-1]}
-    part = (w.part_max, w.part_sum, w.part_out)
-    compressed_split_kernel[(cmp_splits, num_kv, batch)](
-        q, *cmp_cache, cmp_table, context_lens, w.fold, w.tops, *part, cmp_table.shape[1], tiles, parts, scale2,
-        GP=gp, LP=max(next_power_of_2(query_len), 16 // min(gp, 16)), RP=next_power_of_2(select_block // stride),
-        SPLITS=cmp_splits, PAGES=next_power_of_2(-(-tiles // cmp_splits)), PAGE=cmp_cache[0].shape[1], **shape,
-        **shared, **_launch("decode_compressed"),
-    )  # fmt: skip
-    # Small batches are latency: many small programs; large ones would wait for the window's programs.
-    choose = LAUNCH["decode_choose"]
-    scored = min(choose["blocks"], max(choose["fewest"], next_power_of_2(8 * queries * num_kv)))
-    chunks, bn = triton.cdiv(w.num_blocks, scored), max(16, next_power_of_2(select_block))
-    num_score, per = (
-        chunks * queries * num_kv,
-        triton.cdiv(blocks_in_window(window, select_block), win_splits),
-    )
-    choose_kernel[(num_score + win_splits * queries * num_kv,)](
-        q, *win_cache, win_table, context_lens, *part, w.fold, w.tops, w.scores, w.ended, w.index,
-        win_table.shape[1], num_score, w.num_blocks, tiles, parts, num_selected, scale2, GP=max(16, gp),
-        SPLITS=cmp_splits, SP=next_power_of_2(cmp_splits), BC=scored, BW=max(16, next_power_of_2(w.num_blocks)),
-        CHUNKS=chunks, FIRST=cmp_splits + slc_splits, WINP=win_splits, PER=per, ITEMS=next_power_of_2(per),
-        WIN=window, BN=bn, PAGE=win_cache[0].shape[1], INITIAL=num_initial, LOCAL=num_local, **shape, **shared,
-        **_launch("decode_choose"),
-    )  # fmt: skip
-    per = triton.cdiv(num_selected, slc_splits)
-    selected_split_kernel[(slc_splits, num_kv, queries)](
-        q, *slc_cache, slc_table, context_lens, w.index, *part, slc_table.shape[1], parts, num_selected, scale2,
-        GP=max(16, gp), FIRST=cmp_splits, PER=per, ITEMS=next_power_of_2(per), BN=bn, PAGE=slc_cache[0].shape[1],
-        **shared, **_launch("decode_selected"),
-    )  # fmt: skip
-    merge_kernel[(queries * heads,)](
-        *part, gates, out, parts, CMP=cmp_splits, SLC=slc_splits, PP=next_power_of_2(parts), DV=value_dim,
-        DVP=dvp, num_warps=1,
+    w, plan, group = workspace, workspace.schedule, heads // num_kv
+    gp, rows, parts = next_power_of_2(group), batch * num_kv, w.part_max.shape[1]
+    window_per = triton.cdiv(blocks_in_window(window, select_block), plan.window)
+    selected_per = triton.cdiv(num_selected, plan.selected)
+    keep = w.best.shape[-1]
+    launch, (d0, d1) = LAUNCH["decode"], split_width(width)
+    decode_kernel[(plan.programs(rows, query_len),)](
+        q, gates, out, context_lens, *cmp_cache, cmp_table, *slc_cache, slc_table, *win_cache, win_table,
+        w.fold, w.tops, w.best, w.part_max, w.part_sum, w.part_out, w.state,
+        cmp_table.shape[1], slc_table.shape[1], win_table.shape[1], rows, w.tops.shape[2], num_selected,
+        *plan.lags, (width**-0.5 if scale is None else scale) * LOG2E,
+        H=num_kv, G=group, GP=gp, LQ=query_len, LP=max(next_power_of_2(query_len), 16 // min(gp, 16)),
+        GROUP=plan.group, CMP=plan.compressed, WINP=plan.window, CHUNKS=plan.pieces,
+        SLC=plan.selected, MERGES=plan.merges,
+        BJ=w.fold.shape[-1], RP=next_power_of_2(select_block // stride),
+        PAGES=next_power_of_2(triton.cdiv(w.tops.shape[2], plan.compressed)), SP=next_power_of_2(plan.compressed),
+        BC=plan.piece, KEEP=keep, BEST=next_power_of_2(plan.pieces * keep),
+        CT_WIDTH=_lines(cmp_table), ST_WIDTH=_lines(slc_table), PP=next_power_of_2(parts),
+        HP=next_power_of_2(group // plan.merges),
+        WIN_PER=window_per, WIN_ITEMS=next_power_of_2(window_per), SLC_PER=selected_per,
+        SLC_ITEMS=next_power_of_2(selected_per), LEN=block, STRIDE=stride, SELECT=select_block,
+        BN=max(16, next_power_of_2(select_block)), WIN=window, CMP_PAGE=cmp_cache[0].shape[1],
+        SLC_PAGE=slc_cache[0].shape[1], WIN_PAGE=win_cache[0].shape[1], INITIAL=num_initial, LOCAL=num_local,
+        DQ=width, D0=d0, D1=d1, DV=value_dim, DVP=max(16, next_power_of_2(value_dim)), IP=precision(q.dtype),
+        SPIN=q.is_cuda, CMP_STAGES=launch["num_stages"], SLC_STAGES=launch["selected_stages"],
+        num_warps=launch["num_warps"],
     )  # fmt: skip
     return out
 
 
-def _launch(name: str) -> dict[str, int]:
-    return {k: LAUNCH[name][k] for k in ("num_warps", "num_stages")}
+def _lines(table: Tensor) -> int:
+    """Entries of a row of a page table that are fetched ahead, a power of two: no more than 16 KB."""
+    return min(4096, 1 << (max(1, table.shape[1]).bit_length() - 1))

@@ -1,11 +1,17 @@
-"""Device code of NSA decoding over paged caches: four kernels a step, partial results merged at the end.
+"""Device code of NSA decoding over paged caches: one launch a step, five kinds of tasks.
 
-1. `compressed_split_kernel`: attention over a part of the compressed tokens, its probabilities folded into
-selection blocks; 2. `choose_kernel`: scores of the blocks and, in the program of a row that ends last, its top n;
-beside them attention over the window, which waits for nothing and fills the device; 3. `selected_split_kernel`:
-attention over a part of the selected blocks; 4. `merge_kernel`: the three softmaxes put together under their gates.
-Sequence lengths are read on the device, so a captured graph serves growing sequences. Which program ends last
-does not change a bit: the counter only says that all scores of the row are written.
+1. `_compressed`: attention over a part of the compressed tokens, its probabilities folded into selection blocks;
+2. over a part of the window, which waits for nothing; 3. `_choose`: scores of some blocks, of which the best are
+kept; 4. `_blocks_of_rank`, `_attend_blocks`: attention over a part of the selected blocks, each part taking some
+ranks of the top n; 5. `_merge`: the three softmaxes put together under their gates. A row is one key/value head of
+one sequence.
+
+Tasks count what they finished in `state`, and a task that needs others waits for their count. Every task has a
+higher program id than those it waits for, and programs start in the order of their ids (as CUB's single-pass scans
+rely on too), so what is waited for always runs or has run. In large batches the tasks of later rows stand between
+those of one row, so that memory stays busy while a row waits (`decode.Schedule`). The last task of a row sets its
+counts back to 0. Sequence lengths are read on the device, so a captured graph serves growing sequences. Which task
+ends last changes no bit: the counts only say that something is written.
 """
 
 import triton
@@ -17,8 +23,45 @@ from sparseray.kernels.nsa.tiles import (
     page_rows,
     selection_keys,
     store_tile,
-    take_top,
 )
+
+ATTENDED, MERGED, SCORED, READ = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
+"""Counts of a row in `state`: compressed parts, merges; then for every query token pieces scored, and parts of the
+selected blocks and the window read."""
+
+
+@triton.jit
+def _wait(p_count, target, SPIN: tl.constexpr):
+    """Until `target` tasks have counted at p_count; what they stored before is visible then.
+
+    The interpreter runs the programs in order, so there all of them have.
+    """
+    if SPIN:
+        p_int = p_count.to(tl.uint64)
+        count = target - 1
+        while count < target:
+            count = tl.inline_asm_elementwise(
+                "ld.acquire.gpu.global.s64 $0, [$1];", "=l,l", [p_int], dtype=tl.int64, is_pure=False, pack=1
+            )
+
+
+@triton.jit
+def _count(p_count):
+    """Say that this task has stored everything."""
+    # All threads have written before one of them says so.
+    tl.debug_barrier()
+    tl.atomic_add(p_count, 1, sem="release")
+
+
+@triton.jit
+def _prefetch(p, SIZE: tl.constexpr, SPIN: tl.constexpr):
+    """Bring the 32-bit values [0, SIZE) at p into the L2 cache; nothing waits for them."""
+    if SPIN:
+        o = tl.arange(0, SIZE // 32 if SIZE > 32 else 1) * 32
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [(p + o).to(tl.uint64)], dtype=tl.int32, is_pure=False,
+            pack=1,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -45,24 +88,19 @@ def _attend(
 
 
 @triton.jit
-def compressed_split_kernel(
-    p_q, p_k, p_v, p_table, p_lens, p_fold, p_top, p_m, p_l, p_acc, table_width, num_tiles, parts, scale2,
+def _compressed(
+    p_q, p_k, p_v, p_table, p_fold, p_top, p_m, p_l, p_acc, i_b, i_kv, i_split, n_ctx, num_tiles, parts, scale2,
     H: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, LQ: tl.constexpr, LP: tl.constexpr, BJ: tl.constexpr,
     RP: tl.constexpr, SPLITS: tl.constexpr, PAGES: tl.constexpr, PAGE: tl.constexpr, LEN: tl.constexpr,
     STRIDE: tl.constexpr, SELECT: tl.constexpr,
     DQ: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
-    IP: tl.constexpr,
+    IP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Tiles of BJ selection blocks. Kept of each, head by head: what its probabilities add to the score of a block
     and of the next one (0-based eq. 9), and the largest logit that they are measured against."""
     R: tl.constexpr = SELECT // STRIDE
     L: tl.constexpr = LEN // STRIDE
     WHOLE: tl.constexpr = (R == RP) & (PAGE % (BJ * R) == 0)
-    i_split = tl.program_id(0)
-    i_kv = tl.program_id(1)
-    i_b = tl.program_id(2).to(tl.int64)
-    n_ctx = tl.load(p_lens + i_b)
-    p_table += i_b * table_width
     o_m = tl.arange(0, LP * GP)
     o_q = o_m // GP
     o_g = o_m % GP
@@ -89,7 +127,7 @@ def compressed_split_kernel(
     o_p = tl.arange(0, PAGES)
     m_p = (j_lo + o_p * BJ < j_hi) if WHOLE else (o_p < 0)
     b_pages = tl.load(p_table + (j_lo + o_p * BJ) * R // PAGE, mask=m_p, other=0)
-    for j in range(j_lo, j_hi, BJ):
+    for j in tl.range(j_lo, j_hi, BJ, num_stages=STAGES):
         o_i = (j + o_c // RP) * R + o_c % RP
         m_i = (o_c % RP < R) & (o_i < n_key)
         if WHOLE:
@@ -99,24 +137,8 @@ def compressed_split_kernel(
             o_key = page_rows(p_table, o_i, m_i, PAGE)
         b_see = m_i[None, :] & ((o_i * STRIDE + LEN - 1)[None, :] <= b_t[:, None])
         b_acc, b_m, b_l, b_p = _attend(
-            b_acc,
-            b_m,
-            b_l,
-            b_q0,
-            b_q1,
-            p_k,
-            p_v,
-            o_key * H + i_kv,
-            m_i,
-            b_see,
-            scale2,
-            DQ,
-            D0,
-            D1,
-            DV,
-            DVP,
-            IP,
-        )
+            b_acc, b_m, b_l, b_q0, b_q1, p_k, p_v, o_key * H + i_kv, m_i, b_see, scale2, DQ, D0, D1, DV, DVP, IP
+        )  # fmt: skip
         b_p = tl.reshape(b_p, [LP * GP, BJ, RP])
         p_tile = p_fold + ((o_tile + j // BJ) * (2 * G) + o_g)[:, None] * BJ + tl.arange(0, BJ)[None, :]
         tl.store(p_tile, tl.sum(b_p * b_own, 2), mask=m_q[:, None])
@@ -128,68 +150,78 @@ def compressed_split_kernel(
 
 
 @triton.jit
-def _score(
-    p_m, p_l, p_fold, p_top, p_score, i_q, i_kv, j, i_now, n_block, num_blocks, num_tiles, parts,
+def _rank(b):
+    """How many of the values, all different, are larger than each of them."""
+    return tl.sum((b[None, :] > b[:, None]).to(tl.int32), 1)
+
+
+@triton.jit
+def _choose(
+    p_m, p_l, p_fold, p_top, p_best, i_q, i_kv, j, t, n_ctx, num_tiles, parts,
     H: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, SPLITS: tl.constexpr, SP: tl.constexpr, BJ: tl.constexpr,
-    BC: tl.constexpr,
+    BC: tl.constexpr, KEEP: tl.constexpr, LEN: tl.constexpr, STRIDE: tl.constexpr, SELECT: tl.constexpr,
+    INITIAL: tl.constexpr, LOCAL: tl.constexpr,
 ):  # fmt: skip
-    """Scores of BC blocks from j on, all heads of the group added up; row 1 holds what goes to the next block."""
+    """Scores of BC blocks from j on, all heads of the group added up; the KEEP best of them are kept.
+
+    Kept as score << 32 | (2^31 - 1 - block), which orders them and gives ties to the lower block.
+    """
+    i_now = t // SELECT
     o_g = tl.arange(0, GP)
-    m_g = o_g < G
+    m_g = (o_g < G)[:, None]
     o_row = i_q * (H * G) + i_kv * G + o_g
     o_j = j + tl.arange(0, BC)
+    m_j = o_j <= i_now
     # Tiles without a compressed token were not written.
-    m_j = m_g[:, None] & ((o_j <= i_now) & (o_j // BJ * BJ < n_block))[None, :]
-    o_tile = (i_q * H + i_kv) * num_tiles + o_j // BJ
-    p_in = p_fold + (o_tile[None, :] * (2 * G) + o_g[:, None]) * BJ + (o_j % BJ)[None, :]
-    b_own = tl.load(p_in, mask=m_j, other=0.0)
-    b_next = tl.load(p_in + G * BJ, mask=m_j, other=0.0)
-    b_top = tl.load(p_top + o_tile[None, :] * G + o_g[:, None], mask=m_j, other=float("-inf"))
+    n_block = (num_visible(n_ctx - 1, 0, LEN, STRIDE) * STRIDE + SELECT - 1) // SELECT
     o_s = tl.arange(0, SP)
-    m_s = m_g[:, None] & (o_s < SPLITS)[None, :]
+    m_s = m_g & (o_s < SPLITS)[None, :]
     b_m = tl.load(p_m + o_row[:, None] * parts + o_s[None, :], mask=m_s, other=float("-inf"))
     b_l = tl.load(p_l + o_row[:, None] * parts + o_s[None, :], mask=m_s, other=0.0)
     b_max = tl.max(b_m, 1)
     b_max = tl.where(b_max == float("-inf"), 0.0, b_max)
     b_sum = tl.sum(b_l * tl.exp2(b_m - b_max[:, None]), 1)
     b_lse = tl.where(b_sum == 0.0, float("inf"), b_max + tl.log2(tl.where(b_sum == 0.0, 1.0, b_sum)))
-    b_w = tl.exp2(b_top - b_lse[:, None])
-    tl.store(p_score + o_j, tl.sum(b_own * b_w, 0), mask=o_j < num_blocks)
-    tl.store(p_score + num_blocks + o_j, tl.sum(b_next * b_w, 0), mask=o_j < num_blocks)
+    b_score = tl.zeros([BC], tl.float32)
+    # What the compressed tokens of a block add to its own score, and those of the block before.
+    for i in tl.static_range(2):
+        o_from = o_j - i
+        m_from = m_g & (m_j & (o_from >= 0) & (o_from // BJ * BJ < n_block))[None, :]
+        o_tile = (i_q * H + i_kv) * num_tiles + o_from // BJ
+        p_in = p_fold + (o_tile[None, :] * (2 * G) + i * G + o_g[:, None]) * BJ + (o_from % BJ)[None, :]
+        b_in = tl.load(p_in, mask=m_from, other=0.0)
+        b_top = tl.load(p_top + o_tile[None, :] * G + o_g[:, None], mask=m_from, other=float("-inf"))
+        b_score += tl.sum(b_in * tl.exp2(b_top - b_lse[:, None]), 0)
+    b_key = selection_keys(b_score, o_j, m_j, i_now, INITIAL, LOCAL).to(tl.int64) << 32
+    b_key |= 0x7FFFFFFF - o_j
+    b_rank = _rank(b_key)
+    tl.store(p_best + b_rank, b_key, mask=b_rank < KEEP)
 
 
 @triton.jit
-def _top_n(
-    p_score, p_index, i_now, num_blocks, n, BW: tl.constexpr, INITIAL: tl.constexpr, LOCAL: tl.constexpr
-):
-    o_j = tl.arange(0, BW)
-    m_j = (o_j <= i_now) & (o_j < num_blocks)
-    # Not from the first-level cache: other multiprocessors wrote these.
-    b_score = tl.load(p_score + o_j, mask=m_j, other=0.0, cache_modifier=".cg")
-    m_next = m_j & (o_j > 0)
-    b_score += tl.load(p_score + num_blocks + o_j - 1, mask=m_next, other=0.0, cache_modifier=".cg")
-    b_take, b_slot = take_top(selection_keys(b_score, o_j, m_j, i_now, INITIAL, LOCAL), n)
-    tl.store(p_index + b_slot, o_j, mask=b_take)
+def _blocks_of_rank(p_best, o_r, KEPT: tl.constexpr, BEST: tl.constexpr):
+    """The blocks whose scores have the ranks o_r among those kept."""
+    o_b = tl.arange(0, BEST)
+    b_key = tl.load(p_best + o_b, mask=o_b < KEPT, other=-1)
+    b_is = _rank(b_key)[None, :] == o_r[:, None]
+    return tl.sum(tl.where(b_is, 0x7FFFFFFF - (b_key & 0x7FFFFFFF).to(tl.int32)[None, :], 0), 1)
 
 
 @triton.jit
 def _attend_blocks(
-    p_q, p_k, p_v, p_table, p_index, p_m, p_l, p_acc, i_q, i_kv, i_part, parts, t, t_lo, i_lo, i_hi, scale2,
-    H: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, LISTED: tl.constexpr, ITEMS: tl.constexpr,
-    SELECT: tl.constexpr, BN: tl.constexpr, PAGE: tl.constexpr,
+    p_q, p_k, p_v, p_table, p_m, p_l, p_acc, i_q, i_kv, i_part, parts, b_blocks, count, t_lo, t, scale2,
+    H: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, ITEMS: tl.constexpr, SELECT: tl.constexpr, BN: tl.constexpr,
+    PAGE: tl.constexpr,
     DQ: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
-    IP: tl.constexpr,
+    IP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Attention of one query token to positions t_lo to t of blocks i_lo to i_hi, or of those listed there."""
+    """Attention of one query token to positions t_lo to t of the first `count` of b_blocks [ITEMS]."""
     WHOLE: tl.constexpr = (SELECT == BN) & (PAGE % SELECT == 0)
     o_g = tl.arange(0, GP)
     m_g = o_g < G
     o_row = i_q * (H * G) + i_kv * G + o_g
-    o_p = i_lo + tl.arange(0, ITEMS)
-    b_blocks = o_p
-    if LISTED:
-        b_blocks = tl.load(p_index + o_p, mask=o_p < i_hi, other=0)
-    b_pages = tl.load(p_table + b_blocks * SELECT // PAGE, mask=o_p < i_hi, other=0)
+    o_p = tl.arange(0, ITEMS)
+    b_pages = tl.load(p_table + b_blocks * SELECT // PAGE, mask=o_p < count, other=0)
     b_q0 = load_tile(p_q, o_row, m_g, DQ, 0, D0, True)
     b_q1 = b_q0
     if D1 > 0:
@@ -198,7 +230,7 @@ def _attend_blocks(
     b_l = tl.zeros([GP], tl.float32)
     b_acc = tl.zeros([GP, DVP], tl.float32)
     o_c = tl.arange(0, BN)
-    for i in range(i_lo, i_hi):
+    for i in tl.range(0, count, num_stages=STAGES):
         i_block = tl.sum(tl.where(o_p == i, b_blocks, 0), 0)
         o_t = i_block * SELECT + o_c
         m_t = (o_c < SELECT) & (o_t >= t_lo) & (o_t <= t)
@@ -208,112 +240,145 @@ def _attend_blocks(
         else:
             o_key = page_rows(p_table, o_t, m_t, PAGE)
         b_acc, b_m, b_l, _ = _attend(
-            b_acc,
-            b_m,
-            b_l,
-            b_q0,
-            b_q1,
-            p_k,
-            p_v,
-            o_key * H + i_kv,
-            m_t,
-            m_t[None, :],
-            scale2,
-            DQ,
-            D0,
-            D1,
-            DV,
-            DVP,
-            IP,
-        )
+            b_acc, b_m, b_l, b_q0, b_q1, p_k, p_v, o_key * H + i_kv, m_t, m_t[None, :], scale2, DQ, D0, D1, DV, DVP, IP
+        )  # fmt: skip
     tl.store(p_m + o_row * parts + i_part, b_m, mask=m_g)
     tl.store(p_l + o_row * parts + i_part, b_l, mask=m_g)
     store_tile(p_acc, o_row * parts + i_part, m_g, b_acc, DV, 0, DVP)
 
 
 @triton.jit
-def choose_kernel(
-    p_q, p_k, p_v, p_table, p_lens, p_m, p_l, p_acc, p_fold, p_top, p_score, p_ended, p_index,
-    table_width, num_score, num_blocks, num_tiles, parts, n, scale2,
-    H: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, LQ: tl.constexpr, SPLITS: tl.constexpr, SP: tl.constexpr,
-    BJ: tl.constexpr, BC: tl.constexpr, BW: tl.constexpr, CHUNKS: tl.constexpr, FIRST: tl.constexpr,
-    WINP: tl.constexpr, PER: tl.constexpr, ITEMS: tl.constexpr, WIN: tl.constexpr, LEN: tl.constexpr, STRIDE: tl.constexpr,
-    SELECT: tl.constexpr, BN: tl.constexpr, PAGE: tl.constexpr, INITIAL: tl.constexpr, LOCAL: tl.constexpr,
-    DQ: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
-    IP: tl.constexpr,
+def _merge(
+    p_m, p_l, p_acc, p_gate, p_o, row_first, parts,
+    CMP: tl.constexpr, SLC: tl.constexpr, PP: tl.constexpr, HEADS: tl.constexpr, HP: tl.constexpr, DV: tl.constexpr,
+    DVP: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0)
-    is_score = pid < num_score
-    i_row = tl.where(is_score, pid // CHUNKS, (pid - num_score) // WINP).to(tl.int64)
-    i_kv = i_row % H
-    i_q = i_row // H
-    n_ctx = tl.load(p_lens + i_q // LQ)
-    t = n_ctx - LQ + (i_q % LQ).to(tl.int32)
-    i_now = t // SELECT
-    if is_score:
-        p_score += i_row * 2 * num_blocks
-        j = pid % CHUNKS * BC
-        if j <= i_now:
-            n_block = (num_visible(n_ctx - 1, 0, LEN, STRIDE) * STRIDE + SELECT - 1) // SELECT
-            _score(
-                p_m, p_l, p_fold, p_top, p_score, i_q, i_kv, j, i_now, n_block, num_blocks, num_tiles, parts,
-                H, G, GP, SPLITS, SP, BJ, BC,
-            )  # fmt: skip
-        # All threads have written before one of them says so.
-        tl.debug_barrier()
-        if tl.atomic_add(p_ended + i_row, 1, sem="acq_rel") == CHUNKS - 1:
-            tl.store(p_ended + i_row, 0)
-            _top_n(p_score, p_index + i_row * n, i_now, num_blocks, n, BW, INITIAL, LOCAL)
-    else:
-        i_part = (pid - num_score) % WINP
-        i_lo = tl.maximum(t - WIN + 1, 0) // SELECT + i_part * PER
-        _attend_blocks(
-            p_q, p_k, p_v, p_table + i_q // LQ * table_width, p_index, p_m, p_l, p_acc, i_q, i_kv, FIRST + i_part,
-            parts, t, t - WIN + 1, i_lo, tl.minimum(i_lo + PER, i_now + 1), scale2,
-            H, G, GP, False, ITEMS, SELECT, BN, PAGE, DQ, D0, D1, DV, DVP, IP,
-        )  # fmt: skip
-
-
-@triton.jit
-def selected_split_kernel(
-    p_q, p_k, p_v, p_table, p_lens, p_index, p_m, p_l, p_acc, table_width, parts, n, scale2,
-    H: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, LQ: tl.constexpr, FIRST: tl.constexpr, PER: tl.constexpr,
-    ITEMS: tl.constexpr, SELECT: tl.constexpr, BN: tl.constexpr, PAGE: tl.constexpr,
-    DQ: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
-    IP: tl.constexpr,
-):  # fmt: skip
-    i_part = tl.program_id(0)
-    i_kv = tl.program_id(1)
-    i_q = tl.program_id(2).to(tl.int64)
-    t = tl.load(p_lens + i_q // LQ) - LQ + (i_q % LQ).to(tl.int32)
-    i_hi = tl.minimum(i_part * PER + PER, tl.minimum(n, t // SELECT + 1))
-    _attend_blocks(
-        p_q, p_k, p_v, p_table + i_q // LQ * table_width, p_index + (i_q * H + i_kv) * n, p_m, p_l, p_acc, i_q, i_kv,
-        FIRST + i_part, parts, t, 0, i_part * PER, i_hi, scale2,
-        H, G, GP, True, ITEMS, SELECT, BN, PAGE, DQ, D0, D1, DV, DVP, IP,
-    )  # fmt: skip
-
-
-@triton.jit
-def merge_kernel(
-    p_m, p_l, p_acc, p_gate, p_o, parts,
-    CMP: tl.constexpr, SLC: tl.constexpr, PP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
-):  # fmt: skip
-    i_row = tl.program_id(0).to(tl.int64)
+    """The three branches of HEADS query heads from row_first on, under their gates."""
+    o_h = tl.arange(0, HP)
+    m_h = o_h < HEADS
+    o_row = row_first + o_h
     o_p = tl.arange(0, PP)
-    m_p = o_p < parts
-    b_m = tl.load(p_m + i_row * parts + o_p, mask=m_p, other=float("-inf"))
-    b_l = tl.load(p_l + i_row * parts + o_p, mask=m_p, other=0.0)
-    b_w = tl.zeros([PP], tl.float32)
-    for c in tl.static_range(3):
-        b_in = (o_p >= CMP).to(tl.int32) + (o_p >= CMP + SLC).to(tl.int32) == c
-        top = tl.max(tl.where(b_in, b_m, float("-inf")), 0)
-        top = tl.where(top == float("-inf"), 0.0, top)
-        b_e = tl.where(b_in, tl.exp2(b_m - top), 0.0)
-        total = tl.sum(b_e * b_l, 0)
-        gate = tl.load(p_gate + i_row * 3 + c).to(tl.float32)
-        b_w += b_e * (gate / tl.where(total == 0.0, 1.0, total))
-    b_part = load_tile(p_acc, i_row * parts + o_p, m_p, DV, 0, DVP, True)
-    b_o = tl.sum(b_part * b_w[:, None], 0)
+    m_p = m_h[:, None] & (o_p < parts)[None, :]
+    o_part = o_row[:, None] * parts + o_p[None, :]
+    b_m = tl.load(p_m + o_part, mask=m_p, other=float("-inf"))
+    b_l = tl.load(p_l + o_part, mask=m_p, other=0.0)
     o_d = tl.arange(0, DVP)
-    tl.store(p_o + i_row * DV + o_d, b_o.to(p_o.dtype.element_ty), mask=o_d < DV)
+    m_d = o_d < DV
+    b_part = tl.load(
+        p_acc + o_part[:, :, None] * DV + o_d[None, None, :], mask=m_p[:, :, None] & m_d[None, None, :], other=0.0
+    )
+    b_w = tl.zeros([HP, PP], tl.float32)
+    for c in tl.static_range(3):
+        b_in = ((o_p >= CMP).to(tl.int32) + (o_p >= CMP + SLC).to(tl.int32) == c)[None, :]
+        b_top = tl.max(tl.where(b_in, b_m, float("-inf")), 1)
+        b_top = tl.where(b_top == float("-inf"), 0.0, b_top)
+        b_e = tl.where(b_in, tl.exp2(b_m - b_top[:, None]), 0.0)
+        b_sum = tl.sum(b_e * b_l, 1)
+        b_gate = tl.load(p_gate + o_row * 3 + c, mask=m_h, other=0.0).to(tl.float32)
+        b_w += b_e * (b_gate / tl.where(b_sum == 0.0, 1.0, b_sum))[:, None]
+    b_o = tl.sum(b_part * b_w[:, :, None], 1).to(p_o.dtype.element_ty)
+    tl.store(p_o + o_row[:, None] * DV + o_d[None, :], b_o, mask=m_h[:, None] & m_d[None, :])
+
+
+@triton.jit
+def decode_kernel(
+    p_q, p_gate, p_o, p_lens, p_ck, p_cv, p_ct, p_sk, p_sv, p_st, p_wk, p_wv, p_wt, p_fold, p_top, p_best, p_m, p_l, p_acc,
+    p_state, ct_width, st_width, wt_width, num_rows, num_tiles, n, lag_win, lag_choose, lag_slc,
+    lag_merge, scale2,
+    H: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, LQ: tl.constexpr, LP: tl.constexpr, GROUP: tl.constexpr,
+    CMP: tl.constexpr, WINP: tl.constexpr, CHUNKS: tl.constexpr, SLC: tl.constexpr, MERGES: tl.constexpr,
+    BJ: tl.constexpr, RP: tl.constexpr, PAGES: tl.constexpr, SP: tl.constexpr, BC: tl.constexpr, KEEP: tl.constexpr,
+    BEST: tl.constexpr, CT_WIDTH: tl.constexpr, ST_WIDTH: tl.constexpr, PP: tl.constexpr, HP: tl.constexpr, WIN_PER: tl.constexpr, WIN_ITEMS: tl.constexpr, SLC_PER: tl.constexpr, SLC_ITEMS: tl.constexpr,
+    LEN: tl.constexpr, STRIDE: tl.constexpr, SELECT: tl.constexpr, BN: tl.constexpr, WIN: tl.constexpr,
+    CMP_PAGE: tl.constexpr, SLC_PAGE: tl.constexpr, WIN_PAGE: tl.constexpr, INITIAL: tl.constexpr, LOCAL: tl.constexpr,
+    DQ: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
+    IP: tl.constexpr, SPIN: tl.constexpr, CMP_STAGES: tl.constexpr, SLC_STAGES: tl.constexpr,
+):  # fmt: skip
+    """Program ids go step by step; a step holds GROUP rows of every kind of task, each kind its lag behind."""
+    GQ: tl.constexpr = 16 if GP < 16 else GP
+    TO_WIN: tl.constexpr = GROUP * CMP
+    TO_CHOOSE: tl.constexpr = TO_WIN + GROUP * LQ * WINP
+    TO_SLC: tl.constexpr = TO_CHOOSE + GROUP * LQ * CHUNKS
+    TO_MERGE: tl.constexpr = TO_SLC + GROUP * LQ * SLC
+    step = tl.program_id(0) // (TO_MERGE + GROUP * LQ * MERGES)
+    k = tl.program_id(0) % (TO_MERGE + GROUP * LQ * MERGES)
+    kind = (k >= TO_WIN).to(tl.int32) + (k >= TO_CHOOSE) + (k >= TO_SLC) + (k >= TO_MERGE)
+    per = CMP
+    lag = 0
+    if kind == 1:
+        k -= TO_WIN
+        per = WINP
+        lag = lag_win
+    elif kind == 2:
+        k -= TO_CHOOSE
+        per = CHUNKS
+        lag = lag_choose
+    elif kind == 3:
+        k -= TO_SLC
+        per = SLC
+        lag = lag_slc
+    elif kind == 4:
+        k -= TO_MERGE
+        per = MERGES
+        lag = lag_merge
+    each = tl.where(kind == 0, CMP, LQ * per)
+    i_row = (step - lag) * GROUP + k // each
+    if (i_row < 0) | (i_row >= num_rows):
+        return
+    i_part = k % per
+    i_kv = i_row % H
+    i_b = (i_row // H).to(tl.int64)
+    i_lq = k % each // per
+    i_q = i_b * LQ + i_lq
+    p_row = p_state + i_row * (2 + 2 * LQ)
+    p_query = p_row + 2 * i_lq
+    # Counts only grow; the merges that have ended tell how many steps there were before this one.
+    past = tl.load(p_row + MERGED) // (LQ * MERGES)
+    n_ctx = tl.load(p_lens + i_b)
+    t = n_ctx - LQ + i_lq
+    parts = CMP + SLC + WINP
+    p_best += (i_q * H + i_kv) * (CHUNKS * KEEP)
+    if kind == 0:
+        p_ct += i_b * ct_width
+        _prefetch(p_ct, CT_WIDTH, SPIN)
+        _compressed(
+            p_q, p_ck, p_cv, p_ct, p_fold, p_top, p_m, p_l, p_acc, i_b, i_kv, i_part, n_ctx, num_tiles,
+            parts, scale2, H, G, GP, LQ, LP, BJ, RP, CMP, PAGES, CMP_PAGE, LEN, STRIDE, SELECT, DQ, D0, D1, DV, DVP, IP,
+            CMP_STAGES,
+        )  # fmt: skip
+        _count(p_row + ATTENDED)
+    elif kind == 2:
+        _wait(p_row + ATTENDED, (past + 1) * CMP, SPIN)
+        _choose(
+            p_m, p_l, p_fold, p_top, p_best + i_part * KEEP, i_q, i_kv, i_part * BC, t, n_ctx, num_tiles, parts,
+            H, G, GQ, CMP, SP, BJ, BC, KEEP, LEN, STRIDE, SELECT, INITIAL, LOCAL,
+        )  # fmt: skip
+        _count(p_query + SCORED)
+    elif kind == 3:
+        p_st += i_b * st_width
+        _prefetch(p_st, ST_WIDTH, SPIN)
+        _wait(p_query + SCORED, (past + 1) * CHUNKS, SPIN)
+        i_lo = i_part * SLC_PER
+        b_blocks = _blocks_of_rank(p_best, i_lo + tl.arange(0, SLC_ITEMS), CHUNKS * KEEP, BEST)
+        _attend_blocks(
+            p_q, p_sk, p_sv, p_st, p_m, p_l, p_acc, i_q, i_kv, CMP + i_part, parts, b_blocks,
+            tl.minimum(SLC_PER, tl.minimum(n, t // SELECT + 1) - i_lo), 0, t, scale2,
+            H, G, GQ, SLC_ITEMS, SELECT, BN, SLC_PAGE, DQ, D0, D1, DV, DVP, IP, SLC_STAGES,
+        )  # fmt: skip
+        _count(p_query + READ)
+    elif kind == 1:
+        i_lo = tl.maximum(t - WIN + 1, 0) // SELECT + i_part * WIN_PER
+        _attend_blocks(
+            p_q, p_wk, p_wv, p_wt + i_b * wt_width, p_m, p_l, p_acc, i_q, i_kv, CMP + SLC + i_part, parts,
+            i_lo + tl.arange(0, WIN_ITEMS), tl.minimum(WIN_PER, t // SELECT + 1 - i_lo), t - WIN + 1, t, scale2,
+            H, G, GQ, WIN_ITEMS, SELECT, BN, WIN_PAGE, DQ, D0, D1, DV, DVP, IP, SLC_STAGES,
+        )  # fmt: skip
+        _count(p_query + READ)
+    else:
+        _wait(p_query + READ, (past + 1) * (SLC + WINP), SPIN)
+        HEADS: tl.constexpr = G // MERGES
+        _merge(
+            p_m, p_l, p_acc, p_gate, p_o, i_q * (H * G) + i_kv * G + i_part * HEADS, parts,
+            CMP, SLC, PP, HEADS, HP, DV, DVP,
+        )  # fmt: skip
+        tl.atomic_add(p_row + MERGED, 1, sem="relaxed")

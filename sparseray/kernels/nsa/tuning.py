@@ -22,9 +22,11 @@ LAUNCH: dict[str, dict[str, int]] = {
     "selected_dkdv": {"rows": 64, "num_warps": 4, "num_stages": 3, "part": 512, "programs": 4096},
     "block_fwd": {"rows": 64, "num_warps": 4, "num_stages": 5, "part": 512},
     "block_bwd": {"rows": 64, "num_warps": 4, "num_stages": 3, "part": 512, "programs": 4096},
-    "decode_compressed": {"keys": 64, "programs": 264, "splits": 32, "num_warps": 4, "num_stages": 3},
-    "decode_choose": {"blocks": 256, "fewest": 32, "programs": 396, "num_warps": 4, "num_stages": 2},
-    "decode_selected": {"programs": 264, "num_warps": 4, "num_stages": 2},
+    "decode": {
+        "keys": 64, "splits": 32, "compressed": 1024, "window": 128, "selected": 256, "scores": 64, "fewest": 64, "most": 256,
+        "merges": 512, "few": 16, "group": 4,
+        "lag_window": 4, "lag_choose": 10, "lag_selected": 12, "lag_merge": 14, "num_warps": 4, "num_stages": 3, "selected_stages": 3,
+    },
     "combine": {"rows": 64, "num_warps": 4},
 }
 
