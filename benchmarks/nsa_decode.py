@@ -1,9 +1,11 @@
 """Decoding one token against a long paged cache, in a CUDA graph: NSA beside full attention.
 
-Every step of a graph reads another layer's caches, so that a small batch does not time the L2 cache.
+A graph holds the steps of several layers: each reads caches of its own, so that a small batch does not time the L2
+cache; the page tables, the lengths and the workspace are one for all, as in a model.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,27 +20,37 @@ WARM_UP_MS = 50.0
 SIZES = {"block": 32, "stride": 16, "select_block": 64, "num_selected": 16, "window": 512}
 
 
-def _cache(batch: int, tokens: int) -> tuple[tuple[Tensor, Tensor], Tensor]:
+def _pages(batch: int, tokens: int) -> Tensor:
+    """Shuffled page table of `batch` sequences."""
     pages = -(-tokens // PAGE)
-    pair = tuple(
-        torch.randn(batch * pages, PAGE, NUM_KV, DIM, device="cuda", dtype=torch.bfloat16) for _ in range(2)
+    return torch.randperm(batch * pages, device="cuda").int().view(batch, pages)
+
+
+def _cache(table: Tensor) -> tuple[Tensor, Tensor]:
+    shape = (table.numel(), PAGE, NUM_KV, DIM)
+    return (
+        torch.randn(shape, device="cuda", dtype=torch.bfloat16),
+        torch.randn(shape, device="cuda", dtype=torch.bfloat16),
     )
-    table = torch.randperm(batch * pages, device="cuda").int().view(batch, pages)
-    return (pair[0], pair[1]), table
 
 
-def nsa_step(batch: int, context: int) -> Callable[[], object]:
-    cmp_cache, cmp_table = _cache(batch, num_compressed(context, 32, 16))
-    slc_cache, slc_table = _cache(batch, context)
+def nsa_steps(layers: int, batch: int, context: int) -> list[Callable[[], object]]:
+    """One step of every layer of a model: page tables, lengths and workspace are the model's, caches the layer's."""
+    cmp_table, slc_table = _pages(batch, num_compressed(context, 32, 16)), _pages(batch, context)
     workspace = DecodeWorkspace.create(batch, 1, HEADS, NUM_KV, DIM, context, device="cuda", **SIZES)
-    q = torch.randn(batch, 1, HEADS, DIM, device="cuda", dtype=torch.bfloat16)
-    gates = torch.rand(batch, 1, HEADS, 3, device="cuda", dtype=torch.bfloat16)
     lens = torch.full((batch,), context, dtype=torch.int32, device="cuda")
-    out = torch.empty_like(q)
-    return lambda: nsa_decode(
-        q, gates, cmp_cache, slc_cache, slc_cache, cmp_table, slc_table, slc_table, lens, workspace, out,
-        **SIZES,
-    )  # fmt: skip
+    steps: list[Callable[[], object]] = []
+    for _ in range(layers):
+        q = torch.randn(batch, 1, HEADS, DIM, device="cuda", dtype=torch.bfloat16)
+        gates = torch.rand(batch, 1, HEADS, 3, device="cuda", dtype=torch.bfloat16)
+        caches = _cache(cmp_table), _cache(slc_table)
+        steps.append(
+            partial(
+                nsa_decode, q, gates, caches[0], caches[1], caches[1], cmp_table, slc_table, slc_table, lens,
+                workspace, torch.empty_like(q), **SIZES,
+            )  # fmt: skip
+        )
+    return steps
 
 
 def _full_step(batch: int, context: int, backend: SDPBackend) -> Callable[[], object]:
@@ -92,7 +104,7 @@ def decode_rows(
     tokens = num_compressed(context, 32, 16) + 16 * 64 + 512
     for batch in batches:
         layers = 1 if compile_only else max(2, 16 // batch)
-        steps = [nsa_step(batch, context) for _ in range(layers)]
+        steps = nsa_steps(layers, batch, context)
         if compile_only:
             steps[0]()
             torch.cuda.synchronize()

@@ -199,7 +199,7 @@ def nsa_decode(
         SLC_PAGE=slc_cache[0].shape[1], WIN_PAGE=win_cache[0].shape[1], INITIAL=num_initial, LOCAL=num_local,
         DQ=width, D0=d0, D1=d1, DV=value_dim, DVP=max(16, next_power_of_2(value_dim)), IP=precision(q.dtype),
         SPIN=q.is_cuda, CMP_STAGES=launch["num_stages"], SLC_STAGES=launch["selected_stages"],
-        num_warps=launch["num_warps"],
+        num_warps=launch["num_warps"], **({"maxnreg": launch["maxnreg"]} if "maxnreg" in launch and q.is_cuda else {}),
     )  # fmt: skip
     return out
 

@@ -21,7 +21,6 @@ from sparseray.kernels.nsa.tiles import (
     load_tile,
     num_visible,
     page_rows,
-    selection_keys,
     store_tile,
 )
 
@@ -150,9 +149,13 @@ def _compressed(
 
 
 @triton.jit
-def _rank(b):
-    """How many of the values, all different, are larger than each of them."""
-    return tl.sum((b[None, :] > b[:, None]).to(tl.int32), 1)
+def _rank(b_key, N: tl.constexpr):
+    """How many of N keys are larger than each of them; of equal ones the first counts as the larger."""
+    b_rank = tl.sum((b_key[:, None] > b_key[None, :]).to(tl.int32), 0)
+    if tl.sum(b_rank, 0) != N * (N - 1) // 2:
+        b_all = (b_key.to(tl.int64) << 32) | (N - tl.arange(0, N))
+        b_rank = tl.sum((b_all[:, None] > b_all[None, :]).to(tl.int32), 0)
+    return b_rank
 
 
 @triton.jit
@@ -164,7 +167,8 @@ def _choose(
 ):  # fmt: skip
     """Scores of BC blocks from j on, all heads of the group added up; the KEEP best of them are kept.
 
-    Kept as score << 32 | (2^31 - 1 - block), which orders them and gives ties to the lower block.
+    Kept as key << 32 | block. Keys are the bits of the scores, which are not negative and so order like integers;
+    above them the forced blocks, below them those there are not.
     """
     i_now = t // SELECT
     o_g = tl.arange(0, GP)
@@ -192,19 +196,20 @@ def _choose(
         b_in = tl.load(p_in, mask=m_from, other=0.0)
         b_top = tl.load(p_top + o_tile[None, :] * G + o_g[:, None], mask=m_from, other=float("-inf"))
         b_score += tl.sum(b_in * tl.exp2(b_top - b_lse[:, None]), 0)
-    b_key = selection_keys(b_score, o_j, m_j, i_now, INITIAL, LOCAL).to(tl.int64) << 32
-    b_key |= 0x7FFFFFFF - o_j
-    b_rank = _rank(b_key)
-    tl.store(p_best + b_rank, b_key, mask=b_rank < KEEP)
+    b_key = tl.where((o_j < INITIAL) | (o_j > i_now - LOCAL), 0x7FFFFFFF - o_j, b_score.to(tl.int32, bitcast=True))
+    b_key = tl.where(m_j, b_key, -1 - o_j)
+    b_rank = _rank(b_key, BC)
+    tl.store(p_best + b_rank, (b_key.to(tl.int64) << 32) | o_j, mask=b_rank < KEEP)
 
 
 @triton.jit
 def _blocks_of_rank(p_best, o_r, KEPT: tl.constexpr, BEST: tl.constexpr):
     """The blocks whose scores have the ranks o_r among those kept."""
     o_b = tl.arange(0, BEST)
-    b_key = tl.load(p_best + o_b, mask=o_b < KEPT, other=-1)
-    b_is = _rank(b_key)[None, :] == o_r[:, None]
-    return tl.sum(tl.where(b_is, 0x7FFFFFFF - (b_key & 0x7FFFFFFF).to(tl.int32)[None, :], 0), 1)
+    b_best = tl.load(p_best + o_b, mask=o_b < KEPT, other=0)
+    b_key = tl.where(o_b < KEPT, (b_best >> 32).to(tl.int32), -(2**30) - o_b)
+    b_is = _rank(b_key, BEST)[:, None] == o_r[None, :]
+    return tl.sum(tl.where(b_is, b_best.to(tl.int32)[:, None], 0), 0)
 
 
 @triton.jit
