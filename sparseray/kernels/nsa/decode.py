@@ -32,49 +32,48 @@ def blocks_in_window(window: int, select_block: int) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Schedule:
-    """How many tasks of each kind a row (one key/value head of one sequence) has, and their order.
+class Tasks:
+    """How many tasks of each kind a row (one key/value head of one sequence) has.
 
     Attributes:
         compressed: parts of the compressed branch, for all query tokens of the row together.
-        window, pieces, selected, merges: of one query token: parts of the window, pieces of the scores, parts of
-            the selected blocks, and merges.
-        piece: selection blocks of a piece.
-        group: rows of a step, whose tasks stand together.
-        lags: steps by which window, scores, selected blocks and merges stand behind the compressed parts of their row;
-            the programs between fill the device. 0 where all rows run at once.
+        window, scores, selected, merges: of one query token: parts of the window, of the scores, of the selected
+            blocks, and of the heads to be merged.
+        pieces: pieces of the scores, of `piece` blocks, of which each keeps its best; a task scores `scored` of them.
     """
 
     compressed: int
     window: int
-    pieces: int
-    piece: int
+    scores: int
     selected: int
     merges: int
-    group: int
-    lags: tuple[int, int, int, int]
+    pieces: int
+    piece: int
+    scored: int
 
     @classmethod
     def of(
         cls, rows: int, query_len: int, group: int, *, tiles: int, blocks: int, window_blocks: int, num_selected: int
-    ) -> "Schedule":  # fmt: skip
-        """Schedule of `rows` rows of `group` query heads and `tiles` tiles of compressed tokens."""
+    ) -> "Tasks":  # fmt: skip
+        """Tasks of `rows` rows of `group` query heads; each kind makes about as many as measured best."""
         launch, queries = LAUNCH["decode"], rows * query_len
-        few = rows <= launch["few"]
-        piece = min(launch["most"], max(launch["fewest"], next_power_of_2(blocks * queries // launch["scores"])))
+        # So large that the best of all pieces can be compared all with all.
+        piece = max(launch["piece"], next_power_of_2(triton.cdiv(blocks * num_selected, launch["best"])))
+        pieces = triton.cdiv(blocks, piece)
+        scored = min(launch["scored"], max(1, pieces * queries // launch["scores"]))
         return cls(
-            compressed=min(tiles, launch["splits"], max(1, launch["compressed"] // rows)),
+            compressed=min(tiles, launch["splits"], max(3, launch["compressed"] // rows)),
             window=min(window_blocks, max(1, launch["window"] // queries)),
-            pieces=triton.cdiv(blocks, piece), piece=piece,
-            selected=min(num_selected, max(1, launch["selected"] // queries)),
+            scores=triton.cdiv(pieces, scored),
+            selected=min(num_selected, max(2, launch["selected"] // queries)),
             merges=group // gcd(group, max(1, queries * group // launch["merges"])),
-            group=rows if few else launch["group"],
-            lags=(0, 0, 0, 0) if few else (launch["lag_window"], launch["lag_choose"], launch["lag_selected"], launch["lag_merge"]),
+            pieces=pieces, piece=piece, scored=scored,
         )  # fmt: skip
 
     def programs(self, rows: int, query_len: int) -> int:
-        row = self.compressed + query_len * (self.window + self.pieces + self.selected + self.merges)
-        return (triton.cdiv(rows, self.group) + max(self.lags)) * self.group * row
+        return rows * (
+            self.compressed + query_len * (self.window + self.scores + self.selected + self.merges)
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,23 +81,24 @@ class DecodeWorkspace:
     """Buffers of a decode step for a fixed batch, number of query tokens and longest context.
 
     Attributes:
-        fold: fp32 [B * Lq, H, tiles, 2, G, blocks of a tile], probabilities of the compressed tokens of a block,
-            weighted as eq. 9 adds them to this block and to the next one, against the tile's largest logit.
+        fold: fp32 [B * Lq, H, tiles, G, blocks of a tile], probabilities of a tile's compressed tokens added up by
+            eq. 9, against the tile's largest logit; over: fp32 [B * Lq, H, tiles, G], what goes to the next tile.
         tops: fp32 [B * Lq, H, tiles, G], that logit, base 2.
         best: int64 [B * Lq, H, pieces, n], the best blocks of every piece of the scores.
         state: int64 [B * H, 2 + 2 * Lq], how many tasks of a row have ended (`decode_kernels`); only grows.
         part_max, part_sum: fp32 [B * Lq * HQ, parts]; part_out: fp32 [B * Lq * HQ, parts, Dv].
-        schedule: the tasks of a step.
+        tasks: the tasks of a row.
     """
 
     fold: Tensor
+    over: Tensor
     tops: Tensor
     best: Tensor
     state: Tensor
     part_max: Tensor
     part_sum: Tensor
     part_out: Tensor
-    schedule: Schedule
+    tasks: Tasks
 
     @classmethod
     def create(
@@ -109,25 +109,26 @@ class DecodeWorkspace:
         """Buffers for `batch` sequences of at most `max_context` tokens."""
         blocks, bj = -(-max_context // select_block), blocks_per_tile(select_block, stride)
         tiles, queries = -(-blocks // bj), batch * query_len
-        schedule = Schedule.of(
+        tasks = Tasks.of(
             batch * num_kv, query_len, heads // num_kv, tiles=tiles, blocks=blocks,
             window_blocks=blocks_in_window(window, select_block), num_selected=num_selected,
         )  # fmt: skip
-        rows, parts = queries * heads, schedule.compressed + schedule.selected + schedule.window
+        rows, parts = queries * heads, tasks.compressed + tasks.selected + tasks.window
 
         def fp32(*shape: int) -> Tensor:
             return torch.empty(shape, dtype=torch.float32, device=device)
 
         return cls(
-            fold=fp32(queries, num_kv, tiles, 2, heads // num_kv, bj),
+            fold=fp32(queries, num_kv, tiles, heads // num_kv, bj),
+            over=fp32(queries, num_kv, tiles, heads // num_kv),
             tops=fp32(queries, num_kv, tiles, heads // num_kv),
             best=torch.empty(
-                queries, num_kv, triton.cdiv(blocks, schedule.piece), min(num_selected, schedule.piece),
+                queries, num_kv, tasks.pieces, min(num_selected, tasks.piece),
                 dtype=torch.int64, device=device,
             ),
             state=torch.zeros(batch * num_kv, 2 + 2 * query_len, dtype=torch.int64, device=device),
             part_max=fp32(rows, parts), part_sum=fp32(rows, parts), part_out=fp32(rows, parts, value_dim),
-            schedule=schedule,
+            tasks=tasks,
         )  # fmt: skip
 
 
@@ -174,24 +175,24 @@ def nsa_decode(
         raise ConfigError(
             f"nsa: decode takes 1 to 8 query tokens a sequence, got {query_len} (q {tuple(q.shape)})"
         )
-    w, plan, group = workspace, workspace.schedule, heads // num_kv
+    w, plan, group = workspace, workspace.tasks, heads // num_kv
     gp, rows, parts = next_power_of_2(group), batch * num_kv, w.part_max.shape[1]
     window_per = triton.cdiv(blocks_in_window(window, select_block), plan.window)
     selected_per = triton.cdiv(num_selected, plan.selected)
-    keep = w.best.shape[-1]
+    kept = w.best.shape[2] * w.best.shape[3]
     launch, (d0, d1) = LAUNCH["decode"], split_width(width)
     decode_kernel[(plan.programs(rows, query_len),)](
         q, gates, out, context_lens, *cmp_cache, cmp_table, *slc_cache, slc_table, *win_cache, win_table,
-        w.fold, w.tops, w.best, w.part_max, w.part_sum, w.part_out, w.state,
+        w.fold, w.over, w.tops, w.best, w.part_max, w.part_sum, w.part_out, w.state,
         cmp_table.shape[1], slc_table.shape[1], win_table.shape[1], rows, w.tops.shape[2], num_selected,
-        *plan.lags, (width**-0.5 if scale is None else scale) * LOG2E,
+        (width**-0.5 if scale is None else scale) * LOG2E,
         H=num_kv, G=group, GP=gp, LQ=query_len, LP=max(next_power_of_2(query_len), 16 // min(gp, 16)),
-        GROUP=plan.group, CMP=plan.compressed, WINP=plan.window, CHUNKS=plan.pieces,
+        CMP=plan.compressed, WINP=plan.window, SCORES=plan.scores,
         SLC=plan.selected, MERGES=plan.merges,
         BJ=w.fold.shape[-1], RP=next_power_of_2(select_block // stride),
         PAGES=next_power_of_2(triton.cdiv(w.tops.shape[2], plan.compressed)), SP=next_power_of_2(plan.compressed),
-        BC=plan.piece, KEEP=keep, BEST=next_power_of_2(plan.pieces * keep),
-        CT_WIDTH=_lines(cmp_table), ST_WIDTH=_lines(slc_table), PP=next_power_of_2(parts),
+        SCORE_PER=plan.scored, PIECE=plan.piece, KEEP=w.best.shape[-1], KEPT=kept, BEST=next_power_of_2(kept),
+        PP=next_power_of_2(parts),
         HP=next_power_of_2(group // plan.merges),
         WIN_PER=window_per, WIN_ITEMS=next_power_of_2(window_per), SLC_PER=selected_per,
         SLC_ITEMS=next_power_of_2(selected_per), LEN=block, STRIDE=stride, SELECT=select_block,
@@ -203,7 +204,3 @@ def nsa_decode(
     )  # fmt: skip
     return out
 
-
-def _lines(table: Tensor) -> int:
-    """Entries of a row of a page table that are fetched ahead, a power of two: no more than 16 KB."""
-    return min(4096, 1 << (max(1, table.shape[1]).bit_length() - 1))

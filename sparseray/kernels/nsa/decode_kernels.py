@@ -2,8 +2,8 @@
 
 1. `_compressed`: attention over a part of the compressed tokens, its probabilities folded into selection blocks;
 2. over a part of the window, which waits for nothing; 3. `_choose`: scores of some blocks, of which the best are
-kept; 4. `_blocks_of_rank`, `_attend_blocks`: attention over a part of the selected blocks, each part taking some
-ranks of the top n; 5. `_merge`: the three softmaxes put together under their gates. A row is one key/value head of
+kept; 4. `_chosen`, `_attend_blocks`: attention over a part of the selected blocks, each part taking some
+places of the top n; 5. `_merge`: the three softmaxes put together under their gates. A row is one key/value head of
 one sequence.
 
 Tasks count what they finished in `state`, and a task that needs others waits for their count. Every task has a
@@ -22,6 +22,7 @@ from sparseray.kernels.nsa.tiles import (
     num_visible,
     page_rows,
     store_tile,
+    take_top,
 )
 
 ATTENDED, MERGED, SCORED, READ = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
@@ -53,17 +54,6 @@ def _count(p_count):
 
 
 @triton.jit
-def _prefetch(p, SIZE: tl.constexpr, SPIN: tl.constexpr):
-    """Bring the 32-bit values [0, SIZE) at p into the L2 cache; nothing waits for them."""
-    if SPIN:
-        o = tl.arange(0, SIZE // 32 if SIZE > 32 else 1) * 32
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [(p + o).to(tl.uint64)], dtype=tl.int32, is_pure=False,
-            pack=1,
-        )  # fmt: skip
-
-
-@triton.jit
 def _attend(
     b_acc, b_m, b_l, b_q0, b_q1, p_k, p_v, o_key, m_key, b_see, scale2,
     DQ: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
@@ -88,15 +78,15 @@ def _attend(
 
 @triton.jit
 def _compressed(
-    p_q, p_k, p_v, p_table, p_fold, p_top, p_m, p_l, p_acc, i_b, i_kv, i_split, n_ctx, num_tiles, parts, scale2,
+    p_q, p_k, p_v, p_table, p_fold, p_over, p_top, p_m, p_l, p_acc, i_b, i_kv, i_split, n_ctx, num_tiles, parts, scale2,
     H: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, LQ: tl.constexpr, LP: tl.constexpr, BJ: tl.constexpr,
     RP: tl.constexpr, SPLITS: tl.constexpr, PAGES: tl.constexpr, PAGE: tl.constexpr, LEN: tl.constexpr,
     STRIDE: tl.constexpr, SELECT: tl.constexpr,
     DQ: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
     IP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Tiles of BJ selection blocks. Kept of each, head by head: what its probabilities add to the score of a block
-    and of the next one (0-based eq. 9), and the largest logit that they are measured against."""
+    """Tiles of BJ selection blocks. Kept of each, head by head: what its probabilities add to the scores of its blocks
+    (0-based eq. 9) and of the first one of the next tile, and the largest logit that they are measured against."""
     R: tl.constexpr = SELECT // STRIDE
     L: tl.constexpr = LEN // STRIDE
     WHOLE: tl.constexpr = (R == RP) & (PAGE % (BJ * R) == 0)
@@ -119,6 +109,7 @@ def _compressed(
     b_l = tl.zeros([LP * GP], tl.float32)
     b_acc = tl.zeros([LP * GP, DVP], tl.float32)
     o_c = tl.arange(0, BJ * RP)
+    o_j = tl.arange(0, BJ)[None, :]
     o_r = tl.arange(0, RP)
     b_own = tl.where(o_r < R, tl.minimum(R - o_r, L), 0).to(tl.float32)[None, None, :]
     b_next = tl.where(o_r < R, tl.maximum(L - R + o_r, 0), 0).to(tl.float32)[None, None, :]
@@ -139,33 +130,43 @@ def _compressed(
             b_acc, b_m, b_l, b_q0, b_q1, p_k, p_v, o_key * H + i_kv, m_i, b_see, scale2, DQ, D0, D1, DV, DVP, IP
         )  # fmt: skip
         b_p = tl.reshape(b_p, [LP * GP, BJ, RP])
-        p_tile = p_fold + ((o_tile + j // BJ) * (2 * G) + o_g)[:, None] * BJ + tl.arange(0, BJ)[None, :]
-        tl.store(p_tile, tl.sum(b_p * b_own, 2), mask=m_q[:, None])
-        tl.store(p_tile + G * BJ, tl.sum(b_p * b_next, 2), mask=m_q[:, None])
-        tl.store(p_top + (o_tile + j // BJ) * G + o_g, b_m, mask=m_q)
+        b_over = tl.sum(b_p * b_next, 2)
+        b_shifted = tl.gather(b_over, tl.broadcast_to(tl.maximum(o_j - 1, 0), [LP * GP, BJ]), 1)
+        b_fold = tl.sum(b_p * b_own, 2) + tl.where(o_j > 0, b_shifted, 0.0)
+        o_out = (o_tile + j // BJ) * G + o_g
+        tl.store(p_fold + o_out[:, None] * BJ + o_j, b_fold, mask=m_q[:, None])
+        tl.store(p_over + o_out, tl.sum(tl.where(o_j == BJ - 1, b_over, 0.0), 1), mask=m_q)
+        tl.store(p_top + o_out, b_m, mask=m_q)
     tl.store(p_m + o_row * parts + i_split, b_m, mask=m_q)
     tl.store(p_l + o_row * parts + i_split, b_l, mask=m_q)
     store_tile(p_acc, o_row * parts + i_split, m_q, b_acc, DV, 0, DVP)
 
 
 @triton.jit
-def _rank(b_key, N: tl.constexpr):
-    """How many of N keys are larger than each of them; of equal ones the first counts as the larger."""
-    b_rank = tl.sum((b_key[:, None] > b_key[None, :]).to(tl.int32), 0)
-    if tl.sum(b_rank, 0) != N * (N - 1) // 2:
-        b_all = (b_key.to(tl.int64) << 32) | (N - tl.arange(0, N))
-        b_rank = tl.sum((b_all[:, None] > b_all[None, :]).to(tl.int32), 0)
-    return b_rank
+def _places(b_key, n, N: tl.constexpr):
+    """A place below n for each of the n largest of N keys that are not negative, a higher one for the others.
+
+    Few keys are compared all with all, which needs no turn of a loop; of equal ones the first counts as larger.
+    """
+    if N <= 256:
+        b_place = tl.sum((b_key[:, None] > b_key[None, :]).to(tl.int32), 0)
+        if tl.sum(b_place, 0) != N * (N - 1) // 2:
+            b_all = (b_key.to(tl.int64) << 32) | (N - tl.arange(0, N))
+            b_place = tl.sum((b_all[:, None] > b_all[None, :]).to(tl.int32), 0)
+    else:
+        b_take, b_slot = take_top(b_key, n)
+        b_place = tl.where(b_take, b_slot, N)
+    return b_place
 
 
 @triton.jit
 def _choose(
-    p_m, p_l, p_fold, p_top, p_best, i_q, i_kv, j, t, n_ctx, num_tiles, parts,
+    p_m, p_l, p_fold, p_over, p_top, p_best, i_q, i_kv, i_lo, i_hi, t, n_ctx, num_tiles, parts,
     H: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, SPLITS: tl.constexpr, SP: tl.constexpr, BJ: tl.constexpr,
-    BC: tl.constexpr, KEEP: tl.constexpr, LEN: tl.constexpr, STRIDE: tl.constexpr, SELECT: tl.constexpr,
+    PIECE: tl.constexpr, KEEP: tl.constexpr, LEN: tl.constexpr, STRIDE: tl.constexpr, SELECT: tl.constexpr,
     INITIAL: tl.constexpr, LOCAL: tl.constexpr,
 ):  # fmt: skip
-    """Scores of BC blocks from j on, all heads of the group added up; the KEEP best of them are kept.
+    """Scores of pieces i_lo to i_hi, all heads of the group added up; the KEEP best blocks of a piece are kept.
 
     Kept as key << 32 | block. Keys are the bits of the scores, which are not negative and so order like integers;
     above them the forced blocks, below them those there are not.
@@ -174,8 +175,6 @@ def _choose(
     o_g = tl.arange(0, GP)
     m_g = (o_g < G)[:, None]
     o_row = i_q * (H * G) + i_kv * G + o_g
-    o_j = j + tl.arange(0, BC)
-    m_j = o_j <= i_now
     # Tiles without a compressed token were not written.
     n_block = (num_visible(n_ctx - 1, 0, LEN, STRIDE) * STRIDE + SELECT - 1) // SELECT
     o_s = tl.arange(0, SP)
@@ -185,30 +184,38 @@ def _choose(
     b_max = tl.max(b_m, 1)
     b_max = tl.where(b_max == float("-inf"), 0.0, b_max)
     b_sum = tl.sum(b_l * tl.exp2(b_m - b_max[:, None]), 1)
-    b_lse = tl.where(b_sum == 0.0, float("inf"), b_max + tl.log2(tl.where(b_sum == 0.0, 1.0, b_sum)))
-    b_score = tl.zeros([BC], tl.float32)
-    # What the compressed tokens of a block add to its own score, and those of the block before.
-    for i in tl.static_range(2):
-        o_from = o_j - i
-        m_from = m_g & (m_j & (o_from >= 0) & (o_from // BJ * BJ < n_block))[None, :]
-        o_tile = (i_q * H + i_kv) * num_tiles + o_from // BJ
-        p_in = p_fold + (o_tile[None, :] * (2 * G) + i * G + o_g[:, None]) * BJ + (o_from % BJ)[None, :]
-        b_in = tl.load(p_in, mask=m_from, other=0.0)
-        b_top = tl.load(p_top + o_tile[None, :] * G + o_g[:, None], mask=m_from, other=float("-inf"))
-        b_score += tl.sum(b_in * tl.exp2(b_top - b_lse[:, None]), 0)
-    b_key = tl.where((o_j < INITIAL) | (o_j > i_now - LOCAL), 0x7FFFFFFF - o_j, b_score.to(tl.int32, bitcast=True))
-    b_key = tl.where(m_j, b_key, -1 - o_j)
-    b_rank = _rank(b_key, BC)
-    tl.store(p_best + b_rank, (b_key.to(tl.int64) << 32) | o_j, mask=b_rank < KEEP)
+    b_lse = tl.where(b_sum == 0.0, float("inf"), b_max + tl.log2(tl.where(b_sum == 0.0, 1.0, b_sum)))[:, None]
+    for i in range(i_lo, i_hi):
+        o_j = i * PIECE + tl.arange(0, PIECE)
+        m_now = o_j <= i_now
+        m_j = m_g & (m_now & (o_j // BJ * BJ < n_block))[None, :]
+        o_in = ((i_q * H + i_kv) * num_tiles + o_j // BJ)[None, :] * G + o_g[:, None]
+        b_in = tl.load(p_fold + o_in * BJ + o_j % BJ, mask=m_j, other=0.0)
+        b_top = tl.load(p_top + o_in, mask=m_j, other=float("-inf"))
+        # The first block of a tile is also reached into by the last compressed tokens of the tile before.
+        m_over = m_g & (m_now & (o_j % BJ == 0) & (o_j > 0) & (o_j - BJ < n_block))[None, :]
+        b_over = tl.load(p_over + o_in - G, mask=m_over, other=0.0)
+        b_over_top = tl.load(p_top + o_in - G, mask=m_over, other=float("-inf"))
+        b_score = tl.sum(b_in * tl.exp2(b_top - b_lse) + b_over * tl.exp2(b_over_top - b_lse), 0)
+        b_key = tl.where(
+            (o_j < INITIAL) | (o_j > i_now - LOCAL), 0x7FFFFFFF - o_j, b_score.to(tl.int32, bitcast=True)
+        )
+        b_key = tl.where(m_now, b_key, -1 - o_j)
+        b_place = _places(b_key, KEEP, PIECE)
+        tl.store(p_best + i * KEEP + b_place, (b_key.to(tl.int64) << 32) | o_j, mask=b_place < KEEP)
+        if PIECE > 256:
+            o_n = tl.arange(0, PIECE)
+            num_keys = tl.sum((b_key >= 0).to(tl.int32), 0)
+            tl.store(p_best + i * KEEP + o_n, tl.full([PIECE], -1, tl.int64), mask=(o_n >= num_keys) & (o_n < KEEP))
 
 
 @triton.jit
-def _blocks_of_rank(p_best, o_r, KEPT: tl.constexpr, BEST: tl.constexpr):
-    """The blocks whose scores have the ranks o_r among those kept."""
+def _chosen(p_best, o_r, n, KEPT: tl.constexpr, BEST: tl.constexpr):
+    """The blocks at places o_r of the top n."""
     o_b = tl.arange(0, BEST)
     b_best = tl.load(p_best + o_b, mask=o_b < KEPT, other=0)
     b_key = tl.where(o_b < KEPT, (b_best >> 32).to(tl.int32), -(2**30) - o_b)
-    b_is = _rank(b_key, BEST)[:, None] == o_r[None, :]
+    b_is = _places(b_key, n, BEST)[:, None] == o_r[None, :]
     return tl.sum(tl.where(b_is, b_best.to(tl.int32)[:, None], 0), 0)
 
 
@@ -287,49 +294,41 @@ def _merge(
 
 @triton.jit
 def decode_kernel(
-    p_q, p_gate, p_o, p_lens, p_ck, p_cv, p_ct, p_sk, p_sv, p_st, p_wk, p_wv, p_wt, p_fold, p_top, p_best, p_m, p_l, p_acc,
-    p_state, ct_width, st_width, wt_width, num_rows, num_tiles, n, lag_win, lag_choose, lag_slc,
-    lag_merge, scale2,
-    H: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, LQ: tl.constexpr, LP: tl.constexpr, GROUP: tl.constexpr,
-    CMP: tl.constexpr, WINP: tl.constexpr, CHUNKS: tl.constexpr, SLC: tl.constexpr, MERGES: tl.constexpr,
-    BJ: tl.constexpr, RP: tl.constexpr, PAGES: tl.constexpr, SP: tl.constexpr, BC: tl.constexpr, KEEP: tl.constexpr,
-    BEST: tl.constexpr, CT_WIDTH: tl.constexpr, ST_WIDTH: tl.constexpr, PP: tl.constexpr, HP: tl.constexpr, WIN_PER: tl.constexpr, WIN_ITEMS: tl.constexpr, SLC_PER: tl.constexpr, SLC_ITEMS: tl.constexpr,
+    p_q, p_gate, p_o, p_lens, p_ck, p_cv, p_ct, p_sk, p_sv, p_st, p_wk, p_wv, p_wt, p_fold, p_over, p_top, p_best, p_m, p_l, p_acc,
+    p_state, ct_width, st_width, wt_width, num_rows, num_tiles, n, scale2,
+    H: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, LQ: tl.constexpr, LP: tl.constexpr,
+    CMP: tl.constexpr, WINP: tl.constexpr, SCORES: tl.constexpr, SLC: tl.constexpr, MERGES: tl.constexpr,
+    BJ: tl.constexpr, RP: tl.constexpr, PAGES: tl.constexpr, SP: tl.constexpr, SCORE_PER: tl.constexpr, PIECE: tl.constexpr,
+    KEEP: tl.constexpr, KEPT: tl.constexpr, BEST: tl.constexpr, PP: tl.constexpr, HP: tl.constexpr, WIN_PER: tl.constexpr, WIN_ITEMS: tl.constexpr, SLC_PER: tl.constexpr, SLC_ITEMS: tl.constexpr,
     LEN: tl.constexpr, STRIDE: tl.constexpr, SELECT: tl.constexpr, BN: tl.constexpr, WIN: tl.constexpr,
     CMP_PAGE: tl.constexpr, SLC_PAGE: tl.constexpr, WIN_PAGE: tl.constexpr, INITIAL: tl.constexpr, LOCAL: tl.constexpr,
     DQ: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
     IP: tl.constexpr, SPIN: tl.constexpr, CMP_STAGES: tl.constexpr, SLC_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Program ids go step by step; a step holds GROUP rows of every kind of task, each kind its lag behind."""
+    """The tasks of all rows kind by kind, in the order in which kinds wait for each other."""
     GQ: tl.constexpr = 16 if GP < 16 else GP
-    TO_WIN: tl.constexpr = GROUP * CMP
-    TO_CHOOSE: tl.constexpr = TO_WIN + GROUP * LQ * WINP
-    TO_SLC: tl.constexpr = TO_CHOOSE + GROUP * LQ * CHUNKS
-    TO_MERGE: tl.constexpr = TO_SLC + GROUP * LQ * SLC
-    step = tl.program_id(0) // (TO_MERGE + GROUP * LQ * MERGES)
-    k = tl.program_id(0) % (TO_MERGE + GROUP * LQ * MERGES)
-    kind = (k >= TO_WIN).to(tl.int32) + (k >= TO_CHOOSE) + (k >= TO_SLC) + (k >= TO_MERGE)
+    num_queries = num_rows * LQ
+    k = tl.program_id(0)
+    kind = 0
     per = CMP
-    lag = 0
-    if kind == 1:
-        k -= TO_WIN
+    if k >= num_rows * CMP:
+        k -= num_rows * CMP
+        kind = 1
         per = WINP
-        lag = lag_win
-    elif kind == 2:
-        k -= TO_CHOOSE
-        per = CHUNKS
-        lag = lag_choose
-    elif kind == 3:
-        k -= TO_SLC
-        per = SLC
-        lag = lag_slc
-    elif kind == 4:
-        k -= TO_MERGE
-        per = MERGES
-        lag = lag_merge
+        if k >= num_queries * WINP:
+            k -= num_queries * WINP
+            kind = 2
+            per = SCORES
+            if k >= num_queries * SCORES:
+                k -= num_queries * SCORES
+                kind = 3
+                per = SLC
+                if k >= num_queries * SLC:
+                    k -= num_queries * SLC
+                    kind = 4
+                    per = MERGES
     each = tl.where(kind == 0, CMP, LQ * per)
-    i_row = (step - lag) * GROUP + k // each
-    if (i_row < 0) | (i_row >= num_rows):
-        return
+    i_row = k // each
     i_part = k % per
     i_kv = i_row % H
     i_b = (i_row // H).to(tl.int64)
@@ -342,12 +341,10 @@ def decode_kernel(
     n_ctx = tl.load(p_lens + i_b)
     t = n_ctx - LQ + i_lq
     parts = CMP + SLC + WINP
-    p_best += (i_q * H + i_kv) * (CHUNKS * KEEP)
+    p_best += (i_q * H + i_kv) * KEPT
     if kind == 0:
-        p_ct += i_b * ct_width
-        _prefetch(p_ct, CT_WIDTH, SPIN)
         _compressed(
-            p_q, p_ck, p_cv, p_ct, p_fold, p_top, p_m, p_l, p_acc, i_b, i_kv, i_part, n_ctx, num_tiles,
+            p_q, p_ck, p_cv, p_ct + i_b * ct_width, p_fold, p_over, p_top, p_m, p_l, p_acc, i_b, i_kv, i_part, n_ctx, num_tiles,
             parts, scale2, H, G, GP, LQ, LP, BJ, RP, CMP, PAGES, CMP_PAGE, LEN, STRIDE, SELECT, DQ, D0, D1, DV, DVP, IP,
             CMP_STAGES,
         )  # fmt: skip
@@ -355,18 +352,17 @@ def decode_kernel(
     elif kind == 2:
         _wait(p_row + ATTENDED, (past + 1) * CMP, SPIN)
         _choose(
-            p_m, p_l, p_fold, p_top, p_best + i_part * KEEP, i_q, i_kv, i_part * BC, t, n_ctx, num_tiles, parts,
-            H, G, GQ, CMP, SP, BJ, BC, KEEP, LEN, STRIDE, SELECT, INITIAL, LOCAL,
+            p_m, p_l, p_fold, p_over, p_top, p_best, i_q, i_kv, i_part * SCORE_PER,
+            tl.minimum(i_part * SCORE_PER + SCORE_PER, KEPT // KEEP), t, n_ctx, num_tiles, parts,
+            H, G, GQ, CMP, SP, BJ, PIECE, KEEP, LEN, STRIDE, SELECT, INITIAL, LOCAL,
         )  # fmt: skip
         _count(p_query + SCORED)
     elif kind == 3:
-        p_st += i_b * st_width
-        _prefetch(p_st, ST_WIDTH, SPIN)
-        _wait(p_query + SCORED, (past + 1) * CHUNKS, SPIN)
+        _wait(p_query + SCORED, (past + 1) * SCORES, SPIN)
         i_lo = i_part * SLC_PER
-        b_blocks = _blocks_of_rank(p_best, i_lo + tl.arange(0, SLC_ITEMS), CHUNKS * KEEP, BEST)
+        b_blocks = _chosen(p_best, i_lo + tl.arange(0, SLC_ITEMS), n, KEPT, BEST)
         _attend_blocks(
-            p_q, p_sk, p_sv, p_st, p_m, p_l, p_acc, i_q, i_kv, CMP + i_part, parts, b_blocks,
+            p_q, p_sk, p_sv, p_st + i_b * st_width, p_m, p_l, p_acc, i_q, i_kv, CMP + i_part, parts, b_blocks,
             tl.minimum(SLC_PER, tl.minimum(n, t // SELECT + 1) - i_lo), 0, t, scale2,
             H, G, GQ, SLC_ITEMS, SELECT, BN, SLC_PAGE, DQ, D0, D1, DV, DVP, IP, SLC_STAGES,
         )  # fmt: skip

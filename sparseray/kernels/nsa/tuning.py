@@ -23,9 +23,8 @@ LAUNCH: dict[str, dict[str, int]] = {
     "block_fwd": {"rows": 64, "num_warps": 4, "num_stages": 5, "part": 512},
     "block_bwd": {"rows": 64, "num_warps": 4, "num_stages": 3, "part": 512, "programs": 4096},
     "decode": {
-        "keys": 64, "splits": 32, "compressed": 1024, "window": 128, "selected": 256, "scores": 64, "fewest": 64, "most": 256,
-        "merges": 512, "few": 16, "group": 4,
-        "lag_window": 4, "lag_choose": 10, "lag_selected": 12, "lag_merge": 14, "num_warps": 4, "num_stages": 3, "selected_stages": 3,
+        "keys": 64, "splits": 32, "compressed": 396, "window": 128, "selected": 384, "scores": 1024, "piece": 128, "best": 128,
+        "scored": 4, "merges": 256, "num_warps": 4, "num_stages": 3, "selected_stages": 3,
     },
     "combine": {"rows": 64, "num_warps": 4},
 }
