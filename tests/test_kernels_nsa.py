@@ -45,7 +45,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     if HAS_GPU:
         return
     for name, launch in tuning.LAUNCH.items():
-        small = {"rows": 16, "keys": 16, "chunk": 32, "part": 8, "blocks": 4, "fewest": 4}
+        small = {"rows": 16, "keys": 16, "chunk": 32, "part": 8, "piece": 4}
         if name == "range_dkdv":
             small |= {"split": 16, "programs": 64}
         monkeypatch.setitem(tuning.LAUNCH, name, {k: small.get(k, v) for k, v in launch.items()})
@@ -248,7 +248,9 @@ def decode_error(
     lens: list[int], query_len: int, heads: tuple[int, int], dims: tuple[int, int], sizes: dict[str, int],
     page: int,
     dtype: torch.dtype,
+    key_scale: float = 1.0,
 ) -> float:  # fmt: skip
+    """Error of the second of two steps that share a workspace; both give the same bits."""
     (HQ, H), (D, Dv) = heads, dims
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(len(lens), query_len, HQ, D, generator=generator)
@@ -256,6 +258,7 @@ def decode_error(
     counts = [num_compressed(s, sizes["block"], sizes["stride"]) for s in lens]
     kinds = [(counts, D), (counts, Dv), (lens, D), (lens, Dv), (lens, D), (lens, Dv)]
     rows = [[torch.randn(n, H, d, generator=generator) for n in ns] for ns, d in kinds]
+    rows[0] = [x * key_scale for x in rows[0]]
     wanted = torch.cat(
         [
             nsa_attention_reference(
@@ -269,12 +272,16 @@ def decode_error(
     pairs = [(caches[i][0], caches[i + 1][0]) for i in (0, 2, 4)]
     own = {k: v for k, v in sizes.items() if k in TINY}
     workspace = DecodeWorkspace.create(len(lens), query_len, HQ, H, Dv, max(lens), device=DEVICE, **own)
-    out = torch.full((len(lens), query_len, HQ, Dv), float("nan"), device=DEVICE, dtype=dtype)
-    nsa_decode(
-        q.to(DEVICE, dtype), gates.to(DEVICE, dtype), *pairs, caches[0][1], caches[2][1], caches[4][1],
-        torch.tensor(lens, dtype=torch.int32, device=DEVICE), workspace, out, **sizes,
-    )  # fmt: skip
-    return relative(out.cpu(), wanted)
+    outs = []
+    for _ in range(2):
+        out = torch.full((len(lens), query_len, HQ, Dv), float("nan"), device=DEVICE, dtype=dtype)
+        nsa_decode(
+            q.to(DEVICE, dtype), gates.to(DEVICE, dtype), *pairs, caches[0][1], caches[2][1], caches[4][1],
+            torch.tensor(lens, dtype=torch.int32, device=DEVICE), workspace, out, **sizes,
+        )  # fmt: skip
+        outs.append(out.cpu())
+    assert torch.equal(*outs)
+    return relative(outs[1], wanted)
 
 
 @pytest.mark.parametrize("page", [16, 64, 12])
@@ -286,6 +293,26 @@ def test_decode_over_shuffled_pages_matches_the_reference(page: int) -> None:
 def test_decode_of_several_tokens_selects_for_each_of_them(page: int) -> None:
     sizes = {**TINY, "select_block": 8, "num_selected": 3, "window": 20}
     assert decode_error([150, 33], 3, (3, 1), (24, 12), sizes, page, torch.float32) < 1e-5
+
+
+@pytest.mark.parametrize(("piece", "num_selected"), [(4, 6), (8, 5)])
+@pytest.mark.parametrize("key_scale", [1.0, 0.0])
+def test_decode_over_several_pieces_of_scores(
+    monkeypatch: pytest.MonkeyPatch, piece: int, num_selected: int, key_scale: float
+) -> None:
+    """Keys of 0 give all blocks of full tiles the same score: ties go to the lower block."""
+    monkeypatch.setitem(tuning.LAUNCH["decode"], "piece", piece)
+    monkeypatch.setitem(tuning.LAUNCH["decode"], "best", 10**6)
+    sizes = {**TINY, "num_selected": num_selected}
+    error = decode_error([300, 70, 9], 2, (4, 2), (16, 16), sizes, 16, torch.float32, key_scale)
+    assert error < 1e-5
+
+
+def test_decode_where_too_many_blocks_are_kept_to_compare_them_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(tuning.LAUNCH["decode"], "piece", 8)
+    monkeypatch.setitem(tuning.LAUNCH["decode"], "best", 10**6)
+    sizes = {**TINY, "select_block": 8, "num_selected": 20}
+    assert decode_error([2500], 1, (2, 1), (16, 16), sizes, 64, torch.float32) < 1e-5
 
 
 def test_decode_where_a_block_is_no_power_of_two_of_strides() -> None:

@@ -57,8 +57,9 @@ class Tasks:
     ) -> "Tasks":  # fmt: skip
         """Tasks of `rows` rows of `group` query heads; each kind makes about as many as measured best."""
         launch, queries = LAUNCH["decode"], rows * query_len
-        # So large that the best of all pieces can be compared all with all.
-        piece = max(launch["piece"], next_power_of_2(triton.cdiv(blocks * num_selected, launch["best"])))
+        # If possible so large that the best of all pieces can be compared all with all.
+        piece = next_power_of_2(triton.cdiv(blocks * num_selected, launch["best"]))
+        piece = min(256, max(launch["piece"], piece))
         pieces = triton.cdiv(blocks, piece)
         scored = min(launch["scored"], max(1, pieces * queries // launch["scores"]))
         return cls(
@@ -200,7 +201,7 @@ def nsa_decode(
         SLC_PAGE=slc_cache[0].shape[1], WIN_PAGE=win_cache[0].shape[1], INITIAL=num_initial, LOCAL=num_local,
         DQ=width, D0=d0, D1=d1, DV=value_dim, DVP=max(16, next_power_of_2(value_dim)), IP=precision(q.dtype),
         SPIN=q.is_cuda, CMP_STAGES=launch["num_stages"], SLC_STAGES=launch["selected_stages"],
-        num_warps=launch["num_warps"], **({"maxnreg": launch["maxnreg"]} if "maxnreg" in launch and q.is_cuda else {}),
+        num_warps=launch["num_warps"],
     )  # fmt: skip
     return out
 

@@ -203,10 +203,6 @@ def _choose(
         b_key = tl.where(m_now, b_key, -1 - o_j)
         b_place = _places(b_key, KEEP, PIECE)
         tl.store(p_best + i * KEEP + b_place, (b_key.to(tl.int64) << 32) | o_j, mask=b_place < KEEP)
-        if PIECE > 256:
-            o_n = tl.arange(0, PIECE)
-            num_keys = tl.sum((b_key >= 0).to(tl.int32), 0)
-            tl.store(p_best + i * KEEP + o_n, tl.full([PIECE], -1, tl.int64), mask=(o_n >= num_keys) & (o_n < KEEP))
 
 
 @triton.jit
