@@ -25,8 +25,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.nsa_decode import decode_rows
 from sparseray.kernels.nsa import branches
-from sparseray.kernels.nsa.attention import nsa_attention
-from sparseray.kernels.nsa.compress import compress
+from sparseray.kernels.nsa.attention import nsa_layer
+from sparseray.kernels.nsa.compress import Compression
 from sparseray.kernels.nsa.reference import compress_reference, nsa_attention_reference, num_compressed
 
 SIZES = {"block": 32, "stride": 16, "select_block": 64, "num_selected": 16, "window": 512}
@@ -86,9 +86,9 @@ def inputs(shape: Shape, tokens: int) -> list[Tensor]:
 def run_nsa(x: list[Tensor]) -> Tensor:
     """The whole layer: both compressions and the three branches, which share k and v."""
     q, k, v, gates, w1, w2, pos, u1, u2, vpos = x
-    k_cmp = compress(k, w1, None, w2, None, pos, SIZES["block"], SIZES["stride"])
-    v_cmp = compress(v, u1, None, u2, None, vpos, SIZES["block"], SIZES["stride"])
-    return nsa_attention(q, k_cmp, v_cmp, k, v, k, v, gates, **SIZES)  # type: ignore[arg-type]
+    keys = Compression(w1=w1, b1=None, w2=w2, b2=None, pos=pos)
+    values = Compression(w1=u1, b1=None, w2=u2, b2=None, pos=vpos)
+    return nsa_layer(q, k, v, k, v, k, v, gates, keys=keys, values=values, **SIZES)  # type: ignore[arg-type]
 
 
 def run_full(x: list[Tensor], backend: SDPBackend) -> Tensor:

@@ -46,9 +46,20 @@ def nsa_steps(layers: int, batch: int, context: int) -> list[Callable[[], object
         caches = _cache(cmp_table), _cache(slc_table)
         steps.append(
             partial(
-                nsa_decode, q, gates, caches[0], caches[1], caches[1], cmp_table, slc_table, slc_table, lens,
-                workspace, torch.empty_like(q), **SIZES,
-            )  # fmt: skip
+                nsa_decode,
+                q,
+                gates,
+                caches[0],
+                caches[1],
+                caches[1],
+                cmp_table,
+                slc_table,
+                slc_table,
+                lens,
+                workspace,
+                torch.empty_like(q),
+                **SIZES,
+            )
         )
     return steps
 

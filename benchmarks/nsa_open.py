@@ -36,7 +36,7 @@ from benchmarks.nsa import (
     run_nsa,
     stage_rows,
 )
-from benchmarks.nsa_decode import decode_rows, graph_us, nsa_step
+from benchmarks.nsa_decode import decode_rows, graph_us, nsa_steps
 from sparseray.kernels.nsa import branches
 from sparseray.kernels.nsa.attention import nsa_attention
 from sparseray.kernels.nsa.decode import DecodeWorkspace, nsa_decode
@@ -129,7 +129,7 @@ def decode_kernel_rows() -> list[str]:
 
     rows = ["### Kernels of a decode step, us (one launch after the other)"]
     for batch in BATCHES:
-        steps = [nsa_step(batch, CONTEXT) for _ in range(max(2, 16 // batch))]
+        steps = nsa_steps(max(2, 16 // batch), batch, CONTEXT)
         for step in steps:
             step()
         torch.cuda.synchronize()
@@ -203,7 +203,7 @@ def warm(number: int) -> None:
     """Compile the kernels of one part of the run into the cache."""
     try:
         if number < len(BATCHES):
-            nsa_step(BATCHES[number], CONTEXT)()
+            nsa_steps(1, BATCHES[number], CONTEXT)[0]()
         elif number == len(BATCHES):
             check_rows()
         else:

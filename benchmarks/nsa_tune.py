@@ -82,8 +82,9 @@ def cases(tokens: int) -> dict[str, Callable[[], object]]:
     o_cmp, lse_cmp = range_forward(q, kc, vc, geometry, **cmp)
     index = select_blocks(q, kc, lse_cmp, geometry, **top)
     positions = query_positions(geometry)
-    o_slc, lse_slc = selected_forward(q, k, v, index, positions, geometry, **sel)
     o_win, lse_win = range_forward(q, k, v, geometry, **win)
+    last = ((o_cmp, o_win), gates)
+    _, o_slc, lse_slc = selected_forward(q, k, v, index, positions, geometry, *last, keep=True, **sel)
     outs, lses = (o_cmp, o_slc, o_win), (lse_cmp, lse_slc, lse_win)
     lse, dg, _ = prepare_backward(do, outs, lses, gates)
     dq = torch.empty_like(q)
@@ -100,7 +101,9 @@ def cases(tokens: int) -> dict[str, Callable[[], object]]:
         "window_dkdv": lambda: back(k, v, 2, win),
         "score": lambda: select_blocks(q, kc, lse_cmp, geometry, **top),
         "top_n": lambda: select_blocks(q, kc, lse_cmp, geometry, **top),
-        "selected_fwd": lambda: selected_forward(q, k, v, index, positions, geometry, **sel),
+        "selected_fwd": lambda: selected_forward(
+            q, k, v, index, positions, geometry, *last, keep=False, **sel
+        ),
         "selected_dq": lambda: selected_query_gradient(
             q, k, v, do, lse[1], dg[1], dq, index, positions, geometry, add=False, **sel
         ),

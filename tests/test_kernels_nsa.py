@@ -16,9 +16,9 @@ from torch import Tensor
 
 from sparseray.errors import ConfigError
 from sparseray.kernels.nsa import branches, inverse, tuning
-from sparseray.kernels.nsa.attention import nsa_attention
+from sparseray.kernels.nsa.attention import nsa_attention, nsa_layer
 from sparseray.kernels.nsa.branches import selects_all
-from sparseray.kernels.nsa.compress import compress
+from sparseray.kernels.nsa.compress import Compression, compress
 from sparseray.kernels.nsa.compress_step import compress_step
 from sparseray.kernels.nsa.decode import DecodeWorkspace, nsa_decode
 from sparseray.kernels.nsa.prefill import nsa_prefill
@@ -350,6 +350,33 @@ def test_prefill_of_chunks_of_different_lengths_over_pages_matches_the_reference
         *[t.to(DEVICE) for t in tables], torch.tensor(cu, device=DEVICE), torch.tensor(lens, device=DEVICE), **sizes,
     )  # fmt: skip
     assert relative(found.cpu(), wanted) < 1e-5
+
+
+@pytest.mark.parametrize("cu", [None, [0, 25, 27, 44]])
+def test_the_layer_equals_its_three_calls_to_the_bit(cu: list[int] | None) -> None:
+    q, _, _, k, v, k_win, v_win, gates = draw(1, 44, (2, 1), (24, 12), 0, torch.float32)
+    generator = torch.Generator().manual_seed(1)
+    shapes = [(20, 8 * 24), (20,), (24, 20), (24,), (8, 24), (16, 8 * 12), (12, 16)]
+    weights = [torch.randn(s, generator=generator).to(DEVICE) * 0.1 for s in shapes]
+    inputs = [x.requires_grad_() for x in (q, k, v, k_win, v_win, gates, *weights)]
+    cu_seqlens = None if cu is None else torch.tensor(cu, device=DEVICE)
+
+    def layer(*x: Tensor) -> Tensor:
+        keys = Compression(w1=x[6], b1=x[7], w2=x[8], b2=x[9], pos=x[10])
+        values = Compression(w1=x[11], b1=None, w2=x[12], b2=None, pos=None)
+        return nsa_layer(
+            x[0], x[1], x[2], *x[1:6], keys=keys, values=values, cu_seqlens=cu_seqlens, **TINY_SPARSE
+        )
+
+    def calls(*x: Tensor) -> Tensor:
+        k_cmp = compress(x[1], *x[6:11], 8, 4, cu_seqlens=cu_seqlens)
+        v_cmp = compress(x[2], x[11], None, x[12], None, None, 8, 4, cu_seqlens=cu_seqlens)
+        return nsa_attention(x[0], k_cmp, v_cmp, *x[1:6], **TINY_SPARSE, cu_seqlens=cu_seqlens)
+
+    found, wanted = (outputs_and_gradients(call, inputs) for call in (layer, calls))
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted))
+    with torch.no_grad():
+        assert torch.equal(layer(*inputs), wanted[0])
 
 
 def test_short_sequences_take_the_dense_kernel_and_long_ones_do_not() -> None:

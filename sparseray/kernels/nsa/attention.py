@@ -1,4 +1,4 @@
-"""`nsa_attention`: native sparse attention by Triton kernels, differentiable.
+"""`nsa_attention`: native sparse attention by Triton kernels, differentiable; `nsa_layer`: with the compression.
 
 One call runs the compressed branch, scores and selects blocks, reads the selected blocks and the window, and
 adds the three under their gates. Everything is packed [tokens, heads, D] inside; a batch of equal lengths,
@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from sparseray.errors import ConfigError
-from sparseray.kernels.nsa.branches import Blocks, forward_branches
-from sparseray.kernels.nsa.gates import combine, prepare_backward
+from sparseray.kernels.nsa.branches import Blocks, forward_branches, window_branch
+from sparseray.kernels.nsa.compress import Compression, compress, num_packed
+from sparseray.kernels.nsa.gates import prepare_backward
 from sparseray.kernels.nsa.geometry import (
     COMPRESSED,
     KEYS,
@@ -24,7 +25,7 @@ from sparseray.kernels.nsa.geometry import (
     uniform,
 )
 from sparseray.kernels.nsa.range_backward import range_backward
-from sparseray.kernels.nsa.reference import check_blocks
+from sparseray.kernels.nsa.reference import check_blocks, num_compressed
 from sparseray.kernels.nsa.selected_backward import selected_backward
 
 
@@ -34,19 +35,21 @@ class _Nsa(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k_cmp: Tensor, v_cmp: Tensor, k_slc: Tensor, v_slc: Tensor, k_win: Tensor,
-        v_win: Tensor, gates: Tensor, geometry: Geometry, sizes: Blocks,
+        v_win: Tensor, gates: Tensor, geometry: Geometry, sizes: Blocks, keep: bool,
+        won: tuple[Tensor, Tensor] | None,
     ) -> Tensor:  # fmt: skip
         shapes = [x.shape for x in (q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates)]
-        q, k_cmp, v_cmp, k_slc, v_slc = (
-            x.flatten(0, 1).contiguous() for x in (q, k_cmp, v_cmp, k_slc, v_slc)
+        q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates = (
+            _packed(x) for x in (q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates)
         )
-        k_win, v_win, gates = (x.flatten(0, 1).contiguous() for x in (k_win, v_win, gates))
-        found = forward_branches(q, (k_cmp, v_cmp), (k_slc, v_slc), (k_win, v_win), geometry, sizes)
+        if won is None:
+            won = window_branch(q, k_win, v_win, geometry, window=sizes.window, scale=sizes.scale)
+        found = forward_branches(q, (k_cmp, v_cmp), (k_slc, v_slc), gates, *won, geometry, sizes, keep=keep)
         ctx.save_for_backward(
             q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, *found.outs, *found.lses, found.index
         )
         ctx.geometry, ctx.sizes, ctx.shapes = geometry, sizes, shapes
-        return combine(*found.outs, gates).view(*shapes[0][:3], -1)
+        return found.sum.view(*shapes[0][:3], -1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -78,31 +81,38 @@ class _Nsa(torch.autograd.Function):
             window=b.window, scale=b.scale, add=True,
         )  # fmt: skip
         found = (dq, dk_cmp, dv_cmp, dk_slc, dv_slc, dk_win, dv_win, dgates)
-        return *(x.view(shape) for x, shape in zip(found, ctx.shapes)), None, None
+        return *(x.view(shape) for x, shape in zip(found, ctx.shapes)), None, None, None, None
+
+
+def _packed(x: Tensor) -> Tensor:
+    return x.flatten(0, 1).contiguous()
 
 
 def _geometry(
-    q: Tensor, k_cmp: Tensor, k_slc: Tensor, k_win: Tensor, cu_seqlens: Tensor | None, block: int,
-    stride: int,
-    q_start: int, win_start: int,
+    q: Tensor, num_cmp: int, k_slc: Tensor, k_win: Tensor, cu_seqlens: Tensor | None, sizes: Blocks, q_start: int,
+    win_start: int,
 ) -> Geometry:  # fmt: skip
-    if cu_seqlens is None:
-        return uniform(
-            q.shape[0],
-            q.shape[1],
-            k_cmp.shape[1],
-            k_slc.shape[1],
-            k_win.shape[1],
-            q_start,
-            win_start,
-            q.device,
+    """Check that sizes and shapes fit together; num_cmp counts the compressed tokens of a sequence, or of all
+    packed ones together."""
+    check_blocks(
+        sizes.block, sizes.stride, sizes.select_block, sizes.num_selected, sizes.window, sizes.num_initial,
+        sizes.num_local,
+    )  # fmt: skip
+    (batch, queries, heads), num_kv = q.shape[:3], k_slc.shape[2]
+    reach = q_start + (0 if cu_seqlens is not None else queries)
+    if heads % num_kv or heads // num_kv > 64 or k_slc.shape[1] < reach:
+        raise ConfigError(
+            f"nsa: q {tuple(q.shape)} from position {q_start} does not fit k_slc {tuple(k_slc.shape)}: the"
+            " query heads must be 1 to 64 times the key heads, and the keys must reach the last query"
         )
-    if q.shape[0] != 1 or q_start or win_start or not q.shape[1] == k_slc.shape[1] == k_win.shape[1]:
+    if cu_seqlens is None:
+        return uniform(batch, queries, num_cmp, k_slc.shape[1], k_win.shape[1], q_start, win_start, q.device)
+    if batch != 1 or q_start or win_start or not queries == k_slc.shape[1] == k_win.shape[1]:
         raise ConfigError(
             f"nsa: cu_seqlens needs packed tensors of batch 1 and no q_start or win_start, got q"
             f" {tuple(q.shape)}, k_slc {tuple(k_slc.shape)}, k_win {tuple(k_win.shape)}, {q_start=}, {win_start=}"
         )
-    return packed(cu_seqlens, q.shape[1], k_cmp.shape[1], block, stride)
+    return packed(cu_seqlens, queries, num_cmp, sizes.block, sizes.stride)
 
 
 def nsa_attention(
@@ -152,22 +162,77 @@ def nsa_attention(
 
     Source: arXiv 2502.11089 eq. 5 to 12.
     """
-    check_blocks(block, stride, select_block, num_selected, window, num_initial, num_local)
-    queries, heads, width = q.shape[1:]
-    num_kv = k_slc.shape[2]
-    if (
-        heads % num_kv
-        or heads // num_kv > 64
-        or k_slc.shape[1] < q_start + (0 if cu_seqlens is not None else queries)
-    ):
-        raise ConfigError(
-            f"nsa: q {tuple(q.shape)} from position {q_start} does not fit k_slc {tuple(k_slc.shape)}: the"
-            " query heads must be 1 to 64 times the key heads, and the keys must reach the last query"
-        )
-    geometry = _geometry(q, k_cmp, k_slc, k_win, cu_seqlens, block, stride, q_start, win_start)
     sizes = Blocks(
         block=block, stride=stride, select_block=select_block, num_selected=num_selected, window=window,
-        num_initial=num_initial, num_local=num_local, scale=width**-0.5 if scale is None else scale,
+        num_initial=num_initial, num_local=num_local, scale=q.shape[-1] ** -0.5 if scale is None else scale,
     )  # fmt: skip
-    out: Tensor = _Nsa.apply(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, geometry, sizes)
+    geometry = _geometry(q, k_cmp.shape[1], k_slc, k_win, cu_seqlens, sizes, q_start, win_start)
+    out: Tensor = _Nsa.apply(
+        q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, geometry, sizes, torch.is_grad_enabled(), None
+    )
+    return out
+
+
+def nsa_layer(
+    q: Tensor,
+    k_raw: Tensor,
+    v_raw: Tensor,
+    k_slc: Tensor,
+    v_slc: Tensor,
+    k_win: Tensor,
+    v_win: Tensor,
+    gates: Tensor,
+    *,
+    keys: Compression,
+    values: Compression,
+    block: int,
+    stride: int,
+    select_block: int,
+    num_selected: int,
+    window: int,
+    cu_seqlens: Tensor | None = None,
+    num_blocks: int | None = None,
+    scale: float | None = None,
+    num_initial: int = 1,
+    num_local: int = 2,
+) -> Tensor:
+    """Compress keys and values, then `nsa_attention`; equal to the three calls.
+
+    The window, which needs no compressed tokens, is launched first: at short lengths it covers the time that the
+    host takes for the compressions' launches.
+
+    Args:
+        k_raw, v_raw: [B, T, H, D | Dv], what is compressed.
+        keys, values: how.
+        num_blocks: compressed tokens of all packed sequences together, as in `compress`.
+        others: as in `nsa_attention`.
+
+    Returns:
+        [B, T, HQ, Dv] in the dtype of q.
+
+    Raises:
+        ConfigError: as `nsa_attention` and `compress`.
+    """
+    sizes = Blocks(
+        block=block, stride=stride, select_block=select_block, num_selected=num_selected, window=window,
+        num_initial=num_initial, num_local=num_local, scale=q.shape[-1] ** -0.5 if scale is None else scale,
+    )  # fmt: skip
+    if cu_seqlens is None:
+        count = num_compressed(k_raw.shape[1], block, stride)
+    else:
+        count = num_blocks = num_packed(cu_seqlens, block, stride) if num_blocks is None else num_blocks
+    geometry = _geometry(q, count, k_slc, k_win, cu_seqlens, sizes, 0, 0)
+    with torch.no_grad():
+        won = window_branch(
+            _packed(q), _packed(k_win), _packed(v_win), geometry, window=window, scale=sizes.scale
+        )
+    k_cmp, v_cmp = (
+        compress(
+            x, mlp.w1, mlp.b1, mlp.w2, mlp.b2, mlp.pos, block, stride, cu_seqlens=cu_seqlens, num_blocks=num_blocks
+        )
+        for x, mlp in ((k_raw, keys), (v_raw, values))
+    )  # fmt: skip
+    out: Tensor = _Nsa.apply(
+        q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, geometry, sizes, torch.is_grad_enabled(), won
+    )
     return out

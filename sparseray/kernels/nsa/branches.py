@@ -1,5 +1,7 @@
 """Forward pass of the three branches over packed queries, shared by `nsa_attention` and `nsa_prefill`.
 
+The window goes first: it needs no compressed tokens, so the device works while the host launches what makes them.
+
 Here is the only dispatch of the NSA kernels: where no sequence is longer than num_selected selection blocks,
 every visible block is selected, whatever the scores. The selected branch then is dense causal attention by
 definition; it runs on the tiled kernel of the other branches, and scores, top n and the inverse table of the
@@ -10,6 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from sparseray.kernels.nsa.gates import combine
 from sparseray.kernels.nsa.geometry import COMPRESSED, KEYS, WINDOW, Geometry, query_positions
 from sparseray.kernels.nsa.inverse import pays_by_block
 from sparseray.kernels.nsa.range_forward import range_forward
@@ -37,9 +40,11 @@ class Branches:
     """Outputs [T, HQ, Dv] and base-2 log-sum-exps [T, HQ], in the order compressed, selected, window.
 
     Attributes:
+        sum: [T, HQ, Dv], the three under their gates.
         index: int32 [T, H, num_selected], blocks of every query; None where all are selected.
     """
 
+    sum: Tensor
     outs: tuple[Tensor, Tensor, Tensor]
     lses: tuple[Tensor, Tensor, Tensor]
     index: Tensor | None
@@ -50,22 +55,40 @@ def selects_all(longest: int, *, select_block: int, num_selected: int) -> bool:
     return longest <= select_block * num_selected
 
 
+def window_branch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    geometry: Geometry,
+    *,
+    window: int,
+    scale: float,
+    table: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Output [T, HQ, Dv] and base-2 log-sum-exp [T, HQ] of the window."""
+    return range_forward(
+        q, k, v, geometry, kind=WINDOW, block=1, stride=1, window=window, scale=scale, table=table
+    )
+
+
 def forward_branches(
-    q: Tensor, cmp: tuple[Tensor, Tensor], slc: tuple[Tensor, Tensor], win: tuple[Tensor, Tensor],
-    geometry: Geometry, sizes: Blocks, tables: tuple[Tensor | None, Tensor | None, Tensor | None] = (None,) * 3,
+    q: Tensor, cmp: tuple[Tensor, Tensor], slc: tuple[Tensor, Tensor], gates: Tensor, o_win: Tensor, lse_win: Tensor,
+    geometry: Geometry, sizes: Blocks, *, keep: bool, tables: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> Branches:  # fmt: skip
-    """Run the three branches without their gates.
+    """Run the compressed and the selected branch and add the three up.
 
     Args:
-        q: [T, HQ, D] packed.
-        cmp, slc, win: keys and values, packed [S, H, D | Dv], or pages [pages, page size, H, D | Dv].
-        tables: pages of every sequence for each of them, None where they are packed.
+        q: [T, HQ, D] packed; gates: [T, HQ, 3].
+        cmp, slc: keys and values, packed [S, H, D | Dv], or pages [pages, page size, H, D | Dv].
+        o_win, lse_win: of `window_branch`.
+        keep: whether a backward follows; without it the selected branch's own output may be left out.
+        tables: pages of every sequence for cmp and slc, None where they are packed.
     """
     b = sizes
     o_cmp, lse_cmp = range_forward(
         q, *cmp, geometry, kind=COMPRESSED, block=b.block, stride=b.stride, window=0, scale=b.scale, table=tables[0]
     )  # fmt: skip
-    index = None
+    index = summed = None
     if selects_all(geometry.max_keys, select_block=b.select_block, num_selected=b.num_selected):
         o_slc, lse_slc = range_forward(
             q, *slc, geometry, kind=KEYS, block=1, stride=1, window=0, scale=b.scale, table=tables[1]
@@ -82,11 +105,10 @@ def forward_branches(
                 q, *slc, index, positions, geometry, select_block=b.select_block, scale=b.scale
             )
         else:
-            o_slc, lse_slc = selected_forward(
-                q, *slc, index, positions, geometry, select_block=b.select_block, scale=b.scale,
-                table=tables[1],
+            summed, o_slc, lse_slc = selected_forward(
+                q, *slc, index, positions, geometry, (o_cmp, o_win), gates, select_block=b.select_block,
+                scale=b.scale, keep=keep, table=tables[1],
             )  # fmt: skip
-    o_win, lse_win = range_forward(
-        q, *win, geometry, kind=WINDOW, block=1, stride=1, window=b.window, scale=b.scale, table=tables[2]
-    )
-    return Branches(outs=(o_cmp, o_slc, o_win), lses=(lse_cmp, lse_slc, lse_win), index=index)
+    outs = (o_cmp, o_slc, o_win)
+    summed = combine(*outs, gates) if summed is None else summed
+    return Branches(sum=summed, outs=outs, lses=(lse_cmp, lse_slc, lse_win), index=index)

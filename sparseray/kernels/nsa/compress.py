@@ -6,6 +6,7 @@ w1 (x + pos) = w1 x + w1 pos. The backward copies no blocks either: every token 
 that hold it, in ascending order, without atomics. Source: arXiv 2502.11089 eq. 7.
 """
 
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -209,6 +210,17 @@ def _first_layer_backward(
     return dx, dw.sum(0).to(w1.dtype)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Compression:
+    """Parameters of one compression, as `compress` takes them: the MLP and the position encoding of a block."""
+
+    w1: Tensor
+    b1: Tensor | None
+    w2: Tensor
+    b2: Tensor | None
+    pos: Tensor | None
+
+
 class _Compress(torch.autograd.Function):
     """Packed x [T, H, D] to [C, H, D_out]."""
 
@@ -237,6 +249,12 @@ class _Compress(torch.autograd.Function):
         dbias = None if bias is None else dpre.sum(0, dtype=torch.float32).to(bias.dtype)
         dx, dw1 = _first_layer_backward(x, w1, dpre, starts, slots, block, stride)
         return dx, dw1, dbias, dw2, db2, None, None, None
+
+
+def num_packed(cu_seqlens: Tensor, block: int, stride: int) -> int:
+    """Compressed tokens of packed sequences; reads their boundaries back to the host."""
+    lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).tolist()
+    return sum(num_compressed(length, block, stride) for length in lengths)
 
 
 def compress(
@@ -278,11 +296,8 @@ def compress(
         )
     if cu_seqlens is None:
         count = batch * num_compressed(tokens, block, stride)
-    elif num_blocks is not None:
-        count = num_blocks
     else:
-        lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).tolist()
-        count = sum(num_compressed(length, block, stride) for length in lengths)
+        count = num_packed(cu_seqlens, block, stride) if num_blocks is None else num_blocks
     bias = b1
     if pos is not None:
         encoded = w1 @ pos.reshape(-1)

@@ -204,4 +204,3 @@ def nsa_decode(
         num_warps=launch["num_warps"],
     )  # fmt: skip
     return out
-

@@ -273,7 +273,9 @@ def _merge(
     o_d = tl.arange(0, DVP)
     m_d = o_d < DV
     b_part = tl.load(
-        p_acc + o_part[:, :, None] * DV + o_d[None, None, :], mask=m_p[:, :, None] & m_d[None, None, :], other=0.0
+        p_acc + o_part[:, :, None] * DV + o_d[None, None, :],
+        mask=m_p[:, :, None] & m_d[None, None, :],
+        other=0.0,
     )
     b_w = tl.zeros([HP, PP], tl.float32)
     for c in tl.static_range(3):

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from sparseray.errors import ConfigError
-from sparseray.kernels.nsa.branches import Blocks, forward_branches
-from sparseray.kernels.nsa.gates import combine
+from sparseray.kernels.nsa.branches import Blocks, forward_branches, window_branch
 from sparseray.kernels.nsa.geometry import paged
 from sparseray.kernels.nsa.reference import check_blocks
 
@@ -72,5 +71,8 @@ def nsa_prefill(
         num_initial=num_initial, num_local=num_local, scale=q.shape[-1] ** -0.5 if scale is None else scale,
     )  # fmt: skip
     with torch.no_grad():
-        found = forward_branches(q.contiguous(), cmp_cache, slc_cache, win_cache, geometry, sizes, tables)
-        return combine(*found.outs, gates.contiguous())
+        q, gates = q.contiguous(), gates.contiguous()
+        won = window_branch(q, *win_cache, geometry, window=window, scale=sizes.scale, table=tables[2])
+        return forward_branches(
+            q, cmp_cache, slc_cache, gates, *won, geometry, sizes, keep=False, tables=tables[:2]
+        ).sum

@@ -1,5 +1,7 @@
 """Attention over selected blocks by query, forward, and its query gradient.
 
+This branch comes last, so its forward also adds up the three under their gates, while they are in registers.
+
 A program takes one query token with all query heads of one key/value head, so a selected block is loaded once
 for the group (arXiv 2502.11089 section 3.4). The head is the slowest grid axis: one head's keys and values
 fit the L2 cache, four heads' do not. Log-sum-exp is kept in base 2.
@@ -29,11 +31,12 @@ from sparseray.kernels.nsa.tuning import launch_for
 
 @triton.jit
 def selected_fwd_kernel(
-    p_q, p_k, p_k1, p_v, p_table, p_index, p_pos, p_seq, p_o, p_lse, p_meta, num_q, n, scale2,
+    p_q, p_k, p_k1, p_v, p_table, p_index, p_pos, p_seq, p_cmp, p_win, p_gate, p_out, p_o, p_lse, p_meta, num_q, n,
+    scale2,
     H: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, SELECT: tl.constexpr, BN: tl.constexpr,
     DQ: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
     IP: tl.constexpr,
-    BULK: tl.constexpr, PAGE: tl.constexpr,
+    BULK: tl.constexpr, PAGE: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     i_kv = tl.program_id(0) // num_q
     i_q = (tl.program_id(0) % num_q).to(tl.int64)
@@ -71,8 +74,18 @@ def selected_fwd_kernel(
         b_v = fetch(p_v, row, o_key, m_i, i_kv, DV, 0, DVP, True, BULK)
         b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_alpha[:, None], input_precision=IP)
         b_m = b_new
-    store_tile(p_o, o_row, m_g, b_acc / b_l[:, None], DV, 0, DVP)
-    tl.store(p_lse + o_row, b_m + tl.log2(b_l), mask=m_g)
+    # Rounded as the other branches are, which the backward sees too.
+    b_o = (b_acc / b_l[:, None]).to(p_out.dtype.element_ty)
+    if KEEP:
+        store_tile(p_o, o_row, m_g, b_o, DV, 0, DVP)
+        tl.store(p_lse + o_row, b_m + tl.log2(b_l), mask=m_g)
+    p_gate += o_row * 3
+    b_cmp = load_tile(p_cmp, o_row, m_g, DV, 0, DVP, True).to(tl.float32)
+    b_win = load_tile(p_win, o_row, m_g, DV, 0, DVP, True).to(tl.float32)
+    b_out = b_cmp * tl.load(p_gate, mask=m_g, other=0.0).to(tl.float32)[:, None]
+    b_out += b_o.to(tl.float32) * tl.load(p_gate + 1, mask=m_g, other=0.0).to(tl.float32)[:, None]
+    b_out += b_win * tl.load(p_gate + 2, mask=m_g, other=0.0).to(tl.float32)[:, None]
+    store_tile(p_out, o_row, m_g, b_out, DV, 0, DVP)
 
 
 @triton.jit
@@ -139,35 +152,39 @@ def shared_constants(q: Tensor, k: Tensor, v: Tensor, select_block: int) -> dict
 
 
 def selected_forward(
-    q: Tensor, k: Tensor, v: Tensor, index: Tensor, positions: Tensor, geometry: Geometry, *,
-    select_block: int,
-    scale: float, table: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Output and base-2 log-sum-exp of queries over their selected blocks.
+    q: Tensor, k: Tensor, v: Tensor, index: Tensor, positions: Tensor, geometry: Geometry, others: tuple[Tensor, Tensor],
+    gates: Tensor, *, select_block: int, scale: float, keep: bool, table: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Attention of queries to their selected blocks, added to the two other branches.
 
     Args:
         q: [T, HQ, D] packed; k: [S, H, D]; v: [S, H, Dv], contiguous, one dtype.
         index: int32 [T, H, n], ascending, padded with -1 (`select_blocks`).
         positions: int32 [T], position of every query in its sequence.
+        others: outputs [T, HQ, Dv] of the compressed branch and of the window.
+        gates: [T, HQ, 3].
+        keep: whether this branch's own output and log-sum-exp are wanted.
         table: int32, pages of every sequence, where the keys are pages (`range_forward`).
 
     Returns:
-        Output [T, HQ, Dv] in the dtype of q, and fp32 [T, HQ].
+        The gated sum [T, HQ, Dv] in the dtype of q, this branch's output likewise and its base-2 log-sum-exp, fp32
+        [T, HQ]; the last two are empty unless they are kept.
     """
     heads, num_kv = q.shape[1], k.shape[-2]
-    out = q.new_empty(q.shape[0], heads, v.shape[-1])
-    lse = torch.empty(q.shape[0], heads, dtype=torch.float32, device=q.device)
+    summed = torch.empty_like(others[0])
+    out = torch.empty_like(summed) if keep else q.new_empty(0)
+    lse = torch.empty(q.shape[:2] if keep else 0, dtype=torch.float32, device=q.device)
     launch = launch_for("selected_fwd", max(q.shape[-1], v.shape[-1]), q.element_size())
     constants = shared_constants(q, k, v, select_block)
     src_k, src_k1, src_v, bulk = key_sources(k, v, constants["BN"], table)
     selected_fwd_kernel[(q.shape[0] * num_kv,)](
-        q, src_k, src_k1, src_v, table, index, positions, query_sequences(geometry), out, lse, geometry.meta,
-        q.shape[0], index.shape[-1],
+        q, src_k, src_k1, src_v, table, index, positions, query_sequences(geometry), *others, gates, summed, out, lse,
+        geometry.meta, q.shape[0], index.shape[-1],
         scale * LOG2E, GP=max(16, next_power_of_2(heads // num_kv)), BULK=bulk,
-        PAGE=page_size(k, table), **constants,
+        PAGE=page_size(k, table), KEEP=keep, **constants,
         num_warps=launch["num_warps"], num_stages=launch["num_stages"],
     )  # fmt: skip
-    return out, lse
+    return summed, out, lse
 
 
 def selected_query_gradient(
