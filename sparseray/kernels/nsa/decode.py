@@ -53,17 +53,17 @@ class Tasks:
 
     @classmethod
     def of(
-        cls, rows: int, query_len: int, group: int, *, tiles: int, blocks: int, window_blocks: int, num_selected: int
+        cls, rows: int, query_len: int, group: int, *, blocks: int, tile: int, window_blocks: int, num_selected: int
     ) -> "Tasks":  # fmt: skip
-        """Tasks of `rows` rows of `group` query heads; each kind makes about as many as measured best."""
+        """Tasks of `rows` rows of `group` query heads; tiles hold `tile` blocks; each kind makes about as many as measured best."""
         launch, queries = LAUNCH["decode"], rows * query_len
         # If possible so large that the best of all pieces can be compared all with all.
         piece = next_power_of_2(triton.cdiv(blocks * num_selected, launch["best"]))
-        piece = min(256, max(launch["piece"], piece))
+        piece = max(tile, min(256, max(launch["piece"], piece)))
         pieces = triton.cdiv(blocks, piece)
         scored = min(launch["scored"], max(1, pieces * queries // launch["scores"]))
         return cls(
-            compressed=min(tiles, launch["splits"], max(3, launch["compressed"] // rows)),
+            compressed=min(triton.cdiv(blocks, tile), launch["splits"], max(3, launch["compressed"] // rows)),
             window=min(window_blocks, max(1, launch["window"] // queries)),
             scores=triton.cdiv(pieces, scored),
             selected=min(num_selected, max(2, launch["selected"] // queries)),
@@ -111,7 +111,7 @@ class DecodeWorkspace:
         blocks, bj = -(-max_context // select_block), blocks_per_tile(select_block, stride)
         tiles, queries = -(-blocks // bj), batch * query_len
         tasks = Tasks.of(
-            batch * num_kv, query_len, heads // num_kv, tiles=tiles, blocks=blocks,
+            batch * num_kv, query_len, heads // num_kv, blocks=blocks, tile=bj,
             window_blocks=blocks_in_window(window, select_block), num_selected=num_selected,
         )  # fmt: skip
         rows, parts = queries * heads, tasks.compressed + tasks.selected + tasks.window

@@ -8,10 +8,9 @@ one sequence.
 
 Tasks count what they finished in `state`, and a task that needs others waits for their count. Every task has a
 higher program id than those it waits for, and programs start in the order of their ids (as CUB's single-pass scans
-rely on too), so what is waited for always runs or has run. In large batches the tasks of later rows stand between
-those of one row, so that memory stays busy while a row waits (`decode.Schedule`). The last task of a row sets its
-counts back to 0. Sequence lengths are read on the device, so a captured graph serves growing sequences. Which task
-ends last changes no bit: the counts only say that something is written.
+rely on too), so what is waited for always runs or has run. Counts only grow, and no step resets them. Sequence lengths
+are read on the device, so a captured graph serves growing sequences. The order in which tasks end changes no bit: the
+counts only say that something is written.
 """
 
 import triton
@@ -171,36 +170,40 @@ def _choose(
     Kept as key << 32 | block. Keys are the bits of the scores, which are not negative and so order like integers;
     above them the forced blocks, below them those there are not.
     """
+    TILES: tl.constexpr = PIECE // BJ
     i_now = t // SELECT
     o_g = tl.arange(0, GP)
-    m_g = (o_g < G)[:, None]
+    m_g = o_g < G
     o_row = i_q * (H * G) + i_kv * G + o_g
     # Tiles without a compressed token were not written.
     n_block = (num_visible(n_ctx - 1, 0, LEN, STRIDE) * STRIDE + SELECT - 1) // SELECT
     o_s = tl.arange(0, SP)
-    m_s = m_g & (o_s < SPLITS)[None, :]
+    m_s = m_g[:, None] & (o_s < SPLITS)[None, :]
     b_m = tl.load(p_m + o_row[:, None] * parts + o_s[None, :], mask=m_s, other=float("-inf"))
     b_l = tl.load(p_l + o_row[:, None] * parts + o_s[None, :], mask=m_s, other=0.0)
     b_max = tl.max(b_m, 1)
     b_max = tl.where(b_max == float("-inf"), 0.0, b_max)
     b_sum = tl.sum(b_l * tl.exp2(b_m - b_max[:, None]), 1)
-    b_lse = tl.where(b_sum == 0.0, float("inf"), b_max + tl.log2(tl.where(b_sum == 0.0, 1.0, b_sum)))[:, None]
+    b_lse = tl.where(b_sum == 0.0, float("inf"), b_max + tl.log2(tl.where(b_sum == 0.0, 1.0, b_sum)))[None, :]
+    o_b = tl.arange(0, BJ)[None, :]
     for i in range(i_lo, i_hi):
+        o_tile = i * TILES + tl.arange(0, TILES)
+        m_in = (o_tile * BJ < n_block)[:, None] & m_g[None, :]
+        o_in = ((i_q * H + i_kv) * num_tiles + o_tile)[:, None] * G + o_g[None, :]
+        b_top = tl.load(p_top + o_in, mask=m_in, other=float("-inf"))
+        b_in = tl.load(p_fold + o_in[:, :, None] * BJ + o_b[None, :, :], mask=m_in[:, :, None], other=0.0)
+        # The first block of a tile is also reached into by the last compressed tokens of the tile before.
+        m_over = ((o_tile > 0) & ((o_tile - 1) * BJ < n_block))[:, None] & m_g[None, :]
+        b_over_top = tl.load(p_top + o_in - G, mask=m_over, other=float("-inf"))
+        b_over = tl.load(p_over + o_in - G, mask=m_over, other=0.0)
+        b_over = tl.sum(b_over * tl.exp2(b_over_top - b_lse), 1)[:, None]
+        b_score = tl.sum(b_in * tl.exp2(b_top - b_lse)[:, :, None], 1) + tl.where(o_b == 0, b_over, 0.0)
         o_j = i * PIECE + tl.arange(0, PIECE)
         m_now = o_j <= i_now
-        m_j = m_g & (m_now & (o_j // BJ * BJ < n_block))[None, :]
-        o_in = ((i_q * H + i_kv) * num_tiles + o_j // BJ)[None, :] * G + o_g[:, None]
-        b_in = tl.load(p_fold + o_in * BJ + o_j % BJ, mask=m_j, other=0.0)
-        b_top = tl.load(p_top + o_in, mask=m_j, other=float("-inf"))
-        # The first block of a tile is also reached into by the last compressed tokens of the tile before.
-        m_over = m_g & (m_now & (o_j % BJ == 0) & (o_j > 0) & (o_j - BJ < n_block))[None, :]
-        b_over = tl.load(p_over + o_in - G, mask=m_over, other=0.0)
-        b_over_top = tl.load(p_top + o_in - G, mask=m_over, other=float("-inf"))
-        b_score = tl.sum(b_in * tl.exp2(b_top - b_lse) + b_over * tl.exp2(b_over_top - b_lse), 0)
-        b_key = tl.where(
-            (o_j < INITIAL) | (o_j > i_now - LOCAL), 0x7FFFFFFF - o_j, b_score.to(tl.int32, bitcast=True)
-        )
-        b_key = tl.where(m_now, b_key, -1 - o_j)
+        b_key = tl.reshape(b_score, [PIECE]).to(tl.int32, bitcast=True)
+        b_key = tl.where((o_j < INITIAL) | (o_j > i_now - LOCAL), 0x7FFFFFFF - o_j, b_key)
+        # Gathered in place: what follows compares all pairs and is to have its own layout, not that of the tiles.
+        b_key = tl.gather(tl.where(m_now, b_key, -1 - o_j), tl.arange(0, PIECE), 0)
         b_place = _places(b_key, KEEP, PIECE)
         tl.store(p_best + i * KEEP + b_place, (b_key.to(tl.int64) << 32) | o_j, mask=b_place < KEEP)
 
