@@ -29,27 +29,35 @@ from sparseray.kernels.nsa.reference import check_blocks, num_compressed
 from sparseray.kernels.nsa.selected_backward import selected_backward
 
 
+def _forward(
+    q: Tensor, k_cmp: Tensor, v_cmp: Tensor, k_slc: Tensor, v_slc: Tensor, k_win: Tensor, v_win: Tensor,
+    gates: Tensor, geometry: Geometry, sizes: Blocks, won: tuple[Tensor, Tensor] | None, *, keep: bool,
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:  # fmt: skip
+    """Output, and what the backward needs."""
+    shape = q.shape
+    q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates = (
+        _packed(x) for x in (q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates)
+    )
+    if won is None:
+        won = window_branch(q, k_win, v_win, geometry, window=sizes.window, scale=sizes.scale)
+    found = forward_branches(q, (k_cmp, v_cmp), (k_slc, v_slc), gates, *won, geometry, sizes, keep=keep)
+    saved = (q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, *found.outs, *found.lses, found.index)
+    return found.sum.view(*shape[:3], -1), saved
+
+
 class _Nsa(torch.autograd.Function):
     """[B, tokens, heads, D] in and out; packed in here, where views cost no node of the graph."""
 
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k_cmp: Tensor, v_cmp: Tensor, k_slc: Tensor, v_slc: Tensor, k_win: Tensor,
-        v_win: Tensor, gates: Tensor, geometry: Geometry, sizes: Blocks, keep: bool,
-        won: tuple[Tensor, Tensor] | None,
+        v_win: Tensor, gates: Tensor, geometry: Geometry, sizes: Blocks, won: tuple[Tensor, Tensor] | None,
     ) -> Tensor:  # fmt: skip
-        shapes = [x.shape for x in (q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates)]
-        q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates = (
-            _packed(x) for x in (q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates)
-        )
-        if won is None:
-            won = window_branch(q, k_win, v_win, geometry, window=sizes.window, scale=sizes.scale)
-        found = forward_branches(q, (k_cmp, v_cmp), (k_slc, v_slc), gates, *won, geometry, sizes, keep=keep)
-        ctx.save_for_backward(
-            q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, *found.outs, *found.lses, found.index
-        )
-        ctx.geometry, ctx.sizes, ctx.shapes = geometry, sizes, shapes
-        return found.sum.view(*shapes[0][:3], -1)
+        tensors = (q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates)
+        out, saved = _forward(*tensors, geometry, sizes, won, keep=True)
+        ctx.save_for_backward(*saved)
+        ctx.geometry, ctx.sizes, ctx.shapes = geometry, sizes, [x.shape for x in tensors]
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -81,7 +89,13 @@ class _Nsa(torch.autograd.Function):
             window=b.window, scale=b.scale, add=True,
         )  # fmt: skip
         found = (dq, dk_cmp, dv_cmp, dk_slc, dv_slc, dk_win, dv_win, dgates)
-        return *(x.view(shape) for x, shape in zip(found, ctx.shapes)), None, None, None, None
+        return *(x.view(shape) for x, shape in zip(found, ctx.shapes)), None, None, None
+
+
+def _run(*args: Any) -> Tensor:
+    """`_Nsa`, or only its forward where no gradient is wanted: that takes the host less time."""
+    out: Tensor = _Nsa.apply(*args) if torch.is_grad_enabled() else _forward(*args, keep=False)[0]
+    return out
 
 
 def _packed(x: Tensor) -> Tensor:
@@ -167,10 +181,7 @@ def nsa_attention(
         num_initial=num_initial, num_local=num_local, scale=q.shape[-1] ** -0.5 if scale is None else scale,
     )  # fmt: skip
     geometry = _geometry(q, k_cmp.shape[1], k_slc, k_win, cu_seqlens, sizes, q_start, win_start)
-    out: Tensor = _Nsa.apply(
-        q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, geometry, sizes, torch.is_grad_enabled(), None
-    )
-    return out
+    return _run(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, geometry, sizes, None)
 
 
 def nsa_layer(
@@ -232,7 +243,4 @@ def nsa_layer(
         )
         for x, mlp in ((k_raw, keys), (v_raw, values))
     )  # fmt: skip
-    out: Tensor = _Nsa.apply(
-        q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, geometry, sizes, torch.is_grad_enabled(), won
-    )
-    return out
+    return _run(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, geometry, sizes, won)

@@ -221,6 +221,15 @@ class Compression:
     pos: Tensor | None
 
 
+def _forward(
+    x: Tensor, w1: Tensor, bias: Tensor | None, w2: Tensor, b2: Tensor | None, starts: Tensor, block: int
+) -> tuple[Tensor, Tensor]:
+    """Compressed tokens [C, H, D_out] of packed x [T, H, D], and the hidden layer before GELU."""
+    pre, hidden = _first_layer(x, w1, bias, starts, block)
+    out = torch.nn.functional.linear(hidden, w2, b2)
+    return out.view(starts.shape[0], x.shape[1], w2.shape[0]), pre
+
+
 class _Compress(torch.autograd.Function):
     """Packed x [T, H, D] to [C, H, D_out]."""
 
@@ -229,13 +238,11 @@ class _Compress(torch.autograd.Function):
         ctx: Any, x: Tensor, w1: Tensor, bias: Tensor | None, w2: Tensor, b2: Tensor | None, tables: tuple[Tensor, ...],
         block: int, stride: int,
     ) -> Tensor:  # fmt: skip
-        starts = tables[0]
-        pre, hidden = _first_layer(x, w1, bias, starts, block)
-        out = torch.nn.functional.linear(hidden, w2, b2)
+        out, pre = _forward(x, w1, bias, w2, b2, tables[0], block)
         ctx.save_for_backward(x, w1, bias, w2, pre)
         # The cached tables may come from inference mode, which autograd refuses to save.
         ctx.tables, ctx.block, ctx.stride = tables, block, stride
-        return out.view(starts.shape[0], x.shape[1], w2.shape[0])
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -307,5 +314,10 @@ def compress(
         tables = _uniform_tables(batch, tokens, block, stride, x.device)
     else:
         tables = _packed_tables(cu_seqlens, tokens, count, block, stride)
-    out: Tensor = _Compress.apply(flat, w1.contiguous(), bias, w2, b2, tables, block, stride)
+    w1 = w1.contiguous()
+    if torch.is_grad_enabled():
+        out: Tensor = _Compress.apply(flat, w1, bias, w2, b2, tables, block, stride)
+    else:
+        # Without the graph's node, which takes the host time.
+        out, _ = _forward(flat, w1, bias, w2, b2, tables[0], block)
     return out.view(batch, count // batch, heads, w2.shape[0])

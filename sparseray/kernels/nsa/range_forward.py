@@ -104,32 +104,30 @@ def range_fwd_kernel(
     t_last = q_start + tl.minimum(i_q + BQ, q_len) - 1
     i_hi = tl.minimum(num_visible(t_last, k_start, LEN, STRIDE), k_len)
     i_full = tl.minimum(num_visible(t_first, k_start, LEN, STRIDE), k_len) // BN * BN
-    i_lo = 0
     i_min = 0
-    if WIN > 0:
-        i_min = tl.maximum(t_first - WIN + 1 - k_start, 0)
-        i_lo = i_min // BN * BN
-
+    i_in = 0
     b_m = tl.full([BQ * GP], float("-inf"), tl.float32)
     b_l = tl.zeros([BQ * GP], tl.float32)
     b_acc = tl.zeros([BQ * GP, DVP], tl.float32)
     if WIN > 0:
-        for i in range(i_lo, i_hi, BN):
+        # From i_in on, keys are inside the window of every query of the tile.
+        i_min = tl.maximum(t_first - WIN + 1 - k_start, 0)
+        i_in = (tl.maximum(t_last - WIN + 1 - k_start, 0) + BN - 1) // BN * BN
+        for i in range(i_min // BN * BN, tl.minimum(i_in, i_hi), BN):
             b_acc, b_m, b_l = _step(
                 b_acc, b_m, b_l, b_q0, b_q1, p_k, p_k1, p_v, p_table, k_off, i_kv, i, i_min, k_len, k_start, b_t,
                 scale2, H, DQ, D0, D1, DV, DVP, BN, LEN, STRIDE, WIN, True, IP, BULK, PAGE,
             )  # fmt: skip
-    else:
-        for i in range(0, i_full, BN):
-            b_acc, b_m, b_l = _step(
-                b_acc, b_m, b_l, b_q0, b_q1, p_k, p_k1, p_v, p_table, k_off, i_kv, i, i_min, k_len, k_start, b_t,
-                scale2, H, DQ, D0, D1, DV, DVP, BN, LEN, STRIDE, WIN, False, IP, BULK, PAGE,
-            )  # fmt: skip
-        for i in range(i_full, i_hi, BN):
-            b_acc, b_m, b_l = _step(
-                b_acc, b_m, b_l, b_q0, b_q1, p_k, p_k1, p_v, p_table, k_off, i_kv, i, i_min, k_len, k_start, b_t,
-                scale2, H, DQ, D0, D1, DV, DVP, BN, LEN, STRIDE, WIN, True, IP, BULK, PAGE,
-            )  # fmt: skip
+    for i in range(i_in, i_full, BN):
+        b_acc, b_m, b_l = _step(
+            b_acc, b_m, b_l, b_q0, b_q1, p_k, p_k1, p_v, p_table, k_off, i_kv, i, i_min, k_len, k_start, b_t,
+            scale2, H, DQ, D0, D1, DV, DVP, BN, LEN, STRIDE, WIN, False, IP, BULK, PAGE,
+        )  # fmt: skip
+    for i in range(tl.maximum(i_in, i_full), i_hi, BN):
+        b_acc, b_m, b_l = _step(
+            b_acc, b_m, b_l, b_q0, b_q1, p_k, p_k1, p_v, p_table, k_off, i_kv, i, i_min, k_len, k_start, b_t,
+            scale2, H, DQ, D0, D1, DV, DVP, BN, LEN, STRIDE, WIN, True, IP, BULK, PAGE,
+        )  # fmt: skip
     b_none = b_l == 0.0
     b_safe = tl.where(b_none, 1.0, b_l)
     store_tile(p_o, o_row, m_q, b_acc / b_safe[:, None], DV, 0, DVP)
