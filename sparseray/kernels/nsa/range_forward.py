@@ -28,6 +28,8 @@ from sparseray.kernels.nsa.tiles import (
 from sparseray.kernels.nsa.tuning import launch_for
 
 LOG2E = 1.4426950408889634
+SHORT = 1024
+"""Up to so many keys a sequence, small tiles are faster: fewer masked keys, more programs."""
 
 
 @triton.jit
@@ -182,7 +184,8 @@ def range_forward(
     out = q.new_empty(q.shape[0], heads, v.shape[-1])
     lse = torch.empty(q.shape[0], heads, dtype=torch.float32, device=q.device)
     width = max(q.shape[-1], v.shape[-1])
-    launch = launch_for("window_fwd" if kind == WINDOW else "range_fwd", width, q.element_size())
+    long = "range_fwd" if geometry.max_keys > SHORT * stride else "range_fwd_short"
+    launch = launch_for("window_fwd" if kind == WINDOW else long, width, q.element_size())
     tokens, padded = tokens_per_tile(launch["rows"], heads // num_kv)
     tiles = geometry.tiles(QUERY, tokens)
     d0, d1 = split_width(q.shape[-1])

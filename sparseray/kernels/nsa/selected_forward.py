@@ -174,14 +174,16 @@ def selected_forward(
     summed = torch.empty_like(others[0])
     out = torch.empty_like(summed) if keep else q.new_empty(0)
     lse = torch.empty(q.shape[:2] if keep else 0, dtype=torch.float32, device=q.device)
-    launch = launch_for("selected_fwd", max(q.shape[-1], v.shape[-1]), q.element_size())
     constants = shared_constants(q, k, v, select_block)
     src_k, src_k1, src_v, bulk = key_sources(k, v, constants["BN"], table)
+    width, padded = max(q.shape[-1], v.shape[-1]), max(16, next_power_of_2(heads // num_kv))
+    # Bulk copies need no threads, and 16 rows of 256 bytes no second warp's registers.
+    is_lean = bulk and padded == 16 and width * q.element_size() <= 256
+    launch = launch_for("selected_fwd_bulk" if is_lean else "selected_fwd", width, q.element_size())
     selected_fwd_kernel[(q.shape[0] * num_kv,)](
         q, src_k, src_k1, src_v, table, index, positions, query_sequences(geometry), *others, gates, summed, out, lse,
         geometry.meta, q.shape[0], index.shape[-1],
-        scale * LOG2E, GP=max(16, next_power_of_2(heads // num_kv)), BULK=bulk,
-        PAGE=page_size(k, table), KEEP=keep, **constants,
+        scale * LOG2E, GP=padded, BULK=bulk, PAGE=page_size(k, table), KEEP=keep, **constants,
         num_warps=launch["num_warps"], num_stages=launch["num_stages"],
     )  # fmt: skip
     return summed, out, lse

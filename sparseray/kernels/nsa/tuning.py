@@ -9,6 +9,7 @@ blocks a decoding program scores at most, `fewest` at least.
 
 LAUNCH: dict[str, dict[str, int]] = {
     "range_fwd": {"rows": 128, "keys": 128, "num_warps": 8, "num_stages": 3},
+    "range_fwd_short": {"rows": 64, "keys": 64, "num_warps": 4, "num_stages": 3},
     "window_fwd": {"rows": 64, "keys": 64, "num_warps": 4, "num_stages": 3},
     "range_dq": {"rows": 128, "keys": 128, "num_warps": 8, "num_stages": 2},
     "window_dq": {"rows": 64, "keys": 64, "num_warps": 4, "num_stages": 2},
@@ -18,6 +19,7 @@ LAUNCH: dict[str, dict[str, int]] = {
     "score_small": {"rows": 128, "keys": 64, "num_warps": 8, "num_stages": 3, "chunk": 8192},
     "top_n": {"num_warps": 1},
     "selected_fwd": {"num_warps": 2, "num_stages": 2},
+    "selected_fwd_bulk": {"num_warps": 1, "num_stages": 2},
     "selected_dq": {"num_warps": 2, "num_stages": 2},
     "selected_dkdv": {"rows": 64, "num_warps": 4, "num_stages": 3, "part": 512, "programs": 4096},
     "block_fwd": {"rows": 64, "num_warps": 4, "num_stages": 5, "part": 512},
