@@ -55,7 +55,12 @@ class Tasks:
     def of(
         cls, rows: int, query_len: int, group: int, *, blocks: int, tile: int, window_blocks: int, num_selected: int
     ) -> "Tasks":  # fmt: skip
-        """Tasks of `rows` rows of `group` query heads; tiles hold `tile` blocks; each kind makes about as many as measured best."""
+        """Tasks of `rows` rows of `group` query heads, about as many of each kind as measured best.
+
+        Args:
+            blocks, window_blocks: selection blocks of the longest context, and that a window reaches into.
+            tile: selection blocks of a tile of the compressed branch.
+        """
         launch, queries = LAUNCH["decode"], rows * query_len
         # If possible so large that the best of all pieces can be compared all with all.
         piece = next_power_of_2(triton.cdiv(blocks * num_selected, launch["best"]))
@@ -159,12 +164,11 @@ def nsa_decode(
 
     Args:
         q: [B, Lq, HQ, D], Lq from 1 to 8, contiguous; gates: [B, Lq, HQ, 3].
-        cmp_cache, slc_cache, win_cache: keys [pages, page size, H, D] and values [pages, page size, H, Dv];
-        the
+        cmp_cache, slc_cache, win_cache: keys [pages, page size, H, D] and values [pages, page size, H, Dv]; the
             keys and values of the Lq tokens, and the compressed tokens they complete, are already in them.
         cmp_table, slc_table, win_table: int32 [B, pages of a sequence], page of every page-sized piece.
         context_lens: int32 [B], tokens of every sequence, the Lq new ones included, at least Lq.
-        workspace: buffers for this batch; its size bounds the context.
+        workspace: buffers for this batch, of one step at a time; its size bounds the context.
         out: [B, Lq, HQ, Dv], written and returned.
 
     Raises:
@@ -188,13 +192,11 @@ def nsa_decode(
         cmp_table.shape[1], slc_table.shape[1], win_table.shape[1], rows, w.tops.shape[2], num_selected,
         (width**-0.5 if scale is None else scale) * LOG2E,
         H=num_kv, G=group, GP=gp, LQ=query_len, LP=max(next_power_of_2(query_len), 16 // min(gp, 16)),
-        CMP=plan.compressed, WINP=plan.window, SCORES=plan.scores,
-        SLC=plan.selected, MERGES=plan.merges,
+        CMP=plan.compressed, WINP=plan.window, SCORES=plan.scores, SLC=plan.selected, MERGES=plan.merges,
         BJ=w.fold.shape[-1], RP=next_power_of_2(select_block // stride),
         PAGES=next_power_of_2(triton.cdiv(w.tops.shape[2], plan.compressed)), SP=next_power_of_2(plan.compressed),
         SCORE_PER=plan.scored, PIECE=plan.piece, KEEP=w.best.shape[-1], KEPT=kept, BEST=next_power_of_2(kept),
-        PP=next_power_of_2(parts),
-        HP=next_power_of_2(group // plan.merges),
+        PP=next_power_of_2(parts), HP=next_power_of_2(group // plan.merges),
         WIN_PER=window_per, WIN_ITEMS=next_power_of_2(window_per), SLC_PER=selected_per,
         SLC_ITEMS=next_power_of_2(selected_per), LEN=block, STRIDE=stride, SELECT=select_block,
         BN=max(16, next_power_of_2(select_block)), WIN=window, CMP_PAGE=cmp_cache[0].shape[1],

@@ -294,24 +294,15 @@ def _merge(
 
 
 @triton.jit
-def decode_kernel(
-    p_q, p_gate, p_o, p_lens, p_ck, p_cv, p_ct, p_sk, p_sv, p_st, p_wk, p_wv, p_wt, p_fold, p_over, p_top, p_best, p_m, p_l, p_acc,
-    p_state, ct_width, st_width, wt_width, num_rows, num_tiles, n, scale2,
-    H: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, LQ: tl.constexpr, LP: tl.constexpr,
-    CMP: tl.constexpr, WINP: tl.constexpr, SCORES: tl.constexpr, SLC: tl.constexpr, MERGES: tl.constexpr,
-    BJ: tl.constexpr, RP: tl.constexpr, PAGES: tl.constexpr, SP: tl.constexpr, SCORE_PER: tl.constexpr, PIECE: tl.constexpr,
-    KEEP: tl.constexpr, KEPT: tl.constexpr, BEST: tl.constexpr, PP: tl.constexpr, HP: tl.constexpr, WIN_PER: tl.constexpr, WIN_ITEMS: tl.constexpr, SLC_PER: tl.constexpr, SLC_ITEMS: tl.constexpr,
-    LEN: tl.constexpr, STRIDE: tl.constexpr, SELECT: tl.constexpr, BN: tl.constexpr, WIN: tl.constexpr,
-    CMP_PAGE: tl.constexpr, SLC_PAGE: tl.constexpr, WIN_PAGE: tl.constexpr, INITIAL: tl.constexpr, LOCAL: tl.constexpr,
-    DQ: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
-    IP: tl.constexpr, SPIN: tl.constexpr, CMP_STAGES: tl.constexpr, SLC_STAGES: tl.constexpr,
+def _task(
+    k, num_rows, LQ: tl.constexpr, CMP: tl.constexpr, WINP: tl.constexpr, SCORES: tl.constexpr, SLC: tl.constexpr,
+    MERGES: tl.constexpr,
 ):  # fmt: skip
-    """The tasks of all rows kind by kind, in the order in which kinds wait for each other."""
-    GQ: tl.constexpr = 16 if GP < 16 else GP
+    """Kind, row, query token and part of task k: the tasks of all rows, kind by kind."""
     num_queries = num_rows * LQ
-    k = tl.program_id(0)
     kind = 0
     per = CMP
+    each = CMP
     if k >= num_rows * CMP:
         k -= num_rows * CMP
         kind = 1
@@ -328,12 +319,29 @@ def decode_kernel(
                     k -= num_queries * SLC
                     kind = 4
                     per = MERGES
-    each = tl.where(kind == 0, CMP, LQ * per)
-    i_row = k // each
-    i_part = k % per
+        each = LQ * per
+    return kind, k // each, k % each // per, k % per
+
+
+@triton.jit
+def decode_kernel(
+    p_q, p_gate, p_o, p_lens, p_ck, p_cv, p_ct, p_sk, p_sv, p_st, p_wk, p_wv, p_wt, p_fold, p_over, p_top, p_best, p_m,
+    p_l, p_acc, p_state, ct_width, st_width, wt_width, num_rows, num_tiles, n, scale2,
+    H: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, LQ: tl.constexpr, LP: tl.constexpr,
+    CMP: tl.constexpr, WINP: tl.constexpr, SCORES: tl.constexpr, SLC: tl.constexpr, MERGES: tl.constexpr,
+    BJ: tl.constexpr, RP: tl.constexpr, PAGES: tl.constexpr, SP: tl.constexpr, SCORE_PER: tl.constexpr,
+    PIECE: tl.constexpr, KEEP: tl.constexpr, KEPT: tl.constexpr, BEST: tl.constexpr, PP: tl.constexpr, HP: tl.constexpr,
+    WIN_PER: tl.constexpr, WIN_ITEMS: tl.constexpr, SLC_PER: tl.constexpr, SLC_ITEMS: tl.constexpr,
+    LEN: tl.constexpr, STRIDE: tl.constexpr, SELECT: tl.constexpr, BN: tl.constexpr, WIN: tl.constexpr,
+    CMP_PAGE: tl.constexpr, SLC_PAGE: tl.constexpr, WIN_PAGE: tl.constexpr, INITIAL: tl.constexpr, LOCAL: tl.constexpr,
+    DQ: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
+    IP: tl.constexpr, SPIN: tl.constexpr, CMP_STAGES: tl.constexpr, SLC_STAGES: tl.constexpr,
+):  # fmt: skip
+    """A task a program; the kinds come in the order in which they wait for each other."""
+    GQ: tl.constexpr = 16 if GP < 16 else GP
+    kind, i_row, i_lq, i_part = _task(tl.program_id(0), num_rows, LQ, CMP, WINP, SCORES, SLC, MERGES)
     i_kv = i_row % H
     i_b = (i_row // H).to(tl.int64)
-    i_lq = k % each // per
     i_q = i_b * LQ + i_lq
     p_row = p_state + i_row * (2 + 2 * LQ)
     p_query = p_row + 2 * i_lq
@@ -345,9 +353,9 @@ def decode_kernel(
     p_best += (i_q * H + i_kv) * KEPT
     if kind == 0:
         _compressed(
-            p_q, p_ck, p_cv, p_ct + i_b * ct_width, p_fold, p_over, p_top, p_m, p_l, p_acc, i_b, i_kv, i_part, n_ctx, num_tiles,
-            parts, scale2, H, G, GP, LQ, LP, BJ, RP, CMP, PAGES, CMP_PAGE, LEN, STRIDE, SELECT, DQ, D0, D1, DV, DVP, IP,
-            CMP_STAGES,
+            p_q, p_ck, p_cv, p_ct + i_b * ct_width, p_fold, p_over, p_top, p_m, p_l, p_acc, i_b, i_kv, i_part, n_ctx,
+            num_tiles, parts, scale2,
+            H, G, GP, LQ, LP, BJ, RP, CMP, PAGES, CMP_PAGE, LEN, STRIDE, SELECT, DQ, D0, D1, DV, DVP, IP, CMP_STAGES,
         )  # fmt: skip
         _count(p_row + ATTENDED)
     elif kind == 2:

@@ -152,8 +152,8 @@ def shared_constants(q: Tensor, k: Tensor, v: Tensor, select_block: int) -> dict
 
 
 def selected_forward(
-    q: Tensor, k: Tensor, v: Tensor, index: Tensor, positions: Tensor, geometry: Geometry, others: tuple[Tensor, Tensor],
-    gates: Tensor, *, select_block: int, scale: float, keep: bool, table: Tensor | None = None,
+    q: Tensor, k: Tensor, v: Tensor, index: Tensor, positions: Tensor, geometry: Geometry,
+    others: tuple[Tensor, Tensor], gates: Tensor, *, select_block: int, scale: float, keep: bool, table: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Attention of queries to their selected blocks, added to the two other branches.
 
