@@ -67,13 +67,15 @@ class Tasks:
         piece = max(tile, min(256, max(launch["piece"], piece)))
         pieces = triton.cdiv(blocks, piece)
         scored = min(launch["scored"], max(1, pieces * queries // launch["scores"]))
+        compressed = min(triton.cdiv(blocks, tile), launch["splits"], max(3, launch["compressed"] // rows))
+        in_window = min(window_blocks, max(1, launch["window"] // queries))
+        selected = min(num_selected, max(2, launch["selected"] // queries))
+        # A merge holds the parts of all its heads in registers.
+        most = max(1, 128 // next_power_of_2(compressed + in_window + selected))
+        heads = gcd(group, min(most, max(1, queries * group // launch["merges"])))
         return cls(
-            compressed=min(triton.cdiv(blocks, tile), launch["splits"], max(3, launch["compressed"] // rows)),
-            window=min(window_blocks, max(1, launch["window"] // queries)),
-            scores=triton.cdiv(pieces, scored),
-            selected=min(num_selected, max(2, launch["selected"] // queries)),
-            merges=group // gcd(group, max(1, queries * group // launch["merges"])),
-            pieces=pieces, piece=piece, scored=scored,
+            compressed=compressed, window=in_window, scores=triton.cdiv(pieces, scored), selected=selected,
+            merges=group // heads, pieces=pieces, piece=piece, scored=scored,
         )  # fmt: skip
 
     def programs(self, rows: int, query_len: int) -> int:

@@ -185,19 +185,23 @@ def _choose(
     b_max = tl.where(b_max == float("-inf"), 0.0, b_max)
     b_sum = tl.sum(b_l * tl.exp2(b_m - b_max[:, None]), 1)
     b_lse = tl.where(b_sum == 0.0, float("inf"), b_max + tl.log2(tl.where(b_sum == 0.0, 1.0, b_sum)))[None, :]
-    o_b = tl.arange(0, BJ)[None, :]
+    o_b = tl.arange(0, BJ)[None, None, :]
     for i in range(i_lo, i_hi):
         o_tile = i * TILES + tl.arange(0, TILES)
         m_in = (o_tile * BJ < n_block)[:, None] & m_g[None, :]
         o_in = ((i_q * H + i_kv) * num_tiles + o_tile)[:, None] * G + o_g[None, :]
         b_top = tl.load(p_top + o_in, mask=m_in, other=float("-inf"))
-        b_in = tl.load(p_fold + o_in[:, :, None] * BJ + o_b[None, :, :], mask=m_in[:, :, None], other=0.0)
+        b_in = tl.load(p_fold + o_in[:, :, None] * BJ + o_b, mask=m_in[:, :, None], other=0.0)
         # The first block of a tile is also reached into by the last compressed tokens of the tile before.
         m_over = ((o_tile > 0) & ((o_tile - 1) * BJ < n_block))[:, None] & m_g[None, :]
         b_over_top = tl.load(p_top + o_in - G, mask=m_over, other=float("-inf"))
         b_over = tl.load(p_over + o_in - G, mask=m_over, other=0.0)
-        b_over = tl.sum(b_over * tl.exp2(b_over_top - b_lse), 1)[:, None]
-        b_score = tl.sum(b_in * tl.exp2(b_top - b_lse)[:, :, None], 1) + tl.where(o_b == 0, b_over, 0.0)
+        # Head by head and against one logit, as inside a tile: blocks whose scores are equal stay so in fp32.
+        b_ref = tl.maximum(b_top, b_over_top)
+        b_ref = tl.where(b_ref == float("-inf"), 0.0, b_ref)
+        b_over *= tl.exp2(b_over_top - b_ref)
+        b_in = b_in * tl.exp2(b_top - b_ref)[:, :, None] + tl.where(o_b == 0, b_over[:, :, None], 0.0)
+        b_score = tl.sum(b_in * tl.exp2(b_ref - b_lse)[:, :, None], 1)
         o_j = i * PIECE + tl.arange(0, PIECE)
         m_now = o_j <= i_now
         b_key = tl.reshape(b_score, [PIECE]).to(tl.int32, bitcast=True)
