@@ -2,11 +2,14 @@
 
 Run: `python -m benchmarks.nsa [--out FILE]` (under eight minutes). Checks outputs and gradients against the
 fp64 reference first; then times forward and backward at 8k to 64k, every stage, the shapes of small groups
-and of the paper, decoding in a CUDA graph, and peak memory. Times are medians of CUDA events; compression is
-included in every NSA total.
+and of the paper, decoding in a CUDA graph, prefill, fla's NSA where it is installed, and peak memory. Times are
+medians of CUDA events; compression is included in every NSA total. Calls are timed twice: queued behind each other,
+as the layers of a model are, and alone on an idle device, where the host's path to the first kernel counts too.
 """
 
 import argparse
+import importlib.metadata
+import math
 import multiprocessing
 import os
 import statistics
@@ -14,6 +17,8 @@ import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from unittest import mock
 
@@ -23,15 +28,14 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks.nsa_decode import decode_rows
+from benchmarks.nsa_serving import SIZES, decode_rows, paged_check_rows, prefill_rows
 from sparseray.kernels.nsa import branches
 from sparseray.kernels.nsa.attention import nsa_layer
 from sparseray.kernels.nsa.compress import Compression
 from sparseray.kernels.nsa.reference import compress_reference, nsa_attention_reference, num_compressed
 
-SIZES = {"block": 32, "stride": 16, "select_block": 64, "num_selected": 16, "window": 512}
 HIDDEN = 256
-BATCHES = [1, 16, 32]
+BATCHES = [1, 16, 32, 64]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +92,7 @@ def run_nsa(x: list[Tensor]) -> Tensor:
     q, k, v, gates, w1, w2, pos, u1, u2, vpos = x
     keys = Compression(w1=w1, b1=None, w2=w2, b2=None, pos=pos)
     values = Compression(w1=u1, b1=None, w2=u2, b2=None, pos=vpos)
-    return nsa_layer(q, k, v, k, v, k, v, gates, keys=keys, values=values, **SIZES)  # type: ignore[arg-type]
+    return nsa_layer(q, k, v, k, v, k, v, gates, keys=keys, values=values, **SIZES)
 
 
 def run_full(x: list[Tensor], backend: SDPBackend) -> Tensor:
@@ -97,8 +101,8 @@ def run_full(x: list[Tensor], backend: SDPBackend) -> Tensor:
         return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
 
 
-def median_ms(call: Callable[[], object], budget_ms: float = 400.0) -> float:
-    """Median of CUDA-event times after one warm-up call."""
+def alone_ms(call: Callable[[], object], budget_ms: float = 400.0) -> float:
+    """Median of CUDA-event times of calls into an idle device, after one warm-up call."""
     call()
     torch.cuda.synchronize()
     times: list[float] = []
@@ -112,18 +116,49 @@ def median_ms(call: Callable[[], object], budget_ms: float = 400.0) -> float:
     return statistics.median(times)
 
 
-def forward_backward(run: Callable[[list[Tensor]], Tensor], x: list[Tensor]) -> tuple[float, float, float]:
-    """Forward ms, backward ms and peak extra GB of both."""
+def queued_ms(call: Callable[[], object], alone: float, budget_ms: float = 400.0) -> float:
+    """Median of CUDA-event times of calls queued behind each other; `alone` sets how many. The first, which the
+    device waits for, does not count."""
+    count = min(50, max(3, int(budget_ms / alone)))
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(count + 2)]
+    for mark in marks:
+        mark.record()
+        if mark is not marks[-1]:
+            call()
+    torch.cuda.synchronize()
+    times: list[float] = [a.elapsed_time(b) for a, b in pairwise(marks[1:])]
+    return statistics.median(times)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Times:
+    """Milliseconds of forward and backward, queued and alone, and the peak extra GB of both."""
+
+    fwd: float = math.nan
+    bwd: float = math.nan
+    lone_fwd: float = math.nan
+    lone_bwd: float = math.nan
+    peak: float = math.nan
+
+
+def forward_backward(run: Callable[[list[Tensor]], Tensor], x: list[Tensor]) -> Times:
     with torch.no_grad():
-        fwd = median_ms(lambda: run(x))
+        lone_fwd = alone_ms(lambda: run(x))
+        fwd = queued_ms(lambda: run(x), lone_fwd)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     base = torch.cuda.memory_allocated()
     out = run(x)
     grad = torch.randn_like(out)
     used = [t for t in x if t.requires_grad]
-    bwd = median_ms(lambda: torch.autograd.grad(out, used, grad, retain_graph=True, allow_unused=True))
-    return fwd, bwd, (torch.cuda.max_memory_allocated() - base) / 1e9
+
+    def backward() -> object:
+        return torch.autograd.grad(out, used, grad, retain_graph=True, allow_unused=True)
+
+    lone_bwd = alone_ms(backward)
+    peak = (torch.cuda.max_memory_allocated() - base) / 1e9
+    bwd = queued_ms(backward, lone_bwd)
+    return Times(fwd=fwd, bwd=bwd, lone_fwd=lone_fwd, lone_bwd=lone_bwd, peak=peak)
 
 
 def nsa_tflop(shape: Shape, tokens: int) -> float:
@@ -142,12 +177,12 @@ def full_tflop(shape: Shape, tokens: int) -> float:
 def ceilings() -> tuple[float, float]:
     """Measured bf16 matrix TFLOP/s and device copy TB/s."""
     a, b = rand(8192, 8192), rand(8192, 8192)
-    gemm = 2 * 8192**3 / median_ms(lambda: a @ b) / 1e9
+    gemm = 2 * 8192**3 / alone_ms(lambda: a @ b) / 1e9
     x, y = (
         torch.empty(2**30, dtype=torch.uint8, device="cuda"),
         torch.empty(2**30, dtype=torch.uint8, device="cuda"),
     )
-    return gemm, 2 * 2**30 / median_ms(lambda: y.copy_(x)) / 1e9
+    return gemm, 2 * 2**30 / alone_ms(lambda: y.copy_(x)) / 1e9
 
 
 def check_rows() -> list[str]:
@@ -178,20 +213,25 @@ def check_rows() -> list[str]:
     return rows
 
 
+def best(*times: float) -> float:
+    """The least of those that were measured."""
+    return min((t for t in times if t == t), default=math.nan)
+
+
 def shape_rows(shape: Shape, lengths: list[int], gemm: float) -> list[str]:
     """One row a length: NSA, cuDNN and FlashAttention-2, and the ratios to the better of the two."""
     rows = [
         f"### {shape.name}",
-        "| tokens | cuDNN fwd / bwd ms | FA2 fwd / bwd ms | NSA fwd / bwd ms | **ratio fwd / bwd** | NSA fwd"
-        " TFLOP/s (share of matrix ceiling) | peak extra GB, NSA / cuDNN |",
-        "|---|---|---|---|---|---|---|",
+        "| tokens | cuDNN fwd / bwd ms | FA2 fwd / bwd ms | NSA fwd / bwd ms | **ratio fwd / bwd** | alone: cuDNN fwd"
+        " / bwd, NSA fwd / bwd ms | ratio | NSA fwd TFLOP/s (share of matrix ceiling) | peak extra GB, NSA / cuDNN |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for tokens in lengths:
-        results = {}
+        results: dict[str, Times] = {}
         for name, call in (
             ("nsa", run_nsa),
-            ("cudnn", lambda x: run_full(x, SDPBackend.CUDNN_ATTENTION)),
-            ("fa2", lambda x: run_full(x, SDPBackend.FLASH_ATTENTION)),
+            ("cudnn", partial(run_full, backend=SDPBackend.CUDNN_ATTENTION)),
+            ("fa2", partial(run_full, backend=SDPBackend.FLASH_ATTENTION)),
         ):
             torch.manual_seed(0)
             x = inputs(shape, tokens)
@@ -199,14 +239,43 @@ def shape_rows(shape: Shape, lengths: list[int], gemm: float) -> list[str]:
                 results[name] = forward_backward(call, x if name == "nsa" else x[:3])
             except RuntimeError as error:
                 print(f"{name} at {tokens}, {shape.name}: {str(error)[:200]}", flush=True)
-                results[name] = (float("nan"),) * 3
+                results[name] = Times()
         nsa, cudnn, fa2 = results["nsa"], results["cudnn"], results["fa2"]
-        best = [min((c for c in pair if c == c), default=float("nan")) for pair in zip(cudnn, fa2)]
-        rate = nsa_tflop(shape, tokens) / nsa[0] * 1e3
+        rate = nsa_tflop(shape, tokens) / nsa.fwd * 1e3
         rows.append(
-            f"| {tokens} | {cudnn[0]:.2f} / {cudnn[1]:.2f} | {fa2[0]:.2f} / {fa2[1]:.2f} | {nsa[0]:.2f} /"
-            f" {nsa[1]:.2f} | **{best[0] / nsa[0]:.2f}x / {best[1] / nsa[1]:.2f}x** | {rate:.0f}"
-            f" ({rate / gemm:.0%}) | {nsa[2]:.2f} / {cudnn[2]:.2f} |"
+            f"| {tokens} | {cudnn.fwd:.2f} / {cudnn.bwd:.2f} | {fa2.fwd:.2f} / {fa2.bwd:.2f} | {nsa.fwd:.2f} /"
+            f" {nsa.bwd:.2f} | **{best(cudnn.fwd, fa2.fwd) / nsa.fwd:.2f}x / {best(cudnn.bwd, fa2.bwd) / nsa.bwd:.2f}x**"
+            f" | {cudnn.lone_fwd:.2f} / {cudnn.lone_bwd:.2f}, {nsa.lone_fwd:.2f} / {nsa.lone_bwd:.2f} |"
+            f" {best(cudnn.lone_fwd, fa2.lone_fwd) / nsa.lone_fwd:.2f}x /"
+            f" {best(cudnn.lone_bwd, fa2.lone_bwd) / nsa.lone_bwd:.2f}x | {rate:.0f} ({rate / gemm:.0%}) |"
+            f" {nsa.peak:.2f} / {cudnn.peak:.2f} |"
+        )
+        print(rows[-1], flush=True)
+    return rows
+
+
+def fla_rows(lengths: list[int]) -> list[str]:
+    """fla's NSA: mean pooling over l = d = 64, no window (that needs flash-attn); ours has both."""
+    from fla.ops.nsa import parallel_nsa  # type: ignore[import-not-found]
+
+    def run_fla(x: list[Tensor]) -> Tensor:
+        q, k, v, g = x
+        found = parallel_nsa(q, k, v, g[..., 0].contiguous(), g[..., 1].contiguous(), block_size=64)
+        out: Tensor = found[0] if isinstance(found, tuple) else found
+        return out
+
+    rows = [
+        f"### fla-core {importlib.metadata.version('fla-core')} (l = d = 64, no window)",
+        "| tokens | fla fwd / bwd ms | NSA fwd / bwd ms | **ratio** |",
+        "|---|---|---|---|",
+    ]
+    for tokens in lengths:
+        nsa = forward_backward(run_nsa, inputs(STANDARD, tokens))
+        torch.cuda.empty_cache()
+        fla = forward_backward(run_fla, inputs(STANDARD, tokens)[:4])
+        rows.append(
+            f"| {tokens} | {fla.fwd:.2f} / {fla.bwd:.2f} | {nsa.fwd:.2f} / {nsa.bwd:.2f} |"
+            f" **{fla.fwd / nsa.fwd:.2f}x / {fla.bwd / nsa.bwd:.2f}x** |"
         )
         print(rows[-1], flush=True)
     return rows
@@ -247,8 +316,11 @@ def warm(number: int) -> None:
             x = inputs([STANDARD, *OTHERS[1:]][number - len(BATCHES)], 16384)
             out = run_nsa(x)
             torch.autograd.grad(out, x, torch.randn_like(out))
+            with torch.no_grad():
+                run_nsa(x)
         else:
             check_rows()
+            paged_check_rows()
     except Exception:  # The timed part reports what fails; warming up must not stop it.
         traceback.print_exc()
 
@@ -273,15 +345,19 @@ def main() -> None:
         f"{name}; {versions}, cuDNN {cudnn_version()}. Measured ceilings: bf16 8192^3 product {gemm:.0f} TFLOP/s,"
         f" device copy {copy:.2f} TB/s. B=1, causal, bf16, l=32 d=16 l'=64 n=16 w=512; compression (hidden"
         f" {HIDDEN}) included.",
-        "Ratios are to the faster of cuDNN and FlashAttention-2 through torch's SDPA in this run.",
+        "Ratios are to the faster of cuDNN and FlashAttention-2 through torch's SDPA in this run. Calls are queued behind"
+        " each other; `alone` is a call into an idle device.",
     ]
     sections: list[Callable[[], list[str]]] = [
         check_rows,
+        paged_check_rows,
         lambda: shape_rows(STANDARD, args.lengths, gemm),
         lambda: decode_rows(BATCHES, 65536, copy_tb=copy),
         lambda: stage_rows(65536),
         lambda: stage_rows(8192),
         *[lambda s=s: shape_rows(s, args.lengths[-1:], gemm) for s in OTHERS],
+        lambda: prefill_rows([16384, 65536], 2048),
+        lambda: fla_rows(args.lengths[-2:]),
     ]
     for section in sections:
         try:

@@ -25,13 +25,15 @@ from sparseray.kernels.nsa.tuning import LAUNCH
 TILES = [(128, 128, 8, 3), (128, 128, 8, 2), (128, 64, 8, 3), (64, 128, 4, 2), (64, 64, 4, 3), (64, 64, 4, 4)]
 BACK = [(128, 64, 8, 2), (128, 64, 8, 3), (64, 64, 4, 2), (64, 64, 4, 3), (128, 128, 8, 2), (32, 64, 4, 2)]
 
+GATHERS = [(64, 1, 2), (64, 2, 2), (32, 1, 2), (32, 1, 3), (32, 1, 4), (32, 2, 3), (16, 1, 3), (16, 1, 4)]
+
 
 def _tiles(choices: list[tuple[int, int, int, int]]) -> list[dict[str, int]]:
     return [{"rows": r, "keys": k, "num_warps": w, "num_stages": s} for r, k, w, s in choices]
 
 
-def _warps(choices: list[tuple[int, int]]) -> list[dict[str, int]]:
-    return [{"num_warps": w, "num_stages": s} for w, s in choices]
+def _gathers(choices: list[tuple[int, int, int]]) -> list[dict[str, int]]:
+    return [{"keys": k, "num_warps": w, "num_stages": s} for k, w, s in choices]
 
 
 VARIANTS: dict[str, list[dict[str, int]]] = {
@@ -43,8 +45,8 @@ VARIANTS: dict[str, list[dict[str, int]]] = {
     "window_dkdv": _tiles(BACK),
     "score": _tiles([*TILES, (128, 256, 8, 2)]),
     "top_n": [{"num_warps": w} for w in (1, 2, 4)],
-    "selected_fwd": _warps([(1, 2), (1, 3), (2, 2), (2, 3), (4, 2), (4, 3), (1, 4)]),
-    "selected_dq": _warps([(1, 2), (1, 3), (2, 2), (2, 3), (4, 2), (4, 3)]),
+    "selected_fwd_bulk": _gathers(GATHERS),
+    "selected_dq_bulk": _gathers(GATHERS),
     "selected_dkdv": [
         {"rows": r, "num_warps": w, "num_stages": s}
         for r, w, s in [(64, 4, 2), (64, 4, 3), (64, 4, 4), (32, 4, 3), (64, 8, 3)]
@@ -101,10 +103,10 @@ def cases(tokens: int) -> dict[str, Callable[[], object]]:
         "window_dkdv": lambda: back(k, v, 2, win),
         "score": lambda: select_blocks(q, kc, lse_cmp, geometry, **top),
         "top_n": lambda: select_blocks(q, kc, lse_cmp, geometry, **top),
-        "selected_fwd": lambda: selected_forward(
+        "selected_fwd_bulk": lambda: selected_forward(
             q, k, v, index, positions, geometry, *last, keep=False, **sel
         ),
-        "selected_dq": lambda: selected_query_gradient(
+        "selected_dq_bulk": lambda: selected_query_gradient(
             q, k, v, do, lse[1], dg[1], dq, index, positions, geometry, add=False, **sel
         ),
         "selected_dkdv": lambda: selected_backward(
@@ -153,7 +155,7 @@ def main() -> None:
         for variant in VARIANTS[name]:
             result = try_variant(name, calls[name], variant, time=True)
             shown = f"{result:8.3f} ms" if isinstance(result, float) else result
-            print(f"{name:14} {' '.join(f'{k}={v}' for k, v in variant.items()):44} {shown}", flush=True)
+            print(f"{name:17} {' '.join(f'{k}={v}' for k, v in variant.items()):44} {shown}", flush=True)
 
 
 if __name__ == "__main__":

@@ -154,13 +154,17 @@ def test_dense_and_selected_kernels_agree_where_every_block_is_selected(
     assert max(relative(a, b) for a, b in zip(*runs)) < 1e-5
 
 
-def test_selected_branch_by_block_and_by_query_agree(monkeypatch: pytest.MonkeyPatch) -> None:
-    tensors = draw(1, 31, (4, 2), (24, 12), num_compressed(31, 8, 4), torch.float32)
+@pytest.mark.parametrize("select_block", [8, 24, 32])
+def test_selected_branch_by_block_and_by_query_agree(
+    monkeypatch: pytest.MonkeyPatch, select_block: int
+) -> None:
+    tokens, sizes = 3 * select_block + 7, {**TINY_SPARSE, "select_block": select_block}
+    tensors = draw(1, tokens, (4, 2), (24, 12), num_compressed(tokens, 8, 4), torch.float32)
     found = []
     for below in (1, 64):
         monkeypatch.setattr(inverse, "BY_BLOCK_BELOW", below)
         inputs = [x.clone().requires_grad_() for x in tensors]
-        found.append(outputs_and_gradients(lambda *x: nsa_attention(*x, **TINY_SPARSE), inputs))
+        found.append(outputs_and_gradients(lambda *x: nsa_attention(*x, **sizes), inputs))
     assert max(relative(a, b) for a, b in zip(*found)) < 1e-5
 
 

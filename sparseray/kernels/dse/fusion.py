@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparseray.kernels.dse import reference
+from sparseray.kernels.launch import launch_kernel
 
 
 @triton.jit
@@ -89,13 +90,28 @@ def _forward(
     gate = torch.empty(B, T, dtype=torch.float32, device=v.device)
     scale, out = torch.empty_like(gate), torch.empty_like(v)
     bc = triton.next_power_of_2(C)
-    _gate_kernel[(B * T,)](
-        h, k, v, norms[0], norms[1], gate, scale, options["eps"], C**-0.5, C=C, BC=bc, num_warps=4
+    launch_kernel(
+        _gate_kernel,
+        (B * T,),
+        h,
+        k,
+        v,
+        norms[0],
+        norms[1],
+        gate,
+        scale,
+        options["eps"],
+        C**-0.5,
+        C=C,
+        BC=bc,
+        num_warps=4,
     )
     starts = options["document_starts_BT"]
     segment = gate if starts is None else starts.to(torch.int32).cumsum(1, dtype=torch.int32)
     bc = min(128, bc)
-    _conv_kernel[(triton.cdiv(T, 32), triton.cdiv(C, bc), B)](
+    launch_kernel(
+        _conv_kernel,
+        (triton.cdiv(T, 32), triton.cdiv(C, bc), B),
         v,
         gate,
         scale,

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparseray.kernels.launch import launch_kernel
+
 SEGMENT_COLUMNS, SEGMENT_LOADS = 32, 64
 """A warp adds one column a lane, with that many rows' loads in flight."""
 
@@ -104,7 +106,9 @@ def ngram_hash(
     rows_BTN = tokens_BT.new_empty(B, T, primes_OH.numel())
     has_starts = document_starts_BT is not None
     starts = document_starts_BT.to(torch.int8).contiguous() if document_starts_BT is not None else tokens_BT
-    _hash_kernel[(triton.cdiv(T, 256), B)](
+    launch_kernel(
+        _hash_kernel,
+        (triton.cdiv(T, 256), B),
         tokens_BT.contiguous(),
         token_map_V if token_map_V is not None else tokens_BT,
         history_BL.contiguous(),
@@ -191,7 +195,9 @@ def gather_rows(
         out_ND = torch.empty(shape, dtype=table_RD.dtype, device=rows_N.device)
     units = rows_N.numel() * row_bytes // 16
     grid = (max(1, min(programs, triton.cdiv(units, block))),)
-    _gather_kernel[grid](
+    launch_kernel(
+        _gather_kernel,
+        grid,
         table_RD.view(torch.int64),
         rows_N,
         order_N if order_N is not None else rows_N,
@@ -278,7 +284,9 @@ def segment_sum_rows(rows_N: Tensor, grads_ND: Tensor) -> tuple[Tensor, Tensor]:
     sums_UD = torch.empty(U, D, dtype=torch.float32, device=grads_ND.device)
     first_U1 = torch.nn.functional.pad(counts_U.cumsum(0), (1, 0))
     if U:
-        _segment_kernel[(U, triton.cdiv(D, SEGMENT_COLUMNS))](
+        launch_kernel(
+            _segment_kernel,
+            (U, triton.cdiv(D, SEGMENT_COLUMNS)),
             grads_ND[order_N],
             first_U1,
             sums_UD,

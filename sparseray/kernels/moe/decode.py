@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparseray.kernels.launch import launch_kernel
 from sparseray.kernels.moe.ffn import LayerConfig, TileConfig, combine, project_rows, up_project
 from sparseray.kernels.moe.plan import ExpertPlan, plan_experts
 
@@ -144,7 +145,9 @@ def plan_few_rows(topk_ids_TK: Tensor, num_experts: int, *, tile_rows: int) -> E
     )
     sizes = [R, R, num_experts, num_experts, num_tiles, num_tiles, num_tiles]
     order, inverse, counts, offsets, *tiles = integers.split(sizes)
-    _sort_kernel[(1,)](
+    launch_kernel(
+        _sort_kernel,
+        (1,),
         topk_ids_TK,
         order,
         inverse,
@@ -212,12 +215,24 @@ def decode_pairs(
     sizes = {"H": H, "I": I, "K": K}
     bn, bk, warps, stages = config.up
     bk = min(bk, triton.next_power_of_2(H))
-    _pair_up_kernel[(T * K, triton.cdiv(I, bn))](
-        x_TH, topk_ids_TK, w_gate_up_E2IH, act_RI, BN=bn, BK=bk, STAGES=stages, num_warps=warps, **sizes
+    launch_kernel(
+        _pair_up_kernel,
+        (T * K, triton.cdiv(I, bn)),
+        x_TH,
+        topk_ids_TK,
+        w_gate_up_E2IH,
+        act_RI,
+        BN=bn,
+        BK=bk,
+        STAGES=stages,
+        num_warps=warps,
+        **sizes,
     )
     bn, bk, warps, stages = config.down
     bk = min(bk, triton.next_power_of_2(I))
-    _pair_down_kernel[(T, triton.cdiv(H, bn))](
+    launch_kernel(
+        _pair_down_kernel,
+        (T, triton.cdiv(H, bn)),
         act_RI,
         topk_ids_TK,
         topk_weights_TK,

@@ -15,6 +15,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from sparseray.kernels.launch import launch_kernel
 from sparseray.kernels.moe import gemm
 from sparseray.kernels.moe.plan import ExpertPlan, plan_experts
 
@@ -96,7 +97,9 @@ def up_project(
     pre_RP = x_TH.new_empty(R, 2 * I) if save else act_RI
     tile, flat = config.up, w_E2IH.view(-1, H)
     tma = _may_use_tma(config, flat)
-    gemm.up_kernel[(plan.tile_expert_M.shape[0] * triton.cdiv(I, tile.n),)](
+    launch_kernel(
+        gemm.up_kernel,
+        (plan.tile_expert_M.shape[0] * triton.cdiv(I, tile.n),),
         x_TH,
         plan.order_R,
         _operand(flat, (tile.n, tile.k), tma),
@@ -129,7 +132,9 @@ def project_rows(
     # A partial last step of the depth would read the next expert's rows: pointers mask it.
     tma = _may_use_tma(config, flat, a_RK) and (transposed or depth % tile.k == 0)
     block = (tile.n, tile.k) if transposed else (tile.k, tile.n)
-    gemm.rows_kernel[(plan.tile_expert_M.shape[0] * triton.cdiv(N, tile.n),)](
+    launch_kernel(
+        gemm.rows_kernel,
+        (plan.tile_expert_M.shape[0] * triton.cdiv(N, tile.n),),
         _operand(a_RK, (config.m, tile.k), tma),
         _operand(flat, block, tma),
         out_RN,
@@ -153,7 +158,9 @@ def combine(rows_RH: Tensor, plan: ExpertPlan, weights_TK: Tensor | None) -> Ten
     H, T = rows_RH.shape[1], plan.order_R.shape[0] // plan.top_k
     out_TH = rows_RH.new_empty(T, H)
     bh = min(2048, triton.next_power_of_2(H))
-    gemm.combine_kernel[(T, triton.cdiv(H, bh))](
+    launch_kernel(
+        gemm.combine_kernel,
+        (T, triton.cdiv(H, bh)),
         rows_RH,
         plan.inverse_R,
         weights_TK if weights_TK is not None else rows_RH,
@@ -182,7 +189,9 @@ def activation_grad(
     dpre_RP, weighted_RI = torch.empty_like(pre_RP), pre_RP.new_empty(R, I)
     partial_RN = torch.empty(R, num_n, dtype=torch.float32, device=pre_RP.device)
     tma = _may_use_tma(config, flat) and H % tile.k == 0
-    gemm.act_grad_kernel[(plan.tile_expert_M.shape[0] * num_n,)](
+    launch_kernel(
+        gemm.act_grad_kernel,
+        (plan.tile_expert_M.shape[0] * num_n,),
         dy_TH,
         plan.order_R,
         weights_TK,
@@ -217,7 +226,9 @@ def weight_grad(
     br, bt = (config.weight_grad_rows, tile.n) if rows_first else (tile.n, config.weight_grad_rows)
     out = rows_RN.new_empty((E, N, H) if rows_first else (E, H, N))
     tma = _may_use_tma(config, rows_RN)
-    gemm.weight_grad_kernel[(triton.cdiv(N, br) * triton.cdiv(H, bt), E)](
+    launch_kernel(
+        gemm.weight_grad_kernel,
+        (triton.cdiv(N, br) * triton.cdiv(H, bt), E),
         _operand(rows_RN, (tile.k, br), tma),
         tokens_TH,
         plan.order_R,

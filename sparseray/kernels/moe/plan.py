@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparseray.kernels.launch import launch_kernel
+
 TILE_ROWS = 128
 SCAN_BLOCKS = 256
 SCAN_EXPERTS = 8
@@ -159,10 +161,20 @@ def finish_plan(
     order, inverse = torch.empty(T * K, **integers), torch.empty(T * K, **integers)
     tiles = torch.empty(3, num_tiles, **integers)
     grid = (triton.cdiv(num_experts, SCAN_EXPERTS),)
-    _scan_kernel[grid](
-        block_counts_BE, counts, num_blocks, num_experts, BB=SCAN_BLOCKS, BE=SCAN_EXPERTS, num_warps=4
+    launch_kernel(
+        _scan_kernel,
+        grid,
+        block_counts_BE,
+        counts,
+        num_blocks,
+        num_experts,
+        BB=SCAN_BLOCKS,
+        BE=SCAN_EXPERTS,
+        num_warps=4,
     )
-    _place_kernel[(num_blocks + triton.cdiv(num_tiles, TILES_PER_PROGRAM),)](
+    launch_kernel(
+        _place_kernel,
+        (num_blocks + triton.cdiv(num_tiles, TILES_PER_PROGRAM),),
         ids_TK,
         ranks_TK,
         block_counts_BE,
@@ -211,7 +223,16 @@ def plan_experts(topk_ids_TK: Tensor, num_experts: int, *, tile_rows: int = TILE
     num_blocks = max(1, triton.cdiv(T, bt))
     ranks = torch.empty(T, K, dtype=torch.int32, device=topk_ids_TK.device)
     counts = torch.empty(num_blocks, num_experts, dtype=torch.int32, device=topk_ids_TK.device)
-    _rank_kernel[(num_blocks,)](
-        topk_ids_TK, ranks, counts, T, E=num_experts, BE=triton.next_power_of_2(num_experts), K=K, BT=bt
+    launch_kernel(
+        _rank_kernel,
+        (num_blocks,),
+        topk_ids_TK,
+        ranks,
+        counts,
+        T,
+        E=num_experts,
+        BE=triton.next_power_of_2(num_experts),
+        K=K,
+        BT=bt,
     )
     return finish_plan(topk_ids_TK, ranks, counts, num_experts=num_experts, tile_rows=tile_rows)

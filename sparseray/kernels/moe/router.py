@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparseray.kernels.launch import launch_kernel
 from sparseray.kernels.moe.plan import TILE_ROWS, ExpertPlan, block_tokens, finish_plan, rank_block
 from sparseray.kernels.moe.reference import NORMALIZE_EPS, check_route
 
@@ -169,7 +170,9 @@ class _Route(torch.autograd.Function):
         ranks = torch.empty(T, K, dtype=torch.int32, device=device)
         counts = torch.empty(num_blocks, E, dtype=torch.int32, device=device)
         sizes = {"E": E, "BE": triton.next_power_of_2(E), "K": K, "BT": bt}
-        _router_kernel[(num_blocks,)](
+        launch_kernel(
+            _router_kernel,
+            (num_blocks,),
             logits_TE,
             bias_E if bias_E is not None else scores,
             ids,
@@ -199,7 +202,9 @@ class _Route(torch.autograd.Function):
         scores, ids = ctx.saved_tensors
         dweights, dscores = grads[1].contiguous(), grads[2].contiguous()
         dlogits = torch.empty_like(scores)
-        _router_backward_kernel[(max(1, triton.cdiv(scores.shape[0], ctx.sizes["BT"])),)](
+        launch_kernel(
+            _router_backward_kernel,
+            (max(1, triton.cdiv(scores.shape[0], ctx.sizes["BT"])),),
             scores,
             ids,
             dweights,

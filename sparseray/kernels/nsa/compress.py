@@ -16,8 +16,12 @@ import triton.language as tl
 from torch import Tensor
 
 from sparseray.errors import ConfigError
+from sparseray.kernels.launch import launch_kernel
 from sparseray.kernels.nsa.reference import num_compressed
 from sparseray.kernels.nsa.tiles import load_tile, next_power_of_2, precision, split_width, store_tile
+
+FEW_PROGRAMS = 128
+"""So many leave multiprocessors of an H100 idle."""
 
 
 @triton.jit
@@ -176,8 +180,11 @@ def _first_layer(
     if rows == 0:
         return pre, after
     d0, d1 = split_width(width)
-    bf = min(128, max(16, next_power_of_2(hidden)))
-    first_layer_kernel[(triton.cdiv(rows, 64), triton.cdiv(hidden, bf))](
+    # Narrower tiles where wide ones would leave multiprocessors without a program.
+    wide = 128 if rows * hidden > FEW_PROGRAMS * 64 * 128 else 64
+    bf = min(wide, max(16, next_power_of_2(hidden)))
+    launch_kernel(
+        first_layer_kernel, (triton.cdiv(rows, 64), triton.cdiv(hidden, bf)),
         x, w1, bias, starts, pre, after, rows, H=heads, D=width, D0=d0, D1=d1, F=hidden, BF=bf, BC=64, LEN=block, BIAS=bias is not None,
         IP=precision(x.dtype), num_warps=4, num_stages=3,
     )  # fmt: skip
@@ -197,15 +204,39 @@ def _first_layer_backward(
     shared = {"H": heads, "D": width, "D0": d0, "D1": d1, "F": hidden, "LEN": block, "IP": precision(x.dtype)}
     bf = min(64, max(16, next_power_of_2(hidden)))
     strided = slots.shape[0] * heads
-    token_gradient_kernel[(triton.cdiv(strided, 64), stride)](
-        dpre, w1, slots, dx, strided, BF=bf, BS=64, STRIDE=stride, **shared, num_warps=4, num_stages=3
+    launch_kernel(
+        token_gradient_kernel,
+        (triton.cdiv(strided, 64), stride),
+        dpre,
+        w1,
+        slots,
+        dx,
+        strided,
+        BF=bf,
+        BS=64,
+        STRIDE=stride,
+        **shared,
+        num_warps=4,
+        num_stages=3,
     )
     # Parts of the rows, so that short inputs fill the device too; fp32, added in order.
     parts = min(4, triton.cdiv(rows, 1024))
     span = triton.cdiv(triton.cdiv(rows, parts), 64) * 64
     dw = torch.empty(triton.cdiv(rows, span), *w1.shape, dtype=torch.float32, device=x.device)
-    weight_gradient_kernel[(block, triton.cdiv(hidden, bf), dw.shape[0])](
-        x, dpre, starts, dw, rows, span, BF=bf, BC=64, **shared, num_warps=4, num_stages=3
+    launch_kernel(
+        weight_gradient_kernel,
+        (block, triton.cdiv(hidden, bf), dw.shape[0]),
+        x,
+        dpre,
+        starts,
+        dw,
+        rows,
+        span,
+        BF=bf,
+        BC=64,
+        **shared,
+        num_warps=4,
+        num_stages=3,
     )
     return dx, dw.sum(0).to(w1.dtype)
 

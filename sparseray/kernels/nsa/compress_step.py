@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparseray.errors import ConfigError
+from sparseray.kernels.launch import launch_kernel
 from sparseray.kernels.nsa.tiles import (
     load_tile,
     next_power_of_2,
@@ -103,7 +104,8 @@ def compress_step(
             f" block * D = {block * width} columns"
         )
     d0, d1 = split_width(width)
-    compress_step_kernel[(context_lens.shape[0], (query_len - 1) // stride + 1)](
+    launch_kernel(
+        compress_step_kernel, (context_lens.shape[0], (query_len - 1) // stride + 1),
         cache, table, context_lens, w1, bias, w2, b2, compressed, compressed_table, table.shape[1],
         compressed_table.shape[1], H=heads, HP=max(16, next_power_of_2(heads)), D=width, D0=d0, D1=d1, DO=out_dim,
         DOP=max(16, next_power_of_2(out_dim)), F=hidden, BF=min(64, max(16, next_power_of_2(hidden))), LQ=query_len,

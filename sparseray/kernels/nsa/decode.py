@@ -14,6 +14,7 @@ import triton
 from torch import Tensor
 
 from sparseray.errors import ConfigError
+from sparseray.kernels.launch import launch_kernel
 from sparseray.kernels.nsa.decode_kernels import decode_kernel
 from sparseray.kernels.nsa.range_forward import LOG2E
 from sparseray.kernels.nsa.reference import check_blocks
@@ -188,7 +189,8 @@ def nsa_decode(
     selected_per = triton.cdiv(num_selected, plan.selected)
     kept = w.best.shape[2] * w.best.shape[3]
     launch, (d0, d1) = LAUNCH["decode"], split_width(width)
-    decode_kernel[(plan.programs(rows, query_len),)](
+    launch_kernel(
+        decode_kernel, (plan.programs(rows, query_len),),
         q, gates, out, context_lens, *cmp_cache, cmp_table, *slc_cache, slc_table, *win_cache, win_table,
         w.fold, w.over, w.tops, w.best, w.part_max, w.part_sum, w.part_out, w.state,
         cmp_table.shape[1], slc_table.shape[1], win_table.shape[1], rows, w.tops.shape[2], num_selected,

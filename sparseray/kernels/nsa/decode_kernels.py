@@ -303,27 +303,19 @@ def _task(
     MERGES: tl.constexpr,
 ):  # fmt: skip
     """Kind, row, query token and part of task k: the tasks of all rows, kind by kind."""
-    num_queries = num_rows * LQ
     kind = 0
     per = CMP
     each = CMP
-    if k >= num_rows * CMP:
-        k -= num_rows * CMP
-        kind = 1
-        per = WINP
-        if k >= num_queries * WINP:
-            k -= num_queries * WINP
-            kind = 2
-            per = SCORES
-            if k >= num_queries * SCORES:
-                k -= num_queries * SCORES
-                kind = 3
-                per = SLC
-                if k >= num_queries * SLC:
-                    k -= num_queries * SLC
-                    kind = 4
-                    per = MERGES
-        each = LQ * per
+    first = 0
+    end = num_rows * CMP
+    for c in tl.static_range(1, 5):
+        if k >= end:
+            kind = c
+            per = WINP if c == 1 else (SCORES if c == 2 else (SLC if c == 3 else MERGES))
+            each = LQ * per
+            first = end
+            end += num_rows * each
+    k -= first
     return kind, k // each, k % each // per, k % per
 
 

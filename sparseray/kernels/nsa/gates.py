@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparseray.kernels.launch import launch_kernel
 from sparseray.kernels.nsa.tiles import load_tile, next_power_of_2, store_tile
 from sparseray.kernels.nsa.tuning import LAUNCH
 
@@ -64,7 +65,8 @@ def combine(out_cmp: Tensor, out_slc: Tensor, out_win: Tensor, gates: Tensor) ->
     out = torch.empty_like(out_cmp)
     rows, width = out.shape[0] * out.shape[1], out.shape[2]
     launch = LAUNCH["combine"]
-    combine_kernel[(triton.cdiv(rows, launch["rows"]),)](
+    launch_kernel(
+        combine_kernel, (triton.cdiv(rows, launch["rows"]),),
         out_cmp, out_slc, out_win, gates, out, rows, BR=launch["rows"], DV=width,
         DVP=max(16, next_power_of_2(width)), num_warps=launch["num_warps"],
     )  # fmt: skip
@@ -84,7 +86,8 @@ def prepare_backward(
     row_dg = torch.empty_like(row_lse)
     dgates = torch.empty_like(gates)
     launch = LAUNCH["combine"]
-    prepare_kernel[(triton.cdiv(tokens * heads, launch["rows"]),)](
+    launch_kernel(
+        prepare_kernel, (triton.cdiv(tokens * heads, launch["rows"]),),
         do, *outs, gates, *lses, row_lse, row_dg, dgates, tokens * heads, BR=launch["rows"], DV=width,
         DVP=max(16, next_power_of_2(width)), num_warps=launch["num_warps"],
     )  # fmt: skip

@@ -10,8 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparseray.kernels.launch import launch_kernel
 from sparseray.kernels.nsa.geometry import QUERY, WINDOW, Geometry
-from sparseray.kernels.nsa.range_forward import LOG2E, key_sources, tokens_per_tile
+from sparseray.kernels.nsa.range_forward import LOG2E, in_bulk, key_sources, tokens_per_tile
 from sparseray.kernels.nsa.tiles import (
     add_tile,
     fetch,
@@ -247,9 +248,10 @@ def range_backward(
     launch = launch_for(f"{name}_dq", width, q.element_size())
     tokens, padded = tokens_per_tile(launch["rows"], heads // num_kv)
     tiles = geometry.tiles(QUERY, tokens)
-    src_k, src_k1, src_v, bulk = key_sources(k, v, launch["keys"])
-    range_dq_kernel[(tiles.shape[0] * num_kv,)](
-        q, src_k, src_k1, src_v, do, row_lse, row_dg, dq, geometry.meta, tiles, tiles.shape[0], scale,
+    bulk = in_bulk(k, v)
+    launch_kernel(
+        range_dq_kernel, (tiles.shape[0] * num_kv,),
+        q, *key_sources(k, v, launch["keys"], bulk=bulk), do, row_lse, row_dg, dq, geometry.meta, tiles, tiles.shape[0], scale,
         scale * LOG2E,
         GP=padded, BQ=tokens, BN=launch["keys"], ADD=add, BULK=bulk, **shared,
         num_warps=launch["num_warps"], num_stages=launch["num_stages"],
@@ -267,7 +269,8 @@ def range_backward(
     dtype = k.dtype if num_splits == 1 else torch.float32
     dk = torch.empty(num_splits, *k.shape, dtype=dtype, device=k.device)
     dv = torch.empty(num_splits, *v.shape, dtype=dtype, device=k.device)
-    range_dkdv_kernel[(tiles.shape[0] * num_splits * num_kv,)](
+    launch_kernel(
+        range_dkdv_kernel, (tiles.shape[0] * num_splits * num_kv,),
         q, k, v, do, row_lse, row_dg, dk, dv, geometry.meta, tiles, tiles.shape[0], num_splits, k.shape[0],
         split,
         scale, scale * LOG2E, GP=padded, BQ=tokens, BN=launch["keys"], **shared,

@@ -13,8 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparseray.kernels.launch import launch_kernel
 from sparseray.kernels.nsa.geometry import COMPRESSED, KEYS, QUERY, WINDOW, Geometry
 from sparseray.kernels.nsa.tiles import (
+    can_copy,
     copy_source,
     fetch,
     key_rows,
@@ -148,20 +150,22 @@ def page_size(k: Tensor, table: Tensor | None) -> int:
     return 0 if table is None else k.shape[1]
 
 
-def key_sources(k: Tensor, v: Tensor, rows: int, table: Tensor | None = None) -> tuple[Any, Any, Any, bool]:
-    """Sources of key tiles (both parts of a split head size) and value tiles; whether by bulk copies.
+def in_bulk(k: Tensor, v: Tensor, table: Tensor | None = None) -> bool:
+    """Whether tiles of keys and values come by bulk copies.
 
     Pages are read by pointers: a bulk copy does not mask, and the end of a page may hold NaN.
     """
-    if table is not None:
-        return k, k, v, False
+    return table is None and can_copy(k) and can_copy(v)
+
+
+def key_sources(k: Tensor, v: Tensor, rows: int, *, bulk: bool) -> tuple[Any, Any, Any]:
+    """What a kernel reads key tiles (both parts of a split head size; None without one) and value tiles from."""
     d0, d1 = split_width(k.shape[-1])
-    src_k, bulk_k = copy_source(k, rows, d0)
-    src_k1 = copy_source(k, rows, d1)[0] if d1 else src_k
-    src_v, bulk_v = (src_k, bulk_k) if v is k else copy_source(v, rows, max(16, next_power_of_2(v.shape[-1])))
-    if bulk_k and bulk_v:
-        return src_k, src_k1, src_v, True
-    return k, k, v, False
+    if not bulk:
+        return k, k if d1 else None, v
+    src_k = copy_source(k, rows, d0)
+    src_k1 = copy_source(k, rows, d1) if d1 else None
+    return src_k, src_k1, copy_source(v, rows, max(16, next_power_of_2(v.shape[-1])))
 
 
 def range_forward(
@@ -191,9 +195,10 @@ def range_forward(
     d0, d1 = split_width(q.shape[-1])
     assert kind in (COMPRESSED, WINDOW, KEYS)
     dvp = max(16, next_power_of_2(v.shape[-1]))
-    src_k, src_k1, src_v, bulk = key_sources(k, v, launch["keys"], table)
-    range_fwd_kernel[(tiles.shape[0] * num_kv,)](
-        q, src_k, src_k1, src_v, table, out, lse, geometry.meta, tiles, tiles.shape[0], scale * LOG2E,
+    bulk = in_bulk(k, v, table)
+    launch_kernel(
+        range_fwd_kernel, (tiles.shape[0] * num_kv,),
+        q, *key_sources(k, v, launch["keys"], bulk=bulk), table, out, lse, geometry.meta, tiles, tiles.shape[0], scale * LOG2E,
         H=num_kv, G=heads // num_kv, GP=padded, BQ=tokens, BN=launch["keys"],
         DQ=q.shape[-1], D0=d0, D1=d1, DV=v.shape[-1], DVP=dvp,
         KIND=kind, LEN=block, STRIDE=stride, WIN=window, IP=precision(q.dtype), BULK=bulk,

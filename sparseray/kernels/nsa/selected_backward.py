@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparseray.kernels.launch import launch_kernel
 from sparseray.kernels.nsa.geometry import KEYS, Geometry
 from sparseray.kernels.nsa.inverse import Inverse, invert_selection, pays_by_block, queries_per_chunk
 from sparseray.kernels.nsa.range_forward import LOG2E, tokens_per_tile
@@ -159,7 +160,8 @@ def selected_backward(
             launch, n=n, select_block=select_block, scale=scale, by_pair=by_pair,
         )  # fmt: skip
         if by_pair:
-            add_queries_kernel[(min(inverse.chunk, total - first) * num_kv,)](
+            launch_kernel(
+                add_queries_kernel, (min(inverse.chunk, total - first) * num_kv,),
                 part_q, dq, positions, first, n, scale, H=num_kv, G=group, GP=next_power_of_2(group),
                 SELECT=select_block, D=width, DP=next_power_of_2(width), ADD=add, num_warps=1,
             )  # fmt: skip
@@ -176,13 +178,15 @@ def _one_chunk(
     tokens, padded = tokens_per_tile(launch["rows"], q.shape[1] // k.shape[1])
     tiles = geometry.tiles(KEYS, select_block)
     parts = inverse.parts[i]
-    selected_bwd_kernel[(parts.shape[0],)](
+    launch_kernel(
+        selected_bwd_kernel, (parts.shape[0],),
         *tensors, inverse.entries, inverse.queries, parts, tiles, geometry.meta, positions, tiles.shape[0], n, i * inverse.chunk,
         scale, scale * LOG2E, GP=padded, BQ=tokens, PAIRS=by_pair,
         **shared_constants(q, k, v, select_block), num_warps=launch["num_warps"], num_stages=launch["num_stages"],
     )  # fmt: skip
     for out, part in ((dk, part_k), (dv, part_v)):
-        add_parts_kernel[(parts.shape[0], triton.cdiv(select_block, 16))](
+        launch_kernel(
+            add_parts_kernel, (parts.shape[0], triton.cdiv(select_block, 16)),
             out, part, parts, tiles, geometry.meta, tiles.shape[0], H=k.shape[1], SELECT=select_block, BN=16,
             D=out.shape[2], DP=next_power_of_2(out.shape[2]), num_warps=4,
         )  # fmt: skip

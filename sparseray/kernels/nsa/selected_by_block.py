@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparseray.kernels.launch import launch_kernel
 from sparseray.kernels.nsa.geometry import KEYS, Geometry
 from sparseray.kernels.nsa.inverse import invert_selection, queries_per_chunk
 from sparseray.kernels.nsa.range_forward import LOG2E, tokens_per_tile
@@ -108,13 +109,15 @@ def selected_by_block(
     tokens, padded = tokens_per_tile(launch["rows"], group)
     tiles = geometry.tiles(KEYS, select_block)
     for i, first in enumerate(range(0, total, inverse.chunk)):
-        block_fwd_kernel[(inverse.parts.shape[1],)](
+        launch_kernel(
+            block_fwd_kernel, (inverse.parts.shape[1],),
             q, k, v, part, part_lse, inverse.entries, inverse.queries, inverse.parts[i], tiles, geometry.meta, positions,
             tiles.shape[0], n, first, scale * LOG2E, GP=padded, BQ=tokens,
             **shared_constants(q, k, v, select_block), num_warps=launch["num_warps"],
             num_stages=launch["num_stages"],
         )  # fmt: skip
-        merge_blocks_kernel[(min(inverse.chunk, total - first) * num_kv,)](
+        launch_kernel(
+            merge_blocks_kernel, (min(inverse.chunk, total - first) * num_kv,),
             part, part_lse, out, lse, positions, first, n, H=num_kv, G=group, GP=next_power_of_2(group),
             NP=next_power_of_2(n), SELECT=select_block, DV=value, DVP=next_power_of_2(value), num_warps=1,
         )  # fmt: skip

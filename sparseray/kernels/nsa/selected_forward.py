@@ -14,8 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparseray.kernels.launch import launch_kernel
 from sparseray.kernels.nsa.geometry import Geometry, query_sequences
-from sparseray.kernels.nsa.range_forward import LOG2E, key_sources, page_size
+from sparseray.kernels.nsa.range_forward import LOG2E, in_bulk, key_sources, page_size
 from sparseray.kernels.nsa.tiles import (
     add_tile,
     fetch,
@@ -27,6 +28,29 @@ from sparseray.kernels.nsa.tiles import (
     store_tile,
 )
 from sparseray.kernels.nsa.tuning import launch_for
+
+
+@triton.jit
+def _num_tiles(p_row, n, t, SELECT: tl.constexpr, BN: tl.constexpr):
+    """Tiles of BN keys in the blocks of a query at position t; none of those in its last block that lie behind t."""
+    PARTS: tl.constexpr = (SELECT + BN - 1) // BN
+    count = tl.minimum(n, t // SELECT + 1)
+    if PARTS > 1:
+        i_lo = tl.load(p_row + count - 1) * SELECT
+        count = (count - 1) * PARTS + tl.minimum(PARTS, (t - i_lo) // BN + 1)
+    return count
+
+
+@triton.jit
+def _tile(p_row, i, t, SELECT: tl.constexpr, BN: tl.constexpr):
+    """First position of the i-th tile, the positions of its keys, and which of them belong to it."""
+    PARTS: tl.constexpr = (SELECT + BN - 1) // BN
+    i_lo = tl.load(p_row + i // PARTS) * SELECT + i % PARTS * BN
+    o_i = i_lo + tl.arange(0, BN)
+    m_i = o_i <= t
+    if SELECT % BN != 0:
+        m_i &= i % PARTS * BN + tl.arange(0, BN) < SELECT
+    return i_lo, o_i, m_i
 
 
 @triton.jit
@@ -49,17 +73,14 @@ def selected_fwd_kernel(
     b_q0 = load_tile(p_q, o_row, m_g, DQ, 0, D0, True)
     if D1 > 0:
         b_q1 = load_tile(p_q, o_row, m_g, DQ, D0, D1, True)
-    count = tl.minimum(n, t // SELECT + 1)
     p_row = p_index + (i_q * H + i_kv) * n
+    num_tiles = _num_tiles(p_row, n, t, SELECT, BN)
     b_m = tl.full([GP], float("-inf"), tl.float32)
     b_l = tl.zeros([GP], tl.float32)
     b_acc = tl.zeros([GP, DVP], tl.float32)
-    o_c = tl.arange(0, BN)
-    for i in range(0, count):
-        i_block = tl.load(p_row + i)
-        o_i = i_block * SELECT + o_c
-        m_i = (o_c < SELECT) & (o_i <= t)
-        row = k_off + i_block * SELECT
+    for i in range(0, num_tiles):
+        i_lo, o_i, m_i = _tile(p_row, i, t, SELECT, BN)
+        row = k_off + i_lo
         o_key = key_rows(p_table, k_off, o_i, m_i, PAGE) * H + i_kv
         b_k0 = fetch(p_k, row, o_key, m_i, i_kv, DQ, 0, D0, True, BULK)
         b_s = tl.dot(b_q0, tl.trans(b_k0), input_precision=IP)
@@ -113,14 +134,11 @@ def selected_dq_kernel(
     b_do = load_tile(p_do, o_row, m_g, DV, 0, DVP, True)
     b_lse = tl.load(p_lse + o_row, mask=m_g, other=float("inf"))
     b_dg = tl.load(p_dg + o_row, mask=m_g, other=0.0)
-    count = tl.minimum(n, t // SELECT + 1)
     p_row = p_index + (i_q * H + i_kv) * n
-    o_c = tl.arange(0, BN)
-    for i in range(0, count):
-        i_block = tl.load(p_row + i)
-        o_i = i_block * SELECT + o_c
-        m_i = (o_c < SELECT) & (o_i <= t)
-        row = k_off + i_block * SELECT
+    num_tiles = _num_tiles(p_row, n, t, SELECT, BN)
+    for i in range(0, num_tiles):
+        i_lo, o_i, m_i = _tile(p_row, i, t, SELECT, BN)
+        row = k_off + i_lo
         o_key = (k_off + o_i) * H + i_kv
         b_k0 = fetch(p_k, row, o_key, m_i, i_kv, DQ, 0, D0, True, BULK)
         b_s = tl.dot(b_q0, tl.trans(b_k0), input_precision=IP)
@@ -151,6 +169,16 @@ def shared_constants(q: Tensor, k: Tensor, v: Tensor, select_block: int) -> dict
     }  # fmt: skip
 
 
+def _launch_for(name: str, constants: dict[str, Any], q: Tensor, bulk: bool) -> dict[str, int]:
+    """Launch parameters of a kernel that goes by query; completes its constants by tile and group size."""
+    width, padded = max(constants["DQ"], constants["DV"]), max(16, next_power_of_2(constants["G"]))
+    # Bulk copies need no threads, and 16 rows of 256 bytes no second warp's registers.
+    is_lean = bulk and padded == 16 and width * q.element_size() <= 256
+    launch = launch_for(name + "_bulk" if is_lean else name, width, q.element_size())
+    constants |= {"GP": padded, "BN": min(constants["BN"], launch["keys"])}
+    return launch
+
+
 def selected_forward(
     q: Tensor, k: Tensor, v: Tensor, index: Tensor, positions: Tensor, geometry: Geometry,
     others: tuple[Tensor, Tensor], gates: Tensor, *, select_block: int, scale: float, keep: bool, table: Tensor | None = None,
@@ -170,20 +198,17 @@ def selected_forward(
         The gated sum [T, HQ, Dv] in the dtype of q, this branch's output likewise and its base-2 log-sum-exp, fp32
         [T, HQ]; the last two are empty unless they are kept.
     """
-    heads, num_kv = q.shape[1], k.shape[-2]
     summed = torch.empty_like(others[0])
     out = torch.empty_like(summed) if keep else q.new_empty(0)
     lse = torch.empty(q.shape[:2] if keep else 0, dtype=torch.float32, device=q.device)
     constants = shared_constants(q, k, v, select_block)
-    src_k, src_k1, src_v, bulk = key_sources(k, v, constants["BN"], table)
-    width, padded = max(q.shape[-1], v.shape[-1]), max(16, next_power_of_2(heads // num_kv))
-    # Bulk copies need no threads, and 16 rows of 256 bytes no second warp's registers.
-    is_lean = bulk and padded == 16 and width * q.element_size() <= 256
-    launch = launch_for("selected_fwd_bulk" if is_lean else "selected_fwd", width, q.element_size())
-    selected_fwd_kernel[(q.shape[0] * num_kv,)](
-        q, src_k, src_k1, src_v, table, index, positions, query_sequences(geometry), *others, gates, summed, out, lse,
+    bulk = in_bulk(k, v, table)
+    launch = _launch_for("selected_fwd", constants, q, bulk)
+    launch_kernel(
+        selected_fwd_kernel, (q.shape[0] * k.shape[-2],),
+        q, *key_sources(k, v, constants["BN"], bulk=bulk), table, index, positions, query_sequences(geometry), *others, gates, summed, out, lse,
         geometry.meta, q.shape[0], index.shape[-1],
-        scale * LOG2E, GP=padded, BULK=bulk, PAGE=page_size(k, table), KEEP=keep, **constants,
+        scale * LOG2E, BULK=bulk, PAGE=page_size(k, table), KEEP=keep, **constants,
         num_warps=launch["num_warps"], num_stages=launch["num_stages"],
     )  # fmt: skip
     return summed, out, lse
@@ -194,14 +219,14 @@ def selected_query_gradient(
     positions: Tensor, geometry: Geometry, *, select_block: int, scale: float, add: bool,
 ) -> None:  # fmt: skip
     """Write or add the gradient of the selected branch to dq; rows as in `range_backward`."""
-    heads, num_kv = q.shape[1], k.shape[1]
-    launch = launch_for("selected_dq", max(q.shape[-1], v.shape[-1]), q.element_size())
     constants = shared_constants(q, k, v, select_block)
-    src_k, src_k1, src_v, bulk = key_sources(k, v, constants["BN"])
-    selected_dq_kernel[(q.shape[0] * num_kv,)](
-        q, src_k, src_k1, src_v, do, row_lse, row_dg, dq, index, positions, query_sequences(geometry),
+    bulk = in_bulk(k, v)
+    launch = _launch_for("selected_dq", constants, q, bulk)
+    launch_kernel(
+        selected_dq_kernel, (q.shape[0] * k.shape[1],),
+        q, *key_sources(k, v, constants["BN"], bulk=bulk), do, row_lse, row_dg, dq, index, positions, query_sequences(geometry),
         geometry.meta, q.shape[0],
-        index.shape[-1], scale, scale * LOG2E, GP=max(16, next_power_of_2(heads // num_kv)), ADD=add,
+        index.shape[-1], scale, scale * LOG2E, ADD=add,
         BULK=bulk, **constants,
         num_warps=launch["num_warps"], num_stages=launch["num_stages"],
     )  # fmt: skip

@@ -1,7 +1,6 @@
 """Small device functions shared by the NSA kernels: masked tile loads, split head sizes, visible ranges."""
 
 from functools import lru_cache
-from typing import Any
 
 import torch
 import triton
@@ -35,27 +34,22 @@ def _compute_capability(device: torch.device) -> int:
     return torch.cuda.get_device_capability(device)[0]
 
 
-def copy_source(x: Tensor, rows: int, width: int) -> tuple[Any, bool]:
-    """What a kernel reads tiles of [rows, width] from: a bulk-copy descriptor where the hardware takes one.
+def can_copy(x: Tensor) -> bool:
+    """Whether the hardware's bulk copies can read tiles of x, [S, H, D] and contiguous."""
+    return (
+        x.is_cuda
+        and x.element_size() == 2
+        and x.shape[0] > 0
+        and x.shape[1] * x.shape[2] % 8 == 0
+        and x.data_ptr() % 16 == 0
+        and _compute_capability(x.device) >= 9
+    )
 
-    Args:
-        x: [S, H, D], contiguous; read as [S, H * D].
 
-    Returns:
-        A descriptor and True, or x and False.
-    """
-    row_bytes = x.shape[1] * x.shape[2] * x.element_size()
-    if (
-        not x.is_cuda
-        or x.element_size() != 2
-        or x.shape[0] == 0
-        or row_bytes % 16
-        or x.data_ptr() % 16
-        or _compute_capability(x.device) < 9
-    ):
-        return x, False
+def copy_source(x: Tensor, rows: int, width: int) -> TensorDescriptor:
+    """Descriptor by which a kernel copies tiles of [rows, width] of x, [S, H, D] read as [S, H * D]."""
     wide = x.shape[1] * x.shape[2]
-    return TensorDescriptor(x, [x.shape[0], wide], [wide, 1], [rows, width]), True
+    return TensorDescriptor(x, [x.shape[0], wide], [wide, 1], [rows, width])
 
 
 @triton.jit
@@ -144,17 +138,6 @@ def block_rows(i_row, o_c, p_tiles, p_meta, num_blocks, H: tl.constexpr, SELECT:
 def num_visible(t, start, LEN: tl.constexpr, STRIDE: tl.constexpr):
     """How many keys of LEN tokens every STRIDE tokens, the first at `start`, end at or before position t."""
     return tl.maximum(t - start - LEN + 1 + STRIDE, 0) // STRIDE
-
-
-@triton.jit
-def selection_keys(b_score, o_j, m_j, i_now, INITIAL: tl.constexpr, LOCAL: tl.constexpr):
-    """Integers that order like the scores: infinite for the first and local blocks, -1 where masked out.
-
-    Scores are not negative, so their bits order like integers.
-    """
-    b_key = b_score.to(tl.int32, bitcast=True)
-    b_key = tl.where((o_j < INITIAL) | (o_j > i_now - LOCAL), 0x7F800000, b_key)
-    return tl.where(m_j, b_key, -1)
 
 
 @triton.jit

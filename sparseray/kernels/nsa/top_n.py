@@ -12,9 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparseray.kernels.launch import launch_kernel
 from sparseray.kernels.nsa.geometry import QUERY, Geometry, query_positions
 from sparseray.kernels.nsa.inverse import pays_by_block
-from sparseray.kernels.nsa.range_forward import LOG2E, key_sources, page_size, tokens_per_tile
+from sparseray.kernels.nsa.range_forward import LOG2E, in_bulk, key_sources, page_size, tokens_per_tile
 from sparseray.kernels.nsa.tiles import (
     fetch,
     key_rows,
@@ -22,7 +23,6 @@ from sparseray.kernels.nsa.tiles import (
     next_power_of_2,
     num_visible,
     precision,
-    selection_keys,
     split_width,
     take_top,
 )
@@ -118,6 +118,17 @@ def score_kernel(
 
 
 @triton.jit
+def _selection_keys(b_score, o_j, m_j, i_now, INITIAL: tl.constexpr, LOCAL: tl.constexpr):
+    """Integers that order like the scores: infinite for the first and local blocks, -1 where masked out.
+
+    Scores are not negative, so their bits order like integers.
+    """
+    b_key = b_score.to(tl.int32, bitcast=True)
+    b_key = tl.where((o_j < INITIAL) | (o_j > i_now - LOCAL), 0x7F800000, b_key)
+    return tl.where(m_j, b_key, -1)
+
+
+@triton.jit
 def top_n_kernel(
     p_score, p_index, p_pos, row_first, width, over, n,
     H: tl.constexpr, BW: tl.constexpr, NP: tl.constexpr, SELECT: tl.constexpr,
@@ -133,7 +144,7 @@ def top_n_kernel(
     b_score = tl.load(p_row, mask=m_j, other=0.0)
     if OVERLAP:
         b_score += tl.load(p_row + over - 1, mask=m_j & (o_j > 0), other=0.0)
-    b_take, b_slot = take_top(selection_keys(b_score, o_j, m_j, i_now, INITIAL, LOCAL), n)
+    b_take, b_slot = take_top(_selection_keys(b_score, o_j, m_j, i_now, INITIAL, LOCAL), n)
     p_out = p_index + (row_first * H + i_row) * n
     tl.store(p_out + b_slot, o_j, mask=b_take)
     o_n = tl.arange(0, NP)
@@ -169,9 +180,8 @@ def select_blocks(
     d0, d1 = split_width(width_q)
     chunk = -(-launch["chunk"] // tokens) * tokens
     bj = max(1, launch["keys"] // rp)
-    src_k, src_k1, _, bulk = key_sources(k_cmp, k_cmp, bj * rp, table)
-    if rp * stride != select_block:
-        src_k, src_k1, bulk = k_cmp, k_cmp, False
+    bulk = rp * stride == select_block and in_bulk(k_cmp, k_cmp, table)
+    src_k, src_k1, _ = key_sources(k_cmp, k_cmp, bj * rp, bulk=bulk)
     single = geometry.num_seqs == 1
     start = geometry.max_keys - tokens_total if single else 0
     for first in range(0, tokens_total, chunk):
@@ -182,7 +192,8 @@ def select_blocks(
         # With one sequence the tiles of a chunk are known; otherwise one outside the chunk returns at once.
         tile_first = first // tokens if single else 0
         num_tiles = -(-(end - first) // tokens) if single else tiles.shape[0]
-        score_kernel[(num_tiles * num_kv,)](
+        launch_kernel(
+            score_kernel, (num_tiles * num_kv,),
             q, src_k, src_k1, table, lse, scores, geometry.meta, tiles, num_tiles, tile_first, first, end, width,
             (end - first) * num_kv * width, scale * LOG2E,
             H=num_kv, G=heads // num_kv, GP=padded, BQ=tokens, BJ=bj, RP=rp,
@@ -190,7 +201,8 @@ def select_blocks(
             BULK=bulk, PAGE=page_size(k_cmp, table),
             num_warps=launch["num_warps"], num_stages=launch["num_stages"],
         )  # fmt: skip
-        top_n_kernel[((end - first) * num_kv,)](
+        launch_kernel(
+            top_n_kernel, ((end - first) * num_kv,),
             scores, index, positions, first, width, (end - first) * num_kv * width, num_selected,
             H=num_kv, BW=max(16, next_power_of_2(width)), NP=next_power_of_2(num_selected),
             SELECT=select_block,
