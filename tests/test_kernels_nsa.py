@@ -21,7 +21,7 @@ from sparseray.kernels.nsa.branches import selects_all
 from sparseray.kernels.nsa.compress import Compression, compress
 from sparseray.kernels.nsa.compress_step import compress_step
 from sparseray.kernels.nsa.decode import DecodeWorkspace, nsa_decode
-from sparseray.kernels.nsa.prefill import nsa_prefill
+from sparseray.kernels.nsa.prefill import nsa_prefill, prefill_geometry
 from sparseray.kernels.nsa.reference import (
     compress_reference,
     compressed_attention_reference,
@@ -349,11 +349,16 @@ def test_prefill_of_chunks_of_different_lengths_over_pages_matches_the_reference
     tables = [caches[i][1].clone() for i in (0, 2, 4)]
     for b in range(len(lens)):
         tables[2][b, : max(0, lens[b] - chunks[b] - sizes["window"] + 1) // page] = -(10**6)
-    found = nsa_prefill(
-        q.to(DEVICE), gates.to(DEVICE), *[(caches[i][0].to(DEVICE), caches[i + 1][0].to(DEVICE)) for i in (0, 2, 4)],
-        *[t.to(DEVICE) for t in tables], torch.tensor(cu, device=DEVICE), torch.tensor(lens, device=DEVICE), **sizes,
-    )  # fmt: skip
-    assert relative(found.cpu(), wanted) < 1e-5
+    pages = [(caches[i][0].to(DEVICE), caches[i + 1][0].to(DEVICE)) for i in (0, 2, 4)]
+    cmp_table, slc_table, win_table = (t.to(DEVICE) for t in tables)
+    moved = (cmp_table, slc_table, win_table)
+    lengths = (torch.tensor(cu, device=DEVICE), torch.tensor(lens, device=DEVICE))
+    made = prefill_geometry(*lengths, moved, tokens=sum(chunks), page=page, block=8, stride=4)
+    for geometry in (None, made, made):  # Two layers of a step share it.
+        found = nsa_prefill(
+            q.to(DEVICE), gates.to(DEVICE), *pages, *moved, *lengths, **sizes, geometry=geometry
+        )
+        assert relative(found.cpu(), wanted) < 1e-5
 
 
 @pytest.mark.parametrize("cu", [None, [0, 25, 27, 44]])

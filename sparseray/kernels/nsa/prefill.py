@@ -11,8 +11,24 @@ from torch import Tensor
 
 from sparseray.errors import ConfigError
 from sparseray.kernels.nsa.branches import Blocks, forward_branches, window_branch
-from sparseray.kernels.nsa.geometry import paged
+from sparseray.kernels.nsa.geometry import Geometry, paged
 from sparseray.kernels.nsa.reference import check_blocks
+
+
+def prefill_geometry(
+    cu_seqlens: Tensor, context_lens: Tensor, tables: tuple[Tensor, Tensor, Tensor], *, tokens: int, page: int,
+    block: int, stride: int,
+) -> Geometry:  # fmt: skip
+    """What `nsa_prefill` makes of the lengths in some sixty small launches: the layers of a step can share it.
+
+    Args:
+        cu_seqlens, context_lens: as in `nsa_prefill`.
+        tables: cmp_table, slc_table and win_table.
+        tokens: of all chunks together.
+        page: tokens of a page of the selection branch.
+    """
+    widths = (tables[0].shape[1], tables[1].shape[1], tables[2].shape[1])
+    return paged(cu_seqlens, context_lens, tokens, widths[1] * page, widths, block, stride)
 
 
 def nsa_prefill(
@@ -35,6 +51,7 @@ def nsa_prefill(
     num_initial: int = 1,
     num_local: int = 2,
     scale: float | None = None,
+    geometry: Geometry | None = None,
 ) -> Tensor:
     """Attend from the last tokens of every sequence, a chunk of any length, to its caches.
 
@@ -47,6 +64,7 @@ def nsa_prefill(
             of the window branch wholly before the window of the first query may be gone.
         cu_seqlens: int [B + 1], boundaries of the chunks in q; a chunk may be empty.
         context_lens: int [B], tokens of every sequence, its chunk included.
+        geometry: what `prefill_geometry` made of the same lengths and tables; made here without it.
 
     Returns:
         [T, HQ, Dv] in the dtype of q.
@@ -63,9 +81,10 @@ def nsa_prefill(
             " 1 to 64 times the key heads, and cu_seqlens must have one entry more than there are sequences"
         )
     tables = (cmp_table.contiguous(), slc_table.contiguous(), win_table.contiguous())
-    longest = slc_table.shape[1] * slc_cache[0].shape[1]
-    widths = (tables[0].shape[1], tables[1].shape[1], tables[2].shape[1])
-    geometry = paged(cu_seqlens, context_lens, q.shape[0], longest, widths, block, stride)
+    if geometry is None:
+        geometry = prefill_geometry(
+            cu_seqlens, context_lens, tables, tokens=q.shape[0], page=slc_cache[0].shape[1], block=block, stride=stride
+        )  # fmt: skip
     sizes = Blocks(
         block=block, stride=stride, select_block=select_block, num_selected=num_selected, window=window,
         num_initial=num_initial, num_local=num_local, scale=q.shape[-1] ** -0.5 if scale is None else scale,
