@@ -1,8 +1,4 @@
-"""NSA kernels against their plain reference: outputs, gradients, selection, packed sequences, decoding.
-
-Without a GPU the kernels run in Triton's interpreter at tiny odd shapes; with one, the marked tests run at
-real sizes in half precision.
-"""
+"""NSA kernels against their plain reference: outputs, gradients, selection, packed sequences."""
 
 from __future__ import annotations
 
@@ -11,17 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-import triton_interpreter  # Must come before anything that imports Triton.
+from nsa_sizes import DEVICE, HAS_GPU, PAPER, TINY, TINY_SPARSE, relative, small_tiles
 from torch import Tensor
 
 from sparseray.errors import ConfigError
-from sparseray.kernels.nsa import branches, inverse, tuning
+from sparseray.kernels.nsa import branches, inverse
 from sparseray.kernels.nsa.attention import nsa_attention, nsa_layer
 from sparseray.kernels.nsa.branches import selects_all
 from sparseray.kernels.nsa.compress import Compression, compress
-from sparseray.kernels.nsa.compress_step import compress_step
-from sparseray.kernels.nsa.decode import DecodeWorkspace, nsa_decode
-from sparseray.kernels.nsa.prefill import nsa_prefill, prefill_geometry
 from sparseray.kernels.nsa.reference import (
     compress_reference,
     compressed_attention_reference,
@@ -31,25 +24,7 @@ from sparseray.kernels.nsa.reference import (
     top_n_reference,
 )
 
-assert triton_interpreter
-HAS_GPU = torch.cuda.is_available()
-DEVICE = "cuda" if HAS_GPU else "cpu"
-TINY = {"block": 8, "stride": 4, "select_block": 16, "num_selected": 4, "window": 9}
-TINY_SPARSE = {**TINY, "select_block": 8, "num_selected": 3}
-PAPER = {"block": 32, "stride": 16, "select_block": 64, "num_selected": 16, "window": 512}
-
-
-@pytest.fixture(autouse=True)
-def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiles small enough that tiny inputs cross their borders, in the interpreter only."""
-    if HAS_GPU:
-        return
-    for name, launch in tuning.LAUNCH.items():
-        small = {"rows": 16, "keys": 16, "chunk": 32, "part": 8, "piece": 4}
-        if name == "range_dkdv":
-            small |= {"split": 16, "programs": 64}
-        monkeypatch.setitem(tuning.LAUNCH, name, {k: small.get(k, v) for k, v in launch.items()})
-    monkeypatch.setattr(inverse, "PARTIAL_BYTES", 1 << 16)
+assert small_tiles  # A fixture of every test here.
 
 
 def draw(
@@ -72,12 +47,6 @@ def draw(
     gates = torch.rand(batch, tokens, HQ, 3, generator=generator).to(DEVICE, dtype)
     gates[0, 0, 0, 0] = 0.0
     return [*found, gates]
-
-
-def relative(found: Tensor, wanted: Tensor) -> float:
-    if wanted.numel() == 0:
-        return 0.0
-    return float((found.detach().double() - wanted.detach()).norm() / wanted.detach().norm().clamp(min=1e-30))
 
 
 def outputs_and_gradients(call: Any, inputs: list[Tensor], weight: Tensor | None = None) -> list[Tensor]:
@@ -234,133 +203,6 @@ def test_compression_matches_the_reference(cu: list[int] | None, width: int, has
     assert max(relative(a, b) for a, b in zip(found, wanted)) < 1e-5
 
 
-def paged(rows: list[Tensor], page: int, fill: float = 7.0) -> tuple[Tensor, Tensor]:
-    """A cache with shuffled pages and its block table."""
-    counts = [-(-max(1, x.shape[0]) // page) for x in rows]
-    order = torch.randperm(sum(counts), generator=torch.Generator().manual_seed(1)).int().tolist()
-    cache = torch.full((sum(counts), page, *rows[0].shape[1:]), fill)
-    table = torch.zeros(len(rows), max(counts), dtype=torch.int32)
-    for b, x in enumerate(rows):
-        for i in range(counts[b]):
-            table[b, i] = order.pop()
-            piece = x[i * page : (i + 1) * page]
-            cache[table[b, i], : piece.shape[0]] = piece
-    return cache, table
-
-
-def decode_error(
-    lens: list[int], query_len: int, heads: tuple[int, int], dims: tuple[int, int], sizes: dict[str, int],
-    page: int,
-    dtype: torch.dtype,
-    key_scale: float = 1.0,
-) -> float:  # fmt: skip
-    """Error of the second of two steps that share a workspace; both give the same bits."""
-    (HQ, H), (D, Dv) = heads, dims
-    generator = torch.Generator().manual_seed(0)
-    q = torch.randn(len(lens), query_len, HQ, D, generator=generator)
-    gates = torch.rand(len(lens), query_len, HQ, 3, generator=generator)
-    counts = [num_compressed(s, sizes["block"], sizes["stride"]) for s in lens]
-    kinds = [(counts, D), (counts, Dv), (lens, D), (lens, Dv), (lens, D), (lens, Dv)]
-    rows = [[torch.randn(n, H, d, generator=generator) for n in ns] for ns, d in kinds]
-    rows[0] = [x * key_scale for x in rows[0]]
-    wanted = torch.cat(
-        [
-            nsa_attention_reference(
-                q[b : b + 1].double(), *[x[b][None].double() for x in rows], gates[b : b + 1].double(),
-                q_start=s - query_len, **sizes,
-            )
-            for b, s in enumerate(lens)
-        ]
-    )  # fmt: skip
-    caches = [(c.to(DEVICE, dtype), t.to(DEVICE)) for c, t in (paged(x, page) for x in rows)]
-    pairs = [(caches[i][0], caches[i + 1][0]) for i in (0, 2, 4)]
-    own = {k: v for k, v in sizes.items() if k in TINY}
-    workspace = DecodeWorkspace.create(len(lens), query_len, HQ, H, Dv, max(lens), device=DEVICE, **own)
-    outs = []
-    for _ in range(2):
-        out = torch.full((len(lens), query_len, HQ, Dv), float("nan"), device=DEVICE, dtype=dtype)
-        nsa_decode(
-            q.to(DEVICE, dtype), gates.to(DEVICE, dtype), *pairs, caches[0][1], caches[2][1], caches[4][1],
-            torch.tensor(lens, dtype=torch.int32, device=DEVICE), workspace, out, **sizes,
-        )  # fmt: skip
-        outs.append(out.cpu())
-    assert torch.equal(*outs)
-    return relative(outs[1], wanted)
-
-
-@pytest.mark.parametrize("page", [16, 64, 12])
-def test_decode_over_shuffled_pages_matches_the_reference(page: int) -> None:
-    assert decode_error([300, 70, 9, 3], 1, (4, 2), (16, 16), TINY, page, torch.float32) < 1e-5
-
-
-@pytest.mark.parametrize("page", [8, 64])
-def test_decode_of_several_tokens_selects_for_each_of_them(page: int) -> None:
-    sizes = {**TINY, "select_block": 8, "num_selected": 3, "window": 20}
-    assert decode_error([150, 33], 3, (3, 1), (24, 12), sizes, page, torch.float32) < 1e-5
-
-
-@pytest.mark.parametrize(("piece", "num_selected"), [(4, 6), (8, 5)])
-@pytest.mark.parametrize("key_scale", [1.0, 0.0])
-def test_decode_over_several_pieces_of_scores(
-    monkeypatch: pytest.MonkeyPatch, piece: int, num_selected: int, key_scale: float
-) -> None:
-    """Keys of 0 give all blocks of full tiles the same score: ties go to the lower block."""
-    monkeypatch.setitem(tuning.LAUNCH["decode"], "piece", piece)
-    monkeypatch.setitem(tuning.LAUNCH["decode"], "best", 10**6)
-    sizes = {**TINY, "num_selected": num_selected}
-    error = decode_error([300, 70, 9], 2, (4, 2), (16, 16), sizes, 16, torch.float32, key_scale)
-    assert error < 1e-5
-
-
-def test_decode_where_too_many_blocks_are_kept_to_compare_them_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(tuning.LAUNCH["decode"], "piece", 8)
-    monkeypatch.setitem(tuning.LAUNCH["decode"], "best", 10**6)
-    sizes = {**TINY, "select_block": 8, "num_selected": 20}
-    assert decode_error([2500], 1, (2, 1), (16, 16), sizes, 64, torch.float32) < 1e-5
-
-
-def test_decode_where_a_block_is_no_power_of_two_of_strides() -> None:
-    sizes = {**TINY, "select_block": 12, "num_selected": 4}
-    assert decode_error([150, 33], 2, (4, 2), (16, 16), sizes, 24, torch.float32) < 1e-5
-
-
-@pytest.mark.parametrize("num_selected", [3, 8])
-def test_prefill_of_chunks_of_different_lengths_over_pages_matches_the_reference(num_selected: int) -> None:
-    """Eight blocks hold every sequence, so the selected branch is dense; three do not."""
-    sizes = {**TINY, "num_selected": num_selected}
-    lens, chunks, page, (HQ, H), (D, Dv) = [61, 7, 40, 5], [23, 7, 1, 0], 8, (4, 2), (24, 12)
-    generator = torch.Generator().manual_seed(0)
-    q = torch.randn(sum(chunks), HQ, D, generator=generator)
-    gates = torch.rand(sum(chunks), HQ, 3, generator=generator)
-    counts = [num_compressed(s, 8, 4) for s in lens]
-    kinds = [(counts, D), (counts, Dv), (lens, D), (lens, Dv), (lens, D), (lens, Dv)]
-    rows = [[torch.randn(n, H, d, generator=generator) for n in ns] for ns, d in kinds]
-    cu = [0, *itertools.accumulate(chunks)]
-    wanted = torch.cat(
-        [
-            nsa_attention_reference(
-                q[None, cu[b] : cu[b + 1]].double(), *[x[b][None].double() for x in rows],
-                gates[None, cu[b] : cu[b + 1]].double(), q_start=lens[b] - chunks[b], **sizes,
-            )[0]
-            for b in range(3)
-        ]
-    )  # fmt: skip
-    caches = [paged(x, page, fill=float("nan")) for x in rows]
-    tables = [caches[i][1].clone() for i in (0, 2, 4)]
-    for b in range(len(lens)):
-        tables[2][b, : max(0, lens[b] - chunks[b] - sizes["window"] + 1) // page] = -(10**6)
-    pages = [(caches[i][0].to(DEVICE), caches[i + 1][0].to(DEVICE)) for i in (0, 2, 4)]
-    cmp_table, slc_table, win_table = (t.to(DEVICE) for t in tables)
-    moved = (cmp_table, slc_table, win_table)
-    lengths = (torch.tensor(cu, device=DEVICE), torch.tensor(lens, device=DEVICE))
-    made = prefill_geometry(*lengths, moved, tokens=sum(chunks), page=page, block=8, stride=4)
-    for geometry in (None, made, made):  # Two layers of a step share it.
-        found = nsa_prefill(
-            q.to(DEVICE), gates.to(DEVICE), *pages, *moved, *lengths, **sizes, geometry=geometry
-        )
-        assert relative(found.cpu(), wanted) < 1e-5
-
-
 @pytest.mark.parametrize("cu", [None, [0, 25, 27, 44]])
 def test_the_layer_equals_its_three_calls_to_the_bit(cu: list[int] | None) -> None:
     q, _, _, k, v, k_win, v_win, gates = draw(1, 44, (2, 1), (24, 12), 0, torch.float32)
@@ -418,42 +260,3 @@ def test_half_precision_at_real_sizes(
     monkeypatch.setattr(branches, "selects_all", lambda *args, **kwargs: is_dense)
     bound = 5e-3 if dtype == torch.bfloat16 else 1e-3
     compare(draw(1, 777, heads, dims, num_compressed(777, 32, 16), dtype), PAPER, bound)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")
-@pytest.mark.parametrize("query_len", [1, 8])
-def test_decode_in_half_precision(query_len: int) -> None:
-    error = decode_error([1000, 70, 33], query_len, (64, 4), (128, 128), PAPER, 64, torch.bfloat16)
-    assert error < 1e-2
-
-
-def compressed_step_by_step(dtype: torch.dtype, sizes: tuple[int, int], tokens: int, query_len: int) -> float:
-    """Largest relative error of tokens compressed while decoding, against all at once."""
-    block, stride = sizes
-    generator = torch.Generator().manual_seed(0)
-    shapes = [(2, tokens, 2, 12), (20, block * 12), (20,), (10, 20), (10,)]
-    x, w1, bias, w2, b2 = (torch.randn(*s, generator=generator) * 0.3 for s in shapes)
-    count = num_compressed(tokens, block, stride)
-    cache, table = paged(list(x), 4)
-    compressed, compressed_table = paged([torch.zeros(count, 2, 10)] * 2, 4)
-    moved = [t.to(DEVICE, dtype) for t in (cache, compressed, w1, bias, w2, b2)]
-    for length in range(query_len, tokens + 1, query_len):
-        compress_step(
-            moved[0], table.to(DEVICE), moved[1], compressed_table.to(DEVICE),
-            torch.full((2,), length, dtype=torch.int32, device=DEVICE), *moved[2:], block=block, stride=stride,
-            query_len=query_len,
-        )  # fmt: skip
-    wanted = compress_reference(*(t.double() for t in (x, w1, bias, w2, b2)), None, block, stride)
-    pages = [moved[1].cpu()[compressed_table[b]].flatten(0, 1)[:count] for b in range(2)]
-    return relative(torch.stack(pages), wanted)
-
-
-@pytest.mark.parametrize(("tokens", "query_len"), [(14, 1), (18, 3)])
-def test_compression_while_decoding_equals_compression_at_once(tokens: int, query_len: int) -> None:
-    assert compressed_step_by_step(torch.float32, (4, 2), tokens, query_len) < 1e-5
-
-
-def test_decode_of_several_tokens_of_a_large_group_takes_several_programs() -> None:
-    sizes = {**TINY, "select_block": 8, "num_selected": 3}
-    assert decode_error([28], 3, (24, 1), (16, 16), sizes, 16, torch.float32) < 1e-5

@@ -35,41 +35,44 @@ SHORT = 1024
 
 
 @triton.jit
-def _step(
-    b_acc, b_m, b_l, b_q0, b_q1, p_k, p_k1, p_v, p_table, o_key, i_kv, i, i_min, k_len, k_start, b_t, scale2,
+def _tiles(
+    i_lo, i_hi, b_acc, b_m, b_l, b_q0, b_q1, p_k, p_k1, p_v, p_table, o_key, i_kv, i_min, k_len, k_start, b_t, scale2,
     H: tl.constexpr, DQ: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr,
     DVP: tl.constexpr,
     BN: tl.constexpr, LEN: tl.constexpr, STRIDE: tl.constexpr, WIN: tl.constexpr, MASKED: tl.constexpr,
     IP: tl.constexpr, BULK: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
-    o_i = i + tl.arange(0, BN)
-    m_i = o_i < k_len
-    if PAGE > 0:
-        # Pages before the window may be gone, and what lies behind the last key was never written.
-        m_i &= o_i >= i_min
-    o_row = key_rows(p_table, o_key, o_i, m_i, PAGE) * H + i_kv
-    b_k0 = fetch(p_k, o_key + i, o_row, m_i, i_kv, DQ, 0, D0, MASKED, BULK)
-    b_s = tl.dot(b_q0, tl.trans(b_k0), input_precision=IP)
-    if D1 > 0:
-        b_k1 = fetch(p_k1, o_key + i, o_row, m_i, i_kv, DQ, D0, D1, MASKED, BULK)
-        b_s = tl.dot(b_q1, tl.trans(b_k1), b_s, input_precision=IP)
-    if MASKED:
-        b_end = k_start + o_i * STRIDE + LEN - 1
-        b_see = m_i[None, :] & (b_end[None, :] <= b_t[:, None])
-        if WIN > 0:
-            b_see &= b_end[None, :] > b_t[:, None] - WIN
-        b_s = tl.where(b_see, b_s, float("-inf"))
-    b_new = tl.maximum(b_m, tl.max(b_s, 1) * scale2)
-    if MASKED:
-        b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)
-    else:
-        b_safe = b_new
-    b_p = tl.exp2(b_s * scale2 - b_safe[:, None])
-    b_alpha = tl.exp2(b_m - b_safe)
-    b_l = b_l * b_alpha + tl.sum(b_p, 1)
-    b_v = fetch(p_v, o_key + i, o_row, m_i, i_kv, DV, 0, DVP, MASKED, BULK)
-    b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_alpha[:, None], input_precision=IP)
-    return b_acc, b_new, b_l
+    """Tiles of BN keys from i_lo to before i_hi; those that every row sees wholly need no mask."""
+    for i in range(i_lo, i_hi, BN):
+        o_i = i + tl.arange(0, BN)
+        m_i = o_i < k_len
+        if PAGE > 0:
+            # Pages before the window may be gone, and what lies behind the last key was never written.
+            m_i &= o_i >= i_min
+        o_row = key_rows(p_table, o_key, o_i, m_i, PAGE) * H + i_kv
+        b_k0 = fetch(p_k, o_key + i, o_row, m_i, i_kv, DQ, 0, D0, MASKED, BULK)
+        b_s = tl.dot(b_q0, tl.trans(b_k0), input_precision=IP)
+        if D1 > 0:
+            b_k1 = fetch(p_k1, o_key + i, o_row, m_i, i_kv, DQ, D0, D1, MASKED, BULK)
+            b_s = tl.dot(b_q1, tl.trans(b_k1), b_s, input_precision=IP)
+        if MASKED:
+            b_end = k_start + o_i * STRIDE + LEN - 1
+            b_see = m_i[None, :] & (b_end[None, :] <= b_t[:, None])
+            if WIN > 0:
+                b_see &= b_end[None, :] > b_t[:, None] - WIN
+            b_s = tl.where(b_see, b_s, float("-inf"))
+        b_new = tl.maximum(b_m, tl.max(b_s, 1) * scale2)
+        if MASKED:
+            b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)
+        else:
+            b_safe = b_new
+        b_p = tl.exp2(b_s * scale2 - b_safe[:, None])
+        b_alpha = tl.exp2(b_m - b_safe)
+        b_l = b_l * b_alpha + tl.sum(b_p, 1)
+        b_v = fetch(p_v, o_key + i, o_row, m_i, i_kv, DV, 0, DVP, MASKED, BULK)
+        b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_alpha[:, None], input_precision=IP)
+        b_m = b_new
+    return b_acc, b_m, b_l
 
 
 @triton.jit
@@ -117,21 +120,18 @@ def range_fwd_kernel(
         # From i_in on, keys are inside the window of every query of the tile.
         i_min = tl.maximum(t_first - WIN + 1 - k_start, 0)
         i_in = (tl.maximum(t_last - WIN + 1 - k_start, 0) + BN - 1) // BN * BN
-        for i in range(i_min // BN * BN, tl.minimum(i_in, i_hi), BN):
-            b_acc, b_m, b_l = _step(
-                b_acc, b_m, b_l, b_q0, b_q1, p_k, p_k1, p_v, p_table, k_off, i_kv, i, i_min, k_len, k_start, b_t,
-                scale2, H, DQ, D0, D1, DV, DVP, BN, LEN, STRIDE, WIN, True, IP, BULK, PAGE,
-            )  # fmt: skip
-    for i in range(i_in, i_full, BN):
-        b_acc, b_m, b_l = _step(
-            b_acc, b_m, b_l, b_q0, b_q1, p_k, p_k1, p_v, p_table, k_off, i_kv, i, i_min, k_len, k_start, b_t,
-            scale2, H, DQ, D0, D1, DV, DVP, BN, LEN, STRIDE, WIN, False, IP, BULK, PAGE,
+        b_acc, b_m, b_l = _tiles(
+            i_min // BN * BN, tl.minimum(i_in, i_hi), b_acc, b_m, b_l, b_q0, b_q1, p_k, p_k1, p_v, p_table, k_off, i_kv, i_min,
+            k_len, k_start, b_t, scale2, H, DQ, D0, D1, DV, DVP, BN, LEN, STRIDE, WIN, True, IP, BULK, PAGE,
         )  # fmt: skip
-    for i in range(tl.maximum(i_in, i_full), i_hi, BN):
-        b_acc, b_m, b_l = _step(
-            b_acc, b_m, b_l, b_q0, b_q1, p_k, p_k1, p_v, p_table, k_off, i_kv, i, i_min, k_len, k_start, b_t,
-            scale2, H, DQ, D0, D1, DV, DVP, BN, LEN, STRIDE, WIN, True, IP, BULK, PAGE,
-        )  # fmt: skip
+    b_acc, b_m, b_l = _tiles(
+        i_in, i_full, b_acc, b_m, b_l, b_q0, b_q1, p_k, p_k1, p_v, p_table, k_off, i_kv, i_min,
+        k_len, k_start, b_t, scale2, H, DQ, D0, D1, DV, DVP, BN, LEN, STRIDE, WIN, False, IP, BULK, PAGE,
+    )  # fmt: skip
+    b_acc, b_m, b_l = _tiles(
+        tl.maximum(i_in, i_full), i_hi, b_acc, b_m, b_l, b_q0, b_q1, p_k, p_k1, p_v, p_table, k_off, i_kv, i_min,
+        k_len, k_start, b_t, scale2, H, DQ, D0, D1, DV, DVP, BN, LEN, STRIDE, WIN, True, IP, BULK, PAGE,
+    )  # fmt: skip
     b_none = b_l == 0.0
     b_safe = tl.where(b_none, 1.0, b_l)
     store_tile(p_o, o_row, m_q, b_acc / b_safe[:, None], DV, 0, DVP)
