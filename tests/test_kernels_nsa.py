@@ -127,8 +127,9 @@ def test_dense_and_selected_kernels_agree_where_every_block_is_selected(
 def test_selected_branch_by_block_and_by_query_agree(
     monkeypatch: pytest.MonkeyPatch, select_block: int
 ) -> None:
-    tokens, sizes = 3 * select_block + 7, {**TINY_SPARSE, "select_block": select_block}
-    tensors = draw(1, tokens, (4, 2), (24, 12), num_compressed(tokens, 8, 4), torch.float32)
+    forced = {"num_selected": 2, "num_initial": 0, "num_local": 1}
+    tokens, sizes = 2 * select_block + 9, {**TINY_SPARSE, "select_block": select_block, **forced}
+    tensors = draw(1, tokens, (2, 1), (24, 12), num_compressed(tokens, 8, 4), torch.float32)
     found = []
     for below in (1, 64):
         monkeypatch.setattr(inverse, "BY_BLOCK_BELOW", below)
@@ -233,6 +234,44 @@ def test_the_layer_equals_its_three_calls_to_the_bit(cu: list[int] | None) -> No
 def test_short_sequences_take_the_dense_kernel_and_long_ones_do_not() -> None:
     assert selects_all(64, select_block=16, num_selected=4)
     assert not selects_all(65, select_block=16, num_selected=4)
+
+
+def check_end_of_long_sequence(tokens: int, heads: int, width: int, sizes: dict[str, int]) -> None:
+    """The last queries of a sequence, and their gradient, are those of a chunk that has nothing else."""
+    count, last = num_compressed(tokens, sizes["block"], sizes["stride"]), 3 * sizes["select_block"]
+    dtype = torch.bfloat16 if HAS_GPU else torch.float32
+    torch.manual_seed(0)
+    q, k_cmp, v_cmp, k, v, gates = (
+        torch.randn(1, n, h, d, device=DEVICE, dtype=dtype)
+        for n, h, d in (
+            (tokens, heads, width), (count, 1, width), (count, 1, width), (tokens, 1, width), (tokens, 1, width),
+            (tokens, heads, 3),
+        )
+    )  # fmt: skip
+    gates = gates.sigmoid()
+    found = []
+    for start in (0, tokens - last):
+        ours = q[:, start:].clone().requires_grad_()
+        out = nsa_attention(ours, k_cmp, v_cmp, k, v, k, v, gates[:, start:], **sizes, q_start=start)
+        weight = torch.zeros_like(out)
+        weight[:, -last:] = 1.0
+        out.backward(weight)
+        assert ours.grad is not None
+        found.append((out.detach()[:, -last:].double(), ours.grad[:, -last:].double()))
+    for whole, chunk in zip(*found):
+        assert relative(whole, chunk) < (1e-3 if HAS_GPU else 1e-5)
+
+
+def test_the_end_of_a_sequence_equals_a_chunk_of_its_own() -> None:
+    check_end_of_long_sequence(75, 2, 16, TINY_SPARSE)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")
+def test_offsets_beyond_the_range_of_32_bits() -> None:
+    tokens = 262_400
+    assert tokens * 64 * 128 > 2**31
+    check_end_of_long_sequence(tokens, 64, 128, PAPER)
 
 
 @pytest.mark.gpu

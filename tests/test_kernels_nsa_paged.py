@@ -153,6 +153,13 @@ def test_decode_in_half_precision(query_len: int) -> None:
     assert error < 1e-2
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")
+def test_decode_of_the_largest_batch() -> None:
+    lens = [33 + 37 * b % 1900 for b in range(256)]
+    assert decode_error(lens, 2, (64, 4), (128, 128), PAPER, 64, torch.bfloat16) < 1e-2
+
+
 def compressed_step_by_step(dtype: torch.dtype, sizes: tuple[int, int], tokens: int, query_len: int) -> float:
     """Largest relative error of tokens compressed while decoding, against all at once."""
     block, stride = sizes
