@@ -169,14 +169,18 @@ def shared_constants(q: Tensor, k: Tensor, v: Tensor, select_block: int) -> dict
     }  # fmt: skip
 
 
-def _launch_for(name: str, constants: dict[str, Any], q: Tensor, bulk: bool) -> dict[str, int]:
-    """Launch parameters of a kernel that goes by query; completes its constants by tile and group size."""
-    width, padded = max(constants["DQ"], constants["DV"]), max(16, next_power_of_2(constants["G"]))
+def _by_query(
+    name: str, q: Tensor, k: Tensor, v: Tensor, select_block: int, table: Tensor | None
+) -> dict[str, Any]:
+    """Compile-time constants and options of a kernel that goes by query."""
+    constants, bulk = shared_constants(q, k, v, select_block), in_bulk(k, v, table)
+    width, padded = max(q.shape[-1], v.shape[-1]), max(16, next_power_of_2(constants["G"]))
     # Bulk copies need no threads, and 16 rows of 256 bytes no second warp's registers.
     is_lean = bulk and padded == 16 and width * q.element_size() <= 256
     launch = launch_for(name + "_bulk" if is_lean else name, width, q.element_size())
-    constants |= {"GP": padded, "BN": min(constants["BN"], launch["keys"])}
-    return launch
+    tile = min(constants["BN"], launch["keys"])
+    options = {"num_warps": launch["num_warps"], "num_stages": launch["num_stages"]}
+    return constants | {"GP": padded, "BN": tile, "BULK": bulk} | options
 
 
 def selected_forward(
@@ -201,15 +205,12 @@ def selected_forward(
     summed = torch.empty_like(others[0])
     out = torch.empty_like(summed) if keep else q.new_empty(0)
     lse = torch.empty(q.shape[:2] if keep else 0, dtype=torch.float32, device=q.device)
-    constants = shared_constants(q, k, v, select_block)
-    bulk = in_bulk(k, v, table)
-    launch = _launch_for("selected_fwd", constants, q, bulk)
+    options = _by_query("selected_fwd", q, k, v, select_block, table)
     launch_kernel(
         selected_fwd_kernel, (q.shape[0] * k.shape[-2],),
-        q, *key_sources(k, v, constants["BN"], bulk=bulk), table, index, positions, query_sequences(geometry), *others, gates, summed, out, lse,
-        geometry.meta, q.shape[0], index.shape[-1],
-        scale * LOG2E, BULK=bulk, PAGE=page_size(k, table), KEEP=keep, **constants,
-        num_warps=launch["num_warps"], num_stages=launch["num_stages"],
+        q, *key_sources(k, v, options["BN"], bulk=options["BULK"]), table, index, positions, query_sequences(geometry),
+        *others, gates, summed, out, lse, geometry.meta, q.shape[0], index.shape[-1], scale * LOG2E,
+        PAGE=page_size(k, table), KEEP=keep, **options,
     )  # fmt: skip
     return summed, out, lse
 
@@ -219,14 +220,9 @@ def selected_query_gradient(
     positions: Tensor, geometry: Geometry, *, select_block: int, scale: float, add: bool,
 ) -> None:  # fmt: skip
     """Write or add the gradient of the selected branch to dq; rows as in `range_backward`."""
-    constants = shared_constants(q, k, v, select_block)
-    bulk = in_bulk(k, v)
-    launch = _launch_for("selected_dq", constants, q, bulk)
+    options = _by_query("selected_dq", q, k, v, select_block, None)
     launch_kernel(
         selected_dq_kernel, (q.shape[0] * k.shape[1],),
-        q, *key_sources(k, v, constants["BN"], bulk=bulk), do, row_lse, row_dg, dq, index, positions, query_sequences(geometry),
-        geometry.meta, q.shape[0],
-        index.shape[-1], scale, scale * LOG2E, ADD=add,
-        BULK=bulk, **constants,
-        num_warps=launch["num_warps"], num_stages=launch["num_stages"],
+        q, *key_sources(k, v, options["BN"], bulk=options["BULK"]), do, row_lse, row_dg, dq, index, positions,
+        query_sequences(geometry), geometry.meta, q.shape[0], index.shape[-1], scale, scale * LOG2E, ADD=add, **options,
     )  # fmt: skip
