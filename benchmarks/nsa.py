@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks.nsa_serving import SIZES, decode_rows, paged_check_rows, prefill_rows
+from benchmarks.nsa_serving import SIZES, best, decode_rows, paged_check_rows, prefill_rows, rand
 from sparseray.kernels.nsa import branches
 from sparseray.kernels.nsa.attention import nsa_layer
 from sparseray.kernels.nsa.compress import Compression
@@ -57,10 +57,6 @@ OTHERS = [
     Shape(name="64 heads, 4 KV heads, 192/128", width=192),
 ]
 WARM_JOBS = len(BATCHES) + len(OTHERS) + 1
-
-
-def rand(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    return torch.randn(*shape, device="cuda", dtype=dtype)
 
 
 def smoothed(x: Tensor) -> Tensor:
@@ -170,10 +166,6 @@ def nsa_tflop(shape: Shape, tokens: int) -> float:
     return 2.0 * shape.heads * ((pairs_cmp + pairs_slc + pairs_win) * both + pairs_cmp * keys) / 1e12
 
 
-def full_tflop(shape: Shape, tokens: int) -> float:
-    return 1.0 * shape.heads * tokens * tokens * (shape.width + shape.value) / 1e12
-
-
 def ceilings() -> tuple[float, float]:
     """Measured bf16 matrix TFLOP/s and device copy TB/s."""
     a, b = rand(8192, 8192), rand(8192, 8192)
@@ -211,11 +203,6 @@ def check_rows() -> list[str]:
         same = all(torch.equal(a, b) for a, b in zip(*found))
         rows.append(f"| {dtype}, {shape.name} | {errors[0]:.1e} | {max(errors[1:]):.1e} | {same} |")
     return rows
-
-
-def best(*times: float) -> float:
-    """The least of those that were measured."""
-    return min((t for t in times if t == t), default=math.nan)
 
 
 def shape_rows(shape: Shape, lengths: list[int], gemm: float) -> list[str]:

@@ -4,6 +4,7 @@ Decoding is timed in a CUDA graph, one token against a long cache. A graph holds
 cache; the page tables, the lengths and the workspace are one for all, as in a model.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -26,14 +27,19 @@ WARM_UP_MS = 50.0
 SIZES: dict[str, Any] = {"block": 32, "stride": 16, "select_block": 64, "num_selected": 16, "window": 512}
 
 
-def _rand(*shape: int) -> Tensor:
-    return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
+def rand(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.randn(*shape, device="cuda", dtype=dtype)
+
+
+def best(*times: float) -> float:
+    """The least of those that were measured."""
+    return min((t for t in times if t == t), default=math.nan)
 
 
 def _queries(batch: int, tokens: int) -> tuple[Tensor, Tensor]:
     """Queries and gates."""
     gates = torch.rand(batch, tokens, HEADS, 3, device="cuda", dtype=torch.bfloat16)
-    return _rand(batch, tokens, HEADS, DIM), gates
+    return rand(batch, tokens, HEADS, DIM), gates
 
 
 def _pages(batch: int, tokens: int) -> Tensor:
@@ -44,7 +50,7 @@ def _pages(batch: int, tokens: int) -> Tensor:
 
 def _cache(table: Tensor) -> tuple[Tensor, Tensor]:
     shape = (table.numel(), PAGE, NUM_KV, DIM)
-    return _rand(*shape), _rand(*shape)
+    return rand(*shape), rand(*shape)
 
 
 def nsa_steps(layers: int, batch: int, context: int) -> list[Callable[[], object]]:
@@ -84,7 +90,7 @@ def paged_check_rows() -> list[str]:
     torch.manual_seed(0)
     q, gates = _queries(1, tokens)
     count = num_compressed(tokens, 32, 16)
-    k, v, kc, vc = (_rand(1, n, NUM_KV, DIM) for n in (tokens, tokens, count, count))
+    k, v, kc, vc = (rand(1, n, NUM_KV, DIM) for n in (tokens, tokens, count, count))
     wanted = nsa_attention_reference(*(x.double() for x in (q, kc, vc, k, v, k, v, gates)), **SIZES)
 
     def row(name: str, found: Tensor, part: Tensor) -> None:
@@ -117,7 +123,7 @@ def prefill_rows(contexts: list[int], chunk: int) -> list[str]:
     for context in contexts:
         count = num_compressed(context, 32, 16)
         q, gates = _queries(1, chunk)
-        k, v, kc, vc = (_rand(1, n, NUM_KV, DIM) for n in (context, context, count, count))
+        k, v, kc, vc = (rand(1, n, NUM_KV, DIM) for n in (context, context, count, count))
         (cmp, cmp_table), (slc, slc_table) = _paged(kc, vc), _paged(k, v)
         tables = (cmp_table, slc_table, slc_table)
         lens, cu = torch.tensor([context], device="cuda"), torch.tensor([0, chunk], device="cuda")
@@ -132,8 +138,8 @@ def prefill_rows(contexts: list[int], chunk: int) -> list[str]:
 
 
 def _full_step(batch: int, context: int, backend: SDPBackend) -> Callable[[], object]:
-    q = _rand(batch, HEADS, 1, DIM)
-    k, v = (_rand(batch, NUM_KV, context, DIM) for _ in range(2))
+    q = rand(batch, HEADS, 1, DIM)
+    k, v = (rand(batch, NUM_KV, context, DIM) for _ in range(2))
 
     def step() -> object:
         with sdpa_kernel(backend):
@@ -195,11 +201,10 @@ def decode_rows(
                 full.append(graph_us([_full_step(batch, context, backend) for _ in range(layers)]))
             except RuntimeError as error:
                 print(f"{backend} decode: {str(error)[:200]}", flush=True)
-                full.append(float("nan"))
-        best = min((t for t in full if t == t), default=float("nan"))
+                full.append(math.nan)
         rate = batch * tokens * NUM_KV * DIM * 4 / nsa / 1e6
         rows.append(
-            f"| {batch} | {full[0]:.1f} | {full[1]:.1f} | {nsa:.1f} | **{best / nsa:.2f}x** | {rate:.2f}"
+            f"| {batch} | {full[0]:.1f} | {full[1]:.1f} | {nsa:.1f} | **{best(*full) / nsa:.2f}x** | {rate:.2f}"
             f" ({rate / copy_tb if copy_tb else 0:.0%}) |"
         )
         print(rows[-1], flush=True)
