@@ -173,6 +173,16 @@ def test_sizes_that_the_equations_do_not_define_are_refused() -> None:
     inputs = draw(1, 12, (2, 1), (16, 16), 2, torch.float32)
     with pytest.raises(ConfigError, match="stride=3 must divide"):
         nsa_attention(*inputs, **{**TINY, "stride": 3})
+    mlp = Compression(
+        w1=torch.ones(4, 8 * 16, device=DEVICE),
+        b1=None,
+        w2=torch.ones(16, 4, device=DEVICE),
+        b2=None,
+        pos=None,
+    )
+    q, _, _, k, v, k_win, v_win, gates = inputs
+    with pytest.raises(ConfigError, match="stride=0"):
+        nsa_layer(q, k, v, k, v, k_win, v_win, gates, keys=mlp, values=mlp, **{**TINY, "stride": 0})
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sparseray.errors import ConfigError
 from sparseray.kernels.nsa.branches import Blocks, forward_branches, window_branch
-from sparseray.kernels.nsa.compress import Compression, compress, num_packed
+from sparseray.kernels.nsa.compress import Compression, block_tables, compress, num_packed
 from sparseray.kernels.nsa.gates import prepare_backward
 from sparseray.kernels.nsa.geometry import (
     COMPRESSED,
@@ -25,7 +25,7 @@ from sparseray.kernels.nsa.geometry import (
     uniform,
 )
 from sparseray.kernels.nsa.range_backward import range_backward
-from sparseray.kernels.nsa.reference import check_blocks, num_compressed
+from sparseray.kernels.nsa.reference import num_compressed
 from sparseray.kernels.nsa.selected_backward import selected_backward
 
 
@@ -106,12 +106,8 @@ def _geometry(
     q: Tensor, num_cmp: int, k_slc: Tensor, k_win: Tensor, cu_seqlens: Tensor | None, sizes: Blocks, q_start: int,
     win_start: int,
 ) -> Geometry:  # fmt: skip
-    """Check that sizes and shapes fit together; num_cmp counts the compressed tokens of a sequence, or of all
-    packed ones together."""
-    check_blocks(
-        sizes.block, sizes.stride, sizes.select_block, sizes.num_selected, sizes.window, sizes.num_initial,
-        sizes.num_local,
-    )  # fmt: skip
+    """Check that shapes fit together; num_cmp counts the compressed tokens of a sequence, or of all packed ones
+    together."""
     (batch, queries, heads), num_kv = q.shape[:3], k_slc.shape[2]
     reach = q_start + (0 if cu_seqlens is not None else queries)
     if heads % num_kv or heads // num_kv > 64 or k_slc.shape[1] < reach:
@@ -228,19 +224,21 @@ def nsa_layer(
         block=block, stride=stride, select_block=select_block, num_selected=num_selected, window=window,
         num_initial=num_initial, num_local=num_local, scale=q.shape[-1] ** -0.5 if scale is None else scale,
     )  # fmt: skip
+    batch, tokens = k_raw.shape[:2]
     if cu_seqlens is None:
-        count = num_compressed(k_raw.shape[1], block, stride)
+        count = num_compressed(tokens, block, stride)
     else:
-        count = num_blocks = num_packed(cu_seqlens, block, stride) if num_blocks is None else num_blocks
+        count = num_packed(cu_seqlens, block, stride) if num_blocks is None else num_blocks
     geometry = _geometry(q, count, k_slc, k_win, cu_seqlens, sizes, 0, 0)
+    # What is packed twice, for the window and for the rest, is copied once at most.
+    q, k_win, v_win = q.contiguous(), k_win.contiguous(), v_win.contiguous()
     with torch.no_grad():
         won = window_branch(
             _packed(q), _packed(k_win), _packed(v_win), geometry, window=window, scale=sizes.scale
         )
+    tables = block_tables(batch, tokens, block, stride, q.device, cu_seqlens=cu_seqlens, num_blocks=count)
     k_cmp, v_cmp = (
-        compress(
-            x, mlp.w1, mlp.b1, mlp.w2, mlp.b2, mlp.pos, block, stride, cu_seqlens=cu_seqlens, num_blocks=num_blocks
-        )
+        compress(x, mlp.w1, mlp.b1, mlp.w2, mlp.b2, mlp.pos, block, stride, tables=tables)
         for x, mlp in ((k_raw, keys), (v_raw, values))
-    )  # fmt: skip
+    )
     return _run(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, geometry, sizes, won)

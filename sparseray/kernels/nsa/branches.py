@@ -16,6 +16,7 @@ from sparseray.kernels.nsa.gates import combine
 from sparseray.kernels.nsa.geometry import COMPRESSED, KEYS, WINDOW, Geometry, query_positions
 from sparseray.kernels.nsa.inverse import pays_by_block
 from sparseray.kernels.nsa.range_forward import range_forward
+from sparseray.kernels.nsa.reference import check_blocks
 from sparseray.kernels.nsa.selected_by_block import selected_by_block
 from sparseray.kernels.nsa.selected_forward import selected_forward
 from sparseray.kernels.nsa.top_n import select_blocks
@@ -23,7 +24,7 @@ from sparseray.kernels.nsa.top_n import select_blocks
 
 @dataclass(frozen=True, kw_only=True)
 class Blocks:
-    """Block sizes of one call; see `nsa_attention`."""
+    """Block sizes of one call; see `nsa_attention`. ConfigError where the equations are not defined for them."""
 
     block: int
     stride: int
@@ -33,6 +34,11 @@ class Blocks:
     num_initial: int
     num_local: int
     scale: float
+
+    def __post_init__(self) -> None:
+        check_blocks(
+            self.block, self.stride, self.select_block, self.num_selected, self.window, self.num_initial, self.num_local
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

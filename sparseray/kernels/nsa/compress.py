@@ -295,6 +295,21 @@ def num_packed(cu_seqlens: Tensor, block: int, stride: int) -> int:
     return sum(num_compressed(length, block, stride) for length in lengths)
 
 
+def block_tables(
+    batch: int, tokens: int, block: int, stride: int, device: torch.device, *, cu_seqlens: Tensor | None,
+    num_blocks: int | None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """What `compress` makes of the lengths, for the keys and the values of a layer to share.
+
+    Args:
+        batch, tokens: of x; the others as in `compress`.
+    """
+    if cu_seqlens is None:
+        return _uniform_tables(batch, tokens, block, stride, device)
+    count = num_packed(cu_seqlens, block, stride) if num_blocks is None else num_blocks
+    return _packed_tables(cu_seqlens, tokens, count, block, stride)
+
+
 def compress(
     x: Tensor,
     w1: Tensor,
@@ -307,6 +322,7 @@ def compress(
     *,
     cu_seqlens: Tensor | None = None,
     num_blocks: int | None = None,
+    tables: tuple[Tensor, ...] | None = None,
 ) -> Tensor:
     """Compress overlapping blocks of keys or values to one token each, differentiable.
 
@@ -317,6 +333,7 @@ def compress(
         cu_seqlens: int [N + 1] with B = 1: boundaries of packed sequences.
         num_blocks: compressed tokens of all packed sequences together; with cu_seqlens only, where it saves
             reading the boundaries back to the host.
+        tables: what `block_tables` made of the same lengths, instead of cu_seqlens and num_blocks.
 
     Returns:
         [B, C, H, D_out]; packed sequences follow each other.
@@ -332,23 +349,19 @@ def compress(
             f"nsa: compress needs stride={stride} to divide block={block} and w1 {tuple(w1.shape)} of"
             f" block * D = {block * width} columns"
         )
-    if cu_seqlens is None:
-        count = batch * num_compressed(tokens, block, stride)
-    else:
-        count = num_packed(cu_seqlens, block, stride) if num_blocks is None else num_blocks
+    if tables is None:
+        tables = block_tables(
+            batch, tokens, block, stride, x.device, cu_seqlens=cu_seqlens, num_blocks=num_blocks
+        )
     bias = b1
     if pos is not None:
         encoded = w1 @ pos.reshape(-1)
         bias = encoded if b1 is None else b1 + encoded
     flat = x.flatten(0, 1).contiguous()
-    if cu_seqlens is None:
-        tables = _uniform_tables(batch, tokens, block, stride, x.device)
-    else:
-        tables = _packed_tables(cu_seqlens, tokens, count, block, stride)
     w1 = w1.contiguous()
     if torch.is_grad_enabled():
         out: Tensor = _Compress.apply(flat, w1, bias, w2, b2, tables, block, stride)
     else:
         # Without the graph's node, which takes the host time.
         out, _ = _forward(flat, w1, bias, w2, b2, tables[0], block)
-    return out.view(batch, count // batch, heads, w2.shape[0])
+    return out.view(batch, out.shape[0] // batch, heads, w2.shape[0])

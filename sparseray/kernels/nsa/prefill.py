@@ -12,7 +12,6 @@ from torch import Tensor
 from sparseray.errors import ConfigError
 from sparseray.kernels.nsa.branches import Blocks, forward_branches, window_branch
 from sparseray.kernels.nsa.geometry import Geometry, paged
-from sparseray.kernels.nsa.reference import check_blocks
 
 
 def prefill_geometry(
@@ -72,7 +71,10 @@ def nsa_prefill(
     Raises:
         ConfigError: sizes for which the equations are not defined, or heads that do not fit together.
     """
-    check_blocks(block, stride, select_block, num_selected, window, num_initial, num_local)
+    sizes = Blocks(
+        block=block, stride=stride, select_block=select_block, num_selected=num_selected, window=window,
+        num_initial=num_initial, num_local=num_local, scale=q.shape[-1] ** -0.5 if scale is None else scale,
+    )  # fmt: skip
     heads, num_kv = q.shape[1], slc_cache[0].shape[2]
     if heads % num_kv or heads // num_kv > 64 or cu_seqlens.shape[0] != context_lens.shape[0] + 1:
         raise ConfigError(
@@ -85,10 +87,6 @@ def nsa_prefill(
         geometry = prefill_geometry(
             cu_seqlens, context_lens, tables, tokens=q.shape[0], page=slc_cache[0].shape[1], block=block, stride=stride
         )  # fmt: skip
-    sizes = Blocks(
-        block=block, stride=stride, select_block=select_block, num_selected=num_selected, window=window,
-        num_initial=num_initial, num_local=num_local, scale=q.shape[-1] ** -0.5 if scale is None else scale,
-    )  # fmt: skip
     with torch.no_grad():
         q, gates = q.contiguous(), gates.contiguous()
         won = window_branch(q, *win_cache, geometry, window=window, scale=sizes.scale, table=tables[2])
