@@ -12,6 +12,7 @@ import uuid
 from pathlib import Path
 
 import psutil
+import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 MARK = "SPARSERAY_TEST_MARK"
@@ -64,7 +65,7 @@ class Background:
         self.lines: list[str] = []
         self.process = subprocess.Popen(
             command,
-            env=env,
+            env=env | {"PYTHONFAULTHANDLER": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -91,11 +92,19 @@ class Background:
             time.sleep(0.05)
 
     def interrupt(self, seconds: float = 20.0) -> int:
-        """Send SIGINT to the whole process group, as a terminal's Ctrl-C does, and return the exit code."""
+        """Send SIGINT to the whole process group, as a terminal's Ctrl-C does, and return the exit code.
+
+        One that does not end is made to tell where its threads stand.
+        """
         os.killpg(self.process.pid, signal.SIGINT)
-        code = self.process.wait(seconds)
-        self._thread.join(5.0)
-        return code
+        try:
+            return self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self.process.send_signal(signal.SIGABRT)
+            self.process.wait(seconds)
+        finally:
+            self._thread.join(5.0)
+        pytest.fail(f"Ctrl-C did not end it within {seconds} s:\n{self.output}")
 
     def terminate(self, seconds: float = 20.0) -> None:
         """End it by SIGTERM if it still runs."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
 import socket
 import threading
 import time
@@ -676,3 +678,28 @@ def test_port_in_use_is_a_plain_error(service: Service) -> None:
             ),
             port=int(service.url.rsplit(":", 1)[1]),
         )
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("when", ["at its announcement", "while it serves"])
+def test_a_signal_stops_the_server_cleanly_from_its_announcement_on(sent: int, when: str) -> None:
+    limits = ApiLimits(max_model_len=64, vocab_size=320)
+    server = HttpServer(
+        create_app(_BreakingClient(), Vocabulary(make_tokenizer(), 0), model="x", limits=limits)
+    )
+    before = signal.getsignal(sent)
+
+    def stop() -> None:
+        while when == "while it serves" and httpx.get(f"{server.url}/health").status_code != 200:
+            time.sleep(0.01)
+        os.kill(os.getpid(), sent)
+
+    if when == "at its announcement":
+        server.run(stop)
+    else:
+        stopper = threading.Thread(target=stop)
+        server.run(stopper.start)
+        stopper.join()
+    assert signal.getsignal(sent) is before
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(server.url)

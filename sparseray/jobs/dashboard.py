@@ -5,7 +5,6 @@ records. The page loads nothing from anywhere else; requests for other host name
 """
 
 import argparse
-import contextlib
 import json
 import math
 import re
@@ -73,9 +72,8 @@ def serve(app: Starlette, port: int) -> None:
     from sparseray.jobs.http_server import HttpServer
 
     server = HttpServer(app, port=port)
-    print(f"the dashboards are at {server.url} ({app.state.source.what}; Ctrl-C stops)", flush=True)
-    with contextlib.suppress(KeyboardInterrupt):
-        server.run()
+    what = app.state.source.what
+    server.run(lambda: print(f"the dashboards are at {server.url} ({what}; Ctrl-C stops)", flush=True))
     print("stopped", flush=True)
 
 

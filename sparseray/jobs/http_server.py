@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import secrets
+import signal
 import socket
 import threading
 import time
@@ -343,9 +344,22 @@ class HttpServer:
         )
         self._thread: threading.Thread | None = None
 
-    def run(self) -> None:
-        """Serve in this thread until SIGINT or SIGTERM."""
-        self._server.run(sockets=[self._socket])
+    def run(self, announce: Callable[[], None]) -> None:
+        """Serve in the main thread until SIGINT or SIGTERM; a second SIGINT does not wait for open streams.
+
+        Args:
+            announce: called once either signal stops the server cleanly. Before that point, and in the moments
+                in which uvicorn and asyncio install handlers of their own, an interrupt would be raised wherever
+                the interpreter is, a finalizer that swallows it included.
+        """
+        handle = self._server.handle_exit
+        previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            announce()
+            self._server.run(sockets=[self._socket])
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
 
     def close(self) -> None:
         """Stop a server that runs in the background, open streams after a few seconds."""
@@ -355,7 +369,9 @@ class HttpServer:
         self._socket.close()
 
     def __enter__(self) -> HttpServer:
-        self._thread = threading.Thread(target=self.run, name="sparseray-http", daemon=True)
+        self._thread = threading.Thread(
+            target=self._server.run, args=([self._socket],), name="sparseray-http", daemon=True
+        )
         self._thread.start()
         return self
 

@@ -5,7 +5,6 @@ streams the tokens that come back. Ray starts the slots and is not on the path o
 """
 
 import asyncio
-import contextlib
 import socket
 import sys
 import threading
@@ -98,13 +97,11 @@ def run(directory: Path, serve: ServeConfig, cluster_config: ClusterConfig, mode
         url = f"http://{serve.host}:{serve.port}"
         targets = cluster.metric_targets() | {"server": f"{serve.host}:{serve.port}"}
         publish(cluster.job, entries(targets, model_name))
-        print(f"serving {directory} as {model_name!r} at {url} (Ctrl-C stops); try:", flush=True)
-        print(
+        hint = (
+            f"serving {directory} as {model_name!r} at {url} (Ctrl-C stops); try:\n"
             f"  curl -s {url}/v1/completions -H 'Content-Type: application/json' -d '{{\"prompt\": \"import \"}}'"
         )
-        # uvicorn raises Ctrl-C again once it has shut down; here that is the clean way to stop.
-        with contextlib.suppress(KeyboardInterrupt):
-            HttpServer(app, host=serve.host, port=serve.port).run()
+        HttpServer(app, host=serve.host, port=serve.port).run(lambda: print(hint, flush=True))
     finally:
         if client is not None:
             client.close()
