@@ -102,8 +102,9 @@ def test_a_wrong_token_is_told_in_one_line(head: Head, config: Path) -> None:
 
 
 @pytest.mark.ray
-def test_a_head_that_is_not_there_is_told_in_one_line(config: Path) -> None:
-    address = f"http://127.0.0.1:{free_ports(1)[0]}"
+@pytest.mark.parametrize("path", ["", "/auth/401"])
+def test_a_head_that_is_not_there_is_told_in_one_line(config: Path, path: str) -> None:
+    address = f"http://127.0.0.1:{free_ports(1)[0]}{path}"
     started = time.monotonic()
     found = sparseray("submit", "pretrain", "--config", str(config), "--address", address)
     assert found.returncode == 2, found.stdout + found.stderr

@@ -7,6 +7,7 @@ status. Paths are made absolute: the cluster sees the same files, or gets them b
 import argparse
 import asyncio
 import os
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -134,7 +135,8 @@ def _connect(address: str) -> "JobSubmissionClient":
         client.get_version()
     except (ConnectionError, RuntimeError, ValueError, RayError) as error:
         text = _one_line(error)
-        is_token = any(word in text.lower() for word in ("token", "401", "403", "unauthenticated", "auth"))
+        # Without the address, whose port or host name may look like a status or a word of these.
+        is_token = re.search(r"token|auth|\b40[13]\b", text.replace(address, ""), re.IGNORECASE)
         cure = (
             "give the cluster's token in RAY_AUTH_TOKEN or ~/.ray/auth_token"
             if is_token
