@@ -22,7 +22,7 @@ def paged(rows: list[Tensor], page: int, fill: float = 7.0) -> tuple[Tensor, Ten
     """A cache with shuffled pages and its block table."""
     counts = [-(-max(1, x.shape[0]) // page) for x in rows]
     order = torch.randperm(sum(counts), generator=torch.Generator().manual_seed(1)).int().tolist()
-    cache = torch.full((sum(counts), page, *rows[0].shape[1:]), fill)
+    cache = torch.full((sum(counts), page, *rows[0].shape[1:]), fill, dtype=rows[0].dtype)
     table = torch.zeros(len(rows), max(counts), dtype=torch.int32)
     for b, x in enumerate(rows):
         for i in range(counts[b]):
@@ -41,11 +41,12 @@ def decode_error(
     """Error of the second of two steps that share a workspace; both give the same bits."""
     (HQ, H), (D, Dv) = heads, dims
     generator = torch.Generator().manual_seed(0)
-    q = torch.randn(len(lens), query_len, HQ, D, generator=generator)
-    gates = torch.rand(len(lens), query_len, HQ, 3, generator=generator)
+    q = torch.randn(len(lens), query_len, HQ, D, generator=generator).to(dtype)
+    gates = torch.rand(len(lens), query_len, HQ, 3, generator=generator).to(dtype)
     counts = [num_compressed(s, sizes["block"], sizes["stride"]) for s in lens]
     kinds = [(counts, D), (counts, Dv), (lens, D), (lens, Dv), (lens, D), (lens, Dv)]
-    rows = [[torch.randn(n, H, d, generator=generator) for n in ns] for ns, d in kinds]
+    # Rounded before the reference sees them too: rounding alone would make it select other blocks.
+    rows = [[torch.randn(n, H, d, generator=generator).to(dtype) for n in ns] for ns, d in kinds]
     rows[0] = [x * key_scale for x in rows[0]]
     wanted = torch.cat(
         [
@@ -56,7 +57,7 @@ def decode_error(
             for b, s in enumerate(lens)
         ]
     )  # fmt: skip
-    caches = [(c.to(DEVICE, dtype), t.to(DEVICE)) for c, t in (paged(x, page) for x in rows)]
+    caches = [(c.to(DEVICE), t.to(DEVICE)) for c, t in (paged(x, page) for x in rows)]
     pairs = [(caches[i][0], caches[i + 1][0]) for i in (0, 2, 4)]
     own = {k: v for k, v in sizes.items() if k in TINY}
     workspace = DecodeWorkspace.create(len(lens), query_len, HQ, H, Dv, max(lens), device=DEVICE, **own)
@@ -64,7 +65,7 @@ def decode_error(
     for _ in range(2):
         out = torch.full((len(lens), query_len, HQ, Dv), float("nan"), device=DEVICE, dtype=dtype)
         nsa_decode(
-            q.to(DEVICE, dtype), gates.to(DEVICE, dtype), *pairs, caches[0][1], caches[2][1], caches[4][1],
+            q.to(DEVICE), gates.to(DEVICE), *pairs, caches[0][1], caches[2][1], caches[4][1],
             torch.tensor(lens, dtype=torch.int32, device=DEVICE), workspace, out, **sizes,
         )  # fmt: skip
         outs.append(out.cpu())
@@ -150,14 +151,14 @@ def test_prefill_of_chunks_of_different_lengths_over_pages_matches_the_reference
 @pytest.mark.parametrize("query_len", [1, 8])
 def test_decode_in_half_precision(query_len: int) -> None:
     error = decode_error([1000, 70, 33], query_len, (64, 4), (128, 128), PAPER, 64, torch.bfloat16)
-    assert error < 1e-2
+    assert error < 5e-3
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")
 def test_decode_of_the_largest_batch() -> None:
     lens = [33 + 37 * b % 1900 for b in range(256)]
-    assert decode_error(lens, 2, (64, 4), (128, 128), PAPER, 64, torch.bfloat16) < 1e-2
+    assert decode_error(lens, 2, (64, 4), (128, 128), PAPER, 64, torch.bfloat16) < 5e-3
 
 
 def compressed_step_by_step(dtype: torch.dtype, sizes: tuple[int, int], tokens: int, query_len: int) -> float:
