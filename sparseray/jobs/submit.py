@@ -7,7 +7,6 @@ status. Paths are made absolute: the cluster sees the same files, or gets them b
 import argparse
 import asyncio
 import os
-import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -127,7 +126,7 @@ def _connect(address: str) -> "JobSubmissionClient":
     if "RAY_AUTH_MODE" not in os.environ and ("RAY_AUTH_TOKEN" in os.environ or token_file.exists()):
         # A client that starts no cluster sends its token only when told to.
         os.environ["RAY_AUTH_MODE"] = "token"
-    from ray.exceptions import RayError
+    from ray.exceptions import AuthenticationError, RayError
     from ray.job_submission import JobSubmissionClient
 
     try:
@@ -135,11 +134,9 @@ def _connect(address: str) -> "JobSubmissionClient":
         client.get_version()
     except (ConnectionError, RuntimeError, ValueError, RayError) as error:
         text = _one_line(error)
-        # Without the address, whose port or host name may look like a status or a word of these.
-        is_token = re.search(r"token|auth|\b40[13]\b", text.replace(address, ""), re.IGNORECASE)
         cure = (
             "give the cluster's token in RAY_AUTH_TOKEN or ~/.ray/auth_token"
-            if is_token
+            if isinstance(error, AuthenticationError)
             else "check the address, and that the head was started with its dashboard"
         )
         raise ClusterError(f"the Ray head at {address} cannot be used: {text}; {cure}") from None
