@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import functools
 import secrets
-import signal
 import socket
 import threading
 import time
@@ -31,6 +30,7 @@ from sparseray.jobs.answer import Answer, GenerationError
 from sparseray.jobs.generation_client import ARRIVED_S, GenerationClient, OverloadedError
 from sparseray.jobs.openai_api import ApiError, ApiLimits, ApiRequest, parse_json, parse_request
 from sparseray.jobs.openai_responses import DONE, Renderer, sse
+from sparseray.jobs.signals import stops_noted
 from sparseray.jobs.text_stream import Vocabulary
 from sparseray.log import get_logger
 
@@ -352,14 +352,9 @@ class HttpServer:
                 in which uvicorn and asyncio install handlers of their own, an interrupt would be raised wherever
                 the interpreter is, a finalizer that swallows it included.
         """
-        handle = self._server.handle_exit
-        previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
+        with stops_noted(self._server.handle_exit):
             announce()
             self._server.run(sockets=[self._socket])
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
 
     def close(self) -> None:
         """Stop a server that runs in the background, open streams after a few seconds."""

@@ -4,7 +4,6 @@ Nothing is written and nothing is started before configuration, data and run fol
 checked. The same command goes on from the newest checkpoint of its run folder.
 """
 
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +16,7 @@ from typing import Any
 from sparseray.actors.token_data import TokenDataset
 from sparseray.errors import ConfigError, RunFailedError, SchedulerLostError, UserError
 from sparseray.jobs.report import write_report
+from sparseray.jobs.signals import stops_noted
 from sparseray.model.config import ModelConfig
 from sparseray.model.counts import count_parameters
 from sparseray.model.dse_layout import DSELayout
@@ -253,12 +253,8 @@ def _interrupts(show: Show) -> Iterator[list[int]]:
             "stopping after this step, with a checkpoint; Ctrl-C again stops at once and loses the steps since the last one"
         )
 
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with stops_noted(handle):
         yield seen
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def describe(record: dict[str, Any], steps: int, started: float, *, first: bool) -> str:
