@@ -194,24 +194,29 @@ def range_dkdv_kernel(
     q_hi = tl.minimum(q_len, (i_split + 1) * split)
     if WIN > 0:
         q_hi = tl.minimum(q_hi, k_start + i_k + BN - 1 + WIN - q_start)
+    # Keys of a window: programs that run at the same time begin at the same query, so its rows are read from memory
+    # once for all of them, and take the queries before it last.
+    q_turn = q_lo
     q_mask = q_hi
-    if WIN == 0:
+    if WIN > 0:
+        TURN: tl.constexpr = (WIN + BN + BQ - 1) // BQ * BQ
+        q_turn = tl.minimum((q_lo + TURN - 1) // TURN * TURN, q_hi)
+    else:
         # From here on every query sees the whole key tile.
         q_mask = tl.maximum(k_start + (i_k + BN - 1) * STRIDE + LEN - 1 - q_start, 0)
         q_mask = tl.minimum(tl.maximum((q_mask + BQ - 1) // BQ * BQ, q_lo), q_hi)
-    for i in range(q_lo, q_mask, BQ):
+    for i in range(q_turn, q_mask, BQ):
         b_dk0, b_dk1, b_dv = _dkdv_step(
             b_dk0, b_dk1, b_dv, b_k0, b_k1, b_v, b_end, m_i, p_q, p_do, p_lse, p_dg, q_off, q_hi, q_start,
             i, i_kv,
             scale2, H, G, GP, BQ, DQ, D0, D1, DV, DVP, WIN, IP, True,
         )  # fmt: skip
-    if WIN == 0:
-        for i in range((q_mask + BQ - 1) // BQ * BQ, q_hi, BQ):
-            b_dk0, b_dk1, b_dv = _dkdv_step(
-                b_dk0, b_dk1, b_dv, b_k0, b_k1, b_v, b_end, m_i, p_q, p_do, p_lse, p_dg, q_off, q_hi,
-                q_start, i,
-                i_kv, scale2, H, G, GP, BQ, DQ, D0, D1, DV, DVP, WIN, IP, False,
-            )  # fmt: skip
+    for i in range(q_lo if WIN > 0 else (q_mask + BQ - 1) // BQ * BQ, q_turn if WIN > 0 else q_hi, BQ):
+        b_dk0, b_dk1, b_dv = _dkdv_step(
+            b_dk0, b_dk1, b_dv, b_k0, b_k1, b_v, b_end, m_i, p_q, p_do, p_lse, p_dg, q_off, q_hi, q_start,
+            i, i_kv,
+            scale2, H, G, GP, BQ, DQ, D0, D1, DV, DVP, WIN, IP, WIN > 0,
+        )  # fmt: skip
     o_out = (i_split.to(tl.int64) * num_keys + k_off + o_i) * H + i_kv
     store_tile(p_dk, o_out, m_i, b_dk0 * scale, DQ, 0, D0)
     if D1 > 0:

@@ -30,13 +30,25 @@ from sparseray.kernels.nsa.tuning import LAUNCH, launch_for
 
 
 @triton.jit
+def _place(o_m, BQ: tl.constexpr, GP: tl.constexpr):
+    """Query and head at column o_m of a tile of BQ queries with GP heads each.
+
+    In a product's result a thread holds columns 2 c and 2 c + 1 of every 8, c being its place among four. So c counts
+    queries: all heads of a query are then in one thread, and adding them up moves nothing between threads.
+    """
+    E: tl.constexpr = min(2, GP)
+    C: tl.constexpr = min(4, BQ)
+    return o_m // (C * GP) * C + o_m // E % C, o_m // (E * C) % (GP // E) * E + o_m % E
+
+
+@triton.jit
 def _score_step(
     j, b_q0, b_q1, b_lse, b_t, p_k, p_k1, p_table, k_off, k_len, i_kv, p_out, over, m_out, width, scale2,
     H: tl.constexpr, GP: tl.constexpr, BQ: tl.constexpr, BJ: tl.constexpr, RP: tl.constexpr,
     DQ: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, LEN: tl.constexpr, STRIDE: tl.constexpr,
     SELECT: tl.constexpr, IP: tl.constexpr, BULK: tl.constexpr, PAGE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Scores of BJ selection blocks; keys are rows, so that few threads hold the heads of one sum."""
+    """Scores of BJ selection blocks; keys are rows, and `_place` puts the heads of one sum into one thread."""
     R: tl.constexpr = SELECT // STRIDE
     L: tl.constexpr = LEN // STRIDE
     o_c = tl.arange(0, BJ * RP)
@@ -52,7 +64,9 @@ def _score_step(
     if MASKED:
         b_see = m_i[:, None] & ((o_i * STRIDE + LEN - 1)[:, None] <= b_t[None, :])
         b_p = tl.where(b_see, b_p, 0.0)
-    b_sum = tl.sum(tl.reshape(b_p, [BJ * RP, BQ, GP]), 2)
+    E: tl.constexpr = min(2, GP)
+    C: tl.constexpr = min(4, BQ)
+    b_sum = tl.sum(tl.sum(tl.reshape(b_p, [BJ * RP, BQ // C, GP // E, C, E]), 4), 2)
     b_sum = tl.reshape(b_sum, [BJ, RP, BQ])
     o_r = tl.arange(0, RP)
     o_j = j + tl.arange(0, BJ)
@@ -89,11 +103,11 @@ def score_kernel(
     k_len = tl.load(p_row + 4).to(tl.int32)
     if (q_off + i_q >= row_end) | (q_off + i_q + BQ <= row_first):
         return
-    o_m = tl.arange(0, BQ * GP)
-    o_q = i_q + o_m // GP
-    m_q = (o_q < q_len) & (o_m % GP < G)
+    o_q, o_g = _place(tl.arange(0, BQ * GP), BQ, GP)
+    o_q += i_q
+    m_q = (o_q < q_len) & (o_g < G)
     b_t = q_start + o_q
-    o_row = (q_off + o_q) * (H * G) + i_kv * G + o_m % GP
+    o_row = (q_off + o_q) * (H * G) + i_kv * G + o_g
     b_q0 = load_tile(p_q, o_row, m_q, DQ, 0, D0, True)
     b_q1 = b_q0
     if D1 > 0:
