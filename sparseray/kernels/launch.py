@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as LaidOutDescriptor
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -22,6 +23,8 @@ def _kind(arg: Any) -> Any:
         return type(arg), arg == 1, arg % 16 == 0, arg.bit_length() > 31
     if isinstance(arg, TensorDescriptor):
         return arg.base.dtype, *arg.block_shape
+    if isinstance(arg, LaidOutDescriptor):
+        return arg.base.dtype, *arg.block_shape, arg.layout
     return type(arg)
 
 

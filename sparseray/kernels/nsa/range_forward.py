@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sparseray.kernels.launch import launch_kernel
 from sparseray.kernels.nsa.geometry import COMPRESSED, KEYS, QUERY, WINDOW, Geometry
+from sparseray.kernels.nsa.range_pipelined import fits_pipeline, range_pipelined
 from sparseray.kernels.nsa.tiles import (
     can_copy,
     copy_source,
@@ -30,8 +31,6 @@ from sparseray.kernels.nsa.tiles import (
 from sparseray.kernels.nsa.tuning import launch_for
 
 LOG2E = 1.4426950408889634
-SHORT = 1024
-"""Up to so many keys a sequence, small tiles are faster: fewer masked keys, more programs."""
 
 
 @triton.jit
@@ -188,14 +187,18 @@ def range_forward(
     out = q.new_empty(q.shape[0], heads, v.shape[-1])
     lse = torch.empty(q.shape[0], heads, dtype=torch.float32, device=q.device)
     width = max(q.shape[-1], v.shape[-1])
-    long = "range_fwd" if geometry.max_keys > SHORT * stride else "range_fwd_short"
-    launch = launch_for("window_fwd" if kind == WINDOW else long, width, q.element_size())
+    bulk = in_bulk(k, v, table)
+    if kind == COMPRESSED and bulk and fits_pipeline(q, k, v):
+        range_pipelined(
+            q, k, v, out, lse, geometry, kind=kind, block=block, stride=stride, scale2=scale * LOG2E
+        )
+        return out, lse
+    launch = launch_for("window_fwd" if kind == WINDOW else "range_fwd", width, q.element_size())
     tokens, padded = tokens_per_tile(launch["rows"], heads // num_kv)
     tiles = geometry.tiles(QUERY, tokens)
     d0, d1 = split_width(q.shape[-1])
     assert kind in (COMPRESSED, WINDOW, KEYS)
     dvp = max(16, next_power_of_2(v.shape[-1]))
-    bulk = in_bulk(k, v, table)
     launch_kernel(
         range_fwd_kernel, (tiles.shape[0] * num_kv,),
         q, *key_sources(k, v, launch["keys"], bulk=bulk), table, out, lse, geometry.meta, tiles, tiles.shape[0], scale * LOG2E,

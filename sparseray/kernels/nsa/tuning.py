@@ -8,14 +8,14 @@ blocks a decoding program scores at most, `fewest` at least.
 """
 
 LAUNCH: dict[str, dict[str, int]] = {
-    "range_fwd": {"rows": 128, "keys": 128, "num_warps": 8, "num_stages": 3},
-    "range_fwd_short": {"rows": 64, "keys": 64, "num_warps": 4, "num_stages": 3},
+    "range_fwd": {"rows": 64, "keys": 64, "num_warps": 4, "num_stages": 3},
+    "range_pipelined": {"keys": 128, "num_stages": 2},
     "window_fwd": {"rows": 64, "keys": 64, "num_warps": 4, "num_stages": 3},
     "range_dq": {"rows": 128, "keys": 128, "num_warps": 8, "num_stages": 2},
     "window_dq": {"rows": 64, "keys": 64, "num_warps": 4, "num_stages": 2},
     "range_dkdv": {"rows": 64, "keys": 64, "num_warps": 4, "num_stages": 2, "split": 512, "programs": 3072},
     "window_dkdv": {"rows": 64, "keys": 64, "num_warps": 4, "num_stages": 2, "split": 512, "programs": 0},
-    "score": {"rows": 128, "keys": 64, "num_warps": 8, "num_stages": 2, "chunk": 8192},
+    "score": {"rows": 128, "keys": 64, "num_warps": 4, "num_stages": 2, "chunk": 8192},
     "score_small": {"rows": 128, "keys": 64, "num_warps": 8, "num_stages": 3, "chunk": 8192},
     "top_n": {"num_warps": 1},
     "selected_fwd": {"keys": 64, "num_warps": 2, "num_stages": 2},
