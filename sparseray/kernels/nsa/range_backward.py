@@ -11,10 +11,13 @@ import triton.language as tl
 from torch import Tensor
 
 from sparseray.kernels.launch import launch_kernel
-from sparseray.kernels.nsa.geometry import QUERY, WINDOW, Geometry
+from sparseray.kernels.nsa.geometry import COMPRESSED, QUERY, WINDOW, Geometry
 from sparseray.kernels.nsa.range_forward import LOG2E, in_bulk, key_sources, tokens_per_tile
+from sparseray.kernels.nsa.range_pipelined import ROWS
+from sparseray.kernels.nsa.range_pipelined_backward import fits_pipeline, range_pipelined_dkdv
 from sparseray.kernels.nsa.tiles import (
     add_tile,
+    can_copy,
     fetch,
     load_tile,
     next_power_of_2,
@@ -263,8 +266,9 @@ def range_backward(
     )  # fmt: skip
     if k.shape[0] == 0:
         return torch.zeros_like(k), torch.zeros_like(v)
-    launch = launch_for(f"{name}_dkdv", width, q.element_size())
-    tokens, padded = tokens_per_tile(launch["rows"], heads // num_kv)
+    is_pipelined = kind == COMPRESSED and bulk and can_copy(do) and fits_pipeline(q, k, v)
+    launch = launch_for("range_pipelined_dkdv" if is_pipelined else f"{name}_dkdv", width, q.element_size())
+    tokens, padded = tokens_per_tile(ROWS if is_pipelined else launch["rows"], heads // num_kv)
     tiles = geometry.tiles(kind, launch["keys"])
     longest = min(geometry.totals[QUERY], geometry.max_keys)
     num_splits = max(1, launch["programs"] // (tiles.shape[0] * num_kv))
@@ -274,13 +278,19 @@ def range_backward(
     dtype = k.dtype if num_splits == 1 else torch.float32
     dk = torch.empty(num_splits, *k.shape, dtype=dtype, device=k.device)
     dv = torch.empty(num_splits, *v.shape, dtype=dtype, device=k.device)
-    launch_kernel(
+    if is_pipelined:
+        range_pipelined_dkdv(
+            q, k, v, do, row_lse, row_dg, dk, dv, tiles, geometry.meta, kind=kind, block=block, stride=stride,
+            split=split, scale=scale, scale2=scale * LOG2E,
+        )  # fmt: skip
+    else:
+        launch_kernel(
         range_dkdv_kernel, (tiles.shape[0] * num_splits * num_kv,),
         q, k, v, do, row_lse, row_dg, dk, dv, geometry.meta, tiles, tiles.shape[0], num_splits, k.shape[0],
         split,
         scale, scale * LOG2E, GP=padded, BQ=tokens, BN=launch["keys"], **shared,
         num_warps=launch["num_warps"], num_stages=launch["num_stages"],
-    )  # fmt: skip
+        )  # fmt: skip
     if num_splits == 1:
         return dk[0], dv[0]
     return dk.sum(0).to(k.dtype), dv.sum(0).to(v.dtype)

@@ -251,16 +251,18 @@ def _num_multiprocessors(device: torch.device) -> int:
 
 
 @lru_cache(maxsize=16)
-def _layout(keys: int, width: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
-    element = gl.float16 if dtype == torch.float16 else gl.bfloat16
-    return gl.NVMMASharedLayout.get_default_for([keys, width], element)
+def layout_of(shape: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    """How a tile lies in shared memory, for copies and products alike."""
+    return gl.NVMMASharedLayout.get_default_for(
+        list(shape), gl.float16 if dtype == torch.float16 else gl.bfloat16
+    )
 
 
-def _source(x: Tensor, keys: int) -> TensorDescriptor:
+def source_of(x: Tensor, keys: int) -> TensorDescriptor:
     """Descriptor of tiles of `keys` rows of one head of x, [S, H, D] read as [S, H * D]."""
     wide = x.shape[1] * x.shape[2]
     return TensorDescriptor(
-        x, [x.shape[0], wide], [wide, 1], [keys, x.shape[2]], _layout(keys, x.shape[2], x.dtype)
+        x, [x.shape[0], wide], [wide, 1], [keys, x.shape[2]], layout_of((keys, x.shape[2]), x.dtype)
     )
 
 
@@ -286,7 +288,7 @@ def range_pipelined(
     num_programs = min(_num_multiprocessors(q.device), tiles.shape[0] * num_kv)
     launch_kernel(
         range_pipelined_kernel, (num_programs,),
-        q, _source(k, launch["keys"]), _source(v, launch["keys"]), out, lse, geometry.meta, tiles, tiles.shape[0], scale2,
+        q, source_of(k, launch["keys"]), source_of(v, launch["keys"]), out, lse, geometry.meta, tiles, tiles.shape[0], scale2,
         H=num_kv, G=group, GP=padded, BQ=tokens, BN=launch["keys"], DQ=k.shape[2], DV=v.shape[2], KIND=kind, LEN=block,
         STRIDE=stride, STAGES=launch["num_stages"],
         # Two thirds of the registers go to two of three warpgroups: 240 a thread there, 24 for the copying warp.

@@ -10,6 +10,7 @@ blocks a decoding program scores at most, `fewest` at least.
 LAUNCH: dict[str, dict[str, int]] = {
     "range_fwd": {"rows": 64, "keys": 64, "num_warps": 4, "num_stages": 3},
     "range_pipelined": {"keys": 128, "num_stages": 2},
+    "range_pipelined_dkdv": {"keys": 128, "num_stages": 2, "split": 512, "programs": 2112},
     "window_fwd": {"rows": 64, "keys": 64, "num_warps": 4, "num_stages": 3},
     "range_dq": {"rows": 128, "keys": 128, "num_warps": 8, "num_stages": 2},
     "window_dq": {"rows": 64, "keys": 64, "num_warps": 4, "num_stages": 2},
