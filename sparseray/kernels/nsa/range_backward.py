@@ -11,10 +11,14 @@ import triton.language as tl
 from torch import Tensor
 
 from sparseray.kernels.launch import launch_kernel
-from sparseray.kernels.nsa.geometry import COMPRESSED, QUERY, WINDOW, Geometry
+from sparseray.kernels.nsa.geometry import QUERY, WINDOW, Geometry
 from sparseray.kernels.nsa.range_forward import LOG2E, in_bulk, key_sources, tokens_per_tile
 from sparseray.kernels.nsa.range_pipelined import ROWS
-from sparseray.kernels.nsa.range_pipelined_backward import fits_pipeline, range_pipelined_dkdv
+from sparseray.kernels.nsa.range_pipelined_backward import (
+    fits_pipeline,
+    range_pipelined_dkdv,
+    range_pipelined_dq,
+)
 from sparseray.kernels.nsa.tiles import (
     add_tile,
     can_copy,
@@ -253,21 +257,27 @@ def range_backward(
         "IP": precision(q.dtype),
     }  # fmt: skip
     width = max(q.shape[-1], v.shape[-1])
-    launch = launch_for(f"{name}_dq", width, q.element_size())
-    tokens, padded = tokens_per_tile(launch["rows"], heads // num_kv)
-    tiles = geometry.tiles(QUERY, tokens)
     bulk = in_bulk(k, v)
-    launch_kernel(
-        range_dq_kernel, (tiles.shape[0] * num_kv,),
-        q, *key_sources(k, v, launch["keys"], bulk=bulk), do, row_lse, row_dg, dq, geometry.meta, tiles, tiles.shape[0], scale,
-        scale * LOG2E,
-        GP=padded, BQ=tokens, BN=launch["keys"], ADD=add, BULK=bulk, **shared,
-        num_warps=launch["num_warps"], num_stages=launch["num_stages"],
-    )  # fmt: skip
+    is_pipelined = bulk and can_copy(do) and fits_pipeline(q, k, v)
+    if is_pipelined:
+        range_pipelined_dq(
+            q, k, v, do, row_lse, row_dg, dq, geometry, kind=kind, block=block, stride=stride, window=window,
+            scale=scale, scale2=scale * LOG2E, add=add,
+        )  # fmt: skip
+    else:
+        launch = launch_for(f"{name}_dq", width, q.element_size())
+        tokens, padded = tokens_per_tile(launch["rows"], heads // num_kv)
+        tiles = geometry.tiles(QUERY, tokens)
+        launch_kernel(
+            range_dq_kernel, (tiles.shape[0] * num_kv,),
+            q, *key_sources(k, v, launch["keys"], bulk=bulk), do, row_lse, row_dg, dq, geometry.meta, tiles,
+            tiles.shape[0], scale, scale * LOG2E,
+            GP=padded, BQ=tokens, BN=launch["keys"], ADD=add, BULK=bulk, **shared,
+            num_warps=launch["num_warps"], num_stages=launch["num_stages"],
+        )  # fmt: skip
     if k.shape[0] == 0:
         return torch.zeros_like(k), torch.zeros_like(v)
-    is_pipelined = kind == COMPRESSED and bulk and can_copy(do) and fits_pipeline(q, k, v)
-    launch = launch_for("range_pipelined_dkdv" if is_pipelined else f"{name}_dkdv", width, q.element_size())
+    launch = launch_for(f"{name}_pipelined_dkdv" if is_pipelined else f"{name}_dkdv", width, q.element_size())
     tokens, padded = tokens_per_tile(ROWS if is_pipelined else launch["rows"], heads // num_kv)
     tiles = geometry.tiles(kind, launch["keys"])
     longest = min(geometry.totals[QUERY], geometry.max_keys)
@@ -280,16 +290,15 @@ def range_backward(
     dv = torch.empty(num_splits, *v.shape, dtype=dtype, device=k.device)
     if is_pipelined:
         range_pipelined_dkdv(
-            q, k, v, do, row_lse, row_dg, dk, dv, tiles, geometry.meta, kind=kind, block=block, stride=stride,
-            split=split, scale=scale, scale2=scale * LOG2E,
+            q, k, v, do, row_lse, row_dg, dk, dv, tiles, geometry.meta, launch, kind=kind, block=block, stride=stride,
+            window=window, split=split, scale=scale, scale2=scale * LOG2E,
         )  # fmt: skip
     else:
         launch_kernel(
-        range_dkdv_kernel, (tiles.shape[0] * num_splits * num_kv,),
-        q, k, v, do, row_lse, row_dg, dk, dv, geometry.meta, tiles, tiles.shape[0], num_splits, k.shape[0],
-        split,
-        scale, scale * LOG2E, GP=padded, BQ=tokens, BN=launch["keys"], **shared,
-        num_warps=launch["num_warps"], num_stages=launch["num_stages"],
+            range_dkdv_kernel, (tiles.shape[0] * num_splits * num_kv,),
+            q, k, v, do, row_lse, row_dg, dk, dv, geometry.meta, tiles, tiles.shape[0], num_splits, k.shape[0], split,
+            scale, scale * LOG2E, GP=padded, BQ=tokens, BN=launch["keys"], **shared,
+            num_warps=launch["num_warps"], num_stages=launch["num_stages"],
         )  # fmt: skip
     if num_splits == 1:
         return dk[0], dv[0]

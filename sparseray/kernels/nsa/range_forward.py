@@ -188,10 +188,10 @@ def range_forward(
     lse = torch.empty(q.shape[0], heads, dtype=torch.float32, device=q.device)
     width = max(q.shape[-1], v.shape[-1])
     bulk = in_bulk(k, v, table)
-    if kind == COMPRESSED and bulk and fits_pipeline(q, k, v):
+    if bulk and fits_pipeline(q, k, v):
         range_pipelined(
-            q, k, v, out, lse, geometry, kind=kind, block=block, stride=stride, scale2=scale * LOG2E
-        )
+            q, k, v, out, lse, geometry, kind=kind, block=block, stride=stride, window=window, scale2=scale * LOG2E
+        )  # fmt: skip
         return out, lse
     launch = launch_for("window_fwd" if kind == WINDOW else "range_fwd", width, q.element_size())
     tokens, padded = tokens_per_tile(launch["rows"], heads // num_kv)

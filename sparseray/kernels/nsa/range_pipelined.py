@@ -1,4 +1,4 @@
-"""Attention to the compressed tokens, forward, with warps of different roles (Gluon, Hopper): the fast twin of
+"""Attention to compressed tokens or a window, forward, with warps of different roles (Gluon, Hopper): the fast twin of
 `range_forward` for half precision and head sizes of 64 or 128.
 
 Two warpgroups each take the rows of a few query tokens; one more warp copies key and value tiles to shared memory for
@@ -34,9 +34,15 @@ WIDTHS = (64, 128)
 
 
 @gluon.jit
-def _item(item, p_tiles, p_meta, num_tiles, H: gl.constexpr, BQ: gl.constexpr, BN: gl.constexpr, KIND: gl.constexpr,
-          LEN: gl.constexpr, STRIDE: gl.constexpr):  # fmt: skip
-    """Of a work item: key/value head, first query in its sequence, row of the table, and its number of key tiles."""
+def item_of(
+    item, p_tiles, p_meta, num_tiles,
+    H: gl.constexpr, BQ: gl.constexpr, BN: gl.constexpr, KIND: gl.constexpr, LEN: gl.constexpr, STRIDE: gl.constexpr,
+    WIN: gl.constexpr,
+):  # fmt: skip
+    """Of a work item: key/value head, first query in its sequence, row of the table, first key, number of key tiles.
+
+    It has 2 * BQ queries; its tiles of BN keys begin at the first key that one of them sees.
+    """
     i_kv = item % H
     i_tile = num_tiles - 1 - item // H
     i_seq = gl.load(p_tiles + i_tile * 2)
@@ -48,41 +54,120 @@ def _item(item, p_tiles, p_meta, num_tiles, H: gl.constexpr, BQ: gl.constexpr, B
     k_start = gl.load(p_row + KIND + 2).to(gl.int32)
     t_last = q_start + gl.minimum(i_q + 2 * BQ, q_len) - 1
     seen = gl.minimum(gl.maximum(t_last - k_start - LEN + 1 + STRIDE, 0) // STRIDE, k_len)
+    i_first = 0
+    if WIN > 0:
+        i_first = gl.maximum(q_start + i_q - WIN + 1 - k_start, 0)
     # A tile whose queries see nothing still takes a turn, which writes zeros.
-    count = gl.where(i_seq < 0, 0, gl.maximum((seen + BN - 1) // BN, 1))
-    return i_kv, i_q, p_row, count
+    count = gl.where(i_seq < 0, 0, gl.maximum((seen - i_first + BN - 1) // BN, 1))
+    return i_kv, i_q, p_row, i_first, count
 
 
 @gluon.jit
-def _load_keys(
+def whole_tiles(
+    p_row, i_q, i_first, count, BQ: gl.constexpr, BN: gl.constexpr, KIND: gl.constexpr, LEN: gl.constexpr,
+    STRIDE: gl.constexpr, WIN: gl.constexpr,
+):  # fmt: skip
+    """First and end of the key tiles of which BQ queries from i_q on see every key."""
+    q_start = gl.load(p_row + 2).to(gl.int32)
+    k_len = gl.load(p_row + KIND + 1).to(gl.int32)
+    k_start = gl.load(p_row + KIND + 2).to(gl.int32)
+    seen = gl.minimum(gl.maximum(q_start + i_q - k_start - LEN + 1 + STRIDE, 0) // STRIDE, k_len)
+    end = gl.minimum(gl.maximum(seen - i_first, 0) // BN, count)
+    first = 0
+    if WIN > 0:
+        first = gl.maximum(q_start + i_q + BQ - WIN - k_start - i_first + BN - 1, 0) // BN
+    return gl.minimum(first, end), end
+
+
+@gluon.jit
+def load_keys(
     d_k, d_v, s_k, s_v, bars, p_tiles, p_meta, num_tiles,
     H: gl.constexpr, BQ: gl.constexpr, BN: gl.constexpr, DQ: gl.constexpr, DV: gl.constexpr, KIND: gl.constexpr,
-    LEN: gl.constexpr, STRIDE: gl.constexpr, STAGES: gl.constexpr,
+    LEN: gl.constexpr, STRIDE: gl.constexpr, WIN: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
+    """Tiles of keys and values of every work item, the last first."""
     turn = 0
     for item in range(gl.program_id(0), num_tiles * H, gl.num_programs(0)):
-        i_kv, _, p_row, count = _item(item, p_tiles, p_meta, num_tiles, H, BQ, BN, KIND, LEN, STRIDE)
+        i_kv, _, p_row, i_first, count = item_of(
+            item, p_tiles, p_meta, num_tiles, H, BQ, BN, KIND, LEN, STRIDE, WIN
+        )  # fmt: skip
         k_off = gl.load(p_row + KIND).to(gl.int32)
         for j in range(0, count):
             stage = turn % STAGES
             phase = (turn // STAGES & 1) ^ 1
-            row = k_off + (count - 1 - j) * BN
+            row = k_off + i_first + (count - 1 - j) * BN
+            b_k = bars.index(stage)
+            b_v = bars.index(STAGES + stage)
             mbarrier.wait(bars.index(2 * STAGES + stage), phase)
-            mbarrier.expect(bars.index(stage), d_k.block_type.nbytes)
-            tma.async_copy_global_to_shared(d_k, [row, i_kv * DQ], bars.index(stage), s_k.index(stage))
+            mbarrier.expect(b_k, d_k.block_type.nbytes)
+            tma.async_copy_global_to_shared(d_k, [row, i_kv * DQ], b_k, s_k.index(stage))
             mbarrier.wait(bars.index(3 * STAGES + stage), phase)
-            mbarrier.expect(bars.index(STAGES + stage), d_v.block_type.nbytes)
-            tma.async_copy_global_to_shared(
-                d_v, [row, i_kv * DV], bars.index(STAGES + stage), s_v.index(stage)
-            )
+            mbarrier.expect(b_v, d_v.block_type.nbytes)
+            tma.async_copy_global_to_shared(d_v, [row, i_kv * DV], b_v, s_v.index(stage))
             turn += 1
 
 
 @gluon.jit
-def _softmax(b_s, b_m, b_l, scale2, o_end, b_t, MASKED: gl.constexpr):
+def load_rows(
+    p_x,
+    p_row,
+    i_q,
+    i_kv,
+    H: gl.constexpr,
+    G: gl.constexpr,
+    GP: gl.constexpr,
+    BQ: gl.constexpr,
+    WIDTH: gl.constexpr,
+):
+    """The rows of BQ queries from i_q on, [BQ * GP, WIDTH]; those that are none read as 0."""
+    WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // WIDTH, WIDTH // 8], [4, 1], [1, 0])
+    o_row, m_row = rows_of(p_row, i_q, i_kv, H, G, GP, BQ, gl.SliceLayout(1, WIDE))
+    o_d = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, WIDE))
+    return gl.load(p_x + o_row[:, None] * WIDTH + o_d[None, :], mask=m_row[:, None], other=0.0)
+
+
+@gluon.jit
+def rows_of(
+    p_row,
+    i_q,
+    i_kv,
+    H: gl.constexpr,
+    G: gl.constexpr,
+    GP: gl.constexpr,
+    BQ: gl.constexpr,
+    LAYOUT: gl.constexpr,
+):
+    """Packed rows of BQ queries from i_q on, and which of them there are."""
+    o_m = gl.arange(0, BQ * GP, layout=LAYOUT)
+    o_q = i_q + o_m // GP
+    m_row = (o_q < gl.load(p_row + 1).to(gl.int32)) & (o_m % GP < G)
+    return (gl.load(p_row) + o_q) * (H * G) + i_kv * G + o_m % GP, m_row
+
+
+@gluon.jit
+def visible(o_end, b_t, WIN: gl.constexpr):
+    """Which keys, by their last positions, the queries at positions b_t see."""
+    b_see = o_end[None, :] <= b_t[:, None]
+    if WIN > 0:
+        b_see = b_see & (o_end[None, :] > b_t[:, None] - WIN)
+    return b_see
+
+
+@gluon.jit
+def last_positions(i, p_row, KIND: gl.constexpr, LEN: gl.constexpr, STRIDE: gl.constexpr, BN: gl.constexpr,
+                   LAYOUT: gl.constexpr):  # fmt: skip
+    """Of BN keys from i on; of those that are none, one that nothing reaches."""
+    o_n = i + gl.arange(0, BN, layout=LAYOUT)
+    k_len = gl.load(p_row + KIND + 1).to(gl.int32)
+    k_start = gl.load(p_row + KIND + 2).to(gl.int32)
+    return gl.where(o_n < k_len, k_start + o_n * STRIDE + LEN - 1, 0x7FFFFFFF)
+
+
+@gluon.jit
+def _softmax(b_s, b_m, b_l, scale2, o_end, b_t, WIN: gl.constexpr, MASKED: gl.constexpr):
     """Probabilities of a tile, the running maximum and sum with it, and the factor for what was summed before."""
     if MASKED:
-        b_s = gl.where(o_end[None, :] <= b_t[:, None], b_s, float("-inf"))
+        b_s = gl.where(visible(o_end, b_t, WIN), b_s, float("-inf"))
     b_new = gl.maximum(b_m, gl.max(b_s, 1) * scale2)
     b_safe = b_new
     if MASKED:
@@ -95,9 +180,11 @@ def _softmax(b_s, b_m, b_l, scale2, o_end, b_t, MASKED: gl.constexpr):
 @gluon.jit
 def _step(
     b_p, b_m, b_l, b_acc, s_q, s_k, s_v, bars, turn, scale2, o_end, b_t,
-    BN: gl.constexpr, STAGES: gl.constexpr, MMA_S: gl.constexpr, ROWS: gl.constexpr, MASKED: gl.constexpr,
+    BN: gl.constexpr, WIN: gl.constexpr, STAGES: gl.constexpr, MMA_S: gl.constexpr, MMA_O: gl.constexpr,
+    MASKED: gl.constexpr,
 ):  # fmt: skip
     """p . v of tile turn - 1 and the probabilities of tile `turn`."""
+    ROWS: gl.constexpr = s_q.shape[0]
     stage = turn % STAGES
     last = (turn - 1) % STAGES
     mbarrier.wait(bars.index(stage), turn // STAGES & 1)
@@ -107,85 +194,78 @@ def _step(
     b_acc = warpgroup_mma(b_p, s_v.index(last), b_acc, is_async=True)
     b_s = warpgroup_mma_wait(1, deps=[b_s])
     mbarrier.arrive(bars.index(2 * STAGES + stage))
-    b_new_p, b_m, b_l, b_alpha = _softmax(b_s, b_m, b_l, scale2, o_end, b_t, MASKED)
+    b_new_p, b_m, b_l, b_alpha = _softmax(b_s, b_m, b_l, scale2, o_end, b_t, WIN, MASKED)
     b_acc, b_p = warpgroup_mma_wait(0, deps=[b_acc, b_p])
     mbarrier.arrive(bars.index(3 * STAGES + last))
-    return b_new_p, b_m, b_l, b_acc, b_alpha
+    b_acc *= gl.convert_layout(b_alpha, gl.SliceLayout(1, MMA_O))[:, None]
+    return gl.convert_layout(b_new_p.to(s_v.dtype), gl.DotOperandLayout(0, MMA_O, 2)), b_m, b_l, b_acc
 
 
 @gluon.jit
 def _attend(
     p_q, p_o, p_lse, s_q, s_k, s_v, bars, p_tiles, p_meta, num_tiles, scale2,
     WHICH: gl.constexpr, H: gl.constexpr, G: gl.constexpr, GP: gl.constexpr, BQ: gl.constexpr, BN: gl.constexpr,
-    DQ: gl.constexpr, DV: gl.constexpr, KIND: gl.constexpr, LEN: gl.constexpr, STRIDE: gl.constexpr,
+    DQ: gl.constexpr, DV: gl.constexpr, KIND: gl.constexpr, LEN: gl.constexpr, STRIDE: gl.constexpr, WIN: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
     """The WHICH-th BQ query tokens of every work item."""
     ROWS: gl.constexpr = BQ * GP
     MMA_S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     MMA_O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])
-    P_IN: gl.constexpr = gl.DotOperandLayout(0, MMA_O, 2)
-    WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // DQ, DQ // 8], [4, 1], [1, 0])
-    WIDE_O: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // DV, DV // 8], [4, 1], [1, 0])
+    WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // DV, DV // 8], [4, 1], [1, 0])
     ROW_S: gl.constexpr = gl.SliceLayout(1, MMA_S)
     ROW_O: gl.constexpr = gl.SliceLayout(1, MMA_O)
+    COL: gl.constexpr = gl.SliceLayout(0, MMA_S)
     turn = 0
     for item in range(gl.program_id(0), num_tiles * H, gl.num_programs(0)):
-        i_kv, i_q, p_row, count = _item(item, p_tiles, p_meta, num_tiles, H, BQ, BN, KIND, LEN, STRIDE)
+        i_kv, i_q, p_row, i_first, count = item_of(
+            item, p_tiles, p_meta, num_tiles, H, BQ, BN, KIND, LEN, STRIDE, WIN
+        )  # fmt: skip
         if count > 0:
             i_q += WHICH * BQ
-            q_off = gl.load(p_row)
-            q_len = gl.load(p_row + 1).to(gl.int32)
-            q_start = gl.load(p_row + 2).to(gl.int32)
-            k_len = gl.load(p_row + KIND + 1).to(gl.int32)
-            k_start = gl.load(p_row + KIND + 2).to(gl.int32)
-            # Tiles of which every row sees every key.
-            seen = gl.minimum(gl.maximum(q_start + i_q - k_start - LEN + 1 + STRIDE, 0) // STRIDE, k_len)
-            full = gl.minimum(seen // BN, count)
-
-            o_m = gl.arange(0, ROWS, layout=gl.SliceLayout(1, WIDE))
-            o_q = i_q + o_m // GP
-            m_q = (o_q < q_len) & (o_m % GP < G)
-            o_row = (q_off + o_q) * (H * G) + i_kv * G + o_m % GP
-            o_d = gl.arange(0, DQ, layout=gl.SliceLayout(0, WIDE))
-            b_q = gl.load(p_q + o_row[:, None] * DQ + o_d[None, :], mask=m_q[:, None], other=0.0)
-            s_q.store(b_q)
+            lo, hi = whole_tiles(p_row, i_q, i_first, count, BQ, BN, KIND, LEN, STRIDE, WIN)
+            s_q.store(load_rows(p_q, p_row, i_q, i_kv, H, G, GP, BQ, DQ))
             fence_async_shared()
             gl.thread_barrier()
 
-            b_t = q_start + i_q + gl.arange(0, ROWS, layout=ROW_S) // GP
-            o_n = gl.arange(0, BN, layout=gl.SliceLayout(0, MMA_S))
+            b_t = gl.load(p_row + 2).to(gl.int32) + i_q + gl.arange(0, ROWS, layout=ROW_S) // GP
             b_m = gl.full([ROWS], float("-inf"), gl.float32, layout=ROW_S)
             b_l = gl.zeros([ROWS], gl.float32, layout=ROW_S)
             b_acc = gl.zeros([ROWS, DV], gl.float32, layout=MMA_O)
-            # Keys behind the sequence's last end never.
-            i_last = (count - 1) * BN
-            o_end = gl.where(i_last + o_n < k_len, k_start + (i_last + o_n) * STRIDE + LEN - 1, 0x7FFFFFFF)
+            o_end = last_positions(i_first + (count - 1) * BN, p_row, KIND, LEN, STRIDE, BN, COL)
             stage = turn % STAGES
             mbarrier.wait(bars.index(stage), turn // STAGES & 1)
             b_zero = gl.zeros([ROWS, BN], gl.float32, layout=MMA_S)
             b_s = warpgroup_mma(s_q, s_k.index(stage).permute((1, 0)), b_zero, use_acc=False, is_async=True)
             b_s = warpgroup_mma_wait(0, deps=[b_s])
             mbarrier.arrive(bars.index(2 * STAGES + stage))
-            b_new, b_m, b_l, _ = _softmax(b_s, b_m, b_l, scale2, o_end, b_t, True)
-            b_p = gl.convert_layout(b_new.to(s_v.dtype), P_IN)
+            b_new, b_m, b_l, _ = _softmax(b_s, b_m, b_l, scale2, o_end, b_t, WIN, True)
+            b_p = gl.convert_layout(b_new.to(s_v.dtype), gl.DotOperandLayout(0, MMA_O, 2))
             turn += 1
-            for j in range(1, count - full):
-                i_k = (count - 1 - j) * BN
-                o_end = k_start + (i_k + o_n) * STRIDE + LEN - 1
-                b_new, b_m, b_l, b_acc, b_alpha = _step(
-                    b_p, b_m, b_l, b_acc, s_q, s_k, s_v, bars, turn, scale2, o_end, b_t, BN, STAGES, MMA_S, ROWS, True
+            # The last tiles first: those that some query does not see wholly, whole ones, and with a window the others.
+            hi = gl.minimum(hi, count - 1)
+            for j in range(hi, count - 1):
+                o_end = last_positions(i_first + (count - 2 - j + hi) * BN, p_row, KIND, LEN, STRIDE, BN, COL)
+                b_p, b_m, b_l, b_acc = _step(
+                    b_p, b_m, b_l, b_acc, s_q, s_k, s_v, bars, turn, scale2, o_end, b_t,
+                    BN, WIN, STAGES, MMA_S, MMA_O, True,
                 )  # fmt: skip
-                b_acc *= gl.convert_layout(b_alpha, ROW_O)[:, None]
-                b_p = gl.convert_layout(b_new.to(s_v.dtype), P_IN)
                 turn += 1
-            for _ in range(gl.maximum(count - full, 1), count):
-                b_new, b_m, b_l, b_acc, b_alpha = _step(
-                    b_p, b_m, b_l, b_acc, s_q, s_k, s_v, bars, turn, scale2, o_end, b_t, BN, STAGES, MMA_S, ROWS, False
+            for _ in range(lo, hi):
+                b_p, b_m, b_l, b_acc = _step(
+                    b_p, b_m, b_l, b_acc, s_q, s_k, s_v, bars, turn, scale2, o_end, b_t,
+                    BN, WIN, STAGES, MMA_S, MMA_O, False,
                 )  # fmt: skip
-                b_acc *= gl.convert_layout(b_alpha, ROW_O)[:, None]
-                b_p = gl.convert_layout(b_new.to(s_v.dtype), P_IN)
                 turn += 1
+            if WIN > 0:
+                lo = gl.minimum(lo, hi)
+                for j in range(0, lo):
+                    o_end = last_positions(i_first + (lo - 1 - j) * BN, p_row, KIND, LEN, STRIDE, BN, COL)
+                    b_p, b_m, b_l, b_acc = _step(
+                        b_p, b_m, b_l, b_acc, s_q, s_k, s_v, bars, turn, scale2, o_end, b_t,
+                        BN, WIN, STAGES, MMA_S, MMA_O, True,
+                    )  # fmt: skip
+                    turn += 1
             stage = (turn - 1) % STAGES
             mbarrier.wait(bars.index(STAGES + stage), (turn - 1) // STAGES & 1)
             b_acc = warpgroup_mma(b_p, s_v.index(stage), b_acc, is_async=True)
@@ -194,30 +274,20 @@ def _attend(
 
             b_none = b_l == 0.0
             b_safe = gl.where(b_none, 1.0, b_l)
-            b_o = (b_acc * gl.convert_layout(1.0 / b_safe, ROW_O)[:, None]).to(p_o.dtype.element_ty)
-            o_m = gl.arange(0, ROWS, layout=gl.SliceLayout(1, WIDE_O))
-            o_q = i_q + o_m // GP
-            m_q = (o_q < q_len) & (o_m % GP < G)
-            o_row = (q_off + o_q) * (H * G) + i_kv * G + o_m % GP
-            o_d = gl.arange(0, DV, layout=gl.SliceLayout(0, WIDE_O))
-            gl.store(
-                p_o + o_row[:, None] * DV + o_d[None, :], gl.convert_layout(b_o, WIDE_O), mask=m_q[:, None]
-            )
-            o_m = gl.arange(0, ROWS, layout=ROW_S)
-            o_q = i_q + o_m // GP
-            b_lse = gl.where(b_none, float("-inf"), b_m + gl.log2(b_safe))
-            gl.store(
-                p_lse + (q_off + o_q) * (H * G) + i_kv * G + o_m % GP,
-                b_lse,
-                mask=(o_q < q_len) & (o_m % GP < G),
-            )
+            b_o = b_acc * gl.convert_layout(1.0 / b_safe, ROW_O)[:, None]
+            o_row, m_row = rows_of(p_row, i_q, i_kv, H, G, GP, BQ, gl.SliceLayout(1, WIDE))
+            p_out = p_o + o_row[:, None] * DV + gl.arange(0, DV, layout=gl.SliceLayout(0, WIDE))[None, :]
+            gl.store(p_out, gl.convert_layout(b_o.to(p_o.dtype.element_ty), WIDE), mask=m_row[:, None])
+            o_row, m_row = rows_of(p_row, i_q, i_kv, H, G, GP, BQ, ROW_S)
+            gl.store(p_lse + o_row, gl.where(b_none, float("-inf"), b_m + gl.log2(b_safe)), mask=m_row)
 
 
 @gluon.jit
 def range_pipelined_kernel(
     p_q, d_k, d_v, p_o, p_lse, p_meta, p_tiles, num_tiles, scale2,
     H: gl.constexpr, G: gl.constexpr, GP: gl.constexpr, BQ: gl.constexpr, BN: gl.constexpr, DQ: gl.constexpr,
-    DV: gl.constexpr, KIND: gl.constexpr, LEN: gl.constexpr, STRIDE: gl.constexpr, STAGES: gl.constexpr,
+    DV: gl.constexpr, KIND: gl.constexpr, LEN: gl.constexpr, STRIDE: gl.constexpr, WIN: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = d_k.dtype
     s_k = gl.allocate_shared_memory(dtype, [STAGES, BN, DQ], d_k.layout)
@@ -234,11 +304,11 @@ def range_pipelined_kernel(
     gl.warp_specialize(
         [
             (_attend, (p_q, p_o, p_lse, s_q0, s_k, s_v, bars, p_tiles, p_meta, num_tiles, scale2,
-                       0, H, G, GP, BQ, BN, DQ, DV, KIND, LEN, STRIDE, STAGES)),
+                       0, H, G, GP, BQ, BN, DQ, DV, KIND, LEN, STRIDE, WIN, STAGES)),
             (_attend, (p_q, p_o, p_lse, s_q1, s_k, s_v, bars, p_tiles, p_meta, num_tiles, scale2,
-                       1, H, G, GP, BQ, BN, DQ, DV, KIND, LEN, STRIDE, STAGES)),
-            (_load_keys, (d_k, d_v, s_k, s_v, bars, p_tiles, p_meta, num_tiles,
-                          H, BQ, BN, DQ, DV, KIND, LEN, STRIDE, STAGES)),
+                       1, H, G, GP, BQ, BN, DQ, DV, KIND, LEN, STRIDE, WIN, STAGES)),
+            (load_keys, (d_k, d_v, s_k, s_v, bars, p_tiles, p_meta, num_tiles,
+                          H, BQ, BN, DQ, DV, KIND, LEN, STRIDE, WIN, STAGES)),
         ],
         [4, 1],
         [240, 24],
@@ -246,7 +316,7 @@ def range_pipelined_kernel(
 
 
 @lru_cache(maxsize=16)
-def _num_multiprocessors(device: torch.device) -> int:
+def num_multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
@@ -273,24 +343,24 @@ def fits_pipeline(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 def range_pipelined(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, geometry: Geometry, *, kind: int, block: int, stride: int,
-    scale2: float,
+    window: int, scale2: float,
 ) -> None:  # fmt: skip
-    """Write what `range_forward` returns for the same arguments, without a window, to out and lse.
+    """Write what `range_forward` returns for the same arguments to out and lse.
 
     Args:
         scale2: factor of the scores, base 2.
     """
     num_kv, group = k.shape[1], q.shape[1] // k.shape[1]
     padded = next_power_of_2(group)
-    launch = LAUNCH["range_pipelined"]
+    launch = LAUNCH["window_pipelined" if window else "range_pipelined"]
     tokens = ROWS // padded
     tiles = geometry.tiles(QUERY, 2 * tokens)
-    num_programs = min(_num_multiprocessors(q.device), tiles.shape[0] * num_kv)
+    num_programs = min(num_multiprocessors(q.device), tiles.shape[0] * num_kv)
     launch_kernel(
         range_pipelined_kernel, (num_programs,),
         q, source_of(k, launch["keys"]), source_of(v, launch["keys"]), out, lse, geometry.meta, tiles, tiles.shape[0], scale2,
         H=num_kv, G=group, GP=padded, BQ=tokens, BN=launch["keys"], DQ=k.shape[2], DV=v.shape[2], KIND=kind, LEN=block,
-        STRIDE=stride, STAGES=launch["num_stages"],
+        STRIDE=stride, WIN=window, STAGES=launch["num_stages"],
         # Two thirds of the registers go to two of three warpgroups: 240 a thread there, 24 for the copying warp.
         num_warps=4, maxnreg=168,
     )  # fmt: skip

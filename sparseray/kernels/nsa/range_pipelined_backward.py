@@ -1,9 +1,10 @@
-"""Gradients of compressed keys and values with warps of different roles (Gluon, Hopper): the fast twin of the second
-kernel of `range_backward`, for half precision and head sizes of 64 or 128.
+"""Gradients of compressed tokens or a window with warps of different roles (Gluon, Hopper): the fast twin of
+`range_backward` for half precision and head sizes of 64 or 128.
 
-A program holds a tile of keys and values and their gradients: two warpgroups with half of the keys each. One more warp
-copies queries, output gradients and their rows' numbers to shared memory, ahead of both. Keys are rows, so
-probabilities leave a product in the layout in which the next one takes them. Source: arXiv 2502.11089 eq. 7.
+dk, dv: a program holds a tile of keys and values and their gradients: two warpgroups with half of the keys each. One
+more warp copies queries, output gradients and their rows' numbers to shared memory, ahead of both. Keys are rows, so
+probabilities leave a product in the layout in which the next one takes them. dq: as in `range_pipelined`; a
+warpgroup's queries and output gradients stay in its registers. Source: arXiv 2502.11089 eq. 7.
 """
 
 from torch import Tensor
@@ -19,35 +20,66 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from sparseray.kernels.launch import launch_kernel
-from sparseray.kernels.nsa.range_pipelined import ROWS, WIDTHS, layout_of, source_of
+from sparseray.kernels.nsa.geometry import QUERY, Geometry
+from sparseray.kernels.nsa.range_pipelined import (
+    ROWS,
+    WIDTHS,
+    item_of,
+    last_positions,
+    layout_of,
+    load_keys,
+    load_rows,
+    num_multiprocessors,
+    rows_of,
+    source_of,
+    visible,
+    whole_tiles,
+)
+from sparseray.kernels.nsa.tiles import next_power_of_2
 from sparseray.kernels.nsa.tuning import LAUNCH
 
 
 @gluon.jit
-def _span(p_row, i_k, i_split, split, BK: gl.constexpr, BQ: gl.constexpr, KIND: gl.constexpr, LEN: gl.constexpr,
-          STRIDE: gl.constexpr):  # fmt: skip
-    """First and end of the queries of a part that see a key tile, and the first that sees all of it."""
+def _span(
+    p_row, i_k, i_split, split, BK: gl.constexpr, BQ: gl.constexpr, KIND: gl.constexpr, LEN: gl.constexpr,
+    STRIDE: gl.constexpr, WIN: gl.constexpr,
+):  # fmt: skip
+    """First and end of the queries of a part that see a key tile, the first that sees all of it, and by how much query
+    0 is behind the first key."""
     q_len = gl.load(p_row + 1).to(gl.int32)
-    q_start = gl.load(p_row + 2).to(gl.int32)
-    k_start = gl.load(p_row + KIND + 2).to(gl.int32)
-    q_lo = gl.maximum(k_start + i_k * STRIDE + LEN - 1 - q_start, i_split * split)
+    shift = gl.load(p_row + 2).to(gl.int32) - gl.load(p_row + KIND + 2).to(gl.int32)
+    q_lo = gl.maximum(i_k * STRIDE + LEN - 1 - shift, i_split * split)
     q_lo = gl.maximum(q_lo, 0) // BQ * BQ
     q_hi = gl.minimum(q_len, (i_split + 1) * split)
-    q_full = gl.maximum(k_start + (i_k + BK - 1) * STRIDE + LEN - 1 - q_start, 0)
+    if WIN > 0:
+        q_hi = gl.minimum(q_hi, i_k + BK - 1 + WIN - shift)
+    q_full = gl.maximum((i_k + BK - 1) * STRIDE + LEN - 1 - shift, 0)
     q_full = gl.minimum(gl.maximum((q_full + BQ - 1) // BQ * BQ, q_lo), q_hi)
-    return q_lo, q_hi, q_full, q_start - k_start
+    return q_lo, q_hi, q_full, shift
+
+
+@gluon.jit
+def _first_turn(q_lo, q_hi, BK: gl.constexpr, BQ: gl.constexpr, WIN: gl.constexpr):
+    """Where the queries of a window's keys begin: programs that run at the same time begin at the same one, so its rows
+    are read from memory once for all of them, and take the queries before it last."""
+    q_turn = q_lo
+    if WIN > 0:
+        TURN: gl.constexpr = (WIN + BK + BQ - 1) // BQ * BQ
+        q_turn = (q_lo + TURN - 1) // TURN * TURN
+        q_turn = gl.where(q_turn < q_hi, q_turn, q_lo)
+    return q_turn
 
 
 @gluon.jit
 def _load_queries(
     d_q, d_do, d_lse, d_dg, s_q, s_do, s_lse, s_dg, bars, p_row, i_kv, i_k, i_split, split,
     G: gl.constexpr, BK: gl.constexpr, BQ: gl.constexpr, KIND: gl.constexpr, LEN: gl.constexpr, STRIDE: gl.constexpr,
-    STAGES: gl.constexpr,
+    WIN: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     q_off = gl.load(p_row).to(gl.int32)
-    q_lo, q_hi, _, _ = _span(p_row, i_k, i_split, split, BK, BQ, KIND, LEN, STRIDE)
+    q_lo, q_hi, _, _ = _span(p_row, i_k, i_split, split, BK, BQ, KIND, LEN, STRIDE, WIN)
+    i = _first_turn(q_lo, q_hi, BK, BQ, WIN)
     for turn in range(0, (gl.maximum(q_hi - q_lo, 0) + BQ - 1) // BQ):
-        i = q_lo + turn * BQ
         stage = turn % STAGES
         bar = bars.index(stage)
         mbarrier.wait(bars.index(STAGES + stage), (turn // STAGES & 1) ^ 1)
@@ -59,13 +91,14 @@ def _load_queries(
         tma.async_copy_global_to_shared(d_lse, [q_off + i, i_kv * G], bar, s_lse.index(stage))
         tma.async_copy_global_to_shared(d_do, [q_off + i, i_kv * G, 0], bar, s_do.index(stage))
         tma.async_copy_global_to_shared(d_dg, [q_off + i, i_kv * G], bar, s_dg.index(stage))
+        i = gl.where(i + BQ < q_hi, i + BQ, q_lo)
 
 
 @gluon.jit
 def _step(
     b_dk, b_dv, s_k, s_v, s_q, s_do, s_lse, s_dg, bars, turn, scale2, o_end, o_q, q_hi,
-    ROWS: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, MMA_S: gl.constexpr, MMA_D: gl.constexpr,
-    MASKED: gl.constexpr,
+    ROWS: gl.constexpr, BN: gl.constexpr, WIN: gl.constexpr, STAGES: gl.constexpr, MMA_S: gl.constexpr,
+    MMA_D: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
     """What a tile of query rows adds to dk and dv of BN keys."""
     stage = turn % STAGES
@@ -82,7 +115,10 @@ def _step(
     b_s = warpgroup_mma_wait(1, deps=[b_s])
     b_p = gl.exp2(b_s * scale2 - b_lse[None, :])
     if MASKED:
-        b_p = gl.where((o_end[:, None] <= o_q[None, :]) & (o_q < q_hi)[None, :], b_p, 0.0)
+        b_see = (o_end[:, None] <= o_q[None, :]) & (o_q < q_hi)[None, :]
+        if WIN > 0:
+            b_see = b_see & (o_end[:, None] > o_q[None, :] - WIN)
+        b_p = gl.where(b_see, b_p, 0.0)
     b_pa = gl.convert_layout(b_p.to(s_q.dtype), P_IN)
     b_dv = warpgroup_mma(b_pa, s_do2, b_dv, is_async=True)
     b_dp = warpgroup_mma_wait(1, deps=[b_dp])
@@ -97,7 +133,8 @@ def _step(
 def _add_queries(
     s_k, s_v, s_q, s_do, s_lse, s_dg, bars, p_dk, p_dv, p_row, i_kv, i_k, i_split, split, num_keys, scale, scale2,
     WHICH: gl.constexpr, H: gl.constexpr, GP: gl.constexpr, BK: gl.constexpr, BQ: gl.constexpr, DQ: gl.constexpr,
-    DV: gl.constexpr, KIND: gl.constexpr, LEN: gl.constexpr, STRIDE: gl.constexpr, STAGES: gl.constexpr,
+    DV: gl.constexpr, KIND: gl.constexpr, LEN: gl.constexpr, STRIDE: gl.constexpr, WIN: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
     """The WHICH-th half of the keys."""
     BN: gl.constexpr = BK // 2
@@ -105,7 +142,7 @@ def _add_queries(
     MMA_S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
     MMA_K: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DQ, 16])
     MMA_V: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])
-    q_lo, q_hi, q_full, shift = _span(p_row, i_k, i_split, split, BK, BQ, KIND, LEN, STRIDE)
+    q_lo, q_hi, q_full, shift = _span(p_row, i_k, i_split, split, BK, BQ, KIND, LEN, STRIDE, WIN)
     k_off = gl.load(p_row + KIND)
     k_len = gl.load(p_row + KIND + 1).to(gl.int32)
     # The last position of a key, less that of query 0: query o_q sees it from there on.
@@ -115,26 +152,35 @@ def _add_queries(
     b_dk = gl.zeros([BN, DQ], gl.float32, layout=MMA_K)
     b_dv = gl.zeros([BN, DV], gl.float32, layout=MMA_V)
     turn = 0
-    for i in range(q_lo, q_full, BQ):
-        b_dk, b_dv = _step(
-            b_dk, b_dv, s_k, s_v, s_q, s_do, s_lse, s_dg, bars, turn, scale2, o_end, i + o_c, q_hi,
-            ROWS, BN, STAGES, MMA_S, MMA_K, True,
-        )  # fmt: skip
-        turn += 1
-    q_even = gl.maximum(q_full, q_hi // BQ * BQ)
-    for i in range(q_full, q_even, BQ):
-        b_dk, b_dv = _step(
-            b_dk, b_dv, s_k, s_v, s_q, s_do, s_lse, s_dg, bars, turn, scale2, o_end, i + o_c, q_hi,
-            ROWS, BN, STAGES, MMA_S, MMA_K, False,
-        )  # fmt: skip
-        turn += 1
-    # The part's last tile may reach behind its end.
-    for i in range(q_even, q_hi, BQ):
-        b_dk, b_dv = _step(
-            b_dk, b_dv, s_k, s_v, s_q, s_do, s_lse, s_dg, bars, turn, scale2, o_end, i + o_c, q_hi,
-            ROWS, BN, STAGES, MMA_S, MMA_K, True,
-        )  # fmt: skip
-        turn += 1
+    if WIN > 0:
+        i = _first_turn(q_lo, q_hi, BK, BQ, WIN)
+        for turn_w in range(0, (gl.maximum(q_hi - q_lo, 0) + BQ - 1) // BQ):
+            b_dk, b_dv = _step(
+                b_dk, b_dv, s_k, s_v, s_q, s_do, s_lse, s_dg, bars, turn_w, scale2, o_end, i + o_c, q_hi,
+                ROWS, BN, WIN, STAGES, MMA_S, MMA_K, True,
+            )  # fmt: skip
+            i = gl.where(i + BQ < q_hi, i + BQ, q_lo)
+    else:
+        for i in range(q_lo, q_full, BQ):
+            b_dk, b_dv = _step(
+                b_dk, b_dv, s_k, s_v, s_q, s_do, s_lse, s_dg, bars, turn, scale2, o_end, i + o_c, q_hi,
+                ROWS, BN, WIN, STAGES, MMA_S, MMA_K, True,
+            )  # fmt: skip
+            turn += 1
+        q_even = gl.maximum(q_full, q_hi // BQ * BQ)
+        for i in range(q_full, q_even, BQ):
+            b_dk, b_dv = _step(
+                b_dk, b_dv, s_k, s_v, s_q, s_do, s_lse, s_dg, bars, turn, scale2, o_end, i + o_c, q_hi,
+                ROWS, BN, WIN, STAGES, MMA_S, MMA_K, False,
+            )  # fmt: skip
+            turn += 1
+        # The part's last tile may reach behind its end.
+        for i in range(q_even, q_hi, BQ):
+            b_dk, b_dv = _step(
+                b_dk, b_dv, s_k, s_v, s_q, s_do, s_lse, s_dg, bars, turn, scale2, o_end, i + o_c, q_hi,
+                ROWS, BN, WIN, STAGES, MMA_S, MMA_K, True,
+            )  # fmt: skip
+            turn += 1
     first = (i_split.to(gl.int64) * num_keys + k_off) * H + i_kv
     o_n = i_k + WHICH * BN + gl.arange(0, BN, layout=gl.SliceLayout(1, MMA_K))
     o_d = gl.arange(0, DQ, layout=gl.SliceLayout(0, MMA_K))
@@ -150,7 +196,7 @@ def _add_queries(
 def range_pipelined_dkdv_kernel(
     d_q, d_k, d_v, d_do, d_lse, d_dg, p_dk, p_dv, p_meta, p_tiles, num_tiles, num_splits, num_keys, split, scale, scale2,
     H: gl.constexpr, G: gl.constexpr, BK: gl.constexpr, BQ: gl.constexpr, DQ: gl.constexpr, DV: gl.constexpr,
-    KIND: gl.constexpr, LEN: gl.constexpr, STRIDE: gl.constexpr, STAGES: gl.constexpr,
+    KIND: gl.constexpr, LEN: gl.constexpr, STRIDE: gl.constexpr, WIN: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     # The last parts are seen by the most keys: start them first.
     i_split = num_splits - 1 - gl.program_id(0) // (num_tiles * H)
@@ -188,15 +234,132 @@ def range_pipelined_dkdv_kernel(
         gl.warp_specialize(
             [
                 (_add_queries, (s_k0, s_v0, s_q, s_do, s_lse, s_dg, bars, p_dk, p_dv, p_row, i_kv, i_k, i_split, split,
-                                num_keys, scale, scale2, 0, H, G, BK, BQ, DQ, DV, KIND, LEN, STRIDE, STAGES)),
+                                num_keys, scale, scale2, 0, H, G, BK, BQ, DQ, DV, KIND, LEN, STRIDE, WIN, STAGES)),
                 (_add_queries, (s_k1, s_v1, s_q, s_do, s_lse, s_dg, bars, p_dk, p_dv, p_row, i_kv, i_k, i_split, split,
-                                num_keys, scale, scale2, 1, H, G, BK, BQ, DQ, DV, KIND, LEN, STRIDE, STAGES)),
+                                num_keys, scale, scale2, 1, H, G, BK, BQ, DQ, DV, KIND, LEN, STRIDE, WIN, STAGES)),
                 (_load_queries, (d_q, d_do, d_lse, d_dg, s_q, s_do, s_lse, s_dg, bars, p_row, i_kv, i_k, i_split, split,
-                                 G, BK, BQ, KIND, LEN, STRIDE, STAGES)),
+                                 G, BK, BQ, KIND, LEN, STRIDE, WIN, STAGES)),
             ],
             [4, 1],
             [240, 24],
         )  # fmt: skip
+
+
+@gluon.jit
+def _dq_step(
+    b_dq, b_q, b_do, b_lse, b_dg, s_k, s_v, bars, turn, scale2, o_end, b_t,
+    WIN: gl.constexpr, STAGES: gl.constexpr, MMA_S: gl.constexpr, MMA_Q: gl.constexpr, MASKED: gl.constexpr,
+):  # fmt: skip
+    """What a tile of keys adds to dq."""
+    stage = turn % STAGES
+    phase = turn // STAGES & 1
+    ROWS: gl.constexpr = b_dq.shape[0]
+    BN: gl.constexpr = s_k.shape[1]
+    b_zero = gl.zeros([ROWS, BN], gl.float32, layout=MMA_S)
+    mbarrier.wait(bars.index(stage), phase)
+    b_s = warpgroup_mma(b_q, s_k.index(stage).permute((1, 0)), b_zero, use_acc=False, is_async=True)
+    mbarrier.wait(bars.index(STAGES + stage), phase)
+    b_dp = warpgroup_mma(b_do, s_v.index(stage).permute((1, 0)), b_zero, use_acc=False, is_async=True)
+    b_s = warpgroup_mma_wait(1, deps=[b_s])
+    b_p = gl.exp2(b_s * scale2 - b_lse[:, None])
+    if MASKED:
+        b_p = gl.where(visible(o_end, b_t, WIN), b_p, 0.0)
+    b_dp = warpgroup_mma_wait(0, deps=[b_dp])
+    mbarrier.arrive(bars.index(3 * STAGES + stage))
+    b_ds = gl.convert_layout((b_p * (b_dp - b_dg[:, None])).to(s_k.dtype), gl.DotOperandLayout(0, MMA_Q, 2))
+    b_dq = warpgroup_mma(b_ds, s_k.index(stage), b_dq, is_async=True)
+    b_dq, b_ds = warpgroup_mma_wait(0, deps=[b_dq, b_ds])
+    mbarrier.arrive(bars.index(2 * STAGES + stage))
+    return b_dq
+
+
+@gluon.jit
+def _add_keys(
+    p_q, p_do, p_lse, p_dg, p_dq, s_k, s_v, bars, p_tiles, p_meta, num_tiles, scale, scale2,
+    WHICH: gl.constexpr, H: gl.constexpr, G: gl.constexpr, GP: gl.constexpr, BQ: gl.constexpr, BN: gl.constexpr,
+    DQ: gl.constexpr, DV: gl.constexpr, KIND: gl.constexpr, LEN: gl.constexpr, STRIDE: gl.constexpr, WIN: gl.constexpr,
+    ADD: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """dq of the WHICH-th BQ query tokens of every work item."""
+    ROWS: gl.constexpr = BQ * GP
+    MMA_S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
+    MMA_Q: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DQ, 16])
+    IN: gl.constexpr = gl.DotOperandLayout(0, MMA_S, 2)
+    WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // DQ, DQ // 8], [4, 1], [1, 0])
+    ROW: gl.constexpr = gl.SliceLayout(1, MMA_S)
+    COL: gl.constexpr = gl.SliceLayout(0, MMA_S)
+    turn = 0
+    for item in range(gl.program_id(0), num_tiles * H, gl.num_programs(0)):
+        i_kv, i_q, p_row, i_first, count = item_of(
+            item, p_tiles, p_meta, num_tiles, H, BQ, BN, KIND, LEN, STRIDE, WIN
+        )  # fmt: skip
+        if count > 0:
+            i_q += WHICH * BQ
+            lo, hi = whole_tiles(p_row, i_q, i_first, count, BQ, BN, KIND, LEN, STRIDE, WIN)
+            b_q = gl.convert_layout(load_rows(p_q, p_row, i_q, i_kv, H, G, GP, BQ, DQ), IN)
+            b_do = gl.convert_layout(load_rows(p_do, p_row, i_q, i_kv, H, G, GP, BQ, DV), IN)
+            o_row, m_row = rows_of(p_row, i_q, i_kv, H, G, GP, BQ, ROW)
+            b_lse = gl.load(p_lse + o_row, mask=m_row, other=float("inf"))
+            b_dg = gl.load(p_dg + o_row, mask=m_row, other=0.0)
+            b_t = gl.load(p_row + 2).to(gl.int32) + i_q + gl.arange(0, ROWS, layout=ROW) // GP
+            b_dq = gl.zeros([ROWS, DQ], gl.float32, layout=MMA_Q)
+            for j in range(hi, count):
+                o_end = last_positions(i_first + (count - 1 - j + hi) * BN, p_row, KIND, LEN, STRIDE, BN, COL)
+                b_dq = _dq_step(
+                    b_dq, b_q, b_do, b_lse, b_dg, s_k, s_v, bars, turn, scale2, o_end, b_t,
+                    WIN, STAGES, MMA_S, MMA_Q, True,
+                )  # fmt: skip
+                turn += 1
+            for _ in range(lo, hi):
+                b_dq = _dq_step(
+                    b_dq, b_q, b_do, b_lse, b_dg, s_k, s_v, bars, turn, scale2, b_t, b_t,
+                    WIN, STAGES, MMA_S, MMA_Q, False,
+                )  # fmt: skip
+                turn += 1
+            if WIN > 0:
+                for j in range(0, lo):
+                    o_end = last_positions(i_first + (lo - 1 - j) * BN, p_row, KIND, LEN, STRIDE, BN, COL)
+                    b_dq = _dq_step(
+                        b_dq, b_q, b_do, b_lse, b_dg, s_k, s_v, bars, turn, scale2, o_end, b_t,
+                        WIN, STAGES, MMA_S, MMA_Q, True,
+                    )  # fmt: skip
+                    turn += 1
+            o_row, m_row = rows_of(p_row, i_q, i_kv, H, G, GP, BQ, gl.SliceLayout(1, WIDE))
+            p_out = p_dq + o_row[:, None] * DQ + gl.arange(0, DQ, layout=gl.SliceLayout(0, WIDE))[None, :]
+            b_out = gl.convert_layout(b_dq * scale, WIDE)
+            if ADD:
+                b_out += gl.load(p_out, mask=m_row[:, None], other=0.0).to(gl.float32)
+            gl.store(p_out, b_out.to(p_dq.dtype.element_ty), mask=m_row[:, None])
+
+
+@gluon.jit
+def range_pipelined_dq_kernel(
+    p_q, d_k, d_v, p_do, p_lse, p_dg, p_dq, p_meta, p_tiles, num_tiles, scale, scale2,
+    H: gl.constexpr, G: gl.constexpr, GP: gl.constexpr, BQ: gl.constexpr, BN: gl.constexpr, DQ: gl.constexpr,
+    DV: gl.constexpr, KIND: gl.constexpr, LEN: gl.constexpr, STRIDE: gl.constexpr, WIN: gl.constexpr,
+    ADD: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    dtype: gl.constexpr = d_k.dtype
+    s_k = gl.allocate_shared_memory(dtype, [STAGES, BN, DQ], d_k.layout)
+    s_v = gl.allocate_shared_memory(dtype, [STAGES, BN, DV], d_v.layout)
+    bars = gl.allocate_shared_memory(gl.int64, [4 * STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(2 * STAGES):
+        mbarrier.init(bars.index(i), count=1)
+        mbarrier.init(bars.index(2 * STAGES + i), count=2)
+    fence_async_shared()
+    gl.thread_barrier()
+    gl.warp_specialize(
+        [
+            (_add_keys, (p_q, p_do, p_lse, p_dg, p_dq, s_k, s_v, bars, p_tiles, p_meta, num_tiles, scale, scale2,
+                         0, H, G, GP, BQ, BN, DQ, DV, KIND, LEN, STRIDE, WIN, ADD, STAGES)),
+            (_add_keys, (p_q, p_do, p_lse, p_dg, p_dq, s_k, s_v, bars, p_tiles, p_meta, num_tiles, scale, scale2,
+                         1, H, G, GP, BQ, BN, DQ, DV, KIND, LEN, STRIDE, WIN, ADD, STAGES)),
+            (load_keys, (d_k, d_v, s_k, s_v, bars, p_tiles, p_meta, num_tiles,
+                         H, BQ, BN, DQ, DV, KIND, LEN, STRIDE, WIN, STAGES)),
+        ],
+        [4, 1],
+        [240, 24],
+    )  # fmt: skip
 
 
 def _rows_source(x: Tensor, tokens: int, group: int) -> TensorDescriptor:
@@ -223,17 +386,17 @@ def fits_pipeline(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 def range_pipelined_dkdv(
     q: Tensor, k: Tensor, v: Tensor, do: Tensor, row_lse: Tensor, row_dg: Tensor, dk: Tensor, dv: Tensor, tiles: Tensor,
-    meta: Tensor, *, kind: int, block: int, stride: int, split: int, scale: float, scale2: float,
+    meta: Tensor, launch: dict[str, int], *, kind: int, block: int, stride: int, window: int, split: int, scale: float,
+    scale2: float,
 ) -> None:  # fmt: skip
-    """Write the gradients of keys and values of every part of the queries, without a window.
+    """Write the gradients of keys and values of every part of the queries.
 
     Args:
         dk, dv: [parts, S, H, D | Dv], written.
-        tiles: key tiles of LAUNCH["range_pipelined_dkdv"]["keys"] (`Geometry.tiles`).
+        tiles: key tiles of launch["keys"] (`Geometry.tiles`).
         split: queries of a part, a multiple of ROWS // group.
         others: as in `range_backward`.
     """
-    launch = LAUNCH["range_pipelined_dkdv"]
     num_kv, group = k.shape[1], q.shape[1] // k.shape[1]
     tokens = ROWS // group
     half = launch["keys"] // 2
@@ -243,5 +406,24 @@ def range_pipelined_dkdv(
         _numbers_source(row_lse, tokens, group), _numbers_source(row_dg, tokens, group), dk, dv, meta, tiles,
         tiles.shape[0], dk.shape[0], k.shape[0], split, scale, scale2,
         H=num_kv, G=group, BK=launch["keys"], BQ=tokens, DQ=k.shape[2], DV=v.shape[2], KIND=kind, LEN=block, STRIDE=stride,
-        STAGES=launch["num_stages"], num_warps=4, maxnreg=168,
+        WIN=window, STAGES=launch["num_stages"], num_warps=4, maxnreg=168,
+    )  # fmt: skip
+
+
+def range_pipelined_dq(
+    q: Tensor, k: Tensor, v: Tensor, do: Tensor, row_lse: Tensor, row_dg: Tensor, dq: Tensor, geometry: Geometry, *,
+    kind: int, block: int, stride: int, window: int, scale: float, scale2: float, add: bool,
+) -> None:  # fmt: skip
+    """Write the gradient of the queries, or add it; arguments as in `range_backward`."""
+    launch = LAUNCH["window_pipelined_dq" if window else "range_pipelined_dq"]
+    num_kv, group = k.shape[1], q.shape[1] // k.shape[1]
+    padded = next_power_of_2(group)
+    tokens = ROWS // padded
+    tiles = geometry.tiles(QUERY, 2 * tokens)
+    launch_kernel(
+        range_pipelined_dq_kernel, (min(num_multiprocessors(q.device), tiles.shape[0] * num_kv),),
+        q, source_of(k, launch["keys"]), source_of(v, launch["keys"]), do, row_lse, row_dg, dq, geometry.meta, tiles,
+        tiles.shape[0], scale, scale2,
+        H=num_kv, G=group, GP=padded, BQ=tokens, BN=launch["keys"], DQ=k.shape[2], DV=v.shape[2], KIND=kind, LEN=block,
+        STRIDE=stride, WIN=window, ADD=add, STAGES=launch["num_stages"], num_warps=4, maxnreg=168,
     )  # fmt: skip

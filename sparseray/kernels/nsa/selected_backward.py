@@ -147,7 +147,7 @@ def selected_backward(
             add=add,
         )  # fmt: skip
     launch = launch_for("block_bwd" if by_pair else "selected_dkdv", max(width, value), q.element_size())
-    chunk = queries_per_chunk(heads, n, width, q.element_size()) if by_pair else total
+    chunk = queries_per_chunk(heads, n, width, q.element_size()) if by_pair else launch["chunk"]
     part = max(launch["part"], min(chunk, total) * num_kv * n // launch["programs"])
     inverse = invert_selection(index, geometry, select_block=select_block, chunk=chunk, part=part)
     dk, dv = (torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (k, v))
