@@ -15,10 +15,11 @@ from torch import Tensor
 from sparseray.kernels.launch import launch_kernel
 from sparseray.kernels.nsa.geometry import KEYS, Geometry
 from sparseray.kernels.nsa.inverse import Inverse, invert_selection, pays_by_block, queries_per_chunk
-from sparseray.kernels.nsa.range_forward import LOG2E, tokens_per_tile
+from sparseray.kernels.nsa.range_forward import LOG2E, in_bulk, tokens_per_tile
 from sparseray.kernels.nsa.selected_forward import selected_query_gradient, shared_constants
-from sparseray.kernels.nsa.tiles import add_tile, block_rows, load_tile, next_power_of_2, store_tile
-from sparseray.kernels.nsa.tuning import launch_for
+from sparseray.kernels.nsa.selected_pipelined_backward import fits_pipeline, selected_pipelined_dkdv
+from sparseray.kernels.nsa.tiles import add_tile, block_rows, can_copy, load_tile, next_power_of_2, store_tile
+from sparseray.kernels.nsa.tuning import LAUNCH, launch_for
 
 
 @triton.jit
@@ -146,8 +147,18 @@ def selected_backward(
             q, k, v, do, row_lse, row_dg, dq, index, positions, geometry, select_block=select_block, scale=scale,
             add=add,
         )  # fmt: skip
-    launch = launch_for("block_bwd" if by_pair else "selected_dkdv", max(width, value), q.element_size())
-    chunk = queries_per_chunk(heads, n, width, q.element_size()) if by_pair else launch["chunk"]
+    is_pipelined = (
+        not by_pair
+        and in_bulk(k, v)
+        and can_copy(q)
+        and can_copy(do)
+        and fits_pipeline(q, k, v, select_block)
+    )
+    if is_pipelined:
+        launch = LAUNCH["selected_pipelined_dkdv"]
+    else:
+        launch = launch_for("block_bwd" if by_pair else "selected_dkdv", max(width, value), q.element_size())
+    chunk = queries_per_chunk(heads, n, width, q.element_size()) if by_pair else total
     part = max(launch["part"], min(chunk, total) * num_kv * n // launch["programs"])
     inverse = invert_selection(index, geometry, select_block=select_block, chunk=chunk, part=part)
     dk, dv = (torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (k, v))
@@ -157,7 +168,7 @@ def selected_backward(
     for i, first in enumerate(range(0, total, inverse.chunk)):
         _one_chunk(
             (q, k, v, do, row_lse, row_dg, part_q, dk, dv, part_k, part_v), i, inverse, positions, geometry,
-            launch, n=n, select_block=select_block, scale=scale, by_pair=by_pair,
+            launch, n=n, select_block=select_block, scale=scale, by_pair=by_pair, is_pipelined=is_pipelined,
         )  # fmt: skip
         if by_pair:
             launch_kernel(
@@ -170,20 +181,25 @@ def selected_backward(
 
 def _one_chunk(
     tensors: tuple[Tensor, ...], i: int, inverse: Inverse, positions: Tensor, geometry: Geometry,
-    launch: dict[str, int], *, n: int, select_block: int, scale: float, by_pair: bool,
+    launch: dict[str, int], *, n: int, select_block: int, scale: float, by_pair: bool, is_pipelined: bool,
 ) -> None:  # fmt: skip
     """Pairs of the i-th chunk of queries: what they add to dk and dv, and their rows of dq."""
-    q, k, v = tensors[:3]
-    dk, dv, part_k, part_v = tensors[7:]
-    tokens, padded = tokens_per_tile(launch["rows"], q.shape[1] // k.shape[1])
+    q, k, v, do, row_lse, row_dg, _, dk, dv, part_k, part_v = tensors
     tiles = geometry.tiles(KEYS, select_block)
     parts = inverse.parts[i]
-    launch_kernel(
-        selected_bwd_kernel, (parts.shape[0],),
-        *tensors, inverse.entries, inverse.queries, parts, tiles, geometry.meta, positions, tiles.shape[0], n, i * inverse.chunk,
-        scale, scale * LOG2E, GP=padded, BQ=tokens, PAIRS=by_pair,
-        **shared_constants(q, k, v, select_block), num_warps=launch["num_warps"], num_stages=launch["num_stages"],
-    )  # fmt: skip
+    if is_pipelined:
+        selected_pipelined_dkdv(
+            q, k, v, do, row_lse, row_dg, dk, dv, part_k, part_v, parts, inverse, tiles, geometry.meta, positions,
+            select_block=select_block, scale=scale, scale2=scale * LOG2E,
+        )  # fmt: skip
+    else:
+        tokens, padded = tokens_per_tile(launch["rows"], q.shape[1] // k.shape[1])
+        launch_kernel(
+            selected_bwd_kernel, (parts.shape[0],),
+            *tensors, inverse.entries, inverse.queries, parts, tiles, geometry.meta, positions, tiles.shape[0], n,
+            i * inverse.chunk, scale, scale * LOG2E, GP=padded, BQ=tokens, PAIRS=by_pair,
+            **shared_constants(q, k, v, select_block), num_warps=launch["num_warps"], num_stages=launch["num_stages"],
+        )  # fmt: skip
     for out, part in ((dk, part_k), (dv, part_v)):
         launch_kernel(
             add_parts_kernel, (parts.shape[0], triton.cdiv(select_block, 16)),

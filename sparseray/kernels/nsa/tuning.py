@@ -27,9 +27,10 @@ LAUNCH: dict[str, dict[str, int]] = {
     "selected_fwd_bulk": {"keys": 32, "num_warps": 1, "num_stages": 3},
     "selected_dq": {"keys": 64, "num_warps": 2, "num_stages": 2},
     "selected_dq_bulk": {"keys": 32, "num_warps": 1, "num_stages": 2},
-    "selected_dkdv": {"rows": 64, "num_warps": 4, "num_stages": 3, "part": 512, "programs": 4096, "chunk": 1073741824},
+    "selected_dkdv": {"rows": 64, "num_warps": 4, "num_stages": 3, "part": 512, "programs": 4096},
+    "selected_pipelined_dkdv": {"num_stages": 4, "part": 512, "programs": 2048},
     "block_fwd": {"rows": 64, "num_warps": 4, "num_stages": 5, "part": 512},
-    "block_bwd": {"rows": 64, "num_warps": 4, "num_stages": 3, "part": 512, "programs": 4096, "chunk": 1073741824},
+    "block_bwd": {"rows": 64, "num_warps": 4, "num_stages": 3, "part": 512, "programs": 4096},
     "decode": {
         "keys": 64,
         "splits": 32,
