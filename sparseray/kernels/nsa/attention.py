@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sparseray.errors import ConfigError
-from sparseray.kernels.nsa.branches import Blocks, forward_branches, window_branch
+from sparseray.kernels.nsa.branches import Blocks, Window, forced_blocks, forward_branches, window_branch
 from sparseray.kernels.nsa.compress import Compression, block_tables, compress, num_packed
 from sparseray.kernels.nsa.gates import prepare_backward
 from sparseray.kernels.nsa.geometry import (
@@ -31,7 +31,7 @@ from sparseray.kernels.nsa.selected_backward import selected_backward
 
 def _forward(
     q: Tensor, k_cmp: Tensor, v_cmp: Tensor, k_slc: Tensor, v_slc: Tensor, k_win: Tensor, v_win: Tensor,
-    gates: Tensor, geometry: Geometry, sizes: Blocks, won: tuple[Tensor, Tensor] | None, *, keep: bool,
+    gates: Tensor, geometry: Geometry, sizes: Blocks, won: Window | None, *, keep: bool,
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:  # fmt: skip
     """Output, and what the backward needs."""
     shape = q.shape
@@ -39,8 +39,8 @@ def _forward(
         _packed(x) for x in (q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates)
     )
     if won is None:
-        won = window_branch(q, k_win, v_win, geometry, window=sizes.window, scale=sizes.scale)
-    found = forward_branches(q, (k_cmp, v_cmp), (k_slc, v_slc), gates, *won, geometry, sizes, keep=keep)
+        won = window_branch(q, (k_win, v_win), (k_slc, v_slc), geometry, sizes)
+    found = forward_branches(q, (k_cmp, v_cmp), (k_slc, v_slc), gates, won, geometry, sizes, keep=keep)
     saved = (q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, *found.outs, *found.lses, found.index)
     return found.sum.view(*shape[:3], -1), saved
 
@@ -51,7 +51,7 @@ class _Nsa(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k_cmp: Tensor, v_cmp: Tensor, k_slc: Tensor, v_slc: Tensor, k_win: Tensor,
-        v_win: Tensor, gates: Tensor, geometry: Geometry, sizes: Blocks, won: tuple[Tensor, Tensor] | None,
+        v_win: Tensor, gates: Tensor, geometry: Geometry, sizes: Blocks, won: Window | None,
     ) -> Tensor:  # fmt: skip
         tensors = (q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates)
         out, saved = _forward(*tensors, geometry, sizes, won, keep=True)
@@ -69,6 +69,7 @@ class _Nsa(torch.autograd.Function):
             do, (o_cmp, o_slc, o_win), (lse_cmp, lse_slc, lse_win), gates
         )
         del saved, o_cmp, o_slc, o_win
+        forced = forced_blocks(q, (k_win, v_win), (k_slc, v_slc), geometry, b)
         dq = torch.empty_like(q)
         if index is None:
             dk_slc, dv_slc = range_backward(
@@ -78,7 +79,7 @@ class _Nsa(torch.autograd.Function):
         else:
             dk_slc, dv_slc = selected_backward(
                 q, k_slc, v_slc, do, row_lse[1], row_dg[1], dq, index, query_positions(geometry), geometry,
-                select_block=b.select_block, scale=b.scale, add=False,
+                select_block=b.select_block, scale=b.scale, add=False, forced=forced,
             )  # fmt: skip
         dk_cmp, dv_cmp = range_backward(
             q, k_cmp, v_cmp, do, row_lse[0], row_dg[0], dq, geometry, kind=COMPRESSED, block=b.block,
@@ -87,6 +88,7 @@ class _Nsa(torch.autograd.Function):
         dk_win, dv_win = range_backward(
             q, k_win, v_win, do, row_lse[2], row_dg[2], dq, geometry, kind=WINDOW, block=1, stride=1,
             window=b.window, scale=b.scale, add=True,
+            forced=None if forced is None else (forced, row_lse[1], row_dg[1]),
         )  # fmt: skip
         found = (dq, dk_cmp, dv_cmp, dk_slc, dv_slc, dk_win, dv_win, dgates)
         return *(x.view(shape) for x, shape in zip(found, ctx.shapes)), None, None, None
@@ -231,10 +233,11 @@ def nsa_layer(
         count = num_packed(cu_seqlens, block, stride) if num_blocks is None else num_blocks
     geometry = _geometry(q, count, k_slc, k_win, cu_seqlens, sizes, 0, 0)
     # What is packed twice, for the window and for the rest, is copied once at most.
-    q, k_win, v_win = q.contiguous(), k_win.contiguous(), v_win.contiguous()
+    q, k_slc, v_slc, k_win, v_win = (x.contiguous() for x in (q, k_slc, v_slc, k_win, v_win))
     with torch.no_grad():
+        packed_q, *keys_values = (_packed(x) for x in (q, k_win, v_win, k_slc, v_slc))
         won = window_branch(
-            _packed(q), _packed(k_win), _packed(v_win), geometry, window=window, scale=sizes.scale
+            packed_q, (keys_values[0], keys_values[1]), (keys_values[2], keys_values[3]), geometry, sizes
         )
     tables = block_tables(batch, tokens, block, stride, q.device, cu_seqlens=cu_seqlens, num_blocks=count)
     k_cmp, v_cmp = (

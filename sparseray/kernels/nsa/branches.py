@@ -9,13 +9,17 @@ backward are left out. The length alone decides, so nothing is read from the dev
 """
 
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from sparseray.kernels.nsa.gates import combine
 from sparseray.kernels.nsa.geometry import COMPRESSED, KEYS, WINDOW, Geometry, query_positions
 from sparseray.kernels.nsa.inverse import pays_by_block
-from sparseray.kernels.nsa.range_forward import range_forward
+from sparseray.kernels.nsa.range_forward import LOG2E, in_bulk, range_forward
+from sparseray.kernels.nsa.range_pipelined import Attended, Forced, range_pipelined
+from sparseray.kernels.nsa.range_pipelined_backward import fits_pipeline
 from sparseray.kernels.nsa.reference import check_blocks
 from sparseray.kernels.nsa.selected_by_block import selected_by_block
 from sparseray.kernels.nsa.selected_forward import selected_forward
@@ -56,29 +60,68 @@ class Branches:
     index: Tensor | None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Window:
+    """Output [T, HQ, Dv] and base-2 log-sum-exp [T, HQ] of the window, and what the forced blocks gave if they came
+    along."""
+
+    out: Tensor
+    lse: Tensor
+    forced: Attended | None
+
+
 def selects_all(longest: int, *, select_block: int, num_selected: int) -> bool:
     """Whether the selected branch equals dense causal attention for sequences of at most `longest` tokens."""
     return longest <= select_block * num_selected
 
 
-def window_branch(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    geometry: Geometry,
-    *,
-    window: int,
-    scale: float,
-    table: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Output [T, HQ, Dv] and base-2 log-sum-exp [T, HQ] of the window."""
-    return range_forward(
-        q, k, v, geometry, kind=WINDOW, block=1, stride=1, window=window, scale=scale, table=table
+def forced_blocks(
+    q: Tensor, win: tuple[Tensor, Tensor], slc: tuple[Tensor, Tensor], geometry: Geometry, sizes: Blocks
+) -> Forced | None:
+    """The blocks that are selected whatever the scores, where the window's kernel can take them along.
+
+    Neighbouring queries share them, so there a tile of keys is read once for all; the kernel that goes by query reads
+    every block for each. None where the selected branch does not go by query, or for keys that are no twins.
+    """
+    k, v = slc
+    is_by_query = not pays_by_block(q.shape[1] // k.shape[1]) and not selects_all(
+        geometry.max_keys, select_block=sizes.select_block, num_selected=sizes.num_selected
+    )
+    are_twins = k.shape[1:] == win[0].shape[1:] and v.shape[1:] == win[1].shape[1:]
+    if not (is_by_query and are_twins and sizes.num_local > 0 and fits_pipeline(q, k, v)):
+        return None
+    if not (in_bulk(*win) and in_bulk(k, v)):
+        return None
+    return Forced(
+        k=k, v=v, select_block=sizes.select_block, num_initial=sizes.num_initial, num_local=sizes.num_local
     )
 
 
+def window_branch(
+    q: Tensor, win: tuple[Tensor, Tensor], slc: tuple[Tensor, Tensor], geometry: Geometry, sizes: Blocks, *,
+    table: Tensor | None = None,
+) -> Window:  # fmt: skip
+    """The window, and with it the forced blocks of the selected branch where that pays.
+
+    Args:
+        q: [T, HQ, D] packed; win, slc: keys and values of the two branches; table: pages of win, None where both are
+            packed.
+    """
+    sliding: dict[str, Any] = {"kind": WINDOW, "block": 1, "stride": 1, "window": sizes.window}
+    forced = None if table is not None else forced_blocks(q, win, slc, geometry, sizes)
+    if forced is None:
+        out, lse = range_forward(q, *win, geometry, **sliding, scale=sizes.scale, table=table)
+        return Window(out=out, lse=lse, forced=None)
+    out = q.new_empty(*q.shape[:2], win[1].shape[-1])
+    lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+    attended = range_pipelined(
+        q, *win, out, lse, geometry, **sliding, scale2=sizes.scale * LOG2E, forced=forced
+    )
+    return Window(out=out, lse=lse, forced=attended)
+
+
 def forward_branches(
-    q: Tensor, cmp: tuple[Tensor, Tensor], slc: tuple[Tensor, Tensor], gates: Tensor, o_win: Tensor, lse_win: Tensor,
+    q: Tensor, cmp: tuple[Tensor, Tensor], slc: tuple[Tensor, Tensor], gates: Tensor, window: Window,
     geometry: Geometry, sizes: Blocks, *, keep: bool, tables: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> Branches:  # fmt: skip
     """Run the compressed and the selected branch and add the three up.
@@ -86,7 +129,7 @@ def forward_branches(
     Args:
         q: [T, HQ, D] packed; gates: [T, HQ, 3].
         cmp, slc: keys and values, packed [S, H, D | Dv], or pages [pages, page size, H, D | Dv].
-        o_win, lse_win: of `window_branch`.
+        window: of `window_branch`.
         keep: whether a backward follows; without it the selected branch's own output may be left out.
         tables: pages of every sequence for cmp and slc, None where they are packed.
     """
@@ -112,9 +155,9 @@ def forward_branches(
             )
         else:
             summed, o_slc, lse_slc = selected_forward(
-                q, *slc, index, positions, geometry, (o_cmp, o_win), gates, select_block=b.select_block,
-                scale=b.scale, keep=keep, table=tables[1],
+                q, *slc, index, positions, geometry, (o_cmp, window.out), gates, select_block=b.select_block,
+                scale=b.scale, keep=keep, table=tables[1], forced=window.forced,
             )  # fmt: skip
-    outs = (o_cmp, o_slc, o_win)
+    outs = (o_cmp, o_slc, window.out)
     summed = combine(*outs, gates) if summed is None else summed
-    return Branches(sum=summed, outs=outs, lses=(lse_cmp, lse_slc, lse_win), index=index)
+    return Branches(sum=summed, outs=outs, lses=(lse_cmp, lse_slc, window.lse), index=index)

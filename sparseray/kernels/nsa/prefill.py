@@ -89,7 +89,7 @@ def nsa_prefill(
         )  # fmt: skip
     with torch.no_grad():
         q, gates = q.contiguous(), gates.contiguous()
-        won = window_branch(q, *win_cache, geometry, window=window, scale=sizes.scale, table=tables[2])
+        won = window_branch(q, win_cache, slc_cache, geometry, sizes, table=tables[2])
         return forward_branches(
-            q, cmp_cache, slc_cache, gates, *won, geometry, sizes, keep=False, tables=tables[:2]
+            q, cmp_cache, slc_cache, gates, won, geometry, sizes, keep=False, tables=tables[:2]
         ).sum

@@ -13,7 +13,7 @@ from torch import Tensor
 from sparseray.kernels.launch import launch_kernel
 from sparseray.kernels.nsa.geometry import QUERY, WINDOW, Geometry
 from sparseray.kernels.nsa.range_forward import LOG2E, in_bulk, key_sources, tokens_per_tile
-from sparseray.kernels.nsa.range_pipelined import ROWS
+from sparseray.kernels.nsa.range_pipelined import ROWS, Forced
 from sparseray.kernels.nsa.range_pipelined_backward import (
     fits_pipeline,
     range_pipelined_dkdv,
@@ -235,6 +235,7 @@ def range_backward(
     q: Tensor, k: Tensor, v: Tensor, do: Tensor, row_lse: Tensor, row_dg: Tensor, dq: Tensor,
     geometry: Geometry, *,
     kind: int, block: int, stride: int, window: int, scale: float, add: bool,
+    forced: tuple[Forced, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients of `range_forward` times its gate.
 
@@ -243,6 +244,8 @@ def range_backward(
         row_lse: fp32 [T, HQ], base-2 log-sum-exp minus log2 of the gate, +inf where nothing is visible.
         row_dg: fp32 [T, HQ], do . out of this branch, which is the gradient of its gate.
         dq: [T, HQ, D], written, or added to if `add`.
+        forced: blocks whose part of dq is to be added too (only where `fits_pipeline`), and row_lse and row_dg of the
+            selected branch.
 
     Returns:
         dk and dv in the dtype of k.
@@ -258,11 +261,12 @@ def range_backward(
     }  # fmt: skip
     width = max(q.shape[-1], v.shape[-1])
     bulk = in_bulk(k, v)
-    is_pipelined = bulk and can_copy(do) and fits_pipeline(q, k, v)
+    is_pipelined = bulk and fits_pipeline(q, k, v)
+    assert is_pipelined or forced is None
     if is_pipelined:
         range_pipelined_dq(
             q, k, v, do, row_lse, row_dg, dq, geometry, kind=kind, block=block, stride=stride, window=window,
-            scale=scale, scale2=scale * LOG2E, add=add,
+            scale=scale, scale2=scale * LOG2E, add=add, forced=forced,
         )  # fmt: skip
     else:
         launch = launch_for(f"{name}_dq", width, q.element_size())
@@ -277,6 +281,7 @@ def range_backward(
         )  # fmt: skip
     if k.shape[0] == 0:
         return torch.zeros_like(k), torch.zeros_like(v)
+    is_pipelined = is_pipelined and can_copy(do)
     launch = launch_for(f"{name}_pipelined_dkdv" if is_pipelined else f"{name}_dkdv", width, q.element_size())
     tokens, padded = tokens_per_tile(ROWS if is_pipelined else launch["rows"], heads // num_kv)
     tiles = geometry.tiles(kind, launch["keys"])

@@ -7,6 +7,7 @@ while it takes exponentials (FlashAttention-3, arXiv 2407.08608, section 3.2). P
 queries, the longest first. Source: arXiv 2502.11089 eq. 7.
 """
 
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -29,6 +30,7 @@ from sparseray.kernels.nsa.tuning import LAUNCH
 
 ROWS = 64
 """Rows of a warpgroup: query tokens times query heads of one key/value head."""
+NEVER = gl.constexpr(0x7FFFFFFF)
 WIDTHS = (64, 128)
 """Head sizes for which the tiles fit shared memory and the layouts below are right."""
 
@@ -80,31 +82,72 @@ def whole_tiles(
 
 
 @gluon.jit
+def forced_tiles(
+    p_row,
+    i_q,
+    BQ: gl.constexpr,
+    BN: gl.constexpr,
+    SELECT: gl.constexpr,
+    INITIAL: gl.constexpr,
+    LOCAL: gl.constexpr,
+):
+    """Key tiles of an item in the first INITIAL and last LOCAL selection blocks of its queries: how many there are in
+    the former, the first key of the latter, and how many in all."""
+    q_len = gl.load(p_row + 1).to(gl.int32)
+    q_start = gl.load(p_row + 2).to(gl.int32)
+    seen = gl.minimum(q_start + gl.minimum(i_q + 2 * BQ, q_len), gl.load(p_row + 7).to(gl.int32))
+    initial = (gl.minimum(seen, INITIAL * SELECT) + BN - 1) // BN
+    i_first = gl.maximum(((q_start + i_q) // SELECT - LOCAL + 1) * SELECT, INITIAL * SELECT)
+    local = (gl.maximum(seen - i_first, 0) + BN - 1) // BN
+    return initial, i_first, gl.maximum(initial + local, 1)
+
+
+@gluon.jit
+def _load_tile(
+    d_k, d_v, s_k, s_v, bars, row, i_kv, turn, DQ: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr
+):
+    stage = turn % STAGES
+    phase = (turn // STAGES & 1) ^ 1
+    b_k = bars.index(stage)
+    b_v = bars.index(STAGES + stage)
+    mbarrier.wait(bars.index(2 * STAGES + stage), phase)
+    mbarrier.expect(b_k, d_k.block_type.nbytes)
+    tma.async_copy_global_to_shared(d_k, [row, i_kv * DQ], b_k, s_k.index(stage))
+    mbarrier.wait(bars.index(3 * STAGES + stage), phase)
+    mbarrier.expect(b_v, d_v.block_type.nbytes)
+    tma.async_copy_global_to_shared(d_v, [row, i_kv * DV], b_v, s_v.index(stage))
+
+
+@gluon.jit
 def load_keys(
-    d_k, d_v, s_k, s_v, bars, p_tiles, p_meta, num_tiles,
+    d_k, d_v, d_k2, d_v2, s_k, s_v, bars, p_tiles, p_meta, num_tiles,
     H: gl.constexpr, BQ: gl.constexpr, BN: gl.constexpr, DQ: gl.constexpr, DV: gl.constexpr, KIND: gl.constexpr,
-    LEN: gl.constexpr, STRIDE: gl.constexpr, WIN: gl.constexpr, STAGES: gl.constexpr,
+    LEN: gl.constexpr, STRIDE: gl.constexpr, WIN: gl.constexpr, SELECT: gl.constexpr, INITIAL: gl.constexpr,
+    LOCAL: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Tiles of keys and values of every work item, the last first."""
+    """Tiles of keys and values of every work item, the last first; then those of the blocks that are always selected."""
     turn = 0
     for item in range(gl.program_id(0), num_tiles * H, gl.num_programs(0)):
-        i_kv, _, p_row, i_first, count = item_of(
+        i_kv, i_q, p_row, i_first, count = item_of(
             item, p_tiles, p_meta, num_tiles, H, BQ, BN, KIND, LEN, STRIDE, WIN
         )  # fmt: skip
-        k_off = gl.load(p_row + KIND).to(gl.int32)
+        k_off = gl.load(p_row + KIND).to(gl.int32) + i_first
         for j in range(0, count):
-            stage = turn % STAGES
-            phase = (turn // STAGES & 1) ^ 1
-            row = k_off + i_first + (count - 1 - j) * BN
-            b_k = bars.index(stage)
-            b_v = bars.index(STAGES + stage)
-            mbarrier.wait(bars.index(2 * STAGES + stage), phase)
-            mbarrier.expect(b_k, d_k.block_type.nbytes)
-            tma.async_copy_global_to_shared(d_k, [row, i_kv * DQ], b_k, s_k.index(stage))
-            mbarrier.wait(bars.index(3 * STAGES + stage), phase)
-            mbarrier.expect(b_v, d_v.block_type.nbytes)
-            tma.async_copy_global_to_shared(d_v, [row, i_kv * DV], b_v, s_v.index(stage))
+            _load_tile(d_k, d_v, s_k, s_v, bars, k_off + (count - 1 - j) * BN, i_kv, turn, DQ, DV, STAGES)
             turn += 1
+        if SELECT > 0:
+            initial, i_first, forced = forced_tiles(p_row, i_q, BQ, BN, SELECT, INITIAL, LOCAL)
+            k_off = gl.load(p_row + 6).to(gl.int32)
+            for j in range(0, gl.where(count > 0, forced, 0)):
+                i_k = key_of(forced - 1 - j, initial, i_first, BN)
+                _load_tile(d_k2, d_v2, s_k, s_v, bars, k_off + i_k, i_kv, turn, DQ, DV, STAGES)
+                turn += 1
+
+
+@gluon.jit
+def key_of(j, initial, i_first, BN: gl.constexpr):
+    """First key of the j-th tile where the first `initial` tiles begin at 0 and the others at i_first."""
+    return gl.where(j < initial, j * BN, i_first + (j - initial) * BN)
 
 
 @gluon.jit
@@ -145,29 +188,59 @@ def rows_of(
 
 
 @gluon.jit
-def visible(o_end, b_t, WIN: gl.constexpr):
+def visible(o_end, b_t, WIN: gl.constexpr, SELECT: gl.constexpr, INITIAL: gl.constexpr, LOCAL: gl.constexpr):
     """Which keys, by their last positions, the queries at positions b_t see."""
     b_see = o_end[None, :] <= b_t[:, None]
     if WIN > 0:
         b_see = b_see & (o_end[None, :] > b_t[:, None] - WIN)
+    if SELECT > 0:
+        b_local = o_end[None, :] >= ((b_t // SELECT - LOCAL + 1) * SELECT)[:, None]
+        b_see = b_see & (b_local | (o_end < INITIAL * SELECT)[None, :])
     return b_see
 
 
 @gluon.jit
-def last_positions(i, p_row, KIND: gl.constexpr, LEN: gl.constexpr, STRIDE: gl.constexpr, BN: gl.constexpr,
-                   LAYOUT: gl.constexpr):  # fmt: skip
-    """Of BN keys from i on; of those that are none, one that nothing reaches."""
+def last_positions(
+    i,
+    end,
+    p_row,
+    KIND: gl.constexpr,
+    LEN: gl.constexpr,
+    STRIDE: gl.constexpr,
+    BN: gl.constexpr,
+    LAYOUT: gl.constexpr,
+):
+    """Of BN keys from i on; of those that are none, or not before `end`, one that nothing reaches."""
     o_n = i + gl.arange(0, BN, layout=LAYOUT)
     k_len = gl.load(p_row + KIND + 1).to(gl.int32)
     k_start = gl.load(p_row + KIND + 2).to(gl.int32)
-    return gl.where(o_n < k_len, k_start + o_n * STRIDE + LEN - 1, 0x7FFFFFFF)
+    return gl.where(o_n < gl.minimum(k_len, end), k_start + o_n * STRIDE + LEN - 1, NEVER)
 
 
 @gluon.jit
-def _softmax(b_s, b_m, b_l, scale2, o_end, b_t, WIN: gl.constexpr, MASKED: gl.constexpr):
+def forced_positions(
+    j,
+    initial,
+    i_first,
+    p_row,
+    SELECT: gl.constexpr,
+    INITIAL: gl.constexpr,
+    BN: gl.constexpr,
+    LAYOUT: gl.constexpr,
+):
+    """Positions of the keys of the j-th tile of `forced_tiles`: each key in one tile only."""
+    end = gl.where(j < initial, INITIAL * SELECT, NEVER)
+    return last_positions(key_of(j, initial, i_first, BN), end, p_row, 6, 1, 1, BN, LAYOUT)
+
+
+@gluon.jit
+def _softmax(
+    b_s, b_m, b_l, scale2, o_end, b_t, WIN: gl.constexpr, SELECT: gl.constexpr, INITIAL: gl.constexpr,
+    LOCAL: gl.constexpr, MASKED: gl.constexpr,
+):  # fmt: skip
     """Probabilities of a tile, the running maximum and sum with it, and the factor for what was summed before."""
     if MASKED:
-        b_s = gl.where(visible(o_end, b_t, WIN), b_s, float("-inf"))
+        b_s = gl.where(visible(o_end, b_t, WIN, SELECT, INITIAL, LOCAL), b_s, float("-inf"))
     b_new = gl.maximum(b_m, gl.max(b_s, 1) * scale2)
     b_safe = b_new
     if MASKED:
@@ -180,8 +253,8 @@ def _softmax(b_s, b_m, b_l, scale2, o_end, b_t, WIN: gl.constexpr, MASKED: gl.co
 @gluon.jit
 def _step(
     b_p, b_m, b_l, b_acc, s_q, s_k, s_v, bars, turn, scale2, o_end, b_t,
-    BN: gl.constexpr, WIN: gl.constexpr, STAGES: gl.constexpr, MMA_S: gl.constexpr, MMA_O: gl.constexpr,
-    MASKED: gl.constexpr,
+    BN: gl.constexpr, WIN: gl.constexpr, SELECT: gl.constexpr, INITIAL: gl.constexpr, LOCAL: gl.constexpr,
+    STAGES: gl.constexpr, MMA_S: gl.constexpr, MMA_O: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
     """p . v of tile turn - 1 and the probabilities of tile `turn`."""
     ROWS: gl.constexpr = s_q.shape[0]
@@ -194,7 +267,9 @@ def _step(
     b_acc = warpgroup_mma(b_p, s_v.index(last), b_acc, is_async=True)
     b_s = warpgroup_mma_wait(1, deps=[b_s])
     mbarrier.arrive(bars.index(2 * STAGES + stage))
-    b_new_p, b_m, b_l, b_alpha = _softmax(b_s, b_m, b_l, scale2, o_end, b_t, WIN, MASKED)
+    b_new_p, b_m, b_l, b_alpha = _softmax(
+        b_s, b_m, b_l, scale2, o_end, b_t, WIN, SELECT, INITIAL, LOCAL, MASKED
+    )  # fmt: skip
     b_acc, b_p = warpgroup_mma_wait(0, deps=[b_acc, b_p])
     mbarrier.arrive(bars.index(3 * STAGES + last))
     b_acc *= gl.convert_layout(b_alpha, gl.SliceLayout(1, MMA_O))[:, None]
@@ -202,92 +277,142 @@ def _step(
 
 
 @gluon.jit
+def _begin(
+    s_q, s_k, bars, turn, scale2, o_end, b_t,
+    BN: gl.constexpr, WIN: gl.constexpr, SELECT: gl.constexpr, INITIAL: gl.constexpr, LOCAL: gl.constexpr,
+    STAGES: gl.constexpr, MMA_S: gl.constexpr, MMA_O: gl.constexpr, DV: gl.constexpr,
+):  # fmt: skip
+    """The probabilities of the first tile of a range, and the running softmax with it."""
+    ROWS: gl.constexpr = s_q.shape[0]
+    ROW_S: gl.constexpr = gl.SliceLayout(1, MMA_S)
+    stage = turn % STAGES
+    mbarrier.wait(bars.index(stage), turn // STAGES & 1)
+    b_zero = gl.zeros([ROWS, BN], gl.float32, layout=MMA_S)
+    b_s = warpgroup_mma(s_q, s_k.index(stage).permute((1, 0)), b_zero, use_acc=False, is_async=True)
+    b_s = warpgroup_mma_wait(0, deps=[b_s])
+    mbarrier.arrive(bars.index(2 * STAGES + stage))
+    b_m = gl.full([ROWS], float("-inf"), gl.float32, layout=ROW_S)
+    b_l = gl.zeros([ROWS], gl.float32, layout=ROW_S)
+    b_p, b_m, b_l, _ = _softmax(b_s, b_m, b_l, scale2, o_end, b_t, WIN, SELECT, INITIAL, LOCAL, True)
+    b_p = gl.convert_layout(b_p.to(s_k.dtype), gl.DotOperandLayout(0, MMA_O, 2))
+    return b_p, b_m, b_l, gl.zeros([ROWS, DV], gl.float32, layout=MMA_O)
+
+
+@gluon.jit
+def _end(
+    b_p, b_m, b_l, b_acc, s_v, bars, turn, p_o, p_lse, p_row, i_q, i_kv,
+    H: gl.constexpr, G: gl.constexpr, GP: gl.constexpr, BQ: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr,
+    MMA_S: gl.constexpr, MMA_O: gl.constexpr,
+):  # fmt: skip
+    """p . v of the last tile of a range, and what the range gave."""
+    WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // DV, DV // 8], [4, 1], [1, 0])
+    stage = (turn - 1) % STAGES
+    mbarrier.wait(bars.index(STAGES + stage), (turn - 1) // STAGES & 1)
+    b_acc = warpgroup_mma(b_p, s_v.index(stage), b_acc, is_async=True)
+    b_acc, b_p = warpgroup_mma_wait(0, deps=[b_acc, b_p])
+    mbarrier.arrive(bars.index(3 * STAGES + stage))
+    b_none = b_l == 0.0
+    b_safe = gl.where(b_none, 1.0, b_l)
+    b_o = b_acc * gl.convert_layout(1.0 / b_safe, gl.SliceLayout(1, MMA_O))[:, None]
+    o_row, m_row = rows_of(p_row, i_q, i_kv, H, G, GP, BQ, gl.SliceLayout(1, WIDE))
+    p_out = p_o + o_row[:, None] * DV + gl.arange(0, DV, layout=gl.SliceLayout(0, WIDE))[None, :]
+    gl.store(p_out, gl.convert_layout(b_o.to(p_o.dtype.element_ty), WIDE), mask=m_row[:, None])
+    o_row, m_row = rows_of(p_row, i_q, i_kv, H, G, GP, BQ, gl.SliceLayout(1, MMA_S))
+    gl.store(p_lse + o_row, gl.where(b_none, float("-inf"), b_m + gl.log2(b_safe)), mask=m_row)
+
+
+@gluon.jit
 def _attend(
-    p_q, p_o, p_lse, s_q, s_k, s_v, bars, p_tiles, p_meta, num_tiles, scale2,
+    p_q, p_o, p_lse, p_o2, p_lse2, s_q, s_k, s_v, bars, p_tiles, p_meta, num_tiles, scale2,
     WHICH: gl.constexpr, H: gl.constexpr, G: gl.constexpr, GP: gl.constexpr, BQ: gl.constexpr, BN: gl.constexpr,
     DQ: gl.constexpr, DV: gl.constexpr, KIND: gl.constexpr, LEN: gl.constexpr, STRIDE: gl.constexpr, WIN: gl.constexpr,
-    STAGES: gl.constexpr,
+    SELECT: gl.constexpr, INITIAL: gl.constexpr, LOCAL: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The WHICH-th BQ query tokens of every work item."""
     ROWS: gl.constexpr = BQ * GP
     MMA_S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     MMA_O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])
-    WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // DV, DV // 8], [4, 1], [1, 0])
-    ROW_S: gl.constexpr = gl.SliceLayout(1, MMA_S)
-    ROW_O: gl.constexpr = gl.SliceLayout(1, MMA_O)
     COL: gl.constexpr = gl.SliceLayout(0, MMA_S)
     turn = 0
     for item in range(gl.program_id(0), num_tiles * H, gl.num_programs(0)):
-        i_kv, i_q, p_row, i_first, count = item_of(
+        i_kv, i_0, p_row, i_first, count = item_of(
             item, p_tiles, p_meta, num_tiles, H, BQ, BN, KIND, LEN, STRIDE, WIN
         )  # fmt: skip
         if count > 0:
-            i_q += WHICH * BQ
+            i_q = i_0 + WHICH * BQ
             lo, hi = whole_tiles(p_row, i_q, i_first, count, BQ, BN, KIND, LEN, STRIDE, WIN)
             s_q.store(load_rows(p_q, p_row, i_q, i_kv, H, G, GP, BQ, DQ))
             fence_async_shared()
             gl.thread_barrier()
-
-            b_t = gl.load(p_row + 2).to(gl.int32) + i_q + gl.arange(0, ROWS, layout=ROW_S) // GP
-            b_m = gl.full([ROWS], float("-inf"), gl.float32, layout=ROW_S)
-            b_l = gl.zeros([ROWS], gl.float32, layout=ROW_S)
-            b_acc = gl.zeros([ROWS, DV], gl.float32, layout=MMA_O)
-            o_end = last_positions(i_first + (count - 1) * BN, p_row, KIND, LEN, STRIDE, BN, COL)
-            stage = turn % STAGES
-            mbarrier.wait(bars.index(stage), turn // STAGES & 1)
-            b_zero = gl.zeros([ROWS, BN], gl.float32, layout=MMA_S)
-            b_s = warpgroup_mma(s_q, s_k.index(stage).permute((1, 0)), b_zero, use_acc=False, is_async=True)
-            b_s = warpgroup_mma_wait(0, deps=[b_s])
-            mbarrier.arrive(bars.index(2 * STAGES + stage))
-            b_new, b_m, b_l, _ = _softmax(b_s, b_m, b_l, scale2, o_end, b_t, WIN, True)
-            b_p = gl.convert_layout(b_new.to(s_v.dtype), gl.DotOperandLayout(0, MMA_O, 2))
+            b_t = (
+                gl.load(p_row + 2).to(gl.int32)
+                + i_q
+                + gl.arange(0, ROWS, layout=gl.SliceLayout(1, MMA_S)) // GP
+            )
+            o_end = last_positions(i_first + (count - 1) * BN, NEVER, p_row, KIND, LEN, STRIDE, BN, COL)
+            b_p, b_m, b_l, b_acc = _begin(
+                s_q, s_k, bars, turn, scale2, o_end, b_t, BN, WIN, 0, 0, 0, STAGES, MMA_S, MMA_O, DV
+            )  # fmt: skip
             turn += 1
             # The last tiles first: those that some query does not see wholly, whole ones, and with a window the others.
             hi = gl.minimum(hi, count - 1)
             for j in range(hi, count - 1):
-                o_end = last_positions(i_first + (count - 2 - j + hi) * BN, p_row, KIND, LEN, STRIDE, BN, COL)
+                i_k = i_first + (count - 2 - j + hi) * BN
+                o_end = last_positions(i_k, NEVER, p_row, KIND, LEN, STRIDE, BN, COL)
                 b_p, b_m, b_l, b_acc = _step(
                     b_p, b_m, b_l, b_acc, s_q, s_k, s_v, bars, turn, scale2, o_end, b_t,
-                    BN, WIN, STAGES, MMA_S, MMA_O, True,
+                    BN, WIN, 0, 0, 0, STAGES, MMA_S, MMA_O, True,
                 )  # fmt: skip
                 turn += 1
             for _ in range(lo, hi):
                 b_p, b_m, b_l, b_acc = _step(
                     b_p, b_m, b_l, b_acc, s_q, s_k, s_v, bars, turn, scale2, o_end, b_t,
-                    BN, WIN, STAGES, MMA_S, MMA_O, False,
+                    BN, WIN, 0, 0, 0, STAGES, MMA_S, MMA_O, False,
                 )  # fmt: skip
                 turn += 1
             if WIN > 0:
                 lo = gl.minimum(lo, hi)
                 for j in range(0, lo):
-                    o_end = last_positions(i_first + (lo - 1 - j) * BN, p_row, KIND, LEN, STRIDE, BN, COL)
+                    i_k = i_first + (lo - 1 - j) * BN
+                    o_end = last_positions(i_k, NEVER, p_row, KIND, LEN, STRIDE, BN, COL)
                     b_p, b_m, b_l, b_acc = _step(
                         b_p, b_m, b_l, b_acc, s_q, s_k, s_v, bars, turn, scale2, o_end, b_t,
-                        BN, WIN, STAGES, MMA_S, MMA_O, True,
+                        BN, WIN, 0, 0, 0, STAGES, MMA_S, MMA_O, True,
                     )  # fmt: skip
                     turn += 1
-            stage = (turn - 1) % STAGES
-            mbarrier.wait(bars.index(STAGES + stage), (turn - 1) // STAGES & 1)
-            b_acc = warpgroup_mma(b_p, s_v.index(stage), b_acc, is_async=True)
-            b_acc, b_p = warpgroup_mma_wait(0, deps=[b_acc, b_p])
-            mbarrier.arrive(bars.index(3 * STAGES + stage))
-
-            b_none = b_l == 0.0
-            b_safe = gl.where(b_none, 1.0, b_l)
-            b_o = b_acc * gl.convert_layout(1.0 / b_safe, ROW_O)[:, None]
-            o_row, m_row = rows_of(p_row, i_q, i_kv, H, G, GP, BQ, gl.SliceLayout(1, WIDE))
-            p_out = p_o + o_row[:, None] * DV + gl.arange(0, DV, layout=gl.SliceLayout(0, WIDE))[None, :]
-            gl.store(p_out, gl.convert_layout(b_o.to(p_o.dtype.element_ty), WIDE), mask=m_row[:, None])
-            o_row, m_row = rows_of(p_row, i_q, i_kv, H, G, GP, BQ, ROW_S)
-            gl.store(p_lse + o_row, gl.where(b_none, float("-inf"), b_m + gl.log2(b_safe)), mask=m_row)
+            _end(
+                b_p, b_m, b_l, b_acc, s_v, bars, turn, p_o, p_lse, p_row, i_q, i_kv,
+                H, G, GP, BQ, DV, STAGES, MMA_S, MMA_O,
+            )  # fmt: skip
+            if SELECT > 0:
+                initial, i_local, forced = forced_tiles(p_row, i_0, BQ, BN, SELECT, INITIAL, LOCAL)
+                o_end = forced_positions(forced - 1, initial, i_local, p_row, SELECT, INITIAL, BN, COL)
+                b_p, b_m, b_l, b_acc = _begin(
+                    s_q, s_k, bars, turn, scale2, o_end, b_t,
+                    BN, 0, SELECT, INITIAL, LOCAL, STAGES, MMA_S, MMA_O, DV,
+                )  # fmt: skip
+                turn += 1
+                for j in range(1, forced):
+                    o_end = forced_positions(
+                        forced - 1 - j, initial, i_local, p_row, SELECT, INITIAL, BN, COL
+                    )
+                    b_p, b_m, b_l, b_acc = _step(
+                        b_p, b_m, b_l, b_acc, s_q, s_k, s_v, bars, turn, scale2, o_end, b_t,
+                        BN, 0, SELECT, INITIAL, LOCAL, STAGES, MMA_S, MMA_O, True,
+                    )  # fmt: skip
+                    turn += 1
+                _end(
+                    b_p, b_m, b_l, b_acc, s_v, bars, turn, p_o2, p_lse2, p_row, i_q, i_kv,
+                    H, G, GP, BQ, DV, STAGES, MMA_S, MMA_O,
+                )  # fmt: skip
 
 
 @gluon.jit
 def range_pipelined_kernel(
-    p_q, d_k, d_v, p_o, p_lse, p_meta, p_tiles, num_tiles, scale2,
+    p_q, d_k, d_v, d_k2, d_v2, p_o, p_lse, p_o2, p_lse2, p_meta, p_tiles, num_tiles, scale2,
     H: gl.constexpr, G: gl.constexpr, GP: gl.constexpr, BQ: gl.constexpr, BN: gl.constexpr, DQ: gl.constexpr,
     DV: gl.constexpr, KIND: gl.constexpr, LEN: gl.constexpr, STRIDE: gl.constexpr, WIN: gl.constexpr,
-    STAGES: gl.constexpr,
+    SELECT: gl.constexpr, INITIAL: gl.constexpr, LOCAL: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = d_k.dtype
     s_k = gl.allocate_shared_memory(dtype, [STAGES, BN, DQ], d_k.layout)
@@ -303,16 +428,48 @@ def range_pipelined_kernel(
     gl.thread_barrier()
     gl.warp_specialize(
         [
-            (_attend, (p_q, p_o, p_lse, s_q0, s_k, s_v, bars, p_tiles, p_meta, num_tiles, scale2,
-                       0, H, G, GP, BQ, BN, DQ, DV, KIND, LEN, STRIDE, WIN, STAGES)),
-            (_attend, (p_q, p_o, p_lse, s_q1, s_k, s_v, bars, p_tiles, p_meta, num_tiles, scale2,
-                       1, H, G, GP, BQ, BN, DQ, DV, KIND, LEN, STRIDE, WIN, STAGES)),
-            (load_keys, (d_k, d_v, s_k, s_v, bars, p_tiles, p_meta, num_tiles,
-                          H, BQ, BN, DQ, DV, KIND, LEN, STRIDE, WIN, STAGES)),
+            (_attend, (p_q, p_o, p_lse, p_o2, p_lse2, s_q0, s_k, s_v, bars, p_tiles, p_meta, num_tiles, scale2,
+                       0, H, G, GP, BQ, BN, DQ, DV, KIND, LEN, STRIDE, WIN, SELECT, INITIAL, LOCAL, STAGES)),
+            (_attend, (p_q, p_o, p_lse, p_o2, p_lse2, s_q1, s_k, s_v, bars, p_tiles, p_meta, num_tiles, scale2,
+                       1, H, G, GP, BQ, BN, DQ, DV, KIND, LEN, STRIDE, WIN, SELECT, INITIAL, LOCAL, STAGES)),
+            (load_keys, (d_k, d_v, d_k2, d_v2, s_k, s_v, bars, p_tiles, p_meta, num_tiles,
+                         H, BQ, BN, DQ, DV, KIND, LEN, STRIDE, WIN, SELECT, INITIAL, LOCAL, STAGES)),
         ],
         [4, 1],
         [240, 24],
     )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forced:
+    """The blocks that are selected whatever the scores.
+
+    Attributes:
+        k, v: keys and values [S, H, D | Dv] of the selected branch.
+        num_initial, num_local: how many of the first and of the last blocks; the latter at least 1.
+    """
+
+    k: Tensor
+    v: Tensor
+    select_block: int
+    num_initial: int
+    num_local: int
+
+    def constants(self) -> dict[str, int]:
+        return {"SELECT": self.select_block, "INITIAL": self.num_initial, "LOCAL": self.num_local}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attended:
+    """Output [T, HQ, Dv] and base-2 log-sum-exp [T, HQ] over the forced blocks, and how many those are."""
+
+    out: Tensor
+    lse: Tensor
+    num_initial: int
+    num_local: int
+
+
+NO_BLOCKS = {"SELECT": 0, "INITIAL": 0, "LOCAL": 0}
 
 
 @lru_cache(maxsize=16)
@@ -343,12 +500,16 @@ def fits_pipeline(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 def range_pipelined(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, geometry: Geometry, *, kind: int, block: int, stride: int,
-    window: int, scale2: float,
-) -> None:  # fmt: skip
+    window: int, scale2: float, forced: Forced | None = None,
+) -> Attended | None:  # fmt: skip
     """Write what `range_forward` returns for the same arguments to out and lse.
 
     Args:
         scale2: factor of the scores, base 2.
+        forced: blocks of the selected branch for the same queries to attend to besides.
+
+    Returns:
+        What the forced blocks gave.
     """
     num_kv, group = k.shape[1], q.shape[1] // k.shape[1]
     padded = next_power_of_2(group)
@@ -356,11 +517,21 @@ def range_pipelined(
     tokens = ROWS // padded
     tiles = geometry.tiles(QUERY, 2 * tokens)
     num_programs = min(num_multiprocessors(q.device), tiles.shape[0] * num_kv)
+    found: Attended | None = None
+    more: tuple[Tensor | None, Tensor | None] = (None, None)
+    if forced is not None:
+        found = Attended(
+            out=torch.empty_like(out), lse=torch.empty_like(lse), num_initial=forced.num_initial,
+            num_local=forced.num_local,
+        )  # fmt: skip
+        more = (forced.k, forced.v)
     launch_kernel(
         range_pipelined_kernel, (num_programs,),
-        q, source_of(k, launch["keys"]), source_of(v, launch["keys"]), out, lse, geometry.meta, tiles, tiles.shape[0], scale2,
+        q, *(x if x is None else source_of(x, launch["keys"]) for x in (k, v, *more)), out, lse,
+        *((None, None) if found is None else (found.out, found.lse)), geometry.meta, tiles, tiles.shape[0], scale2,
         H=num_kv, G=group, GP=padded, BQ=tokens, BN=launch["keys"], DQ=k.shape[2], DV=v.shape[2], KIND=kind, LEN=block,
-        STRIDE=stride, WIN=window, STAGES=launch["num_stages"],
+        STRIDE=stride, WIN=window, **(NO_BLOCKS if forced is None else forced.constants()), STAGES=launch["num_stages"],
         # Two thirds of the registers go to two of three warpgroups: 240 a thread there, 24 for the copying warp.
         num_warps=4, maxnreg=168,
     )  # fmt: skip
+    return found

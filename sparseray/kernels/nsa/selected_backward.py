@@ -16,6 +16,7 @@ from sparseray.kernels.launch import launch_kernel
 from sparseray.kernels.nsa.geometry import KEYS, Geometry
 from sparseray.kernels.nsa.inverse import Inverse, invert_selection, pays_by_block, queries_per_chunk
 from sparseray.kernels.nsa.range_forward import LOG2E, in_bulk, tokens_per_tile
+from sparseray.kernels.nsa.range_pipelined import Forced
 from sparseray.kernels.nsa.selected_forward import selected_query_gradient, shared_constants
 from sparseray.kernels.nsa.selected_pipelined_backward import fits_pipeline, selected_pipelined_dkdv
 from sparseray.kernels.nsa.tiles import add_tile, block_rows, can_copy, load_tile, next_power_of_2, store_tile
@@ -133,11 +134,11 @@ def add_queries_kernel(
 
 def selected_backward(
     q: Tensor, k: Tensor, v: Tensor, do: Tensor, row_lse: Tensor, row_dg: Tensor, dq: Tensor, index: Tensor,
-    positions: Tensor, geometry: Geometry, *, select_block: int, scale: float, add: bool,
+    positions: Tensor, geometry: Geometry, *, select_block: int, scale: float, add: bool, forced: Forced | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Write the gradient of the selected branch to dq, or add it, and return dk and dv in the dtype of k.
 
-    Rows, dq and `add` as in `range_backward`; index and positions as in `selected_forward`.
+    The part of dq of the forced blocks, if any are named, is left to `range_backward`. Rows, dq and `add` as in `range_backward`; index and positions as in `selected_forward`.
     """
     (total, heads, width), (num_kv, value) = q.shape, v.shape[1:]
     n, group = index.shape[2], heads // num_kv
@@ -145,7 +146,7 @@ def selected_backward(
     if not by_pair:  # Before the table: the device is busy while the host makes it.
         selected_query_gradient(
             q, k, v, do, row_lse, row_dg, dq, index, positions, geometry, select_block=select_block, scale=scale,
-            add=add,
+            add=add, forced=forced,
         )  # fmt: skip
     is_pipelined = (
         not by_pair

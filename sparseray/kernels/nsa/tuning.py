@@ -10,7 +10,7 @@ blocks a decoding program scores at most, `fewest` at least.
 LAUNCH: dict[str, dict[str, int]] = {
     "range_fwd": {"rows": 64, "keys": 64, "num_warps": 4, "num_stages": 3},
     "range_pipelined": {"keys": 128, "num_stages": 2},
-    "window_pipelined": {"keys": 128, "num_stages": 2},
+    "window_pipelined": {"keys": 64, "num_stages": 4},
     "range_pipelined_dq": {"keys": 64, "num_stages": 4},
     "window_pipelined_dq": {"keys": 64, "num_stages": 4},
     "range_pipelined_dkdv": {"keys": 128, "num_stages": 2, "split": 512, "programs": 2112},
@@ -24,7 +24,7 @@ LAUNCH: dict[str, dict[str, int]] = {
     "score_small": {"rows": 128, "keys": 64, "num_warps": 8, "num_stages": 3, "chunk": 8192},
     "top_n": {"num_warps": 1},
     "selected_fwd": {"keys": 64, "num_warps": 2, "num_stages": 2},
-    "selected_fwd_bulk": {"keys": 32, "num_warps": 1, "num_stages": 3},
+    "selected_fwd_bulk": {"keys": 32, "num_warps": 1, "num_stages": 5},
     "selected_dq": {"keys": 64, "num_warps": 2, "num_stages": 2},
     "selected_dq_bulk": {"keys": 32, "num_warps": 1, "num_stages": 2},
     "selected_dkdv": {"rows": 64, "num_warps": 4, "num_stages": 3, "part": 512, "programs": 4096},
