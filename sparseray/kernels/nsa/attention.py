@@ -24,6 +24,7 @@ from sparseray.kernels.nsa.geometry import (
     query_positions,
     uniform,
 )
+from sparseray.kernels.nsa.inverse import pays_by_block
 from sparseray.kernels.nsa.range_backward import range_backward
 from sparseray.kernels.nsa.reference import num_compressed
 from sparseray.kernels.nsa.selected_backward import selected_backward
@@ -69,7 +70,9 @@ class _Nsa(torch.autograd.Function):
             do, (o_cmp, o_slc, o_win), (lse_cmp, lse_slc, lse_win), gates
         )
         del saved, o_cmp, o_slc, o_win
-        forced = forced_blocks(q, (k_win, v_win), (k_slc, v_slc), geometry, b)
+        # By block, the pairs' kernel makes dq with dk and dv, of all blocks.
+        by_pair = pays_by_block(q.shape[1] // k_slc.shape[1])
+        forced = None if by_pair else forced_blocks(q, (k_win, v_win), (k_slc, v_slc), geometry, b)
         dq = torch.empty_like(q)
         if index is None:
             dk_slc, dv_slc = range_backward(

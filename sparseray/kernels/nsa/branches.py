@@ -78,17 +78,17 @@ def selects_all(longest: int, *, select_block: int, num_selected: int) -> bool:
 def forced_blocks(
     q: Tensor, win: tuple[Tensor, Tensor], slc: tuple[Tensor, Tensor], geometry: Geometry, sizes: Blocks
 ) -> Forced | None:
-    """The blocks that are selected whatever the scores, where the window's kernel can take them along.
+    """The blocks that are selected whatever the scores, where the window's kernels can take them along.
 
-    Neighbouring queries share them, so there a tile of keys is read once for all; the kernel that goes by query reads
-    every block for each. None where the selected branch does not go by query, or for keys that are no twins.
+    Neighbouring queries share them, so there a tile of keys is read once for all. None where all blocks are selected,
+    or for keys that are no twins.
     """
     k, v = slc
-    is_by_query = not pays_by_block(q.shape[1] // k.shape[1]) and not selects_all(
+    is_sparse = not selects_all(
         geometry.max_keys, select_block=sizes.select_block, num_selected=sizes.num_selected
     )
     are_twins = k.shape[1:] == win[0].shape[1:] and v.shape[1:] == win[1].shape[1:]
-    if not (is_by_query and are_twins and sizes.num_local > 0 and fits_pipeline(q, k, v)):
+    if not (is_sparse and are_twins and sizes.num_local > 0 and fits_pipeline(q, k, v)):
         return None
     if not (in_bulk(*win) and in_bulk(k, v)):
         return None
@@ -149,15 +149,17 @@ def forward_branches(
             table=tables[0],
         )  # fmt: skip
         positions = query_positions(geometry)
+        rest = (q, *slc, index, positions, geometry, (o_cmp, window.out), gates)
+        sizes_of_blocks: dict[str, Any] = {
+            "select_block": b.select_block,
+            "scale": b.scale,
+            "keep": keep,
+            "forced": window.forced,
+        }
         if tables[1] is None and pays_by_block(q.shape[1] // slc[0].shape[-2]):
-            o_slc, lse_slc = selected_by_block(
-                q, *slc, index, positions, geometry, select_block=b.select_block, scale=b.scale
-            )
+            summed, o_slc, lse_slc = selected_by_block(*rest, **sizes_of_blocks)
         else:
-            summed, o_slc, lse_slc = selected_forward(
-                q, *slc, index, positions, geometry, (o_cmp, window.out), gates, select_block=b.select_block,
-                scale=b.scale, keep=keep, table=tables[1], forced=window.forced,
-            )  # fmt: skip
+            summed, o_slc, lse_slc = selected_forward(*rest, **sizes_of_blocks, table=tables[1])
     outs = (o_cmp, o_slc, window.out)
     summed = combine(*outs, gates) if summed is None else summed
     return Branches(sum=summed, outs=outs, lses=(lse_cmp, lse_slc, window.lse), index=index)

@@ -3,7 +3,8 @@
 Reading a query's blocks for its own few heads moves a block for hardly any work: with G heads a group, 64 keys
 serve G rows. Here a program takes one block and the queries that selected it (`inverse.py`), so the rows of many
 queries share the block's keys and values. Each (query, block) pair leaves a partial output, normalised by
-itself, and its log-sum-exp; a second kernel puts a query's pairs together, the lowest block first.
+itself, and its log-sum-exp; a second kernel puts a query's pairs together, the lowest block first, and adds up the
+three branches under their gates.
 """
 
 import torch
@@ -15,7 +16,8 @@ from sparseray.kernels.launch import launch_kernel
 from sparseray.kernels.nsa.geometry import KEYS, Geometry
 from sparseray.kernels.nsa.inverse import invert_selection, queries_per_chunk
 from sparseray.kernels.nsa.range_forward import LOG2E, tokens_per_tile
-from sparseray.kernels.nsa.selected_forward import shared_constants
+from sparseray.kernels.nsa.range_pipelined import Attended
+from sparseray.kernels.nsa.selected_forward import add_branches, shared_constants
 from sparseray.kernels.nsa.tiles import block_rows, load_tile, next_power_of_2, store_tile
 from sparseray.kernels.nsa.tuning import launch_for
 
@@ -66,43 +68,63 @@ def block_fwd_kernel(
 
 @triton.jit
 def merge_blocks_kernel(
-    p_part, p_part_lse, p_o, p_lse, p_pos, first, n,
+    p_part, p_part_lse, p_forced, p_forced_lse, p_cmp, p_win, p_gate, p_out, p_o, p_lse, p_pos, first, n,
     H: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, NP: tl.constexpr, SELECT: tl.constexpr, DV: tl.constexpr,
-    DVP: tl.constexpr,
+    DVP: tl.constexpr, KEEP: tl.constexpr, INITIAL: tl.constexpr, LOCAL: tl.constexpr,
 ):  # fmt: skip
     i_local = (tl.program_id(0) // H).to(tl.int64)
     i_kv = tl.program_id(0) % H
-    count = tl.minimum(n, tl.load(p_pos + first + i_local) // SELECT + 1)
+    i_end = tl.minimum(n, tl.load(p_pos + first + i_local) // SELECT + 1) - LOCAL
     o_g = tl.arange(0, GP)
     m_g = o_g < G
     o_n = tl.arange(0, NP)
+    o_row = (first + i_local) * (H * G) + i_kv * G + o_g
     o_pair = (i_local * H + i_kv) * n * G + o_g
-    m_pair = (o_n < count)[:, None] & m_g[None, :]
+    m_pair = ((o_n >= INITIAL) & (o_n < i_end))[:, None] & m_g[None, :]
     b_lse = tl.load(p_part_lse + o_pair[None, :] + o_n[:, None] * G, mask=m_pair, other=float("-inf"))
-    b_top = tl.where(m_g, tl.max(b_lse, 0), 0.0)
+    b_top = tl.max(b_lse, 0)
+    if LOCAL > 0:
+        b_forced_lse = tl.load(p_forced_lse + o_row, mask=m_g, other=0.0)
+        b_top = tl.maximum(b_top, b_forced_lse)
+    b_top = tl.where(m_g, b_top, 0.0)
     b_sum = tl.sum(tl.exp2(b_lse - b_top[None, :]), 0)
+    if LOCAL > 0:
+        b_sum += tl.exp2(b_forced_lse - b_top)
     b_all = b_top + tl.log2(tl.where(m_g, b_sum, 1.0))
     b_o = tl.zeros([GP, DVP], tl.float32)
-    for i in range(0, count):
+    if LOCAL > 0:
+        b_o += tl.exp2(b_forced_lse - b_all)[:, None] * load_tile(p_forced, o_row, m_g, DV, 0, DVP, True).to(
+            tl.float32
+        )
+    for i in range(INITIAL, i_end):
         b_w = tl.exp2(tl.load(p_part_lse + o_pair + i * G, mask=m_g, other=0.0) - b_all)
         b_o += b_w[:, None] * load_tile(p_part, o_pair + i * G, m_g, DV, 0, DVP, True).to(tl.float32)
-    o_row = (first + i_local) * (H * G) + i_kv * G + o_g
-    store_tile(p_o, o_row, m_g, b_o, DV, 0, DVP)
-    tl.store(p_lse + o_row, b_all, mask=m_g)
+    b_o = b_o.to(p_out.dtype.element_ty)
+    if KEEP:
+        store_tile(p_o, o_row, m_g, b_o, DV, 0, DVP)
+        tl.store(p_lse + o_row, b_all, mask=m_g)
+    store_tile(p_out, o_row, m_g, add_branches(p_cmp, p_win, p_gate, o_row, m_g, b_o, DV, DVP), DV, 0, DVP)
 
 
 def selected_by_block(
-    q: Tensor, k: Tensor, v: Tensor, index: Tensor, positions: Tensor, geometry: Geometry, *,
-    select_block: int, scale: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    q: Tensor, k: Tensor, v: Tensor, index: Tensor, positions: Tensor, geometry: Geometry,
+    others: tuple[Tensor, Tensor], gates: Tensor, *, select_block: int, scale: float, keep: bool,
+    forced: Attended | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """What `selected_forward` returns, for packed keys."""
     (total, heads, width), (num_kv, value) = q.shape, v.shape[1:]
     n, group = index.shape[2], heads // num_kv
     launch = launch_for("block_fwd", max(width, value), q.element_size())
     chunk = queries_per_chunk(heads, n, value, q.element_size())
+    left_out = (0, 0) if forced is None else (forced.num_initial, forced.num_local)
+    if forced is not None:
+        place = torch.arange(n, device=q.device, dtype=torch.int32)
+        end = (positions // select_block + 1).clamp(max=n)[:, None] - left_out[1]
+        index = index.masked_fill(((place < left_out[0]) | (place >= end))[:, None], -1)
     inverse = invert_selection(index, geometry, select_block=select_block, chunk=chunk, part=launch["part"])
-    out = q.new_empty(total, heads, value)
-    lse = torch.empty(total, heads, dtype=torch.float32, device=q.device)
+    summed = torch.empty_like(others[0])
+    out = torch.empty_like(summed) if keep else q.new_empty(0)
+    lse = torch.empty(q.shape[:2] if keep else 0, dtype=torch.float32, device=q.device)
     pairs = inverse.chunk * num_kv * n * group
     part = torch.empty(pairs, value, dtype=q.dtype, device=q.device)
     part_lse = torch.empty(pairs, dtype=torch.float32, device=q.device)
@@ -118,7 +140,9 @@ def selected_by_block(
         )  # fmt: skip
         launch_kernel(
             merge_blocks_kernel, (min(inverse.chunk, total - first) * num_kv,),
-            part, part_lse, out, lse, positions, first, n, H=num_kv, G=group, GP=next_power_of_2(group),
-            NP=next_power_of_2(n), SELECT=select_block, DV=value, DVP=next_power_of_2(value), num_warps=1,
+            part, part_lse, *((None, None) if forced is None else (forced.out, forced.lse)), *others, gates, summed, out,
+            lse, positions, first, n, H=num_kv, G=group, GP=next_power_of_2(group), NP=next_power_of_2(n),
+            SELECT=select_block, DV=value, DVP=next_power_of_2(value), KEEP=keep, INITIAL=left_out[0],
+            LOCAL=left_out[1], num_warps=1,
         )  # fmt: skip
-    return out, lse
+    return summed, out, lse

@@ -58,6 +58,17 @@ def _tile(p_row, i, t, SELECT: tl.constexpr, BN: tl.constexpr):
 
 
 @triton.jit
+def add_branches(p_cmp, p_win, p_gate, o_row, m_row, b_o, DV: tl.constexpr, DVP: tl.constexpr):
+    """The gated sum of rows of the three branches, b_o those of the selected one."""
+    p_gate += o_row * 3
+    b_cmp = load_tile(p_cmp, o_row, m_row, DV, 0, DVP, True).to(tl.float32)
+    b_win = load_tile(p_win, o_row, m_row, DV, 0, DVP, True).to(tl.float32)
+    b_out = b_cmp * tl.load(p_gate, mask=m_row, other=0.0).to(tl.float32)[:, None]
+    b_out += b_o.to(tl.float32) * tl.load(p_gate + 1, mask=m_row, other=0.0).to(tl.float32)[:, None]
+    return b_out + b_win * tl.load(p_gate + 2, mask=m_row, other=0.0).to(tl.float32)[:, None]
+
+
+@triton.jit
 def selected_fwd_kernel(
     p_q, p_k, p_k1, p_v, p_table, p_index, p_pos, p_seq, p_forced, p_forced_lse, p_cmp, p_win, p_gate, p_out, p_o, p_lse,
     p_meta, num_q, n, scale2,
@@ -111,12 +122,7 @@ def selected_fwd_kernel(
     if KEEP:
         store_tile(p_o, o_row, m_g, b_o, DV, 0, DVP)
         tl.store(p_lse + o_row, b_m + tl.log2(b_l), mask=m_g)
-    p_gate += o_row * 3
-    b_cmp = load_tile(p_cmp, o_row, m_g, DV, 0, DVP, True).to(tl.float32)
-    b_win = load_tile(p_win, o_row, m_g, DV, 0, DVP, True).to(tl.float32)
-    b_out = b_cmp * tl.load(p_gate, mask=m_g, other=0.0).to(tl.float32)[:, None]
-    b_out += b_o.to(tl.float32) * tl.load(p_gate + 1, mask=m_g, other=0.0).to(tl.float32)[:, None]
-    b_out += b_win * tl.load(p_gate + 2, mask=m_g, other=0.0).to(tl.float32)[:, None]
+    b_out = add_branches(p_cmp, p_win, p_gate, o_row, m_g, b_o, DV, DVP)
     store_tile(p_out, o_row, m_g, b_out, DV, 0, DVP)
 
 

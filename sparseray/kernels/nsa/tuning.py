@@ -9,8 +9,8 @@ blocks a decoding program scores at most, `fewest` at least.
 
 LAUNCH: dict[str, dict[str, int]] = {
     "range_fwd": {"rows": 64, "keys": 64, "num_warps": 4, "num_stages": 3},
-    "range_pipelined": {"keys": 128, "num_stages": 2},
-    "window_pipelined": {"keys": 64, "num_stages": 4},
+    "range_pipelined": {"keys": 128, "num_stages": 2, "groups": 2},
+    "window_pipelined": {"keys": 64, "num_stages": 4, "groups": 2},
     "range_pipelined_dq": {"keys": 64, "num_stages": 4},
     "window_pipelined_dq": {"keys": 64, "num_stages": 4},
     "range_pipelined_dkdv": {"keys": 128, "num_stages": 2, "split": 512, "programs": 2112},
