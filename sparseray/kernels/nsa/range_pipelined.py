@@ -246,7 +246,7 @@ def range_pipelined_kernel(
 
 
 @lru_cache(maxsize=16)
-def _num_multiprocessors(device: torch.device) -> int:
+def num_multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
@@ -285,7 +285,7 @@ def range_pipelined(
     launch = LAUNCH["range_pipelined"]
     tokens = ROWS // padded
     tiles = geometry.tiles(QUERY, 2 * tokens)
-    num_programs = min(_num_multiprocessors(q.device), tiles.shape[0] * num_kv)
+    num_programs = min(num_multiprocessors(q.device), tiles.shape[0] * num_kv)
     launch_kernel(
         range_pipelined_kernel, (num_programs,),
         q, source_of(k, launch["keys"]), source_of(v, launch["keys"]), out, lse, geometry.meta, tiles, tiles.shape[0], scale2,
