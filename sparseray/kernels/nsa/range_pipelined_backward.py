@@ -397,7 +397,7 @@ def _rows_source(x: Tensor, tokens: int, group: int) -> TensorDescriptor:
     )  # fmt: skip
 
 
-def _numbers_source(x: Tensor, tokens: int, group: int) -> TensorDescriptor:
+def numbers_source(x: Tensor, tokens: int, group: int) -> TensorDescriptor:
     """Likewise of x, fp32 [T, HQ]."""
     flat = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
     return TensorDescriptor(x, list(x.shape), [x.shape[1], 1], [tokens, group], flat)
@@ -429,7 +429,7 @@ def range_pipelined_dkdv(
     launch_kernel(
         range_pipelined_dkdv_kernel, (tiles.shape[0] * dk.shape[0] * num_kv,),
         _rows_source(q, tokens, group), source_of(k, half), source_of(v, half), _rows_source(do, tokens, group),
-        _numbers_source(row_lse, tokens, group), _numbers_source(row_dg, tokens, group), dk, dv, meta, tiles,
+        numbers_source(row_lse, tokens, group), numbers_source(row_dg, tokens, group), dk, dv, meta, tiles,
         tiles.shape[0], dk.shape[0], k.shape[0], split, scale, scale2,
         H=num_kv, G=group, BK=launch["keys"], BQ=tokens, DQ=k.shape[2], DV=v.shape[2], KIND=kind, LEN=block, STRIDE=stride,
         WIN=window, STAGES=launch["num_stages"], num_warps=4, maxnreg=168,

@@ -22,6 +22,7 @@ LAUNCH: dict[str, dict[str, int]] = {
     "window_dkdv": {"rows": 64, "keys": 64, "num_warps": 4, "num_stages": 2, "split": 512, "programs": 0},
     "score": {"rows": 128, "keys": 64, "num_warps": 4, "num_stages": 2, "chunk": 8192},
     "score_small": {"rows": 128, "keys": 64, "num_warps": 8, "num_stages": 3, "chunk": 8192},
+    "score_pipelined": {"num_stages": 6},
     "top_n": {"num_warps": 1},
     "selected_fwd": {"keys": 64, "num_warps": 2, "num_stages": 2},
     "selected_fwd_bulk": {"keys": 32, "num_warps": 1, "num_stages": 5},
