@@ -15,6 +15,9 @@ from sparseray.kernels.nsa import branches, inverse
 from sparseray.kernels.nsa.attention import nsa_attention, nsa_layer
 from sparseray.kernels.nsa.branches import selects_all
 from sparseray.kernels.nsa.compress import Compression, compress
+from sparseray.kernels.nsa.geometry import query_positions, uniform
+from sparseray.kernels.nsa.range_forward import LOG2E
+from sparseray.kernels.nsa.range_pipelined import Attended, Forced
 from sparseray.kernels.nsa.reference import (
     compress_reference,
     compressed_attention_reference,
@@ -23,6 +26,8 @@ from sparseray.kernels.nsa.reference import (
     selection_scores_reference,
     top_n_reference,
 )
+from sparseray.kernels.nsa.selected_by_block import selected_by_block
+from sparseray.kernels.nsa.selected_forward import selected_forward, selected_query_gradient
 
 assert small_tiles  # A fixture of every test here.
 
@@ -136,6 +141,61 @@ def test_selected_branch_by_block_and_by_query_agree(
         inputs = [x.clone().requires_grad_() for x in tensors]
         found.append(outputs_and_gradients(lambda *x: nsa_attention(*x, **sizes), inputs))
     assert max(relative(a, b) for a, b in zip(*found)) < 1e-5
+
+
+@pytest.mark.parametrize("num_initial", [0, 1])
+@pytest.mark.parametrize("num_local", [1, 2])
+def test_free_blocks_add_to_what_the_forced_ones_gave(num_initial: int, num_local: int) -> None:
+    """By query, by block, and in the query gradient: the forced blocks from plain PyTorch, the others from the kernels."""
+    tokens, heads, width, block = 45, 2, 16, 8
+    geometry = uniform(1, tokens, 10, tokens, tokens, 0, 0, torch.device(DEVICE))
+    generator = torch.Generator().manual_seed(0)
+    shapes = [
+        (heads, width),
+        (1, width),
+        (1, width),
+        (heads, width),
+        (heads, width),
+        (heads, width),
+        (heads, 3),
+    ]
+    q, k, v, o_cmp, o_win, do, gates = (
+        torch.randn(tokens, *shape, generator=generator).to(DEVICE) for shape in shapes
+    )
+    scores = torch.rand(1, tokens, 1, -(-tokens // block), generator=generator).to(DEVICE)
+    index = top_n_reference(
+        scores, select_block=block, num_selected=4, num_initial=num_initial, num_local=num_local
+    )[0]
+    positions = query_positions(geometry)
+    t, p = torch.arange(tokens, device=DEVICE)[:, None], torch.arange(tokens, device=DEVICE)[None]
+    seen = (p <= t) & ((p < num_initial * block) | (p >= (t // block - num_local + 1) * block))
+    logits = torch.einsum("thd,sd->ths", q, k[:, 0]) * width**-0.5 * LOG2E
+    masked = logits.masked_fill(~seen[:, None], -torch.inf)
+    lse = torch.logsumexp(masked / LOG2E, -1) * LOG2E
+    weights = torch.exp2(masked - lse[..., None])
+    attended = Attended(
+        out=torch.einsum("ths,sd->thd", weights, v[:, 0]),
+        lse=lse,
+        num_initial=num_initial,
+        num_local=num_local,
+    )
+    rest = (q, k, v, index, positions, geometry, (o_cmp, o_win), gates)
+    sizes: dict[str, Any] = {"select_block": block, "scale": width**-0.5}
+    for run in (selected_forward, selected_by_block):
+        whole, added = run(*rest, **sizes, keep=True), run(*rest, **sizes, keep=True, forced=attended)
+        assert max(relative(a, b) for a, b in zip(added, whole)) < 1e-5
+    row_lse, row_dg = whole[2], torch.randn(tokens, heads, generator=generator).to(DEVICE)
+    found = []
+    for forced in (None, Forced(k=k, v=v, select_block=block, num_initial=num_initial, num_local=num_local)):
+        dq = torch.empty_like(q)
+        selected_query_gradient(
+            q, k, v, do, row_lse, row_dg, dq, index, positions, geometry, **sizes, add=False, forced=forced
+        )
+        found.append(dq)
+    weights = torch.exp2(masked - row_lse[..., None])
+    grads = weights * (torch.einsum("thd,sd->ths", do, v[:, 0]) - row_dg[..., None])
+    left_out = torch.einsum("ths,sd->thd", grads, k[:, 0]) * width**-0.5
+    assert relative(found[1] + left_out, found[0]) < 1e-5
 
 
 def test_same_inputs_give_the_same_bits() -> None:

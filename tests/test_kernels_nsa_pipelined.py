@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from nsa_sizes import DEVICE, HAS_GPU, relative
+from nsa_sizes import DEVICE, HAS_GPU, PAPER, relative
 from torch import Tensor
 
+from sparseray.kernels.nsa import attention, branches
 from sparseray.kernels.nsa import range_backward as backward
 from sparseray.kernels.nsa import range_forward as forward
 from sparseray.kernels.nsa import selected_backward as selected
+from sparseray.kernels.nsa.attention import nsa_attention
 from sparseray.kernels.nsa.geometry import COMPRESSED, WINDOW, Geometry, packed, query_positions, uniform
 from sparseray.kernels.nsa.reference import num_compressed, top_n_reference
 from sparseray.kernels.nsa.tuning import LAUNCH
@@ -78,6 +80,33 @@ def test_pipelined_ranges_equal_the_tiled_ones(
     assert all(torch.equal(a, b) for a, b in zip(found[0], found[1]))
     errors = [relative(a, b) for a, b in zip(found[0], found[2])]
     assert max(errors) < 3e-3, errors
+
+
+@pytest.mark.parametrize(("heads", "num_kv"), [(64, 4), (32, 8)])
+@pytest.mark.parametrize("kind", ["uniform", "packed"])
+def test_forced_blocks_beside_the_window_change_nothing(
+    monkeypatch: pytest.MonkeyPatch, kind: str, heads: int, num_kv: int
+) -> None:
+    tokens = 4000
+    torch.manual_seed(0)
+    shapes = [(heads, 128), *[(num_kv, 128)] * 6, (heads, 3)]
+    compressed = lay_out(kind, tokens)[1]
+    inputs = [
+        torch.randn(1, compressed if i in (1, 2) else tokens, *shape, device=DEVICE, dtype=torch.bfloat16)
+        for i, shape in enumerate(shapes)
+    ]
+    inputs[-1] = inputs[-1].sigmoid()
+    inputs = [x.requires_grad_() for x in inputs]
+    cu_seqlens = torch.tensor(CU, device=DEVICE) if kind == "packed" else None
+    weight = torch.randn(1, tokens, heads, 128, device=DEVICE, dtype=torch.bfloat16)
+    found = []
+    for _ in range(2):
+        out = nsa_attention(*inputs, **PAPER, cu_seqlens=cu_seqlens)
+        found.append([out, *torch.autograd.grad(out, inputs, weight)])
+        for module in (branches, attention):
+            monkeypatch.setattr(module, "forced_blocks", lambda *args: None)
+    errors = [relative(a, b) for a, b in zip(*found)]
+    assert max(errors) < 5e-3, errors
 
 
 @pytest.mark.parametrize("part", [4096, 100], ids=["whole rows", "cut rows"])

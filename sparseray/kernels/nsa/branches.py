@@ -80,15 +80,16 @@ def forced_blocks(
 ) -> Forced | None:
     """The blocks that are selected whatever the scores, where the window's kernels can take them along.
 
-    Neighbouring queries share them, so there a tile of keys is read once for all. None where all blocks are selected,
-    or for keys that are no twins.
+    Neighbouring queries share them, so there a tile of keys is read once for all. None where all blocks are selected or
+    all of a query's are such, or for keys that are no twins.
     """
     k, v = slc
     is_sparse = not selects_all(
         geometry.max_keys, select_block=sizes.select_block, num_selected=sizes.num_selected
     )
     are_twins = k.shape[1:] == win[0].shape[1:] and v.shape[1:] == win[1].shape[1:]
-    if not (is_sparse and are_twins and sizes.num_local > 0 and fits_pipeline(q, k, v)):
+    has_free = sizes.num_selected > sizes.num_initial + sizes.num_local > sizes.num_initial
+    if not (is_sparse and has_free and are_twins and fits_pipeline(q, k, v)):
         return None
     if not (in_bulk(*win) and in_bulk(k, v)):
         return None

@@ -38,23 +38,23 @@ WIDTHS = (64, 128)
 @gluon.jit
 def item_of(
     item, p_tiles, p_meta, num_tiles,
-    H: gl.constexpr, BI: gl.constexpr, BN: gl.constexpr, KIND: gl.constexpr, LEN: gl.constexpr, STRIDE: gl.constexpr,
+    H: gl.constexpr, BQ: gl.constexpr, BN: gl.constexpr, KIND: gl.constexpr, LEN: gl.constexpr, STRIDE: gl.constexpr,
     WIN: gl.constexpr,
 ):  # fmt: skip
     """Of a work item: key/value head, first query in its sequence, row of the table, first key, number of key tiles.
 
-    It has BI queries; its tiles of BN keys begin at the first key that one of them sees.
+    It has 2 * BQ queries; its tiles of BN keys begin at the first key that one of them sees.
     """
     i_kv = item % H
     i_tile = num_tiles - 1 - item // H
     i_seq = gl.load(p_tiles + i_tile * 2)
-    i_q = gl.load(p_tiles + i_tile * 2 + 1) * BI
+    i_q = gl.load(p_tiles + i_tile * 2 + 1) * (2 * BQ)
     p_row = p_meta + gl.maximum(i_seq, 0) * 12
     q_len = gl.load(p_row + 1).to(gl.int32)
     q_start = gl.load(p_row + 2).to(gl.int32)
     k_len = gl.load(p_row + KIND + 1).to(gl.int32)
     k_start = gl.load(p_row + KIND + 2).to(gl.int32)
-    t_last = q_start + gl.minimum(i_q + BI, q_len) - 1
+    t_last = q_start + gl.minimum(i_q + 2 * BQ, q_len) - 1
     seen = gl.minimum(gl.maximum(t_last - k_start - LEN + 1 + STRIDE, 0) // STRIDE, k_len)
     i_first = 0
     if WIN > 0:
@@ -85,7 +85,7 @@ def whole_tiles(
 def forced_tiles(
     p_row,
     i_q,
-    BI: gl.constexpr,
+    BQ: gl.constexpr,
     BN: gl.constexpr,
     SELECT: gl.constexpr,
     INITIAL: gl.constexpr,
@@ -95,7 +95,7 @@ def forced_tiles(
     the former, the first key of the latter, and how many in all."""
     q_len = gl.load(p_row + 1).to(gl.int32)
     q_start = gl.load(p_row + 2).to(gl.int32)
-    seen = gl.minimum(q_start + gl.minimum(i_q + BI, q_len), gl.load(p_row + 7).to(gl.int32))
+    seen = gl.minimum(q_start + gl.minimum(i_q + 2 * BQ, q_len), gl.load(p_row + 7).to(gl.int32))
     initial = (gl.minimum(seen, INITIAL * SELECT) + BN - 1) // BN
     i_first = gl.maximum(((q_start + i_q) // SELECT - LOCAL + 1) * SELECT, INITIAL * SELECT)
     local = (gl.maximum(seen - i_first, 0) + BN - 1) // BN
@@ -121,7 +121,7 @@ def _load_tile(
 @gluon.jit
 def load_keys(
     d_k, d_v, d_k2, d_v2, s_k, s_v, bars, p_tiles, p_meta, num_tiles,
-    H: gl.constexpr, BI: gl.constexpr, BN: gl.constexpr, DQ: gl.constexpr, DV: gl.constexpr, KIND: gl.constexpr,
+    H: gl.constexpr, BQ: gl.constexpr, BN: gl.constexpr, DQ: gl.constexpr, DV: gl.constexpr, KIND: gl.constexpr,
     LEN: gl.constexpr, STRIDE: gl.constexpr, WIN: gl.constexpr, SELECT: gl.constexpr, INITIAL: gl.constexpr,
     LOCAL: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -129,14 +129,14 @@ def load_keys(
     turn = 0
     for item in range(gl.program_id(0), num_tiles * H, gl.num_programs(0)):
         i_kv, i_q, p_row, i_first, count = item_of(
-            item, p_tiles, p_meta, num_tiles, H, BI, BN, KIND, LEN, STRIDE, WIN
+            item, p_tiles, p_meta, num_tiles, H, BQ, BN, KIND, LEN, STRIDE, WIN
         )  # fmt: skip
         k_off = gl.load(p_row + KIND).to(gl.int32) + i_first
         for j in range(0, count):
             _load_tile(d_k, d_v, s_k, s_v, bars, k_off + (count - 1 - j) * BN, i_kv, turn, DQ, DV, STAGES)
             turn += 1
         if SELECT > 0:
-            initial, i_first, forced = forced_tiles(p_row, i_q, BI, BN, SELECT, INITIAL, LOCAL)
+            initial, i_first, forced = forced_tiles(p_row, i_q, BQ, BN, SELECT, INITIAL, LOCAL)
             k_off = gl.load(p_row + 6).to(gl.int32)
             for j in range(0, gl.where(count > 0, forced, 0)):
                 i_k = key_of(forced - 1 - j, initial, i_first, BN)
@@ -324,7 +324,7 @@ def _end(
 @gluon.jit
 def _attend(
     p_q, p_o, p_lse, p_o2, p_lse2, s_q, s_k, s_v, bars, p_tiles, p_meta, num_tiles, scale2,
-    WHICH: gl.constexpr, H: gl.constexpr, G: gl.constexpr, GP: gl.constexpr, BQ: gl.constexpr, BI: gl.constexpr, BN: gl.constexpr,
+    WHICH: gl.constexpr, H: gl.constexpr, G: gl.constexpr, GP: gl.constexpr, BQ: gl.constexpr, BN: gl.constexpr,
     DQ: gl.constexpr, DV: gl.constexpr, KIND: gl.constexpr, LEN: gl.constexpr, STRIDE: gl.constexpr, WIN: gl.constexpr,
     SELECT: gl.constexpr, INITIAL: gl.constexpr, LOCAL: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -336,7 +336,7 @@ def _attend(
     turn = 0
     for item in range(gl.program_id(0), num_tiles * H, gl.num_programs(0)):
         i_kv, i_0, p_row, i_first, count = item_of(
-            item, p_tiles, p_meta, num_tiles, H, BI, BN, KIND, LEN, STRIDE, WIN
+            item, p_tiles, p_meta, num_tiles, H, BQ, BN, KIND, LEN, STRIDE, WIN
         )  # fmt: skip
         if count > 0:
             i_q = i_0 + WHICH * BQ
@@ -385,7 +385,7 @@ def _attend(
                 H, G, GP, BQ, DV, STAGES, MMA_S, MMA_O,
             )  # fmt: skip
             if SELECT > 0:
-                initial, i_local, forced = forced_tiles(p_row, i_0, BI, BN, SELECT, INITIAL, LOCAL)
+                initial, i_local, forced = forced_tiles(p_row, i_0, BQ, BN, SELECT, INITIAL, LOCAL)
                 o_end = forced_positions(forced - 1, initial, i_local, p_row, SELECT, INITIAL, BN, COL)
                 b_p, b_m, b_l, b_acc = _begin(
                     s_q, s_k, bars, turn, scale2, o_end, b_t,
@@ -410,12 +410,11 @@ def _attend(
 @gluon.jit
 def range_pipelined_kernel(
     p_q, d_k, d_v, d_k2, d_v2, p_o, p_lse, p_o2, p_lse2, p_meta, p_tiles, num_tiles, scale2,
-    H: gl.constexpr, G: gl.constexpr, GP: gl.constexpr, BQ: gl.constexpr, GROUPS: gl.constexpr, BN: gl.constexpr,
+    H: gl.constexpr, G: gl.constexpr, GP: gl.constexpr, BQ: gl.constexpr, BN: gl.constexpr,
     DQ: gl.constexpr, DV: gl.constexpr, KIND: gl.constexpr, LEN: gl.constexpr, STRIDE: gl.constexpr, WIN: gl.constexpr,
     SELECT: gl.constexpr, INITIAL: gl.constexpr, LOCAL: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = d_k.dtype
-    BI: gl.constexpr = GROUPS * BQ
     s_k = gl.allocate_shared_memory(dtype, [STAGES, BN, DQ], d_k.layout)
     s_v = gl.allocate_shared_memory(dtype, [STAGES, BN, DV], d_v.layout)
     s_q0 = gl.allocate_shared_memory(dtype, [BQ * GP, DQ], d_k.layout)
@@ -424,38 +423,21 @@ def range_pipelined_kernel(
     bars = gl.allocate_shared_memory(gl.int64, [4 * STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(2 * STAGES):
         mbarrier.init(bars.index(i), count=1)
-        mbarrier.init(bars.index(2 * STAGES + i), count=GROUPS)
+        mbarrier.init(bars.index(2 * STAGES + i), count=2)
     fence_async_shared()
     gl.thread_barrier()
-    if GROUPS == 2:
-        gl.warp_specialize(
-            [
-                (_attend, (p_q, p_o, p_lse, p_o2, p_lse2, s_q0, s_k, s_v, bars, p_tiles, p_meta, num_tiles, scale2,
-                           0, H, G, GP, BQ, BI, BN, DQ, DV, KIND, LEN, STRIDE, WIN, SELECT, INITIAL, LOCAL, STAGES)),
-                (_attend, (p_q, p_o, p_lse, p_o2, p_lse2, s_q1, s_k, s_v, bars, p_tiles, p_meta, num_tiles, scale2,
-                           1, H, G, GP, BQ, BI, BN, DQ, DV, KIND, LEN, STRIDE, WIN, SELECT, INITIAL, LOCAL, STAGES)),
-                (load_keys, (d_k, d_v, d_k2, d_v2, s_k, s_v, bars, p_tiles, p_meta, num_tiles,
-                             H, BI, BN, DQ, DV, KIND, LEN, STRIDE, WIN, SELECT, INITIAL, LOCAL, STAGES)),
-            ],
-            [4, 1],
-            [240, 24],
-        )  # fmt: skip
-    else:
-        s_q2 = gl.allocate_shared_memory(dtype, [BQ * GP, DQ], d_k.layout)
-        gl.warp_specialize(
-            [
-                (_attend, (p_q, p_o, p_lse, p_o2, p_lse2, s_q0, s_k, s_v, bars, p_tiles, p_meta, num_tiles, scale2,
-                           0, H, G, GP, BQ, BI, BN, DQ, DV, KIND, LEN, STRIDE, WIN, SELECT, INITIAL, LOCAL, STAGES)),
-                (_attend, (p_q, p_o, p_lse, p_o2, p_lse2, s_q1, s_k, s_v, bars, p_tiles, p_meta, num_tiles, scale2,
-                           1, H, G, GP, BQ, BI, BN, DQ, DV, KIND, LEN, STRIDE, WIN, SELECT, INITIAL, LOCAL, STAGES)),
-                (_attend, (p_q, p_o, p_lse, p_o2, p_lse2, s_q2, s_k, s_v, bars, p_tiles, p_meta, num_tiles, scale2,
-                           2, H, G, GP, BQ, BI, BN, DQ, DV, KIND, LEN, STRIDE, WIN, SELECT, INITIAL, LOCAL, STAGES)),
-                (load_keys, (d_k, d_v, d_k2, d_v2, s_k, s_v, bars, p_tiles, p_meta, num_tiles,
-                             H, BI, BN, DQ, DV, KIND, LEN, STRIDE, WIN, SELECT, INITIAL, LOCAL, STAGES)),
-            ],
-            [4, 4, 1],
-            [160, 160, 24],
-        )  # fmt: skip
+    gl.warp_specialize(
+        [
+            (_attend, (p_q, p_o, p_lse, p_o2, p_lse2, s_q0, s_k, s_v, bars, p_tiles, p_meta, num_tiles, scale2,
+                       0, H, G, GP, BQ, BN, DQ, DV, KIND, LEN, STRIDE, WIN, SELECT, INITIAL, LOCAL, STAGES)),
+            (_attend, (p_q, p_o, p_lse, p_o2, p_lse2, s_q1, s_k, s_v, bars, p_tiles, p_meta, num_tiles, scale2,
+                       1, H, G, GP, BQ, BN, DQ, DV, KIND, LEN, STRIDE, WIN, SELECT, INITIAL, LOCAL, STAGES)),
+            (load_keys, (d_k, d_v, d_k2, d_v2, s_k, s_v, bars, p_tiles, p_meta, num_tiles,
+                         H, BQ, BN, DQ, DV, KIND, LEN, STRIDE, WIN, SELECT, INITIAL, LOCAL, STAGES)),
+        ],
+        [4, 1],
+        [240, 24],
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -533,8 +515,7 @@ def range_pipelined(
     padded = next_power_of_2(group)
     launch = LAUNCH["window_pipelined" if window else "range_pipelined"]
     tokens = ROWS // padded
-    groups = launch["groups"]
-    tiles = geometry.tiles(QUERY, groups * tokens)
+    tiles = geometry.tiles(QUERY, 2 * tokens)
     num_programs = min(num_multiprocessors(q.device), tiles.shape[0] * num_kv)
     found: Attended | None = None
     more: tuple[Tensor | None, Tensor | None] = (None, None)
@@ -548,9 +529,9 @@ def range_pipelined(
         range_pipelined_kernel, (num_programs,),
         q, *(x if x is None else source_of(x, launch["keys"]) for x in (k, v, *more)), out, lse,
         *((None, None) if found is None else (found.out, found.lse)), geometry.meta, tiles, tiles.shape[0], scale2,
-        H=num_kv, G=group, GP=padded, BQ=tokens, GROUPS=groups, BN=launch["keys"], DQ=k.shape[2], DV=v.shape[2], KIND=kind, LEN=block,
+        H=num_kv, G=group, GP=padded, BQ=tokens, BN=launch["keys"], DQ=k.shape[2], DV=v.shape[2], KIND=kind, LEN=block,
         STRIDE=stride, WIN=window, **(NO_BLOCKS if forced is None else forced.constants()), STAGES=launch["num_stages"],
-        # The registers go to those that compute: 240 or 160 a thread, 24 for the copying warp.
-        num_warps=4, maxnreg=168 if groups == 2 else 128,
+        # Two thirds of the registers go to two of three warpgroups: 240 a thread there, 24 for the copying warp.
+        num_warps=4, maxnreg=168,
     )  # fmt: skip
     return found

@@ -287,7 +287,6 @@ def _add_keys(
     SELECT: gl.constexpr, INITIAL: gl.constexpr, LOCAL: gl.constexpr, ADD: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """dq of the WHICH-th BQ query tokens of every work item."""
-    BI: gl.constexpr = 2 * BQ
     ROWS: gl.constexpr = BQ * GP
     MMA_S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     MMA_Q: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DQ, 16])
@@ -298,7 +297,7 @@ def _add_keys(
     turn = 0
     for item in range(gl.program_id(0), num_tiles * H, gl.num_programs(0)):
         i_kv, i_0, p_row, i_first, count = item_of(
-            item, p_tiles, p_meta, num_tiles, H, BI, BN, KIND, LEN, STRIDE, WIN
+            item, p_tiles, p_meta, num_tiles, H, BQ, BN, KIND, LEN, STRIDE, WIN
         )  # fmt: skip
         if count > 0:
             i_q = i_0 + WHICH * BQ
@@ -338,7 +337,7 @@ def _add_keys(
             if SELECT > 0:
                 b_lse = gl.load(p_lse2 + o_row, mask=m_row, other=float("inf"))
                 b_dg = gl.load(p_dg2 + o_row, mask=m_row, other=0.0)
-                initial, i_local, forced = forced_tiles(p_row, i_0, BI, BN, SELECT, INITIAL, LOCAL)
+                initial, i_local, forced = forced_tiles(p_row, i_0, BQ, BN, SELECT, INITIAL, LOCAL)
                 for j in range(0, forced):
                     o_end = forced_positions(
                         forced - 1 - j, initial, i_local, p_row, SELECT, INITIAL, BN, COL
@@ -381,7 +380,7 @@ def range_pipelined_dq_kernel(
                          scale2, 1, H, G, GP, BQ, BN, DQ, DV, KIND, LEN, STRIDE, WIN, SELECT, INITIAL, LOCAL, ADD,
                          STAGES)),
             (load_keys, (d_k, d_v, d_k2, d_v2, s_k, s_v, bars, p_tiles, p_meta, num_tiles,
-                         H, 2 * BQ, BN, DQ, DV, KIND, LEN, STRIDE, WIN, SELECT, INITIAL, LOCAL, STAGES)),
+                         H, BQ, BN, DQ, DV, KIND, LEN, STRIDE, WIN, SELECT, INITIAL, LOCAL, STAGES)),
         ],
         [4, 1],
         [240, 24],
@@ -397,7 +396,7 @@ def _rows_source(x: Tensor, tokens: int, group: int) -> TensorDescriptor:
     )  # fmt: skip
 
 
-def numbers_source(x: Tensor, tokens: int, group: int) -> TensorDescriptor:
+def _numbers_source(x: Tensor, tokens: int, group: int) -> TensorDescriptor:
     """Likewise of x, fp32 [T, HQ]."""
     flat = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
     return TensorDescriptor(x, list(x.shape), [x.shape[1], 1], [tokens, group], flat)
@@ -429,7 +428,7 @@ def range_pipelined_dkdv(
     launch_kernel(
         range_pipelined_dkdv_kernel, (tiles.shape[0] * dk.shape[0] * num_kv,),
         _rows_source(q, tokens, group), source_of(k, half), source_of(v, half), _rows_source(do, tokens, group),
-        numbers_source(row_lse, tokens, group), numbers_source(row_dg, tokens, group), dk, dv, meta, tiles,
+        _numbers_source(row_lse, tokens, group), _numbers_source(row_dg, tokens, group), dk, dv, meta, tiles,
         tiles.shape[0], dk.shape[0], k.shape[0], split, scale, scale2,
         H=num_kv, G=group, BK=launch["keys"], BQ=tokens, DQ=k.shape[2], DV=v.shape[2], KIND=kind, LEN=block, STRIDE=stride,
         WIN=window, STAGES=launch["num_stages"], num_warps=4, maxnreg=168,

@@ -70,33 +70,33 @@ def block_fwd_kernel(
 def merge_blocks_kernel(
     p_part, p_part_lse, p_forced, p_forced_lse, p_cmp, p_win, p_gate, p_out, p_o, p_lse, p_pos, first, n,
     H: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, NP: tl.constexpr, SELECT: tl.constexpr, DV: tl.constexpr,
-    DVP: tl.constexpr, KEEP: tl.constexpr, INITIAL: tl.constexpr, LOCAL: tl.constexpr,
+    DVP: tl.constexpr, KEEP: tl.constexpr, FORCED: tl.constexpr,
 ):  # fmt: skip
     i_local = (tl.program_id(0) // H).to(tl.int64)
     i_kv = tl.program_id(0) % H
-    i_end = tl.minimum(n, tl.load(p_pos + first + i_local) // SELECT + 1) - LOCAL
+    count = tl.minimum(n + FORCED, tl.load(p_pos + first + i_local) // SELECT + 1) - FORCED
     o_g = tl.arange(0, GP)
     m_g = o_g < G
     o_n = tl.arange(0, NP)
     o_row = (first + i_local) * (H * G) + i_kv * G + o_g
     o_pair = (i_local * H + i_kv) * n * G + o_g
-    m_pair = ((o_n >= INITIAL) & (o_n < i_end))[:, None] & m_g[None, :]
+    m_pair = (o_n < count)[:, None] & m_g[None, :]
     b_lse = tl.load(p_part_lse + o_pair[None, :] + o_n[:, None] * G, mask=m_pair, other=float("-inf"))
     b_top = tl.max(b_lse, 0)
-    if LOCAL > 0:
+    if FORCED > 0:
         b_forced_lse = tl.load(p_forced_lse + o_row, mask=m_g, other=0.0)
         b_top = tl.maximum(b_top, b_forced_lse)
     b_top = tl.where(m_g, b_top, 0.0)
     b_sum = tl.sum(tl.exp2(b_lse - b_top[None, :]), 0)
-    if LOCAL > 0:
+    if FORCED > 0:
         b_sum += tl.exp2(b_forced_lse - b_top)
     b_all = b_top + tl.log2(tl.where(m_g, b_sum, 1.0))
     b_o = tl.zeros([GP, DVP], tl.float32)
-    if LOCAL > 0:
+    if FORCED > 0:
         b_o += tl.exp2(b_forced_lse - b_all)[:, None] * load_tile(p_forced, o_row, m_g, DV, 0, DVP, True).to(
             tl.float32
         )
-    for i in range(INITIAL, i_end):
+    for i in range(0, count):
         b_w = tl.exp2(tl.load(p_part_lse + o_pair + i * G, mask=m_g, other=0.0) - b_all)
         b_o += b_w[:, None] * load_tile(p_part, o_pair + i * G, m_g, DV, 0, DVP, True).to(tl.float32)
     b_o = b_o.to(p_out.dtype.element_ty)
@@ -115,12 +115,16 @@ def selected_by_block(
     (total, heads, width), (num_kv, value) = q.shape, v.shape[1:]
     n, group = index.shape[2], heads // num_kv
     launch = launch_for("block_fwd", max(width, value), q.element_size())
-    chunk = queries_per_chunk(heads, n, value, q.element_size())
-    left_out = (0, 0) if forced is None else (forced.num_initial, forced.num_local)
+    num_forced = 0
     if forced is not None:
+        # The blocks between the first ones and the last ones.
+        num_forced = forced.num_initial + forced.num_local
+        count = (positions // select_block + 1).clamp(max=n) - num_forced
+        n -= num_forced
+        index = index[..., forced.num_initial : forced.num_initial + n]
         place = torch.arange(n, device=q.device, dtype=torch.int32)
-        end = (positions // select_block + 1).clamp(max=n)[:, None] - left_out[1]
-        index = index.masked_fill(((place < left_out[0]) | (place >= end))[:, None], -1)
+        index = index.masked_fill((place >= count[:, None])[:, None], -1)
+    chunk = queries_per_chunk(heads, n, value, q.element_size())
     inverse = invert_selection(index, geometry, select_block=select_block, chunk=chunk, part=launch["part"])
     summed = torch.empty_like(others[0])
     out = torch.empty_like(summed) if keep else q.new_empty(0)
@@ -142,7 +146,7 @@ def selected_by_block(
             merge_blocks_kernel, (min(inverse.chunk, total - first) * num_kv,),
             part, part_lse, *((None, None) if forced is None else (forced.out, forced.lse)), *others, gates, summed, out,
             lse, positions, first, n, H=num_kv, G=group, GP=next_power_of_2(group), NP=next_power_of_2(n),
-            SELECT=select_block, DV=value, DVP=next_power_of_2(value), KEEP=keep, INITIAL=left_out[0],
-            LOCAL=left_out[1], num_warps=1,
+            SELECT=select_block, DV=value, DVP=next_power_of_2(value), KEEP=keep, FORCED=num_forced,
+            num_warps=1,
         )  # fmt: skip
     return summed, out, lse

@@ -16,7 +16,6 @@ from sparseray.kernels.launch import launch_kernel
 from sparseray.kernels.nsa.geometry import QUERY, Geometry, query_positions
 from sparseray.kernels.nsa.inverse import pays_by_block
 from sparseray.kernels.nsa.range_forward import LOG2E, in_bulk, key_sources, page_size, tokens_per_tile
-from sparseray.kernels.nsa.score_pipelined import ROWS, fits_pipeline, score_pipelined
 from sparseray.kernels.nsa.tiles import (
     fetch,
     key_rows,
@@ -188,15 +187,14 @@ def select_blocks(
     index = torch.empty(tokens_total, num_kv, num_selected, dtype=torch.int32, device=q.device)
     name = "score_small" if pays_by_block(heads // num_kv) else "score"
     launch = launch_for(name, width_q, q.element_size())
-    rp = next_power_of_2(select_block // stride)
-    bulk = rp * stride == select_block and in_bulk(k_cmp, k_cmp, table)
-    pipelined = bulk and fits_pipeline(q, k_cmp, rp)
-    tokens, padded = tokens_per_tile(ROWS if pipelined else launch["rows"], heads // num_kv)
+    tokens, padded = tokens_per_tile(launch["rows"], heads // num_kv)
     tiles = geometry.tiles(QUERY, tokens)
     positions = query_positions(geometry)
+    rp = next_power_of_2(select_block // stride)
     d0, d1 = split_width(width_q)
     chunk = -(-launch["chunk"] // tokens) * tokens
     bj = max(1, launch["keys"] // rp)
+    bulk = rp * stride == select_block and in_bulk(k_cmp, k_cmp, table)
     src_k, src_k1, _ = key_sources(k_cmp, k_cmp, bj * rp, bulk=bulk)
     single = geometry.num_seqs == 1
     start = geometry.max_keys - tokens_total if single else 0
@@ -208,21 +206,15 @@ def select_blocks(
         # With one sequence the tiles of a chunk are known; otherwise one outside the chunk returns at once.
         tile_first = first // tokens if single else 0
         num_tiles = -(-(end - first) // tokens) if single else tiles.shape[0]
-        if pipelined:
-            score_pipelined(
-                q, k_cmp, lse, scores, tiles, geometry.meta, num_tiles=num_tiles, tile_first=tile_first, row_first=first,
-                row_end=end, block=block, stride=stride, select_block=select_block, scale2=scale * LOG2E,
-            )  # fmt: skip
-        else:
-            launch_kernel(
-                score_kernel, (num_tiles * num_kv,),
-                q, src_k, src_k1, table, lse, scores, geometry.meta, tiles, num_tiles, tile_first, first, end, width,
-                (end - first) * num_kv * width, scale * LOG2E,
-                H=num_kv, G=heads // num_kv, GP=padded, BQ=tokens, BJ=bj, RP=rp,
-                DQ=width_q, D0=d0, D1=d1, LEN=block, STRIDE=stride, SELECT=select_block, IP=precision(q.dtype),
-                BULK=bulk, PAGE=page_size(k_cmp, table),
-                num_warps=launch["num_warps"], num_stages=launch["num_stages"],
-            )  # fmt: skip
+        launch_kernel(
+            score_kernel, (num_tiles * num_kv,),
+            q, src_k, src_k1, table, lse, scores, geometry.meta, tiles, num_tiles, tile_first, first, end, width,
+            (end - first) * num_kv * width, scale * LOG2E,
+            H=num_kv, G=heads // num_kv, GP=padded, BQ=tokens, BJ=bj, RP=rp,
+            DQ=width_q, D0=d0, D1=d1, LEN=block, STRIDE=stride, SELECT=select_block, IP=precision(q.dtype),
+            BULK=bulk, PAGE=page_size(k_cmp, table),
+            num_warps=launch["num_warps"], num_stages=launch["num_stages"],
+        )  # fmt: skip
         launch_kernel(
             top_n_kernel, ((end - first) * num_kv,),
             scores, index, positions, first, width, (end - first) * num_kv * width, num_selected,

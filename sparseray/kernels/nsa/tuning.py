@@ -9,8 +9,8 @@ blocks a decoding program scores at most, `fewest` at least.
 
 LAUNCH: dict[str, dict[str, int]] = {
     "range_fwd": {"rows": 64, "keys": 64, "num_warps": 4, "num_stages": 3},
-    "range_pipelined": {"keys": 128, "num_stages": 2, "groups": 2},
-    "window_pipelined": {"keys": 64, "num_stages": 4, "groups": 2},
+    "range_pipelined": {"keys": 128, "num_stages": 2},
+    "window_pipelined": {"keys": 64, "num_stages": 4},
     "range_pipelined_dq": {"keys": 64, "num_stages": 4},
     "window_pipelined_dq": {"keys": 64, "num_stages": 4},
     "range_pipelined_dkdv": {"keys": 128, "num_stages": 2, "split": 512, "programs": 2112},
@@ -22,7 +22,6 @@ LAUNCH: dict[str, dict[str, int]] = {
     "window_dkdv": {"rows": 64, "keys": 64, "num_warps": 4, "num_stages": 2, "split": 512, "programs": 0},
     "score": {"rows": 128, "keys": 64, "num_warps": 4, "num_stages": 2, "chunk": 8192},
     "score_small": {"rows": 128, "keys": 64, "num_warps": 8, "num_stages": 3, "chunk": 8192},
-    "score_pipelined": {"num_stages": 6},
     "top_n": {"num_warps": 1},
     "selected_fwd": {"keys": 64, "num_warps": 2, "num_stages": 2},
     "selected_fwd_bulk": {"keys": 32, "num_warps": 1, "num_stages": 5},
@@ -30,8 +29,8 @@ LAUNCH: dict[str, dict[str, int]] = {
     "selected_dq_bulk": {"keys": 32, "num_warps": 1, "num_stages": 2},
     "selected_dkdv": {"rows": 64, "num_warps": 4, "num_stages": 3, "part": 512, "programs": 4096},
     "selected_pipelined_dkdv": {"num_stages": 4, "part": 512, "programs": 2048},
-    "block_fwd": {"rows": 64, "num_warps": 4, "num_stages": 5, "part": 512},
-    "block_bwd": {"rows": 64, "num_warps": 4, "num_stages": 3, "part": 512, "programs": 4096},
+    "block_fwd": {"rows": 64, "num_warps": 4, "num_stages": 1, "part": 512},
+    "block_bwd": {"rows": 32, "num_warps": 4, "num_stages": 3, "part": 512, "programs": 4096},
     "decode": {
         "keys": 64,
         "splits": 32,
