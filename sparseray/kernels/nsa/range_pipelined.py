@@ -30,6 +30,8 @@ from sparseray.kernels.nsa.tuning import LAUNCH
 
 ROWS = 64
 """Rows of a warpgroup: query tokens times query heads of one key/value head."""
+thread_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+"""Triton 3.7 renamed it."""
 NEVER = gl.constexpr(0x7FFFFFFF)
 WIDTHS = (64, 128)
 """Head sizes for which the tiles fit shared memory and the layouts below are right."""
@@ -343,7 +345,7 @@ def _attend(
             lo, hi = whole_tiles(p_row, i_q, i_first, count, BQ, BN, KIND, LEN, STRIDE, WIN)
             s_q.store(load_rows(p_q, p_row, i_q, i_kv, H, G, GP, BQ, DQ))
             fence_async_shared()
-            gl.thread_barrier()
+            thread_barrier()
             b_t = (
                 gl.load(p_row + 2).to(gl.int32)
                 + i_q
@@ -425,7 +427,7 @@ def range_pipelined_kernel(
         mbarrier.init(bars.index(i), count=1)
         mbarrier.init(bars.index(2 * STAGES + i), count=2)
     fence_async_shared()
-    gl.thread_barrier()
+    thread_barrier()
     gl.warp_specialize(
         [
             (_attend, (p_q, p_o, p_lse, p_o2, p_lse2, s_q0, s_k, s_v, bars, p_tiles, p_meta, num_tiles, scale2,

@@ -37,6 +37,7 @@ from sparseray.kernels.nsa.range_pipelined import (
     num_multiprocessors,
     rows_of,
     source_of,
+    thread_barrier,
     visible,
     whole_tiles,
 )
@@ -226,7 +227,7 @@ def range_pipelined_dkdv_kernel(
         mbarrier.init(bars.index(STAGES + i), count=2)
     mbarrier.init(bars.index(2 * STAGES), count=1)
     fence_async_shared()
-    gl.thread_barrier()
+    thread_barrier()
     if i_seq >= 0:
         row = gl.load(p_row + KIND).to(gl.int32) + i_k
         bar = bars.index(2 * STAGES)
@@ -370,7 +371,7 @@ def range_pipelined_dq_kernel(
         mbarrier.init(bars.index(i), count=1)
         mbarrier.init(bars.index(2 * STAGES + i), count=2)
     fence_async_shared()
-    gl.thread_barrier()
+    thread_barrier()
     gl.warp_specialize(
         [
             (_add_keys, (p_q, p_do, p_lse, p_dg, p_lse2, p_dg2, p_dq, s_k, s_v, bars, p_tiles, p_meta, num_tiles, scale,

@@ -20,7 +20,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from sparseray.kernels.launch import launch_kernel
 from sparseray.kernels.nsa.inverse import Inverse
-from sparseray.kernels.nsa.range_pipelined import ROWS, layout_of
+from sparseray.kernels.nsa.range_pipelined import ROWS, layout_of, thread_barrier
 from sparseray.kernels.nsa.tuning import LAUNCH
 
 HALF = 64
@@ -257,7 +257,7 @@ def selected_pipelined_bwd_kernel(
     mbarrier.init(bars.index(3 * STAGES), count=1)
     mbarrier.init(bars.index(3 * STAGES + 1), count=1)
     fence_async_shared()
-    gl.thread_barrier()
+    thread_barrier()
     if i_row >= 0:
         i_kv = i_row // num_blocks
         p_tile = p_tiles + (i_row % num_blocks) * 2
