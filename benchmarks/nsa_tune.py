@@ -7,7 +7,8 @@ kernel after the other; a variant that does not compile or does not fit is repor
 import argparse
 import concurrent.futures
 import multiprocessing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import product
 
 import torch
 from triton.testing import do_bench
@@ -22,36 +23,28 @@ from sparseray.kernels.nsa.selected_forward import selected_forward, selected_qu
 from sparseray.kernels.nsa.top_n import select_blocks
 from sparseray.kernels.nsa.tuning import LAUNCH
 
-TILES = [(128, 128, 8, 3), (128, 128, 8, 2), (128, 64, 8, 3), (64, 128, 4, 2), (64, 64, 4, 3), (64, 64, 4, 4)]
-BACK = [(128, 64, 8, 2), (128, 64, 8, 3), (64, 64, 4, 2), (64, 64, 4, 3), (128, 128, 8, 2), (32, 64, 4, 2)]
-
-GATHERS = [(64, 1, 2), (64, 2, 2), (32, 1, 2), (32, 1, 3), (32, 1, 4), (32, 2, 3), (16, 1, 3), (16, 1, 4)]
-
-
-def _tiles(choices: list[tuple[int, int, int, int]]) -> list[dict[str, int]]:
-    return [{"rows": r, "keys": k, "num_warps": w, "num_stages": s} for r, k, w, s in choices]
+TILES = [(128, 64, 8, 2), (128, 64, 4, 2), (256, 64, 8, 2), (128, 128, 8, 2), (64, 64, 4, 2), (64, 128, 4, 2)]
+KEYS = [(128, 2), (64, 4), (64, 3), (64, 2)]
+GATHERS = [(32, 1, 2), (32, 1, 3), (32, 1, 5), (32, 2, 3), (64, 1, 3), (64, 1, 5), (16, 1, 5)]
 
 
-def _gathers(choices: list[tuple[int, int, int]]) -> list[dict[str, int]]:
-    return [{"keys": k, "num_warps": w, "num_stages": s} for k, w, s in choices]
+def _named(names: tuple[str, ...], choices: Iterable[tuple[int, ...]]) -> list[dict[str, int]]:
+    return [dict(zip(names, choice)) for choice in choices]
 
 
 VARIANTS: dict[str, list[dict[str, int]]] = {
-    "range_fwd": _tiles(TILES),
-    "window_fwd": _tiles(TILES),
-    "range_dq": _tiles(BACK),
-    "window_dq": _tiles(BACK),
-    "range_dkdv": _tiles(BACK),
-    "window_dkdv": _tiles(BACK),
-    "score": _tiles([*TILES, (128, 256, 8, 2)]),
-    "top_n": [{"num_warps": w} for w in (1, 2, 4)],
-    "selected_fwd_bulk": _gathers(GATHERS),
-    "selected_dq_bulk": _gathers(GATHERS),
-    "selected_dkdv": [
-        {"rows": r, "num_warps": w, "num_stages": s}
-        for r, w, s in [(64, 4, 2), (64, 4, 3), (64, 4, 4), (32, 4, 3), (64, 8, 3)]
-    ],
-    "combine": [{"rows": r, "num_warps": w} for r, w in ((16, 4), (32, 4), (64, 4), (64, 8))],
+    "range_pipelined": _named(("keys", "num_stages"), KEYS),
+    "window_pipelined": _named(("keys", "num_stages"), KEYS),
+    "range_pipelined_dq": _named(("keys", "num_stages"), KEYS),
+    "window_pipelined_dq": _named(("keys", "num_stages"), KEYS),
+    "range_pipelined_dkdv": _named(("num_stages", "programs"), product((2, 3), (1056, 2112, 4224))),
+    "window_pipelined_dkdv": _named(("num_stages",), [(2,), (3,)]),
+    "score": _named(("rows", "keys", "num_warps", "num_stages"), TILES),
+    "top_n": _named(("num_warps",), [(1,), (2,), (4,)]),
+    "selected_fwd_bulk": _named(("keys", "num_warps", "num_stages"), GATHERS),
+    "selected_dq_bulk": _named(("keys", "num_warps", "num_stages"), GATHERS),
+    "selected_pipelined_dkdv": _named(("num_stages", "part"), product((3, 4), (512, 1024, 2048))),
+    "combine": _named(("rows", "num_warps"), [(16, 4), (32, 4), (64, 4), (64, 8)]),
 }
 
 
@@ -95,12 +88,12 @@ def cases(tokens: int) -> dict[str, Callable[[], object]]:
         return range_backward(q, k_, v_, do, lse[c], dg[c], dq, geometry, add=False, **kw)  # type: ignore[arg-type]
 
     return {
-        "range_fwd": lambda: range_forward(q, kc, vc, geometry, **cmp),
-        "window_fwd": lambda: range_forward(q, k, v, geometry, **win),
-        "range_dq": lambda: back(kc, vc, 0, cmp),
-        "range_dkdv": lambda: back(kc, vc, 0, cmp),
-        "window_dq": lambda: back(k, v, 2, win),
-        "window_dkdv": lambda: back(k, v, 2, win),
+        "range_pipelined": lambda: range_forward(q, kc, vc, geometry, **cmp),
+        "window_pipelined": lambda: range_forward(q, k, v, geometry, **win),
+        "range_pipelined_dq": lambda: back(kc, vc, 0, cmp),
+        "range_pipelined_dkdv": lambda: back(kc, vc, 0, cmp),
+        "window_pipelined_dq": lambda: back(k, v, 2, win),
+        "window_pipelined_dkdv": lambda: back(k, v, 2, win),
         "score": lambda: select_blocks(q, kc, lse_cmp, geometry, **top),
         "top_n": lambda: select_blocks(q, kc, lse_cmp, geometry, **top),
         "selected_fwd_bulk": lambda: selected_forward(
@@ -109,7 +102,7 @@ def cases(tokens: int) -> dict[str, Callable[[], object]]:
         "selected_dq_bulk": lambda: selected_query_gradient(
             q, k, v, do, lse[1], dg[1], dq, index, positions, geometry, add=False, **sel
         ),
-        "selected_dkdv": lambda: selected_backward(
+        "selected_pipelined_dkdv": lambda: selected_backward(
             q, k, v, do, lse[1], dg[1], dq, index, positions, geometry, add=False, **sel
         ),
         "combine": lambda: (combine(*outs, gates), prepare_backward(do, outs, lses, gates)),
@@ -155,7 +148,7 @@ def main() -> None:
         for variant in VARIANTS[name]:
             result = try_variant(name, calls[name], variant, time=True)
             shown = f"{result:8.3f} ms" if isinstance(result, float) else result
-            print(f"{name:17} {' '.join(f'{k}={v}' for k, v in variant.items()):44} {shown}", flush=True)
+            print(f"{name:23} {' '.join(f'{k}={v}' for k, v in variant.items()):44} {shown}", flush=True)
 
 
 if __name__ == "__main__":

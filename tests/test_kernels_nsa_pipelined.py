@@ -1,9 +1,14 @@
-"""Kernels whose warps have different roles (Gluon, no interpreter) against the tiled ones, which the interpreter and
-the fp64 reference check: odd lengths, packed sequences, a chunk against longer keys, every supported kind of head."""
+"""Kernels whose warps have different roles (Gluon, no interpreter): compiled for a GPU without one, and on a GPU against
+the tiled ones, which the interpreter and the fp64 reference check: odd lengths, packed sequences, a chunk against longer
+keys, every supported kind of head."""
 
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,7 +25,8 @@ from sparseray.kernels.nsa.geometry import COMPRESSED, WINDOW, Geometry, packed,
 from sparseray.kernels.nsa.reference import num_compressed, top_n_reference
 from sparseray.kernels.nsa.tuning import LAUNCH
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")]
+MOST_SHARED = 232_448
+"""Bytes of shared memory that a program may have on Hopper."""
 
 CU = [0, 5, 700, 700, 2500, 2531, 4000]
 SHAPES = {
@@ -47,6 +53,23 @@ def lay_out(kind: str, tokens: int) -> tuple[Geometry, int, int]:
     return uniform(1, tokens, count, longest, longest - first, start, first, device), count, longest - first
 
 
+def test_pipelined_kernels_compile_for_hopper() -> None:
+    script = Path(__file__).parent / "hopper_compile.py"
+    settings = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, env=settings, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert len(lines) == 7
+    for name, shared, spilled in lines:
+        assert int(shared) <= MOST_SHARED, name
+        # Spilled registers inside the loops would cost more than all the rest gains.
+        assert int(spilled) <= 160, name
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")
 @pytest.mark.parametrize("branch", [COMPRESSED, WINDOW], ids=["compressed", "window"])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 def test_pipelined_ranges_equal_the_tiled_ones(
@@ -82,6 +105,8 @@ def test_pipelined_ranges_equal_the_tiled_ones(
     assert max(errors) < 3e-3, errors
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")
 @pytest.mark.parametrize(("heads", "num_kv"), [(64, 4), (32, 8)])
 @pytest.mark.parametrize("kind", ["uniform", "packed"])
 def test_forced_blocks_beside_the_window_change_nothing(
@@ -109,6 +134,8 @@ def test_forced_blocks_beside_the_window_change_nothing(
     assert max(errors) < 5e-3, errors
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")
 @pytest.mark.parametrize("part", [4096, 100], ids=["whole rows", "cut rows"])
 @pytest.mark.parametrize(
     ("kind", "tokens", "heads", "num_kv", "dtype"),

@@ -1,6 +1,6 @@
 """Launch parameters of the NSA kernels: how many rows and keys a program takes, warps and pipeline stages.
 
-One entry a kernel; chosen by measurement on an H200 (docs/kernels.md, section NSA). `rows` counts query
+One entry a kernel; chosen by measurement on H100 and H200 (docs/kernels.md, section NSA). `rows` counts query
 tokens times query heads of one group; a program never takes less than one query token. `programs` is how many
 programs the split of long tiles, table rows or paged sequences aims at, `split` the fewest query tokens of a
 part, `part` the fewest table entries of one, `splits` the most parts of a sequence; `blocks` is how many selection

@@ -1,0 +1,108 @@
+"""Compile the pipelined NSA kernels for compute capability 9.0 on a machine without a GPU.
+
+Run by a test in a process of its own, as Triton's interpreter replaces the compiler. Prints a line a kernel: its name,
+bytes of shared memory, and bytes of registers that are spilled to memory.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia import compiler as nvidia
+from triton.compiler import compile as compile_source
+from triton.experimental.gluon._runtime import GluonASTSource
+from triton.experimental.gluon.language import NVMMASharedLayout
+
+from sparseray.kernels.nsa.range_pipelined import range_pipelined_kernel
+from sparseray.kernels.nsa.range_pipelined_backward import (
+    range_pipelined_dkdv_kernel,
+    range_pipelined_dq_kernel,
+)
+from sparseray.kernels.nsa.selected_pipelined_backward import selected_pipelined_bwd_kernel
+from sparseray.kernels.nsa.tuning import LAUNCH
+
+COMPRESSED = {"KIND": 3, "LEN": 32, "STRIDE": 16, "WIN": 0, "SELECT": 0, "INITIAL": 0, "LOCAL": 0}
+WINDOW = {"KIND": 9, "LEN": 1, "STRIDE": 1, "WIN": 512, "SELECT": 64, "INITIAL": 1, "LOCAL": 2}
+HEADS = {"H": 4, "G": 16, "GP": 16, "BQ": 4, "DQ": 128, "DV": 128, "HALF": 64}
+
+
+def descriptor(shape: tuple[int, ...], *, is_flat: bool = False) -> str:
+    """The signature of a tile of bf16, or of plain fp32 numbers."""
+    if is_flat:
+        layout = NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
+    else:
+        layout = NVMMASharedLayout.get_default_for(list(shape), tl.bfloat16)
+    return f"tensordesc<{'fp32' if is_flat else 'bf16'}{list(shape)},{layout!r}>"
+
+
+def kind(name: str, tiles: dict[str, str]) -> str:
+    """The type of a run-time argument."""
+    if name in tiles:
+        return tiles[name]
+    if name in ("scale", "scale2"):
+        return "fp32"
+    if not name.startswith("p_"):
+        return "i32"
+    pointers = {
+        "p_meta": "*i64",
+        "p_q": "*bf16",
+        "p_do": "*bf16",
+        "p_o": "*bf16",
+        "p_o2": "*bf16",
+        "p_dq": "*bf16",
+    }
+    integers = ("p_tiles", "p_parts", "p_queries", "p_pos")
+    return "*i32" if name in integers else pointers.get(name, "*fp32")
+
+
+def report(kernel: Any, constants: dict[str, Any], tiles: dict[str, str]) -> None:
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    signature = {name: "constexpr" if name in constants else kind(name, tiles) for name in kernel.arg_names}
+    places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    source = GluonASTSource(kernel, signature, places)
+    compiled = compile_source(
+        source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4, "maxnreg": 168}
+    )
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(compiled.asm["ptx"])
+        file.flush()
+        ptxas = Path(nvidia.__file__).parent / "bin" / "ptxas"
+        command = [str(ptxas), "-v", "--gpu-name=sm_90a", file.name, "-o", "/dev/null"]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill stores", said))
+    print(kernel.fn.__name__, compiled.metadata.shared, spilled, flush=True)
+
+
+def main() -> None:
+    none = {"d_k2": None, "d_v2": None, "p_o2": None, "p_lse2": None, "p_dg2": None}
+    for sizes, forward, query in (
+        (COMPRESSED | none, LAUNCH["range_pipelined"], LAUNCH["range_pipelined_dq"]),
+        (WINDOW, LAUNCH["window_pipelined"], LAUNCH["window_pipelined_dq"]),
+    ):
+        for kernel, launch in ((range_pipelined_kernel, forward), (range_pipelined_dq_kernel, query)):
+            keys = descriptor((launch["keys"], 128))
+            more = {"BN": launch["keys"], "STAGES": launch["num_stages"], "ADD": True}
+            report(kernel, HEADS | sizes | more, dict.fromkeys(("d_k", "d_v", "d_k2", "d_v2"), keys))
+    rows, numbers = descriptor((4, 16, 128)), descriptor((4, 16), is_flat=True)
+    tiles = {"d_q": rows, "d_do": rows, "d_lse": numbers, "d_dg": numbers}
+    for name, sizes in (("range", COMPRESSED), ("window", WINDOW)):
+        launch = LAUNCH[f"{name}_pipelined_dkdv"]
+        keys = descriptor((launch["keys"] // 2, 128))
+        more = {"BK": launch["keys"], "STAGES": launch["num_stages"]}
+        report(range_pipelined_dkdv_kernel, HEADS | sizes | more, {**tiles, "d_k": keys, "d_v": keys})
+    rows, keys = descriptor((16, 64)), descriptor((64, 64))
+    stages = LAUNCH["selected_pipelined_dkdv"]["num_stages"]
+    report(
+        selected_pipelined_bwd_kernel, {**HEADS, "SELECT": 64, "STAGES": stages},
+        {"d_q": rows, "d_do": rows, "d_k": keys, "d_v": keys},
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
