@@ -20,10 +20,8 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from triton.experimental.gluon.language import NVMMASharedLayout
 
 from sparseray.kernels.nsa.range_pipelined import range_pipelined_kernel
-from sparseray.kernels.nsa.range_pipelined_backward import (
-    range_pipelined_dkdv_kernel,
-    range_pipelined_dq_kernel,
-)
+from sparseray.kernels.nsa.range_pipelined_dkdv import range_pipelined_dkdv_kernel
+from sparseray.kernels.nsa.range_pipelined_dq import range_pipelined_dq_kernel
 from sparseray.kernels.nsa.selected_pipelined_backward import selected_pipelined_bwd_kernel
 from sparseray.kernels.nsa.tuning import LAUNCH
 

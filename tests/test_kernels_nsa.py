@@ -16,8 +16,8 @@ from sparseray.kernels.nsa.attention import nsa_attention, nsa_layer
 from sparseray.kernels.nsa.branches import selects_all
 from sparseray.kernels.nsa.compress import Compression, compress
 from sparseray.kernels.nsa.geometry import query_positions, uniform
+from sparseray.kernels.nsa.pipeline import Attended, Forced
 from sparseray.kernels.nsa.range_forward import LOG2E
-from sparseray.kernels.nsa.range_pipelined import Attended, Forced
 from sparseray.kernels.nsa.reference import (
     compress_reference,
     compressed_attention_reference,

@@ -17,9 +17,10 @@ from torch import Tensor
 from sparseray.kernels.nsa.gates import combine
 from sparseray.kernels.nsa.geometry import COMPRESSED, KEYS, WINDOW, Geometry, query_positions
 from sparseray.kernels.nsa.inverse import pays_by_block
+from sparseray.kernels.nsa.pipeline import Attended, Forced
 from sparseray.kernels.nsa.range_forward import LOG2E, in_bulk, range_forward
-from sparseray.kernels.nsa.range_pipelined import Attended, Forced, range_pipelined
-from sparseray.kernels.nsa.range_pipelined_backward import fits_pipeline
+from sparseray.kernels.nsa.range_pipelined import range_pipelined
+from sparseray.kernels.nsa.range_pipelined_dkdv import fits_pipeline
 from sparseray.kernels.nsa.reference import check_blocks
 from sparseray.kernels.nsa.selected_by_block import selected_by_block
 from sparseray.kernels.nsa.selected_forward import selected_forward

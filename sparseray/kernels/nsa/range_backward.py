@@ -5,6 +5,8 @@ tiles split their queries; the parts are fp32 and are added in order, so the gra
 `row_lse` already holds the gate (lse - log2 g, +inf where nothing is visible), so exp2(s - row_lse) is g * p.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -12,13 +14,10 @@ from torch import Tensor
 
 from sparseray.kernels.launch import launch_kernel
 from sparseray.kernels.nsa.geometry import QUERY, WINDOW, Geometry
+from sparseray.kernels.nsa.pipeline import ROWS, Forced
 from sparseray.kernels.nsa.range_forward import LOG2E, in_bulk, key_sources, tokens_per_tile
-from sparseray.kernels.nsa.range_pipelined import ROWS, Forced
-from sparseray.kernels.nsa.range_pipelined_backward import (
-    fits_pipeline,
-    range_pipelined_dkdv,
-    range_pipelined_dq,
-)
+from sparseray.kernels.nsa.range_pipelined_dkdv import fits_pipeline, range_pipelined_dkdv
+from sparseray.kernels.nsa.range_pipelined_dq import range_pipelined_dq
 from sparseray.kernels.nsa.tiles import (
     add_tile,
     can_copy,
@@ -231,6 +230,78 @@ def range_dkdv_kernel(
     store_tile(p_dv, o_out, m_i, b_dv, DV, 0, DVP)
 
 
+def _constants(
+    q: Tensor, k: Tensor, v: Tensor, *, kind: int, block: int, stride: int, window: int
+) -> dict[str, Any]:
+    """Compile-time constants common to both tiled kernels."""
+    d0, d1 = split_width(q.shape[-1])
+    return {
+        "H": k.shape[1], "G": q.shape[1] // k.shape[1], "DQ": q.shape[-1], "D0": d0, "D1": d1, "DV": v.shape[-1],
+        "DVP": max(16, next_power_of_2(v.shape[-1])), "KIND": kind, "LEN": block, "STRIDE": stride, "WIN": window,
+        "IP": precision(q.dtype),
+    }  # fmt: skip
+
+
+def _query_gradient(
+    q: Tensor, k: Tensor, v: Tensor, do: Tensor, row_lse: Tensor, row_dg: Tensor, dq: Tensor, geometry: Geometry, *,
+    scale: float, add: bool, forced: tuple[Forced, Tensor, Tensor] | None, **keys: int,
+) -> None:  # fmt: skip
+    """Write dq, or add it; arguments as in `range_backward`, kind, block, stride and window as `keys`."""
+    bulk = in_bulk(k, v)
+    if bulk and fits_pipeline(q, k, v):
+        range_pipelined_dq(
+            q, k, v, do, row_lse, row_dg, dq, geometry, scale=scale, scale2=scale * LOG2E, add=add, forced=forced, **keys
+        )  # fmt: skip
+        return
+    assert forced is None
+    name = "window_dq" if keys["kind"] == WINDOW else "range_dq"
+    launch = launch_for(name, max(q.shape[-1], v.shape[-1]), q.element_size())
+    tokens, padded = tokens_per_tile(launch["rows"], q.shape[1] // k.shape[1])
+    tiles = geometry.tiles(QUERY, tokens)
+    launch_kernel(
+        range_dq_kernel, (tiles.shape[0] * k.shape[1],),
+        q, *key_sources(k, v, launch["keys"], bulk=bulk), do, row_lse, row_dg, dq, geometry.meta, tiles, tiles.shape[0],
+        scale, scale * LOG2E, GP=padded, BQ=tokens, BN=launch["keys"], ADD=add, BULK=bulk, **_constants(q, k, v, **keys),
+        num_warps=launch["num_warps"], num_stages=launch["num_stages"],
+    )  # fmt: skip
+
+
+def _key_gradients(
+    q: Tensor, k: Tensor, v: Tensor, do: Tensor, row_lse: Tensor, row_dg: Tensor, geometry: Geometry, *, scale: float,
+    **keys: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """dk and dv; arguments as in `range_backward`, kind, block, stride and window as `keys`."""
+    num_kv = k.shape[1]
+    is_pipelined = in_bulk(k, v) and can_copy(do) and fits_pipeline(q, k, v)
+    name = "window" if keys["kind"] == WINDOW else "range"
+    name += "_pipelined_dkdv" if is_pipelined else "_dkdv"
+    launch = launch_for(name, max(q.shape[-1], v.shape[-1]), q.element_size())
+    tokens, padded = tokens_per_tile(ROWS if is_pipelined else launch["rows"], q.shape[1] // num_kv)
+    tiles = geometry.tiles(keys["kind"], launch["keys"])
+    longest = min(geometry.totals[QUERY], geometry.max_keys)
+    num_splits = max(1, launch["programs"] // (tiles.shape[0] * num_kv))
+    # A whole number of query tiles, or neighbouring splits would share one.
+    split = -(-max(-(-longest // num_splits), launch["split"]) // tokens) * tokens
+    num_splits = max(1, -(-longest // split))
+    dtype = k.dtype if num_splits == 1 else torch.float32
+    dk, dv = (torch.empty(num_splits, *x.shape, dtype=dtype, device=x.device) for x in (k, v))
+    if is_pipelined:
+        range_pipelined_dkdv(
+            q, k, v, do, row_lse, row_dg, dk, dv, tiles, geometry.meta, launch, split=split, scale=scale,
+            scale2=scale * LOG2E, **keys,
+        )  # fmt: skip
+    else:
+        launch_kernel(
+            range_dkdv_kernel, (tiles.shape[0] * num_splits * num_kv,),
+            q, k, v, do, row_lse, row_dg, dk, dv, geometry.meta, tiles, tiles.shape[0], num_splits, k.shape[0], split,
+            scale, scale * LOG2E, GP=padded, BQ=tokens, BN=launch["keys"], **_constants(q, k, v, **keys),
+            num_warps=launch["num_warps"], num_stages=launch["num_stages"],
+        )  # fmt: skip
+    if num_splits == 1:
+        return dk[0], dv[0]
+    return dk.sum(0).to(k.dtype), dv.sum(0).to(v.dtype)
+
+
 def range_backward(
     q: Tensor, k: Tensor, v: Tensor, do: Tensor, row_lse: Tensor, row_dg: Tensor, dq: Tensor,
     geometry: Geometry, *,
@@ -250,61 +321,9 @@ def range_backward(
     Returns:
         dk and dv in the dtype of k.
     """
-    heads, num_kv = q.shape[1], k.shape[1]
-    name = "window" if kind == WINDOW else "range"
-    d0, d1 = split_width(q.shape[-1])
-    shared = {
-        "H": num_kv, "G": heads // num_kv, "DQ": q.shape[-1], "D0": d0, "D1": d1, "DV": v.shape[-1],
-        "DVP": max(16, next_power_of_2(v.shape[-1])), "KIND": kind, "LEN": block, "STRIDE": stride,
-        "WIN": window,
-        "IP": precision(q.dtype),
-    }  # fmt: skip
-    width = max(q.shape[-1], v.shape[-1])
-    bulk = in_bulk(k, v)
-    is_pipelined = bulk and fits_pipeline(q, k, v)
-    assert is_pipelined or forced is None
-    if is_pipelined:
-        range_pipelined_dq(
-            q, k, v, do, row_lse, row_dg, dq, geometry, kind=kind, block=block, stride=stride, window=window,
-            scale=scale, scale2=scale * LOG2E, add=add, forced=forced,
-        )  # fmt: skip
-    else:
-        launch = launch_for(f"{name}_dq", width, q.element_size())
-        tokens, padded = tokens_per_tile(launch["rows"], heads // num_kv)
-        tiles = geometry.tiles(QUERY, tokens)
-        launch_kernel(
-            range_dq_kernel, (tiles.shape[0] * num_kv,),
-            q, *key_sources(k, v, launch["keys"], bulk=bulk), do, row_lse, row_dg, dq, geometry.meta, tiles,
-            tiles.shape[0], scale, scale * LOG2E,
-            GP=padded, BQ=tokens, BN=launch["keys"], ADD=add, BULK=bulk, **shared,
-            num_warps=launch["num_warps"], num_stages=launch["num_stages"],
-        )  # fmt: skip
+    rest = (q, k, v, do, row_lse, row_dg)
+    keys: dict[str, Any] = {"kind": kind, "block": block, "stride": stride, "window": window}
+    _query_gradient(*rest, dq, geometry, scale=scale, add=add, forced=forced, **keys)
     if k.shape[0] == 0:
         return torch.zeros_like(k), torch.zeros_like(v)
-    is_pipelined = is_pipelined and can_copy(do)
-    launch = launch_for(f"{name}_pipelined_dkdv" if is_pipelined else f"{name}_dkdv", width, q.element_size())
-    tokens, padded = tokens_per_tile(ROWS if is_pipelined else launch["rows"], heads // num_kv)
-    tiles = geometry.tiles(kind, launch["keys"])
-    longest = min(geometry.totals[QUERY], geometry.max_keys)
-    num_splits = max(1, launch["programs"] // (tiles.shape[0] * num_kv))
-    # A whole number of query tiles, or neighbouring splits would share one.
-    split = -(-max(-(-longest // num_splits), launch["split"]) // tokens) * tokens
-    num_splits = max(1, -(-longest // split))
-    dtype = k.dtype if num_splits == 1 else torch.float32
-    dk = torch.empty(num_splits, *k.shape, dtype=dtype, device=k.device)
-    dv = torch.empty(num_splits, *v.shape, dtype=dtype, device=k.device)
-    if is_pipelined:
-        range_pipelined_dkdv(
-            q, k, v, do, row_lse, row_dg, dk, dv, tiles, geometry.meta, launch, kind=kind, block=block, stride=stride,
-            window=window, split=split, scale=scale, scale2=scale * LOG2E,
-        )  # fmt: skip
-    else:
-        launch_kernel(
-            range_dkdv_kernel, (tiles.shape[0] * num_splits * num_kv,),
-            q, k, v, do, row_lse, row_dg, dk, dv, geometry.meta, tiles, tiles.shape[0], num_splits, k.shape[0], split,
-            scale, scale * LOG2E, GP=padded, BQ=tokens, BN=launch["keys"], **shared,
-            num_warps=launch["num_warps"], num_stages=launch["num_stages"],
-        )  # fmt: skip
-    if num_splits == 1:
-        return dk[0], dv[0]
-    return dk.sum(0).to(k.dtype), dv.sum(0).to(v.dtype)
+    return _key_gradients(*rest, geometry, scale=scale, **keys)

@@ -15,8 +15,8 @@ from torch import Tensor
 from sparseray.kernels.launch import launch_kernel
 from sparseray.kernels.nsa.geometry import KEYS, Geometry
 from sparseray.kernels.nsa.inverse import Inverse, invert_selection, pays_by_block, queries_per_chunk
+from sparseray.kernels.nsa.pipeline import Forced
 from sparseray.kernels.nsa.range_forward import LOG2E, in_bulk, tokens_per_tile
-from sparseray.kernels.nsa.range_pipelined import Forced
 from sparseray.kernels.nsa.selected_forward import selected_query_gradient, shared_constants
 from sparseray.kernels.nsa.selected_pipelined_backward import fits_pipeline, selected_pipelined_dkdv
 from sparseray.kernels.nsa.tiles import add_tile, block_rows, can_copy, load_tile, next_power_of_2, store_tile

@@ -15,8 +15,8 @@ from torch import Tensor
 from sparseray.kernels.launch import launch_kernel
 from sparseray.kernels.nsa.geometry import KEYS, Geometry
 from sparseray.kernels.nsa.inverse import invert_selection, queries_per_chunk
+from sparseray.kernels.nsa.pipeline import Attended
 from sparseray.kernels.nsa.range_forward import LOG2E, tokens_per_tile
-from sparseray.kernels.nsa.range_pipelined import Attended
 from sparseray.kernels.nsa.selected_forward import add_branches, shared_constants
 from sparseray.kernels.nsa.tiles import block_rows, load_tile, next_power_of_2, store_tile
 from sparseray.kernels.nsa.tuning import launch_for

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from sparseray.kernels.launch import launch_kernel
 from sparseray.kernels.nsa.geometry import Geometry, query_sequences
+from sparseray.kernels.nsa.pipeline import Attended, Forced
 from sparseray.kernels.nsa.range_forward import LOG2E, in_bulk, key_sources, page_size
-from sparseray.kernels.nsa.range_pipelined import Attended, Forced
 from sparseray.kernels.nsa.tiles import (
     add_tile,
     fetch,
