@@ -106,15 +106,15 @@ def _tile(
 
 
 @gluon.jit
-def _write(p_out, p_part, b, o_row, o_part, m_row, half, is_whole, D: gl.constexpr, MMA: gl.constexpr):
+def _write(p_out, p_part, b, o_row, o_part, m_row, half, is_whole, scale, D: gl.constexpr, HALF: gl.constexpr,
+           MMA: gl.constexpr):  # fmt: skip
     """Half of the columns of a gradient: added to the block's rows, or kept as a part of them."""
-    HALF: gl.constexpr = b.shape[1]
     o_d = half * HALF + gl.arange(0, HALF, layout=gl.SliceLayout(0, MMA))
     if is_whole:
         p = p_out + o_row[:, None] * D + o_d[None, :]
-        gl.store(p, gl.load(p, mask=m_row[:, None], other=0.0) + b, mask=m_row[:, None])
+        gl.store(p, gl.load(p, mask=m_row[:, None], other=0.0) + b * scale, mask=m_row[:, None])
     else:
-        gl.store(p_part + o_part[:, None] * D + o_d[None, :], b, mask=m_row[:, None])
+        gl.store(p_part + o_part[:, None] * D + o_d[None, :], b * scale, mask=m_row[:, None])
 
 
 @gluon.jit
@@ -162,14 +162,20 @@ def _add_rows(
         mbarrier.arrive(done)
     else:
         mbarrier.wait(done, 0)
+        k_len = gl.load(p_seq + 7).to(gl.int32)
         o_row = (gl.load(p_seq + 6) + o_k) * H + i_kv
         o_part = (gl.load(p_part + 3) + i_part).to(gl.int64) * SELECT + o_c
-        m_row = o_k < gl.load(p_seq + 7).to(gl.int32)
-        for half in gl.static_range(2):
-            b_dk = (b_dk0 if half == 0 else b_dk1) + s_sum.index(half).load(MMA)
-            b_dv = (b_dv0 if half == 0 else b_dv1) + s_sum.index(2 + half).load(MMA)
-            _write(p_dk, p_part_k, b_dk * scale, o_row, o_part, m_row, half, num_parts == 1, 2 * HALF, MMA)
-            _write(p_dv, p_part_v, b_dv, o_row, o_part, m_row, half, num_parts == 1, 2 * HALF, MMA)
+        m_row = o_k < k_len
+        D: gl.constexpr = 2 * HALF
+        is_whole = num_parts == 1
+        b_dk0 += s_sum.index(0).load(MMA)
+        _write(p_dk, p_part_k, b_dk0, o_row, o_part, m_row, 0, is_whole, scale, D, HALF, MMA)
+        b_dk1 += s_sum.index(1).load(MMA)
+        _write(p_dk, p_part_k, b_dk1, o_row, o_part, m_row, 1, is_whole, scale, D, HALF, MMA)
+        b_dv0 += s_sum.index(2).load(MMA)
+        _write(p_dv, p_part_v, b_dv0, o_row, o_part, m_row, 0, is_whole, 1.0, D, HALF, MMA)
+        b_dv1 += s_sum.index(3).load(MMA)
+        _write(p_dv, p_part_v, b_dv1, o_row, o_part, m_row, 1, is_whole, 1.0, D, HALF, MMA)
 
 
 @gluon.jit
