@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ import torch
 from nsa_sizes import DEVICE, HAS_GPU, PAPER, relative
 from torch import Tensor
 
-from sparseray.kernels.nsa import attention, branches
+from sparseray.kernels.nsa import attention, branches, tiles
 from sparseray.kernels.nsa import range_backward as backward
 from sparseray.kernels.nsa import range_forward as forward
 from sparseray.kernels.nsa import selected_backward as selected
@@ -66,6 +67,18 @@ def test_pipelined_kernels_compile_for_hopper() -> None:
         assert int(shared) <= MOST_SHARED, name
         # Spilled registers inside the loops would cost more than all the rest gains.
         assert int(spilled) <= 160, name
+
+
+@pytest.mark.parametrize(("capability", "is_hopper"), [(8, False), (9, True), (10, False)])
+def test_pipelined_kernels_are_for_hopper_alone(
+    monkeypatch: pytest.MonkeyPatch, capability: int, is_hopper: bool
+) -> None:
+    monkeypatch.setattr(tiles, "_compute_capability", lambda device: capability)
+    # No tensor can stand on a GPU that is not there.
+    x: Any = SimpleNamespace(is_cuda=True, device=None, shape=(8, 16, 128))
+    assert forward.fits_pipeline(x, x, x) is is_hopper
+    assert backward.fits_pipeline(x, SimpleNamespace(shape=(8, 1, 128)), x) is is_hopper  # type: ignore[arg-type]
+    assert selected.fits_pipeline(x, SimpleNamespace(shape=(8, 1, 128)), x, 64) is is_hopper  # type: ignore[arg-type]
 
 
 @pytest.mark.gpu

@@ -238,10 +238,8 @@ def nsa_layer(
     # What is packed twice, for the window and for the rest, is copied once at most.
     q, k_slc, v_slc, k_win, v_win = (x.contiguous() for x in (q, k_slc, v_slc, k_win, v_win))
     with torch.no_grad():
-        packed_q, *keys_values = (_packed(x) for x in (q, k_win, v_win, k_slc, v_slc))
-        won = window_branch(
-            packed_q, (keys_values[0], keys_values[1]), (keys_values[2], keys_values[3]), geometry, sizes
-        )
+        win, slc = (_packed(k_win), _packed(v_win)), (_packed(k_slc), _packed(v_slc))
+        won = window_branch(_packed(q), win, slc, geometry, sizes)
     tables = block_tables(batch, tokens, block, stride, q.device, cu_seqlens=cu_seqlens, num_blocks=count)
     k_cmp, v_cmp = (
         compress(x, mlp.w1, mlp.b1, mlp.w2, mlp.b2, mlp.pos, block, stride, tables=tables)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 ROWS = 64
@@ -90,6 +90,19 @@ def forced_tiles(
     i_first = gl.maximum(((q_start + i_q) // SELECT - LOCAL + 1) * SELECT, INITIAL * SELECT)
     local = (gl.maximum(seen - i_first, 0) + BN - 1) // BN
     return initial, i_first, gl.maximum(initial + local, 1)
+
+
+@gluon.jit
+def ring_barriers(STAGES: gl.constexpr):
+    """Of a ring of key tiles that two warpgroups read, STAGES each: keys are there, values are there, keys are read,
+    values are read."""
+    bars = gl.allocate_shared_memory(gl.int64, [4 * STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(2 * STAGES):
+        mbarrier.init(bars.index(i), count=1)
+        mbarrier.init(bars.index(2 * STAGES + i), count=2)
+    fence_async_shared()
+    thread_barrier()
+    return bars
 
 
 @gluon.jit

@@ -34,13 +34,14 @@ from sparseray.kernels.nsa.pipeline import (
     load_keys,
     load_rows,
     num_multiprocessors,
+    ring_barriers,
     rows_of,
     source_of,
     thread_barrier,
     visible,
     whole_tiles,
 )
-from sparseray.kernels.nsa.tiles import next_power_of_2
+from sparseray.kernels.nsa.tiles import next_power_of_2, on_hopper
 from sparseray.kernels.nsa.tuning import LAUNCH
 
 
@@ -230,13 +231,7 @@ def range_pipelined_kernel(
     s_v = gl.allocate_shared_memory(dtype, [STAGES, BN, DV], d_v.layout)
     s_q0 = gl.allocate_shared_memory(dtype, [BQ * GP, DQ], d_k.layout)
     s_q1 = gl.allocate_shared_memory(dtype, [BQ * GP, DQ], d_k.layout)
-    # Keys are there, values are there, keys are read, values are read.
-    bars = gl.allocate_shared_memory(gl.int64, [4 * STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(2 * STAGES):
-        mbarrier.init(bars.index(i), count=1)
-        mbarrier.init(bars.index(2 * STAGES + i), count=2)
-    fence_async_shared()
-    thread_barrier()
+    bars = ring_barriers(STAGES)
     gl.warp_specialize(
         [
             (_attend, (p_q, p_o, p_lse, p_o2, p_lse2, s_q0, s_k, s_v, bars, p_tiles, p_meta, num_tiles, scale2,
@@ -252,8 +247,9 @@ def range_pipelined_kernel(
 
 
 def fits_pipeline(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether `range_pipelined` has layouts for these heads; tiles must be readable by bulk copies besides."""
-    return q.shape[1] // k.shape[1] <= ROWS and k.shape[2] in WIDTHS and v.shape[2] in WIDTHS
+    """Whether `range_pipelined` runs on this GPU with these heads; tiles must be readable by bulk copies besides."""
+    is_laid_out = q.shape[1] // k.shape[1] <= ROWS and k.shape[2] in WIDTHS and v.shape[2] in WIDTHS
+    return is_laid_out and on_hopper(q)
 
 
 def range_pipelined(

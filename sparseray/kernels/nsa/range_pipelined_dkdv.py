@@ -21,11 +21,11 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from sparseray.kernels.launch import launch_kernel
 from sparseray.kernels.nsa.pipeline import (
     ROWS,
-    WIDTHS,
     layout_of,
     source_of,
     thread_barrier,
 )
+from sparseray.kernels.nsa.range_pipelined import fits_pipeline as fits_forward
 
 
 @gluon.jit
@@ -119,6 +119,17 @@ def _step(
 
 
 @gluon.jit
+def _write(p_out, b, first, i_k, k_len, H: gl.constexpr, MMA: gl.constexpr):
+    """A gradient's rows of the keys from i_k on."""
+    ROWS: gl.constexpr = b.shape[0]
+    WIDTH: gl.constexpr = b.shape[1]
+    o_n = i_k + gl.arange(0, ROWS, layout=gl.SliceLayout(1, MMA))
+    o_d = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, MMA))
+    p_tile = p_out + (first + o_n * H)[:, None] * WIDTH + o_d[None, :]
+    gl.store(p_tile, b.to(p_out.dtype.element_ty), mask=(o_n < k_len)[:, None])
+
+
+@gluon.jit
 def _add_queries(
     s_k, s_v, s_q, s_do, s_lse, s_dg, bars, p_dk, p_dv, p_row, i_kv, i_k, i_split, split, num_keys, scale, scale2,
     WHICH: gl.constexpr, H: gl.constexpr, GP: gl.constexpr, BK: gl.constexpr, BQ: gl.constexpr, DQ: gl.constexpr,
@@ -171,14 +182,8 @@ def _add_queries(
             )  # fmt: skip
             turn += 1
     first = (i_split.to(gl.int64) * num_keys + k_off) * H + i_kv
-    o_n = i_k + WHICH * BN + gl.arange(0, BN, layout=gl.SliceLayout(1, MMA_K))
-    o_d = gl.arange(0, DQ, layout=gl.SliceLayout(0, MMA_K))
-    p_out = p_dk + (first + o_n * H)[:, None] * DQ + o_d[None, :]
-    gl.store(p_out, (b_dk * scale).to(p_dk.dtype.element_ty), mask=(o_n < k_len)[:, None])
-    o_n = i_k + WHICH * BN + gl.arange(0, BN, layout=gl.SliceLayout(1, MMA_V))
-    o_d = gl.arange(0, DV, layout=gl.SliceLayout(0, MMA_V))
-    p_out = p_dv + (first + o_n * H)[:, None] * DV + o_d[None, :]
-    gl.store(p_out, b_dv.to(p_dv.dtype.element_ty), mask=(o_n < k_len)[:, None])
+    _write(p_dk, b_dk * scale, first, i_k + WHICH * BN, k_len, H, MMA_K)
+    _write(p_dv, b_dv, first, i_k + WHICH * BN, k_len, H, MMA_V)
 
 
 @gluon.jit
@@ -250,10 +255,10 @@ def _numbers_source(x: Tensor, tokens: int, group: int) -> TensorDescriptor:
 
 
 def fits_pipeline(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether `range_pipelined_dkdv` has layouts for these heads; tiles must be readable by bulk copies besides."""
+    """Whether both `range_pipelined_dq` and `range_pipelined_dkdv` run here with these heads; the latter's tiles of rows
+    are whole groups, a power of two."""
     group = q.shape[1] // k.shape[1]
-    is_whole = 4 <= group <= ROWS and group & (group - 1) == 0
-    return is_whole and k.shape[2] in WIDTHS and v.shape[2] in WIDTHS
+    return group >= 4 and group & (group - 1) == 0 and fits_forward(q, k, v)
 
 
 def range_pipelined_dkdv(

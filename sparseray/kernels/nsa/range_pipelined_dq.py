@@ -9,7 +9,6 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
     mbarrier,
     warpgroup_mma,
     warpgroup_mma_wait,
@@ -29,9 +28,9 @@ from sparseray.kernels.nsa.pipeline import (
     load_keys,
     load_rows,
     num_multiprocessors,
+    ring_barriers,
     rows_of,
     source_of,
-    thread_barrier,
     visible,
     whole_tiles,
 )
@@ -154,12 +153,7 @@ def range_pipelined_dq_kernel(
     dtype: gl.constexpr = d_k.dtype
     s_k = gl.allocate_shared_memory(dtype, [STAGES, BN, DQ], d_k.layout)
     s_v = gl.allocate_shared_memory(dtype, [STAGES, BN, DV], d_v.layout)
-    bars = gl.allocate_shared_memory(gl.int64, [4 * STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(2 * STAGES):
-        mbarrier.init(bars.index(i), count=1)
-        mbarrier.init(bars.index(2 * STAGES + i), count=2)
-    fence_async_shared()
-    thread_barrier()
+    bars = ring_barriers(STAGES)
     gl.warp_specialize(
         [
             (_add_keys, (p_q, p_do, p_lse, p_dg, p_lse2, p_dg2, p_dq, s_k, s_v, bars, p_tiles, p_meta, num_tiles, scale,

@@ -21,6 +21,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from sparseray.kernels.launch import launch_kernel
 from sparseray.kernels.nsa.inverse import Inverse
 from sparseray.kernels.nsa.pipeline import ROWS, layout_of, thread_barrier
+from sparseray.kernels.nsa.tiles import on_hopper
 from sparseray.kernels.nsa.tuning import LAUNCH
 
 HALF = 64
@@ -257,10 +258,11 @@ def _keys_source(x: Tensor, rows: int) -> TensorDescriptor:
 
 
 def fits_pipeline(q: Tensor, k: Tensor, v: Tensor, select_block: int) -> bool:
-    """Whether `selected_pipelined_dkdv` has layouts for these sizes; rows must be readable by bulk copies besides."""
+    """Whether `selected_pipelined_dkdv` runs on this GPU with these sizes; rows must be readable by bulk copies besides."""
     group = q.shape[1] // k.shape[1]
     is_whole = 16 <= group <= ROWS and group & (group - 1) == 0
-    return is_whole and k.shape[2] == v.shape[2] == 2 * HALF and select_block == ROWS
+    is_laid_out = is_whole and k.shape[2] == v.shape[2] == 2 * HALF and select_block == ROWS
+    return is_laid_out and on_hopper(q)
 
 
 def selected_pipelined_dkdv(

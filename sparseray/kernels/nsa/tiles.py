@@ -46,6 +46,11 @@ def can_copy(x: Tensor) -> bool:
     )
 
 
+def on_hopper(x: Tensor) -> bool:
+    """Whether x is on a GPU that has the matrix products of warpgroups: those before and after it have not."""
+    return x.is_cuda and _compute_capability(x.device) == 9
+
+
 def copy_source(x: Tensor, rows: int, width: int) -> TensorDescriptor:
     """Descriptor by which a kernel copies tiles of [rows, width] of x, [S, H, D] read as [S, H * D]."""
     wide = x.shape[1] * x.shape[2]
