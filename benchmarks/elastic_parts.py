@@ -12,7 +12,7 @@ from pathlib import Path
 
 from benchmarks.elastic_run import ROLES, Strike, Training, gaps, median_step
 from sparseray.platform.config import ClusterConfig, RunConfig
-from sparseray.platform.journal import Journal
+from sparseray.platform.run.journal import Journal
 
 WIDE = ClusterConfig(attention_workers=2, expert_shards=2, memory_shards=2, replication=2, standby=1)
 KILL_S, KILL_AIM_S, HANG_S = 1.0, 0.5, 1.5

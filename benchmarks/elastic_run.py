@@ -128,7 +128,7 @@ class Training:
 
     def _attach(self) -> None:
         from sparseray.platform.cluster import attach
-        from sparseray.platform.registry import registered_runs
+        from sparseray.platform.run.registry import registered_runs
 
         run = next(run for run in registered_runs() if run["run_dir"] == str(self.run_dir))
         self._scheduler = attach(run)

@@ -20,16 +20,16 @@ from typing import Any
 import torch
 
 from sparseray.actors import slot as slot_module
-from sparseray.actors.engine import Engine
-from sparseray.actors.generation import GenerationRequest
 from sparseray.actors.observation import observe_engine
+from sparseray.actors.serving.engine import Engine
+from sparseray.actors.serving.text_request import GenerationRequest
 from sparseray.model import attention, dse
 from sparseray.model.config import preset
 from sparseray.model.moe import LocalExperts
 from sparseray.model.transformer import Transformer
 from sparseray.platform.config import load_yaml
-from sparseray.platform.metrics import Metrics
-from sparseray.platform.metrics_training import StepMetrics
+from sparseray.platform.metrics.exporter import Metrics
+from sparseray.platform.metrics.training import StepMetrics
 
 ROOT = Path(__file__).resolve().parent.parent
 Call = Callable[..., Any]

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from sparseray.kernels.moe.decode import SORTED_ROWS, moe_ffn_decode, plan_few_rows
+from sparseray.kernels.moe.expert_map import ExpertPlan, plan_experts
 from sparseray.kernels.moe.ffn import LayerConfig, TileConfig, combine, project_rows, up_project
-from sparseray.kernels.moe.plan import ExpertPlan, plan_experts
 
 EXPERTS, TOP_K, INTER, HIDDEN, LAYERS = 128, 8, 768, 2048, 4
 PEAK_TBS = 4.8

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from sparseray.actors.token_data import TokenDataset, batch
+from sparseray.actors.training.token_data import TokenDataset, batch
 from sparseray.jobs.pretrain import build_layout, resolve
 from sparseray.model.dse import LocalMemory
 from sparseray.model.moe import LocalExperts

@@ -25,9 +25,9 @@ from local_cluster import tiny_run
 from processes import interrupt, kill_all, of_mark, start, wait_until
 
 from sparseray.errors import SchedulerLostError
-from sparseray.platform import checkpoint
 from sparseray.platform.config import ClusterConfig, RunConfig, save_yaml
-from sparseray.platform.registry import registered_runs
+from sparseray.platform.run import checkpoint
+from sparseray.platform.run.registry import registered_runs
 
 ROLES = {"attention": "attention", "expert": "experts", "memory": "memory"}
 ENDLESS = 100_000

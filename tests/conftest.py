@@ -28,7 +28,7 @@ def write_corpus(folder: Path, *, documents: int = 40, words: int = 160, seed: i
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Token shards of a corpus of fixed text, vocabulary 300; read only."""
-    from sparseray.jobs.prepare import prepare
+    from sparseray.jobs.tokens.prepare import prepare
 
     folder = tmp_path_factory.mktemp("corpus")
     write_corpus(folder / "text")

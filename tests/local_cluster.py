@@ -20,13 +20,12 @@ from typing import Any
 import msgpack
 import torch
 
-from sparseray.actors.mailbox import Mailbox
-from sparseray.actors.messages import SCHEDULER
 from sparseray.actors.slot import Slot
+from sparseray.actors.wire.mailbox import Mailbox
+from sparseray.actors.wire.messages import SCHEDULER
 from sparseray.jobs.pretrain import build_layout, check_data, resolve, slots_of, what_to_place
 from sparseray.model.config import DSEConfig, ModelConfig, MoEConfig, NSAConfig
 from sparseray.model.counts import count_parameters
-from sparseray.platform import checkpoint
 from sparseray.platform.config import (
     ClusterConfig,
     DataConfig,
@@ -35,16 +34,17 @@ from sparseray.platform.config import (
     TrainConfig,
     to_dict,
 )
-from sparseray.platform.elastic import Elastic
-from sparseray.platform.fleet import Control, Loss, Member
-from sparseray.platform.host import TrainingJob
-from sparseray.platform.journal import Journal
-from sparseray.platform.ledger import Ledger
-from sparseray.platform.metrics import Metrics
-from sparseray.platform.plan import piece_bytes
-from sparseray.platform.run_folder import RunFolder
+from sparseray.platform.fleet.control import Control, Loss, Member
+from sparseray.platform.fleet.host import TrainingJob
+from sparseray.platform.fleet.transport import ZmqTransport
+from sparseray.platform.generations import Elastic
+from sparseray.platform.metrics.exporter import Metrics
+from sparseray.platform.planning.replan import piece_bytes
+from sparseray.platform.run import checkpoint
+from sparseray.platform.run.folder import RunFolder
+from sparseray.platform.run.journal import Journal
+from sparseray.platform.run.ledger import Ledger
 from sparseray.platform.training import Trainer, validation_batch_count
-from sparseray.platform.transport import ZmqTransport
 
 MODEL = ModelConfig(
     vocab_size=300,

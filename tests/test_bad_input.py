@@ -19,9 +19,9 @@ from processes import ROOT, environment, of_mark, run, temporary_folder, wait_un
 
 from sparseray.errors import CheckpointError
 from sparseray.jobs import pretrain
-from sparseray.jobs.prepare import prepare
-from sparseray.platform import checkpoint
+from sparseray.jobs.tokens.prepare import prepare
 from sparseray.platform.config import save_yaml
+from sparseray.platform.run import checkpoint
 
 
 class Command:

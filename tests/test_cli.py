@@ -24,7 +24,7 @@ from sparseray.jobs import (
     submit,
     top,
 )
-from sparseray.platform.registry import register_run, registered_runs
+from sparseray.platform.run.registry import register_run, registered_runs
 
 HELPS = [[name] for name in COMMANDS] + [["data", "prepare"]]
 

@@ -21,10 +21,10 @@ from sparseray.dashboards.panels import series
 from sparseray.dashboards.rules import ALERTS, RECORDS
 from sparseray.jobs import dashboard
 from sparseray.jobs.dashboards import FOLDER, generated, main, names_in, ray_token, read_dashboards
-from sparseray.jobs.figures import Key, Readings, lines
-from sparseray.jobs.http_server import HttpServer
-from sparseray.jobs.records import QUERIES
-from sparseray.platform.metrics_registry import REGISTRY
+from sparseray.jobs.http.server import HttpServer
+from sparseray.jobs.watch.figures import Key, Readings, lines
+from sparseray.jobs.watch.records import QUERIES
+from sparseray.platform.metrics.registry import REGISTRY
 
 
 @pytest.fixture(scope="module")

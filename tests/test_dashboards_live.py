@@ -39,9 +39,9 @@ from sparseray.dashboards.training import TRAINING
 from sparseray.jobs import dashboards
 from sparseray.jobs.dashboard import PrometheusSource, create_app
 from sparseray.jobs.dashboards import read_dashboards, write_prometheus
-from sparseray.jobs.http_server import HttpServer
+from sparseray.jobs.http.server import HttpServer
 from sparseray.platform.config import save_yaml
-from sparseray.platform.metrics_registry import PREFIX, REGISTRY
+from sparseray.platform.metrics.registry import PREFIX, REGISTRY
 
 PROMPT = "rain river stone bread light house under winter green north seven learn sparse hold move rain"
 pytestmark = [pytest.mark.ray, pytest.mark.skipif(PROMETHEUS is None, reason=MISSING)]

@@ -40,7 +40,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def prepared(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("prepared") / "data"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sparseray.jobs.prepare.BATCH_BYTES", 9000)
+        patch.setattr("sparseray.jobs.tokens.prepare.BATCH_BYTES", 9000)
         prepare([str(corpus)], out, vocab_size=300, validation_fraction=0.2, shard_tokens=8000)
     return out
 
@@ -106,7 +106,7 @@ def test_same_input_gives_the_same_bytes_whatever_the_number_of_threads(
     corpus: Path, prepared: Path, tmp_path: Path
 ) -> None:
     code = (
-        "import sys; from pathlib import Path; from sparseray.jobs import prepare as work\n"
+        "import sys; from pathlib import Path; from sparseray.jobs.tokens import prepare as work\n"
         "work.BATCH_BYTES = 9000\n"
         "out = Path(sys.argv[2])\n"
         "work.prepare([sys.argv[1]], out, vocab_size=300, validation_fraction=0.2, shard_tokens=8000)"
@@ -208,7 +208,7 @@ def test_output_folder_inside_the_source_is_not_read(corpus: Path, tmp_path: Pat
 KILL = """
 import os, signal, sys
 from pathlib import Path
-from sparseray.jobs import prepare as work
+from sparseray.jobs.tokens import prepare as work
 def die(*_): os.kill(os.getpid(), signal.SIGKILL)
 if sys.argv[3] in ("write_manifest", "_commit"): setattr(work, sys.argv[3], die)
 progress = lambda phase, done, total: die() if phase == sys.argv[3] else None
@@ -238,7 +238,7 @@ def test_failure_while_writing_removes_the_work_folder(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("sparseray.jobs.prepare.write_manifest", full)
+    monkeypatch.setattr("sparseray.jobs.tokens.prepare.write_manifest", full)
     assert (
         main(["prepare", "--source", str(corpus), "--out", str(tmp_path / "out"), "--vocab_size", "280"]) == 2
     )
@@ -362,7 +362,7 @@ def test_manifest_may_not_name_files_outside_its_folder(copied: Path) -> None:
 
 
 def test_standard_library_is_found_without_installed_packages() -> None:
-    from sparseray.jobs.corpus import find_sources
+    from sparseray.jobs.tokens.corpus import find_sources
 
     (source,) = find_sources(["stdlib"])
     names = [file.name for file in source.files]

@@ -10,7 +10,7 @@ import pytest
 
 from sparseray.jobs import demo_story
 from sparseray.platform import cluster
-from sparseray.platform.run_folder import RunFolder
+from sparseray.platform.run.folder import RunFolder
 
 
 class Scheduler:

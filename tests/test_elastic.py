@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from local_cluster import Faults, LocalFleet, Sent, Trained, tiny_run, train
 
-from sparseray.actors.messages import SCHEDULER
+from sparseray.actors.wire.messages import SCHEDULER
 from sparseray.errors import ConfigError, FencedError, StateLostError
 from sparseray.platform.config import RunConfig
-from sparseray.platform.journal import Journal
+from sparseray.platform.run.journal import Journal
 from sparseray.platform.training import Trainer
 
 STEPS = 10

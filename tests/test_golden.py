@@ -14,7 +14,7 @@ import torch
 from conftest import write_corpus
 from local_cluster import train
 
-from sparseray.jobs.prepare import prepare
+from sparseray.jobs.tokens.prepare import prepare
 from sparseray.platform.config import load_yaml
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -7,15 +7,15 @@ import pytest
 import torch
 from local_cluster import MODEL, Trained, tiny_run, train
 
-from sparseray.actors.exchange import Call, RemoteExperts, RemoteMemory
-from sparseray.actors.expert_shard import ExpertShard
-from sparseray.actors.memory_shard import MemoryShard, bucket_bounds
-from sparseray.actors.token_data import TokenDataset, batch
+from sparseray.actors.exchange.by_message import Call, RemoteExperts, RemoteMemory
+from sparseray.actors.state.experts import ExpertShard
+from sparseray.actors.state.memory import MemoryShard, bucket_bounds
+from sparseray.actors.training.token_data import TokenDataset, batch
 from sparseray.jobs.pretrain import build_layout, placement
 from sparseray.model.dse import LocalMemory
 from sparseray.model.moe import LocalExperts
 from sparseray.model.transformer import Transformer, cross_entropy_sum
-from sparseray.platform.plan import make_plan
+from sparseray.platform.planning.replan import make_plan
 
 STEPS, SHORT = 30, 5
 PLACEMENTS = list(itertools.product((1, 2, 4), (1, 2, 3), (1, 2), (1, 2)))

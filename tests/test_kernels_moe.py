@@ -10,7 +10,7 @@ import triton_interpreter  # noqa: F401  (first: it sets the interpreter up wher
 
 from sparseray.errors import ConfigError
 from sparseray.kernels.moe import decode, ffn, reference
-from sparseray.kernels.moe.plan import plan_experts
+from sparseray.kernels.moe.expert_map import plan_experts
 from sparseray.kernels.moe.router import route_and_plan
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -7,6 +7,21 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 ORDER = ["kernels", "model", "actors", "platform", "jobs"]
+FLOORS = {
+    "actors": ["wire", "state", "exchange", "training", "serving", "observation", "slot"],
+    "platform": [
+        "config",
+        "metrics",
+        "planning",
+        "run",
+        "fleet",
+        "generations",
+        "training",
+        "scheduler",
+        "cluster",
+    ],
+    "jobs": ["signals", "tokens", "http", "watch"],
+}
 LEAVES = {"errors", "log", "__init__"}
 
 
@@ -31,6 +46,21 @@ def test_imports_go_one_way(part: str) -> None:
     for path in sorted((ROOT / "sparseray" / part).rglob("*.py")):
         foreign = {name for name in imports_of(path) if part_of(name) not in allowed}
         assert not foreign, f"{path.relative_to(ROOT)} imports {sorted(foreign)}"
+
+
+@pytest.mark.parametrize("part", FLOORS)
+def test_imports_go_down_between_the_folders_of_a_part(part: str) -> None:
+    """A file stands on the floor of its folder, or of its own name beside the folders."""
+    floors = FLOORS[part]
+    for path in sorted((ROOT / "sparseray" / part).rglob("*.py")):
+        own = path.relative_to(ROOT / "sparseray" / part).with_suffix("").parts[0]
+        used = {name.split(".")[2] for name in imports_of(path) if name.startswith(f"sparseray.{part}.")} - {
+            own
+        }
+        above = {
+            u for u in used if own in floors and (u not in floors or floors.index(u) > floors.index(own))
+        }
+        assert not above, f"{path.relative_to(ROOT)} imports {sorted(above)} from above"
 
 
 def test_dashboards_read_only_the_metric_registry() -> None:

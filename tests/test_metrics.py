@@ -12,9 +12,8 @@ from background import ROOT
 from local_cluster import tiny_run, train
 from watching import MISSING, PROMTOOL, lint
 
-from sparseray.actors import attention_worker
-from sparseray.platform.metrics import Metrics
-from sparseray.platform.metrics_discovery import (
+from sparseray.actors.training import worker as attention_worker
+from sparseray.platform.metrics.discovery import (
     TARGETS,
     entries,
     merged_targets,
@@ -22,8 +21,9 @@ from sparseray.platform.metrics_discovery import (
     state_directory,
     write_targets,
 )
-from sparseray.platform.metrics_registry import PREFIX, REGISTRY, Source, table
-from sparseray.platform.metrics_training import balance, peak_flops
+from sparseray.platform.metrics.exporter import Metrics
+from sparseray.platform.metrics.registry import PREFIX, REGISTRY, Source, table
+from sparseray.platform.metrics.training import balance, peak_flops
 
 
 def recorded_names() -> set[str]:

@@ -9,10 +9,11 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from sparseray.actors.assignment import Plan
+from sparseray.actors.state.assignment import Plan
 from sparseray.errors import ConfigError
 from sparseray.model.config import preset
-from sparseray.platform.plan import (
+from sparseray.platform.planning.policy import imbalance
+from sparseray.platform.planning.replan import (
     Moves,
     Piece,
     Roles,
@@ -24,8 +25,7 @@ from sparseray.platform.plan import (
     piece_bytes,
     replan,
 )
-from sparseray.platform.policy import imbalance
-from sparseray.platform.spread import slot_loads
+from sparseray.platform.planning.spread import slot_loads
 
 Table = Sequence[Sequence[tuple[int, ...]]]
 SHARDS, LAYERS, EXPERTS, BUCKETS = 8, 3, 16, 12

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from sparseray.actors.assignment import Plan
-from sparseray.platform.plan import Roles, make_plan, replan
-from sparseray.platform.policy import Noop, Rebalance, Resize, Start, View, decide, imbalance
+from sparseray.actors.state.assignment import Plan
+from sparseray.platform.planning.policy import Noop, Rebalance, Resize, Start, View, decide, imbalance
+from sparseray.platform.planning.replan import Roles, make_plan, replan
 
 ROLES = Roles(attention=2, experts=2, memory=2)
 EVEN = [[10.0] * 8] * 2

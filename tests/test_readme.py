@@ -1,4 +1,4 @@
-"""The README's file tree names every module, with the first line of its docstring."""
+"""The README's tree names every folder of the package, with the first line of its docstring."""
 
 import ast
 import pathlib
@@ -7,18 +7,26 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 PARTS = ("kernels", "model", "actors", "platform", "jobs", "dashboards")
 
 
+def first_line(path: pathlib.Path) -> str:
+    return (ast.get_docstring(ast.parse(path.read_text())) or "").split("\n")[0]
+
+
 def tree() -> str:
     """The tree as the README must show it."""
     lines = []
-    for part in ("", *PARTS):
-        folder = ROOT / "sparseray" / part
-        files = sorted(folder.glob("*.py")) if not part else sorted(folder.rglob("*.py"))
-        for path in files:
-            doc = ast.get_docstring(ast.parse(path.read_text()))
-            if path.name != "__init__.py" and doc:
-                lines.append(f"{path.relative_to(ROOT)!s:48}{doc.splitlines()[0]}")
+    for part in PARTS:
+        top = ROOT / "sparseray" / part
+        for folder in (top, *sorted(path.parent for path in top.rglob("__init__.py") if path.parent != top)):
+            name = f"{folder.relative_to(ROOT)}/"
+            lines.append(f"{name:31}{first_line(folder / '__init__.py')}")
     return "\n".join(lines)
 
 
 def test_the_tree_in_the_readme_is_the_tree_in_the_repository() -> None:
     assert tree() in (ROOT / "README.md").read_text(), f"the README's tree should be:\n{tree()}"
+    assert len(tree().splitlines()) <= 30
+
+
+def test_every_file_says_what_it_is_in_its_first_line() -> None:
+    silent = [str(p.relative_to(ROOT)) for p in (ROOT / "sparseray").rglob("*.py") if not first_line(p)]
+    assert not silent

@@ -15,8 +15,8 @@ import pytest
 from local_cluster import Trained, tiny_run, train
 from processes import ROOT, interrupt, kill_all, of_mark, socket_folders, start, temporary_folder, wait_until
 
-from sparseray.platform import checkpoint
 from sparseray.platform.config import RunConfig, save_yaml
+from sparseray.platform.run import checkpoint
 
 pytestmark = pytest.mark.ray
 STEPS, EVERY = 60, 10

@@ -22,14 +22,14 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from sparseray.actors.engine import Engine
-from sparseray.actors.generation import GenerationRequest, TokenEvent, TokenLogprobs
-from sparseray.actors.sampler import log_probabilities, sample, token_logprobs, uniform
+from sparseray.actors.serving.engine import Engine
+from sparseray.actors.serving.sampler import log_probabilities, sample, token_logprobs, uniform
+from sparseray.actors.serving.text_request import GenerationRequest, TokenEvent, TokenLogprobs
 from sparseray.errors import ConfigError
-from sparseray.jobs.generation_client import LocalClient
-from sparseray.jobs.http_server import HttpServer, create_app
-from sparseray.jobs.openai_api import ApiLimits
-from sparseray.jobs.text_stream import TextStream, Vocabulary
+from sparseray.jobs.http.generation_client import LocalClient
+from sparseray.jobs.http.openai_bodies import ApiLimits
+from sparseray.jobs.http.server import HttpServer, create_app
+from sparseray.jobs.http.text_stream import TextStream, Vocabulary
 from sparseray.model.config import DSEConfig, ModelConfig
 from sparseray.model.decode import greedy
 from sparseray.model.dse import LocalMemory

@@ -20,8 +20,8 @@ from sparseray.model.dse import LocalMemory
 from sparseray.model.dse_layout import DSELayout
 from sparseray.model.moe import LocalExperts
 from sparseray.model.transformer import Transformer
-from sparseray.platform import checkpoint
 from sparseray.platform.config import ClusterConfig, ServeConfig
+from sparseray.platform.run import checkpoint
 
 PROMPT = "rain river stone"
 

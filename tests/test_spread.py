@@ -2,7 +2,7 @@
 
 import pytest
 
-from sparseray.platform.spread import slot_loads, spread_hot
+from sparseray.platform.planning.spread import slot_loads, spread_hot
 
 SLOTS = [10, 11, 12, 13]
 

@@ -17,7 +17,7 @@ from watching import MISSING, PROMETHEUS, Prometheus
 from sparseray.errors import ConfigError
 from sparseray.jobs.submit import entrypoint, main, submit
 from sparseray.platform.config import save_yaml
-from sparseray.platform.run_folder import RunFolder
+from sparseray.platform.run.folder import RunFolder
 
 TOKEN = "0123456789abcdef" * 3
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from sparseray.jobs.report import write_report
-from sparseray.jobs.timeline import MAX_ROWS, label_rows
-from sparseray.platform.run_folder import RunFolder
+from sparseray.jobs.watch.report import write_report
+from sparseray.jobs.watch.timeline import MAX_ROWS, label_rows
+from sparseray.platform.run.folder import RunFolder
 
 PNG = b"\x89PNG\r\n\x1a\n"
 HAPPENED = [

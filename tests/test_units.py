@@ -19,17 +19,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparseray.actors.adamw import AdamW
-from sparseray.actors.assignment import Plan
-from sparseray.actors.mailbox import Mailbox
-from sparseray.actors.messages import Message, decode, encode
-from sparseray.actors.tree import TreeSum
+from sparseray.actors.state.adamw import AdamW
+from sparseray.actors.state.assignment import Plan
+from sparseray.actors.state.tree import TreeSum
+from sparseray.actors.wire.mailbox import Mailbox
+from sparseray.actors.wire.messages import Message, decode, encode
 from sparseray.errors import ConfigError, SlotLostError
 from sparseray.model.config import preset
 from sparseray.platform.config import OptimConfig, RunConfig, from_dict, load_yaml, parse, save_yaml, to_dict
-from sparseray.platform.journal import Journal
-from sparseray.platform.plan import make_plan, num_slots
-from sparseray.platform.priority import NICENESS, gently
+from sparseray.platform.fleet.priority import NICENESS, gently
+from sparseray.platform.planning.replan import make_plan, num_slots
+from sparseray.platform.run.journal import Journal
 from sparseray.platform.training import learning_rate
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -375,7 +375,7 @@ def test_gentle_work_has_a_low_priority_and_leaves_the_callers_as_it_is() -> Non
 def test_a_slots_state_is_built_without_torchs_compiler() -> None:
     # It would cost every slot that starts beside a running job 1.3 s of processor time.
     program = (
-        "import sys; from dataclasses import replace; from sparseray.actors.dense_state import DenseState; from sparseray.model.config import DSEConfig, preset;"
+        "import sys; from dataclasses import replace; from sparseray.actors.state.dense import DenseState; from sparseray.model.config import DSEConfig, preset;"
         "config = replace(preset('tiny'), dse=DSEConfig());"
         "state = DenseState(config, None, seed=0, num_shards=1, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1);"
         "print('torch._dynamo' in sys.modules)"

@@ -1,0 +1,1 @@
+"""What runs in a slot, without Ray: the event loop here, and below it work, exchange, state, messages."""

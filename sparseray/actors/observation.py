@@ -5,10 +5,10 @@ Called by slot.py between a step's work and its next message; the objects read h
 
 from typing import Protocol
 
-from sparseray.actors.attention_worker import AttentionWorker
-from sparseray.actors.dense_state import DenseState
-from sparseray.actors.engine import Engine
-from sparseray.actors.exchange import RemoteMemory
+from sparseray.actors.exchange.by_message import RemoteMemory
+from sparseray.actors.serving.engine import Engine
+from sparseray.actors.state.dense import DenseState
+from sparseray.actors.training.worker import AttentionWorker
 
 
 class Observe(Protocol):

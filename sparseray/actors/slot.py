@@ -22,17 +22,17 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from sparseray.actors.assignment import Piece, Plan
-from sparseray.actors.attention_worker import AttentionWorker, Batches, ShardResult
-from sparseray.actors.dense_state import DenseState
-from sparseray.actors.engine import Engine
-from sparseray.actors.exchange import Call
-from sparseray.actors.generation import GenerationRequest
-from sparseray.actors.holdings import DENSE, Holdings
-from sparseray.actors.mailbox import Mailbox
-from sparseray.actors.messages import SCHEDULER, Message
+from sparseray.actors.exchange.by_message import Call
+from sparseray.actors.exchange.reduction import Reduction, ShardResult
 from sparseray.actors.observation import observe_engine, observe_memory, observe_rows, observe_worker
-from sparseray.actors.reduction import Reduction
+from sparseray.actors.serving.engine import Engine
+from sparseray.actors.serving.text_request import GenerationRequest
+from sparseray.actors.state.assignment import Piece, Plan
+from sparseray.actors.state.dense import DenseState
+from sparseray.actors.state.holdings import DENSE, Holdings
+from sparseray.actors.training.worker import AttentionWorker, Batches
+from sparseray.actors.wire.mailbox import Mailbox
+from sparseray.actors.wire.messages import SCHEDULER, Message
 from sparseray.errors import SlotLostError, SupersededError, UserError
 from sparseray.log import get_logger
 
@@ -43,7 +43,7 @@ _UNORDERED = ("plan", "generate", "cancel", "stop")
 
 
 class Job(Protocol):
-    """What a slot needs to know of its job; platform/host.py builds it from the run's configuration."""
+    """What a slot needs to know of its job; platform/fleet/host.py builds it from the run's configuration."""
 
     deadline_s: float
     num_shards: int

@@ -7,7 +7,7 @@ them into Grafana's JSON, and the page of the `dashboard` command draws that JSO
 from dataclasses import dataclass
 from typing import Literal
 
-from sparseray.platform.metrics_registry import EXTERNAL, PREFIX, REGISTRY
+from sparseray.platform.metrics.registry import EXTERNAL, PREFIX, REGISTRY
 
 WINDOW = "$__rate_interval"
 
@@ -19,7 +19,7 @@ class Query:
     Args:
         expr: PromQL, with Grafana's variables.
         legend: Grafana's legend format.
-        record: what stands for it in a run folder without a Prometheus, as jobs/records.py knows it.
+        record: what stands for it in a run folder without a Prometheus, as jobs/watch/records.py knows it.
     """
 
     expr: str

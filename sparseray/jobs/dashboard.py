@@ -27,7 +27,7 @@ from starlette.staticfiles import StaticFiles
 
 from sparseray.errors import ConfigError, UserError
 from sparseray.jobs.dashboards import FOLDER, PACKAGE, read_dashboards
-from sparseray.jobs.records import Records
+from sparseray.jobs.watch.records import Records
 from sparseray.platform.config import die
 
 DEFAULT_PROMETHEUS = "http://127.0.0.1:9090"
@@ -69,7 +69,7 @@ def serve(app: Starlette, port: int) -> None:
     Raises:
         ConfigError: the port is taken.
     """
-    from sparseray.jobs.http_server import HttpServer
+    from sparseray.jobs.http.server import HttpServer
 
     server = HttpServer(app, port=port)
     what = app.state.source.what

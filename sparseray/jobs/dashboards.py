@@ -19,8 +19,8 @@ import yaml
 from sparseray.dashboards.rules import rules_yaml
 from sparseray.errors import ClusterError, ConfigError, UserError
 from sparseray.platform.config import die
-from sparseray.platform.metrics_discovery import TARGETS, merged_targets
-from sparseray.platform.metrics_registry import PREFIX, REGISTRY, table
+from sparseray.platform.metrics.discovery import TARGETS, merged_targets
+from sparseray.platform.metrics.registry import PREFIX, REGISTRY, table
 
 PACKAGE = Path(__file__).resolve().parents[1] / "dashboards"
 FOLDER = PACKAGE / "json"

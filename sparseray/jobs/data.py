@@ -1,7 +1,7 @@
 """The `data` command, and the one import for everything about token shards.
 
-`prepare` makes a folder of shards from text (jobs/prepare.py); `TokenDataset` and `batch` read it in training
-(actors/token_data.py). The command shows progress on a terminal, plain lines when piped, and says at the end where
+`prepare` makes a folder of shards from text (jobs/tokens/prepare.py); `TokenDataset` and `batch` read it in training
+(actors/training/token_data.py). The command shows progress on a terminal, plain lines when piped, and says at the end where
 the result is.
 """
 
@@ -12,11 +12,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from sparseray.actors.token_data import Batch, TokenDataset, batch, window_at
-from sparseray.actors.token_manifest import SPLITS, Manifest, read_manifest
+from sparseray.actors.training.manifest import SPLITS, Manifest, read_manifest
+from sparseray.actors.training.token_data import Batch, TokenDataset, batch, window_at
 from sparseray.errors import UserError
-from sparseray.jobs.prepare import Progress, prepare
-from sparseray.jobs.tokenizer import TextTokenizer, load_tokenizer, train_bpe
+from sparseray.jobs.tokens.prepare import Progress, prepare
+from sparseray.jobs.tokens.tokenizer import TextTokenizer, load_tokenizer, train_bpe
 
 __all__ = [
     "Batch",

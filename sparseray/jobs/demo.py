@@ -26,7 +26,7 @@ from sparseray.jobs.demo_story import story, summary
 from sparseray.model.config import preset
 from sparseray.platform import config as configuration
 from sparseray.platform.config import ClusterConfig, DataConfig, RunConfig, TrainConfig
-from sparseray.platform.run_folder import RunFolder
+from sparseray.platform.run.folder import RunFolder
 
 EXAMPLE = """example:
   python -m sparseray demo --out demo

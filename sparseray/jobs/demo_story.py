@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from sparseray.errors import SchedulerLostError
-from sparseray.platform.run_folder import RunFolder
+from sparseray.platform.run.folder import RunFolder
 
 LEAST_STEPS = 20
 """A run with fewer steps left is over before anything can be seen."""

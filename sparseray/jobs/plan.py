@@ -8,14 +8,14 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from sparseray.actors.assignment import Plan
+from sparseray.actors.state.assignment import Plan
 from sparseray.errors import UserError
 from sparseray.jobs.pretrain import build_layout, check_data, placement, print_line, resolve, slots_of
 from sparseray.model.counts import count_parameters
 from sparseray.model.dse_layout import draw_primes
 from sparseray.platform import config as configuration
 from sparseray.platform.config import RunConfig
-from sparseray.platform.plan import Piece, holdings, make_plan, piece_bytes
+from sparseray.platform.planning.replan import Piece, holdings, make_plan, piece_bytes
 
 DESCRIPTION = """Show who would hold what in a run: roles, experts, memory and bytes of every slot. Starts nothing.
 

@@ -13,17 +13,17 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from sparseray.actors.token_data import TokenDataset
+from sparseray.actors.training.token_data import TokenDataset
 from sparseray.errors import ConfigError, RunFailedError, SchedulerLostError, UserError
-from sparseray.jobs.report import write_report
 from sparseray.jobs.signals import stops_noted
+from sparseray.jobs.watch.report import write_report
 from sparseray.model.config import ModelConfig
 from sparseray.model.counts import count_parameters
 from sparseray.model.dse_layout import DSELayout
 from sparseray.platform import config as configuration
 from sparseray.platform.config import RunConfig
-from sparseray.platform.plan import make_plan, num_slots
-from sparseray.platform.run_folder import RunFolder
+from sparseray.platform.planning.replan import make_plan, num_slots
+from sparseray.platform.run.folder import RunFolder
 from sparseray.platform.training import validation_batch_count
 
 DESCRIPTION = """Pretrain a sparse model on Ray actors.

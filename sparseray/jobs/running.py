@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sparseray.errors import ClusterError, ConfigError
-from sparseray.platform.registry import adopt_authentication, forget_run, registered_runs
+from sparseray.platform.run.registry import adopt_authentication, forget_run, registered_runs
 
 ANSWER_S = 3.0
 

@@ -14,20 +14,20 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from sparseray.actors.generation import GenerationRequest, TokenEvent
-from sparseray.actors.mailbox import Mailbox
-from sparseray.actors.messages import INGRESS, SCHEDULER
+from sparseray.actors.serving.text_request import GenerationRequest, TokenEvent
+from sparseray.actors.wire.mailbox import Mailbox
+from sparseray.actors.wire.messages import INGRESS, SCHEDULER
 from sparseray.errors import CheckpointError, ConfigError, IdentityError, SlotLostError, UserError
-from sparseray.jobs.generation_client import ARRIVED_S, OverloadedError
+from sparseray.jobs.http.generation_client import ARRIVED_S, OverloadedError
 from sparseray.log import get_logger
 from sparseray.model.dse_layout import DSELayout
-from sparseray.platform import checkpoint
 from sparseray.platform import config as configuration
 from sparseray.platform.config import ClusterConfig, RunConfig, ServeConfig
-from sparseray.platform.metrics import Metrics
-from sparseray.platform.metrics_discovery import entries, publish
-from sparseray.platform.plan import make_plan
-from sparseray.platform.transport import ZmqTransport, private_directory
+from sparseray.platform.fleet.transport import ZmqTransport, private_directory
+from sparseray.platform.metrics.discovery import entries, publish
+from sparseray.platform.metrics.exporter import Metrics
+from sparseray.platform.planning.replan import make_plan
+from sparseray.platform.run import checkpoint
 
 log = get_logger(__name__)
 
@@ -72,10 +72,10 @@ def run(directory: Path, serve: ServeConfig, cluster_config: ClusterConfig, mode
     check_port(serve.host, serve.port)
     from tokenizers import Tokenizer
 
-    from sparseray.jobs.http_server import HttpServer, create_app
-    from sparseray.jobs.openai_api import ApiLimits
+    from sparseray.jobs.http.openai_bodies import ApiLimits
+    from sparseray.jobs.http.server import HttpServer, create_app
+    from sparseray.jobs.http.text_stream import Vocabulary
     from sparseray.jobs.pretrain import placement, slots_of
-    from sparseray.jobs.text_stream import Vocabulary
     from sparseray.platform.cluster import Cluster
 
     tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))

@@ -15,11 +15,11 @@ from rich.live import Live
 from rich.text import Text
 
 from sparseray.errors import SchedulerLostError, UserError
-from sparseray.jobs.figures import Figures, Readings, lines
 from sparseray.jobs.running import add_run_dir, connect
 from sparseray.jobs.status import events, head, slots
+from sparseray.jobs.watch.figures import Figures, Readings, lines
 from sparseray.platform import config as configuration
-from sparseray.platform.registry import registered_runs
+from sparseray.platform.run.registry import registered_runs
 
 EXAMPLE = """example:
   python -m sparseray top

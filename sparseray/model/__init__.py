@@ -1,0 +1,1 @@
+"""The network: attention, DeepSeekMoE, DSE memory; experts and memory come in through two seams."""

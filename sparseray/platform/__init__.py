@@ -1,0 +1,1 @@
+"""What decides: scheduler, generations, the workloads; configuration, and Ray."""

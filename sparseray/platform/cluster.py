@@ -14,10 +14,10 @@ import ray
 from sparseray.errors import ClusterError, SchedulerLostError
 from sparseray.log import get_logger
 from sparseray.platform.config import ClusterConfig
-from sparseray.platform.ray_fleet import NAMESPACE, slot_name, start_host
-from sparseray.platform.registry import forget_run, scheduler_name
+from sparseray.platform.fleet.ray_fleet import NAMESPACE, slot_name, start_host
+from sparseray.platform.fleet.transport import remove_directory
+from sparseray.platform.run.registry import forget_run, scheduler_name
 from sparseray.platform.scheduler import Scheduler
-from sparseray.platform.transport import remove_directory
 
 log = get_logger(__name__)
 
@@ -130,7 +130,7 @@ class Cluster:
 
 
 def attach(run: dict[str, Any]) -> Any:
-    """Connect to the scheduler of a run that is going on (platform/registry.py).
+    """Connect to the scheduler of a run that is going on (platform/run/registry.py).
 
     Raises:
         ClusterError: its cluster or its scheduler is gone.

@@ -15,25 +15,25 @@ from typing import Any
 
 import ray
 
-from sparseray.actors.assignment import Plan
-from sparseray.actors.mailbox import Mailbox
-from sparseray.actors.messages import SCHEDULER
+from sparseray.actors.state.assignment import Plan
+from sparseray.actors.wire.mailbox import Mailbox
+from sparseray.actors.wire.messages import SCHEDULER
 from sparseray.errors import FencedError, UserError
 from sparseray.log import get_logger
 from sparseray.model.counts import count_parameters
 from sparseray.model.dse_layout import DSELayout
 from sparseray.platform.config import RunConfig, from_dict, to_dict
-from sparseray.platform.elastic import Elastic
-from sparseray.platform.fleet import Control, Member
-from sparseray.platform.journal import Journal
-from sparseray.platform.ledger import Ledger
-from sparseray.platform.metrics import Metrics, write_targets
-from sparseray.platform.plan import num_slots, piece_bytes
-from sparseray.platform.ray_fleet import RayFleet
-from sparseray.platform.registry import forget_run, register_run
-from sparseray.platform.run_folder import RunFolder
+from sparseray.platform.fleet.control import Control, Member
+from sparseray.platform.fleet.ray_fleet import RayFleet
+from sparseray.platform.fleet.transport import ZmqTransport, private_directory, remove_directory
+from sparseray.platform.generations import Elastic
+from sparseray.platform.metrics.exporter import Metrics, write_targets
+from sparseray.platform.planning.replan import num_slots, piece_bytes
+from sparseray.platform.run.folder import RunFolder
+from sparseray.platform.run.journal import Journal
+from sparseray.platform.run.ledger import Ledger
+from sparseray.platform.run.registry import forget_run, register_run
 from sparseray.platform.training import Trainer
-from sparseray.platform.transport import ZmqTransport, private_directory, remove_directory
 
 log = get_logger(__name__)
 

@@ -15,18 +15,18 @@ from typing import Any
 
 import numpy as np
 
-from sparseray.actors.assignment import Plan
-from sparseray.actors.messages import Message
+from sparseray.actors.state.assignment import Plan
+from sparseray.actors.wire.messages import Message
 from sparseray.errors import ConfigError, SlotsLostError, UserError
-from sparseray.platform import checkpoint
 from sparseray.platform.config import OptimConfig, RunConfig, to_dict
-from sparseray.platform.elastic import Elastic
-from sparseray.platform.fleet import Control, StalledError
-from sparseray.platform.journal import Journal
-from sparseray.platform.ledger import Ledger
-from sparseray.platform.metrics import Metrics
-from sparseray.platform.metrics_training import StepMetrics
-from sparseray.platform.run_folder import RunFolder
+from sparseray.platform.fleet.control import Control, StalledError
+from sparseray.platform.generations import Elastic
+from sparseray.platform.metrics.exporter import Metrics
+from sparseray.platform.metrics.training import StepMetrics
+from sparseray.platform.run import checkpoint
+from sparseray.platform.run.folder import RunFolder
+from sparseray.platform.run.journal import Journal
+from sparseray.platform.run.ledger import Ledger
 
 
 def learning_rate(step: int, optim: OptimConfig, steps: int) -> float:

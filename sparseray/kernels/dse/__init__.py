@@ -1,0 +1,1 @@
+"""Conditional memory: hashing, gather of rows from host memory, gate and convolution, row updates."""

@@ -1,0 +1,1 @@
+"""Mixture of experts: router, map of tokens by expert, grouped products, decoding."""

@@ -16,8 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from sparseray.kernels.launch import launch_kernel
+from sparseray.kernels.moe.expert_map import ExpertPlan, plan_experts
 from sparseray.kernels.moe.ffn import LayerConfig, TileConfig, combine, project_rows, up_project
-from sparseray.kernels.moe.plan import ExpertPlan, plan_experts
 
 PAIRED_ROWS = 32
 SORTED_ROWS = 512

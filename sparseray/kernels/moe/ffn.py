@@ -17,7 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sparseray.kernels.launch import launch_kernel
 from sparseray.kernels.moe import gemm
-from sparseray.kernels.moe.plan import ExpertPlan, plan_experts
+from sparseray.kernels.moe.expert_map import ExpertPlan, plan_experts
 
 
 @dataclass(frozen=True, kw_only=True)

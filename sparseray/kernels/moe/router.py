@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparseray.kernels.launch import launch_kernel
-from sparseray.kernels.moe.plan import TILE_ROWS, ExpertPlan, block_tokens, finish_plan, rank_block
+from sparseray.kernels.moe.expert_map import TILE_ROWS, ExpertPlan, block_tokens, finish_plan, rank_block
 from sparseray.kernels.moe.reference import NORMALIZE_EPS, check_route
 
 

@@ -1,0 +1,1 @@
+"""Native sparse attention: compression, selection, window; training, prefill and decoding."""

@@ -1,0 +1,1 @@
+"""Serving in a slot: requests, the engine's batch, the sampler."""

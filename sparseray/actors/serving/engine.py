@@ -1,0 +1,349 @@
+"""Continuous batching: each step takes the next chunk of several requests through the model together.
+
+The middle of a request's path: between the batch's caches and the sampler. No Ray and no sockets; whoever
+owns an engine calls `step` in a loop. A request's prompt is cut into chunks of a fixed size from its own
+start, and the model's bits do not depend on the other rows of a call, so a request's tokens do not depend on
+its company. A step that fails (a lost expert shard) loses no request: each one in it starts again from its
+prompt and the tokens that it already added, in the same chunks as before.
+
+Shapes: T tokens of a chunk, H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sparseray.actors.serving.sampler import log_probabilities, sample, token_logprobs
+from sparseray.actors.serving.text_request import GenerationRequest, TokenEvent, TokenLogprobs
+from sparseray.errors import ConfigError
+from sparseray.log import get_logger
+from sparseray.model.cache import Cache
+from sparseray.model.decode import forward_chunks
+from sparseray.model.dse import Memory
+from sparseray.model.moe import Experts
+from sparseray.model.transformer import Transformer
+
+logger = get_logger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineStats:
+    """Counters of an engine since its start, and its queues now.
+
+    Args:
+        waiting, running: requests without and with a cache.
+        steps, failed_steps: calls of the model, and those that raised.
+        prompt_tokens, generated_tokens: tokens read (again, after a failure) and tokens added.
+        largest_batch: most requests in one call of the model.
+    """
+
+    waiting: int = 0
+    running: int = 0
+    steps: int = 0
+    failed_steps: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    largest_batch: int = 0
+
+
+@dataclass(kw_only=True)
+class StepCounts:
+    """What happened since it was last asked for.
+
+    Args:
+        batch: requests in the last call of the model.
+        failed_steps, retries: calls that raised, and requests that were queued again.
+        queue_seconds: from its arrival to its place in the batch, of every request that got one.
+    """
+
+    batch: int = 0
+    failed_steps: int = 0
+    retries: int = 0
+    queue_seconds: list[float] = field(default_factory=list)
+
+
+@dataclass
+class _Sequence:
+    """A request with what was computed of it so far."""
+
+    request: GenerationRequest
+    tokens: list[int]
+    cache: Cache | None = None
+    failures: int = 0
+    queued_s: float = field(default_factory=time.perf_counter)
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+
+    @property
+    def num_prompt(self) -> int:
+        return len(self.request.prompt_tokens)
+
+    @property
+    def computed(self) -> int:
+        return self.cache.length if self.cache is not None else 0
+
+    @property
+    def in_prompt(self) -> bool:
+        return self.computed < self.num_prompt
+
+    def next_chunk(self, size: int) -> list[int]:
+        """Prompt: up to the next multiple of `size`; then one token, as when it was first computed."""
+        start = self.computed
+        stop = min(self.num_prompt, (start // size + 1) * size) if self.in_prompt else start + 1
+        return self.tokens[start:stop]
+
+
+class Engine:
+    """Runs many requests on one model.
+
+    Args:
+        model: the dense part (it holds the memory's layout).
+        experts, memory: the routed experts and the memory tables; may be replaced between two steps.
+        max_batch: most requests with a cache.
+        max_model_len: most tokens of a request, prompt and continuation; at most the model's.
+        prefill_chunk: tokens of a prompt per step.
+        prefills_per_step: most prompts that advance in one step, so that decoding goes on beside them.
+        max_failures: failed steps after which a request ends with an error.
+
+    Raises:
+        ConfigError: a limit is out of range.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        experts: Experts,
+        memory: Memory | None,
+        *,
+        max_batch: int = 16,
+        max_model_len: int | None = None,
+        prefill_chunk: int = 64,
+        prefills_per_step: int = 4,
+        max_failures: int = 3,
+    ) -> None:
+        longest = model.config.max_seq_len
+        self.max_model_len = longest if max_model_len is None else max_model_len
+        if not 1 <= self.max_model_len <= longest:
+            raise ConfigError(
+                f"max_model_len={max_model_len} is outside 1..model.max_seq_len={longest}; lower it"
+            )
+        for name, value in (
+            ("max_batch", max_batch),
+            ("prefill_chunk", prefill_chunk),
+            ("prefills_per_step", prefills_per_step),
+            ("max_failures", max_failures),
+        ):
+            if value < 1:
+                raise ConfigError(f"{name}={value} must be at least 1")
+        self.model, self.experts, self.memory = model, experts, memory
+        self.max_batch, self.prefill_chunk = max_batch, prefill_chunk
+        self.prefills_per_step, self.max_failures = prefills_per_step, max_failures
+        self._waiting: deque[_Sequence] = deque()
+        self._running: list[_Sequence] = []
+        self._failed: list[TokenEvent] = []
+        self._stats, self._counts = EngineStats(), StepCounts()
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` has something to do."""
+        return bool(self._waiting or self._running or self._failed)
+
+    @property
+    def stats(self) -> EngineStats:
+        """The counters now."""
+        return replace(self._stats, waiting=len(self._waiting), running=len(self._running))
+
+    @property
+    def cache_usage(self) -> float:
+        """Cache positions reserved by the batch over those of a full batch of longest requests."""
+        reserved = sum(s.cache.max_len for s in self._running if s.cache is not None)
+        return reserved / (self.max_batch * self.max_model_len)
+
+    def take_counts(self) -> StepCounts:
+        """Return what happened since the last call."""
+        counts, self._counts = self._counts, StepCounts()
+        return counts
+
+    def add(self, request: GenerationRequest) -> None:
+        """Queue a request.
+
+        Raises:
+            ConfigError: it cannot be computed: empty or too long, unknown tokens, or a used id.
+        """
+        total = len(request.prompt_tokens) + request.max_tokens
+        vocab = self.model.config.vocab_size
+        if not request.prompt_tokens or total > self.max_model_len:
+            raise ConfigError(
+                f"request {request.request_id}: {len(request.prompt_tokens)} prompt tokens and"
+                f" max_tokens={request.max_tokens} must be at least 1 and together at most"
+                f" max_model_len={self.max_model_len}; shorten the request"
+            )
+        tokens = [*request.prompt_tokens, *request.resume_tokens]
+        if not all(0 <= token < vocab for token in tokens):
+            raise ConfigError(f"request {request.request_id}: a token id is outside 0..{vocab - 1}")
+        if request.max_tokens < len(request.resume_tokens) + (request.max_tokens > 0):
+            raise ConfigError(
+                f"request {request.request_id}: resume_tokens already reach max_tokens={request.max_tokens}"
+            )
+        if any(s.request.request_id == request.request_id for s in (*self._waiting, *self._running)):
+            raise ConfigError(f"request id {request.request_id} is in use; choose another")
+        self._waiting.append(_Sequence(request, tokens))
+
+    def cancel(self, request_id: str) -> bool:
+        """Forget a request between two steps; no event follows. Returns whether it was there."""
+        before = len(self._waiting) + len(self._running)
+        self._waiting = deque(s for s in self._waiting if s.request.request_id != request_id)
+        self._running = [s for s in self._running if s.request.request_id != request_id]
+        return len(self._waiting) + len(self._running) < before
+
+    def step(self) -> list[TokenEvent]:
+        """Compute the next chunk of the requests in the batch.
+
+        Returns:
+            The events of the requests that got a token or ended, in the order of the batch.
+
+        Raises:
+            Exception: whatever the model's call raised. Its requests wait to be computed again; those that
+                failed too often end with an error event of the next step.
+        """
+        events, self._failed = self._failed, []
+        self._admit()
+        batch = self._select()
+        if not batch:
+            return events
+        try:
+            hidden = self._forward(batch)
+            logits = self._last_logits(batch, hidden)
+        except Exception as error:
+            self._failed = events
+            self._restart(batch, error)
+            raise
+        for sequence, hidden_TH, logits_V in zip(batch, hidden, logits, strict=True):
+            event = self._advance(sequence, hidden_TH, logits_V)
+            if event is not None:
+                events.append(event)
+                if event.finish_reason is not None:
+                    self._running.remove(sequence)
+        return events
+
+    def _admit(self) -> None:
+        """Give caches to waiting requests, first come first served."""
+        device = self.model.embedding.device
+        while self._waiting and len(self._running) < self.max_batch:
+            sequence = self._waiting.popleft()
+            length = sequence.num_prompt + sequence.request.max_tokens
+            sequence.cache = Cache(self.model.config, length, device=device)
+            self._running.append(sequence)
+            self._counts.queue_seconds.append(time.perf_counter() - sequence.queued_s)
+
+    def _select(self) -> list[_Sequence]:
+        """All requests that decode, and the oldest ones that still read their prompt."""
+        prefills = [s for s in self._running if s.in_prompt][: self.prefills_per_step]
+        chosen = {id(s) for s in prefills}
+        return [s for s in self._running if not s.in_prompt or id(s) in chosen]
+
+    @torch.no_grad()
+    def _forward(self, batch: list[_Sequence]) -> list[Tensor]:
+        """Run one chunk of each sequence; hidden states [T, H] of each."""
+        device = self.model.embedding.device
+        chunks, prompt_tokens = [], 0
+        for sequence in batch:
+            assert sequence.cache is not None
+            tokens = sequence.next_chunk(self.prefill_chunk)
+            prompt_tokens += len(tokens) if sequence.in_prompt else 0
+            chunks.append((torch.tensor(tokens, dtype=torch.int64, device=device), sequence.cache))
+        hidden = forward_chunks(self.model, chunks, experts=self.experts, memory=self.memory)
+        self._stats = replace(
+            self._stats,
+            steps=self._stats.steps + 1,
+            prompt_tokens=self._stats.prompt_tokens + prompt_tokens,
+            largest_batch=max(self._stats.largest_batch, len(batch)),
+        )
+        self._counts.batch = len(batch)
+        return hidden
+
+    def _restart(self, batch: list[_Sequence], error: Exception) -> None:
+        """Put the requests of a failed step back at the head of the queue, without their caches."""
+        self._stats = replace(self._stats, failed_steps=self._stats.failed_steps + 1)
+        self._counts.failed_steps += 1
+        for sequence in reversed(batch):
+            self._running.remove(sequence)
+            sequence.cache, sequence.prompt_logprobs = None, []
+            sequence.failures += 1
+            if sequence.failures < self.max_failures:
+                sequence.queued_s = time.perf_counter()
+                self._waiting.appendleft(sequence)
+                self._counts.retries += 1
+            else:
+                self._failed.append(self._error(sequence, f"{sequence.failures} steps failed: {error}"))
+
+    def _error(self, sequence: _Sequence, message: str) -> TokenEvent:
+        request_id = sequence.request.request_id
+        logger.warning("request %s ends with an error: %s", request_id, message)
+        index = len(sequence.tokens) - sequence.num_prompt
+        return TokenEvent(request_id=request_id, index=index, finish_reason="error", error=message)
+
+    @torch.no_grad()
+    def _last_logits(self, batch: list[_Sequence], hidden: list[Tensor]) -> list[NDArray[Any] | None]:
+        """Logits [V] of the sequences whose known tokens are all in the cache, from one product."""
+        ready = [s.computed == len(s.tokens) for s in batch]
+        rows = [hidden_TH[-1:] for hidden_TH, is_ready in zip(hidden, ready, strict=True) if is_ready]
+        if not rows:
+            return [None] * len(batch)
+        logits = iter(self.model.logits(torch.cat(rows)).float().cpu().numpy())
+        return [next(logits) if is_ready else None for is_ready in ready]
+
+    @torch.no_grad()
+    def _advance(
+        self, sequence: _Sequence, hidden_TH: Tensor, logits_V: NDArray[Any] | None
+    ) -> TokenEvent | None:
+        """Note the prompt's log probabilities, and sample once all known tokens are in the cache."""
+        try:
+            self._read_prompt(sequence, hidden_TH)
+            return None if logits_V is None else self._next_token(sequence, logits_V)
+        except FloatingPointError as error:
+            return self._error(sequence, str(error))
+
+    def _read_prompt(self, sequence: _Sequence, hidden_TH: Tensor) -> None:
+        top = sequence.request.prompt_logprobs
+        if top is None or len(sequence.prompt_logprobs) == sequence.num_prompt:
+            return
+        found = sequence.prompt_logprobs
+        if not found:
+            found.append(TokenLogprobs(token_id=sequence.tokens[0], logprob=None))
+        start = sequence.computed - hidden_TH.shape[0]
+        targets = sequence.request.prompt_tokens[start + 1 : sequence.computed + 1]
+        if targets:
+            logits_TV = self.model.logits(hidden_TH[: len(targets)]).float().cpu().numpy()
+            for token, logits_V in zip(targets, logits_TV, strict=True):
+                found.append(token_logprobs(log_probabilities(logits_V), token, top))
+
+    def _next_token(self, sequence: _Sequence, logits_V: NDArray[Any]) -> TokenEvent:
+        request, index = sequence.request, len(sequence.tokens) - sequence.num_prompt
+        prompt_logprobs = None
+        if request.prompt_logprobs is not None and index == len(request.resume_tokens):
+            prompt_logprobs = tuple(sequence.prompt_logprobs)
+        event = TokenEvent(request_id=request.request_id, index=index, prompt_logprobs=prompt_logprobs)
+        if request.max_tokens == 0:
+            return replace(event, finish_reason="length")
+        logprobs_V = log_probabilities(logits_V)
+        token = sample(
+            logprobs_V,
+            temperature=request.temperature,
+            top_p=request.top_p,
+            seed=request.seed,
+            position=len(sequence.tokens),
+        )
+        sequence.tokens.append(token)
+        self._stats = replace(self._stats, generated_tokens=self._stats.generated_tokens + 1)
+        finish = "length" if index + 1 == request.max_tokens else None
+        if token in request.stop_token_ids:
+            finish = "stop"
+        chosen = None if request.logprobs is None else token_logprobs(logprobs_V, token, request.logprobs)
+        return replace(event, token_id=token, logprobs=chosen, finish_reason=finish)

@@ -1,0 +1,135 @@
+"""Who holds what in one generation: the immutable value that the scheduler decides and every slot obeys.
+
+`platform/planning/replan.py` makes it from resources and loads; slots only read it.
+"""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+Piece = tuple[str, int, int]
+"""The least unit of state that moves: ("dense", 0, 0), ("expert", layer, expert), ("bucket", layer, bucket)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Placement of one generation. A tuple of holders names the primary first, then its backups.
+
+    Args:
+        generation: rises by one with every change.
+        addresses: slot id to transport address.
+        shard_owners: attention worker (slot id) of every logical shard, [L].
+        dense: holders of the dense weights: all attention workers and, if those are fewer than
+            the replication asks for, backups; the first one reduces the gradients.
+        experts: holders of every expert, [moe layers][experts].
+        buckets: holders of every memory bucket, [dse layers][buckets].
+        spread: how many of an expert's holders compute it, the first ones, [moe layers][experts]; logical
+            shard s goes to holder s mod spread. Empty: one each.
+    """
+
+    generation: int
+    addresses: dict[int, str]
+    shard_owners: tuple[int, ...]
+    dense: tuple[int, ...]
+    experts: tuple[tuple[tuple[int, ...], ...], ...]
+    buckets: tuple[tuple[tuple[int, ...], ...], ...]
+    spread: tuple[tuple[int, ...], ...] = ()
+
+    def computing(self, layer: int, expert: int) -> tuple[int, ...]:
+        """Slots that compute an expert, its primary first."""
+        holders = self.experts[layer][expert]
+        return holders[: self.spread[layer][expert] if self.spread else 1]
+
+    def computes(self, slot: int) -> list[tuple[int, int]]:
+        """(moe layer, expert) pairs that the slot computes for some logical shard."""
+        return [key for key in self.experts_of(slot) if slot in self.computing(*key)]
+
+    @property
+    def attention(self) -> tuple[int, ...]:
+        """Slots that run logical shards, in order of their first shard."""
+        return tuple(dict.fromkeys(self.shard_owners))
+
+    @property
+    def expert_primaries(self) -> tuple[int, ...]:
+        """Slots that compute experts, in ascending order; all of them are some expert's primary."""
+        return _slots(holders[0] for layer in self.experts for holders in layer)
+
+    @property
+    def memory_primaries(self) -> tuple[int, ...]:
+        """Slots that answer for memory rows, in ascending order."""
+        return _slots(holders[0] for layer in self.buckets for holders in layer)
+
+    @property
+    def expert_holders(self) -> tuple[int, ...]:
+        """Slots that hold any expert, primary or backup."""
+        return _slots(slot for layer in self.experts for holders in layer for slot in holders)
+
+    @property
+    def memory_holders(self) -> tuple[int, ...]:
+        """Slots that hold any bucket, primary or backup."""
+        return _slots(slot for layer in self.buckets for holders in layer for slot in holders)
+
+    def shards_of(self, slot: int) -> list[int]:
+        """Logical shards that an attention worker runs, ascending."""
+        return [shard for shard, owner in enumerate(self.shard_owners) if owner == slot]
+
+    def experts_of(self, slot: int) -> list[tuple[int, int]]:
+        """(moe layer, expert) pairs of which the slot holds a replica."""
+        return [
+            (layer, expert)
+            for layer, row in enumerate(self.experts)
+            for expert, holders in enumerate(row)
+            if slot in holders
+        ]
+
+    def buckets_of(self, slot: int) -> list[tuple[int, int]]:
+        """(dse layer, bucket) pairs of which the slot holds a replica."""
+        return [
+            (layer, bucket)
+            for layer, row in enumerate(self.buckets)
+            for bucket, holders in enumerate(row)
+            if slot in holders
+        ]
+
+    def pieces_of(self, slot: int) -> list[Piece]:
+        """All pieces of which the slot holds a replica."""
+        dense: list[Piece] = [("dense", 0, 0)] if slot in self.dense else []
+        experts: list[Piece] = [("expert", *key) for key in self.experts_of(slot)]
+        return dense + experts + [("bucket", *key) for key in self.buckets_of(slot)]
+
+    def roles_of(self, slot: int) -> list[str]:
+        """Names of the roles that a slot plays, for people to read."""
+        roles = []
+        if slot in self.shard_owners:
+            roles.append("attention")
+        if slot in self.expert_primaries:
+            roles.append("expert")
+        if slot in self.memory_primaries:
+            roles.append("memory")
+        is_backup = slot in self.dense or slot in self.expert_holders or slot in self.memory_holders
+        return roles or (["backup"] if is_backup else ["standby"])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values that msgpack and JSON can carry."""
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(value: dict[str, Any]) -> "Plan":
+        """Rebuild a plan from `to_dict`."""
+        return Plan(
+            generation=value["generation"],
+            addresses={int(slot): address for slot, address in value["addresses"].items()},
+            shard_owners=tuple(value["shard_owners"]),
+            dense=tuple(value["dense"]),
+            experts=_nested(value["experts"]),
+            buckets=_nested(value["buckets"]),
+            spread=tuple(tuple(row) for row in value["spread"]),
+        )
+
+
+def _slots(slots: Iterable[int]) -> tuple[int, ...]:
+    return tuple(sorted(set(slots)))
+
+
+def _nested(rows: Iterable[Iterable[Iterable[int]]]) -> tuple[tuple[tuple[int, ...], ...], ...]:
+    return tuple(tuple(tuple(holders) for holders in row) for row in rows)

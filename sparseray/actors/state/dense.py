@@ -1,0 +1,119 @@
+"""The dense weights of the model with their optimizer: what every attention worker holds a replica of.
+
+Stands at both ends of a step: the attention worker reads the weights, and after COMMIT every
+holder applies the same reduced gradient (DESIGN of a step: docs/architecture.md).
+"""
+
+from zlib import crc32
+
+import torch
+from torch import Tensor
+
+from sparseray.actors.state.adamw import EXP_AVG, EXP_AVG_SQ, AdamW
+from sparseray.actors.state.tree import TreeSum
+from sparseray.model.config import ModelConfig
+from sparseray.model.dse_layout import DSELayout
+from sparseray.model.transformer import Transformer
+
+
+class DenseState:
+    """Dense parameters, router biases and AdamW moments of one replica.
+
+    Args:
+        config: the model.
+        layout: DSE identity, None without memory layers.
+        seed: initialisation seed.
+        num_shards: logical shards of a step.
+        betas, eps, weight_decay: of `AdamW`.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        layout: DSELayout | None,
+        *,
+        seed: int,
+        num_shards: int,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+    ) -> None:
+        self.model = Transformer(config, layout, seed=seed)
+        self.names = [name for name, _ in self.model.named_parameters()]
+        self.parameters = list(self.model.parameters())
+        self.biases = {name: b for name, b in self.model.named_buffers() if name.endswith("router_bias")}
+        self.num_shards = num_shards
+        self.adamw = AdamW(betas=betas, eps=eps, weight_decay=weight_decay)
+        self.reduced: Tensor | None = None
+        self.tree = self._new_tree()
+
+    def _new_tree(self) -> TreeSum[Tensor]:
+        return TreeSum(self.num_shards, lambda left, right: left.add_(right))
+
+    def take_gradient(self) -> Tensor:
+        """Flatten the parameters' gradients of one logical shard and clear them; fp32 [P]."""
+        flat = torch.cat(
+            [(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in self.parameters]
+        )
+        for parameter in self.parameters:
+            parameter.grad = None
+        return flat
+
+    def norms(self) -> dict[str, float]:
+        """Squared norm of the reduced gradient of every parameter, by name."""
+        return {
+            name: float(torch.linalg.vector_norm(part)) ** 2
+            for name, part in zip(self.names, self._parts(self.reduced_gradient))
+        }
+
+    def digest(self) -> int:
+        """CRC-32 of the reduced gradient, to compare replicas."""
+        return crc32(self.reduced_gradient.numpy().data)
+
+    @property
+    def reduced_gradient(self) -> Tensor:
+        """The gradient summed over all logical shards."""
+        assert self.reduced is not None, "no reduced gradient yet"
+        return self.reduced
+
+    def apply(self, *, lr: float, scale: float, counts_LE: Tensor) -> None:
+        """Update the weights and the router biases once; forgets the gradient.
+
+        Args:
+            lr: learning rate of this step.
+            scale: factor on the gradient (global-norm clipping).
+            counts_LE: int64, tokens per expert over the whole global batch.
+        """
+        self.adamw.step(self.parameters, self._parts(self.reduced_gradient.mul_(scale)), lr=lr)
+        if counts_LE.numel():
+            self.model.update_router_bias(counts_LE)
+        self.discard()
+
+    def discard(self) -> None:
+        """Forget the gradients of the step; the weights stay."""
+        self.reduced, self.tree = None, self._new_tree()
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def _parts(self, flat: Tensor) -> list[Tensor]:
+        parts = torch.split(flat, [p.numel() for p in self.parameters])
+        return [part.view_as(p) for part, p in zip(parts, self.parameters)]
+
+    def tensor_names(self) -> list[str]:
+        """Logical names of everything that `tensors` gives."""
+        return [*self.biases, *(name + part for name in self.names for part in ("", EXP_AVG, EXP_AVG_SQ))]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that a checkpoint must hold, by logical name."""
+        found: dict[str, Tensor] = {name: p.detach() for name, p in zip(self.names, self.parameters)}
+        found |= self.biases
+        return found | self.adamw.tensors(self.names, self.parameters)
+
+    def load(self, tensors: dict[str, Tensor], step: int) -> None:
+        """Take over what `tensors` gave, at optimizer step `step`."""
+        with torch.no_grad():
+            for name, parameter in zip(self.names, self.parameters):
+                parameter.copy_(tensors[name])
+            for name, bias in self.biases.items():
+                bias.copy_(tensors[name])
+        self.adamw.load(self.names, self.parameters, tensors, step)

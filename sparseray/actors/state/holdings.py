@@ -1,0 +1,138 @@
+"""Everything of the model's state that one slot holds, and how it changes with the plan.
+
+State is cut into pieces: ("dense", 0, 0), ("expert", moe layer, expert), ("bucket", dse layer, bucket).
+A piece that the plan takes away stays readable until `trim`, so a change of plan that fails on the
+way has lost nothing.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from sparseray.actors.state.adamw import EXP_AVG, EXP_AVG_SQ
+from sparseray.actors.state.assignment import Piece, Plan
+from sparseray.actors.state.dense import DenseState
+from sparseray.actors.state.experts import ExpertShard
+from sparseray.actors.state.memory import MemoryShard
+
+DENSE: Piece = ("dense", 0, 0)
+
+
+class Holdings:
+    """The pieces of one slot.
+
+    Args:
+        new_dense: builds dense weights from the seed.
+        experts, memory: empty shards; memory is None for a model without tables.
+    """
+
+    def __init__(
+        self, new_dense: Callable[[], DenseState], experts: ExpertShard, memory: MemoryShard | None
+    ) -> None:
+        self._new_dense = new_dense
+        self._spare: DenseState | None = None
+        self.dense: DenseState | None = None
+        self.experts, self.memory = experts, memory
+        self._owns_dense = False
+
+    @property
+    def held(self) -> set[Piece]:
+        """Pieces that can be read here, assigned or not."""
+        found: set[Piece] = {("expert", *key) for key in self.experts.weights}
+        if self.memory is not None:
+            found |= {("bucket", *key) for key in self.memory.held}
+        return found | ({DENSE} if self.dense is not None else set())
+
+    def spare(self) -> DenseState:
+        """Dense weights whose values count only once they are loaded; building them takes a while."""
+        if self._spare is None:
+            self._spare = self._new_dense()
+        return self._spare
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.dense, self._owns_dense = None, False
+        self.experts.assign([], [])
+        self.experts.trim()
+        if self.memory is not None:
+            self.memory.assign([], [])
+            self.memory.trim()
+
+    def initialize(self, pieces: Sequence[Piece]) -> None:
+        """Make pieces from the seed."""
+        if DENSE in pieces:
+            self.dense = self._new_dense()
+        self.experts.initialize(_keys(pieces, "expert"))
+        if self.memory is not None:
+            self.memory.initialize(_keys(pieces, "bucket"))
+
+    def names(self, pieces: Sequence[Piece]) -> list[str]:
+        """Logical names of all tensors of `pieces`, held or not."""
+        found = []
+        if DENSE in pieces:
+            found += (self.dense or self.spare()).tensor_names()
+        for key in _keys(pieces, "expert"):
+            found += [name + part for name in self.experts.names(key) for part in ("", EXP_AVG, EXP_AVG_SQ)]
+        if self.memory is not None:
+            found += self.memory.tensor_names(_keys(pieces, "bucket"))
+        return found
+
+    def tensors(self, pieces: Sequence[Piece]) -> dict[str, torch.Tensor]:
+        """Tensors of pieces held here, by logical name."""
+        found: dict[str, torch.Tensor] = {}
+        if DENSE in pieces:
+            assert self.dense is not None
+            found |= self.dense.tensors()
+        found |= self.experts.tensors(_keys(pieces, "expert"))
+        if self.memory is not None:
+            found |= self.memory.tensors(_keys(pieces, "bucket"))
+        return found
+
+    def load(self, pieces: Sequence[Piece], tensors: dict[str, torch.Tensor], step: int) -> None:
+        """Take over pieces as they are after optimizer step `step`."""
+        if DENSE in pieces:
+            dense = self.dense or self.spare()
+            dense.load(tensors, step)
+            self.dense, self._spare = dense, None
+        self.experts.load(_keys(pieces, "expert"), tensors, step)
+        if self.memory is not None:
+            self.memory.load(_keys(pieces, "bucket"), tensors)
+
+    def assign(self, plan: Plan, slot: int) -> None:
+        """Take the roles that the plan gives, on pieces that are held; gradients of a step are dropped."""
+        self._owns_dense = slot in plan.dense
+        if self.dense is not None:
+            self.dense.discard()
+        owned = plan.experts_of(slot)
+        primary = [k for k in owned if plan.experts[k[0]][k[1]][0] == slot]
+        self.experts.assign(owned, primary, plan.computes(slot))
+        if self.memory is not None:
+            owned = plan.buckets_of(slot)
+            self.memory.assign(owned, [k for k in owned if plan.buckets[k[0]][k[1]][0] == slot])
+
+    def trim(self) -> None:
+        """Forget what is held and not assigned."""
+        if not self._owns_dense:
+            self.dense, self._spare = None, self.dense or self._spare
+        self.experts.trim()
+        if self.memory is not None:
+            self.memory.trim()
+
+    @property
+    def is_reduced(self) -> bool:
+        """Whether everything assigned here has its reduced gradient."""
+        dense = self.dense is None or not self._owns_dense or self.dense.reduced is not None
+        memory = self.memory is None or self.memory.is_reduced
+        return dense and self.experts.is_reduced and memory
+
+    def apply(self, *, lr: float, memory_lr: float, scale: float, counts_LE: torch.Tensor) -> int:
+        """Update everything assigned here once, and return how many table rows were updated."""
+        self.trim()
+        if self.dense is not None:
+            self.dense.apply(lr=lr, scale=scale, counts_LE=counts_LE)
+        self.experts.apply(lr=lr, scale=scale)
+        return 0 if self.memory is None else self.memory.apply(lr=memory_lr, scale=scale)
+
+
+def _keys(pieces: Sequence[Piece], kind: str) -> list[tuple[int, int]]:
+    return [(layer, index) for name, layer, index in pieces if name == kind]

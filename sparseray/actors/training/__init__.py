@@ -1,0 +1,1 @@
+"""Training in a slot: data by (step, part), the forward and backward pass of a part."""

@@ -1,0 +1,255 @@
+"""Token shards to batches: a verified flat array of ids, and a data order without any state.
+
+A split's documents, each ended by the end of text, form one sequence of ids, cut into windows of `seq_len`.
+`batch` is a pure function of (seed, step, logical shard): an epoch is a keyed permutation of all windows, so
+any caller on any worker, after any restart, reads the same tokens, and nothing about the order is saved.
+
+Shape suffixes: B sequences, T positions.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tokenizers import Tokenizer
+
+from sparseray.actors.training.manifest import (
+    TOKENIZER_NAME,
+    Manifest,
+    ShardInfo,
+    read_manifest,
+    sha256_of_file,
+)
+from sparseray.errors import DataError
+
+if TYPE_CHECKING:
+    import torch
+
+FEISTEL_ROUNDS = 6
+
+
+class TokenDataset:
+    """One split of a folder of token shards, read into memory as one flat array.
+
+    Args:
+        folder: what `data prepare` made.
+        split: `train` or `validation`.
+        verify: compare every file with its SHA-256 first.
+
+    Raises:
+        DataError: no finished data set, a missing, tampered or mismatching shard, or an empty split.
+    """
+
+    def __init__(self, folder: Path | str, split: str = "train", *, verify: bool = True) -> None:
+        self.folder = Path(folder)
+        self.split = split
+        self.manifest: Manifest = read_manifest(self.folder)
+        shards = [file for file in self.manifest.files if file.split == split]
+        if not shards:
+            raise DataError(f"{self.folder} has no {split!r} shards; prepare with --validation_fraction 0.02")
+        if verify:
+            _verify(self.folder / TOKENIZER_NAME, self.manifest.tokenizer.sha256)
+        self.tokens, self._starts = _load(self.folder, shards, self.manifest, verify)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of this split, one end of text a document included."""
+        return len(self.tokens)
+
+    @property
+    def num_documents(self) -> int:
+        """Documents of this split."""
+        return len(self._starts)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of UTF-8 text that the tokens stand for."""
+        return self.manifest.splits[self.split].bytes
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Bytes of text a token: bits per byte = nats per token / ln 2 / this."""
+        return self.num_bytes / self.num_tokens
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids."""
+        return self.manifest.vocab_size
+
+    @property
+    def eos_id(self) -> int:
+        """Id of the end of text after each document."""
+        return self.manifest.eos_id
+
+    def tokenizer(self) -> Tokenizer:
+        """Load the tokenizer that made these tokens."""
+        return Tokenizer.from_file(str(self.folder / TOKENIZER_NAME))
+
+    def num_windows(self, seq_len: int) -> int:
+        """Return how many windows of `seq_len` inputs and targets fit.
+
+        Raises:
+            DataError: not even one.
+        """
+        if seq_len < 1:
+            raise DataError(f"seq_len={seq_len} must be at least 1")
+        windows = (self.num_tokens - 1) // seq_len
+        if windows < 1:
+            raise DataError(
+                f"{self.folder} {self.split} has {self.num_tokens} tokens, too few for seq_len={seq_len}; "
+                f"use at most {self.num_tokens - 1}, or prepare more text"
+            )
+        return windows
+
+    def sequence(self, index: int, seq_len: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+        """Return window `index`: tokens [seq_len+1] int64, and document_starts [seq_len] bool.
+
+        `document_starts` marks the first token of each document and nothing else: a window that begins
+        inside a document has no mark at position 0.
+
+        Raises:
+            IndexError: `index` is outside [0, num_windows).
+        """
+        if not 0 <= index < self.num_windows(seq_len):
+            raise IndexError(
+                f"window {index} is outside [0, {self.num_windows(seq_len)}) at seq_len={seq_len}"
+            )
+        begin = index * seq_len
+        tokens = self.tokens[begin : begin + seq_len + 1].astype(np.int64)
+        marks = np.zeros(seq_len, np.bool_)
+        low, high = np.searchsorted(self._starts, [begin, begin + seq_len])
+        marks[self._starts[low:high] - begin] = True
+        return tokens, marks
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """The sequences of one logical shard in one step: int64, int64 and bool tensors [B, T]."""
+
+    tokens_BT: "torch.Tensor"
+    targets_BT: "torch.Tensor"
+    document_starts_BT: "torch.Tensor"
+
+
+def window_at(position: int, num_windows: int, seed: int) -> int:
+    """Return which window stands at a position of the endless data order.
+
+    Every run of `num_windows` positions that begins at a multiple of it (an epoch) holds each window once.
+    A Feistel network over the next even power of two is walked until it lands inside (cycle walking);
+    it needs no table, and BLAKE2b makes it the same on every machine and library version.
+
+    Args:
+        position: at least 0.
+        num_windows: windows an epoch.
+        seed: chooses the order.
+
+    Source:
+        Black and Rogaway, Ciphers with Arbitrary Finite Domains (CT-RSA 2002), sections 3 and 4.
+    """
+    epoch, value = divmod(position, num_windows)
+    half = max(1, ((num_windows - 1).bit_length() + 1) // 2)
+    mask = (1 << half) - 1
+    key = f"{seed}:{epoch}".encode()
+    while True:
+        left, right = value >> half, value & mask
+        for turn in range(FEISTEL_ROUNDS):
+            digest = hashlib.blake2b(b"%b:%d:%d" % (key, turn, right), digest_size=8).digest()
+            left, right = right, left ^ (int.from_bytes(digest, "big") & mask)
+        value = left << half | right
+        if value < num_windows:
+            return value
+
+
+def batch(
+    dataset: TokenDataset,
+    *,
+    seed: int,
+    step: int,
+    shard: int,
+    num_shards: int,
+    sequences_per_shard: int,
+    seq_len: int,
+) -> Batch:
+    """Return the batch of one logical shard in one step, a pure function of the arguments.
+
+    The global batch of a step is `num_shards * sequences_per_shard` consecutive positions of the data
+    order; shard s takes the s-th run of them. Cutting the same global batch otherwise moves no sequence.
+
+    Returns:
+        Tensors [sequences_per_shard, seq_len] on the CPU; targets are the tokens one position on.
+
+    Raises:
+        DataError: an argument out of range, or a data set shorter than one window.
+    """
+    import torch  # here, so that preparing data does not wait for it
+
+    if not (0 <= shard < num_shards and step >= 0 and sequences_per_shard >= 1):
+        raise DataError(
+            f"step={step}, shard={shard}, num_shards={num_shards}, sequences_per_shard={sequences_per_shard} "
+            "is out of range; need step >= 0, 0 <= shard < num_shards, sequences_per_shard >= 1"
+        )
+    windows = dataset.num_windows(seq_len)
+    first = (step * num_shards + shard) * sequences_per_shard
+    pairs = [
+        dataset.sequence(window_at(position, windows, seed), seq_len)
+        for position in range(first, first + sequences_per_shard)
+    ]
+    tokens = torch.from_numpy(np.stack([tokens for tokens, _ in pairs]))
+    return Batch(
+        tokens_BT=tokens[:, :-1].contiguous(),
+        targets_BT=tokens[:, 1:].contiguous(),
+        document_starts_BT=torch.from_numpy(np.stack([starts for _, starts in pairs])),
+    )
+
+
+def _verify(path: Path, sha256: str) -> None:
+    """Compare a file with its recorded hash."""
+    if not path.is_file():
+        raise DataError(f"{path} is missing; restore it or prepare the data again")
+    found = sha256_of_file(path)
+    if found != sha256:
+        raise DataError(
+            f"{path} was changed: SHA-256 {found[:12]}... is not {sha256[:12]}... of the manifest; "
+            "restore it or prepare the data again"
+        )
+
+
+def _load(
+    folder: Path, shards: list[ShardInfo], manifest: Manifest, verify: bool
+) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
+    """Read shards into one array of ids and the sorted positions where documents begin."""
+    tokens = np.empty(sum(shard.tokens for shard in shards), manifest.token_dtype)
+    starts = np.empty(sum(shard.rows for shard in shards), np.int64)
+    token, row = 0, 0
+    for shard in shards:
+        path = folder / shard.name
+        if verify:
+            _verify(path, shard.sha256)
+        flat, begins = _read_shard(path)
+        if len(flat) != shard.tokens or len(begins) != shard.rows or flat.dtype != tokens.dtype:
+            raise DataError(
+                f"{path} is not what the manifest says (rows, tokens or type); prepare the data again"
+            )
+        if verify and len(flat) and int(flat.max()) >= manifest.vocab_size:
+            raise DataError(f"{path} has ids beyond vocab_size={manifest.vocab_size}; prepare the data again")
+        tokens[token : token + len(flat)] = flat
+        starts[row : row + len(begins)] = begins + token
+        token, row = token + len(flat), row + len(begins)
+    return tokens, starts
+
+
+def _read_shard(path: Path) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
+    """Return the ids of one Parquet file end to end, and where each row begins among them."""
+    try:
+        column = pq.read_table(path, columns=["tokens"], memory_map=True).column("tokens").combine_chunks()
+    except FileNotFoundError as error:
+        raise DataError(f"{path} is missing; restore it or prepare the data again") from error
+    except (pa.ArrowException, OSError, KeyError) as error:
+        raise DataError(f"{path} cannot be read as token shard ({error}); prepare the data again") from error
+    offsets = column.offsets.to_numpy().astype(np.int64)
+    return column.flatten().to_numpy(), offsets[:-1] - offsets[0]

@@ -1,0 +1,158 @@
+"""Requests, replies, fencing and duplicates, over any transport.
+
+Every slot and the scheduler own one mailbox and use it from one thread. While a slot waits for
+replies it goes on serving what others ask of it, so two slots that need each other cannot block.
+"""
+
+import itertools
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from sparseray.actors.wire.messages import Message, Transport, decode, encode
+from sparseray.errors import SlotLostError, SupersededError
+from sparseray.log import get_logger
+
+log = get_logger(__name__)
+
+_REMEMBERED = 4096
+_HELD = 65536
+
+
+class Mailbox:
+    """The one door through which a slot's messages come and go.
+
+    Args:
+        transport: what carries the frames.
+        slot: own slot id.
+        job: identifier of the job; frames of other jobs are dropped.
+    """
+
+    def __init__(self, transport: Transport, slot: int, job: str) -> None:
+        self.transport = transport
+        self.slot = slot
+        self.job = job
+        self.generation = 0
+        self.dropped = {"generation": 0, "duplicate": 0, "malformed": 0}
+        self._sequence = itertools.count(1)
+        self._seen: dict[int, set[int]] = {}
+        self._early: deque[Message] = deque(maxlen=_HELD)
+        self._due: deque[Message] = deque()
+
+    def adopt(self, generation: int) -> None:
+        """Enter a generation: older messages are refused from now on, and those that came early are due."""
+        if generation == self.generation:
+            return
+        self.generation = generation
+        self._seen.clear()
+        self._due.clear()
+        early, self._early = self._early, deque(maxlen=_HELD)
+        self._due.extend(message for message in early if self._accept(message))
+
+    def post(
+        self,
+        to: int,
+        kind: str,
+        *,
+        step: int = -1,
+        shard: int = -1,
+        layer: int = -1,
+        reply_to: int = 0,
+        body: dict[str, Any] | None = None,
+        arrays: tuple[np.ndarray, ...] = (),
+    ) -> int:
+        """Send one message and return its sequence number."""
+        sequence = next(self._sequence)
+        message = Message(
+            kind=kind,
+            source=self.slot,
+            generation=self.generation,
+            sequence=sequence,
+            step=step,
+            shard=shard,
+            layer=layer,
+            reply_to=reply_to,
+            body=body or {},
+            arrays=arrays,
+        )
+        self.transport.send(to, encode(message, self.job))
+        return sequence
+
+    def next(self, timeout_s: float) -> Message | None:
+        """Return the next acceptable message, or None when none came within `timeout_s` seconds."""
+        if self._due:
+            return self._due.popleft()
+        deadline = time.monotonic() + timeout_s
+        while True:
+            frames = self.transport.receive(max(0.0, deadline - time.monotonic()))
+            if frames is None:
+                return None
+            try:
+                message = decode(frames, self.job)
+            except ValueError as error:
+                self.dropped["malformed"] += 1
+                log.warning("slot %d dropped a frame: %s", self.slot, error)
+                continue
+            if message is not None and self._accept(message):
+                return message
+
+    def _accept(self, message: Message) -> bool:
+        if message.generation > self.generation:
+            # A plan opens a generation; a peer that has adopted it already may be faster than our plan.
+            if message.kind == "plan":
+                return True
+            self._early.append(message)
+            return False
+        if message.generation < self.generation:
+            self.dropped["generation"] += 1
+            return False
+        seen = self._seen.setdefault(message.source, set())
+        if message.sequence in seen:
+            self.dropped["duplicate"] += 1
+            return False
+        seen.add(message.sequence)
+        if len(seen) > 2 * _REMEMBERED:
+            horizon = max(seen) - _REMEMBERED
+            self._seen[message.source] = {sequence for sequence in seen if sequence > horizon}
+        return True
+
+    def wait(
+        self,
+        sequences: dict[int, int],
+        deadline_s: float,
+        serve: Callable[[Message], None],
+    ) -> dict[int, Message]:
+        """Wait for the replies to `sequences` and serve everything else meanwhile.
+
+        Args:
+            sequences: sequence of a request to the slot that was asked.
+            deadline_s: seconds without any reply after which the silent slots count as lost.
+            serve: handles messages that are not among the awaited replies.
+
+        Returns:
+            sequence to reply.
+
+        Raises:
+            SlotLostError: a slot did not answer in time.
+            SupersededError: a plan of a later generation came; it carries that plan.
+        """
+        replies: dict[int, Message] = {}
+        deadline = time.monotonic() + deadline_s
+        while len(replies) < len(sequences):
+            message = self.next(max(0.0, deadline - time.monotonic()))
+            if message is None:
+                silent = sorted({slot for seq, slot in sequences.items() if seq not in replies})
+                raise SlotLostError(
+                    f"slot {self.slot} got no answer from slots {silent} within {deadline_s} s"
+                )
+            if message.generation > self.generation:
+                raise SupersededError(message)
+            if message.reply_to in sequences:
+                replies[message.reply_to] = message
+                deadline = time.monotonic() + deadline_s
+            else:
+                serve(message)
+        return replies

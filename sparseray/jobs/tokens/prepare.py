@@ -1,0 +1,355 @@
+"""Text to token shards: two bounded passes over a corpus, and a folder that appears only when finished.
+
+Pass one surveys the documents (which hashes occur, a sample for the tokenizer); pass two tokenises them in
+batches into Parquet files. All is written to `DIR.partial`; the manifest comes last, everything is synced,
+and one rename makes `DIR`. A killed preparation leaves only `DIR.partial`, which the next one clears away.
+"""
+
+import fcntl
+import hashlib
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import pyarrow as pa
+import tokenizers
+
+from sparseray.actors.training.manifest import (
+    MANIFEST_NAME,
+    SPLITS,
+    TOKENIZER_NAME,
+    Counts,
+    Manifest,
+    ShardInfo,
+    SourceInfo,
+    TokenizerInfo,
+    sha256_of_file,
+    sync,
+    write_manifest,
+)
+from sparseray.errors import DataError
+from sparseray.jobs.tokens.corpus import Document, Source, document_limit, find_sources, iter_documents
+from sparseray.jobs.tokens.files import ShardWriter, token_dtype
+from sparseray.jobs.tokens.tokenizer import TextTokenizer, check_vocab_size, load_tokenizer, train_bpe
+from sparseray.log import get_logger
+
+log = get_logger(__name__)
+
+LOCK_NAME = ".sparseray-preparing"
+BATCH_BYTES = 1 << 20
+SHARD_TOKENS = 1 << 23
+
+
+class Progress(Protocol):
+    """Called as work goes on: what is being done, bytes done and bytes in all."""
+
+    def __call__(self, phase: str, done_bytes: int, total_bytes: int) -> None: ...
+
+
+def quiet(phase: str, done_bytes: int, total_bytes: int) -> None:
+    """Report nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Survey:
+    """What pass one learned: the smallest split key, and sampled texts of the training side."""
+
+    min_key: int
+    sample: list[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """The rule that sends a document to training or validation; a pure function of its hash."""
+
+    fraction: float
+    min_key: int
+
+    def of(self, document: Document) -> str:
+        """Return `train` or `validation`; the smallest key always validates, so the split is never empty."""
+        chosen = document.split_key < int(self.fraction * 2**64) or document.split_key == self.min_key
+        return "validation" if self.fraction > 0 and chosen else "train"
+
+
+def prepare(
+    sources: Sequence[str],
+    out: Path,
+    *,
+    tokenizer: str = "bpe",
+    vocab_size: int = 2048,
+    validation_fraction: float = 0.02,
+    progress: Progress = quiet,
+    overwrite: bool = False,
+    shard_tokens: int = SHARD_TOKENS,
+) -> Manifest:
+    """Turn text into a folder of token shards.
+
+    Args:
+        sources: `stdlib`, files or folders.
+        out: folder to make; its parent is made too.
+        tokenizer: `bpe` (trained on the sources), `deepseek`, or the path of a tokenizer.json.
+        vocab_size: ids of a trained BPE.
+        validation_fraction: share of documents to validate on, in [0, 1); 0 makes no validation shards.
+        progress: receives (phase, bytes done, bytes in all).
+        overwrite: replace a finished data set in `out`.
+        shard_tokens: tokens after which a new Parquet file is begun.
+
+    Raises:
+        DataError: missing or empty sources, an unknown tokenizer, or an `out` that is in use.
+    """
+    if not 0 <= validation_fraction < 1:
+        raise DataError(f"validation_fraction={validation_fraction} is outside [0, 1); try 0.02")
+    out = Path(out)
+    _check_target(out, overwrite)
+    partial = out.with_name(out.name + ".partial")
+    loaded = None if tokenizer == "bpe" else load_tokenizer(tokenizer)
+    if loaded is None:
+        check_vocab_size(vocab_size)
+    corpus = find_sources(sources, exclude=(out, partial, _aside(out)))
+    limit = document_limit(corpus)
+    sample_bytes = 0 if loaded else min(64 << 20, max(4 << 20, 2048 * vocab_size))
+    survey = _survey(corpus, limit, validation_fraction, sample_bytes, progress)
+    if loaded is None:
+        sampled = sum(map(len, survey.sample))
+        progress("training the tokenizer", 0, sampled)
+        loaded = train_bpe(survey.sample, vocab_size)
+        progress("training the tokenizer", sampled, sampled)
+        if loaded.vocab_size < vocab_size:
+            log.warning("the sources give %d of the %d token ids wanted", loaded.vocab_size, vocab_size)
+    split = Split(fraction=validation_fraction, min_key=survey.min_key)
+    with _partial_folder(partial) as folder:
+        loaded.tokenizer.save(str(folder / TOKENIZER_NAME), pretty=False)
+        sync(folder / TOKENIZER_NAME)
+        infos, shards = _write_shards(corpus, limit, loaded, split, folder, shard_tokens, progress)
+        manifest = _manifest(loaded, folder, infos, shards, validation_fraction)
+        write_manifest(folder, manifest)
+        _commit(folder, out, overwrite)
+    return manifest
+
+
+def _check_target(out: Path, overwrite: bool) -> None:
+    """Refuse an output folder that holds anything, but a data set that may be replaced."""
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise DataError(f"--out {out} is a file; name a folder that does not exist yet")
+    if (out / MANIFEST_NAME).is_file():
+        if not overwrite:
+            raise DataError(f"--out {out} already holds a finished data set; use it, or add --overwrite")
+        if _aside(out).exists():
+            raise DataError(f"{_aside(out)} is in the way of replacing {out}; move it away")
+    elif any(out.iterdir()):
+        raise DataError(f"--out {out} is not empty and no data set; name another folder")
+
+
+def _aside(out: Path) -> Path:
+    """Return where a data set waits while its successor takes the name."""
+    return out.with_name(out.name + ".old")
+
+
+def _survey(
+    corpus: Sequence[Source], limit: int, fraction: float, sample_bytes: int, progress: Progress
+) -> Survey:
+    """Pass one: check that both splits get documents, and gather the tokenizer's sample."""
+    total = sum(file.num_bytes for source in corpus for file in source.files)
+    threshold = 2**64 if total <= sample_bytes else sample_bytes * 2**64 // total
+    done = held = count = max_key = 0
+    min_key = 2**64
+    sample: list[Document] = []
+    skipped: Counter[str] = Counter()
+    for source in corpus:
+        for document in iter_documents(source, limit, skipped):
+            count += 1
+            min_key, max_key = min(min_key, document.split_key), max(max_key, document.split_key)
+            # Twice the expected size is never reached by chance; it bounds memory all the same.
+            if document.sample_key < threshold and held < 2 * sample_bytes:
+                sample.append(document)
+                held += document.num_bytes
+            done += document.num_bytes
+            progress("reading", done, total)
+    names = ", ".join(source.spec for source in corpus)
+    if count == 0:
+        left_out = ", ".join(f"{number} {reason}" for reason, number in sorted(skipped.items()))
+        raise DataError(f"no text in {names} (files left out: {left_out or 'none'}); give UTF-8 text or code")
+    split = Split(fraction=fraction, min_key=min_key)
+    if fraction > 0 and (min_key == max_key or max_key < int(fraction * 2**64)):
+        raise DataError(
+            f"{names} has {count} distinct document(s) of at most {limit} bytes, too few to split "
+            f"with validation_fraction={fraction}; add text, or set it to 0"
+        )
+    return Survey(min_key=min_key, sample=[item.text for item in sample if split.of(item) == "train"])
+
+
+def _write_shards(
+    corpus: Sequence[Source],
+    limit: int,
+    tokenizer: TextTokenizer,
+    split: Split,
+    folder: Path,
+    shard_tokens: int,
+    progress: Progress,
+) -> tuple[list[SourceInfo], list[ShardInfo]]:
+    """Pass two: tokenise all documents; one batch is encoded while the one before is written."""
+    total = sum(file.num_bytes for source in corpus for file in source.files)
+    dtype = token_dtype(tokenizer.vocab_size)
+    writers = {name: ShardWriter(folder, name, dtype, shard_tokens) for name in SPLITS}
+    infos: list[SourceInfo] = []
+    done = 0
+    pending: tuple[list[Document], Future[list[list[int]]]] | None = None
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            for batch in _batches(corpus, limit, infos):
+                future = pool.submit(tokenizer.encode_batch, [document.text for document in batch])
+                if pending is not None:
+                    done += _store(*pending, tokenizer.eos_id, split, writers)
+                    progress("tokenising", done, total)
+                pending = (batch, future)
+            if pending is not None:
+                done += _store(*pending, tokenizer.eos_id, split, writers)
+                progress("tokenising", total, total)
+        shards = [shard for name in SPLITS for shard in writers[name].close()]
+    except BaseException:
+        for writer in writers.values():
+            writer.abort()
+        raise
+    if not any(shard.split == "train" for shard in shards):
+        raise DataError(
+            "the sources changed while they were read, and no training text is left; run it again"
+        )
+    return infos, shards
+
+
+def _batches(corpus: Sequence[Source], limit: int, infos: list[SourceInfo]) -> Iterator[list[Document]]:
+    """Group documents to about `BATCH_BYTES`; append each source's record once it has been read."""
+    batch: list[Document] = []
+    held = 0
+    for source in corpus:
+        skipped: Counter[str] = Counter()
+        digest = hashlib.sha256()
+        documents = num_bytes = 0
+        for document in iter_documents(source, limit, skipped):
+            documents += 1
+            num_bytes += document.num_bytes
+            digest.update(document.name.encode("utf-8", "surrogateescape") + b"\0" + document.digest)
+            batch.append(document)
+            held += document.num_bytes
+            if held >= BATCH_BYTES:
+                yield batch
+                batch, held = [], 0
+        infos.append(
+            SourceInfo(
+                source=source.spec,
+                version=source.version,
+                licence=source.licence,
+                files=len(source.files),
+                documents=documents,
+                bytes=num_bytes,
+                skipped=dict(sorted(skipped.items())),
+                sha256=digest.hexdigest(),
+            )
+        )
+    if batch:
+        yield batch
+
+
+def _store(
+    batch: list[Document],
+    future: Future[list[list[int]]],
+    eos_id: int,
+    split: Split,
+    writers: dict[str, ShardWriter],
+) -> int:
+    """Write one encoded batch to its splits and return its bytes."""
+    sides: dict[str, list[tuple[Document, list[int]]]] = {name: [] for name in writers}
+    for document, ids in zip(batch, future.result(), strict=True):
+        ids.append(eos_id)
+        sides[split.of(document)].append((document, ids))
+    for name, rows in sides.items():
+        if rows:
+            writers[name].write(rows)
+    return sum(document.num_bytes for document in batch)
+
+
+def _manifest(
+    tokenizer: TextTokenizer,
+    folder: Path,
+    sources: Sequence[SourceInfo],
+    shards: Sequence[ShardInfo],
+    fraction: float,
+) -> Manifest:
+    """Sum the shards up; nothing in it depends on time or place."""
+    splits = {
+        name: Counts(
+            documents=sum(shard.rows for shard in shards if shard.split == name),
+            tokens=sum(shard.tokens for shard in shards if shard.split == name),
+            bytes=sum(shard.bytes for shard in shards if shard.split == name),
+        )
+        for name in SPLITS
+    }
+    return Manifest(
+        vocab_size=tokenizer.vocab_size,
+        eos_id=tokenizer.eos_id,
+        token_dtype=token_dtype(tokenizer.vocab_size),
+        validation_fraction=fraction,
+        tokenizer=TokenizerInfo(
+            kind=tokenizer.kind,
+            eos_token=tokenizer.eos_token,
+            sha256=sha256_of_file(folder / TOKENIZER_NAME),
+        ),
+        splits=splits,
+        sources=tuple(sources),
+        files=tuple(shards),
+        versions={
+            "python": ".".join(map(str, sys.version_info[:3])),
+            "pyarrow": pa.__version__,
+            "tokenizers": tokenizers.__version__,
+        },
+    )
+
+
+@contextmanager
+def _partial_folder(partial: Path) -> Iterator[Path]:
+    """Hold a fresh, locked work folder; it is removed when anything fails before it is renamed.
+
+    Raises:
+        DataError: another process is preparing there, or the folder is not ours.
+    """
+    lock_path = partial / LOCK_NAME
+    if partial.exists() and not lock_path.is_file() and (not partial.is_dir() or any(partial.iterdir())):
+        raise DataError(f"{partial} is in the way and was not made by a preparation; move it away")
+    partial.mkdir(parents=True, exist_ok=True)
+    with lock_path.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise DataError(f"another preparation is writing {partial}; wait for it to end") from error
+        for path in partial.iterdir():
+            if path != lock_path:
+                path.unlink()
+        try:
+            yield partial
+        except BaseException:
+            if lock_path.exists():  # else it already bears its final name
+                shutil.rmtree(partial)
+            raise
+
+
+def _commit(partial: Path, out: Path, overwrite: bool) -> None:
+    """Give the finished folder its name in one rename; an old data set steps aside first."""
+    _check_target(out, overwrite)
+    old = _aside(out)
+    has_old = (out / MANIFEST_NAME).is_file()
+    if has_old:
+        out.rename(old)
+    (partial / LOCK_NAME).unlink()
+    sync(partial)
+    partial.rename(out)
+    sync(out.parent)
+    if has_old:
+        shutil.rmtree(old)

@@ -1,0 +1,1 @@
+"""The slots of a cluster as processes: Ray actors, their hosts, their sockets."""

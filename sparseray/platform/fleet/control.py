@@ -1,0 +1,164 @@
+"""What the scheduler sees of its slots: who is there, who is gone and why, and how to start or end one.
+
+`Fleet` is the seam: ray_fleet.py plays it with Ray actors, tests with threads. `Control` is the
+scheduler's mailbox over a fleet: every wait in it ends with a message, a loss, or a probe.
+"""
+
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from sparseray.actors.wire.mailbox import Mailbox
+from sparseray.actors.wire.messages import Message
+from sparseray.errors import SlotsLostError, UserError
+
+POLL_S = 0.01
+
+
+@dataclass(frozen=True, kw_only=True)
+class Member:
+    """A slot that is started and warm.
+
+    Args:
+        slot: slot id; never used twice in a job.
+        address: of its inbox.
+        node: of the cluster; replicas are kept on different ones where there are several.
+        metrics: host and port of its `/metrics`, empty for none.
+        pid: of its process.
+    """
+
+    slot: int
+    address: str
+    node: str = ""
+    metrics: str = ""
+    pid: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loss:
+    """A slot that is gone.
+
+    Args:
+        slot: which.
+        cause: for people.
+        noticed: when that was known, `time.monotonic`.
+        silent_s: seconds between its last sign of life and that.
+    """
+
+    slot: int
+    cause: str
+    noticed: float
+    silent_s: float = 0.0
+
+
+class Fleet(Protocol):
+    """The slots of one job."""
+
+    def members(self) -> dict[int, Member]:
+        """Slots that are warm and not known to be gone."""
+
+    def starting(self) -> int:
+        """Slots that were asked for and are not warm yet."""
+
+    def room(self) -> int:
+        """How many more slots the cluster can give."""
+
+    def losses(self) -> list[Loss]:
+        """Losses since the last call."""
+
+    def ages(self) -> dict[int, float]:
+        """Seconds since each member's last sign of life."""
+
+    def start(self, count: int) -> None:
+        """Start slots in the background."""
+
+    def retire(self, slot: int) -> None:
+        """End a slot that has no role any more; that is no loss."""
+
+    def give_up(self, slot: int, cause: str) -> None:
+        """Count a slot as lost and end its process, if it can be reached."""
+
+
+class StalledError(RuntimeError):
+    """No slot is gone and yet nothing moves: a message was lost on the way."""
+
+
+class Control:
+    """The scheduler's side of the conversation with its slots.
+
+    Args:
+        mailbox: the scheduler's.
+        fleet: the slots.
+        deadline_s: seconds without any message after which all slots are probed.
+    """
+
+    def __init__(self, mailbox: Mailbox, fleet: Fleet, deadline_s: float) -> None:
+        self.mailbox, self.fleet, self.deadline_s = mailbox, fleet, deadline_s
+        self.needed: set[int] = set()
+        self.idle_losses: list[Loss] = []
+
+    def post(
+        self,
+        slots: Iterable[int],
+        kind: str,
+        *,
+        step: int,
+        body: dict[str, Any] | None = None,
+        arrays: tuple[np.ndarray, ...] = (),
+    ) -> None:
+        """Send the same message to several slots, those that are gone left out."""
+        members = self.fleet.members()
+        for slot in slots:
+            if slot in members:
+                self.mailbox.post(slot, kind, step=step, body=body, arrays=arrays)
+
+    def check(self) -> None:
+        """Raise SlotsLostError when a needed slot is gone; a loss of others is kept for later."""
+        losses = self.fleet.losses()
+        needed = [loss for loss in losses if loss.slot in self.needed]
+        self.idle_losses += [loss for loss in losses if loss.slot not in self.needed]
+        if needed:
+            raise SlotsLostError(needed)
+
+    def messages(self, kinds: str, deadline_s: float | None = None) -> Iterator[Message]:
+        """Yield messages of the given kinds, each within a deadline of the one before.
+
+        Raises:
+            SlotsLostError: a needed slot is gone.
+            StalledError: nobody is gone, and nothing came.
+            UserError, RuntimeError: what a slot reports as its failure.
+        """
+        limit = self.deadline_s if deadline_s is None else deadline_s
+        wanted, deadline = kinds.split(), time.monotonic() + limit
+        while True:
+            message = self.mailbox.next(POLL_S)
+            self.check()
+            if message is None:
+                if time.monotonic() > deadline:
+                    self._probe(f"no {' or '.join(wanted)} message for {limit:g} s")
+                continue
+            if message.kind == "failed":
+                kind = UserError if message.body["user"] else RuntimeError
+                raise kind(f"slot {message.source}: {message.body['error']}")
+            if message.kind == "silent":
+                self._probe(message.body["error"])
+            if message.kind in wanted:
+                deadline = time.monotonic() + limit
+                yield message
+
+    def _probe(self, why: str) -> None:
+        """Ask every needed slot for a sign of life; give up those that give none."""
+        waiting, deadline = set(self.needed), time.monotonic() + max(1.0, self.deadline_s / 3)
+        self.post(sorted(waiting), "ping", step=-1)
+        while waiting and time.monotonic() < deadline:
+            message = self.mailbox.next(POLL_S)
+            self.check()
+            if message is not None and message.kind == "pong":
+                waiting.discard(message.source)
+        for slot in sorted(waiting):
+            self.fleet.give_up(slot, f"it did not answer a probe ({why})")
+        self.check()
+        raise StalledError(why)

@@ -1,0 +1,291 @@
+"""What a slot's process holds: builds transport, metrics and state, then lets the slot serve."""
+
+import contextlib
+import json
+import os
+import threading
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import numpy as np
+import ray
+import torch
+import zmq
+
+from sparseray.actors.exchange.by_message import Call, RemoteExperts, RemoteMemory
+from sparseray.actors.serving.engine import Engine
+from sparseray.actors.slot import Slot
+from sparseray.actors.state.assignment import Plan
+from sparseray.actors.state.dense import DenseState
+from sparseray.actors.state.experts import ExpertShard
+from sparseray.actors.state.holdings import Holdings
+from sparseray.actors.state.memory import MemoryShard, bucket_bounds
+from sparseray.actors.training.token_data import TokenDataset, batch
+from sparseray.actors.training.worker import AttentionWorker, Batch, Batches
+from sparseray.actors.wire.mailbox import Mailbox
+from sparseray.errors import IdentityError
+from sparseray.kernels.dse.cpu import gather_rows, merge_rows, rowwise_adam_, segment_sum_rows
+from sparseray.model.dse_layout import DSELayout
+from sparseray.model.transformer import cross_entropy_sum
+from sparseray.platform.config import RunConfig, from_dict
+from sparseray.platform.fleet.priority import gently
+from sparseray.platform.fleet.transport import ZmqTransport, private_directory
+from sparseray.platform.metrics.exporter import Metrics
+from sparseray.platform.run import checkpoint
+
+
+class TrainingJob:
+    """What a slot needs of one run: how to build its states and where tokens and checkpoints are.
+
+    Args:
+        body: of a plan message: config, layout directory.
+        metrics: the slot's metrics.
+    """
+
+    def __init__(self, body: dict[str, Any], metrics: Metrics) -> None:
+        self.config = from_dict(RunConfig, body["config"])
+        self.layout = DSELayout.load(Path(body["layout"])) if body["layout"] else None
+        if self.layout is not None and self.layout.sha256 != body["layout_sha256"]:
+            raise IdentityError(
+                f"{body['layout']} holds DSE layout {self.layout.sha256[:12]}, and the plan was made for "
+                f"{body['layout_sha256'][:12]}: rows would be addressed wrongly; use the run's own folder"
+            )
+        self.metrics = metrics
+        self.is_serving = bool(body.get("serving"))
+        self.deadline_s = self.config.cluster.deadline_s
+        self.num_shards = self.config.train.logical_shards
+        optim = self.config.optim
+        self._shared: dict[str, Any] = {"seed": self.config.train.seed, "num_shards": self.num_shards}
+        self._adam: dict[str, Any] = {"betas": (optim.beta1, optim.beta2), "eps": optim.eps}
+        self._datasets: dict[str, TokenDataset] = {}
+
+    def _table_rows(self) -> list[int]:
+        return (
+            []
+            if self.layout is None
+            else [self.layout.num_rows(layer) for layer in self.config.model.dse.layers]
+        )
+
+    def _dense(self) -> DenseState:
+        decay = self.config.optim.weight_decay
+        return DenseState(self.config.model, self.layout, weight_decay=decay, **self._shared, **self._adam)
+
+    def holdings(self) -> Holdings:
+        """Build a slot's state, empty."""
+        model, decay = self.config.model, self.config.optim.weight_decay
+        experts = ExpertShard(model, weight_decay=decay, **self._shared, **self._adam)
+        memory = MemoryShard(model, self._table_rows(), **self._shared, **self._adam)
+        return Holdings(self._dense, experts, memory if model.dse.layers else None)
+
+    def worker(
+        self,
+        plan: Plan,
+        state: DenseState,
+        call: Callable[[Sequence[Call]], list[tuple[np.ndarray, ...]]],
+        begin: Callable[[int, int], None],
+    ) -> AttentionWorker:
+        """Build an attention worker on dense weights."""
+        model = self.config.model
+        bounds = [bucket_bounds(count, model.dse.num_buckets) for count in self._table_rows()]
+        experts = RemoteExperts(plan, call, model.moe_layers)
+        return AttentionWorker(state, experts, RemoteMemory(plan, call, model.dse.layers, bounds), begin)
+
+    def engine(self, worker: AttentionWorker) -> Engine | None:
+        """Build the serving engine of an attention worker; None in training."""
+        if not self.is_serving:
+            return None
+        serve = self.config.serve
+        return Engine(
+            worker.state.model,
+            worker.experts,
+            worker.memory if self.config.model.dse.layers else None,
+            max_batch=serve.max_batch,
+            max_model_len=min(serve.max_model_len, self.config.model.max_seq_len),
+            prefill_chunk=serve.prefill_chunk,
+        )
+
+    def _batches(self, split: str, seed: int) -> Batches:
+        if split not in self._datasets:
+            # The shards were verified once, when the run started.
+            self._datasets[split] = TokenDataset(Path(self.config.data.path), split, verify=False)
+        dataset, train = self._datasets[split], self.config.train
+
+        def read(step: int, shard: int) -> Batch:
+            return batch(
+                dataset,
+                seed=seed,
+                step=step,
+                shard=shard,
+                num_shards=train.logical_shards,
+                sequences_per_shard=train.sequences_per_shard,
+                seq_len=train.seq_len,
+            )
+
+        return read
+
+    def train_batches(self) -> Batches:
+        """Training data by (step, shard)."""
+        return self._batches("train", self.config.train.seed)
+
+    def validation_batches(self) -> Batches:
+        """Validation data: batch i is (step i // L, shard i % L) of the validation split, the same at every step."""
+        read = self._batches("validation", 0)
+        return lambda _step, index: read(index // self.num_shards, index % self.num_shards)
+
+    def read(self, directory: str, names: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Read tensors of a checkpoint."""
+        return checkpoint.read_tensors(directory, names)
+
+    def write(self, directory: str, part: str, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+        """Write one part of a checkpoint."""
+        return checkpoint.write_part(directory, part, tensors)
+
+    def observe(self, name: str, value: float, **labels: str) -> None:
+        """Record a metric of this slot."""
+        self.metrics.record(name, value, **labels)
+
+
+HEARTBEAT_S = 0.1
+
+
+class Host:
+    """One slot.
+
+    Args:
+        slot: slot id.
+        job: identifier of the job; messages of other jobs are dropped.
+        threads: torch threads.
+        transport: "ipc" or "tcp".
+        bind_host: address that TCP sockets and metrics bind to.
+    """
+
+    def __init__(self, *, slot: int, job: str, threads: int, transport: str, bind_host: str) -> None:
+        torch.set_num_threads(threads)
+        # Received buffers are read-only by intent; nobody writes through the tensors that view them.
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        directory = private_directory(job) if transport == "ipc" else None
+        self._slot_id, self._job_id = slot, job
+        self._transport = ZmqTransport(f"slot{slot}", directory, bind_host)
+        self._metrics = Metrics({"slot": str(slot)}, declare="slot")
+        self._metrics_address = self._metrics.serve(bind_host)
+        mailbox = Mailbox(self._transport, slot, job)
+        self._jobs: dict[str, TrainingJob] = {}
+        self._slot = Slot(mailbox, self._job_from)
+        self._thread = threading.Thread(target=self._slot.serve_forever, daemon=True, name=f"slot-{slot}")
+        self._heartbeats = ""
+        self._beating = threading.Thread(target=self._beat, daemon=True, name="heartbeat")
+
+    @property
+    def address(self) -> str:
+        """Address of the slot's inbox."""
+        return self._transport.address
+
+    @property
+    def metrics_address(self) -> str:
+        """Host and port of the slot's `/metrics`, empty when there is none."""
+        return self._metrics_address
+
+    def serve(self) -> None:
+        """Start serving the mailbox."""
+        if not self._thread.is_alive():
+            self._thread.start()
+
+    def prepare(self, body: dict[str, Any]) -> dict[str, Any]:
+        """Load and warm what a job needs, begin to serve and to give signs of life; harmless when repeated.
+
+        Returns:
+            address, node, metrics, pid, namespace of this slot.
+        """
+        self._heartbeats = body["heartbeats"]
+        job = self._job_from(body)
+        if not self._thread.is_alive():
+            self._slot.holdings = gently(lambda: warm_holdings(job))
+            self._thread.start()
+            self._beating.start()
+        return {
+            "address": self._transport.address,
+            "node": ray.get_runtime_context().get_node_id(),
+            "metrics": self._metrics_address,
+            "pid": os.getpid(),
+            "namespace": process_namespace(),
+        }
+
+    def wait_for_end(self) -> None:
+        """Return when the slot has stopped serving."""
+        self._thread.join()
+
+    def _job_from(self, body: dict[str, Any]) -> TrainingJob:
+        key = json.dumps([body["config"], body["layout"], bool(body.get("serving"))], sort_keys=True)
+        if key not in self._jobs:
+            self._jobs = {key: TrainingJob(body, self._metrics)}
+        return self._jobs[key]
+
+    def _beat(self) -> None:
+        """Tell the scheduler ten times a second that this process runs."""
+        socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PUSH)
+        target = ""
+        beat = [msgpack.packb([self._job_id, self._slot_id])]
+        while True:
+            if self._heartbeats != target:
+                socket.close(linger=0)
+                socket = zmq.Context.instance().socket(zmq.PUSH)
+                # Beats that nobody takes are worth nothing: none is kept for later.
+                socket.setsockopt(zmq.SNDHWM, 2)
+                socket.setsockopt(zmq.LINGER, 0)
+                target = self._heartbeats
+                socket.connect(target)
+            with contextlib.suppress(zmq.Again):
+                socket.send_multipart(beat, zmq.DONTWAIT)
+            time.sleep(HEARTBEAT_S)
+
+
+def process_namespace() -> str:
+    """Names the set of processes within which a process id means the same: boot and PID namespace."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return f"{boot.read_text().strip() if boot.exists() else ''}-{os.stat('/proc/self/ns/pid').st_ino}"
+
+
+def warm_holdings(job: TrainingJob) -> Holdings:
+    """Build a slot's state, empty, and touch once what is slow the first time: dense weights, autograd, compiled loops."""
+    holdings = job.holdings()
+    dense = holdings.spare()
+    if not job.is_serving:
+        rehearse(job, dense)
+    rows, sums = segment_sum_rows(np.array([1, 0, 1]), np.ones((3, 4), np.float32))
+    merged = merge_rows((rows, sums), (rows, sums.copy()))
+    table, moments = np.zeros((4, 4), np.float32), np.zeros((4, 4), np.float32)
+    variances, counts = np.zeros(4, np.float32), np.zeros(4, np.int64)
+    rowwise_adam_(table, moments, variances, counts, *merged, lr=0.1, beta1=0.9, beta2=0.95, eps=1e-8)
+    gather_rows(table, rows)
+    if job.layout is not None:
+        tokens_BT = torch.zeros(1, 8, dtype=torch.int64)
+        job.layout.rows(job.config.model.dse.layers[0], tokens_BT)
+    return holdings
+
+
+def rehearse(job: TrainingJob, dense: DenseState) -> None:
+    """Open the data and run one logical shard forward and backward, with stand-ins for the other slots.
+
+    A process takes some 0.3 s longer over its first shard; here that delays nobody. The weights are left alone, and
+    of the gradient nothing stays.
+    """
+    batch = job.train_batches()(1, 0)
+    dim = job.config.model.dse.head_dim
+
+    def experts(
+        _layer: int, x_TH: torch.Tensor, _ids_TK: torch.Tensor, weights_TK: torch.Tensor
+    ) -> torch.Tensor:
+        return x_TH * weights_TK.sum(-1, keepdim=True)
+
+    def memory(_layer: int, rows_TN: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(*rows_TN.shape, dim, requires_grad=True)
+
+    model = dense.model
+    out = model(batch.tokens_BT, experts=experts, memory=memory, document_starts_BT=batch.document_starts_BT)
+    loss = cross_entropy_sum(model, out.hidden_BTH, batch.targets_BT) + out.aux_loss
+    loss.backward()
+    dense.take_gradient()

@@ -1,0 +1,353 @@
+"""The slots of a job as named, detached Ray actors, and who of them lives.
+
+Two threads watch: one waits for Ray's word (a call that ends only with its actor), one listens to
+heartbeats, which go from slot to scheduler over the data plane's sockets and so need no Ray at all.
+Slots belong to no process: they outlive the scheduler that started them, and its successor finds them by name.
+"""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import ray
+
+from sparseray.errors import UserError
+from sparseray.log import get_logger
+from sparseray.platform.config import ClusterConfig
+from sparseray.platform.fleet.control import Loss, Member
+from sparseray.platform.fleet.host import process_namespace
+from sparseray.platform.fleet.slot_actor import SlotActor
+from sparseray.platform.fleet.transport import ZmqTransport, private_directory
+
+log = get_logger(__name__)
+
+NAMESPACE = "sparseray"
+WATCH_S = 0.05
+ROOM_EVERY_S = 0.5
+LISTEN_S = 0.05
+START_DEADLINE_S = 90.0
+MOST_STARTS = 3
+
+
+def slot_name(job: str, slot: int) -> str:
+    """Ray's name of a slot."""
+    return f"sparseray-{job[:12]}-slot-{slot}"
+
+
+def start_host(job: str, slot: int, config: ClusterConfig, *, is_detached: bool) -> Any:
+    """Start the Ray actor of one slot."""
+    options: dict[str, Any] = {"num_cpus": config.cpus_per_slot, "max_concurrency": 8}
+    if is_detached:
+        options |= {"name": slot_name(job, slot), "namespace": NAMESPACE, "lifetime": "detached"}
+        options["scheduling_strategy"] = "SPREAD"
+    return (
+        ray.remote(SlotActor)
+        .options(**options)
+        .remote(
+            slot=slot,
+            job=job,
+            threads=config.threads_per_slot,
+            transport=config.transport,
+            bind_host=config.bind_host,
+        )
+    )
+
+
+class RayFleet:
+    """`Fleet` of Ray actors.
+
+    Args:
+        job: identifier of the job.
+        config: how slots are made.
+        prepare: body with which a slot builds and warms what it needs.
+        next_slot: gives the next slot id, which is journalled before it is used.
+        on_change: told when members came or went.
+        (`is_spare`, set later, says whether all that a slot holds is held by others too.)
+        may_act: whether this scheduler still leads; one that does not must end no slot.
+    """
+
+    def __init__(
+        self,
+        job: str,
+        config: ClusterConfig,
+        prepare: dict[str, Any],
+        next_slot: Callable[[], int],
+        on_change: Callable[[dict[int, Member]], None],
+        may_act: Callable[[], bool],
+    ) -> None:
+        self.job, self.config, self.prepare = job, config, prepare
+        self._next_slot, self._on_change, self._may_act = next_slot, on_change, may_act
+        directory = private_directory(job) if config.transport == "ipc" else None
+        self._transport = ZmqTransport("heartbeats", directory, config.bind_host)
+        self.heartbeats = self._transport.address
+        self._lock = threading.Lock()
+        self._handles: dict[int, Any] = {}
+        self._members: dict[int, Member] = {}
+        self._namespaces: dict[int, str] = {}
+        self._starting: dict[Any, tuple[int, float]] = {}
+        self._ends: dict[Any, int] = {}
+        self._heard: dict[int, float] = {}
+        self._losses: list[Loss] = []
+        self._room = 0
+        self._refused: UserError | None = None
+        self.is_spare: Callable[[int], bool] = lambda slot: True
+        self._running = True
+        self._killer = ThreadPoolExecutor(4, thread_name_prefix="kill")
+        self._threads = [
+            threading.Thread(target=target, daemon=True, name=target.__name__)
+            for target in (self._watch, self._listen)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    # -- Fleet -----------------------------------------------------------------------------------
+
+    def members(self) -> dict[int, Member]:
+        """Slots that are warm and not known to be gone."""
+        with self._lock:
+            return dict(self._members)
+
+    def starting(self) -> int:
+        """Slots that were asked for and are not warm yet."""
+        with self._lock:
+            return len(self._starting)
+
+    def room(self) -> int:
+        """How many more slots the cluster can give, as of half a second ago."""
+        return self._room
+
+    def losses(self) -> list[Loss]:
+        """Losses since the last call."""
+        with self._lock:
+            taken, self._losses = self._losses, []
+        return taken
+
+    def start(self, count: int) -> None:
+        """Start slots in the background."""
+        for _ in range(count):
+            slot = self._next_slot()
+            handle = start_host(self.job, slot, self.config, is_detached=True)
+            self._follow(slot, handle)
+        self._room = max(0, self._room - count)
+
+    def retire(self, slot: int) -> None:
+        """End a slot that has no role any more."""
+        self._remove(slot)
+
+    def give_up(self, slot: int, cause: str) -> None:
+        """Count a slot as lost and end its process."""
+        self._lose(slot, cause)
+
+    # -- life ------------------------------------------------------------------------------------
+
+    def open(self, count: int) -> None:
+        """Start slots until `count` are warm.
+
+        Raises:
+            UserError: what one of them found wrong.
+            RuntimeError: one of them did not come up.
+        """
+        deadline = time.monotonic() + START_DEADLINE_S
+        for _ in range(MOST_STARTS):
+            self.start(count - len(self.members()))
+            while self.starting():
+                if self._refused is not None:
+                    raise self._refused
+                if time.monotonic() > deadline:
+                    raise RuntimeError(f"{self.starting()} slots did not start within {START_DEADLINE_S:g} s")
+                time.sleep(0.01)
+            if self._refused is not None:
+                raise self._refused
+            if len(self.members()) >= count:
+                return
+            log.warning("slots died at their start: %s", "; ".join(loss.cause for loss in self.losses()))
+        raise RuntimeError(f"slots died at their start {MOST_STARTS} times; see the messages above")
+
+    def reopen(self, slots: list[int]) -> None:
+        """Find the slots of a running job again; those that are gone are left out."""
+        for slot in slots:
+            try:
+                handle = ray.get_actor(slot_name(self.job, slot), namespace=NAMESPACE)
+            except ValueError:
+                continue
+            self._follow(slot, handle)
+        deadline = time.monotonic() + START_DEADLINE_S
+        while self.starting() and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+    def close(self) -> None:
+        """End all slots."""
+        self._running = False
+        for thread in self._threads:
+            thread.join(2.0)
+        for slot in list(self._handles):
+            self._remove(slot)
+        self._killer.shutdown(wait=True)
+        self._transport.close()
+
+    def _follow(self, slot: int, handle: Any) -> None:
+        reference = handle.prepare.remote(self.prepare | {"heartbeats": self.heartbeats})
+        with self._lock:
+            self._handles[slot] = handle
+            self._starting[reference] = (slot, time.monotonic())
+
+    def _remove(self, slot: int) -> None:
+        with self._lock:
+            handle = self._handles.pop(slot, None)
+            member = self._members.pop(slot, None)
+            self._heard.pop(slot, None)
+            self._ends = {reference: s for reference, s in self._ends.items() if s != slot}
+            self._starting = {ref: found for ref, found in self._starting.items() if found[0] != slot}
+            namespace = self._namespaces.pop(slot, "")
+            members = dict(self._members)
+        if handle is not None:
+            if member is not None and namespace == process_namespace():
+                try:
+                    os.kill(member.pid, signal.SIGKILL)
+                except ProcessLookupError:
+                    log.debug("slot %d has ended already", slot)
+            self._killer.submit(_kill, handle)
+            self._remove_inbox(member)
+        if member is not None:
+            self._on_change(members)
+
+    @staticmethod
+    def _remove_inbox(member: Member | None) -> None:
+        """A killed slot cannot remove its own socket file."""
+        if member is not None and member.address.startswith("ipc://"):
+            Path(member.address.removeprefix("ipc://")).unlink(missing_ok=True)
+
+    def _lose(self, slot: int, cause: str) -> None:
+        if not self._may_act():
+            log.warning("slot %d: %s; another scheduler leads now and will see to it", slot, cause)
+            self._running = False
+            return
+        now = time.monotonic()
+        with self._lock:
+            if slot not in self._handles:
+                return
+            self._losses.append(
+                Loss(slot=slot, cause=cause, noticed=now, silent_s=now - self._heard.get(slot, now))
+            )
+        self._remove(slot)
+
+    # -- watching ----------------------------------------------------------------------------------
+
+    def _watch(self) -> None:
+        """Take Ray's word: who is warm, who has ended, how much room there is."""
+        asked = 0.0
+        while self._running:
+            try:
+                if time.monotonic() - asked > ROOM_EVERY_S:
+                    self._room, asked = self._count_room(), time.monotonic()
+                with self._lock:
+                    references = [*self._starting, *self._ends]
+                    late = [
+                        s
+                        for s, since in self._starting.values()
+                        if time.monotonic() - since > START_DEADLINE_S
+                    ]
+                for slot in late:
+                    self._lose(slot, f"it did not start within {START_DEADLINE_S:g} s")
+                if not references:
+                    time.sleep(WATCH_S)
+                    continue
+                for reference in ray.wait(references, num_returns=1, timeout=WATCH_S)[0]:
+                    self._take(reference)
+            except Exception as error:
+                # Ray's head may be away for a while; heartbeats go on without it.
+                log.warning("cannot ask Ray about the slots: %s", " ".join(str(error).split())[:200])
+                time.sleep(0.5)
+
+    def _take(self, reference: Any) -> None:
+        with self._lock:
+            is_start = reference in self._starting
+            slot = self._starting[reference][0] if is_start else self._ends.pop(reference, None)
+            handle = self._handles.get(slot) if slot is not None else None
+        if handle is None or slot is None:
+            return
+        try:
+            found = ray.get(reference)
+        except Exception as error:
+            cause = getattr(error, "cause", None)
+            self._refused = cause if isinstance(cause, UserError) else self._refused
+            log.info("slot %d: %s", slot, " ".join(str(error).split()))
+            self._lose(slot, f"could not start: {_first_line(error)}" if is_start else "its process died")
+            return
+        if not is_start:
+            self._lose(slot, "it stopped serving")
+            return
+        end = handle.wait_for_end.remote()
+        with self._lock:
+            self._namespaces[slot] = found.pop("namespace")
+            self._heard[slot] = time.monotonic()
+            self._ends[end] = slot
+            self._members[slot] = Member(slot=slot, **found)
+            self._starting.pop(reference, None)
+            members = dict(self._members)
+        self._on_change(members)
+
+    def _count_room(self) -> int:
+        free = ray.available_resources().get("CPU", 0.0)
+        with self._lock:
+            held = len(self._handles)
+        room = int(free / self.config.cpus_per_slot + 1e-6) if self.config.cpus_per_slot else 64
+        return min(room, self.config.max_slots - held) if self.config.max_slots else room
+
+    def _listen(self) -> None:
+        """Take heartbeats; a slot that gives none for `hang_s` counts as lost."""
+        last = time.monotonic()
+        while self._running:
+            frames = self._transport.receive(LISTEN_S)
+            while frames is not None:
+                self._hear(frames)
+                frames = self._transport.receive(0.0)
+            now = time.monotonic()
+            with self._lock:
+                if now - last > self.config.hang_s / 3:
+                    # This process itself stood still: silence since then says nothing about the others.
+                    self._heard = {
+                        slot: max(heard, now - self.config.hang_s / 2) for slot, heard in self._heard.items()
+                    }
+                silent = {
+                    s: now - heard for s, heard in self._heard.items() if now - heard > self.config.hang_s
+                }
+            last = now
+            for slot, silence in silent.items():
+                # A busy machine looks like a dead slot: where nobody else has its state, that is worth a longer wait.
+                if self.is_spare(slot) or silence > self.config.deadline_s:
+                    self._lose(slot, f"no sign of life for {silence:.1f} s")
+
+    def _hear(self, frames: list[Any]) -> None:
+        try:
+            job, slot = msgpack.unpackb(frames[0])
+        except (ValueError, TypeError, msgpack.UnpackException):
+            log.warning("a heartbeat that is none of ours was dropped")
+            return
+        with self._lock:
+            if job == self.job and slot in self._heard:
+                self._heard[slot] = time.monotonic()
+
+    def ages(self) -> dict[int, float]:
+        """Seconds since each member's last heartbeat."""
+        now = time.monotonic()
+        with self._lock:
+            return {slot: now - heard for slot, heard in self._heard.items()}
+
+
+def _kill(handle: Any) -> None:
+    try:
+        ray.kill(handle)
+    except Exception as error:
+        log.warning("cannot end a slot through Ray: %s", _first_line(error))
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:160]

@@ -1,0 +1,1 @@
+"""Metrics: their one registry, exporters, and how Prometheus finds them."""

@@ -1,0 +1,1 @@
+"""Pure functions: who holds what, what moves, what to do next."""

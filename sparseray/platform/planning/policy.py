@@ -1,0 +1,155 @@
+"""What the scheduler should do next, as a function of what it sees; pure: no Ray, no time, no randomness.
+
+The order is: repair or fit the roles with what is ready, then start what is missing, then even out loads.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sparseray.actors.state.assignment import Plan
+from sparseray.platform.planning.replan import Roles, fitting, loads_when_packed, role_slots
+from sparseray.platform.planning.spread import slot_loads
+
+LEAST_GAIN = 0.1
+"""Part of the imbalance that a rebalancing must take away to be worth its transfers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """What the policy may look at.
+
+    Args:
+        plan: the plan in force.
+        roles: wanted slots of each role.
+        ready: prepared slots without a role.
+        starting: slots on their way.
+        free_slots: how many more could be started.
+        standby: wanted number of spare slots.
+        expert_load: moving average of tokens, [moe layers][experts]; empty when there is none yet.
+        steps_since_change: optimizer steps since the plan came into force.
+        rebalance_above: `imbalance` from which loads are evened out; 0 for never.
+        rebalance_every: least steps between two changes for the sake of loads.
+        colocated: roles share slots on purpose. False: a slot that took over a second role in need gives it up
+            again, as soon as there is a slot for it.
+    """
+
+    plan: Plan
+    roles: Roles
+    ready: tuple[int, ...]
+    starting: int
+    free_slots: int
+    standby: int
+    expert_load: Sequence[Sequence[float]]
+    steps_since_change: int
+    rebalance_above: float
+    rebalance_every: int
+    colocated: bool = True
+
+
+@dataclass(frozen=True)
+class Noop:
+    """Leave everything as it is."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """Start slots; they become ready, not part of the plan.
+
+    Args:
+        count: how many.
+    """
+
+    count: int
+
+
+@dataclass(frozen=True)
+class Resize:
+    """Make a new plan with these roles from the slots that are there.
+
+    Args:
+        roles: wanted slots of each role.
+    """
+
+    roles: Roles
+
+
+@dataclass(frozen=True)
+class Rebalance:
+    """Make a new plan with the same roles and evened out loads.
+
+    Args:
+        loads: tokens, [moe layers][experts].
+    """
+
+    loads: Sequence[Sequence[float]]
+
+
+Decision = Noop | Start | Resize | Rebalance
+
+
+def decide(view: View) -> Decision:
+    """Decide on one thing to do; once it is done, the next call decides on the next or on `Noop`."""
+    lacking, surplus = _difference(view.plan, view.roles, is_shared=view.colocated)
+    if not view.colocated:
+        lacking += _shared(view.plan)
+    if surplus or (lacking and view.ready):
+        return Resize(view.roles)
+    short = lacking + view.standby - len(view.ready) - view.starting
+    if short > 0 and view.free_slots > 0:
+        return Start(min(short, view.free_slots))
+    if _is_worth_rebalancing(view):
+        return Rebalance(view.expert_load)
+    return Noop()
+
+
+def imbalance(plan: Plan, loads: Sequence[Sequence[float]]) -> float:
+    """Time that a step spends in experts over the time it would with even loads, at least 1.
+
+    A layer waits for its most loaded slot, and layers run one after another: so it is the sum over layers
+    of the maximum over slots, over the sum over layers of the mean over slots, of the tokens they compute.
+
+    Args:
+        plan: who computes which expert.
+        loads: tokens, [moe layers][experts].
+    """
+    slots = plan.expert_primaries
+    spread = plan.spread or tuple((1,) * len(row) for row in plan.experts)
+    return _imbalance(
+        [
+            dict.fromkeys(slots, 0.0) | slot_loads(row, counts, load)
+            for row, counts, load in zip(plan.experts, spread, loads)
+        ]
+    )
+
+
+def _imbalance(layers: Sequence[dict[int, float]]) -> float:
+    peaks = sum(max(sums.values()) for sums in layers)
+    means = sum(sum(sums.values()) / len(sums) for sums in layers)
+    return peaks / means if means else 1.0
+
+
+def _difference(plan: Plan, roles: Roles, *, is_shared: bool) -> tuple[int, int]:
+    """Slots that roles lack, and slots that they have too many; where roles share slots one can fill several."""
+    wanted, slots = fitting(plan, roles), role_slots(plan)
+    differences = [
+        wanted.attention - len(slots["attention"]),
+        wanted.experts - len(slots["experts"]),
+        wanted.memory - len(slots["memory"]),
+    ]
+    lacking, surplus = [d for d in differences if d > 0], [-d for d in differences if d < 0]
+    return max(lacking, default=0) if is_shared else sum(lacking), sum(surplus)
+
+
+def _shared(plan: Plan) -> int:
+    """Slots that would be needed more if no slot had two roles."""
+    slots = [slot for slots in role_slots(plan).values() for slot in slots]
+    return len(slots) - len(set(slots))
+
+
+def _is_worth_rebalancing(view: View) -> bool:
+    if not view.rebalance_above or not view.expert_load or view.steps_since_change < view.rebalance_every:
+        return False
+    now = imbalance(view.plan, view.expert_load)
+    if now <= view.rebalance_above:
+        return False
+    return _imbalance(loads_when_packed(view.plan, view.expert_load)) <= now * (1 - LEAST_GAIN)

@@ -1,0 +1,64 @@
+"""What a user may ask of a running job; pure: a request is checked against model, replication and room."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from sparseray.errors import ConfigError
+from sparseray.platform.config import ClusterConfig
+from sparseray.platform.planning.replan import Roles, num_slots
+
+ROLES = ("attention", "experts", "memory")
+
+
+def check_request(
+    role: str,
+    count: int,
+    wanted: Roles,
+    placement: Mapping[str, int],
+    cluster: ClusterConfig,
+    *,
+    slots: int,
+    room: int,
+) -> Roles:
+    """Return the roles that a request for `count` slots of `role` comes to.
+
+    Args:
+        role, count: the request.
+        wanted: what was wanted so far.
+        placement: what there is to place, as for `make_plan`.
+        cluster: replication and what a slot takes.
+        slots: that live or are starting.
+        room: for how many more the cluster has room.
+
+    Raises:
+        ConfigError: it cannot be, and why.
+    """
+    if role not in ROLES:
+        raise ConfigError(f"there is no role {role!r}; give {', '.join(ROLES)}")
+    limits = {
+        "attention": ("logical shards (train.logical_shards)", placement["num_shards"]),
+        "experts": (
+            "experts per layer (model.moe.num_experts)",
+            placement["num_experts"] if placement["moe_layers"] else 0,
+        ),
+        "memory": (
+            "buckets (model.dse.num_buckets)",
+            placement["num_buckets"] if placement["dse_layers"] else 0,
+        ),
+    }
+    what, most = limits[role]
+    if not 1 <= count <= most:
+        raise ConfigError(f"{role} {count}: this model has {most} {what}; give a number from 1 to {most}")
+    new = replace(wanted, **{role: count})
+    total = num_slots(new.attention, new.experts, new.memory, colocated=cluster.colocated)
+    if total < cluster.replication:
+        raise ConfigError(
+            f"{role} {count}: {total} slots cannot hold {cluster.replication} replicas (cluster.replication); "
+            f"ask for at least {count + cluster.replication - total}"
+        )
+    if total - slots > room:
+        raise ConfigError(
+            f"{role} {count}: that takes {total - slots} more slots of {cluster.cpus_per_slot:g} CPU, and the cluster "
+            f"has room for {room}; add a node, or scale another role down first"
+        )
+    return new

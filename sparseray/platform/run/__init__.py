@@ -1,0 +1,1 @@
+"""A run on disk: folder, journal, checkpoints, events, and the list of runs."""

@@ -1,0 +1,213 @@
+"""The folder of a run: configuration, one JSON line a step, journal, checkpoints and report.
+
+A run resumes by itself from what its folder holds; a folder of another configuration is refused.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from sparseray.errors import CheckpointError, ConfigError, IdentityError
+from sparseray.model.dse_layout import DSELayout
+from sparseray.platform.config import RunConfig, load_yaml, save_yaml, to_dict
+from sparseray.platform.run import checkpoint
+
+# Keys that may differ between two starts of one run: they change no bit of its result.
+FREE_KEYS = (
+    "cluster.",
+    "serve.",
+    "metrics.",
+    "run_dir",
+    "data.path",
+    "data.verify",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.eval_every",
+    "train.eval_batches",
+)
+
+
+class RunFolder:
+    """Reads and writes one run's folder.
+
+    Args:
+        path: the folder; created by `open`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        self.metrics = path / "metrics.jsonl"
+        self.evaluations = path / "evaluations.jsonl"
+        self.events = path / "events.jsonl"
+        self.journal = path / "journal.sqlite"
+        self.checkpoints = path / "checkpoints"
+        self.identity = path / "identity"
+        self.report = path / "report"
+        self.targets = path / "prometheus_targets.json"
+
+    def check(self, config: RunConfig) -> None:
+        """Refuse a folder that belongs to another configuration; changes nothing.
+
+        Raises:
+            ConfigError: naming the keys that differ, or that the folder is no run's.
+        """
+        if not self.config.exists():
+            if self.path.exists() and any(self.path.iterdir()):
+                raise ConfigError(f"run_dir={self.path} is not empty and not a run; give a new folder")
+            return
+        old, new = _flat(to_dict(load_yaml(self.config))), _flat(to_dict(config))
+        differing = [k for k in sorted(old | new) if old.get(k) != new.get(k) and not k.startswith(FREE_KEYS)]
+        if differing:
+            shown = ", ".join(
+                f"{key} ({old.get(key)!r} there, {new.get(key)!r} here)" for key in differing[:5]
+            )
+            raise ConfigError(
+                f"run_dir={self.path} belongs to another configuration: {shown}; "
+                "use the values of its config.yaml, or another run_dir"
+            )
+
+    def check_identity(self, layout: DSELayout | None) -> None:
+        """Refuse data that would address the table rows in another way than the run's; changes nothing.
+
+        Raises:
+            IdentityError: the run was started with another DSE identity.
+        """
+        if layout is not None and self.identity.exists() and self.layout_sha256() != layout.sha256:
+            raise IdentityError(
+                f"{self.identity} holds another DSE identity than this data and configuration give: "
+                "the table rows would be addressed wrongly; use the data that the run was started with"
+            )
+
+    def check_checkpoint(self, config: RunConfig, layout: DSELayout | None) -> Path | None:
+        """Return the newest finished checkpoint once it is sure that this run can go on from it.
+
+        Raises:
+            CheckpointError: it is damaged, or of another model.
+            IdentityError: its rows are addressed in another way.
+        """
+        newest = self.newest_checkpoint()
+        if newest is None:
+            return None
+        manifest, cure = checkpoint.read_manifest(newest), f"remove {newest} to use the one before"
+        old, new = _flat(manifest["config"]["model"]), _flat(to_dict(config)["model"])
+        differing = [f"model.{key}" for key in sorted(old | new) if old.get(key) != new.get(key)]
+        if differing:
+            raise CheckpointError(f"{newest} is of another model ({', '.join(differing[:5])} differ); {cure}")
+        if layout is not None and manifest["dse_layout_sha256"] != layout.sha256:
+            raise IdentityError(f"{newest} addresses its table rows by another DSE identity; {cure}")
+        return newest
+
+    def open(self, config: RunConfig, layout: DSELayout | None, tokenizer: Path) -> None:
+        """Create what is missing; the identity (DSE layout, tokenizer) is written once and checked ever after."""
+        for path in (self.path, self.checkpoints, self.report):
+            path.mkdir(parents=True, exist_ok=True)
+        if not (self.identity / "tokenizer.json").exists():
+            unfinished = self.path / "identity.unfinished"
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir()
+            shutil.copyfile(tokenizer, unfinished / "tokenizer.json")
+            shutil.copyfile(tokenizer.with_name("manifest.json"), unfinished / "data_manifest.json")
+            if layout is not None:
+                layout.save(unfinished)
+            os.rename(unfinished, self.identity)
+        self.check_identity(layout)
+        if not self.config.exists():
+            save_yaml(config, self.path / "config.tmp")
+            os.replace(self.path / "config.tmp", self.config)
+
+    def check_data(self, data: Path) -> None:
+        """Refuse to go on with other token shards than the run was started with; changes nothing.
+
+        Raises:
+            ConfigError: the SHA-256 of a shard differs.
+        """
+        started = self.identity / "data_manifest.json"
+        if started.exists() and _shards(started) != _shards(data / "manifest.json"):
+            raise ConfigError(
+                f"data.path={data} holds other token shards than run_dir={self.path} was started with; "
+                "give the same data, or another run_dir"
+            )
+
+    def layout_sha256(self) -> str:
+        """SHA-256 of the run's DSE identity, empty without memory layers."""
+        has_layout = (self.identity / "dse_layout.json").exists()
+        return DSELayout.load(self.identity).sha256 if has_layout else ""
+
+    def copy_identity(self, directory: Path) -> None:
+        """Put tokenizer and DSE identity beside a checkpoint's tensors."""
+        for path in self.identity.iterdir():
+            shutil.copyfile(path, directory / path.name)
+
+    def newest_checkpoint(self) -> Path | None:
+        """The newest finished checkpoint, its files checked for length."""
+        found = checkpoint.list_finished(self.checkpoints)
+        if not found:
+            return None
+        checkpoint.check_files(found[-1], checkpoint.read_manifest(found[-1]))
+        return found[-1]
+
+    def rewind(self, step: int) -> None:
+        """Drop the records of steps after `step`, so that each step stands in the files once."""
+        for path in (self.metrics, self.evaluations):
+            if path.exists():
+                kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
+                temporary = path.with_suffix(".tmp")
+                temporary.write_text("".join(line + "\n" for line in kept))
+                os.replace(temporary, path)
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Add one step's record; floats are written so that they read back exactly."""
+        with self.metrics.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def append_evaluation(self, record: dict[str, Any]) -> None:
+        """Add one validation's record."""
+        with self.evaluations.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def append_event(self, event: dict[str, Any]) -> None:
+        """Add one event: a loss, a recovery, a resize; they are never dropped, not even by `rewind`."""
+        with self.events.open("a") as file:
+            file.write(json.dumps(event) + "\n")
+
+    def records(self) -> list[dict[str, Any]]:
+        """All steps' records; a last line cut short by a kill does not count."""
+        if not self.metrics.exists():
+            return []
+        return [json.loads(line) for line in self.metrics.read_text().splitlines() if _step_of(line) < _CUT]
+
+    def event_lines(self) -> list[dict[str, Any]]:
+        """What happened to the run, in order of time; lines cut short by a kill do not count.
+
+        Each has "time" (Unix seconds), "step", "generation", "kind" ("start", "lost", "recovered", "resized",
+        "rebalanced", "restored", "checkpoint" or "scheduler"), "text", and the number of slots in each role:
+        "attention", "experts", "memory", "standby".
+        """
+        if not self.events.exists():
+            return []
+        lines = self.events.read_text().splitlines()
+        return sorted((json.loads(line) for line in lines if _step_of(line) < _CUT), key=lambda e: e["time"])
+
+
+def _shards(manifest: Path) -> list[str]:
+    return sorted(entry["sha256"] for entry in json.loads(manifest.read_text())["files"])
+
+
+_CUT = 1 << 62
+
+
+def _step_of(line: str) -> int:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return _CUT
+
+
+def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, item in value.items():
+        found |= _flat(item, f"{prefix}{key}.") if isinstance(item, dict) else {prefix + key: item}
+    return found
