@@ -10,9 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from sparseray.errors import ConfigError
+from sparseray.kernels.settings import ROUTERS, NSASizes
 
 ATTENTIONS = ("full", "nsa")
-ROUTERS = ("v3", "v2", "gshard", "switch", "dense")
+NO_ROUTER = "dense"
 ROW_DTYPES = ("float32", "bfloat16")
 
 
@@ -49,26 +50,26 @@ class NSAConfig:
     compress_hidden: int = 0
 
     def __post_init__(self) -> None:
-        _positive(
-            "nsa",
+        if self.compress_hidden < 0:
+            raise ConfigError(f"nsa.compress_hidden={self.compress_hidden} must not be negative")
+        _ = self.sizes  # Checks them.
+
+    @property
+    def sizes(self) -> NSASizes:
+        """The sizes as the operations take them.
+
+        Raises:
+            ConfigError: the paper's equations are not defined for them.
+        """
+        return NSASizes(
             block=self.block,
             stride=self.stride,
             select_block=self.select_block,
             num_selected=self.num_selected,
             window=self.window,
+            num_initial=self.num_initial,
+            num_local=self.num_local,
         )
-        if self.block % self.stride or self.select_block % self.stride or self.block > self.select_block:
-            raise ConfigError(
-                f"nsa.stride={self.stride} must divide nsa.block={self.block} and"
-                f" nsa.select_block={self.select_block}, and block must not exceed select_block"
-            )
-        if min(self.num_initial, self.num_local, self.compress_hidden) < 0:
-            raise ConfigError("nsa.num_initial, nsa.num_local and nsa.compress_hidden must not be negative")
-        if self.num_selected < self.num_initial + self.num_local:
-            raise ConfigError(
-                f"nsa.num_selected={self.num_selected} is less than num_initial + num_local ="
-                f" {self.num_initial + self.num_local}, which are always selected; raise num_selected"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +86,9 @@ class MoEConfig:
             (num_shared + top_k) * expert_dim, the width a token would have used.
         num_groups: contiguous groups of experts (a property of the model, not of the cluster).
         topk_groups: groups that a token may use.
-        normalize: divide the chosen weights by their sum (v2, v3).
+        group_scores: how many of its largest biased scores make a group's score (v3): 2 as in the released code,
+            0 for top_k / topk_groups as in the paper.
+        normalize: divide the chosen weights by their sum (v2, v3); null for what the papers do: v3 does, v2 does not.
         scaling: factor on the chosen weights (v2, v3).
         bias_update: step of the selection bias after an optimizer step (v3), gamma.
         balance_loss: coefficient of the balance loss, alpha.
@@ -99,7 +102,8 @@ class MoEConfig:
     router: str = "v3"
     num_groups: int = 1
     topk_groups: int = 1
-    normalize: bool = True
+    group_scores: int = 2
+    normalize: bool | None = None
     scaling: float = 1.0
     bias_update: float = 0.001
     balance_loss: float = 1e-4
@@ -113,12 +117,14 @@ class MoEConfig:
             num_groups=self.num_groups,
             topk_groups=self.topk_groups,
         )
-        if min(self.num_shared, self.leading_dense) < 0 or min(self.bias_update, self.balance_loss) < 0:
+        if min(self.num_shared, self.leading_dense, self.group_scores) < 0:
+            raise ConfigError("moe.num_shared, leading_dense and group_scores must not be negative")
+        if min(self.bias_update, self.balance_loss) < 0:
+            raise ConfigError("moe.bias_update and moe.balance_loss must not be negative")
+        if self.router not in (*ROUTERS, NO_ROUTER):
             raise ConfigError(
-                "moe.num_shared, leading_dense, bias_update and balance_loss must not be negative"
+                f"moe.router={self.router!r} is unknown; use one of {', '.join(ROUTERS)} or {NO_ROUTER}"
             )
-        if self.router not in ROUTERS:
-            raise ConfigError(f"moe.router={self.router!r} is unknown; use one of {', '.join(ROUTERS)}")
         if self.num_experts % self.num_groups or self.topk_groups > self.num_groups:
             raise ConfigError(
                 f"moe.num_experts={self.num_experts} must be divisible by num_groups={self.num_groups}, and"
@@ -150,6 +156,8 @@ class DSEConfig:
             gives none (serving); -1 for none.
         row_dtype: dtype of the rows.
         num_buckets: contiguous row ranges that a layer's table is divided into for placement.
+        gate_eps: of the norms of hidden state and key in the gate; as released, torch's for fp32.
+        conv_eps: of the norm before the convolution; as released.
     """
 
     layers: tuple[int, ...] = ()
@@ -164,6 +172,8 @@ class DSEConfig:
     document_end_id: int = -1
     row_dtype: str = "float32"
     num_buckets: int = 64
+    gate_eps: float = 1.1920928955078125e-07
+    conv_eps: float = 1e-5
 
     def __post_init__(self) -> None:
         _positive(
@@ -174,6 +184,10 @@ class DSEConfig:
             kernel_size=self.kernel_size,
             num_buckets=self.num_buckets,
         )
+        if min(self.gate_eps, self.conv_eps) <= 0:
+            raise ConfigError(
+                f"dse.gate_eps={self.gate_eps} and dse.conv_eps={self.conv_eps} must be above 0"
+            )
         if list(self.layers) != sorted(set(self.layers)) or any(layer < 0 for layer in self.layers):
             raise ConfigError(f"dse.layers={self.layers} must be rising 0-based layer numbers")
         if not self.orders or list(self.orders) != sorted(set(self.orders)) or self.orders[0] < 2:
@@ -203,7 +217,7 @@ class ModelConfig:
         attention: "full" or "nsa" per layer; one word stands for all layers.
         rope_theta: base of the rotary position encoding.
         max_seq_len: longest sequence.
-        norm_eps: of every RMSNorm.
+        norm_eps: of every RMSNorm but those of the memory.
         tie_embeddings: the head shares the embedding.
         init_std: standard deviation of every initial matrix.
         nsa, moe, dse: the three sparse parts.
@@ -268,7 +282,7 @@ class ModelConfig:
     @property
     def moe_layers(self) -> tuple[int, ...]:
         """0-based layers with routed experts."""
-        if self.moe.router == "dense":
+        if self.moe.router == NO_ROUTER:
             return ()
         return tuple(range(min(self.moe.leading_dense, self.num_layers), self.num_layers))
 
@@ -283,7 +297,8 @@ _TINY = ModelConfig(
     attention=("full", "nsa", "nsa", "nsa"),
     # Ten times the papers' step: a run of some hundred steps must balance its experts too.
     moe=MoEConfig(bias_update=0.01),
-    dse=DSEConfig(layers=(1, 2), num_buckets=16),
+    # One eps for all three norms, as when its golden losses were recorded.
+    dse=DSEConfig(layers=(1, 2), num_buckets=16, gate_eps=1e-6, conv_eps=1e-6),
 )
 _SMALL = ModelConfig(
     vocab_size=32768,
