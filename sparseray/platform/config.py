@@ -154,19 +154,33 @@ class ServeConfig:
     """The HTTP server.
 
     Args:
-        host, port: address; loopback by default.
+        host, port: address; loopback by default; port 0 for a free one.
         max_batch: requests that share a step.
-        max_model_len: prompt and completion tokens of one request.
+        max_model_len: prompt and completion tokens of one request; 0 for as many as the model has.
         prefill_chunk: prompt tokens of one request per step.
-        max_waiting: requests that may queue before new ones get 429.
+        max_waiting: requests that may wait beside those in the batches, before new ones get 429.
+        drain_s: seconds that open requests get at a stop.
+        ignore_unknown_fields: leave fields that the server does not know out of a body, instead of refusing it.
     """
 
     host: str = "127.0.0.1"
     port: int = 8000
     max_batch: int = 16
-    max_model_len: int = 512
+    max_model_len: int = 0
     prefill_chunk: int = 64
     max_waiting: int = 256
+    drain_s: float = 5.0
+    ignore_unknown_fields: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("max_batch", "prefill_chunk", "max_waiting"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"serve.{name}={getattr(self, name)} must be at least 1")
+        for name, value, high in (("port", self.port, 65535), ("drain_s", self.drain_s, 3600)):
+            if not 0 <= value <= high:
+                raise ConfigError(f"serve.{name}={value} must be from 0 to {high}")
+        if self.max_model_len < 0:
+            raise ConfigError(f"serve.max_model_len={self.max_model_len} must be at least 0")
 
 
 @dataclass(frozen=True, kw_only=True)
