@@ -27,9 +27,10 @@ from sparseray.actors.exchange.reduction import Reduction, ShardResult
 from sparseray.actors.observation import observe_engine, observe_memory, observe_rows, observe_worker
 from sparseray.actors.serving.engine import Engine
 from sparseray.actors.serving.text_request import GenerationRequest
-from sparseray.actors.state.assignment import Piece, Plan
+from sparseray.actors.state.assignment import Plan
 from sparseray.actors.state.dense import DenseState
-from sparseray.actors.state.holdings import DENSE, Holdings
+from sparseray.actors.state.holdings import Holdings
+from sparseray.actors.state.pieces import DENSE, Piece
 from sparseray.actors.training.worker import AttentionWorker, Batches
 from sparseray.actors.wire.mailbox import Mailbox
 from sparseray.actors.wire.messages import SCHEDULER, Message
