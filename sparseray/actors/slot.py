@@ -33,9 +33,10 @@ from sparseray.actors.observation import (
 )
 from sparseray.actors.serving.engine import Engine
 from sparseray.actors.serving.text_request import GenerationRequest
-from sparseray.actors.state.assignment import Piece, Plan
+from sparseray.actors.state.assignment import Plan
 from sparseray.actors.state.dense import DenseState
-from sparseray.actors.state.holdings import DENSE, Holdings
+from sparseray.actors.state.holdings import Holdings
+from sparseray.actors.state.pieces import DENSE, Piece
 from sparseray.actors.training.worker import AttentionWorker, Batches
 from sparseray.actors.wire.mailbox import Mailbox
 from sparseray.actors.wire.messages import SCHEDULER, Message

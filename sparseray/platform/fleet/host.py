@@ -24,7 +24,8 @@ from sparseray.actors.state.assignment import Plan
 from sparseray.actors.state.dense import DenseState
 from sparseray.actors.state.experts import ExpertShard
 from sparseray.actors.state.holdings import Holdings
-from sparseray.actors.state.memory import MemoryShard, bucket_bounds
+from sparseray.actors.state.memory import MemoryShard
+from sparseray.actors.state.pieces import bucket_bounds
 from sparseray.actors.training.token_data import TokenDataset, batch
 from sparseray.actors.training.worker import AttentionWorker, Batch, Batches
 from sparseray.actors.wire.mailbox import Mailbox
@@ -66,7 +67,7 @@ class TrainingJob:
         self.deadline_s = self.config.cluster.deadline_s
         self.num_shards = self.config.train.logical_shards
         optim = self.config.optim
-        self._shared: dict[str, Any] = {"seed": self.config.train.seed, "num_shards": self.num_shards}
+        self._shared: dict[str, Any] = {"seed": self.config.train.seed, "num_parts": self.num_shards}
         self._adam: dict[str, Any] = {"betas": (optim.beta1, optim.beta2), "eps": optim.eps}
         self._datasets: dict[str, TokenDataset] = {}
 
