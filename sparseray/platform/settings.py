@@ -237,9 +237,13 @@ def _default(key: Key) -> str:
     return f"the default is {_yaml(key.default)}"
 
 
+def _yaml(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) or value is None else repr(value)
+
+
 def _example(section: str, known: dict[str, Key]) -> str:
     name, key = next((n, k) for n, k in known.items() if n.startswith(f"{section}.") and not k.is_section)
-    return f"{name.rpartition('.')[2]}: {key.default!r}"
+    return f"{name.rpartition('.')[2]}: {_yaml(key.default)}"
 
 
 def nearest(name: str, known: typing.Iterable[str]) -> str:
