@@ -267,7 +267,8 @@ def test_hot_experts_computed_by_several_holders_change_no_bit(
 
     def heat(trainer: Trainer, fleet: LocalFleet) -> None:
         elastic = trainer.elastic
-        elastic.packed_by = [[100.0] + [1.0] * 7, [1.0, 60.0, 60.0] + [1.0] * 5]
+        hot = ((100.0, *[1.0] * 7), (1.0, 60.0, 60.0, *[1.0] * 5))
+        elastic.ask(replace(elastic.wish, packed_by=hot))
         elastic._change(
             "rebalanced", "as if two experts were hot", trainer.step, elastic._replanned(elastic.wanted)
         )

@@ -14,13 +14,14 @@ from background import Background, end_leftovers, environment, free_ports
 from local_cluster import tiny_run, train
 from tokenizers import Tokenizer
 
-from sparseray.jobs.serve import load, main
+from sparseray.jobs.serve import main
 from sparseray.model.decode import greedy
 from sparseray.model.dse import LocalMemory
 from sparseray.model.dse_layout import DSELayout
 from sparseray.model.moe import LocalExperts
 from sparseray.model.transformer import Transformer
 from sparseray.platform.config import ClusterConfig, ServeConfig
+from sparseray.platform.opening import open_serving
 from sparseray.platform.run import checkpoint
 
 PROMPT = "rain river stone"
@@ -37,7 +38,7 @@ def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def expected_text(directory: Path, tokenizer: Tokenizer, count: int) -> str:
     """Greedy continuation by the plain path in this process, from the checkpoint's tensors."""
-    config = load(directory, ServeConfig(), ClusterConfig()).model
+    config = open_serving(directory, ServeConfig(port=free_ports(1)[0]), ClusterConfig()).model
     layout = DSELayout.load(directory)
     model, experts = Transformer(config, layout), LocalExperts(config)
     memory = LocalMemory(config, layout)

@@ -5,27 +5,26 @@ streams the tokens that come back. Ray starts the slots and is not on the path o
 """
 
 import asyncio
-import socket
 import sys
 import threading
 import time
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from sparseray.actors.serving.text_request import GenerationRequest, TokenEvent
 from sparseray.actors.wire.mailbox import Mailbox
 from sparseray.actors.wire.messages import INGRESS, SCHEDULER
-from sparseray.errors import CheckpointError, ConfigError, IdentityError, SlotLostError, UserError
+from sparseray.errors import SlotLostError, UserError
 from sparseray.jobs.http.generation_client import ARRIVED_S, OverloadedError
 from sparseray.log import get_logger
-from sparseray.model.dse_layout import DSELayout
 from sparseray.platform import config as configuration
 from sparseray.platform.config import ClusterConfig, RunConfig, ServeConfig
 from sparseray.platform.fleet.transport import ZmqTransport, private_directory
 from sparseray.platform.metrics.discovery import entries, publish
 from sparseray.platform.metrics.exporter import Metrics
+from sparseray.platform.opening import open_serving, serving_inventory, slots_of
 from sparseray.platform.planning.replan import make_plan
 from sparseray.platform.run import checkpoint
 
@@ -68,24 +67,30 @@ def run(directory: Path, serve: ServeConfig, cluster_config: ClusterConfig, mode
     Raises:
         UserError: checkpoint, port or cluster do not fit.
     """
-    config = load(directory, serve, cluster_config)
-    check_port(serve.host, serve.port)
+    config = open_serving(directory, serve, cluster_config)
     from tokenizers import Tokenizer
 
     from sparseray.jobs.http.openai_bodies import ApiLimits
     from sparseray.jobs.http.server import HttpServer, create_app
     from sparseray.jobs.http.text_stream import Vocabulary
-    from sparseray.jobs.pretrain import placement, slots_of
     from sparseray.platform.cluster import Cluster
 
     tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
     vocabulary = Vocabulary(tokenizer, config.model.dse.document_end_id)
     print("starting Ray and its slots ...", flush=True)
-    cluster = Cluster(cluster_config, slots_of(config))
+    inventory = serving_inventory(config)
+    cluster = Cluster(cluster_config, slots_of(config, inventory))
     client = None
     try:
         addresses = cluster.start()
-        plan = make_plan(**placement(config, addresses))
+        plan = make_plan(
+            generation=1,
+            addresses=addresses,
+            inventory=inventory,
+            roles=inventory.roles(cluster_config),
+            replication=cluster_config.replication,
+            colocated=cluster_config.colocated,
+        )
         metrics = Metrics({}, declare="server")
         client = RemoteClient(cluster.job, cluster_config, metrics, max_waiting=serve.max_waiting)
         client.install(config, plan.to_dict(), directory)
@@ -109,40 +114,6 @@ def run(directory: Path, serve: ServeConfig, cluster_config: ClusterConfig, mode
         cluster.stop()
     print("stopped", flush=True)
     return 0
-
-
-def load(directory: Path, serve: ServeConfig, cluster: ClusterConfig) -> RunConfig:
-    """Read a checkpoint's configuration and check what is beside it.
-
-    Raises:
-        CheckpointError: damaged or incomplete.
-        IdentityError: its DSE layout is not the one it was trained with.
-    """
-    manifest = checkpoint.read_manifest(directory)
-    checkpoint.check_files(directory, manifest)
-    config = replace(configuration.from_dict(RunConfig, manifest["config"]), serve=serve, cluster=cluster)
-    if not (directory / "tokenizer.json").exists():
-        raise CheckpointError(f"{directory} has no tokenizer.json; use a whole checkpoint folder")
-    if config.model.dse.layers:
-        found = DSELayout.load(directory).sha256
-        if found != manifest["dse_layout_sha256"]:
-            raise IdentityError(
-                f"{directory} holds DSE layout {found[:12]}, and its tensors were trained with "
-                f"{manifest['dse_layout_sha256'][:12]}: every row would be addressed wrongly; use the original folder"
-            )
-    return config
-
-
-def check_port(host: str, port: int) -> None:
-    """Raise ConfigError when nothing can listen at the address, before anything is started."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise ConfigError(
-                f"cannot listen on {host}:{port} ({error.strerror}); choose another --port, or stop who uses it"
-            ) from None
 
 
 class RemoteClient:

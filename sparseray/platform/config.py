@@ -21,6 +21,15 @@ from sparseray.errors import ConfigError
 from sparseray.model.config import ModelConfig
 
 C = TypeVar("C")
+MAX_PORT = 65535
+
+
+def _at_least(settings: object, section: str, least: int, *names: str) -> None:
+    """Raise ConfigError for the first of a section's numbers that is below `least`."""
+    for name in names:
+        value = getattr(settings, name)
+        if value < least:
+            raise ConfigError(f"{section}.{name}={value} must be at least {least}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,16 +97,9 @@ class TrainConfig:
     eval_batches: int = 8
 
     def __post_init__(self) -> None:
-        for name in (
-            "steps",
-            "seq_len",
-            "logical_shards",
-            "sequences_per_shard",
-            "keep_checkpoints",
-            "eval_batches",
-        ):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"train.{name}={getattr(self, name)} must be at least 1")
+        counts = ("logical_shards", "sequences_per_shard", "keep_checkpoints", "eval_batches")
+        _at_least(self, "train", 1, "steps", "seq_len", *counts)
+        _at_least(self, "train", 0, "checkpoint_every", "eval_every")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +141,8 @@ class ClusterConfig:
     rebalance_every: int = 50
 
     def __post_init__(self) -> None:
+        _at_least(self, "cluster", 1, "replication", "threads_per_slot")
+        _at_least(self, "cluster", 0, "cpus_per_slot", "deadline_s", "rebalance_above")
         if self.standby < 0 or self.max_slots < 0 or self.rebalance_every < 1:
             raise ConfigError(
                 "cluster.standby, cluster.max_slots and cluster.rebalance_every cannot be negative"
@@ -167,6 +171,13 @@ class ServeConfig:
     max_model_len: int = 512
     prefill_chunk: int = 64
     max_waiting: int = 256
+
+    def __post_init__(self) -> None:
+        _at_least(self, "serve", 1, "max_batch", "max_model_len", "prefill_chunk", "max_waiting")
+        if not 1 <= self.port <= MAX_PORT:
+            raise ConfigError(
+                f"--port {self.port} (serve.port) is no port; give a number from 1 to {MAX_PORT}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
