@@ -302,6 +302,7 @@ def train(
     faults: Faults | None = None,
     at_step: Callable[[int, Trainer, LocalFleet], None] = lambda step, trainer, fleet: None,
     nodes: dict[int, str] | None = None,
+    scheduler_dies: Sequence[int] = (),
 ) -> Trained:
     """Train `config` in `run_dir` with every slot as a thread; resumes what the folder holds.
 
@@ -313,35 +314,48 @@ def train(
         faults: what goes wrong.
         at_step: called after every committed step.
         nodes: of the slots, by id.
+        scheduler_dies: steps whose commit is a scheduler's last deed; another one goes on.
     """
     inputs = open_training(replace(config, run_dir=str(run_dir)))
     inputs.create_folder()
     config, folder, seen = inputs.config, inputs.folder, []
     sockets = None if tcp else Path(tempfile.mkdtemp(prefix="sr"))
     fleet = LocalFleet(uuid.uuid4().hex, sockets, faults or Faults(), nodes=nodes or {})
-    transport = FaultyTransport(ZmqTransport("scheduler", sockets), SCHEDULER, fleet.faults, fleet)
+    dying = list(scheduler_dies)
 
     def note(record: dict[str, Any]) -> None:
         seen.append(record)
         if "loss" in record:
             at_step(record["step"], run.trainer, fleet)
+            if record["step"] in dying:
+                dying.remove(record["step"])
+                raise Killed
 
-    run = Run.open(
-        config,
-        Mailbox(transport, SCHEDULER, fleet.job),
-        lambda journal, history, prepare: fleet,
-        Metrics({}),
-        validation=inputs.validation,
-        on_record=note,
-        should_stop=lambda: run.trainer.step >= stop_after,
-    )
+    def scheduler() -> Run:
+        transport = FaultyTransport(ZmqTransport("scheduler", sockets), SCHEDULER, fleet.faults, fleet)
+        return Run.open(
+            config,
+            Mailbox(transport, SCHEDULER, fleet.job),
+            lambda journal, history, prepare: fleet,
+            Metrics({}),
+            validation=inputs.validation,
+            on_record=note,
+            should_stop=lambda: run.trainer.step >= stop_after,
+        )
+
+    run = scheduler()
     try:
         fleet.start(slots_of(config, run.elastic.inventory))
-        run.train()
+        while True:
+            try:
+                run.train()
+                break
+            except Killed:
+                run.close()
+                run = scheduler()
     finally:
         fleet.stop()
         run.close()
-        transport.close()
         if sockets is not None:
             shutil.rmtree(sockets)
     newest = folder.newest_checkpoint()

@@ -131,5 +131,6 @@ class Run:
         self.elastic.finish(self.trainer.step)
 
     def close(self) -> None:
-        """Close what was opened; slots are the fleet's."""
+        """Close journal and mailbox; slots are the fleet's."""
         self.journal.close()
+        self.elastic.control.mailbox.transport.close()

@@ -114,20 +114,17 @@ class Scheduler:
             self._fleet = RayFleet(self._job_id, cluster, prepare, next_slot, show_targets, journal.leads)
             return self._fleet
 
-        try:
-            run = self._job = Run.open(
-                self._config,
-                mailbox,
-                fleet_of,
-                metrics,
-                validation=self._validation,
-                on_record=self._tell,
-                should_stop=self._stopping.is_set,
-            )
-            self._open_slots(run)
-            run.train()
-        finally:
-            mailbox.transport.close()
+        run = self._job = Run.open(
+            self._config,
+            mailbox,
+            fleet_of,
+            metrics,
+            validation=self._validation,
+            on_record=self._tell,
+            should_stop=self._stopping.is_set,
+        )
+        self._open_slots(run)
+        run.train()
 
     def _open_slots(self, run: Run) -> None:
         """Find the slots of a job that goes on; start those of one that begins."""
