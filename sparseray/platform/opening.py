@@ -12,7 +12,7 @@ from sparseray.errors import CheckpointError, ConfigError, IdentityError
 from sparseray.model.config import ModelConfig
 from sparseray.model.dse_layout import DSELayout
 from sparseray.platform import config as configuration
-from sparseray.platform.checks import check_address, check_cluster, check_folder, check_start
+from sparseray.platform.checks import check_cluster, check_folder, check_start
 from sparseray.platform.config import ClusterConfig, RunConfig, ServeConfig
 from sparseray.platform.planning.inventory import Inventory, num_slots
 from sparseray.platform.run import checkpoint
@@ -170,11 +170,16 @@ def open_serving(directory: Path, serve: ServeConfig, cluster: ClusterConfig) ->
     Raises:
         CheckpointError: damaged or incomplete.
         IdentityError: its DSE layout is not the one it was trained with.
-        ConfigError: the placement does not fit the model, or nothing can listen at the address.
+        ConfigError: placement or lengths do not fit the model.
     """
     manifest = checkpoint.read_manifest(directory)
     checkpoint.check_files(directory, manifest)
     config = replace(configuration.from_dict(RunConfig, manifest["config"]), serve=serve, cluster=cluster)
+    if serve.max_model_len > config.model.max_seq_len:
+        raise ConfigError(
+            f"serve.max_model_len={serve.max_model_len} exceeds the model's {config.model.max_seq_len} tokens"
+            f" ({directory}: model.max_seq_len); leave it out, or give at most that"
+        )
     if not (directory / "tokenizer.json").exists():
         raise CheckpointError(f"{directory} has no tokenizer.json; use a whole checkpoint folder")
     if config.model.dse.layers:
@@ -186,5 +191,4 @@ def open_serving(directory: Path, serve: ServeConfig, cluster: ClusterConfig) ->
             )
     check_cluster(cluster, serving_inventory(config))
     check_start(cluster)
-    check_address(serve.host, serve.port, f"--host {serve.host} --port {serve.port}")
     return config
