@@ -96,8 +96,8 @@ class ExpertShard:
         shard: int,
         x_UH: Tensor,
         rows_R: Tensor,
-        experts: list[int],
-        counts: list[int],
+        experts: Sequence[int],
+        counts: Sequence[int],
         keep: bool,
     ) -> Tensor:
         """Run rows through their experts.
