@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from sparseray.actors.state.assignment import Piece, Plan
+from sparseray.actors.state.assignment import Plan
+from sparseray.actors.state.pieces import Piece
 from sparseray.actors.wire.envelope import Body
 from sparseray.actors.wire.messages import Commit
 
@@ -17,12 +18,14 @@ class JobSpec:
         layout: folder with the DSE layout, empty for a model without memory.
         layout_sha256: of that layout.
         serving: whether tokens are generated; otherwise the slot trains.
+        tokenizer: file of the tokenizer, for serving.
     """
 
     config: str
     layout: str = ""
     layout_sha256: str = ""
     serving: bool = False
+    tokenizer: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from sparseray.actors.installation import InstallPlan, JobSpec, PullFrom, Restore
-from sparseray.actors.state.assignment import Piece, Plan
+from sparseray.actors.state.assignment import Plan
+from sparseray.actors.state.pieces import Piece
 from sparseray.actors.wire.codec import to_plain
 from sparseray.actors.wire.messages import Commit, Installed, Stale
 from sparseray.errors import SlotsLostError, StateLostError

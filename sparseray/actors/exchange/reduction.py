@@ -135,7 +135,7 @@ class Reduction:
         plan, me = self.plan, self.mailbox.slot
         if self.experts is not None and self.experts.computed:
             for primary, keys in self._elsewhere(part).items():
-                gradients = torch.from_numpy(self.experts.part(part, keys))
+                gradients = self.experts.part(part, keys)
                 self.mailbox.post(primary, ExpertPart(keys=keys, gradients=gradients), step=step, part=part)
             self._expert_part_in(step, part, me)
         if self.memory is not None and self.memory.primary:
@@ -162,7 +162,7 @@ class Reduction:
 
     def _expert_part(self, message: Message[ExpertPart]) -> None:
         assert self.experts is not None
-        self.experts.take_part(message.part, message.body.keys, message.body.gradients.numpy())
+        self.experts.take_part(message.part, message.body.keys, message.body.gradients)
         self._expert_part_in(message.step, message.part, message.source)
 
     def _expert_part_in(self, step: int, part: int, source: int) -> None:
@@ -178,9 +178,9 @@ class Reduction:
         if self._parts_due[part]:
             return
         del self._parts_due[part]
-        if self.experts.finish_shard(part):
+        if self.experts.finish_part(part):
             for keys, slots in _backups(plan.experts, me).items():
-                gradients = torch.from_numpy(self.experts.pack(keys))
+                gradients = self.experts.pack(keys)
                 self._share(slots, ExpertReduced(keys=keys, gradients=gradients), step)
             self._prepared(step, "expert")
 
@@ -208,7 +208,7 @@ class Reduction:
 
     def _expert_reduced(self, message: Message[ExpertReduced]) -> None:
         assert self.experts is not None
-        self.experts.unpack(message.body.keys, message.body.gradients.numpy())
+        self.experts.unpack(message.body.keys, message.body.gradients)
         self._prepared(message.step, "expert")
 
     def _rows_reduced(self, message: Message[RowsReduced]) -> None:
