@@ -63,8 +63,8 @@ def check(plan: Plan, *, replication: int, avoid: Sequence[int] = (), is_by_coun
     """What every plan must hold."""
     usable = set(plan.addresses) - set(avoid)
     wanted = min(replication, len(usable))
-    assert set(plan.shard_owners) <= usable and len(plan.shard_owners) == SHARDS
-    assert spread([len(plan.shards_of(slot)) for slot in plan.attention]) <= 1
+    assert set(plan.part_owners) <= usable and len(plan.part_owners) == SHARDS
+    assert spread([len(plan.parts_of(slot)) for slot in plan.attention]) <= 1
     assert plan.dense[: len(plan.attention)] == plan.attention
     assert len(plan.dense) >= wanted
     for piece, holders in holdings(plan).items():

@@ -170,4 +170,4 @@ def test_a_server_may_have_more_engines_than_training_had_parts(trained: Path) -
     serve, cluster = ServeConfig(), ClusterConfig(attention_workers=7, expert_shards=2)
     config = open_serving(trained, serve, cluster)
     plan = check_cluster(cluster, serving_inventory(config))
-    assert plan.attention == plan.shard_owners == tuple(range(7))
+    assert plan.attention == plan.part_owners == tuple(range(7))
