@@ -241,6 +241,7 @@ def weight_grad_kernel(
     TOKENS: tl.constexpr,
     K: tl.constexpr,
     ROWS_FIRST: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
     TMA: tl.constexpr,
     BR: tl.constexpr,
     BT: tl.constexpr,
@@ -250,7 +251,8 @@ def weight_grad_kernel(
     """Weight gradient of one expert: the sum over its rows of rows[r] (x) tokens[token(r)].
 
     `rows` [R, ROWS] lies sorted by expert, `tokens` [T, TOKENS] is gathered. The result is
-    [ROWS, TOKENS] where ROWS_FIRST, else [TOKENS, ROWS]; zeros for an expert without rows.
+    [ROWS, TOKENS] where ROWS_FIRST, else [TOKENS, ROWS]; zeros for an expert without rows. With ACCUMULATE
+    it is added to what is there.
     """
     num_r: tl.constexpr = (ROWS + BR - 1) // BR
     num_t: tl.constexpr = (TOKENS + BT - 1) // BT
@@ -258,6 +260,9 @@ def weight_grad_kernel(
     e = tl.program_id(1)
     first = tl.load(p_offsets + e)
     count = tl.load(p_counts + e)
+    if ACCUMULATE:  # noqa: SIM102  (the compiler decides the outer one)
+        if count == 0:
+            return
     o_k = tl.arange(0, BK)
     o_r = i_r * BR + tl.arange(0, BR)
     o_t = i_t * BT + tl.arange(0, BT)
@@ -286,6 +291,8 @@ def weight_grad_kernel(
     else:
         p += o_t[:, None] * ROWS + o_r[None, :]
         m = (o_t < TOKENS)[:, None] & (o_r < ROWS)[None, :]
+    if ACCUMULATE:
+        acc += tl.load(p, mask=m, other=0.0)
     tl.store(p, acc.to(p_out.dtype.element_ty), mask=m)
 
 
