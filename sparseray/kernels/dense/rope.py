@@ -139,7 +139,7 @@ def rope(
         cos_LC, sin_LC: fp32 tables; 2C channels of a head turn.
         heads: how many of each; keys and values may be 0 (a part without its own rotation, as in MLA).
         start: first channel that turns; the others are copied.
-        is_interleaved: channel 2i is paired with 2i + 1 (MLA), otherwise i with i + C (`model.layers.rotate`).
+        is_interleaved: channel 2i is paired with 2i + 1 (MLA), otherwise i with i + C (`ops.Ops.rotary`).
 
     Returns:
         q, k, v: [R, heads of each, D].
