@@ -70,6 +70,9 @@ HOPPER = LayerConfig(
 )
 """bf16 and fp16 on compute capability 9.0; measured in benchmarks/results."""
 
+WEIGHT_GRAD_REGISTERS = 168
+"""Of a thread at most, where a weight gradient has four warps: three programs then share a multiprocessor."""
+
 _SMALL = TileConfig(n=32, k=32, group=4, warps=4, stages=2)
 SMALL = LayerConfig(
     m=32,
@@ -275,6 +278,7 @@ def weight_grad(
         GROUP=tile.group,
         num_warps=tile.warps,
         num_stages=tile.stages,
+        maxnreg=WEIGHT_GRAD_REGISTERS if tile.warps == 4 else None,
     )
     return out
 
