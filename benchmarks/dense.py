@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._functorch.config
 import torch.nn.functional as F
 import triton
 from torch import Tensor
@@ -78,6 +79,8 @@ def elementwise(name: str, forms: dict[str, Form], inputs: Sequence[Tensor], mov
 
 
 def compiled(form: Form) -> Form:
+    # Otherwise its backward pass may run only once.
+    torch._functorch.config.donated_buffer = False
     return torch.compile(form, dynamic=False)
 
 
