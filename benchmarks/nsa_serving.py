@@ -7,6 +7,7 @@ cache; the page tables, the lengths and the workspace are one for all, as in a m
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 from unittest import mock
 
 import torch

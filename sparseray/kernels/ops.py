@@ -11,7 +11,7 @@ sizes, H hidden, E experts, K experts per token, I inner width, N table rows per
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,11 +20,9 @@ from sparseray.errors import ConfigError
 from sparseray.kernels.dse.reference import Fusion
 from sparseray.kernels.nsa.reference import BranchKeys, Compression
 from sparseray.kernels.plain_ops import PlainOps
-from sparseray.kernels.settings import NSASizes
+from sparseray.kernels.settings import Kernels, NSASizes
 
-__all__ = ["REFERENCE", "BranchKeys", "Compression", "Fusion", "Kernels", "Ops", "ops_for"]
-
-Kernels = Literal["auto", "reference", "triton"]
+__all__ = ["REFERENCE", "BranchKeys", "Compression", "Fusion", "Ops", "ops_for"]
 
 
 class Ops(Protocol):

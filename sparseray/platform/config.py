@@ -18,6 +18,7 @@ import jsonargparse
 import yaml
 
 from sparseray.errors import ConfigError
+from sparseray.kernels.settings import Kernels
 from sparseray.model.config import ModelConfig
 
 C = TypeVar("C")
@@ -182,7 +183,13 @@ class MetricsConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Everything that defines a run."""
+    """Everything that defines a run.
+
+    Args:
+        model, data, optim, train, cluster, serve, metrics: see each section.
+        kernels: "reference" (plain PyTorch), "triton", or "auto": Triton on a GPU of compute capability 9 or more.
+        run_dir: folder of the run.
+    """
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -191,6 +198,7 @@ class RunConfig:
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     serve: ServeConfig = field(default_factory=ServeConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    kernels: Kernels = "auto"
     run_dir: str = "runs/run"
 
 
@@ -218,6 +226,12 @@ def parser(prog: str, description: str) -> jsonargparse.ArgumentParser:
     for section, kind in zip(SECTIONS, (f.type for f in fields(RunConfig))):
         found.add_class_arguments(typing.cast(type, kind), section)
     found.add_argument(
+        "--kernels",
+        type=Kernels,
+        default=RunConfig.kernels,
+        help="what the model computes with; auto: Triton on a GPU of compute capability 9 or more",
+    )
+    found.add_argument(
         "--run_dir", type=str, default=RunConfig.run_dir, help="folder of the run; resumes what it holds"
     )
     return found
@@ -232,7 +246,8 @@ def parse(arguments: Sequence[str], *, prog: str, description: str) -> RunConfig
     check_keys(arguments, set(known_keys()))
     reader = parser(prog, description)
     made = reader.instantiate(reader.parse_args(list(arguments)))
-    return RunConfig(**{name: getattr(made, name) for name in SECTIONS}, run_dir=made.run_dir)
+    sections = {name: getattr(made, name) for name in SECTIONS}
+    return RunConfig(**sections, kernels=made.kernels, run_dir=made.run_dir)
 
 
 def _shorten(message: str) -> str:
