@@ -153,12 +153,19 @@ class Ops(Protocol):
         ...
 
     def memory_fusion(
-        self, h_BTH: Tensor, key_BTH: Tensor, value_BTH: Tensor, fusion: Fusion, starts_BT: Tensor | None
+        self,
+        h_RH: Tensor,
+        key_RH: Tensor,
+        value_RH: Tensor,
+        fusion: Fusion,
+        shape: tuple[int, int],
+        starts_BT: Tensor | None,
     ) -> Tensor:
         """SiLU(conv(norm(gate * value))) + gate * value of whole sequences (arXiv 2601.07372 eq. 4 and 5).
 
         Args:
-            h_BTH: hidden states before the layer.
+            h_RH: hidden states before the layer.
+            shape: (B, T) of the rows.
             starts_BT: bool, documents' first tokens, which the convolution does not reach before; None: it does.
         """
         ...
@@ -168,9 +175,9 @@ class Ops(Protocol):
         ...
 
     def memory_conv(
-        self, x_BTH: Tensor, fusion: Fusion, starts_BT: Tensor | None, history_BLH: Tensor
+        self, x_BTH: Tensor, fusion: Fusion, starts_BT: Tensor | None, history_BLH: Tensor | None
     ) -> Tensor:
-        """The convolution of a chunk after its history (zero where there is none), before SiLU (eq. 5)."""
+        """The convolution of a chunk after its history (None at a start), before SiLU (eq. 5)."""
         ...
 
     def logits(self, hidden_RH: Tensor, weight_VH: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparseray.errors import ConfigError
-from sparseray.kernels.dse.reference import Fusion, context_gate, memory_output, ngram_hash, short_conv
+from sparseray.kernels.dse.reference import Fusion, context_gate, ngram_hash, short_conv
 from sparseray.kernels.moe.expert_sum import expert_sum
 from sparseray.kernels.moe.reference import route, stable_topk
 from sparseray.kernels.nsa.masked import nsa_attention_masked
@@ -148,9 +148,19 @@ class PlainOps:
         )
 
     def memory_fusion(
-        self, h_BTH: Tensor, key_BTH: Tensor, value_BTH: Tensor, fusion: Fusion, starts_BT: Tensor | None
+        self,
+        h_RH: Tensor,
+        key_RH: Tensor,
+        value_RH: Tensor,
+        fusion: Fusion,
+        shape: tuple[int, int],
+        starts_BT: Tensor | None,
     ) -> Tensor:
-        return memory_output(h_BTH, key_BTH, value_BTH, fusion, document_starts_BT=starts_BT)
+        # The gate runs on rows as they come: through a view, the gradient of h would be added up in another order.
+        gated_RH = self.memory_gate(h_RH, key_RH, value_RH, fusion)
+        normed_RH = self.rms_norm(gated_RH, fusion.value_norm_C, fusion.conv_eps)
+        conv_BTH = self.memory_conv(normed_RH.unflatten(0, shape), fusion, starts_BT, None)
+        return F.silu(conv_BTH.flatten(0, 1)) + gated_RH
 
     def memory_gate(self, h_RH: Tensor, key_RH: Tensor, value_RH: Tensor, fusion: Fusion) -> Tensor:
         return context_gate(
@@ -158,7 +168,7 @@ class PlainOps:
         )
 
     def memory_conv(
-        self, x_BTH: Tensor, fusion: Fusion, starts_BT: Tensor | None, history_BLH: Tensor
+        self, x_BTH: Tensor, fusion: Fusion, starts_BT: Tensor | None, history_BLH: Tensor | None
     ) -> Tensor:
         return short_conv(
             x_BTH,
