@@ -44,6 +44,13 @@ class PlainOps:
         cos, sin = cos[:, None, :], sin[:, None, :]
         return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
+    def rotary_split(
+        self, fused_RX: Tensor, heads: tuple[int, int], head_dim: int, cos_RD: Tensor, sin_RD: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        turned = sum(heads) * head_dim
+        qk = self.rotary(fused_RX[:, :turned].unflatten(-1, (sum(heads), head_dim)), cos_RD, sin_RD)
+        return qk[:, : heads[0]], qk[:, heads[0] :], fused_RX[:, turned:]
+
     def swiglu(self, gate_up_RI: Tensor) -> Tensor:
         gate, up = gate_up_RI.chunk(2, dim=-1)
         return F.silu(gate) * up
@@ -156,10 +163,15 @@ class PlainOps:
         shape: tuple[int, int],
         starts_BT: Tensor | None,
     ) -> Tensor:
-        # The gate runs on rows as they come: through a view, the gradient of h would be added up in another order.
+        # Without a view of h in between: autograd would add up its gradients in another order.
         gated_RH = self.memory_gate(h_RH, key_RH, value_RH, fusion)
         normed_RH = self.rms_norm(gated_RH, fusion.value_norm_C, fusion.conv_eps)
-        conv_BTH = self.memory_conv(normed_RH.unflatten(0, shape), fusion, starts_BT, None)
+        conv_BTH = short_conv(
+            normed_RH.unflatten(0, shape),
+            fusion.conv_CK,
+            dilation=fusion.dilation,
+            document_starts_BT=starts_BT,
+        )
         return F.silu(conv_BTH.flatten(0, 1)) + gated_RH
 
     def memory_gate(self, h_RH: Tensor, key_RH: Tensor, value_RH: Tensor, fusion: Fusion) -> Tensor:
@@ -184,6 +196,9 @@ class PlainOps:
         count = hidden_RH.shape[0]
         rows_RH = F.pad(hidden_RH, (0, 0, 0, padded(count) - count))
         return self.linear(rows_RH, weight_VH, None, invariant=True)[:count]
+
+    def expert_counts(self, topk_ids_TK: Tensor, num_experts: int) -> Tensor:
+        return torch.bincount(topk_ids_TK.reshape(-1), minlength=num_experts)
 
     def head_loss(
         self, hidden_RH: Tensor, weight_VH: Tensor, targets_R: Tensor, weights_R: Tensor | None = None
