@@ -221,7 +221,7 @@ def slow_dse(layer: DSE, h: Tensor, e: Tensor, starts: list[bool]) -> Tensor:
 
 
 def test_memory_norms_have_the_released_eps_by_default() -> None:
-    """torch's default for fp32 in the gate, 1e-5 before the convolution: 16 % apart at a deviation of 0.02."""
+    """torch's default for fp32 in the gate, 1e-5 before the convolution."""
     layer = DSE(ModelConfig(vocab_size=110, hidden=24, dse=DSE_CONFIG), 1)
     fusion = layer.fusion()
     assert fusion.gate_eps == torch.finfo(torch.float32).eps
