@@ -11,9 +11,10 @@ from zlib import crc32
 import numpy as np
 import torch
 
-from sparseray.actors.state.pieces import Key, bucket_bounds
+from sparseray.actors.state.pieces import Key
 from sparseray.actors.state.tree import TreeSum
 from sparseray.kernels.dse.cpu import gather_rows, merge_rows, rowwise_adam_
+from sparseray.model.buckets import bucket_bounds
 from sparseray.model.config import ModelConfig
 from sparseray.model.init import bucket_name, initial_tensor
 

@@ -20,6 +20,7 @@ FREE_KEYS = (
     "serve.",
     "metrics.",
     "run_dir",
+    "kernels",
     "data.path",
     "data.verify",
     "train.checkpoint_every",
