@@ -34,6 +34,7 @@ from sparseray.model.transformer import Transformer
 
 TEXT = "the quick brown fox jumps over the lazy dog; the dog sleeps. déjà vu, naïve café, 東京 und Köln. " * 8
 MAX_MODEL_LEN = 192
+LONGEST = 640
 
 
 def make_tokenizer(specials: tuple[str, ...] = ("<|endoftext|>",)) -> Tokenizer:
@@ -77,7 +78,7 @@ def make_parts() -> Parts:
         num_heads=4,
         ffn_dim=96,
         attention=("full", "nsa"),
-        max_seq_len=256,
+        max_seq_len=LONGEST,
         init_std=0.1,
         dse=DSEConfig(layers=(1,), rows_per_head=512, num_buckets=4, document_end_id=0),
     )
@@ -191,7 +192,8 @@ def serving(
     parts: Parts, *, rules: AccessRules | None = None, drain_s: float = 0.2, **options: Any
 ) -> Iterator[Service]:
     """Serve an engine of its own; options are those of `served_by`, and `engine`'s."""
-    recorded, engine = Recorded(), parts.engine(**options.pop("engine", {}))
+    longest = options.get("limits", {}).get("max_model_len", MAX_MODEL_LEN)
+    recorded, engine = Recorded(), parts.engine(max_model_len=longest, **options.pop("engine", {}))
     with LocalClient(engine) as client:
         app = create_app(
             client,
