@@ -402,7 +402,8 @@ class Slot:
     def _rows(self, message: Message) -> Arrays:
         assert self.holdings is not None and self.holdings.memory is not None
         memory = self.holdings.memory
-        return tuple(memory.gather(layer, rows) for layer, rows in enumerate(message.arrays))
+        found = [memory.gather(layer, rows) for layer, rows in enumerate(message.arrays)]
+        return tuple(rows_ND.float().numpy() for rows_ND in found)
 
     def _pull(self, message: Message) -> Arrays:
         """Give a peer copies of pieces as they are at the plan's step."""
