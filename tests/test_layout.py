@@ -10,6 +10,7 @@ ORDER = ["kernels", "model", "actors", "platform", "jobs"]
 FLOORS = {
     "actors": ["wire", "state", "exchange", "training", "serving", "observation", "slot"],
     "platform": [
+        "settings",
         "config",
         "metrics",
         "planning",

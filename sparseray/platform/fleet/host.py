@@ -18,6 +18,7 @@ import zmq
 
 from sparseray.actors.exchange.by_message import Call, RemoteExperts, RemoteMemory
 from sparseray.actors.serving.engine import Engine
+from sparseray.actors.serving.grammar import Grammars
 from sparseray.actors.slot import Slot
 from sparseray.actors.state.assignment import Plan
 from sparseray.actors.state.dense import DenseState
@@ -57,6 +58,12 @@ class TrainingJob:
             )
         self.metrics = metrics
         self.is_serving = bool(body.get("serving"))
+        self._grammars: Grammars | None = None
+        if self.is_serving:
+            model, tokenizer = self.config.model, Path(body["restore"]["checkpoint"]) / "tokenizer.json"
+            self._grammars = Grammars.load(
+                tokenizer, vocab_size=model.vocab_size, eos_id=model.dse.document_end_id
+            )
         self.deadline_s = self.config.cluster.deadline_s
         self.num_shards = self.config.train.logical_shards
         optim = self.config.optim
@@ -105,8 +112,9 @@ class TrainingJob:
             worker.experts,
             worker.memory if self.config.model.dse.layers else None,
             max_batch=serve.max_batch,
-            max_model_len=min(serve.max_model_len, self.config.model.max_seq_len),
+            max_model_len=serve.max_model_len or None,
             prefill_chunk=serve.prefill_chunk,
+            grammars=self._grammars,
         )
 
     def _batches(self, split: str, seed: int) -> Batches:
