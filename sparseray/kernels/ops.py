@@ -155,12 +155,19 @@ class Ops(Protocol):
         ...
 
     def memory_fusion(
-        self, h_BTH: Tensor, key_BTH: Tensor, value_BTH: Tensor, fusion: Fusion, starts_BT: Tensor | None
+        self,
+        h_RH: Tensor,
+        key_RH: Tensor,
+        value_RH: Tensor,
+        fusion: Fusion,
+        shape: tuple[int, int],
+        starts_BT: Tensor | None,
     ) -> Tensor:
         """SiLU(conv(norm(gate * value))) + gate * value of whole sequences (arXiv 2601.07372 eq. 4 and 5).
 
         Args:
-            h_BTH: hidden states before the layer.
+            h_RH: hidden states before the layer.
+            shape: (B, T) with B * T = R.
             starts_BT: bool, documents' first tokens, which the convolution does not reach before; None: it does.
         """
         ...

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparseray.errors import ConfigError
-from sparseray.kernels.dse.reference import Fusion, context_gate, memory_output, ngram_hash, short_conv
+from sparseray.kernels.dse.reference import Fusion, context_gate, ngram_hash, short_conv
 from sparseray.kernels.moe.expert_sum import expert_sum
 from sparseray.kernels.moe.reference import route, stable_topk
 from sparseray.kernels.nsa.masked import nsa_attention_masked
@@ -148,9 +148,24 @@ class PlainOps:
         )
 
     def memory_fusion(
-        self, h_BTH: Tensor, key_BTH: Tensor, value_BTH: Tensor, fusion: Fusion, starts_BT: Tensor | None
+        self,
+        h_RH: Tensor,
+        key_RH: Tensor,
+        value_RH: Tensor,
+        fusion: Fusion,
+        shape: tuple[int, int],
+        starts_BT: Tensor | None,
     ) -> Tensor:
-        return memory_output(h_BTH, key_BTH, value_BTH, fusion, document_starts_BT=starts_BT)
+        # Without a view of h in between: autograd would add up its gradients in another order.
+        gated_RH = self.memory_gate(h_RH, key_RH, value_RH, fusion)
+        normed_RH = self.rms_norm(gated_RH, fusion.value_norm_C, fusion.conv_eps)
+        conv_BTH = short_conv(
+            normed_RH.unflatten(0, shape),
+            fusion.conv_CK,
+            dilation=fusion.dilation,
+            document_starts_BT=starts_BT,
+        )
+        return F.silu(conv_BTH.flatten(0, 1)) + gated_RH
 
     def memory_gate(self, h_RH: Tensor, key_RH: Tensor, value_RH: Tensor, fusion: Fusion) -> Tensor:
         return context_gate(

@@ -186,10 +186,18 @@ class TritonOps(PlainOps):
         )
 
     def memory_fusion(
-        self, h_BTH: Tensor, key_BTH: Tensor, value_BTH: Tensor, fusion: Fusion, starts_BT: Tensor | None
+        self,
+        h_RH: Tensor,
+        key_RH: Tensor,
+        value_RH: Tensor,
+        fusion: Fusion,
+        shape: tuple[int, int],
+        starts_BT: Tensor | None,
     ) -> Tensor:
-        _check("the memory's fusion", h_BTH, key_BTH, value_BTH)
-        return dse_fusion.memory_output(h_BTH, key_BTH, value_BTH, fusion, document_starts_BT=starts_BT)
+        _check("the memory's fusion", h_RH, key_RH, value_RH)
+        h, key, value = (x.unflatten(0, shape) for x in (h_RH, key_RH, value_RH))
+        out_BTH = dse_fusion.memory_output(h, key, value, fusion, document_starts_BT=starts_BT)
+        return out_BTH.flatten(0, 1)
 
 
 TRITON = TritonOps()
