@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparseray.kernels.ops import REFERENCE, Fusion, Ops
+from sparseray.model.buckets import bucket_bounds
 from sparseray.model.config import ModelConfig
-from sparseray.model.dse_layout import DSELayout, bucket_bounds
+from sparseray.model.dse_layout import DSELayout
 from sparseray.model.init import initial_bucket
 from sparseray.model.layers import Batch, Linear, RMSNorm, Span
 from sparseray.model.statistics import is_collecting, note_memory

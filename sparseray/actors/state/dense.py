@@ -68,7 +68,7 @@ class DenseState:
 
     def digest(self) -> int:
         """CRC-32 of the reduced gradient, to compare replicas."""
-        return crc32(self.reduced_gradient.numpy().data)
+        return crc32(self.reduced_gradient.cpu().numpy().data)
 
     @property
     def reduced_gradient(self) -> Tensor:

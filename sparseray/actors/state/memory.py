@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparseray.actors.state.pieces import Key, bucket_bounds, row_bytes
+from sparseray.actors.state.pieces import Key, row_bytes
 from sparseray.actors.state.tables import SharedTable, TableHandle, TableView, version_of
 from sparseray.actors.state.tree import TreeSum
 from sparseray.kernels.dse.cpu import gather_rows, merge_rows, rowwise_adam_, segment_sum_rows
+from sparseray.model.buckets import bucket_bounds
 from sparseray.model.config import ModelConfig
 from sparseray.model.init import bucket_name, initial_tensor
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from sparseray.model.buckets import bucket_bounds
 from sparseray.model.config import DSEConfig
 
 Piece = tuple[str, int, int]
@@ -22,19 +23,6 @@ DENSE: Piece = ("dense", 0, 0)
 def keys_of(pieces: Iterable[Piece], kind: str) -> list[Key]:
     """Keys of the pieces of one kind, "expert" or "bucket", in their order."""
     return [(layer, index) for name, layer, index in pieces if name == kind]
-
-
-def bucket_bounds(num_rows: int, num_buckets: int) -> np.ndarray:
-    """First row of every bucket of a table.
-
-    Args:
-        num_rows: rows of the table.
-        num_buckets: contiguous ranges that it is cut into.
-
-    Returns:
-        int64 [num_buckets + 1], the number of rows last.
-    """
-    return np.arange(num_buckets + 1, dtype=np.int64) * num_rows // num_buckets
 
 
 def bucket_sizes(table_rows: Sequence[int], num_buckets: int) -> list[list[int]]:

@@ -25,12 +25,12 @@ from sparseray.actors.state.dense import DenseState
 from sparseray.actors.state.experts import ExpertShard
 from sparseray.actors.state.holdings import Holdings
 from sparseray.actors.state.memory import MemoryShard, warm_loops
-from sparseray.actors.state.pieces import bucket_bounds
 from sparseray.actors.state.tables import process_namespace
 from sparseray.actors.training.token_data import TokenDataset, batch
 from sparseray.actors.training.worker import AttentionWorker, Batch, Batches
 from sparseray.actors.wire.mailbox import Mailbox
 from sparseray.errors import IdentityError
+from sparseray.model.buckets import bucket_bounds
 from sparseray.model.dse_layout import DSELayout
 from sparseray.model.transformer import cross_entropy_sum
 from sparseray.platform.config import RunConfig, from_dict
