@@ -57,6 +57,21 @@ class Ops(Protocol):
         """
         ...
 
+    def rotary_split(
+        self, fused_RX: Tensor, heads: tuple[int, int], head_dim: int, cos_RD: Tensor, sin_RD: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Cut the rows of a fused projection into queries, keys and the rest, queries and keys rotated.
+
+        Args:
+            fused_RX: queries, keys, then whatever follows.
+            heads: of queries (Q) and keys (G), `head_dim` channels (D) each.
+            cos_RD, sin_RD: as in `rotary`.
+
+        Returns:
+            (q [R, Q, D], k [R, G, D], rest [R, X - (Q + G) * D]).
+        """
+        ...
+
     def swiglu(self, gate_up_RI: Tensor) -> Tensor:
         """silu(first half) * second half of the last axis."""
         ...
@@ -184,6 +199,10 @@ class Ops(Protocol):
 
     def logits(self, hidden_RH: Tensor, weight_VH: Tensor) -> Tensor:
         """hidden @ weight.T; a row's bits do not depend on the other rows where no gradient is wanted."""
+        ...
+
+    def expert_counts(self, topk_ids_TK: Tensor, num_experts: int) -> Tensor:
+        """Tokens of each expert, int64 [E]."""
         ...
 
     def head_loss(

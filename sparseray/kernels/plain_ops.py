@@ -44,6 +44,13 @@ class PlainOps:
         cos, sin = cos[:, None, :], sin[:, None, :]
         return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
+    def rotary_split(
+        self, fused_RX: Tensor, heads: tuple[int, int], head_dim: int, cos_RD: Tensor, sin_RD: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        turned = sum(heads) * head_dim
+        qk = self.rotary(fused_RX[:, :turned].unflatten(-1, (sum(heads), head_dim)), cos_RD, sin_RD)
+        return qk[:, : heads[0]], qk[:, heads[0] :], fused_RX[:, turned:]
+
     def swiglu(self, gate_up_RI: Tensor) -> Tensor:
         gate, up = gate_up_RI.chunk(2, dim=-1)
         return F.silu(gate) * up
@@ -189,6 +196,9 @@ class PlainOps:
         count = hidden_RH.shape[0]
         rows_RH = F.pad(hidden_RH, (0, 0, 0, padded(count) - count))
         return self.linear(rows_RH, weight_VH, None, invariant=True)[:count]
+
+    def expert_counts(self, topk_ids_TK: Tensor, num_experts: int) -> Tensor:
+        return torch.bincount(topk_ids_TK.reshape(-1), minlength=num_experts)
 
     def head_loss(
         self, hidden_RH: Tensor, weight_VH: Tensor, targets_R: Tensor, weights_R: Tensor | None = None
