@@ -4,6 +4,7 @@ Slots can be killed, hung and added, and messages dropped, repeated, delayed and
 chosen message of a chosen step or at random from a seed.
 """
 
+import json
 import random
 import shutil
 import tempfile
@@ -20,9 +21,10 @@ from typing import Any
 import msgpack
 import torch
 
+from sparseray.actors.installation import JobSpec
 from sparseray.actors.slot import Slot
+from sparseray.actors.wire.envelope import SCHEDULER
 from sparseray.actors.wire.mailbox import Mailbox
-from sparseray.actors.wire.messages import SCHEDULER
 from sparseray.jobs.pretrain import build_layout, check_data, resolve, slots_of, what_to_place
 from sparseray.model.config import DSEConfig, ModelConfig, MoEConfig, NSAConfig
 from sparseray.model.counts import count_parameters
@@ -63,7 +65,7 @@ MODEL = ModelConfig(
 
 
 def tiny_run(data: Path, *, steps: int = 30, **cluster: Any) -> RunConfig:
-    """A run that takes seconds: 4 logical shards of 2 sequences of 32 tokens."""
+    """A run that takes seconds: 4 parts of 2 sequences of 32 tokens."""
     return RunConfig(
         model=MODEL,
         data=DataConfig(path=str(data), verify=False),
@@ -342,11 +344,11 @@ def train(
         ledger,
         placement=what_to_place(config),
         size=piece_bytes(config.model, rows, count_parameters(config.model)["dense"]),
-        install={
-            "config": to_dict(config),
-            "layout": "" if layout is None else str(folder.identity),
-            "layout_sha256": folder.layout_sha256(),
-        },
+        job=JobSpec(
+            config=json.dumps(to_dict(config)),
+            layout="" if layout is None else str(folder.identity),
+            layout_sha256=folder.layout_sha256(),
+        ),
         on_event=lambda event: None,
     )
 

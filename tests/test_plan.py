@@ -42,7 +42,7 @@ def fresh(
         experts=experts,
         memory=memory,
         replication=replication,
-        num_shards=SHARDS,
+        num_parts=SHARDS,
         moe_layers=LAYERS,
         num_experts=EXPERTS,
         dse_layers=2,
@@ -68,8 +68,8 @@ def check(plan: Plan, *, replication: int, avoid: Sequence[int] = (), is_by_coun
     """What every plan must hold."""
     usable = set(plan.addresses) - set(avoid)
     wanted = min(replication, len(usable))
-    assert set(plan.shard_owners) <= usable and len(plan.shard_owners) == SHARDS
-    assert spread([len(plan.shards_of(slot)) for slot in plan.attention]) <= 1
+    assert set(plan.part_owners) <= usable and len(plan.part_owners) == SHARDS
+    assert spread([len(plan.parts_of(slot)) for slot in plan.attention]) <= 1
     assert plan.dense[: len(plan.attention)] == plan.attention
     assert len(plan.dense) >= wanted
     for piece, holders in holdings(plan).items():
@@ -141,7 +141,7 @@ def test_a_fresh_plan_has_contiguous_ranges_in_the_order_of_the_roles() -> None:
 def test_colocated_roles_share_slots() -> None:
     plan = make_plan(
         generation=1, addresses=addresses(range(3)), attention=3, experts=3, memory=3, replication=2,
-        num_shards=SHARDS, moe_layers=LAYERS, num_experts=EXPERTS, dse_layers=2, num_buckets=BUCKETS, colocated=True,
+        num_parts=SHARDS, moe_layers=LAYERS, num_experts=EXPERTS, dse_layers=2, num_buckets=BUCKETS, colocated=True,
     )  # fmt: skip
     assert plan.attention == plan.expert_primaries == plan.memory_primaries == (0, 1, 2)
     smaller = change(plan, dead=[1], colocated=True)

@@ -22,7 +22,7 @@ def fresh(roles: Roles = ROLES, slots: int = 6) -> Plan:
         experts=roles.experts,
         memory=roles.memory,
         replication=2,
-        num_shards=4,
+        num_parts=4,
         moe_layers=2,
         num_experts=8,
         dse_layers=1,

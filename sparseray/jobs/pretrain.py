@@ -177,7 +177,7 @@ def what_to_place(config: RunConfig) -> dict[str, int]:
         "attention": c.attention_workers,
         "experts": c.expert_shards if model.moe_layers else 0,
         "memory": c.memory_shards if model.dse.layers else 0,
-        "num_shards": config.train.logical_shards,
+        "num_parts": config.train.logical_shards,
         "moe_layers": len(model.moe_layers),
         "num_experts": model.moe.num_experts,
         "dse_layers": len(model.dse.layers),

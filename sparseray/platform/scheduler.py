@@ -5,6 +5,7 @@ slots go through its mailbox, never through Ray. It belongs to no driver, and Ra
 dies: the new one reads the journal, finds the slots by name and goes on in the next generation.
 """
 
+import json
 import os
 import threading
 import time
@@ -15,9 +16,11 @@ from typing import Any
 
 import ray
 
+from sparseray.actors.installation import JobSpec
 from sparseray.actors.state.assignment import Plan
+from sparseray.actors.wire.codec import from_plain
+from sparseray.actors.wire.envelope import SCHEDULER
 from sparseray.actors.wire.mailbox import Mailbox
-from sparseray.actors.wire.messages import SCHEDULER
 from sparseray.errors import FencedError, UserError
 from sparseray.log import get_logger
 from sparseray.model.counts import count_parameters
@@ -116,11 +119,11 @@ class Scheduler:
         directory = private_directory(self._job_id) if cluster.transport == "ipc" else None
         mailbox = Mailbox(ZmqTransport("scheduler", directory, cluster.bind_host), SCHEDULER, self._job_id)
         layout = DSELayout.load(self._folder.identity) if config.model.dse.layers else None
-        install = {
-            "config": to_dict(config),
-            "layout": str(self._folder.identity) if layout else "",
-            "layout_sha256": self._folder.layout_sha256(),
-        }
+        spec = JobSpec(
+            config=json.dumps(to_dict(config)),
+            layout=str(self._folder.identity) if layout else "",
+            layout_sha256=self._folder.layout_sha256(),
+        )
 
         def show_targets(members: dict[int, Member]) -> None:
             targets = {f"slot-{slot}": member.metrics for slot, member in members.items()}
@@ -135,8 +138,7 @@ class Scheduler:
             journal.append("slot", generation=0, step=0, slot=counter, job=self._job_id)
             return counter
 
-        fleet = self._fleet = RayFleet(self._job_id, cluster, install, next_slot, show_targets, journal.leads)
-        install["heartbeats"] = fleet.heartbeats
+        fleet = self._fleet = RayFleet(self._job_id, cluster, spec, next_slot, show_targets, journal.leads)
         control = Control(mailbox, fleet, cluster.deadline_s)
         ledger = self._ledger = Ledger(metrics)
         rows = [] if layout is None else [layout.num_rows(layer) for layer in config.model.dse.layers]
@@ -149,7 +151,7 @@ class Scheduler:
             ledger,
             placement=self._placement,
             size=piece_bytes(config.model, rows, count_parameters(config.model)["dense"]),
-            install=install,
+            job=spec,
             on_event=self._tell,
         )
         fleet.is_spare = elastic.is_spare
@@ -196,14 +198,14 @@ class Scheduler:
             fleet.open(count + c.standby - len(fleet.members()))
             trainer.start()
             return
-        plan = Plan.from_dict(plans[active[0]["generation"]])
+        plan = from_plain(Plan, plans[active[0]["generation"]])
         newest = [entry for kind in ("commit", "restore") for entry in self._of_job(journal, kind, limit=1)]
         last = max([*newest, *active], key=lambda entry: entry["id"])
         commit = None
         if last["kind"] == "commit":
-            commit = {name: last[name] for name in ("step", "lr", "memory_lr", "scale", "record")}
+            commit = last
         elif newest and newest[0]["kind"] == "commit" and newest[0]["step"] == last["step"]:
-            commit = {name: newest[0][name] for name in ("step", "lr", "memory_lr", "scale", "record")}
+            commit = newest[0]
         trainer.take_over(plan, commit, last["step"])
 
     def _tell(self, record: dict[str, Any]) -> None:
@@ -305,7 +307,7 @@ class Scheduler:
                     "pid": member.pid,
                     "node": member.node,
                     "roles": plan.roles_of(slot) if slot in plan.addresses else ["standby"],
-                    "shards": plan.shards_of(slot),
+                    "shards": plan.parts_of(slot),
                     "experts": len(plan.experts_of(slot)),
                     "buckets": len(plan.buckets_of(slot)),
                     "heartbeat_age_s": ages.get(slot, 0.0),

@@ -125,3 +125,5 @@ class DenseState:
                 bias.copy_(tensors[name])
         if with_optimizer:
             self.adamw.load(self.names, self.parameters, tensors, step)
+        else:
+            self.adamw.clear()

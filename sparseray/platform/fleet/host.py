@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import msgpack
-import numpy as np
 import ray
 import torch
 import zmq
 
-from sparseray.actors.exchange.by_message import Call, RemoteExperts, RemoteMemory
+from sparseray.actors.exchange.by_message import Caller, RemoteExperts, RemoteMemory
+from sparseray.actors.installation import JobSpec
 from sparseray.actors.serving.engine import Engine
 from sparseray.actors.serving.grammar import Grammars
 from sparseray.actors.slot import Slot
@@ -29,6 +29,7 @@ from sparseray.actors.state.tables import process_namespace
 from sparseray.actors.training.token_data import TokenDataset, batch
 from sparseray.actors.training.worker import AttentionWorker, Batch, Batches
 from sparseray.actors.wire.mailbox import Mailbox
+from sparseray.actors.wire.messages import SavedTensor
 from sparseray.errors import IdentityError
 from sparseray.model.buckets import bucket_bounds
 from sparseray.model.dse_layout import DSELayout
@@ -44,30 +45,32 @@ class TrainingJob:
     """What a slot needs of one run: how to build its states and where tokens and checkpoints are.
 
     Args:
-        body: of a plan message: config, layout directory.
+        spec: of a plan message.
         metrics: the slot's metrics.
     """
 
-    def __init__(self, body: dict[str, Any], metrics: Metrics) -> None:
-        self.config = from_dict(RunConfig, body["config"])
-        self.layout = DSELayout.load(Path(body["layout"])) if body["layout"] else None
-        if self.layout is not None and self.layout.sha256 != body["layout_sha256"]:
+    def __init__(self, spec: JobSpec, metrics: Metrics) -> None:
+        self.config = from_dict(RunConfig, json.loads(spec.config))
+        self.layout = DSELayout.load(Path(spec.layout)) if spec.layout else None
+        if self.layout is not None and self.layout.sha256 != spec.layout_sha256:
             raise IdentityError(
-                f"{body['layout']} holds DSE layout {self.layout.sha256[:12]}, and the plan was made for "
-                f"{body['layout_sha256'][:12]}: rows would be addressed wrongly; use the run's own folder"
+                f"{spec.layout} holds DSE layout {self.layout.sha256[:12]}, and the plan was made for "
+                f"{spec.layout_sha256[:12]}: rows would be addressed wrongly; use the run's own folder"
             )
         self.metrics = metrics
-        self.is_serving = bool(body.get("serving"))
+        self.is_serving = spec.serving
         self._grammars: Grammars | None = None
         if self.is_serving:
-            model, tokenizer = self.config.model, Path(body["restore"]["checkpoint"]) / "tokenizer.json"
+            model = self.config.model
             self._grammars = Grammars.load(
-                tokenizer, vocab_size=model.vocab_size, eos_id=model.dse.document_end_id
+                Path(spec.tokenizer), vocab_size=model.vocab_size, eos_id=model.dse.document_end_id
             )
         self.deadline_s = self.config.cluster.deadline_s
-        self.num_shards = self.config.train.logical_shards
         optim = self.config.optim
-        self._shared: dict[str, Any] = {"seed": self.config.train.seed, "num_parts": self.num_shards}
+        self._shared: dict[str, Any] = {
+            "seed": self.config.train.seed,
+            "num_parts": self.config.train.logical_shards,
+        }
         self._adam: dict[str, Any] = {"betas": (optim.beta1, optim.beta2), "eps": optim.eps}
         self._datasets: dict[str, TokenDataset] = {}
 
@@ -93,7 +96,7 @@ class TrainingJob:
         self,
         plan: Plan,
         state: DenseState,
-        call: Callable[[Sequence[Call]], list[tuple[np.ndarray, ...]]],
+        call: Caller,
         begin: Callable[[int, int], None],
     ) -> AttentionWorker:
         """Build an attention worker on dense weights."""
@@ -123,35 +126,35 @@ class TrainingJob:
             self._datasets[split] = TokenDataset(Path(self.config.data.path), split, verify=False)
         dataset, train = self._datasets[split], self.config.train
 
-        def read(step: int, shard: int) -> Batch:
+        def read(step: int, part: int) -> Batch:
             return batch(
                 dataset,
                 seed=seed,
                 step=step,
-                shard=shard,
-                num_shards=train.logical_shards,
-                sequences_per_shard=train.sequences_per_shard,
+                part=part,
+                num_parts=train.logical_shards,
+                sequences_per_part=train.sequences_per_shard,
                 seq_len=train.seq_len,
             )
 
         return read
 
     def train_batches(self) -> Batches:
-        """Training data by (step, shard)."""
+        """Training data by (step, part)."""
         return self._batches("train", self.config.train.seed)
 
     def validation_batches(self) -> Batches:
-        """Validation data: batch i is (step i // L, shard i % L) of the validation split, the same at every step."""
-        read = self._batches("validation", 0)
-        return lambda _step, index: read(index // self.num_shards, index % self.num_shards)
+        """Validation data: batch i is (step i // L, part i % L) of the validation split, the same at every step."""
+        read, parts = self._batches("validation", 0), self.config.train.logical_shards
+        return lambda _step, index: read(index // parts, index % parts)
 
     def read(self, directory: str, names: Sequence[str]) -> dict[str, torch.Tensor]:
         """Read tensors of a checkpoint."""
         return checkpoint.read_tensors(directory, names)
 
-    def write(self, directory: str, part: str, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
-        """Write one part of a checkpoint."""
-        return checkpoint.write_part(directory, part, tensors)
+    def write(self, directory: str, name: str, tensors: dict[str, torch.Tensor]) -> dict[str, SavedTensor]:
+        """Write one file of a checkpoint."""
+        return checkpoint.write_part(directory, name, tensors)
 
     def observe(self, name: str, value: float, **labels: str) -> None:
         """Record a metric of this slot."""
@@ -182,7 +185,7 @@ class Host:
         self._metrics = Metrics({"slot": str(slot)}, declare="slot")
         self._metrics_address = self._metrics.serve(bind_host)
         mailbox = Mailbox(self._transport, slot, job)
-        self._jobs: dict[str, TrainingJob] = {}
+        self._jobs: dict[JobSpec, TrainingJob] = {}
         self._slot = Slot(mailbox, self._job_from)
         self._thread = threading.Thread(target=self._slot.serve_forever, daemon=True, name=f"slot-{slot}")
         self._heartbeats = ""
@@ -203,14 +206,18 @@ class Host:
         if not self._thread.is_alive():
             self._thread.start()
 
-    def prepare(self, body: dict[str, Any]) -> dict[str, Any]:
+    def prepare(self, spec: JobSpec, heartbeats: str) -> dict[str, Any]:
         """Load and warm what a job needs, begin to serve and to give signs of life; harmless when repeated.
+
+        Args:
+            spec: of the job.
+            heartbeats: address that signs of life go to.
 
         Returns:
             address, node, metrics, pid, namespace of this slot.
         """
-        self._heartbeats = body["heartbeats"]
-        job = self._job_from(body)
+        self._heartbeats = heartbeats
+        job = self._job_from(spec)
         if not self._thread.is_alive():
             self._slot.holdings = gently(lambda: warm_holdings(job))
             self._thread.start()
@@ -227,11 +234,10 @@ class Host:
         """Return when the slot has stopped serving."""
         self._thread.join()
 
-    def _job_from(self, body: dict[str, Any]) -> TrainingJob:
-        key = json.dumps([body["config"], body["layout"], bool(body.get("serving"))], sort_keys=True)
-        if key not in self._jobs:
-            self._jobs = {key: TrainingJob(body, self._metrics)}
-        return self._jobs[key]
+    def _job_from(self, spec: JobSpec) -> TrainingJob:
+        if spec not in self._jobs:
+            self._jobs = {spec: TrainingJob(spec, self._metrics)}
+        return self._jobs[spec]
 
     def _beat(self) -> None:
         """Tell the scheduler ten times a second that this process runs."""
@@ -266,9 +272,9 @@ def warm_holdings(job: TrainingJob) -> Holdings:
 
 
 def rehearse(job: TrainingJob, dense: DenseState) -> None:
-    """Open the data and run one logical shard forward and backward, with stand-ins for the other slots.
+    """Open the data and run one part forward and backward, with stand-ins for the other slots.
 
-    A process takes some 0.3 s longer over its first shard; here that delays nobody. The weights are left alone, and
+    A process takes some 0.3 s longer over its first part; here that delays nobody. The weights are left alone, and
     of the gradient nothing stays.
     """
     batch = job.train_batches()(1, 0)

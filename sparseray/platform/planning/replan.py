@@ -61,7 +61,7 @@ def make_plan(
     experts: int,
     memory: int,
     replication: int,
-    num_shards: int,
+    num_parts: int,
     moe_layers: int,
     num_experts: int,
     dse_layers: int,
@@ -76,7 +76,7 @@ def make_plan(
         addresses: slot id to transport address, one per slot.
         attention, experts, memory: slots that play each role.
         replication: holders of every piece of state.
-        num_shards: logical shards of a step.
+        num_parts: parts of a step.
         moe_layers, num_experts, dse_layers, num_buckets: what there is to place.
         colocated: roles share slots.
         nodes: slot id to the name of its node, where known.
@@ -84,7 +84,7 @@ def make_plan(
     Raises:
         ConfigError: the numbers do not fit each other.
     """
-    _check("cluster.attention_workers", attention, "logical shards (train.logical_shards)", num_shards)
+    _check("cluster.attention_workers", attention, "logical shards (train.logical_shards)", num_parts)
     if moe_layers:
         _check("cluster.expert_shards", experts, "experts (model.moe.num_experts)", num_experts)
     if dse_layers:
@@ -97,7 +97,7 @@ def make_plan(
     nothing = Plan(
         generation=generation - 1,
         addresses={},
-        shard_owners=(NOBODY,) * num_shards,
+        part_owners=(NOBODY,) * num_parts,
         dense=(),
         experts=(((NOBODY,),) * num_experts,) * moe_layers,
         buckets=(((NOBODY,),) * num_buckets,) * dse_layers,
@@ -163,11 +163,11 @@ def replan(
     spread: tuple[tuple[int, ...], ...] = ()
     if loads is not None:
         own = sorted(places.slots["experts"])
-        experts, spread = spread_hot(experts, own, loads, len(old.shard_owners))
+        experts, spread = spread_hot(experts, own, loads, len(old.part_owners))
     return Plan(
         generation=generation,
         addresses=dict(addresses),
-        shard_owners=tuple(split_evenly(len(old.shard_owners), attention)),
+        part_owners=tuple(split_evenly(len(old.part_owners), attention)),
         dense=places.dense(),
         experts=experts,
         buckets=places.table("memory", old.buckets, None),
@@ -182,7 +182,7 @@ def fitting(plan: Plan, roles: Roles) -> Roles:
         return min(max(1, value), things)
 
     return Roles(
-        attention=limit(roles.attention, len(plan.shard_owners)),
+        attention=limit(roles.attention, len(plan.part_owners)),
         experts=limit(roles.experts, len(plan.experts[0]) if plan.experts else 0),
         memory=limit(roles.memory, len(plan.buckets[0]) if plan.buckets else 0),
     )
@@ -195,7 +195,7 @@ def loads_when_packed(plan: Plan, loads: Sequence[Sequence[float]]) -> list[dict
     found = []
     for c, a, load in zip(cost, cost.argmin(2), loads):
         at = [(slots[i],) for i in pack(c, a, np.array(load, float))]
-        (holders,), (spread,) = spread_hot((tuple(at),), slots, [load], len(plan.shard_owners))
+        (holders,), (spread,) = spread_hot((tuple(at),), slots, [load], len(plan.part_owners))
         found.append(dict.fromkeys(slots, 0.0) | slot_loads(holders, spread, load))
     return found
 

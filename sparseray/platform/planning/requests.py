@@ -36,7 +36,7 @@ def check_request(
     if role not in ROLES:
         raise ConfigError(f"there is no role {role!r}; give {', '.join(ROLES)}")
     limits = {
-        "attention": ("logical shards (train.logical_shards)", placement["num_shards"]),
+        "attention": ("logical shards (train.logical_shards)", placement["num_parts"]),
         "experts": (
             "experts per layer (model.moe.num_experts)",
             placement["num_experts"] if placement["moe_layers"] else 0,
