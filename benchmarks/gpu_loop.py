@@ -59,9 +59,9 @@ class PlainLoop:
             self.data,
             seed=0,
             step=step,
-            shard=0,
-            num_shards=1,
-            sequences_per_shard=t.sequences_per_shard,
+            part=0,
+            num_parts=1,
+            sequences_per_part=t.sequences_per_shard,
             seq_len=t.seq_len,
         )
         return found.tokens_BT.cuda(non_blocking=True), found.targets_BT.cuda(non_blocking=True)
