@@ -9,7 +9,8 @@ from local_cluster import MODEL, Trained, tiny_run, train
 
 from sparseray.actors.exchange.by_message import Call, RemoteExperts, RemoteMemory
 from sparseray.actors.state.experts import ExpertShard
-from sparseray.actors.state.memory import MemoryShard, bucket_bounds
+from sparseray.actors.state.memory import MemoryShard
+from sparseray.actors.state.pieces import bucket_bounds
 from sparseray.actors.training.token_data import TokenDataset, batch
 from sparseray.jobs.pretrain import build_layout, placement
 from sparseray.model.dse import LocalMemory
@@ -113,7 +114,7 @@ def test_remote_exchange_equals_the_plain_modules(
     assert layout is not None
     shard = batch(data, seed=0, step=1, shard=0, num_shards=4, sequences_per_shard=2, seq_len=32)
     plan = make_plan(**placement(config, dict.fromkeys(range(3 + experts), "")))
-    common = {"seed": 0, "num_shards": 1, "betas": (0.9, 0.95), "eps": 1e-8}
+    common = {"seed": 0, "num_parts": 1, "betas": (0.9, 0.95), "eps": 1e-8}
     table = [layout.num_rows(1)]
     experts_at = {}
     memory_at = {}
@@ -164,7 +165,7 @@ def test_remote_exchange_equals_the_plain_modules(
     for name, gradient in plain.items():
         torch.testing.assert_close(gradients[name], gradient, rtol=1e-5, atol=1e-6, msg=name)
     for holder in experts_at.values():
-        assert holder.finish_shard(0)
+        assert holder.finish_part(0)
         for key, reduced in holder.reduced.items():
-            expected = [local_experts.get_parameter(name).grad.reshape(-1) for name in holder.names(key)]
+            expected = [local_experts.gradients()[name].reshape(-1) for name in holder.names(key)]
             torch.testing.assert_close(reduced, torch.cat(expected), rtol=1e-5, atol=1e-6)

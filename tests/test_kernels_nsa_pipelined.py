@@ -23,8 +23,9 @@ from sparseray.kernels.nsa import range_forward as forward
 from sparseray.kernels.nsa import selected_backward as selected
 from sparseray.kernels.nsa.attention import nsa_attention
 from sparseray.kernels.nsa.geometry import COMPRESSED, WINDOW, Geometry, packed, query_positions, uniform
-from sparseray.kernels.nsa.reference import num_compressed, top_n_reference
+from sparseray.kernels.nsa.reference import top_n_reference
 from sparseray.kernels.nsa.tuning import LAUNCH
+from sparseray.kernels.settings import num_compressed
 
 MOST_SHARED = 232_448
 """Bytes of shared memory that a program may have on Hopper."""
@@ -140,7 +141,7 @@ def test_forced_blocks_beside_the_window_change_nothing(
     weight = torch.randn(1, tokens, heads, 128, device=DEVICE, dtype=torch.bfloat16)
     found = []
     for _ in range(2):
-        out = nsa_attention(*inputs, **PAPER, cu_seqlens=cu_seqlens)
+        out = nsa_attention(*inputs, PAPER, cu_seqlens=cu_seqlens)
         found.append([out, *torch.autograd.grad(out, inputs, weight)])
         for module in (branches, attention):
             monkeypatch.setattr(module, "forced_blocks", lambda *args: None)

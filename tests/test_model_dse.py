@@ -17,7 +17,7 @@ from torch import Tensor
 from sparseray.errors import ConfigError, IdentityError
 from sparseray.model.config import DSEConfig, ModelConfig, preset
 from sparseray.model.dse import DSE, LocalMemory
-from sparseray.model.dse_layout import NO_TOKEN, DSELayout, build_token_map, is_prime
+from sparseray.model.dse_layout import NO_TOKEN, DSELayout, bucket_bounds, build_token_map, is_prime
 from sparseray.model.init import initial_dense
 from sparseray.model.layers import Batch
 from sparseray.model.transformer import Transformer
@@ -155,7 +155,7 @@ def test_layout_of_other_settings_or_too_small_a_vocabulary_is_refused() -> None
 
 def test_buckets_cover_the_table_once() -> None:
     config, layout = ModelConfig(vocab_size=110, dse=DSE_CONFIG), layout_of()
-    ranges = [layout.bucket_range(1, b) for b in range(8)]
+    ranges = list(pairwise(bucket_bounds(layout.num_rows(1), 8).tolist()))
     assert ranges[0][0] == 0
     assert ranges[-1][1] == layout.num_rows(1)
     assert all(a[1] == b[0] for a, b in pairwise(ranges))
@@ -167,8 +167,8 @@ def test_buckets_cover_the_table_once() -> None:
 
 
 def slow_dse(layer: DSE, h: Tensor, e: Tensor, starts: list[bool]) -> Tensor:
-    def norm(x: Tensor) -> Tensor:
-        return x / torch.sqrt(x.square().mean() + 1e-6)
+    def norm(x: Tensor, eps: float) -> Tensor:
+        return x / torch.sqrt(x.square().mean() + eps)
 
     hidden = h.shape[1]
     gated, normed, out = [], [], []
@@ -177,11 +177,12 @@ def slow_dse(layer: DSE, h: Tensor, e: Tensor, starts: list[bool]) -> Tensor:
     taps = layer.get_parameter("conv.weight").detach()
     for t in range(h.shape[0]):
         key, value = (kv_weight @ e[t] + kv_bias.detach()).split(hidden)
-        score = norm(h[t]) * layer.query_norm.weight.detach() @ (norm(key) * layer.key_norm.weight.detach())
+        query = norm(h[t], layer.config.gate_eps) * layer.query_norm.weight.detach()
+        score = query @ (norm(key, layer.config.gate_eps) * layer.key_norm.weight.detach())
         score = score / math.sqrt(hidden)
         gate = torch.sigmoid(torch.sign(score) * torch.sqrt(score.abs().clamp_min(1e-6)))
         gated.append(gate * value)
-        normed.append(norm(gated[t]) * layer.value_norm.weight.detach())
+        normed.append(norm(gated[t], layer.config.conv_eps) * layer.value_norm.weight.detach())
         first = max((s for s in range(t + 1) if starts[s]), default=0)
         conv = sum(
             (taps[:, 3 - j] * normed[t - 3 * j] for j in range(4) if t - 3 * j >= first), torch.zeros(hidden)

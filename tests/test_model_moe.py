@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparseray.model.config import DSEConfig, ModelConfig, MoEConfig, preset
-from sparseray.model.init import initial_dense
+from sparseray.model.init import expert_views, initial_dense
 from sparseray.model.layers import Batch
 from sparseray.model.moe import LocalExperts, MoE, balance_loss
 from sparseray.model.transformer import Transformer, cross_entropy_sum
@@ -48,7 +48,7 @@ def slow_route(logits: list[float], bias: list[float], moe: MoEConfig) -> dict[i
     allowed = [e for e in range(E) if e // per in groups]
     chosen = sorted(allowed, key=lambda e: (-biased[e], e))[: moe.top_k]
     weights = {e: scores[e] for e in chosen}
-    if moe.router == "gshard" or (moe.router == "v3" and moe.normalize):
+    if moe.router == "gshard" or (moe.router == "v3" and moe.normalize is not False):
         weights = {e: w / sum(weights.values()) for e, w in weights.items()}
     factor = moe.scaling if moe.router in ("v3", "v2") else 1.0
     return {e: w * factor for e, w in weights.items()}
@@ -61,13 +61,13 @@ def test_layer_equals_the_weighted_sum_of_its_experts(router: str) -> None:
     layer, experts = MoE(config, 0), LocalExperts(config, seed=2)
     g = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for name, p in [*layer.named_parameters(), *experts.named_parameters()]:
+        for name, p in [*layer.named_parameters(), *experts.tensors().items()]:
             p.copy_(initial_dense(name, p.shape, seed=1, std=0.5))
         layer.router_bias.copy_(torch.randn(8, generator=g) * 0.3)
     x = torch.randn(20, 10, generator=g)
     batch = Batch(shape=(2, 10), positions_R=torch.arange(20), rows=20)
     y, loss, counts = layer(x, batch, experts)
-    weights = {n: p.detach() for n, p in experts.named_parameters()}
+    weights = experts.tensors()
     assert layer.shared is not None
     gate, up = layer.shared.gate_up.weight.detach().chunk(2)
     expected_counts = [0] * 8
@@ -98,7 +98,8 @@ def test_expert_gradients_equal_autograd_of_the_plain_sum() -> None:
     up = torch.randn(9, 10, generator=g)
     leaves = [x, w, *experts.parameters()]
     got = torch.autograd.grad(experts(0, x, ids, w), leaves, up)
-    named = dict(experts.named_parameters())
+    slabs = (experts.gate_up_E2IH["0"], experts.down_EHI["0"])
+    named = expert_views(0, *slabs)
 
     def plain(t: int, k: int) -> Tensor:
         gate, upper, down = (named[f"layers.0.moe.experts.{ids[t, k]}.{p}"] for p in ("gate", "up", "down"))

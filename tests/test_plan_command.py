@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from sparseray.actors.state.memory import bucket_bounds
+from sparseray.actors.state.pieces import bucket_bounds
 from sparseray.jobs import plan as command
 from sparseray.jobs.pretrain import build_layout, check_data
 from sparseray.model.config import DSEConfig, preset

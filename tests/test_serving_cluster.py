@@ -43,7 +43,7 @@ def expected_text(directory: Path, tokenizer: Tokenizer, count: int) -> str:
     memory = LocalMemory(config, layout)
     with torch.no_grad():
         for part in (model, experts, memory):
-            own: dict[str, torch.Tensor] = dict(part.named_parameters())
+            own = part.tensors() if part is experts else dict(part.named_parameters())
             own |= {name: b for name, b in part.named_buffers() if name.endswith("router_bias")}
             for name, tensor in checkpoint.read_tensors(str(directory), list(own)).items():
                 own[name].copy_(tensor.view_as(own[name]))

@@ -377,7 +377,7 @@ def test_a_slots_state_is_built_without_torchs_compiler() -> None:
     program = (
         "import sys; from dataclasses import replace; from sparseray.actors.state.dense import DenseState; from sparseray.model.config import DSEConfig, preset;"
         "config = replace(preset('tiny'), dse=DSEConfig());"
-        "state = DenseState(config, None, seed=0, num_shards=1, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1);"
+        "state = DenseState(config, None, seed=0, num_parts=1, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1);"
         "print('torch._dynamo' in sys.modules)"
     )
     done = subprocess.run(

@@ -44,6 +44,13 @@ def observe_biases(observe: Observe, state: DenseState) -> None:
         observe("moe_router_bias_range", float(bias_E.max() - bias_E.min()), layer=name.split(".")[1])
 
 
+def observe_queues(observe: Observe, engine: Engine) -> None:
+    """Record what an engine has at hand: after a step, and after requests were cancelled."""
+    observe("requests_running", engine.stats.running)
+    observe("requests_waiting", engine.stats.waiting)
+    observe("cache_usage_ratio", engine.cache_usage)
+
+
 def observe_engine(observe: Observe, engine: Engine, seconds: float) -> None:
     """Record one step of the serving batch.
 
@@ -51,12 +58,10 @@ def observe_engine(observe: Observe, engine: Engine, seconds: float) -> None:
         engine: after the step.
         seconds: that the step took.
     """
-    stats, counted = engine.stats, engine.take_counts()
+    counted = engine.take_counts()
     observe("engine_step_seconds", seconds)
     observe("engine_batch_requests", counted.batch)
-    observe("requests_running", stats.running)
-    observe("requests_waiting", stats.waiting)
-    observe("cache_usage_ratio", engine.cache_usage)
+    observe_queues(observe, engine)
     for waited in counted.queue_seconds:
         observe("request_queue_seconds", waited)
     if counted.failed_steps:

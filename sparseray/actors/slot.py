@@ -24,12 +24,19 @@ import torch
 
 from sparseray.actors.exchange.by_message import Call
 from sparseray.actors.exchange.reduction import Reduction, ShardResult
-from sparseray.actors.observation import observe_engine, observe_memory, observe_rows, observe_worker
+from sparseray.actors.observation import (
+    observe_engine,
+    observe_memory,
+    observe_queues,
+    observe_rows,
+    observe_worker,
+)
 from sparseray.actors.serving.engine import Engine
 from sparseray.actors.serving.text_request import GenerationRequest
-from sparseray.actors.state.assignment import Piece, Plan
+from sparseray.actors.state.assignment import Plan
 from sparseray.actors.state.dense import DenseState
-from sparseray.actors.state.holdings import DENSE, Holdings
+from sparseray.actors.state.holdings import Holdings
+from sparseray.actors.state.pieces import DENSE, Piece
 from sparseray.actors.training.worker import AttentionWorker, Batches
 from sparseray.actors.wire.mailbox import Mailbox
 from sparseray.actors.wire.messages import SCHEDULER, Message
@@ -312,6 +319,7 @@ class Slot:
     def _cancel(self, message: Message) -> None:
         assert self.engine is not None, "this slot was not installed for serving"
         self.engine.cancel(message.body["request_id"])
+        observe_queues(self.job.observe, self.engine)
 
     def _generate_tokens(self) -> None:
         """Run one step of the serving batch and send its tokens on."""

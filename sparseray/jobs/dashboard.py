@@ -69,9 +69,9 @@ def serve(app: Starlette, port: int) -> None:
     Raises:
         ConfigError: the port is taken.
     """
-    from sparseray.jobs.http.server import HttpServer
+    from sparseray.jobs.http.server import App, HttpServer
 
-    server = HttpServer(app, port=port)
+    server = HttpServer(App(app), port=port)
     what = app.state.source.what
     server.run(lambda: print(f"the dashboards are at {server.url} ({what}; Ctrl-C stops)", flush=True))
     print("stopped", flush=True)

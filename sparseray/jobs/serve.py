@@ -5,7 +5,6 @@ streams the tokens that come back. Ray starts the slots and is not on the path o
 """
 
 import asyncio
-import socket
 import sys
 import threading
 import time
@@ -18,7 +17,7 @@ from sparseray.actors.serving.text_request import GenerationRequest, TokenEvent
 from sparseray.actors.wire.mailbox import Mailbox
 from sparseray.actors.wire.messages import INGRESS, SCHEDULER
 from sparseray.errors import CheckpointError, ConfigError, IdentityError, SlotLostError, UserError
-from sparseray.jobs.http.generation_client import ARRIVED_S, OverloadedError
+from sparseray.jobs.http.options import NAMES, HttpOptions, add_options, read_options
 from sparseray.log import get_logger
 from sparseray.model.dse_layout import DSELayout
 from sparseray.platform import config as configuration
@@ -46,10 +45,10 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--checkpoint", required=True, help="folder such as RUN/checkpoints/step_100")
     parser.add_argument("--port", type=int, default=ServeConfig.port)
     parser.add_argument("--host", default=ServeConfig.host, help="loopback by default")
-    parser.add_argument("--model_name", default="sparseray", help="name that requests ask for")
+    add_options(parser)
     parser.add_class_arguments(ServeConfig, "serve", skip={"host", "port"})
     parser.add_class_arguments(ClusterConfig, "cluster")
-    known = {"checkpoint", "port", "host", "model_name", "serve", "cluster"}
+    known = {"checkpoint", "port", "host", *NAMES, "serve", "cluster"}
     known |= {f"serve.{name.name}" for name in fields(ServeConfig)} - {"serve.host", "serve.port"}
     known |= {f"cluster.{name.name}" for name in fields(ClusterConfig)}
     try:
@@ -57,29 +56,26 @@ def main(arguments: Sequence[str]) -> int:
         options = parser.parse_args(list(arguments))
         made = parser.instantiate(options)
         serve = ServeConfig(**{**vars(made.serve), "host": options.host, "port": options.port})
-        return run(Path(options.checkpoint), serve, ClusterConfig(**vars(made.cluster)), options.model_name)
+        http = read_options(options, serve.host)
+        return run(Path(options.checkpoint).expanduser(), serve, ClusterConfig(**vars(made.cluster)), http)
     except UserError as error:
         return configuration.die(error)
 
 
-def run(directory: Path, serve: ServeConfig, cluster_config: ClusterConfig, model_name: str) -> int:
+def run(directory: Path, serve: ServeConfig, cluster_config: ClusterConfig, http: HttpOptions) -> int:
     """Check everything, start the slots, and serve.
 
     Raises:
         UserError: checkpoint, port or cluster do not fit.
     """
     config = load(directory, serve, cluster_config)
-    check_port(serve.host, serve.port)
-    from tokenizers import Tokenizer
-
-    from sparseray.jobs.http.openai_bodies import ApiLimits
-    from sparseray.jobs.http.server import HttpServer, create_app
-    from sparseray.jobs.http.text_stream import Vocabulary
+    from sparseray.jobs.http.server import HttpServer, address_url, create_app, listen
+    from sparseray.jobs.http.serving_model import read_served
     from sparseray.jobs.pretrain import placement, slots_of
     from sparseray.platform.cluster import Cluster
 
-    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
-    vocabulary = Vocabulary(tokenizer, config.model.dse.document_end_id)
+    listen(serve.host, serve.port).close()
+    served = read_served(directory, config, http.model_names)
     print("starting Ray and its slots ...", flush=True)
     cluster = Cluster(cluster_config, slots_of(config))
     client = None
@@ -87,21 +83,26 @@ def run(directory: Path, serve: ServeConfig, cluster_config: ClusterConfig, mode
         addresses = cluster.start()
         plan = make_plan(**placement(config, addresses))
         metrics = Metrics({}, declare="server")
-        client = RemoteClient(cluster.job, cluster_config, metrics, max_waiting=serve.max_waiting)
+        client = RemoteClient(cluster.job, cluster_config, metrics)
         client.install(config, plan.to_dict(), directory)
-        limits = ApiLimits(
-            max_model_len=min(serve.max_model_len, config.model.max_seq_len),
-            vocab_size=config.model.vocab_size,
+        app = create_app(client, served, rules=http.rules, record=metrics.record, metrics=metrics.exposition)
+        server = HttpServer(
+            app,
+            host=serve.host,
+            port=serve.port,
+            drain_s=serve.drain_s,
+            certificate=http.certificate,
+            key=http.key,
         )
-        app = create_app(client, vocabulary, model=model_name, limits=limits, metrics=metrics.exposition)
-        url = f"http://{serve.host}:{serve.port}"
-        targets = cluster.metric_targets() | {"server": f"{serve.host}:{serve.port}"}
-        publish(cluster.job, entries(targets, model_name))
+        address = address_url(serve.host, server.port).removeprefix("http://")
+        publish(cluster.job, entries(cluster.metric_targets() | {"server": address}, http.model_names[0]))
+        names = " and ".join(map(repr, http.model_names))
         hint = (
-            f"serving {directory} as {model_name!r} at {url} (Ctrl-C stops); try:\n"
-            f"  curl -s {url}/v1/completions -H 'Content-Type: application/json' -d '{{\"prompt\": \"import \"}}'"
+            f"serving {directory} as {names} at {server.url} (Ctrl-C stops); try:\n"
+            f"  curl -s {server.url}/v1/completions -H 'Content-Type: application/json'"
+            ' -d \'{"prompt": "import "}\''
         )
-        HttpServer(app, host=serve.host, port=serve.port).run(lambda: print(hint, flush=True))
+        server.run(lambda: print(hint, flush=True))
     finally:
         if client is not None:
             client.close()
@@ -121,6 +122,11 @@ def load(directory: Path, serve: ServeConfig, cluster: ClusterConfig) -> RunConf
     manifest = checkpoint.read_manifest(directory)
     checkpoint.check_files(directory, manifest)
     config = replace(configuration.from_dict(RunConfig, manifest["config"]), serve=serve, cluster=cluster)
+    if serve.max_model_len > config.model.max_seq_len:
+        raise ConfigError(
+            f"serve.max_model_len={serve.max_model_len} exceeds the model's {config.model.max_seq_len} tokens"
+            f" ({directory}: model.max_seq_len); leave it out, or give at most that"
+        )
     if not (directory / "tokenizer.json").exists():
         raise CheckpointError(f"{directory} has no tokenizer.json; use a whole checkpoint folder")
     if config.model.dse.layers:
@@ -133,18 +139,6 @@ def load(directory: Path, serve: ServeConfig, cluster: ClusterConfig) -> RunConf
     return config
 
 
-def check_port(host: str, port: int) -> None:
-    """Raise ConfigError when nothing can listen at the address, before anything is started."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise ConfigError(
-                f"cannot listen on {host}:{port} ({error.strerror}); choose another --port, or stop who uses it"
-            ) from None
-
-
 class RemoteClient:
     """`GenerationClient` of the HTTP server, played by the attention workers of a plan.
 
@@ -152,19 +146,18 @@ class RemoteClient:
         job: identifier of the job.
         cluster: transport settings and deadline.
         metrics: where request metrics go.
-        max_waiting: open requests before new ones are refused.
     """
 
-    def __init__(self, job: str, cluster: ClusterConfig, metrics: Metrics, *, max_waiting: int) -> None:
+    def __init__(self, job: str, cluster: ClusterConfig, metrics: Metrics) -> None:
         directory = private_directory(job) if cluster.transport == "ipc" else None
         # ZeroMQ sockets belong to one thread: one mailbox receives in a thread, one sends from the event loop.
         self._inbox = Mailbox(ZmqTransport("scheduler", directory, cluster.bind_host), SCHEDULER, job)
         self._outbox = Mailbox(ZmqTransport("ingress", directory, cluster.bind_host), INGRESS, job)
-        self._deadline_s, self._metrics = cluster.deadline_s, metrics
+        self._deadline_s = cluster.deadline_s
         self._queues: dict[str, tuple[asyncio.AbstractEventLoop, asyncio.Queue[TokenEvent | Exception]]] = {}
         self._open: dict[int, set[str]] = {}
         self._heard_s: dict[int, float] = {}
-        self._max_waiting, self._running = max_waiting, True
+        self._running = True
         self._thread = threading.Thread(target=self._receive, daemon=True, name="ingress")
 
     def install(self, config: RunConfig, plan: dict[str, Any], directory: Path) -> None:
@@ -228,48 +221,24 @@ class RemoteClient:
         """Yield a request's tokens as they come; closing the generator cancels it.
 
         Raises:
-            OverloadedError: too many requests are open.
             SlotLostError: its worker failed or fell silent.
         """
-        if len(self._queues) >= self._max_waiting:
-            self._metrics.record("requests_failed_total", 1, reason="overloaded")
-            raise OverloadedError(f"{len(self._queues)} requests are open, as many as this server accepts")
         slot = min(self._open, key=lambda s: (len(self._open[s]), s))
         queue: asyncio.Queue[TokenEvent | Exception] = asyncio.Queue()
         self._queues[request.request_id] = (asyncio.get_running_loop(), queue)
         self._open[slot].add(request.request_id)
-        started = last = ARRIVED_S.get() or time.perf_counter()
-        is_first, reason = True, "cancelled"
-        self._metrics.record("prompt_tokens_total", len(request.prompt_tokens))
-        self._count_running()
+        is_ended = False
         try:
             self._outbox.post(slot, "generate", body=request.to_dict())
-            while reason == "cancelled":
+            while not is_ended:
                 event = await self._next_event(queue, slot)
-                now = time.perf_counter()
-                reason = event.finish_reason or reason
-                if event.token_id is not None:
-                    name = "time_to_first_token_seconds" if is_first else "inter_token_latency_seconds"
-                    self._metrics.record(name, now - (started if is_first else last))
-                    self._metrics.record("generation_tokens_total", 1)
-                    is_first = False
-                last = now
-                if reason == "error":
-                    self._metrics.record("requests_failed_total", 1, reason="engine")
+                is_ended = event.finish_reason not in (None, "error")
                 yield event
-        except SlotLostError:
-            reason = "error"
-            self._metrics.record("requests_failed_total", 1, reason="slot_lost")
-            raise
         finally:
-            if reason in ("cancelled", "error"):
+            if not is_ended:
                 self._outbox.post(slot, "cancel", body={"request_id": request.request_id})
-            else:
-                self._metrics.record("request_latency_seconds", last - started)
-            self._metrics.record("requests_finished_total", 1, finished_reason=reason)
             self._queues.pop(request.request_id, None)
             self._open[slot].discard(request.request_id)
-            self._count_running()
 
     async def _next_event(self, queue: "asyncio.Queue[TokenEvent | Exception]", slot: int) -> TokenEvent:
         while True:
@@ -290,8 +259,10 @@ class RemoteClient:
             if request_id in ids:
                 self._outbox.post(slot, "cancel", body={"request_id": request_id})
 
-    def _count_running(self) -> None:
-        self._metrics.record("requests_open", sum(len(ids) for ids in self._open.values()))
+    @property
+    def is_healthy(self) -> bool:
+        """Whether answers are received."""
+        return self._running and self._thread.is_alive()
 
     def close(self) -> None:
         """Stop receiving and release the sockets."""

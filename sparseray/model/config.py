@@ -10,10 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from sparseray.errors import ConfigError
+from sparseray.kernels.settings import ROUTERS, NSASizes
 from sparseray.model.limits import LARGEST, check, count, within
 
 ATTENTIONS = ("full", "nsa")
-ROUTERS = ("v3", "v2", "gshard", "switch", "dense")
+NO_ROUTER = "dense"
 ROW_DTYPES = ("float32", "bfloat16")
 
 
@@ -45,16 +46,24 @@ class NSAConfig:
 
     def __post_init__(self) -> None:
         check("model.nsa", self)
-        if self.block % self.stride or self.select_block % self.stride or self.block > self.select_block:
-            raise ConfigError(
-                f"nsa.stride={self.stride} must divide nsa.block={self.block} and"
-                f" nsa.select_block={self.select_block}, and block must not exceed select_block"
-            )
-        if self.num_selected < self.num_initial + self.num_local:
-            raise ConfigError(
-                f"nsa.num_selected={self.num_selected} is less than num_initial + num_local ="
-                f" {self.num_initial + self.num_local}, which are always selected; raise num_selected"
-            )
+        _ = self.sizes  # Checks them.
+
+    @property
+    def sizes(self) -> NSASizes:
+        """The sizes as the operations take them.
+
+        Raises:
+            ConfigError: the paper's equations are not defined for them.
+        """
+        return NSASizes(
+            block=self.block,
+            stride=self.stride,
+            select_block=self.select_block,
+            num_selected=self.num_selected,
+            window=self.window,
+            num_initial=self.num_initial,
+            num_local=self.num_local,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +80,9 @@ class MoEConfig:
             (num_shared + top_k) * expert_dim, the width a token would have used.
         num_groups: contiguous groups of experts (a property of the model, not of the cluster).
         topk_groups: groups that a token may use.
-        normalize: divide the chosen weights by their sum (v2, v3).
+        group_scores: how many of its largest biased scores make a group's score (v3): 2 as in the released code,
+            0 for top_k / topk_groups as in the paper.
+        normalize: divide the chosen weights by their sum (v2, v3); null for what the papers do: v3 does, v2 does not.
         scaling: factor on the chosen weights (v2, v3).
         bias_update: step of the selection bias after an optimizer step (v3), gamma.
         balance_loss: coefficient of the balance loss, alpha.
@@ -85,15 +96,18 @@ class MoEConfig:
     router: str = "v3"
     num_groups: int = count(1)
     topk_groups: int = count(1)
-    normalize: bool = True
+    group_scores: int = count(2, 0)
+    normalize: bool | None = None
     scaling: float = within(1.0, above=0.0, at_most=1e6)
     bias_update: float = within(0.001, 0.0, 1e6)
     balance_loss: float = within(1e-4, 0.0, 1e6)
 
     def __post_init__(self) -> None:
         check("model.moe", self)
-        if self.router not in ROUTERS:
-            raise ConfigError(f"moe.router={self.router!r} is unknown; use one of {', '.join(ROUTERS)}")
+        if self.router not in (*ROUTERS, NO_ROUTER):
+            raise ConfigError(
+                f"moe.router={self.router!r} is unknown; use one of {', '.join(ROUTERS)} or {NO_ROUTER}"
+            )
         if self.num_experts % self.num_groups or self.topk_groups > self.num_groups:
             raise ConfigError(
                 f"moe.num_experts={self.num_experts} must be divisible by num_groups={self.num_groups}, and"
@@ -125,6 +139,8 @@ class DSEConfig:
             gives none (serving); -1 for none.
         row_dtype: dtype of the rows.
         num_buckets: contiguous row ranges that a layer's table is divided into for placement.
+        gate_eps: of the norms of hidden state and key in the gate; as released, torch's for fp32.
+        conv_eps: of the norm before the convolution; as released.
     """
 
     layers: tuple[int, ...] = within((), 0, LARGEST)
@@ -139,6 +155,8 @@ class DSEConfig:
     document_end_id: int = -1
     row_dtype: str = "float32"
     num_buckets: int = count(64, 1, 1 << 20)
+    gate_eps: float = within(1.1920928955078125e-07, above=0.0, at_most=1.0)
+    conv_eps: float = within(1e-5, above=0.0, at_most=1.0)
 
     def __post_init__(self) -> None:
         check("model.dse", self)
@@ -171,7 +189,7 @@ class ModelConfig:
         attention: "full" or "nsa" per layer; one word stands for all layers.
         rope_theta: base of the rotary position encoding.
         max_seq_len: longest sequence.
-        norm_eps: of every RMSNorm.
+        norm_eps: of every RMSNorm but those of the memory.
         tie_embeddings: the head shares the embedding.
         init_std: standard deviation of every initial matrix.
         nsa, moe, dse: the three sparse parts.
@@ -227,7 +245,7 @@ class ModelConfig:
     @property
     def moe_layers(self) -> tuple[int, ...]:
         """0-based layers with routed experts."""
-        if self.moe.router == "dense":
+        if self.moe.router == NO_ROUTER:
             return ()
         return tuple(range(min(self.moe.leading_dense, self.num_layers), self.num_layers))
 
@@ -242,7 +260,8 @@ _TINY = ModelConfig(
     attention=("full", "nsa", "nsa", "nsa"),
     # Ten times the papers' step: a run of some hundred steps must balance its experts too.
     moe=MoEConfig(bias_update=0.01),
-    dse=DSEConfig(layers=(1, 2), num_buckets=16),
+    # One eps for all three norms, as when its golden losses were recorded.
+    dse=DSEConfig(layers=(1, 2), num_buckets=16, gate_eps=1e-6, conv_eps=1e-6),
 )
 _SMALL = ModelConfig(
     vocab_size=32768,

@@ -148,19 +148,23 @@ class ServeConfig:
     """The HTTP server.
 
     Args:
-        host, port: address; loopback by default.
+        host, port: address; loopback by default; port 0 for a free one.
         max_batch: requests that share a step.
-        max_model_len: prompt and completion tokens of one request.
+        max_model_len: prompt and completion tokens of one request; 0 for as many as the model has.
         prefill_chunk: prompt tokens of one request per step.
-        max_waiting: requests that may queue before new ones get 429.
+        max_waiting: requests that may wait beside those in the batches, before new ones get 429.
+        drain_s: seconds that open requests get at a stop.
+        ignore_unknown_fields: leave fields that the server does not know out of a body, instead of refusing it.
     """
 
     host: str = "127.0.0.1"
     port: int = count(8000, 0, 65535)
     max_batch: int = count(16, 1, 1 << 16)
-    max_model_len: int = count(512)
+    max_model_len: int = count(0, 0)
     prefill_chunk: int = count(64)
     max_waiting: int = count(256, 1, 1 << 20)
+    drain_s: float = within(5.0, 0.0, 3600.0)
+    ignore_unknown_fields: bool = False
 
     def __post_init__(self) -> None:
         check("serve", self)

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from sparseray.actors.state.assignment import Piece, Plan
+from sparseray.actors.state.assignment import Plan
+from sparseray.actors.state.pieces import Piece
 from sparseray.errors import SlotsLostError, StateLostError
 from sparseray.log import get_logger
 from sparseray.platform.config import RunConfig

@@ -119,7 +119,7 @@ class Reduction:
         plan, me = self.plan, self.mailbox.slot
         if self.experts is not None and self.experts.computed:
             for primary, keys in self._elsewhere(shard).items():
-                part = (self.experts.part(shard, keys),)
+                part = (self.experts.part(shard, keys).numpy(),)
                 self.mailbox.post(
                     primary, "expert_part", step=step, shard=shard, body={"keys": keys}, arrays=part
                 )
@@ -145,7 +145,7 @@ class Reduction:
     def _expert_part(self, message: Message) -> None:
         assert self.experts is not None
         keys = [(layer, expert) for layer, expert in message.body["keys"]]
-        self.experts.take_part(message.shard, keys, message.arrays[0])
+        self.experts.take_part(message.shard, keys, torch.tensor(message.arrays[0]))
         self._expert_shard_in(message.step, message.shard, message.source)
 
     def _expert_shard_in(self, step: int, shard: int, source: int) -> None:
@@ -161,14 +161,14 @@ class Reduction:
         if self._parts_due[shard]:
             return
         del self._parts_due[shard]
-        if self.experts.finish_shard(shard):
+        if self.experts.finish_part(shard):
             for slot, owned in _backups(plan.experts, me).items():
                 self.mailbox.post(
                     slot,
                     "expert_reduced",
                     step=step,
                     body={"keys": owned},
-                    arrays=(self.experts.pack(owned),),
+                    arrays=(self.experts.pack(owned).numpy(),),
                 )
             self._prepared(step, "expert")
 
@@ -196,7 +196,9 @@ class Reduction:
 
     def _expert_reduced(self, message: Message) -> None:
         assert self.experts is not None
-        self.experts.unpack([(layer, expert) for layer, expert in message.body["keys"]], message.arrays[0])
+        self.experts.unpack(
+            [(layer, expert) for layer, expert in message.body["keys"]], torch.from_numpy(message.arrays[0])
+        )
         self._prepared(message.step, "expert")
 
     def _rows_reduced(self, message: Message) -> None:

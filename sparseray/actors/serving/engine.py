@@ -20,12 +20,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sparseray.actors.serving.sampler import log_probabilities, sample, token_logprobs
+from sparseray.actors.serving.grammar import Grammars, GrammarState
+from sparseray.actors.serving.sampler import adjusted, log_probabilities, sample, token_logprobs
 from sparseray.actors.serving.text_request import GenerationRequest, TokenEvent, TokenLogprobs
 from sparseray.errors import ConfigError
 from sparseray.log import get_logger
 from sparseray.model.cache import Cache
-from sparseray.model.decode import forward_chunks
 from sparseray.model.dse import Memory
 from sparseray.model.moe import Experts
 from sparseray.model.transformer import Transformer
@@ -69,7 +69,7 @@ class StepCounts:
     queue_seconds: list[float] = field(default_factory=list)
 
 
-@dataclass
+@dataclass(eq=False)
 class _Sequence:
     """A request with what was computed of it so far."""
 
@@ -79,6 +79,7 @@ class _Sequence:
     failures: int = 0
     queued_s: float = field(default_factory=time.perf_counter)
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    grammar: GrammarState | None = None
 
     @property
     def num_prompt(self) -> int:
@@ -110,6 +111,7 @@ class Engine:
         prefill_chunk: tokens of a prompt per step.
         prefills_per_step: most prompts that advance in one step, so that decoding goes on beside them.
         max_failures: failed steps after which a request ends with an error.
+        grammars: over the model's vocabulary; without them, requests with a grammar are refused.
 
     Raises:
         ConfigError: a limit is out of range.
@@ -126,6 +128,7 @@ class Engine:
         prefill_chunk: int = 64,
         prefills_per_step: int = 4,
         max_failures: int = 3,
+        grammars: Grammars | None = None,
     ) -> None:
         longest = model.config.max_seq_len
         self.max_model_len = longest if max_model_len is None else max_model_len
@@ -144,6 +147,7 @@ class Engine:
         self.model, self.experts, self.memory = model, experts, memory
         self.max_batch, self.prefill_chunk = max_batch, prefill_chunk
         self.prefills_per_step, self.max_failures = prefills_per_step, max_failures
+        self._grammars = grammars
         self._waiting: deque[_Sequence] = deque()
         self._running: list[_Sequence] = []
         self._failed: list[TokenEvent] = []
@@ -185,7 +189,11 @@ class Engine:
                 f" max_model_len={self.max_model_len}; shorten the request"
             )
         tokens = [*request.prompt_tokens, *request.resume_tokens]
-        if not all(0 <= token < vocab for token in tokens):
+        named = [token for token, _ in request.logit_bias] + [
+            token for word in request.bad_words for token in word
+        ]
+        named += [*request.allowed_token_ids, *request.stop_token_ids]
+        if not all(0 <= token < vocab for token in [*tokens, *named]):
             raise ConfigError(f"request {request.request_id}: a token id is outside 0..{vocab - 1}")
         if request.max_tokens < len(request.resume_tokens) + (request.max_tokens > 0):
             raise ConfigError(
@@ -193,7 +201,12 @@ class Engine:
             )
         if any(s.request.request_id == request.request_id for s in (*self._waiting, *self._running)):
             raise ConfigError(f"request id {request.request_id} is in use; choose another")
-        self._waiting.append(_Sequence(request, tokens))
+        sequence = _Sequence(request, tokens)
+        if request.grammar:
+            if self._grammars is None:
+                raise ConfigError(f"request {request.request_id}: this engine has no tokenizer for a grammar")
+            sequence.grammar = self._grammars.start(request.grammar, request.resume_tokens)
+        self._waiting.append(sequence)
 
     def cancel(self, request_id: str) -> bool:
         """Forget a request between two steps; no event follows. Returns whether it was there."""
@@ -233,10 +246,11 @@ class Engine:
         return events
 
     def _admit(self) -> None:
-        """Give caches to waiting requests, first come first served."""
+        """Give caches to waiting requests: by priority, first come first served among equals."""
         device = self.model.embedding.device
         while self._waiting and len(self._running) < self.max_batch:
-            sequence = self._waiting.popleft()
+            sequence = min(self._waiting, key=lambda waiting: waiting.request.priority)
+            self._waiting.remove(sequence)
             length = sequence.num_prompt + sequence.request.max_tokens
             sequence.cache = Cache(self.model.config, length, device=device)
             self._running.append(sequence)
@@ -258,7 +272,7 @@ class Engine:
             tokens = sequence.next_chunk(self.prefill_chunk)
             prompt_tokens += len(tokens) if sequence.in_prompt else 0
             chunks.append((torch.tensor(tokens, dtype=torch.int64, device=device), sequence.cache))
-        hidden = forward_chunks(self.model, chunks, experts=self.experts, memory=self.memory)
+        hidden = self.model.run_chunks(chunks, experts=self.experts, memory=self.memory)
         self._stats = replace(
             self._stats,
             steps=self._stats.steps + 1,
@@ -333,14 +347,15 @@ class Engine:
         if request.max_tokens == 0:
             return replace(event, finish_reason="length")
         logprobs_V = log_probabilities(logits_V)
-        token = sample(
-            logprobs_V,
-            temperature=request.temperature,
-            top_p=request.top_p,
-            seed=request.seed,
-            position=len(sequence.tokens),
-        )
+        mask_V = None if sequence.grammar is None else sequence.grammar.mask()
+        scores_V = adjusted(logits_V, request, sequence.tokens, mask_V)
+        token = sample(scores_V, request, position=len(sequence.tokens))
+        if token is None:
+            # Its constraints leave nothing that may follow: the text ends here.
+            return replace(event, finish_reason="stop")
         sequence.tokens.append(token)
+        if sequence.grammar is not None:
+            sequence.grammar.add(token)
         self._stats = replace(self._stats, generated_tokens=self._stats.generated_tokens + 1)
         finish = "length" if index + 1 == request.max_tokens else None
         if token in request.stop_token_ids:

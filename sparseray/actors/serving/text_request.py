@@ -22,6 +22,18 @@ class GenerationRequest:
         temperature: 0 for the most probable token (lowest id on ties).
         top_p: smallest set of most probable tokens with at least this probability, in (0, 1].
         seed: of the request's random numbers; any integer, taken modulo 2**64.
+        top_k: only this many most probable tokens may be drawn; 0 for all.
+        min_p: only tokens at least this share as probable as the best one may be drawn, in [0, 1].
+        repetition_penalty: divides the positive and multiplies the negative logits of tokens that the prompt or
+            the continuation holds; 1 for none.
+        presence_penalty, frequency_penalty: taken from the logit of a token that the continuation holds, once,
+            and once for each time.
+        logit_bias: (token id, what is added to its logit).
+        allowed_token_ids: the only tokens that may be drawn; empty for all.
+        bad_words: token sequences that the continuation never completes.
+        grammar: that the continuation follows, as `Grammars` takes it; empty for none.
+        min_tokens: tokens added before a stop token may come.
+        priority: lower values enter the batch first.
         stop_token_ids: tokens that end the text (the end of a document); empty to ignore them.
         logprobs: also return the chosen token's log probability and those of this many best tokens; None for
             neither.
@@ -35,6 +47,17 @@ class GenerationRequest:
     temperature: float = 1.0
     top_p: float = 1.0
     seed: int = 0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    allowed_token_ids: tuple[int, ...] = ()
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    grammar: str = ""
+    min_tokens: int = 0
+    priority: int = 0
     stop_token_ids: tuple[int, ...] = ()
     logprobs: int | None = None
     prompt_logprobs: int | None = None
@@ -47,8 +70,10 @@ class GenerationRequest:
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> GenerationRequest:
         """Return the request that `to_dict` gave."""
-        lists = {name: tuple(fields[name]) for name in ("prompt_tokens", "stop_token_ids", "resume_tokens")}
-        return cls(**{**fields, **lists})
+        flat = ("prompt_tokens", "stop_token_ids", "resume_tokens", "allowed_token_ids")
+        lists: dict[str, Any] = {name: tuple(fields[name]) for name in flat}
+        nested = {name: tuple(map(tuple, fields[name])) for name in ("logit_bias", "bad_words")}
+        return cls(**{**fields, **lists, **nested})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,11 +83,13 @@ class TokenLogprobs:
     Args:
         token_id: the token that stands there.
         logprob: its log probability; None for the first token of a prompt, which nothing predicts.
+        rank: tokens that are at least as probable, itself included; 0 where nothing predicts.
         top: (token id, log probability) of the best tokens, best first.
     """
 
     token_id: int
     logprob: float | None
+    rank: int = 0
     top: tuple[tuple[int, float], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
@@ -73,7 +100,7 @@ class TokenLogprobs:
     def from_dict(cls, fields: Mapping[str, Any]) -> TokenLogprobs:
         """Return the value that `to_dict` gave."""
         top = tuple((int(token), float(logprob)) for token, logprob in fields["top"])
-        return cls(token_id=fields["token_id"], logprob=fields["logprob"], top=top)
+        return cls(**{**fields, "top": top})
 
 
 @dataclass(frozen=True, kw_only=True)

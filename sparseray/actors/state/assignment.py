@@ -7,8 +7,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-Piece = tuple[str, int, int]
-"""The least unit of state that moves: ("dense", 0, 0), ("expert", layer, expert), ("bucket", layer, bucket)."""
+from sparseray.actors.state.pieces import DENSE, Piece
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +92,7 @@ class Plan:
 
     def pieces_of(self, slot: int) -> list[Piece]:
         """All pieces of which the slot holds a replica."""
-        dense: list[Piece] = [("dense", 0, 0)] if slot in self.dense else []
+        dense: list[Piece] = [DENSE] if slot in self.dense else []
         experts: list[Piece] = [("expert", *key) for key in self.experts_of(slot)]
         return dense + experts + [("bucket", *key) for key in self.buckets_of(slot)]
 

@@ -23,7 +23,7 @@ class DenseState:
         config: the model.
         layout: DSE identity, None without memory layers.
         seed: initialisation seed.
-        num_shards: logical shards of a step.
+        num_parts: logical parts of a step.
         betas, eps, weight_decay: of `AdamW`.
     """
 
@@ -33,7 +33,7 @@ class DenseState:
         layout: DSELayout | None,
         *,
         seed: int,
-        num_shards: int,
+        num_parts: int,
         betas: tuple[float, float],
         eps: float,
         weight_decay: float,
@@ -42,16 +42,16 @@ class DenseState:
         self.names = [name for name, _ in self.model.named_parameters()]
         self.parameters = list(self.model.parameters())
         self.biases = {name: b for name, b in self.model.named_buffers() if name.endswith("router_bias")}
-        self.num_shards = num_shards
+        self.num_parts = num_parts
         self.adamw = AdamW(betas=betas, eps=eps, weight_decay=weight_decay)
         self.reduced: Tensor | None = None
         self.tree = self._new_tree()
 
     def _new_tree(self) -> TreeSum[Tensor]:
-        return TreeSum(self.num_shards, lambda left, right: left.add_(right))
+        return TreeSum(self.num_parts, lambda left, right: left.add_(right))
 
     def take_gradient(self) -> Tensor:
-        """Flatten the parameters' gradients of one logical shard and clear them; fp32 [P]."""
+        """Flatten the parameters' gradients of one logical part and clear them; fp32 [P]."""
         flat = torch.cat(
             [(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in self.parameters]
         )
@@ -72,7 +72,7 @@ class DenseState:
 
     @property
     def reduced_gradient(self) -> Tensor:
-        """The gradient summed over all logical shards."""
+        """The gradient summed over all logical parts."""
         assert self.reduced is not None, "no reduced gradient yet"
         return self.reduced
 

@@ -9,13 +9,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from sparseray.actors.state.adamw import EXP_AVG, EXP_AVG_SQ
-from sparseray.actors.state.assignment import Piece, Plan
+from sparseray.actors.state.assignment import Plan
 from sparseray.actors.state.dense import DenseState
 from sparseray.actors.state.experts import ExpertShard
 from sparseray.actors.state.memory import MemoryShard
-
-DENSE: Piece = ("dense", 0, 0)
+from sparseray.actors.state.pieces import DENSE, Piece, keys_of
 
 
 class Holdings:
@@ -38,7 +36,7 @@ class Holdings:
     @property
     def held(self) -> set[Piece]:
         """Pieces that can be read here, assigned or not."""
-        found: set[Piece] = {("expert", *key) for key in self.experts.weights}
+        found: set[Piece] = {("expert", *key) for key in self.experts.held}
         if self.memory is not None:
             found |= {("bucket", *key) for key in self.memory.held}
         return found | ({DENSE} if self.dense is not None else set())
@@ -62,19 +60,18 @@ class Holdings:
         """Make pieces from the seed."""
         if DENSE in pieces:
             self.dense = self._new_dense()
-        self.experts.initialize(_keys(pieces, "expert"))
+        self.experts.initialize(keys_of(pieces, "expert"))
         if self.memory is not None:
-            self.memory.initialize(_keys(pieces, "bucket"))
+            self.memory.initialize(keys_of(pieces, "bucket"))
 
     def names(self, pieces: Sequence[Piece]) -> list[str]:
         """Logical names of all tensors of `pieces`, held or not."""
         found = []
         if DENSE in pieces:
             found += (self.dense or self.spare()).tensor_names()
-        for key in _keys(pieces, "expert"):
-            found += [name + part for name in self.experts.names(key) for part in ("", EXP_AVG, EXP_AVG_SQ)]
+        found += self.experts.tensor_names(keys_of(pieces, "expert"))
         if self.memory is not None:
-            found += self.memory.tensor_names(_keys(pieces, "bucket"))
+            found += self.memory.tensor_names(keys_of(pieces, "bucket"))
         return found
 
     def tensors(self, pieces: Sequence[Piece]) -> dict[str, torch.Tensor]:
@@ -83,9 +80,9 @@ class Holdings:
         if DENSE in pieces:
             assert self.dense is not None
             found |= self.dense.tensors()
-        found |= self.experts.tensors(_keys(pieces, "expert"))
+        found |= self.experts.tensors(keys_of(pieces, "expert"))
         if self.memory is not None:
-            found |= self.memory.tensors(_keys(pieces, "bucket"))
+            found |= self.memory.tensors(keys_of(pieces, "bucket"))
         return found
 
     def load(self, pieces: Sequence[Piece], tensors: dict[str, torch.Tensor], step: int) -> None:
@@ -94,9 +91,9 @@ class Holdings:
             dense = self.dense or self.spare()
             dense.load(tensors, step)
             self.dense, self._spare = dense, None
-        self.experts.load(_keys(pieces, "expert"), tensors, step)
+        self.experts.load(keys_of(pieces, "expert"), tensors, step)
         if self.memory is not None:
-            self.memory.load(_keys(pieces, "bucket"), tensors)
+            self.memory.load(keys_of(pieces, "bucket"), tensors)
 
     def assign(self, plan: Plan, slot: int) -> None:
         """Take the roles that the plan gives, on pieces that are held; gradients of a step are dropped."""
@@ -132,7 +129,3 @@ class Holdings:
             self.dense.apply(lr=lr, scale=scale, counts_LE=counts_LE)
         self.experts.apply(lr=lr, scale=scale)
         return 0 if self.memory is None else self.memory.apply(lr=memory_lr, scale=scale)
-
-
-def _keys(pieces: Sequence[Piece], kind: str) -> list[tuple[int, int]]:
-    return [(layer, index) for name, layer, index in pieces if name == kind]

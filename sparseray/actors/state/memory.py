@@ -11,19 +11,14 @@ from zlib import crc32
 import numpy as np
 import torch
 
+from sparseray.actors.state.pieces import Key, bucket_bounds
 from sparseray.actors.state.tree import TreeSum
 from sparseray.kernels.dse.cpu import gather_rows, merge_rows, rowwise_adam_
 from sparseray.model.config import ModelConfig
 from sparseray.model.init import bucket_name, initial_tensor
 
-Key = tuple[int, int]
 Rows = tuple[np.ndarray, np.ndarray]
 FIELDS = ("", "@m", "@v", "@t")
-
-
-def bucket_bounds(num_rows: int, num_buckets: int) -> np.ndarray:
-    """First row of every bucket and, last, the number of rows; int64 [num_buckets + 1]."""
-    return np.arange(num_buckets + 1, dtype=np.int64) * num_rows // num_buckets
 
 
 class MemoryShard:
@@ -32,7 +27,7 @@ class MemoryShard:
     Args:
         config: the model.
         table_rows: rows of each memory layer's table.
-        seed, num_shards: as in `DenseState`.
+        seed, num_parts: as in `DenseState`.
         betas, eps: Adam's.
     """
 
@@ -42,7 +37,7 @@ class MemoryShard:
         table_rows: Sequence[int],
         *,
         seed: int,
-        num_shards: int,
+        num_parts: int,
         betas: tuple[float, float],
         eps: float,
     ) -> None:
@@ -51,7 +46,7 @@ class MemoryShard:
         self.primary: list[Key] = []
         self.held: set[Key] = set()
         self.seed, self.init_std = seed, config.init_std
-        self.num_shards, self.betas, self.eps = num_shards, betas, eps
+        self.num_parts, self.betas, self.eps = num_parts, betas, eps
         self.bounds = [bucket_bounds(rows, config.dse.num_buckets) for rows in table_rows]
         dim = config.dse.head_dim
         # numpy.empty and zeros of this size are mapped, not written: untouched buckets cost no memory.
@@ -98,22 +93,22 @@ class MemoryShard:
 
     def discard(self) -> None:
         """Forget the gradients of the step; the rows stay."""
-        self.trees: list[TreeSum[Rows]] = [TreeSum(self.num_shards, merge_rows) for _ in self.layers]
+        self.trees: list[TreeSum[Rows]] = [TreeSum(self.num_parts, merge_rows) for _ in self.layers]
         self.reduced: dict[Key, Rows] = {}
 
     def gather(self, layer: int, rows_N: np.ndarray) -> np.ndarray:
         """Return rows of a layer's table; fp32 [N, D]."""
         return gather_rows(self.weight[layer], rows_N)
 
-    def add_gradients(self, shard: int, per_layer: Sequence[Rows]) -> bool:
-        """Add a logical shard's row gradients; True once all shards are in.
+    def add_gradients(self, part: int, per_layer: Sequence[Rows]) -> bool:
+        """Add a part's row gradients; True once all parts are in.
 
         Args:
-            shard: logical shard.
+            part: logical part of the batch.
             per_layer: (rows int64 rising, sums fp32 [U, D]) of each memory layer, this slot's rows only.
         """
         for tree, rows in zip(self.trees, per_layer):
-            tree.add(0, shard, rows)
+            tree.add(0, part, rows)
         if any(tree.root is None for tree in self.trees):
             return False
         for layer, bucket in self.primary:

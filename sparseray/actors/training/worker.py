@@ -112,7 +112,7 @@ class AttentionWorker:
         loss_sum = cross_entropy_sum(model, out.hidden_BTH, batch.targets_BT)
         started = self._lap("forward", started)
         # Every logical shard has the same number of tokens, so this is the mean over the global batch.
-        (loss_sum / (tokens * self.state.num_shards) + out.aux_loss / self.state.num_shards).backward()
+        (loss_sum / (tokens * self.state.num_parts) + out.aux_loss / self.state.num_parts).backward()
         gradients = [self.memory.ready[layer].grad for layer in self.layers]
         result = ShardResult(
             loss_sum=float(loss_sum.detach()),

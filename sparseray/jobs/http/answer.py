@@ -1,46 +1,101 @@
-"""One request's choices from the engine's events to deltas of text.
+"""One request's choices from the engine's events to deltas of text, and what of them is counted.
 
-Between the HTTP endpoints and the `GenerationClient`: one task per choice, one queue for all.
+Between the HTTP endpoints and the `GenerationClient`: one task per choice, one queue for all. Here a choice's end
+is known, whether the engine or a stop string ended it, so its tokens, times and reason are recorded here.
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator
-from typing import Any
+from contextlib import aclosing
+from typing import Any, Protocol
 
 from sparseray.actors.serving.text_request import GenerationRequest, TokenEvent
+from sparseray.jobs.http.api_error import GenerationError
 from sparseray.jobs.http.generation_client import GenerationClient
 from sparseray.jobs.http.openai_bodies import ApiRequest
 from sparseray.jobs.http.openai_responses import Choice, Renderer
-from sparseray.jobs.http.text_stream import Delta, TextStream, Vocabulary
+from sparseray.jobs.http.text_stream import Delta, PromptTokens, TextStream, Vocabulary
 
 
-class GenerationError(Exception):
-    """A request that the engine gave up."""
+class Record(Protocol):
+    """Takes a value of a metric (`platform/metrics/registry.py`)."""
+
+    def __call__(self, name: str, value: float, **labels: str) -> None: ...
+
+
+class ChoiceTimes:
+    """The times of one choice: records each token, and how the choice ended.
+
+    Args:
+        record: where they go.
+        arrived_s: when its request came, by `time.perf_counter`.
+    """
+
+    def __init__(self, record: Record, arrived_s: float) -> None:
+        self._record, self._arrived_s, self._last_s = record, arrived_s, 0.0
+
+    def token(self) -> None:
+        """Note a token that has come."""
+        now = time.perf_counter()
+        if self._last_s:
+            self._record("inter_token_latency_seconds", now - self._last_s)
+        else:
+            self._record("time_to_first_token_seconds", now - self._arrived_s)
+        self._record("generation_tokens_total", 1)
+        self._last_s = now
+
+    def end(self, reason: str) -> None:
+        """Note the end: "stop", "length", "cancelled" or "error"."""
+        self._record("requests_finished_total", 1, finished_reason=reason)
+        if reason in ("stop", "length"):
+            self._record("request_latency_seconds", time.perf_counter() - self._arrived_s)
 
 
 class Answer:
-    """The choices of one request as they are computed; counts the tokens for `usage`."""
+    """The choices of one request as they are computed.
 
-    def __init__(self, client: GenerationClient, request: ApiRequest, vocabulary: Vocabulary) -> None:
+    Args:
+        client: the engine.
+        request: validated.
+        vocabulary: of the model.
+        record: where its metrics go.
+        arrived_s: when it came, by `time.perf_counter`.
+    """
+
+    def __init__(
+        self,
+        client: GenerationClient,
+        request: ApiRequest,
+        vocabulary: Vocabulary,
+        *,
+        record: Record,
+        arrived_s: float,
+    ) -> None:
         self._client, self._request, self._vocabulary = client, request, vocabulary
+        self._record, self._arrived_s = record, arrived_s
+        self._queue: asyncio.Queue[tuple[int, Delta] | Exception | None] = asyncio.Queue()
         self.completion_tokens = 0
+
+    def fail(self, error: Exception) -> None:
+        """End the answer early: `deltas` raises the error."""
+        self._queue.put_nowait(error)
 
     async def deltas(self) -> AsyncGenerator[tuple[int, Delta], None]:
         """Yield (choice, delta) as tokens come; leaving early cancels what still runs.
 
         Raises:
             GenerationError: the engine gave a choice up.
-            OverloadedError, UserError: the engine refused a choice.
+            UserError: the engine refused a choice.
         """
-        queue: asyncio.Queue[tuple[int, Delta] | Exception | None] = asyncio.Queue()
         requests = self._request.requests
-        tasks = [asyncio.create_task(self._choice(i, request, queue)) for i, request in enumerate(requests)]
+        tasks = [asyncio.create_task(self._choice(i, request)) for i, request in enumerate(requests)]
         open_choices = len(tasks)
         try:
             while open_choices:
-                item = await queue.get()
+                item = await self._queue.get()
                 if isinstance(item, Exception):
                     raise item
                 if item is None:
@@ -52,48 +107,58 @@ class Answer:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _choice(
-        self,
-        index: int,
-        request: GenerationRequest,
-        queue: asyncio.Queue[tuple[int, Delta] | Exception | None],
-    ) -> None:
+    async def _choice(self, index: int, request: GenerationRequest) -> None:
         """Follow one choice to its end."""
-        stream = TextStream(self._vocabulary, self._request.stops)
-        finished = False
+        asked = self._request
+        stream = TextStream(
+            self._vocabulary,
+            asked.stops,
+            min_tokens=request.min_tokens,
+            keep_stop=asked.keep_stop,
+            keep_specials=asked.keep_specials,
+        )
+        times, reason = ChoiceTimes(self._record, self._arrived_s), "cancelled"
+        self._record("prompt_tokens_total", len(request.prompt_tokens))
         try:
-            async for event in self._client.generate(request):
-                for delta in self._read(stream, request, event):
-                    queue.put_nowait((index, delta))
-                    finished = delta.finish_reason is not None
-                if finished:
-                    break
-            if not finished:
+            async with aclosing(self._client.generate(request)) as events:
+                async for event in events:
+                    if event.token_id is not None:
+                        times.token()
+                    delta = self._read(stream, request, event)
+                    self._queue.put_nowait((index, delta))
+                    if delta.finish_reason is not None:
+                        reason = delta.finish_reason
+                        break
+            if reason == "cancelled":
                 raise GenerationError("the engine ended the request early")
         except Exception as error:
-            queue.put_nowait(error)
+            reason = "error"
+            self._queue.put_nowait(error)
         else:
-            queue.put_nowait(None)
+            self._queue.put_nowait(None)
         finally:
+            times.end(reason)
             await self._client.cancel(request.request_id)
 
-    def _read(self, stream: TextStream, request: GenerationRequest, event: TokenEvent) -> list[Delta]:
+    def _read(self, stream: TextStream, request: GenerationRequest, event: TokenEvent) -> Delta:
         if event.finish_reason == "error":
             raise GenerationError(event.error or "the engine failed")
-        deltas = []
-        if event.index == 0 and self._request.echo:
-            deltas.append(stream.prompt(request.prompt_tokens, event.prompt_logprobs or ()))
         self.completion_tokens += event.token_id is not None
-        deltas.append(stream.push(event.token_id, event.logprobs, event.finish_reason))
-        return deltas
+        if event.index:
+            return stream.push(event.token_id, event.logprobs, event.finish_reason)
+        shown = Delta(text="")
+        if self._request.echo:
+            wants_logprobs = request.logprobs is not None
+            shown = stream.prompt(
+                request.prompt_tokens, event.prompt_logprobs or () if wants_logprobs else (), request.logprobs
+            )
+        first = stream.push(event.token_id, event.logprobs, event.finish_reason)
+        return shown.joined(first, PromptTokens(tokens=request.prompt_tokens, logprobs=event.prompt_logprobs))
 
     async def whole(self, renderer: Renderer) -> dict[str, Any]:
         """Return the body of an answer that is not streamed."""
         choices = [Choice() for _ in self._request.requests]
-        deltas = self.deltas()
-        try:
+        async with aclosing(self.deltas()) as deltas:
             async for index, delta in deltas:
                 choices[index].add(delta)
-        finally:
-            await deltas.aclose()
         return renderer.response(choices, self.completion_tokens)

@@ -9,8 +9,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextvars import ContextVar
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Protocol
@@ -23,22 +22,18 @@ from sparseray.log import get_logger
 logger = get_logger(__name__)
 
 
-# When the request that is being answered reached the HTTP server, by `time.perf_counter`; 0 without one.
-ARRIVED_S: ContextVar[float] = ContextVar("arrived_s", default=0.0)
-
-
-class OverloadedError(RuntimeError):
-    """The engine has as many waiting requests as it accepts."""
-
-
 class GenerationClient(Protocol):
-    """An engine, near or far."""
+    """An engine, near or far. How many requests it gets is the HTTP side's to limit."""
 
-    def generate(self, request: GenerationRequest) -> AsyncIterator[TokenEvent]:
+    @property
+    def is_healthy(self) -> bool:
+        """Whether requests can be computed now."""
+        ...
+
+    def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenEvent, None]:
         """Compute a request; the last event has a finish_reason. Closing the iterator cancels.
 
         Raises (on the first event):
-            OverloadedError: too many requests wait.
             UserError: the engine cannot compute this request.
         """
         ...
@@ -68,12 +63,11 @@ class LocalClient:
 
     Args:
         engine: which nobody else touches from now on.
-        max_waiting: most requests that wait for a place in the batch.
         retry_delay_s: pause after a failed step.
     """
 
-    def __init__(self, engine: Engine, *, max_waiting: int = 128, retry_delay_s: float = 0.05) -> None:
-        self._engine, self._max_waiting, self._retry_delay_s = engine, max_waiting, retry_delay_s
+    def __init__(self, engine: Engine, *, retry_delay_s: float = 0.05) -> None:
+        self._engine, self._retry_delay_s = engine, retry_delay_s
         self._wake = threading.Condition()
         self._commands: deque[GenerationRequest | str] = deque()
         self._streams: dict[str, _Stream] = {}
@@ -97,8 +91,6 @@ class LocalClient:
         with self._wake:
             if self._closing or not self._thread.is_alive():
                 raise RuntimeError("the engine has stopped")
-            if len(self._streams) >= self._max_waiting + self._engine.max_batch:
-                raise OverloadedError(f"{self._max_waiting} requests are waiting already; try again later")
             if request.request_id in self._streams:
                 raise UserError(f"request id {request.request_id} is in use; choose another")
             self._streams[request.request_id] = stream

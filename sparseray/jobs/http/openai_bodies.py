@@ -1,206 +1,212 @@
-r"""Validation of OpenAI-style bodies: JSON in, generation requests or an error object out.
+"""A body becomes the requests of an engine, or an error object.
 
-The first thing on a request's path, before a byte of the answer. Every field has a type, a range and a limit;
-unknown fields are ignored, and known ones that would change the answer but are not supported are refused.
-
-Chat template, plain text: the messages joined by newlines as `role: content`, then `assistant:`, so
-`system: ...\nuser: ...\nassistant:`. Unless `ignore_eos` is set, an answer also ends before `\nuser:`.
+The first thing on a request's path, before a byte of the answer. Types and ranges come from `fields`, limits from
+`limits`; prompts, conversations and constraints are read by the modules of these names. Here they meet: one
+`GenerationRequest` per choice.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import secrets
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+from sparseray.actors.serving.grammar import Grammars
 from sparseray.actors.serving.text_request import GenerationRequest
+from sparseray.jobs.http.api_error import ApiError
+from sparseray.jobs.http.chat import ChatTemplate, read_messages
+from sparseray.jobs.http.constraints import Tools, read_grammar, read_tools
+from sparseray.jobs.http.fields import CHAT, COMPLETION, Field, Values, read_fields
+from sparseray.jobs.http.limits import ApiLimits
+from sparseray.jobs.http.prompts import PromptReader, check_text, too_long
 from sparseray.jobs.http.text_stream import Vocabulary
-
-ROLES = ("system", "developer", "user", "assistant", "tool")
-CHAT_STOP = "\nuser:"
-# Neutral values of fields that are not supported: anything else would silently give another answer.
-UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "frequency_penalty": (None, 0),
-    "presence_penalty": (None, 0),
-    "logit_bias": (None, {}),
-    "suffix": (None, ""),
-    "tools": (None, []),
-    "functions": (None, []),
-    "response_format": (None, {"type": "text"}),
-}
-
-
-class ApiError(Exception):
-    """A refused request: its HTTP status and the fields of OpenAI's error object."""
-
-    def __init__(
-        self, status: int, message: str, *, param: str | None = None, code: str | None = None
-    ) -> None:
-        super().__init__(message)
-        self.status, self.message, self.param, self.code = status, message, param, code
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the body of the answer."""
-        kind = "invalid_request_error" if self.status < 500 else "server_error"
-        if self.status == 429:
-            kind = "rate_limit_error"
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
 @dataclass(frozen=True, kw_only=True)
-class ApiLimits:
-    """Limits of what one HTTP request may ask for."""
+class ServedModel:
+    """What the HTTP side knows of the model.
 
-    max_model_len: int
-    vocab_size: int
-    max_body_bytes: int = 4 * 2**20
-    max_choices: int = 32
-    max_stops: int = 16
-    max_stop_chars: int = 256
-    max_logprobs: int = 20
-    max_messages: int = 1024
-    max_requests: int = 64
-    body_timeout_s: float = 30.0
-    send_timeout_s: float = 60.0
+    Args:
+        names: that requests may ask for; answers state the one that was asked for.
+        vocabulary: of the model.
+        template: of conversations.
+        grammars: over the vocabulary; None where constrained answers are not served.
+        limits: of the server.
+        fields: of the bodies, from `fields.table`.
+        ignore_unknown: unknown fields are left out instead of refused.
+    """
+
+    names: tuple[str, ...]
+    vocabulary: Vocabulary
+    template: ChatTemplate
+    grammars: Grammars | None
+    limits: ApiLimits
+    fields: Mapping[str, Field]
+    ignore_unknown: bool = False
+
+    def named(self, body: Mapping[str, Any]) -> str:
+        """Return the name of the model that a body asks for, the first if it names none.
+
+        Raises:
+            ApiError: 404, there is no such model; 400, no name.
+        """
+        name = body.get("model", self.names[0])
+        if not isinstance(name, str):
+            raise ApiError(400, f"model must be a string, for example {self.names[0]!r}", param="model")
+        if name not in self.names:
+            known = " and ".join(map(repr, self.names))
+            message = f"The model {name[:100]!r} does not exist; this server has {known}"
+            raise ApiError(404, message, param="model", code="model_not_found")
+        return name
 
 
 @dataclass(frozen=True, kw_only=True)
 class ApiRequest:
-    """A validated body: one `GenerationRequest` per choice, prompts first, then samples of each."""
+    """A validated body: one `GenerationRequest` per choice, prompts first, then samples of each.
+
+    Args:
+        stops: texts that end a choice; keep_stop: and that are part of it.
+        echo: whether the prompt stands before the answer.
+        prompt_logprobs: alternatives of each token of the prompt, apart from `echo`; None for none.
+        tools: whether the answer is a call.
+    """
 
     model: str
     is_chat: bool
     requests: tuple[GenerationRequest, ...]
     stops: tuple[str, ...]
     num_prompt_tokens: int
+    keep_stop: bool = False
+    keep_specials: bool = False
     echo: bool = False
+    prompt_logprobs: int | None = None
+    return_token_ids: bool = False
+    tools: Tools = field(default_factory=Tools)
     stream: bool = False
     include_usage: bool = False
-
-
-@dataclass(frozen=True)
-class _Fields:
-    """Typed access to a JSON object; null stands for an absent field."""
-
-    body: Mapping[str, Any]
-
-    def integer(self, name: str, low: int, high: int) -> int | None:
-        value = self.body.get(name)
-        if value is None:
-            return None
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise ApiError(400, f"{name} must be an integer from {low} to {high}", param=name)
-        return value
-
-    def number(self, name: str, low: float, high: float, default: float) -> float:
-        value = self.body.get(name)
-        if value is None:
-            return default
-        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-            raise ApiError(400, f"{name} must be a number from {low} to {high}", param=name)
-        return float(value)
-
-    def boolean(self, name: str) -> bool:
-        value = self.body.get(name)
-        if value is not None and not isinstance(value, bool):
-            raise ApiError(400, f"{name} must be true or false", param=name)
-        return bool(value)
-
-
-def parse_json(data: bytes) -> dict[str, Any]:
-    """Return the JSON object of a body.
-
-    Raises:
-        ApiError: 400, not JSON or not an object.
-    """
-
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is not JSON")
-
-    try:
-        body = json.loads(data.decode("utf-8"), parse_constant=refuse)
-    except (ValueError, RecursionError) as error:
-        raise ApiError(400, f"the body is not valid JSON: {error}"[:200], code="invalid_json") from error
-    if not isinstance(body, dict):
-        raise ApiError(400, "the body must be a JSON object", code="invalid_json")
-    return body
+    continuous_usage: bool = False
 
 
 def parse_request(
-    body: Mapping[str, Any],
-    *,
-    is_chat: bool,
-    model: str,
-    vocabulary: Vocabulary,
-    limits: ApiLimits,
-    request_id: str,
+    body: Mapping[str, Any], *, is_chat: bool, served: ServedModel, request_id: str
 ) -> ApiRequest:
     """Validate the body of a completion or a chat completion.
 
     Args:
         body: from `parse_json`.
         is_chat: which of the two.
-        model: name that is served.
-        vocabulary: of the model.
-        limits: of the server.
+        served: the model.
         request_id: prefix of the requests' ids.
 
     Raises:
         ApiError: 400, or 404 for another model.
     """
-    fields = _Fields(body)
-    _check_model(body, model)
-    for name, neutral in UNSUPPORTED.items():
-        if body.get(name) not in neutral:
-            raise ApiError(400, f"{name} is not supported; leave it out", param=name, code="unsupported")
-    n = fields.integer("n", 1, limits.max_choices) or 1
-    if (fields.integer("best_of", 1, limits.max_choices) or n) != n:
-        raise ApiError(400, "best_of is not supported; leave it out", param="best_of", code="unsupported")
-    ignore_eos = fields.boolean("ignore_eos")
-    stops = _stops(body.get("stop"), limits)
+    model = served.named(body)
+    endpoint = CHAT if is_chat else COMPLETION
+    try:
+        values = read_fields(body, endpoint, served.fields, ignore_unknown=served.ignore_unknown)
+        return _build(values, model, is_chat, served, request_id)
+    except RecursionError as error:
+        raise ApiError(400, "the body is nested too deeply", code="invalid_json") from error
+
+
+def _build(values: Values, model: str, is_chat: bool, served: ServedModel, request_id: str) -> ApiRequest:
+    limits, vocabulary = served.limits, served.vocabulary
+    n = values.get("n", 1)
+    if n > limits.max_requests:
+        raise ApiError(400, f"n={n} exceeds the {limits.max_requests} requests that may be open", param="n")
+    if values.get("best_of", n) != n:
+        raise ApiError(400, "best_of must equal n", param="best_of", code="unsupported")
+    ignore_eos = values.get("ignore_eos", False)
+    stops = _texts(values, "stop", limits)
+    tools = Tools()
+    reader = PromptReader(vocabulary, limits, values.get("truncate_prompt_tokens"))
     if is_chat:
-        prompts = [vocabulary.encode(chat_text(body.get("messages"), limits))]
-        stops += () if ignore_eos else (CHAT_STOP,)
+        tools = read_tools(values, limits, template_takes_tools=served.template.takes_tools)
+        prompts = [encode_chat(values, tools, served, reader)]
+        stops += () if ignore_eos else served.template.stops
     else:
-        prompts = _prompts(body, vocabulary, limits)
+        prompts = reader.prompts(values.get("prompt"))
     if len(prompts) * n > limits.max_choices:
-        raise ApiError(
-            400, f"{len(prompts)} prompts with n={n} exceed {limits.max_choices} choices", param="n"
-        )
-    logprobs = _logprobs(fields, is_chat, limits)
-    echo = not is_chat and fields.boolean("echo")
-    seed = fields.integer("seed", -(2**63), 2**64 - 1)
+        message = f"{len(prompts)} prompts with n={n} exceed {limits.max_choices} choices"
+        raise ApiError(400, message, param="n")
+    grammar = read_grammar(values, tools, served.grammars, limits)
+    logprobs, echo = _logprobs(values, is_chat, limits), values.get("echo", False)
+    stream, options = values.get("stream", False), _stream_options(values)
+    asked = values.get("prompt_logprobs")
+    if asked is not None and stream:
+        raise ApiError(400, "prompt_logprobs is not available with stream", param="prompt_logprobs")
+    wanted = [top for top in (asked, logprobs if echo else None) if top is not None]
+    # A grammar that is complete leaves nothing but the end of the document, so that always ends the text.
+    ends = () if ignore_eos and not grammar else (vocabulary.eos_id,)
+    common = _sampling(values, reader, served) | {
+        "stop_token_ids": tuple(dict.fromkeys((*ends, *_ids(values, "stop_token_ids", reader, limits)))),
+        "grammar": grammar,
+        "logprobs": logprobs,
+        "prompt_logprobs": max(wanted, default=None),
+    }
+    seed = values.get("seed")
     seed = secrets.randbits(63) if seed is None else seed
-    requests = tuple(
-        GenerationRequest(
-            request_id=f"{request_id}-{which * n + sample}",
-            prompt_tokens=prompt,
-            max_tokens=_max_tokens(fields, is_chat, len(prompt), limits),
-            temperature=fields.number("temperature", 0.0, 2.0, 1.0),
-            top_p=_top_p(fields),
-            seed=sample_seed(seed, sample),
-            stop_token_ids=() if ignore_eos else (vocabulary.eos_id,),
-            logprobs=logprobs,
-            prompt_logprobs=logprobs if echo else None,
-        )
-        for which, prompt in enumerate(prompts)
-        for sample in range(n)
-    )
-    stream = fields.boolean("stream")
     return ApiRequest(
         model=model,
         is_chat=is_chat,
-        requests=requests,
+        requests=tuple(
+            GenerationRequest(
+                request_id=f"{request_id}-{which * n + sample}",
+                prompt_tokens=prompt,
+                max_tokens=_max_tokens(values, is_chat, len(prompt), limits),
+                seed=sample_seed(seed, sample),
+                **common,
+            )
+            for which, prompt in enumerate(prompts)
+            for sample in range(n)
+        ),
         stops=stops,
         num_prompt_tokens=sum(len(prompt) for prompt in prompts),
+        keep_stop=values.get("include_stop_str_in_output", False),
+        keep_specials=not values.get("skip_special_tokens", True),
         echo=echo,
+        prompt_logprobs=asked,
+        return_token_ids=values.get("return_token_ids", False),
+        tools=tools,
         stream=stream,
-        include_usage=stream and _include_usage(body),
+        include_usage=stream and options[0],
+        continuous_usage=stream and options[0] and options[1],
     )
+
+
+def encode_chat(values: Values, tools: Tools, served: ServedModel, reader: PromptReader) -> tuple[int, ...]:
+    """Return the prompt of a conversation.
+
+    Args:
+        values: of a chat's body, or of one to tokenize.
+        tools: of the body.
+        served: the model.
+        reader: that knows how long a prompt may be.
+
+    Raises:
+        ApiError: 400, of another form or too long.
+    """
+    messages = read_messages(values.get("messages"), served.limits.max_messages, served.template)
+    # What cannot fit is refused before it is written, and again before it is tokenised.
+    reader.bounded("".join(message["content"] or "" for message in messages), "messages")
+    go_on = values.get("continue_final_message", False)
+    if go_on and values.get("add_generation_prompt", False):
+        message = "continue_final_message and add_generation_prompt cannot both be true"
+        raise ApiError(400, message, param="continue_final_message")
+    text, mark = served.template.write(
+        messages,
+        served.vocabulary,
+        tools=tools.definitions,
+        begin_answer=values.get("add_generation_prompt", not go_on),
+        go_on=go_on,
+        variables=values.get("chat_template_kwargs"),
+    )
+    tokens = served.vocabulary.encode_marked(reader.bounded(text, "messages"), mark)
+    return reader.cut(tokens or (served.vocabulary.eos_id,))
 
 
 def sample_seed(seed: int, sample: int) -> int:
@@ -211,132 +217,110 @@ def sample_seed(seed: int, sample: int) -> int:
     return int.from_bytes(digest[:8], "little")
 
 
-def chat_text(messages: Any, limits: ApiLimits) -> str:
-    """Return the text of a conversation (template: see the module).
-
-    Raises:
-        ApiError: 400, messages of another form.
-    """
-    if not isinstance(messages, list) or not messages:
-        raise ApiError(400, "messages must be a non-empty list", param="messages")
-    if len(messages) > limits.max_messages:
-        raise ApiError(400, f"messages must be at most {limits.max_messages}", param="messages")
-    lines = []
-    for index, message in enumerate(messages):
-        where = f"messages[{index}]"
-        if not isinstance(message, dict) or message.get("role") not in ROLES:
-            raise ApiError(400, f"{where}.role must be one of {', '.join(ROLES)}", param=where)
-        lines.append(f"{message['role']}: {_content(message.get('content'), where)}")
-    return "\n".join([*lines, "assistant:"])
-
-
-def _content(content: Any, where: str) -> str:
-    if isinstance(content, str):
-        return _text(content, where)
-    if not isinstance(content, list):
-        raise ApiError(400, f"{where}.content must be a string or a list of text parts", param=where)
-    parts = []
-    for part in content:
-        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-            raise ApiError(
-                400, f'{where}.content: only {{"type": "text", "text": ...}} parts are supported', param=where
-            )
-        parts.append(_text(part["text"], where))
-    return "".join(parts)
+def _sampling(values: Values, reader: PromptReader, served: ServedModel) -> dict[str, Any]:
+    limits = served.limits
+    return {
+        "temperature": float(values.get("temperature", 1.0)),
+        # 0 is commonly sent for "only the most probable token"; the smallest positive value means that.
+        "top_p": float(values.get("top_p", 1.0)) or math.ulp(0.0),
+        "top_k": max(0, values.get("top_k", 0)),
+        "min_p": float(values.get("min_p", 0.0)),
+        "repetition_penalty": float(values.get("repetition_penalty", 1.0)),
+        "presence_penalty": float(values.get("presence_penalty", 0.0)),
+        "frequency_penalty": float(values.get("frequency_penalty", 0.0)),
+        "logit_bias": _logit_bias(values, reader, limits),
+        "allowed_token_ids": _allowed(values, reader, limits),
+        "bad_words": _bad_words(values, served),
+        "min_tokens": values.get("min_tokens", 0),
+        "priority": values.get("priority", 0),
+    }
 
 
-def _text(text: str, where: str) -> str:
-    """Refuse lone surrogates, which JSON can spell and UTF-8 cannot."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ApiError(400, f"{where} holds a lone surrogate, which is no character", param=where) from error
-    return text
+def _logit_bias(values: Values, reader: PromptReader, limits: ApiLimits) -> tuple[tuple[int, float], ...]:
+    given = values.get("logit_bias", {})
+    if len(given) > limits.max_named_tokens:
+        raise ApiError(400, f"logit_bias may hold {limits.max_named_tokens} tokens", param="logit_bias")
+    found = {}
+    for name, bias in given.items():
+        is_number = isinstance(bias, int | float) and not isinstance(bias, bool) and -100 <= bias <= 100
+        if not is_number or not name.isascii() or not name.isdigit() or len(name) > 10:
+            message = "logit_bias must give token ids (as text) a number from -100 to 100 each"
+            raise ApiError(400, message, param="logit_bias")
+        found[reader.ids([int(name)], "logit_bias")[0]] = float(bias)
+    return tuple(sorted(found.items()))
 
 
-def _check_model(body: Mapping[str, Any], model: str) -> None:
-    asked = body.get("model", model)
-    if not isinstance(asked, str):
-        raise ApiError(400, f"model must be a string, for example {model!r}", param="model")
-    if asked != model:
-        message = f"model {asked[:100]!r} does not exist; this server has {model!r}"
-        raise ApiError(404, message, param="model", code="model_not_found")
+def _ids(values: Values, name: str, reader: PromptReader, limits: ApiLimits) -> tuple[int, ...]:
+    given = values.get(name, [])
+    if len(given) > limits.max_named_tokens or not all(type(token) is int for token in given):
+        raise ApiError(400, f"{name} must be at most {limits.max_named_tokens} token ids", param=name)
+    return tuple(dict.fromkeys(reader.ids(given, name)))
 
 
-def _prompts(body: Mapping[str, Any], vocabulary: Vocabulary, limits: ApiLimits) -> list[tuple[int, ...]]:
-    """String, list of ids, list of strings or list of lists of ids; an empty string starts a document."""
-    prompt = body.get("prompt")
-    is_ids = isinstance(prompt, list) and prompt and all(type(token) is int for token in prompt)
-    items = [prompt] if isinstance(prompt, str) or is_ids else prompt
-    if not isinstance(items, list) or not items:
-        raise ApiError(400, "prompt must be a string, token ids, or a non-empty list of them", param="prompt")
-    if len(items) > limits.max_choices:
-        raise ApiError(400, f"prompt may hold at most {limits.max_choices} prompts", param="prompt")
-    prompts = []
-    for item in items:
-        if isinstance(item, str):
-            prompts.append(vocabulary.encode(_text(item, "prompt")) or (vocabulary.eos_id,))
-        elif isinstance(item, list) and item and all(type(token) is int for token in item):
-            if not all(0 <= token < limits.vocab_size for token in item):
-                raise ApiError(400, f"token ids must be from 0 to {limits.vocab_size - 1}", param="prompt")
-            prompts.append(tuple(item))
-        else:
-            raise ApiError(
-                400, "each prompt must be a string or a non-empty list of token ids", param="prompt"
-            )
-    return prompts
+def _allowed(values: Values, reader: PromptReader, limits: ApiLimits) -> tuple[int, ...]:
+    if values.get("allowed_token_ids") == []:
+        raise ApiError(400, "allowed_token_ids must not be empty", param="allowed_token_ids")
+    return _ids(values, "allowed_token_ids", reader, limits)
 
 
-def _stops(stop: Any, limits: ApiLimits) -> tuple[str, ...]:
-    stops = [stop] if isinstance(stop, str) else [] if stop is None else stop
-    if not isinstance(stops, list) or len(stops) > limits.max_stops:
-        raise ApiError(400, f"stop must be a string or at most {limits.max_stops} strings", param="stop")
-    for value in stops:
-        if not isinstance(value, str) or not 1 <= len(value) <= limits.max_stop_chars:
-            message = f"each stop string must have 1 to {limits.max_stop_chars} characters"
-            raise ApiError(400, message, param="stop")
-    return tuple(stops)
+def _bad_words(values: Values, served: ServedModel) -> tuple[tuple[int, ...], ...]:
+    """Each word as it stands at a beginning, and after a space where that gives other tokens of the same number."""
+    found: list[tuple[int, ...]] = []
+    for word in _texts(values, "bad_words", served.limits):
+        plain = served.vocabulary.encode(word.lstrip() or word)
+        spaced = served.vocabulary.encode(" " + word.lstrip())
+        found.append(plain)
+        if spaced[0] != plain[0] and len(spaced) == len(plain):
+            found.append(spaced)
+    return tuple(dict.fromkeys(found))
 
 
-def _logprobs(fields: _Fields, is_chat: bool, limits: ApiLimits) -> int | None:
-    if not is_chat:
-        return fields.integer("logprobs", 0, limits.max_logprobs)
-    top = fields.integer("top_logprobs", 0, limits.max_logprobs)
-    if not fields.boolean("logprobs"):
-        if top:
+def _texts(values: Values, name: str, limits: ApiLimits) -> tuple[str, ...]:
+    given = values.get(name, [])
+    texts: Sequence[Any] = [given] if isinstance(given, str) else given
+    if len(texts) > limits.max_stops:
+        raise ApiError(400, f"{name} must be at most {limits.max_stops} texts", param=name)
+    for text in texts:
+        if not isinstance(text, str) or not 1 <= len(text) <= limits.max_stop_chars:
+            message = f"each text of {name} must have 1 to {limits.max_stop_chars} characters"
+            raise ApiError(400, message, param=name)
+    return tuple(check_text(text, name) for text in texts)
+
+
+def _logprobs(values: Values, is_chat: bool, limits: ApiLimits) -> int | None:
+    given, top = values.get("logprobs"), values.get("top_logprobs")
+    if is_chat:
+        if given is not None and not isinstance(given, bool):
+            raise ApiError(400, "logprobs must be true or false in a chat", param="logprobs")
+        if top and not given:
             raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
-        return None
-    return top or 0
+        return (top or 0) if given else None
+    if given is not None and (isinstance(given, bool) or not 0 <= given <= limits.max_logprobs):
+        raise ApiError(400, f"logprobs must be an integer from 0 to {limits.max_logprobs}", param="logprobs")
+    return None if given is None else int(given)
 
 
-def _top_p(fields: _Fields) -> float:
-    top_p = fields.number("top_p", 0.0, 1.0, 1.0)
-    # top_p 0 is commonly sent for "only the most probable token"; the smallest positive value means that.
-    return top_p or math.ulp(0.0)
-
-
-def _max_tokens(fields: _Fields, is_chat: bool, num_prompt: int, limits: ApiLimits) -> int:
+def _max_tokens(values: Values, is_chat: bool, num_prompt: int, limits: ApiLimits) -> int:
     """What is asked for, else 16 (completions) or the rest of the context (chat)."""
-    room = limits.max_model_len - num_prompt
-    high = 2**31 - 1
-    asked = fields.integer("max_tokens", 1 if is_chat else 0, high)
-    newer = fields.integer("max_completion_tokens", 1 if is_chat else 0, high)
-    asked = newer if newer is not None else asked
+    room, where = limits.max_model_len - num_prompt, "messages" if is_chat else "prompt"
+    asked: int | None = values.get("max_completion_tokens", values.get("max_tokens"))
+    if is_chat and asked == 0:
+        raise ApiError(400, "max_tokens must be at least 1", param="max_tokens")
     if room < (0 if asked == 0 else 1) or (asked or 0) > room:
-        raise ApiError(
-            400,
-            f"the prompt has {num_prompt} tokens and max_tokens is {asked}; together they must be at most"
-            f" {limits.max_model_len}",
-            param="messages" if is_chat else "prompt",
-            code="context_length_exceeded",
-        )
-    return asked if asked is not None else room if is_chat else min(16, room)
+        raise too_long(limits, num_prompt, where, asked=asked)
+    found = asked if asked is not None else room if is_chat else min(16, room)
+    if values.get("min_tokens", 0) > found:
+        raise ApiError(400, f"min_tokens exceeds max_tokens={found}", param="min_tokens")
+    return found
 
 
-def _include_usage(body: Mapping[str, Any]) -> bool:
-    options = body.get("stream_options")
-    if options is None:
-        return False
-    if not isinstance(options, dict):
-        raise ApiError(400, "stream_options must be an object", param="stream_options")
-    return _Fields(options).boolean("include_usage")
+def _stream_options(values: Values) -> tuple[bool, bool]:
+    options = values.get("stream_options", {})
+    found = [options.get(name) for name in ("include_usage", "continuous_usage_stats")]
+    if not all(one is None or isinstance(one, bool) for one in found):
+        raise ApiError(400, "the members of stream_options must be true or false", param="stream_options")
+    unknown = sorted(set(options) - {"include_usage", "continuous_usage_stats", "include_obfuscation"})
+    if unknown:
+        where = f"stream_options.{unknown[0][:64]}"
+        raise ApiError(400, f"{where} is not known; leave it out", param=where, code="unknown_field")
+    return bool(found[0]), bool(found[1])

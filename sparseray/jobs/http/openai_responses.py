@@ -6,13 +6,14 @@ The last thing on a request's path before the socket.
 from __future__ import annotations
 
 import json
+import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sparseray.actors.serving.text_request import TokenLogprobs
 from sparseray.jobs.http.openai_bodies import ApiRequest
-from sparseray.jobs.http.text_stream import Delta, TokenEntry, Vocabulary
+from sparseray.jobs.http.text_stream import Delta, PromptTokens, TokenEntry, Vocabulary
 
 DONE = b"data: [DONE]\n\n"
 
@@ -28,13 +29,18 @@ class Choice:
 
     pieces: list[str] = field(default_factory=list)
     entries: list[TokenEntry] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    prompt: PromptTokens | None = None
     finish_reason: str | None = None
+    stop_reason: int | str | None = None
 
     def add(self, delta: Delta) -> None:
         """Append a delta."""
         self.pieces.append(delta.text)
         self.entries += delta.entries
-        self.finish_reason = delta.finish_reason or self.finish_reason
+        self.tokens += delta.tokens
+        self.prompt = delta.prompt or self.prompt
+        self.finish_reason, self.stop_reason = delta.finish_reason, delta.stop_reason
 
 
 class Renderer:
@@ -53,39 +59,144 @@ class Renderer:
         self._head = {"id": response_id, "created": created_s, "model": request.model}
         self._wants_logprobs = request.requests[0].logprobs is not None
         self._roles: set[int] = set()
+        self._texts: dict[int, str] = {}
 
     def response(self, choices: Sequence[Choice], completion_tokens: int) -> dict[str, Any]:
         """Return the whole answer."""
         rendered = []
         for index, choice in enumerate(choices):
-            text = "".join(choice.pieces)
+            text, reason = "".join(choice.pieces), choice.finish_reason
             content: dict[str, Any] = {"text": text}
             if self._request.is_chat:
                 content = {"message": {"role": "assistant", "content": text, "refusal": None}}
+                if self._request.tools.required is not None:
+                    calls, reason = self._calls(text), self._reason(reason)
+                    content["message"] |= {"content": None, "tool_calls": calls} if calls else {}
             logprobs = self._logprobs(choice.entries) if self._wants_logprobs else None
             rendered.append(
-                {"index": index, **content, "logprobs": logprobs, "finish_reason": choice.finish_reason}
+                {
+                    "index": index,
+                    **content,
+                    "logprobs": logprobs,
+                    "finish_reason": reason,
+                    "stop_reason": choice.stop_reason,
+                    **self._token_ids(choice.tokens),
+                    **({} if self._request.is_chat else self._prompt(choice.prompt)),
+                }
             )
         kind = "chat.completion" if self._request.is_chat else "text_completion"
-        return {**self._head, "object": kind, "choices": rendered, "usage": self.usage(completion_tokens)}
+        prompt = self._prompt(choices[0].prompt) if self._request.is_chat else {}
+        return {
+            **self._head,
+            "object": kind,
+            "choices": rendered,
+            "usage": self.usage(completion_tokens),
+            **prompt,
+        }
 
-    def chunk(self, index: int, delta: Delta) -> dict[str, Any] | None:
-        """Return the chunk of a delta; None if it has nothing to say."""
-        if not (delta.text or delta.entries or delta.finish_reason):
+    def chunk(self, index: int, delta: Delta, completion_tokens: int) -> dict[str, Any] | None:
+        """Return the chunk of a delta; None if it has nothing to say.
+
+        Args:
+            index: of the choice.
+            delta: of its text.
+            completion_tokens: of all choices so far.
+        """
+        calls = None
+        if self._request.tools.required is not None:
+            delta, calls = self._gathered(index, delta)
+        says = delta.text or delta.entries or delta.finish_reason
+        if not (says or (self._request.return_token_ids and delta.tokens)):
             return None
         content: dict[str, Any] = {"text": delta.text}
         if self._request.is_chat:
-            content = {"delta": {"content": delta.text}}
-            if index not in self._roles:
-                self._roles.add(index)
-                content["delta"] = {"role": "assistant", "content": delta.text}
+            is_first = index not in self._roles
+            self._roles.add(index)
+            content = {"delta": {**({"role": "assistant"} if is_first else {}), "content": delta.text}}
+            if calls:
+                content["delta"] |= {"content": None, "tool_calls": calls}
         logprobs = self._logprobs(delta.entries) if self._wants_logprobs and delta.entries else None
-        choice = {"index": index, **content, "logprobs": logprobs, "finish_reason": delta.finish_reason}
-        return {**self._chunk_head(), "choices": [choice]}
+        choice = {
+            "index": index,
+            **content,
+            "logprobs": logprobs,
+            "finish_reason": self._reason(delta.finish_reason) if calls else delta.finish_reason,
+            "stop_reason": delta.stop_reason,
+            **self._token_ids(delta.tokens),
+        }
+        prompt = self._prompt(delta.prompt) if delta.prompt is not None else {}
+        if not self._request.is_chat:
+            choice |= prompt
+        usage = {"usage": self.usage(completion_tokens)} if self._request.continuous_usage else {}
+        return {
+            **self._chunk_head(),
+            "choices": [choice],
+            **usage,
+            **(prompt if self._request.is_chat else {}),
+        }
 
     def usage_chunk(self, completion_tokens: int) -> dict[str, Any]:
         """Return the last chunk of a stream with `include_usage`."""
         return {**self._chunk_head(), "choices": [], "usage": self.usage(completion_tokens)}
+
+    def _token_ids(self, tokens: Sequence[int]) -> dict[str, Any]:
+        return {"token_ids": list(tokens)} if self._request.return_token_ids else {}
+
+    def _prompt(self, prompt: PromptTokens | None) -> dict[str, Any]:
+        """What was asked for of the prompt."""
+        found: dict[str, Any] = {}
+        if prompt is not None and self._request.return_token_ids:
+            found["prompt_token_ids"] = list(prompt.tokens)
+        if self._request.prompt_logprobs is not None:
+            entries = (prompt.logprobs if prompt is not None else None) or ()
+            found["prompt_logprobs"] = [self._ranked(entry) for entry in entries]
+        return found
+
+    def _ranked(self, entry: TokenLogprobs) -> dict[str, Any] | None:
+        """A token of the prompt and its best alternatives by id, as vLLM writes them."""
+        if entry.logprob is None:
+            return None
+        top = entry.top[: self._request.prompt_logprobs]
+        ranked = {token: (logprob, rank + 1) for rank, (token, logprob) in enumerate(top)}
+        ranked.setdefault(entry.token_id, (entry.logprob, entry.rank))
+        return {
+            str(token): {"logprob": logprob, "rank": rank, "decoded_token": self._vocabulary.label(token)}
+            for token, (logprob, rank) in ranked.items()
+        }
+
+    def _gathered(self, index: int, delta: Delta) -> tuple[Delta, list[dict[str, Any]] | None]:
+        """Hold a call's text back until it is whole."""
+        self._texts[index] = self._texts.get(index, "") + delta.text
+        if delta.finish_reason is None:
+            return replace(delta, text=""), None
+        calls = self._calls(self._texts[index])
+        if not calls:
+            return replace(delta, text=self._texts[index]), None
+        return replace(delta, text=""), [{"index": at, **call} for at, call in enumerate(calls)]
+
+    def _calls(self, text: str) -> list[dict[str, Any]]:
+        """The calls that a text spells by its grammar; none if it was cut short."""
+        name = self._request.tools.required
+        try:
+            found = json.loads(text)
+        except ValueError:
+            return []
+        calls = [{"name": name, "parameters": found}] if name else found
+        return [
+            {
+                "id": f"call_{secrets.token_hex(12)}",
+                "type": "function",
+                "function": {
+                    "name": call["name"],
+                    "arguments": json.dumps(call["parameters"], ensure_ascii=False),
+                },
+            }
+            for call in calls
+        ]
+
+    def _reason(self, reason: str | None) -> str | None:
+        """A required call ends with "tool_calls"; one that was named, with "stop", as OpenAI has it."""
+        return "tool_calls" if reason == "stop" and self._request.tools.required == "" else reason
 
     def usage(self, completion_tokens: int) -> dict[str, int]:
         """Return the token counts."""

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import codecs
 import json
+import re
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tokenizers import Tokenizer
 
@@ -51,10 +52,40 @@ class Vocabulary:
         self._tokenizer, self.eos_id = tokenizer, eos_id
         self._added = tokenizer.get_added_tokens_decoder()
         self._alphabet = _byte_of_character()
+        self._special_ids = {str(one.content): token for token, one in self._added.items() if one.special}
+        longest_first = sorted(self._special_ids, key=len, reverse=True)
+        self._specials = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        ids = tokenizer.get_vocab(with_added_tokens=True).values()
+        # A normalizer may compose characters: three of a decomposed syllable, nine bytes, become one of three.
+        factor = 1 if tokenizer.normalizer is None else 4
+        self.longest_token_bytes = factor * max(len(self.label_bytes(token)) for token in ids)
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Return the token ids of a text, without special tokens."""
         return tuple(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def break_specials(self, text: str, mark: str) -> str:
+        """Return a text in which a mark stands inside every special token's name."""
+        return self._specials.sub(lambda found: found[0][0] + mark + found[0][1:], text)
+
+    def encode_marked(self, text: str, mark: str) -> tuple[int, ...]:
+        """Return the token ids of a text whose special tokens are meant, except those with a mark inside.
+
+        Without a mark, none is meant.
+        """
+        if not mark:
+            return self.encode(text)
+        tokens: list[int] = []
+        start = 0
+        for found in self._specials.finditer(text):
+            tokens += self.encode(text[start : found.start()].replace(mark, ""))
+            tokens.append(self._special_ids[found[0]])
+            start = found.end()
+        return (*tokens, *self.encode(text[start:].replace(mark, "")))
+
+    def token_text(self, tokens: Sequence[int]) -> str:
+        """Return the text of token ids, special tokens written out."""
+        return b"".join(self.label_bytes(token) for token in tokens).decode("utf-8", "replace")
 
     def text_bytes(self, token_id: int) -> bytes:
         """Return what a token adds to the text: nothing for special tokens and unused ids."""
@@ -89,12 +120,32 @@ class TokenEntry:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PromptTokens:
+    """The prompt of a choice, with its first delta: token ids, and their log probabilities if asked for."""
+
+    tokens: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Delta:
-    """What one token released: text, the entries of its tokens, and the reason if it was the last."""
+    """What one token released: text, the entries of its tokens, its id, and why it was the last if it was.
+
+    `stop_reason` is the stop string, or the stop token other than the end of a document, that ended the text.
+    """
 
     text: str
     entries: tuple[TokenEntry, ...] = ()
+    tokens: tuple[int, ...] = ()
+    prompt: PromptTokens | None = None
     finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+    def joined(self, later: Delta, prompt: PromptTokens) -> Delta:
+        """Return this delta and the one after it as one, with the prompt that they begin."""
+        return replace(
+            later, text=self.text + later.text, entries=self.entries + later.entries, prompt=prompt
+        )
 
 
 class TextStream:
@@ -103,21 +154,43 @@ class TextStream:
     Args:
         vocabulary: of the model.
         stops: stop strings, none empty; the text ends before the first that occurs.
+        min_tokens: tokens before stop strings are looked for.
+        keep_stop: the text ends after a stop string, and a stop token is part of it.
+        keep_specials: special tokens are part of the text.
     """
 
-    def __init__(self, vocabulary: Vocabulary, stops: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        stops: Sequence[str] = (),
+        *,
+        min_tokens: int = 0,
+        keep_stop: bool = False,
+        keep_specials: bool = False,
+    ) -> None:
         self._vocabulary, self._stops = vocabulary, tuple(stops)
+        self._min_tokens, self._keep_stop, self._num_tokens = min_tokens, keep_stop, 0
+        self._bytes = vocabulary.label_bytes if keep_specials else vocabulary.text_bytes
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._held, self._released = "", 0
         self._entries: deque[TokenEntry] = deque()
 
-    def prompt(self, tokens: Sequence[int], logprobs: Sequence[TokenLogprobs] = ()) -> Delta:
-        """Return the prompt's text (echo); stop strings are not looked for in it."""
+    def prompt(
+        self, tokens: Sequence[int], logprobs: Sequence[TokenLogprobs] = (), top: int | None = None
+    ) -> Delta:
+        """Return the prompt's text (echo); stop strings are not looked for in it.
+
+        Args:
+            tokens: of the prompt.
+            logprobs: of each; empty for none.
+            top: alternatives that are shown, at most as many as the log probabilities have.
+        """
         pieces, entries, offset = [], [], 0
         for index, token in enumerate(tokens):
             if logprobs:
-                entries.append(TokenEntry(offset=offset, logprobs=logprobs[index]))
-            pieces.append(self._decoder.decode(self._vocabulary.text_bytes(token)))
+                shown = replace(logprobs[index], top=logprobs[index].top[:top])
+                entries.append(TokenEntry(offset=offset, logprobs=shown))
+            pieces.append(self._decoder.decode(self._bytes(token)))
             offset += len(pieces[-1])
         self._released = offset
         return Delta(text="".join(pieces), entries=tuple(entries))
@@ -135,29 +208,51 @@ class TextStream:
         Returns:
             The text that is safe to send; its finish_reason is "stop" if a stop string occurred.
         """
-        if token_id is not None and finish_reason != "stop":
+        is_stop = token_id is not None and finish_reason == "stop"
+        if token_id is not None and (self._keep_stop or not is_stop):
             if logprobs is not None:
                 offset = self._released + len(self._held)
                 self._entries.append(TokenEntry(offset=offset, logprobs=logprobs))
-            self._held += self._decoder.decode(self._vocabulary.text_bytes(token_id))
+            self._held += self._decoder.decode(self._bytes(token_id))
+        self._num_tokens += token_id is not None
         if finish_reason is not None:
             self._held += self._decoder.decode(b"", True)
-        found = [at for at in (self._held.find(stop) for stop in self._stops) if at >= 0]
-        if found:
-            text, finish_reason = self._held[: min(found)], "stop"
+        stop_reason: int | str | None = token_id if is_stop and token_id != self._vocabulary.eos_id else None
+        found = self._find_stop()
+        if found is not None:
+            at, stop = found
+            text, finish_reason, stop_reason = self._held[:at], "stop", stop
         else:
             keep = 0 if finish_reason is not None else self._num_held()
             text = self._held[: len(self._held) - keep]
         self._held = self._held[len(text) :]
         self._released += len(text)
-        ended = finish_reason is not None and not found
+        ended = finish_reason is not None and found is None
         entries = []
         while self._entries and (ended or self._entries[0].offset < self._released):
             entries.append(self._entries.popleft())
-        return Delta(text=text, entries=tuple(entries), finish_reason=finish_reason)
+        return Delta(
+            text=text,
+            entries=tuple(entries),
+            tokens=() if token_id is None else (token_id,),
+            finish_reason=finish_reason,
+            stop_reason=stop_reason,
+        )
+
+    def _find_stop(self) -> tuple[int, str] | None:
+        """Where the text ends, and the stop string that occurs first."""
+        if self._num_tokens <= self._min_tokens:
+            return None
+        found = [(at, stop) for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        if not found:
+            return None
+        at, stop = min(found)
+        return at + len(stop) * self._keep_stop, stop
 
     def _num_held(self) -> int:
         """Characters at the end that may begin a stop string."""
+        if self._num_tokens < self._min_tokens:
+            return 0
         longest = max((len(stop) for stop in self._stops), default=1) - 1
         for size in range(min(longest, len(self._held)), 0, -1):
             if any(stop.startswith(self._held[-size:]) for stop in self._stops):

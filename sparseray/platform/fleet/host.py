@@ -18,12 +18,14 @@ import zmq
 
 from sparseray.actors.exchange.by_message import Call, RemoteExperts, RemoteMemory
 from sparseray.actors.serving.engine import Engine
+from sparseray.actors.serving.grammar import Grammars
 from sparseray.actors.slot import Slot
 from sparseray.actors.state.assignment import Plan
 from sparseray.actors.state.dense import DenseState
 from sparseray.actors.state.experts import ExpertShard
 from sparseray.actors.state.holdings import Holdings
-from sparseray.actors.state.memory import MemoryShard, bucket_bounds
+from sparseray.actors.state.memory import MemoryShard
+from sparseray.actors.state.pieces import bucket_bounds
 from sparseray.actors.training.token_data import TokenDataset, batch
 from sparseray.actors.training.worker import AttentionWorker, Batch, Batches
 from sparseray.actors.wire.mailbox import Mailbox
@@ -56,10 +58,16 @@ class TrainingJob:
             )
         self.metrics = metrics
         self.is_serving = bool(body.get("serving"))
+        self._grammars: Grammars | None = None
+        if self.is_serving:
+            model, tokenizer = self.config.model, Path(body["restore"]["checkpoint"]) / "tokenizer.json"
+            self._grammars = Grammars.load(
+                tokenizer, vocab_size=model.vocab_size, eos_id=model.dse.document_end_id
+            )
         self.deadline_s = self.config.cluster.deadline_s
         self.num_shards = self.config.train.logical_shards
         optim = self.config.optim
-        self._shared: dict[str, Any] = {"seed": self.config.train.seed, "num_shards": self.num_shards}
+        self._shared: dict[str, Any] = {"seed": self.config.train.seed, "num_parts": self.num_shards}
         self._adam: dict[str, Any] = {"betas": (optim.beta1, optim.beta2), "eps": optim.eps}
         self._datasets: dict[str, TokenDataset] = {}
 
@@ -104,8 +112,9 @@ class TrainingJob:
             worker.experts,
             worker.memory if self.config.model.dse.layers else None,
             max_batch=serve.max_batch,
-            max_model_len=min(serve.max_model_len, self.config.model.max_seq_len),
+            max_model_len=serve.max_model_len or None,
             prefill_chunk=serve.prefill_chunk,
+            grammars=self._grammars,
         )
 
     def _batches(self, split: str, seed: int) -> Batches:

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from sparseray.actors.state.assignment import Plan
+from sparseray.actors.state.pieces import Piece
 from sparseray.errors import ConfigError
 from sparseray.platform.planning.balance import pack
-from sparseray.platform.planning.moves import Moves, Piece, holdings, least_bytes, moves, piece_bytes
+from sparseray.platform.planning.moves import Moves, holdings, least_bytes, moves, piece_bytes
 from sparseray.platform.planning.placement import NO_NODES, Placement, costs, role_slots, split_evenly
 from sparseray.platform.planning.spread import slot_loads, spread_hot
 

@@ -1,0 +1,255 @@
+r"""Conversations as token ids: by the checkpoint's chat template, or by a plain one.
+
+A checkpoint's template is Jinja, as Hugging Face writes it (`chat_template.jinja`, or in tokenizer_config.json);
+it runs in a sandbox. Special tokens that the template writes are special, those that a message spells are text.
+
+The plain template: the messages joined by line feeds as `role: content`, then `assistant:`, so
+`system: ...\nuser: ...\nassistant:`. Calls of an assistant follow its content as one line of JSON, and tools are a
+first line of their own. A line of a message that begins like a role's is indented, so that no message can forge
+a turn. Unless `ignore_eos` is set, an answer also ends before `\nuser:`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NoReturn
+
+from jinja2 import TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from sparseray.errors import CheckpointError
+from sparseray.jobs.http.api_error import ApiError
+from sparseray.jobs.http.prompts import check_text
+from sparseray.jobs.http.text_stream import Vocabulary
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+CHAT_STOP = "\nuser:"
+_TURN = re.compile(rf"(?im)^(?=({'|'.join(ROLES)})[ \t]*:)")
+Message = dict[str, Any]
+
+
+class ChatTemplate:
+    """How a conversation becomes text.
+
+    Args:
+        source: a Jinja template; None for the plain one.
+        special_tokens: name to text (bos_token, eos_token, ...), for the template.
+
+    Raises:
+        CheckpointError: the template is not Jinja.
+    """
+
+    def __init__(self, source: str | None = None, special_tokens: Mapping[str, str] | None = None) -> None:
+        self.source, self._special_tokens = source, dict(special_tokens or {})
+        self.stops = (CHAT_STOP,) if source is None else ()
+        self._template = None
+        if source is not None:
+            environment = ImmutableSandboxedEnvironment(
+                trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+            )
+            environment.filters["tojson"] = _to_json
+            environment.globals |= {"raise_exception": _refuse, "strftime_now": _now}
+            try:
+                self._template = environment.from_string(source)
+            except TemplateError as error:
+                raise CheckpointError(f"the checkpoint's chat template is not Jinja: {error}") from error
+
+    @classmethod
+    def load(cls, directory: Path) -> ChatTemplate:
+        """Read a checkpoint's template, and the plain one where it has none.
+
+        Raises:
+            CheckpointError: what is there cannot be read.
+        """
+        config: Any = {}
+        try:
+            if (directory / "tokenizer_config.json").exists():
+                config = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
+            own = directory / "chat_template.jinja"
+            source = own.read_text(encoding="utf-8") if own.exists() else config.get("chat_template")
+        except (OSError, ValueError, AttributeError) as error:
+            raise CheckpointError(f"cannot read the chat template of {directory}: {error}") from error
+        if isinstance(source, list):  # named templates: the one called default
+            source = next((one["template"] for one in source if one.get("name") == "default"), None)
+        tokens = {name: config.get(name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+        texts = {
+            name: one["content"] if isinstance(one, dict) else one for name, one in tokens.items() if one
+        }
+        return cls(source, texts)
+
+    @property
+    def takes_tools(self) -> bool:
+        """Whether tools and their calls have a place in the text."""
+        return self.source is None or "tools" in self.source
+
+    def write(
+        self,
+        messages: Sequence[Message],
+        vocabulary: Vocabulary,
+        *,
+        tools: Sequence[Message] = (),
+        begin_answer: bool = True,
+        go_on: bool = False,
+        variables: Mapping[str, Any] | None = None,
+    ) -> tuple[str, str]:
+        """Return the text of a conversation, and the mark that stands in special tokens which are plain text.
+
+        The mark is empty where no special token is meant.
+
+        Args:
+            messages: from `read_messages`.
+            vocabulary: of the model.
+            tools: that may be called.
+            begin_answer: end with the beginning of the assistant's turn.
+            go_on: end inside the last message.
+            variables: further ones of the template.
+
+        Raises:
+            ApiError: 400, the template refuses the conversation.
+        """
+        if self._template is None:
+            return _plain(messages, tools, begin_answer, go_on), ""
+        # Special tokens in messages are broken by a mark of private characters, and mended after the template's
+        # own were found.
+        mark = "".join(chr(0xE000 + secrets.randbelow(0x1900)) for _ in range(8))
+        end = f"{mark}{mark}"
+        marked = [_marked(message, vocabulary, mark) for message in messages]
+        if go_on:
+            marked[-1]["content"] = f"{marked[-1].get('content') or ''}{end}"
+        try:
+            text = self._template.render(
+                messages=marked,
+                tools=[_marked(tool, vocabulary, mark) for tool in tools] or None,
+                add_generation_prompt=begin_answer,
+                **self._special_tokens,
+                **_marked(dict(variables or {}), vocabulary, mark),
+            )
+        except (TemplateError, TypeError, ValueError, KeyError, ArithmeticError, AttributeError) as error:
+            message = f"the checkpoint's chat template refuses the conversation: {error}"[:300]
+            raise ApiError(400, message, param="messages") from error
+        if go_on:
+            if end not in text:
+                raise ApiError(
+                    400, "the chat template drops the last message", param="continue_final_message"
+                )
+            text = text[: text.rindex(end)]
+        return text, mark
+
+
+def read_messages(messages: Any, limit: int, template: ChatTemplate) -> list[Message]:
+    """Check a conversation and return its messages, contents as one text each.
+
+    Args:
+        messages: of a body.
+        limit: most messages.
+        template: that will write them.
+
+    Raises:
+        ApiError: 400, messages of another form.
+    """
+    if not isinstance(messages, list) or not messages:
+        raise ApiError(400, "messages must be a non-empty list", param="messages")
+    if len(messages) > limit:
+        raise ApiError(400, f"messages must be at most {limit}", param="messages")
+    return [_message(message, f"messages[{index}]", template) for index, message in enumerate(messages)]
+
+
+def _message(message: Any, where: str, template: ChatTemplate) -> Message:
+    if not isinstance(message, dict) or message.get("role") not in ROLES:
+        raise ApiError(400, f"{where}.role must be one of {', '.join(ROLES)}", param=where)
+    role, calls = message["role"], message.get("tool_calls")
+    found: Message = {"role": role}
+    if role == "tool" and isinstance(message.get("tool_call_id"), str):
+        found["tool_call_id"] = check_text(message["tool_call_id"], where)
+    if isinstance(message.get("name"), str):
+        found["name"] = check_text(message["name"], where)
+    if calls:
+        if role != "assistant" or not isinstance(calls, list):
+            raise ApiError(
+                400, f"{where}.tool_calls must be a list in a message of the assistant", param=where
+            )
+        if not template.takes_tools:
+            raise ApiError(400, f"{where}.tool_calls: this model's chat template has no tools", param=where)
+        found["tool_calls"] = [_call(call, f"{where}.tool_calls") for call in calls]
+    if message.get("content") is None and calls:
+        return found | {"content": None if template.source is not None else ""}
+    return found | {"content": _content(message.get("content"), where)}
+
+
+def _call(call: Any, where: str) -> dict[str, Any]:
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise ApiError(400, f"{where}: each call needs a function with a name", param=where)
+    arguments = function.get("arguments", {})
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(check_text(arguments, where) or "{}")
+        except ValueError as error:
+            raise ApiError(400, f"{where}: arguments must be JSON", param=where) from error
+    check_text(_to_json([function["name"], arguments]), where)
+    return {
+        "id": call.get("id") if isinstance(call.get("id"), str) else "",
+        "type": "function",
+        "function": {"name": function["name"], "arguments": arguments},
+    }
+
+
+def _content(content: Any, where: str) -> str:
+    if isinstance(content, str):
+        return check_text(content, where)
+    if not isinstance(content, list):
+        raise ApiError(400, f"{where}.content must be a string or a list of text parts", param=where)
+    parts = []
+    for part in content:
+        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            message = f'{where}.content: only {{"type": "text", "text": ...}} parts are supported'
+            raise ApiError(400, message, param=where)
+        parts.append(check_text(part["text"], where))
+    return "".join(parts)
+
+
+def _plain(messages: Sequence[Message], tools: Sequence[Message], begin_answer: bool, go_on: bool) -> str:
+    lines = [f"system: tools {_to_json(list(tools))}"] if tools else []
+    for message in messages:
+        content = _guarded(message["content"])
+        if message.get("tool_calls"):
+            calls = _to_json([call["function"] for call in message["tool_calls"]])
+            content = f"{content}\n{calls}" if content else calls
+        lines.append(f"{message['role']}: {content}")
+    return "\n".join([*lines, *(["assistant:"] if begin_answer and not go_on else [])])
+
+
+def _guarded(content: str) -> str:
+    """Indent the lines after the first that begin like a turn."""
+    first, *rest = content.split("\n", 1)
+    return "\n".join([first, *(_TURN.sub(" ", text) for text in rest)])
+
+
+def _marked(value: Any, vocabulary: Vocabulary, mark: str) -> Any:
+    """Break the special tokens in every text of a message."""
+    if isinstance(value, str):
+        return vocabulary.break_specials(value, mark)
+    if isinstance(value, list):
+        return [_marked(item, vocabulary, mark) for item in value]
+    if isinstance(value, dict):
+        return {
+            _marked(key, vocabulary, mark): _marked(item, vocabulary, mark) for key, item in value.items()
+        }
+    return value
+
+
+def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
+
+
+def _refuse(message: str) -> NoReturn:
+    raise TemplateError(message)
+
+
+def _now(form: str) -> str:
+    return datetime.now().strftime(form)

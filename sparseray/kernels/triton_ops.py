@@ -1,0 +1,195 @@
+"""`TRITON`: the operations of `Ops` by the kernels of nsa/, moe/ and dse/, in fp32, bf16 or fp16 on one device.
+
+A method that is not here is the plain one of `PlainOps`, because no kernel of ours does it:
+
+| operation | what runs | until |
+|---|---|---|
+| linear, logits | cuBLAS, with the row's bits as they come | |
+| attend | torch's fused attention (a mask for a chunk against longer keys) | |
+| rms_norm, add_rms_norm | torch | kernels/dense/norm.py |
+| rotary | torch | kernels/dense/rope.py |
+| swiglu | torch | kernels/dense/swiglu.py |
+| head_loss | cuBLAS and torch, all logits at once | kernels/dense/head_loss.py |
+| memory_gate, memory_conv | torch: the fused kernel takes whole sequences, these are a chunk's pieces in serving | |
+| top_k | torch's stable sort, for the balance loss alone | |
+| memory_fusion's backward, ngram_rows of orders with gaps | torch | |
+
+Shapes as in ops.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from triton.runtime.jit import JITFunction
+
+from sparseray.errors import ConfigError
+from sparseray.kernels.dse import fusion as dse_fusion
+from sparseray.kernels.dse import rows as dse_rows
+from sparseray.kernels.dse.reference import Fusion
+from sparseray.kernels.moe.ffn import moe_ffn
+from sparseray.kernels.moe.router import route
+from sparseray.kernels.nsa.attention import nsa_attention, nsa_selection
+from sparseray.kernels.nsa.compress import compress
+from sparseray.kernels.nsa.gates import combine_kernel
+from sparseray.kernels.nsa.reference import BranchKeys, Compression
+from sparseray.kernels.plain_ops import PlainOps
+from sparseray.kernels.settings import NSASizes
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LARGEST_HEAD = 256
+"""Channels of a head that the NSA kernels' tiles hold."""
+
+
+def is_interpreted() -> bool:
+    """Whether TRITON_INTERPRET was set before Triton was imported."""
+    return not isinstance(combine_kernel, JITFunction)
+
+
+def _check(what: str, *tensors: Tensor) -> None:
+    """See that the tensors are of one dtype that the kernels take, and on a device that runs them.
+
+    Raises:
+        ConfigError: they are not.
+    """
+    dtypes = {t.dtype for t in tensors}
+    if len(dtypes) > 1 or not dtypes <= set(DTYPES):
+        found = ", ".join(sorted(str(d) for d in dtypes))
+        raise ConfigError(
+            f"kernels=triton: {what} got {found}; give all of it one of float32, bfloat16 and float16, or use"
+            " kernels=reference"
+        )
+    if not (tensors[0].is_cuda or is_interpreted()):
+        raise ConfigError(
+            f"kernels=triton: {what} got a tensor on {tensors[0].device}; move the model to a GPU, or use"
+            " kernels=reference"
+        )
+
+
+@lru_cache(maxsize=256)
+def _table(values: tuple[int, ...] | tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
+    """Constants of a layer's hash on the device, copied once."""
+    return torch.tensor(values, dtype=torch.int64, device=device)
+
+
+class TritonOps(PlainOps):
+    """See `Ops` for what each operation does."""
+
+    def compress(self, x_BTGD: Tensor, phi: Compression, sizes: NSASizes) -> Tensor:
+        _check("the compression of NSA", x_BTGD, phi.w1, phi.w2)
+        if x_BTGD.shape[1] < sizes.block:
+            return super().compress(
+                x_BTGD, phi, sizes
+            )  # No block is complete: an empty result, with its graph.
+        return compress(x_BTGD, phi.w1, phi.b1, phi.w2, phi.b2, phi.pos, sizes.block, sizes.stride)
+
+    def nsa_attention(
+        self,
+        q_BTQD: Tensor,
+        keys: BranchKeys,
+        gates_BTQ3: Tensor,
+        sizes: NSASizes,
+        *,
+        q_start: int = 0,
+        win_start: int = 0,
+    ) -> Tensor:
+        branches = (keys.k_cmp, keys.v_cmp, keys.k_slc, keys.v_slc, keys.k_win, keys.v_win)
+        _check("native sparse attention", q_BTQD, *branches)
+        widest = max(q_BTQD.shape[-1], keys.v_slc.shape[-1])
+        if widest > LARGEST_HEAD:
+            raise ConfigError(
+                f"kernels=triton: native sparse attention takes heads of at most {LARGEST_HEAD} channels, not"
+                f" {widest}; lower model.head_dim or model.v_head_dim, or use kernels=reference"
+            )
+        return nsa_attention(q_BTQD, *branches, gates_BTQ3, sizes, q_start=q_start, win_start=win_start)
+
+    @torch.no_grad()
+    def nsa_selection(
+        self, q_BTQD: Tensor, k_cmp: Tensor, num_keys: int, sizes: NSASizes, *, q_start: int = 0
+    ) -> Tensor:
+        _check("the selection of NSA", q_BTQD, k_cmp)
+        return nsa_selection(q_BTQD, k_cmp, num_keys, sizes, q_start=q_start)
+
+    def route(
+        self,
+        logits_TE: Tensor,
+        *,
+        top_k: int,
+        router: str,
+        bias_E: Tensor | None,
+        num_groups: int,
+        topk_groups: int,
+        group_scores: int,
+        normalize: bool | None,
+        scaling: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        _check("the router", logits_TE)
+        return route(
+            logits_TE,
+            top_k=top_k,
+            router=router,
+            bias_E=bias_E,
+            num_groups=num_groups,
+            topk_groups=topk_groups,
+            group_scores=group_scores,
+            normalize=normalize,
+            scaling=scaling,
+        )
+
+    def experts(
+        self,
+        x_TH: Tensor,
+        topk_ids_TK: Tensor,
+        topk_weights_TK: Tensor,
+        gate_up_E2IH: Tensor,
+        down_EHI: Tensor,
+    ) -> Tensor:
+        _check("the experts", x_TH, gate_up_E2IH, down_EHI)
+        return moe_ffn(x_TH, topk_ids_TK, topk_weights_TK, gate_up_E2IH, down_EHI)
+
+    def ngram_rows(
+        self,
+        tokens_BT: Tensor,
+        *,
+        multipliers: Sequence[int],
+        orders: Sequence[int],
+        primes: Sequence[Sequence[int]],
+        offsets: Sequence[Sequence[int]],
+        pad: int,
+        history_BL: Tensor | None,
+        document_starts_BT: Tensor | None,
+    ) -> Tensor:
+        device = tokens_BT.device
+        if list(orders) != list(range(orders[0], orders[-1] + 1)):
+            return super().ngram_rows(
+                tokens_BT,
+                multipliers=multipliers,
+                orders=orders,
+                primes=primes,
+                offsets=offsets,
+                pad=pad,
+                history_BL=history_BL,
+                document_starts_BT=document_starts_BT,
+            )
+        return dse_rows.ngram_hash(
+            tokens_BT,
+            multipliers=_table(tuple(multipliers), device),
+            orders=tuple(orders),
+            primes_OH=_table(tuple(map(tuple, primes)), device),
+            offsets_OH=_table(tuple(map(tuple, offsets)), device),
+            pad=pad,
+            history_BL=history_BL,
+            document_starts_BT=document_starts_BT,
+        )
+
+    def memory_fusion(
+        self, h_BTH: Tensor, key_BTH: Tensor, value_BTH: Tensor, fusion: Fusion, starts_BT: Tensor | None
+    ) -> Tensor:
+        _check("the memory's fusion", h_BTH, key_BTH, value_BTH)
+        return dse_fusion.memory_output(h_BTH, key_BTH, value_BTH, fusion, document_starts_BT=starts_BT)
+
+
+TRITON = TritonOps()
