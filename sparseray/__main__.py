@@ -17,9 +17,8 @@ COMMANDS = {
     "serve": ("sparseray.jobs.serve", "answer over HTTP, OpenAI-compatible"),
     "dashboard": (
         "sparseray.jobs.dashboard",
-        "show the dashboards as one page, with or without a Prometheus",
+        "show the dashboards as one page; set up Prometheus and Grafana",
     ),
-    "dashboards": ("sparseray.jobs.dashboards", "set up Prometheus and Grafana"),
     "submit": ("sparseray.jobs.submit", "run a command as a job of a Ray cluster"),
 }
 

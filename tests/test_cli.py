@@ -13,7 +13,6 @@ from sparseray import __version__
 from sparseray.__main__ import COMMANDS, main
 from sparseray.jobs import (
     dashboard,
-    dashboards,
     data,
     demo,
     plan,
@@ -92,10 +91,7 @@ def test_the_help_of_a_command_has_an_example_of_it_that_parses(
         (top, "watch"),
     ):
         monkeypatch.setattr(module, name, note(module.__name__))
-    for name in ("serve", "source_of"):
-        monkeypatch.setattr(dashboard, name, note(dashboard.__name__))
-    for name in ("write_prometheus", "install", "generate"):
-        monkeypatch.setattr(dashboards, name, note(dashboards.__name__))
+    monkeypatch.setattr(dashboard, "run", note(dashboard.__name__))
 
     for module in (scale, status, top):
         monkeypatch.setattr(module, "connect", lambda run_dir: None)
