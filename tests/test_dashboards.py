@@ -20,7 +20,7 @@ from sparseray.dashboards.generate import DASHBOARDS, EVENTS
 from sparseray.dashboards.panels import series
 from sparseray.dashboards.rules import ALERTS, RECORDS
 from sparseray.jobs.dashboard import main
-from sparseray.jobs.http.server import HttpServer
+from sparseray.jobs.http.server import App, HttpServer
 from sparseray.jobs.watch.figures import Key, Readings, lines
 from sparseray.jobs.watch.page import PrometheusSource, RecordSource, create_app, source_of
 from sparseray.jobs.watch.records import QUERIES
@@ -37,7 +37,7 @@ def run_dir(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def page(run_dir: Path) -> Iterator[str]:
     app = create_app(RecordSource(run_dir), read_dashboards())
-    with HttpServer(app) as server:
+    with HttpServer(App(app)) as server:
         yield server.url
 
 
@@ -206,7 +206,7 @@ def test_mistakes_are_told_in_one_sentence_with_their_cure(
         (["--run", str(tmp_path)], "is not the folder of a run", "give a run_dir"),
         (["--run", str(tmp_path / "young")], "holds no step yet", "wait"),
         (["--run", str(tmp_path / "torn")], "cannot be read", "check its rights"),
-        (["--run", str(run_dir), "--port", port], f"port {port}", "choose another port"),
+        (["--run", str(run_dir), "--port", port], f":{port}", "choose another port"),
         (["--dashboards", str(tmp_path / "old")], "sparseray_loss_of_old", "install"),
         (["--dashboards", str(tmp_path)], "holds no dashboards", "leave the option out"),
         (["install", "--grafana", str(tmp_path)], "has no folder provisioning/", "/etc/grafana"),
