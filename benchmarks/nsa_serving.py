@@ -7,7 +7,6 @@ cache; the page tables, the lengths and the workspace are one for all, as in a m
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 from unittest import mock
 
 import torch
@@ -92,8 +91,8 @@ def paged_check_rows() -> list[str]:
     q, gates = _queries(1, tokens)
     count = num_compressed(tokens, 32, 16)
     k, v, kc, vc = (rand(1, n, NUM_KV, DIM) for n in (tokens, tokens, count, count))
-    inputs: Any = [x.double() for x in (q, kc, vc, k, v, k, v, gates)]
-    wanted = nsa_attention_reference(*inputs, SIZES)
+    q64, kc64, vc64, k64, v64, gates64 = (x.double() for x in (q, kc, vc, k, v, gates))
+    wanted = nsa_attention_reference(q64, kc64, vc64, k64, v64, k64, v64, gates64, SIZES)
 
     def row(name: str, found: Tensor, part: Tensor) -> None:
         rows.append(f"| {name} | {float((found.double() - part).norm() / part.norm()):.1e} |")

@@ -74,7 +74,8 @@ def check(section: str, made: Any) -> None:
     Raises:
         ConfigError: naming the first that does not.
     """
-    hints = hints_of(type(made))
+    kind = typing.cast(Hashable, type(made))
+    hints = hints_of(kind)
     for item in fields(made):
         if problem := complaint(hints[item.name], limits_of(item), getattr(made, item.name)):
             raise ConfigError(f"{section}.{item.name}={getattr(made, item.name)!r} {problem}")

@@ -17,14 +17,16 @@ import numpy as np
 
 from sparseray.actors.state.assignment import Plan
 from sparseray.actors.wire.messages import Message
-from sparseray.errors import ConfigError, SlotsLostError, UserError
+from sparseray.errors import SlotsLostError, UserError
 from sparseray.platform.config import OptimConfig, RunConfig, to_dict
 from sparseray.platform.fleet.control import Control, StalledError
 from sparseray.platform.generations import Elastic
 from sparseray.platform.metrics.exporter import Metrics
 from sparseray.platform.metrics.training import StepMetrics
+from sparseray.platform.opening import Validation
 from sparseray.platform.run import checkpoint
 from sparseray.platform.run.folder import RunFolder
+from sparseray.platform.run.history import JobHistory
 from sparseray.platform.run.journal import Journal
 from sparseray.platform.run.ledger import Ledger
 
@@ -83,8 +85,7 @@ class Trainer:
         control: conversation with the slots.
         elastic: who holds what.
         journal, folder, metrics, ledger: where decisions, results, series and time go.
-        bytes_per_token: of the validation split, for bits per byte.
-        validation_batches: of one validation.
+        validation: how the validation loss is measured.
         on_record: told of every step's record.
         should_stop: asked between two steps.
     """
@@ -99,14 +100,13 @@ class Trainer:
         metrics: Metrics,
         ledger: Ledger,
         *,
-        bytes_per_token: float,
-        validation_batches: int,
+        validation: Validation,
         on_record: Callable[[dict[str, Any]], None],
         should_stop: Callable[[], bool],
     ) -> None:
         self.config, self.control, self.elastic = config, control, elastic
         self.journal, self.folder, self.metrics, self.ledger = journal, folder, metrics, ledger
-        self.bytes_per_token, self.validation_batches = bytes_per_token, validation_batches
+        self.validation = validation
         self.on_record, self.should_stop = on_record, should_stop
         self.step_metrics = StepMetrics(metrics, config)
         self.step = 0
@@ -126,20 +126,22 @@ class Trainer:
         self.folder.rewind(self.step)
         self.elastic.begin(self.step, str(newest or ""))
 
-    def take_over(self, plan: Plan, commit: dict[str, Any] | None, step: int) -> None:
+    def take_over(self, history: JobHistory) -> None:
         """Go on where a scheduler that died had stopped: at the last step in its journal."""
-        self.step = step
-        if commit is not None:
+        assert history.plan is not None
+        self.step = history.step
+        if history.commit is not None:
+            commit = dict(history.commit)
             record = commit.pop("record")
             self.elastic.commit = commit
             self.elastic.counts = np.array(record["expert_load"], np.int64)
             # A line that was cut short by the kill would swallow the next one.
-            self.folder.rewind(step)
+            self.folder.rewind(self.step)
             records = self.folder.records()
-            if not records or records[-1]["step"] < step:
+            if not records or records[-1]["step"] < self.step:
                 self.folder.append(record)
         self._set_due()
-        self.elastic.take_over(plan, step)
+        self.elastic.take_over(history.plan, self.step)
 
     def run(self) -> None:
         """Train to the last step or until asked to stop; leaves a checkpoint."""
@@ -239,7 +241,7 @@ class Trainer:
         """Measure the validation loss; it changes no state."""
         batches = [
             (index, self.plan.shard_owners[index % self.config.train.logical_shards])
-            for index in range(self.validation_batches)
+            for index in range(self.validation.batches)
         ]
         found: dict[int, tuple[float, int]] = {}
         with self.ledger.state("evaluating"):
@@ -250,7 +252,7 @@ class Trainer:
                     break
         tokens = sum(value[1] for value in found.values())
         loss = math.fsum(found[index][0] for index in sorted(found)) / tokens
-        bits = loss / math.log(2.0) / self.bytes_per_token
+        bits = loss / math.log(2.0) / self.validation.bytes_per_token
         record = {"step": self.step, "eval_loss": loss, "eval_bits_per_byte": bits, "eval_tokens": tokens}
         self.folder.append_evaluation(record)
         self.on_record(record)
@@ -300,18 +302,3 @@ class Trainer:
             if not waiting:
                 break
         return tensors
-
-
-def validation_batch_count(windows: int, config: RunConfig) -> int:
-    """Validation batches that a split of `windows` sequences can give.
-
-    Raises:
-        ConfigError: not even one.
-    """
-    per_batch = config.train.sequences_per_shard
-    if windows < per_batch:
-        raise ConfigError(
-            f"the validation split has {windows} sequences of {config.train.seq_len} tokens and a batch takes {per_batch}; "
-            "prepare more data, or lower train.seq_len or train.sequences_per_shard"
-        )
-    return min(config.train.eval_batches, windows // per_batch)

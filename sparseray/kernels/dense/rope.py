@@ -116,8 +116,16 @@ class _Rope(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> Any:
+        start, is_interleaved = ctx.options
         dfused = dq.new_empty(dq.shape[0], dq.shape[1] + dk.shape[1] + dv.shape[1], dq.shape[2])
-        _launch(dfused, (dq.contiguous(), dk.contiguous(), dv.contiguous()), ctx.angles, *ctx.options, True)
+        _launch(
+            dfused,
+            (dq.contiguous(), dk.contiguous(), dv.contiguous()),
+            ctx.angles,
+            start,
+            is_interleaved,
+            True,
+        )
         return dfused, None, None, None, None
 
 
@@ -139,7 +147,7 @@ def rope(
         cos_LC, sin_LC: fp32 tables; 2C channels of a head turn.
         heads: how many of each; keys and values may be 0 (a part without its own rotation, as in MLA).
         start: first channel that turns; the others are copied.
-        is_interleaved: channel 2i is paired with 2i + 1 (MLA), otherwise i with i + C (`model.layers.rotate`).
+        is_interleaved: channel 2i is paired with 2i + 1 (MLA), otherwise i with i + C (`ops.Ops.rotary`).
 
     Returns:
         q, k, v: [R, heads of each, D].
