@@ -94,9 +94,9 @@ class PlainLoop:
                 self.data,
                 seed=self.config.train.seed,
                 step=step,
-                shard=part,
-                num_shards=self.parts,
-                sequences_per_shard=self.sequences,
+                part=part,
+                num_parts=self.parts,
+                sequences_per_part=self.sequences,
                 seq_len=self.config.train.seq_len,
             )
             starts = b.document_starts_BT

@@ -21,8 +21,8 @@ import msgpack
 import torch
 
 from sparseray.actors.slot import Slot
+from sparseray.actors.wire.envelope import SCHEDULER
 from sparseray.actors.wire.mailbox import Mailbox
-from sparseray.actors.wire.messages import SCHEDULER
 from sparseray.model.config import DSEConfig, ModelConfig, MoEConfig, NSAConfig
 from sparseray.platform.composition import Run
 from sparseray.platform.config import (
@@ -58,7 +58,7 @@ MODEL = ModelConfig(
 
 
 def tiny_run(data: Path, *, steps: int = 30, **cluster: Any) -> RunConfig:
-    """A run that takes seconds: 4 logical shards of 2 sequences of 32 tokens."""
+    """A run that takes seconds: 4 parts of 2 sequences of 32 tokens."""
     return RunConfig(
         model=MODEL,
         data=DataConfig(path=str(data), verify=False),

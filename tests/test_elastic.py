@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from local_cluster import Faults, LocalFleet, Sent, Trained, tiny_run, train
 
-from sparseray.actors.wire.messages import SCHEDULER
+from sparseray.actors.wire.envelope import SCHEDULER
 from sparseray.errors import ConfigError, FencedError, StateLostError
 from sparseray.platform.config import RunConfig
 from sparseray.platform.planning.inventory import Roles
@@ -59,10 +59,10 @@ MOMENTS = {
     "attention, backward": KillAt((1,), 1, "expert_backward", 5),
     "attention, first reducer, sums": KillAt((0,), 1, "dense_nodes", 5),
     "attention, prepared": KillAt((0,), 0, "prepared", 5),
-    "expert, reply": KillAt((2,), 2, "reply", 5),
+    "expert, reply": KillAt((2,), 2, "expert_rows", 5),
     "expert, sum for the backup": KillAt((3,), 3, "expert_reduced", 5),
     "expert, prepared": KillAt((2,), 2, "prepared", 5),
-    "memory, rows": KillAt((4,), 4, "reply", 5),
+    "memory, rows": KillAt((4,), 4, "memory_rows", 5),
     "memory, sum for the backup": KillAt((5,), 5, "rows_reduced", 5),
     "any, at the commit": KillAt((2,), SCHEDULER, "commit", 5),
     "two different ones": KillAt((0, 3), 1, "expert_forward", 5),

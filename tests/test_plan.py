@@ -63,8 +63,8 @@ def check(plan: Plan, *, replication: int, avoid: Sequence[int] = (), is_by_coun
     """What every plan must hold."""
     usable = set(plan.addresses) - set(avoid)
     wanted = min(replication, len(usable))
-    assert set(plan.shard_owners) <= usable and len(plan.shard_owners) == SHARDS
-    assert spread([len(plan.shards_of(slot)) for slot in plan.attention]) <= 1
+    assert set(plan.part_owners) <= usable and len(plan.part_owners) == SHARDS
+    assert spread([len(plan.parts_of(slot)) for slot in plan.attention]) <= 1
     assert plan.dense[: len(plan.attention)] == plan.attention
     assert len(plan.dense) >= wanted
     for piece, holders in holdings(plan).items():
@@ -394,6 +394,14 @@ def test_bytes_of_a_piece_are_those_of_weights_and_moments() -> None:
     for layer, number in enumerate(rows):
         buckets = [of(("bucket", layer, bucket)) for bucket in range(config.dse.num_buckets)]
         assert sum(buckets) == number * row and spread(buckets) <= row
+
+
+def test_bfloat16_rows_have_half_the_bytes_in_a_plan() -> None:
+    exact = preset("tiny")
+    half = replace(exact, dse=replace(exact.dse, row_dtype="bfloat16"))
+    piece, rows = ("bucket", 0, 0), [exact.dse.num_buckets * 10]
+    saved = piece_bytes(exact, rows, 1)(piece) - piece_bytes(half, rows, 1)(piece)
+    assert saved == 10 * 2 * exact.dse.head_dim
 
 
 def test_a_piece_is_pulled_from_whoever_has_sent_the_least() -> None:

@@ -39,7 +39,7 @@ def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def expected_text(directory: Path, tokenizer: Tokenizer, count: int) -> str:
     """Greedy continuation by the plain path in this process, from the checkpoint's tensors."""
-    config = open_serving(directory, ServeConfig(port=free_ports(1)[0]), ClusterConfig()).model
+    config = open_serving(directory, ServeConfig(), ClusterConfig()).model
     layout = DSELayout.load(directory)
     model, experts = Transformer(config, layout), LocalExperts(config)
     memory = LocalMemory(config, layout)
@@ -146,9 +146,8 @@ def test_what_cannot_be_served_is_told_in_one_line(
         (["--cluster.replication", "4"], ["cluster.replication=4", "1 to 3"]),
         (["--serve.max_batch", "0"], ["serve.max_batch=0", "at least 1"]),
         (["--serve.prefill_chunk", "0"], ["serve.prefill_chunk=0"]),
-        (["--port", "70000"], ["--port 70000", "1 to 65535"]),
-        (["--port", "0"], ["--port 0", "1 to 65535"]),
-        (["--host", "192.0.2.1"], ["--host 192.0.2.1", "127.0.0.1"]),
+        (["--port", "70000"], ["port=70000", "65535"]),
+        (["--host", "192.0.2.1"], ["192.0.2.1"]),
     ],
 )
 def test_what_cannot_be_started_is_told_before_ray(
@@ -168,7 +167,7 @@ def test_what_cannot_be_started_is_told_before_ray(
 
 def test_a_server_may_have_more_engines_than_training_had_parts(trained: Path) -> None:
     """The run had 4 logical shards; they say nothing about how many engines may answer."""
-    serve, cluster = ServeConfig(port=free_ports(1)[0]), ClusterConfig(attention_workers=7, expert_shards=2)
+    serve, cluster = ServeConfig(), ClusterConfig(attention_workers=7, expert_shards=2)
     config = open_serving(trained, serve, cluster)
     plan = check_cluster(cluster, serving_inventory(config))
-    assert plan.attention == plan.shard_owners == tuple(range(7))
+    assert plan.attention == plan.part_owners == tuple(range(7))

@@ -143,7 +143,7 @@ def share(plan: "Plan", slot: int, size: Callable[[Piece], int]) -> Share:
     return Share(
         slot=slot,
         roles=tuple(plan.roles_of(slot)),
-        shards=tuple(plan.shards_of(slot)),
+        shards=tuple(plan.parts_of(slot)),
         experts=count("expert", primary=True),
         expert_backups=count("expert", primary=False),
         buckets=count("bucket", primary=True),

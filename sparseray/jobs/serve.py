@@ -5,17 +5,21 @@ streams the tokens that come back. Ray starts the slots and is not on the path o
 """
 
 import asyncio
+import json
 import sys
 import threading
 import time
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
+from sparseray.actors.installation import InstallPlan, JobSpec, Restore
+from sparseray.actors.serving.messages import Generate, Tokens
 from sparseray.actors.serving.text_request import GenerationRequest, TokenEvent
+from sparseray.actors.state.assignment import Plan
+from sparseray.actors.wire.envelope import INGRESS, SCHEDULER, Body
 from sparseray.actors.wire.mailbox import Mailbox
-from sparseray.actors.wire.messages import INGRESS, SCHEDULER
+from sparseray.actors.wire.messages import Cancel, Failed
 from sparseray.errors import SlotLostError, UserError
 from sparseray.jobs.http.options import NAMES, HttpOptions, add_options, read_options
 from sparseray.log import get_logger
@@ -91,7 +95,7 @@ def run(directory: Path, serve: ServeConfig, cluster_config: ClusterConfig, http
         )
         metrics = Metrics({}, declare="server")
         client = RemoteClient(cluster.job, cluster_config, metrics)
-        client.install(config, plan.to_dict(), directory)
+        client.install(config, plan, directory)
         app = create_app(client, served, rules=http.rules, record=metrics.record, metrics=metrics.exposition)
         server = HttpServer(
             app,
@@ -140,56 +144,66 @@ class RemoteClient:
         self._running = True
         self._thread = threading.Thread(target=self._receive, daemon=True, name="ingress")
 
-    def install(self, config: RunConfig, plan: dict[str, Any], directory: Path) -> None:
+    def install(self, config: RunConfig, plan: Plan, directory: Path) -> None:
         """Give every slot its roles and state, and wait until all have them.
+
+        Args:
+            config: of the model.
+            plan: who holds what.
+            directory: the checkpoint.
 
         Raises:
             UserError: a slot could not load its state.
             SlotLostError: a slot did not answer.
         """
-        addresses = {int(slot): address for slot, address in plan["addresses"].items()}
         for mailbox in (self._inbox, self._outbox):
-            mailbox.adopt(plan["generation"])
-            mailbox.transport.connect(addresses)
-        body = {
-            "plan": plan,
-            "config": configuration.to_dict(config),
-            "layout": str(directory.absolute()) if config.model.dse.layers else "",
-            "layout_sha256": checkpoint.read_manifest(directory)["dse_layout_sha256"],
-            "scheduler": self._inbox.transport.address,
-            "step": checkpoint.read_manifest(directory)["step"],
-            "restore": {"checkpoint": str(directory.absolute())},
-            "serving": True,
-        }
-        for slot in addresses:
-            self._inbox.post(slot, "plan", body=body)
-        waiting = set(addresses)
+            mailbox.adopt(plan.generation)
+            mailbox.transport.connect(plan.addresses)
+        manifest = checkpoint.read_manifest(directory)
+        body = InstallPlan(
+            plan=plan,
+            job=JobSpec(
+                config=json.dumps(configuration.to_dict(config)),
+                layout=str(directory.absolute()) if config.model.dse.layers else "",
+                layout_sha256=manifest["dse_layout_sha256"],
+                serving=True,
+                tokenizer=str(directory.absolute() / "tokenizer.json"),
+            ),
+            scheduler=self._inbox.transport.address,
+            step=manifest["step"],
+            restore=Restore(checkpoint=str(directory.absolute())),
+        )
+        for slot in plan.addresses:
+            self._inbox.post(slot, body)
+        waiting = set(plan.addresses)
         while waiting:
             message = self._inbox.next(self._deadline_s + 60)
             if message is None:
                 raise SlotLostError(
                     f"slots {sorted(waiting)} did not take their roles; see the messages above"
                 )
-            if message.kind == "failed":
-                raise UserError(f"slot {message.source}: {message.body['error']}")
+            if isinstance(message.body, Failed):
+                raise UserError(f"slot {message.source}: {message.body.error}")
             waiting.discard(message.source)
-        self._open = {slot: set() for slot in dict.fromkeys(plan["shard_owners"])}
+        self._open = {slot: set() for slot in plan.attention}
         self._thread.start()
 
     def _receive(self) -> None:
         while self._running:
             message = self._inbox.next(0.5)
-            if message is None:
-                continue
-            self._heard_s[message.source] = time.monotonic()
-            if message.kind == "tokens":
-                for event in map(TokenEvent.from_dict, message.body["events"]):
-                    self._put(event.request_id, event)
-            elif message.kind == "failed":
-                failed = list(self._open.get(message.source, ()))
-                log.error("slot %d failed: %s", message.source, message.body["error"])
-                for request_id in failed:
-                    self._put(request_id, SlotLostError(f"slot {message.source}: {message.body['error']}"))
+            if message is not None:
+                self._heard_s[message.source] = time.monotonic()
+                self._take(message.source, message.body)
+
+    def _take(self, slot: int, body: Body) -> None:
+        """Hand what a slot said to those who wait for it."""
+        if isinstance(body, Tokens):
+            for event in body.events:
+                self._put(event.request_id, event)
+        elif isinstance(body, Failed):
+            log.error("slot %d failed: %s", slot, body.error)
+            for request_id in list(self._open.get(slot, ())):
+                self._put(request_id, SlotLostError(f"slot {slot}: {body.error}"))
 
     def _put(self, request_id: str, item: TokenEvent | Exception) -> None:
         found = self._queues.get(request_id)
@@ -209,14 +223,14 @@ class RemoteClient:
         self._open[slot].add(request.request_id)
         is_ended = False
         try:
-            self._outbox.post(slot, "generate", body=request.to_dict())
+            self._outbox.post(slot, Generate(request=request))
             while not is_ended:
                 event = await self._next_event(queue, slot)
                 is_ended = event.finish_reason not in (None, "error")
                 yield event
         finally:
             if not is_ended:
-                self._outbox.post(slot, "cancel", body={"request_id": request.request_id})
+                self._outbox.post(slot, Cancel(request_id=request.request_id))
             self._queues.pop(request.request_id, None)
             self._open[slot].discard(request.request_id)
 
@@ -237,7 +251,7 @@ class RemoteClient:
         """End a request at its worker; unknown ones are ignored."""
         for slot, ids in self._open.items():
             if request_id in ids:
-                self._outbox.post(slot, "cancel", body={"request_id": request_id})
+                self._outbox.post(slot, Cancel(request_id=request_id))
 
     @property
     def is_healthy(self) -> bool:

@@ -11,7 +11,7 @@ sizes, H hidden, E experts, K experts per token, I inner width, N table rows per
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,11 +20,9 @@ from sparseray.errors import ConfigError
 from sparseray.kernels.dse.reference import Fusion
 from sparseray.kernels.nsa.reference import BranchKeys, Compression
 from sparseray.kernels.plain_ops import PlainOps
-from sparseray.kernels.settings import NSASizes
+from sparseray.kernels.settings import Kernels, NSASizes
 
-__all__ = ["REFERENCE", "BranchKeys", "Compression", "Fusion", "Kernels", "Ops", "ops_for"]
-
-Kernels = Literal["auto", "reference", "triton"]
+__all__ = ["REFERENCE", "BranchKeys", "Compression", "Fusion", "Ops", "ops_for"]
 
 
 class Ops(Protocol):
@@ -54,6 +52,21 @@ class Ops(Protocol):
         Args:
             x: [..., tokens, heads, D].
             cos, sin: fp32 [tokens, D / 2] at the tokens' positions.
+        """
+        ...
+
+    def rotary_split(
+        self, fused_RX: Tensor, heads: tuple[int, int], head_dim: int, cos_RD: Tensor, sin_RD: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Cut the rows of a fused projection into queries, keys and the rest, queries and keys rotated.
+
+        Args:
+            fused_RX: queries, keys, then whatever follows.
+            heads: of queries (Q) and keys (G), `head_dim` channels (D) each.
+            cos_RD, sin_RD: as in `rotary`.
+
+        Returns:
+            (q [R, Q, D], k [R, G, D], rest [R, X - (Q + G) * D]).
         """
         ...
 
@@ -155,12 +168,19 @@ class Ops(Protocol):
         ...
 
     def memory_fusion(
-        self, h_BTH: Tensor, key_BTH: Tensor, value_BTH: Tensor, fusion: Fusion, starts_BT: Tensor | None
+        self,
+        h_RH: Tensor,
+        key_RH: Tensor,
+        value_RH: Tensor,
+        fusion: Fusion,
+        shape: tuple[int, int],
+        starts_BT: Tensor | None,
     ) -> Tensor:
         """SiLU(conv(norm(gate * value))) + gate * value of whole sequences (arXiv 2601.07372 eq. 4 and 5).
 
         Args:
-            h_BTH: hidden states before the layer.
+            h_RH: hidden states before the layer.
+            shape: (B, T) with B * T = R.
             starts_BT: bool, documents' first tokens, which the convolution does not reach before; None: it does.
         """
         ...
@@ -170,13 +190,17 @@ class Ops(Protocol):
         ...
 
     def memory_conv(
-        self, x_BTH: Tensor, fusion: Fusion, starts_BT: Tensor | None, history_BLH: Tensor
+        self, x_BTH: Tensor, fusion: Fusion, starts_BT: Tensor | None, history_BLH: Tensor | None
     ) -> Tensor:
-        """The convolution of a chunk after its history (zero where there is none), before SiLU (eq. 5)."""
+        """The convolution of a chunk after its history (None at a start), before SiLU (eq. 5)."""
         ...
 
     def logits(self, hidden_RH: Tensor, weight_VH: Tensor) -> Tensor:
         """hidden @ weight.T; a row's bits do not depend on the other rows where no gradient is wanted."""
+        ...
+
+    def expert_counts(self, topk_ids_TK: Tensor, num_experts: int) -> Tensor:
+        """Tokens of each expert, int64 [E]."""
         ...
 
     def head_loss(

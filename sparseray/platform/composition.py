@@ -4,11 +4,13 @@ The scheduler opens a run with slots that are Ray actors, tests open one with th
 the same. A journal that knows the job already makes this a takeover from a scheduler that died.
 """
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sparseray.actors.installation import JobSpec
 from sparseray.actors.wire.mailbox import Mailbox
 from sparseray.model.counts import count_parameters
 from sparseray.model.dse_layout import DSELayout
@@ -24,8 +26,8 @@ from sparseray.platform.run.journal import Journal
 from sparseray.platform.run.ledger import Ledger
 from sparseray.platform.training import Trainer
 
-FleetOf = Callable[[Journal, JobHistory, dict[str, Any]], Fleet]
-"""Makes the fleet of a run: from its journal, what that knows of the job, and the body that prepares a slot."""
+FleetOf = Callable[[Journal, JobHistory, JobSpec], Fleet]
+"""Makes the fleet of a run: from its journal, what that knows of the job, and what slots build."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,12 +79,12 @@ class Run:
         if not history.has_begun:
             journal.append("begin", generation=0, step=0, job=mailbox.job)
         layout = DSELayout.load(folder.identity) if config.model.dse.layers else None
-        install = {
-            "config": to_dict(config),
-            "layout": str(folder.identity) if layout else "",
-            "layout_sha256": folder.layout_sha256(),
-        }
-        fleet = fleet_of(journal, history, install)
+        job = JobSpec(
+            config=json.dumps(to_dict(config)),
+            layout=str(folder.identity) if layout else "",
+            layout_sha256=folder.layout_sha256(),
+        )
+        fleet = fleet_of(journal, history, job)
         control = Control(mailbox, fleet, config.cluster.deadline_s)
         ledger = Ledger(metrics)
         rows = [] if layout is None else [layout.num_rows(layer) for layer in config.model.dse.layers]
@@ -96,7 +98,7 @@ class Run:
             inventory=training_inventory(config),
             history=history,
             size=piece_bytes(config.model, rows, count_parameters(config.model)["dense"]),
-            install=install,
+            job=job,
             on_event=on_record,
         )
         trainer = Trainer(

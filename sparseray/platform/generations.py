@@ -12,8 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from sparseray.actors.installation import InstallPlan, JobSpec, PullFrom, Restore
 from sparseray.actors.state.assignment import Plan
 from sparseray.actors.state.pieces import Piece
+from sparseray.actors.wire.codec import to_plain
+from sparseray.actors.wire.messages import Commit, Installed, Stale
 from sparseray.errors import SlotsLostError, StateLostError
 from sparseray.log import get_logger
 from sparseray.platform.config import RunConfig
@@ -48,7 +51,7 @@ class Elastic:
         inventory: what there is to place.
         history: what was decided for this job before, by a scheduler that died.
         size: bytes of a piece.
-        install: what every plan message carries besides the plan.
+        job: what slots build.
         on_event: told of every event.
     """
 
@@ -64,17 +67,16 @@ class Elastic:
         inventory: Inventory,
         history: JobHistory,
         size: Callable[[Piece], int],
-        install: dict[str, Any],
+        job: JobSpec,
         on_event: Callable[[dict[str, Any]], None],
     ) -> None:
         self.config, self.control, self.journal = config, control, journal
         self.folder, self.metrics, self.ledger = folder, metrics, ledger
-        self.inventory, self.size, self.install = inventory, size, install
+        self.inventory, self.size, self.job = inventory, size, job
         self.events = Events(folder, metrics, config.cluster.replication, on_event)
         self.wish = history.wish or Wish(roles=inventory.roles(config.cluster))
         self.plan: Plan | None = None
-        self.commit: dict[str, Any] | None = None
-        self.counts = np.zeros((0, 0), np.int64)
+        self.commit: Commit | None = None
         self.load = np.zeros((0, 0))
         for counts in history.counts:
             self._average(np.array(counts, np.int64))
@@ -96,8 +98,8 @@ class Elastic:
 
     def ask(self, wish: Wish) -> None:
         """Want something else from now on; it is journalled first, so that no scheduler's death undoes it."""
-        step = self.commit["step"] if self.commit else 0
-        self.journal.append("wish", generation=self.generation, step=step, **wish.to_dict())
+        step = self.commit.step if self.commit else 0
+        self.journal.append("wish", generation=self.generation, step=step, wish=to_plain(wish))
         self.wish = wish
 
     # -- entering a generation -----------------------------------------------------------------
@@ -116,9 +118,9 @@ class Elastic:
             roles=self.wanted,
         )
         try:
-            self._enter(self.plan, step, restore={"checkpoint": restore}, pulls=None)
+            self._enter(self.plan, step, restore=Restore(checkpoint=restore), pulls=None)
         except (SlotsLostError, StalledError) as error:
-            self._settle(error, step, restore={"checkpoint": restore})
+            self._settle(error, step, restore=Restore(checkpoint=restore))
         self._event("start", step, f"{len(self.plan.addresses)} slots")
 
     def take_over(self, plan: Plan, step: int) -> None:
@@ -167,7 +169,7 @@ class Elastic:
             roles = "+".join(self.plan.roles_of(loss.slot))
             self._event("lost", step, f"slot {loss.slot} ({roles}): {loss.cause}")
 
-    def _settle(self, error: Exception, step: int, *, restore: dict[str, Any] | None) -> int:
+    def _settle(self, error: Exception, step: int, *, restore: Restore | None) -> int:
         """Try generations until one holds; what is lost on the way is left out of the next."""
         while True:
             if isinstance(error, SlotsLostError):
@@ -191,7 +193,7 @@ class Elastic:
                 if isinstance(error, SlotsLostError):
                     self._tell_losses(error, step)
 
-    def _give_back(self, change: Moves, step: int) -> tuple[dict[str, Any], int]:
+    def _give_back(self, change: Moves, step: int) -> tuple[Restore, int]:
         """Restore what nobody holds any more from the newest checkpoint, or stop where that is not wanted."""
         newest = self.folder.newest_checkpoint()
         back = checkpoint.read_manifest(newest)["step"] if newest else 0
@@ -206,31 +208,32 @@ class Elastic:
         self.folder.rewind(back)
         self.journal.append("restore", generation=self.generation, step=back, checkpoint=str(newest or ""))
         self.commit = None
-        return {"checkpoint": str(newest or "")}, back
+        return Restore(checkpoint=str(newest or "")), back
 
-    def _enter(self, new: Plan, step: int, *, restore: dict[str, Any] | None, pulls: Moves | None) -> None:
+    def _enter(self, new: Plan, step: int, *, restore: Restore | None, pulls: Moves | None) -> None:
         """Journal a plan, send it, and wait until every slot has its roles and state."""
         started = time.monotonic()
         self.generation = new.generation
-        self.journal.append("plan", generation=new.generation, step=step, plan=new.to_dict())
+        self.journal.append("plan", generation=new.generation, step=step, plan=to_plain(new))
         mailbox = self.control.mailbox
         mailbox.adopt(new.generation)
         mailbox.transport.connect(new.addresses)
         sources = {source for listed in (pulls.pulls.values() if pulls else ()) for source in listed}
         self.control.needed = role_holders(new) | sources
-        body = self.install | {
-            "plan": new.to_dict(),
-            "scheduler": mailbox.transport.address,
-            "step": step,
-            "restore": restore,
-            "commit": self.commit,
-        }
 
         def send(slots: Collection[int]) -> None:
             for slot in slots:
                 own = pulls.pulls.get(slot, {}) if pulls else {}
-                full = body | {"pulls": [[source, pieces] for source, pieces in own.items()]}
-                self.control.post([slot], "plan", step=step, body=full, arrays=(self.counts,))
+                body = InstallPlan(
+                    plan=new,
+                    job=self.job,
+                    scheduler=mailbox.transport.address,
+                    step=step,
+                    restore=restore,
+                    commit=self.commit,
+                    pulls=tuple(PullFrom(source=source, pieces=tuple(p)) for source, p in own.items()),
+                )
+                self.control.post([slot], body, step=step)
 
         send(new.addresses)
         self._wait_until_installed(set(new.addresses), send, step)
@@ -256,13 +259,13 @@ class Elastic:
         deadline, sent = time.monotonic() + INSTALL_DEADLINE_S, time.monotonic()
         while waiting:
             try:
-                message = next(self.control.messages("installed stale", RESEND_S))
+                message = next(self.control.messages(Installed, Stale, deadline_s=RESEND_S))
             except StalledError:
                 if time.monotonic() > deadline:
                     raise
                 send(waiting)
                 continue
-            if message.kind == "stale":
+            if isinstance(message.body, Stale):
                 # It lives, but what it holds is of another step: it starts empty in the next generation.
                 loss = Loss(
                     slot=message.source, cause=f"its state is not of step {step}", noticed=time.monotonic()
@@ -276,11 +279,11 @@ class Elastic:
 
     # -- between two steps ---------------------------------------------------------------------
 
-    def committed(self, commit: dict[str, Any], counts: np.ndarray) -> None:
+    def committed(self, commit: Commit) -> None:
         """Take note of a committed step: it ends a change of generation for good."""
         assert self.plan is not None
-        self.commit, self.counts = commit, counts
-        self._average(counts)
+        self.commit = commit
+        self._average(commit.counts_LE.numpy())
         self.held = {piece: set(slots) for piece, slots in holdings(self.plan).items()}
         self.since_change += 1
         self._stalls = 0
@@ -293,7 +296,7 @@ class Elastic:
             text = (
                 f"back after {change.phases['total']:.2f} s ({change.parts()}), generation {self.generation}"
             )
-            self._event(change.kind, commit["step"], text, phases=change.phases)
+            self._event(change.kind, commit.step, text, phases=change.phases)
 
     def _average(self, counts: np.ndarray) -> None:
         if counts.size:

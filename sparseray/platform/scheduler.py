@@ -16,8 +16,9 @@ from typing import Any, TextIO
 
 import ray
 
+from sparseray.actors.installation import JobSpec
+from sparseray.actors.wire.envelope import SCHEDULER
 from sparseray.actors.wire.mailbox import Mailbox
-from sparseray.actors.wire.messages import SCHEDULER
 from sparseray.errors import FencedError, UserError
 from sparseray.log import get_logger
 from sparseray.platform.composition import Run
@@ -120,7 +121,7 @@ class Scheduler:
             targets = {f"slot-{slot}": member.metrics for slot, member in members.items()}
             write_targets(self._folder.targets, targets | {"scheduler": own}, self._folder.path.name)
 
-        def fleet_of(journal: Journal, history: JobHistory, prepare: dict[str, Any]) -> RayFleet:
+        def fleet_of(journal: Journal, history: JobHistory, spec: JobSpec) -> RayFleet:
             ids = itertools.count(max(history.slots, default=-1) + 1)
 
             def next_slot() -> int:
@@ -128,7 +129,7 @@ class Scheduler:
                 journal.append("slot", generation=0, step=0, slot=slot, job=self._job_id)
                 return slot
 
-            self._fleet = RayFleet(self._job_id, cluster, prepare, next_slot, show_targets, journal.leads)
+            self._fleet = RayFleet(self._job_id, cluster, spec, next_slot, show_targets, journal.leads)
             return self._fleet
 
         run = self._job = Run.open(
@@ -254,7 +255,7 @@ class Scheduler:
                     "pid": member.pid,
                     "node": member.node,
                     "roles": plan.roles_of(slot) if slot in plan.addresses else ["standby"],
-                    "shards": plan.shards_of(slot),
+                    "shards": plan.parts_of(slot),
                     "experts": len(plan.experts_of(slot)),
                     "buckets": len(plan.buckets_of(slot)),
                     "heartbeat_age_s": ages.get(slot, 0.0),

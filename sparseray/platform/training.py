@@ -1,6 +1,6 @@
 """The training loop: drives one step after another through the slots, with a two-phase commit.
 
-Phase one: attention workers run their logical shards, gradients are reduced, and every holder
+Phase one: attention workers run their parts, gradients are reduced, and every holder
 reports norms and digests. Phase two: the decision is journalled, then every holder applies it.
 A step that is not in the journal has not happened; one that a loss cuts off runs again. Changes of
 who holds what are in elastic.py. Runs in the scheduler's thread.
@@ -14,9 +14,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from sparseray.actors.state.assignment import Plan
-from sparseray.actors.wire.messages import Message
+from sparseray.actors.wire.codec import to_plain
+from sparseray.actors.wire.envelope import Message
+from sparseray.actors.wire.messages import (
+    Commit,
+    Evaluate,
+    Evaluated,
+    PartDone,
+    Prepared,
+    RunStep,
+    SaveCheckpoint,
+    Saved,
+    SavedTensor,
+)
 from sparseray.errors import SlotsLostError, UserError
 from sparseray.platform.config import OptimConfig, RunConfig, to_dict
 from sparseray.platform.fleet.control import Control, StalledError
@@ -45,30 +58,32 @@ class StepReports:
     """What has come in for one step.
 
     Args:
-        shards: logical shard to its report.
-        counts: logical shard to tokens per moe layer and expert.
+        parts: part to its report.
         norms: squared gradient norm of every logical tensor.
         digests: gradient digest by (tensor, slot).
         prepared: (slot, role) that are ready to commit.
     """
 
-    shards: dict[int, dict[str, Any]] = field(default_factory=dict)
-    counts: dict[int, np.ndarray] = field(default_factory=dict)
+    parts: dict[int, PartDone] = field(default_factory=dict)
     norms: dict[str, float] = field(default_factory=dict)
     digests: dict[str, dict[int, int]] = field(default_factory=dict)
     prepared: set[tuple[int, str]] = field(default_factory=set)
 
-    def take(self, message: Message) -> None:
+    def take(self, message: Message[PartDone | Prepared]) -> None:
         """Add one message."""
         body = message.body
-        if message.kind == "shard":
-            self.shards[message.shard] = body
-            self.counts[message.shard] = message.arrays[0]
+        if isinstance(body, PartDone):
+            self.parts[message.part] = body
         else:
-            self.prepared.add((message.source, body["role"]))
-            self.norms |= body["norms"]
-            for name, value in body["digests"].items():
+            self.prepared.add((message.source, body.role))
+            self.norms |= body.norms
+            for name, value in body.digests.items():
                 self.digests.setdefault(name, {})[message.source] = value
+
+    @property
+    def counts_LE(self) -> np.ndarray:
+        """Tokens per moe layer and expert over all parts, int64."""
+        return np.asarray(sum(part.counts_LE.numpy() for part in self.parts.values()))
 
     def check_replicas(self) -> None:
         """Stop when replicas hold different gradients: that is a defect, and applying them would hide it."""
@@ -131,10 +146,11 @@ class Trainer:
         assert history.plan is not None
         self.step = history.step
         if history.commit is not None:
-            commit = dict(history.commit)
-            record = commit.pop("record")
-            self.elastic.commit = commit
-            self.elastic.counts = np.array(record["expert_load"], np.int64)
+            record = history.commit["record"]
+            self.elastic.commit = Commit(
+                counts_LE=torch.tensor(record["expert_load"], dtype=torch.int64),
+                **{name: history.commit[name] for name in ("step", "lr", "memory_lr", "scale")},
+            )
             # A line that was cut short by the kill would swallow the next one.
             self.folder.rewind(self.step)
             records = self.folder.records()
@@ -176,7 +192,7 @@ class Trainer:
         """Run one step and commit it."""
         with self.ledger.state("productive"):
             started, step = time.perf_counter(), self.step + 1
-            self.control.post(self.plan.attention, "step", step=step)
+            self.control.post(self.plan.attention, RunStep(), step=step)
             reports = self._collect(step)
             lr = learning_rate(step, self.config.optim, self.config.train.steps)
             norm = math.sqrt(math.fsum(reports.norms.values()))
@@ -187,27 +203,37 @@ class Trainer:
                     f"--optim.lr={self.config.optim.lr / 10:g} goes on from the last checkpoint at a tenth of the rate"
                 )
             scale = min(1.0, self.config.optim.clip / (norm + 1e-6)) if self.config.optim.clip else 1.0
-            counts = np.asarray(sum(reports.counts.values()))
+            counts = reports.counts_LE
             record = self._record_of(reports, step, counts, lr, norm, time.perf_counter() - started)
             memory_lr = lr * self.config.optim.memory_lr_scale
-            commit: dict[str, Any] = {"step": step, "lr": lr, "memory_lr": memory_lr, "scale": scale}
-            self.journal.append("commit", generation=self.plan.generation, record=record, **commit)
-            self.control.post(self.plan.addresses, "commit", step=step, body=commit, arrays=(counts,))
+            commit = Commit(
+                step=step, lr=lr, memory_lr=memory_lr, scale=scale, counts_LE=torch.from_numpy(counts)
+            )
+            self.journal.append(
+                "commit",
+                generation=self.plan.generation,
+                record=record,
+                step=step,
+                lr=lr,
+                memory_lr=memory_lr,
+                scale=scale,
+            )
+            self.control.post(self.plan.addresses, commit, step=step)
         self.step = step
         self.folder.append(record)
         self.on_record(record)
-        self.elastic.committed(commit, counts)
+        self.elastic.committed(commit)
         self._measure(reports, record)
 
     def _collect(self, step: int) -> StepReports:
         reports, plan = StepReports(), self.plan
         roles = (("dense", plan.dense), ("expert", plan.expert_holders), ("memory", plan.memory_holders))
         expected = {(slot, role) for role, slots in roles for slot in slots}
-        for message in self.control.messages("shard prepared"):
+        for message in self.control.messages(PartDone, Prepared):
             if message.step != step:
                 continue
             reports.take(message)
-            if len(reports.shards) == self.config.train.logical_shards and reports.prepared >= expected:
+            if len(reports.parts) == self.config.train.logical_shards and reports.prepared >= expected:
                 break
         reports.check_replicas()
         return reports
@@ -215,13 +241,13 @@ class Trainer:
     def _record_of(
         self, reports: StepReports, step: int, counts: np.ndarray, lr: float, norm: float, seconds: float
     ) -> dict[str, Any]:
-        order = sorted(reports.shards)
-        tokens = sum(reports.shards[shard]["tokens"] for shard in order)
+        order = sorted(reports.parts)
+        tokens = sum(reports.parts[part].tokens for part in order)
         load = counts.max(1) / np.maximum(counts.mean(1), 1e-9) if counts.size else np.ones(1)
         return {
             "step": step,
-            "loss": math.fsum(reports.shards[shard]["loss_sum"] for shard in order) / tokens,
-            "aux_loss": math.fsum(reports.shards[shard]["aux_loss"] for shard in order) / len(order),
+            "loss": math.fsum(reports.parts[part].loss_sum for part in order) / tokens,
+            "aux_loss": math.fsum(reports.parts[part].aux_loss for part in order) / len(order),
             "grad_norm": norm,
             "lr": lr,
             "tokens": tokens,
@@ -234,20 +260,20 @@ class Trainer:
         }
 
     def _measure(self, reports: StepReports, record: dict[str, Any]) -> None:
-        order = sorted(reports.shards)
-        self.step_metrics.step(record, [reports.shards[shard]["seconds"] for shard in order])
+        order = sorted(reports.parts)
+        self.step_metrics.step(record, [reports.parts[part].seconds for part in order])
 
     def evaluate(self) -> None:
         """Measure the validation loss; it changes no state."""
-        batches = [
-            (index, self.plan.shard_owners[index % self.config.train.logical_shards])
+        batches = tuple(
+            (index, self.plan.part_owners[index % self.config.train.logical_shards])
             for index in range(self.validation.batches)
-        ]
+        )
         found: dict[int, tuple[float, int]] = {}
         with self.ledger.state("evaluating"):
-            self.control.post(self.plan.attention, "evaluate", step=self.step + 1, body={"batches": batches})
-            for message in self.control.messages("evaluated"):
-                found |= {int(index): tuple(value) for index, value in message.body["losses"].items()}
+            self.control.post(self.plan.attention, Evaluate(batches=batches), step=self.step + 1)
+            for message in self.control.messages(Evaluated):
+                found |= message.body.losses
                 if len(found) == len(batches):
                     break
         tokens = sum(value[1] for value in found.values())
@@ -293,12 +319,12 @@ class Trainer:
         plan = self.plan
         waiting = {plan.dense[0], *plan.expert_primaries, *plan.memory_primaries}
         # As a part of the open step, so that a slot that has not applied the last commit yet keeps it back.
-        body = {"directory": str(unfinished)}
-        self.control.post(sorted(waiting), "checkpoint", step=self.step + 1, body=body)
-        tensors: dict[str, Any] = {}
-        for message in self.control.messages("saved", self.control.deadline_s + 60):
-            tensors |= message.body["tensors"]
+        body = SaveCheckpoint(directory=str(unfinished))
+        self.control.post(sorted(waiting), body, step=self.step + 1)
+        tensors: dict[str, SavedTensor] = {}
+        for message in self.control.messages(Saved, deadline_s=self.control.deadline_s + 60):
+            tensors |= message.body.tensors
             waiting.discard(message.source)
             if not waiting:
                 break
-        return tensors
+        return {name: to_plain(entry) for name, entry in tensors.items()}

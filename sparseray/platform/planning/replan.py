@@ -70,7 +70,7 @@ def make_plan(
     nothing = Plan(
         generation=generation - 1,
         addresses={},
-        shard_owners=(NOBODY,) * inventory.parts_for(roles),
+        part_owners=(NOBODY,) * inventory.parts_for(roles),
         dense=(),
         experts=(((NOBODY,),) * inventory.experts,) * inventory.moe_layers,
         buckets=(((NOBODY,),) * inventory.buckets,) * inventory.dse_layers,
@@ -128,7 +128,7 @@ def replan(
     if not usable:
         raise ConfigError(f"no slot is left for generation {generation}; start one")
     places = Placement(old, usable, min(max(1, replication), len(usable)), nodes)
-    parts = parts or len(old.shard_owners)
+    parts = parts or len(old.part_owners)
     wanted = fitting(old, roles, parts)
     places.choose(
         {"attention": wanted.attention, "experts": wanted.experts, "memory": wanted.memory},
@@ -143,7 +143,7 @@ def replan(
     return Plan(
         generation=generation,
         addresses=dict(addresses),
-        shard_owners=tuple(split_evenly(parts, attention)),
+        part_owners=tuple(split_evenly(parts, attention)),
         dense=places.dense(),
         experts=experts,
         buckets=places.table("memory", old.buckets, None),
@@ -164,7 +164,7 @@ def fitting(plan: Plan, roles: Roles, parts: int | None = None) -> Roles:
         return min(max(1, value), things)
 
     return Roles(
-        attention=limit(roles.attention, parts or len(plan.shard_owners)),
+        attention=limit(roles.attention, parts or len(plan.part_owners)),
         experts=limit(roles.experts, len(plan.experts[0]) if plan.experts else 0),
         memory=limit(roles.memory, len(plan.buckets[0]) if plan.buckets else 0),
     )
@@ -177,6 +177,6 @@ def loads_when_packed(plan: Plan, loads: Sequence[Sequence[float]]) -> list[dict
     found = []
     for c, a, load in zip(cost, cost.argmin(2), loads):
         at = [(slots[i],) for i in pack(c, a, np.array(load, float))]
-        (holders,), (spread,) = spread_hot((tuple(at),), slots, [load], len(plan.shard_owners))
+        (holders,), (spread,) = spread_hot((tuple(at),), slots, [load], len(plan.part_owners))
         found.append(dict.fromkeys(slots, 0.0) | slot_loads(holders, spread, load))
     return found

@@ -22,6 +22,7 @@ FREE_KEYS = (
     "serve.",
     "metrics.",
     "run_dir",
+    "kernels",
     "data.path",
     "data.verify",
     "optim.",

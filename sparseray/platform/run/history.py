@@ -1,9 +1,10 @@
 """What the journal knows of a job: where a new scheduler goes on when the one before has died."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from sparseray.actors.state.assignment import Plan
+from sparseray.actors.wire.codec import from_plain
 from sparseray.platform.planning.inventory import Roles
 from sparseray.platform.run.journal import Journal
 
@@ -22,19 +23,6 @@ class Wish:
 
     roles: Roles
     packed_by: tuple[tuple[float, ...], ...] | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values for the journal."""
-        return asdict(self)
-
-    @staticmethod
-    def from_dict(value: dict[str, Any]) -> "Wish":
-        """Rebuild a wish from `to_dict`."""
-        packed = value["packed_by"]
-        return Wish(
-            roles=Roles(**value["roles"]),
-            packed_by=None if packed is None else tuple(tuple(row) for row in packed),
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,9 +78,9 @@ def read_job(journal: Journal, job: str) -> JobHistory:
         has_begun=True,
         slots=tuple(entry["slot"] for entry in entries("slot")),
         generation=max(plans, default=0),
-        plan=Plan.from_dict(plans[active[0]["generation"]]) if active else None,
+        plan=from_plain(Plan, plans[active[0]["generation"]]) if active else None,
         step=step,
         commit=commit,
-        wish=Wish.from_dict(wishes[0]) if wishes else None,
+        wish=from_plain(Wish, wishes[0]["wish"]) if wishes else None,
         counts=tuple(entry["record"]["expert_load"] for entry in reversed(commits)),
     )
