@@ -18,11 +18,11 @@ import pytest
 from local_cluster import tiny_run, train
 from processes import ROOT, environment, kill_all, of_mark, run, temporary_folder, wait_until
 
-from sparseray.errors import ConfigError, UserError
+from sparseray.errors import CheckpointError, ConfigError, UserError
 from sparseray.jobs import pretrain
 from sparseray.platform.config import RunConfig, load_yaml, save_yaml
 from sparseray.platform.opening import open_training
-from sparseray.platform.run import checkpoint, lock
+from sparseray.platform.run import checkpoint, folder, lock
 from sparseray.platform.run.journal import Journal, set_aside_if_damaged
 
 HOLD = "import sys, time, pathlib; from sparseray.platform.run import lock; f = lock.hold(pathlib.Path(sys.argv[1]), ray='here:1'); print('held' if f else 'refused', flush=True); time.sleep(100)"  # fmt: skip
@@ -37,22 +37,22 @@ def hold(folder: Path) -> "subprocess.Popen[str]":
 
 
 def test_a_run_folder_is_held_by_one_process_and_by_none_once_that_is_killed(tmp_path: Path) -> None:
-    folder = tmp_path / "räume 1"
-    folder.mkdir()
-    process = hold(folder)
+    run_dir = tmp_path / "räume 1"
+    run_dir.mkdir()
+    process = hold(run_dir)
     try:
-        assert lock.hold(folder) is None
+        assert lock.hold(run_dir) is None
         with pytest.raises(ConfigError) as refused:
-            pretrain.check_free(folder)
+            pretrain.check_free(run_dir)
         for words in (f"process {process.pid} on ", "here:1", "another run_dir"):
             assert words in str(refused.value)
         (command,) = re.findall(r"`python -m sparseray (.*)`", str(refused.value))
-        assert shlex.split(command) == ["top", "--run_dir", str(folder)]
+        assert shlex.split(command) == ["top", "--run_dir", str(run_dir)]
     finally:
         process.kill()
         process.wait()
-    pretrain.check_free(folder)
-    file = lock.hold(folder)
+    pretrain.check_free(run_dir)
+    file = lock.hold(run_dir)
     assert file is not None
     file.close()
 
@@ -191,3 +191,88 @@ def test_a_run_outlives_its_reader_keeps_its_folder_and_ends_with_its_terminal_b
             wait_until(lambda: not of_mark(mark), "the end of all processes", 30.0)
         finally:
             kill_all(process, mark)
+
+
+def test_a_disk_that_is_full_costs_a_checkpoint_and_lines_that_come_later_and_nothing_else(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_run(corpus, steps=6)
+    config = replace(config, train=replace(config.train, checkpoint_every=2))
+    whole = train(tmp_path / "whole", config)
+    write, finish, begun = folder._write_whole, checkpoint.finish, checkpoint.begin
+    full = {"is": False}
+
+    def begin(root: Path, step: int) -> Path:
+        full["is"] = step == 2
+        return begun(root, step)
+
+    def refused(path: Path, line: str) -> None:
+        if full["is"]:
+            raise OSError(28, "No space left on device")
+        write(path, line)
+
+    def unfinished(directory: Path, manifest: dict[str, object]) -> Path:
+        if full["is"]:
+            raise OSError(28, "No space left on device")
+        return finish(directory, manifest)
+
+    monkeypatch.setattr(checkpoint, "begin", begin)
+    monkeypatch.setattr(checkpoint, "finish", unfinished)
+    monkeypatch.setattr(folder, "_write_whole", refused)
+    run_dir = tmp_path / "run"
+    done = train(run_dir, config)
+    assert [r["step"] for r in done.folder.records()] == [1, 2, 3, 4, 5, 6] and done.curve == whole.curve
+    assert [p.name for p in sorted((run_dir / "checkpoints").iterdir())] == ["step_4", "step_6"]
+    (event,) = [e for e in done.folder.event_lines() if e["kind"] == "unsaved"]
+    assert event["step"] == 2 and "No space left" in event["text"]
+    assert done.digest == whole.digest
+
+
+def test_the_last_checkpoint_that_cannot_be_written_is_told_and_the_same_command_goes_on(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_run(corpus, steps=4)
+    config = replace(config, train=replace(config.train, checkpoint_every=3))
+    whole = train(tmp_path / "whole", config)
+    with monkeypatch.context() as patched:
+        write = checkpoint.write_part
+
+        def refused(directory: str, part: str, tensors: dict[str, object]) -> object:
+            if "step_4" in directory:
+                raise CheckpointError(f"{directory}/{part} cannot be written: No space left on device")
+            return write(directory, part, tensors)
+
+        patched.setattr(checkpoint, "write_part", refused)
+        with pytest.raises(
+            UserError, match=r"no checkpoint of step 4.*No space left.*the same command goes on"
+        ):
+            train(tmp_path / "run", config)
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_3"]
+    assert train(tmp_path / "run", config).digest == whole.digest
+
+
+def test_a_line_that_is_cut_by_a_full_disk_is_taken_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    folder._write_whole(path, "first\n")
+    limit = f"import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10)); import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); import pathlib; from sparseray.platform.run.folder import _write_whole; _write_whole(pathlib.Path({str(path)!r}), 'a longer line\\n')"  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", limit], env=environment(), capture_output=True, text=True)
+    assert done.returncode == 1 and "OSError" in done.stderr
+    assert path.read_text() == "first\n"
+
+
+def test_a_journal_that_cannot_be_written_is_waited_for_and_then_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sparseray.platform.run.journal.WAIT_S", 0.0)
+    book = Journal(tmp_path / "journal.sqlite")
+    book.lead()
+    book.append("commit", generation=1, step=1)
+    book._db.execute("PRAGMA query_only=ON")
+    with pytest.raises(UserError, match=r"journal\.sqlite cannot be written.*checkpoints are whole.*goes on"):
+        book.append("commit", generation=1, step=2)
+    book._db.execute("PRAGMA query_only=OFF")
+    book.append("commit", generation=1, step=2)
+    assert [row["step"] for row in book.read("commit")] == [2, 1]
+    book.close()

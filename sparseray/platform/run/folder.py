@@ -3,18 +3,23 @@
 A run resumes by itself from what its folder holds; a folder of another configuration is refused.
 """
 
+import errno
 import json
 import os
 import shutil
+from collections import deque
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from sparseray.errors import CheckpointError, ConfigError, IdentityError
+from sparseray.log import get_logger
 from sparseray.model.dse_layout import DSELayout
 from sparseray.platform.config import RunConfig, save_yaml, to_dict
 from sparseray.platform.run import checkpoint
+
+log = get_logger(__name__)
 
 # Keys that may differ between two starts of one run: they change no bit of its result up to there.
 FREE_KEYS = (
@@ -32,6 +37,10 @@ FREE_KEYS = (
     "train.eval_every",
     "train.eval_batches",
 )
+
+
+MOST_UNWRITTEN = 100_000
+"""Lines that wait for a disk that is full; the oldest go first."""
 
 
 class RunFolder:
@@ -52,6 +61,8 @@ class RunFolder:
         self.identity = path / "identity"
         self.report = path / "report"
         self.targets = path / "prometheus_targets.json"
+        self._unwritten: deque[tuple[Path, str]] = deque(maxlen=MOST_UNWRITTEN)
+        self._is_told = False
 
     def check(self, config: RunConfig) -> None:
         """Refuse a folder that belongs to another configuration; changes nothing.
@@ -190,18 +201,30 @@ class RunFolder:
 
     def append(self, record: dict[str, Any]) -> None:
         """Add one step's record; floats are written so that they read back exactly."""
-        with self.metrics.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        self._append(self.metrics, record)
 
     def append_evaluation(self, record: dict[str, Any]) -> None:
         """Add one validation's record."""
-        with self.evaluations.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        self._append(self.evaluations, record)
 
     def append_event(self, event: dict[str, Any]) -> None:
         """Add one event: a loss, a recovery, a resize; they are never dropped, not even by `rewind`."""
-        with self.events.open("a") as file:
-            file.write(json.dumps(event) + "\n")
+        self._append(self.events, event)
+
+    def _append(self, path: Path, record: dict[str, Any]) -> None:
+        """Add a line; where that fails it is kept, whole, and written before the next one."""
+        self._unwritten.append((path, json.dumps(record) + "\n"))
+        while self._unwritten:
+            path, line = self._unwritten[0]
+            try:
+                _write_whole(path, line)
+            except OSError as error:
+                if not self._is_told:
+                    log.error("%s cannot be written, its lines wait: %s", path, error)
+                self._is_told = True
+                return
+            self._unwritten.popleft()
+        self._is_told = False
 
     def records(self) -> list[dict[str, Any]]:
         """All steps' records; a last line cut short by a kill does not count."""
@@ -220,6 +243,19 @@ class RunFolder:
             return []
         lines = self.events.read_text().splitlines()
         return sorted((json.loads(line) for line in lines if _step_of(line) < _CUT), key=lambda e: e["time"])
+
+
+def _write_whole(path: Path, line: str) -> None:
+    """Append a line, or nothing of it."""
+    with path.open("ab", buffering=0) as file:
+        size = file.tell()
+        try:
+            content = line.encode()
+            if file.write(content) != len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            file.truncate(size)
+            raise
 
 
 def _shards(manifest: Path) -> list[str]:
