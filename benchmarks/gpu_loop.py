@@ -45,9 +45,8 @@ class PlainLoop:
         self.data = TokenDataset(data, "train")
         device, model = torch.device("cuda"), self.config.model
         ops = ops_for("triton", device)
-        with device:
-            self.model = Transformer(model, None, seed=0, ops=ops)
-            self.experts = LocalExperts(model, seed=0, ops=ops)
+        self.model = Transformer(model, None, seed=0, ops=ops)
+        self.experts = LocalExperts(model, seed=0, ops=ops)
         self.model.to(device)
         self.experts.to(device)
         parameters = [*self.model.parameters(), *self.experts.parameters()]
@@ -60,9 +59,9 @@ class PlainLoop:
             self.data,
             seed=0,
             step=step,
-            shard=0,
-            num_shards=1,
-            sequences_per_shard=t.sequences_per_shard,
+            part=0,
+            num_parts=1,
+            sequences_per_part=t.sequences_per_shard,
             seq_len=t.seq_len,
         )
         return found.tokens_BT.cuda(non_blocking=True), found.targets_BT.cuda(non_blocking=True)

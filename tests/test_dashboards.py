@@ -21,7 +21,7 @@ from sparseray.dashboards.panels import series
 from sparseray.dashboards.rules import ALERTS, RECORDS
 from sparseray.jobs import dashboard
 from sparseray.jobs.dashboards import FOLDER, generated, main, names_in, ray_token, read_dashboards
-from sparseray.jobs.http.server import HttpServer
+from sparseray.jobs.http.server import App, HttpServer
 from sparseray.jobs.watch.figures import Key, Readings, lines
 from sparseray.jobs.watch.records import QUERIES
 from sparseray.platform.metrics.registry import REGISTRY
@@ -36,7 +36,7 @@ def run_dir(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def page(run_dir: Path) -> Iterator[str]:
     app = dashboard.create_app(dashboard.RecordSource(run_dir), read_dashboards())
-    with HttpServer(app) as server:
+    with HttpServer(App(app)) as server:
         yield server.url
 
 

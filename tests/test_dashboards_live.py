@@ -39,7 +39,7 @@ from sparseray.dashboards.training import TRAINING
 from sparseray.jobs import dashboards
 from sparseray.jobs.dashboard import PrometheusSource, create_app
 from sparseray.jobs.dashboards import read_dashboards, write_prometheus
-from sparseray.jobs.http.server import HttpServer
+from sparseray.jobs.http.server import App, HttpServer
 from sparseray.platform.config import save_yaml
 from sparseray.platform.metrics.registry import PREFIX, REGISTRY
 
@@ -149,7 +149,7 @@ def test_the_committed_json_asks_what_was_checked(live: Live) -> None:
 
 @pytest.mark.skipif(CHROMIUM is None, reason=NO_CHROMIUM)
 def test_a_browser_draws_every_panel_of_two_dashboards(live: Live) -> None:
-    with HttpServer(create_app(PrometheusSource(live.prometheus.url), read_dashboards())) as server:
+    with HttpServer(App(create_app(PrometheusSource(live.prometheus.url), read_dashboards()))) as server:
         for board in (SPARSE, SERVING):
             shown = cards(document(f"{server.url}/?range=300#{board.uid}"))
             assert set(shown) == {panel.title for panel in board.panels}

@@ -8,16 +8,19 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 ORDER = ["kernels", "model", "actors", "platform", "jobs"]
 FLOORS = {
-    "actors": ["wire", "state", "exchange", "training", "serving", "observation", "slot"],
+    "actors": ["wire", "state", "exchange", "training", "serving", "observation", "installation", "slot"],
     "platform": [
         "settings",
         "config",
         "metrics",
         "planning",
         "run",
+        "checks",
+        "opening",
         "fleet",
         "generations",
         "training",
+        "composition",
         "scheduler",
         "cluster",
     ],

@@ -10,12 +10,14 @@ from dataclasses import dataclass
 
 from sparseray.actors.state.assignment import Plan
 from sparseray.errors import UserError
-from sparseray.jobs.pretrain import build_layout, check_data, placement, print_line, resolve, slots_of
+from sparseray.jobs.pretrain import print_line
 from sparseray.model.counts import count_parameters
 from sparseray.model.dse_layout import draw_primes
 from sparseray.platform import config as configuration
+from sparseray.platform.checks import check_cluster
 from sparseray.platform.config import RunConfig
-from sparseray.platform.planning.replan import Piece, holdings, make_plan, piece_bytes
+from sparseray.platform.opening import build_layout, open_data, resolve, training_inventory
+from sparseray.platform.planning.replan import Piece, holdings, piece_bytes
 
 DESCRIPTION = """Show who would hold what in a run: roles, experts, memory and bytes of every slot. Starts nothing.
 
@@ -75,10 +77,10 @@ def run(config: RunConfig, show: Callable[[str], None]) -> int:
     Raises:
         UserError: configuration or data do not fit.
     """
-    plan = make_plan(**placement(config, dict.fromkeys(range(slots_of(config)), "")))
+    plan = check_cluster(config.cluster, training_inventory(config))
     data_line = "data: none given (--data.path); nothing was checked against a vocabulary"
     if config.data.path:
-        train = check_data(config)["train"]
+        train = open_data(config)["train"]
         config = resolve(config, train)
         build_layout(config.model, train)
         passes = config.train.steps * tokens_per_step(config) / train.num_tokens
@@ -136,7 +138,7 @@ def share(plan: Plan, slot: int, size: Callable[[Piece], int]) -> Share:
     return Share(
         slot=slot,
         roles=tuple(plan.roles_of(slot)),
-        shards=tuple(plan.shards_of(slot)),
+        shards=tuple(plan.parts_of(slot)),
         experts=count("expert", primary=True),
         expert_backups=count("expert", primary=False),
         buckets=count("bucket", primary=True),

@@ -129,8 +129,8 @@ class ExpertShard:
         part: int,
         x_UH: Tensor,
         rows_R: Tensor,
-        experts: list[int],
-        counts: list[int],
+        experts: Sequence[int],
+        counts: Sequence[int],
         keep: bool,
     ) -> Tensor:
         """Run rows through their experts.

@@ -170,14 +170,16 @@ def paged_decode(
         split_width(width),
         min(MERGE_COLUMNS, next_power_of_2(value_dim)),
     )
+    padded_new = max(next_power_of_2(query_len), 16 // min(padded, 16))
     programs = max(1, min(most, PROGRAMS // (batch * num_kv)))
     launch_kernel(
         _spans_kernel, (programs, batch * num_kv), q, k_cache, v_cache, block_table, context_lens,
         w.part_max, w.part_sum, w.part_out, block_table.shape[1], most,
         (width**-0.5 if scale is None else scale) * LOG2E,
-        H=num_kv, G=group, GP=padded, LQ=query_len, LP=max(next_power_of_2(query_len), 16 // min(padded, 16)),
+        H=num_kv, G=group, GP=padded, LQ=query_len, LP=padded_new,
         SPAN=SPAN, BN=KEYS, PAGE=page, DQ=width, D0=d0, D1=d1, DV=value_dim,
-        DVP=max(16, next_power_of_2(value_dim)), IP=precision(q.dtype), STAGES=STAGES, num_warps=4,
+        DVP=max(16, next_power_of_2(value_dim)), IP=precision(q.dtype), STAGES=STAGES,
+        num_warps=4 if padded * padded_new < 128 else 8,
     )  # fmt: skip
     launch_kernel(
         _merge_kernel, (batch * query_len * heads, triton.cdiv(value_dim, columns)),

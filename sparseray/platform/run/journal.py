@@ -7,6 +7,7 @@ that is there has, whoever died meanwhile. Of several schedulers only the last t
 import json
 import os
 import sqlite3
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,8 @@ class Journal:
             "time REAL NOT NULL)"
         )
         self._epoch = 0
+        # The training thread decides, and so do users' wishes, in threads of their own.
+        self._lock = threading.Lock()
 
     def lead(self) -> None:
         """Take over the journal: whoever led before can append no more."""
@@ -53,11 +56,12 @@ class Journal:
         Raises:
             FencedError: another scheduler leads now; nothing was written.
         """
-        done = self._db.execute(
-            "INSERT INTO decisions (time, generation, step, kind, body) SELECT ?, ?, ?, ?, ? "
-            "WHERE (SELECT max(epoch) FROM leaders) = ?",
-            (time.time(), generation, step, kind, json.dumps(body), self._epoch),
-        )
+        with self._lock:
+            done = self._db.execute(
+                "INSERT INTO decisions (time, generation, step, kind, body) SELECT ?, ?, ?, ?, ? "
+                "WHERE (SELECT max(epoch) FROM leaders) = ?",
+                (time.time(), generation, step, kind, json.dumps(body), self._epoch),
+            )
         if done.rowcount != 1:
             raise FencedError(
                 f"another scheduler has taken over this run; {kind} of step {step} was not decided"
