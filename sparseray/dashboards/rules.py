@@ -150,5 +150,5 @@ def rules_yaml() -> str:
     ]
     records = [{"record": name, "expr": expr} for name, expr in RECORDS.items()]
     groups = [{"name": "sparseray-records", "rules": records}, {"name": "sparseray-alerts", "rules": alerts}]
-    head = "# Made from sparseray/dashboards/rules.py by `python -m sparseray dashboards generate`.\n"
+    head = "# Made from sparseray/dashboards/rules.py by `python -m sparseray dashboard generate`.\n"
     return head + yaml.safe_dump({"groups": groups}, sort_keys=False, width=110)

@@ -199,8 +199,8 @@ class Trainer:
             if not math.isfinite(norm):
                 self.step_metrics.refused()
                 raise UserError(
-                    f"the gradient norm of step {step} is {norm}: nothing was applied; "
-                    f"lower optim.lr={self.config.optim.lr:g} and resume from the last checkpoint"
+                    f"the gradient norm of step {step} is {norm}: nothing was applied; the same command with "
+                    f"--optim.lr={self.config.optim.lr / 10:g} goes on from the last checkpoint at a tenth of the rate"
                 )
             scale = min(1.0, self.config.optim.clip / (norm + 1e-6)) if self.config.optim.clip else 1.0
             counts = reports.counts_LE

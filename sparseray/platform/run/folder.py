@@ -9,12 +9,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from sparseray.errors import CheckpointError, ConfigError, IdentityError
 from sparseray.model.dse_layout import DSELayout
-from sparseray.platform.config import RunConfig, load_yaml, save_yaml, to_dict
+from sparseray.platform.config import RunConfig, save_yaml, to_dict
 from sparseray.platform.run import checkpoint
 
-# Keys that may differ between two starts of one run: they change no bit of its result.
+# Keys that may differ between two starts of one run: they change no bit of its result up to there.
 FREE_KEYS = (
     "cluster.",
     "serve.",
@@ -23,6 +25,8 @@ FREE_KEYS = (
     "kernels",
     "data.path",
     "data.verify",
+    "optim.",
+    "train.steps",
     "train.checkpoint_every",
     "train.keep_checkpoints",
     "train.eval_every",
@@ -59,16 +63,41 @@ class RunFolder:
             if self.path.exists() and any(self.path.iterdir()):
                 raise ConfigError(f"run_dir={self.path} is not empty and not a run; give a new folder")
             return
-        old, new = _flat(to_dict(load_yaml(self.config))), _flat(to_dict(config))
+        old, new = self._recorded(), _flat(to_dict(config))
         differing = [k for k in sorted(old | new) if old.get(k) != new.get(k) and not k.startswith(FREE_KEYS)]
         if differing:
             shown = ", ".join(
                 f"{key} ({old.get(key)!r} there, {new.get(key)!r} here)" for key in differing[:5]
             )
             raise ConfigError(
-                f"run_dir={self.path} belongs to another configuration: {shown}; "
-                "use the values of its config.yaml, or another run_dir"
+                f"run_dir={self.path} belongs to another configuration: {shown}; these cannot change while a run goes on "
+                f"(optim.*, train.steps, evaluation, checkpoints and cluster can): use the values of its config.yaml, or "
+                "another run_dir"
             )
+
+    def changes(self, config: RunConfig) -> list[str]:
+        """What of a run's result will differ from here on, as "key old -> new"."""
+        if not self.config.exists():
+            return []
+        old, new = self._recorded(), _flat(to_dict(config))
+        return [
+            f"{key} {old.get(key)!r} -> {new[key]!r}"
+            for key in sorted(new)
+            if key.startswith(("optim.", "train.")) and old.get(key) != new[key]
+        ]
+
+    def _recorded(self) -> dict[str, Any]:
+        """The run's configuration by dotted key, also one whose values would be refused today."""
+        try:
+            content = yaml.safe_load(self.config.read_text())
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise ConfigError(
+                f"{self.config} cannot be read ({' '.join(str(error).split())}); restore it, or give another run_dir"
+            ) from None
+        if not isinstance(content, dict):
+            raise ConfigError(f"{self.config} holds no configuration; restore it, or give another run_dir")
+        # What a later version added has its default.
+        return _flat(to_dict(RunConfig())) | _flat(content)
 
     def check_identity(self, layout: DSELayout | None) -> None:
         """Refuse data that would address the table rows in another way than the run's; changes nothing.
@@ -115,7 +144,7 @@ class RunFolder:
                 layout.save(unfinished)
             os.rename(unfinished, self.identity)
         self.check_identity(layout)
-        if not self.config.exists():
+        if not self.config.exists() or self.changes(config):
             save_yaml(config, self.path / "config.tmp")
             os.replace(self.path / "config.tmp", self.config)
 

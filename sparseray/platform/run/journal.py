@@ -4,6 +4,7 @@ SQLite in WAL mode, one row a decision. A decision that is not in the journal ha
 that is there has, whoever died meanwhile. Of several schedulers only the last to lead can write.
 """
 
+import contextlib
 import json
 import os
 import sqlite3
@@ -87,3 +88,28 @@ class Journal:
     def close(self) -> None:
         """Close the file."""
         self._db.close()
+
+
+def set_aside_if_damaged(path: Path) -> Path | None:
+    """Keep a journal that cannot be read under another name, so that a run can begin a new one.
+
+    A run goes on from its checkpoints; the journal serves schedulers that take over from one another.
+
+    Returns:
+        the name it is kept under; None when it is whole or not there.
+    """
+    if not path.exists():
+        return None
+    try:
+        with contextlib.closing(sqlite3.connect(path, timeout=10.0)) as db:
+            (found,) = db.execute("PRAGMA quick_check(1)").fetchone()
+            if found == "ok":
+                return None
+    except sqlite3.DatabaseError as error:
+        if isinstance(error, sqlite3.OperationalError) and "locked" in str(error):
+            raise
+    aside = path.with_name(f"{path.name}.damaged-{time.strftime('%Y%m%d-%H%M%S')}")
+    for suffix in ("", "-wal", "-shm"):
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(f"{path}{suffix}", f"{aside}{suffix}")
+    return aside
