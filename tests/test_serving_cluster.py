@@ -1,5 +1,6 @@
 """`sparseray serve` as a process: a checkpoint on two expert and two memory shards, and Ctrl-C leaves nothing."""
 
+import json
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -133,3 +134,37 @@ def test_what_cannot_be_served_is_told_in_one_line(
         assert main(["--checkpoint", str(path)]) == 2
         out, err = capsys.readouterr()
         assert (out, err.count("\n")) == ("", 1) and str(path) in err
+
+
+def test_values_that_cannot_be_served_are_told_before_anything_starts(
+    trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def started(*_: Any) -> None:
+        raise AssertionError("Ray was started")
+
+    monkeypatch.setattr("sparseray.platform.cluster.Cluster.start", started)
+    command = ["--checkpoint", str(trained)]
+    for wrong, told in (
+        (["--port", "70000"], "port=70000"),
+        (["--port", "-1"], "port=-1"),
+        (["--serve.max_batch", "0"], "max_batch=0"),
+        (["--serve.max_waiting", "-3"], "max_waiting=-3"),
+        (["--serve.prefill_chunk", "0"], "prefill_chunk=0"),
+        (["--serve.drain_s", "-1"], "drain_s=-1"),
+        (["--serve.max_model_len", "100000"], "serve.max_model_len=100000"),
+        (["--serve.max_model_len", "-2"], "max_model_len=-2"),
+        (["--host", "nowhere.invalid"], "nowhere.invalid"),
+        (["--tls_certificate", "/nowhere"], "/nowhere"),
+        (["--root_path", "x"], "--root_path"),
+    ):
+        assert main([*command, *wrong]) == 2
+        out, err = capsys.readouterr()
+        assert (out, err.count("\n")) == ("", 1) and told in err, err
+
+
+def test_a_checkpoint_names_the_token_that_ends_a_text(trained: Path) -> None:
+    config = json.loads((trained / "tokenizer_config.json").read_text())
+    tokenizer = Tokenizer.from_file(str(trained / "tokenizer.json"))
+    model = load(trained, ServeConfig(), ClusterConfig()).model
+    assert tokenizer.token_to_id(config["eos_token"]) == model.dse.document_end_id
+    assert config["model_max_length"] == model.max_seq_len
