@@ -92,7 +92,7 @@ def body_of(number: int, fields: dict[str, Any]) -> tuple[str, bytes]:
         TOKENIZE: rng.choice(["prompt", "messages"]),
     }
     body[first[endpoint]] = copy.deepcopy(rng.choice(VALID[first[endpoint]]))
-    for name in rng.sample(own, rng.randint(0, 5)):
+    for name in rng.sample(own, min(len(own), rng.randint(0, 5))):
         field = fields[name]
         values = VALID.get(name) or list(field.neutral or ()) or [field.low, field.high, True, False]
         body[name] = copy.deepcopy(rng.choice(values))

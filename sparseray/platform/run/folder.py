@@ -130,7 +130,7 @@ class RunFolder:
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
             **stated,
-            "eos_token": manifest["eos_token"],
+            "eos_token": manifest["tokenizer"]["eos_token"],
             "model_max_length": config.model.max_seq_len,
         }
         temporary = target.with_suffix(".tmp")
