@@ -28,7 +28,7 @@ from starlette.routing import Route
 from sparseray.errors import ConfigError
 from sparseray.jobs.http.access import AccessRules, Guard, RequestIds
 from sparseray.jobs.http.answer import Record
-from sparseray.jobs.http.api_error import error_response
+from sparseray.jobs.http.api_error import ApiError, error_response
 from sparseray.jobs.http.connection import connection_class
 from sparseray.jobs.http.endpoints import GenerateEndpoints
 from sparseray.jobs.http.generation_client import GenerationClient
@@ -106,7 +106,7 @@ def create_app(
         *([cors] if rules.cors_origins else []),
         Middleware(Guard, rules=rules),
     ]
-    handlers = {HTTPException: refuse, Exception: refuse}
+    handlers = {HTTPException: refuse, ApiError: refuse, Exception: refuse}
     asgi = Starlette(routes=routes, middleware=middleware, exception_handlers=handlers)
     return App(asgi, generate, served.limits.connection)
 
