@@ -4,29 +4,28 @@ VENV := .venv
 BIN := $(VENV)/bin
 # CPU wheels of torch come from its own index where the default index has none; here the pin decides.
 STAMP := $(VENV)/.installed
+WORKERS ?= 2
 
-.PHONY: demo test lint types unit bench clean
+.PHONY: demo test test-long checks unit clean
 
 demo: $(STAMP)
 	$(BIN)/python -m sparseray demo --out demo
 
-test: lint types unit
+# Two at a time, as on two cores: types and lint beside the tests.
+test: $(STAMP)
+	$(MAKE) --no-print-directory -j2 checks unit
 
-lint: $(STAMP)
+checks: $(STAMP)
 	$(BIN)/ruff check sparseray tests benchmarks
 	$(BIN)/ruff format --check sparseray tests benchmarks
-
-types: $(STAMP)
 	$(BIN)/mypy
 
-# Two processes of about equal length: most of what starts clusters, and everything else, whose output follows
-# when both are done.
+# Each worker takes the next test when it is done; what starts Ray is one group, so that one cluster runs at a time.
 unit: $(STAMP)
-	@$(BIN)/python -m pytest -m "not ray" tests > $(VENV)/rest.log 2>&1 && \
-	$(BIN)/python -m pytest tests/test_resume.py >> $(VENV)/rest.log 2>&1 & rest=$$!; \
-	$(BIN)/python -m pytest -m ray --ignore=tests/test_resume.py; clusters=$$?; \
-	wait $$rest; status=$$?; cat $(VENV)/rest.log; \
-	exit $$((clusters + status))
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup tests
+
+test-long: $(STAMP)
+	$(BIN)/python -m pytest -m long tests
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -31,8 +31,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from benchmarks.nsa_serving import SIZES, best, decode_rows, paged_check_rows, prefill_rows, rand
 from sparseray.kernels.nsa import branches
 from sparseray.kernels.nsa.attention import nsa_layer
-from sparseray.kernels.nsa.compress import Compression
-from sparseray.kernels.nsa.reference import compress_reference, nsa_attention_reference, num_compressed
+from sparseray.kernels.nsa.reference import Compression, compress_reference, nsa_attention_reference
+from sparseray.kernels.settings import num_compressed
 
 HIDDEN = 256
 BATCHES = [1, 16, 32, 64]
@@ -74,11 +74,11 @@ def inputs(shape: Shape, tokens: int) -> list[Tensor]:
     gates = torch.rand(1, tokens, shape.heads, 3, device="cuda", dtype=torch.bfloat16)
     found = [q, k, v, gates]
     for width in (shape.width, shape.value):
-        span = SIZES["block"] * width
+        span = SIZES.block * width
         found += [
             rand(HIDDEN, span) / span**0.5,
             rand(width, HIDDEN) / HIDDEN**0.5,
-            rand(SIZES["block"], width),
+            rand(SIZES.block, width),
         ]
     return [x.detach().requires_grad_() for x in found]
 
@@ -88,7 +88,7 @@ def run_nsa(x: list[Tensor]) -> Tensor:
     q, k, v, gates, w1, w2, pos, u1, u2, vpos = x
     keys = Compression(w1=w1, b1=None, w2=w2, b2=None, pos=pos)
     values = Compression(w1=u1, b1=None, w2=u2, b2=None, pos=vpos)
-    return nsa_layer(q, k, v, k, v, k, v, gates, keys=keys, values=values, **SIZES)
+    return nsa_layer(q, k, v, k, v, k, v, gates, SIZES, keys=keys, values=values)
 
 
 def run_full(x: list[Tensor], backend: SDPBackend) -> Tensor:
@@ -187,7 +187,7 @@ def check_rows() -> list[str]:
         q, k, v, gates, w1, w2, pos, u1, u2, vpos = exact
         kc = compress_reference(k, w1, None, w2, None, pos, 32, 16)
         vc = compress_reference(v, u1, None, u2, None, vpos, 32, 16)
-        ref = nsa_attention_reference(q, kc, vc, k, v, k, v, gates, **SIZES)
+        ref = nsa_attention_reference(q, kc, vc, k, v, k, v, gates, SIZES)
         grad = rand(*ref.shape, dtype=dtype)
         wanted = (ref, *torch.autograd.grad(ref, exact, grad.double()))
         found = []

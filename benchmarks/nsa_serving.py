@@ -7,7 +7,6 @@ cache; the page tables, the lengths and the workspace are one for all, as in a m
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 from unittest import mock
 
 import torch
@@ -20,11 +19,12 @@ from sparseray.kernels.nsa import branches
 from sparseray.kernels.nsa.attention import nsa_attention
 from sparseray.kernels.nsa.decode import DecodeWorkspace, nsa_decode
 from sparseray.kernels.nsa.prefill import nsa_prefill, prefill_geometry
-from sparseray.kernels.nsa.reference import nsa_attention_reference, num_compressed
+from sparseray.kernels.nsa.reference import nsa_attention_reference
+from sparseray.kernels.settings import NSASizes, num_compressed
 
 HEADS, NUM_KV, DIM, PAGE = 64, 4, 128, 64
 WARM_UP_MS = 50.0
-SIZES: dict[str, Any] = {"block": 32, "stride": 16, "select_block": 64, "num_selected": 16, "window": 512}
+SIZES = NSASizes(block=32, stride=16, select_block=64, num_selected=16, window=512)
 
 
 def rand(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -56,7 +56,7 @@ def _cache(table: Tensor) -> tuple[Tensor, Tensor]:
 def nsa_steps(layers: int, batch: int, context: int) -> list[Callable[[], object]]:
     """One step of every layer of a model: page tables, lengths and workspace are the model's, caches the layer's."""
     cmp_table, slc_table = _pages(batch, num_compressed(context, 32, 16)), _pages(batch, context)
-    workspace = DecodeWorkspace.create(batch, 1, HEADS, NUM_KV, DIM, context, device="cuda", **SIZES)
+    workspace = DecodeWorkspace.create(batch, 1, HEADS, NUM_KV, DIM, context, SIZES, device="cuda")
     lens = torch.full((batch,), context, dtype=torch.int32, device="cuda")
     steps: list[Callable[[], object]] = []
     for _ in range(layers):
@@ -64,7 +64,7 @@ def nsa_steps(layers: int, batch: int, context: int) -> list[Callable[[], object
         caches = _cache(cmp_table), _cache(slc_table)
         tables = (cmp_table, slc_table, slc_table)
         state = (lens, workspace, torch.empty_like(q))
-        steps.append(partial(nsa_decode, q, gates, caches[0], caches[1], caches[1], *tables, *state, **SIZES))
+        steps.append(partial(nsa_decode, q, gates, caches[0], caches[1], caches[1], *tables, *state, SIZES))
     return steps
 
 
@@ -91,7 +91,8 @@ def paged_check_rows() -> list[str]:
     q, gates = _queries(1, tokens)
     count = num_compressed(tokens, 32, 16)
     k, v, kc, vc = (rand(1, n, NUM_KV, DIM) for n in (tokens, tokens, count, count))
-    wanted = nsa_attention_reference(*(x.double() for x in (q, kc, vc, k, v, k, v, gates)), **SIZES)
+    q64, kc64, vc64, k64, v64, gates64 = (x.double() for x in (q, kc, vc, k, v, gates))
+    wanted = nsa_attention_reference(q64, kc64, vc64, k64, v64, k64, v64, gates64, SIZES)
 
     def row(name: str, found: Tensor, part: Tensor) -> None:
         rows.append(f"| {name} | {float((found.double() - part).norm() / part.norm()):.1e} |")
@@ -102,13 +103,13 @@ def paged_check_rows() -> list[str]:
     cu = torch.tensor([0, chunk], device="cuda")
     for name, is_dense in (("dense", True), ("by blocks", False)):
         with mock.patch.object(branches, "selects_all", return_value=is_dense):
-            found = nsa_prefill(q[0, -chunk:], gates[0, -chunk:], cmp, slc, slc, *tables, cu, lens, **SIZES)
+            found = nsa_prefill(q[0, -chunk:], gates[0, -chunk:], cmp, slc, slc, *tables, cu, lens, SIZES)
         row(f"prefill of {chunk} tokens, selected branch {name}", found, wanted[0, -chunk:])
     for new in (1, 3, 8):
-        work = DecodeWorkspace.create(1, new, HEADS, NUM_KV, DIM, 65536, device="cuda", **SIZES)
+        work = DecodeWorkspace.create(1, new, HEADS, NUM_KV, DIM, 65536, SIZES, device="cuda")
         out = torch.full_like(q[:, :new], float("nan"))
         last, gate = q[:, -new:].contiguous(), gates[:, -new:].contiguous()
-        nsa_decode(last, gate, cmp, slc, slc, *tables, lens, work, out, **SIZES)
+        nsa_decode(last, gate, cmp, slc, slc, *tables, lens, work, out, SIZES)
         row(f"decode of {new} tokens", out, wanted[:, -new:])
     return rows
 
@@ -127,10 +128,10 @@ def prefill_rows(contexts: list[int], chunk: int) -> list[str]:
         (cmp, cmp_table), (slc, slc_table) = _paged(kc, vc), _paged(k, v)
         tables = (cmp_table, slc_table, slc_table)
         lens, cu = torch.tensor([context], device="cuda"), torch.tensor([0, chunk], device="cuda")
-        geometry = prefill_geometry(cu, lens, tables, tokens=chunk, page=PAGE, block=32, stride=16)
-        over_pages = partial(nsa_prefill, q[0], gates[0], cmp, slc, slc, *tables, cu, lens, **SIZES)
+        geometry = prefill_geometry(cu, lens, tables, tokens=chunk, page=PAGE, sizes=SIZES)
+        over_pages = partial(nsa_prefill, q[0], gates[0], cmp, slc, slc, *tables, cu, lens, SIZES)
         later = partial(over_pages, geometry=geometry)
-        over_keys = partial(nsa_attention, q, kc, vc, k, v, k, v, gates, **SIZES, q_start=context - chunk)
+        over_keys = partial(nsa_attention, q, kc, vc, k, v, k, v, gates, SIZES, q_start=context - chunk)
         with torch.no_grad():
             times = [do_bench(call, return_mode="median") for call in (over_pages, later, over_keys)]
         rows.append(f"| {context} | {' | '.join(f'{t:.2f}' for t in times)} |")

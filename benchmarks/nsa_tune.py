@@ -17,11 +17,11 @@ from sparseray.kernels.nsa.gates import combine, prepare_backward
 from sparseray.kernels.nsa.geometry import COMPRESSED, WINDOW, query_positions, uniform
 from sparseray.kernels.nsa.range_backward import range_backward
 from sparseray.kernels.nsa.range_forward import range_forward
-from sparseray.kernels.nsa.reference import num_compressed
 from sparseray.kernels.nsa.selected_backward import selected_backward
 from sparseray.kernels.nsa.selected_forward import selected_forward, selected_query_gradient
 from sparseray.kernels.nsa.top_n import select_blocks
 from sparseray.kernels.nsa.tuning import LAUNCH
+from sparseray.kernels.settings import num_compressed
 
 TILES = [(128, 64, 8, 2), (128, 64, 4, 2), (256, 64, 8, 2), (128, 128, 8, 2), (64, 64, 4, 2), (64, 128, 4, 2)]
 KEYS = [(128, 2), (64, 4), (64, 3), (64, 2)]

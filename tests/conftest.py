@@ -37,6 +37,13 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "data"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep what starts Ray in one group: of several workers one takes it, and clusters do not meet."""
+    for item in items:
+        if item.get_closest_marker("ray"):
+            item.add_marker(pytest.mark.xdist_group("clusters"))
+
+
 @pytest.fixture(scope="session")
 def parts() -> Any:
     """A tiny model with all that an engine needs."""

@@ -1,13 +1,14 @@
 """Compile the pipelined NSA kernels for compute capability 9.0 on a machine without a GPU.
 
-Run by a test in a process of its own, as Triton's interpreter replaces the compiler. Prints a line a kernel: its name,
-bytes of shared memory, and bytes of registers that are spilled to memory.
+Run by tests in processes of their own, one a branch (range, window or selected), as Triton's interpreter replaces the
+compiler. Prints a line a kernel: its name, bytes of shared memory, and bytes of registers that are spilled to memory.
 """
 
 from __future__ import annotations
 
 import re
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -77,23 +78,27 @@ def report(kernel: Any, constants: dict[str, Any], tiles: dict[str, str]) -> Non
     print(kernel.fn.__name__, compiled.metadata.shared, spilled, flush=True)
 
 
-def main() -> None:
+def ranges(name: str, sizes: dict[str, Any]) -> None:
+    """Forward, query gradient and key gradient of a branch that reads a range of keys."""
     none = {"d_k2": None, "d_v2": None, "p_o2": None, "p_lse2": None, "p_dg2": None}
-    for sizes, forward, query in (
-        (COMPRESSED | none, LAUNCH["range_pipelined"], LAUNCH["range_pipelined_dq"]),
-        (WINDOW, LAUNCH["window_pipelined"], LAUNCH["window_pipelined_dq"]),
+    alone = none if name == "range" else {}
+    for kernel, launch in (
+        (range_pipelined_kernel, LAUNCH[f"{name}_pipelined"]),
+        (range_pipelined_dq_kernel, LAUNCH[f"{name}_pipelined_dq"]),
     ):
-        for kernel, launch in ((range_pipelined_kernel, forward), (range_pipelined_dq_kernel, query)):
-            keys = descriptor((launch["keys"], 128))
-            more = {"BN": launch["keys"], "STAGES": launch["num_stages"], "ADD": True}
-            report(kernel, HEADS | sizes | more, dict.fromkeys(("d_k", "d_v", "d_k2", "d_v2"), keys))
+        keys = descriptor((launch["keys"], 128))
+        more = {"BN": launch["keys"], "STAGES": launch["num_stages"], "ADD": True}
+        report(kernel, HEADS | sizes | alone | more, dict.fromkeys(("d_k", "d_v", "d_k2", "d_v2"), keys))
+    launch = LAUNCH[f"{name}_pipelined_dkdv"]
     rows, numbers = descriptor((4, 16, 128)), descriptor((4, 16), is_flat=True)
-    tiles = {"d_q": rows, "d_do": rows, "d_lse": numbers, "d_dg": numbers}
-    for name, sizes in (("range", COMPRESSED), ("window", WINDOW)):
-        launch = LAUNCH[f"{name}_pipelined_dkdv"]
-        keys = descriptor((launch["keys"] // 2, 128))
-        more = {"BK": launch["keys"], "STAGES": launch["num_stages"]}
-        report(range_pipelined_dkdv_kernel, HEADS | sizes | more, {**tiles, "d_k": keys, "d_v": keys})
+    keys = descriptor((launch["keys"] // 2, 128))
+    tiles = {"d_q": rows, "d_do": rows, "d_lse": numbers, "d_dg": numbers, "d_k": keys, "d_v": keys}
+    more = {"BK": launch["keys"], "STAGES": launch["num_stages"]}
+    report(range_pipelined_dkdv_kernel, HEADS | sizes | more, tiles)
+
+
+def selected() -> None:
+    """Key gradient of the selected branch."""
     rows, keys = descriptor((16, 64)), descriptor((64, 64))
     stages = LAUNCH["selected_pipelined_dkdv"]["num_stages"]
     report(
@@ -102,5 +107,12 @@ def main() -> None:
     )  # fmt: skip
 
 
+def main(branch: str) -> None:
+    if branch == "selected":
+        selected()
+    else:
+        ranges(branch, COMPRESSED if branch == "range" else WINDOW)
+
+
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1])

@@ -6,19 +6,22 @@ real sizes in half precision.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import triton_interpreter  # Must come before anything that imports Triton.
 from torch import Tensor
 
 from sparseray.kernels.nsa import inverse, tuning
+from sparseray.kernels.settings import NSASizes
 
 assert triton_interpreter
 HAS_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if HAS_GPU else "cpu"
-TINY = {"block": 8, "stride": 4, "select_block": 16, "num_selected": 4, "window": 9}
-TINY_SPARSE = {**TINY, "select_block": 8, "num_selected": 3}
-PAPER = {"block": 32, "stride": 16, "select_block": 64, "num_selected": 16, "window": 512}
+TINY = NSASizes(block=8, stride=4, select_block=16, num_selected=4, window=9)
+TINY_SPARSE = replace(TINY, select_block=8, num_selected=3)
+PAPER = NSASizes(block=32, stride=16, select_block=64, num_selected=16, window=512)
 
 
 @pytest.fixture(autouse=True)

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from sparseray.actors.training.token_data import TokenDataset, batch, window_at
 from sparseray.errors import DataError
-from sparseray.jobs.data import TokenDataset, batch, prepare, window_at
+from sparseray.jobs.tokens.prepare import prepare
 
 
 @pytest.fixture(scope="module")
@@ -48,20 +49,20 @@ def test_data_order_is_the_same_in_every_release() -> None:
 def test_global_batch_does_not_depend_on_how_many_callers_make_it(prepared: Path) -> None:
     dataset = TokenDataset(prepared)
 
-    def global_batch(step: int, num_shards: int, order: list[int]) -> torch.Tensor:
+    def global_batch(step: int, num_parts: int, order: list[int]) -> torch.Tensor:
         parts = {
-            shard: batch(
+            part: batch(
                 dataset,
                 seed=1,
                 step=step,
-                shard=shard,
-                num_shards=num_shards,
-                sequences_per_shard=8 // num_shards,
+                part=part,
+                num_parts=num_parts,
+                sequences_per_part=8 // num_parts,
                 seq_len=33,
             )
-            for shard in order
+            for part in order
         }
-        return torch.cat([parts[shard].tokens_BT for shard in sorted(parts)])
+        return torch.cat([parts[part].tokens_BT for part in sorted(parts)])
 
     for step in (0, 7, 1000):
         whole = global_batch(step, 1, [0])
@@ -75,9 +76,9 @@ def test_steps_of_an_epoch_cover_every_window_once(prepared: Path) -> None:
     seq_len = 16
     windows = dataset.num_windows(seq_len)
     rows = [
-        batch(dataset, seed=2, step=step, shard=shard, num_shards=2, sequences_per_shard=1, seq_len=seq_len)
+        batch(dataset, seed=2, step=step, part=part, num_parts=2, sequences_per_part=1, seq_len=seq_len)
         for step in range(windows)
-        for shard in range(2)
+        for part in range(2)
     ]
     expected = sorted(dataset.sequence(index, seq_len)[0][:-1].tolist() for index in range(windows))
     for epoch in range(2):
@@ -98,7 +99,7 @@ def test_targets_are_the_next_tokens_and_starts_mark_documents_only(prepared: Pa
         first = index * seq_len
         before = [dataset.tokens[first + t - 1] if first + t else dataset.eos_id for t in range(seq_len)]
         np.testing.assert_array_equal(starts, np.array(before) == dataset.eos_id)
-    made = batch(dataset, seed=0, step=5, shard=0, num_shards=1, sequences_per_shard=3, seq_len=seq_len)
+    made = batch(dataset, seed=0, step=5, part=0, num_parts=1, sequences_per_part=3, seq_len=seq_len)
     assert made.tokens_BT.shape == made.targets_BT.shape == made.document_starts_BT.shape == (3, seq_len)
     assert (made.tokens_BT.dtype, made.targets_BT.dtype) == (torch.int64, torch.int64)
     assert made.document_starts_BT.dtype == torch.bool
@@ -113,4 +114,4 @@ def test_windows_that_do_not_fit_are_refused(prepared: Path) -> None:
     with pytest.raises(IndexError):
         dataset.sequence(dataset.num_windows(16), 16)
     with pytest.raises(DataError, match="out of range"):
-        batch(dataset, seed=0, step=0, shard=2, num_shards=2, sequences_per_shard=1, seq_len=16)
+        batch(dataset, seed=0, step=0, part=2, num_parts=2, sequences_per_part=1, seq_len=16)

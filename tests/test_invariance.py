@@ -9,13 +9,16 @@ from local_cluster import MODEL, Trained, tiny_run, train
 
 from sparseray.actors.exchange.by_message import Call, RemoteExperts, RemoteMemory
 from sparseray.actors.state.experts import ExpertShard
-from sparseray.actors.state.memory import MemoryShard, bucket_bounds
+from sparseray.actors.state.memory import MemoryShard
 from sparseray.actors.training.token_data import TokenDataset, batch
-from sparseray.jobs.pretrain import build_layout, placement
+from sparseray.actors.wire.envelope import Body
+from sparseray.actors.wire.messages import ExpertForward, ExpertRows, FetchRows, MemoryRows
+from sparseray.model.buckets import bucket_bounds
 from sparseray.model.dse import LocalMemory
 from sparseray.model.moe import LocalExperts
 from sparseray.model.transformer import Transformer, cross_entropy_sum
-from sparseray.platform.planning.replan import make_plan
+from sparseray.platform.checks import check_cluster
+from sparseray.platform.opening import build_layout, training_inventory
 
 STEPS, SHORT = 30, 5
 PLACEMENTS = list(itertools.product((1, 2, 4), (1, 2, 3), (1, 2), (1, 2)))
@@ -106,14 +109,14 @@ def test_tcp_changes_no_bit(corpus: Path, reference: dict[int, Trained], tmp_pat
 def test_remote_exchange_equals_the_plain_modules(
     experts: int, corpus: Path, reference: dict[int, Trained]
 ) -> None:
-    """One shard through RemoteExperts and RemoteMemory, and through LocalExperts and LocalMemory."""
+    """One part through RemoteExperts and RemoteMemory, and through LocalExperts and LocalMemory."""
     config = tiny_run(corpus, expert_shards=experts, memory_shards=2)
     data = TokenDataset(corpus, "train", verify=False)
     layout = build_layout(MODEL, data)
     assert layout is not None
-    shard = batch(data, seed=0, step=1, shard=0, num_shards=4, sequences_per_shard=2, seq_len=32)
-    plan = make_plan(**placement(config, dict.fromkeys(range(3 + experts), "")))
-    common = {"seed": 0, "num_shards": 1, "betas": (0.9, 0.95), "eps": 1e-8}
+    one = batch(data, seed=0, step=1, part=0, num_parts=4, sequences_per_part=2, seq_len=32)
+    plan = check_cluster(config.cluster, training_inventory(config))
+    common = {"seed": 0, "num_parts": 1, "betas": (0.9, 0.95), "eps": 1e-8}
     table = [layout.num_rows(1)]
     experts_at = {}
     memory_at = {}
@@ -127,27 +130,28 @@ def test_remote_exchange_equals_the_plain_modules(
             memory_at[slot].initialize(owned)
             memory_at[slot].assign(owned, owned)
 
-    def call(calls: list[Call]) -> list[tuple]:
+    def call(calls: list[Call], reply: type) -> list:
         return [answer(c) for c in calls]
 
-    def answer(c: Call) -> tuple:
-        if c.kind == "rows":
-            return tuple(memory_at[c.to].gather(layer, rows) for layer, rows in enumerate(c.arrays))
-        first, second = (torch.tensor(array) for array in c.arrays)
-        if c.kind == "expert_forward":
-            y = experts_at[c.to].forward(c.layer, 0, first, second, **c.body)
+    def answer(c: Call) -> Body:
+        if isinstance(c.body, FetchRows):
+            found = [memory_at[c.to].gather(layer, r.numpy()) for layer, r in enumerate(c.body.rows_LN)]
+            return MemoryRows(values_LND=tuple(found))
+        if isinstance(c.body, ExpertForward):
+            b = c.body
+            y = experts_at[c.to].forward(c.layer, 0, b.x_UH, b.rows_R, b.experts, b.counts, b.keep)
         else:
-            y = experts_at[c.to].backward(c.layer, 0, first, second)
-        return (y.numpy(),)
+            y = experts_at[c.to].backward(c.layer, 0, c.body.dout_UH, c.body.weights_R)
+        return ExpertRows(rows_RH=y)
 
     def run(model: Transformer, expert_side: object, memory_side: object) -> tuple[float, dict]:
         out = model(
-            shard.tokens_BT,
+            one.tokens_BT,
             experts=expert_side,
             memory=memory_side,
-            document_starts_BT=shard.document_starts_BT,
+            document_starts_BT=one.document_starts_BT,
         )
-        loss = cross_entropy_sum(model, out.hidden_BTH, shard.targets_BT)
+        loss = cross_entropy_sum(model, out.hidden_BTH, one.targets_BT)
         (loss + out.aux_loss).backward()
         return float(loss.detach()), {n: p.grad.clone() for n, p in model.named_parameters()}
 
@@ -155,16 +159,14 @@ def test_remote_exchange_equals_the_plain_modules(
     plain_loss, plain = run(Transformer(MODEL, layout, seed=0), local_experts, local_memory)
     model = Transformer(MODEL, layout, seed=0)
     memory = RemoteMemory(plan, call, MODEL.dse.layers, [bucket_bounds(table[0], MODEL.dse.num_buckets)])
-    rows = [
-        r.reshape(-1).numpy() for r in model.memory_rows(shard.tokens_BT, shard.document_starts_BT).values()
-    ]
+    rows = [r.reshape(-1).numpy() for r in model.memory_rows(one.tokens_BT, one.document_starts_BT).values()]
     memory.prepare((1,), memory.fetch(rows), train=True)
     loss, gradients = run(model, RemoteExperts(plan, call, MODEL.moe_layers), memory)
     assert loss == plain_loss
     for name, gradient in plain.items():
         torch.testing.assert_close(gradients[name], gradient, rtol=1e-5, atol=1e-6, msg=name)
     for holder in experts_at.values():
-        assert holder.finish_shard(0)
+        assert holder.finish_part(0)
         for key, reduced in holder.reduced.items():
-            expected = [local_experts.get_parameter(name).grad.reshape(-1) for name in holder.names(key)]
+            expected = [local_experts.gradients()[name].reshape(-1) for name in holder.names(key)]
             torch.testing.assert_close(reduced, torch.cat(expected), rtol=1e-5, atol=1e-6)

@@ -271,6 +271,12 @@ def test_segment_sum_kernel_equals_the_reference_bit_for_bit(count: int) -> None
     assert torch.equal(sums.cpu(), want_sums)
 
 
+def fusion_of(tensors: list[torch.Tensor]) -> reference.Fusion:
+    """Three different constants, so that one in another's place is seen."""
+    names = ("conv_CK", "query_norm_C", "key_norm_C", "value_norm_C")
+    return reference.Fusion(**dict(zip(names, tensors)), dilation=3, gate_eps=0.1, conv_eps=0.4)
+
+
 @pytest.mark.parametrize("documents", [False, True])
 def test_fused_gate_and_convolution_equal_the_reference(documents: bool) -> None:
     torch.manual_seed(0)
@@ -278,8 +284,8 @@ def test_fused_gate_and_convolution_equal_the_reference(documents: bool) -> None
     tensors = [torch.randn(*shape, device=DEVICE) for shape in shapes]
     starts = torch.rand(2, 11, device=DEVICE) < 0.2 if documents else None
     plain, fused = ([t.clone().requires_grad_() for t in tensors] for _ in range(2))
-    want = reference.memory_output(*plain, dilation=3, document_starts_BT=starts)
-    got = fusion.memory_output(*fused, dilation=3, document_starts_BT=starts)
+    want = reference.memory_output(*plain[:3], fusion_of(plain[3:]), document_starts_BT=starts)
+    got = fusion.memory_output(*fused[:3], fusion_of(fused[3:]), document_starts_BT=starts)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
     grad = torch.randn_like(want)
     want.backward(grad)

@@ -8,11 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparseray.kernels.nsa.reference import nsa_attention_reference, select_reference
-from sparseray.model.attention import FullAttention, NSAttention, Rope, nsa_attention
+from sparseray.kernels.nsa.masked import nsa_attention_masked
+from sparseray.kernels.nsa.reference import BranchKeys, nsa_attention_reference, select_reference
+from sparseray.kernels.ops import REFERENCE
+from sparseray.model.attention import ATTENTIONS
+from sparseray.model.attention.full import FullAttention
+from sparseray.model.attention.nsa import NSAttention
+from sparseray.model.config import ATTENTIONS as KINDS
 from sparseray.model.config import ModelConfig, NSAConfig
 from sparseray.model.init import initial_dense
-from sparseray.model.layers import Batch, rope_tables, rotate
+from sparseray.model.layers import Batch, Rope, rope_tables
 
 NSA = NSAConfig(block=8, stride=4, select_block=16, num_selected=4, num_initial=1, num_local=2, window=12)
 CONFIG = ModelConfig(
@@ -128,7 +133,7 @@ def test_nsa_layer_equals_the_papers_equations_at_every_token(T: int, shared: bo
     fill(layer)
     x_TH = torch.randn(T, 32, generator=torch.Generator().manual_seed(T))
     with torch.no_grad():
-        fast = layer(x_TH, batch_of(1, T), rope.at(torch.arange(T)), rope)
+        fast = layer(x_TH, batch_of(1, T), rope.at(torch.arange(T)))
         slow = slow_nsa(layer, config, x_TH)
     torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-5)
 
@@ -137,9 +142,7 @@ def test_nsa_selection_equals_the_slow_form_of_equation_9() -> None:
     g = torch.Generator().manual_seed(0)
     T, T_cmp = 90, (90 - 8) // 4 + 1
     q, k, v = (torch.randn(1, n, h, 8, generator=g) for n, h in ((T, 4), (T_cmp, 2), (T_cmp, 2)))
-    _, indices = select_reference(
-        q, k, v, T, block=8, stride=4, select_block=16, num_selected=4, num_initial=1, num_local=2
-    )
+    _, indices = select_reference(q, k, v, T, NSA.sizes)
     for t in range(T):
         count = max(0, (t + 1 - 8) // 4 + 1)
         for group in range(2):
@@ -160,9 +163,10 @@ def test_masked_branches_equal_the_reference_in_outputs_and_gradients(T: int, q_
     shapes = [(T, 4, 8), *[(n, 2, d) for n in (count, S, S - win_start) for d in (8, 12)]]
     inputs = [torch.randn(2, *s, generator=g, requires_grad=True) for s in shapes]
     gates = torch.rand(2, T, 4, 3, generator=g).requires_grad_()
-    sizes = {"block": 8, "stride": 4, "select_block": 16, "num_selected": 4, "window": 12}
-    expected = nsa_attention_reference(*inputs, gates, **sizes, q_start=q_start, win_start=win_start)
-    got = nsa_attention(inputs[0], tuple(inputs[1:]), gates, NSA, q_start=q_start, win_start=win_start)
+    expected = nsa_attention_reference(*inputs, gates, NSA.sizes, q_start=q_start, win_start=win_start)
+    names = ("k_cmp", "v_cmp", "k_slc", "v_slc", "k_win", "v_win")
+    keys = BranchKeys(**dict(zip(names, inputs[1:])))
+    got = nsa_attention_masked(inputs[0], keys, gates, NSA.sizes, q_start=q_start, win_start=win_start)
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
     up = torch.randn(expected.shape, generator=g)
     leaves = [x for x in [*inputs, gates] if x.numel()]
@@ -176,7 +180,7 @@ def test_every_nsa_parameter_gets_a_gradient() -> None:
     layer, rope = NSAttention(CONFIG, 0), Rope(CONFIG)
     fill(layer)
     x = torch.randn(80, 32, generator=torch.Generator().manual_seed(0))
-    layer(x, batch_of(2, 40), rope.at(torch.arange(40).repeat(2)), rope).square().sum().backward()
+    layer(x, batch_of(2, 40), rope.at(torch.arange(40).repeat(2))).square().sum().backward()
     for name, p in layer.named_parameters():
         assert p.grad is not None, name
         assert p.grad.abs().max() > 0, name
@@ -202,20 +206,26 @@ def test_full_attention_equals_causal_softmax_and_sequences_do_not_mix() -> None
                 torch.testing.assert_close(got[b, t], expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["full", "nsa"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_later_tokens_do_not_change_earlier_ones(kind: str) -> None:
     config = replace(CONFIG, attention=(kind,))
     rope = Rope(config)
-    layer = NSAttention(config, 0) if kind == "nsa" else FullAttention(config, 0)
+    layer = ATTENTIONS[kind](config, 0, REFERENCE)
     fill(layer)
     x = torch.randn(60, 32, generator=torch.Generator().manual_seed(0))
     y = x.clone()
     y[41:] += 1.0
-    extra = (rope,) if kind == "nsa" else ()
     with torch.no_grad():
-        a, b = (layer(z, batch_of(1, 60), rope.at(torch.arange(60)), *extra) for z in (x, y))
+        a, b = (layer(z, batch_of(1, 60), rope.at(torch.arange(60))) for z in (x, y))
     torch.testing.assert_close(a[:41], b[:41], rtol=1e-5, atol=1e-6)
     assert not torch.allclose(a[41:], b[41:], atol=1e-3)
+
+
+def test_every_kind_of_the_configuration_has_a_class_that_counts_what_it_holds() -> None:
+    assert tuple(ATTENTIONS) == KINDS
+    for kind, attention in ATTENTIONS.items():
+        layer = attention(replace(CONFIG, attention=(kind,)), 0, REFERENCE)
+        assert attention.num_parameters(CONFIG) == sum(p.numel() for p in layer.parameters())
 
 
 def test_rotation_depends_on_the_distance_alone() -> None:
@@ -223,8 +233,8 @@ def test_rotation_depends_on_the_distance_alone() -> None:
     q, k = torch.randn(2, 1, 8, generator=torch.Generator().manual_seed(0)).unbind(0)
 
     def score(i: int, j: int) -> Tensor:
-        a = rotate(q[:, None], cos[i : i + 1], sin[i : i + 1])
-        return (a * rotate(k[:, None], cos[j : j + 1], sin[j : j + 1])).sum()
+        a = REFERENCE.rotary(q[:, None], cos[i : i + 1], sin[i : i + 1])
+        return (a * REFERENCE.rotary(k[:, None], cos[j : j + 1], sin[j : j + 1])).sum()
 
     torch.testing.assert_close(score(10, 3), score(47, 40), rtol=1e-4, atol=1e-5)
     assert not torch.isclose(score(10, 3), score(10, 9), atol=1e-3)

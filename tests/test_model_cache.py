@@ -10,7 +10,7 @@ from torch import Tensor
 from sparseray.errors import ConfigError
 from sparseray.model.cache import Cache
 from sparseray.model.config import ModelConfig, MoEConfig, NSAConfig, preset
-from sparseray.model.decode import forward_chunks, greedy
+from sparseray.model.decode import greedy
 from sparseray.model.dse import LocalMemory
 from sparseray.model.dse_layout import DSELayout
 from sparseray.model.moe import LocalExperts
@@ -56,21 +56,19 @@ class Net:
         cache, out, at = Cache(self.config, tokens_T.numel()), [], 0
         for size in sizes:
             piece = slice(at, at + size)
-            starts = None if starts_T is None else starts_T[None, piece]
-            got = self.model(
-                tokens_T[None, piece],
+            starts = None if starts_T is None else [starts_T[piece]]
+            out += self.model.run_chunks(
+                [(tokens_T[piece], cache)],
                 experts=self.experts,
                 memory=self.memory,
-                document_starts_BT=starts,
-                cache=cache,
+                document_starts=starts,
             )
-            out.append(got.hidden_BTH[0])
             at += size
         assert cache.length == at == tokens_T.numel()
         return torch.cat(out)
 
     def chunks(self, chunks: list[tuple[Tensor, Cache]]) -> list[Tensor]:
-        return forward_chunks(self.model, chunks, experts=self.experts, memory=self.memory)
+        return self.model.run_chunks(chunks, experts=self.experts, memory=self.memory)
 
 
 @pytest.fixture(scope="module", params=["tiny", "odd"])

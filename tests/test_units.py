@@ -1,19 +1,15 @@
 """Pure parts of the platform, without Ray and without processes."""
 
-import contextlib
 import itertools
+import json
 import math
 import os
 import subprocess
 import sys
 import threading
-from collections import deque
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import msgpack
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -22,13 +18,13 @@ from hypothesis import strategies as st
 from sparseray.actors.state.adamw import AdamW
 from sparseray.actors.state.assignment import Plan
 from sparseray.actors.state.tree import TreeSum
-from sparseray.actors.wire.mailbox import Mailbox
-from sparseray.actors.wire.messages import Message, decode, encode
-from sparseray.errors import ConfigError, SlotLostError
+from sparseray.actors.wire.codec import from_plain, to_plain
+from sparseray.errors import ConfigError
 from sparseray.model.config import preset
 from sparseray.platform.config import OptimConfig, RunConfig, from_dict, load_yaml, parse, save_yaml, to_dict
 from sparseray.platform.fleet.priority import NICENESS, gently
-from sparseray.platform.planning.replan import make_plan, num_slots
+from sparseray.platform.planning.inventory import Inventory, Roles, num_slots
+from sparseray.platform.planning.replan import make_plan
 from sparseray.platform.run.journal import Journal
 from sparseray.platform.training import learning_rate
 
@@ -78,19 +74,14 @@ def test_sum_is_not_there_before_its_last_leaf() -> None:
 
 
 def plan_of(attention: int, experts: int, memory: int, replication: int, *, colocated: bool) -> Plan:
-    slots = num_slots(attention, experts, memory, colocated=colocated)
+    roles = Roles(attention=attention, experts=experts, memory=memory)
+    slots = num_slots(roles, colocated=colocated)
     return make_plan(
         generation=1,
         addresses={slot: f"ipc://{slot}" for slot in range(slots)},
-        attention=attention,
-        experts=experts,
-        memory=memory,
+        inventory=Inventory(parts=8, moe_layers=2, experts=16, dse_layers=2, buckets=9),
+        roles=roles,
         replication=replication,
-        num_shards=8,
-        moe_layers=2,
-        num_experts=16,
-        dse_layers=2,
-        num_buckets=9,
         colocated=colocated,
     )
 
@@ -100,7 +91,7 @@ def plan_of(attention: int, experts: int, memory: int, replication: int, *, colo
 def test_plan_gives_everything_its_number_of_distinct_holders(
     attention: int, experts: int, memory: int, replication: int, colocated: bool
 ) -> None:
-    slots = num_slots(attention, experts, memory, colocated=colocated)
+    slots = num_slots(Roles(attention=attention, experts=experts, memory=memory), colocated=colocated)
     if replication > slots:
         with pytest.raises(ConfigError, match="replication"):
             plan_of(attention, experts, memory, replication, colocated=colocated)
@@ -112,164 +103,12 @@ def test_plan_gives_everything_its_number_of_distinct_holders(
     assert plan.dense[: len(plan.attention)] == plan.attention
     assert (len(plan.attention), len(plan.expert_primaries)) == (attention, experts)
     assert len(plan.memory_primaries) == memory
-    sizes = [len(plan.shards_of(slot)) for slot in plan.attention]
+    sizes = [len(plan.parts_of(slot)) for slot in plan.attention]
     assert max(sizes) - min(sizes) <= 1
-    assert Plan.from_dict(msgpack.unpackb(msgpack.packb(plan.to_dict()), strict_map_key=False)) == plan
+    assert from_plain(Plan, json.loads(json.dumps(to_plain(plan)))) == plan
     if not colocated:
         assert not set(plan.attention) & set(plan.expert_primaries)
         assert not set(plan.expert_primaries) & set(plan.memory_primaries)
-
-
-# -- messages and mailbox --------------------------------------------------------------------------
-
-
-def message(**changes: Any) -> Message:
-    values: dict[str, Any] = {"kind": "rows", "source": 1, "generation": 1, "sequence": 1, "step": 4}
-    return Message(**{**values, **changes})
-
-
-def test_message_survives_the_wire() -> None:
-    arrays = (
-        np.arange(6, dtype=np.float32).reshape(2, 3)[:, ::2],
-        np.zeros((0, 4), np.int64),
-        np.array([True, False]),
-    )
-    sent = message(body={"a": [1, 2.5], 3: "x"}, arrays=arrays, shard=2, layer=0, reply_to=9)
-    got = decode([bytes(frame) for frame in encode(sent, "job")], "job")
-    assert got is not None
-    assert (got.kind, got.step, got.shard, got.reply_to, got.body) == ("rows", 4, 2, 9, sent.body)
-    for before, after in zip(arrays, got.arrays, strict=True):
-        assert before.dtype == after.dtype
-        assert np.array_equal(before, after)
-    assert decode(encode(sent, "job"), "another job") is None
-
-
-def header(**changes: Any) -> bytes:
-    names = "job kind source generation sequence step shard layer reply_to body specs".split()  # noqa: SIM905
-    values = dict(zip(names, ["job", "rows", 1, 1, 1, 4, -1, -1, 0, {}, []]))
-    return msgpack.packb(list({**values, **changes}.values()))
-
-
-@pytest.mark.parametrize(
-    "frames",
-    [
-        [],
-        [b""],
-        [b"GET / HTTP/1.1\r\n\r\n"],
-        [b"\xff" * 64],
-        [b"\xdd\xff\xff\xff\xff"],
-        [msgpack.packb({"job": "job"})],
-        [msgpack.packb(["job", 1, 2])],
-        [header(kind=7)],
-        [header(source="one")],
-        [header(body=[1])],
-        [header(specs=3)],
-        [header(specs=[["float32"]]), b"1234"],
-        [header(specs=[["float32", [1]]])],
-        [header(), b"1234"],
-        [header(specs=[["object", [1]]]), b"12345678"],
-        [header(specs=[["float32", [2]]]), b"1234"],
-        [header(specs=[["float32", [1]]]), b"123"],
-        [header(specs=[["float32", "x"]]), b"1234"],
-        [header(specs=[[["float32"], [1]]]), b"1234"],
-        [header(specs=[["float32", [-1]]]), b"1234"],
-        [header(specs=[["float32", [True]]]), b"1234"],
-    ],
-)
-def test_malformed_frames_raise_value_error_and_nothing_else(frames: list[bytes]) -> None:
-    with pytest.raises(ValueError):  # noqa: PT011
-        decode(frames, "job")
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.lists(st.binary(max_size=40), max_size=3))
-def test_random_frames_never_raise_anything_but_value_error(frames: list[bytes]) -> None:
-    with contextlib.suppress(ValueError):
-        assert decode(frames, "job") is None
-
-
-class FakeTransport:
-    """Hands out prepared frames and keeps what is sent; an empty queue is silence."""
-
-    address = "fake://"
-
-    def __init__(self) -> None:
-        self.incoming: deque[list[Any]] = deque()
-        self.sent: list[tuple[int, list[Any]]] = []
-
-    def connect(self, peers: dict[int, str]) -> None:
-        pass
-
-    def send(self, slot: int, frames: Sequence[Any]) -> None:
-        self.sent.append((slot, list(frames)))
-
-    def receive(self, timeout_s: float) -> list[Any] | None:
-        return self.incoming.popleft() if self.incoming else None
-
-    def close(self) -> None:
-        pass
-
-    def put(self, **changes: Any) -> None:
-        self.incoming.append(encode(message(**changes), "job"))
-
-
-@pytest.fixture
-def transport() -> FakeTransport:
-    return FakeTransport()
-
-
-@pytest.fixture
-def mailbox(transport: FakeTransport) -> Mailbox:
-    box = Mailbox(transport, 0, "job")
-    box.adopt(1)
-    return box
-
-
-def test_mailbox_drops_other_generations_duplicates_and_noise(
-    transport: FakeTransport, mailbox: Mailbox
-) -> None:
-    transport.put(generation=0, sequence=1)
-    transport.put(generation=2, sequence=2)
-    transport.put(sequence=3)
-    transport.put(sequence=3)
-    transport.put(sequence=3, source=2)
-    transport.incoming.append([b"noise"])
-    transport.incoming.append([header(source="one")])
-    transport.put(kind="plan", generation=0, sequence=4)
-    transport.put(kind="plan", generation=2, sequence=5)
-    found = []
-    while (got := mailbox.next(0.0)) is not None:
-        found.append((got.source, got.sequence, got.kind))
-    assert found == [(1, 3, "rows"), (2, 3, "rows"), (1, 5, "plan")]
-    assert mailbox.dropped == {"generation": 2, "duplicate": 1, "malformed": 2}
-
-
-def test_mailbox_remembers_only_the_newest_sequences(transport: FakeTransport, mailbox: Mailbox) -> None:
-    for sequence in range(1, 20001):
-        transport.put(sequence=sequence)
-        assert mailbox.next(0.0) is not None
-    transport.put(sequence=20000)
-    assert mailbox.next(0.0) is None
-    assert len(mailbox._seen[1]) <= 8193
-
-
-def test_waiting_serves_others_and_returns_the_replies(transport: FakeTransport, mailbox: Mailbox) -> None:
-    first, second = mailbox.post(1, "rows"), mailbox.post(2, "rows")
-    transport.put(sequence=1, source=2, kind="reply", reply_to=second)
-    transport.put(sequence=1, source=3)
-    transport.put(sequence=2, source=1, kind="reply", reply_to=first)
-    served: list[Message] = []
-    replies = mailbox.wait({first: 1, second: 2}, 1.0, served.append)
-    assert (replies[first].source, replies[second].source) == (1, 2)
-    assert [m.source for m in served] == [3]
-    assert [slot for slot, _ in transport.sent] == [1, 2]
-
-
-def test_silent_slots_are_named_after_the_deadline(transport: FakeTransport, mailbox: Mailbox) -> None:
-    first, second = mailbox.post(1, "rows"), mailbox.post(2, "rows")
-    transport.put(source=1, kind="reply", reply_to=first)
-    with pytest.raises(SlotLostError, match=r"slots \[2\]"):
-        mailbox.wait({first: 1, second: 2}, 0.01, lambda m: None)
 
 
 # -- journal, configuration, schedule --------------------------------------------------------------
@@ -377,7 +216,7 @@ def test_a_slots_state_is_built_without_torchs_compiler() -> None:
     program = (
         "import sys; from dataclasses import replace; from sparseray.actors.state.dense import DenseState; from sparseray.model.config import DSEConfig, preset;"
         "config = replace(preset('tiny'), dse=DSEConfig());"
-        "state = DenseState(config, None, seed=0, num_shards=1, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1);"
+        "state = DenseState(config, None, seed=0, num_parts=1, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1);"
         "print('torch._dynamo' in sys.modules)"
     )
     done = subprocess.run(

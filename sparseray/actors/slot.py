@@ -1,29 +1,23 @@
 """A slot: one process with a device share that plays whatever roles the plan gives it.
 
-It owns a mailbox and serves it from one thread. Messages and who sends them:
-  scheduler -> slot: plan, step, commit, evaluate, checkpoint, ping, stop
-  slot -> scheduler: installed, stale, shard, prepared, evaluated, saved, pong, silent, failed
-  ingress -> slot:   generate, cancel (answered to the scheduler's mailbox by `tokens`)
-  slot -> slot:      expert_forward, expert_backward, rows, pull (answered by `reply`);
-                     finish_shard, expert_part, dense_nodes, dense_reduced, expert_reduced,
-                     rows_reduced
-One step: step -> (rows, expert_*)* -> finish_shard, dense_nodes -> *_reduced -> prepared -> commit.
+It owns a mailbox and serves it from one thread; wire/messages.py has the table of who says what to whom.
+One step: RunStep -> (FetchRows, Expert*)* -> FinishPart, DenseNodes -> *Reduced -> Prepared -> Commit.
 What belongs to a step that is not open yet waits until the commit before it has been applied.
-A change of plan: plan -> pull* -> installed; it may come at any moment and ends a step half way.
-One request: generate -> (rows, expert_forward)* -> tokens, once for every engine step.
+A change of plan: InstallPlan -> Pull* -> Installed; it may come at any moment and ends a step half way.
+One request: Generate -> (FetchRows, ExpertForward)* -> Tokens, once for every engine step.
 """
 
 import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar, cast
 
-import numpy as np
 import torch
 
-from sparseray.actors.exchange.by_message import Call
-from sparseray.actors.exchange.reduction import Reduction, ShardResult
+from sparseray.actors.exchange.by_message import Call, Caller
+from sparseray.actors.exchange.reduction import PartResult, Reduction
+from sparseray.actors.installation import InstallPlan, JobSpec, PullFrom
 from sparseray.actors.observation import (
     observe_engine,
     observe_memory,
@@ -32,41 +26,69 @@ from sparseray.actors.observation import (
     observe_worker,
 )
 from sparseray.actors.serving.engine import Engine
-from sparseray.actors.serving.text_request import GenerationRequest
-from sparseray.actors.state.assignment import Piece, Plan
+from sparseray.actors.serving.messages import Generate, Tokens
+from sparseray.actors.state.assignment import Plan
 from sparseray.actors.state.dense import DenseState
-from sparseray.actors.state.holdings import DENSE, Holdings
+from sparseray.actors.state.holdings import Holdings
+from sparseray.actors.state.pieces import DENSE, Piece
 from sparseray.actors.training.worker import AttentionWorker, Batches
+from sparseray.actors.wire.envelope import SCHEDULER, Body, Message
 from sparseray.actors.wire.mailbox import Mailbox
-from sparseray.actors.wire.messages import SCHEDULER, Message
+from sparseray.actors.wire.messages import (
+    Cancel,
+    Commit,
+    Evaluate,
+    Evaluated,
+    ExpertBackward,
+    ExpertForward,
+    ExpertRows,
+    Failed,
+    FetchRows,
+    Installed,
+    MemoryRows,
+    PartDone,
+    Pieces,
+    Ping,
+    Pong,
+    Pull,
+    RunStep,
+    SaveCheckpoint,
+    Saved,
+    SavedTensor,
+    Silent,
+    Stale,
+    Stop,
+)
 from sparseray.errors import SlotLostError, SupersededError, UserError
 from sparseray.log import get_logger
 
 log = get_logger(__name__)
 
-Arrays = tuple[np.ndarray, ...]
-_UNORDERED = ("plan", "generate", "cancel", "stop")
+R = TypeVar("R", bound=Body)
+_UNORDERED = (InstallPlan, Generate, Cancel, Stop)
 
 
 class Job(Protocol):
     """What a slot needs to know of its job; platform/fleet/host.py builds it from the run's configuration."""
 
     deadline_s: float
-    num_shards: int
+    is_serving: bool
 
     def holdings(self) -> Holdings: ...
     def worker(
         self,
         plan: Plan,
         state: DenseState,
-        call: Callable[[Sequence[Call]], list[Arrays]],
+        call: Caller,
         begin: Callable[[int, int], None],
     ) -> AttentionWorker: ...
     def engine(self, worker: AttentionWorker) -> Engine | None: ...
     def train_batches(self) -> Batches: ...
     def validation_batches(self) -> Batches: ...
     def read(self, directory: str, names: Sequence[str]) -> dict[str, torch.Tensor]: ...
-    def write(self, directory: str, part: str, tensors: dict[str, torch.Tensor]) -> dict[str, Any]: ...
+    def write(
+        self, directory: str, name: str, tensors: dict[str, torch.Tensor]
+    ) -> dict[str, SavedTensor]: ...
     def observe(self, name: str, value: float, **labels: str) -> None: ...
 
 
@@ -75,37 +97,37 @@ class Slot:
 
     Args:
         mailbox: own mailbox.
-        job_from: returns the job for the body of a plan message.
+        job_from: returns the job that a plan message describes.
     """
 
-    def __init__(self, mailbox: Mailbox, job_from: Callable[[dict[str, Any]], Job]) -> None:
+    def __init__(self, mailbox: Mailbox, job_from: Callable[[JobSpec], Job]) -> None:
         self.mailbox = mailbox
         self.job_from = job_from
         self.committed = 0
         self.running = True
         self.plan: Plan | None = None
-        self.later: deque[Message] = deque()
-        self.deferred: list[Message] = []
+        self.later: deque[Message[Body]] = deque()
+        self.deferred: list[Message[Body]] = []
         self.holdings: Holdings | None = None
         self.reduction: Reduction | None = None
         self.worker: AttentionWorker | None = None
         self.engine: Engine | None = None
         self._current = (0, -1)
-        self._control = {
-            "plan": self._install,
-            "step": self._run_step,
-            "commit": self._commit,
-            "evaluate": self._evaluate,
-            "checkpoint": self._checkpoint,
-            "generate": self._generate,
-            "cancel": self._cancel,
-            "stop": self._stop,
+        self._control: dict[type[Body], Callable[[Message[Any]], None]] = {
+            InstallPlan: self._install,
+            RunStep: self._run_step,
+            Commit: self._commit,
+            Evaluate: self._evaluate,
+            SaveCheckpoint: self._checkpoint,
+            Generate: self._generate,
+            Cancel: self._cancel,
+            Stop: self._stop,
         }
-        self._requests = {
-            "expert_forward": self._expert_forward,
-            "expert_backward": self._expert_backward,
-            "rows": self._rows,
-            "pull": self._pull,
+        self._requests: dict[type[Body], Callable[[Message[Any]], Body]] = {
+            ExpertForward: self._expert_forward,
+            ExpertBackward: self._expert_backward,
+            FetchRows: self._rows,
+            Pull: self._pull,
         }
 
     def serve_forever(self) -> None:
@@ -124,200 +146,190 @@ class Slot:
                     message = newer.args[0]
                 except SlotLostError as error:
                     log.warning("%s", error)
-                    self.mailbox.post(SCHEDULER, "silent", step=self.committed, body={"error": str(error)})
+                    self.mailbox.post(SCHEDULER, Silent(error=str(error)), step=self.committed)
                     break
                 except Exception as error:
-                    body = {"error": f"{type(error).__name__}: {error}", "user": isinstance(error, UserError)}
-                    what = "generating" if message is None else message.kind
+                    body = Failed(error=f"{type(error).__name__}: {error}", user=isinstance(error, UserError))
+                    what = "generating" if message is None else message.body.kind
                     log.error("slot %d failed on %s:\n%s", self.mailbox.slot, what, traceback.format_exc())
-                    self.mailbox.post(SCHEDULER, "failed", step=self.committed, body=body)
+                    self.mailbox.post(SCHEDULER, body, step=self.committed)
                     break
 
-    def _handle(self, message: Message, *, waiting: bool) -> None:
+    def _handle(self, message: Message[Body], *, waiting: bool) -> None:
         """Handle one message; while a step of our own waits for replies, control messages keep."""
-        kind = message.kind
-        if kind == "ping":
-            self.mailbox.post(SCHEDULER, "pong", reply_to=message.sequence)
+        kind = type(message.body)
+        if kind is Ping:
+            self.mailbox.post(SCHEDULER, Pong(), reply_to=message.sequence)
         elif kind not in _UNORDERED and message.step > self.committed + 1:
             self.deferred.append(message)
         elif kind not in _UNORDERED and message.step < self.committed + 1:
-            log.debug("slot %d: %s of step %d comes again", self.mailbox.slot, kind, message.step)
+            log.debug("slot %d: %s of step %d comes again", self.mailbox.slot, kind.kind, message.step)
         elif kind in self._control:
             if waiting:
                 self.later.append(message)
             else:
                 self._control[kind](message)
         elif kind in self._requests:
-            arrays = self._requests[kind](message)
-            self.mailbox.post(
-                message.source, "reply", step=message.step, reply_to=message.sequence, arrays=arrays
-            )
+            reply = self._requests[kind](message)
+            self.mailbox.post(message.source, reply, step=message.step, reply_to=message.sequence)
         elif self.reduction is not None and kind in self.reduction.handlers:
             self.reduction.handlers[kind](message)
         else:
             log.warning(
-                "slot %d: unexpected message %r from slot %d", self.mailbox.slot, kind, message.source
+                "slot %d: unexpected message %r from slot %d", self.mailbox.slot, kind.kind, message.source
             )
 
     # -- control -------------------------------------------------------------------------------
 
-    def _install(self, message: Message) -> None:
+    def _install(self, message: Message[InstallPlan]) -> None:
         """Enter a generation: finish or drop the open step, get what is lacking, take the roles."""
-        body, plan, me = message.body, Plan.from_dict(message.body["plan"]), self.mailbox.slot
+        body, plan, me = message.body, message.body.plan, self.mailbox.slot
         if plan.generation == self.mailbox.generation and self.plan == plan:
-            self.mailbox.post(SCHEDULER, "installed", step=self.committed)
+            self.mailbox.post(SCHEDULER, Installed(), step=self.committed)
             return
         self.mailbox.adopt(plan.generation)
-        self.mailbox.transport.connect({**plan.addresses, SCHEDULER: body["scheduler"]})
+        self.mailbox.transport.connect({**plan.addresses, SCHEDULER: body.scheduler})
         self.later.clear()
         self.deferred.clear()
         self.worker, self.reduction, self.plan = None, None, None
-        self.job = self.job_from(body)
+        self.job = self.job_from(body.job)
         if self.holdings is None:
             self.holdings = self.job.holdings()
         mine = plan.pieces_of(me)
-        if body["restore"]:
-            self._restore(mine, body)
-        elif not self._catch_up(body, message):
-            self.mailbox.post(SCHEDULER, "stale", step=self.committed)
+        if body.restore is not None:
+            self._restore(mine, body.restore.checkpoint, body.step)
+        elif not self._catch_up(body):
+            self.mailbox.post(SCHEDULER, Stale(), step=self.committed)
             return
         else:
-            self._pull_missing(mine, body["pulls"])
+            self._pull_missing(mine, body.pulls)
         self.holdings.assign(plan, me)
         dense = self.holdings.dense if me in plan.dense else None
         self.reduction = Reduction(self.mailbox, plan, dense, self.holdings.experts, self.holdings.memory)
         self.engine = None
-        if plan.shards_of(me):
+        if plan.parts_of(me):
             assert dense is not None
             self.worker = self.job.worker(plan, dense, self._call, self._begin)
             self.engine = self.job.engine(self.worker)
         self.plan = plan
-        self.mailbox.post(SCHEDULER, "installed", step=self.committed)
+        self.mailbox.post(SCHEDULER, Installed(), step=self.committed)
 
-    def _restore(self, mine: list[Piece], body: dict[str, Any]) -> None:
+    def _restore(self, mine: list[Piece], checkpoint: str, step: int) -> None:
         """Take the state of a checkpoint, or draw it from the seed where there is none."""
         assert self.holdings is not None
         self.holdings.clear()
-        self.committed = body["step"]
-        if body["restore"]["checkpoint"]:
-            names = self.holdings.names(mine)
-            self.holdings.load(mine, self.job.read(body["restore"]["checkpoint"], names), self.committed)
+        self.committed = step
+        if checkpoint:
+            trains = not self.job.is_serving
+            found = self.job.read(checkpoint, self.holdings.names(mine, with_optimizer=trains))
+            self.holdings.load(mine, found, self.committed, with_optimizer=trains)
         else:
             self.holdings.initialize(mine)
 
-    def _catch_up(self, body: dict[str, Any], message: Message) -> bool:
+    def _catch_up(self, body: InstallPlan) -> bool:
         """Reach the plan's step: apply a commit that did not arrive. False when that cannot be done."""
         assert self.holdings is not None
-        commit = body["commit"]
+        commit = body.commit
         if not self.holdings.held:
-            self.committed = body["step"]
-        elif commit and commit["step"] == body["step"] == self.committed + 1 and self.holdings.is_reduced:
-            self._apply(commit, message.arrays)
-        if self.committed != body["step"]:
-            log.warning("slot %d is at step %d, not %d", self.mailbox.slot, self.committed, body["step"])
+            self.committed = body.step
+        elif (
+            commit is not None and commit.step == body.step == self.committed + 1 and self.holdings.is_reduced
+        ):
+            self._apply(commit)
+        if self.committed != body.step:
+            log.warning("slot %d is at step %d, not %d", self.mailbox.slot, self.committed, body.step)
             self.holdings.clear()
             return False
         return True
 
-    def _pull_missing(self, mine: list[Piece], sources: list[Any]) -> None:
+    def _pull_missing(self, mine: list[Piece], sources: Sequence[PullFrom]) -> None:
         """Copy from peers the pieces that are not held here."""
         assert self.holdings is not None
         lacking = set(mine) - self.holdings.held
         calls, wanted = [], []
-        for source, listed in sources:
-            pieces: list[Piece] = [(kind, layer, index) for kind, layer, index in listed]
-            pieces = [piece for piece in pieces if piece in lacking]
+        for pull in sources:
+            pieces = tuple(piece for piece in pull.pieces if piece in lacking)
             if pieces:
                 wanted.append(pieces)
-                calls.append(Call(to=source, kind="pull", body={"pieces": pieces}, arrays=()))
+                calls.append(Call(to=pull.source, body=Pull(pieces=pieces)))
         self._begin(self.committed + 1, -1)
-        for pieces, arrays in zip(wanted, self._call(calls)):
-            names = self.holdings.names(pieces)
-            tensors = {name: torch.from_numpy(array) for name, array in zip(names, arrays, strict=True)}
-            self.holdings.load(pieces, tensors, self.committed)
+        for pieces, reply in zip(wanted, self._call(calls, Pieces)):
+            trains = not self.job.is_serving
+            self.holdings.load(pieces, reply.tensors, self.committed, with_optimizer=trains)
 
-    def _run_step(self, message: Message) -> None:
+    def _run_step(self, message: Message[RunStep]) -> None:
         assert self.worker is not None and self.plan is not None and self.reduction is not None
-        shards = self.plan.shards_of(self.mailbox.slot)
-        self.worker.run_step(message.step, shards, self.job.train_batches(), self._shard_done)
+        parts = self.plan.parts_of(self.mailbox.slot)
+        self.worker.run_step(message.step, parts, self.job.train_batches(), self._part_done)
         self.reduction.send_dense(message.step)
         observe_worker(self.job.observe, self.worker, self.mailbox.slot)
 
-    def _shard_done(self, shard: int, result: ShardResult) -> None:
-        """Send a shard's gradients on their way and report its loss."""
+    def _part_done(self, part: int, result: PartResult) -> None:
+        """Send a part's gradients on their way and report its loss."""
         assert self.worker is not None and self.reduction is not None
         step = self._current[0]
-        self.reduction.send_shard(step, shard, result, self.worker.memory.owner_of)
-        self.mailbox.post(
-            SCHEDULER,
-            "shard",
-            step=step,
-            shard=shard,
-            body={
-                "loss_sum": result.loss_sum,
-                "aux_loss": result.aux_loss,
-                "tokens": result.tokens,
-                "seconds": dict(self.worker.seconds),
-            },
-            arrays=(result.counts_LE.numpy(),),
+        self.reduction.send_part(step, part, result, self.worker.memory.owner_of)
+        body = PartDone(
+            loss_sum=result.loss_sum,
+            aux_loss=result.aux_loss,
+            tokens=result.tokens,
+            seconds=dict(self.worker.seconds),
+            counts_LE=result.counts_LE,
         )
+        self.mailbox.post(SCHEDULER, body, step=step, part=part)
 
-    def _commit(self, message: Message) -> None:
+    def _commit(self, message: Message[Commit]) -> None:
         """Apply a step's update to every replica held here, then serve what waited for it."""
-        self._apply(message.body, message.arrays)
+        self._apply(message.body)
         waiting, self.deferred = self.deferred, []
         # What others wait for goes first: a step of our own would wait for them in turn.
-        for deferred in sorted(waiting, key=lambda m: m.kind in self._control):
-            if deferred.kind in self._control:
+        for deferred in sorted(waiting, key=lambda m: type(m.body) in self._control):
+            if type(deferred.body) in self._control:
                 self.later.append(deferred)
             else:
                 self._handle(deferred, waiting=False)
 
-    def _apply(self, commit: dict[str, Any], arrays: Arrays) -> None:
-        assert self.holdings is not None and commit["step"] == self.committed + 1
+    def _apply(self, commit: Commit) -> None:
+        assert self.holdings is not None and commit.step == self.committed + 1
         rows = self.holdings.apply(
-            lr=commit["lr"],
-            memory_lr=commit["memory_lr"],
-            scale=commit["scale"],
-            counts_LE=torch.tensor(arrays[0]),
+            lr=commit.lr, memory_lr=commit.memory_lr, scale=commit.scale, counts_LE=commit.counts_LE
         )
-        self.committed = commit["step"]
+        self.committed = commit.step
         if rows:
             assert self.holdings.memory is not None
             self.job.observe("dse_update_rows_total", rows)
             self.job.observe("dse_table_bytes", self.holdings.memory.num_bytes)
 
-    def _evaluate(self, message: Message) -> None:
+    def _evaluate(self, message: Message[Evaluate]) -> None:
         assert self.worker is not None and self.plan is not None
-        shards = [tuple(pair) for pair in message.body["batches"]]
-        mine = [index for index, owner in shards if owner == self.mailbox.slot]
+        mine = [index for index, owner in message.body.batches if owner == self.mailbox.slot]
         found = self.worker.evaluate(message.step, mine, self.job.validation_batches())
-        self.mailbox.post(SCHEDULER, "evaluated", step=message.step, body={"losses": found})
+        self.mailbox.post(SCHEDULER, Evaluated(losses=found), step=message.step)
 
-    def _checkpoint(self, message: Message) -> None:
+    def _checkpoint(self, message: Message[SaveCheckpoint]) -> None:
         """Write what is primary here into the checkpoint's folder and report the hashes."""
         assert self.plan is not None and self.holdings is not None
-        me, directory, plan = self.mailbox.slot, message.body["directory"], self.plan
-        parts: dict[str, list[Piece]] = {
+        me, directory, plan = self.mailbox.slot, message.body.directory, self.plan
+        files: dict[str, list[Piece]] = {
             "dense": [DENSE] if plan.dense[0] == me else [],
             "experts": [("expert", *k) for k in plan.experts_of(me) if plan.experts[k[0]][k[1]][0] == me],
             "memory": [("bucket", *k) for k in plan.buckets_of(me) if plan.buckets[k[0]][k[1]][0] == me],
         }
-        entries: dict[str, Any] = {}
-        for part, pieces in parts.items():
+        entries: dict[str, SavedTensor] = {}
+        for file, pieces in files.items():
             if pieces:
                 # The generation keeps a slot that was given up and comes back from writing over another's file.
-                name = f"{part}_{me}_{plan.generation}"
+                name = f"{file}_{me}_{plan.generation}"
                 entries |= self.job.write(directory, name, self.holdings.tensors(pieces))
-        self.mailbox.post(SCHEDULER, "saved", step=message.step, body={"tensors": entries})
+        self.mailbox.post(SCHEDULER, Saved(tensors=entries), step=message.step)
 
-    def _generate(self, message: Message) -> None:
+    def _generate(self, message: Message[Generate]) -> None:
         assert self.engine is not None, "this slot was not installed for serving"
-        self.engine.add(GenerationRequest.from_dict(message.body))
+        self.engine.add(message.body.request)
 
-    def _cancel(self, message: Message) -> None:
+    def _cancel(self, message: Message[Cancel]) -> None:
         assert self.engine is not None, "this slot was not installed for serving"
-        self.engine.cancel(message.body["request_id"])
+        self.engine.cancel(message.body.request_id)
         observe_queues(self.job.observe, self.engine)
 
     def _generate_tokens(self) -> None:
@@ -336,84 +348,74 @@ class Slot:
             observe_engine(self.job.observe, self.engine, time.perf_counter() - started)
             observe_memory(self.job.observe, self.worker.memory, self.mailbox.slot)
         if events:
-            self.mailbox.post(SCHEDULER, "tokens", body={"events": [event.to_dict() for event in events]})
+            self.mailbox.post(SCHEDULER, Tokens(events=tuple(events)))
 
-    def _stop(self, message: Message) -> None:
+    def _stop(self, message: Message[Stop]) -> None:
         self.running = False
 
     # -- requests between slots ----------------------------------------------------------------
 
-    def _begin(self, step: int, shard: int) -> None:
-        self._current = (step, shard)
+    def _begin(self, step: int, part: int) -> None:
+        self._current = (step, part)
 
-    def _call(self, calls: Sequence[Call]) -> list[Arrays]:
-        """Send requests of the current shard, answer our own ones directly, wait for the others."""
-        step, shard = self._current
-        sequences: dict[int, int] = {}
-        order: list[int] = []
-        for call in calls:
-            if call.to == self.mailbox.slot:
-                order.append(0)
-                continue
-            sequence = self.mailbox.post(
-                call.to,
-                call.kind,
-                step=step,
-                shard=shard,
-                layer=call.layer,
-                body=call.body,
-                arrays=call.arrays,
-            )
-            sequences[sequence] = call.to
-            order.append(sequence)
-        own = [
-            self._requests[call.kind](
-                Message(
-                    kind=call.kind,
-                    source=call.to,
+    def _call(self, calls: Sequence[Call], reply: type[R]) -> list[R]:
+        """Send requests of the current part, answer our own ones directly, wait for the others."""
+        (step, part), me = self._current, self.mailbox.slot
+        sequences = [
+            0
+            if call.to == me
+            else self.mailbox.post(call.to, call.body, step=step, part=part, layer=call.layer)
+            for call in calls
+        ]
+        asked = {sequence: call.to for sequence, call in zip(sequences, calls) if sequence}
+        own: dict[int, Body] = {}
+        for index, call in enumerate(calls):
+            if call.to == me:
+                message = Message(
+                    body=call.body,
+                    source=me,
                     generation=self.mailbox.generation,
                     sequence=0,
                     step=step,
-                    shard=shard,
+                    part=part,
                     layer=call.layer,
-                    body=call.body,
-                    arrays=call.arrays,
                 )
-            )
-            for call in calls
-            if call.to == self.mailbox.slot
+                own[index] = self._requests[type(call.body)](message)
+        replies = self.mailbox.wait(asked, self.job.deadline_s, lambda m: self._handle(m, waiting=True))
+        found = [
+            replies[sequence].body if sequence else own[index] for index, sequence in enumerate(sequences)
         ]
-        replies = self.mailbox.wait(sequences, self.job.deadline_s, lambda m: self._handle(m, waiting=True))
-        answered = iter(own)
-        return [replies[sequence].arrays if sequence else next(answered) for sequence in order]
+        for body in found:
+            if not isinstance(body, reply):
+                raise RuntimeError(f"slot {me} was answered by {type(body).__name__}, not {reply.__name__}")
+        return cast(list[R], found)
 
-    def _expert_forward(self, message: Message) -> Arrays:
+    def _expert_forward(self, message: Message[ExpertForward]) -> ExpertRows:
         assert self.holdings is not None
-        x_UH, rows_R = (torch.from_numpy(array) for array in message.arrays)
         body, started = message.body, time.perf_counter()
         y_RH = self.holdings.experts.forward(
-            message.layer, message.shard, x_UH, rows_R, body["experts"], body["counts"], body["keep"]
+            message.layer, message.part, body.x_UH, body.rows_R, body.experts, body.counts, body.keep
         )
         observe_rows(self.job.observe, "forward", len(y_RH), time.perf_counter() - started)
-        return (y_RH.numpy(),)
+        return ExpertRows(rows_RH=y_RH)
 
-    def _expert_backward(self, message: Message) -> Arrays:
+    def _expert_backward(self, message: Message[ExpertBackward]) -> ExpertRows:
         assert self.holdings is not None
-        dout_UH, weights_R = (torch.from_numpy(array) for array in message.arrays)
-        started = time.perf_counter()
-        dx_RH = self.holdings.experts.backward(message.layer, message.shard, dout_UH, weights_R)
+        body, started = message.body, time.perf_counter()
+        dx_RH = self.holdings.experts.backward(message.layer, message.part, body.dout_UH, body.weights_R)
         observe_rows(self.job.observe, "backward", len(dx_RH), time.perf_counter() - started)
-        return (dx_RH.numpy(),)
+        return ExpertRows(rows_RH=dx_RH)
 
-    def _rows(self, message: Message) -> Arrays:
+    def _rows(self, message: Message[FetchRows]) -> MemoryRows:
         assert self.holdings is not None and self.holdings.memory is not None
         memory = self.holdings.memory
-        return tuple(memory.gather(layer, rows) for layer, rows in enumerate(message.arrays))
+        found = [memory.gather(layer, rows.numpy()) for layer, rows in enumerate(message.body.rows_LN)]
+        return MemoryRows(values_LND=tuple(found))
 
-    def _pull(self, message: Message) -> Arrays:
+    def _pull(self, message: Message[Pull]) -> Pieces:
         """Give a peer copies of pieces as they are at the plan's step."""
         assert self.holdings is not None
-        pieces: list[Piece] = [(kind, layer, index) for kind, layer, index in message.body["pieces"]]
-        tensors = self.holdings.tensors(pieces)
+        trains = not self.job.is_serving
+        tensors = self.holdings.tensors(message.body.pieces, with_optimizer=trains)
         # Copies, because frames leave later than the next update may come.
-        return tuple(tensors[name].numpy().copy() for name in self.holdings.names(pieces))
+        return Pieces(tensors={name: tensor.clone() for name, tensor in tensors.items()})

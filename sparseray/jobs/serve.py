@@ -5,26 +5,30 @@ streams the tokens that come back. Ray starts the slots and is not on the path o
 """
 
 import asyncio
+import json
 import sys
 import threading
 import time
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
+from sparseray.actors.installation import InstallPlan, JobSpec, Restore
+from sparseray.actors.serving.messages import Generate, Tokens
 from sparseray.actors.serving.text_request import GenerationRequest, TokenEvent
+from sparseray.actors.state.assignment import Plan
+from sparseray.actors.wire.envelope import INGRESS, SCHEDULER, Body
 from sparseray.actors.wire.mailbox import Mailbox
-from sparseray.actors.wire.messages import INGRESS, SCHEDULER
-from sparseray.errors import CheckpointError, ConfigError, IdentityError, SlotLostError, UserError
+from sparseray.actors.wire.messages import Cancel, Failed
+from sparseray.errors import SlotLostError, UserError
 from sparseray.jobs.http.options import NAMES, HttpOptions, add_options, read_options
 from sparseray.log import get_logger
-from sparseray.model.dse_layout import DSELayout
 from sparseray.platform import config as configuration
 from sparseray.platform.config import ClusterConfig, RunConfig, ServeConfig
 from sparseray.platform.fleet.transport import ZmqTransport, private_directory
 from sparseray.platform.metrics.discovery import entries, publish
 from sparseray.platform.metrics.exporter import Metrics
+from sparseray.platform.opening import open_serving, serving_inventory, slots_of
 from sparseray.platform.planning.replan import make_plan
 from sparseray.platform.run import checkpoint
 
@@ -68,23 +72,30 @@ def run(directory: Path, serve: ServeConfig, cluster_config: ClusterConfig, http
     Raises:
         UserError: checkpoint, port or cluster do not fit.
     """
-    config = load(directory, serve, cluster_config)
+    config = open_serving(directory, serve, cluster_config)
     from sparseray.jobs.http.server import HttpServer, address_url, create_app, listen
     from sparseray.jobs.http.serving_model import read_served
-    from sparseray.jobs.pretrain import placement, slots_of
     from sparseray.platform.cluster import Cluster
 
     listen(serve.host, serve.port).close()
     served = read_served(directory, config, http.model_names)
     print("starting Ray and its slots ...", flush=True)
-    cluster = Cluster(cluster_config, slots_of(config))
+    inventory = serving_inventory(config)
+    cluster = Cluster(cluster_config, slots_of(config, inventory))
     client = None
     try:
         addresses = cluster.start()
-        plan = make_plan(**placement(config, addresses))
+        plan = make_plan(
+            generation=1,
+            addresses=addresses,
+            inventory=inventory,
+            roles=inventory.roles(cluster_config),
+            replication=cluster_config.replication,
+            colocated=cluster_config.colocated,
+        )
         metrics = Metrics({}, declare="server")
         client = RemoteClient(cluster.job, cluster_config, metrics)
-        client.install(config, plan.to_dict(), directory)
+        client.install(config, plan, directory)
         app = create_app(client, served, rules=http.rules, record=metrics.record, metrics=metrics.exposition)
         server = HttpServer(
             app,
@@ -112,33 +123,6 @@ def run(directory: Path, serve: ServeConfig, cluster_config: ClusterConfig, http
     return 0
 
 
-def load(directory: Path, serve: ServeConfig, cluster: ClusterConfig) -> RunConfig:
-    """Read a checkpoint's configuration and check what is beside it.
-
-    Raises:
-        CheckpointError: damaged or incomplete.
-        IdentityError: its DSE layout is not the one it was trained with.
-    """
-    manifest = checkpoint.read_manifest(directory)
-    checkpoint.check_files(directory, manifest)
-    config = replace(configuration.from_dict(RunConfig, manifest["config"]), serve=serve, cluster=cluster)
-    if serve.max_model_len > config.model.max_seq_len:
-        raise ConfigError(
-            f"serve.max_model_len={serve.max_model_len} exceeds the model's {config.model.max_seq_len} tokens"
-            f" ({directory}: model.max_seq_len); leave it out, or give at most that"
-        )
-    if not (directory / "tokenizer.json").exists():
-        raise CheckpointError(f"{directory} has no tokenizer.json; use a whole checkpoint folder")
-    if config.model.dse.layers:
-        found = DSELayout.load(directory).sha256
-        if found != manifest["dse_layout_sha256"]:
-            raise IdentityError(
-                f"{directory} holds DSE layout {found[:12]}, and its tensors were trained with "
-                f"{manifest['dse_layout_sha256'][:12]}: every row would be addressed wrongly; use the original folder"
-            )
-    return config
-
-
 class RemoteClient:
     """`GenerationClient` of the HTTP server, played by the attention workers of a plan.
 
@@ -160,56 +144,66 @@ class RemoteClient:
         self._running = True
         self._thread = threading.Thread(target=self._receive, daemon=True, name="ingress")
 
-    def install(self, config: RunConfig, plan: dict[str, Any], directory: Path) -> None:
+    def install(self, config: RunConfig, plan: Plan, directory: Path) -> None:
         """Give every slot its roles and state, and wait until all have them.
+
+        Args:
+            config: of the model.
+            plan: who holds what.
+            directory: the checkpoint.
 
         Raises:
             UserError: a slot could not load its state.
             SlotLostError: a slot did not answer.
         """
-        addresses = {int(slot): address for slot, address in plan["addresses"].items()}
         for mailbox in (self._inbox, self._outbox):
-            mailbox.adopt(plan["generation"])
-            mailbox.transport.connect(addresses)
-        body = {
-            "plan": plan,
-            "config": configuration.to_dict(config),
-            "layout": str(directory.absolute()) if config.model.dse.layers else "",
-            "layout_sha256": checkpoint.read_manifest(directory)["dse_layout_sha256"],
-            "scheduler": self._inbox.transport.address,
-            "step": checkpoint.read_manifest(directory)["step"],
-            "restore": {"checkpoint": str(directory.absolute())},
-            "serving": True,
-        }
-        for slot in addresses:
-            self._inbox.post(slot, "plan", body=body)
-        waiting = set(addresses)
+            mailbox.adopt(plan.generation)
+            mailbox.transport.connect(plan.addresses)
+        manifest = checkpoint.read_manifest(directory)
+        body = InstallPlan(
+            plan=plan,
+            job=JobSpec(
+                config=json.dumps(configuration.to_dict(config)),
+                layout=str(directory.absolute()) if config.model.dse.layers else "",
+                layout_sha256=manifest["dse_layout_sha256"],
+                serving=True,
+                tokenizer=str(directory.absolute() / "tokenizer.json"),
+            ),
+            scheduler=self._inbox.transport.address,
+            step=manifest["step"],
+            restore=Restore(checkpoint=str(directory.absolute())),
+        )
+        for slot in plan.addresses:
+            self._inbox.post(slot, body)
+        waiting = set(plan.addresses)
         while waiting:
             message = self._inbox.next(self._deadline_s + 60)
             if message is None:
                 raise SlotLostError(
                     f"slots {sorted(waiting)} did not take their roles; see the messages above"
                 )
-            if message.kind == "failed":
-                raise UserError(f"slot {message.source}: {message.body['error']}")
+            if isinstance(message.body, Failed):
+                raise UserError(f"slot {message.source}: {message.body.error}")
             waiting.discard(message.source)
-        self._open = {slot: set() for slot in dict.fromkeys(plan["shard_owners"])}
+        self._open = {slot: set() for slot in plan.attention}
         self._thread.start()
 
     def _receive(self) -> None:
         while self._running:
             message = self._inbox.next(0.5)
-            if message is None:
-                continue
-            self._heard_s[message.source] = time.monotonic()
-            if message.kind == "tokens":
-                for event in map(TokenEvent.from_dict, message.body["events"]):
-                    self._put(event.request_id, event)
-            elif message.kind == "failed":
-                failed = list(self._open.get(message.source, ()))
-                log.error("slot %d failed: %s", message.source, message.body["error"])
-                for request_id in failed:
-                    self._put(request_id, SlotLostError(f"slot {message.source}: {message.body['error']}"))
+            if message is not None:
+                self._heard_s[message.source] = time.monotonic()
+                self._take(message.source, message.body)
+
+    def _take(self, slot: int, body: Body) -> None:
+        """Hand what a slot said to those who wait for it."""
+        if isinstance(body, Tokens):
+            for event in body.events:
+                self._put(event.request_id, event)
+        elif isinstance(body, Failed):
+            log.error("slot %d failed: %s", slot, body.error)
+            for request_id in list(self._open.get(slot, ())):
+                self._put(request_id, SlotLostError(f"slot {slot}: {body.error}"))
 
     def _put(self, request_id: str, item: TokenEvent | Exception) -> None:
         found = self._queues.get(request_id)
@@ -229,14 +223,14 @@ class RemoteClient:
         self._open[slot].add(request.request_id)
         is_ended = False
         try:
-            self._outbox.post(slot, "generate", body=request.to_dict())
+            self._outbox.post(slot, Generate(request=request))
             while not is_ended:
                 event = await self._next_event(queue, slot)
                 is_ended = event.finish_reason not in (None, "error")
                 yield event
         finally:
             if not is_ended:
-                self._outbox.post(slot, "cancel", body={"request_id": request.request_id})
+                self._outbox.post(slot, Cancel(request_id=request.request_id))
             self._queues.pop(request.request_id, None)
             self._open[slot].discard(request.request_id)
 
@@ -257,7 +251,7 @@ class RemoteClient:
         """End a request at its worker; unknown ones are ignored."""
         for slot, ids in self._open.items():
             if request_id in ids:
-                self._outbox.post(slot, "cancel", body={"request_id": request_id})
+                self._outbox.post(slot, Cancel(request_id=request_id))
 
     @property
     def is_healthy(self) -> bool:

@@ -10,16 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from sparseray.errors import ConfigError
+from sparseray.kernels.settings import ROUTERS, NSASizes
+from sparseray.model.limits import LARGEST, check, count, within
 
 ATTENTIONS = ("full", "nsa")
-ROUTERS = ("v3", "v2", "gshard", "switch", "dense")
+NO_ROUTER = "dense"
 ROW_DTYPES = ("float32", "bfloat16")
-
-
-def _positive(section: str, **values: int) -> None:
-    for name, value in values.items():
-        if value < 1:
-            raise ConfigError(f"{section}.{name}={value} must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,37 +34,36 @@ class NSAConfig:
         compress_hidden: width of the compression MLP; 0 means twice the head size.
     """
 
-    block: int = 16
-    stride: int = 8
-    select_block: int = 16
-    num_selected: int = 4
-    num_initial: int = 1
-    num_local: int = 2
-    window: int = 32
+    block: int = count(16)
+    stride: int = count(8)
+    select_block: int = count(16)
+    num_selected: int = count(4)
+    num_initial: int = count(1, 0)
+    num_local: int = count(2, 0)
+    window: int = count(32)
     shared_kv: bool = False
-    compress_hidden: int = 0
+    compress_hidden: int = count(0, 0)
 
     def __post_init__(self) -> None:
-        _positive(
-            "nsa",
+        check("model.nsa", self)
+        _ = self.sizes  # Checks them.
+
+    @property
+    def sizes(self) -> NSASizes:
+        """The sizes as the operations take them.
+
+        Raises:
+            ConfigError: the paper's equations are not defined for them.
+        """
+        return NSASizes(
             block=self.block,
             stride=self.stride,
             select_block=self.select_block,
             num_selected=self.num_selected,
             window=self.window,
+            num_initial=self.num_initial,
+            num_local=self.num_local,
         )
-        if self.block % self.stride or self.select_block % self.stride or self.block > self.select_block:
-            raise ConfigError(
-                f"nsa.stride={self.stride} must divide nsa.block={self.block} and"
-                f" nsa.select_block={self.select_block}, and block must not exceed select_block"
-            )
-        if min(self.num_initial, self.num_local, self.compress_hidden) < 0:
-            raise ConfigError("nsa.num_initial, nsa.num_local and nsa.compress_hidden must not be negative")
-        if self.num_selected < self.num_initial + self.num_local:
-            raise ConfigError(
-                f"nsa.num_selected={self.num_selected} is less than num_initial + num_local ="
-                f" {self.num_initial + self.num_local}, which are always selected; raise num_selected"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,40 +80,34 @@ class MoEConfig:
             (num_shared + top_k) * expert_dim, the width a token would have used.
         num_groups: contiguous groups of experts (a property of the model, not of the cluster).
         topk_groups: groups that a token may use.
-        normalize: divide the chosen weights by their sum (v2, v3).
+        group_scores: how many of its largest biased scores make a group's score (v3): 2 as in the released code,
+            0 for top_k / topk_groups as in the paper.
+        normalize: divide the chosen weights by their sum (v2, v3); null for what the papers do: v3 does, v2 does not.
         scaling: factor on the chosen weights (v2, v3).
         bias_update: step of the selection bias after an optimizer step (v3), gamma.
         balance_loss: coefficient of the balance loss, alpha.
     """
 
-    num_experts: int = 16
-    num_shared: int = 1
-    top_k: int = 4
-    expert_dim: int = 64
-    leading_dense: int = 1
+    num_experts: int = count(16, 1, 1 << 20)
+    num_shared: int = count(1, 0, 1 << 20)
+    top_k: int = count(4)
+    expert_dim: int = count(64, 1, 1 << 20)
+    leading_dense: int = count(1, 0)
     router: str = "v3"
-    num_groups: int = 1
-    topk_groups: int = 1
-    normalize: bool = True
-    scaling: float = 1.0
-    bias_update: float = 0.001
-    balance_loss: float = 1e-4
+    num_groups: int = count(1)
+    topk_groups: int = count(1)
+    group_scores: int = count(2, 0)
+    normalize: bool | None = None
+    scaling: float = within(1.0, above=0.0, at_most=1e6)
+    bias_update: float = within(0.001, 0.0, 1e6)
+    balance_loss: float = within(1e-4, 0.0, 1e6)
 
     def __post_init__(self) -> None:
-        _positive(
-            "moe",
-            num_experts=self.num_experts,
-            top_k=self.top_k,
-            expert_dim=self.expert_dim,
-            num_groups=self.num_groups,
-            topk_groups=self.topk_groups,
-        )
-        if min(self.num_shared, self.leading_dense) < 0 or min(self.bias_update, self.balance_loss) < 0:
+        check("model.moe", self)
+        if self.router not in (*ROUTERS, NO_ROUTER):
             raise ConfigError(
-                "moe.num_shared, leading_dense, bias_update and balance_loss must not be negative"
+                f"moe.router={self.router!r} is unknown; use one of {', '.join(ROUTERS)} or {NO_ROUTER}"
             )
-        if self.router not in ROUTERS:
-            raise ConfigError(f"moe.router={self.router!r} is unknown; use one of {', '.join(ROUTERS)}")
         if self.num_experts % self.num_groups or self.topk_groups > self.num_groups:
             raise ConfigError(
                 f"moe.num_experts={self.num_experts} must be divisible by num_groups={self.num_groups}, and"
@@ -150,33 +139,30 @@ class DSEConfig:
             gives none (serving); -1 for none.
         row_dtype: dtype of the rows.
         num_buckets: contiguous row ranges that a layer's table is divided into for placement.
+        gate_eps: of the norms of hidden state and key in the gate; as released, torch's for fp32.
+        conv_eps: of the norm before the convolution; as released.
     """
 
-    layers: tuple[int, ...] = ()
-    orders: tuple[int, ...] = (2, 3)
-    heads: int = 4
-    rows_per_head: int = 4096
-    head_dim: int = 16
-    kernel_size: int = 4
-    seed: int = 0
+    layers: tuple[int, ...] = within((), 0, LARGEST)
+    orders: tuple[int, ...] = within((2, 3), 2, 64)
+    heads: int = count(4, 1, 1 << 16)
+    rows_per_head: int = count(4096, 1, 1 << 36)
+    head_dim: int = count(16, 1, 1 << 20)
+    kernel_size: int = count(4, 1, 1 << 16)
+    seed: int = count(0, 0)
     pad_id: int = 0
     reset_at_document: bool = True
     document_end_id: int = -1
     row_dtype: str = "float32"
-    num_buckets: int = 64
+    num_buckets: int = count(64, 1, 1 << 20)
+    gate_eps: float = within(1.1920928955078125e-07, above=0.0, at_most=1.0)
+    conv_eps: float = within(1e-5, above=0.0, at_most=1.0)
 
     def __post_init__(self) -> None:
-        _positive(
-            "dse",
-            heads=self.heads,
-            rows_per_head=self.rows_per_head,
-            head_dim=self.head_dim,
-            kernel_size=self.kernel_size,
-            num_buckets=self.num_buckets,
-        )
-        if list(self.layers) != sorted(set(self.layers)) or any(layer < 0 for layer in self.layers):
+        check("model.dse", self)
+        if list(self.layers) != sorted(set(self.layers)):
             raise ConfigError(f"dse.layers={self.layers} must be rising 0-based layer numbers")
-        if not self.orders or list(self.orders) != sorted(set(self.orders)) or self.orders[0] < 2:
+        if not self.orders or list(self.orders) != sorted(set(self.orders)):
             raise ConfigError(f"dse.orders={self.orders} must be rising n-gram lengths of at least 2")
         if self.row_dtype not in ROW_DTYPES:
             raise ConfigError(f"dse.row_dtype={self.row_dtype!r} is unknown; use {' or '.join(ROW_DTYPES)}")
@@ -203,26 +189,26 @@ class ModelConfig:
         attention: "full" or "nsa" per layer; one word stands for all layers.
         rope_theta: base of the rotary position encoding.
         max_seq_len: longest sequence.
-        norm_eps: of every RMSNorm.
+        norm_eps: of every RMSNorm but those of the memory.
         tie_embeddings: the head shares the embedding.
         init_std: standard deviation of every initial matrix.
         nsa, moe, dse: the three sparse parts.
     """
 
-    vocab_size: int = 2048
-    hidden: int = 128
-    num_layers: int = 4
-    num_heads: int = 8
-    num_kv_heads: int = 2
-    head_dim: int = 16
-    v_head_dim: int | None = None
-    ffn_dim: int = 384
+    vocab_size: int = count(2048, 1, 1 << 31)
+    hidden: int = count(128, 1, 1 << 20)
+    num_layers: int = count(4, 1, 1 << 16)
+    num_heads: int = count(8, 1, 1 << 16)
+    num_kv_heads: int = count(2, 1, 1 << 16)
+    head_dim: int = count(16, 1, 1 << 16)
+    v_head_dim: int | None = count(None, 1, 1 << 16)
+    ffn_dim: int = count(384, 1, 1 << 24)
     attention: tuple[str, ...] = ("full",)
-    rope_theta: float = 10000.0
-    max_seq_len: int = 512
-    norm_eps: float = 1e-6
+    rope_theta: float = within(10000.0, above=1.0, at_most=1e12)
+    max_seq_len: int = count(512)
+    norm_eps: float = within(1e-6, above=0.0, below=1.0)
     tie_embeddings: bool = True
-    init_std: float = 0.02
+    init_std: float = within(0.02, above=0.0, at_most=100.0)
     nsa: NSAConfig = field(default_factory=NSAConfig)
     moe: MoEConfig = field(default_factory=MoEConfig)
     dse: DSEConfig = field(default_factory=DSEConfig)
@@ -230,19 +216,10 @@ class ModelConfig:
     def __post_init__(self) -> None:
         given: object = self.attention
         words = (given,) if isinstance(given, str) else tuple(self.attention)
-        object.__setattr__(self, "attention", words * self.num_layers if len(words) == 1 else words)
-        _positive(
-            "model",
-            vocab_size=self.vocab_size,
-            hidden=self.hidden,
-            num_layers=self.num_layers,
-            num_heads=self.num_heads,
-            num_kv_heads=self.num_kv_heads,
-            head_dim=self.head_dim,
-            value_dim=self.value_dim,
-            ffn_dim=self.ffn_dim,
-            max_seq_len=self.max_seq_len,
-        )
+        object.__setattr__(self, "attention", words)
+        check("model", self)
+        if len(words) == 1:
+            object.__setattr__(self, "attention", words * self.num_layers)
         if len(self.attention) != self.num_layers or set(self.attention) - set(ATTENTIONS):
             raise ConfigError(
                 f"model.attention={self.attention} must name {' or '.join(ATTENTIONS)} once, or once for each"
@@ -268,7 +245,7 @@ class ModelConfig:
     @property
     def moe_layers(self) -> tuple[int, ...]:
         """0-based layers with routed experts."""
-        if self.moe.router == "dense":
+        if self.moe.router == NO_ROUTER:
             return ()
         return tuple(range(min(self.moe.leading_dense, self.num_layers), self.num_layers))
 
@@ -283,7 +260,8 @@ _TINY = ModelConfig(
     attention=("full", "nsa", "nsa", "nsa"),
     # Ten times the papers' step: a run of some hundred steps must balance its experts too.
     moe=MoEConfig(bias_update=0.01),
-    dse=DSEConfig(layers=(1, 2), num_buckets=16),
+    # One eps for all three norms, as when its golden losses were recorded.
+    dse=DSEConfig(layers=(1, 2), num_buckets=16, gate_eps=1e-6, conv_eps=1e-6),
 )
 _SMALL = ModelConfig(
     vocab_size=32768,

@@ -6,31 +6,22 @@ uses, "total" is all that exists. A multiplication and an addition are two opera
 
 from __future__ import annotations
 
-import numpy as np
-
+from sparseray.model.attention import attention_of
 from sparseray.model.config import ModelConfig
 from sparseray.model.dse_layout import draw_primes
-
-
-def _attention_parameters(config: ModelConfig, layer: int) -> int:
-    hidden, heads, kv = config.hidden, config.num_heads, config.num_kv_heads
-    size, value = config.head_dim, config.value_dim
-    out = heads * value * hidden
-    if config.attention[layer] == "full":
-        return hidden * (heads * size + kv * (size + value)) + out
-    keys = kv * (1 if config.nsa.shared_kv else 3)
-    projections = hidden * (heads * size + keys * (size + value) + 3 * heads) + out
-    return projections + sum(_compressor_parameters(config, width) for width in (size, value))
-
-
-def _compressor_parameters(config: ModelConfig, width: int) -> int:
-    inner, block = config.nsa.compress_hidden or 2 * width, config.nsa.block
-    return block * width + inner * (block * width + 1) + width * (inner + 1)
 
 
 def _memory_layer_parameters(config: ModelConfig) -> int:
     """The fusion of one memory layer: projections, three norms and the convolution."""
     return config.hidden * (2 * config.dse.width + 2 + 3 + config.dse.kernel_size)
+
+
+def _feed_forward_parameters(config: ModelConfig, layer: int) -> int:
+    """Router and shared experts of a MoE layer, or the dense MLP; all of them in matrices."""
+    hidden, moe = config.hidden, config.moe
+    if layer in config.moe_layers:
+        return hidden * moe.num_experts + 3 * hidden * moe.num_shared * moe.expert_dim
+    return 3 * hidden * config.dense_width(layer)
 
 
 def count_parameters(config: ModelConfig) -> dict[str, int]:
@@ -45,11 +36,8 @@ def count_parameters(config: ModelConfig) -> dict[str, int]:
     embedding = config.vocab_size * hidden * (1 if config.tie_embeddings else 2)
     dense = embedding + hidden * (1 + 2 * config.num_layers)
     for layer in range(config.num_layers):
-        dense += _attention_parameters(config, layer)
-        if layer in config.moe_layers:
-            dense += hidden * moe.num_experts + 3 * hidden * moe.num_shared * moe.expert_dim
-        else:
-            dense += 3 * hidden * config.dense_width(layer)
+        dense += attention_of(config, layer).num_parameters(config)
+        dense += _feed_forward_parameters(config, layer)
     dense += len(config.dse.layers) * _memory_layer_parameters(config)
     expert = 3 * hidden * moe.expert_dim
     experts = len(config.moe_layers) * moe.num_experts * expert
@@ -69,26 +57,19 @@ def count_parameters(config: ModelConfig) -> dict[str, int]:
 def keys_per_query(config: ModelConfig, layer: int, seq_len: int) -> dict[str, float]:
     """Mean number of keys that a query reads in each branch of a layer, over the positions of a sequence.
 
-    The selected count is of causal keys in whole blocks and the query's own; exact when num_local is at
-    least 1.
+    Args:
+        config: of the model.
+        layer: 0-based.
+        seq_len: tokens of the sequence.
     """
-    t = np.arange(seq_len)
-    if config.attention[layer] == "full":
-        return {"full": float((t + 1).mean())}
-    nsa = config.nsa
-    compressed = np.maximum(0, (t + 1 - nsa.block) // nsa.stride + 1)
-    # All selected blocks are whole but the query's own, which ends at the query.
-    whole = np.minimum(t // nsa.select_block, nsa.num_selected - 1) * nsa.select_block
-    selected = whole + t % nsa.select_block + 1
-    return {
-        "compressed": float(compressed.mean()),
-        "selected": float(selected.mean()),
-        "window": float(np.minimum(t + 1, nsa.window).mean()),
-    }
+    return attention_of(config, layer).keys_per_query(config, seq_len)
 
 
 def flops_per_token(config: ModelConfig, seq_len: int) -> dict[str, float]:
     """Operations of the forward pass, averaged over the tokens of a sequence.
+
+    Counted exactly: every matrix product and the memory's convolution. Left out, as is usual (below 1 % of the
+    rest): norms, biases, position encodings, activations, softmax and the look-ups of embedding and memory.
 
     Args:
         config: of the model.
@@ -99,24 +80,18 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> dict[str, float]:
         "attention": scores and values; "active": their sum, which a token costs; "total": the same if every
         routed expert ran; "training": forward and backward, 3 * active.
     """
-    counts = count_parameters(config)
-    hidden, moe, head = config.hidden, config.moe, config.vocab_size * config.hidden
-    linear = counts["dense"] - counts["embedding"] + head
+    hidden, moe, dse = config.hidden, config.moe, config.dse
+    linear = 2.0 * config.vocab_size * hidden
+    linear += 2.0 * len(dse.layers) * hidden * (2 * dse.width + dse.kernel_size)
     attention = 0.0
     for layer in range(config.num_layers):
-        keys = sum(keys_per_query(config, layer, seq_len).values())
-        attention += 2 * keys * config.num_heads * (config.head_dim + config.value_dim)
-        if config.attention[layer] == "nsa":
-            # A compressor runs once for each stride and key/value head, not once for each token.
-            size = sum(_compressor_parameters(config, w) for w in (config.head_dim, config.value_dim))
-            per_token = (max(0, seq_len - config.nsa.block) // config.nsa.stride + 1) / seq_len
-            if seq_len < config.nsa.block:
-                per_token = 0.0
-            linear += int(size * (per_token * config.num_kv_heads - 1))
+        found = attention_of(config, layer).flops_per_token(config, seq_len)
+        linear += found.linear + 2.0 * _feed_forward_parameters(config, layer)
+        attention += found.attention
     expert = 2.0 * 3 * hidden * moe.expert_dim * len(config.moe_layers)
-    active = 2.0 * linear + attention + expert * moe.top_k
+    active = linear + attention + expert * moe.top_k
     return {
-        "linear": 2.0 * linear,
+        "linear": linear,
         "experts": expert * moe.top_k,
         "attention": attention,
         "active": active,

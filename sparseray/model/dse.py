@@ -9,13 +9,15 @@ Shapes: R rows, T tokens, N table rows per token, D row width, H hidden, L reach
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparseray.kernels.dse.reference import context_gate, short_conv
+from sparseray.kernels.ops import REFERENCE, Fusion, Ops
+from sparseray.model.buckets import bucket_bounds
 from sparseray.model.config import ModelConfig
 from sparseray.model.dse_layout import DSELayout
 from sparseray.model.init import initial_bucket
@@ -42,36 +44,36 @@ class Memory(Protocol):
 class DSE(nn.Module):
     """The fusion of one memory layer."""
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, config: ModelConfig, layer: int, ops: Ops = REFERENCE) -> None:
         super().__init__()
         dse, hidden = config.dse, config.hidden
-        self.layer, self.eps, self.dilation = layer, config.norm_eps, max(dse.orders)
-        self.reset = dse.reset_at_document
-        self.key_value = Linear(dse.width, 2 * hidden, bias=True)
-        self.query_norm = RMSNorm(hidden, config.norm_eps)
-        self.key_norm = RMSNorm(hidden, config.norm_eps)
-        self.value_norm = RMSNorm(hidden, config.norm_eps)
+        self.layer, self.config, self.ops = layer, dse, ops
+        self.key_value = Linear(dse.width, 2 * hidden, ops, bias=True)
+        self.query_norm = RMSNorm(hidden, dse.gate_eps, ops)
+        self.key_norm = RMSNorm(hidden, dse.gate_eps, ops)
+        self.value_norm = RMSNorm(hidden, dse.conv_eps, ops)
         self.conv = nn.Module()
         self.conv.weight = nn.Parameter(torch.empty(hidden, dse.kernel_size))
 
-    def _conv(self, x_BTH: Tensor, starts_BT: Tensor | None, history_BLH: Tensor | None = None) -> Tensor:
-        weight = self.conv.weight
-        assert isinstance(weight, Tensor)
-        return short_conv(
-            x_BTH,
-            weight,
-            dilation=self.dilation,
-            history_BLC=history_BLH,
-            document_starts_BT=starts_BT if self.reset else None,
+    def fusion(self) -> Fusion:
+        """Weights and constants, as the operations take them."""
+        return Fusion(
+            query_norm_C=self.query_norm.weight,
+            key_norm_C=self.key_norm.weight,
+            value_norm_C=self.value_norm.weight,
+            conv_CK=self.get_parameter("conv.weight"),
+            dilation=max(self.config.orders),
+            gate_eps=self.config.gate_eps,
+            conv_eps=self.config.conv_eps,
         )
 
     def _conv_span(self, x_TH: Tensor, starts_T: Tensor | None, span: Span) -> Tensor:
         """Convolve one chunk after its history, and keep what the next chunk reaches back to."""
         history_LH = span.cache.conv[self.layer]
         starts_1T = None if starts_T is None else starts_T[None]
-        y_TH = self._conv(x_TH[None], starts_1T, history_LH[None])[0]
+        y_TH = self.ops.memory_conv(x_TH[None], self.fusion(), starts_1T, history_LH[None])[0]
         seen = torch.cat([history_LH, x_TH.float()])
-        if starts_T is not None and self.reset:
+        if starts_T is not None:
             document = F.pad(starts_T.long().cumsum(0), (history_LH.shape[0], 0))
             seen = seen * (document == document[-1])[:, None]
         history_LH.copy_(seen[seen.shape[0] - history_LH.shape[0] :])
@@ -88,20 +90,30 @@ class DSE(nn.Module):
         if e_RE.shape[0] < h_RH.shape[0]:
             e_RE = F.pad(e_RE, (0, 0, 0, h_RH.shape[0] - e_RE.shape[0]))
         key_RH, value_RH = self.key_value(e_RE, batch).chunk(2, dim=-1)
-        gated_RH = context_gate(
-            h_RH, key_RH, value_RH, self.query_norm.weight, self.key_norm.weight, eps=self.eps
-        )
         if is_collecting():
+            gated_RH = self.ops.memory_gate(h_RH, key_RH, value_RH, self.fusion())
             note_memory(self.layer, value_RH[: batch.rows], gated_RH[: batch.rows])
+        starts_BT = batch.starts_BT if self.config.reset_at_document else None
+        if batch.spans is not None:
+            return self._chunks(h_RH, key_RH, value_RH, batch.spans, starts_BT)
+        return self.ops.memory_fusion(h_RH, key_RH, value_RH, self.fusion(), batch.shape, starts_BT)
+
+    def _chunks(
+        self,
+        h_RH: Tensor,
+        key_RH: Tensor,
+        value_RH: Tensor,
+        spans: tuple[Span, ...],
+        starts_1R: Tensor | None,
+    ) -> Tensor:
+        """The fusion of chunks: gate and norm on all rows, the convolution for each chunk after its history."""
+        gated_RH = self.ops.memory_gate(h_RH, key_RH, value_RH, self.fusion())
         normed_RH = self.value_norm(gated_RH)
-        if batch.spans is None:
-            conv_RH = self._conv(normed_RH.unflatten(0, batch.shape), batch.starts_BT).flatten(0, 1)
-        else:
-            conv_RH = torch.zeros_like(normed_RH)
-            for span in batch.spans:
-                rows = slice(span.start, span.stop)
-                starts_T = None if batch.starts_BT is None else batch.starts_BT[0, rows]
-                conv_RH[rows] = self._conv_span(normed_RH[rows], starts_T, span)
+        conv_RH = torch.zeros_like(normed_RH)
+        for span in spans:
+            rows = slice(span.start, span.stop)
+            starts_T = None if starts_1R is None else starts_1R[0, rows]
+            conv_RH[rows] = self._conv_span(normed_RH[rows], starts_T, span)
         return F.silu(conv_RH) + gated_RH
 
 
@@ -120,8 +132,8 @@ class LocalMemory(nn.Module):
         for layer in config.dse.layers:
             holder = nn.Module()
             holder.bucket = nn.ParameterList()
-            for bucket in range(config.dse.num_buckets):
-                first, stop = layout.bucket_range(layer, bucket)
+            bounds = bucket_bounds(layout.num_rows(layer), config.dse.num_buckets).tolist()
+            for bucket, (first, stop) in enumerate(pairwise(bounds)):
                 rows = initial_bucket(config, layer, bucket, stop - first, seed=seed)
                 holder.bucket.append(nn.Parameter(rows))
             self.dse[str(layer)] = holder

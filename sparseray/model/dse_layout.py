@@ -21,10 +21,12 @@ from tokenizers import Regex, Tokenizer, normalizers
 from torch import Tensor
 
 from sparseray.errors import ConfigError, IdentityError
-from sparseray.kernels.dse.reference import ngram_hash
+from sparseray.kernels.ops import REFERENCE, Ops
 from sparseray.model.config import DSEConfig
 
-FORMAT = 1
+FORMAT = 2
+"""1 had no eps of its own for the norms: model.norm_eps was used for all three."""
+
 LAYER_SEED_STEP = 10007
 SPACE_SENTINEL = "\ue000"
 NO_TOKEN = -1
@@ -53,18 +55,21 @@ def build_token_map(tokenizer: Tokenizer) -> np.ndarray[Any, np.dtype[np.int64]]
     Tokens are equal when their normalised texts are; one that is no whole UTF-8 text keeps its own id.
 
     Returns:
-        int64 [vocab of the tokenizer, added tokens included].
+        int64 [largest id + 1], added tokens included; -1 for an id that no token has.
 
     Source: arXiv 2601.07372 section 2.2, as in its released code.
     """
-    size = tokenizer.get_vocab_size(with_added_tokens=True)
+    size = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
     texts = tokenizer.decode_batch([[token] for token in range(size)], skip_special_tokens=False)
     normalizer = token_normalizer()
     ids: dict[str, int] = {}
-    token_map = np.empty(size, dtype=np.int64)
+    token_map = np.full(size, -1, dtype=np.int64)
     for token, text in enumerate(texts):
+        name = tokenizer.id_to_token(token)
+        if name is None:
+            continue
         if "\ufffd" in text:
-            key = tokenizer.id_to_token(token) or text
+            key = name
         else:
             key = normalizer.normalize_str(text) or text
         token_map[token] = ids.setdefault(key, len(ids))
@@ -167,14 +172,16 @@ class DSELayout:
         *,
         vocab_size: int | None = None,
     ) -> DSELayout:
-        """Derive the layout from a ready token map (int64, every id from 0 to its maximum in use)."""
+        """Derive the layout from a ready token map (int64, every id from 0 to its maximum in use; -1: no token)."""
         size = len(token_map)
-        if config.pad_id >= size:
-            raise ConfigError(f"dse.pad_id={config.pad_id} is outside the tokenizer's {size} tokens")
+        if config.pad_id >= size or token_map[config.pad_id] < 0:
+            raise ConfigError(
+                f"dse.pad_id={config.pad_id} is none of the tokenizer's tokens, whose largest id is {size - 1}"
+            )
         if vocab_size is not None and vocab_size < size:
-            raise ConfigError(f"model.vocab_size={vocab_size} is less than the tokenizer's {size} tokens")
-        token_map = token_map.astype(np.int64)
+            raise ConfigError(f"model.vocab_size={vocab_size} is less than the tokenizer's {size} ids")
         num_ids, pad = int(token_map.max()) + 1, int(token_map[config.pad_id])
+        token_map = np.where(token_map < 0, pad, token_map).astype(np.int64)
         if vocab_size is not None:
             token_map = np.concatenate([token_map, np.full(vocab_size - size, pad, dtype=np.int64)])
         token_map.setflags(write=False)
@@ -220,11 +227,6 @@ class DSELayout:
         """Rows of the layer's table, all heads together."""
         return sum(sum(order) for order in self.primes[self._layer(layer)])
 
-    def bucket_range(self, layer: int, bucket: int) -> tuple[int, int]:
-        """First row of a bucket and the row after its last."""
-        rows, buckets = self.num_rows(layer), self.config.num_buckets
-        return bucket * rows // buckets, (bucket + 1) * rows // buckets
-
     def compress(self, tokens: Tensor) -> Tensor:
         """Compressed ids of int64 tokens; `NO_TOKEN` becomes the compressed pad id."""
         map_V: Tensor = self._map_V  # type: ignore[attr-defined]
@@ -239,6 +241,7 @@ class DSELayout:
         tokens_BT: Tensor | np.ndarray[Any, Any],
         history: Tensor | np.ndarray[Any, Any] | None = None,
         document_starts: Tensor | np.ndarray[Any, Any] | None = None,
+        ops: Ops = REFERENCE,
     ) -> Tensor:
         """Rows of every token in one layer's table.
 
@@ -249,6 +252,7 @@ class DSELayout:
                 max(orders) - 1 of them count. None at a sequence's start.
             document_starts: bool [B, T], True at a document's first token; obeyed if the layout's
                 policy says so, ignored otherwise.
+            ops: what hashes.
 
         Returns:
             int64 [B, T, N] in (order, head) order.
@@ -264,7 +268,7 @@ class DSELayout:
         starts = None
         if document_starts is not None and self.config.reset_at_document:
             starts = torch.as_tensor(document_starts)
-        return ngram_hash(
+        return ops.ngram_rows(
             self.compress(tokens.long()),
             multipliers=self.multipliers[index],
             orders=self.config.orders,
@@ -308,6 +312,11 @@ class DSELayout:
         path = Path(directory) / "dse_layout.json"
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))
+            if stored["format"] != FORMAT:
+                raise IdentityError(
+                    f"{path} has format {stored['format']}, this version reads {FORMAT}: the identity now holds"
+                    " dse.gate_eps and dse.conv_eps; start a new run, or use the version that wrote it"
+                )
             # Not numpy's own format: its header is parsed by `ast`, which fails at random in CPython 3.11
             # when several threads parse at once.
             token_map = np.fromfile(Path(directory) / "dse_token_map.bin", "<i8").astype(np.int64)

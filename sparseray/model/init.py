@@ -64,6 +64,23 @@ def initial_expert(config: ModelConfig, layer: int, expert: int, *, seed: int) -
     }
 
 
+def expert_views(layer: int, gate_up_E2IH: Tensor, down_EHI: Tensor) -> dict[str, Tensor]:
+    """The logical tensors of a layer's experts as views of its slabs.
+
+    Args:
+        layer: 0-based model layer.
+        gate_up_E2IH: gate rows first, then up rows; down_EHI: down projections.
+
+    Returns:
+        gate [I, H], up [I, H] and down [H, I] of every expert, by logical name.
+    """
+    found: dict[str, Tensor] = {}
+    for expert in range(down_EHI.shape[0]):
+        parts = (*gate_up_E2IH[expert].chunk(2), down_EHI[expert])
+        found |= {expert_name(layer, expert, part): view for part, view in zip(EXPERT_PARTS, parts)}
+    return found
+
+
 def bucket_name(layer: int, bucket: int) -> str:
     """Logical name of one bucket of a layer's memory table."""
     return f"dse.{layer}.bucket.{bucket}"

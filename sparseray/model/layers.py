@@ -2,10 +2,8 @@
 
 The network works on rows: all tokens of a call in one [R, H] matrix. In training these are B sequences of
 equal length; in inference they are chunks of any length, each with its cache, padded at the end to a multiple
-of `ROW_PADDING` rows. A row's bits then do not depend on what else is in the call: matrix products run on
-blocks of 32 to 128 rows, for which CPU libraries sum in one order; everything else is per row, and no element
-falls into the scalar remainder of a vector loop, whose exp differs from the vector one (seen in the sigmoid
-of the memory's gate, one number per row).
+of `ROW_PADDING` rows. With the plain operations on a CPU a row's bits then do not depend on what else is in the
+call (kernels/plain_ops.py).
 
 Shapes: R rows, H hidden, B sequences, T tokens, I inner width, D head size.
 """
@@ -16,16 +14,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparseray.kernels.moe.reference import ROW_BLOCK
+from sparseray.kernels.ops import Ops
+from sparseray.model.config import ModelConfig
 
 if TYPE_CHECKING:
     from sparseray.model.cache import Cache
-
-ROW_PADDING = 32
-"""Two vectors of 16 floats, what one turn of torch's widest elementwise loop takes; divides `ROW_BLOCK`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,60 +56,49 @@ class Batch:
         return self.spans is not None
 
 
-def padded(rows: int) -> int:
-    """Rows after padding to a multiple of `ROW_PADDING`."""
-    return -(-rows // ROW_PADDING) * ROW_PADDING
-
-
-def linear(x_RI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None, *, invariant: bool) -> Tensor:
-    """x @ weight.T + bias; with `invariant`, in row blocks whose bits do not depend on the number of rows.
-
-    Args:
-        x_RI: input rows; for `invariant` R is a multiple of `ROW_PADDING`.
-    """
-    if not invariant or x_RI.shape[0] <= ROW_BLOCK or x_RI.is_cuda:
-        return F.linear(x_RI, weight_OI, bias_O)
-    return torch.cat([F.linear(block, weight_OI, bias_O) for block in torch.split(x_RI, ROW_BLOCK)])
-
-
 class Linear(nn.Module):
     """A matrix and an optional bias, applied to the rows of a batch."""
 
-    def __init__(self, inputs: int, outputs: int, *, bias: bool = False) -> None:
+    def __init__(self, inputs: int, outputs: int, ops: Ops, *, bias: bool = False) -> None:
         super().__init__()
+        self.ops = ops
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
         self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
 
     def forward(self, x_RI: Tensor, batch: Batch) -> Tensor:
         """Return [R, outputs]."""
-        return linear(x_RI, self.weight, self.bias, invariant=batch.invariant)
+        return self.ops.linear(x_RI, self.weight, self.bias, invariant=batch.invariant)
 
 
 class RMSNorm(nn.Module):
     """Root-mean-square norm, computed in fp32 and returned in the input's dtype."""
 
-    def __init__(self, width: int, eps: float) -> None:
+    def __init__(self, width: int, eps: float, ops: Ops) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width))
-        self.eps = eps
+        self.eps, self.ops = eps, ops
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last axis."""
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+        return self.ops.rms_norm(x, self.weight, self.eps)
+
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """(norm of residual + x, residual + x)."""
+        return self.ops.add_rms_norm(x, residual, self.weight, self.eps)
 
 
 class SwiGLU(nn.Module):
     """down(silu(gate x) * (up x)); gate and up are one matrix, gate first."""
 
-    def __init__(self, hidden: int, inner: int) -> None:
+    def __init__(self, hidden: int, inner: int, ops: Ops) -> None:
         super().__init__()
-        self.gate_up = Linear(hidden, 2 * inner)
-        self.down = Linear(inner, hidden)
+        self.ops = ops
+        self.gate_up = Linear(hidden, 2 * inner, ops)
+        self.down = Linear(inner, hidden, ops)
 
     def forward(self, x_RH: Tensor, batch: Batch) -> Tensor:
         """Return [R, H]."""
-        gate_RI, up_RI = self.gate_up(x_RH, batch).chunk(2, dim=-1)
-        out: Tensor = self.down(F.silu(gate_RI) * up_RI, batch)
+        out: Tensor = self.down(self.ops.swiglu(self.gate_up(x_RH, batch)), batch)
         return out
 
 
@@ -125,13 +109,29 @@ def rope_tables(length: int, head_dim: int, theta: float) -> tuple[Tensor, Tenso
     return angles.cos().float(), angles.sin().float()
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position encoding; channel i is paired with channel i + D/2.
+@dataclass(frozen=True, kw_only=True)
+class Angles:
+    """Cosines and sines, fp32: of each row's position [R, D / 2], and of all positions [P, D / 2]."""
 
-    Args:
-        x: [..., tokens, heads, D].
-        cos, sin: [tokens, D / 2] at the tokens' positions.
-    """
-    first, second = x.float().chunk(2, dim=-1)
-    cos, sin = cos[:, None, :], sin[:, None, :]
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+    cos_RD: Tensor
+    sin_RD: Tensor
+    cos_PD: Tensor
+    sin_PD: Tensor
+
+
+class Rope(nn.Module):
+    """Cosines and sines for every position, shared by the layers; not part of the state."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        cos, sin = rope_tables(config.max_seq_len, config.head_dim, config.rope_theta)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+
+    def at(self, positions_R: Tensor) -> Angles:
+        """The angles of rows at these positions."""
+        cos_RD, sin_RD = self.cos[positions_R], self.sin[positions_R]
+        return Angles(cos_RD=cos_RD, sin_RD=sin_RD, cos_PD=self.cos, sin_PD=self.sin)

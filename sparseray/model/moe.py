@@ -1,7 +1,7 @@
 """The mixture-of-experts layer: routing, balance, the shared experts, and the seam to the routed ones.
 
-Routing is `kernels/moe/reference.py`; the routed experts are whatever satisfies `Experts`: `LocalExperts`
-here, or expert shards in other processes. Follows arXiv 2401.06066 (DeepSeekMoE), 2405.04434 (V2) and
+The routed experts are whatever satisfies `Experts`: `LocalExperts` here, or expert shards in other processes.
+Follows arXiv 2401.06066 (DeepSeekMoE), 2405.04434 (V2) and
 2412.19437 section 2.1.2 (V3); GShard, Switch and a dense MLP are settings of the same layer.
 
 Shapes: R rows, T tokens, K experts per token, E experts, H hidden, I inner.
@@ -9,20 +9,15 @@ Shapes: R rows, T tokens, K experts per token, E experts, H hidden, I inner.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from sparseray.kernels.moe.reference import (
-    group_by_expert,
-    route,
-    stable_topk,
-    swiglu_backward,
-    swiglu_forward,
-)
+from sparseray.kernels.ops import REFERENCE, Ops
 from sparseray.model.config import ModelConfig, MoEConfig
-from sparseray.model.init import EXPERT_PARTS, initial_expert
+from sparseray.model.init import expert_name, expert_views, initial_expert
 from sparseray.model.layers import Batch, Linear, SwiGLU
 
 
@@ -44,33 +39,38 @@ class Experts(Protocol):
         ...
 
 
-def balance_loss(config: MoEConfig, scores_TE: Tensor, topk_ids_TK: Tensor, shape: tuple[int, int]) -> Tensor:
+def balance_loss(
+    config: MoEConfig, scores_TE: Tensor, topk_ids_TK: Tensor, shape: tuple[int, int], ops: Ops = REFERENCE
+) -> Tensor:
     """The router's balance loss, coefficient included, as a scalar fp32.
 
-    v2: over all tokens of the call, alpha * sum f_i P_i. v3: for each sequence, from the top-k of the
-    unbiased scores, with scores divided by their sum; the mean over sequences. gshard and switch: from first
-    choices.
+    With f_i the share of choices that fell on expert i, times E, and P_i its mean score: alpha * sum f_i P_i. v2
+    and v3: for each sequence, the mean over sequences; v3 counts the top-k of the unbiased scores and divides
+    scores by their sum. gshard and switch: over all tokens of the call, from first choices; GShard's sum is over
+    E, of shares that are not times E, so it is 1/E^2 of Switch's.
 
     Args:
         config: of the router.
         scores_TE: fp32 scores.
         topk_ids_TK: the chosen experts.
         shape: (B, T) of the call.
+        ops: chooses v3's unbiased top-k.
 
-    Source: arXiv 2401.06066 eq. 12-14; 2412.19437 eq. 17-20; GShard algorithm 1; Switch eq. 4-6.
+    Source: arXiv 2405.04434 eq. 23-25; 2412.19437 eq. 17-20; GShard algorithm 1; Switch eq. 4-6.
     """
     E = scores_TE.shape[1]
-    ids_TK, groups = topk_ids_TK, 1
+    ids_TK, groups = topk_ids_TK, shape[0]
     if config.router == "v3":
-        ids_TK, groups = stable_topk(scores_TE.detach(), config.top_k), shape[0]
+        ids_TK = ops.top_k(scores_TE, config.top_k)
         scores_TE = scores_TE / scores_TE.sum(-1, keepdim=True)
     elif config.router in ("gshard", "switch"):
-        ids_TK = topk_ids_TK[:, :1]
+        ids_TK, groups = topk_ids_TK[:, :1], 1
     chosen_TE = torch.zeros_like(scores_TE).scatter_(1, ids_TK, 1.0)
     tokens = scores_TE.shape[0] // groups
     f_BE = chosen_TE.reshape(groups, tokens, E).sum(1) * (E / (ids_TK.shape[1] * tokens))
     p_BE = scores_TE.reshape(groups, tokens, E).mean(1)
-    return config.balance_loss * (f_BE * p_BE).sum() / groups
+    loss = config.balance_loss * (f_BE * p_BE).sum() / groups
+    return loss / E**2 if config.router == "gshard" else loss
 
 
 class MoE(nn.Module):
@@ -78,13 +78,13 @@ class MoE(nn.Module):
 
     router_bias: Tensor
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, config: ModelConfig, layer: int, ops: Ops = REFERENCE) -> None:
         super().__init__()
-        self.layer, self.config = layer, config.moe
-        self.router = Linear(config.hidden, config.moe.num_experts)
+        self.layer, self.config, self.ops = layer, config.moe, ops
+        self.router = Linear(config.hidden, config.moe.num_experts, ops)
         self.register_buffer("router_bias", torch.zeros(config.moe.num_experts, dtype=torch.float32))
         inner = config.moe.num_shared * config.moe.expert_dim
-        self.shared = SwiGLU(config.hidden, inner) if inner else None
+        self.shared = SwiGLU(config.hidden, inner, ops) if inner else None
 
     def forward(self, x_RH: Tensor, batch: Batch, experts: Experts) -> tuple[Tensor, Tensor | None, Tensor]:
         """Apply the layer.
@@ -93,22 +93,24 @@ class MoE(nn.Module):
             (y_RH, balance loss or None in inference, tokens per expert int64 [E]).
         """
         config = self.config
-        logits_RE = self.router(x_RH.float(), batch)
-        ids_RK, weights_RK, scores_RE = route(
+        router_EH = self.router.weight.float()
+        logits_RE = self.ops.linear(x_RH.float(), router_EH, None, invariant=batch.invariant)
+        ids_RK, weights_RK, scores_RE = self.ops.route(
             logits_RE,
             top_k=config.top_k,
             router=config.router,
             bias_E=self.router_bias if config.router == "v3" else None,
             num_groups=config.num_groups,
             topk_groups=config.topk_groups,
+            group_scores=config.group_scores,
             normalize=config.normalize,
             scaling=config.scaling,
         )
         rows = batch.rows
         ids_TK, weights_TK = ids_RK[:rows], weights_RK[:rows]
         y_TH = experts(self.layer, x_RH[:rows], ids_TK, weights_TK)
-        counts_E = torch.bincount(ids_TK.reshape(-1), minlength=config.num_experts)
-        loss = None if batch.invariant else balance_loss(config, scores_RE, ids_TK, batch.shape)
+        counts_E = self.ops.expert_counts(ids_TK, config.num_experts)
+        loss = None if batch.invariant else balance_loss(config, scores_RE, ids_TK, batch.shape, self.ops)
         if y_TH.shape[0] < x_RH.shape[0]:
             y_TH = torch.nn.functional.pad(y_TH, (0, 0, 0, x_RH.shape[0] - y_TH.shape[0]))
         if self.shared is not None:
@@ -116,98 +118,44 @@ class MoE(nn.Module):
         return y_TH, loss, counts_E
 
 
-class _ExpertSum(torch.autograd.Function):
-    """All experts of a layer on grouped rows; the combination runs in slot order in fp32."""
-
-    @staticmethod
-    def forward(
-        ctx: torch.autograd.function.FunctionCtx,
-        x_TH: Tensor,
-        topk_ids_TK: Tensor,
-        topk_weights_TK: Tensor,
-        *weights: Tensor,
-    ) -> Tensor:
-        T, K = topk_ids_TK.shape
-        order_R, counts_E = group_by_expert(topk_ids_TK, len(weights) // 3)
-        rows_RH = x_TH[order_R // K]
-        saved: list[Tensor] = []
-        y_RH, start = torch.empty_like(rows_RH), 0
-        counts = counts_E.tolist()
-        for expert, count in enumerate(counts):
-            if count:
-                y, kept = swiglu_forward(
-                    rows_RH[start : start + count], *weights[3 * expert : 3 * expert + 3]
-                )
-                y_RH[start : start + count] = y
-                saved += kept
-            start += count
-        y_TKH = torch.empty_like(y_RH)
-        y_TKH[order_R] = y_RH
-        y_TKH = y_TKH.view(T, K, -1)
-        out_TH = topk_weights_TK[:, 0, None] * y_TKH[:, 0]
-        for k in range(1, K):
-            out_TH = out_TH + topk_weights_TK[:, k, None] * y_TKH[:, k]
-        ctx.save_for_backward(order_R, topk_weights_TK, y_TKH, rows_RH, *weights, *saved)
-        ctx.counts = counts  # type: ignore[attr-defined]
-        return out_TH.to(x_TH.dtype)
-
-    @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, dout_TH: Tensor) -> tuple[Tensor | None, ...]:
-        order_R, weights_TK, y_TKH, rows_RH, *rest = ctx.saved_tensors  # type: ignore[attr-defined]
-        counts: list[int] = ctx.counts  # type: ignore[attr-defined]
-        (T, K), E = weights_TK.shape, len(counts)
-        matrices, saved = rest[: 3 * E], rest[3 * E :]
-        dweights_TK = (y_TKH.float() * dout_TH[:, None, :].float()).sum(-1)
-        dy_RH = (dout_TH[:, None, :] * weights_TK[..., None]).reshape(T * K, -1)[order_R].to(rows_RH.dtype)
-        dx_RH, gradients, start, used = torch.empty_like(rows_RH), [], 0, 0
-        for expert, count in enumerate(counts):
-            three = matrices[3 * expert : 3 * expert + 3]
-            if not count:
-                gradients += [torch.zeros_like(matrix) for matrix in three]
-                continue
-            rows = slice(start, start + count)
-            dx, *dthree = swiglu_backward(dy_RH[rows], rows_RH[rows], (saved[used], saved[used + 1]), *three)
-            dx_RH[rows] = dx
-            gradients += dthree
-            start, used = start + count, used + 2
-        dx_TKH = torch.empty_like(dx_RH)
-        dx_TKH[order_R] = dx_RH
-        return dx_TKH.view(T, K, -1).sum(1), None, dweights_TK, *gradients
-
-
 class LocalExperts(nn.Module):
-    """All routed experts in this process, as parameters with their logical names.
+    """All routed experts in this process; a layer's are two slabs, `tensors` has their logical names.
 
     Args:
         config: of the model.
         seed: of the initial weights.
+        ops: what computes them.
     """
 
-    def __init__(self, config: ModelConfig, *, seed: int = 0) -> None:
+    def __init__(self, config: ModelConfig, *, seed: int = 0, ops: Ops = REFERENCE) -> None:
         super().__init__()
-        self.layers = nn.ModuleDict()
-        self._weights: dict[int, list[nn.Parameter]] = {}
+        self.ops = ops
+        experts, inner = config.moe.num_experts, config.moe.expert_dim
+        self.gate_up_E2IH, self.down_EHI = nn.ParameterDict(), nn.ParameterDict()
         for layer in config.moe_layers:
-            experts = nn.ModuleList()
-            for expert in range(config.moe.num_experts):
-                one = nn.Module()
-                for part, tensor in initial_expert(config, layer, expert, seed=seed).items():
-                    one.register_parameter(part, nn.Parameter(tensor))
-                experts.append(one)
-            holder = nn.Module()
-            holder.moe = nn.Module()
-            holder.moe.experts = experts
-            self.layers[str(layer)] = holder
+            self.gate_up_E2IH[str(layer)] = nn.Parameter(torch.empty(experts, 2 * inner, config.hidden))
+            self.down_EHI[str(layer)] = nn.Parameter(torch.empty(experts, config.hidden, inner))
+        tensors = self.tensors()
+        for layer in config.moe_layers:
+            for expert in range(experts):
+                for part, drawn in initial_expert(config, layer, expert, seed=seed).items():
+                    tensors[expert_name(layer, expert, part)].copy_(drawn)
 
-    def weights(self, layer: int) -> list[Tensor]:
-        """gate, up and down of every expert of a layer, one expert after the other."""
-        prefix = f"layers.{layer}.moe.experts."
-        count = len(self.get_submodule(prefix[:-1]).__dict__["_modules"])
-        return [self.get_parameter(f"{prefix}{e}.{part}") for e in range(count) for part in EXPERT_PARTS]
+    def _views(self, of: Callable[[nn.Parameter], Tensor]) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for layer, gate_up in self.gate_up_E2IH.items():
+            found |= expert_views(int(layer), of(gate_up), of(self.down_EHI[layer]))
+        return found
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Weights by logical name, as views of the slabs."""
+        return self._views(lambda slab: slab.detach())
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Gradients by logical name, as views of those of the slabs; zero before a backward pass."""
+        return self._views(lambda slab: torch.zeros_like(slab) if slab.grad is None else slab.grad)
 
     def forward(self, layer: int, x_TH: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Tensor:
         """Apply the experts, as `Experts` asks."""
-        if layer not in self._weights:
-            self._weights[layer] = self.weights(layer)  # type: ignore[assignment]
-        out: Tensor = _ExpertSum.apply(x_TH, topk_ids_TK, topk_weights_TK, *self._weights[layer])
-        return out
+        gate_up, down = self.gate_up_E2IH[str(layer)], self.down_EHI[str(layer)]
+        return self.ops.experts(x_TH, topk_ids_TK, topk_weights_TK, gate_up, down)

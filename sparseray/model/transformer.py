@@ -18,13 +18,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparseray.errors import ConfigError
-from sparseray.model.attention import FullAttention, NSAttention, Rope
+from sparseray.kernels.ops import REFERENCE, Ops
+from sparseray.kernels.settings import padded
+from sparseray.model.attention import attention_of
 from sparseray.model.cache import Cache
 from sparseray.model.config import ModelConfig
 from sparseray.model.dse import DSE, Memory
 from sparseray.model.dse_layout import NO_TOKEN, DSELayout
 from sparseray.model.init import initial_dense
-from sparseray.model.layers import Batch, RMSNorm, Span, SwiGLU, linear, padded
+from sparseray.model.layers import Angles, Batch, RMSNorm, Rope, Span, SwiGLU
 from sparseray.model.moe import Experts, MoE
 
 
@@ -46,34 +48,33 @@ class Output:
 class Block(nn.Module):
     """One layer."""
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, config: ModelConfig, layer: int, ops: Ops) -> None:
         super().__init__()
         self.layer = layer
-        self.dse = DSE(config, layer) if layer in config.dse.layers else None
-        self.attention_norm = RMSNorm(config.hidden, config.norm_eps)
-        self.attention: FullAttention | NSAttention
-        if config.attention[layer] == "nsa":
-            self.attention = NSAttention(config, layer)
-        else:
-            self.attention = FullAttention(config, layer)
-        self.ffn_norm = RMSNorm(config.hidden, config.norm_eps)
-        self.moe = MoE(config, layer) if layer in config.moe_layers else None
-        self.ffn = None if self.moe else SwiGLU(config.hidden, config.dense_width(layer))
+        self.dse = DSE(config, layer, ops) if layer in config.dse.layers else None
+        self.attention_norm = RMSNorm(config.hidden, config.norm_eps, ops)
+        self.attention = attention_of(config, layer)(config, layer, ops)
+        self.ffn_norm = RMSNorm(config.hidden, config.norm_eps, ops)
+        self.moe = MoE(config, layer, ops) if layer in config.moe_layers else None
+        self.ffn = None if self.moe else SwiGLU(config.hidden, config.dense_width(layer), ops)
 
-    def attend(self, h_RH: Tensor, batch: Batch, angles: tuple[Tensor, Tensor], rope: Rope) -> Tensor:
-        """Add the attention of the normed hidden states."""
-        x_RH = self.attention_norm(h_RH)
-        if isinstance(self.attention, NSAttention):
-            out_RH: Tensor = self.attention(x_RH, batch, angles, rope)
-        else:
-            out_RH = self.attention(x_RH, batch, angles)
-        return h_RH + out_RH
-
-    def feed_forward(
-        self, h_RH: Tensor, batch: Batch, experts: Experts
+    def forward(
+        self, h_RH: Tensor, batch: Batch, angles: Angles, experts: Experts, values_TND: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Add the experts (or the dense MLP); also the balance loss and the counts."""
-        x_RH = self.ffn_norm(h_RH)
+        """Add memory, attention and experts (or the dense MLP).
+
+        Args:
+            values_TND: table rows of the tokens; None for a layer without memory.
+
+        Returns:
+            (hidden states [R, H], balance loss, tokens per expert int64 [E]).
+        """
+        if self.dse is not None:
+            assert values_TND is not None
+            x_RH, h_RH = self.attention_norm.add(self.dse(h_RH, values_TND, batch), h_RH)
+        else:
+            x_RH = self.attention_norm(h_RH)
+        x_RH, h_RH = self.ffn_norm.add(self.attention(x_RH, batch, angles), h_RH)
         if self.moe is None:
             assert self.ffn is not None
             return h_RH + self.ffn(x_RH, batch), None, None
@@ -88,12 +89,15 @@ class Transformer(nn.Module):
         config: of the model.
         layout: row addresses of the memory; None for a model without memory layers.
         seed: of the initial weights.
+        ops: what the network computes with.
 
     Raises:
         ConfigError: the config has memory layers and the layout is missing or belongs to other settings.
     """
 
-    def __init__(self, config: ModelConfig, layout: DSELayout | None, *, seed: int = 0) -> None:
+    def __init__(
+        self, config: ModelConfig, layout: DSELayout | None, *, seed: int = 0, ops: Ops = REFERENCE
+    ) -> None:
         super().__init__()
         if config.dse.layers and layout is None:
             raise ConfigError(f"dse.layers={config.dse.layers} needs a DSELayout; build or load one")
@@ -106,10 +110,10 @@ class Transformer(nn.Module):
                 f"the DSELayout maps {len(layout.token_map)} tokens, model.vocab_size={config.vocab_size};"
                 " pass vocab_size to DSELayout.build"
             )
-        self.config, self.layout = config, layout
+        self.config, self.layout, self.ops = config, layout, ops
         self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.hidden))
-        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
-        self.final_norm = RMSNorm(config.hidden, config.norm_eps)
+        self.layers = nn.ModuleList(Block(config, layer, ops) for layer in range(config.num_layers))
+        self.final_norm = RMSNorm(config.hidden, config.norm_eps, ops)
         self.head = (
             None if config.tie_embeddings else nn.Parameter(torch.empty(config.vocab_size, config.hidden))
         )
@@ -133,12 +137,12 @@ class Transformer(nn.Module):
         counts: list[Tensor] = []
         for block in self.layers:
             assert isinstance(block, Block)
+            values_TND = None
             if block.dse is not None:
                 if memory is None:
                     raise ConfigError(f"layer {block.layer} has a memory; pass `memory`")
-                h_RH = h_RH + block.dse(h_RH, memory(block.layer, rows[block.layer]), batch)
-            h_RH = block.attend(h_RH, batch, angles, self.rope)
-            h_RH, loss, counts_E = block.feed_forward(h_RH, batch, experts)
+                values_TND = memory(block.layer, rows[block.layer])
+            h_RH, loss, counts_E = block(h_RH, batch, angles, experts, values_TND)
             losses += [] if loss is None else [loss]
             counts += [] if counts_E is None else [counts_E]
         aux = torch.stack(losses).sum() if losses else torch.zeros((), device=h_RH.device)
@@ -153,7 +157,7 @@ class Transformer(nn.Module):
             return {}
         layout = self.layout
         return {
-            layer: layout.rows(layer, tokens_BT, history_BL, document_starts_BT).flatten(0, 1)
+            layer: layout.rows(layer, tokens_BT, history_BL, document_starts_BT, self.ops).flatten(0, 1)
             for layer in self.config.dse.layers
         }
 
@@ -164,34 +168,20 @@ class Transformer(nn.Module):
         experts: Experts,
         memory: Memory | None,
         document_starts_BT: Tensor | None = None,
-        cache: Cache | None = None,
     ) -> Output:
-        """Run the network on B sequences from their start, or on the next chunk of one sequence.
+        """Run the network on B sequences from their start.
 
         Args:
-            tokens_BT: int64; with a cache B is 1 and T any length, and the chunk is appended to the cache.
+            tokens_BT: int64.
             experts: the routed experts.
             memory: the memory tables; None for a model without memory layers.
             document_starts_BT: bool, True at documents' first tokens. None: derived from
                 `dse.document_end_id`, if that is set.
-            cache: of the sequence.
 
         Raises:
-            ConfigError: too many tokens for the model or the cache, or B > 1 with a cache.
+            ConfigError: too many tokens for the model.
         """
         B, T = tokens_BT.shape
-        if cache is not None:
-            if B != 1:
-                raise ConfigError(f"a cache holds one sequence, got {B}; use decode.forward_chunks")
-            starts = None if document_starts_BT is None else [document_starts_BT[0]]
-            hidden, counts_LE = self.run_chunks(
-                [(tokens_BT[0], cache)], experts=experts, memory=memory, document_starts=starts
-            )
-            return Output(
-                hidden_BTH=hidden[0][None],
-                aux_loss=torch.zeros((), device=tokens_BT.device),
-                expert_counts_LE=counts_LE,
-            )
         if self.config.max_seq_len < T:
             raise ConfigError(f"{T} tokens exceed model.max_seq_len={self.config.max_seq_len}")
         if document_starts_BT is None and self.layout is not None:
@@ -214,8 +204,12 @@ class Transformer(nn.Module):
         experts: Experts,
         memory: Memory | None,
         document_starts: Sequence[Tensor] | None = None,
-    ) -> tuple[list[Tensor], Tensor]:
+    ) -> list[Tensor]:
         """Run the next chunk of several sequences; a sequence's bits do not depend on the others.
+
+        This is what a serving engine calls for each step of its batch: prefill chunks and single decode tokens
+        mixed as they come. Position-wise work runs on the rows of all chunks together, attention for each
+        sequence alone.
 
         Args:
             chunks: (tokens int64 [T], cache) of each sequence, T >= 1; the chunk is appended to the cache.
@@ -223,7 +217,7 @@ class Transformer(nn.Module):
             document_starts: bool [T] for each chunk, or None.
 
         Returns:
-            (hidden states [T, H] of each chunk, expert counts int64 [L, E]).
+            Hidden states [T, H] of each chunk, after the final norm.
 
         Raises:
             ConfigError: a chunk is empty or does not fit its cache, or a cache is given twice.
@@ -255,10 +249,10 @@ class Transformer(nn.Module):
             spans=tuple(spans),
         )
         rows = self._chunk_rows(tokens_R, batch)
-        hidden_RH, _, counts_LE = self._blocks(tokens_R, batch, rows, experts, memory)
+        hidden_RH, _, _ = self._blocks(tokens_R, batch, rows, experts, memory)
         for span in spans:
             self._advance(span, tokens_R, batch)
-        return [hidden_RH[span.start : span.stop] for span in spans], counts_LE
+        return [hidden_RH[span.start : span.stop] for span in spans]
 
     def _chunk_rows(self, tokens_R: Tensor, batch: Batch) -> dict[int, Tensor]:
         """Addresses of all chunks at once: their histories and tokens lie one after the other."""
@@ -291,14 +285,13 @@ class Transformer(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] of hidden states [..., H]; batch invariant without gradients."""
-        weight = self.embedding if self.head is None else self.head
-        if torch.is_grad_enabled():
-            return F.linear(hidden, weight)
-        rows_RH = hidden.flatten(0, -2)
-        count = rows_RH.shape[0]
-        rows_RH = F.pad(rows_RH, (0, 0, 0, padded(count) - count))
-        logits_RV = linear(rows_RH, weight, invariant=True)[:count]
+        logits_RV = self.ops.logits(hidden.flatten(0, -2), self.head_weight)
         return logits_RV.reshape(*hidden.shape[:-1], -1)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The matrix [V, H] of the head."""
+        return self.embedding if self.head is None else self.head
 
     @torch.no_grad()
     def update_router_bias(self, counts_LE: Tensor) -> None:
@@ -320,16 +313,21 @@ class Transformer(nn.Module):
             block.moe.router_bias.add_(sign_E.to(torch.float32), alpha=self.config.moe.bias_update)
 
 
-def cross_entropy_sum(model: Transformer, hidden_BTH: Tensor, targets_BT: Tensor) -> Tensor:
-    """Sum of the cross-entropies of the targets, in fp32; targets of -1 are ignored.
+def cross_entropy_sum(
+    model: Transformer, hidden_BTH: Tensor, targets_BT: Tensor, weights_BT: Tensor | None = None
+) -> Tensor:
+    """Sum of the targets' cross-entropies, each times its weight, in fp32; targets of -1 are ignored.
 
     Args:
         model: whose head is used.
         hidden_BTH: hidden states after the final norm.
         targets_BT: int64.
+        weights_BT: fp32; None means ones.
 
     Returns:
         fp32 scalar.
     """
-    logits_RV = model.logits(hidden_BTH).flatten(0, -2).float()
-    return F.cross_entropy(logits_RV, targets_BT.reshape(-1), ignore_index=-1, reduction="sum")
+    weights_R = None if weights_BT is None else weights_BT.reshape(-1)
+    return model.ops.head_loss(
+        hidden_BTH.flatten(0, -2), model.head_weight, targets_BT.reshape(-1), weights_R
+    )

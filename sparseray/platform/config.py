@@ -5,11 +5,11 @@ keys are errors that name the nearest known one.
 """
 
 import argparse
-import difflib
+import re
 import sys
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -18,9 +18,13 @@ import jsonargparse
 import yaml
 
 from sparseray.errors import ConfigError
+from sparseray.kernels.settings import Kernels
 from sparseray.model.config import ModelConfig
+from sparseray.model.limits import Limits, check, complaint, count, within
+from sparseray.platform.settings import Setting, expand_path, nearest, read_file, read_options
 
 C = TypeVar("C")
+MOST_SLOTS = 1 << 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +38,9 @@ class DataConfig:
 
     path: str = ""
     verify: bool = True
+
+    def __post_init__(self) -> None:
+        check("data", self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,15 +57,18 @@ class OptimConfig:
         memory_lr_scale: factor on the learning rate of memory rows (5 in arXiv 2601.07372, appendix A).
     """
 
-    lr: float = 2e-3
-    min_lr_ratio: float = 0.1
-    warmup_steps: int = 20
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    clip: float = 1.0
-    memory_lr_scale: float = 5.0
+    lr: float = within(2e-3, 0.0, 1e3)
+    min_lr_ratio: float = within(0.1, 0.0, 1.0)
+    warmup_steps: int = count(20, 0)
+    beta1: float = within(0.9, 0.0, below=1.0)
+    beta2: float = within(0.95, 0.0, below=1.0)
+    eps: float = within(1e-8, above=0.0, at_most=1.0)
+    weight_decay: float = within(0.1, 0.0, 1e3)
+    clip: float = within(1.0, 0.0, 1e9)
+    memory_lr_scale: float = within(5.0, 0.0, 1e6)
+
+    def __post_init__(self) -> None:
+        check("optim", self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,27 +87,18 @@ class TrainConfig:
         eval_batches: validation batches of one logical shard's size.
     """
 
-    steps: int = 100
-    seq_len: int = 128
-    logical_shards: int = 4
-    sequences_per_shard: int = 4
-    seed: int = 0
-    checkpoint_every: int = 50
-    keep_checkpoints: int = 3
-    eval_every: int = 50
-    eval_batches: int = 8
+    steps: int = count(100)
+    seq_len: int = count(128)
+    logical_shards: int = count(4, 1, 1 << 16)
+    sequences_per_shard: int = count(4, 1, 1 << 24)
+    seed: int = count(0, 0)
+    checkpoint_every: int = count(50, 0)
+    keep_checkpoints: int = count(3)
+    eval_every: int = count(50, 0)
+    eval_batches: int = count(8)
 
     def __post_init__(self) -> None:
-        for name in (
-            "steps",
-            "seq_len",
-            "logical_shards",
-            "sequences_per_shard",
-            "keep_checkpoints",
-            "eval_batches",
-        ):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"train.{name}={getattr(self, name)} must be at least 1")
+        check("train", self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,32 +122,26 @@ class ClusterConfig:
         rebalance_every: least number of steps between two such moves.
     """
 
-    attention_workers: int = 1
-    expert_shards: int = 1
-    memory_shards: int = 1
-    replication: int = 1
+    attention_workers: int = count(1, 1, MOST_SLOTS)
+    expert_shards: int = count(1, 1, MOST_SLOTS)
+    memory_shards: int = count(1, 1, MOST_SLOTS)
+    replication: int = count(1, 1, MOST_SLOTS)
     colocated: bool = False
-    threads_per_slot: int = 1
-    cpus_per_slot: float = 1.0
+    threads_per_slot: int = count(1, 1, 1024)
+    cpus_per_slot: float = within(1.0, 0.0, 1024.0)
     address: str = ""
     transport: typing.Literal["ipc", "tcp"] = "ipc"
     bind_host: str = "127.0.0.1"
-    deadline_s: float = 30.0
-    hang_s: float = 0.7
-    standby: int = 0
-    max_slots: int = 0
-    rebalance_above: float = 0.0
-    rebalance_every: int = 50
+    deadline_s: float = within(30.0, above=0.0, at_most=1e6)
+    # Below that, a busy machine would look like a dead one.
+    hang_s: float = within(0.7, 0.3, 1e6)
+    standby: int = count(0, 0, MOST_SLOTS)
+    max_slots: int = count(0, 0, MOST_SLOTS)
+    rebalance_above: float = within(0.0, 0.0, 1e6)
+    rebalance_every: int = count(50)
 
     def __post_init__(self) -> None:
-        if self.standby < 0 or self.max_slots < 0 or self.rebalance_every < 1:
-            raise ConfigError(
-                "cluster.standby, cluster.max_slots and cluster.rebalance_every cannot be negative"
-            )
-        if self.hang_s < 0.3:
-            raise ConfigError(
-                f"cluster.hang_s={self.hang_s:g} is below 0.3 s: a busy machine would look like a dead one"
-            )
+        check("cluster", self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,23 +159,16 @@ class ServeConfig:
     """
 
     host: str = "127.0.0.1"
-    port: int = 8000
-    max_batch: int = 16
-    max_model_len: int = 0
-    prefill_chunk: int = 64
-    max_waiting: int = 256
-    drain_s: float = 5.0
+    port: int = count(8000, 0, 65535)
+    max_batch: int = count(16, 1, 1 << 16)
+    max_model_len: int = count(0, 0)
+    prefill_chunk: int = count(64)
+    max_waiting: int = count(256, 1, 1 << 20)
+    drain_s: float = within(5.0, 0.0, 3600.0)
     ignore_unknown_fields: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("max_batch", "prefill_chunk", "max_waiting"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"serve.{name}={getattr(self, name)} must be at least 1")
-        for name, value, high in (("port", self.port, 65535), ("drain_s", self.drain_s, 3600)):
-            if not 0 <= value <= high:
-                raise ConfigError(f"serve.{name}={value} must be from 0 to {high}")
-        if self.max_model_len < 0:
-            raise ConfigError(f"serve.max_model_len={self.max_model_len} must be at least 0")
+        check("serve", self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,10 +181,19 @@ class MetricsConfig:
 
     per_expert: bool = False
 
+    def __post_init__(self) -> None:
+        check("metrics", self)
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Everything that defines a run."""
+    """Everything that defines a run.
+
+    Args:
+        model, data, optim, train, cluster, serve, metrics: see each section.
+        kernels: "reference" (plain PyTorch), "triton", or "auto": Triton on a GPU of compute capability 9 or more.
+        run_dir: folder of the run.
+    """
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -205,9 +202,17 @@ class RunConfig:
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     serve: ServeConfig = field(default_factory=ServeConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    kernels: Kernels = "auto"
     run_dir: str = "runs/run"
 
+    def __post_init__(self) -> None:
+        if problem := complaint(str, Limits(), self.run_dir):
+            raise ConfigError(f"run_dir={self.run_dir!r} {problem}")
+        if not self.run_dir:
+            raise ConfigError("run_dir= is empty; give the folder of the run")
 
+
+PATHS = ("data.path", "run_dir")
 SECTIONS = ("model", "data", "optim", "train", "cluster", "serve", "metrics")
 
 
@@ -232,6 +237,12 @@ def parser(prog: str, description: str) -> jsonargparse.ArgumentParser:
     for section, kind in zip(SECTIONS, (f.type for f in fields(RunConfig))):
         found.add_class_arguments(typing.cast(type, kind), section)
     found.add_argument(
+        "--kernels",
+        type=Kernels,
+        default=RunConfig.kernels,
+        help="what the model computes with; auto: Triton on a GPU of compute capability 9 or more",
+    )
+    found.add_argument(
         "--run_dir", type=str, default=RunConfig.run_dir, help="folder of the run; resumes what it holds"
     )
     return found
@@ -240,13 +251,42 @@ def parser(prog: str, description: str) -> jsonargparse.ArgumentParser:
 def parse(arguments: Sequence[str], *, prog: str, description: str) -> RunConfig:
     """Read a configuration from command-line arguments.
 
+    Args:
+        arguments: words after the command's name; `--help` and `--print_config` show something and exit.
+        prog: the command's name, for its help.
+        description: of the command, with an example, for its help.
+
     Raises:
-        ConfigError: an unknown key, a wrong type, or values that do not fit each other.
+        ConfigError: an unknown key, a wrong type, or values that do not fit each other; with file and line.
     """
-    check_keys(arguments, set(known_keys()))
-    reader = parser(prog, description)
-    made = reader.instantiate(reader.parse_args(list(arguments)))
-    return RunConfig(**{name: getattr(made, name) for name in SECTIONS}, run_dir=made.run_dir)
+    if {"-h", "--help"} & set(arguments):
+        parser(prog, description).print_help()
+        raise SystemExit(0)
+    settings = read_options([word for word in arguments if word != "--print_config"], RunConfig)
+    config = _build(settings)
+    if "--print_config" in arguments:
+        print(yaml.safe_dump(to_dict(config), sort_keys=False), end="")
+        raise SystemExit(0)
+    return config
+
+
+def _build(settings: dict[str, Setting]) -> RunConfig:
+    nested: dict[str, Any] = {}
+    for name, setting in settings.items():
+        *sections, leaf = name.split(".")
+        inner = nested
+        for section in sections:
+            inner = inner.setdefault(section, {})
+        is_path = name in PATHS and setting.value
+        inner[leaf] = expand_path(setting.value, name) if is_path else setting.value
+    try:
+        return from_dict(RunConfig, nested)
+    except ConfigError as error:
+        # Values that do not fit each other: the message names them, and each stands somewhere.
+        named = re.findall(r"([\w.]+)=", str(error))
+        places = {s.place for n in named for key, s in settings.items() if f".{key}".endswith(f".{n}")}
+        where = f" (see {', '.join(sorted(places))})" if places else ""
+        raise ConfigError(f"{error}{where}") from None
 
 
 def _shorten(message: str) -> str:
@@ -255,61 +295,16 @@ def _shorten(message: str) -> str:
     return " ".join(dict.fromkeys(lines))[:600]
 
 
-def known_keys(kind: type = RunConfig, prefix: str = "") -> Iterator[str]:
-    """Yield every dotted key, sections included."""
-    hints = typing.get_type_hints(kind)
-    for item in fields(kind):
-        yield prefix + item.name
-        if is_dataclass(hints[item.name]):
-            yield from known_keys(typing.cast(type, hints[item.name]), f"{prefix}{item.name}.")
-
-
 def check_keys(arguments: Sequence[str], known: set[str]) -> None:
-    """See that options, and keys of files given with --config, are known.
+    """See that options are known.
 
     Raises:
         ConfigError: one is not; it names the nearest that is.
     """
-    for position, argument in enumerate(arguments):
-        if not argument.startswith("--") or argument in ("--help", "--config", "--print_config"):
-            if position and arguments[position - 1] == "--config":
-                _check_file(Path(argument), known)
-            continue
+    for argument in arguments:
         name = argument[2:].split("=")[0]
-        if name == "config":
-            _check_file(Path(argument.split("=", 1)[1]), known)
-        elif name not in known:
-            raise ConfigError(f"unknown option --{name}; {_nearest(name, known)}")
-
-
-def _check_file(path: Path, known: set[str]) -> None:
-    try:
-        content = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise ConfigError(
-            f"cannot read the configuration {path}: {error.strerror}; give --config an existing file"
-        ) from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise ConfigError(
-            f"{path} must hold sections such as 'model:' and 'train:', not {type(content).__name__}"
-        )
-    for name in _flat_keys(content):
-        if name not in known:
-            raise ConfigError(f"{path}: unknown key {name!r}; {_nearest(name, known)}")
-
-
-def _flat_keys(content: dict[Any, Any], prefix: str = "") -> Iterator[str]:
-    for key, value in content.items():
-        yield f"{prefix}{key}"
-        if isinstance(value, dict):
-            yield from _flat_keys(value, f"{prefix}{key}.")
-
-
-def _nearest(name: str, known: set[str]) -> str:
-    close = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else "see --help for the known ones"
+        if argument.startswith("--") and argument != "--help" and name not in known:
+            raise ConfigError(f"unknown option --{name}; {nearest(name, known)}")
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:
@@ -355,12 +350,9 @@ def load_yaml(path: Path) -> RunConfig:
     """Read a configuration that `save_yaml` wrote.
 
     Raises:
-        ConfigError: it is missing or not ours.
+        ConfigError: it is missing or not ours; with the line.
     """
-    try:
-        return from_dict(RunConfig, yaml.safe_load(path.read_text()))
-    except (OSError, yaml.YAMLError, TypeError) as error:
-        raise ConfigError(f"cannot read {path}: {error}") from None
+    return _build(read_file(path, RunConfig))
 
 
 def die(error: Exception) -> int:

@@ -6,23 +6,30 @@ that changes hands stays with its old holders until the first commit, so nothing
 """
 
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from sparseray.actors.state.assignment import Piece, Plan
+from sparseray.actors.installation import InstallPlan, JobSpec, PullFrom, Restore
+from sparseray.actors.state.assignment import Plan
+from sparseray.actors.state.pieces import Piece
+from sparseray.actors.wire.codec import to_plain
+from sparseray.actors.wire.messages import Commit, Installed, Stale
 from sparseray.errors import SlotsLostError, StateLostError
 from sparseray.log import get_logger
 from sparseray.platform.config import RunConfig
 from sparseray.platform.fleet.control import Control, Fleet, Loss, StalledError
 from sparseray.platform.metrics.exporter import Metrics
+from sparseray.platform.planning.inventory import Inventory, Roles
 from sparseray.platform.planning.policy import Rebalance, Resize, Start, View, decide
-from sparseray.platform.planning.replan import Moves, Roles, holdings, make_plan, moves, replan
+from sparseray.platform.planning.replan import Moves, holdings, make_plan, moves, replan
 from sparseray.platform.planning.requests import check_request
 from sparseray.platform.run import checkpoint
 from sparseray.platform.run.events import Change, Events, describe_pieces, role_holders
 from sparseray.platform.run.folder import RunFolder
+from sparseray.platform.run.history import JobHistory, Wish
 from sparseray.platform.run.journal import Journal
 from sparseray.platform.run.ledger import Ledger
 
@@ -41,9 +48,10 @@ class Elastic:
         config: the run.
         control: conversation with the slots.
         journal, folder, metrics, ledger: where decisions, events, series and time go.
-        placement: what there is to place: arguments of `make_plan` besides the slots.
+        inventory: what there is to place.
+        history: what was decided for this job before, by a scheduler that died.
         size: bytes of a piece.
-        install: what every plan message carries besides the plan.
+        job: what slots build.
         on_event: told of every event.
     """
 
@@ -56,25 +64,24 @@ class Elastic:
         metrics: Metrics,
         ledger: Ledger,
         *,
-        placement: dict[str, Any],
+        inventory: Inventory,
+        history: JobHistory,
         size: Callable[[Piece], int],
-        install: dict[str, Any],
+        job: JobSpec,
         on_event: Callable[[dict[str, Any]], None],
     ) -> None:
         self.config, self.control, self.journal = config, control, journal
         self.folder, self.metrics, self.ledger = folder, metrics, ledger
-        self.placement, self.size, self.install = placement, size, install
+        self.inventory, self.size, self.job = inventory, size, job
         self.events = Events(folder, metrics, config.cluster.replication, on_event)
-        self.wanted = Roles(
-            attention=placement["attention"], experts=placement["experts"], memory=placement["memory"]
-        )
+        self.wish = history.wish or Wish(roles=inventory.roles(config.cluster))
         self.plan: Plan | None = None
-        self.commit: dict[str, Any] | None = None
-        self.counts = np.zeros((0, 0), np.int64)
+        self.commit: Commit | None = None
         self.load = np.zeros((0, 0))
+        for counts in history.counts:
+            self._average(np.array(counts, np.int64))
         self.held: dict[Piece, set[int]] = {}
-        self.generation = 0
-        self.packed_by: Sequence[Sequence[float]] | None = None
+        self.generation = history.generation
         self.since_change = 0
         self._pending: Change | None = None
         self._stalls = 0
@@ -83,6 +90,17 @@ class Elastic:
     @property
     def fleet(self) -> Fleet:
         return self.control.fleet
+
+    @property
+    def wanted(self) -> Roles:
+        """Slots of each role that plans shall have."""
+        return self.wish.roles
+
+    def ask(self, wish: Wish) -> None:
+        """Want something else from now on; it is journalled first, so that no scheduler's death undoes it."""
+        step = self.commit.step if self.commit else 0
+        self.journal.append("wish", generation=self.generation, step=step, wish=to_plain(wish))
+        self.wish = wish
 
     # -- entering a generation -----------------------------------------------------------------
 
@@ -96,12 +114,13 @@ class Elastic:
             replication=c.replication,
             colocated=c.colocated,
             nodes={slot: m.node for slot, m in members.items()},
-            **self.placement,
+            inventory=self.inventory,
+            roles=self.wanted,
         )
         try:
-            self._enter(self.plan, step, restore={"checkpoint": restore}, pulls=None)
+            self._enter(self.plan, step, restore=Restore(checkpoint=restore), pulls=None)
         except (SlotsLostError, StalledError) as error:
-            self._settle(error, step, restore={"checkpoint": restore})
+            self._settle(error, step, restore=Restore(checkpoint=restore))
         self._event("start", step, f"{len(self.plan.addresses)} slots")
 
     def take_over(self, plan: Plan, step: int) -> None:
@@ -150,7 +169,7 @@ class Elastic:
             roles = "+".join(self.plan.roles_of(loss.slot))
             self._event("lost", step, f"slot {loss.slot} ({roles}): {loss.cause}")
 
-    def _settle(self, error: Exception, step: int, *, restore: dict[str, Any] | None) -> int:
+    def _settle(self, error: Exception, step: int, *, restore: Restore | None) -> int:
         """Try generations until one holds; what is lost on the way is left out of the next."""
         while True:
             if isinstance(error, SlotsLostError):
@@ -174,7 +193,7 @@ class Elastic:
                 if isinstance(error, SlotsLostError):
                     self._tell_losses(error, step)
 
-    def _give_back(self, change: Moves, step: int) -> tuple[dict[str, Any], int]:
+    def _give_back(self, change: Moves, step: int) -> tuple[Restore, int]:
         """Restore what nobody holds any more from the newest checkpoint, or stop where that is not wanted."""
         newest = self.folder.newest_checkpoint()
         back = checkpoint.read_manifest(newest)["step"] if newest else 0
@@ -189,31 +208,32 @@ class Elastic:
         self.folder.rewind(back)
         self.journal.append("restore", generation=self.generation, step=back, checkpoint=str(newest or ""))
         self.commit = None
-        return {"checkpoint": str(newest or "")}, back
+        return Restore(checkpoint=str(newest or "")), back
 
-    def _enter(self, new: Plan, step: int, *, restore: dict[str, Any] | None, pulls: Moves | None) -> None:
+    def _enter(self, new: Plan, step: int, *, restore: Restore | None, pulls: Moves | None) -> None:
         """Journal a plan, send it, and wait until every slot has its roles and state."""
         started = time.monotonic()
         self.generation = new.generation
-        self.journal.append("plan", generation=new.generation, step=step, plan=new.to_dict())
+        self.journal.append("plan", generation=new.generation, step=step, plan=to_plain(new))
         mailbox = self.control.mailbox
         mailbox.adopt(new.generation)
         mailbox.transport.connect(new.addresses)
         sources = {source for listed in (pulls.pulls.values() if pulls else ()) for source in listed}
         self.control.needed = role_holders(new) | sources
-        body = self.install | {
-            "plan": new.to_dict(),
-            "scheduler": mailbox.transport.address,
-            "step": step,
-            "restore": restore,
-            "commit": self.commit,
-        }
 
         def send(slots: Collection[int]) -> None:
             for slot in slots:
                 own = pulls.pulls.get(slot, {}) if pulls else {}
-                full = body | {"pulls": [[source, pieces] for source, pieces in own.items()]}
-                self.control.post([slot], "plan", step=step, body=full, arrays=(self.counts,))
+                body = InstallPlan(
+                    plan=new,
+                    job=self.job,
+                    scheduler=mailbox.transport.address,
+                    step=step,
+                    restore=restore,
+                    commit=self.commit,
+                    pulls=tuple(PullFrom(source=source, pieces=tuple(p)) for source, p in own.items()),
+                )
+                self.control.post([slot], body, step=step)
 
         send(new.addresses)
         self._wait_until_installed(set(new.addresses), send, step)
@@ -239,13 +259,13 @@ class Elastic:
         deadline, sent = time.monotonic() + INSTALL_DEADLINE_S, time.monotonic()
         while waiting:
             try:
-                message = next(self.control.messages("installed stale", RESEND_S))
+                message = next(self.control.messages(Installed, Stale, deadline_s=RESEND_S))
             except StalledError:
                 if time.monotonic() > deadline:
                     raise
                 send(waiting)
                 continue
-            if message.kind == "stale":
+            if isinstance(message.body, Stale):
                 # It lives, but what it holds is of another step: it starts empty in the next generation.
                 loss = Loss(
                     slot=message.source, cause=f"its state is not of step {step}", noticed=time.monotonic()
@@ -259,14 +279,11 @@ class Elastic:
 
     # -- between two steps ---------------------------------------------------------------------
 
-    def committed(self, commit: dict[str, Any], counts: np.ndarray) -> None:
+    def committed(self, commit: Commit) -> None:
         """Take note of a committed step: it ends a change of generation for good."""
         assert self.plan is not None
-        self.commit, self.counts = commit, counts
-        if counts.size:
-            fresh = counts.astype(np.float64)
-            same = self.load.shape == fresh.shape
-            self.load = LOAD_DECAY * self.load + (1 - LOAD_DECAY) * fresh if same else fresh
+        self.commit = commit
+        self._average(commit.counts_LE.numpy())
         self.held = {piece: set(slots) for piece, slots in holdings(self.plan).items()}
         self.since_change += 1
         self._stalls = 0
@@ -279,7 +296,13 @@ class Elastic:
             text = (
                 f"back after {change.phases['total']:.2f} s ({change.parts()}), generation {self.generation}"
             )
-            self._event(change.kind, commit["step"], text, phases=change.phases)
+            self._event(change.kind, commit.step, text, phases=change.phases)
+
+    def _average(self, counts: np.ndarray) -> None:
+        if counts.size:
+            fresh = counts.astype(np.float64)
+            same = self.load.shape == fresh.shape
+            self.load = LOAD_DECAY * self.load + (1 - LOAD_DECAY) * fresh if same else fresh
 
     def between_steps(self, step: int) -> None:
         """Do what the policy says: start slots, resize, rebalance, retire.
@@ -301,7 +324,7 @@ class Elastic:
             self._change("resized", f"{before} to", step, self._replanned(decision.roles))
         elif isinstance(decision, Rebalance):
             # From now on every plan is packed by these loads: counting again would move the experts back.
-            self.packed_by = decision.loads
+            self.ask(replace(self.wish, packed_by=tuple(tuple(row) for row in decision.loads)))
             self._change("rebalanced", "experts packed by load", step, self._replanned(self.wanted))
         elif self.since_change > 0:
             self._retire_idle()
@@ -355,6 +378,7 @@ class Elastic:
             rebalance_above=c.rebalance_above,
             rebalance_every=c.rebalance_every,
             colocated=c.colocated,
+            parts=self.inventory.parts_for(self.wanted),
         )
 
     def _replanned(self, roles: Roles) -> Plan:
@@ -370,7 +394,8 @@ class Elastic:
             replication=c.replication,
             colocated=c.colocated,
             nodes={slot: m.node for slot, m in members.items()},
-            loads=self.packed_by,
+            loads=self.wish.packed_by,
+            parts=self.inventory.parts_for(roles),
         )
 
     # -- for people ----------------------------------------------------------------------------
@@ -382,15 +407,16 @@ class Elastic:
             ConfigError: it cannot be; nothing was changed.
         """
         fleet = self.fleet
-        self.wanted = check_request(
+        roles = check_request(
             role,
             count,
             self.wanted,
-            self.placement,
+            self.inventory,
             self.config.cluster,
             slots=len(fleet.members()) + fleet.starting(),
             room=fleet.room(),
         )
+        self.ask(replace(self.wish, roles=roles))
 
     def is_settled(self) -> bool:
         """Whether the plan is as wanted and no change is under way."""

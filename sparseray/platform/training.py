@@ -1,6 +1,6 @@
 """The training loop: drives one step after another through the slots, with a two-phase commit.
 
-Phase one: attention workers run their logical shards, gradients are reduced, and every holder
+Phase one: attention workers run their parts, gradients are reduced, and every holder
 reports norms and digests. Phase two: the decision is journalled, then every holder applies it.
 A step that is not in the journal has not happened; one that a loss cuts off runs again. Changes of
 who holds what are in elastic.py. Runs in the scheduler's thread.
@@ -14,17 +14,32 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from sparseray.actors.state.assignment import Plan
-from sparseray.actors.wire.messages import Message
-from sparseray.errors import ConfigError, SlotsLostError, UserError
+from sparseray.actors.wire.codec import to_plain
+from sparseray.actors.wire.envelope import Message
+from sparseray.actors.wire.messages import (
+    Commit,
+    Evaluate,
+    Evaluated,
+    PartDone,
+    Prepared,
+    RunStep,
+    SaveCheckpoint,
+    Saved,
+    SavedTensor,
+)
+from sparseray.errors import SlotsLostError, UserError
 from sparseray.platform.config import OptimConfig, RunConfig, to_dict
 from sparseray.platform.fleet.control import Control, StalledError
 from sparseray.platform.generations import Elastic
 from sparseray.platform.metrics.exporter import Metrics
 from sparseray.platform.metrics.training import StepMetrics
+from sparseray.platform.opening import Validation
 from sparseray.platform.run import checkpoint
 from sparseray.platform.run.folder import RunFolder
+from sparseray.platform.run.history import JobHistory
 from sparseray.platform.run.journal import Journal
 from sparseray.platform.run.ledger import Ledger
 
@@ -43,30 +58,32 @@ class StepReports:
     """What has come in for one step.
 
     Args:
-        shards: logical shard to its report.
-        counts: logical shard to tokens per moe layer and expert.
+        parts: part to its report.
         norms: squared gradient norm of every logical tensor.
         digests: gradient digest by (tensor, slot).
         prepared: (slot, role) that are ready to commit.
     """
 
-    shards: dict[int, dict[str, Any]] = field(default_factory=dict)
-    counts: dict[int, np.ndarray] = field(default_factory=dict)
+    parts: dict[int, PartDone] = field(default_factory=dict)
     norms: dict[str, float] = field(default_factory=dict)
     digests: dict[str, dict[int, int]] = field(default_factory=dict)
     prepared: set[tuple[int, str]] = field(default_factory=set)
 
-    def take(self, message: Message) -> None:
+    def take(self, message: Message[PartDone | Prepared]) -> None:
         """Add one message."""
         body = message.body
-        if message.kind == "shard":
-            self.shards[message.shard] = body
-            self.counts[message.shard] = message.arrays[0]
+        if isinstance(body, PartDone):
+            self.parts[message.part] = body
         else:
-            self.prepared.add((message.source, body["role"]))
-            self.norms |= body["norms"]
-            for name, value in body["digests"].items():
+            self.prepared.add((message.source, body.role))
+            self.norms |= body.norms
+            for name, value in body.digests.items():
                 self.digests.setdefault(name, {})[message.source] = value
+
+    @property
+    def counts_LE(self) -> np.ndarray:
+        """Tokens per moe layer and expert over all parts, int64."""
+        return np.asarray(sum(part.counts_LE.numpy() for part in self.parts.values()))
 
     def check_replicas(self) -> None:
         """Stop when replicas hold different gradients: that is a defect, and applying them would hide it."""
@@ -83,8 +100,7 @@ class Trainer:
         control: conversation with the slots.
         elastic: who holds what.
         journal, folder, metrics, ledger: where decisions, results, series and time go.
-        bytes_per_token: of the validation split, for bits per byte.
-        validation_batches: of one validation.
+        validation: how the validation loss is measured.
         on_record: told of every step's record.
         should_stop: asked between two steps.
     """
@@ -99,14 +115,13 @@ class Trainer:
         metrics: Metrics,
         ledger: Ledger,
         *,
-        bytes_per_token: float,
-        validation_batches: int,
+        validation: Validation,
         on_record: Callable[[dict[str, Any]], None],
         should_stop: Callable[[], bool],
     ) -> None:
         self.config, self.control, self.elastic = config, control, elastic
         self.journal, self.folder, self.metrics, self.ledger = journal, folder, metrics, ledger
-        self.bytes_per_token, self.validation_batches = bytes_per_token, validation_batches
+        self.validation = validation
         self.on_record, self.should_stop = on_record, should_stop
         self.step_metrics = StepMetrics(metrics, config)
         self.step = 0
@@ -126,20 +141,23 @@ class Trainer:
         self.folder.rewind(self.step)
         self.elastic.begin(self.step, str(newest or ""))
 
-    def take_over(self, plan: Plan, commit: dict[str, Any] | None, step: int) -> None:
+    def take_over(self, history: JobHistory) -> None:
         """Go on where a scheduler that died had stopped: at the last step in its journal."""
-        self.step = step
-        if commit is not None:
-            record = commit.pop("record")
-            self.elastic.commit = commit
-            self.elastic.counts = np.array(record["expert_load"], np.int64)
+        assert history.plan is not None
+        self.step = history.step
+        if history.commit is not None:
+            record = history.commit["record"]
+            self.elastic.commit = Commit(
+                counts_LE=torch.tensor(record["expert_load"], dtype=torch.int64),
+                **{name: history.commit[name] for name in ("step", "lr", "memory_lr", "scale")},
+            )
             # A line that was cut short by the kill would swallow the next one.
-            self.folder.rewind(step)
+            self.folder.rewind(self.step)
             records = self.folder.records()
-            if not records or records[-1]["step"] < step:
+            if not records or records[-1]["step"] < self.step:
                 self.folder.append(record)
         self._set_due()
-        self.elastic.take_over(plan, step)
+        self.elastic.take_over(history.plan, self.step)
 
     def run(self) -> None:
         """Train to the last step or until asked to stop; leaves a checkpoint."""
@@ -174,38 +192,48 @@ class Trainer:
         """Run one step and commit it."""
         with self.ledger.state("productive"):
             started, step = time.perf_counter(), self.step + 1
-            self.control.post(self.plan.attention, "step", step=step)
+            self.control.post(self.plan.attention, RunStep(), step=step)
             reports = self._collect(step)
             lr = learning_rate(step, self.config.optim, self.config.train.steps)
             norm = math.sqrt(math.fsum(reports.norms.values()))
             if not math.isfinite(norm):
                 self.step_metrics.refused()
                 raise UserError(
-                    f"the gradient norm of step {step} is {norm}: nothing was applied; "
-                    f"lower optim.lr={self.config.optim.lr:g} and resume from the last checkpoint"
+                    f"the gradient norm of step {step} is {norm}: nothing was applied; the same command with "
+                    f"--optim.lr={self.config.optim.lr / 10:g} goes on from the last checkpoint at a tenth of the rate"
                 )
             scale = min(1.0, self.config.optim.clip / (norm + 1e-6)) if self.config.optim.clip else 1.0
-            counts = np.asarray(sum(reports.counts.values()))
+            counts = reports.counts_LE
             record = self._record_of(reports, step, counts, lr, norm, time.perf_counter() - started)
             memory_lr = lr * self.config.optim.memory_lr_scale
-            commit: dict[str, Any] = {"step": step, "lr": lr, "memory_lr": memory_lr, "scale": scale}
-            self.journal.append("commit", generation=self.plan.generation, record=record, **commit)
-            self.control.post(self.plan.addresses, "commit", step=step, body=commit, arrays=(counts,))
+            commit = Commit(
+                step=step, lr=lr, memory_lr=memory_lr, scale=scale, counts_LE=torch.from_numpy(counts)
+            )
+            self.journal.append(
+                "commit",
+                generation=self.plan.generation,
+                record=record,
+                step=step,
+                lr=lr,
+                memory_lr=memory_lr,
+                scale=scale,
+            )
+            self.control.post(self.plan.addresses, commit, step=step)
         self.step = step
         self.folder.append(record)
         self.on_record(record)
-        self.elastic.committed(commit, counts)
+        self.elastic.committed(commit)
         self._measure(reports, record)
 
     def _collect(self, step: int) -> StepReports:
         reports, plan = StepReports(), self.plan
         roles = (("dense", plan.dense), ("expert", plan.expert_holders), ("memory", plan.memory_holders))
         expected = {(slot, role) for role, slots in roles for slot in slots}
-        for message in self.control.messages("shard prepared"):
+        for message in self.control.messages(PartDone, Prepared):
             if message.step != step:
                 continue
             reports.take(message)
-            if len(reports.shards) == self.config.train.logical_shards and reports.prepared >= expected:
+            if len(reports.parts) == self.config.train.logical_shards and reports.prepared >= expected:
                 break
         reports.check_replicas()
         return reports
@@ -213,13 +241,13 @@ class Trainer:
     def _record_of(
         self, reports: StepReports, step: int, counts: np.ndarray, lr: float, norm: float, seconds: float
     ) -> dict[str, Any]:
-        order = sorted(reports.shards)
-        tokens = sum(reports.shards[shard]["tokens"] for shard in order)
+        order = sorted(reports.parts)
+        tokens = sum(reports.parts[part].tokens for part in order)
         load = counts.max(1) / np.maximum(counts.mean(1), 1e-9) if counts.size else np.ones(1)
         return {
             "step": step,
-            "loss": math.fsum(reports.shards[shard]["loss_sum"] for shard in order) / tokens,
-            "aux_loss": math.fsum(reports.shards[shard]["aux_loss"] for shard in order) / len(order),
+            "loss": math.fsum(reports.parts[part].loss_sum for part in order) / tokens,
+            "aux_loss": math.fsum(reports.parts[part].aux_loss for part in order) / len(order),
             "grad_norm": norm,
             "lr": lr,
             "tokens": tokens,
@@ -232,25 +260,25 @@ class Trainer:
         }
 
     def _measure(self, reports: StepReports, record: dict[str, Any]) -> None:
-        order = sorted(reports.shards)
-        self.step_metrics.step(record, [reports.shards[shard]["seconds"] for shard in order])
+        order = sorted(reports.parts)
+        self.step_metrics.step(record, [reports.parts[part].seconds for part in order])
 
     def evaluate(self) -> None:
         """Measure the validation loss; it changes no state."""
-        batches = [
-            (index, self.plan.shard_owners[index % self.config.train.logical_shards])
-            for index in range(self.validation_batches)
-        ]
+        batches = tuple(
+            (index, self.plan.part_owners[index % self.config.train.logical_shards])
+            for index in range(self.validation.batches)
+        )
         found: dict[int, tuple[float, int]] = {}
         with self.ledger.state("evaluating"):
-            self.control.post(self.plan.attention, "evaluate", step=self.step + 1, body={"batches": batches})
-            for message in self.control.messages("evaluated"):
-                found |= {int(index): tuple(value) for index, value in message.body["losses"].items()}
+            self.control.post(self.plan.attention, Evaluate(batches=batches), step=self.step + 1)
+            for message in self.control.messages(Evaluated):
+                found |= message.body.losses
                 if len(found) == len(batches):
                     break
         tokens = sum(value[1] for value in found.values())
         loss = math.fsum(found[index][0] for index in sorted(found)) / tokens
-        bits = loss / math.log(2.0) / self.bytes_per_token
+        bits = loss / math.log(2.0) / self.validation.bytes_per_token
         record = {"step": self.step, "eval_loss": loss, "eval_bits_per_byte": bits, "eval_tokens": tokens}
         self.folder.append_evaluation(record)
         self.on_record(record)
@@ -258,7 +286,28 @@ class Trainer:
         self.metrics.record("eval_bpb", bits)
 
     def save(self) -> None:
-        """Write a checkpoint of the committed step; it counts once its folder has its final name."""
+        """Write a checkpoint of the committed step; training goes on from memory where that fails, and tells of it.
+
+        Raises:
+            UserError: it was the last one of the run.
+        """
+        try:
+            self._save()
+        except (OSError, UserError) as error:
+            checkpoint.give_up(self.folder.checkpoints, self.step)
+            text = f"no checkpoint of step {self.step}: {' '.join(str(error).split())}"
+            members = set(self.control.fleet.members())
+            self.elastic.events.tell(
+                "unsaved", self.step, text, generation=self.plan.generation, plan=self.plan, members=members
+            )
+            if self._is_last:
+                raise UserError(
+                    f"{text}; free space or mend {self.folder.checkpoints}, and the same command goes on from the "
+                    "newest checkpoint there"
+                ) from None
+
+    def _save(self) -> None:
+        """Write a checkpoint; it counts once its folder has its final name."""
         started = time.perf_counter()
         with self.ledger.state("checkpointing"):
             unfinished = checkpoint.begin(self.folder.checkpoints, self.step)
@@ -291,27 +340,14 @@ class Trainer:
         plan = self.plan
         waiting = {plan.dense[0], *plan.expert_primaries, *plan.memory_primaries}
         # As a part of the open step, so that a slot that has not applied the last commit yet keeps it back.
-        body = {"directory": str(unfinished)}
-        self.control.post(sorted(waiting), "checkpoint", step=self.step + 1, body=body)
-        tensors: dict[str, Any] = {}
-        for message in self.control.messages("saved", self.control.deadline_s + 60):
-            tensors |= message.body["tensors"]
+        body = SaveCheckpoint(directory=str(unfinished))
+        self.control.post(sorted(waiting), body, step=self.step + 1)
+        tensors: dict[str, SavedTensor] = {}
+        for message in self.control.messages(Saved, deadline_s=self.control.deadline_s + 60):
+            if message.step != self.step + 1:
+                continue  # Of a checkpoint that was given up.
+            tensors |= message.body.tensors
             waiting.discard(message.source)
             if not waiting:
                 break
-        return tensors
-
-
-def validation_batch_count(windows: int, config: RunConfig) -> int:
-    """Validation batches that a split of `windows` sequences can give.
-
-    Raises:
-        ConfigError: not even one.
-    """
-    per_batch = config.train.sequences_per_shard
-    if windows < per_batch:
-        raise ConfigError(
-            f"the validation split has {windows} sequences of {config.train.seq_len} tokens and a batch takes {per_batch}; "
-            "prepare more data, or lower train.seq_len or train.sequences_per_shard"
-        )
-    return min(config.train.eval_batches, windows // per_batch)
+        return {name: to_plain(entry) for name, entry in tensors.items()}

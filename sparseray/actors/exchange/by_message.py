@@ -6,31 +6,35 @@ Combination runs here, over k in order, so no bit depends on who computed a row.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from sparseray.actors.state.assignment import Plan
+from sparseray.actors.wire.envelope import Body
+from sparseray.actors.wire.messages import ExpertBackward, ExpertForward, ExpertRows, FetchRows, MemoryRows
 from sparseray.kernels.moe.reference import group_by_expert
+
+R = TypeVar("R", bound=Body)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Call:
-    """One request to a slot; `kind`, `layer`, `body` and `arrays` as in `Message`."""
+    """One request to a slot; `layer` as in `Message`."""
 
     to: int
-    kind: str
+    body: Body
     layer: int = -1
-    body: dict[str, Any]
-    arrays: tuple[np.ndarray, ...]
 
 
-# Sends requests of the current (step, shard), waits, and returns the arrays of each reply in the same order.
-Caller = Callable[[Sequence[Call]], list[tuple[np.ndarray, ...]]]
+class Caller(Protocol):
+    """Sends requests of the current step and part, and returns their replies, of one kind, in the same order."""
+
+    def __call__(self, calls: Sequence[Call], reply: type[R]) -> list[R]: ...
 
 
 @dataclass(frozen=True)
@@ -53,19 +57,19 @@ class RemoteExperts:
         call: how to reach them.
         moe_layers: transformer layers that have experts, in order.
 
-    `shard` is the logical shard that runs now: of an expert with several computing holders it names one.
+    `part` is the one that runs now: of an expert with several computing holders it names one.
     """
 
     def __init__(self, plan: Plan, call: Caller, moe_layers: Sequence[int]) -> None:
         self.call = call
         self.index = {layer: index for index, layer in enumerate(moe_layers)}
-        self.shard = 0
+        self.part = 0
         self._plan = plan
         self._holders: dict[tuple[int, int], dict[int, list[int]]] = {}
 
     def holders(self, layer: int) -> dict[int, list[int]]:
-        """Experts of the layer with index `layer` by the slot that computes them for the current shard."""
-        key = (layer, self.shard if self._plan.spread else 0)
+        """Experts of the layer with index `layer` by the slot that computes them for the current part."""
+        key = (layer, self.part if self._plan.spread else 0)
         if key not in self._holders:
             found: dict[int, list[int]] = {}
             for expert in range(len(self._plan.experts[layer])):
@@ -121,17 +125,22 @@ class _RemoteExperts(torch.autograd.Function):
             [
                 Call(
                     to=route.to,
-                    kind="expert_forward",
                     layer=layer,
-                    body={"experts": route.experts, "counts": route.counts, "keep": keep},
-                    arrays=(x_TH.detach()[route.tokens_U].numpy(), route.rows_R.numpy()),
+                    body=ExpertForward(
+                        experts=tuple(route.experts),
+                        counts=tuple(route.counts),
+                        keep=keep,
+                        x_UH=x_TH.detach()[route.tokens_U],
+                        rows_R=route.rows_R,
+                    ),
                 )
                 for route in routes
-            ]
+            ],
+            ExpertRows,
         )
         y_RH = torch.empty(T * K, H)
-        for route, (y,) in zip(routes, replies):
-            y_RH[route.order_R] = torch.from_numpy(y)
+        for route, reply in zip(routes, replies):
+            y_RH[route.order_R] = reply.rows_RH
         y_TKH = y_RH.view(T, K, H)
         ctx.remote, ctx.layer, ctx.routes = remote, layer, routes
         ctx.save_for_backward(y_TKH, weights_TK)
@@ -146,17 +155,18 @@ class _RemoteExperts(torch.autograd.Function):
             [
                 Call(
                     to=route.to,
-                    kind="expert_backward",
                     layer=ctx.layer,
-                    body={},
-                    arrays=(dout_TH[route.tokens_U].numpy(), flat_weights[route.order_R].numpy()),
+                    body=ExpertBackward(
+                        dout_UH=dout_TH[route.tokens_U], weights_R=flat_weights[route.order_R]
+                    ),
                 )
                 for route in ctx.routes
-            ]
+            ],
+            ExpertRows,
         )
         dx_RH = torch.empty(T * K, H)
-        for route, (dx,) in zip(ctx.routes, replies):
-            dx_RH[route.order_R] = torch.from_numpy(dx)
+        for route, reply in zip(ctx.routes, replies):
+            dx_RH[route.order_R] = reply.rows_RH
         dweights_TK = (y_TKH * dout_TH[:, None]).sum(-1)
         return dx_RH.view(T, K, H).sum(1), dweights_TK, None, None, None
 
@@ -206,23 +216,22 @@ class RemoteMemory:
         started = time.perf_counter()
         distinct = [np.unique(rows, return_inverse=True) for rows in rows_LN]
         owners = [self.owner_of(layer, unique) for layer, (unique, _) in enumerate(distinct)]
-        calls = [
-            Call(
-                to=slot,
-                kind="rows",
-                body={},
-                arrays=tuple(unique[owner == slot] for (unique, _), owner in zip(distinct, owners)),
+        wanted = {
+            slot: tuple(
+                torch.from_numpy(unique[owner == slot]) for (unique, _), owner in zip(distinct, owners)
             )
             for slot in self.slots
-        ]
-        replies = self.call(calls)
+        }
+        replies = self.call(
+            [Call(to=slot, body=FetchRows(rows_LN=rows)) for slot, rows in wanted.items()], MemoryRows
+        )
         found = []
         for layer, ((unique, inverse), owner) in enumerate(zip(distinct, owners)):
-            values = np.empty((len(unique), replies[0][layer].shape[1]), np.float32)
+            values = np.empty((len(unique), replies[0].values_LND[layer].shape[1]), np.float32)
             for slot, reply in zip(self.slots, replies):
-                values[owner == slot] = reply[layer]
+                values[owner == slot] = reply.values_LND[layer].float().numpy()
             found.append(torch.from_numpy(np.take(values, inverse.reshape(-1), axis=0)))
-        by_slot = {call.to: sum(len(rows) for rows in call.arrays) for call in calls}
+        by_slot = {slot: sum(len(rows) for rows in rows_LN) for slot, rows_LN in wanted.items()}
         addressed, seconds = sum(len(rows) for rows in rows_LN), time.perf_counter() - started
         self._fetches.append(Fetch(addressed=addressed, rows_by_slot=by_slot, seconds=seconds))
         return found

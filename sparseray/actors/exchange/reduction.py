@@ -1,12 +1,13 @@
-"""The gradients' way of one step: from logical shards to one sum at every holder, then `prepared`.
+"""The gradients' way of one step: from parts to one sum at every holder, then `prepared`.
 
 Dense gradients go to the first dense holder, which shares the sum; experts and memory rows are
 reduced where they live, and primaries send the sum to their backups. Sums follow tree.py, so
 arrival order is free. Phase one of the commit (platform/training.py has phase two).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,15 +17,25 @@ from sparseray.actors.state.assignment import Plan
 from sparseray.actors.state.dense import DenseState
 from sparseray.actors.state.experts import ExpertShard
 from sparseray.actors.state.memory import MemoryShard
+from sparseray.actors.wire.envelope import SCHEDULER, Body, Message
 from sparseray.actors.wire.mailbox import Mailbox
-from sparseray.actors.wire.messages import SCHEDULER, Message
-
-Arrays = tuple[np.ndarray, ...]
+from sparseray.actors.wire.messages import (
+    DenseNode,
+    DenseNodes,
+    DenseReduced,
+    ExpertPart,
+    ExpertReduced,
+    FinishPart,
+    Key,
+    Prepared,
+    RowGradients,
+    RowsReduced,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShardResult:
-    """What one logical shard of a step gave.
+class PartResult:
+    """What one part of a step gave.
 
     Args:
         loss_sum: cross-entropy summed over its tokens, nats.
@@ -63,149 +74,147 @@ class Reduction:
         self.mailbox, self.plan = mailbox, plan
         self.dense, self.experts, self.memory = dense, experts, memory
         self._parts_due: dict[int, set[int]] = {}
-        self.handlers: dict[str, Callable[[Message], None]] = {
-            "finish_shard": self._finish_shard,
-            "expert_part": self._expert_part,
-            "dense_nodes": self._dense_nodes,
-            "dense_reduced": self._dense_reduced,
-            "expert_reduced": self._expert_reduced,
-            "rows_reduced": self._rows_reduced,
+        self.handlers: dict[type[Body], Callable[[Message[Any]], None]] = {
+            FinishPart: self._finish_part,
+            ExpertPart: self._expert_part,
+            DenseNodes: self._dense_nodes,
+            DenseReduced: self._dense_reduced,
+            ExpertReduced: self._expert_reduced,
+            RowsReduced: self._rows_reduced,
         }
 
-    def send_shard(
-        self, step: int, shard: int, result: ShardResult, owner_of: Callable[[int, np.ndarray], np.ndarray]
+    def send_part(
+        self, step: int, part: int, result: PartResult, owner_of: Callable[[int, np.ndarray], np.ndarray]
     ) -> None:
-        """At an attention worker: send a finished shard's row gradients, and word of its end, to all holders.
+        """At an attention worker: send a finished part's row gradients, and word of its end, to all holders.
 
         Args:
-            step, shard: what was finished.
-            result: of the shard.
+            step, part: what was finished.
+            result: of the part.
             owner_of: slot that answers for each row of a memory layer.
         """
         assert self.dense is not None
-        self.dense.tree.add(0, shard, result.gradient)
+        self.dense.tree.add(0, part, result.gradient)
         owners = [owner_of(layer, rows) for layer, (rows, _) in enumerate(result.rows)]
         memory_slots = self.plan.memory_primaries
         for slot in sorted(set(self.plan.expert_primaries) | set(memory_slots)):
-            arrays: Arrays = ()
+            rows: tuple[RowGradients, ...] = ()
             if slot in memory_slots:
-                arrays = tuple(a[owner == slot] for owner, pair in zip(owners, result.rows) for a in pair)
+                rows = _row_gradients(
+                    (rows[owner == slot], sums[owner == slot])
+                    for owner, (rows, sums) in zip(owners, result.rows)
+                )
             if slot == self.mailbox.slot:
-                self.finish(step, shard, arrays)
+                self.finish(step, part, rows)
             else:
-                self.mailbox.post(slot, "finish_shard", step=step, shard=shard, arrays=arrays)
+                self.mailbox.post(slot, FinishPart(rows=rows), step=step, part=part)
 
     def send_dense(self, step: int) -> None:
-        """At an attention worker: send the subtrees of its shards to the reducer."""
+        """At an attention worker: send the subtrees of its parts to the reducer."""
         assert self.dense is not None
         reducer = self.plan.dense[0]
-        nodes = self.dense.tree.nodes()
         if reducer == self.mailbox.slot:
             self._dense_complete(step)
         else:
-            self.mailbox.post(
-                reducer,
-                "dense_nodes",
-                step=step,
-                body={"nodes": [(level, index) for level, index, _ in nodes]},
-                arrays=tuple(value.numpy() for _, _, value in nodes),
+            nodes = tuple(
+                DenseNode(level=level, index=index, gradient=value)
+                for level, index, value in self.dense.tree.nodes()
             )
+            self.mailbox.post(reducer, DenseNodes(nodes=nodes), step=step)
 
-    def _finish_shard(self, message: Message) -> None:
-        self.finish(message.step, message.shard, message.arrays)
+    def _finish_part(self, message: Message[FinishPart]) -> None:
+        self.finish(message.step, message.part, message.body.rows)
 
-    def finish(self, step: int, shard: int, arrays: Arrays) -> None:
-        """Take note that a logical shard has sent all its gradients here."""
+    def finish(self, step: int, part: int, rows: Sequence[RowGradients]) -> None:
+        """Take note that a part has sent all its gradients here.
+
+        Args:
+            step, part: which.
+            rows: gradients of the table rows that this slot answers for, by memory layer.
+        """
         plan, me = self.plan, self.mailbox.slot
         if self.experts is not None and self.experts.computed:
-            for primary, keys in self._elsewhere(shard).items():
-                part = (self.experts.part(shard, keys),)
-                self.mailbox.post(
-                    primary, "expert_part", step=step, shard=shard, body={"keys": keys}, arrays=part
-                )
-            self._expert_shard_in(step, shard, me)
+            for primary, keys in self._elsewhere(part).items():
+                gradients = self.experts.part(part, keys)
+                self.mailbox.post(primary, ExpertPart(keys=keys, gradients=gradients), step=step, part=part)
+            self._expert_part_in(step, part, me)
         if self.memory is not None and self.memory.primary:
-            pairs = [(np.array(arrays[i]), np.array(arrays[i + 1])) for i in range(0, len(arrays), 2)]
-            if self.memory.add_gradients(shard, pairs):
-                for slot, owned in _backups(plan.buckets, me).items():
-                    packed = tuple(array for key in owned for array in self.memory.reduced[key])
-                    self.mailbox.post(slot, "rows_reduced", step=step, body={"keys": owned}, arrays=packed)
+            pairs = [_copies(layer) for layer in rows]
+            if self.memory.add_gradients(part, pairs):
+                for keys, slots in _backups(plan.buckets, me).items():
+                    reduced = _row_gradients(self.memory.reduced[key] for key in keys)
+                    self._share(slots, RowsReduced(keys=keys, rows=reduced), step)
                 self._prepared(step, "memory")
 
-    def _elsewhere(self, shard: int) -> dict[int, list[tuple[int, int]]]:
-        """Experts that are computed here for a shard and summed elsewhere, by the slot that sums them."""
+    def _share(self, slots: Sequence[int], body: Body, step: int) -> None:
+        for slot in slots:
+            self.mailbox.post(slot, body, step=step)
+
+    def _elsewhere(self, part: int) -> dict[int, tuple[Key, ...]]:
+        """Experts that are computed here for a part and summed elsewhere, by the slot that sums them."""
         assert self.experts is not None
-        found: dict[int, list[tuple[int, int]]] = {}
+        found: dict[int, list[Key]] = {}
         for key in self.experts.computed:
             computing = self.plan.computing(*key)
-            if computing[shard % len(computing)] == self.mailbox.slot != computing[0]:
+            if computing[part % len(computing)] == self.mailbox.slot != computing[0]:
                 found.setdefault(computing[0], []).append(key)
-        return found
+        return {slot: tuple(keys) for slot, keys in found.items()}
 
-    def _expert_part(self, message: Message) -> None:
+    def _expert_part(self, message: Message[ExpertPart]) -> None:
         assert self.experts is not None
-        keys = [(layer, expert) for layer, expert in message.body["keys"]]
-        self.experts.take_part(message.shard, keys, message.arrays[0])
-        self._expert_shard_in(message.step, message.shard, message.source)
+        self.experts.take_part(message.part, message.body.keys, message.body.gradients)
+        self._expert_part_in(message.step, message.part, message.source)
 
-    def _expert_shard_in(self, step: int, shard: int, source: int) -> None:
-        """Note that one of those who compute our experts for a shard has sent all; sum up once all have."""
+    def _expert_part_in(self, step: int, part: int, source: int) -> None:
+        """Note that one of those who compute our experts for a part has sent all; sum up once all have."""
         assert self.experts is not None
         me, plan = self.mailbox.slot, self.plan
         if not self.experts.primary:
             return
-        if shard not in self._parts_due:
+        if part not in self._parts_due:
             holders = [plan.computing(*key) for key in self.experts.primary]
-            self._parts_due[shard] = {slots[shard % len(slots)] for slots in holders} | {me}
-        self._parts_due[shard].discard(source)
-        if self._parts_due[shard]:
+            self._parts_due[part] = {slots[part % len(slots)] for slots in holders} | {me}
+        self._parts_due[part].discard(source)
+        if self._parts_due[part]:
             return
-        del self._parts_due[shard]
-        if self.experts.finish_shard(shard):
-            for slot, owned in _backups(plan.experts, me).items():
-                self.mailbox.post(
-                    slot,
-                    "expert_reduced",
-                    step=step,
-                    body={"keys": owned},
-                    arrays=(self.experts.pack(owned),),
-                )
+        del self._parts_due[part]
+        if self.experts.finish_part(part):
+            for keys, slots in _backups(plan.experts, me).items():
+                gradients = self.experts.pack(keys)
+                self._share(slots, ExpertReduced(keys=keys, gradients=gradients), step)
             self._prepared(step, "expert")
 
-    def _dense_nodes(self, message: Message) -> None:
+    def _dense_nodes(self, message: Message[DenseNodes]) -> None:
         assert self.dense is not None
-        for (level, index), array in zip(message.body["nodes"], message.arrays):
-            self.dense.tree.add(level, index, torch.tensor(array))
+        for node in message.body.nodes:
+            self.dense.tree.add(node.level, node.index, node.gradient.clone())
         self._dense_complete(message.step)
 
     def _dense_complete(self, step: int) -> None:
-        """At the reducer: once all shards are in, share the sum with the other replicas."""
+        """At the reducer: once all parts are in, share the sum with the other replicas."""
         assert self.dense is not None
         self.dense.reduced = self.dense.tree.root
         if self.dense.reduced is not None:
-            for slot in self.plan.dense[1:]:
-                self.mailbox.post(
-                    slot, "dense_reduced", step=step, arrays=(self.dense.reduced.numpy().copy(),)
-                )
+            if len(self.plan.dense) > 1:
+                # One copy for all: frames leave later than the update, which scales the gradient in place.
+                body = DenseReduced(gradient=self.dense.reduced.clone())
+                self._share(self.plan.dense[1:], body, step)
             self._prepared(step, "dense")
 
-    def _dense_reduced(self, message: Message) -> None:
+    def _dense_reduced(self, message: Message[DenseReduced]) -> None:
         assert self.dense is not None
-        self.dense.reduced = torch.tensor(message.arrays[0])
+        self.dense.reduced = message.body.gradient.clone()
         self._prepared(message.step, "dense")
 
-    def _expert_reduced(self, message: Message) -> None:
+    def _expert_reduced(self, message: Message[ExpertReduced]) -> None:
         assert self.experts is not None
-        self.experts.unpack([(layer, expert) for layer, expert in message.body["keys"]], message.arrays[0])
+        self.experts.unpack(message.body.keys, message.body.gradients)
         self._prepared(message.step, "expert")
 
-    def _rows_reduced(self, message: Message) -> None:
+    def _rows_reduced(self, message: Message[RowsReduced]) -> None:
         assert self.memory is not None
-        for i, (layer, bucket) in enumerate(message.body["keys"]):
-            self.memory.reduced[(layer, bucket)] = (
-                np.array(message.arrays[2 * i]),
-                np.array(message.arrays[2 * i + 1]),
-            )
+        for key, rows in zip(message.body.keys, message.body.rows):
+            self.memory.reduced[key] = _copies(rows)
         self._prepared(message.step, "memory")
 
     def _prepared(self, step: int, role: str) -> None:
@@ -228,18 +237,31 @@ class Reduction:
                 return
             norms = self.memory.norms()
             digests = self.memory.digests([k for k in self.memory.owned if len(plan.buckets[k[0]][k[1]]) > 1])
-        body = {"role": role, "norms": norms, "digests": digests}
-        self.mailbox.post(SCHEDULER, "prepared", step=step, body=body)
+        self.mailbox.post(SCHEDULER, Prepared(role=role, norms=norms, digests=digests), step=step)
+
+
+def _row_gradients(pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> tuple[RowGradients, ...]:
+    return tuple(
+        RowGradients(rows_U=torch.from_numpy(rows), sums_UD=torch.from_numpy(sums)) for rows, sums in pairs
+    )
+
+
+def _copies(rows: RowGradients) -> tuple[np.ndarray, np.ndarray]:
+    """The gradients in memory of their own: sums are made in place."""
+    return rows.rows_U.numpy().copy(), rows.sums_UD.numpy().copy()
 
 
 def _backups(
     placement: tuple[tuple[tuple[int, ...], ...], ...], slot: int
-) -> dict[int, list[tuple[int, int]]]:
-    """Keys of which `slot` is the primary, by the slots that back them up."""
-    found: dict[int, list[tuple[int, int]]] = {}
+) -> dict[tuple[Key, ...], list[int]]:
+    """Slots that back up what `slot` is the primary of, by the keys that they share: one message for all of them."""
+    by_slot: dict[int, list[Key]] = {}
     for layer, row in enumerate(placement):
         for index, holders in enumerate(row):
             if holders[0] == slot:
                 for backup in holders[1:]:
-                    found.setdefault(backup, []).append((layer, index))
+                    by_slot.setdefault(backup, []).append((layer, index))
+    found: dict[tuple[Key, ...], list[int]] = {}
+    for backup, keys in by_slot.items():
+        found.setdefault(tuple(keys), []).append(backup)
     return found

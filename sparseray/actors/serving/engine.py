@@ -26,7 +26,6 @@ from sparseray.actors.serving.text_request import GenerationRequest, TokenEvent,
 from sparseray.errors import ConfigError
 from sparseray.log import get_logger
 from sparseray.model.cache import Cache
-from sparseray.model.decode import forward_chunks
 from sparseray.model.dse import Memory
 from sparseray.model.moe import Experts
 from sparseray.model.transformer import Transformer
@@ -273,7 +272,7 @@ class Engine:
             tokens = sequence.next_chunk(self.prefill_chunk)
             prompt_tokens += len(tokens) if sequence.in_prompt else 0
             chunks.append((torch.tensor(tokens, dtype=torch.int64, device=device), sequence.cache))
-        hidden = forward_chunks(self.model, chunks, experts=self.experts, memory=self.memory)
+        hidden = self.model.run_chunks(chunks, experts=self.experts, memory=self.memory)
         self._stats = replace(
             self._stats,
             steps=self._stats.steps + 1,

@@ -4,11 +4,9 @@
 """
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
-Piece = tuple[str, int, int]
-"""The least unit of state that moves: ("dense", 0, 0), ("expert", layer, expert), ("bucket", layer, bucket)."""
+from sparseray.actors.state.pieces import DENSE, Piece
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,18 +16,18 @@ class Plan:
     Args:
         generation: rises by one with every change.
         addresses: slot id to transport address.
-        shard_owners: attention worker (slot id) of every logical shard, [L].
+        part_owners: attention worker (slot id) of every part of the global batch, [L].
         dense: holders of the dense weights: all attention workers and, if those are fewer than
             the replication asks for, backups; the first one reduces the gradients.
         experts: holders of every expert, [moe layers][experts].
         buckets: holders of every memory bucket, [dse layers][buckets].
-        spread: how many of an expert's holders compute it, the first ones, [moe layers][experts]; logical
-            shard s goes to holder s mod spread. Empty: one each.
+        spread: how many of an expert's holders compute it, the first ones, [moe layers][experts]; part p
+            goes to holder p mod spread. Empty: one each.
     """
 
     generation: int
     addresses: dict[int, str]
-    shard_owners: tuple[int, ...]
+    part_owners: tuple[int, ...]
     dense: tuple[int, ...]
     experts: tuple[tuple[tuple[int, ...], ...], ...]
     buckets: tuple[tuple[tuple[int, ...], ...], ...]
@@ -41,13 +39,13 @@ class Plan:
         return holders[: self.spread[layer][expert] if self.spread else 1]
 
     def computes(self, slot: int) -> list[tuple[int, int]]:
-        """(moe layer, expert) pairs that the slot computes for some logical shard."""
+        """(moe layer, expert) pairs that the slot computes for some part."""
         return [key for key in self.experts_of(slot) if slot in self.computing(*key)]
 
     @property
     def attention(self) -> tuple[int, ...]:
-        """Slots that run logical shards, in order of their first shard."""
-        return tuple(dict.fromkeys(self.shard_owners))
+        """Slots that run parts, in order of their first one."""
+        return tuple(dict.fromkeys(self.part_owners))
 
     @property
     def expert_primaries(self) -> tuple[int, ...]:
@@ -69,9 +67,9 @@ class Plan:
         """Slots that hold any bucket, primary or backup."""
         return _slots(slot for layer in self.buckets for holders in layer for slot in holders)
 
-    def shards_of(self, slot: int) -> list[int]:
-        """Logical shards that an attention worker runs, ascending."""
-        return [shard for shard, owner in enumerate(self.shard_owners) if owner == slot]
+    def parts_of(self, slot: int) -> list[int]:
+        """Parts that an attention worker runs, ascending."""
+        return [part for part, owner in enumerate(self.part_owners) if owner == slot]
 
     def experts_of(self, slot: int) -> list[tuple[int, int]]:
         """(moe layer, expert) pairs of which the slot holds a replica."""
@@ -93,14 +91,14 @@ class Plan:
 
     def pieces_of(self, slot: int) -> list[Piece]:
         """All pieces of which the slot holds a replica."""
-        dense: list[Piece] = [("dense", 0, 0)] if slot in self.dense else []
+        dense: list[Piece] = [DENSE] if slot in self.dense else []
         experts: list[Piece] = [("expert", *key) for key in self.experts_of(slot)]
         return dense + experts + [("bucket", *key) for key in self.buckets_of(slot)]
 
     def roles_of(self, slot: int) -> list[str]:
         """Names of the roles that a slot plays, for people to read."""
         roles = []
-        if slot in self.shard_owners:
+        if slot in self.part_owners:
             roles.append("attention")
         if slot in self.expert_primaries:
             roles.append("expert")
@@ -109,27 +107,6 @@ class Plan:
         is_backup = slot in self.dense or slot in self.expert_holders or slot in self.memory_holders
         return roles or (["backup"] if is_backup else ["standby"])
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values that msgpack and JSON can carry."""
-        return asdict(self)
-
-    @staticmethod
-    def from_dict(value: dict[str, Any]) -> "Plan":
-        """Rebuild a plan from `to_dict`."""
-        return Plan(
-            generation=value["generation"],
-            addresses={int(slot): address for slot, address in value["addresses"].items()},
-            shard_owners=tuple(value["shard_owners"]),
-            dense=tuple(value["dense"]),
-            experts=_nested(value["experts"]),
-            buckets=_nested(value["buckets"]),
-            spread=tuple(tuple(row) for row in value["spread"]),
-        )
-
 
 def _slots(slots: Iterable[int]) -> tuple[int, ...]:
     return tuple(sorted(set(slots)))
-
-
-def _nested(rows: Iterable[Iterable[Iterable[int]]]) -> tuple[tuple[tuple[int, ...], ...], ...]:
-    return tuple(tuple(tuple(holders) for holders in row) for row in rows)

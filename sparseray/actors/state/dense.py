@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sparseray.actors.state.adamw import EXP_AVG, EXP_AVG_SQ, AdamW
 from sparseray.actors.state.tree import TreeSum
+from sparseray.kernels.ops import REFERENCE, Ops
 from sparseray.model.config import ModelConfig
 from sparseray.model.dse_layout import DSELayout
 from sparseray.model.transformer import Transformer
@@ -23,8 +24,9 @@ class DenseState:
         config: the model.
         layout: DSE identity, None without memory layers.
         seed: initialisation seed.
-        num_shards: logical shards of a step.
+        num_parts: logical parts of a step.
         betas, eps, weight_decay: of `AdamW`.
+        ops: what the model computes with.
     """
 
     def __init__(
@@ -33,25 +35,26 @@ class DenseState:
         layout: DSELayout | None,
         *,
         seed: int,
-        num_shards: int,
+        num_parts: int,
         betas: tuple[float, float],
         eps: float,
         weight_decay: float,
+        ops: Ops = REFERENCE,
     ) -> None:
-        self.model = Transformer(config, layout, seed=seed)
+        self.model = Transformer(config, layout, seed=seed, ops=ops)
         self.names = [name for name, _ in self.model.named_parameters()]
         self.parameters = list(self.model.parameters())
         self.biases = {name: b for name, b in self.model.named_buffers() if name.endswith("router_bias")}
-        self.num_shards = num_shards
+        self.num_parts = num_parts
         self.adamw = AdamW(betas=betas, eps=eps, weight_decay=weight_decay)
         self.reduced: Tensor | None = None
         self.tree = self._new_tree()
 
     def _new_tree(self) -> TreeSum[Tensor]:
-        return TreeSum(self.num_shards, lambda left, right: left.add_(right))
+        return TreeSum(self.num_parts, lambda left, right: left.add_(right))
 
     def take_gradient(self) -> Tensor:
-        """Flatten the parameters' gradients of one logical shard and clear them; fp32 [P]."""
+        """Flatten the parameters' gradients of one logical part and clear them; fp32 [P]."""
         flat = torch.cat(
             [(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in self.parameters]
         )
@@ -68,11 +71,11 @@ class DenseState:
 
     def digest(self) -> int:
         """CRC-32 of the reduced gradient, to compare replicas."""
-        return crc32(self.reduced_gradient.numpy().data)
+        return crc32(self.reduced_gradient.cpu().numpy().data)
 
     @property
     def reduced_gradient(self) -> Tensor:
-        """The gradient summed over all logical shards."""
+        """The gradient summed over all logical parts."""
         assert self.reduced is not None, "no reduced gradient yet"
         return self.reduced
 
@@ -99,21 +102,31 @@ class DenseState:
         parts = torch.split(flat, [p.numel() for p in self.parameters])
         return [part.view_as(p) for part, p in zip(parts, self.parameters)]
 
-    def tensor_names(self) -> list[str]:
+    def tensor_names(self, *, with_optimizer: bool = True) -> list[str]:
         """Logical names of everything that `tensors` gives."""
-        return [*self.biases, *(name + part for name in self.names for part in ("", EXP_AVG, EXP_AVG_SQ))]
+        suffixes = ("", EXP_AVG, EXP_AVG_SQ) if with_optimizer else ("",)
+        return [*self.biases, *(name + suffix for name in self.names for suffix in suffixes)]
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Everything that a checkpoint must hold, by logical name."""
+    def tensors(self, *, with_optimizer: bool = True) -> dict[str, Tensor]:
+        """Everything that a checkpoint must hold, by logical name; on request without the moments."""
         found: dict[str, Tensor] = {name: p.detach() for name, p in zip(self.names, self.parameters)}
         found |= self.biases
-        return found | self.adamw.tensors(self.names, self.parameters)
+        return found | (self.adamw.tensors(self.names, self.parameters) if with_optimizer else {})
 
-    def load(self, tensors: dict[str, Tensor], step: int) -> None:
-        """Take over what `tensors` gave, at optimizer step `step`."""
+    def load(self, tensors: dict[str, Tensor], step: int, *, with_optimizer: bool = True) -> None:
+        """Take over what `tensors` gave.
+
+        Args:
+            tensors: by logical name.
+            step: optimizer step that they are from.
+            with_optimizer: take over the moments too.
+        """
         with torch.no_grad():
             for name, parameter in zip(self.names, self.parameters):
                 parameter.copy_(tensors[name])
             for name, bias in self.biases.items():
                 bias.copy_(tensors[name])
-        self.adamw.load(self.names, self.parameters, tensors, step)
+        if with_optimizer:
+            self.adamw.load(self.names, self.parameters, tensors, step)
+        else:
+            self.adamw.clear()

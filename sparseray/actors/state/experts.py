@@ -1,34 +1,37 @@
 """An expert shard: routed experts that compute rows for whoever asks, and train in place.
 
-Forward and backward run per (step, logical shard, moe layer) on rows in a fixed order, one expert
+Forward and backward run per (step, logical part, moe layer) on rows in a fixed order, one expert
 after another, so no bit depends on which shard holds an expert. DeepSeekMoE, arXiv 2401.06066.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from zlib import crc32
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from sparseray.actors.state.adamw import AdamW
+from sparseray.actors.state.adamw import adamw_
+from sparseray.actors.state.pieces import Key
+from sparseray.actors.state.slab import MOMENTS, ExpertSlab
 from sparseray.actors.state.tree import TreeSum
 from sparseray.kernels.moe.reference import swiglu_backward, swiglu_forward
 from sparseray.model.config import ModelConfig
 from sparseray.model.init import EXPERT_PARTS, expert_name, expert_shape, initial_expert
 
-Key = tuple[int, int]
-
 
 class ExpertShard:
-    """The experts that one slot holds.
+    """The experts that one slot holds, a slab for each layer.
 
     A replica comes by `initialize` or `load`; `assign` says which replicas count and which compute.
     What is held but no longer assigned stays readable until `trim`, so that a peer can still copy it.
+    All replicas have seen the same number of updates. Gradients are fp32 rows [gate | up | down] of 3*H*I.
 
     Args:
         config: the model.
-        seed, num_shards, betas, eps, weight_decay: as in `DenseState`.
+        seed, num_parts, betas, eps, weight_decay: as in `DenseState`.
+        device: where weights, moments and gradients live.
+        compute_dtype: dtype that forward and backward compute in; None for fp32, from the masters themselves.
     """
 
     def __init__(
@@ -36,21 +39,37 @@ class ExpertShard:
         config: ModelConfig,
         *,
         seed: int,
-        num_shards: int,
+        num_parts: int,
         betas: tuple[float, float],
         eps: float,
         weight_decay: float,
+        device: torch.device | str = "cpu",
+        compute_dtype: torch.dtype | None = None,
     ) -> None:
-        self.config, self.seed = config, seed
+        self.config, self.seed, self.num_parts = config, seed, num_parts
+        self.device = torch.device(device)
         self.shapes = [expert_shape(config, part) for part in EXPERT_PARTS]
         self.size = sum(rows * columns for rows, columns in self.shapes)
-        self.num_shards = num_shards
+        self.slabs = [
+            ExpertSlab(config.moe.expert_dim, config.hidden, device=self.device, compute_dtype=compute_dtype)
+            for _ in config.moe_layers
+        ]
         self.owned: list[Key] = []
         self.primary: list[Key] = []
         self.computed: dict[Key, int] = {}
-        self.weights: dict[Key, list[Tensor]] = {}
-        self.adamw = AdamW(betas=betas, eps=eps, weight_decay=weight_decay)
+        self.updates = 0
+        self._update = partial(adamw_, betas=betas, eps=eps, weight_decay=weight_decay)
         self.discard()
+
+    @property
+    def held(self) -> list[Key]:
+        """Experts that can be read here, assigned or not."""
+        return [(layer, expert) for layer, slab in enumerate(self.slabs) for expert in slab.rows]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of weights, moments and compute copies held here."""
+        return sum(slab.num_bytes for slab in self.slabs)
 
     def names(self, key: Key) -> list[str]:
         """Logical names of an expert's weights."""
@@ -59,9 +78,24 @@ class ExpertShard:
 
     def initialize(self, keys: Sequence[Key]) -> None:
         """Draw the first weights of `keys` from the seed."""
+        self._take(keys, 0)
         for key in keys:
-            layer = self.config.moe_layers[key[0]]
-            self.weights[key] = list(initial_expert(self.config, layer, key[1], seed=self.seed).values())
+            slab, layer = self.slabs[key[0]], self.config.moe_layers[key[0]]
+            drawn = initial_expert(self.config, layer, key[1], seed=self.seed)
+            for matrix, value in zip(slab.matrices(slab.weights, key[1]), drawn.values()):
+                matrix.copy_(value)
+        self._refresh()
+
+    def _take(self, keys: Sequence[Key], updates: int) -> None:
+        """Make room for replicas that have seen so many updates."""
+        assert not self.held or self.updates == updates, "replicas of different steps"
+        self.updates = updates
+        for layer, slab in enumerate(self.slabs):
+            slab.take(expert for of, expert in keys if of == layer)
+
+    def _refresh(self) -> None:
+        for slab in self.slabs:
+            slab.refresh()
 
     def assign(
         self, owned: Sequence[Key], primary: Sequence[Key], computed: Sequence[Key] | None = None
@@ -71,41 +105,40 @@ class ExpertShard:
         Args:
             owned: those that do.
             primary: those of them whose gradient is summed here.
-            computed: those that compute for some logical shard; None for `primary`.
+            computed: those that compute for some logical part; None for `primary`.
         """
         self.owned, self.primary = list(owned), list(primary)
         self.computed = {key: row for row, key in enumerate(primary if computed is None else computed)}
         self.discard()
 
     def trim(self) -> None:
-        """Forget replicas that are held and not assigned."""
-        for key in set(self.weights) - set(self.owned):
-            for weight in self.weights.pop(key):
-                self.adamw.forget(weight)
+        """Forget replicas that are held and not assigned, and give their memory back."""
+        for layer, slab in enumerate(self.slabs):
+            slab.keep(expert for of, expert in self.owned if of == layer)
 
     def discard(self) -> None:
         """Forget saved activations and gradients of the step; the weights stay."""
         self.reduced: dict[Key, Tensor] = {}
-        self.tree: TreeSum[Tensor] = TreeSum(self.num_shards, lambda left, right: left.add_(right))
+        self.tree: TreeSum[Tensor] = TreeSum(self.num_parts, lambda left, right: left.add_(right))
         self._saved: dict[tuple[int, int], list[tuple[Key, Tensor, Tensor, tuple[Tensor, Tensor]]]] = {}
         self._gradients: dict[int, Tensor] = {}
 
     def forward(
         self,
         layer: int,
-        shard: int,
+        part: int,
         x_UH: Tensor,
         rows_R: Tensor,
-        experts: list[int],
-        counts: list[int],
+        experts: Sequence[int],
+        counts: Sequence[int],
         keep: bool,
     ) -> Tensor:
         """Run rows through their experts.
 
         Args:
             layer: moe layer index.
-            shard: logical shard, the key under which activations are kept.
-            x_UH: fp32, tokens that any of this shard's experts needs, once each.
+            part: logical part of the batch, under which activations are kept.
+            x_UH: fp32, tokens that any of this slot's experts needs, once each.
             rows_R: int64, the token of each row, sorted by expert.
             experts, counts: experts asked for and how many rows each has, in row order.
             keep: keep what backward needs.
@@ -113,69 +146,89 @@ class ExpertShard:
         Returns:
             y_RH fp32, one row per (token, expert), unweighted.
         """
-        y_RH = torch.empty(len(rows_R), x_UH.shape[1])
+        slab = self.slabs[layer]
+        weights = slab.compute
+        y_RH = torch.empty(len(rows_R), x_UH.shape[1], device=self.device)
         saved = []
         start = 0
         for expert, count in zip(experts, counts):
             if not count:
                 continue
             rows = rows_R[start : start + count]
-            x = x_UH[rows]
-            y, activations = swiglu_forward(x, *self.weights[(layer, expert)])
+            x = x_UH[rows].to(weights[0].dtype)
+            y, activations = swiglu_forward(x, *slab.matrices(weights, expert))
             y_RH[start : start + count] = y
             if keep:
                 saved.append(((layer, expert), rows, x, activations))
             start += count
         if keep:
-            self._saved[(layer, shard)] = saved
+            self._saved[(layer, part)] = saved
         return y_RH
 
-    def backward(self, layer: int, shard: int, dout_UH: Tensor, weights_R: Tensor) -> Tensor:
+    def backward(self, layer: int, part: int, dout_UH: Tensor, weights_R: Tensor) -> Tensor:
         """Propagate the gradient of the weighted outputs and add up the experts' own gradients.
 
         Args:
-            layer, shard: as in `forward`.
+            layer, part: as in `forward`.
             dout_UH: fp32, gradient of the layer's output for the tokens that were sent.
             weights_R: fp32, routing weight of each row.
 
         Returns:
             dx_RH fp32, gradient of each row's input.
         """
-        gradients = self._of_shard(shard)
-        dx_RH = torch.empty(len(weights_R), dout_UH.shape[1])
+        gradients, slab = self._of_part(part), self.slabs[layer]
+        weights = slab.compute
+        dx_RH = torch.empty(len(weights_R), dout_UH.shape[1], device=self.device)
         start = 0
-        for key, rows, x, activations in self._saved.pop((layer, shard)):
+        for key, rows, x, activations in self._saved.pop((layer, part)):
             stop = start + len(rows)
-            dy = dout_UH[rows] * weights_R[start:stop, None]
-            dx, *parts = swiglu_backward(dy, x, activations, *self.weights[key])
+            dy = (dout_UH[rows] * weights_R[start:stop, None]).to(x.dtype)
+            dx, *three = swiglu_backward(dy, x, activations, *slab.matrices(weights, key[1]))
             dx_RH[start:stop] = dx
-            torch.cat([part.reshape(-1) for part in parts], out=gradients[self.computed[key]])
+            for matrix, value in zip(self._matrices(gradients[self.computed[key]]), three):
+                matrix.copy_(value)
             start = stop
         return dx_RH
 
-    def part(self, shard: int, keys: Sequence[Key]) -> np.ndarray:
-        """Gradients of one shard for experts whose primary is another slot, fp32 [len(keys), 3*H*I]."""
-        gradient = self._of_shard(shard)
-        return gradient[[self.computed[key] for key in keys]].numpy()
+    def _matrices(self, row: Tensor) -> list[Tensor]:
+        """gate, up and down in a row of 3*H*I, as views."""
+        parts = torch.split(row, [rows * columns for rows, columns in self.shapes])
+        return [part.view(shape) for part, shape in zip(parts, self.shapes)]
 
-    def take_part(self, shard: int, keys: Sequence[Key], packed: np.ndarray) -> None:
-        """Take over the gradients of one shard that another holder computed."""
-        rows = [self.computed[key] for key in keys]
-        self._of_shard(shard)[rows] = torch.tensor(packed)
+    def part(self, part: int, keys: Sequence[Key]) -> Tensor:
+        """Gradients of one part for experts whose primary is another slot.
 
-    def _of_shard(self, shard: int) -> Tensor:
-        # A shard that sent no token here has a gradient of zero.
-        if shard not in self._gradients:
-            self._gradients[shard] = torch.zeros(len(self.computed), self.size)
-        return self._gradients[shard]
+        Args:
+            part: logical part of the batch.
+            keys: experts that are computed here.
 
-    def finish_shard(self, shard: int) -> bool:
-        """Add a logical shard's gradients, all of which are here, to the sum; True once all shards are in."""
-        gradient = self._of_shard(shard)
-        del self._gradients[shard]
+        Returns:
+            fp32 [len(keys), 3*H*I].
+        """
+        return self._of_part(part)[[self.computed[key] for key in keys]]
+
+    def take_part(self, part: int, keys: Sequence[Key], packed: Tensor) -> None:
+        """Take over the gradients of one part that another holder computed.
+
+        Args:
+            part, keys: as for `part`.
+            packed: what it gave.
+        """
+        self._of_part(part)[[self.computed[key] for key in keys]] = packed.to(self.device)
+
+    def _of_part(self, part: int) -> Tensor:
+        # A part that sent no token here has a gradient of zero.
+        if part not in self._gradients:
+            self._gradients[part] = torch.zeros(len(self.computed), self.size, device=self.device)
+        return self._gradients[part]
+
+    def finish_part(self, part: int) -> bool:
+        """Add a part's gradients, all of which are here, to the sum; True once all parts are in."""
+        gradient = self._of_part(part)
+        del self._gradients[part]
         if len(self.primary) < len(self.computed):
             gradient = gradient[[self.computed[key] for key in self.primary]]
-        self.tree.add(0, shard, gradient)
+        self.tree.add(0, part, gradient)
         root = self.tree.root
         if root is None:
             return False
@@ -196,34 +249,84 @@ class ExpertShard:
 
     def digests(self, keys: Sequence[Key]) -> dict[str, int]:
         """CRC-32 of the reduced gradients of `keys`, to compare replicas."""
-        return {f"expert.{k[0]}.{k[1]}": crc32(self.reduced[k].numpy().data) for k in keys}
+        return {f"expert.{k[0]}.{k[1]}": crc32(self.reduced[k].cpu().numpy().data) for k in keys}
 
-    def pack(self, keys: Sequence[Key]) -> np.ndarray:
+    def pack(self, keys: Sequence[Key]) -> Tensor:
         """Return the reduced gradients of `keys`, fp32 [len(keys), 3*H*I], for a backup."""
-        return torch.stack([self.reduced[key] for key in keys]).numpy()
+        return torch.stack([self.reduced[key] for key in keys])
 
-    def unpack(self, keys: Sequence[Key], packed: np.ndarray) -> None:
-        """Take over what a primary packed."""
-        self.reduced |= {key: torch.tensor(packed[row]) for row, key in enumerate(keys)}
+    def unpack(self, keys: Sequence[Key], packed: Tensor) -> None:
+        """Take over what a primary packed.
+
+        Args:
+            keys: experts of which a replica is assigned here.
+            packed: fp32 [len(keys), 3*H*I]; it is copied.
+        """
+        copied = packed.to(self.device, copy=True)
+        self.reduced |= {key: copied[row] for row, key in enumerate(keys)}
 
     def apply(self, *, lr: float, scale: float) -> None:
-        """Update every replica held here once; forgets the gradients."""
-        weights, gradients = [], []
-        for key in self.owned:
-            parts = torch.split(self.reduced[key].mul_(scale), [a * b for a, b in self.shapes])
-            weights += self.weights[key]
-            gradients += [part.view(shape) for part, shape in zip(parts, self.shapes)]
-        self.adamw.step(weights, gradients, lr=lr)
+        """Update every replica held here once; forgets the gradients, and what is not assigned.
+
+        Args:
+            lr: learning rate of this step.
+            scale: factor on the gradient (global-norm clipping).
+        """
+        self.trim()
+        weights: list[Tensor] = []
+        gradients: list[Tensor] = []
+        first: list[Tensor] = []
+        second: list[Tensor] = []
+        for layer, expert in self.owned:
+            slab = self.slabs[layer]
+            gradients += self._matrices(self.reduced[(layer, expert)].mul_(scale))
+            for found, pair in zip((weights, first, second), (slab.weights, *slab.moments())):
+                found += slab.matrices(pair, expert)
+        if self.owned:
+            # One call over views: torch counts each tensor's updates apart.
+            counts = torch.full((len(weights),), float(self.updates), device=self.device).unbind()
+            self._update(weights, gradients, first, second, counts, lr=lr)
+        self.updates += 1
+        self._refresh()
         self.discard()
 
-    def tensors(self, keys: Sequence[Key]) -> dict[str, Tensor]:
-        """Weights and moments of replicas held here, by logical name."""
-        names = [name for key in keys for name in self.names(key)]
-        weights = [weight for key in keys for weight in self.weights[key]]
-        return dict(zip(names, weights)) | self.adamw.tensors(names, weights)
+    def tensor_names(self, keys: Sequence[Key], *, with_optimizer: bool = True) -> list[str]:
+        """Logical names of everything that `tensors` gives.
 
-    def load(self, keys: Sequence[Key], tensors: dict[str, Tensor], step: int) -> None:
-        """Take over replicas of `keys` as they are at optimizer step `step`."""
+        Args:
+            keys: experts, held or not.
+            with_optimizer: the moments' names too.
+        """
+        suffixes = ("", *MOMENTS) if with_optimizer else ("",)
+        return [name + suffix for key in keys for name in self.names(key) for suffix in suffixes]
+
+    def tensors(self, keys: Sequence[Key], *, with_optimizer: bool = True) -> dict[str, Tensor]:
+        """Weights and moments of replicas held here, by logical name, as views.
+
+        Args:
+            keys: experts that are held.
+            with_optimizer: the moments too.
+        """
+        found = {}
         for key in keys:
-            self.weights[key] = [tensors[name].clone() for name in self.names(key)]
-            self.adamw.load(self.names(key), self.weights[key], tensors, step)
+            slab = self.slabs[key[0]]
+            for suffix, pair in slab.fields(with_optimizer=with_optimizer).items():
+                for name, matrix in zip(self.names(key), slab.matrices(pair, key[1])):
+                    found[name + suffix] = matrix
+        return found
+
+    def load(
+        self, keys: Sequence[Key], tensors: dict[str, Tensor], step: int, *, with_optimizer: bool = True
+    ) -> None:
+        """Take over replicas of `keys`.
+
+        Args:
+            keys: experts.
+            tensors: what `tensors` gave, on any device.
+            step: optimizer step that they are from.
+            with_optimizer: take over the moments too.
+        """
+        self._take(keys, step)
+        for name, matrix in self.tensors(keys, with_optimizer=with_optimizer).items():
+            matrix.copy_(tensors[name])
+        self._refresh()

@@ -9,13 +9,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from sparseray.actors.state.adamw import EXP_AVG, EXP_AVG_SQ
-from sparseray.actors.state.assignment import Piece, Plan
+from sparseray.actors.state.assignment import Plan
 from sparseray.actors.state.dense import DenseState
 from sparseray.actors.state.experts import ExpertShard
 from sparseray.actors.state.memory import MemoryShard
-
-DENSE: Piece = ("dense", 0, 0)
+from sparseray.actors.state.pieces import DENSE, Piece, keys_of
 
 
 class Holdings:
@@ -38,7 +36,7 @@ class Holdings:
     @property
     def held(self) -> set[Piece]:
         """Pieces that can be read here, assigned or not."""
-        found: set[Piece] = {("expert", *key) for key in self.experts.weights}
+        found: set[Piece] = {("expert", *key) for key in self.experts.held}
         if self.memory is not None:
             found |= {("bucket", *key) for key in self.memory.held}
         return found | ({DENSE} if self.dense is not None else set())
@@ -62,41 +60,64 @@ class Holdings:
         """Make pieces from the seed."""
         if DENSE in pieces:
             self.dense = self._new_dense()
-        self.experts.initialize(_keys(pieces, "expert"))
+        self.experts.initialize(keys_of(pieces, "expert"))
         if self.memory is not None:
-            self.memory.initialize(_keys(pieces, "bucket"))
+            self.memory.initialize(keys_of(pieces, "bucket"))
 
-    def names(self, pieces: Sequence[Piece]) -> list[str]:
-        """Logical names of all tensors of `pieces`, held or not."""
+    def names(self, pieces: Sequence[Piece], *, with_optimizer: bool = True) -> list[str]:
+        """Logical names of all tensors of `pieces`.
+
+        Args:
+            pieces: held or not.
+            with_optimizer: name their optimizer state too; what serves needs none.
+        """
         found = []
         if DENSE in pieces:
-            found += (self.dense or self.spare()).tensor_names()
-        for key in _keys(pieces, "expert"):
-            found += [name + part for name in self.experts.names(key) for part in ("", EXP_AVG, EXP_AVG_SQ)]
+            found += (self.dense or self.spare()).tensor_names(with_optimizer=with_optimizer)
+        found += self.experts.tensor_names(keys_of(pieces, "expert"), with_optimizer=with_optimizer)
         if self.memory is not None:
-            found += self.memory.tensor_names(_keys(pieces, "bucket"))
+            found += self.memory.tensor_names(keys_of(pieces, "bucket"), with_optimizer=with_optimizer)
         return found
 
-    def tensors(self, pieces: Sequence[Piece]) -> dict[str, torch.Tensor]:
-        """Tensors of pieces held here, by logical name."""
+    def tensors(self, pieces: Sequence[Piece], *, with_optimizer: bool = True) -> dict[str, torch.Tensor]:
+        """Tensors of pieces, by logical name, as views.
+
+        Args:
+            pieces: held here.
+            with_optimizer: their optimizer state too.
+        """
         found: dict[str, torch.Tensor] = {}
         if DENSE in pieces:
             assert self.dense is not None
-            found |= self.dense.tensors()
-        found |= self.experts.tensors(_keys(pieces, "expert"))
+            found |= self.dense.tensors(with_optimizer=with_optimizer)
+        found |= self.experts.tensors(keys_of(pieces, "expert"), with_optimizer=with_optimizer)
         if self.memory is not None:
-            found |= self.memory.tensors(_keys(pieces, "bucket"))
+            found |= self.memory.tensors(keys_of(pieces, "bucket"), with_optimizer=with_optimizer)
         return found
 
-    def load(self, pieces: Sequence[Piece], tensors: dict[str, torch.Tensor], step: int) -> None:
-        """Take over pieces as they are after optimizer step `step`."""
+    def load(
+        self,
+        pieces: Sequence[Piece],
+        tensors: dict[str, torch.Tensor],
+        step: int,
+        *,
+        with_optimizer: bool = True,
+    ) -> None:
+        """Take over pieces.
+
+        Args:
+            pieces: which.
+            tensors: at least those that `names` names.
+            step: optimizer step that they are from.
+            with_optimizer: take over their optimizer state too; without it they can be read, not updated.
+        """
         if DENSE in pieces:
             dense = self.dense or self.spare()
-            dense.load(tensors, step)
+            dense.load(tensors, step, with_optimizer=with_optimizer)
             self.dense, self._spare = dense, None
-        self.experts.load(_keys(pieces, "expert"), tensors, step)
+        self.experts.load(keys_of(pieces, "expert"), tensors, step, with_optimizer=with_optimizer)
         if self.memory is not None:
-            self.memory.load(_keys(pieces, "bucket"), tensors)
+            self.memory.load(keys_of(pieces, "bucket"), tensors, step, with_optimizer=with_optimizer)
 
     def assign(self, plan: Plan, slot: int) -> None:
         """Take the roles that the plan gives, on pieces that are held; gradients of a step are dropped."""
@@ -108,7 +129,8 @@ class Holdings:
         self.experts.assign(owned, primary, plan.computes(slot))
         if self.memory is not None:
             owned = plan.buckets_of(slot)
-            self.memory.assign(owned, [k for k in owned if plan.buckets[k[0]][k[1]][0] == slot])
+            primary = [k for k in owned if plan.buckets[k[0]][k[1]][0] == slot]
+            self.memory.assign(owned, primary, generation=plan.generation)
 
     def trim(self) -> None:
         """Forget what is held and not assigned."""
@@ -132,7 +154,3 @@ class Holdings:
             self.dense.apply(lr=lr, scale=scale, counts_LE=counts_LE)
         self.experts.apply(lr=lr, scale=scale)
         return 0 if self.memory is None else self.memory.apply(lr=memory_lr, scale=scale)
-
-
-def _keys(pieces: Sequence[Piece], kind: str) -> list[tuple[int, int]]:
-    return [(layer, index) for name, layer, index in pieces if name == kind]

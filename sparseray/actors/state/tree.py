@@ -1,4 +1,4 @@
-"""Sums over logical shards along one aligned binary tree, whoever computed the leaves.
+"""Sums over logical parts along one aligned binary tree, whoever computed the leaves.
 
 Floating-point sums depend on their order. Here node (level, i) is always node (level-1, 2i) plus
 node (level-1, 2i+1), so one worker or eight give the same bits, in whatever order leaves arrive.
@@ -14,7 +14,7 @@ class TreeSum(Generic[T]):
     """Collects leaves or inner nodes and combines siblings as soon as both are there.
 
     Args:
-        leaves: number of logical shards.
+        leaves: number of logical parts.
         combine: (left, right) to their sum; it may reuse `left`'s memory.
     """
 
@@ -38,7 +38,7 @@ class TreeSum(Generic[T]):
 
     @property
     def root(self) -> T | None:
-        """The sum over all shards, or None while some are missing."""
+        """The sum over all parts, or None while some are missing."""
         return self._nodes.get((self._depth, 0))
 
     def nodes(self) -> list[tuple[int, int, T]]:

@@ -1,7 +1,7 @@
 """Token shards to batches: a verified flat array of ids, and a data order without any state.
 
 A split's documents, each ended by the end of text, form one sequence of ids, cut into windows of `seq_len`.
-`batch` is a pure function of (seed, step, logical shard): an epoch is a keyed permutation of all windows, so
+`batch` is a pure function of (seed, step, part): an epoch is a keyed permutation of all windows, so
 any caller on any worker, after any restart, reads the same tokens, and nothing about the order is saved.
 
 Shape suffixes: B sequences, T positions.
@@ -129,7 +129,7 @@ class TokenDataset:
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """The sequences of one logical shard in one step: int64, int64 and bool tensors [B, T]."""
+    """The sequences of one part in one step: int64, int64 and bool tensors [B, T]."""
 
     tokens_BT: "torch.Tensor"
     targets_BT: "torch.Tensor"
@@ -170,34 +170,34 @@ def batch(
     *,
     seed: int,
     step: int,
-    shard: int,
-    num_shards: int,
-    sequences_per_shard: int,
+    part: int,
+    num_parts: int,
+    sequences_per_part: int,
     seq_len: int,
 ) -> Batch:
-    """Return the batch of one logical shard in one step, a pure function of the arguments.
+    """Return the batch of one part in one step, a pure function of the arguments.
 
-    The global batch of a step is `num_shards * sequences_per_shard` consecutive positions of the data
-    order; shard s takes the s-th run of them. Cutting the same global batch otherwise moves no sequence.
+    The global batch of a step is `num_parts * sequences_per_part` consecutive positions of the data
+    order; part p takes the p-th run of them. Cutting the same global batch otherwise moves no sequence.
 
     Returns:
-        Tensors [sequences_per_shard, seq_len] on the CPU; targets are the tokens one position on.
+        Tensors [sequences_per_part, seq_len] on the CPU; targets are the tokens one position on.
 
     Raises:
         DataError: an argument out of range, or a data set shorter than one window.
     """
     import torch  # here, so that preparing data does not wait for it
 
-    if not (0 <= shard < num_shards and step >= 0 and sequences_per_shard >= 1):
+    if not (0 <= part < num_parts and step >= 0 and sequences_per_part >= 1):
         raise DataError(
-            f"step={step}, shard={shard}, num_shards={num_shards}, sequences_per_shard={sequences_per_shard} "
-            "is out of range; need step >= 0, 0 <= shard < num_shards, sequences_per_shard >= 1"
+            f"step={step}, part={part}, num_parts={num_parts}, sequences_per_part={sequences_per_part} "
+            "is out of range; need step >= 0, 0 <= part < num_parts, sequences_per_part >= 1"
         )
     windows = dataset.num_windows(seq_len)
-    first = (step * num_shards + shard) * sequences_per_shard
+    first = (step * num_parts + part) * sequences_per_part
     pairs = [
         dataset.sequence(window_at(position, windows, seed), seq_len)
-        for position in range(first, first + sequences_per_shard)
+        for position in range(first, first + sequences_per_part)
     ]
     tokens = torch.from_numpy(np.stack([tokens for tokens, _ in pairs]))
     return Batch(

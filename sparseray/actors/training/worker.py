@@ -1,6 +1,6 @@
-"""An attention worker: runs its logical shards of a step, forward and backward, one after another.
+"""An attention worker: runs its parts of a step, forward and backward, one after another.
 
-A shard's loss and gradients depend on (seed, step, shard) and the weights alone; which worker runs
+A part's loss and gradients depend on (seed, step, part) and the weights alone; which worker runs
 it, and which slots answer for experts and rows, changes no bit. Called by slot.py once a step.
 """
 
@@ -13,18 +13,18 @@ import torch
 from torch import Tensor
 
 from sparseray.actors.exchange.by_message import RemoteExperts, RemoteMemory
-from sparseray.actors.exchange.reduction import ShardResult
+from sparseray.actors.exchange.reduction import PartResult
 from sparseray.actors.state.dense import DenseState
 from sparseray.kernels.dse.cpu import segment_sum_rows
 from sparseray.model.statistics import Noted, collect
 from sparseray.model.transformer import cross_entropy_sum
 
-# Of one in so many steps a worker's first shard notes statistics; they move slowly.
+# Of one in so many steps a worker's first part notes statistics; they move slowly.
 SAMPLE_EVERY = 10
 
 
 class Batch(Protocol):
-    """One logical shard's tokens of one step: int64 [B, T], targets int64 [B, T], starts bool [B, T]."""
+    """One part's tokens of one step: int64 [B, T], targets int64 [B, T], starts bool [B, T]."""
 
     @property
     def tokens_BT(self) -> Tensor: ...
@@ -38,12 +38,12 @@ Batches = Callable[[int, int], Batch]
 
 
 class AttentionWorker:
-    """Runs logical shards with the dense weights of one slot.
+    """Runs parts with the dense weights of one slot.
 
     Args:
         state: dense weights, shared with the slot that holds them.
         experts, memory: the remote sides of the model's seams.
-        begin: told (step, shard) before the requests of that shard are sent.
+        begin: told (step, part) before the requests of that part are sent.
     """
 
     def __init__(
@@ -60,23 +60,23 @@ class AttentionWorker:
         self.noted: Noted = []
 
     def run_step(
-        self, step: int, shards: Sequence[int], batches: Batches, finish: Callable[[int, ShardResult], None]
+        self, step: int, parts: Sequence[int], batches: Batches, finish: Callable[[int, PartResult], None]
     ) -> None:
-        """Run the shards of one step and hand each result to `finish` as soon as it is there."""
+        """Run the parts of one step and hand each result to `finish` as soon as it is there."""
         self.seconds = dict.fromkeys(("data", "fetch", "forward", "backward"), 0.0)
         started = time.perf_counter()
-        loaded = [batches(step, shard) for shard in shards]
+        loaded = [batches(step, part) for part in parts]
         self._lap("data", started)
         fetched = self._fetch(step, loaded)
-        for shard, batch, (values, rows) in zip(shards, loaded, fetched):
-            self.begin(step, shard)
-            self.experts.shard = shard
-            if shard == shards[0] and step % SAMPLE_EVERY == 0:
+        for part, batch, (values, rows) in zip(parts, loaded, fetched):
+            self.begin(step, part)
+            self.experts.part = part
+            if part == parts[0] and step % SAMPLE_EVERY == 0:
                 with collect() as self.noted:
-                    result = self._run_shard(batch, values, rows)
+                    result = self._run_part(batch, values, rows)
             else:
-                result = self._run_shard(batch, values, rows)
-            finish(shard, result)
+                result = self._run_part(batch, values, rows)
+            finish(part, result)
 
     def _fetch(self, step: int, batches: Sequence[Batch]) -> list[tuple[list[Tensor], list[np.ndarray]]]:
         """Fetch the memory rows of all batches at once: (values, row addresses) of every memory layer, per batch."""
@@ -99,7 +99,7 @@ class AttentionWorker:
         self._lap("fetch", started)
         return list(zip(map(list, zip(*split)), addresses))
 
-    def _run_shard(self, batch: Batch, values: list[Tensor], rows: list[np.ndarray]) -> ShardResult:
+    def _run_part(self, batch: Batch, values: list[Tensor], rows: list[np.ndarray]) -> PartResult:
         started = time.perf_counter()
         model, tokens = self.state.model, batch.targets_BT.numel()
         self.memory.prepare(self.layers, values, train=True)
@@ -111,10 +111,10 @@ class AttentionWorker:
         )
         loss_sum = cross_entropy_sum(model, out.hidden_BTH, batch.targets_BT)
         started = self._lap("forward", started)
-        # Every logical shard has the same number of tokens, so this is the mean over the global batch.
-        (loss_sum / (tokens * self.state.num_shards) + out.aux_loss / self.state.num_shards).backward()
+        # Every part has the same number of tokens, so this is the mean over the global batch.
+        (loss_sum / (tokens * self.state.num_parts) + out.aux_loss / self.state.num_parts).backward()
         gradients = [self.memory.ready[layer].grad for layer in self.layers]
-        result = ShardResult(
+        result = PartResult(
             loss_sum=float(loss_sum.detach()),
             aux_loss=float(out.aux_loss.detach()),
             tokens=tokens,
@@ -127,13 +127,13 @@ class AttentionWorker:
         return result
 
     @torch.no_grad()
-    def evaluate(self, step: int, shards: Sequence[int], batches: Batches) -> dict[int, tuple[float, int]]:
-        """Return (loss sum in nats, tokens) of each shard, with no effect on any state."""
-        loaded = [batches(step, shard) for shard in shards]
+    def evaluate(self, step: int, parts: Sequence[int], batches: Batches) -> dict[int, tuple[float, int]]:
+        """Return (loss sum in nats, tokens) of each part, with no effect on any state."""
+        loaded = [batches(step, part) for part in parts]
         found: dict[int, tuple[float, int]] = {}
-        for shard, batch, (values, _) in zip(shards, loaded, self._fetch(step, loaded)):
-            self.begin(step, shard)
-            self.experts.shard = shard
+        for part, batch, (values, _) in zip(parts, loaded, self._fetch(step, loaded)):
+            self.begin(step, part)
+            self.experts.part = part
             self.memory.prepare(self.layers, values, train=False)
             out = self.state.model(
                 batch.tokens_BT,
@@ -142,7 +142,7 @@ class AttentionWorker:
                 document_starts_BT=batch.document_starts_BT,
             )
             loss = cross_entropy_sum(self.state.model, out.hidden_BTH, batch.targets_BT)
-            found[shard] = (float(loss), batch.targets_BT.numel())
+            found[part] = (float(loss), batch.targets_BT.numel())
         return found
 
     def _lap(self, phase: str, started: float) -> float:

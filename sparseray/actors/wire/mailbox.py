@@ -8,11 +8,8 @@ import itertools
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Any
 
-import numpy as np
-
-from sparseray.actors.wire.messages import Message, Transport, decode, encode
+from sparseray.actors.wire.envelope import Body, Message, Transport, decode, encode
 from sparseray.errors import SlotLostError, SupersededError
 from sparseray.log import get_logger
 
@@ -39,8 +36,8 @@ class Mailbox:
         self.dropped = {"generation": 0, "duplicate": 0, "malformed": 0}
         self._sequence = itertools.count(1)
         self._seen: dict[int, set[int]] = {}
-        self._early: deque[Message] = deque(maxlen=_HELD)
-        self._due: deque[Message] = deque()
+        self._early: deque[Message[Body]] = deque(maxlen=_HELD)
+        self._due: deque[Message[Body]] = deque()
 
     def adopt(self, generation: int) -> None:
         """Enter a generation: older messages are refused from now on, and those that came early are due."""
@@ -55,33 +52,38 @@ class Mailbox:
     def post(
         self,
         to: int,
-        kind: str,
+        body: Body,
         *,
         step: int = -1,
-        shard: int = -1,
+        part: int = -1,
         layer: int = -1,
         reply_to: int = 0,
-        body: dict[str, Any] | None = None,
-        arrays: tuple[np.ndarray, ...] = (),
     ) -> int:
-        """Send one message and return its sequence number."""
+        """Send one message and return its sequence number.
+
+        Args:
+            to: slot id of the receiver.
+            body: what to say; its tensors must not change afterwards, they leave without a copy.
+            step, part, layer, reply_to: of the envelope.
+
+        Raises:
+            ValueError: it cannot travel.
+        """
         sequence = next(self._sequence)
         message = Message(
-            kind=kind,
+            body=body,
             source=self.slot,
             generation=self.generation,
             sequence=sequence,
             step=step,
-            shard=shard,
+            part=part,
             layer=layer,
             reply_to=reply_to,
-            body=body or {},
-            arrays=arrays,
         )
         self.transport.send(to, encode(message, self.job))
         return sequence
 
-    def next(self, timeout_s: float) -> Message | None:
+    def next(self, timeout_s: float) -> Message[Body] | None:
         """Return the next acceptable message, or None when none came within `timeout_s` seconds."""
         if self._due:
             return self._due.popleft()
@@ -99,10 +101,10 @@ class Mailbox:
             if message is not None and self._accept(message):
                 return message
 
-    def _accept(self, message: Message) -> bool:
+    def _accept(self, message: Message[Body]) -> bool:
         if message.generation > self.generation:
             # A plan opens a generation; a peer that has adopted it already may be faster than our plan.
-            if message.kind == "plan":
+            if message.body.opens_generation:
                 return True
             self._early.append(message)
             return False
@@ -123,8 +125,8 @@ class Mailbox:
         self,
         sequences: dict[int, int],
         deadline_s: float,
-        serve: Callable[[Message], None],
-    ) -> dict[int, Message]:
+        serve: Callable[[Message[Body]], None],
+    ) -> dict[int, Message[Body]]:
         """Wait for the replies to `sequences` and serve everything else meanwhile.
 
         Args:
@@ -139,7 +141,7 @@ class Mailbox:
             SlotLostError: a slot did not answer in time.
             SupersededError: a plan of a later generation came; it carries that plan.
         """
-        replies: dict[int, Message] = {}
+        replies: dict[int, Message[Body]] = {}
         deadline = time.monotonic() + deadline_s
         while len(replies) < len(sequences):
             message = self.next(max(0.0, deadline - time.monotonic()))

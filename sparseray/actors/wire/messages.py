@@ -1,140 +1,302 @@
-"""What travels between slots: one frame format, and the protocol of whatever carries it.
+"""What slots say to each other: a frozen dataclass for each kind of message.
 
-A message is a msgpack header and raw array buffers; nothing is ever unpickled. The header names
-(job, generation, step, logical shard, layer, sequence), so that a receiver can refuse another
-generation and drop a duplicate (mailbox.py does both).
+Bodies that carry a value of a higher floor stand there: InstallPlan in actors/installation.py, Generate and Tokens in
+actors/serving/messages.py. A part is one of those that the global batch is cut into, whatever the number of workers.
+  scheduler -> slot: InstallPlan, RunStep, Commit, Evaluate, SaveCheckpoint, Ping, Stop
+  slot -> scheduler: Installed, Stale, PartDone, Prepared, Evaluated, Saved, Pong, Silent, Failed
+  ingress -> slot:   Generate, Cancel (answered to the scheduler's mailbox by Tokens)
+  slot -> slot:      ExpertForward, ExpertBackward, FetchRows, Pull (answered by ExpertRows, MemoryRows, Pieces);
+                     FinishPart, ExpertPart, DenseNodes, DenseReduced, ExpertReduced, RowsReduced
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass
 
-import msgpack
-import numpy as np
+from torch import Tensor
 
-SCHEDULER, INGRESS = -1, -2
-MAX_HEADER_BYTES = 16 << 20
-_DTYPES = {"float32", "float64", "int32", "int64", "uint8", "bool"}
-# job, kind; source, generation, sequence, step, shard, layer, reply_to; body; arrays.
-_HEADER_TYPES = [str, str, *[int] * 7, dict, list]
+from sparseray.actors.wire.envelope import Body
 
+Key = tuple[int, int]
 
-class Transport(Protocol):
-    """Carries frames between slots, in order for one pair of slots, at most once or not at all."""
-
-    address: str
-
-    def connect(self, peers: dict[int, str]) -> None:
-        """Open a way to every slot in `peers` (slot id to address); known ones are kept."""
-
-    def send(self, slot: int, frames: Sequence[Any]) -> None:
-        """Queue the frames for a slot without waiting for it."""
-
-    def receive(self, timeout_s: float) -> list[Any] | None:
-        """Return the next message's frames, or None when none came in time."""
-
-    def close(self) -> None:
-        """Release sockets and files."""
+# -- scheduler to slot ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
-class Message:
-    """One message between two slots.
+class RunStep(Body):
+    """Run your parts of the step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Commit(Body):
+    """Apply the update of a step.
 
     Args:
-        kind: what it asks or tells; slot.py has the table.
-        source: slot id of the sender, `SCHEDULER` for the scheduler.
-        generation: generation of the plan that the sender follows.
-        step, shard, layer: what it belongs to, -1 where that has no meaning.
-        sequence: unique among the sender's messages.
-        reply_to: sequence of the request it answers, 0 for none.
-        body: small plain values.
-        arrays: bulk, read-only views of the received buffers.
+        step: that was journalled.
+        lr, memory_lr: learning rates of this step.
+        scale: factor on the gradients (clipping).
+        counts_LE: int64, tokens per moe layer and expert over the whole global batch.
     """
 
-    kind: str
-    source: int
-    generation: int
-    sequence: int
-    step: int = -1
-    shard: int = -1
-    layer: int = -1
-    reply_to: int = 0
-    body: dict[str, Any] = field(default_factory=dict)
-    arrays: tuple[np.ndarray, ...] = ()
+    step: int
+    lr: float
+    memory_lr: float
+    scale: float
+    counts_LE: Tensor
 
 
-def encode(message: Message, job: str) -> list[Any]:
-    """Turn a message into frames: a msgpack header, then one buffer per array."""
-    arrays = [np.ascontiguousarray(array) for array in message.arrays]
-    header = [
-        job,
-        message.kind,
-        message.source,
-        message.generation,
-        message.sequence,
-        message.step,
-        message.shard,
-        message.layer,
-        message.reply_to,
-        message.body,
-        [(array.dtype.name, array.shape) for array in arrays],
-    ]
-    # An array without elements has no buffer to view; its frame is empty.
-    buffers = [array.reshape(-1).view(np.uint8).data if array.size else b"" for array in arrays]
-    return [msgpack.packb(header), *buffers]
+@dataclass(frozen=True, kw_only=True)
+class Evaluate(Body):
+    """Compute validation losses: (batch, slot that computes it)."""
+
+    batches: tuple[tuple[int, int], ...]
 
 
-def decode(frames: Sequence[Any], job: str) -> Message | None:
-    """Rebuild a message; None when it is of another job.
+@dataclass(frozen=True, kw_only=True)
+class SaveCheckpoint(Body):
+    """Write what is primary at you into the folder."""
 
-    Raises:
-        ValueError: the frames are not a message of ours.
+    directory: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ping(Body):
+    """Give a sign of life."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stop(Body):
+    """Serve no longer."""
+
+
+# -- slot to scheduler ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Installed(Body):
+    """The plan's roles and state are taken."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stale(Body):
+    """What is held here is of another step and was dropped."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartDone(Body):
+    """What one part of a step gave.
+
+    Args:
+        loss_sum: cross-entropy summed over its tokens, nats.
+        aux_loss: balance loss.
+        tokens: number of targets.
+        seconds: spent by phase, in this step so far.
+        counts_LE: int64, tokens per moe layer and expert.
     """
-    header = _header(frames)
-    if header[0] != job:
-        return None
-    kind, source, generation, sequence, step, shard, layer, reply_to, body, specs = header[1:]
-    if len(specs) != len(frames) - 1:
-        raise ValueError(f"{len(specs)} arrays announced, {len(frames) - 1} received")
-    arrays = [_array(spec, frame) for spec, frame in zip(specs, frames[1:])]
-    return Message(
-        kind=kind,
-        source=source,
-        generation=generation,
-        sequence=sequence,
-        step=step,
-        shard=shard,
-        layer=layer,
-        reply_to=reply_to,
-        body=body,
-        arrays=tuple(arrays),
-    )
+
+    loss_sum: float
+    aux_loss: float
+    tokens: int
+    seconds: dict[str, float]
+    counts_LE: Tensor
 
 
-def _header(frames: Sequence[Any]) -> list[Any]:
-    """Unpack the first frame and check every field's type: over TCP anybody may have sent it."""
-    if not frames:
-        raise ValueError("a message without frames")
-    head = memoryview(frames[0])
-    if head.nbytes > MAX_HEADER_BYTES:
-        raise ValueError(f"a header of {head.nbytes} bytes is over the limit of {MAX_HEADER_BYTES}")
-    try:
-        header = msgpack.unpackb(head, strict_map_key=False)
-    except (ValueError, TypeError, msgpack.UnpackException) as error:
-        raise ValueError(f"a header that is not msgpack ({error})") from None
-    if not isinstance(header, list) or [type(value) for value in header] != _HEADER_TYPES:
-        raise ValueError("a frame without a header of ours")
-    return header
+@dataclass(frozen=True, kw_only=True)
+class Prepared(Body):
+    """A role has all its reduced gradients.
+
+    Args:
+        role: dense, expert or memory.
+        norms: squared norm of the gradient of each logical tensor that is primary here.
+        digests: CRC-32 of each gradient that has replicas.
+    """
+
+    role: str
+    norms: dict[str, float]
+    digests: dict[str, int]
 
 
-def _array(spec: Any, frame: Any) -> np.ndarray:
-    """View a frame as the array that the header announces."""
-    if not isinstance(spec, list) or len(spec) != 2 or not isinstance(spec[1], list):
-        raise ValueError(f"{spec!r} announces no array")
-    dtype, shape = spec
-    if not isinstance(dtype, str) or dtype not in _DTYPES:
-        raise ValueError(f"dtype {dtype!r} does not travel")
-    if not all(type(size) is int and size >= 0 for size in shape):
-        raise ValueError(f"shape {shape!r} is none")
-    return np.frombuffer(frame, dtype=dtype).reshape(shape)
+@dataclass(frozen=True, kw_only=True)
+class Evaluated(Body):
+    """Validation batch to (loss sum in nats, tokens)."""
+
+    losses: dict[int, tuple[float, int]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedTensor:
+    """Where a tensor of a checkpoint is: its file, shape, dtype and SHA-256."""
+
+    file: str
+    shape: tuple[int, ...]
+    dtype: str
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saved(Body):
+    """What was written into a checkpoint, by the tensor's logical name."""
+
+    tensors: dict[str, SavedTensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pong(Body):
+    """A sign of life."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Silent(Body):
+    """Somebody whom the step needs does not answer."""
+
+    error: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failed(Body):
+    """Something cannot be done here; `user` says whether it is a user's mistake."""
+
+    error: str
+    user: bool
+
+
+# -- ingress to slot -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cancel(Body):
+    """Forget a request."""
+
+    request_id: str
+
+
+# -- slot to slot: requests and their replies ----------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertForward(Body):
+    """Run rows through experts; answered by ExpertRows, one row for each of `rows_R`.
+
+    Args:
+        experts, counts: experts asked for and how many rows each has, in row order.
+        keep: keep what backward needs.
+        x_UH: tokens that any of these experts needs, once each.
+        rows_R: int64, the token of each row, sorted by expert.
+    """
+
+    experts: tuple[int, ...]
+    counts: tuple[int, ...]
+    keep: bool
+    x_UH: Tensor
+    rows_R: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertBackward(Body):
+    """Propagate gradients through the rows of the forward before; answered by ExpertRows.
+
+    Args:
+        dout_UH: gradient of the layer's output for the tokens that were sent.
+        weights_R: routing weight of each row.
+    """
+
+    dout_UH: Tensor
+    weights_R: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertRows(Body):
+    """Outputs, or gradients of inputs, of an expert's rows, [R, H]."""
+
+    rows_RH: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class FetchRows(Body):
+    """Read table rows of every memory layer, int64 [N] each; answered by MemoryRows."""
+
+    rows_LN: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryRows(Body):
+    """Table rows of every memory layer, [N, D] each."""
+
+    values_LND: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pull(Body):
+    """Give copies of pieces (kind, layer, index); answered by Pieces."""
+
+    pieces: tuple[tuple[str, int, int], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pieces(Body):
+    """Tensors of pieces by logical name, as they are at the plan's step."""
+
+    tensors: dict[str, Tensor]
+
+
+# -- slot to slot: gradients -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowGradients:
+    """Gradients of table rows: addresses int64 [U], rising, and sums [U, D]."""
+
+    rows_U: Tensor
+    sums_UD: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinishPart(Body):
+    """A part has sent all its gradients; those of the receiver's table rows, by memory layer."""
+
+    rows: tuple[RowGradients, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertPart(Body):
+    """Gradients of one part for experts (layer, expert) that are summed at the receiver, [experts, 3*H*I]."""
+
+    keys: tuple[Key, ...]
+    gradients: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseNode:
+    """A finished subtree of the sum of the dense gradients over parts (state/tree.py)."""
+
+    level: int
+    index: int
+    gradient: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseNodes(Body):
+    """The subtrees of a worker's parts."""
+
+    nodes: tuple[DenseNode, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseReduced(Body):
+    """The dense gradient, summed over all parts."""
+
+    gradient: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertReduced(Body):
+    """Gradients of experts (layer, expert), summed over all parts, [experts, 3*H*I]."""
+
+    keys: tuple[Key, ...]
+    gradients: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowsReduced(Body):
+    """Row gradients of buckets (layer, bucket), summed over all parts."""
+
+    keys: tuple[Key, ...]
+    rows: tuple[RowGradients, ...]

@@ -7,6 +7,7 @@ so neither the gated nor the normed value is stored. The backward recomputes thr
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,12 +16,26 @@ import triton.language as tl
 from torch import Tensor
 
 from sparseray.kernels.dse import reference
+from sparseray.kernels.dse.reference import Fusion
 from sparseray.kernels.launch import launch_kernel
+
+LEARNT = ("query_norm_C", "key_norm_C", "value_norm_C", "conv_CK")
 
 
 @triton.jit
 def _gate_kernel(
-    p_h, p_k, p_v, p_h_norm, p_k_norm, p_gate, p_scale, eps, scale, C: tl.constexpr, BC: tl.constexpr
+    p_h,
+    p_k,
+    p_v,
+    p_h_norm,
+    p_k_norm,
+    p_gate,
+    p_scale,
+    eps,
+    conv_eps,
+    scale,
+    C: tl.constexpr,
+    BC: tl.constexpr,
 ):
     i_t = tl.program_id(0).to(tl.int64)
     o_c = tl.arange(0, BC)
@@ -36,7 +51,7 @@ def _gate_kernel(
     root = tl.sqrt(tl.maximum(tl.abs(x), 1e-6))
     gate = 1.0 / (1.0 + tl.exp(-tl.where(x > 0, root, tl.where(x < 0, -root, 0.0))))
     tl.store(p_gate + i_t, gate)
-    tl.store(p_scale + i_t, 1.0 / tl.sqrt(gate * gate * tl.sum(v * v, 0) / C + eps))
+    tl.store(p_scale + i_t, 1.0 / tl.sqrt(gate * gate * tl.sum(v * v, 0) / C + conv_eps))
 
 
 @triton.jit
@@ -83,9 +98,7 @@ def _conv_kernel(
     tl.store(p, out.to(p_out.dtype.element_ty), mask=m_t[:, None] & m_c[None, :])
 
 
-def _forward(
-    h: Tensor, k: Tensor, v: Tensor, weight: Tensor, norms: list[Tensor], options: dict[str, Any]
-) -> Tensor:
+def _forward(h: Tensor, k: Tensor, v: Tensor, fusion: Fusion, starts: Tensor | None) -> Tensor:
     B, T, C = v.shape
     gate = torch.empty(B, T, dtype=torch.float32, device=v.device)
     scale, out = torch.empty_like(gate), torch.empty_like(v)
@@ -96,17 +109,17 @@ def _forward(
         h,
         k,
         v,
-        norms[0],
-        norms[1],
+        fusion.query_norm_C,
+        fusion.key_norm_C,
         gate,
         scale,
-        options["eps"],
+        fusion.gate_eps,
+        fusion.conv_eps,
         C**-0.5,
         C=C,
         BC=bc,
         num_warps=4,
     )
-    starts = options["document_starts_BT"]
     segment = gate if starts is None else starts.to(torch.int32).cumsum(1, dtype=torch.int32)
     bc = min(128, bc)
     launch_kernel(
@@ -116,13 +129,13 @@ def _forward(
         gate,
         scale,
         segment,
-        weight,
-        norms[2],
+        fusion.conv_CK,
+        fusion.value_norm_C,
         out,
         T,
         C=C,
-        K=weight.shape[1],
-        DILATION=options["dilation"],
+        K=fusion.conv_CK.shape[1],
+        DILATION=fusion.dilation,
         SEGMENTS=starts is not None,
         BT=32,
         BC=bc,
@@ -131,41 +144,38 @@ def _forward(
     return out
 
 
+def _fusion(constants: dict[str, Any], learnt: Sequence[Tensor]) -> Fusion:
+    named: dict[str, Any] = dict(zip(LEARNT, learnt))
+    return Fusion(**constants, **named)
+
+
 class _MemoryOutput(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, options: dict[str, Any], *tensors: Tensor) -> Tensor:
+    def forward(ctx: Any, constants: dict[str, Any], starts: Tensor | None, *tensors: Tensor) -> Tensor:
         ctx.save_for_backward(*tensors)
-        ctx.options = options
-        h, k, v, weight, *norms = tensors
-        return _forward(h, k, v, weight, norms, options)
+        ctx.constants, ctx.starts = constants, starts
+        h, k, v = tensors[:3]
+        return _forward(h, k, v, _fusion(constants, tensors[3:]), starts)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         with torch.enable_grad():
             inputs = [t.detach().requires_grad_() for t in ctx.saved_tensors]
-            out = reference.memory_output(*inputs, **ctx.options)
-        return None, *torch.autograd.grad(out, inputs, grad)
+            h, k, v = inputs[:3]
+            fusion = _fusion(ctx.constants, inputs[3:])
+            out = reference.memory_output(h, k, v, fusion, document_starts_BT=ctx.starts)
+        return None, None, *torch.autograd.grad(out, inputs, grad)
 
 
 def memory_output(
-    h_BTC: Tensor,
-    k_BTC: Tensor,
-    v_BTC: Tensor,
-    weight_CK: Tensor,
-    h_norm_C: Tensor,
-    k_norm_C: Tensor,
-    v_norm_C: Tensor,
-    *,
-    dilation: int,
-    eps: float = 1e-6,
-    document_starts_BT: Tensor | None = None,
+    h_BTC: Tensor, k_BTC: Tensor, v_BTC: Tensor, fusion: Fusion, *, document_starts_BT: Tensor | None = None
 ) -> Tensor:
     """`reference.memory_output` in two launches, differentiable in every tensor.
 
-    Args and result as there, contiguous; the gated value stays in fp32 here, so bf16 results
-    differ from the plain ops by a rounding.
+    Args and result as there; the gated value stays in fp32 here, so bf16 results differ from the plain ops by a
+    rounding.
     """
-    options = {"dilation": dilation, "eps": eps, "document_starts_BT": document_starts_BT}
-    tensors = (h_BTC, k_BTC, v_BTC, weight_CK, h_norm_C, k_norm_C, v_norm_C)
-    out: Tensor = _MemoryOutput.apply(options, *(t.contiguous() for t in tensors))
+    constants = {name: x for name, x in vars(fusion).items() if name not in LEARNT}
+    tensors = (h_BTC, k_BTC, v_BTC, *(getattr(fusion, name) for name in LEARNT))
+    out: Tensor = _MemoryOutput.apply(constants, document_starts_BT, *(t.contiguous() for t in tensors))
     return out

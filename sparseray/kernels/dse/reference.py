@@ -10,6 +10,7 @@ Shapes: B sequences, T tokens, N rows per token (orders x heads), C channels, R 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -95,7 +96,7 @@ def context_gate(
     h_norm_C: Tensor | None = None,
     k_norm_C: Tensor | None = None,
     *,
-    eps: float = 1e-6,
+    eps: float,
 ) -> Tensor:
     """Gate the memory's value by how well its key matches the hidden state.
 
@@ -158,26 +159,50 @@ def short_conv(
     return y_BTC.to(x_BTC.dtype)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Fusion:
+    """What a memory layer learns besides its projections, and the constants of its fusion.
+
+    Attributes:
+        query_norm_C, key_norm_C, value_norm_C: weights of the norms of the hidden state, of the key, and of the
+            gated value before the convolution.
+        conv_CK: one kernel per channel, the last tap at the current token; `dilation` between taps.
+        gate_eps: of the norms of hidden state and key; conv_eps: of the convolution's norm.
+    """
+
+    query_norm_C: Tensor
+    key_norm_C: Tensor
+    value_norm_C: Tensor
+    conv_CK: Tensor
+    dilation: int
+    gate_eps: float
+    conv_eps: float
+
+
 def memory_output(
     h_BTC: Tensor,
     k_BTC: Tensor,
     v_BTC: Tensor,
-    weight_CK: Tensor,
-    h_norm_C: Tensor | None = None,
-    k_norm_C: Tensor | None = None,
-    v_norm_C: Tensor | None = None,
+    fusion: Fusion,
     *,
-    dilation: int,
-    eps: float = 1e-6,
     document_starts_BT: Tensor | None = None,
 ) -> Tensor:
     """The whole memory branch: v~ = gate * v; returns SiLU(conv(norm(v~))) + v~ (to be added to h).
 
+    Args:
+        h_BTC: hidden states before the layer.
+        k_BTC, v_BTC: keys and values, projected from the rows.
+        fusion: weights and constants.
+        document_starts_BT: bool; the convolution does not reach before a document's first token. None: it does.
+
     Source: arXiv 2601.07372 eq. 4 and 5.
     """
-    gated_BTC = context_gate(h_BTC, k_BTC, v_BTC, h_norm_C, k_norm_C, eps=eps)
-    normed_BTC = rms_norm(gated_BTC, v_norm_C, eps)
-    conv_BTC = short_conv(normed_BTC, weight_CK, dilation=dilation, document_starts_BT=document_starts_BT)
+    norm_C = fusion.value_norm_C.float()
+    gated_BTC = context_gate(h_BTC, k_BTC, v_BTC, fusion.query_norm_C, fusion.key_norm_C, eps=fusion.gate_eps)
+    normed_BTC = F.rms_norm(gated_BTC.float(), norm_C.shape, norm_C, fusion.conv_eps)
+    conv_BTC = short_conv(
+        normed_BTC, fusion.conv_CK, dilation=fusion.dilation, document_starts_BT=document_starts_BT
+    )
     return (F.silu(conv_BTC) + gated_BTC.float()).to(v_BTC.dtype)
 
 

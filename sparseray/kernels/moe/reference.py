@@ -14,14 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparseray.errors import ConfigError
+from sparseray.kernels.settings import ROUTERS, ROW_BLOCK
 
 ROW_MULTIPLE = 16
-ROW_BLOCK = 128
-"""Rows go through the matrix products in blocks of 16 to 128, so a row's bits do not depend on its company:
-MKL sums in another order below 16 rows and above some 130 (seen at inner sizes from 704 up)."""
+"""Fewest rows of an expert's matrix products; see `ROW_BLOCK`."""
 
 NORMALIZE_EPS = 1e-20
-ROUTERS = ("v3", "v2", "gshard", "switch")
+RELEASED_GROUP_SCORES = 2
+"""Scores that DeepSeek-V3's released gate adds up for a group, whatever top_k and topk_groups are."""
 
 
 def stable_topk(scores_TE: Tensor, k: int) -> Tensor:
@@ -37,14 +37,14 @@ def stable_topk(scores_TE: Tensor, k: int) -> Tensor:
     return torch.sort(scores_TE, dim=-1, descending=True, stable=True).indices[..., :k].contiguous()
 
 
-def limit_groups(biased_TE: Tensor, *, num_groups: int, topk_groups: int, group_score: str) -> Tensor:
+def limit_groups(biased_TE: Tensor, *, num_groups: int, topk_groups: int, group_scores: int) -> Tensor:
     """Set the scores outside each token's best groups to -inf.
 
     Args:
         biased_TE: selection scores; groups are contiguous ranges of E / num_groups experts.
         num_groups: number of groups.
         topk_groups: how many groups a token keeps; ties go to the lower group.
-        group_score: "max" (V2) or "top2" (V3: the sum of the two largest scores of the group).
+        group_scores: a group's score is the sum of so many of its largest (`scores_of_a_group`).
 
     Returns:
         The masked scores [T, E].
@@ -55,13 +55,25 @@ def limit_groups(biased_TE: Tensor, *, num_groups: int, topk_groups: int, group_
         return biased_TE
     T, E = biased_TE.shape
     grouped_TGS = biased_TE.reshape(T, num_groups, E // num_groups)
-    if group_score == "max":
-        group_TG = grouped_TGS.amax(-1)
-    else:
-        group_TG = grouped_TGS.sort(dim=-1, descending=True).values[..., :2].sum(-1)
+    group_TG = grouped_TGS.sort(dim=-1, descending=True).values[..., :group_scores].sum(-1)
     kept_TG = torch.zeros_like(group_TG, dtype=torch.bool)
     kept_TG.scatter_(1, stable_topk(group_TG, topk_groups), True)
     return grouped_TGS.masked_fill(~kept_TG[..., None], float("-inf")).reshape(T, E)
+
+
+def scores_of_a_group(router: str, *, top_k: int, topk_groups: int, group_scores: int) -> int:
+    """How many of its largest scores make a group's score.
+
+    Args:
+        router: only "v3" adds up several; the others take the largest.
+        top_k, topk_groups: K_r and M of the paper.
+        group_scores: so many, or 0 for the paper's K_r / M.
+
+    Source: DeepSeek-V2 section 2.2.2; DeepSeek-V3 section 2.1.2 (K_r / M) and its released gate (2).
+    """
+    if router != "v3":
+        return 1
+    return group_scores or max(1, top_k // topk_groups)
 
 
 def check_route(E: int, *, top_k: int, router: str, num_groups: int, topk_groups: int) -> None:
@@ -89,6 +101,7 @@ def route(
     bias_E: Tensor | None = None,
     num_groups: int = 1,
     topk_groups: int = 1,
+    group_scores: int = RELEASED_GROUP_SCORES,
     normalize: bool | None = None,
     scaling: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -101,8 +114,9 @@ def route(
             normalised; "switch" softmax, weight = probability.
         bias_E: fp32, added for selection only (v3); it gets no gradient.
         num_groups: contiguous expert groups; a property of the model, never of the cluster.
-        topk_groups: groups that a token may use. V2 scores a group by its maximum, V3 by the
-            sum of its two largest biased scores.
+        topk_groups: groups that a token may use. V2 scores a group by its maximum, V3 by the sum of its
+            largest biased scores.
+        group_scores: how many V3 adds up; 0 for top_k / topk_groups.
         normalize: divide the weights by their sum + 1e-20; None means True for v3, False for v2.
             Ignored by gshard (always) and switch (never).
         scaling: factor on the weights, after normalisation (v2, v3).
@@ -123,9 +137,9 @@ def route(
     scores_TE = torch.sigmoid(logits_TE) if router == "v3" else torch.softmax(logits_TE, dim=-1)
     with torch.no_grad():
         biased_TE = scores_TE if bias_E is None else scores_TE + bias_E.float()
-        group_score = "top2" if router == "v3" else "max"
+        count = scores_of_a_group(router, top_k=top_k, topk_groups=topk_groups, group_scores=group_scores)
         biased_TE = limit_groups(
-            biased_TE, num_groups=num_groups, topk_groups=topk_groups, group_score=group_score
+            biased_TE, num_groups=num_groups, topk_groups=topk_groups, group_scores=count
         )
         topk_ids_TK = stable_topk(biased_TE, top_k)
     weights_TK = scores_TE.gather(1, topk_ids_TK)

@@ -15,7 +15,12 @@ from torch import Tensor
 
 from sparseray.kernels.launch import launch_kernel
 from sparseray.kernels.moe.expert_map import TILE_ROWS, ExpertPlan, block_tokens, finish_plan, rank_block
-from sparseray.kernels.moe.reference import NORMALIZE_EPS, check_route
+from sparseray.kernels.moe.reference import (
+    NORMALIZE_EPS,
+    RELEASED_GROUP_SCORES,
+    check_route,
+    scores_of_a_group,
+)
 
 
 @triton.jit
@@ -31,7 +36,9 @@ def _score(p_logits, o_t, m_t, E: tl.constexpr, BE: tl.constexpr, SIGMOID: tl.co
 
 
 @triton.jit
-def _limit_groups(biased, E: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, TOPG: tl.constexpr, TOP2):
+def _limit_groups(
+    biased, E: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, TOPG: tl.constexpr, SUMMED: tl.constexpr
+):
     """-inf outside each token's TOPG best groups."""
     o_e = tl.arange(0, biased.shape[1])
     o_g = tl.arange(0, GP)
@@ -40,9 +47,10 @@ def _limit_groups(biased, E: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, TO
     for g in tl.static_range(G):
         inside = tl.where(group[None, :] == g, biased, float("-inf"))
         best = tl.max(inside, 1)
-        if TOP2 and E // G > 1:
+        for _ in tl.static_range(1, SUMMED):
             at = tl.argmax(inside, 1, tie_break_left=True)
-            best += tl.max(tl.where(o_e[None, :] == at[:, None], float("-inf"), inside), 1)
+            inside = tl.where(o_e[None, :] == at[:, None], float("-inf"), inside)
+            best += tl.max(inside, 1)
         scores = tl.where(o_g[None, :] == g, best[:, None], scores)
     kept = tl.zeros([biased.shape[0], biased.shape[1]], tl.int32)
     for _ in tl.static_range(TOPG):
@@ -71,6 +79,7 @@ def _router_kernel(
     G: tl.constexpr,
     GP: tl.constexpr,
     TOPG: tl.constexpr,
+    SUMMED: tl.constexpr,
     SIGMOID: tl.constexpr,
     BIAS: tl.constexpr,
     NORMALIZE: tl.constexpr,
@@ -89,7 +98,7 @@ def _router_kernel(
         biased += tl.load(p_bias + o_e, mask=o_e < E, other=0.0)[None, :]
     biased = tl.where(o_e[None, :] < E, biased, float("-inf"))
     if TOPG < G:
-        biased = _limit_groups(biased, E, G, GP, TOPG, SIGMOID)
+        biased = _limit_groups(biased, E, G, GP, TOPG, SUMMED)
     chosen = tl.zeros([BT, BE], tl.int32)
     weights = tl.zeros([BT, KP], tl.float32)
     for k in tl.static_range(K):
@@ -187,6 +196,7 @@ class _Route(torch.autograd.Function):
             G=options["num_groups"],
             GP=triton.next_power_of_2(options["num_groups"]),
             TOPG=options["topk_groups"],
+            SUMMED=options["summed"],
             SIGMOID=options["sigmoid"],
             BIAS=bias_E is not None,
             NORMALIZE=options["normalize"],
@@ -221,6 +231,42 @@ class _Route(torch.autograd.Function):
         return dlogits.to(ctx.dtype), None, None
 
 
+def _routed(
+    logits_TE: Tensor, bias_E: Tensor | None, *, top_k: int, router: str, num_groups: int, topk_groups: int,
+    group_scores: int, normalize: bool | None, scaling: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(ids, weights, scores, ranks, counts): what `reference.route` gives, and what `finish_plan` needs."""
+    E = logits_TE.shape[1]
+    check_route(E, top_k=top_k, router=router, num_groups=num_groups, topk_groups=topk_groups)
+    summed = scores_of_a_group(router, top_k=top_k, topk_groups=topk_groups, group_scores=group_scores)
+    if normalize is None:
+        normalize = router == "v3"
+    options = {
+        "top_k": top_k,
+        "sigmoid": router == "v3",
+        "num_groups": num_groups,
+        "topk_groups": topk_groups,
+        "summed": min(summed, E // num_groups),
+        "normalize": router == "gshard" or (router != "switch" and normalize),
+        "scaling": float(scaling) if router in ("v3", "v2") else 1.0,
+    }
+    found: tuple[Tensor, ...] = _Route.apply(logits_TE.contiguous(), bias_E, options)
+    ids, weights, scores, ranks, counts = found
+    return ids, weights, scores, ranks, counts
+
+
+def route(
+    logits_TE: Tensor, *, top_k: int, router: str = "v3", bias_E: Tensor | None = None, num_groups: int = 1,
+    topk_groups: int = 1, group_scores: int = RELEASED_GROUP_SCORES, normalize: bool | None = None,
+    scaling: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """`reference.route` in one launch; args and result as there."""
+    return _routed(
+        logits_TE, bias_E, top_k=top_k, router=router, num_groups=num_groups, topk_groups=topk_groups,
+        group_scores=group_scores, normalize=normalize, scaling=scaling,
+    )[:3]  # fmt: skip
+
+
 def route_and_plan(
     logits_TE: Tensor,
     *,
@@ -229,6 +275,7 @@ def route_and_plan(
     bias_E: Tensor | None = None,
     num_groups: int = 1,
     topk_groups: int = 1,
+    group_scores: int = RELEASED_GROUP_SCORES,
     normalize: bool | None = None,
     scaling: float = 1.0,
     tile_rows: int = TILE_ROWS,
@@ -237,7 +284,7 @@ def route_and_plan(
 
     Args:
         logits_TE: fp32 (bf16 is read as fp32), contiguous, on the GPU.
-        top_k, router, bias_E, num_groups, topk_groups, normalize, scaling: as in `reference.route`.
+        top_k, router, bias_E, num_groups, topk_groups, group_scores, normalize, scaling: as in `reference.route`.
         tile_rows: rows of a tile of the grouped products.
 
     Returns:
@@ -246,18 +293,9 @@ def route_and_plan(
     Raises:
         ConfigError: settings that cannot select top_k experts.
     """
-    E = logits_TE.shape[1]
-    check_route(E, top_k=top_k, router=router, num_groups=num_groups, topk_groups=topk_groups)
-    if normalize is None:
-        normalize = router == "v3"
-    options = {
-        "top_k": top_k,
-        "sigmoid": router == "v3",
-        "num_groups": num_groups,
-        "topk_groups": topk_groups,
-        "normalize": router == "gshard" or (router != "switch" and normalize),
-        "scaling": float(scaling) if router in ("v3", "v2") else 1.0,
-    }
-    ids, weights, scores, ranks, counts = _Route.apply(logits_TE.contiguous(), bias_E, options)
-    plan = finish_plan(ids, ranks, counts, num_experts=E, tile_rows=tile_rows)
+    ids, weights, scores, ranks, counts = _routed(
+        logits_TE, bias_E, top_k=top_k, router=router, num_groups=num_groups, topk_groups=topk_groups,
+        group_scores=group_scores, normalize=normalize, scaling=scaling,
+    )  # fmt: skip
+    plan = finish_plan(ids, ranks, counts, num_experts=logits_TE.shape[1], tile_rows=tile_rows)
     return ids, weights, scores, plan

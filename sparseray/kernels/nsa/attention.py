@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sparseray.errors import ConfigError
 from sparseray.kernels.nsa.branches import Blocks, Window, forced_blocks, forward_branches, window_branch
-from sparseray.kernels.nsa.compress import Compression, block_tables, compress, num_packed
+from sparseray.kernels.nsa.compress import block_tables, compress, num_packed
 from sparseray.kernels.nsa.gates import prepare_backward
 from sparseray.kernels.nsa.geometry import (
     COMPRESSED,
@@ -26,8 +26,11 @@ from sparseray.kernels.nsa.geometry import (
 )
 from sparseray.kernels.nsa.inverse import pays_by_block
 from sparseray.kernels.nsa.range_backward import range_backward
-from sparseray.kernels.nsa.reference import num_compressed
+from sparseray.kernels.nsa.range_forward import range_forward
+from sparseray.kernels.nsa.reference import Compression
 from sparseray.kernels.nsa.selected_backward import selected_backward
+from sparseray.kernels.nsa.top_n import select_blocks
+from sparseray.kernels.settings import NSASizes
 
 
 def _forward(
@@ -108,7 +111,7 @@ def _packed(x: Tensor) -> Tensor:
 
 
 def _geometry(
-    q: Tensor, num_cmp: int, k_slc: Tensor, k_win: Tensor, cu_seqlens: Tensor | None, sizes: Blocks, q_start: int,
+    q: Tensor, num_cmp: int, k_slc: Tensor, k_win: Tensor, cu_seqlens: Tensor | None, sizes: NSASizes, q_start: int,
     win_start: int,
 ) -> Geometry:  # fmt: skip
     """Check that shapes fit together; num_cmp counts the compressed tokens of a sequence, or of all packed ones
@@ -139,16 +142,10 @@ def nsa_attention(
     k_win: Tensor,
     v_win: Tensor,
     gates: Tensor,
+    sizes: NSASizes,
     *,
-    block: int,
-    stride: int,
-    select_block: int,
-    num_selected: int,
-    window: int,
     cu_seqlens: Tensor | None = None,
     scale: float | None = None,
-    num_initial: int = 1,
-    num_local: int = 2,
     q_start: int = 0,
     win_start: int = 0,
 ) -> Tensor:
@@ -161,9 +158,6 @@ def nsa_attention(
         k_win, v_win: keys and values of the window branch; the first has position win_start. The three
             pairs may be the same tensors.
         gates: [B, Tq, HQ, 3], in [0, 1], in the order compressed, selected, window.
-        block, stride, select_block: l, d and l' in tokens; stride divides both, block <= select_block.
-        num_selected: blocks a query reads, the first and local ones among them.
-        window: positions a query sees back, its own included.
         cu_seqlens: int [N + 1] with B = 1: boundaries of packed sequences; the compressed tokens of the
             sequences follow each other too, max(0, (T - block) // stride + 1) for a sequence of T tokens.
         scale: factor of the scores; D ** -0.5 by default.
@@ -173,16 +167,13 @@ def nsa_attention(
         [B, Tq, HQ, Dv] in the dtype of q.
 
     Raises:
-        ConfigError: sizes for which the equations are not defined, or shapes that do not fit together.
+        ConfigError: shapes that do not fit together.
 
     Source: arXiv 2502.11089 eq. 5 to 12.
     """
-    sizes = Blocks(
-        block=block, stride=stride, select_block=select_block, num_selected=num_selected, window=window,
-        num_initial=num_initial, num_local=num_local, scale=q.shape[-1] ** -0.5 if scale is None else scale,
-    )  # fmt: skip
+    blocks = Blocks.of(sizes, scale, q.shape[-1])
     geometry = _geometry(q, k_cmp.shape[1], k_slc, k_win, cu_seqlens, sizes, q_start, win_start)
-    return _run(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, geometry, sizes, None)
+    return _run(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, geometry, blocks, None)
 
 
 def nsa_layer(
@@ -194,19 +185,13 @@ def nsa_layer(
     k_win: Tensor,
     v_win: Tensor,
     gates: Tensor,
+    sizes: NSASizes,
     *,
     keys: Compression,
     values: Compression,
-    block: int,
-    stride: int,
-    select_block: int,
-    num_selected: int,
-    window: int,
     cu_seqlens: Tensor | None = None,
     num_blocks: int | None = None,
     scale: float | None = None,
-    num_initial: int = 1,
-    num_local: int = 2,
 ) -> Tensor:
     """Compress keys and values, then `nsa_attention`; equal to the three calls.
 
@@ -225,24 +210,53 @@ def nsa_layer(
     Raises:
         ConfigError: as `nsa_attention` and `compress`.
     """
-    sizes = Blocks(
-        block=block, stride=stride, select_block=select_block, num_selected=num_selected, window=window,
-        num_initial=num_initial, num_local=num_local, scale=q.shape[-1] ** -0.5 if scale is None else scale,
-    )  # fmt: skip
+    blocks = Blocks.of(sizes, scale, q.shape[-1])
     batch, tokens = k_raw.shape[:2]
     if cu_seqlens is None:
-        count = num_compressed(tokens, block, stride)
+        count = sizes.num_compressed(tokens)
     else:
-        count = num_packed(cu_seqlens, block, stride) if num_blocks is None else num_blocks
+        count = num_packed(cu_seqlens, sizes.block, sizes.stride) if num_blocks is None else num_blocks
     geometry = _geometry(q, count, k_slc, k_win, cu_seqlens, sizes, 0, 0)
     # What is packed twice, for the window and for the rest, is copied once at most.
     q, k_slc, v_slc, k_win, v_win = (x.contiguous() for x in (q, k_slc, v_slc, k_win, v_win))
     with torch.no_grad():
         win, slc = (_packed(k_win), _packed(v_win)), (_packed(k_slc), _packed(v_slc))
-        won = window_branch(_packed(q), win, slc, geometry, sizes)
-    tables = block_tables(batch, tokens, block, stride, q.device, cu_seqlens=cu_seqlens, num_blocks=count)
+        won = window_branch(_packed(q), win, slc, geometry, blocks)
+    tables = block_tables(
+        batch, tokens, sizes.block, sizes.stride, q.device, cu_seqlens=cu_seqlens, num_blocks=count
+    )
     k_cmp, v_cmp = (
-        compress(x, mlp.w1, mlp.b1, mlp.w2, mlp.b2, mlp.pos, block, stride, tables=tables)
+        compress(x, mlp.w1, mlp.b1, mlp.w2, mlp.b2, mlp.pos, sizes.block, sizes.stride, tables=tables)
         for x, mlp in ((k_raw, keys), (v_raw, values))
     )
-    return _run(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, geometry, sizes, won)
+    return _run(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, geometry, blocks, won)
+
+
+@torch.no_grad()
+def nsa_selection(
+    q: Tensor, k_cmp: Tensor, num_keys: int, sizes: NSASizes, *, scale: float | None = None, q_start: int = 0
+) -> Tensor:
+    """The blocks that `nsa_attention` would select, for people who watch.
+
+    Args:
+        q: [B, Tq, HQ, D]; k_cmp: [B, C, H, D].
+        num_keys: keys of the selection branch, from position 0.
+        scale, q_start: as in `nsa_attention`.
+
+    Returns:
+        int32 [B, Tq, H, num_selected], ascending, -1 where fewer blocks are visible.
+    """
+    blocks = Blocks.of(sizes, scale, q.shape[-1])
+    batch, queries = q.shape[:2]
+    geometry = uniform(batch, queries, k_cmp.shape[1], num_keys, queries, q_start, 0, q.device)
+    packed_q, packed_k = _packed(q), _packed(k_cmp)
+    _, lse = range_forward(
+        packed_q, packed_k, packed_k, geometry, kind=COMPRESSED, block=blocks.block, stride=blocks.stride, window=0,
+        scale=blocks.scale,
+    )  # fmt: skip
+    index = select_blocks(
+        packed_q, packed_k, lse, geometry, block=blocks.block, stride=blocks.stride,
+        select_block=blocks.select_block, num_selected=blocks.num_selected, num_initial=blocks.num_initial,
+        num_local=blocks.num_local, scale=blocks.scale,
+    )  # fmt: skip
+    return index.view(batch, queries, k_cmp.shape[2], blocks.num_selected)

@@ -8,6 +8,8 @@ definition; it runs on the tiled kernel of the other branches, and scores, top n
 backward are left out. The length alone decides, so nothing is read from the device.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,29 +23,22 @@ from sparseray.kernels.nsa.pipeline import Attended, Forced
 from sparseray.kernels.nsa.range_forward import LOG2E, in_bulk, range_forward
 from sparseray.kernels.nsa.range_pipelined import range_pipelined
 from sparseray.kernels.nsa.range_pipelined_dkdv import fits_pipeline
-from sparseray.kernels.nsa.reference import check_blocks
 from sparseray.kernels.nsa.selected_by_block import selected_by_block
 from sparseray.kernels.nsa.selected_forward import selected_forward
 from sparseray.kernels.nsa.top_n import select_blocks
+from sparseray.kernels.settings import NSASizes
 
 
 @dataclass(frozen=True, kw_only=True)
-class Blocks:
-    """Block sizes of one call; see `nsa_attention`. ConfigError where the equations are not defined for them."""
+class Blocks(NSASizes):
+    """Sizes of one call and the factor of its scores."""
 
-    block: int
-    stride: int
-    select_block: int
-    num_selected: int
-    window: int
-    num_initial: int
-    num_local: int
     scale: float
 
-    def __post_init__(self) -> None:
-        check_blocks(
-            self.block, self.stride, self.select_block, self.num_selected, self.window, self.num_initial, self.num_local
-        )  # fmt: skip
+    @classmethod
+    def of(cls, sizes: NSASizes, scale: float | None, width: int) -> Blocks:
+        """`sizes` with a scale; that of keys of `width` channels by default."""
+        return cls(**vars(sizes), scale=width**-0.5 if scale is None else scale)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,6 @@ w1 (x + pos) = w1 x + w1 pos. The backward copies no blocks either: every token 
 that hold it, in ascending order, without atomics. Source: arXiv 2502.11089 eq. 7.
 """
 
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -17,8 +16,8 @@ from torch import Tensor
 
 from sparseray.errors import ConfigError
 from sparseray.kernels.launch import launch_kernel
-from sparseray.kernels.nsa.reference import num_compressed
 from sparseray.kernels.nsa.tiles import load_tile, next_power_of_2, precision, split_width, store_tile
+from sparseray.kernels.settings import num_compressed
 
 FEW_PROGRAMS = 128
 """So many leave multiprocessors of an H100 idle."""
@@ -239,17 +238,6 @@ def _first_layer_backward(
         num_stages=3,
     )
     return dx, dw.sum(0).to(w1.dtype)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Compression:
-    """Parameters of one compression, as `compress` takes them: the MLP and the position encoding of a block."""
-
-    w1: Tensor
-    b1: Tensor | None
-    w2: Tensor
-    b2: Tensor | None
-    pos: Tensor | None
 
 
 def _forward(

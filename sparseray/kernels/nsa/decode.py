@@ -17,9 +17,9 @@ from sparseray.errors import ConfigError
 from sparseray.kernels.launch import launch_kernel
 from sparseray.kernels.nsa.decode_kernels import decode_kernel
 from sparseray.kernels.nsa.range_forward import LOG2E
-from sparseray.kernels.nsa.reference import check_blocks
 from sparseray.kernels.nsa.tiles import next_power_of_2, precision, split_width
 from sparseray.kernels.nsa.tuning import LAUNCH
+from sparseray.kernels.settings import NSASizes
 
 
 def blocks_per_tile(select_block: int, stride: int) -> int:
@@ -111,16 +111,16 @@ class DecodeWorkspace:
 
     @classmethod
     def create(
-        cls, batch: int, query_len: int, heads: int, num_kv: int, value_dim: int, max_context: int, *,
-        block: int,
-        stride: int, select_block: int, num_selected: int, window: int, device: torch.device | str,
+        cls, batch: int, query_len: int, heads: int, num_kv: int, value_dim: int, max_context: int, sizes: NSASizes, *,
+        device: torch.device | str,
     ) -> "DecodeWorkspace":  # fmt: skip
         """Buffers for `batch` sequences of at most `max_context` tokens."""
-        blocks, bj = -(-max_context // select_block), blocks_per_tile(select_block, stride)
+        select_block, num_selected = sizes.select_block, sizes.num_selected
+        blocks, bj = -(-max_context // select_block), blocks_per_tile(select_block, sizes.stride)
         tiles, queries = -(-blocks // bj), batch * query_len
         tasks = Tasks.of(
             batch * num_kv, query_len, heads // num_kv, blocks=blocks, tile=bj,
-            window_blocks=blocks_in_window(window, select_block), num_selected=num_selected,
+            window_blocks=blocks_in_window(sizes.window, select_block), num_selected=num_selected,
         )  # fmt: skip
         rows, parts = queries * heads, tasks.compressed + tasks.selected + tasks.window
 
@@ -153,14 +153,8 @@ def nsa_decode(
     context_lens: Tensor,
     workspace: DecodeWorkspace,
     out: Tensor,
+    sizes: NSASizes,
     *,
-    block: int,
-    stride: int,
-    select_block: int,
-    num_selected: int,
-    window: int,
-    num_initial: int = 1,
-    num_local: int = 2,
     scale: float | None = None,
 ) -> Tensor:
     """Attend from the last Lq tokens of every sequence to its caches.
@@ -175,9 +169,9 @@ def nsa_decode(
         out: [B, Lq, HQ, Dv], written and returned.
 
     Raises:
-        ConfigError: sizes for which the equations are not defined, or Lq outside 1 to 8.
+        ConfigError: Lq outside 1 to 8.
     """
-    check_blocks(block, stride, select_block, num_selected, window, num_initial, num_local)
+    select_block, num_selected = sizes.select_block, sizes.num_selected
     (batch, query_len, heads, width), (num_kv, value_dim) = q.shape, slc_cache[1].shape[2:]
     if not 1 <= query_len <= 8:
         raise ConfigError(
@@ -185,7 +179,7 @@ def nsa_decode(
         )
     w, plan, group = workspace, workspace.tasks, heads // num_kv
     gp, rows, parts = next_power_of_2(group), batch * num_kv, w.part_max.shape[1]
-    window_per = triton.cdiv(blocks_in_window(window, select_block), plan.window)
+    window_per = triton.cdiv(blocks_in_window(sizes.window, select_block), plan.window)
     selected_per = triton.cdiv(num_selected, plan.selected)
     kept = w.best.shape[2] * w.best.shape[3]
     launch, (d0, d1) = LAUNCH["decode"], split_width(width)
@@ -197,14 +191,14 @@ def nsa_decode(
         (width**-0.5 if scale is None else scale) * LOG2E,
         H=num_kv, G=group, GP=gp, LQ=query_len, LP=max(next_power_of_2(query_len), 16 // min(gp, 16)),
         CMP=plan.compressed, WINP=plan.window, SCORES=plan.scores, SLC=plan.selected, MERGES=plan.merges,
-        BJ=w.fold.shape[-1], RP=next_power_of_2(select_block // stride),
+        BJ=w.fold.shape[-1], RP=next_power_of_2(select_block // sizes.stride),
         PAGES=next_power_of_2(triton.cdiv(w.tops.shape[2], plan.compressed)), SP=next_power_of_2(plan.compressed),
         SCORE_PER=plan.scored, PIECE=plan.piece, KEEP=w.best.shape[-1], KEPT=kept, BEST=next_power_of_2(kept),
         PP=next_power_of_2(parts), HP=next_power_of_2(group // plan.merges),
         WIN_PER=window_per, WIN_ITEMS=next_power_of_2(window_per), SLC_PER=selected_per,
-        SLC_ITEMS=next_power_of_2(selected_per), LEN=block, STRIDE=stride, SELECT=select_block,
-        BN=max(16, next_power_of_2(select_block)), WIN=window, CMP_PAGE=cmp_cache[0].shape[1],
-        SLC_PAGE=slc_cache[0].shape[1], WIN_PAGE=win_cache[0].shape[1], INITIAL=num_initial, LOCAL=num_local,
+        SLC_ITEMS=next_power_of_2(selected_per), LEN=sizes.block, STRIDE=sizes.stride, SELECT=select_block,
+        BN=max(16, next_power_of_2(select_block)), WIN=sizes.window, CMP_PAGE=cmp_cache[0].shape[1],
+        SLC_PAGE=slc_cache[0].shape[1], WIN_PAGE=win_cache[0].shape[1], INITIAL=sizes.num_initial, LOCAL=sizes.num_local,
         DQ=width, D0=d0, D1=d1, DV=value_dim, DVP=max(16, next_power_of_2(value_dim)), IP=precision(q.dtype),
         SPIN=q.is_cuda, CMP_STAGES=launch["num_stages"], SLC_STAGES=launch["selected_stages"],
         num_warps=launch["num_warps"],

@@ -12,11 +12,12 @@ from torch import Tensor
 from sparseray.errors import ConfigError
 from sparseray.kernels.nsa.branches import Blocks, forward_branches, window_branch
 from sparseray.kernels.nsa.geometry import Geometry, paged
+from sparseray.kernels.settings import NSASizes
 
 
 def prefill_geometry(
     cu_seqlens: Tensor, context_lens: Tensor, tables: tuple[Tensor, Tensor, Tensor], *, tokens: int, page: int,
-    block: int, stride: int,
+    sizes: NSASizes,
 ) -> Geometry:  # fmt: skip
     """What `nsa_prefill` makes of the lengths in some sixty small launches: the layers of a step can share it.
 
@@ -27,7 +28,7 @@ def prefill_geometry(
         page: tokens of a page of the selection branch.
     """
     widths = (tables[0].shape[1], tables[1].shape[1], tables[2].shape[1])
-    return paged(cu_seqlens, context_lens, tokens, widths[1] * page, widths, block, stride)
+    return paged(cu_seqlens, context_lens, tokens, widths[1] * page, widths, sizes.block, sizes.stride)
 
 
 def nsa_prefill(
@@ -41,14 +42,8 @@ def nsa_prefill(
     win_table: Tensor,
     cu_seqlens: Tensor,
     context_lens: Tensor,
+    sizes: NSASizes,
     *,
-    block: int,
-    stride: int,
-    select_block: int,
-    num_selected: int,
-    window: int,
-    num_initial: int = 1,
-    num_local: int = 2,
     scale: float | None = None,
     geometry: Geometry | None = None,
 ) -> Tensor:
@@ -69,12 +64,9 @@ def nsa_prefill(
         [T, HQ, Dv] in the dtype of q.
 
     Raises:
-        ConfigError: sizes for which the equations are not defined, or heads that do not fit together.
+        ConfigError: heads that do not fit together.
     """
-    sizes = Blocks(
-        block=block, stride=stride, select_block=select_block, num_selected=num_selected, window=window,
-        num_initial=num_initial, num_local=num_local, scale=q.shape[-1] ** -0.5 if scale is None else scale,
-    )  # fmt: skip
+    blocks = Blocks.of(sizes, scale, q.shape[-1])
     heads, num_kv = q.shape[1], slc_cache[0].shape[2]
     if heads % num_kv or heads // num_kv > 64 or cu_seqlens.shape[0] != context_lens.shape[0] + 1:
         raise ConfigError(
@@ -85,11 +77,11 @@ def nsa_prefill(
     tables = (cmp_table.contiguous(), slc_table.contiguous(), win_table.contiguous())
     if geometry is None:
         geometry = prefill_geometry(
-            cu_seqlens, context_lens, tables, tokens=q.shape[0], page=slc_cache[0].shape[1], block=block, stride=stride
+            cu_seqlens, context_lens, tables, tokens=q.shape[0], page=slc_cache[0].shape[1], sizes=sizes
         )  # fmt: skip
     with torch.no_grad():
         q, gates = q.contiguous(), gates.contiguous()
-        won = window_branch(q, win_cache, slc_cache, geometry, sizes, table=tables[2])
+        won = window_branch(q, win_cache, slc_cache, geometry, blocks, table=tables[2])
         return forward_branches(
-            q, cmp_cache, slc_cache, gates, won, geometry, sizes, keep=False, tables=tables[:2]
+            q, cmp_cache, slc_cache, gates, won, geometry, blocks, keep=False, tables=tables[:2]
         ).sum

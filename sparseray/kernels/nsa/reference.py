@@ -9,51 +9,41 @@ Shapes: B batch, T query tokens, S keys, C compressed tokens, N selection blocks
 heads per key/value head, D head size (the size of keys and values may differ).
 """
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from sparseray.errors import ConfigError
-
-
-def num_compressed(length: int, block: int, stride: int) -> int:
-    """Number of complete compression blocks in a sequence of `length` tokens."""
-    return max(0, (length - block) // stride + 1)
-
-
-def check_blocks(
-    block: int,
-    stride: int,
-    select_block: int,
-    num_selected: int,
-    window: int,
-    num_initial: int,
-    num_local: int,
-) -> None:
-    """Reject block sizes for which the paper's equations are not defined.
-
-    Raises:
-        ConfigError: a size is not positive, d does not divide l and l', l > l', or n is too small.
-    """
-    if min(block, stride, select_block, window) < 1 or min(num_initial, num_local) < 0:
-        raise ConfigError(
-            f"nsa: block={block}, stride={stride}, select_block={select_block} and window={window} must be at"
-            f" least 1, num_initial={num_initial} and num_local={num_local} at least 0"
-        )
-    if block % stride or select_block % stride or block > select_block:
-        raise ConfigError(
-            f"nsa: stride={stride} must divide block={block} and select_block={select_block}, and"
-            " block must not exceed select_block; try block=32, stride=16, select_block=64"
-        )
-    if num_selected < max(1, num_initial + num_local):
-        raise ConfigError(
-            f"nsa: num_selected={num_selected} is less than the {num_initial} first and {num_local} local"
-            " blocks that are always selected; raise num_selected"
-        )
+from sparseray.kernels.settings import NSASizes, num_compressed
 
 
 def _accumulator(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compression:
+    """Parameters of one compression, as `compress` takes them: the MLP and the position encoding of a block."""
+
+    w1: Tensor
+    b1: Tensor | None
+    w2: Tensor
+    b2: Tensor | None
+    pos: Tensor | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class BranchKeys:
+    """Keys and values of the three branches, [B, length, H, D | Dv] each; pairs may be the same tensors."""
+
+    k_cmp: Tensor
+    v_cmp: Tensor
+    k_slc: Tensor
+    v_slc: Tensor
+    k_win: Tensor
+    v_win: Tensor
 
 
 def compress_reference(
@@ -289,37 +279,38 @@ def select_reference(
     k_cmp: Tensor,
     v_cmp: Tensor,
     num_keys: int,
+    sizes: NSASizes,
     *,
-    block: int,
-    stride: int,
-    select_block: int,
-    num_selected: int,
-    num_initial: int = 1,
-    num_local: int = 2,
     scale: float | None = None,
     q_start: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Compressed attention and the block indices it selects.
 
+    Args:
+        q: queries [B, Tq, HQ, D] at positions q_start .. q_start + Tq - 1.
+        k_cmp, v_cmp: compressed tokens [B, C, H, D | Dv].
+        num_keys: keys of the selection branch.
+        scale: factor of the scores; D ** -0.5 by default.
+
     Returns:
         Output of the compressed branch [B, T, HQ, Dv] and indices int32 [B, T, H, num_selected].
     """
     out, _, probs = compressed_attention_reference(
-        q, k_cmp, v_cmp, block=block, stride=stride, scale=scale, q_start=q_start
+        q, k_cmp, v_cmp, block=sizes.block, stride=sizes.stride, scale=scale, q_start=q_start
     )
     scores = selection_scores_reference(
         probs.detach(),
-        block=block,
-        stride=stride,
-        select_block=select_block,
-        num_blocks=-(-num_keys // select_block),
+        block=sizes.block,
+        stride=sizes.stride,
+        select_block=sizes.select_block,
+        num_blocks=-(-num_keys // sizes.select_block),
     )
     indices = top_n_reference(
         scores,
-        select_block=select_block,
-        num_selected=num_selected,
-        num_initial=num_initial,
-        num_local=num_local,
+        select_block=sizes.select_block,
+        num_selected=sizes.num_selected,
+        num_initial=sizes.num_initial,
+        num_local=sizes.num_local,
         q_start=q_start,
     )
     return out, indices
@@ -334,14 +325,8 @@ def nsa_attention_reference(
     k_win: Tensor,
     v_win: Tensor,
     gates: Tensor,
+    sizes: NSASizes,
     *,
-    block: int,
-    stride: int,
-    select_block: int,
-    num_selected: int,
-    window: int,
-    num_initial: int = 1,
-    num_local: int = 2,
     scale: float | None = None,
     q_start: int = 0,
     win_start: int = 0,
@@ -359,31 +344,14 @@ def nsa_attention_reference(
     Returns:
         [B, Tq, HQ, Dv] in the dtype of q.
 
-    Raises:
-        ConfigError: block sizes for which the equations are not defined.
-
     Source: arXiv 2502.11089 eq. 5 and sections 3.3.1 to 3.3.3.
     """
-    check_blocks(block, stride, select_block, num_selected, window, num_initial, num_local)
-    out_cmp, indices = select_reference(
-        q,
-        k_cmp,
-        v_cmp,
-        k_slc.shape[1],
-        block=block,
-        stride=stride,
-        select_block=select_block,
-        num_selected=num_selected,
-        num_initial=num_initial,
-        num_local=num_local,
-        scale=scale,
-        q_start=q_start,
-    )
+    out_cmp, indices = select_reference(q, k_cmp, v_cmp, k_slc.shape[1], sizes, scale=scale, q_start=q_start)
     out_slc, _ = selected_attention_reference(
-        q, k_slc, v_slc, indices, select_block=select_block, scale=scale, q_start=q_start
+        q, k_slc, v_slc, indices, select_block=sizes.select_block, scale=scale, q_start=q_start
     )
     out_win, _ = window_attention_reference(
-        q, k_win, v_win, window=window, scale=scale, q_start=q_start, win_start=win_start
+        q, k_win, v_win, window=sizes.window, scale=scale, q_start=q_start, win_start=win_start
     )
     g = _accumulator(gates)
     out = g[..., 0:1] * out_cmp + g[..., 1:2] * out_slc + g[..., 2:3] * out_win

@@ -9,10 +9,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numpy as np
-
+from sparseray.actors.wire.envelope import Body, Message
 from sparseray.actors.wire.mailbox import Mailbox
-from sparseray.actors.wire.messages import Message
+from sparseray.actors.wire.messages import Failed, Ping, Pong, Silent
 from sparseray.errors import SlotsLostError, UserError
 
 POLL_S = 0.01
@@ -100,20 +99,18 @@ class Control:
         self.needed: set[int] = set()
         self.idle_losses: list[Loss] = []
 
-    def post(
-        self,
-        slots: Iterable[int],
-        kind: str,
-        *,
-        step: int,
-        body: dict[str, Any] | None = None,
-        arrays: tuple[np.ndarray, ...] = (),
-    ) -> None:
-        """Send the same message to several slots, those that are gone left out."""
+    def post(self, slots: Iterable[int], body: Body, *, step: int) -> None:
+        """Send the same message to several slots, those that are gone left out.
+
+        Args:
+            slots: slot ids.
+            body: what to say.
+            step: that it belongs to, -1 for none.
+        """
         members = self.fleet.members()
         for slot in slots:
             if slot in members:
-                self.mailbox.post(slot, kind, step=step, body=body, arrays=arrays)
+                self.mailbox.post(slot, body, step=step)
 
     def check(self) -> None:
         """Raise SlotsLostError when a needed slot is gone; a loss of others is kept for later."""
@@ -123,8 +120,12 @@ class Control:
         if needed:
             raise SlotsLostError(needed)
 
-    def messages(self, kinds: str, deadline_s: float | None = None) -> Iterator[Message]:
+    def messages(self, *kinds: type[Body], deadline_s: float | None = None) -> Iterator[Message[Any]]:
         """Yield messages of the given kinds, each within a deadline of the one before.
+
+        Args:
+            kinds: types of body.
+            deadline_s: seconds between two of them; None for the usual.
 
         Raises:
             SlotsLostError: a needed slot is gone.
@@ -132,31 +133,32 @@ class Control:
             UserError, RuntimeError: what a slot reports as its failure.
         """
         limit = self.deadline_s if deadline_s is None else deadline_s
-        wanted, deadline = kinds.split(), time.monotonic() + limit
+        deadline = time.monotonic() + limit
         while True:
             message = self.mailbox.next(POLL_S)
             self.check()
             if message is None:
                 if time.monotonic() > deadline:
-                    self._probe(f"no {' or '.join(wanted)} message for {limit:g} s")
+                    self._probe(f"no {' or '.join(kind.kind for kind in kinds)} message for {limit:g} s")
                 continue
-            if message.kind == "failed":
-                kind = UserError if message.body["user"] else RuntimeError
-                raise kind(f"slot {message.source}: {message.body['error']}")
-            if message.kind == "silent":
-                self._probe(message.body["error"])
-            if message.kind in wanted:
+            body = message.body
+            if isinstance(body, Failed):
+                error = UserError if body.user else RuntimeError
+                raise error(f"slot {message.source}: {body.error}")
+            if isinstance(body, Silent):
+                self._probe(body.error)
+            if isinstance(body, kinds):
                 deadline = time.monotonic() + limit
                 yield message
 
     def _probe(self, why: str) -> None:
         """Ask every needed slot for a sign of life; give up those that give none."""
         waiting, deadline = set(self.needed), time.monotonic() + max(1.0, self.deadline_s / 3)
-        self.post(sorted(waiting), "ping", step=-1)
+        self.post(sorted(waiting), Ping(), step=-1)
         while waiting and time.monotonic() < deadline:
             message = self.mailbox.next(POLL_S)
             self.check()
-            if message is not None and message.kind == "pong":
+            if message is not None and isinstance(message.body, Pong):
                 waiting.discard(message.source)
         for slot in sorted(waiting):
             self.fleet.give_up(slot, f"it did not answer a probe ({why})")

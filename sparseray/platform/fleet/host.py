@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import msgpack
-import numpy as np
 import ray
 import torch
 import zmq
 
-from sparseray.actors.exchange.by_message import Call, RemoteExperts, RemoteMemory
+from sparseray.actors.exchange.by_message import Caller, RemoteExperts, RemoteMemory
+from sparseray.actors.installation import JobSpec
 from sparseray.actors.serving.engine import Engine
 from sparseray.actors.serving.grammar import Grammars
 from sparseray.actors.slot import Slot
@@ -24,12 +24,15 @@ from sparseray.actors.state.assignment import Plan
 from sparseray.actors.state.dense import DenseState
 from sparseray.actors.state.experts import ExpertShard
 from sparseray.actors.state.holdings import Holdings
-from sparseray.actors.state.memory import MemoryShard, bucket_bounds
+from sparseray.actors.state.memory import MemoryShard, warm_loops
+from sparseray.actors.state.tables import process_namespace
 from sparseray.actors.training.token_data import TokenDataset, batch
 from sparseray.actors.training.worker import AttentionWorker, Batch, Batches
 from sparseray.actors.wire.mailbox import Mailbox
+from sparseray.actors.wire.messages import SavedTensor
 from sparseray.errors import IdentityError
-from sparseray.kernels.dse.cpu import gather_rows, merge_rows, rowwise_adam_, segment_sum_rows
+from sparseray.kernels.ops import ops_for
+from sparseray.model.buckets import bucket_bounds
 from sparseray.model.dse_layout import DSELayout
 from sparseray.model.transformer import cross_entropy_sum
 from sparseray.platform.config import RunConfig, from_dict
@@ -43,30 +46,32 @@ class TrainingJob:
     """What a slot needs of one run: how to build its states and where tokens and checkpoints are.
 
     Args:
-        body: of a plan message: config, layout directory.
+        spec: of a plan message.
         metrics: the slot's metrics.
     """
 
-    def __init__(self, body: dict[str, Any], metrics: Metrics) -> None:
-        self.config = from_dict(RunConfig, body["config"])
-        self.layout = DSELayout.load(Path(body["layout"])) if body["layout"] else None
-        if self.layout is not None and self.layout.sha256 != body["layout_sha256"]:
+    def __init__(self, spec: JobSpec, metrics: Metrics) -> None:
+        self.config = from_dict(RunConfig, json.loads(spec.config))
+        self.layout = DSELayout.load(Path(spec.layout)) if spec.layout else None
+        if self.layout is not None and self.layout.sha256 != spec.layout_sha256:
             raise IdentityError(
-                f"{body['layout']} holds DSE layout {self.layout.sha256[:12]}, and the plan was made for "
-                f"{body['layout_sha256'][:12]}: rows would be addressed wrongly; use the run's own folder"
+                f"{spec.layout} holds DSE layout {self.layout.sha256[:12]}, and the plan was made for "
+                f"{spec.layout_sha256[:12]}: rows would be addressed wrongly; use the run's own folder"
             )
         self.metrics = metrics
-        self.is_serving = bool(body.get("serving"))
+        self.is_serving = spec.serving
         self._grammars: Grammars | None = None
         if self.is_serving:
-            model, tokenizer = self.config.model, Path(body["restore"]["checkpoint"]) / "tokenizer.json"
+            model = self.config.model
             self._grammars = Grammars.load(
-                tokenizer, vocab_size=model.vocab_size, eos_id=model.dse.document_end_id
+                Path(spec.tokenizer), vocab_size=model.vocab_size, eos_id=model.dse.document_end_id
             )
         self.deadline_s = self.config.cluster.deadline_s
-        self.num_shards = self.config.train.logical_shards
         optim = self.config.optim
-        self._shared: dict[str, Any] = {"seed": self.config.train.seed, "num_shards": self.num_shards}
+        self._shared: dict[str, Any] = {
+            "seed": self.config.train.seed,
+            "num_parts": self.config.train.logical_shards,
+        }
         self._adam: dict[str, Any] = {"betas": (optim.beta1, optim.beta2), "eps": optim.eps}
         self._datasets: dict[str, TokenDataset] = {}
 
@@ -78,8 +83,10 @@ class TrainingJob:
         )
 
     def _dense(self) -> DenseState:
-        decay = self.config.optim.weight_decay
-        return DenseState(self.config.model, self.layout, weight_decay=decay, **self._shared, **self._adam)
+        decay, ops = self.config.optim.weight_decay, ops_for(self.config.kernels, torch.device("cpu"))
+        return DenseState(
+            self.config.model, self.layout, weight_decay=decay, ops=ops, **self._shared, **self._adam
+        )
 
     def holdings(self) -> Holdings:
         """Build a slot's state, empty."""
@@ -92,7 +99,7 @@ class TrainingJob:
         self,
         plan: Plan,
         state: DenseState,
-        call: Callable[[Sequence[Call]], list[tuple[np.ndarray, ...]]],
+        call: Caller,
         begin: Callable[[int, int], None],
     ) -> AttentionWorker:
         """Build an attention worker on dense weights."""
@@ -122,35 +129,35 @@ class TrainingJob:
             self._datasets[split] = TokenDataset(Path(self.config.data.path), split, verify=False)
         dataset, train = self._datasets[split], self.config.train
 
-        def read(step: int, shard: int) -> Batch:
+        def read(step: int, part: int) -> Batch:
             return batch(
                 dataset,
                 seed=seed,
                 step=step,
-                shard=shard,
-                num_shards=train.logical_shards,
-                sequences_per_shard=train.sequences_per_shard,
+                part=part,
+                num_parts=train.logical_shards,
+                sequences_per_part=train.sequences_per_shard,
                 seq_len=train.seq_len,
             )
 
         return read
 
     def train_batches(self) -> Batches:
-        """Training data by (step, shard)."""
+        """Training data by (step, part)."""
         return self._batches("train", self.config.train.seed)
 
     def validation_batches(self) -> Batches:
-        """Validation data: batch i is (step i // L, shard i % L) of the validation split, the same at every step."""
-        read = self._batches("validation", 0)
-        return lambda _step, index: read(index // self.num_shards, index % self.num_shards)
+        """Validation data: batch i is (step i // L, part i % L) of the validation split, the same at every step."""
+        read, parts = self._batches("validation", 0), self.config.train.logical_shards
+        return lambda _step, index: read(index // parts, index % parts)
 
     def read(self, directory: str, names: Sequence[str]) -> dict[str, torch.Tensor]:
         """Read tensors of a checkpoint."""
         return checkpoint.read_tensors(directory, names)
 
-    def write(self, directory: str, part: str, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
-        """Write one part of a checkpoint."""
-        return checkpoint.write_part(directory, part, tensors)
+    def write(self, directory: str, name: str, tensors: dict[str, torch.Tensor]) -> dict[str, SavedTensor]:
+        """Write one file of a checkpoint."""
+        return checkpoint.write_part(directory, name, tensors)
 
     def observe(self, name: str, value: float, **labels: str) -> None:
         """Record a metric of this slot."""
@@ -181,7 +188,7 @@ class Host:
         self._metrics = Metrics({"slot": str(slot)}, declare="slot")
         self._metrics_address = self._metrics.serve(bind_host)
         mailbox = Mailbox(self._transport, slot, job)
-        self._jobs: dict[str, TrainingJob] = {}
+        self._jobs: dict[JobSpec, TrainingJob] = {}
         self._slot = Slot(mailbox, self._job_from)
         self._thread = threading.Thread(target=self._slot.serve_forever, daemon=True, name=f"slot-{slot}")
         self._heartbeats = ""
@@ -202,14 +209,18 @@ class Host:
         if not self._thread.is_alive():
             self._thread.start()
 
-    def prepare(self, body: dict[str, Any]) -> dict[str, Any]:
+    def prepare(self, spec: JobSpec, heartbeats: str) -> dict[str, Any]:
         """Load and warm what a job needs, begin to serve and to give signs of life; harmless when repeated.
+
+        Args:
+            spec: of the job.
+            heartbeats: address that signs of life go to.
 
         Returns:
             address, node, metrics, pid, namespace of this slot.
         """
-        self._heartbeats = body["heartbeats"]
-        job = self._job_from(body)
+        self._heartbeats = heartbeats
+        job = self._job_from(spec)
         if not self._thread.is_alive():
             self._slot.holdings = gently(lambda: warm_holdings(job))
             self._thread.start()
@@ -226,11 +237,10 @@ class Host:
         """Return when the slot has stopped serving."""
         self._thread.join()
 
-    def _job_from(self, body: dict[str, Any]) -> TrainingJob:
-        key = json.dumps([body["config"], body["layout"], bool(body.get("serving"))], sort_keys=True)
-        if key not in self._jobs:
-            self._jobs = {key: TrainingJob(body, self._metrics)}
-        return self._jobs[key]
+    def _job_from(self, spec: JobSpec) -> TrainingJob:
+        if spec not in self._jobs:
+            self._jobs = {spec: TrainingJob(spec, self._metrics)}
+        return self._jobs[spec]
 
     def _beat(self) -> None:
         """Tell the scheduler ten times a second that this process runs."""
@@ -251,24 +261,13 @@ class Host:
             time.sleep(HEARTBEAT_S)
 
 
-def process_namespace() -> str:
-    """Names the set of processes within which a process id means the same: boot and PID namespace."""
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    return f"{boot.read_text().strip() if boot.exists() else ''}-{os.stat('/proc/self/ns/pid').st_ino}"
-
-
 def warm_holdings(job: TrainingJob) -> Holdings:
     """Build a slot's state, empty, and touch once what is slow the first time: dense weights, autograd, compiled loops."""
     holdings = job.holdings()
     dense = holdings.spare()
     if not job.is_serving:
         rehearse(job, dense)
-    rows, sums = segment_sum_rows(np.array([1, 0, 1]), np.ones((3, 4), np.float32))
-    merged = merge_rows((rows, sums), (rows, sums.copy()))
-    table, moments = np.zeros((4, 4), np.float32), np.zeros((4, 4), np.float32)
-    variances, counts = np.zeros(4, np.float32), np.zeros(4, np.int64)
-    rowwise_adam_(table, moments, variances, counts, *merged, lr=0.1, beta1=0.9, beta2=0.95, eps=1e-8)
-    gather_rows(table, rows)
+    warm_loops(job.config.model.dse.row_dtype)
     if job.layout is not None:
         tokens_BT = torch.zeros(1, 8, dtype=torch.int64)
         job.layout.rows(job.config.model.dse.layers[0], tokens_BT)
@@ -276,9 +275,9 @@ def warm_holdings(job: TrainingJob) -> Holdings:
 
 
 def rehearse(job: TrainingJob, dense: DenseState) -> None:
-    """Open the data and run one logical shard forward and backward, with stand-ins for the other slots.
+    """Open the data and run one part forward and backward, with stand-ins for the other slots.
 
-    A process takes some 0.3 s longer over its first shard; here that delays nobody. The weights are left alone, and
+    A process takes some 0.3 s longer over its first part; here that delays nobody. The weights are left alone, and
     of the gradient nothing stays.
     """
     batch = job.train_batches()(1, 0)

@@ -17,11 +17,12 @@ from typing import Any
 import msgpack
 import ray
 
+from sparseray.actors.installation import JobSpec
+from sparseray.actors.state.tables import process_namespace
 from sparseray.errors import UserError
 from sparseray.log import get_logger
 from sparseray.platform.config import ClusterConfig
 from sparseray.platform.fleet.control import Loss, Member
-from sparseray.platform.fleet.host import process_namespace
 from sparseray.platform.fleet.slot_actor import SlotActor
 from sparseray.platform.fleet.transport import ZmqTransport, private_directory
 
@@ -65,7 +66,7 @@ class RayFleet:
     Args:
         job: identifier of the job.
         config: how slots are made.
-        prepare: body with which a slot builds and warms what it needs.
+        spec: of the job that slots build and warm themselves for.
         next_slot: gives the next slot id, which is journalled before it is used.
         on_change: told when members came or went.
         (`is_spare`, set later, says whether all that a slot holds is held by others too.)
@@ -76,12 +77,12 @@ class RayFleet:
         self,
         job: str,
         config: ClusterConfig,
-        prepare: dict[str, Any],
+        spec: JobSpec,
         next_slot: Callable[[], int],
         on_change: Callable[[dict[int, Member]], None],
         may_act: Callable[[], bool],
     ) -> None:
-        self.job, self.config, self.prepare = job, config, prepare
+        self.job, self.config, self.spec = job, config, spec
         self._next_slot, self._on_change, self._may_act = next_slot, on_change, may_act
         directory = private_directory(job) if config.transport == "ipc" else None
         self._transport = ZmqTransport("heartbeats", directory, config.bind_host)
@@ -192,7 +193,7 @@ class RayFleet:
         self._transport.close()
 
     def _follow(self, slot: int, handle: Any) -> None:
-        reference = handle.prepare.remote(self.prepare | {"heartbeats": self.heartbeats})
+        reference = handle.prepare.remote(self.spec, self.heartbeats)
         with self._lock:
             self._handles[slot] = handle
             self._starting[reference] = (slot, time.monotonic())

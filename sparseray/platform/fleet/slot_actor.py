@@ -32,9 +32,9 @@ class SlotActor:
         """Start serving the mailbox."""
         self._host.serve()
 
-    def prepare(self, body: dict[str, Any]) -> dict[str, Any]:
-        """`host.Host.prepare`."""
-        found: dict[str, Any] = self._host.prepare(body)
+    def prepare(self, spec: Any, heartbeats: str) -> dict[str, Any]:
+        """`host.Host.prepare`; what it takes is not imported here, where nothing heavy may be."""
+        found: dict[str, Any] = self._host.prepare(spec, heartbeats)
         return found
 
     def wait_for_end(self) -> None:

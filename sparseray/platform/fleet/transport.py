@@ -25,13 +25,22 @@ class ZmqTransport:
         name: file name of the inbox, unique within the job.
         directory: private folder for Unix sockets; None to use TCP.
         host: address to bind for TCP.
+        max_frame_bytes: largest frame that is sent or taken.
     """
 
-    def __init__(self, name: str, directory: pathlib.Path | None, host: str = "127.0.0.1") -> None:
+    def __init__(
+        self,
+        name: str,
+        directory: pathlib.Path | None,
+        host: str = "127.0.0.1",
+        *,
+        max_frame_bytes: int = MAX_FRAME_BYTES,
+    ) -> None:
+        self.max_frame_bytes = max_frame_bytes
         self._context = zmq.Context()
         self._inbox = self._context.socket(zmq.PULL)
         self._inbox.setsockopt(zmq.RCVHWM, 0)
-        self._inbox.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
+        self._inbox.setsockopt(zmq.MAXMSGSIZE, max_frame_bytes)
         if directory is not None:
             path = directory / f"{name}-{os.getpid()}"
             self.address = f"ipc://{path}"
@@ -54,7 +63,14 @@ class ZmqTransport:
                 self._outgoing[slot] = (address, queue)
 
     def send(self, slot: int, frames: Sequence[Any]) -> None:
-        """Queue frames for a slot; large ones are not copied, so the caller must not change them."""
+        """Queue frames for a slot; large ones are not copied, so the caller must not change them.
+
+        Raises:
+            ValueError: a frame is over the limit; the receiver would drop it without a word.
+        """
+        largest = max(len(frame) for frame in frames)
+        if largest > self.max_frame_bytes:
+            raise ValueError(f"a frame of {largest} bytes is over the transport's {self.max_frame_bytes}")
         _, queue = self._outgoing[slot]
         last = len(frames) - 1
         for index, frame in enumerate(frames):

@@ -7,12 +7,9 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from sparseray.actors.state.assignment import Plan
+from sparseray.actors.state.pieces import DENSE, Piece, bucket_sizes, row_bytes
 from sparseray.model.config import ModelConfig
 
-Piece = tuple[str, int, int]
-"""("dense", 0, 0), ("expert", moe layer, expert) or ("bucket", dse layer, bucket)."""
-
-DENSE: Piece = ("dense", 0, 0)
 FP32_BYTES = 4
 
 
@@ -82,9 +79,8 @@ def piece_bytes(
         dense_parameters: number of dense parameters.
     """
     expert = 3 * FP32_BYTES * 3 * config.hidden * config.moe.expert_dim
-    # Weight and first moment of every element; second moment (fp32) and step count (int64) of the row.
-    row = 2 * FP32_BYTES * config.dse.head_dim + FP32_BYTES + 8
-    buckets = config.dse.num_buckets
+    row = row_bytes(config.dse)
+    buckets = bucket_sizes(table_rows, config.dse.num_buckets)
 
     def size(piece: Piece) -> int:
         kind, layer, index = piece
@@ -92,8 +88,7 @@ def piece_bytes(
             return 3 * FP32_BYTES * dense_parameters
         if kind == "expert":
             return expert
-        rows = table_rows[layer]
-        return ((index + 1) * rows // buckets - index * rows // buckets) * row
+        return buckets[layer][index] * row
 
     return size
 

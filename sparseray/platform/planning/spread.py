@@ -19,7 +19,7 @@ NEW_COPY = 0.1
 
 
 def spread_hot(
-    experts: Table, slots: Sequence[int], loads: Sequence[Sequence[float]], num_shards: int
+    experts: Table, slots: Sequence[int], loads: Sequence[Sequence[float]], num_parts: int
 ) -> tuple[Table, tuple[tuple[int, ...], ...]]:
     """Let more holders compute the experts that overload a slot.
 
@@ -27,13 +27,13 @@ def spread_hot(
         experts: holders of every expert, [moe layers][experts], primary first.
         slots: those that may compute.
         loads: tokens of every expert, [moe layers][experts].
-        num_shards: logical shards of a step.
+        num_parts: parts of a step.
 
     Returns:
         holders again, the computing ones first, with copies added where they were lacking; and how many of
         each expert's holders compute, [moe layers][experts].
     """
-    layers = [_Layer(row, slots, load, num_shards) for row, load in zip(experts, loads)]
+    layers = [_Layer(row, slots, load, num_parts) for row, load in zip(experts, loads)]
     for layer in layers:
         while layer.improve():
             pass
@@ -59,9 +59,9 @@ class _Layer:
         holders: Sequence[tuple[int, ...]],
         slots: Sequence[int],
         loads: Sequence[float],
-        num_shards: int,
+        num_parts: int,
     ) -> None:
-        self.holders, self.slots, self.loads, self.num_shards = list(holders), list(slots), loads, num_shards
+        self.holders, self.slots, self.loads, self.num_parts = list(holders), list(slots), loads, num_parts
         self.spread = [1] * len(self.holders)
         self.mean = sum(loads) / max(1, len(self.slots))
 
@@ -88,7 +88,7 @@ class _Layer:
     def _double(self, expert: int, sums: dict[int, float]) -> bool:
         have, now = self.holders[expert], self.spread[expert]
         free = [slot for slot in self.slots if slot not in have[:now]]
-        if self.num_shards % (2 * now) or len(free) < now:
+        if self.num_parts % (2 * now) or len(free) < now:
             return False
         price = {slot: sums[slot] + (0.0 if slot in have else NEW_COPY * self.mean) for slot in free}
         more = sorted(free, key=lambda slot: (price[slot], slot))[:now]

@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from sparseray.actors.wire.messages import SavedTensor
 from sparseray.errors import CheckpointError
 
 FORMAT = 1
@@ -25,26 +26,35 @@ UNFINISHED = ".unfinished"
 
 def tensor_sha256(tensor: torch.Tensor) -> str:
     """SHA-256 of a tensor's bytes in row-major order."""
-    return hashlib.sha256(tensor.detach().contiguous().numpy().reshape(-1).view("uint8").data).hexdigest()
+    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return hashlib.sha256(data.numpy().data).hexdigest()
 
 
-def write_part(directory: str | Path, part: str, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+def write_part(directory: str | Path, part: str, tensors: dict[str, torch.Tensor]) -> dict[str, SavedTensor]:
     """Write tensors to `<part>.safetensors`, on disk when this returns.
 
+    Args:
+        directory: of the unfinished checkpoint.
+        part: name of the file, without its ending.
+        tensors: by logical name.
+
     Returns:
-        name to {file, shape, dtype, sha256}.
+        where each tensor is, by its name.
     """
     path = Path(directory) / f"{part}.safetensors"
     plain = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    save_file(plain, path)
-    sync(path)
+    try:
+        save_file(plain, path)
+        sync(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be written: {error}") from None
     return {
-        name: {
-            "file": path.name,
-            "shape": list(tensor.shape),
-            "dtype": str(tensor.dtype).removeprefix("torch."),
-            "sha256": tensor_sha256(tensor),
-        }
+        name: SavedTensor(
+            file=path.name,
+            shape=tuple(tensor.shape),
+            dtype=str(tensor.dtype).removeprefix("torch."),
+            sha256=tensor_sha256(tensor),
+        )
         for name, tensor in plain.items()
     }
 
@@ -83,6 +93,11 @@ def finish(unfinished: Path, manifest: dict[str, Any]) -> Path:
     os.rename(unfinished, final)
     sync(final.parent)
     return final
+
+
+def give_up(root: Path, step: int) -> None:
+    """Remove what was written of a checkpoint that cannot be finished."""
+    shutil.rmtree(root / f"step_{step}{UNFINISHED}", ignore_errors=True)
 
 
 def prune(root: Path, keep: int) -> None:

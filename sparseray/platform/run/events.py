@@ -5,7 +5,8 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
-from sparseray.actors.state.assignment import Piece, Plan
+from sparseray.actors.state.assignment import Plan
+from sparseray.actors.state.pieces import Piece
 from sparseray.platform.metrics.exporter import Metrics
 from sparseray.platform.run.folder import RunFolder
 
@@ -104,7 +105,7 @@ class Events:
 
 def role_holders(plan: Plan) -> set[int]:
     """Slots that have a role or hold some state."""
-    return {*plan.shard_owners, *plan.dense, *plan.expert_holders, *plan.memory_holders}
+    return {*plan.part_owners, *plan.dense, *plan.expert_holders, *plan.memory_holders}
 
 
 def slots_by_role(plan: Plan, members: set[int]) -> dict[str, int]:

@@ -1,0 +1,1 @@
+"""Full attention over paged caches: decoding."""

@@ -1,0 +1,210 @@
+"""`PlainOps`: the operations of `Ops` in plain PyTorch, which `REFERENCE` is and TritonOps falls back to.
+
+What a sequence computes in serving has the same bits whatever else is in the call: matrix products run on blocks
+of 32 to 128 rows, for which CPU libraries sum in one order; everything else is per row, and no element falls into
+the scalar remainder of a vector loop, whose exp differs from the vector one. Shapes as in ops.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparseray.errors import ConfigError
+from sparseray.kernels.dse.reference import Fusion, context_gate, ngram_hash, short_conv
+from sparseray.kernels.moe.expert_sum import expert_sum
+from sparseray.kernels.moe.reference import route, stable_topk
+from sparseray.kernels.nsa.masked import nsa_attention_masked
+from sparseray.kernels.nsa.reference import BranchKeys, Compression, compress_reference, select_reference
+from sparseray.kernels.settings import ROW_BLOCK, NSASizes, padded
+
+
+class PlainOps:
+    """See `Ops` for what each operation does."""
+
+    def linear(self, x_RI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, *, invariant: bool) -> Tensor:
+        if not invariant or x_RI.shape[0] <= ROW_BLOCK or x_RI.is_cuda:
+            return F.linear(x_RI, weight_OI, bias_O)
+        return torch.cat([F.linear(block, weight_OI, bias_O) for block in torch.split(x_RI, ROW_BLOCK)])
+
+    def rms_norm(self, x: Tensor, weight_H: Tensor, eps: float) -> Tensor:
+        return F.rms_norm(x.float(), weight_H.shape, weight_H.float(), eps).to(x.dtype)
+
+    def add_rms_norm(
+        self, x: Tensor, residual: Tensor, weight_H: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        total = residual + x
+        return self.rms_norm(total, weight_H, eps), total
+
+    def rotary(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        first, second = x.float().chunk(2, dim=-1)
+        cos, sin = cos[:, None, :], sin[:, None, :]
+        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+
+    def rotary_split(
+        self, fused_RX: Tensor, heads: tuple[int, int], head_dim: int, cos_RD: Tensor, sin_RD: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        turned = sum(heads) * head_dim
+        qk = self.rotary(fused_RX[:, :turned].unflatten(-1, (sum(heads), head_dim)), cos_RD, sin_RD)
+        return qk[:, : heads[0]], qk[:, heads[0] :], fused_RX[:, turned:]
+
+    def swiglu(self, gate_up_RI: Tensor) -> Tensor:
+        gate, up = gate_up_RI.chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+    def attend(self, q_BTQD: Tensor, k_BSGD: Tensor, v_BSGV: Tensor) -> Tensor:
+        T, S = q_BTQD.shape[1], k_BSGD.shape[1]
+        if T > S:
+            raise ConfigError(f"attend: {T} queries end at the last of {S} keys; pass at least as many keys")
+        mask = None
+        if T != S:
+            mask = torch.ones(T, S, dtype=torch.bool, device=q_BTQD.device).tril(S - T)
+        out = F.scaled_dot_product_attention(
+            q_BTQD.transpose(1, 2),
+            k_BSGD.transpose(1, 2),
+            v_BSGV.transpose(1, 2),
+            attn_mask=mask,
+            is_causal=T == S,
+            enable_gqa=True,
+        )
+        return out.transpose(1, 2)
+
+    def compress(self, x_BTGD: Tensor, phi: Compression, sizes: NSASizes) -> Tensor:
+        return compress_reference(x_BTGD, phi.w1, phi.b1, phi.w2, phi.b2, phi.pos, sizes.block, sizes.stride)
+
+    def nsa_attention(
+        self,
+        q_BTQD: Tensor,
+        keys: BranchKeys,
+        gates_BTQ3: Tensor,
+        sizes: NSASizes,
+        *,
+        q_start: int = 0,
+        win_start: int = 0,
+    ) -> Tensor:
+        return nsa_attention_masked(q_BTQD, keys, gates_BTQ3, sizes, q_start=q_start, win_start=win_start)
+
+    @torch.no_grad()
+    def nsa_selection(
+        self, q_BTQD: Tensor, k_cmp: Tensor, num_keys: int, sizes: NSASizes, *, q_start: int = 0
+    ) -> Tensor:
+        return select_reference(q_BTQD, k_cmp, k_cmp, num_keys, sizes, q_start=q_start)[1]
+
+    def top_k(self, scores_TE: Tensor, k: int) -> Tensor:
+        return stable_topk(scores_TE.detach(), k)
+
+    def route(
+        self,
+        logits_TE: Tensor,
+        *,
+        top_k: int,
+        router: str,
+        bias_E: Tensor | None,
+        num_groups: int,
+        topk_groups: int,
+        group_scores: int,
+        normalize: bool | None,
+        scaling: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return route(
+            logits_TE,
+            top_k=top_k,
+            router=router,
+            bias_E=bias_E,
+            num_groups=num_groups,
+            topk_groups=topk_groups,
+            group_scores=group_scores,
+            normalize=normalize,
+            scaling=scaling,
+        )
+
+    def experts(
+        self,
+        x_TH: Tensor,
+        topk_ids_TK: Tensor,
+        topk_weights_TK: Tensor,
+        gate_up_E2IH: Tensor,
+        down_EHI: Tensor,
+    ) -> Tensor:
+        return expert_sum(x_TH, topk_ids_TK, topk_weights_TK, gate_up_E2IH, down_EHI)
+
+    def ngram_rows(
+        self,
+        tokens_BT: Tensor,
+        *,
+        multipliers: Sequence[int],
+        orders: Sequence[int],
+        primes: Sequence[Sequence[int]],
+        offsets: Sequence[Sequence[int]],
+        pad: int,
+        history_BL: Tensor | None,
+        document_starts_BT: Tensor | None,
+    ) -> Tensor:
+        return ngram_hash(
+            tokens_BT,
+            multipliers=multipliers,
+            orders=orders,
+            primes=primes,
+            offsets=offsets,
+            pad=pad,
+            history_BL=history_BL,
+            document_starts_BT=document_starts_BT,
+        )
+
+    def memory_fusion(
+        self,
+        h_RH: Tensor,
+        key_RH: Tensor,
+        value_RH: Tensor,
+        fusion: Fusion,
+        shape: tuple[int, int],
+        starts_BT: Tensor | None,
+    ) -> Tensor:
+        # Without a view of h in between: autograd would add up its gradients in another order.
+        gated_RH = self.memory_gate(h_RH, key_RH, value_RH, fusion)
+        normed_RH = self.rms_norm(gated_RH, fusion.value_norm_C, fusion.conv_eps)
+        conv_BTH = short_conv(
+            normed_RH.unflatten(0, shape),
+            fusion.conv_CK,
+            dilation=fusion.dilation,
+            document_starts_BT=starts_BT,
+        )
+        return F.silu(conv_BTH.flatten(0, 1)) + gated_RH
+
+    def memory_gate(self, h_RH: Tensor, key_RH: Tensor, value_RH: Tensor, fusion: Fusion) -> Tensor:
+        return context_gate(
+            h_RH, key_RH, value_RH, fusion.query_norm_C, fusion.key_norm_C, eps=fusion.gate_eps
+        )
+
+    def memory_conv(
+        self, x_BTH: Tensor, fusion: Fusion, starts_BT: Tensor | None, history_BLH: Tensor | None
+    ) -> Tensor:
+        return short_conv(
+            x_BTH,
+            fusion.conv_CK,
+            dilation=fusion.dilation,
+            history_BLC=history_BLH,
+            document_starts_BT=starts_BT,
+        )
+
+    def logits(self, hidden_RH: Tensor, weight_VH: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            return F.linear(hidden_RH, weight_VH)
+        count = hidden_RH.shape[0]
+        rows_RH = F.pad(hidden_RH, (0, 0, 0, padded(count) - count))
+        return self.linear(rows_RH, weight_VH, None, invariant=True)[:count]
+
+    def expert_counts(self, topk_ids_TK: Tensor, num_experts: int) -> Tensor:
+        return torch.bincount(topk_ids_TK.reshape(-1), minlength=num_experts)
+
+    def head_loss(
+        self, hidden_RH: Tensor, weight_VH: Tensor, targets_R: Tensor, weights_R: Tensor | None = None
+    ) -> Tensor:
+        logits_RV = self.logits(hidden_RH, weight_VH).float()
+        if weights_R is None:
+            return F.cross_entropy(logits_RV, targets_R, ignore_index=-1, reduction="sum")
+        losses_R = F.cross_entropy(logits_RV, targets_R, ignore_index=-1, reduction="none")
+        return (losses_R * weights_R).sum()

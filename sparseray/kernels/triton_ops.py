@@ -1,0 +1,258 @@
+"""`TRITON`: the operations of `Ops` by the kernels of dense/, nsa/, moe/ and dse/, in fp32, bf16 or fp16 on one device.
+
+A method that is not here is the plain one of `PlainOps`, because no kernel of ours does it:
+
+| operation | what runs | until |
+|---|---|---|
+| linear, logits | cuBLAS, with the row's bits as they come | |
+| attend | torch's fused attention (a mask for a chunk against longer keys) | |
+| rotary_split where head sizes differ | torch | |
+| memory_gate, memory_conv | torch: the fused kernel takes whole sequences, these are a chunk's pieces in serving | |
+| top_k | torch's, ties in any order: for the balance loss alone | |
+| memory_fusion's backward, ngram_rows of orders with gaps | torch | |
+
+Shapes as in ops.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from triton.runtime.jit import JITFunction
+
+from sparseray.errors import ConfigError
+from sparseray.kernels.dense.head_loss import head_loss
+from sparseray.kernels.dense.rms_norm import add_rms_norm, rms_norm
+from sparseray.kernels.dense.rope import rope
+from sparseray.kernels.dense.swiglu import swiglu
+from sparseray.kernels.dse import fusion as dse_fusion
+from sparseray.kernels.dse import rows as dse_rows
+from sparseray.kernels.dse.reference import Fusion
+from sparseray.kernels.moe.ffn import moe_ffn
+from sparseray.kernels.moe.router import route
+from sparseray.kernels.nsa.attention import nsa_attention, nsa_selection
+from sparseray.kernels.nsa.compress import compress
+from sparseray.kernels.nsa.gates import combine_kernel
+from sparseray.kernels.nsa.reference import BranchKeys, Compression
+from sparseray.kernels.plain_ops import PlainOps
+from sparseray.kernels.settings import NSASizes
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LARGEST_HEAD = 192
+"""Channels of the widest head that the NSA kernels were run with on a GPU."""
+
+
+def is_interpreted() -> bool:
+    """Whether TRITON_INTERPRET was set before Triton was imported."""
+    return not isinstance(combine_kernel, JITFunction)
+
+
+def _check(what: str, *tensors: Tensor) -> None:
+    """See that the tensors are of one dtype that the kernels take, and on a device that runs them.
+
+    Raises:
+        ConfigError: they are not.
+    """
+    dtypes = {t.dtype for t in tensors}
+    if len(dtypes) > 1 or not dtypes <= set(DTYPES):
+        found = ", ".join(sorted(str(d) for d in dtypes))
+        raise ConfigError(
+            f"kernels=triton: {what} got {found}; give all of it one of float32, bfloat16 and float16, or use"
+            " kernels=reference"
+        )
+    if not (tensors[0].is_cuda or is_interpreted()):
+        raise ConfigError(
+            f"kernels=triton: {what} got a tensor on {tensors[0].device}; move the model to a GPU, or use"
+            " kernels=reference"
+        )
+
+
+@lru_cache(maxsize=256)
+def _table(values: tuple[int, ...] | tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
+    """Constants of a layer's hash on the device, copied once."""
+    return torch.tensor(values, dtype=torch.int64, device=device)
+
+
+@lru_cache(maxsize=16)
+def _numbers(count: int, device: torch.device) -> Tensor:
+    return torch.arange(count, device=device, dtype=torch.int32)
+
+
+class TritonOps(PlainOps):
+    """See `Ops` for what each operation does."""
+
+    def rms_norm(self, x: Tensor, weight_H: Tensor, eps: float) -> Tensor:
+        return rms_norm(x, weight_H, eps)
+
+    def add_rms_norm(
+        self, x: Tensor, residual: Tensor, weight_H: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        return add_rms_norm(x, residual, weight_H, eps)
+
+    def rotary(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        rows = x.reshape(-1, *x.shape[-2:])
+        # Leading axes share the tokens' angles.
+        positions_R = _numbers(cos.shape[0], x.device).repeat(rows.shape[0] // max(1, cos.shape[0]))
+        return rope(rows, positions_R, cos, sin, heads=(x.shape[-2], 0, 0))[0].view(x.shape)
+
+    def rotary_split(
+        self, fused_RX: Tensor, heads: tuple[int, int], head_dim: int, cos_RD: Tensor, sin_RD: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        R, X = fused_RX.shape
+        if X % head_dim:
+            return super().rotary_split(fused_RX, heads, head_dim, cos_RD, sin_RD)
+        rest = X // head_dim - sum(heads)
+        q, k, other = rope(
+            fused_RX.unflatten(-1, (-1, head_dim)),
+            _numbers(R, fused_RX.device),
+            cos_RD,
+            sin_RD,
+            heads=(*heads, rest),
+        )
+        return q, k, other.flatten(1)
+
+    def swiglu(self, gate_up_RI: Tensor) -> Tensor:
+        return swiglu(gate_up_RI)
+
+    def top_k(self, scores_TE: Tensor, k: int) -> Tensor:
+        return scores_TE.detach().topk(k).indices
+
+    def expert_counts(self, topk_ids_TK: Tensor, num_experts: int) -> Tensor:
+        # Whole numbers: their order is free. bincount would wait for the device.
+        ids = topk_ids_TK.reshape(-1).long()
+        counts_E = torch.zeros(num_experts, dtype=torch.int64, device=ids.device)
+        return counts_E.scatter_add_(0, ids, torch.ones_like(ids))
+
+    def head_loss(
+        self, hidden_RH: Tensor, weight_VH: Tensor, targets_R: Tensor, weights_R: Tensor | None = None
+    ) -> Tensor:
+        if weights_R is None:
+            weights_R = torch.ones_like(targets_R, dtype=torch.float32)
+        return head_loss(hidden_RH, weight_VH, targets_R, weights_R)
+
+    def compress(self, x_BTGD: Tensor, phi: Compression, sizes: NSASizes) -> Tensor:
+        _check("the compression of NSA", x_BTGD, phi.w1, phi.w2)
+        if x_BTGD.shape[1] < sizes.block:
+            return super().compress(
+                x_BTGD, phi, sizes
+            )  # No block is complete: an empty result, with its graph.
+        return compress(x_BTGD, phi.w1, phi.b1, phi.w2, phi.b2, phi.pos, sizes.block, sizes.stride)
+
+    def nsa_attention(
+        self,
+        q_BTQD: Tensor,
+        keys: BranchKeys,
+        gates_BTQ3: Tensor,
+        sizes: NSASizes,
+        *,
+        q_start: int = 0,
+        win_start: int = 0,
+    ) -> Tensor:
+        branches = (keys.k_cmp, keys.v_cmp, keys.k_slc, keys.v_slc, keys.k_win, keys.v_win)
+        _check("native sparse attention", q_BTQD, *branches)
+        widest = max(q_BTQD.shape[-1], keys.v_slc.shape[-1])
+        if widest > LARGEST_HEAD:
+            raise ConfigError(
+                f"kernels=triton: native sparse attention takes heads of at most {LARGEST_HEAD} channels, not"
+                f" {widest}; lower model.head_dim or model.v_head_dim, or use kernels=reference"
+            )
+        return nsa_attention(q_BTQD, *branches, gates_BTQ3, sizes, q_start=q_start, win_start=win_start)
+
+    @torch.no_grad()
+    def nsa_selection(
+        self, q_BTQD: Tensor, k_cmp: Tensor, num_keys: int, sizes: NSASizes, *, q_start: int = 0
+    ) -> Tensor:
+        _check("the selection of NSA", q_BTQD, k_cmp)
+        return nsa_selection(q_BTQD, k_cmp, num_keys, sizes, q_start=q_start)
+
+    def route(
+        self,
+        logits_TE: Tensor,
+        *,
+        top_k: int,
+        router: str,
+        bias_E: Tensor | None,
+        num_groups: int,
+        topk_groups: int,
+        group_scores: int,
+        normalize: bool | None,
+        scaling: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        _check("the router", logits_TE)
+        return route(
+            logits_TE,
+            top_k=top_k,
+            router=router,
+            bias_E=bias_E,
+            num_groups=num_groups,
+            topk_groups=topk_groups,
+            group_scores=group_scores,
+            normalize=normalize,
+            scaling=scaling,
+        )
+
+    def experts(
+        self,
+        x_TH: Tensor,
+        topk_ids_TK: Tensor,
+        topk_weights_TK: Tensor,
+        gate_up_E2IH: Tensor,
+        down_EHI: Tensor,
+    ) -> Tensor:
+        _check("the experts", x_TH, gate_up_E2IH, down_EHI)
+        return moe_ffn(x_TH, topk_ids_TK, topk_weights_TK, gate_up_E2IH, down_EHI)
+
+    def ngram_rows(
+        self,
+        tokens_BT: Tensor,
+        *,
+        multipliers: Sequence[int],
+        orders: Sequence[int],
+        primes: Sequence[Sequence[int]],
+        offsets: Sequence[Sequence[int]],
+        pad: int,
+        history_BL: Tensor | None,
+        document_starts_BT: Tensor | None,
+    ) -> Tensor:
+        device = tokens_BT.device
+        if list(orders) != list(range(orders[0], orders[-1] + 1)):
+            return super().ngram_rows(
+                tokens_BT,
+                multipliers=multipliers,
+                orders=orders,
+                primes=primes,
+                offsets=offsets,
+                pad=pad,
+                history_BL=history_BL,
+                document_starts_BT=document_starts_BT,
+            )
+        return dse_rows.ngram_hash(
+            tokens_BT,
+            multipliers=_table(tuple(multipliers), device),
+            orders=tuple(orders),
+            primes_OH=_table(tuple(map(tuple, primes)), device),
+            offsets_OH=_table(tuple(map(tuple, offsets)), device),
+            pad=pad,
+            history_BL=history_BL,
+            document_starts_BT=document_starts_BT,
+        )
+
+    def memory_fusion(
+        self,
+        h_RH: Tensor,
+        key_RH: Tensor,
+        value_RH: Tensor,
+        fusion: Fusion,
+        shape: tuple[int, int],
+        starts_BT: Tensor | None,
+    ) -> Tensor:
+        _check("the memory's fusion", h_RH, key_RH, value_RH)
+        h, key, value = (x.unflatten(0, shape) for x in (h_RH, key_RH, value_RH))
+        out_BTH = dse_fusion.memory_output(h, key, value, fusion, document_starts_BT=starts_BT)
+        return out_BTH.flatten(0, 1)
+
+
+TRITON = TritonOps()

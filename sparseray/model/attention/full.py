@@ -1,0 +1,92 @@
+"""Full attention: grouped-query, causal, with rotary positions; its cache keeps all keys and values.
+
+Shapes: R rows, S positions, T tokens, G key/value heads, D and V head sizes, H hidden.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparseray.kernels.ops import REFERENCE, Ops
+from sparseray.model.attention.protocol import Attention, AttentionFlops, score_flops
+from sparseray.model.config import ModelConfig
+from sparseray.model.layers import Angles, Batch, Linear
+
+
+class FullCache:
+    """Keys and values of a full-attention layer, [S, G, D] and [S, G, V]."""
+
+    def __init__(self, config: ModelConfig, max_len: int, dtype: torch.dtype, device: torch.device) -> None:
+        heads = config.num_kv_heads
+        self.k_SGD = torch.zeros(max_len, heads, config.head_dim, dtype=dtype, device=device)
+        self.v_SGV = torch.zeros(max_len, heads, config.value_dim, dtype=dtype, device=device)
+
+    def append(self, length: int, k_TGD: Tensor, v_TGV: Tensor) -> tuple[Tensor, Tensor]:
+        """Store a chunk that starts at position `length`; return all keys and values so far."""
+        end = length + k_TGD.shape[0]
+        self.k_SGD[length:end] = k_TGD
+        self.v_SGV[length:end] = v_TGV
+        return self.k_SGD[:end], self.v_SGV[:end]
+
+    def tensors(self) -> list[Tensor]:
+        """All stored tensors."""
+        return [self.k_SGD, self.v_SGV]
+
+
+def _qkv_width(config: ModelConfig) -> int:
+    heads, kv = config.num_heads, config.num_kv_heads
+    return (heads + kv) * config.head_dim + kv * config.value_dim
+
+
+class FullAttention(Attention):
+    """Grouped-query attention with rotary positions."""
+
+    def __init__(self, config: ModelConfig, layer: int, ops: Ops = REFERENCE) -> None:
+        super().__init__(config, layer, ops)
+        self.heads, self.kv_heads = config.num_heads, config.num_kv_heads
+        self.head_dim, self.value_dim = config.head_dim, config.value_dim
+        self.qkv = Linear(config.hidden, _qkv_width(config), ops)
+        self.out = Linear(self.heads * self.value_dim, config.hidden, ops)
+
+    def forward(self, x_RH: Tensor, batch: Batch, angles: Angles) -> Tensor:
+        """Attend within each sequence; [R, H]."""
+        heads = (self.heads, self.kv_heads)
+        q, k, rest_RX = self.ops.rotary_split(
+            self.qkv(x_RH, batch), heads, self.head_dim, angles.cos_RD, angles.sin_RD
+        )
+        v = rest_RX.unflatten(-1, (self.kv_heads, self.value_dim))
+        if batch.spans is None:
+            o = self.ops.attend(*(x.unflatten(0, batch.shape) for x in (q, k, v))).flatten(0, 1)
+        else:
+            o = x_RH.new_zeros(x_RH.shape[0], self.heads, self.value_dim)
+            for span in batch.spans:
+                cache, rows = span.cache.layers[self.layer], slice(span.start, span.stop)
+                assert isinstance(cache, FullCache)
+                keys, values = cache.append(span.cache.length, k[rows], v[rows])
+                o[rows] = self.ops.attend(q[rows][None], keys[None], values[None])[0]
+        out: Tensor = self.out(o.flatten(1), batch)
+        return out
+
+    @classmethod
+    def new_cache(
+        cls, config: ModelConfig, max_len: int, dtype: torch.dtype, device: torch.device
+    ) -> FullCache:
+        """An empty cache."""
+        return FullCache(config, max_len, dtype, device)
+
+    @classmethod
+    def num_parameters(cls, config: ModelConfig) -> int:
+        """Parameters of a layer, all of them in matrices."""
+        return config.hidden * (_qkv_width(config) + config.num_heads * config.value_dim)
+
+    @classmethod
+    def keys_per_query(cls, config: ModelConfig, seq_len: int) -> dict[str, float]:
+        """Half of the sequence, and the query's own."""
+        return {"full": (seq_len + 1) / 2}
+
+    @classmethod
+    def flops_per_token(cls, config: ModelConfig, seq_len: int) -> AttentionFlops:
+        """Two projections, scores and values."""
+        keys = cls.keys_per_query(config, seq_len)
+        return AttentionFlops(linear=2.0 * cls.num_parameters(config), attention=score_flops(config, keys))

@@ -1,0 +1,89 @@
+"""What the network, the caches and the counts need of a kind of attention, and all that they know about it.
+
+A new kind is a class of these six methods, a name in `config.ATTENTIONS` and a line in `attention.ATTENTIONS`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from sparseray.kernels.ops import Ops
+from sparseray.model.config import ModelConfig
+from sparseray.model.layers import Angles, Batch
+
+
+class LayerCache(Protocol):
+    """What one layer keeps of one sequence in inference; its attention alone knows what it is."""
+
+    def tensors(self) -> list[Tensor]:
+        """All stored tensors."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionFlops:
+    """Operations of one token's forward pass.
+
+    Attributes:
+        linear: of the matrix products with weights.
+        attention: of scores and values.
+    """
+
+    linear: float
+    attention: float
+
+
+class Attention(nn.Module, ABC):
+    """The attention of one layer.
+
+    Args:
+        config: of the model.
+        layer: 0-based, the index of its caches.
+        ops: what it computes with.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int, ops: Ops) -> None:
+        super().__init__()
+        self.layer, self.ops = layer, ops
+
+    @abstractmethod
+    def forward(self, x_RH: Tensor, batch: Batch, angles: Angles) -> Tensor:
+        """Attend within each sequence; [R, H].
+
+        Args:
+            x_RH: normed hidden states.
+            batch: which rows are whose; in inference its spans hold the caches, to which the chunks are appended.
+            angles: rotary encoding.
+        """
+
+    @classmethod
+    @abstractmethod
+    def new_cache(
+        cls, config: ModelConfig, max_len: int, dtype: torch.dtype, device: torch.device
+    ) -> LayerCache:
+        """An empty cache of a layer for a sequence of at most `max_len` tokens."""
+
+    @classmethod
+    @abstractmethod
+    def num_parameters(cls, config: ModelConfig) -> int:
+        """Parameters of a layer."""
+
+    @classmethod
+    @abstractmethod
+    def keys_per_query(cls, config: ModelConfig, seq_len: int) -> dict[str, float]:
+        """Mean number of keys that a query reads in each branch, over the positions of a sequence."""
+
+    @classmethod
+    @abstractmethod
+    def flops_per_token(cls, config: ModelConfig, seq_len: int) -> AttentionFlops:
+        """Operations of a layer's forward pass for a token, averaged over a sequence."""
+
+
+def score_flops(config: ModelConfig, keys: dict[str, float]) -> float:
+    """Operations of scores and values of all query heads, for queries that read so many keys a branch."""
+    return 2 * sum(keys.values()) * config.num_heads * (config.head_dim + config.value_dim)
