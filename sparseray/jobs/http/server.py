@@ -7,6 +7,7 @@ not are ended with an error that says so.
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 import threading
 import time
@@ -242,11 +243,11 @@ def listen(host: str, port: int) -> socket.socket:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         listener = socket.create_server(found[4][:2], family=found[0], backlog=512)
     except (OSError, OverflowError, UnicodeError) as error:
-        reason = getattr(error, "strerror", None) or error
+        number = error.errno if isinstance(error, OSError) else None
+        reason = os.strerror(number) if number is not None and number > 0 else error
         shown = address_url(host, port).removeprefix("http://")
-        raise ConfigError(
-            f"cannot listen on {shown} ({reason}); choose another port, or stop who uses it"
-        ) from error
+        message = f"cannot listen on {shown}: port {port}: {reason}; choose another port, or stop who uses it"
+        raise ConfigError(message) from error
     # Inherited by connections. asyncio sets it only on sockets that name their protocol, and without it the
     # tokens after the first wait 40 ms for the client's acknowledgement.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

@@ -31,6 +31,7 @@ from sparseray.actors.training.worker import AttentionWorker, Batch, Batches
 from sparseray.actors.wire.mailbox import Mailbox
 from sparseray.actors.wire.messages import SavedTensor
 from sparseray.errors import IdentityError
+from sparseray.kernels.ops import ops_for
 from sparseray.model.buckets import bucket_bounds
 from sparseray.model.dse_layout import DSELayout
 from sparseray.model.transformer import cross_entropy_sum
@@ -82,8 +83,10 @@ class TrainingJob:
         )
 
     def _dense(self) -> DenseState:
-        decay = self.config.optim.weight_decay
-        return DenseState(self.config.model, self.layout, weight_decay=decay, **self._shared, **self._adam)
+        decay, ops = self.config.optim.weight_decay, ops_for(self.config.kernels, torch.device("cpu"))
+        return DenseState(
+            self.config.model, self.layout, weight_decay=decay, ops=ops, **self._shared, **self._adam
+        )
 
     def holdings(self) -> Holdings:
         """Build a slot's state, empty."""
