@@ -25,11 +25,11 @@ import torch
 from torch import nn
 
 from sparseray.actors.training.token_data import TokenDataset, batch
-from sparseray.jobs.pretrain import build_layout, resolve
 from sparseray.model.dse import LocalMemory
 from sparseray.model.moe import LocalExperts
 from sparseray.model.transformer import Transformer, cross_entropy_sum
 from sparseray.platform.config import ClusterConfig, RunConfig, load_yaml, save_yaml
+from sparseray.platform.opening import build_layout, resolve
 from sparseray.platform.training import learning_rate
 
 ROOT = Path(__file__).resolve().parent.parent

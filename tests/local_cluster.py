@@ -4,7 +4,6 @@ Slots can be killed, hung and added, and messages dropped, repeated, delayed and
 chosen message of a chosen step or at random from a seed.
 """
 
-import json
 import random
 import shutil
 import tempfile
@@ -21,33 +20,27 @@ from typing import Any
 import msgpack
 import torch
 
-from sparseray.actors.installation import JobSpec
 from sparseray.actors.slot import Slot
 from sparseray.actors.wire.envelope import SCHEDULER
 from sparseray.actors.wire.mailbox import Mailbox
 from sparseray.actors.wire.slot_mailbox import SlotMailbox
-from sparseray.jobs.pretrain import build_layout, check_data, resolve, slots_of, what_to_place
 from sparseray.model.config import DSEConfig, ModelConfig, MoEConfig, NSAConfig
-from sparseray.model.counts import count_parameters
+from sparseray.platform.composition import Run
 from sparseray.platform.config import (
     ClusterConfig,
     DataConfig,
     OptimConfig,
     RunConfig,
     TrainConfig,
-    to_dict,
 )
-from sparseray.platform.fleet.control import Control, Loss, Member
+from sparseray.platform.fleet.control import Loss, Member
 from sparseray.platform.fleet.host import TrainingJob
 from sparseray.platform.fleet.transport import ZmqTransport
-from sparseray.platform.generations import Elastic
 from sparseray.platform.metrics.exporter import Metrics
-from sparseray.platform.planning.replan import piece_bytes
+from sparseray.platform.opening import open_training, slots_of
 from sparseray.platform.run import checkpoint
 from sparseray.platform.run.folder import RunFolder
-from sparseray.platform.run.journal import Journal
-from sparseray.platform.run.ledger import Ledger
-from sparseray.platform.training import Trainer, validation_batch_count
+from sparseray.platform.training import Trainer
 
 MODEL = ModelConfig(
     vocab_size=300,
@@ -317,6 +310,7 @@ def train(
     faults: Faults | None = None,
     at_step: Callable[[int, Trainer, LocalFleet], None] = lambda step, trainer, fleet: None,
     nodes: dict[int, str] | None = None,
+    scheduler_dies: Sequence[int] = (),
 ) -> Trained:
     """Train `config` in `run_dir` with every slot as a thread; resumes what the folder holds.
 
@@ -328,66 +322,48 @@ def train(
         faults: what goes wrong.
         at_step: called after every committed step.
         nodes: of the slots, by id.
+        scheduler_dies: steps whose commit is a scheduler's last deed; another one goes on.
     """
-    data = check_data(config)
-    config = replace(resolve(config, data["train"]), run_dir=str(run_dir))
-    layout = build_layout(config.model, data["train"])
-    folder = RunFolder(run_dir)
-    folder.check(config)
-    folder.open(config, layout, Path(config.data.path) / "tokenizer.json")
+    inputs = open_training(replace(config, run_dir=str(run_dir)))
+    inputs.create_folder()
+    config, folder, seen = inputs.config, inputs.folder, []
     sockets = None if tcp else Path(tempfile.mkdtemp(prefix="sr"))
     fleet = LocalFleet(uuid.uuid4().hex, sockets, faults or Faults(), nodes=nodes or {})
-    transport = FaultyTransport(ZmqTransport("scheduler", sockets), SCHEDULER, fleet.faults, fleet)
-    control = Control(Mailbox(transport, SCHEDULER, fleet.job), fleet, config.cluster.deadline_s)
-    journal, metrics, seen = Journal(folder.journal), Metrics({}), []
-    journal.lead()
-    ledger = Ledger(metrics)
-    rows = [] if layout is None else [layout.num_rows(layer) for layer in config.model.dse.layers]
-    elastic = Elastic(
-        config,
-        control,
-        journal,
-        folder,
-        metrics,
-        ledger,
-        placement=what_to_place(config),
-        size=piece_bytes(config.model, rows, count_parameters(config.model)["dense"]),
-        job=JobSpec(
-            config=json.dumps(to_dict(config)),
-            layout="" if layout is None else str(folder.identity),
-            layout_sha256=folder.layout_sha256(),
-        ),
-        on_event=lambda event: None,
-    )
+    dying = list(scheduler_dies)
 
     def note(record: dict[str, Any]) -> None:
         seen.append(record)
         if "loss" in record:
-            at_step(record["step"], trainer, fleet)
+            at_step(record["step"], run.trainer, fleet)
+            if record["step"] in dying:
+                dying.remove(record["step"])
+                raise Killed
 
-    windows = data["validation"].num_windows(config.train.seq_len)
-    trainer = Trainer(
-        config,
-        control,
-        elastic,
-        journal,
-        folder,
-        metrics,
-        ledger,
-        bytes_per_token=data["validation"].bytes_per_token,
-        validation_batches=validation_batch_count(windows, config),
-        on_record=note,
-        should_stop=lambda: trainer.step >= stop_after,
-    )
+    def scheduler() -> Run:
+        transport = FaultyTransport(ZmqTransport("scheduler", sockets), SCHEDULER, fleet.faults, fleet)
+        return Run.open(
+            config,
+            Mailbox(transport, SCHEDULER, fleet.job),
+            lambda journal, history, prepare: fleet,
+            Metrics({}),
+            validation=inputs.validation,
+            on_record=note,
+            should_stop=lambda: run.trainer.step >= stop_after,
+        )
+
+    run = scheduler()
     try:
-        fleet.start(slots_of(config) + config.cluster.standby)
-        trainer.start()
-        trainer.run()
-        elastic.finish(trainer.step)
+        fleet.start(slots_of(config, run.elastic.inventory))
+        while True:
+            try:
+                run.train()
+                break
+            except Killed:
+                run.close()
+                run = scheduler()
     finally:
         fleet.stop()
-        journal.close()
-        transport.close()
+        run.close()
         if sockets is not None:
             shutil.rmtree(sockets)
     newest = folder.newest_checkpoint()

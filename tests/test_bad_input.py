@@ -90,6 +90,13 @@ def trained(command: Command, corpus: Path) -> Command:
         ("--train.sequences_per_shard=4000", ["sequences_per_shard"]),
         ("--data.path=/nowhere/at/all", ["/nowhere/at/all", "prepare"]),
         ("--data.path=", ["data.path is not set", "prepare"]),
+        ("--serve.max_batch=0", ["serve.max_batch=0"]),
+        ("--serve.port=70000", ["serve.port=70000", "at most 65535"]),
+        ("--cluster.threads_per_slot=0", ["cluster.threads_per_slot=0"]),
+        ("--cluster.max_slots=2", ["cluster.max_slots=2", "at least 3"]),
+        ("--cluster.bind_host=192.0.2.1", ["cluster.bind_host=192.0.2.1", "127.0.0.1"]),
+        ("--run_dir=/dev/null/run", ["run_dir=/dev/null/run", "cannot be written"]),
+        ("--run_dir=/proc/run", ["run_dir=/proc/run", "cannot be written"]),
     ],
 )
 def test_impossible_value_is_refused_with_its_name(command: Command, option: str, words: list[str]) -> None:
@@ -134,9 +141,9 @@ def test_empty_corpus_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_run_folder_of_another_configuration_names_the_keys(trained: Command) -> None:
-    line = trained.refuse("--optim.lr=0.5", "--train.steps=9")
-    assert "optim.lr (0.002 there, 0.5 here)" in line
-    assert "train.steps (4 there, 9 here)" in line
+    line = trained.refuse("--optim.lr=0.5", "--train.seed=9", "--model.init_std=0.5")
+    assert "model.init_std (0.02 there, 0.5 here)" in line and "train.seed (0 there, 9 here)" in line
+    assert "optim.lr (" not in line and "optim.*" in line
 
 
 def test_folder_that_is_no_run_is_refused(command: Command) -> None:

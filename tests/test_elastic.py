@@ -8,12 +8,15 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from local_cluster import Faults, LocalFleet, Sent, Trained, tiny_run, train
 
 from sparseray.actors.wire.envelope import SCHEDULER
 from sparseray.errors import ConfigError, FencedError, StateLostError
 from sparseray.platform.config import RunConfig
+from sparseray.platform.planning.inventory import Roles
+from sparseray.platform.run.history import Wish
 from sparseray.platform.run.journal import Journal
 from sparseray.platform.training import Trainer
 
@@ -146,6 +149,32 @@ def test_what_cannot_be_is_refused_with_the_reason(
     assert "8 experts per layer" in told[0] and "room for 1" in told[2] and "no role 'gpu'" in told[4]
 
 
+def test_a_scheduler_that_dies_undoes_no_wish_and_forgets_no_load(
+    corpus: Path, undisturbed: Trained, tmp_path: Path
+) -> None:
+    hot = ((100.0, *[1.0] * 7), (1.0, 60.0, 60.0, *[1.0] * 5))
+    seen: dict[int, tuple[Wish, list[list[float]]]] = {}
+
+    def wish(trainer: Trainer, fleet: LocalFleet) -> None:
+        trainer.elastic.request("experts", 4)
+        trainer.elastic.ask(replace(trainer.elastic.wish, packed_by=hot))
+
+    def note(step: int, trainer: Trainer, fleet: LocalFleet) -> None:
+        if step == 4:
+            wish(trainer, fleet)
+        seen[step] = (trainer.elastic.wish, trainer.elastic.load.tolist())
+
+    trained = train(tmp_path / "run", config_of(corpus), at_step=note, scheduler_dies=(4, 6))
+    check(trained, undisturbed)
+    assert trained.events.count("scheduler") == 2 * 2  # it took over; it is back
+    roles = Roles(attention=2, experts=4, memory=2)
+    assert {seen[step][0] for step in range(5, STEPS + 1)} == {Wish(roles=roles, packed_by=hot)}
+    assert trained.folder.event_lines()[-1]["experts"] == 4
+    # What the second scheduler knew after its last commit, the third knew before its first.
+    fresh = np.array(trained.records[5]["expert_load"])
+    np.testing.assert_allclose(seen[7][1], 0.9 * np.array(seen[6][1]) + 0.1 * fresh)
+
+
 def test_without_replicas_the_last_checkpoint_is_computed_on_to_the_same_bits(
     corpus: Path, undisturbed: Trained, tmp_path: Path
 ) -> None:
@@ -267,7 +296,8 @@ def test_hot_experts_computed_by_several_holders_change_no_bit(
 
     def heat(trainer: Trainer, fleet: LocalFleet) -> None:
         elastic = trainer.elastic
-        elastic.packed_by = [[100.0] + [1.0] * 7, [1.0, 60.0, 60.0] + [1.0] * 5]
+        hot = ((100.0, *[1.0] * 7), (1.0, 60.0, 60.0, *[1.0] * 5))
+        elastic.ask(replace(elastic.wish, packed_by=hot))
         elastic._change(
             "rebalanced", "as if two experts were hot", trainer.step, elastic._replanned(elastic.wanted)
         )

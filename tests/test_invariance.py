@@ -16,12 +16,12 @@ from sparseray.actors.state.holdings import Holdings
 from sparseray.actors.state.memory import MemoryShard
 from sparseray.actors.training.token_data import TokenDataset, batch
 from sparseray.actors.wire.envelope import Body
-from sparseray.jobs.pretrain import build_layout, placement
 from sparseray.model.buckets import bucket_bounds
 from sparseray.model.dse import LocalMemory
 from sparseray.model.moe import LocalExperts
 from sparseray.model.transformer import Transformer, cross_entropy_sum
-from sparseray.platform.planning.replan import make_plan
+from sparseray.platform.checks import check_cluster
+from sparseray.platform.opening import build_layout, training_inventory
 
 STEPS, SHORT = 30, 5
 PLACEMENTS = list(itertools.product((1, 2, 4), (1, 2, 3), (1, 2), (1, 2)))
@@ -126,7 +126,7 @@ def test_remote_exchange_equals_the_plain_modules(experts: int, corpus: Path) ->
     layout = build_layout(MODEL, data)
     assert layout is not None
     one = batch(data, seed=0, step=1, part=0, num_parts=4, sequences_per_part=2, seq_len=32)
-    plan = make_plan(**placement(config, dict.fromkeys(range(3 + experts), "")))
+    plan = check_cluster(config.cluster, training_inventory(config))
     common = {"seed": 0, "num_parts": 1, "betas": (0.9, 0.95), "eps": 1e-8}
     table = [layout.num_rows(1)]
     experts_at: dict[int, ExpertShard] = {}

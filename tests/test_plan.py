@@ -12,11 +12,11 @@ import pytest
 from sparseray.actors.state.assignment import Plan
 from sparseray.errors import ConfigError
 from sparseray.model.config import preset
+from sparseray.platform.planning.inventory import Inventory, Roles
 from sparseray.platform.planning.policy import imbalance
 from sparseray.platform.planning.replan import (
     Moves,
     Piece,
-    Roles,
     holdings,
     least_bytes,
     loads_when_packed,
@@ -29,6 +29,7 @@ from sparseray.platform.planning.spread import slot_loads
 
 Table = Sequence[Sequence[tuple[int, ...]]]
 SHARDS, LAYERS, EXPERTS, BUCKETS = 8, 3, 16, 12
+INVENTORY = Inventory(parts=SHARDS, moe_layers=LAYERS, experts=EXPERTS, dse_layers=2, buckets=BUCKETS)
 
 
 def fresh(
@@ -38,15 +39,9 @@ def fresh(
     return make_plan(
         generation=1,
         addresses=addresses(range(slots)),
-        attention=attention,
-        experts=experts,
-        memory=memory,
+        inventory=INVENTORY,
+        roles=Roles(attention=attention, experts=experts, memory=memory),
         replication=replication,
-        num_parts=SHARDS,
-        moe_layers=LAYERS,
-        num_experts=EXPERTS,
-        dse_layers=2,
-        num_buckets=BUCKETS,
         **options,  # type: ignore[arg-type]
     )
 
@@ -140,9 +135,13 @@ def test_a_fresh_plan_has_contiguous_ranges_in_the_order_of_the_roles() -> None:
 
 def test_colocated_roles_share_slots() -> None:
     plan = make_plan(
-        generation=1, addresses=addresses(range(3)), attention=3, experts=3, memory=3, replication=2,
-        num_parts=SHARDS, moe_layers=LAYERS, num_experts=EXPERTS, dse_layers=2, num_buckets=BUCKETS, colocated=True,
-    )  # fmt: skip
+        generation=1,
+        addresses=addresses(range(3)),
+        inventory=INVENTORY,
+        roles=Roles(attention=3, experts=3, memory=3),
+        replication=2,
+        colocated=True,
+    )
     assert plan.attention == plan.expert_primaries == plan.memory_primaries == (0, 1, 2)
     smaller = change(plan, dead=[1], colocated=True)
     assert smaller.attention == smaller.expert_primaries == smaller.memory_primaries == (0, 2)

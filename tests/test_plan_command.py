@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 
 from sparseray.jobs import plan as command
-from sparseray.jobs.pretrain import build_layout, check_data
 from sparseray.model.buckets import bucket_bounds
 from sparseray.model.config import DSEConfig, preset
+from sparseray.model.counts import count_parameters
 from sparseray.platform import config as configuration
 from sparseray.platform.config import DataConfig, RunConfig
+from sparseray.platform.opening import build_layout, open_data
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--config", str(ROOT / "configs" / "tiny.yaml")]
@@ -55,7 +56,7 @@ def test_replication_shows_backups_and_doubles_the_bytes(capsys: pytest.CaptureF
 def test_bytes_are_those_of_all_parameters_and_moments(capsys: pytest.CaptureFixture[str]) -> None:
     config = configuration.parse(TINY, prog="", description="")
     model, rows = config.model, sum(command.table_rows(config))
-    parameters = command.count_parameters(model)
+    parameters = count_parameters(model)
     expected = 12 * (parameters["dense"] + parameters["experts"]) + rows * (8 * model.dse.head_dim + 12)
     _, out, _ = run(capsys, *TINY)
     assert f"bytes: {command.human(expected)} of weights" in out
@@ -65,7 +66,7 @@ def test_bytes_are_those_of_all_parameters_and_moments(capsys: pytest.CaptureFix
 def test_table_sizes_without_a_tokenizer_are_those_with_one(corpus: Path) -> None:
     model = preset("tiny")
     config = RunConfig(model=model, data=DataConfig(path=str(corpus)))
-    layout = build_layout(model, check_data(config)["train"])
+    layout = build_layout(model, open_data(config)["train"])
     assert layout is not None
     assert command.table_rows(config) == [layout.num_rows(layer) for layer in model.dse.layers]
     bounds = bucket_bounds(layout.num_rows(model.dse.layers[0]), model.dse.num_buckets)

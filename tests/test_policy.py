@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 
 from sparseray.actors.state.assignment import Plan
+from sparseray.platform.planning.inventory import Inventory, Roles
 from sparseray.platform.planning.policy import Noop, Rebalance, Resize, Start, View, decide, imbalance
-from sparseray.platform.planning.replan import Roles, make_plan, replan
+from sparseray.platform.planning.replan import make_plan, replan
 
 ROLES = Roles(attention=2, experts=2, memory=2)
 EVEN = [[10.0] * 8] * 2
@@ -18,15 +19,9 @@ def fresh(roles: Roles = ROLES, slots: int = 6) -> Plan:
     return make_plan(
         generation=1,
         addresses={slot: f"ipc://{slot}" for slot in range(slots)},
-        attention=roles.attention,
-        experts=roles.experts,
-        memory=roles.memory,
+        inventory=Inventory(parts=4, moe_layers=2, experts=8, dse_layers=1, buckets=8),
+        roles=roles,
         replication=2,
-        num_parts=4,
-        moe_layers=2,
-        num_experts=8,
-        dse_layers=1,
-        num_buckets=8,
     )
 
 

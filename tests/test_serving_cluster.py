@@ -1,5 +1,6 @@
 """`sparseray serve` as a process: a checkpoint on two expert and two memory shards, and Ctrl-C leaves nothing."""
 
+import json
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -14,13 +15,15 @@ from background import Background, end_leftovers, environment, free_ports
 from local_cluster import tiny_run, train
 from tokenizers import Tokenizer
 
-from sparseray.jobs.serve import load, main
+from sparseray.jobs.serve import main
 from sparseray.model.decode import greedy
 from sparseray.model.dse import LocalMemory
 from sparseray.model.dse_layout import DSELayout
 from sparseray.model.moe import LocalExperts
 from sparseray.model.transformer import Transformer
+from sparseray.platform.checks import check_cluster
 from sparseray.platform.config import ClusterConfig, ServeConfig
+from sparseray.platform.opening import open_serving, serving_inventory
 from sparseray.platform.run import checkpoint
 
 PROMPT = "rain river stone"
@@ -37,7 +40,7 @@ def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def expected_text(directory: Path, tokenizer: Tokenizer, count: int) -> str:
     """Greedy continuation by the plain path in this process, from the checkpoint's tensors."""
-    config = load(directory, ServeConfig(), ClusterConfig()).model
+    config = open_serving(directory, ServeConfig(), ClusterConfig()).model
     layout = DSELayout.load(directory)
     model, experts = Transformer(config, layout), LocalExperts(config)
     memory = LocalMemory(config, layout)
@@ -133,3 +136,55 @@ def test_what_cannot_be_served_is_told_in_one_line(
         assert main(["--checkpoint", str(path)]) == 2
         out, err = capsys.readouterr()
         assert (out, err.count("\n")) == ("", 1) and str(path) in err
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--cluster.expert_shards", "99"], ["cluster.expert_shards=99", "8 experts", "1 to 8"]),
+        (["--cluster.memory_shards", "7"], ["cluster.memory_shards=7", "6 buckets"]),
+        (["--cluster.attention_workers", "0"], ["cluster.attention_workers=0", "at least 1"]),
+        (["--cluster.replication", "4"], ["cluster.replication=4", "1 to 3"]),
+        (["--serve.max_batch", "0"], ["serve.max_batch=0", "at least 1"]),
+        (["--serve.prefill_chunk", "0"], ["serve.prefill_chunk=0"]),
+        (["--port", "70000"], ["port=70000", "65535"]),
+        (["--host", "192.0.2.1"], ["192.0.2.1"]),
+        (["--host", "nowhere.invalid"], ["nowhere.invalid"]),
+        (["--port", "-1"], ["port=-1"]),
+        (["--serve.max_waiting", "-3"], ["serve.max_waiting=-3"]),
+        (["--serve.drain_s", "-1"], ["serve.drain_s=-1"]),
+        (["--serve.max_model_len", "100000"], ["serve.max_model_len=100000"]),
+        (["--serve.max_model_len", "-2"], ["serve.max_model_len=-2"]),
+        (["--tls_certificate", "/nowhere"], ["/nowhere"]),
+        (["--root_path", "x"], ["--root_path"]),
+    ],
+)
+def test_what_cannot_be_started_is_told_before_ray(
+    trained: Path,
+    options: list[str],
+    words: list[str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from sparseray.platform import cluster
+
+    monkeypatch.setattr(cluster, "_connect", lambda *_, **__: pytest.fail("Ray was started"))
+    assert main(["--checkpoint", str(trained), *options]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1) and all(word in err for word in words), err
+
+
+def test_a_server_may_have_more_engines_than_training_had_parts(trained: Path) -> None:
+    """The run had 4 logical shards; they say nothing about how many engines may answer."""
+    serve, cluster = ServeConfig(), ClusterConfig(attention_workers=7, expert_shards=2)
+    config = open_serving(trained, serve, cluster)
+    plan = check_cluster(cluster, serving_inventory(config))
+    assert plan.attention == plan.part_owners == tuple(range(7))
+
+
+def test_a_checkpoint_names_the_token_that_ends_a_text(trained: Path) -> None:
+    config = json.loads((trained / "tokenizer_config.json").read_text())
+    tokenizer = Tokenizer.from_file(str(trained / "tokenizer.json"))
+    model = open_serving(trained, ServeConfig(), ClusterConfig()).model
+    assert tokenizer.token_to_id(config["eos_token"]) == model.dse.document_end_id
+    assert config["model_max_length"] == model.max_seq_len

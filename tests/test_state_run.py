@@ -15,11 +15,11 @@ from sparseray.actors.installation import InstallPlan, JobSpec, Restore
 from sparseray.actors.slot import Slot
 from sparseray.actors.wire.envelope import Message
 from sparseray.actors.wire.messages import Installed
-from sparseray.jobs.pretrain import placement
 from sparseray.model.dse_layout import DSELayout
-from sparseray.platform.config import RunConfig, to_dict
+from sparseray.platform.config import ClusterConfig, RunConfig, ServeConfig, to_dict
 from sparseray.platform.fleet.host import TrainingJob
 from sparseray.platform.metrics.exporter import Metrics
+from sparseray.platform.opening import open_serving, serving_inventory
 from sparseray.platform.planning.replan import make_plan
 from sparseray.platform.run import checkpoint
 
@@ -94,7 +94,8 @@ def test_a_serving_slot_reads_and_holds_weights_only(
     row_dtype: str, plain: Trained, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trained = plain if row_dtype == "bfloat16" else train(tmp_path / "run", tiny_run(corpus, steps=2))
-    config, directory = trained.folder.config(), newest(trained)
+    directory = newest(trained)
+    config = open_serving(directory, ServeConfig(), ClusterConfig(colocated=True))
     layout = DSELayout.load(directory)
     read: dict[str, Tensor] = {}
     plain_read = checkpoint.read_tensors
@@ -116,16 +117,22 @@ def test_a_serving_slot_reads_and_holds_weights_only(
         )
         job = TrainingJob(spec, Metrics({}))
         slot = Slot(Recorder(), lambda _, job=job: job)  # type: ignore[arg-type]
-        plan = make_plan(
-            **placement(replace(config, cluster=replace(config.cluster, colocated=True)), {0: ""})
-        )
         body = InstallPlan(
-            plan=plan, job=spec, scheduler="", step=2, restore=Restore(checkpoint=str(directory))
+            plan=make_plan(
+                generation=1,
+                addresses={0: ""},
+                inventory=serving_inventory(config),
+                roles=serving_inventory(config).roles(config.cluster),
+                replication=1,
+                colocated=True,
+            ),
+            job=spec,
+            scheduler="",
+            step=2,
+            restore=Restore(checkpoint=str(directory)),
         )
         read.clear()
-        slot._install(
-            Message(kind=body.kind, source=-1, generation=1, sequence=1, body=body)  # type: ignore[call-arg]
-        )
+        slot._install(Message(source=-1, generation=1, sequence=1, body=body))
         assert isinstance(slot.mailbox.said[-1], Installed)  # type: ignore[attr-defined]
         assert slot.holdings is not None and slot.holdings.memory is not None
         memory, experts = slot.holdings.memory, slot.holdings.experts

@@ -23,7 +23,8 @@ from sparseray.errors import ConfigError
 from sparseray.model.config import preset
 from sparseray.platform.config import OptimConfig, RunConfig, from_dict, load_yaml, parse, save_yaml, to_dict
 from sparseray.platform.fleet.priority import NICENESS, gently
-from sparseray.platform.planning.replan import make_plan, num_slots
+from sparseray.platform.planning.inventory import Inventory, Roles, num_slots
+from sparseray.platform.planning.replan import make_plan
 from sparseray.platform.run.journal import Journal
 from sparseray.platform.training import learning_rate
 
@@ -73,19 +74,14 @@ def test_sum_is_not_there_before_its_last_leaf() -> None:
 
 
 def plan_of(attention: int, experts: int, memory: int, replication: int, *, colocated: bool) -> Plan:
-    slots = num_slots(attention, experts, memory, colocated=colocated)
+    roles = Roles(attention=attention, experts=experts, memory=memory)
+    slots = num_slots(roles, colocated=colocated)
     return make_plan(
         generation=1,
         addresses={slot: f"ipc://{slot}" for slot in range(slots)},
-        attention=attention,
-        experts=experts,
-        memory=memory,
+        inventory=Inventory(parts=8, moe_layers=2, experts=16, dse_layers=2, buckets=9),
+        roles=roles,
         replication=replication,
-        num_parts=8,
-        moe_layers=2,
-        num_experts=16,
-        dse_layers=2,
-        num_buckets=9,
         colocated=colocated,
     )
 
@@ -95,7 +91,7 @@ def plan_of(attention: int, experts: int, memory: int, replication: int, *, colo
 def test_plan_gives_everything_its_number_of_distinct_holders(
     attention: int, experts: int, memory: int, replication: int, colocated: bool
 ) -> None:
-    slots = num_slots(attention, experts, memory, colocated=colocated)
+    slots = num_slots(Roles(attention=attention, experts=experts, memory=memory), colocated=colocated)
     if replication > slots:
         with pytest.raises(ConfigError, match="replication"):
             plan_of(attention, experts, memory, replication, colocated=colocated)

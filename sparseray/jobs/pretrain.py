@@ -4,27 +4,25 @@ Nothing is written and nothing is started before configuration, data and run fol
 checked. The same command goes on from the newest checkpoint of its run folder.
 """
 
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from sparseray.actors.training.token_data import TokenDataset
 from sparseray.errors import ConfigError, RunFailedError, SchedulerLostError, UserError
+from sparseray.jobs.output import print_line
 from sparseray.jobs.signals import stops_noted
-from sparseray.jobs.watch.report import write_report
-from sparseray.model.config import ModelConfig
-from sparseray.model.counts import count_parameters
-from sparseray.model.dse_layout import DSELayout
 from sparseray.platform import config as configuration
 from sparseray.platform.config import RunConfig
-from sparseray.platform.planning.replan import make_plan, num_slots
-from sparseray.platform.run.folder import RunFolder
-from sparseray.platform.training import validation_batch_count
+from sparseray.platform.run import lock
+
+if TYPE_CHECKING:
+    from sparseray.actors.training.token_data import TokenDataset
+    from sparseray.platform.run.folder import RunFolder
 
 DESCRIPTION = """Pretrain a sparse model on Ray actors.
 
@@ -37,6 +35,8 @@ example:
 Show = Callable[[str], None]
 Beside = Callable[[Any], AbstractContextManager[None]]
 SCHEDULER_DEADLINE_S = 60.0
+LOCK_S = 3.0
+"""How long the processes of a command that was killed may take to notice."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -51,11 +51,6 @@ def main(arguments: Sequence[str]) -> int:
         return 1
 
 
-def print_line(line: str) -> None:
-    """Write one line at once, also into a pipe."""
-    print(line, flush=True)
-
-
 def run(config: RunConfig, show: Show, beside: Beside = nullcontext) -> int:
     """Train until the last step or Ctrl-C.
 
@@ -67,38 +62,32 @@ def run(config: RunConfig, show: Show, beside: Beside = nullcontext) -> int:
     Raises:
         UserError: something in the configuration, data, folder or cluster does not fit; nothing is lost.
     """
-    data = check_data(config)
-    config = resolve(config, data["train"])
-    layout = build_layout(config.model, data["train"])
-    folder = RunFolder(Path(config.run_dir).absolute())
-    folder.check(config)
-    make_plan(**placement(config, dict.fromkeys(range(slots_of(config)), "")))
-    folder.check_identity(layout)
-    folder.check_data(Path(config.data.path))
-    newest = folder.check_checkpoint(config, layout)
-    if newest is not None and newest.name == f"step_{config.train.steps}":
-        show(f"nothing to do: {newest} is the last step of this run; it serves with: {serve_hint(newest)}")
+    from sparseray.platform.opening import open_training, slots_of, training_inventory
+
+    if not config.cluster.address:
+        check_free(Path(config.run_dir))
+    inputs = open_training(config)
+    config, folder, newest = inputs.config, inputs.folder, inputs.newest
+    if newest is not None and int(newest.name.removeprefix("step_")) >= config.train.steps:
+        show(
+            f"nothing to do: {newest} has all of train.steps={config.train.steps}; more of them go on from it, "
+            f"and it serves with: {serve_hint(newest)}"
+        )
         return 0
-    windows = data["validation"].num_windows(config.train.seq_len)
-    batches = validation_batch_count(windows, config)
-    _show_start(config, data["train"], show)
+    _show_start(config, inputs.train, show)
     from sparseray.platform.cluster import Cluster
 
     show("starting Ray and its slots ...")
-    cluster = Cluster(config.cluster, slots_of(config) + config.cluster.standby, run_dir=folder.path)
+    cluster = Cluster(config.cluster, slots_of(config, training_inventory(config)), run_dir=folder.path)
     is_interrupted = False
     try:
         scheduler = cluster.find_scheduler(folder.path)
         if scheduler is None:
-            folder.open(config, layout, Path(config.data.path) / "tokenizer.json")
-            resolved = configuration.to_dict(config) | {"run_dir": str(folder.path)}
-            resolved["data"]["path"] = str(Path(config.data.path).absolute())
+            check_free(folder.path)
+            for line in inputs.create_folder():
+                show(line)
             scheduler = cluster.start_scheduler(
-                folder.path,
-                config=resolved,
-                placement=what_to_place(config),
-                bytes_per_token=data["validation"].bytes_per_token,
-                validation_batches=batches,
+                folder.path, config=configuration.to_dict(config), validation=inputs.validation
             )
             if newest is not None:
                 show(f"going on from {newest}")
@@ -113,79 +102,28 @@ def run(config: RunConfig, show: Show, beside: Beside = nullcontext) -> int:
     return _finish(folder, config, is_interrupted, show)
 
 
-def check_data(config: RunConfig) -> dict[str, TokenDataset]:
-    """Open both splits, verified, and see that the model's vocabulary holds their tokens."""
-    if not config.data.path:
+def check_free(run_dir: Path) -> None:
+    """See that no other process trains in a run folder.
+
+    Raises:
+        ConfigError: one does; it says who, since when, and how to follow it.
+    """
+    deadline = time.monotonic() + LOCK_S
+    while (found := lock.holder(run_dir)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    if found:
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(found.get("time", 0)))
+        folder = shlex.quote(str(run_dir.absolute()))
         raise ConfigError(
-            "data.path is not set; give --data.path a folder made by `python -m sparseray data prepare --source stdlib --out DIR`"
+            f"run_dir={run_dir} is in use: process {found.get('pid', '?')} on {found.get('host', '?')} has trained there "
+            f"since {since}, on the Ray at {found.get('ray', '?')}; follow it with "
+            f"`python -m sparseray top --run_dir {folder}`, or give another run_dir"
         )
-    data = {
-        split: TokenDataset(Path(config.data.path), split, verify=config.data.verify)
-        for split in ("train", "validation")
-    }
-    if data["train"].vocab_size > config.model.vocab_size:
-        raise ConfigError(
-            f"model.vocab_size={config.model.vocab_size} is smaller than the {data['train'].vocab_size} tokens of "
-            f"{config.data.path}; set model.vocab_size to at least that"
-        )
-    if config.train.seq_len > config.model.max_seq_len:
-        raise ConfigError(
-            f"train.seq_len={config.train.seq_len} exceeds model.max_seq_len={config.model.max_seq_len}; lower the first"
-        )
-    return data
 
 
-def resolve(config: RunConfig, data: TokenDataset) -> RunConfig:
-    """Fill in what follows from the data: the token that ends a document, which serving must know too."""
-    dse = replace(config.model.dse, document_end_id=data.eos_id)
-    return replace(config, model=replace(config.model, dse=dse))
+def _show_start(config: RunConfig, train: "TokenDataset", show: Show) -> None:
+    from sparseray.model.counts import count_parameters
 
-
-def build_layout(model: ModelConfig, data: TokenDataset) -> DSELayout | None:
-    """Build the DSE identity from the data's tokenizer; None for a model without memory."""
-    return (
-        DSELayout.build(model.dse, data.tokenizer(), vocab_size=model.vocab_size)
-        if model.dse.layers
-        else None
-    )
-
-
-def slots_of(config: RunConfig) -> int:
-    """Slots that the configured placement needs."""
-    c, model = config.cluster, config.model
-    experts = c.expert_shards if model.moe_layers else 0
-    memory = c.memory_shards if model.dse.layers else 0
-    return num_slots(c.attention_workers, experts, memory, colocated=c.colocated)
-
-
-def placement(config: RunConfig, addresses: dict[int, str]) -> dict[str, Any]:
-    """Arguments of `make_plan` for generation 1 of a run."""
-    c = config.cluster
-    return {
-        "generation": 1,
-        "addresses": addresses,
-        "replication": c.replication,
-        "colocated": c.colocated,
-        **what_to_place(config),
-    }
-
-
-def what_to_place(config: RunConfig) -> dict[str, int]:
-    """Arguments of `make_plan` that follow from the configuration alone."""
-    c, model = config.cluster, config.model
-    return {
-        "attention": c.attention_workers,
-        "experts": c.expert_shards if model.moe_layers else 0,
-        "memory": c.memory_shards if model.dse.layers else 0,
-        "num_parts": config.train.logical_shards,
-        "moe_layers": len(model.moe_layers),
-        "num_experts": model.moe.num_experts,
-        "dse_layers": len(model.dse.layers),
-        "num_buckets": model.dse.num_buckets,
-    }
-
-
-def _show_start(config: RunConfig, train: TokenDataset, show: Show) -> None:
     parameters, t = count_parameters(config.model), config.train
     tokens = t.logical_shards * t.sequences_per_shard * t.seq_len
     show(
@@ -217,7 +155,7 @@ def follow(scheduler: Any, config: RunConfig, show: Show) -> bool:
             except SchedulerLostError as error:
                 if time.monotonic() - heard > SCHEDULER_DEADLINE_S:
                     raise RunFailedError(
-                        f"the scheduler is gone: {error}; the same command resumes"
+                        f"the scheduler is gone: {error}; checkpoints are whole, and the same command goes on from the last"
                     ) from None
                 time.sleep(0.2)
                 continue
@@ -235,7 +173,8 @@ def follow(scheduler: Any, config: RunConfig, show: Show) -> bool:
         if state["failure"]["user"]:
             raise UserError(state["failure"]["error"])
         raise RunFailedError(
-            f"{state['failure']['kind']}: {state['failure']['error']}; the same command resumes from the last checkpoint"
+            f"{state['failure']['kind']}: {state['failure']['error']}; checkpoints are whole. The same command goes on from "
+            "the last one; should it end at this step again, the cause is no accident: see the scheduler's log in Ray's session"
         )
     return bool(interrupted)
 
@@ -273,7 +212,9 @@ def describe(record: dict[str, Any], steps: int, started: float, *, first: bool)
     )
 
 
-def _finish(folder: RunFolder, config: RunConfig, is_interrupted: bool, show: Show) -> int:
+def _finish(folder: "RunFolder", config: RunConfig, is_interrupted: bool, show: Show) -> int:
+    from sparseray.jobs.watch.report import write_report
+
     picture = write_report(folder)
     newest = folder.newest_checkpoint()
     show(f"records: {folder.metrics}")
@@ -288,7 +229,7 @@ def _finish(folder: RunFolder, config: RunConfig, is_interrupted: bool, show: Sh
 
 def serve_hint(checkpoint: Path) -> str:
     """The command that serves a checkpoint."""
-    return f"python -m sparseray serve --checkpoint {checkpoint}"
+    return f"python -m sparseray serve --checkpoint {shlex.quote(str(checkpoint))}"
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 
 from sparseray.actors.installation import InstallPlan, JobSpec, Restore
@@ -20,15 +20,15 @@ from sparseray.actors.state.assignment import Plan
 from sparseray.actors.wire.envelope import INGRESS, SCHEDULER, Body
 from sparseray.actors.wire.mailbox import Mailbox
 from sparseray.actors.wire.messages import Cancel, Failed
-from sparseray.errors import CheckpointError, ConfigError, IdentityError, SlotLostError, UserError
+from sparseray.errors import SlotLostError, UserError
 from sparseray.jobs.http.options import NAMES, HttpOptions, add_options, read_options
 from sparseray.log import get_logger
-from sparseray.model.dse_layout import DSELayout
 from sparseray.platform import config as configuration
 from sparseray.platform.config import ClusterConfig, RunConfig, ServeConfig
 from sparseray.platform.fleet.transport import ZmqTransport, private_directory
 from sparseray.platform.metrics.discovery import entries, publish
 from sparseray.platform.metrics.exporter import Metrics
+from sparseray.platform.opening import open_serving, serving_inventory, slots_of
 from sparseray.platform.planning.replan import make_plan
 from sparseray.platform.run import checkpoint
 
@@ -72,20 +72,27 @@ def run(directory: Path, serve: ServeConfig, cluster_config: ClusterConfig, http
     Raises:
         UserError: checkpoint, port or cluster do not fit.
     """
-    config = load(directory, serve, cluster_config)
+    config = open_serving(directory, serve, cluster_config)
     from sparseray.jobs.http.server import HttpServer, address_url, create_app, listen
     from sparseray.jobs.http.serving_model import read_served
-    from sparseray.jobs.pretrain import placement, slots_of
     from sparseray.platform.cluster import Cluster
 
     listen(serve.host, serve.port).close()
     served = read_served(directory, config, http.model_names)
     print("starting Ray and its slots ...", flush=True)
-    cluster = Cluster(cluster_config, slots_of(config))
+    inventory = serving_inventory(config)
+    cluster = Cluster(cluster_config, slots_of(config, inventory))
     client = None
     try:
         addresses = cluster.start()
-        plan = make_plan(**placement(config, addresses))
+        plan = make_plan(
+            generation=1,
+            addresses=addresses,
+            inventory=inventory,
+            roles=inventory.roles(cluster_config),
+            replication=cluster_config.replication,
+            colocated=cluster_config.colocated,
+        )
         metrics = Metrics({}, declare="server")
         client = RemoteClient(cluster.job, cluster_config, metrics)
         client.install(config, plan, directory)
@@ -114,33 +121,6 @@ def run(directory: Path, serve: ServeConfig, cluster_config: ClusterConfig, http
         cluster.stop()
     print("stopped", flush=True)
     return 0
-
-
-def load(directory: Path, serve: ServeConfig, cluster: ClusterConfig) -> RunConfig:
-    """Read a checkpoint's configuration and check what is beside it.
-
-    Raises:
-        CheckpointError: damaged or incomplete.
-        IdentityError: its DSE layout is not the one it was trained with.
-    """
-    manifest = checkpoint.read_manifest(directory)
-    checkpoint.check_files(directory, manifest)
-    config = replace(configuration.from_dict(RunConfig, manifest["config"]), serve=serve, cluster=cluster)
-    if serve.max_model_len > config.model.max_seq_len:
-        raise ConfigError(
-            f"serve.max_model_len={serve.max_model_len} exceeds the model's {config.model.max_seq_len} tokens"
-            f" ({directory}: model.max_seq_len); leave it out, or give at most that"
-        )
-    if not (directory / "tokenizer.json").exists():
-        raise CheckpointError(f"{directory} has no tokenizer.json; use a whole checkpoint folder")
-    if config.model.dse.layers:
-        found = DSELayout.load(directory).sha256
-        if found != manifest["dse_layout_sha256"]:
-            raise IdentityError(
-                f"{directory} holds DSE layout {found[:12]}, and its tensors were trained with "
-                f"{manifest['dse_layout_sha256'][:12]}: every row would be addressed wrongly; use the original folder"
-            )
-    return config
 
 
 class RemoteClient:

@@ -6,7 +6,8 @@ that changes hands stays with its old holders until the first commit, so nothing
 """
 
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,12 +22,14 @@ from sparseray.log import get_logger
 from sparseray.platform.config import RunConfig
 from sparseray.platform.fleet.control import Control, Fleet, Loss, StalledError
 from sparseray.platform.metrics.exporter import Metrics
+from sparseray.platform.planning.inventory import Inventory, Roles
 from sparseray.platform.planning.policy import Rebalance, Resize, Start, View, decide
-from sparseray.platform.planning.replan import Moves, Roles, holdings, make_plan, moves, replan
+from sparseray.platform.planning.replan import Moves, holdings, make_plan, moves, replan
 from sparseray.platform.planning.requests import check_request
 from sparseray.platform.run import checkpoint
 from sparseray.platform.run.events import Change, Events, describe_pieces, role_holders
 from sparseray.platform.run.folder import RunFolder
+from sparseray.platform.run.history import JobHistory, Wish
 from sparseray.platform.run.journal import Journal
 from sparseray.platform.run.ledger import Ledger
 
@@ -45,7 +48,8 @@ class Elastic:
         config: the run.
         control: conversation with the slots.
         journal, folder, metrics, ledger: where decisions, events, series and time go.
-        placement: what there is to place: arguments of `make_plan` besides the slots.
+        inventory: what there is to place.
+        history: what was decided for this job before, by a scheduler that died.
         size: bytes of a piece.
         job: what slots build.
         on_event: told of every event.
@@ -60,24 +64,24 @@ class Elastic:
         metrics: Metrics,
         ledger: Ledger,
         *,
-        placement: dict[str, Any],
+        inventory: Inventory,
+        history: JobHistory,
         size: Callable[[Piece], int],
         job: JobSpec,
         on_event: Callable[[dict[str, Any]], None],
     ) -> None:
         self.config, self.control, self.journal = config, control, journal
         self.folder, self.metrics, self.ledger = folder, metrics, ledger
-        self.placement, self.size, self.job = placement, size, job
+        self.inventory, self.size, self.job = inventory, size, job
         self.events = Events(folder, metrics, config.cluster.replication, on_event)
-        self.wanted = Roles(
-            attention=placement["attention"], experts=placement["experts"], memory=placement["memory"]
-        )
+        self.wish = history.wish or Wish(roles=inventory.roles(config.cluster))
         self.plan: Plan | None = None
         self.commit: Commit | None = None
         self.load = np.zeros((0, 0))
+        for counts in history.counts:
+            self._average(np.array(counts, np.int64))
         self.held: dict[Piece, set[int]] = {}
-        self.generation = 0
-        self.packed_by: Sequence[Sequence[float]] | None = None
+        self.generation = history.generation
         self.since_change = 0
         self._pending: Change | None = None
         self._stalls = 0
@@ -86,6 +90,17 @@ class Elastic:
     @property
     def fleet(self) -> Fleet:
         return self.control.fleet
+
+    @property
+    def wanted(self) -> Roles:
+        """Slots of each role that plans shall have."""
+        return self.wish.roles
+
+    def ask(self, wish: Wish) -> None:
+        """Want something else from now on; it is journalled first, so that no scheduler's death undoes it."""
+        step = self.commit.step if self.commit else 0
+        self.journal.append("wish", generation=self.generation, step=step, wish=to_plain(wish))
+        self.wish = wish
 
     # -- entering a generation -----------------------------------------------------------------
 
@@ -99,7 +114,8 @@ class Elastic:
             replication=c.replication,
             colocated=c.colocated,
             nodes={slot: m.node for slot, m in members.items()},
-            **self.placement,
+            inventory=self.inventory,
+            roles=self.wanted,
         )
         try:
             self._enter(self.plan, step, restore=Restore(checkpoint=restore), pulls=None)
@@ -267,10 +283,7 @@ class Elastic:
         """Take note of a committed step: it ends a change of generation for good."""
         assert self.plan is not None
         self.commit = commit
-        if commit.counts_LE.numel():
-            fresh = commit.counts_LE.numpy().astype(np.float64)
-            same = self.load.shape == fresh.shape
-            self.load = LOAD_DECAY * self.load + (1 - LOAD_DECAY) * fresh if same else fresh
+        self._average(commit.counts_LE.numpy())
         self.held = {piece: set(slots) for piece, slots in holdings(self.plan).items()}
         self.since_change += 1
         self._stalls = 0
@@ -284,6 +297,12 @@ class Elastic:
                 f"back after {change.phases['total']:.2f} s ({change.parts()}), generation {self.generation}"
             )
             self._event(change.kind, commit.step, text, phases=change.phases)
+
+    def _average(self, counts: np.ndarray) -> None:
+        if counts.size:
+            fresh = counts.astype(np.float64)
+            same = self.load.shape == fresh.shape
+            self.load = LOAD_DECAY * self.load + (1 - LOAD_DECAY) * fresh if same else fresh
 
     def between_steps(self, step: int) -> None:
         """Do what the policy says: start slots, resize, rebalance, retire.
@@ -305,7 +324,7 @@ class Elastic:
             self._change("resized", f"{before} to", step, self._replanned(decision.roles))
         elif isinstance(decision, Rebalance):
             # From now on every plan is packed by these loads: counting again would move the experts back.
-            self.packed_by = decision.loads
+            self.ask(replace(self.wish, packed_by=tuple(tuple(row) for row in decision.loads)))
             self._change("rebalanced", "experts packed by load", step, self._replanned(self.wanted))
         elif self.since_change > 0:
             self._retire_idle()
@@ -359,6 +378,7 @@ class Elastic:
             rebalance_above=c.rebalance_above,
             rebalance_every=c.rebalance_every,
             colocated=c.colocated,
+            parts=self.inventory.parts_for(self.wanted),
         )
 
     def _replanned(self, roles: Roles) -> Plan:
@@ -374,7 +394,8 @@ class Elastic:
             replication=c.replication,
             colocated=c.colocated,
             nodes={slot: m.node for slot, m in members.items()},
-            loads=self.packed_by,
+            loads=self.wish.packed_by,
+            parts=self.inventory.parts_for(roles),
         )
 
     # -- for people ----------------------------------------------------------------------------
@@ -386,15 +407,16 @@ class Elastic:
             ConfigError: it cannot be; nothing was changed.
         """
         fleet = self.fleet
-        self.wanted = check_request(
+        roles = check_request(
             role,
             count,
             self.wanted,
-            self.placement,
+            self.inventory,
             self.config.cluster,
             slots=len(fleet.members()) + fleet.starting(),
             room=fleet.room(),
         )
+        self.ask(replace(self.wish, roles=roles))
 
     def is_settled(self) -> bool:
         """Whether the plan is as wanted and no change is under way."""

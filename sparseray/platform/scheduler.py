@@ -5,38 +5,34 @@ slots go through its mailbox, never through Ray. It belongs to no driver, and Ra
 dies: the new one reads the journal, finds the slots by name and goes on in the next generation.
 """
 
-import json
+import itertools
 import os
 import threading
 import time
 import traceback
 from collections import deque
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import ray
 
 from sparseray.actors.installation import JobSpec
-from sparseray.actors.state.assignment import Plan
-from sparseray.actors.wire.codec import from_plain
 from sparseray.actors.wire.envelope import SCHEDULER
 from sparseray.actors.wire.mailbox import Mailbox
 from sparseray.errors import FencedError, UserError
 from sparseray.log import get_logger
-from sparseray.model.counts import count_parameters
-from sparseray.model.dse_layout import DSELayout
-from sparseray.platform.config import RunConfig, from_dict, to_dict
-from sparseray.platform.fleet.control import Control, Member
+from sparseray.platform.composition import Run
+from sparseray.platform.config import RunConfig, from_dict
+from sparseray.platform.fleet.control import Member
 from sparseray.platform.fleet.ray_fleet import RayFleet
 from sparseray.platform.fleet.transport import ZmqTransport, private_directory, remove_directory
-from sparseray.platform.generations import Elastic
 from sparseray.platform.metrics.exporter import Metrics, write_targets
-from sparseray.platform.planning.replan import num_slots, piece_bytes
+from sparseray.platform.opening import Validation, slots_of
+from sparseray.platform.run import lock
 from sparseray.platform.run.folder import RunFolder
+from sparseray.platform.run.history import JobHistory, read_job
 from sparseray.platform.run.journal import Journal
-from sparseray.platform.run.ledger import Ledger
 from sparseray.platform.run.registry import forget_run, register_run
-from sparseray.platform.training import Trainer
 
 log = get_logger(__name__)
 
@@ -50,22 +46,11 @@ class Scheduler:
     Args:
         job: identifier of the job.
         config: the run, as plain values; `run_dir` and `data.path` absolute.
-        placement: what there is to place, for `make_plan`.
-        bytes_per_token, validation_batches: of the validation split.
+        validation: how its validation loss is measured.
     """
 
-    def __init__(
-        self,
-        *,
-        job: str,
-        config: dict[str, Any],
-        placement: dict[str, Any],
-        bytes_per_token: float,
-        validation_batches: int,
-    ) -> None:
-        self._job_id, self._config = job, from_dict(RunConfig, config)
-        self._placement = placement
-        self._numbers = {"bytes_per_token": bytes_per_token, "validation_batches": validation_batches}
+    def __init__(self, *, job: str, config: dict[str, Any], validation: Validation) -> None:
+        self._job_id, self._config, self._validation = job, from_dict(RunConfig, config), validation
         self._folder = RunFolder(Path(self._config.run_dir))
         self._epoch = f"{os.getpid()}-{time.time()}"
         self._records: deque[dict[str, Any]] = deque(maxlen=KEPT_RECORDS)
@@ -74,13 +59,13 @@ class Scheduler:
         self._failure: dict[str, Any] | None = None
         self._asked = time.monotonic()
         self._fleet: RayFleet | None = None
-        self._elastic: Elastic | None = None
-        self._ledger: Ledger | None = None
+        self._job: Run | None = None
+        self._lock: TextIO | None = None
         self._thread = threading.Thread(target=self._run, daemon=True, name="training")
         journal = Journal(self._folder.journal)
-        begun = journal.last("begin")
+        has_begun = read_job(journal, job).has_begun
         journal.close()
-        if begun is not None and begun["job"] == job:
+        if has_begun:
             self._thread.start()
 
     def start(self) -> None:
@@ -91,14 +76,14 @@ class Scheduler:
     # -- the training thread ---------------------------------------------------------------------
 
     def _run(self) -> None:
-        journal = Journal(self._folder.journal)
+        if other := self._hold():
+            self._failure = {"error": other, "kind": "ConfigError", "user": True}
+            return
         try:
-            journal.lead()
-            self._train(journal)
+            self._train()
         except FencedError as error:
             # Slots, targets and sockets are the other scheduler's now.
             log.error("this scheduler acts no more: %s", error)
-            journal.close()
             os._exit(1)
         except Exception as error:
             log.error("training stopped:\n%s", traceback.format_exc())
@@ -108,105 +93,65 @@ class Scheduler:
                 "user": isinstance(error, UserError),
             }
         finally:
-            journal.close()
+            if self._job is not None:
+                self._job.close()
             write_targets(self._folder.targets, {}, self._folder.path.name)
             threading.Thread(target=self._end, daemon=True, name="end").start()
 
-    def _train(self, journal: Journal) -> None:
-        config, cluster = self._config, self._config.cluster
+    def _hold(self) -> str:
+        """Keep others out of the run folder; says who works there already.
+
+        A scheduler of this job that is not quite dead is fenced by the journal, not waited for.
+        """
+        gcs = ray.get_runtime_context().gcs_address
+        self._lock = lock.hold(self._folder.path, job=self._job_id, ray=gcs)
+        other = lock.holder(self._folder.path) if self._lock is None else None
+        if other is None or other.get("job") == self._job_id:
+            return ""
+        return f"run_dir={self._folder.path} is in use by process {other.get('pid')} on {other.get('host')}; give another"
+
+    def _train(self) -> None:
+        cluster = self._config.cluster
         metrics = Metrics({"slot": "scheduler"}, declare="scheduler")
         own = metrics.serve(cluster.bind_host)
         directory = private_directory(self._job_id) if cluster.transport == "ipc" else None
         mailbox = Mailbox(ZmqTransport("scheduler", directory, cluster.bind_host), SCHEDULER, self._job_id)
-        layout = DSELayout.load(self._folder.identity) if config.model.dse.layers else None
-        spec = JobSpec(
-            config=json.dumps(to_dict(config)),
-            layout=str(self._folder.identity) if layout else "",
-            layout_sha256=self._folder.layout_sha256(),
-        )
 
         def show_targets(members: dict[int, Member]) -> None:
             targets = {f"slot-{slot}": member.metrics for slot, member in members.items()}
             write_targets(self._folder.targets, targets | {"scheduler": own}, self._folder.path.name)
 
-        used = [entry["slot"] for entry in self._of_job(journal, "slot")]
-        counter = max(used, default=-1)
+        def fleet_of(journal: Journal, history: JobHistory, spec: JobSpec) -> RayFleet:
+            ids = itertools.count(max(history.slots, default=-1) + 1)
 
-        def next_slot() -> int:
-            nonlocal counter
-            counter += 1
-            journal.append("slot", generation=0, step=0, slot=counter, job=self._job_id)
-            return counter
+            def next_slot() -> int:
+                slot = next(ids)
+                journal.append("slot", generation=0, step=0, slot=slot, job=self._job_id)
+                return slot
 
-        fleet = self._fleet = RayFleet(self._job_id, cluster, spec, next_slot, show_targets, journal.leads)
-        control = Control(mailbox, fleet, cluster.deadline_s)
-        ledger = self._ledger = Ledger(metrics)
-        rows = [] if layout is None else [layout.num_rows(layer) for layer in config.model.dse.layers]
-        elastic = self._elastic = Elastic(
-            config,
-            control,
-            journal,
-            self._folder,
+            self._fleet = RayFleet(self._job_id, cluster, spec, next_slot, show_targets, journal.leads)
+            return self._fleet
+
+        run = self._job = Run.open(
+            self._config,
+            mailbox,
+            fleet_of,
             metrics,
-            ledger,
-            placement=self._placement,
-            size=piece_bytes(config.model, rows, count_parameters(config.model)["dense"]),
-            job=spec,
-            on_event=self._tell,
-        )
-        fleet.is_spare = elastic.is_spare
-        trainer = Trainer(
-            config,
-            control,
-            elastic,
-            journal,
-            self._folder,
-            metrics,
-            ledger,
-            bytes_per_token=float(self._numbers["bytes_per_token"]),
-            validation_batches=int(self._numbers["validation_batches"]),
+            validation=self._validation,
             on_record=self._tell,
             should_stop=self._stopping.is_set,
         )
-        try:
-            self._begin_or_take_over(journal, fleet, trainer, used)
-            trainer.run()
-            elastic.finish(trainer.step)
-        finally:
-            mailbox.transport.close()
+        self._open_slots(run)
+        run.train()
 
-    def _of_job(self, journal: Journal, kind: str, limit: int = 1 << 30) -> list[dict[str, Any]]:
-        """Decisions of a kind since this job began, newest first."""
-        begun = journal.last("begin")
-        if begun is None or begun["job"] != self._job_id:
-            return []
-        return [entry for entry in journal.read(kind, limit=limit) if entry["id"] > begun["id"]]
-
-    def _begin_or_take_over(
-        self, journal: Journal, fleet: RayFleet, trainer: Trainer, used: list[int]
-    ) -> None:
+    def _open_slots(self, run: Run) -> None:
+        """Find the slots of a job that goes on; start those of one that begins."""
+        assert self._fleet is not None
         register_run(self._folder.path, ray.get_runtime_context().gcs_address)
-        active = self._of_job(journal, "active", limit=1)
-        plans = {entry["generation"]: entry["plan"] for entry in self._of_job(journal, "plan")}
-        trainer.elastic.generation = max(plans, default=0)
-        fleet.reopen(used)
-        if not active:
-            if not used:
-                journal.append("begin", generation=0, step=0, job=self._job_id)
-            p, c = self._placement, self._config.cluster
-            count = num_slots(p["attention"], p["experts"], p["memory"], colocated=c.colocated)
-            fleet.open(count + c.standby - len(fleet.members()))
-            trainer.start()
-            return
-        plan = from_plain(Plan, plans[active[0]["generation"]])
-        newest = [entry for kind in ("commit", "restore") for entry in self._of_job(journal, kind, limit=1)]
-        last = max([*newest, *active], key=lambda entry: entry["id"])
-        commit = None
-        if last["kind"] == "commit":
-            commit = last
-        elif newest and newest[0]["kind"] == "commit" and newest[0]["step"] == last["step"]:
-            commit = newest[0]
-        trainer.take_over(plan, commit, last["step"])
+        self._fleet.is_spare = run.elastic.is_spare
+        self._fleet.reopen(list(run.history.slots))
+        if run.history.plan is None:
+            self._fleet.open(slots_of(self._config, run.elastic.inventory))
 
     def _tell(self, record: dict[str, Any]) -> None:
         self._records.append(record)
@@ -221,6 +166,8 @@ class Scheduler:
             self._fleet.close()
         forget_run(self._folder.path)
         remove_directory(self._job_id)
+        if self._lock is not None:
+            self._lock.close()
         self._closed.set()
 
     # -- questions -----------------------------------------------------------------------------
@@ -270,11 +217,11 @@ class Scheduler:
         Returns:
             {"error": ""} or why it is refused; nothing is changed then.
         """
-        if self._elastic is None or self._elastic.plan is None or not self._thread.is_alive():
+        if self._job is None or self._job.elastic.plan is None or not self._thread.is_alive():
             return {"error": "the job is not training (yet); ask again once it has made a step"}
         try:
-            self._elastic.request(role, count)
-        except UserError as error:
+            self._job.elastic.request(role, count)
+        except (UserError, FencedError) as error:
             return {"error": str(error)}
         return {"error": ""}
 
@@ -287,10 +234,11 @@ class Scheduler:
             "records": [r for r in list(self._records)[-400:] if "loss" in r][-50:],
             "events": self._folder.event_lines()[-12:],
         }
-        elastic, fleet = self._elastic, self._fleet
-        if elastic is None or fleet is None or elastic.plan is None:
+        run = self._job
+        if run is None or run.elastic.plan is None:
             return found
-        plan, ages = elastic.plan, fleet.ages()
+        elastic, fleet, plan = run.elastic, run.fleet, run.elastic.plan
+        ages = fleet.ages()
         found |= {
             "generation": plan.generation,
             "settled": elastic.is_settled(),
@@ -299,7 +247,7 @@ class Scheduler:
             "starting": fleet.starting(),
             "room": fleet.room(),
             "replicas": {"target": self._config.cluster.replication, "actual": elastic.replicas()},
-            "goodput": self._ledger.goodput if self._ledger else 1.0,
+            "goodput": run.ledger.goodput,
             "load": elastic.load.tolist(),
             "slots": [
                 {

@@ -30,14 +30,16 @@ from sparseray.actors.wire.messages import (
     Saved,
     SavedTensor,
 )
-from sparseray.errors import ConfigError, SlotsLostError, UserError
+from sparseray.errors import SlotsLostError, UserError
 from sparseray.platform.config import OptimConfig, RunConfig, to_dict
 from sparseray.platform.fleet.control import Control, StalledError
 from sparseray.platform.generations import Elastic
 from sparseray.platform.metrics.exporter import Metrics
 from sparseray.platform.metrics.training import StepMetrics
+from sparseray.platform.opening import Validation
 from sparseray.platform.run import checkpoint
 from sparseray.platform.run.folder import RunFolder
+from sparseray.platform.run.history import JobHistory
 from sparseray.platform.run.journal import Journal
 from sparseray.platform.run.ledger import Ledger
 
@@ -98,8 +100,7 @@ class Trainer:
         control: conversation with the slots.
         elastic: who holds what.
         journal, folder, metrics, ledger: where decisions, results, series and time go.
-        bytes_per_token: of the validation split, for bits per byte.
-        validation_batches: of one validation.
+        validation: how the validation loss is measured.
         on_record: told of every step's record.
         should_stop: asked between two steps.
     """
@@ -114,14 +115,13 @@ class Trainer:
         metrics: Metrics,
         ledger: Ledger,
         *,
-        bytes_per_token: float,
-        validation_batches: int,
+        validation: Validation,
         on_record: Callable[[dict[str, Any]], None],
         should_stop: Callable[[], bool],
     ) -> None:
         self.config, self.control, self.elastic = config, control, elastic
         self.journal, self.folder, self.metrics, self.ledger = journal, folder, metrics, ledger
-        self.bytes_per_token, self.validation_batches = bytes_per_token, validation_batches
+        self.validation = validation
         self.on_record, self.should_stop = on_record, should_stop
         self.step_metrics = StepMetrics(metrics, config)
         self.step = 0
@@ -141,28 +141,23 @@ class Trainer:
         self.folder.rewind(self.step)
         self.elastic.begin(self.step, str(newest or ""))
 
-    def take_over(self, plan: Plan, commit: dict[str, Any] | None, step: int) -> None:
-        """Go on where a scheduler that died had stopped: at the last step in its journal.
-
-        Args:
-            plan: the last active one.
-            commit: the journal's entry of `step`, None where there is none.
-            step: the last one that was decided.
-        """
-        self.step = step
-        if commit is not None:
-            record = commit["record"]
+    def take_over(self, history: JobHistory) -> None:
+        """Go on where a scheduler that died had stopped: at the last step in its journal."""
+        assert history.plan is not None
+        self.step = history.step
+        if history.commit is not None:
+            record = history.commit["record"]
             self.elastic.commit = Commit(
                 counts_LE=torch.tensor(record["expert_load"], dtype=torch.int64),
-                **{name: commit[name] for name in ("step", "lr", "memory_lr", "scale")},
+                **{name: history.commit[name] for name in ("step", "lr", "memory_lr", "scale")},
             )
             # A line that was cut short by the kill would swallow the next one.
-            self.folder.rewind(step)
+            self.folder.rewind(self.step)
             records = self.folder.records()
-            if not records or records[-1]["step"] < step:
+            if not records or records[-1]["step"] < self.step:
                 self.folder.append(record)
         self._set_due()
-        self.elastic.take_over(plan, step)
+        self.elastic.take_over(history.plan, self.step)
 
     def run(self) -> None:
         """Train to the last step or until asked to stop; leaves a checkpoint."""
@@ -204,8 +199,8 @@ class Trainer:
             if not math.isfinite(norm):
                 self.step_metrics.refused()
                 raise UserError(
-                    f"the gradient norm of step {step} is {norm}: nothing was applied; "
-                    f"lower optim.lr={self.config.optim.lr:g} and resume from the last checkpoint"
+                    f"the gradient norm of step {step} is {norm}: nothing was applied; the same command with "
+                    f"--optim.lr={self.config.optim.lr / 10:g} goes on from the last checkpoint at a tenth of the rate"
                 )
             scale = min(1.0, self.config.optim.clip / (norm + 1e-6)) if self.config.optim.clip else 1.0
             counts = reports.counts_LE
@@ -272,7 +267,7 @@ class Trainer:
         """Measure the validation loss; it changes no state."""
         batches = tuple(
             (index, self.plan.part_owners[index % self.config.train.logical_shards])
-            for index in range(self.validation_batches)
+            for index in range(self.validation.batches)
         )
         found: dict[int, tuple[float, int]] = {}
         with self.ledger.state("evaluating"):
@@ -283,7 +278,7 @@ class Trainer:
                     break
         tokens = sum(value[1] for value in found.values())
         loss = math.fsum(found[index][0] for index in sorted(found)) / tokens
-        bits = loss / math.log(2.0) / self.bytes_per_token
+        bits = loss / math.log(2.0) / self.validation.bytes_per_token
         record = {"step": self.step, "eval_loss": loss, "eval_bits_per_byte": bits, "eval_tokens": tokens}
         self.folder.append_evaluation(record)
         self.on_record(record)
@@ -291,7 +286,28 @@ class Trainer:
         self.metrics.record("eval_bpb", bits)
 
     def save(self) -> None:
-        """Write a checkpoint of the committed step; it counts once its folder has its final name."""
+        """Write a checkpoint of the committed step; training goes on from memory where that fails, and tells of it.
+
+        Raises:
+            UserError: it was the last one of the run.
+        """
+        try:
+            self._save()
+        except (OSError, UserError) as error:
+            checkpoint.give_up(self.folder.checkpoints, self.step)
+            text = f"no checkpoint of step {self.step}: {' '.join(str(error).split())}"
+            members = set(self.control.fleet.members())
+            self.elastic.events.tell(
+                "unsaved", self.step, text, generation=self.plan.generation, plan=self.plan, members=members
+            )
+            if self._is_last:
+                raise UserError(
+                    f"{text}; free space or mend {self.folder.checkpoints}, and the same command goes on from the "
+                    "newest checkpoint there"
+                ) from None
+
+    def _save(self) -> None:
+        """Write a checkpoint; it counts once its folder has its final name."""
         started = time.perf_counter()
         with self.ledger.state("checkpointing"):
             unfinished = checkpoint.begin(self.folder.checkpoints, self.step)
@@ -328,23 +344,10 @@ class Trainer:
         self.control.post(sorted(waiting), body, step=self.step + 1)
         tensors: dict[str, SavedTensor] = {}
         for message in self.control.messages(Saved, deadline_s=self.control.deadline_s + 60):
+            if message.step != self.step + 1:
+                continue  # Of a checkpoint that was given up.
             tensors |= message.body.tensors
             waiting.discard(message.source)
             if not waiting:
                 break
         return {name: to_plain(entry) for name, entry in tensors.items()}
-
-
-def validation_batch_count(windows: int, config: RunConfig) -> int:
-    """Validation batches that a split of `windows` sequences can give.
-
-    Raises:
-        ConfigError: not even one.
-    """
-    per_batch = config.train.sequences_per_shard
-    if windows < per_batch:
-        raise ConfigError(
-            f"the validation split has {windows} sequences of {config.train.seq_len} tokens and a batch takes {per_batch}; "
-            "prepare more data, or lower train.seq_len or train.sequences_per_shard"
-        )
-    return min(config.train.eval_batches, windows // per_batch)

@@ -30,6 +30,7 @@ from sparseray.actors.training.worker import Batch, Batches
 from sparseray.actors.wire.messages import SavedTensor
 from sparseray.actors.wire.slot_mailbox import SlotMailbox
 from sparseray.errors import IdentityError
+from sparseray.kernels.ops import ops_for
 from sparseray.model.dse_layout import DSELayout
 from sparseray.model.transformer import Transformer, cross_entropy_sum
 from sparseray.platform.config import RunConfig, from_dict
@@ -80,8 +81,10 @@ class TrainingJob:
         )
 
     def _dense(self) -> DenseState:
-        decay = self.config.optim.weight_decay
-        return DenseState(self.config.model, self.layout, weight_decay=decay, **self._shared, **self._adam)
+        decay, ops = self.config.optim.weight_decay, ops_for(self.config.kernels, torch.device("cpu"))
+        return DenseState(
+            self.config.model, self.layout, weight_decay=decay, ops=ops, **self._shared, **self._adam
+        )
 
     def holdings(self) -> Holdings:
         """Build a slot's state, empty."""

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sparseray.actors.state.assignment import Plan
-from sparseray.platform.planning.replan import Roles, fitting, loads_when_packed, role_slots
+from sparseray.platform.planning.inventory import Roles
+from sparseray.platform.planning.replan import fitting, loads_when_packed, role_slots
 from sparseray.platform.planning.spread import slot_loads
 
 LEAST_GAIN = 0.1
@@ -31,6 +32,7 @@ class View:
         rebalance_every: least steps between two changes for the sake of loads.
         colocated: roles share slots on purpose. False: a slot that took over a second role in need gives it up
             again, as soon as there is a slot for it.
+        parts: what attention workers share; None for as many as in the plan.
     """
 
     plan: Plan
@@ -44,6 +46,7 @@ class View:
     rebalance_above: float
     rebalance_every: int
     colocated: bool = True
+    parts: int | None = None
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,7 @@ Decision = Noop | Start | Resize | Rebalance
 
 def decide(view: View) -> Decision:
     """Decide on one thing to do; once it is done, the next call decides on the next or on `Noop`."""
-    lacking, surplus = _difference(view.plan, view.roles, is_shared=view.colocated)
+    lacking, surplus = _difference(view, is_shared=view.colocated)
     if not view.colocated:
         lacking += _shared(view.plan)
     if surplus or (lacking and view.ready):
@@ -128,9 +131,9 @@ def _imbalance(layers: Sequence[dict[int, float]]) -> float:
     return peaks / means if means else 1.0
 
 
-def _difference(plan: Plan, roles: Roles, *, is_shared: bool) -> tuple[int, int]:
+def _difference(view: View, *, is_shared: bool) -> tuple[int, int]:
     """Slots that roles lack, and slots that they have too many; where roles share slots one can fill several."""
-    wanted, slots = fitting(plan, roles), role_slots(plan)
+    wanted, slots = fitting(view.plan, view.roles, view.parts), role_slots(view.plan)
     differences = [
         wanted.attention - len(slots["attention"]),
         wanted.experts - len(slots["experts"]),

@@ -8,7 +8,6 @@ platform/planning/moves.py.
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -16,6 +15,7 @@ from sparseray.actors.state.assignment import Plan
 from sparseray.actors.state.pieces import Piece
 from sparseray.errors import ConfigError
 from sparseray.platform.planning.balance import pack
+from sparseray.platform.planning.inventory import Inventory, Roles
 from sparseray.platform.planning.moves import Moves, holdings, least_bytes, moves, piece_bytes
 from sparseray.platform.planning.placement import NO_NODES, Placement, costs, role_slots, split_evenly
 from sparseray.platform.planning.spread import slot_loads, spread_hot
@@ -23,14 +23,12 @@ from sparseray.platform.planning.spread import slot_loads, spread_hot
 __all__ = [
     "Moves",
     "Piece",
-    "Roles",
     "fitting",
     "holdings",
     "least_bytes",
     "loads_when_packed",
     "make_plan",
     "moves",
-    "num_slots",
     "piece_bytes",
     "replan",
     "role_slots",
@@ -39,33 +37,13 @@ __all__ = [
 NOBODY = -1
 
 
-@dataclass(frozen=True, kw_only=True)
-class Roles:
-    """Wanted number of slots for each role, 0 where the model has none."""
-
-    attention: int
-    experts: int
-    memory: int
-
-
-def num_slots(attention: int, experts: int, memory: int, *, colocated: bool) -> int:
-    """Slots that a placement needs."""
-    return max(attention, experts, memory) if colocated else attention + experts + memory
-
-
 def make_plan(
     *,
     generation: int,
     addresses: dict[int, str],
-    attention: int,
-    experts: int,
-    memory: int,
+    inventory: Inventory,
+    roles: Roles,
     replication: int,
-    num_parts: int,
-    moe_layers: int,
-    num_experts: int,
-    dse_layers: int,
-    num_buckets: int,
     colocated: bool = False,
     nodes: Mapping[int, str] = NO_NODES,
 ) -> Plan:
@@ -74,21 +52,16 @@ def make_plan(
     Args:
         generation: number of the plan.
         addresses: slot id to transport address, one per slot.
-        attention, experts, memory: slots that play each role.
+        inventory: what there is to place.
+        roles: slots that play each role.
         replication: holders of every piece of state.
-        num_parts: parts of a step.
-        moe_layers, num_experts, dse_layers, num_buckets: what there is to place.
         colocated: roles share slots.
         nodes: slot id to the name of its node, where known.
 
     Raises:
         ConfigError: the numbers do not fit each other.
     """
-    _check("cluster.attention_workers", attention, "logical shards (train.logical_shards)", num_parts)
-    if moe_layers:
-        _check("cluster.expert_shards", experts, "experts (model.moe.num_experts)", num_experts)
-    if dse_layers:
-        _check("cluster.memory_shards", memory, "buckets (model.dse.num_buckets)", num_buckets)
+    inventory.check(roles)
     if replication < 1 or replication > len(addresses):
         raise ConfigError(
             f"cluster.replication={replication} needs as many slots, and this placement has {len(addresses)}; "
@@ -97,16 +70,16 @@ def make_plan(
     nothing = Plan(
         generation=generation - 1,
         addresses={},
-        part_owners=(NOBODY,) * num_parts,
+        part_owners=(NOBODY,) * inventory.parts_for(roles),
         dense=(),
-        experts=(((NOBODY,),) * num_experts,) * moe_layers,
-        buckets=(((NOBODY,),) * num_buckets,) * dse_layers,
+        experts=(((NOBODY,),) * inventory.experts,) * inventory.moe_layers,
+        buckets=(((NOBODY,),) * inventory.buckets,) * inventory.dse_layers,
     )
     return replan(
         nothing,
         generation=generation,
         addresses=addresses,
-        roles=Roles(attention=attention, experts=experts, memory=memory),
+        roles=roles,
         replication=replication,
         colocated=colocated,
         nodes=nodes,
@@ -124,6 +97,7 @@ def replan(
     nodes: Mapping[int, str] = NO_NODES,
     avoid: Collection[int] = (),
     loads: Sequence[Sequence[float]] | None = None,
+    parts: int | None = None,
 ) -> Plan:
     """Make the next plan: as balanced as a fresh one, with as little as possible moved.
 
@@ -145,6 +119,7 @@ def replan(
         loads: tokens of every expert, [moe layers][experts]; primaries are then placed such that the slots of
             a layer have equal loads, and what is left too hot is computed by several of its holders
             (spread.py). None: equal numbers of experts.
+        parts: what attention workers share from now on. None: as many as in the old plan.
 
     Raises:
         ConfigError: no slot is left.
@@ -153,7 +128,8 @@ def replan(
     if not usable:
         raise ConfigError(f"no slot is left for generation {generation}; start one")
     places = Placement(old, usable, min(max(1, replication), len(usable)), nodes)
-    wanted = fitting(old, roles)
+    parts = parts or len(old.part_owners)
+    wanted = fitting(old, roles, parts)
     places.choose(
         {"attention": wanted.attention, "experts": wanted.experts, "memory": wanted.memory},
         colocated=colocated,
@@ -163,11 +139,11 @@ def replan(
     spread: tuple[tuple[int, ...], ...] = ()
     if loads is not None:
         own = sorted(places.slots["experts"])
-        experts, spread = spread_hot(experts, own, loads, len(old.part_owners))
+        experts, spread = spread_hot(experts, own, loads, parts)
     return Plan(
         generation=generation,
         addresses=dict(addresses),
-        part_owners=tuple(split_evenly(len(old.part_owners), attention)),
+        part_owners=tuple(split_evenly(parts, attention)),
         dense=places.dense(),
         experts=experts,
         buckets=places.table("memory", old.buckets, None),
@@ -175,14 +151,20 @@ def replan(
     )
 
 
-def fitting(plan: Plan, roles: Roles) -> Roles:
-    """Return the roles that a plan can use: at least one slot where there is work, at most one a thing."""
+def fitting(plan: Plan, roles: Roles, parts: int | None = None) -> Roles:
+    """Return the roles that a plan can use: at least one slot where there is work, at most one a thing.
+
+    Args:
+        plan: what there is to place.
+        roles: wanted slots of each role.
+        parts: what attention workers share; None for the plan's.
+    """
 
     def limit(value: int, things: int) -> int:
         return min(max(1, value), things)
 
     return Roles(
-        attention=limit(roles.attention, len(plan.part_owners)),
+        attention=limit(roles.attention, parts or len(plan.part_owners)),
         experts=limit(roles.experts, len(plan.experts[0]) if plan.experts else 0),
         memory=limit(roles.memory, len(plan.buckets[0]) if plan.buckets else 0),
     )
@@ -198,8 +180,3 @@ def loads_when_packed(plan: Plan, loads: Sequence[Sequence[float]]) -> list[dict
         (holders,), (spread,) = spread_hot((tuple(at),), slots, [load], len(plan.part_owners))
         found.append(dict.fromkeys(slots, 0.0) | slot_loads(holders, spread, load))
     return found
-
-
-def _check(key: str, value: int, what: str, limit: int) -> None:
-    if not 1 <= value <= limit:
-        raise ConfigError(f"{key}={value} does not fit {limit} {what}; give it a value from 1 to {limit}")

@@ -1,11 +1,10 @@
 """What a user may ask of a running job; pure: a request is checked against model, replication and room."""
 
-from collections.abc import Mapping
 from dataclasses import replace
 
 from sparseray.errors import ConfigError
 from sparseray.platform.config import ClusterConfig
-from sparseray.platform.planning.replan import Roles, num_slots
+from sparseray.platform.planning.inventory import Inventory, Roles, num_slots
 
 ROLES = ("attention", "experts", "memory")
 
@@ -14,7 +13,7 @@ def check_request(
     role: str,
     count: int,
     wanted: Roles,
-    placement: Mapping[str, int],
+    inventory: Inventory,
     cluster: ClusterConfig,
     *,
     slots: int,
@@ -25,7 +24,7 @@ def check_request(
     Args:
         role, count: the request.
         wanted: what was wanted so far.
-        placement: what there is to place, as for `make_plan`.
+        inventory: what there is to place.
         cluster: replication and what a slot takes.
         slots: that live or are starting.
         room: for how many more the cluster has room.
@@ -36,21 +35,21 @@ def check_request(
     if role not in ROLES:
         raise ConfigError(f"there is no role {role!r}; give {', '.join(ROLES)}")
     limits = {
-        "attention": ("logical shards (train.logical_shards)", placement["num_parts"]),
+        "attention": ("logical shards (train.logical_shards)", inventory.parts),
         "experts": (
             "experts per layer (model.moe.num_experts)",
-            placement["num_experts"] if placement["moe_layers"] else 0,
+            inventory.experts if inventory.moe_layers else 0,
         ),
-        "memory": (
-            "buckets (model.dse.num_buckets)",
-            placement["num_buckets"] if placement["dse_layers"] else 0,
-        ),
+        "memory": ("buckets (model.dse.num_buckets)", inventory.buckets if inventory.dse_layers else 0),
     }
     what, most = limits[role]
-    if not 1 <= count <= most:
+    if role == "attention" and not inventory.parts:
+        if count < 1:
+            raise ConfigError(f"attention {count}: a server needs an engine; give a number from 1")
+    elif not 1 <= count <= most:
         raise ConfigError(f"{role} {count}: this model has {most} {what}; give a number from 1 to {most}")
     new = replace(wanted, **{role: count})
-    total = num_slots(new.attention, new.experts, new.memory, colocated=cluster.colocated)
+    total = num_slots(new, colocated=cluster.colocated)
     if total < cluster.replication:
         raise ConfigError(
             f"{role} {count}: {total} slots cannot hold {cluster.replication} replicas (cluster.replication); "

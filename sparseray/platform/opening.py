@@ -1,0 +1,212 @@
+"""What a run begins with, opened and checked before anything is started or written.
+
+`open_training` reads configuration, data and run folder; `open_serving` a checkpoint. What either lets
+through, the cluster can start; all that a user can have got wrong is said here, as one line.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from sparseray.actors.training.token_data import TokenDataset
+from sparseray.errors import CheckpointError, ConfigError, IdentityError
+from sparseray.model.config import ModelConfig
+from sparseray.model.dse_layout import DSELayout
+from sparseray.platform import config as configuration
+from sparseray.platform.checks import check_cluster, check_folder, check_start
+from sparseray.platform.config import ClusterConfig, RunConfig, ServeConfig
+from sparseray.platform.planning.inventory import Inventory, num_slots
+from sparseray.platform.run import checkpoint
+from sparseray.platform.run.folder import RunFolder
+from sparseray.platform.run.journal import Journal, set_aside_if_damaged
+
+
+@dataclass(frozen=True, kw_only=True)
+class Validation:
+    """How the validation loss is measured.
+
+    Args:
+        batches: of one validation.
+        bytes_per_token: of the split, for bits per byte.
+    """
+
+    batches: int
+    bytes_per_token: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingInputs:
+    """Everything that a training run begins with.
+
+    Args:
+        config: of the run, with what follows from the data; paths are absolute.
+        folder: of the run, not written yet.
+        train: its tokens.
+        validation: how they are measured.
+        layout: DSE identity, None for a model without memory.
+        newest: checkpoint to go on from.
+    """
+
+    config: RunConfig
+    folder: RunFolder
+    train: TokenDataset
+    validation: Validation
+    layout: DSELayout | None
+    newest: Path | None
+
+    def create_folder(self) -> list[str]:
+        """Write what the run folder lacks, and what has changed since the run began.
+
+        Returns:
+            what a person should know of it.
+        """
+        changed = self.folder.changes(self.config)
+        self.folder.open(self.config, self.layout, Path(self.config.data.path) / "tokenizer.json")
+        said = []
+        if aside := set_aside_if_damaged(self.folder.journal):
+            where = f"going on from {self.newest}, which is whole" if self.newest else "starting anew"
+            said.append(f"{self.folder.journal} was damaged and is kept as {aside}; {where}")
+        if changed:
+            step = int(self.newest.name.removeprefix("step_")) if self.newest else 0
+            journal = Journal(self.folder.journal)
+            journal.lead()
+            journal.append("settings", generation=0, step=step, changed=changed)
+            journal.close()
+            said.append(f"changed since the run began: {', '.join(changed)}")
+        return said
+
+
+def training_inventory(config: RunConfig) -> Inventory:
+    """What a training run has to place."""
+    return Inventory.of(config.model, parts=config.train.logical_shards)
+
+
+def serving_inventory(config: RunConfig) -> Inventory:
+    """What a server has to place: engines share nothing, whatever the run's logical shards were."""
+    return Inventory.of(config.model, parts=0)
+
+
+def slots_of(config: RunConfig, inventory: Inventory) -> int:
+    """Slots to start with: those with roles, and the standby ones."""
+    roles = inventory.roles(config.cluster)
+    return num_slots(roles, colocated=config.cluster.colocated) + config.cluster.standby
+
+
+def open_training(config: RunConfig) -> TrainingInputs:
+    """Check configuration, data and run folder of a run.
+
+    Raises:
+        UserError: something does not fit; nothing was written.
+    """
+    check_cluster(config.cluster, training_inventory(config))
+    check_start(config.cluster)
+    check_folder(Path(config.run_dir), "run_dir")
+    data = open_data(config)
+    config = replace(
+        resolve(config, data["train"]),
+        run_dir=str(Path(config.run_dir).absolute()),
+        data=replace(config.data, path=str(Path(config.data.path).absolute())),
+    )
+    layout = build_layout(config.model, data["train"])
+    folder = RunFolder(Path(config.run_dir))
+    folder.check(config)
+    folder.check_identity(layout)
+    folder.check_data(Path(config.data.path))
+    newest = folder.check_checkpoint(config, layout)
+    windows = data["validation"].num_windows(config.train.seq_len)
+    validation = Validation(
+        batches=_validation_batches(windows, config), bytes_per_token=data["validation"].bytes_per_token
+    )
+    return TrainingInputs(
+        config=config,
+        folder=folder,
+        train=data["train"],
+        validation=validation,
+        layout=layout,
+        newest=newest,
+    )
+
+
+def open_data(config: RunConfig) -> dict[str, TokenDataset]:
+    """Open both splits, verified, and see that the model's vocabulary holds their tokens."""
+    if not config.data.path:
+        raise ConfigError(
+            "data.path is not set; give --data.path a folder made by `python -m sparseray data prepare --source stdlib --out DIR`"
+        )
+    data = {
+        split: TokenDataset(Path(config.data.path), split, verify=config.data.verify)
+        for split in ("train", "validation")
+    }
+    if data["train"].vocab_size > config.model.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size={config.model.vocab_size} is smaller than the {data['train'].vocab_size} tokens of "
+            f"{config.data.path}; set model.vocab_size to at least that"
+        )
+    if config.train.seq_len > config.model.max_seq_len:
+        raise ConfigError(
+            f"train.seq_len={config.train.seq_len} exceeds model.max_seq_len={config.model.max_seq_len}; lower the first"
+        )
+    return data
+
+
+def resolve(config: RunConfig, data: TokenDataset) -> RunConfig:
+    """Fill in what follows from the data: the token that ends a document, which serving must know too."""
+    dse = replace(config.model.dse, document_end_id=data.eos_id)
+    return replace(config, model=replace(config.model, dse=dse))
+
+
+def build_layout(model: ModelConfig, data: TokenDataset) -> DSELayout | None:
+    """Build the DSE identity from the data's tokenizer; None for a model without memory."""
+    return (
+        DSELayout.build(model.dse, data.tokenizer(), vocab_size=model.vocab_size)
+        if model.dse.layers
+        else None
+    )
+
+
+def _validation_batches(windows: int, config: RunConfig) -> int:
+    """Validation batches that a split of `windows` sequences can give.
+
+    Raises:
+        ConfigError: not even one.
+    """
+    per_batch = config.train.sequences_per_shard
+    if windows < per_batch:
+        raise ConfigError(
+            f"the validation split has {windows} sequences of {config.train.seq_len} tokens and a batch takes {per_batch}; "
+            "prepare more data, or lower train.seq_len or train.sequences_per_shard"
+        )
+    return min(config.train.eval_batches, windows // per_batch)
+
+
+def open_serving(directory: Path, serve: ServeConfig, cluster: ClusterConfig) -> RunConfig:
+    """Read a checkpoint's configuration, and check what is beside it and where it shall be served.
+
+    Args:
+        directory: of the checkpoint.
+        serve, cluster: of the server; they replace those of the run.
+
+    Raises:
+        CheckpointError: damaged or incomplete.
+        IdentityError: its DSE layout is not the one it was trained with.
+        ConfigError: placement or lengths do not fit the model.
+    """
+    manifest = checkpoint.read_manifest(directory)
+    checkpoint.check_files(directory, manifest)
+    config = replace(configuration.from_dict(RunConfig, manifest["config"]), serve=serve, cluster=cluster)
+    if serve.max_model_len > config.model.max_seq_len:
+        raise ConfigError(
+            f"serve.max_model_len={serve.max_model_len} exceeds the model's {config.model.max_seq_len} tokens"
+            f" ({directory}: model.max_seq_len); leave it out, or give at most that"
+        )
+    if not (directory / "tokenizer.json").exists():
+        raise CheckpointError(f"{directory} has no tokenizer.json; use a whole checkpoint folder")
+    if config.model.dse.layers:
+        found = DSELayout.load(directory).sha256
+        if found != manifest["dse_layout_sha256"]:
+            raise IdentityError(
+                f"{directory} holds DSE layout {found[:12]}, and its tensors were trained with "
+                f"{manifest['dse_layout_sha256'][:12]}: every row would be addressed wrongly; use the original folder"
+            )
+    check_cluster(cluster, serving_inventory(config))
+    check_start(cluster)
+    return config
