@@ -152,14 +152,19 @@ def _escaped(text: str) -> str:
     return text.replace("\\", r"\\")
 
 
-def test_thousands_of_configurations_end_in_a_sentence_or_in_a_run_that_can_work(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("seed", "cases"), [(16, CASES), pytest.param(17, 20_000, marks=pytest.mark.long)], ids=["", "many"]
+)
+def test_thousands_of_configurations_end_in_a_sentence_or_in_a_run_that_can_work(
+    tmp_path: Path, seed: int, cases: int
+) -> None:
     from sparseray.platform.checks import check_cluster
     from sparseray.platform.opening import training_inventory
 
-    source, path = random.Random(16), tmp_path / "run.yaml"
+    source, path = random.Random(seed), tmp_path / "run.yaml"
     kept = 0
     refusals: list[str] = []
-    for _ in range(CASES):
+    for _ in range(cases):
         content = mutated(source)
         path.write_bytes(content)
         try:
@@ -174,7 +179,7 @@ def test_thousands_of_configurations_end_in_a_sentence_or_in_a_run_that_can_work
         assert all(0.0 <= rate <= config.optim.lr for rate in rates)
         configuration.save_yaml(config, path)
         assert to_dict(load_yaml(path)) == to_dict(config)
-    assert CASES // 20 < kept < CASES
+    assert cases // 20 < kept < cases
     assert all(10 < len(text) < 1000 and "\n" not in text for text in refusals)
 
 

@@ -27,8 +27,8 @@ from sparseray.kernels.nsa.tiles import (
     store_tile,
 )
 
-SPLITS, SPAN, KEYS = 64, 256, 64
-"""Spans of a sequence at most, what their keys are a multiple of, and keys of a tile."""
+SPLITS, SPAN, TILE = 64, 256, 8192
+"""Spans of a sequence at most, what their keys are a multiple of, and values of a tile of at most 128 keys."""
 PROGRAMS, STAGES, MERGE_COLUMNS = 4224, 3, 64
 """Programs of a launch at most, if there are fewer heads; then columns of a program of the second launch."""
 
@@ -171,13 +171,14 @@ def paged_decode(
         min(MERGE_COLUMNS, next_power_of_2(value_dim)),
     )
     padded_new = max(next_power_of_2(query_len), 16 // min(padded, 16))
+    keys = max(16, min(128, SPAN, TILE // (d0 + d1)))
     programs = max(1, min(most, PROGRAMS // (batch * num_kv)))
     launch_kernel(
         _spans_kernel, (programs, batch * num_kv), q, k_cache, v_cache, block_table, context_lens,
         w.part_max, w.part_sum, w.part_out, block_table.shape[1], most,
         (width**-0.5 if scale is None else scale) * LOG2E,
         H=num_kv, G=group, GP=padded, LQ=query_len, LP=padded_new,
-        SPLITS=SPLITS, SPAN=SPAN, BN=KEYS, PAGE=page, DQ=width, D0=d0, D1=d1, DV=value_dim,
+        SPLITS=SPLITS, SPAN=SPAN, BN=keys, PAGE=page, DQ=width, D0=d0, D1=d1, DV=value_dim,
         DVP=max(16, next_power_of_2(value_dim)), IP=precision(q.dtype), STAGES=STAGES,
         num_warps=4 if padded * padded_new < 128 else 8,
     )  # fmt: skip

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sparseray.kernels.launch import launch_kernel
 
-BLOCK, ROWS, COLUMNS = 64, 8, 512
+BLOCK, ROWS, COLUMNS = 64, 4, 1024
 """Positions of a piece; rows and columns that a program has in flight."""
 
 

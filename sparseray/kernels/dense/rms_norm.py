@@ -13,8 +13,8 @@ from torch import Tensor
 
 from sparseray.kernels.launch import launch_kernel
 
-FORWARD_TILE, BACKWARD_TILE, MOST_PROGRAMS, STAGES = 4096, 2048, 792, 2
-"""Values that a program holds at a time; programs of the backward pass (as many as 132 multiprocessors run at once),
+FORWARD_TILE, BACKWARD_TILE, MOST_PROGRAMS, STAGES = 4096, 2048, 528, 2
+"""Values that a program holds at a time; programs of the backward pass (four a multiprocessor of 132),
 and how many of its tiles are on their way."""
 
 

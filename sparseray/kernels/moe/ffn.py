@@ -221,7 +221,6 @@ def activation_grad(
         H=H,
         I=I,
         K=plan.top_k,
-        AHEAD=pre_RP.is_cuda and pre_RP.element_size() == 2 and tile.n >= 64,
         TMA=tma,
         BM=config.m,
         BN=tile.n,

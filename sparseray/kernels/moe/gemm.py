@@ -168,21 +168,6 @@ def _store_act_grad(da, weight, p_pre, p_dpre, p_weighted, o_r, m_r, o_n, I: tl.
 
 
 @triton.jit
-def _ask_for(p, o_r, first, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
-    """Have the L2 cache fetch some columns of rows of WIDTH 2-byte values, a line of 128 bytes a thread."""
-    o_c = tl.minimum(first + tl.arange(0, COLUMNS // 64) * 64, WIDTH - 1)
-    p_line = (p + o_r[:, None].to(tl.int64) * WIDTH + o_c[None, :]).to(tl.uint64)
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
-        "=r,l",
-        [p_line],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
 def act_grad_kernel(
     p_dy,
     p_order,
@@ -199,7 +184,6 @@ def act_grad_kernel(
     H: tl.constexpr,
     I: tl.constexpr,
     K: tl.constexpr,
-    AHEAD: tl.constexpr,
     TMA: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -210,7 +194,6 @@ def act_grad_kernel(
 
     With da = dy[token] Wd: the gradients of the pre-activations, the weighted activation (for the
     gradient of Wd), and per column tile the sum of da * act (for the gradient of the routing weight).
-    With AHEAD the pre-activations, which only the epilogue reads, are on their way to the L2 cache meanwhile.
     """
     num_n: tl.constexpr = (I + BN - 1) // BN
     i_m, i_n = _tile(num_m, num_n, GROUP)
@@ -218,11 +201,7 @@ def act_grad_kernel(
     if e < 0:
         return
     o_r = tl.load(p_tile_row + i_m) + tl.arange(0, BM)
-    end = tl.load(p_tile_end + i_m)
-    m_r = o_r < end
-    if AHEAD:
-        _ask_for(p_pre, tl.minimum(o_r, end - 1), i_n * BN, 2 * I, BN)
-        _ask_for(p_pre, tl.minimum(o_r, end - 1), I + i_n * BN, 2 * I, BN)
+    m_r = o_r < tl.load(p_tile_end + i_m)
     flat = tl.load(p_order + o_r, mask=m_r, other=0)
     o_k = tl.arange(0, BK)
     o_n = i_n * BN + tl.arange(0, BN)
