@@ -4,7 +4,9 @@ import importlib
 import os
 import sys
 
+from sparseray.errors import UserError
 from sparseray.jobs.output import lasting_output
+from sparseray.jobs.places import settle
 from sparseray.jobs.signals import stops_interrupt
 
 COMMANDS = {
@@ -68,8 +70,12 @@ def main() -> int:
 def _run(arguments: list[str]) -> int:
     try:
         with stops_interrupt():
+            settle()
             module = importlib.import_module(COMMANDS[arguments[0]][0])
             return int(module.main(arguments[1:]))
+    except UserError as error:
+        print(f"sparseray: error: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("sparseray: interrupted", file=sys.stderr)
         return 130

@@ -171,6 +171,7 @@ _ELASTIC = {
         labels=("kind",),
         values={
             "kind": (
+                "unsaved",
                 "lost",
                 "recovered",
                 "resized",

@@ -3,18 +3,23 @@
 A run resumes by itself from what its folder holds; a folder of another configuration is refused.
 """
 
+import errno
 import json
 import os
 import shutil
+from collections import deque
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from sparseray.errors import CheckpointError, ConfigError, IdentityError
+from sparseray.log import get_logger
 from sparseray.model.dse_layout import DSELayout
 from sparseray.platform.config import RunConfig, save_yaml, to_dict
 from sparseray.platform.run import checkpoint
+
+log = get_logger(__name__)
 
 # Keys that may differ between two starts of one run: they change no bit of its result up to there.
 FREE_KEYS = (
@@ -37,6 +42,10 @@ FREE_KEYS = (
 )
 
 
+MOST_UNWRITTEN = 100_000
+"""Lines that wait for a disk that is full; the oldest go first."""
+
+
 class RunFolder:
     """Reads and writes one run's folder.
 
@@ -55,6 +64,8 @@ class RunFolder:
         self.identity = path / "identity"
         self.report = path / "report"
         self.targets = path / "prometheus_targets.json"
+        self._unwritten: deque[tuple[Path, str]] = deque(maxlen=MOST_UNWRITTEN)
+        self._is_told = False
 
     def check(self, config: RunConfig) -> None:
         """Refuse a folder that belongs to another configuration; changes nothing.
@@ -147,9 +158,28 @@ class RunFolder:
                 layout.save(unfinished)
             os.rename(unfinished, self.identity)
         self.check_identity(layout)
+        self._write_tokenizer_config(tokenizer, config)
         if not self.config.exists() or self.changes(config):
             save_yaml(config, self.path / "config.tmp")
             os.replace(self.path / "config.tmp", self.config)
+
+    def _write_tokenizer_config(self, tokenizer: Path, config: RunConfig) -> None:
+        """Tell other tools what tokenizer.json does not say: which token ends a text, and how long one may be."""
+        target, beside = self.identity / "tokenizer_config.json", tokenizer.with_name("tokenizer_config.json")
+        if target.exists():
+            return
+        manifest = json.loads((self.identity / "data_manifest.json").read_text())
+        stated = json.loads(beside.read_text(encoding="utf-8")) if beside.exists() else {}
+        content = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+            **stated,
+            "eos_token": manifest["tokenizer"]["eos_token"],
+            "model_max_length": config.model.max_seq_len,
+        }
+        temporary = target.with_suffix(".tmp")
+        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(temporary, target)
 
     def check_data(self, data: Path) -> None:
         """Refuse to go on with other token shards than the run was started with; changes nothing.
@@ -193,18 +223,30 @@ class RunFolder:
 
     def append(self, record: dict[str, Any]) -> None:
         """Add one step's record; floats are written so that they read back exactly."""
-        with self.metrics.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        self._append(self.metrics, record)
 
     def append_evaluation(self, record: dict[str, Any]) -> None:
         """Add one validation's record."""
-        with self.evaluations.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        self._append(self.evaluations, record)
 
     def append_event(self, event: dict[str, Any]) -> None:
         """Add one event: a loss, a recovery, a resize; they are never dropped, not even by `rewind`."""
-        with self.events.open("a") as file:
-            file.write(json.dumps(event) + "\n")
+        self._append(self.events, event)
+
+    def _append(self, path: Path, record: dict[str, Any]) -> None:
+        """Add a line; where that fails it is kept, whole, and written before the next one."""
+        self._unwritten.append((path, json.dumps(record) + "\n"))
+        while self._unwritten:
+            path, line = self._unwritten[0]
+            try:
+                _write_whole(path, line)
+            except OSError as error:
+                if not self._is_told:
+                    log.error("%s cannot be written, its lines wait: %s", path, error)
+                self._is_told = True
+                return
+            self._unwritten.popleft()
+        self._is_told = False
 
     def records(self) -> list[dict[str, Any]]:
         """All steps' records; a last line cut short by a kill does not count."""
@@ -223,6 +265,19 @@ class RunFolder:
             return []
         lines = self.events.read_text().splitlines()
         return sorted((json.loads(line) for line in lines if _step_of(line) < _CUT), key=lambda e: e["time"])
+
+
+def _write_whole(path: Path, line: str) -> None:
+    """Append a line, or nothing of it."""
+    with path.open("ab", buffering=0) as file:
+        size = file.tell()
+        try:
+            content = line.encode()
+            if file.write(content) != len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            file.truncate(size)
+            raise
 
 
 def _shards(manifest: Path) -> list[str]:

@@ -43,6 +43,7 @@ def holder(folder: Path) -> dict[str, Any] | None:
             except BlockingIOError:
                 found: dict[str, Any] = json.loads(file.readline() or "{}")
                 return found
-    except FileNotFoundError:
+    except OSError:
+        # Not there, or not ours to read: whoever opens the folder says what is wrong with it.
         return None
     return None
