@@ -111,7 +111,8 @@ class TrainingJob:
     def _dense(self) -> DenseState:
         model = self.config.model
         if self._is_whole:
-            return DenseSlabs(model, self.layout, dtype=self.dtype, **self._slabs())
+            recompute = self.config.train.recompute
+            return DenseSlabs(model, self.layout, dtype=self.dtype, recompute=recompute, **self._slabs())
         return DenseState(model, self.layout, ops=ops_for(self.config.kernels, self.device), **self._decay)
 
     def holdings(self) -> Holdings:
