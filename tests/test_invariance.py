@@ -10,10 +10,10 @@ from local_cluster import MODEL, Trained, tiny_run, train
 from sparseray.actors.exchange.by_message import Call, RemoteExperts, RemoteMemory
 from sparseray.actors.state.experts import ExpertShard
 from sparseray.actors.state.memory import MemoryShard
-from sparseray.actors.state.pieces import bucket_bounds
 from sparseray.actors.training.token_data import TokenDataset, batch
 from sparseray.actors.wire.envelope import Body
 from sparseray.actors.wire.messages import ExpertForward, ExpertRows, FetchRows, MemoryRows
+from sparseray.model.buckets import bucket_bounds
 from sparseray.model.dse import LocalMemory
 from sparseray.model.moe import LocalExperts
 from sparseray.model.transformer import Transformer, cross_entropy_sum

@@ -15,9 +15,10 @@ from tokenizers import Tokenizer, decoders, models
 from torch import Tensor
 
 from sparseray.errors import ConfigError, IdentityError
+from sparseray.model.buckets import bucket_bounds
 from sparseray.model.config import DSEConfig, ModelConfig, preset
 from sparseray.model.dse import DSE, LocalMemory
-from sparseray.model.dse_layout import NO_TOKEN, DSELayout, bucket_bounds, build_token_map, is_prime
+from sparseray.model.dse_layout import NO_TOKEN, DSELayout, build_token_map, is_prime
 from sparseray.model.init import initial_dense
 from sparseray.model.layers import Batch
 from sparseray.model.transformer import Transformer

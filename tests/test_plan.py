@@ -396,6 +396,14 @@ def test_bytes_of_a_piece_are_those_of_weights_and_moments() -> None:
         assert sum(buckets) == number * row and spread(buckets) <= row
 
 
+def test_bfloat16_rows_have_half_the_bytes_in_a_plan() -> None:
+    exact = preset("tiny")
+    half = replace(exact, dse=replace(exact.dse, row_dtype="bfloat16"))
+    piece, rows = ("bucket", 0, 0), [exact.dse.num_buckets * 10]
+    saved = piece_bytes(exact, rows, 1)(piece) - piece_bytes(half, rows, 1)(piece)
+    assert saved == 10 * 2 * exact.dse.head_dim
+
+
 def test_a_piece_is_pulled_from_whoever_has_sent_the_least() -> None:
     plan = fresh(1, 4, 1, replication=1)
     held = {piece: {1, 2, 3} for piece in holdings(plan) if piece[0] == "expert"}

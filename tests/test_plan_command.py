@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from sparseray.actors.state.pieces import bucket_bounds
 from sparseray.jobs import plan as command
+from sparseray.model.buckets import bucket_bounds
 from sparseray.model.config import DSEConfig, preset
 from sparseray.platform import config as configuration
 from sparseray.platform.config import DataConfig, RunConfig

@@ -72,6 +72,7 @@ class Job(Protocol):
     """What a slot needs to know of its job; platform/fleet/host.py builds it from the run's configuration."""
 
     deadline_s: float
+    is_serving: bool
 
     def holdings(self) -> Holdings: ...
     def worker(
@@ -219,8 +220,9 @@ class Slot:
         self.holdings.clear()
         self.committed = step
         if checkpoint:
-            names = self.holdings.names(mine)
-            self.holdings.load(mine, self.job.read(checkpoint, names), self.committed)
+            trains = not self.job.is_serving
+            found = self.job.read(checkpoint, self.holdings.names(mine, with_optimizer=trains))
+            self.holdings.load(mine, found, self.committed, with_optimizer=trains)
         else:
             self.holdings.initialize(mine)
 
@@ -252,7 +254,8 @@ class Slot:
                 calls.append(Call(to=pull.source, body=Pull(pieces=pieces)))
         self._begin(self.committed + 1, -1)
         for pieces, reply in zip(wanted, self._call(calls, Pieces)):
-            self.holdings.load(pieces, reply.tensors, self.committed)
+            trains = not self.job.is_serving
+            self.holdings.load(pieces, reply.tensors, self.committed, with_optimizer=trains)
 
     def _run_step(self, message: Message[RunStep]) -> None:
         assert self.worker is not None and self.plan is not None and self.reduction is not None
@@ -407,11 +410,12 @@ class Slot:
         assert self.holdings is not None and self.holdings.memory is not None
         memory = self.holdings.memory
         found = [memory.gather(layer, rows.numpy()) for layer, rows in enumerate(message.body.rows_LN)]
-        return MemoryRows(values_LND=tuple(map(torch.from_numpy, found)))
+        return MemoryRows(values_LND=tuple(found))
 
     def _pull(self, message: Message[Pull]) -> Pieces:
         """Give a peer copies of pieces as they are at the plan's step."""
         assert self.holdings is not None
-        tensors = self.holdings.tensors(message.body.pieces)
+        trains = not self.job.is_serving
+        tensors = self.holdings.tensors(message.body.pieces, with_optimizer=trains)
         # Copies, because frames leave later than the next update may come.
         return Pieces(tensors={name: tensor.clone() for name, tensor in tensors.items()})

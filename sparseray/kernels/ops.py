@@ -57,6 +57,21 @@ class Ops(Protocol):
         """
         ...
 
+    def rotary_split(
+        self, fused_RX: Tensor, heads: tuple[int, int], head_dim: int, cos_RD: Tensor, sin_RD: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Cut the rows of a fused projection into queries, keys and the rest, queries and keys rotated.
+
+        Args:
+            fused_RX: queries, keys, then whatever follows.
+            heads: of queries (Q) and keys (G), `head_dim` channels (D) each.
+            cos_RD, sin_RD: as in `rotary`.
+
+        Returns:
+            (q [R, Q, D], k [R, G, D], rest [R, X - (Q + G) * D]).
+        """
+        ...
+
     def swiglu(self, gate_up_RI: Tensor) -> Tensor:
         """silu(first half) * second half of the last axis."""
         ...
@@ -155,12 +170,19 @@ class Ops(Protocol):
         ...
 
     def memory_fusion(
-        self, h_BTH: Tensor, key_BTH: Tensor, value_BTH: Tensor, fusion: Fusion, starts_BT: Tensor | None
+        self,
+        h_RH: Tensor,
+        key_RH: Tensor,
+        value_RH: Tensor,
+        fusion: Fusion,
+        shape: tuple[int, int],
+        starts_BT: Tensor | None,
     ) -> Tensor:
         """SiLU(conv(norm(gate * value))) + gate * value of whole sequences (arXiv 2601.07372 eq. 4 and 5).
 
         Args:
-            h_BTH: hidden states before the layer.
+            h_RH: hidden states before the layer.
+            shape: (B, T) with B * T = R.
             starts_BT: bool, documents' first tokens, which the convolution does not reach before; None: it does.
         """
         ...
@@ -177,6 +199,10 @@ class Ops(Protocol):
 
     def logits(self, hidden_RH: Tensor, weight_VH: Tensor) -> Tensor:
         """hidden @ weight.T; a row's bits do not depend on the other rows where no gradient is wanted."""
+        ...
+
+    def expert_counts(self, topk_ids_TK: Tensor, num_experts: int) -> Tensor:
+        """Tokens of each expert, int64 [E]."""
         ...
 
     def head_loss(

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparseray.errors import ConfigError
-from sparseray.kernels.dse.reference import Fusion, context_gate, memory_output, ngram_hash, short_conv
+from sparseray.kernels.dse.reference import Fusion, context_gate, ngram_hash, short_conv
 from sparseray.kernels.moe.expert_sum import expert_sum
 from sparseray.kernels.moe.reference import route, stable_topk
 from sparseray.kernels.nsa.masked import nsa_attention_masked
@@ -43,6 +43,13 @@ class PlainOps:
         first, second = x.float().chunk(2, dim=-1)
         cos, sin = cos[:, None, :], sin[:, None, :]
         return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+
+    def rotary_split(
+        self, fused_RX: Tensor, heads: tuple[int, int], head_dim: int, cos_RD: Tensor, sin_RD: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        turned = sum(heads) * head_dim
+        qk = self.rotary(fused_RX[:, :turned].unflatten(-1, (sum(heads), head_dim)), cos_RD, sin_RD)
+        return qk[:, : heads[0]], qk[:, heads[0] :], fused_RX[:, turned:]
 
     def swiglu(self, gate_up_RI: Tensor) -> Tensor:
         gate, up = gate_up_RI.chunk(2, dim=-1)
@@ -148,9 +155,24 @@ class PlainOps:
         )
 
     def memory_fusion(
-        self, h_BTH: Tensor, key_BTH: Tensor, value_BTH: Tensor, fusion: Fusion, starts_BT: Tensor | None
+        self,
+        h_RH: Tensor,
+        key_RH: Tensor,
+        value_RH: Tensor,
+        fusion: Fusion,
+        shape: tuple[int, int],
+        starts_BT: Tensor | None,
     ) -> Tensor:
-        return memory_output(h_BTH, key_BTH, value_BTH, fusion, document_starts_BT=starts_BT)
+        # Without a view of h in between: autograd would add up its gradients in another order.
+        gated_RH = self.memory_gate(h_RH, key_RH, value_RH, fusion)
+        normed_RH = self.rms_norm(gated_RH, fusion.value_norm_C, fusion.conv_eps)
+        conv_BTH = short_conv(
+            normed_RH.unflatten(0, shape),
+            fusion.conv_CK,
+            dilation=fusion.dilation,
+            document_starts_BT=starts_BT,
+        )
+        return F.silu(conv_BTH.flatten(0, 1)) + gated_RH
 
     def memory_gate(self, h_RH: Tensor, key_RH: Tensor, value_RH: Tensor, fusion: Fusion) -> Tensor:
         return context_gate(
@@ -174,6 +196,9 @@ class PlainOps:
         count = hidden_RH.shape[0]
         rows_RH = F.pad(hidden_RH, (0, 0, 0, padded(count) - count))
         return self.linear(rows_RH, weight_VH, None, invariant=True)[:count]
+
+    def expert_counts(self, topk_ids_TK: Tensor, num_experts: int) -> Tensor:
+        return torch.bincount(topk_ids_TK.reshape(-1), minlength=num_experts)
 
     def head_loss(
         self, hidden_RH: Tensor, weight_VH: Tensor, targets_R: Tensor, weights_R: Tensor | None = None

@@ -1,4 +1,4 @@
-"""`TRITON`: the operations of `Ops` by the kernels of nsa/, moe/ and dse/, in fp32, bf16 or fp16 on one device.
+"""`TRITON`: the operations of `Ops` by the kernels of dense/, nsa/, moe/ and dse/, in fp32, bf16 or fp16 on one device.
 
 A method that is not here is the plain one of `PlainOps`, because no kernel of ours does it:
 
@@ -6,12 +6,9 @@ A method that is not here is the plain one of `PlainOps`, because no kernel of o
 |---|---|---|
 | linear, logits | cuBLAS, with the row's bits as they come | |
 | attend | torch's fused attention (a mask for a chunk against longer keys) | |
-| rms_norm, add_rms_norm | torch | kernels/dense/norm.py |
-| rotary | torch | kernels/dense/rope.py |
-| swiglu | torch | kernels/dense/swiglu.py |
-| head_loss | cuBLAS and torch, all logits at once | kernels/dense/head_loss.py |
+| rotary_split where head sizes differ | torch | |
 | memory_gate, memory_conv | torch: the fused kernel takes whole sequences, these are a chunk's pieces in serving | |
-| top_k | torch's stable sort, for the balance loss alone | |
+| top_k | torch's, ties in any order: for the balance loss alone | |
 | memory_fusion's backward, ngram_rows of orders with gaps | torch | |
 
 Shapes as in ops.py.
@@ -27,6 +24,10 @@ from torch import Tensor
 from triton.runtime.jit import JITFunction
 
 from sparseray.errors import ConfigError
+from sparseray.kernels.dense.head_loss import head_loss
+from sparseray.kernels.dense.rms_norm import add_rms_norm, rms_norm
+from sparseray.kernels.dense.rope import rope
+from sparseray.kernels.dense.swiglu import swiglu
 from sparseray.kernels.dse import fusion as dse_fusion
 from sparseray.kernels.dse import rows as dse_rows
 from sparseray.kernels.dse.reference import Fusion
@@ -75,8 +76,62 @@ def _table(values: tuple[int, ...] | tuple[tuple[int, ...], ...], device: torch.
     return torch.tensor(values, dtype=torch.int64, device=device)
 
 
+@lru_cache(maxsize=16)
+def _numbers(count: int, device: torch.device) -> Tensor:
+    return torch.arange(count, device=device, dtype=torch.int32)
+
+
 class TritonOps(PlainOps):
     """See `Ops` for what each operation does."""
+
+    def rms_norm(self, x: Tensor, weight_H: Tensor, eps: float) -> Tensor:
+        return rms_norm(x, weight_H, eps)
+
+    def add_rms_norm(
+        self, x: Tensor, residual: Tensor, weight_H: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        return add_rms_norm(x, residual, weight_H, eps)
+
+    def rotary(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        rows = x.reshape(-1, *x.shape[-2:])
+        # Leading axes share the tokens' angles.
+        positions_R = _numbers(cos.shape[0], x.device).repeat(rows.shape[0] // max(1, cos.shape[0]))
+        return rope(rows, positions_R, cos, sin, heads=(x.shape[-2], 0, 0))[0].view(x.shape)
+
+    def rotary_split(
+        self, fused_RX: Tensor, heads: tuple[int, int], head_dim: int, cos_RD: Tensor, sin_RD: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        R, X = fused_RX.shape
+        if X % head_dim:
+            return super().rotary_split(fused_RX, heads, head_dim, cos_RD, sin_RD)
+        rest = X // head_dim - sum(heads)
+        q, k, other = rope(
+            fused_RX.unflatten(-1, (-1, head_dim)),
+            _numbers(R, fused_RX.device),
+            cos_RD,
+            sin_RD,
+            heads=(*heads, rest),
+        )
+        return q, k, other.flatten(1)
+
+    def swiglu(self, gate_up_RI: Tensor) -> Tensor:
+        return swiglu(gate_up_RI)
+
+    def top_k(self, scores_TE: Tensor, k: int) -> Tensor:
+        return scores_TE.detach().topk(k).indices
+
+    def expert_counts(self, topk_ids_TK: Tensor, num_experts: int) -> Tensor:
+        # Whole numbers: their order is free. bincount would wait for the device.
+        ids = topk_ids_TK.reshape(-1).long()
+        counts_E = torch.zeros(num_experts, dtype=torch.int64, device=ids.device)
+        return counts_E.scatter_add_(0, ids, torch.ones_like(ids))
+
+    def head_loss(
+        self, hidden_RH: Tensor, weight_VH: Tensor, targets_R: Tensor, weights_R: Tensor | None = None
+    ) -> Tensor:
+        if weights_R is None:
+            weights_R = torch.ones_like(targets_R, dtype=torch.float32)
+        return head_loss(hidden_RH, weight_VH, targets_R, weights_R)
 
     def compress(self, x_BTGD: Tensor, phi: Compression, sizes: NSASizes) -> Tensor:
         _check("the compression of NSA", x_BTGD, phi.w1, phi.w2)
@@ -186,10 +241,18 @@ class TritonOps(PlainOps):
         )
 
     def memory_fusion(
-        self, h_BTH: Tensor, key_BTH: Tensor, value_BTH: Tensor, fusion: Fusion, starts_BT: Tensor | None
+        self,
+        h_RH: Tensor,
+        key_RH: Tensor,
+        value_RH: Tensor,
+        fusion: Fusion,
+        shape: tuple[int, int],
+        starts_BT: Tensor | None,
     ) -> Tensor:
-        _check("the memory's fusion", h_BTH, key_BTH, value_BTH)
-        return dse_fusion.memory_output(h_BTH, key_BTH, value_BTH, fusion, document_starts_BT=starts_BT)
+        _check("the memory's fusion", h_RH, key_RH, value_RH)
+        h, key, value = (x.unflatten(0, shape) for x in (h_RH, key_RH, value_RH))
+        out_BTH = dse_fusion.memory_output(h, key, value, fusion, document_starts_BT=starts_BT)
+        return out_BTH.flatten(0, 1)
 
 
 TRITON = TritonOps()

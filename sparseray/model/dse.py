@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparseray.kernels.ops import REFERENCE, Fusion, Ops
+from sparseray.model.buckets import bucket_bounds
 from sparseray.model.config import ModelConfig
-from sparseray.model.dse_layout import DSELayout, bucket_bounds
+from sparseray.model.dse_layout import DSELayout
 from sparseray.model.init import initial_bucket
 from sparseray.model.layers import Batch, Linear, RMSNorm, Span
 from sparseray.model.statistics import is_collecting, note_memory
@@ -95,8 +96,7 @@ class DSE(nn.Module):
         starts_BT = batch.starts_BT if self.config.reset_at_document else None
         if batch.spans is not None:
             return self._chunks(h_RH, key_RH, value_RH, batch.spans, starts_BT)
-        h, key, value = (x.unflatten(0, batch.shape) for x in (h_RH, key_RH, value_RH))
-        return self.ops.memory_fusion(h, key, value, self.fusion(), starts_BT).flatten(0, 1)
+        return self.ops.memory_fusion(h_RH, key_RH, value_RH, self.fusion(), batch.shape, starts_BT)
 
     def _chunks(
         self,

@@ -33,11 +33,6 @@ NO_TOKEN = -1
 """Marks a position of the history before the sequence's or document's start."""
 
 
-def bucket_bounds(num_rows: int, num_buckets: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """First row of every bucket of a table and, last, the number of rows; int64 [num_buckets + 1]."""
-    return np.arange(num_buckets + 1, dtype=np.int64) * num_rows // num_buckets
-
-
 def token_normalizer() -> Any:
     """The normaliser that decides which tokens share a compressed id (a lone space survives stripping)."""
     return normalizers.Sequence(

@@ -109,7 +109,7 @@ class MoE(nn.Module):
         rows = batch.rows
         ids_TK, weights_TK = ids_RK[:rows], weights_RK[:rows]
         y_TH = experts(self.layer, x_RH[:rows], ids_TK, weights_TK)
-        counts_E = torch.bincount(ids_TK.reshape(-1), minlength=config.num_experts)
+        counts_E = self.ops.expert_counts(ids_TK, config.num_experts)
         loss = None if batch.invariant else balance_loss(config, scores_RE, ids_TK, batch.shape, self.ops)
         if y_TH.shape[0] < x_RH.shape[0]:
             y_TH = torch.nn.functional.pad(y_TH, (0, 0, 0, x_RH.shape[0] - y_TH.shape[0]))

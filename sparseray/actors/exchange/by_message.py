@@ -229,7 +229,7 @@ class RemoteMemory:
         for layer, ((unique, inverse), owner) in enumerate(zip(distinct, owners)):
             values = np.empty((len(unique), replies[0].values_LND[layer].shape[1]), np.float32)
             for slot, reply in zip(self.slots, replies):
-                values[owner == slot] = reply.values_LND[layer].numpy()
+                values[owner == slot] = reply.values_LND[layer].float().numpy()
             found.append(torch.from_numpy(np.take(values, inverse.reshape(-1), axis=0)))
         by_slot = {slot: sum(len(rows) for rows in rows_LN) for slot, rows_LN in wanted.items()}
         addressed, seconds = sum(len(rows) for rows in rows_LN), time.perf_counter() - started

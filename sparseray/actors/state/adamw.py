@@ -100,6 +100,10 @@ class AdamW:
                 weight_decay=self.weight_decay if decays else 0.0,
             )
 
+    def clear(self) -> None:
+        """Forget all moments."""
+        self._moments.clear()
+
     def tensors(self, names: Sequence[str], parameters: Sequence[Tensor]) -> dict[str, Tensor]:
         """Return both moments by the parameter's name."""
         found = {}

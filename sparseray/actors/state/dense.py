@@ -68,7 +68,7 @@ class DenseState:
 
     def digest(self) -> int:
         """CRC-32 of the reduced gradient, to compare replicas."""
-        return crc32(self.reduced_gradient.numpy().data)
+        return crc32(self.reduced_gradient.cpu().numpy().data)
 
     @property
     def reduced_gradient(self) -> Tensor:
@@ -99,21 +99,31 @@ class DenseState:
         parts = torch.split(flat, [p.numel() for p in self.parameters])
         return [part.view_as(p) for part, p in zip(parts, self.parameters)]
 
-    def tensor_names(self) -> list[str]:
+    def tensor_names(self, *, with_optimizer: bool = True) -> list[str]:
         """Logical names of everything that `tensors` gives."""
-        return [*self.biases, *(name + part for name in self.names for part in ("", EXP_AVG, EXP_AVG_SQ))]
+        suffixes = ("", EXP_AVG, EXP_AVG_SQ) if with_optimizer else ("",)
+        return [*self.biases, *(name + suffix for name in self.names for suffix in suffixes)]
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Everything that a checkpoint must hold, by logical name."""
+    def tensors(self, *, with_optimizer: bool = True) -> dict[str, Tensor]:
+        """Everything that a checkpoint must hold, by logical name; on request without the moments."""
         found: dict[str, Tensor] = {name: p.detach() for name, p in zip(self.names, self.parameters)}
         found |= self.biases
-        return found | self.adamw.tensors(self.names, self.parameters)
+        return found | (self.adamw.tensors(self.names, self.parameters) if with_optimizer else {})
 
-    def load(self, tensors: dict[str, Tensor], step: int) -> None:
-        """Take over what `tensors` gave, at optimizer step `step`."""
+    def load(self, tensors: dict[str, Tensor], step: int, *, with_optimizer: bool = True) -> None:
+        """Take over what `tensors` gave.
+
+        Args:
+            tensors: by logical name.
+            step: optimizer step that they are from.
+            with_optimizer: take over the moments too.
+        """
         with torch.no_grad():
             for name, parameter in zip(self.names, self.parameters):
                 parameter.copy_(tensors[name])
             for name, bias in self.biases.items():
                 bias.copy_(tensors[name])
-        self.adamw.load(self.names, self.parameters, tensors, step)
+        if with_optimizer:
+            self.adamw.load(self.names, self.parameters, tensors, step)
+        else:
+            self.adamw.clear()

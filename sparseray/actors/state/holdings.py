@@ -64,36 +64,60 @@ class Holdings:
         if self.memory is not None:
             self.memory.initialize(keys_of(pieces, "bucket"))
 
-    def names(self, pieces: Sequence[Piece]) -> list[str]:
-        """Logical names of all tensors of `pieces`, held or not."""
+    def names(self, pieces: Sequence[Piece], *, with_optimizer: bool = True) -> list[str]:
+        """Logical names of all tensors of `pieces`.
+
+        Args:
+            pieces: held or not.
+            with_optimizer: name their optimizer state too; what serves needs none.
+        """
         found = []
         if DENSE in pieces:
-            found += (self.dense or self.spare()).tensor_names()
-        found += self.experts.tensor_names(keys_of(pieces, "expert"))
+            found += (self.dense or self.spare()).tensor_names(with_optimizer=with_optimizer)
+        found += self.experts.tensor_names(keys_of(pieces, "expert"), with_optimizer=with_optimizer)
         if self.memory is not None:
-            found += self.memory.tensor_names(keys_of(pieces, "bucket"))
+            found += self.memory.tensor_names(keys_of(pieces, "bucket"), with_optimizer=with_optimizer)
         return found
 
-    def tensors(self, pieces: Sequence[Piece]) -> dict[str, torch.Tensor]:
-        """Tensors of pieces held here, by logical name."""
+    def tensors(self, pieces: Sequence[Piece], *, with_optimizer: bool = True) -> dict[str, torch.Tensor]:
+        """Tensors of pieces, by logical name, as views.
+
+        Args:
+            pieces: held here.
+            with_optimizer: their optimizer state too.
+        """
         found: dict[str, torch.Tensor] = {}
         if DENSE in pieces:
             assert self.dense is not None
-            found |= self.dense.tensors()
-        found |= self.experts.tensors(keys_of(pieces, "expert"))
+            found |= self.dense.tensors(with_optimizer=with_optimizer)
+        found |= self.experts.tensors(keys_of(pieces, "expert"), with_optimizer=with_optimizer)
         if self.memory is not None:
-            found |= self.memory.tensors(keys_of(pieces, "bucket"))
+            found |= self.memory.tensors(keys_of(pieces, "bucket"), with_optimizer=with_optimizer)
         return found
 
-    def load(self, pieces: Sequence[Piece], tensors: dict[str, torch.Tensor], step: int) -> None:
-        """Take over pieces as they are after optimizer step `step`."""
+    def load(
+        self,
+        pieces: Sequence[Piece],
+        tensors: dict[str, torch.Tensor],
+        step: int,
+        *,
+        with_optimizer: bool = True,
+    ) -> None:
+        """Take over pieces.
+
+        Args:
+            pieces: which.
+            tensors: at least those that `names` names.
+            step: optimizer step that they are from.
+            with_optimizer: take over their optimizer state too; without it they can be read, not updated.
+        """
         if DENSE in pieces:
             dense = self.dense or self.spare()
-            dense.load(tensors, step)
+            dense.load(tensors, step, with_optimizer=with_optimizer)
             self.dense, self._spare = dense, None
-        self.experts.load(keys_of(pieces, "expert"), tensors, step)
+        self.experts.load(keys_of(pieces, "expert"), tensors, step, with_optimizer=with_optimizer)
         if self.memory is not None:
-            self.memory.load(keys_of(pieces, "bucket"), tensors)
+            self.memory.load(keys_of(pieces, "bucket"), tensors, step, with_optimizer=with_optimizer)
 
     def assign(self, plan: Plan, slot: int) -> None:
         """Take the roles that the plan gives, on pieces that are held; gradients of a step are dropped."""
@@ -105,7 +129,8 @@ class Holdings:
         self.experts.assign(owned, primary, plan.computes(slot))
         if self.memory is not None:
             owned = plan.buckets_of(slot)
-            self.memory.assign(owned, [k for k in owned if plan.buckets[k[0]][k[1]][0] == slot])
+            primary = [k for k in owned if plan.buckets[k[0]][k[1]][0] == slot]
+            self.memory.assign(owned, primary, generation=plan.generation)
 
     def trim(self) -> None:
         """Forget what is held and not assigned."""

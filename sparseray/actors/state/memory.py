@@ -1,7 +1,7 @@
 """A memory shard: buckets of the DSE tables, gathered by row and trained where they lie.
 
-A layer's table is one address space of R rows, cut into contiguous buckets. A shard maps the whole
-range but touches only its own buckets, so an address needs no translation wherever a bucket lives.
+A layer's table is one address space of R rows, cut into contiguous buckets, in shared memory (tables.py). A shard maps
+the whole range and has pages for its own buckets only, so an address needs no translation wherever a bucket lives.
 DSE / Engram, arXiv 2601.07372; the update is row-wise Adam.
 """
 
@@ -10,15 +10,20 @@ from zlib import crc32
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from sparseray.actors.state.pieces import Key, bucket_bounds
+from sparseray.actors.state.pieces import Key, row_bytes
+from sparseray.actors.state.tables import SharedTable, TableHandle, TableView, version_of
 from sparseray.actors.state.tree import TreeSum
-from sparseray.kernels.dse.cpu import gather_rows, merge_rows, rowwise_adam_
+from sparseray.kernels.dse.cpu import gather_rows, merge_rows, rowwise_adam_, segment_sum_rows
+from sparseray.model.buckets import bucket_bounds
 from sparseray.model.config import ModelConfig
 from sparseray.model.init import bucket_name, initial_tensor
 
 Rows = tuple[np.ndarray, np.ndarray]
 FIELDS = ("", "@m", "@v", "@t")
+ROUNDING_STEP = 1_000_003
+"""Apart from the seed, what the stochastic rounding of two layers' rows differs by."""
 
 
 class MemoryShard:
@@ -41,47 +46,70 @@ class MemoryShard:
         betas: tuple[float, float],
         eps: float,
     ) -> None:
-        self.layers = config.dse.layers
+        self.config, self.layers = config.dse, config.dse.layers
         self.owned: list[Key] = []
         self.primary: list[Key] = []
         self.held: set[Key] = set()
+        self.updates, self.generation = 0, 0
         self.seed, self.init_std = seed, config.init_std
         self.num_parts, self.betas, self.eps = num_parts, betas, eps
         self.bounds = [bucket_bounds(rows, config.dse.num_buckets) for rows in table_rows]
-        dim = config.dse.head_dim
-        # numpy.empty and zeros of this size are mapped, not written: untouched buckets cost no memory.
-        self.weight = [np.empty((rows, dim), np.float32) for rows in table_rows]
-        self.m = [np.zeros((rows, dim), np.float32) for rows in table_rows]
-        self.v = [np.zeros(rows, np.float32) for rows in table_rows]
-        self.t = [np.zeros(rows, np.int64) for rows in table_rows]
+        self.tables = [SharedTable(rows, config.dse.head_dim, config.dse.row_dtype) for rows in table_rows]
         self.discard()
 
     @property
     def num_bytes(self) -> int:
         """Bytes of the rows held here, with their optimizer state."""
-        rows = sum(int(self.bounds[layer][b + 1] - self.bounds[layer][b]) for layer, b in self.owned)
-        width = self.weight[0].shape[1] if self.weight else 0
-        return rows * (2 * width * 4 + 4 + 8)
+        ranges = [self._range(key) for key in self.owned]
+        return sum(stop - start for start, stop in ranges) * row_bytes(self.config)
+
+    @property
+    def handles(self) -> tuple[TableHandle, ...]:
+        """What other processes of this host open the layers' tables by (`TableView`)."""
+        return tuple(table.handle for table in self.tables)
 
     def initialize(self, keys: Sequence[Key]) -> None:
         """Draw the first rows of `keys` from the seed; their moments are zero."""
+        self._change(keys, 0)
         for key in keys:
             start, stop = self._range(key)
-            shape = (stop - start, self.weight[key[0]].shape[1])
-            drawn = initial_tensor(self.name(key), shape, seed=self.seed, std=self.init_std)
-            self.weight[key[0]][start:stop] = drawn.numpy()
-            for field in (self.m, self.v, self.t):
-                field[key[0]][start:stop] = 0
-            self.held.add(key)
+            shape = (stop - start, self.config.head_dim)
+            rows, *moments = self._fields(key)
+            rows.copy_(initial_tensor(self.name(key), shape, seed=self.seed, std=self.init_std))
+            for moment in moments:
+                moment.zero_()
 
-    def assign(self, owned: Sequence[Key], primary: Sequence[Key]) -> None:
-        """Say which of the held buckets follow the updates, and which of those answer for rows."""
-        self.owned, self.primary = sorted(owned), sorted(primary)
+    def _change(self, keys: Sequence[Key], updates: int) -> None:
+        """Expect rows of buckets that have seen so many updates; `assign` lets others read them."""
+        assert not self.held or self.updates == updates, "buckets of different steps"
+        self.updates = updates
+        for layer in {layer for layer, _ in keys}:
+            self.tables[layer].change()
+        self.held |= set(keys)
+
+    def assign(self, owned: Sequence[Key], primary: Sequence[Key], *, generation: int = 0) -> None:
+        """Say which of the held buckets follow the updates; from now on others may read the rows.
+
+        Args:
+            owned: those that do.
+            primary: those of them that answer for rows.
+            generation: of the plan that says so.
+        """
+        self.owned, self.primary, self.generation = sorted(owned), sorted(primary), generation
         self.discard()
+        self._publish()
+
+    def _publish(self) -> None:
+        for table in self.tables:
+            table.publish(version_of(self.generation, self.updates))
 
     def trim(self) -> None:
-        """Forget buckets that are held and not assigned."""
+        """Forget buckets that are held and not assigned, and give their memory back."""
+        if self.held == set(self.owned):
+            return
         self.held = set(self.owned)
+        for layer, table in enumerate(self.tables):
+            table.keep(self._range(key) for key in self.owned if key[0] == layer)
 
     def _range(self, key: Key) -> tuple[int, int]:
         start, stop = self.bounds[key[0]][key[1] : key[1] + 2]
@@ -96,9 +124,23 @@ class MemoryShard:
         self.trees: list[TreeSum[Rows]] = [TreeSum(self.num_parts, merge_rows) for _ in self.layers]
         self.reduced: dict[Key, Rows] = {}
 
-    def gather(self, layer: int, rows_N: np.ndarray) -> np.ndarray:
-        """Return rows of a layer's table; fp32 [N, D]."""
-        return gather_rows(self.weight[layer], rows_N)
+    def _fields(self, key: Key) -> list[Tensor]:
+        """Rows (in their dtype), first and second moments and updates of one bucket, as views."""
+        table, (start, stop) = self.tables[key[0]], self._range(key)
+        fields = (_as_tensor(table.weight), *map(torch.from_numpy, (table.m, table.v, table.t)))
+        return [field[start:stop] for field in fields]
+
+    def gather(self, layer: int, rows_N: np.ndarray) -> Tensor:
+        """Copy rows of a layer's table.
+
+        Args:
+            layer: index among the memory layers.
+            rows_N: int64, any order, with repeats, of buckets that are held here.
+
+        Returns:
+            [N, D] in the rows' dtype.
+        """
+        return _as_tensor(gather_rows(self.tables[layer].weight, rows_N))
 
     def add_gradients(self, part: int, per_layer: Sequence[Rows]) -> bool:
         """Add a part's row gradients; True once all parts are in.
@@ -144,49 +186,93 @@ class MemoryShard:
         }
 
     def apply(self, *, lr: float, scale: float) -> int:
-        """Update the touched rows once and return how many they were; forgets the gradients."""
+        """Update the touched rows once and return how many they were; forgets the gradients.
+
+        Args:
+            lr: learning rate of this step.
+            scale: factor on the gradients (global-norm clipping).
+        """
         updated = 0
-        for layer in range(len(self.layers)):
+        for layer, table in enumerate(self.tables):
             parts = [self.reduced[key] for key in self.owned if key[0] == layer]
             if not parts:
                 continue
             rows = np.concatenate([part[0] for part in parts])
             sums = np.concatenate([part[1] for part in parts]) * np.float32(scale)
+            table.change()
             rowwise_adam_(
-                self.weight[layer],
-                self.m[layer],
-                self.v[layer],
-                self.t[layer],
+                table.weight,
+                table.m,
+                table.v,
+                table.t,
                 rows,
                 sums,
                 lr=lr,
                 beta1=self.betas[0],
                 beta2=self.betas[1],
                 eps=self.eps,
+                seed=self.seed + ROUNDING_STEP * self.layers[layer],
             )
             updated += len(rows)
+        self.updates += 1
         self.discard()
+        self._publish()
         return updated
 
-    def tensor_names(self, keys: Sequence[Key]) -> list[str]:
-        """Logical names of everything that `tensors` gives."""
-        return [self.name(key) + suffix for key in keys for suffix in FIELDS]
+    def tensor_names(self, keys: Sequence[Key], *, with_optimizer: bool = True) -> list[str]:
+        """Logical names of everything that `tensors` gives.
 
-    def tensors(self, keys: Sequence[Key]) -> dict[str, torch.Tensor]:
-        """Rows, moments and step counts of buckets held here, by logical name."""
-        fields: tuple[list[np.ndarray], ...] = (self.weight, self.m, self.v, self.t)
-        found = {}
-        for key in keys:
-            start, stop = self._range(key)
-            for suffix, field in zip(FIELDS, fields):
-                found[self.name(key) + suffix] = torch.from_numpy(field[key[0]][start:stop])
-        return found
+        Args:
+            keys: buckets, held or not.
+            with_optimizer: the names of their optimizer state too.
+        """
+        fields = FIELDS if with_optimizer else FIELDS[:1]
+        return [self.name(key) + suffix for key in keys for suffix in fields]
 
-    def load(self, keys: Sequence[Key], tensors: dict[str, torch.Tensor]) -> None:
-        """Take over buckets; rows carry their own step counts."""
-        fields: tuple[list[np.ndarray], ...] = (self.weight, self.m, self.v, self.t)
-        for key in keys:
-            start, stop = self._range(key)
-            for suffix, field in zip(FIELDS, fields):
-                field[key[0]][start:stop] = tensors[self.name(key) + suffix].numpy()
-            self.held.add(key)
+    def tensors(self, keys: Sequence[Key], *, with_optimizer: bool = True) -> dict[str, Tensor]:
+        """Rows, moments and update counts of buckets held here, by logical name, as views.
+
+        Args:
+            keys: buckets that are held.
+            with_optimizer: the optimizer state too.
+        """
+        fields = [
+            field for key in keys for field in self._fields(key)[: len(FIELDS) if with_optimizer else 1]
+        ]
+        return dict(zip(self.tensor_names(keys, with_optimizer=with_optimizer), fields, strict=True))
+
+    def load(
+        self, keys: Sequence[Key], tensors: dict[str, Tensor], step: int, *, with_optimizer: bool = True
+    ) -> None:
+        """Take over buckets; rows carry their own update counts.
+
+        Args:
+            keys: buckets.
+            tensors: what `tensors` gave.
+            step: optimizer step that they are from.
+            with_optimizer: take over the optimizer state too; without it nothing is written, and no memory taken.
+        """
+        self._change(keys, step)
+        for name, field in self.tensors(keys, with_optimizer=with_optimizer).items():
+            field.copy_(tensors[name])
+
+
+def _as_tensor(rows_RD: np.ndarray) -> Tensor:
+    """The same memory as a tensor: float32, or bfloat16 where numpy holds the bits as uint16."""
+    if rows_RD.dtype == np.uint16:
+        return torch.from_numpy(rows_RD.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(rows_RD)
+
+
+def warm_loops(row_dtype: str) -> None:
+    """Compile once, or load compiled, every loop that a step runs on tables of one dtype, here and at a reader."""
+    rows, sums = segment_sum_rows(np.array([1, 0, 1]), np.ones((3, 4), np.float32))
+    merged = merge_rows((rows, sums), (rows, sums.copy()))
+    table = SharedTable(4, 4, row_dtype)
+    table.change()
+    rowwise_adam_(table.weight, table.m, table.v, table.t, *merged, lr=0.1, beta1=0.9, beta2=0.95, eps=1e-8)
+    gather_rows(table.weight, rows)
+    table.publish(0)
+    view = TableView.open(table.handle)
+    if view is not None:
+        view.gather(rows, np.empty((len(rows), 4), table.weight.dtype), generation=0, step=0)

@@ -8,6 +8,9 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from sparseray.model.buckets import bucket_bounds
+from sparseray.model.config import DSEConfig
+
 Piece = tuple[str, int, int]
 """("dense", 0, 0), ("expert", moe layer, expert) or ("bucket", dse layer, bucket)."""
 
@@ -22,19 +25,18 @@ def keys_of(pieces: Iterable[Piece], kind: str) -> list[Key]:
     return [(layer, index) for name, layer, index in pieces if name == kind]
 
 
-def bucket_bounds(num_rows: int, num_buckets: int) -> np.ndarray:
-    """First row of every bucket of a table.
-
-    Args:
-        num_rows: rows of the table.
-        num_buckets: contiguous ranges that it is cut into.
-
-    Returns:
-        int64 [num_buckets + 1], the number of rows last.
-    """
-    return np.arange(num_buckets + 1, dtype=np.int64) * num_rows // num_buckets
-
-
 def bucket_sizes(table_rows: Sequence[int], num_buckets: int) -> list[list[int]]:
     """Rows of every bucket, [dse layers][buckets]; `table_rows` has the rows of each layer's table."""
     return [np.diff(bucket_bounds(rows, num_buckets)).tolist() for rows in table_rows]
+
+
+def row_bytes(config: DSEConfig, *, with_optimizer: bool = True) -> int:
+    """Bytes of one table row.
+
+    Args:
+        config: of the memory.
+        with_optimizer: count its state too: first moment of every element (fp32), second moment (fp32) and updates
+            (int64) of the row.
+    """
+    element = 2 if config.row_dtype == "bfloat16" else 4
+    return config.head_dim * element + (config.head_dim * 4 + 4 + 8 if with_optimizer else 0)

@@ -80,6 +80,9 @@ class ExpertSlab:
         old = self.rows
         self.rows = {expert: row for row, expert in enumerate(experts)}
         common = [expert for expert in experts if expert in old]
+        if not common:
+            # Of moments nothing is left; they come back when somebody asks for them.
+            self._fields = {"": self._fields[""]}
         to, source = ([rows[expert] for expert in common] for rows in (self.rows, old))
         for name, before in self._fields.items():
             after = self._pair(torch.zeros if name else torch.empty, torch.float32)

@@ -22,11 +22,14 @@ Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
 Rows = tuple[Ints, Floats]
 
-__all__ = ["gather_rows", "merge_rows", "ngram_hash", "rowwise_adam_", "segment_sum_rows"]
+__all__ = ["gather_rows", "merge_rows", "ngram_hash", "rowwise_adam_", "segment_sum_rows", "widen"]
 
 RADIX_BITS = 11
 FLOAT_DIVISION_MINIMUM = 4096
 """From this prime on, a quotient estimated in float64 is off by at most one for any 63-bit number."""
+
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+"""The step of SplitMix64's counter."""
 
 PREFETCH_DISTANCE = 8
 """How many random rows ahead a loop that changes rows asks for them: they miss every cache."""
@@ -254,8 +257,70 @@ def _adam_rows(weight, m, v, t, rows, grads, lr, beta1, beta2, eps):
     return -1
 
 
+@numba.njit(cache=True, nogil=True)
+def _mixed(x):
+    """The output function of SplitMix64."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+@numba.njit(cache=True, nogil=True)
+def _round_row(exact, key, weight, row):
+    """Write an fp32 row as bfloat16: up with the probability of the part that is cut off, drawn from `key`."""
+    bits = exact.view(np.uint32)
+    drawn = np.uint64(0)
+    for d in range(exact.shape[0]):
+        if d % 4 == 0:
+            drawn = _mixed(key + np.uint64(d // 4 + 1) * GOLDEN)
+        noise = np.uint32((drawn >> np.uint64(16 * (d % 4))) & np.uint64(0xFFFF))
+        if np.isfinite(exact[d]):
+            weight[row, d] = np.uint16((np.uint64(bits[d]) + np.uint64(noise)) >> np.uint64(16))
+        else:
+            nan = np.uint32(0x40) if np.isnan(exact[d]) else np.uint32(0)
+            weight[row, d] = np.uint16((bits[d] >> np.uint32(16)) | nan)
+
+
+@numba.njit(cache=True, nogil=True)
+def _adam_rows_bfloat16(weight, m, v, t, rows, grads, lr, beta1, beta2, eps, seed):
+    """As `_adam_rows`, on rows that are stored as bfloat16 and computed in fp32."""
+    width = weight.shape[1]
+    exact = np.empty(width, dtype=np.float32)
+    bits = exact.view(np.uint32)
+    # The same fp32 loops with a table of one row: its bits are those of fp32 rows.
+    single, first = exact.reshape(1, width), np.zeros(1, dtype=np.int64)
+    for u in range(rows.shape[0]):
+        row = rows[u]
+        if row < 0 or row >= weight.shape[0]:
+            return u
+        for d in range(width):
+            bits[d] = np.uint32(weight[row, d]) << np.uint32(16)
+        _adam_rows(
+            single,
+            m[row : row + 1],
+            v[row : row + 1],
+            t[row : row + 1],
+            first,
+            grads[u : u + 1],
+            lr,
+            beta1,
+            beta2,
+            eps,
+        )
+        key = _mixed(_mixed(seed + np.uint64(row) * GOLDEN) + np.uint64(t[row]) * GOLDEN)
+        _round_row(exact, key, weight, row)
+    return -1
+
+
+def widen(rows_ND: NDArray[Any]) -> Floats:
+    """Rows as fp32: float32 ones as they are, bfloat16 ones (held as uint16) copied."""
+    if rows_ND.dtype == np.float32:
+        return rows_ND
+    return (rows_ND.astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
 def rowwise_adam_(
-    weight_RD: Floats,
+    weight_RD: NDArray[Any],
     m_RD: Floats,
     v_R: Floats,
     t_R: NDArray[Any],
@@ -266,20 +331,28 @@ def rowwise_adam_(
     beta1: float = 0.9,
     beta2: float = 0.95,
     eps: float = 1e-8,
+    seed: int = 0,
 ) -> None:
     """Apply row-wise Adam in place to the given rows; see `reference.rowwise_adam_`.
 
+    bfloat16 rows are widened, updated in fp32 and rounded stochastically: to one of the two neighbours, in the mean
+    to the exact value, so updates far below a row's resolution add up. The random bits are SplitMix64 of (seed, row,
+    updates of the row) and nothing else.
+
     Args:
-        weight_RD, m_RD: fp32 table and first moment.
+        weight_RD: table, fp32, or bfloat16 held as uint16. m_RD: fp32, first moment.
         v_R: fp32 second moment, one per row. t_R: int32 or int64 updates seen by each row.
         rows_U: int64 unique rows; grads_UD: fp32, their summed gradients.
         lr, beta1, beta2, eps: as in Adam; no weight decay.
+        seed: of the rounding of bfloat16 rows, below 2^63.
 
     Raises:
         IndexError: a row lies outside the table (rows before it have been updated).
     """
-    bad = _adam_rows(
-        weight_RD, m_RD, v_R, t_R, rows_U, grads_UD, float(lr), float(beta1), float(beta2), float(eps)
-    )
+    numbers = (float(lr), float(beta1), float(beta2), float(eps))
+    if weight_RD.dtype == np.uint16:
+        bad = _adam_rows_bfloat16(weight_RD, m_RD, v_R, t_R, rows_U, grads_UD, *numbers, np.uint64(seed))
+    else:
+        bad = _adam_rows(weight_RD, m_RD, v_R, t_R, rows_U, grads_UD, *numbers)
     if bad >= 0:
         raise IndexError(f"rows[{bad}]={rows_U[bad]} is outside the table's {weight_RD.shape[0]} rows")

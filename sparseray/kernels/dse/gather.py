@@ -132,6 +132,33 @@ def _atomic_load(typingctx, counters, index):
     return types.int64(counters, types.int64), codegen
 
 
+@intrinsic
+def _atomic_store(typingctx, counters, index, value):
+    def codegen(context, builder, signature, args):
+        data = context.make_array(signature.args[0])(context, builder, args[0])
+        builder.store_atomic(args[2], builder.gep(data.data, [args[1]]), "seq_cst", 8)
+        return context.get_dummy_value()
+
+    return types.void(counters, types.int64, types.int64), codegen
+
+
+@numba.njit(cache=True, nogil=True)
+def read_word(words, index):
+    """An int64 that another process may write; what was read before stays before it, and the same after."""
+    _fence()
+    value = _atomic_load(words, index)
+    _fence()
+    return value
+
+
+@numba.njit(cache=True, nogil=True)
+def write_word(words, index, value):
+    """Write an int64 that other processes read; what was written before is seen before it, and the same after."""
+    _fence()
+    _atomic_store(words, index, value)
+    _fence()
+
+
 @numba.njit(cache=True, nogil=True)
 def _copy_rows(table, rows, out, first, last, how):
     """Copy rows [first, last) as `how` says; returns the position of a row outside the table, or -1."""

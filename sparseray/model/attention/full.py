@@ -46,18 +46,16 @@ class FullAttention(Attention):
         super().__init__(config, layer, ops)
         self.heads, self.kv_heads = config.num_heads, config.num_kv_heads
         self.head_dim, self.value_dim = config.head_dim, config.value_dim
-        self.rotated = self.heads + self.kv_heads
         self.qkv = Linear(config.hidden, _qkv_width(config), ops)
         self.out = Linear(self.heads * self.value_dim, config.hidden, ops)
 
     def forward(self, x_RH: Tensor, batch: Batch, angles: Angles) -> Tensor:
         """Attend within each sequence; [R, H]."""
-        split = self.rotated * self.head_dim
-        qkv = self.qkv(x_RH, batch)
-        qk = qkv[:, :split].unflatten(-1, (self.rotated, self.head_dim))
-        qk = self.ops.rotary(qk, angles.cos_RD, angles.sin_RD)
-        q, k = qk[:, : self.heads], qk[:, self.heads :]
-        v = qkv[:, split:].unflatten(-1, (self.kv_heads, self.value_dim))
+        heads = (self.heads, self.kv_heads)
+        q, k, rest_RX = self.ops.rotary_split(
+            self.qkv(x_RH, batch), heads, self.head_dim, angles.cos_RD, angles.sin_RD
+        )
+        v = rest_RX.unflatten(-1, (self.kv_heads, self.value_dim))
         if batch.spans is None:
             o = self.ops.attend(*(x.unflatten(0, batch.shape) for x in (q, k, v))).flatten(0, 1)
         else:

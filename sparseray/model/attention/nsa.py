@@ -178,22 +178,22 @@ class NSAttention(Attention):
 
     def project(self, x_RH: Tensor, batch: Batch, angles: Angles) -> Branches:
         """Queries, keys and values [R, heads, size] of all rows, and the gates [R, Q, 3]."""
-        heads, kv = self.heads, self.kv_heads
-        keys = self.branches * kv
+        heads, kv, size = self.heads, self.kv_heads, self.head_dim
+        turned = min(2, self.branches) * kv
         qkv = self.qkv(x_RH, batch)
-        split = (heads + keys) * self.head_dim
-        qk = qkv[:, :split].unflatten(-1, (heads + keys, self.head_dim))
-        v = qkv[:, split:].unflatten(-1, (keys, self.value_dim))
-        turned = heads + min(2, self.branches) * kv
-        roped = self.ops.rotary(qk[:, :turned], angles.cos_RD, angles.sin_RD)
+        q, k, rest_RX = self.ops.rotary_split(qkv, (heads, turned), size, angles.cos_RD, angles.sin_RD)
+        raw = (self.branches * kv - turned) * size
+        # Shared keys are read raw too, where they were rotated.
+        k_cmp = rest_RX[:, :raw] if raw else qkv[:, heads * size : (heads + kv) * size]
+        v = rest_RX[:, raw:].unflatten(-1, (self.branches * kv, self.value_dim))
         return Branches(
-            q=roped[:, :heads],
-            k_slc=roped[:, heads : heads + kv],
-            k_win=roped[:, turned - kv : turned],
-            k_cmp=qk[:, heads + keys - kv :],
+            q=q,
+            k_slc=k[:, :kv],
+            k_win=k[:, turned - kv :],
+            k_cmp=k_cmp.unflatten(-1, (kv, size)),
             v_slc=v[:, :kv],
             v_win=v[:, min(1, self.branches - 1) * kv :][:, :kv],
-            v_cmp=v[:, keys - kv :],
+            v_cmp=v[:, -kv:],
             gates=torch.sigmoid(self.gate(x_RH, batch).float()).view(-1, heads, 3),
         )
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import msgpack
-import numpy as np
 import ray
 import torch
 import zmq
@@ -25,14 +24,14 @@ from sparseray.actors.state.assignment import Plan
 from sparseray.actors.state.dense import DenseState
 from sparseray.actors.state.experts import ExpertShard
 from sparseray.actors.state.holdings import Holdings
-from sparseray.actors.state.memory import MemoryShard
-from sparseray.actors.state.pieces import bucket_bounds
+from sparseray.actors.state.memory import MemoryShard, warm_loops
+from sparseray.actors.state.tables import process_namespace
 from sparseray.actors.training.token_data import TokenDataset, batch
 from sparseray.actors.training.worker import AttentionWorker, Batch, Batches
 from sparseray.actors.wire.mailbox import Mailbox
 from sparseray.actors.wire.messages import SavedTensor
 from sparseray.errors import IdentityError
-from sparseray.kernels.dse.cpu import gather_rows, merge_rows, rowwise_adam_, segment_sum_rows
+from sparseray.model.buckets import bucket_bounds
 from sparseray.model.dse_layout import DSELayout
 from sparseray.model.transformer import cross_entropy_sum
 from sparseray.platform.config import RunConfig, from_dict
@@ -259,24 +258,13 @@ class Host:
             time.sleep(HEARTBEAT_S)
 
 
-def process_namespace() -> str:
-    """Names the set of processes within which a process id means the same: boot and PID namespace."""
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    return f"{boot.read_text().strip() if boot.exists() else ''}-{os.stat('/proc/self/ns/pid').st_ino}"
-
-
 def warm_holdings(job: TrainingJob) -> Holdings:
     """Build a slot's state, empty, and touch once what is slow the first time: dense weights, autograd, compiled loops."""
     holdings = job.holdings()
     dense = holdings.spare()
     if not job.is_serving:
         rehearse(job, dense)
-    rows, sums = segment_sum_rows(np.array([1, 0, 1]), np.ones((3, 4), np.float32))
-    merged = merge_rows((rows, sums), (rows, sums.copy()))
-    table, moments = np.zeros((4, 4), np.float32), np.zeros((4, 4), np.float32)
-    variances, counts = np.zeros(4, np.float32), np.zeros(4, np.int64)
-    rowwise_adam_(table, moments, variances, counts, *merged, lr=0.1, beta1=0.9, beta2=0.95, eps=1e-8)
-    gather_rows(table, rows)
+    warm_loops(job.config.model.dse.row_dtype)
     if job.layout is not None:
         tokens_BT = torch.zeros(1, 8, dtype=torch.int64)
         job.layout.rows(job.config.model.dse.layers[0], tokens_BT)

@@ -18,11 +18,11 @@ import msgpack
 import ray
 
 from sparseray.actors.installation import JobSpec
+from sparseray.actors.state.tables import process_namespace
 from sparseray.errors import UserError
 from sparseray.log import get_logger
 from sparseray.platform.config import ClusterConfig
 from sparseray.platform.fleet.control import Loss, Member
-from sparseray.platform.fleet.host import process_namespace
 from sparseray.platform.fleet.slot_actor import SlotActor
 from sparseray.platform.fleet.transport import ZmqTransport, private_directory
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from sparseray.actors.state.assignment import Plan
-from sparseray.actors.state.pieces import DENSE, Piece, bucket_sizes
+from sparseray.actors.state.pieces import DENSE, Piece, bucket_sizes, row_bytes
 from sparseray.model.config import ModelConfig
 
 FP32_BYTES = 4
@@ -79,8 +79,7 @@ def piece_bytes(
         dense_parameters: number of dense parameters.
     """
     expert = 3 * FP32_BYTES * 3 * config.hidden * config.moe.expert_dim
-    # Weight and first moment of every element; second moment (fp32) and step count (int64) of the row.
-    row = 2 * FP32_BYTES * config.dse.head_dim + FP32_BYTES + 8
+    row = row_bytes(config.dse)
     buckets = bucket_sizes(table_rows, config.dse.num_buckets)
 
     def size(piece: Piece) -> int:

@@ -26,7 +26,8 @@ UNFINISHED = ".unfinished"
 
 def tensor_sha256(tensor: torch.Tensor) -> str:
     """SHA-256 of a tensor's bytes in row-major order."""
-    return hashlib.sha256(tensor.detach().contiguous().numpy().reshape(-1).view("uint8").data).hexdigest()
+    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return hashlib.sha256(data.numpy().data).hexdigest()
 
 
 def write_part(directory: str | Path, part: str, tensors: dict[str, torch.Tensor]) -> dict[str, SavedTensor]:
