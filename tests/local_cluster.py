@@ -33,7 +33,7 @@ from sparseray.platform.config import (
     TrainConfig,
 )
 from sparseray.platform.fleet.control import Loss, Member
-from sparseray.platform.fleet.host import TrainingJob
+from sparseray.platform.fleet.job import SpecJobs
 from sparseray.platform.fleet.transport import ZmqTransport
 from sparseray.platform.metrics.exporter import Metrics
 from sparseray.platform.opening import open_training, slots_of
@@ -238,7 +238,7 @@ class LocalFleet:
             slot, self.used = self.used, self.used + 1
             inner = ZmqTransport(f"slot{slot}", self.sockets)
             transport = self.transports[slot] = FaultyTransport(inner, slot, self.faults, self)
-            self.slots[slot] = Slot(Mailbox(transport, slot, self.job), lambda b: TrainingJob(b, Metrics({})))
+            self.slots[slot] = Slot(Mailbox(transport, slot, self.job), SpecJobs(Metrics({})))
             self.threads[slot] = threading.Thread(target=self._serve, args=(slot,), name=f"slot-{slot}")
             self.threads[slot].start()
             with self._lock:
