@@ -160,6 +160,9 @@ class Slot:
         kind = type(message.body)
         if kind is Ping:
             self.mailbox.post(SCHEDULER, Pong(), reply_to=message.sequence)
+        elif kind in (ExpertForward, FetchRows) and self.plan is None:
+            # An engine that has entered the generation already asks one that is entering it still.
+            self.deferred.append(message)
         elif kind not in _UNORDERED and message.step > self.committed + 1:
             self.deferred.append(message)
         elif kind not in _UNORDERED and message.step < self.committed + 1:
@@ -210,6 +213,9 @@ class Slot:
         self.role.take(job, self.worker)
         self.plan = plan
         self.mailbox.post(SCHEDULER, Installed(), step=self.committed)
+        waiting, self.deferred = self.deferred, []
+        for deferred in waiting:
+            self._handle(deferred, waiting=False)
 
     def _take_state(self, body: InstallPlan, mine: list[Piece]) -> bool:
         """Hold the pieces that the plan gives; False when what is held is of another step."""
