@@ -17,7 +17,8 @@ from pathlib import Path
 import pyarrow
 import tokenizers
 
-from sparseray.jobs.data import TokenDataset, prepare
+from sparseray.actors.training.token_data import TokenDataset
+from sparseray.jobs.tokens.prepare import prepare
 
 HEADER = (
     "| corpus | tokenizer | MB | seconds (median) | MB/s (median, min to max) | tokens | bytes/token "

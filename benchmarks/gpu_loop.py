@@ -45,9 +45,8 @@ class PlainLoop:
         self.data = TokenDataset(data, "train")
         device, model = torch.device("cuda"), self.config.model
         ops = ops_for("triton", device)
-        with device:
-            self.model = Transformer(model, None, seed=0, ops=ops)
-            self.experts = LocalExperts(model, seed=0, ops=ops)
+        self.model = Transformer(model, None, seed=0, ops=ops)
+        self.experts = LocalExperts(model, seed=0, ops=ops)
         self.model.to(device)
         self.experts.to(device)
         parameters = [*self.model.parameters(), *self.experts.parameters()]

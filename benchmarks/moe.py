@@ -98,11 +98,11 @@ def fused_layer(x: Tensor, logits: Tensor, bias: Tensor, w_up: Tensor, w_down: T
     return moe_ffn(x, ids, weights, w_up, w_down, plan=plan)
 
 
-def make_layer(T: int, E: int, I: int, routing: str) -> list[Tensor]:
+def make_layer(T: int, E: int, I: int, routing: str, hidden: int = HIDDEN) -> list[Tensor]:
     """x, logits, bias, gate|up, down."""
     parameters: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16, "requires_grad": True}
-    x = torch.randn(T, HIDDEN, **parameters)
-    w_up, w_down = torch.empty(E, 2 * I, HIDDEN, **parameters), torch.empty(E, HIDDEN, I, **parameters)
+    x = torch.randn(T, hidden, **parameters)
+    w_up, w_down = torch.empty(E, 2 * I, hidden, **parameters), torch.empty(E, hidden, I, **parameters)
     for w in (w_up, w_down):
         torch.nn.init.normal_(w, std=0.02)
     return [x, make_logits(T, E, routing), torch.zeros(E, device="cuda"), w_up, w_down]

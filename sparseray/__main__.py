@@ -1,7 +1,13 @@
 """The command line: `sparseray COMMAND ...`, or `python -m sparseray COMMAND ...`."""
 
 import importlib
+import os
 import sys
+
+from sparseray.errors import UserError
+from sparseray.jobs.output import lasting_output
+from sparseray.jobs.places import settle
+from sparseray.jobs.signals import stops_interrupt
 
 COMMANDS = {
     "demo": (
@@ -17,11 +23,13 @@ COMMANDS = {
     "serve": ("sparseray.jobs.serve", "answer over HTTP, OpenAI-compatible"),
     "dashboard": (
         "sparseray.jobs.dashboard",
-        "show the dashboards as one page, with or without a Prometheus",
+        "show the dashboards as one page; set up Prometheus and Grafana",
     ),
-    "dashboards": ("sparseray.jobs.dashboards", "set up Prometheus and Grafana"),
     "submit": ("sparseray.jobs.submit", "run a command as a job of a Ray cluster"),
 }
+
+READ = ("plan", "status", "top", "dashboard")
+"""Commands that only show something: they end with their reader. All others go on."""
 
 
 def usage() -> str:
@@ -53,12 +61,28 @@ def main() -> int:
         hint = f"did you mean {close[0]!r}?" if close else "see sparseray --help"
         print(f"sparseray: error: unknown command {arguments[0]!r}; {hint}", file=sys.stderr)
         return 2
+    if arguments[0] in READ:
+        return _run(arguments)
+    with lasting_output():
+        return _run(arguments)
+
+
+def _run(arguments: list[str]) -> int:
     try:
-        module = importlib.import_module(COMMANDS[arguments[0]][0])
-        return int(module.main(arguments[1:]))
+        with stops_interrupt():
+            settle()
+            module = importlib.import_module(COMMANDS[arguments[0]][0])
+            return int(module.main(arguments[1:]))
+    except UserError as error:
+        print(f"sparseray: error: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("sparseray: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        # Nobody reads on, as in `top | head`: the end of a command that only shows something.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import random
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -41,6 +42,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("ray"):
             item.add_marker(pytest.mark.xdist_group("clusters"))
+
+
+@pytest.fixture(scope="session")
+def parts() -> Any:
+    """A tiny model with all that an engine needs."""
+    from serving_parts import make_parts
+
+    return make_parts()
+
+
+@pytest.fixture(scope="session")
+def service(parts: Any) -> Any:
+    """A server over the tiny model, with narrow limits."""
+    from serving_parts import serving
+
+    limits = {"max_body_bytes": 20_000, "max_requests": 12, "body_timeout_s": 1.0}
+    with serving(parts, limits=limits) as found:
+        yield found
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -29,13 +29,16 @@ def environment(**changes: str) -> dict[str, str]:
     }
 
 
-def start(arguments: list[str], log: Path, **changes: str) -> subprocess.Popen[bytes]:
+def start(
+    arguments: list[str], log: Path, unset: tuple[str, ...] = (), **changes: str
+) -> subprocess.Popen[bytes]:
     """Start `python -m sparseray ARGUMENTS` as a process group of its own, its output in `log`."""
+    env = {name: value for name, value in environment(**changes).items() if name not in unset}
     with log.open("ab") as file:
         return subprocess.Popen(
             [sys.executable, "-m", "sparseray", *arguments],
             cwd=ROOT,
-            env=environment(**changes),
+            env=env,
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,

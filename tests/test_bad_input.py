@@ -141,9 +141,9 @@ def test_empty_corpus_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_run_folder_of_another_configuration_names_the_keys(trained: Command) -> None:
-    line = trained.refuse("--optim.lr=0.5", "--train.steps=9")
-    assert "optim.lr (0.002 there, 0.5 here)" in line
-    assert "train.steps (4 there, 9 here)" in line
+    line = trained.refuse("--optim.lr=0.5", "--train.seed=9", "--model.init_std=0.5")
+    assert "model.init_std (0.02 there, 0.5 here)" in line and "train.seed (0 there, 9 here)" in line
+    assert "optim.lr (" not in line and "optim.*" in line
 
 
 def test_folder_that_is_no_run_is_refused(command: Command) -> None:

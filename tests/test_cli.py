@@ -2,18 +2,19 @@
 
 import re
 import shlex
+import socket
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from background import ROOT, free_ports, sparseray
+from background import ROOT, environment, free_ports, sparseray
 
 from sparseray import __version__
 from sparseray.__main__ import COMMANDS, main
 from sparseray.jobs import (
     dashboard,
-    dashboards,
     data,
     demo,
     plan,
@@ -92,14 +93,11 @@ def test_the_help_of_a_command_has_an_example_of_it_that_parses(
         (top, "watch"),
     ):
         monkeypatch.setattr(module, name, note(module.__name__))
-    for name in ("serve", "source_of"):
-        monkeypatch.setattr(dashboard, name, note(dashboard.__name__))
-    for name in ("write_prometheus", "install", "generate"):
-        monkeypatch.setattr(dashboards, name, note(dashboards.__name__))
+    monkeypatch.setattr(dashboard, "run", note(dashboard.__name__))
 
     for module in (scale, status, top):
         monkeypatch.setattr(module, "connect", lambda run_dir: None)
-    monkeypatch.setattr(data, "prepare", note(data.__name__))
+    monkeypatch.setattr("sparseray.jobs.tokens.prepare.prepare", note(data.__name__))
     monkeypatch.setattr(data, "_report", note("report"))
     monkeypatch.chdir(ROOT)
     for words in found:
@@ -171,15 +169,25 @@ def test_a_command_about_a_running_job_says_which_there_are(
     runs = [tmp_path / "first", tmp_path / "second"]
     for run, port in zip(runs, free_ports(2)):
         register_run(run, f"127.0.0.1:{port}")
-    code, out, err = cli(*command, "--run_dir", str(tmp_path / "third"))
-    assert (code, out, err.count("\n")) == (2, "", 1)
-    assert all(word in err for word in (str(tmp_path / "third"), str(runs[0]), str(runs[1]))), err
     code, out, err = cli(*command, "--run_dir", str(runs[0]))
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert str(runs[0]) in err and "does not answer" in err and "pretrain" in err
-    code, out, err = cli(*command)
-    assert (code, out, err.count("\n")) == (2, "", 1)
-    assert "0 runs are going on" in err and not registered_runs()
+    assert not registered_runs()
+    # One or many that are gone are as good as none, and a server that runs is shown all the same.
+    for gone in (runs[:1], runs):
+        for run, port in zip(gone, free_ports(2)):
+            register_run(run, f"127.0.0.1:{port}")
+        code, out, err = cli(*command)
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert "no run is going on" in err and not registered_runs()
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        for run in runs:
+            register_run(run, f"127.0.0.1:{listening.getsockname()[1]}")
+        code, out, err = cli(*command, "--run_dir", str(tmp_path / "third"))
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert all(word in err for word in (str(tmp_path / "third"), str(runs[0]), str(runs[1]))), err
+        code, out, err = cli(*command)
+        assert "2 runs are going on" in err and "--run_dir" in err
 
 
 @pytest.mark.parametrize(
@@ -197,6 +205,18 @@ def test_wrong_arguments_about_a_running_job_are_named(cli: Out, arguments: list
     code, out, err = cli(*arguments)
     assert (code, out) == (2, "")
     assert err.startswith(f"usage: sparseray {arguments[0]}") and word in err, err
+
+
+@pytest.mark.parametrize("command", [c for c in HELPS if c[0] != "serve"], ids=" ".join)
+def test_help_is_shown_without_loading_what_only_the_work_needs(command: list[str]) -> None:
+    program = (
+        "import sys; from sparseray.__main__ import main\n"
+        f"sys.argv = ['sparseray', *{command!r}, '--help']\n"
+        "try: main()\nexcept SystemExit: pass\n"
+        "print(sorted({'torch', 'ray', 'triton', 'numba', 'starlette', 'matplotlib', 'pyarrow'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], env=environment(), capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "[]", done.stderr
 
 
 def test_the_module_runs_as_a_process() -> None:

@@ -11,10 +11,11 @@ from sparseray.errors import ConfigError, UserError
 from sparseray.model.counts import count_parameters
 from sparseray.platform import config as configuration
 from sparseray.platform.config import RunConfig, load_yaml, to_dict
+from sparseray.platform.run.folder import RunFolder
 from sparseray.platform.settings import keys_of
 from sparseray.platform.training import learning_rate
 
-CASES = 2500
+CASES = 1500
 TINY = (ROOT / "configs" / "tiny.yaml").read_text()
 
 
@@ -118,7 +119,11 @@ def test_every_number_has_a_range_and_a_default_inside_it() -> None:
     assert unlimited == {"model.dse.pad_id", "model.dse.document_end_id"}
 
 
-VALUES = ["null", "~", "true", "yes", "off", "0", "1", "-1", "2", "3", "7", "64", "1000000", "99999999999999999999", "0.5", "1.0", "1e-3", "1e999", "-0.1", ".nan", ".inf", "-.inf", "''", "'x'", "full", "nsa", "v2", "gshard", "dense", "tcp", "ipc", "float32", "bfloat16", "[]", "[0]", "[1,2]", "[2,3]", "[1,null]", "[[1]]", "{}", "{a:", "1}", "1_0", "0x10", "010", "1:30", "2001-01-01", "!!python/object:os.system", "!!int", "x", "*a", "&a", '"\\0"', "ä", "%TAG", "@", "`", "|", ">", "?", "-"]  # fmt: skip
+VALUES = [
+    "null", "~", "true", "yes", "off", "0", "1", "-1", "2", "3", "7", "64", "1000000", "99999999999999999999", "0.5", "1.0", "1e-3", "1e999", "-0.1", ".nan", ".inf", "-.inf", "''", "'x'",
+    "full", "nsa", "v2", "gshard", "dense", "tcp", "ipc", "float32", "bfloat16", "[]", "[0]", "[1,2]", "[2,3]", "[1,null]", "[[1]]", "{}", "{a:", "1}", "1_0", "0x10", "010", "1:30",
+    "2001-01-01", "!!python/object:os.system", "!!int", "x", "*a", "&a", '"\\0"', "ä", "%TAG", "@", "`", "|", ">", "?", "-",
+]  # fmt: skip
 
 
 def mutated(source: random.Random) -> bytes:
@@ -147,24 +152,26 @@ def _escaped(text: str) -> str:
     return text.replace("\\", r"\\")
 
 
-def test_thousands_of_configurations_end_in_a_sentence_or_in_a_run_that_can_work(tmp_path: Path) -> None:
-    from sparseray.jobs.pretrain import placement, slots_of
-    from sparseray.platform.planning.replan import make_plan
+@pytest.mark.parametrize(
+    ("seed", "cases"), [(16, CASES), pytest.param(17, 20_000, marks=pytest.mark.long)], ids=["", "many"]
+)
+def test_thousands_of_configurations_end_in_a_sentence_or_in_a_run_that_can_work(
+    tmp_path: Path, seed: int, cases: int
+) -> None:
+    from sparseray.platform.checks import check_cluster
+    from sparseray.platform.opening import training_inventory
 
-    source, path = random.Random(16), tmp_path / "run.yaml"
+    source, path = random.Random(seed), tmp_path / "run.yaml"
     kept = 0
-    for _ in range(CASES):
+    refusals: list[str] = []
+    for _ in range(cases):
         content = mutated(source)
         path.write_bytes(content)
         try:
             config = parse(path)
-            make_plan(**placement(config, dict.fromkeys(range(slots_of(config)), "")))
+            check_cluster(config.cluster, training_inventory(config))
         except UserError as error:
-            refusal = str(error)
-        else:
-            refusal = ""
-        if refusal:
-            assert 10 < len(refusal) < 1000 and "\n" not in refusal, content
+            refusals.append(str(error))
             continue
         kept += 1
         assert count_parameters(config.model)["total"] > 0
@@ -172,4 +179,19 @@ def test_thousands_of_configurations_end_in_a_sentence_or_in_a_run_that_can_work
         assert all(0.0 <= rate <= config.optim.lr for rate in rates)
         configuration.save_yaml(config, path)
         assert to_dict(load_yaml(path)) == to_dict(config)
-    assert CASES // 20 < kept < CASES
+    assert cases // 20 < kept < cases
+    assert all(10 < len(text) < 1000 and "\n" not in text for text in refusals)
+
+
+def test_the_kind_of_kernels_is_recorded_and_may_change_between_two_starts(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(TINY)
+    config = parse(path, "--kernels", "reference")
+    folder = RunFolder(tmp_path / "run")
+    folder.path.mkdir()
+    configuration.save_yaml(config, folder.config)
+    assert load_yaml(folder.config).kernels == "reference"
+    folder.check(parse(path))
+    with pytest.raises(ConfigError, match=r"train.seed \(0 there, 5 here\)"):
+        folder.check(parse(path, "--train.seed", "5"))
+    assert "kernels" in refused(tmp_path, TINY.replace("kernels: auto", "kernels: cuda"))

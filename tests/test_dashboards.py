@@ -19,11 +19,12 @@ from watching import MISSING, PROMTOOL
 from sparseray.dashboards.generate import DASHBOARDS, EVENTS
 from sparseray.dashboards.panels import series
 from sparseray.dashboards.rules import ALERTS, RECORDS
-from sparseray.jobs import dashboard
-from sparseray.jobs.dashboards import FOLDER, generated, main, names_in, ray_token, read_dashboards
-from sparseray.jobs.http.server import HttpServer
+from sparseray.jobs.dashboard import main
+from sparseray.jobs.http.server import App, HttpServer
 from sparseray.jobs.watch.figures import Key, Readings, lines
+from sparseray.jobs.watch.page import PrometheusSource, RecordSource, create_app, source_of
 from sparseray.jobs.watch.records import QUERIES
+from sparseray.jobs.watch.setup import FOLDER, generated, names_in, ray_token, read_dashboards
 from sparseray.platform.metrics.registry import REGISTRY
 
 
@@ -35,14 +36,14 @@ def run_dir(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def page(run_dir: Path) -> Iterator[str]:
-    app = dashboard.create_app(dashboard.RecordSource(run_dir), read_dashboards())
-    with HttpServer(app) as server:
+    app = create_app(RecordSource(run_dir), read_dashboards())
+    with HttpServer(App(app)) as server:
         yield server.url
 
 
 def test_the_committed_files_are_what_the_generator_writes() -> None:
     stale = [name for name, text in generated().items() if (ROOT / name).read_text() != text]
-    assert not stale, "run `python -m sparseray dashboards generate`"
+    assert not stale, "run `python -m sparseray dashboard generate`"
     assert len(list(FOLDER.glob("*.json"))) == len(DASHBOARDS)
 
 
@@ -186,7 +187,7 @@ def test_mistakes_are_told_in_one_sentence_with_their_cure(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     nobody = f"http://127.0.0.1:{free_port()}"
-    monkeypatch.setattr(dashboard, "DEFAULT_PROMETHEUS", nobody)
+    monkeypatch.setattr("sparseray.jobs.watch.page.DEFAULT_PROMETHEUS", nobody)
     (tmp_path / "old").mkdir()
     board = json.loads((FOLDER / "sparseray-training.json").read_text())
     board["panels"][1]["targets"][0]["expr"] = "sparseray_loss_of_old"
@@ -199,31 +200,41 @@ def test_mistakes_are_told_in_one_sentence_with_their_cure(
     taken = socket.create_server(("127.0.0.1", 0))
     port = str(taken.getsockname()[1])
     cases = (
-        (dashboard.main, ["--prometheus", nobody], "no Prometheus answers at", "dashboards prometheus --out"),
-        (dashboard.main, [], "no Prometheus answers at", "--run RUN_DIR"),
-        (dashboard.main, ["--prometheus", "localhost"], "is not an address", "http://127.0.0.1"),
-        (dashboard.main, ["--run", str(tmp_path)], "is not the folder of a run", "give a run_dir"),
-        (dashboard.main, ["--run", str(tmp_path / "young")], "holds no step yet", "wait"),
-        (dashboard.main, ["--run", str(tmp_path / "torn")], "cannot be read", "check its rights"),
-        (dashboard.main, ["--run", str(run_dir), "--port", port], f"port {port}", "choose another port"),
-        (dashboard.main, ["--dashboards", str(tmp_path / "old")], "sparseray_loss_of_old", "install"),
-        (dashboard.main, ["--dashboards", str(tmp_path)], "holds no dashboards", "leave the option out"),
-        (main, ["install", "--grafana", str(tmp_path)], "has no folder provisioning/", "/etc/grafana"),
-        (main, ["prometheus", "--out", str(run_dir / "config.yaml")], "cannot be written", "folder of yours"),
-        (main, ["prometheus", "--out", str(tmp_path), "--run", str(tmp_path)], "no config.yaml", "run_dir"),
+        (["--prometheus", nobody], "no Prometheus answers at", "dashboard prometheus --out"),
+        ([], "no Prometheus answers at", "--run RUN_DIR"),
+        (["--prometheus", "localhost"], "is not an address", "http://127.0.0.1"),
+        (["--run", str(tmp_path)], "is not the folder of a run", "give a run_dir"),
+        (["--run", str(tmp_path / "young")], "holds no step yet", "wait"),
+        (["--run", str(tmp_path / "torn")], "cannot be read", "check its rights"),
+        (["--run", str(run_dir), "--port", port], f":{port}", "choose another port"),
+        (["--dashboards", str(tmp_path / "old")], "sparseray_loss_of_old", "install"),
+        (["--dashboards", str(tmp_path)], "holds no dashboards", "leave the option out"),
+        (["install", "--grafana", str(tmp_path)], "has no folder provisioning/", "/etc/grafana"),
+        (["prometheus", "--out", str(run_dir / "config.yaml")], "cannot be written", "folder of yours"),
+        (["prometheus", "--out", str(tmp_path), "--run", str(tmp_path)], "no config.yaml", "run_dir"),
         (
-            main,
             ["prometheus", "--out", str(tmp_path), "--ray", nobody],
             "gives no list of targets",
             "Ray head",
         ),
     )
-    for command, arguments, what, cure in cases:
-        assert command(arguments) == 2, arguments
+    for arguments, what, cure in cases:
+        assert main(arguments) == 2, arguments
         _, err = capsys.readouterr()
         assert err.startswith("sparseray: error: ") and err.count("\n") == 1, err
         assert what in err and cure in err, err
     taken.close()
+
+
+def test_the_page_shows_the_run_that_was_named_whoever_answers_on_the_usual_port(
+    page: str, run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(PrometheusSource, "_get", lambda *_args, **_parameters: [])
+    assert isinstance(source_of(None, None), PrometheusSource)
+    assert isinstance(source_of(None, str(run_dir)), RecordSource)
+    with pytest.raises(SystemExit):
+        main(["--run", str(run_dir), "--prometheus", page])
+    assert "not allowed with" in capsys.readouterr().err
 
 
 def test_the_page_answers_only_its_own_questions_on_its_own_name(page: str, run_dir: Path) -> None:

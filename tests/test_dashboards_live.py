@@ -36,10 +36,10 @@ from sparseray.dashboards.rules import ALERTS, RECORDS
 from sparseray.dashboards.serving import SERVING
 from sparseray.dashboards.sparse import SPARSE
 from sparseray.dashboards.training import TRAINING
-from sparseray.jobs import dashboards
-from sparseray.jobs.dashboard import PrometheusSource, create_app
-from sparseray.jobs.dashboards import read_dashboards, write_prometheus
-from sparseray.jobs.http.server import HttpServer
+from sparseray.jobs import dashboard
+from sparseray.jobs.http.server import App, HttpServer
+from sparseray.jobs.watch.page import PrometheusSource, create_app
+from sparseray.jobs.watch.setup import read_dashboards, write_prometheus
 from sparseray.platform.config import save_yaml
 from sparseray.platform.metrics.registry import PREFIX, REGISTRY
 
@@ -149,7 +149,7 @@ def test_the_committed_json_asks_what_was_checked(live: Live) -> None:
 
 @pytest.mark.skipif(CHROMIUM is None, reason=NO_CHROMIUM)
 def test_a_browser_draws_every_panel_of_two_dashboards(live: Live) -> None:
-    with HttpServer(create_app(PrometheusSource(live.prometheus.url), read_dashboards())) as server:
+    with HttpServer(App(create_app(PrometheusSource(live.prometheus.url), read_dashboards()))) as server:
         for board in (SPARSE, SERVING):
             shown = cards(document(f"{server.url}/?range=300#{board.uid}"))
             assert set(shown) == {panel.title for panel in board.panels}
@@ -263,7 +263,7 @@ def test_a_real_ray_head_that_asks_for_its_token_is_scraped(
     monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
     write = ["prometheus", "--out", str(tmp_path / "p"), "--ray"]
     with ray_head(token) as address:
-        assert dashboards.main([*write, address]) == 0
+        assert dashboard.main([*write, address]) == 0
         ray = yaml.safe_load((tmp_path / "p" / "prometheus.yml").read_text())["scrape_configs"][1]
         assert ray["http_sd_configs"] == [
             {
@@ -283,7 +283,7 @@ def test_a_real_ray_head_that_asks_for_its_token_is_scraped(
             prometheus.close()
         monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "other"))
         (tmp_path / "other").write_text("wrong")
-        assert dashboards.main([*write, address]) == 2
+        assert dashboard.main([*write, address]) == 2
         told = capsys.readouterr().err
         assert "answers 403" in told and "set RAY_AUTH_TOKEN" in told
 

@@ -13,8 +13,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from sparseray.actors.training.token_data import TokenDataset
 from sparseray.errors import DataError
-from sparseray.jobs.data import TokenDataset, load_tokenizer, main, prepare, train_bpe
+from sparseray.jobs.data import main
+from sparseray.jobs.tokens.prepare import prepare
+from sparseray.jobs.tokens.tokenizer import load_tokenizer, train_bpe
 
 ROOT = Path(__file__).resolve().parent.parent
 ODD_TEXT = "tab\t  four    spaces\r\n\u2028 naïve 東京 🦜 \x01 <|endoftext|> <｜end▁of▁sentence｜> end  \n\n"

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from sparseray.actors.training.token_data import TokenDataset, batch, window_at
 from sparseray.errors import DataError
-from sparseray.jobs.data import TokenDataset, batch, prepare, window_at
+from sparseray.jobs.tokens.prepare import prepare
 
 
 @pytest.fixture(scope="module")

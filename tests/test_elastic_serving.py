@@ -87,9 +87,13 @@ def test_a_kill_fails_no_request_and_changes_no_token(
         assert server.ask(requests(), at({30: kill(*victims)})) == undisturbed
         assert server.events.count("lost") >= len(victims)
         assert server.ingress.is_healthy
-        engines = [slot for slot in server.fleet.slots.values() if slot.role.engine is not None]
+        engines = [slot for slot in server.fleet.slots.values() if slot.roles.engine_role.engine is not None]
         # A change of plan is none of a request's failures.
-        assert all(slot.role.engine.stats.failed_steps == 0 for slot in engines if slot.role.engine)
+        assert all(
+            slot.roles.engine_role.engine.stats.failed_steps == 0
+            for slot in engines
+            if slot.roles.engine_role.engine
+        )
 
 
 def test_an_engine_keeps_its_caches_over_changes_of_plan(
@@ -98,12 +102,12 @@ def test_an_engine_keeps_its_caches_over_changes_of_plan(
     kept: list[int] = []
 
     def note(server: LocalServer) -> None:
-        kept.extend(id(server.fleet.slots[slot].role.engine) for slot in (0, 1))
+        kept.extend(id(server.fleet.slots[slot].roles.engine_role.engine) for slot in (0, 1))
 
     changes = {15: note, 20: kill(2), 50: scale("experts", 3), 80: scale("memory", 1)}
     with serve(tmp_path / "server", trained, standby=1) as server:
         assert server.ask(requests(), at(changes)) == undisturbed
-        engines = [server.fleet.slots[slot].role.engine for slot in (0, 1)]
+        engines = [server.fleet.slots[slot].roles.engine_role.engine for slot in (0, 1)]
         assert [id(engine) for engine in engines] == kept
         for engine in engines:
             assert engine is not None and engine.stats.failed_steps == 0

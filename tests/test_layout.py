@@ -8,7 +8,17 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 ORDER = ["kernels", "model", "actors", "platform", "jobs"]
 FLOORS = {
-    "actors": ["wire", "state", "exchange", "training", "serving", "observation", "installation", "slot"],
+    "actors": [
+        "wire",
+        "state",
+        "exchange",
+        "training",
+        "serving",
+        "observation",
+        "installation",
+        "roles",
+        "slot",
+    ],
     "platform": [
         "settings",
         "config",
@@ -70,6 +80,22 @@ def test_imports_go_down_between_the_folders_of_a_part(part: str) -> None:
             u for u in used if own in floors and (u not in floors or floors.index(u) > floors.index(own))
         }
         assert not above, f"{path.relative_to(ROOT)} imports {sorted(above)} from above"
+
+
+def test_the_model_calls_operations_and_no_kernel_or_reference() -> None:
+    allowed = {"sparseray.kernels.ops", "sparseray.kernels.settings"}
+    for path in sorted((ROOT / "sparseray" / "model").rglob("*.py")):
+        used = {name for name in imports_of(path) if part_of(name) == "kernels"}
+        assert used <= allowed, f"{path.relative_to(ROOT)} imports {sorted(used - allowed)}"
+
+
+def test_the_kind_of_attention_is_asked_for_in_one_place() -> None:
+    for path in sorted((ROOT / "sparseray" / "model").rglob("*.py")):
+        kinds = {"full", "nsa"} if path.parent.name != "attention" and path.name != "config.py" else set()
+        found = {
+            n.value for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Constant)
+        } & kinds
+        assert not found, f"{path.relative_to(ROOT)} names {sorted(found)}"
 
 
 def test_dashboards_read_only_the_metric_registry() -> None:

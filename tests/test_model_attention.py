@@ -221,6 +221,13 @@ def test_later_tokens_do_not_change_earlier_ones(kind: str) -> None:
     assert not torch.allclose(a[41:], b[41:], atol=1e-3)
 
 
+def test_every_kind_of_the_configuration_has_a_class_that_counts_what_it_holds() -> None:
+    assert tuple(ATTENTIONS) == KINDS
+    for kind, attention in ATTENTIONS.items():
+        layer = attention(replace(CONFIG, attention=(kind,)), 0, REFERENCE)
+        assert attention.num_parameters(CONFIG) == sum(p.numel() for p in layer.parameters())
+
+
 def test_rotation_depends_on_the_distance_alone() -> None:
     cos, sin = rope_tables(50, 8, 10000.0)
     q, k = torch.randn(2, 1, 8, generator=torch.Generator().manual_seed(0)).unbind(0)

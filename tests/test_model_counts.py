@@ -79,6 +79,23 @@ def test_flops_count_a_small_dense_model_by_hand() -> None:
     assert sparse["total"] > sparse["active"]
 
 
+def test_flops_of_a_sparse_model_are_its_matrix_products_by_hand() -> None:
+    """One layer of each part; norms, biases and positions cost a token no product."""
+    config = ModelConfig(
+        vocab_size=10, hidden=8, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=4, attention=("nsa",),
+        nsa=NSAConfig(block=4, stride=2, select_block=4, num_selected=3, window=3, compress_hidden=5),
+        moe=MoEConfig(num_experts=4, top_k=2, num_shared=1, expert_dim=6, leading_dense=0),
+        dse=DSEConfig(layers=(0,), heads=2, head_dim=3, kernel_size=4),
+    )  # fmt: skip
+    projections = 8 * (2 * 4 + 3 * (4 + 4)) + 8 * 3 * 2 + 2 * 4 * 8
+    compressors = 2 * (4 * 4 * 5 + 5 * 4) * 3 / 8  # Three blocks in a sequence of eight.
+    memory = 8 * (2 * 12 + 4)
+    feed_forward = 8 * 4 + 3 * 8 * 6
+    flops = flops_per_token(config, 8)
+    assert flops["linear"] == pytest.approx(2 * (10 * 8 + projections + compressors + memory + feed_forward))
+    assert flops["experts"] == 2 * 2 * 3 * 8 * 6
+
+
 @pytest.mark.parametrize(
     ("make", "word"),
     [

@@ -53,6 +53,23 @@ def test_token_map_folds_case_accents_and_white_space() -> None:
     assert ids == [0, 0, 0, 1, 1, 2, 2, 2, 3, 3, 4, 5, 5]
 
 
+def test_tokens_beyond_holes_in_the_ids_keep_their_own_compressed_ids() -> None:
+    """A byte-level tokenizer of 258 tokens and two added ones at 300 and 301."""
+    vocab = {f"t{i}": i for i in range(258)} | {"<a>": 300, "<b>": 301}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="t0"))
+    token_map = build_token_map(tokenizer)
+    assert len(token_map) == 302
+    assert (token_map[258:300] == -1).all()
+    assert token_map[300:].tolist() == [258, 259]
+    layout = DSELayout.build(DSE_CONFIG, tokenizer, vocab_size=320)
+    assert layout.num_ids == 260
+    assert layout.compress(torch.tensor([300, 301])).tolist() == [258, 259]
+    assert set(layout.compress(torch.tensor([258, 299, 302, 319])).tolist()) == {layout.pad}
+    assert not torch.equal(layout.rows(1, torch.tensor([[300]])), layout.rows(1, torch.tensor([[301]])))
+    with pytest.raises(ConfigError, match="pad_id=260 is none"):
+        DSELayout.build(replace(DSE_CONFIG, pad_id=260), tokenizer)
+
+
 def slow_rows(layout: DSELayout, layer: int, tokens: list[int], starts: list[bool]) -> list[list[int]]:
     config, index = layout.config, layout.config.layers.index(layer)
     out = []
@@ -134,11 +151,22 @@ def test_layout_survives_saving_and_a_changed_file_is_refused(tmp_path: Path) ->
         DSELayout.load(tmp_path)
     with pytest.raises(IdentityError, match="missing"):
         DSELayout.load(tmp_path / "nowhere")
+    (tmp_path / "dse_layout.json").write_text(json.dumps(stored | {"format": 1}))
+    with pytest.raises(IdentityError, match="gate_eps"):
+        DSELayout.load(tmp_path)
 
 
 @pytest.mark.parametrize(
     "changed",
-    [{"seed": 1}, {"layers": (1, 3)}, {"reset_at_document": False}, {"pad_id": 4}, {"row_dtype": "bfloat16"}],
+    [
+        {"seed": 1},
+        {"layers": (1, 3)},
+        {"reset_at_document": False},
+        {"pad_id": 4},
+        {"row_dtype": "bfloat16"},
+        {"gate_eps": 1e-6},
+        {"conv_eps": 1e-6},
+    ],
 )
 def test_digest_changes_with_every_setting(changed: dict[str, object]) -> None:
     assert layout_of(replace(DSE_CONFIG, **changed)).sha256 != layout_of().sha256  # type: ignore[arg-type]
@@ -164,7 +192,7 @@ def test_buckets_cover_the_table_once() -> None:
     tables = dict(memory.named_parameters())
     first, stop = ranges[3]
     rows = torch.tensor([[first, stop - 1]])
-    assert torch.equal(memory(1, rows)[0], tables["dse.1.bucket.3"][[0, -1]])
+    assert torch.equal(memory.prefetch({1: rows})(1)[0], tables["dse.1.bucket.3"][[0, -1]])
 
 
 def slow_dse(layer: DSE, h: Tensor, e: Tensor, starts: list[bool]) -> Tensor:
@@ -192,8 +220,18 @@ def slow_dse(layer: DSE, h: Tensor, e: Tensor, starts: list[bool]) -> Tensor:
     return torch.stack(out)
 
 
+def test_memory_norms_have_the_released_eps_by_default() -> None:
+    """torch's default for fp32 in the gate, 1e-5 before the convolution."""
+    layer = DSE(ModelConfig(vocab_size=110, hidden=24, dse=DSE_CONFIG), 1)
+    fusion = layer.fusion()
+    assert fusion.gate_eps == torch.finfo(torch.float32).eps
+    assert fusion.conv_eps == 1e-5
+    assert preset("small").dse.gate_eps == fusion.gate_eps
+    assert preset("tiny").dse.gate_eps == preset("tiny").dse.conv_eps == 1e-6
+
+
 def test_fusion_equals_the_paper_and_resets_at_documents() -> None:
-    config = ModelConfig(vocab_size=110, hidden=24, dse=DSE_CONFIG)
+    config = ModelConfig(vocab_size=110, hidden=24, dse=replace(DSE_CONFIG, gate_eps=0.3, conv_eps=0.02))
     layer = DSE(config, 1)
     g = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -219,7 +257,7 @@ def test_convolution_starts_at_zero_and_table_rows_get_gradients() -> None:
     assert not initial_dense("layers.1.dse.conv.weight", (3, 4), seed=0, std=1.0).any()
     memory = LocalMemory(config, layout)
     rows = layout.rows(1, torch.arange(12).reshape(1, 12))[0]
-    memory(1, rows).sum().backward()
+    memory.prefetch({1: rows})(1).sum().backward()
     gradient = torch.cat(
         [p.grad for n, p in memory.named_parameters() if n.startswith("dse.1.") and p.grad is not None]
     )

@@ -20,6 +20,7 @@ V3 = MoEConfig(
 V2 = replace(V3, router="v2", normalize=False, scaling=1.0)
 SETTINGS = {
     "v3": V3,
+    "v3 groups by K_r / M": replace(V3, num_experts=12, top_k=6, topk_groups=2, group_scores=0),
     "v2": V2,
     "gshard": replace(V2, router="gshard", top_k=2, num_groups=1, topk_groups=1),
     "switch": replace(V2, router="switch", top_k=1, num_groups=1, topk_groups=1),
@@ -43,7 +44,8 @@ def slow_route(logits: list[float], bias: list[float], moe: MoEConfig) -> dict[i
     value = []
     for g in range(moe.num_groups):
         best = sorted(biased[g * per : (g + 1) * per], reverse=True)
-        value.append(sum(best[:2]) if moe.router == "v3" else best[0])
+        count = moe.group_scores or moe.top_k // moe.topk_groups
+        value.append(sum(best[:count]) if moe.router == "v3" else best[0])
     groups = sorted(range(moe.num_groups), key=lambda g: (-value[g], g))[: moe.topk_groups]
     allowed = [e for e in range(E) if e // per in groups]
     chosen = sorted(allowed, key=lambda e: (-biased[e], e))[: moe.top_k]
@@ -54,23 +56,23 @@ def slow_route(logits: list[float], bias: list[float], moe: MoEConfig) -> dict[i
     return {e: w * factor for e, w in weights.items()}
 
 
-@pytest.mark.parametrize("router", list(SETTINGS))
-def test_layer_equals_the_weighted_sum_of_its_experts(router: str) -> None:
-    moe = SETTINGS[router]
+@pytest.mark.parametrize("setting", list(SETTINGS))
+def test_layer_equals_the_weighted_sum_of_its_experts(setting: str) -> None:
+    moe = SETTINGS[setting]
     config = config_of(moe)
     layer, experts = MoE(config, 0), LocalExperts(config, seed=2)
     g = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, p in [*layer.named_parameters(), *experts.tensors().items()]:
             p.copy_(initial_dense(name, p.shape, seed=1, std=0.5))
-        layer.router_bias.copy_(torch.randn(8, generator=g) * 0.3)
+        layer.router_bias.copy_(torch.randn(moe.num_experts, generator=g) * 0.3)
     x = torch.randn(20, 10, generator=g)
     batch = Batch(shape=(2, 10), positions_R=torch.arange(20), rows=20)
     y, loss, counts = layer(x, batch, experts)
     weights = experts.tensors()
     assert layer.shared is not None
     gate, up = layer.shared.gate_up.weight.detach().chunk(2)
-    expected_counts = [0] * 8
+    expected_counts = [0] * moe.num_experts
     for t in range(20):
         logits = (layer.router.weight.detach() @ x[t]).tolist()
         want = layer.shared.down.weight.detach() @ (F.silu(gate @ x[t]) * (up @ x[t]))
@@ -124,15 +126,55 @@ def test_balance_losses_equal_their_equations() -> None:
     g = torch.Generator().manual_seed(0)
     scores = torch.rand(12, 8, generator=g)
     ids = torch.stack([torch.randperm(8, generator=g)[:3] for _ in range(12)])
-    got = balance_loss(V2, scores, ids, (3, 4)).item()
-    assert got == pytest.approx(slow_balance(V2, scores, ids), rel=1e-5)
+    each = (slice(0, 4), slice(4, 8), slice(8, 12))
+    want = sum(slow_balance(V2, scores[s], ids[s]) for s in each) / 3
+    assert balance_loss(V2, scores, ids, (3, 4)).item() == pytest.approx(want, rel=1e-5)
     normed = scores / scores.sum(-1, keepdim=True)
     best = scores.argsort(-1, descending=True)[:, :3]
-    want = sum(slow_balance(V3, normed[s], best[s]) for s in (slice(0, 4), slice(4, 8), slice(8, 12))) / 3
+    want = sum(slow_balance(V3, normed[s], best[s]) for s in each) / 3
     assert balance_loss(V3, scores, ids, (3, 4)).item() == pytest.approx(want, rel=1e-5)
     switch = SETTINGS["switch"]
     got = balance_loss(switch, scores, ids[:, :1], (3, 4)).item()
     assert got == pytest.approx(slow_balance(switch, scores, ids[:, :1]), rel=1e-5)
+
+
+def test_v2_balances_each_sequence_and_not_the_call() -> None:
+    scores = torch.tensor([[0.9, 0.1], [0.9, 0.1], [0.1, 0.9], [0.1, 0.9]])
+    moe = MoEConfig(num_experts=2, top_k=1, router="v2", balance_loss=1.0)
+    loss = balance_loss(moe, scores, torch.tensor([[0], [0], [1], [1]]), (2, 2))
+    assert loss.item() == pytest.approx(1.8)
+
+
+def test_gshard_loss_is_the_mean_over_experts_of_share_times_score() -> None:
+    g = torch.Generator().manual_seed(0)
+    scores = torch.softmax(torch.randn(12, 8, generator=g), -1)
+    ids = torch.stack([torch.randperm(8, generator=g)[:2] for _ in range(12)])
+    share = torch.bincount(ids[:, 0], minlength=8) / 12
+    gshard = replace(SETTINGS["gshard"], balance_loss=1.0)
+    assert balance_loss(gshard, scores, ids, (3, 4)).item() == pytest.approx(
+        (share * scores.mean(0)).mean().item(), rel=1e-5
+    )
+    # The same choices and scores under Switch's equation: E^2 = 64 times as much.
+    switch = replace(SETTINGS["switch"], balance_loss=1.0)
+    assert balance_loss(switch, scores, ids[:, :1], (3, 4)).item() == pytest.approx(
+        64 * balance_loss(gshard, scores, ids, (3, 4)).item(), rel=1e-5
+    )
+
+
+@pytest.mark.parametrize(("normalize", "total"), [(None, 0.2), (True, 1.0), (False, 0.2)])
+def test_v2_weights_are_divided_by_their_sum_only_where_asked(normalize: bool | None, total: float) -> None:
+    moe = replace(MoEConfig(router="v2", num_experts=10, top_k=2), normalize=normalize)
+    layer = MoE(config_of(moe), 0)
+    with torch.no_grad():
+        layer.router.weight.zero_()
+    found = []
+
+    def experts(_layer: int, x_TH: Tensor, _ids: Tensor, weights_TK: Tensor) -> Tensor:
+        found.append(weights_TK.sum(-1))
+        return x_TH
+
+    layer(torch.ones(5, 10), Batch(shape=(1, 5), positions_R=torch.arange(5), rows=5), experts)
+    torch.testing.assert_close(found[0], torch.full((5,), total))
 
 
 def test_ties_go_to_the_lower_expert() -> None:

@@ -8,6 +8,7 @@ import pytest
 from sparseray.jobs import plan as command
 from sparseray.model.buckets import bucket_bounds
 from sparseray.model.config import DSEConfig, preset
+from sparseray.model.counts import count_parameters
 from sparseray.platform import config as configuration
 from sparseray.platform.config import DataConfig, RunConfig
 from sparseray.platform.opening import build_layout, open_data
@@ -55,7 +56,7 @@ def test_replication_shows_backups_and_doubles_the_bytes(capsys: pytest.CaptureF
 def test_bytes_are_those_of_all_parameters_and_moments(capsys: pytest.CaptureFixture[str]) -> None:
     config = configuration.parse(TINY, prog="", description="")
     model, rows = config.model, sum(command.table_rows(config))
-    parameters = command.count_parameters(model)
+    parameters = count_parameters(model)
     expected = 12 * (parameters["dense"] + parameters["experts"]) + rows * (8 * model.dse.head_dim + 12)
     _, out, _ = run(capsys, *TINY)
     assert f"bytes: {command.human(expected)} of weights" in out

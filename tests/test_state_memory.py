@@ -6,9 +6,11 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -57,23 +59,22 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_falls_when_buckets_are_given_away() -> None:
     shard = holding(shard_of(model_of(width=64), 200_000), [0, 1, 2, 3])
     full, before = shard.num_bytes, resident_bytes()
     assert full > 100e6 and abs(shard.tables[0].num_bytes - full) < 1e6
-    kept = shard.gather(0, np.arange(50_000, 100_000, 7)).clone()
+    kept = shard.gather(0, torch.arange(50_000, 100_000, 7)).clone()
     shard.assign([(0, 1)], [(0, 1)])
     assert shard.tables[0].num_bytes > 0.99 * full, "a peer can still copy what is no longer assigned"
     shard.trim()
     assert abs(shard.tables[0].num_bytes - full / 4) < 1e6
     assert before - resident_bytes() > 0.7 * full
-    assert torch.equal(shard.gather(0, np.arange(50_000, 100_000, 7)), kept)
+    assert torch.equal(shard.gather(0, torch.arange(50_000, 100_000, 7)), kept)
     shard.assign([], [])
     shard.trim()
     assert shard.tables[0].num_bytes < 1e5
     holding(shard, [0, 1, 2, 3])
-    assert torch.equal(shard.gather(0, np.arange(50_000, 100_000, 7)), kept)
+    assert torch.equal(shard.gather(0, torch.arange(50_000, 100_000, 7)), kept)
 
 
 @pytest.mark.parametrize("row_dtype", ["float32", "bfloat16"])
@@ -108,7 +109,7 @@ def test_without_optimizer_state_its_memory_is_not_taken(row_dtype: str) -> None
     assert weights == 20_000 * 64 * (2 if row_dtype == "bfloat16" else 4)
     assert abs(served.tables[0].num_bytes - weights) < 20_000
     rows = np.array([5, 19_999, 5])
-    assert torch.equal(served.gather(0, rows), source.gather(0, rows))
+    assert torch.equal(served.gather(0, torch.from_numpy(rows)), source.gather(0, torch.from_numpy(rows)))
 
 
 def test_bfloat16_rows_take_half_the_bytes_of_rows() -> None:
@@ -168,7 +169,7 @@ def test_a_reader_gets_rows_of_the_wanted_commit_or_none() -> None:
     shard = holding(shard_of(model_of()), [0, 1, 2, 3])
     view, rows = open_view(shard.tables[0]), np.array([3, 999, 3, 0])
     out = np.empty((4, 16), np.float32)
-    first = shard.gather(0, rows).numpy()
+    first = shard.gather(0, torch.from_numpy(rows)).numpy()
     assert not view.gather(rows, out, generation=2, step=0), "of a plan that is not installed at the owner"
     assert not view.gather(rows, out, generation=1, step=1), "the owner has still to apply the commit"
     assert view.gather(rows, out, generation=1, step=0)
@@ -217,7 +218,6 @@ def read_until_told(handle: TableHandle, pipe: Connection) -> None:
     pipe.send((len(seen), taken, refused))
 
 
-@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="slots share tables on Linux only")
 def test_another_process_never_sees_a_mixture_of_two_commits() -> None:
     table = SharedTable(20_000, 16, "float32")
     table.weight[:] = 0
@@ -243,6 +243,28 @@ def test_another_process_never_sees_a_mixture_of_two_commits() -> None:
         reader.join()
 
 
+@pytest.mark.parametrize("room", [1 << 40, 0])
+def test_without_memfd_tables_are_files_that_nobody_can_leave_behind(
+    room: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delattr(os, "memfd_create")
+    monkeypatch.setattr(tables.shutil, "disk_usage", lambda _: SimpleNamespace(free=room))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(tables.log, "propagate", True)
+    monkeypatch.setattr(tables.log.parent, "propagate", True)
+    before = set(os.listdir(tables.SHARED_MEMORY))
+    shard = holding(shard_of(model_of(width=64), 20_000), [0, 1, 2, 3])
+    assert set(os.listdir(tables.SHARED_MEMORY)) <= before and not os.listdir(tmp_path)
+    assert ("has room for 0 of" in caplog.text) == (room == 0)
+    rows, out = np.array([19_999, 0]), np.empty((2, 64), np.float32)
+    assert open_view(shard.tables[0]).gather(rows, out, generation=1, step=0)
+    np.testing.assert_array_equal(out, shard.gather(0, rows).numpy())
+    full = shard.tables[0].num_bytes
+    shard.assign([(0, 0)], [(0, 0)])
+    shard.trim()
+    assert shard.tables[0].num_bytes < 0.3 * full
+
+
 OWNER = (
     "import json, sys; from dataclasses import asdict; from sparseray.actors.state.tables import SharedTable;"
     "table = SharedTable(500_000, 16, 'float32'); table.weight[:] = 1; table.publish(0);"
@@ -250,7 +272,6 @@ OWNER = (
 )
 
 
-@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="slots share tables on Linux only")
 def test_a_killed_owner_leaves_nothing_behind_and_its_readers_go_on(tmp_path: Path) -> None:
     def leftovers() -> set[str]:
         return {str(p) for root in ("/dev/shm", tmp_path) for p in Path(root).glob("*")}

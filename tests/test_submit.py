@@ -2,6 +2,7 @@
 
 import shlex
 import shutil
+import socket
 import sys
 import tempfile
 import time
@@ -15,7 +16,7 @@ from local_cluster import tiny_run
 from watching import MISSING, PROMETHEUS, Prometheus
 
 from sparseray.errors import ConfigError
-from sparseray.jobs.submit import entrypoint, main, submit
+from sparseray.jobs.submit import ANSWER_S, entrypoint, main, submit
 from sparseray.platform.config import save_yaml
 from sparseray.platform.run.folder import RunFolder
 
@@ -73,7 +74,18 @@ def test_a_submitted_run_trains_on_the_cluster_and_its_log_and_status_come_back(
     options = ["pretrain", "--config", str(config), "--run_dir", str(tmp_path / "run")]
     found = sparseray("submit", *options, "--address", head.address, env=head.env)
     assert found.returncode == 0, found.stdout + found.stderr
-    line = ["ray", "job", "submit", "--address", head.address, "--", "python", "-m", "sparseray", *options]
+    line = [
+        "ray",
+        "job",
+        "submit",
+        "--address",
+        head.address,
+        "--",
+        sys.executable,
+        "-m",
+        "sparseray",
+        *options,
+    ]
     assert found.stdout.splitlines()[0] == shlex.join([*line, "--cluster.address", "auto"])
     assert "step 3/3" in found.stdout and "SUCCEEDED" in found.stdout
     records = RunFolder(tmp_path / "run").records()
@@ -101,7 +113,6 @@ def test_a_wrong_token_is_told_in_one_line(head: Head, config: Path) -> None:
         assert found.stderr.count("\n") == 1 and word in found.stderr, found.stderr
 
 
-@pytest.mark.ray
 @pytest.mark.parametrize("path", ["", "/auth/401"])
 def test_a_head_that_is_not_there_is_told_in_one_line(config: Path, path: str) -> None:
     address = f"http://127.0.0.1:{free_ports(1)[0]}{path}"
@@ -113,16 +124,28 @@ def test_a_head_that_is_not_there_is_told_in_one_line(config: Path, path: str) -
     assert time.monotonic() - started < 30.0
 
 
+def test_a_head_that_is_silent_is_told_within_ten_seconds(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sparseray.jobs.submit.ANSWER_S", 0.5)
+    assert ANSWER_S <= 8.0
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        assert main(["pretrain", "--config", str(config), "--address", address]) == 2
+    _, err = capsys.readouterr()
+    assert address in err and "timed out" in err and err.count("\n") == 1
+
+
 def test_paths_become_absolute_unless_the_cluster_gets_the_folder() -> None:
     rest = ["--config", "a.yaml", "--run_dir=runs/x", "--train.steps", "3"]
     expected = [f"--config {Path('a.yaml').absolute()}", f"--run_dir={Path('runs/x').absolute()}"]
     words = entrypoint("pretrain", rest, keep_paths=False)
     assert (
         shlex.join(words)
-        == f"python -m sparseray pretrain {' '.join(expected)} --train.steps 3 --cluster.address auto"
+        == f"{shlex.quote(sys.executable)} -m sparseray pretrain {' '.join(expected)} --train.steps 3 --cluster.address auto"
     )
     kept = entrypoint("pretrain", [*rest, "--cluster.address=x:1"], keep_paths=True)
-    assert kept == ["python", "-m", "sparseray", "pretrain", *rest, "--cluster.address=x:1"]
+    assert kept == [sys.executable, "-m", "sparseray", "pretrain", *rest, "--cluster.address=x:1"]
 
 
 def test_a_missing_file_is_found_before_anything_is_submitted(capsys: pytest.CaptureFixture[str]) -> None:
@@ -136,7 +159,7 @@ def test_a_missing_file_is_found_before_anything_is_submitted(capsys: pytest.Cap
 @pytest.mark.skipif(PROMETHEUS is None, reason=MISSING)
 def test_a_prometheus_of_ours_scrapes_rays_own_targets_with_the_token(head: Head, tmp_path: Path) -> None:
     env = head.env | {"SPARSERAY_STATE_DIR": str(tmp_path / "state")}
-    command = ["dashboards", "prometheus", "--out", str(tmp_path / "out"), "--ray", head.address]
+    command = ["dashboard", "prometheus", "--out", str(tmp_path / "out"), "--ray", head.address]
     refused = sparseray(
         *command, env={name: value for name, value in env.items() if name != "RAY_AUTH_TOKEN"}
     )

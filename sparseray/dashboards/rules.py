@@ -103,6 +103,16 @@ ALERTS = (
         summary="The newest checkpoint of {{ $labels.run }} is {{ $value | humanizeDuration }} old",
     ),
     Alert(
+        name="CheckpointFailed",
+        value="max by (run) (increase({}[10m]))".format(
+            series("elastic_events_total", 'kind="unsaved"', run=False)
+        ),
+        condition="> 0",
+        hold="0s",
+        summary="A checkpoint of {{ $labels.run }} could not be written; training goes on without it",
+        severity="page",
+    ),
+    Alert(
         name="FirstTokenSlow",
         value=quantile(0.99, "time_to_first_token_seconds", window="5m", run=False),
         condition="> 2",
@@ -150,5 +160,5 @@ def rules_yaml() -> str:
     ]
     records = [{"record": name, "expr": expr} for name, expr in RECORDS.items()]
     groups = [{"name": "sparseray-records", "rules": records}, {"name": "sparseray-alerts", "rules": alerts}]
-    head = "# Made from sparseray/dashboards/rules.py by `python -m sparseray dashboards generate`.\n"
+    head = "# Made from sparseray/dashboards/rules.py by `python -m sparseray dashboard generate`.\n"
     return head + yaml.safe_dump({"groups": groups}, sort_keys=False, width=110)

@@ -1,250 +1,108 @@
-"""The `dashboard` command: the dashboards as one page on loopback, for people without a Grafana.
+"""The `dashboard` command: the dashboards as one page, and with an action a Prometheus or a Grafana that shows them.
 
-It draws the same JSON that Grafana reads, from a Prometheus or, where none runs, from a run folder's own
-records. The page loads nothing from anywhere else; requests for other host names are refused.
+The page draws the same JSON that Grafana reads, from a Prometheus or from a run folder's own records.
 """
 
 import argparse
-import json
-import math
-import re
-import urllib.error
-import urllib.parse
-import urllib.request
+import sys
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
 
-from starlette.applications import Starlette
-from starlette.concurrency import run_in_threadpool
-from starlette.middleware import Middleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.requests import Request
-from starlette.responses import FileResponse, JSONResponse, Response
-from starlette.routing import Mount, Route
-from starlette.staticfiles import StaticFiles
-
-from sparseray.errors import ConfigError, UserError
-from sparseray.jobs.dashboards import FOLDER, PACKAGE, read_dashboards
-from sparseray.jobs.watch.records import Records
+from sparseray.errors import UserError
+from sparseray.jobs.watch.setup import DEFAULT_PROMETHEUS
 from sparseray.platform.config import die
+from sparseray.platform.settings import expand_path
 
-DEFAULT_PROMETHEUS = "http://127.0.0.1:9090"
-MAX_POINTS = 2000
 EXAMPLE = """examples:
   python -m sparseray dashboard --run runs/first
   python -m sparseray dashboard --prometheus http://127.0.0.1:9090 --port 8400
+  python -m sparseray dashboard prometheus --out prometheus
+  python -m sparseray dashboard install --grafana /tmp/ray/session_latest/metrics/grafana
 """
-_POLICY = "default-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; frame-ancestors 'none'"
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command until Ctrl-C; 0 after a clean stop, 2 for a user's mistake."""
-    parser = argparse.ArgumentParser(
+    """Run the command, the page until Ctrl-C; 0 when it worked, 2 for a user's mistake."""
+    options = parser().parse_args(list(arguments))
+    try:
+        run(options)
+    except UserError as error:
+        return die(error)
+    return 0
+
+
+def run(options: argparse.Namespace) -> None:
+    """Do what was asked for.
+
+    Raises:
+        UserError: it cannot be done.
+    """
+    from sparseray.jobs.watch import setup
+
+    if options.action == "prometheus":
+        runs = [Path(expand_path(run, "--run")) for run in options.runs]
+        setup.write_prometheus(Path(expand_path(options.out, "--out")), runs, options.ray)
+    elif options.action == "install":
+        setup.install(Path(expand_path(options.grafana, "--grafana")), options.prometheus_source)
+    elif options.action == "generate":
+        setup.generate(setup.PACKAGE.parents[1], check=options.check)
+    else:
+        from sparseray.jobs.watch import page
+
+        folder = Path(expand_path(options.dashboards, "--dashboards")) if options.dashboards else setup.FOLDER
+        boards = setup.read_dashboards(folder)
+        source = page.source_of(options.prometheus, options.run and expand_path(options.run, "--run"))
+        page.serve(page.create_app(source, boards), options.port)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command's parser."""
+    made = argparse.ArgumentParser(
         prog="sparseray dashboard",
         description=__doc__,
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "--prometheus", help=f"its address; {DEFAULT_PROMETHEUS} is tried when it is not given"
+    source = made.add_mutually_exclusive_group()
+    source.add_argument(
+        "--prometheus",
+        help=f"draw from the Prometheus at this address; {DEFAULT_PROMETHEUS} where nothing is named",
     )
-    parser.add_argument("--run", help="run folder to draw from when there is no Prometheus")
-    parser.add_argument("--port", type=int, default=8400, help="default %(default)s; 0 for a free one")
-    parser.add_argument("--dashboards", default=str(FOLDER), help="folder of dashboards, ours by default")
-    options = parser.parse_args(list(arguments))
-    try:
-        boards = read_dashboards(Path(options.dashboards))
-        serve(create_app(source_of(options.prometheus, options.run), boards), options.port)
-    except UserError as error:
-        return die(error)
-    return 0
-
-
-def serve(app: Starlette, port: int) -> None:
-    """Serve the page until Ctrl-C.
-
-    Raises:
-        ConfigError: the port is taken.
-    """
-    from sparseray.jobs.http.server import App, HttpServer
-
-    server = HttpServer(App(app), port=port)
-    what = app.state.source.what
-    server.run(lambda: print(f"the dashboards are at {server.url} ({what}; Ctrl-C stops)", flush=True))
-    print("stopped", flush=True)
-
-
-class Source(Protocol):
-    """Where the page's figures come from.
-
-    Attributes:
-        what: for people.
-        kind: "prometheus" or "records".
-    """
-
-    what: str
-    kind: str
-
-    def runs(self) -> list[str]: ...
-    def span(self) -> tuple[float, float] | None: ...
-    def query(
-        self, expr: str, run: str, start: float, end: float, step: float
-    ) -> list[dict[str, Any]] | None: ...
-
-
-class RecordSource:
-    """A run folder as a source."""
-
-    kind = "records"
-
-    def __init__(self, folder: Path) -> None:
-        self._records = Records(folder)
-        self.what = f"from the records of {folder}; no Prometheus"
-
-    def runs(self) -> list[str]:
-        """The folder's only run."""
-        return [self._records.run]
-
-    def span(self) -> tuple[float, float]:
-        """First and last record."""
-        return self._records.span
-
-    def query(
-        self, expr: str, run: str, start: float, end: float, step: float
-    ) -> list[dict[str, Any]] | None:
-        """Answer from the records."""
-        return self._records.query(expr, start, end, step)
-
-
-class PrometheusSource:
-    """A Prometheus as a source.
-
-    Args:
-        address: of its HTTP API.
-
-    Raises:
-        ConfigError: nothing that answers like a Prometheus is there.
-    """
-
-    kind = "prometheus"
-
-    def __init__(self, address: str) -> None:
-        if not re.match(r"^https?://[^/]+", address):
-            raise ConfigError(
-                f"--prometheus {address} is not an address; give one such as {DEFAULT_PROMETHEUS}"
-            )
-        self._address = address.rstrip("/")
-        self.what = f"from the Prometheus at {address}"
-        try:
-            self._get("query", query="1")
-        except (OSError, ValueError, KeyError) as error:
-            raise ConfigError(
-                f"no Prometheus answers at {address} ({error}); start one as `python -m sparseray dashboards "
-                "prometheus --out DIR` says, give another --prometheus, or draw a run's records with --run RUN_DIR"
-            ) from None
-
-    def _get(self, path: str, **parameters: str) -> Any:
-        url = f"{self._address}/api/v1/{path}?{urllib.parse.urlencode(parameters)}"
-        with urllib.request.urlopen(url, timeout=10.0) as answer:
-            return json.load(answer)["data"]
-
-    def runs(self) -> list[str]:
-        """Runs that were scraped."""
-        found = self._get("label/run/values", **{"match[]": 'up{job="sparseray"}'})
-        return sorted(str(run) for run in found)
-
-    def span(self) -> None:
-        """Now is the end, and the reader chooses the start."""
-
-    def query(
-        self, expr: str, run: str, start: float, end: float, step: float
-    ) -> list[dict[str, Any]] | None:
-        """Answer an expression, with Grafana's variables filled in."""
-        chosen = re.escape(run).replace("\\", "\\\\").replace('"', '\\"') if run else ".*"
-        expr = expr.replace("$__rate_interval", f"{math.ceil(max(15.0, 2 * step))}s").replace("$run", chosen)
-        result = self._get("query_range", query=expr, start=str(start), end=str(end), step=str(step))[
-            "result"
-        ]
-        return list(result)
-
-
-def source_of(prometheus: str | None, run: str | None) -> Source:
-    """Return the given Prometheus, else the usual one, else the run folder.
-
-    Raises:
-        ConfigError: none of them can be used.
-    """
-    if prometheus:
-        return PrometheusSource(prometheus)
-    try:
-        return PrometheusSource(DEFAULT_PROMETHEUS)
-    except ConfigError:
-        if run is None:
-            raise
-    return RecordSource(Path(run))
-
-
-def create_app(source: Source, boards: list[dict[str, Any]]) -> Starlette:
-    """Return the ASGI application.
-
-    Args:
-        source: of the figures.
-        boards: dashboards as Grafana reads them.
-    """
-    page = PACKAGE / "page"
-    known = {t["expr"] for board in boards for panel in board["panels"] for t in panel.get("targets", [])}
-    known |= {mark["expr"] for board in boards for mark in board["annotations"]["list"]}
-
-    async def index(_: Request) -> Response:
-        return FileResponse(page / "index.html", headers={"Content-Security-Policy": _POLICY})
-
-    async def dashboards(_: Request) -> Response:
-        return JSONResponse(boards)
-
-    async def state(_: Request) -> Response:
-        return await answer(
-            lambda: {"kind": source.kind, "what": source.what, "runs": source.runs(), "span": source.span()}
-        )
-
-    async def query(request: Request) -> Response:
-        expr, run = request.query_params.get("query", ""), request.query_params.get("run", "")
-        try:
-            start, end, step = (float(request.query_params[name]) for name in ("start", "end", "step"))
-        except (KeyError, ValueError):
-            return refuse("start, end and step must be numbers")
-        if expr not in known:
-            return refuse("only the dashboards' own expressions are answered")
-        if not (step > 0 and 0 <= (end - start) / step <= MAX_POINTS):
-            return refuse(f"start, end and step must give at most {MAX_POINTS} points")
-        return await answer(partial(source.query, expr, run, start, end, step))
-
-    made = Starlette(
-        routes=[
-            Route("/", index),
-            Route("/api/dashboards", dashboards),
-            Route("/api/state", state),
-            Route("/api/query", query),
-            Mount("/page", StaticFiles(directory=page)),
-        ],
-        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])],
+    source.add_argument("--run", help="draw from the records of this run folder")
+    made.add_argument("--port", type=int, default=8400, help="default %(default)s; 0 for a free one")
+    made.add_argument("--dashboards", default="", help="folder of dashboards, ours by default")
+    actions = made.add_subparsers(dest="action", metavar="ACTION", help="without one: the page")
+    one = actions.add_parser(
+        "prometheus", help="write a prometheus.yml with the rules that finds all live runs"
     )
-    made.state.source = source
+    one.add_argument("--out", required=True, help="folder to write")
+    one.add_argument(
+        "--run",
+        action="append",
+        dest="runs",
+        default=[],
+        help="only this run folder's processes; may be repeated",
+    )
+    one.add_argument(
+        "--ray", default="", help="address of a Ray head, such as http://127.0.0.1:8265, to scrape Ray, too"
+    )
+    two = actions.add_parser("install", help="put the dashboards where a Grafana reads them")
+    two.add_argument(
+        "--grafana",
+        required=True,
+        help="folder with Grafana's provisioning/, such as /etc/grafana or the one that Ray makes",
+    )
+    two.add_argument(
+        "--prometheus",
+        dest="prometheus_source",
+        default=DEFAULT_PROMETHEUS,
+        help="data source to add where there is none, default %(default)s",
+    )
+    three = actions.add_parser("generate", help="for developers: write JSON, rules and docs/metrics.md anew")
+    three.add_argument("--check", action="store_true", help="write nothing; fail when a file is stale")
     return made
 
 
-def refuse(message: str) -> Response:
-    """Return the answer to a request that is not the page's."""
-    return JSONResponse({"error": message}, status_code=400)
-
-
-async def answer(work: Any) -> Response:
-    """Run blocking work and tell a source that fails in a sentence."""
-    try:
-        return JSONResponse(await run_in_threadpool(work))
-    except urllib.error.HTTPError as error:
-        return JSONResponse({"error": f"Prometheus answers {error.code}: {error.reason}"}, status_code=502)
-    except (OSError, ValueError, KeyError) as error:
-        return JSONResponse({"error": f"the source of the figures does not answer: {error}"}, status_code=502)
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

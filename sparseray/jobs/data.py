@@ -1,8 +1,6 @@
-"""The `data` command, and the one import for everything about token shards.
+"""The `data` command: makes a folder of token shards from text (jobs/tokens/prepare.py).
 
-`prepare` makes a folder of shards from text (jobs/tokens/prepare.py); `TokenDataset` and `batch` read it in training
-(actors/training/token_data.py). The command shows progress on a terminal, plain lines when piped, and says at the end where
-the result is.
+It shows progress on a terminal, plain lines when piped, and says at the end where the result is.
 """
 
 import argparse
@@ -11,26 +9,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from sparseray.actors.training.manifest import SPLITS, Manifest, read_manifest
-from sparseray.actors.training.token_data import Batch, TokenDataset, batch, window_at
 from sparseray.errors import UserError
-from sparseray.jobs.tokens.prepare import Progress, prepare
-from sparseray.jobs.tokens.tokenizer import TextTokenizer, load_tokenizer, train_bpe
+from sparseray.platform.settings import expand_path
 
-__all__ = [
-    "Batch",
-    "Manifest",
-    "TextTokenizer",
-    "TokenDataset",
-    "batch",
-    "load_tokenizer",
-    "main",
-    "prepare",
-    "read_manifest",
-    "train_bpe",
-    "window_at",
-]
+if TYPE_CHECKING:
+    from sparseray.actors.training.manifest import Manifest
+    from sparseray.jobs.tokens.prepare import Progress
 
 EXAMPLE = """example:
   python -m sparseray data prepare --source stdlib --out data/stdlib
@@ -42,13 +28,16 @@ PLAIN_INTERVAL_S = 2.0
 def main(argv: list[str]) -> int:
     """Run the `data` command; a user's mistake is one line on stderr and exit code 2."""
     arguments = _parser().parse_args(argv)
+    from sparseray.jobs.tokens import prepare as tokens
+
     begin = time.perf_counter()
     try:
+        out = Path(expand_path(arguments.out, "--out"))
         with _progress() as progress:
-            manifest = prepare(
-                arguments.source,
-                arguments.out,
-                tokenizer=arguments.tokenizer,
+            manifest = tokens.prepare(
+                [expand_path(source, "--source") for source in arguments.source],
+                out,
+                tokenizer=expand_path(arguments.tokenizer, "--tokenizer"),
                 vocab_size=arguments.vocab_size,
                 validation_fraction=arguments.validation_fraction,
                 progress=progress,
@@ -59,14 +48,14 @@ def main(argv: list[str]) -> int:
         return 2
     except OSError as error:  # a full disk, a folder that may not be written
         print(
-            f"sparseray: error: cannot prepare {arguments.out}: {error}; free space or name another --out",
+            f"sparseray: error: cannot prepare {out}: {error}; free space or name another --out",
             file=sys.stderr,
         )
         return 2
     except KeyboardInterrupt:
         print("interrupted: nothing was written", file=sys.stderr)
         return 130
-    _report(manifest, arguments.out, time.perf_counter() - begin)
+    _report(manifest, out, time.perf_counter() - begin)
     return 0
 
 
@@ -94,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="stdlib|PATH",
         help="the interpreter's standard library, a file, or a folder; may be given several times",
     )
-    command.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to make")
+    command.add_argument("--out", required=True, metavar="DIR", help="folder to make")
     command.add_argument(
         "--tokenizer",
         default="bpe",
@@ -116,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 @contextmanager
-def _progress() -> Iterator[Progress]:
+def _progress() -> Iterator["Progress"]:
     """Yield a progress callback: a bar on a terminal, else a line every two seconds, both on stderr."""
     if not sys.stderr.isatty():
         yield _plain_lines()
@@ -137,7 +126,7 @@ def _progress() -> Iterator[Progress]:
         yield show
 
 
-def _plain_lines() -> Progress:
+def _plain_lines() -> "Progress":
     """Return a callback that prints a line when a phase begins, ends, and every two seconds between."""
     last_phase, last_time = "", 0.0
 
@@ -153,11 +142,10 @@ def _plain_lines() -> Progress:
     return show
 
 
-def _report(manifest: Manifest, out: Path, seconds: float) -> None:
+def _report(manifest: "Manifest", out: Path, seconds: float) -> None:
     """Print what was made, and where it is."""
-    num_bytes = sum(manifest.splits[name].bytes for name in SPLITS)
-    for name in SPLITS:
-        counts = manifest.splits[name]
+    num_bytes = sum(counts.bytes for counts in manifest.splits.values())
+    for name, counts in manifest.splits.items():
         print(f"{name}: {counts.documents:,} documents, {counts.tokens:,} tokens, {counts.bytes:,} bytes")
     for source in manifest.sources:
         if source.skipped:

@@ -21,14 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from sparseray.errors import UserError
-from sparseray.jobs import pretrain
-from sparseray.jobs.demo_story import story, summary
+from sparseray.jobs.output import print_line
 from sparseray.model.config import preset
 from sparseray.platform import config as configuration
 from sparseray.platform.checks import check_cluster, check_folder
 from sparseray.platform.config import ClusterConfig, DataConfig, RunConfig, TrainConfig
-from sparseray.platform.opening import training_inventory
-from sparseray.platform.run.folder import RunFolder
 
 EXAMPLE = """example:
   python -m sparseray demo --out demo
@@ -64,6 +61,11 @@ def say(text: str) -> None:
 
 def demo(out: Path, steps: int) -> int:
     """Run the whole story in `out`; what is already there is not done again."""
+    from sparseray.jobs import pretrain
+    from sparseray.jobs.demo_story import story, summary
+    from sparseray.platform.opening import training_inventory
+    from sparseray.platform.run.folder import RunFolder
+
     started = time.monotonic()
     data, run = out / "data", out / f"run-{steps}"
     check_folder(out, "--out")
@@ -86,7 +88,7 @@ def demo(out: Path, steps: int) -> int:
     def beside(scheduler: Any) -> AbstractContextManager[None]:
         return story(scheduler, folder, steps=steps, attention=config.cluster.attention_workers + 1, tell=say)
 
-    code = pretrain.run(config, pretrain.print_line, beside)
+    code = pretrain.run(config, print_line, beside)
     if code:
         return code
     checkpoint = folder.newest_checkpoint()

@@ -7,17 +7,16 @@ Reads the same options as `pretrain` and makes the same plan of generation 1 fro
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from sparseray.actors.state.assignment import Plan
 from sparseray.errors import UserError
-from sparseray.jobs.pretrain import print_line
-from sparseray.model.counts import count_parameters
-from sparseray.model.dse_layout import draw_primes
+from sparseray.jobs.output import print_line
 from sparseray.platform import config as configuration
-from sparseray.platform.checks import check_cluster
 from sparseray.platform.config import RunConfig
-from sparseray.platform.opening import build_layout, open_data, resolve, training_inventory
 from sparseray.platform.planning.replan import Piece, holdings, piece_bytes
+
+if TYPE_CHECKING:
+    from sparseray.actors.state.assignment import Plan
 
 DESCRIPTION = """Show who would hold what in a run: roles, experts, memory and bytes of every slot. Starts nothing.
 
@@ -77,6 +76,10 @@ def run(config: RunConfig, show: Callable[[str], None]) -> int:
     Raises:
         UserError: configuration or data do not fit.
     """
+    from sparseray.model.counts import count_parameters
+    from sparseray.platform.checks import check_cluster
+    from sparseray.platform.opening import build_layout, open_data, resolve, training_inventory
+
     plan = check_cluster(config.cluster, training_inventory(config))
     data_line = "data: none given (--data.path); nothing was checked against a vocabulary"
     if config.data.path:
@@ -125,10 +128,12 @@ def tokens_per_step(config: RunConfig) -> int:
 
 def table_rows(config: RunConfig) -> list[int]:
     """Rows of every memory layer's table, as `DSELayout.num_rows` counts them, without a tokenizer."""
+    from sparseray.model.dse_layout import draw_primes
+
     return [sum(map(sum, layer)) for layer in draw_primes(config.model.dse)]
 
 
-def share(plan: Plan, slot: int, size: Callable[[Piece], int]) -> Share:
+def share(plan: "Plan", slot: int, size: Callable[[Piece], int]) -> Share:
     """Count what a slot holds."""
     held = {piece: holders for piece, holders in holdings(plan).items() if slot in holders}
 

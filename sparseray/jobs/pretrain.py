@@ -4,23 +4,25 @@ Nothing is written and nothing is started before configuration, data and run fol
 checked. The same command goes on from the newest checkpoint of its run folder.
 """
 
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from sparseray.actors.training.token_data import TokenDataset
-from sparseray.errors import RunFailedError, SchedulerLostError, UserError
+from sparseray.errors import ConfigError, RunFailedError, SchedulerLostError, UserError
+from sparseray.jobs.output import print_line
 from sparseray.jobs.signals import stops_noted
-from sparseray.jobs.watch.report import write_report
-from sparseray.model.counts import count_parameters
 from sparseray.platform import config as configuration
 from sparseray.platform.config import RunConfig
-from sparseray.platform.opening import open_training, slots_of, training_inventory
-from sparseray.platform.run.folder import RunFolder
+from sparseray.platform.run import lock
+
+if TYPE_CHECKING:
+    from sparseray.actors.training.token_data import TokenDataset
+    from sparseray.platform.run.folder import RunFolder
 
 DESCRIPTION = """Pretrain a sparse model on Ray actors.
 
@@ -33,6 +35,8 @@ example:
 Show = Callable[[str], None]
 Beside = Callable[[Any], AbstractContextManager[None]]
 SCHEDULER_DEADLINE_S = 60.0
+LOCK_S = 3.0
+"""How long the processes of a command that was killed may take to notice."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -47,11 +51,6 @@ def main(arguments: Sequence[str]) -> int:
         return 1
 
 
-def print_line(line: str) -> None:
-    """Write one line at once, also into a pipe."""
-    print(line, flush=True)
-
-
 def run(config: RunConfig, show: Show, beside: Beside = nullcontext) -> int:
     """Train until the last step or Ctrl-C.
 
@@ -63,10 +62,17 @@ def run(config: RunConfig, show: Show, beside: Beside = nullcontext) -> int:
     Raises:
         UserError: something in the configuration, data, folder or cluster does not fit; nothing is lost.
     """
+    from sparseray.platform.opening import open_training, slots_of, training_inventory
+
+    if not config.cluster.address:
+        check_free(Path(config.run_dir))
     inputs = open_training(config)
     config, folder, newest = inputs.config, inputs.folder, inputs.newest
-    if newest is not None and newest.name == f"step_{config.train.steps}":
-        show(f"nothing to do: {newest} is the last step of this run; it serves with: {serve_hint(newest)}")
+    if newest is not None and int(newest.name.removeprefix("step_")) >= config.train.steps:
+        show(
+            f"nothing to do: {newest} has all of train.steps={config.train.steps}; more of them go on from it, "
+            f"and it serves with: {serve_hint(newest)}"
+        )
         return 0
     _show_start(config, inputs.train, show)
     from sparseray.platform.cluster import Cluster
@@ -77,7 +83,9 @@ def run(config: RunConfig, show: Show, beside: Beside = nullcontext) -> int:
     try:
         scheduler = cluster.find_scheduler(folder.path)
         if scheduler is None:
-            inputs.create_folder()
+            check_free(folder.path)
+            for line in inputs.create_folder():
+                show(line)
             scheduler = cluster.start_scheduler(
                 folder.path, config=configuration.to_dict(config), task=inputs.validation
             )
@@ -94,7 +102,28 @@ def run(config: RunConfig, show: Show, beside: Beside = nullcontext) -> int:
     return _finish(folder, config, is_interrupted, show)
 
 
-def _show_start(config: RunConfig, train: TokenDataset, show: Show) -> None:
+def check_free(run_dir: Path) -> None:
+    """See that no other process trains in a run folder.
+
+    Raises:
+        ConfigError: one does; it says who, since when, and how to follow it.
+    """
+    deadline = time.monotonic() + LOCK_S
+    while (found := lock.holder(run_dir)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    if found:
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(found.get("time", 0)))
+        folder = shlex.quote(str(run_dir.absolute()))
+        raise ConfigError(
+            f"run_dir={run_dir} is in use: process {found.get('pid', '?')} on {found.get('host', '?')} has trained there "
+            f"since {since}, on the Ray at {found.get('ray', '?')}; follow it with "
+            f"`python -m sparseray top --run_dir {folder}`, or give another run_dir"
+        )
+
+
+def _show_start(config: RunConfig, train: "TokenDataset", show: Show) -> None:
+    from sparseray.model.counts import count_parameters
+
     parameters, t = count_parameters(config.model), config.train
     tokens = t.logical_shards * t.sequences_per_shard * t.seq_len
     show(
@@ -126,7 +155,7 @@ def follow(scheduler: Any, config: RunConfig, show: Show) -> bool:
             except SchedulerLostError as error:
                 if time.monotonic() - heard > SCHEDULER_DEADLINE_S:
                     raise RunFailedError(
-                        f"the scheduler is gone: {error}; the same command resumes"
+                        f"the scheduler is gone: {error}; checkpoints are whole, and the same command goes on from the last"
                     ) from None
                 time.sleep(0.2)
                 continue
@@ -144,7 +173,8 @@ def follow(scheduler: Any, config: RunConfig, show: Show) -> bool:
         if state["failure"]["user"]:
             raise UserError(state["failure"]["error"])
         raise RunFailedError(
-            f"{state['failure']['kind']}: {state['failure']['error']}; the same command resumes from the last checkpoint"
+            f"{state['failure']['kind']}: {state['failure']['error']}; checkpoints are whole. The same command goes on from "
+            "the last one; should it end at this step again, the cause is no accident: see the scheduler's log in Ray's session"
         )
     return bool(interrupted)
 
@@ -182,7 +212,9 @@ def describe(record: dict[str, Any], steps: int, started: float, *, first: bool)
     )
 
 
-def _finish(folder: RunFolder, config: RunConfig, is_interrupted: bool, show: Show) -> int:
+def _finish(folder: "RunFolder", config: RunConfig, is_interrupted: bool, show: Show) -> int:
+    from sparseray.jobs.watch.report import write_report
+
     picture = write_report(folder)
     newest = folder.newest_checkpoint()
     show(f"records: {folder.metrics}")
@@ -197,7 +229,7 @@ def _finish(folder: RunFolder, config: RunConfig, is_interrupted: bool, show: Sh
 
 def serve_hint(checkpoint: Path) -> str:
     """The command that serves a checkpoint."""
-    return f"python -m sparseray serve --checkpoint {checkpoint}"
+    return f"python -m sparseray serve --checkpoint {shlex.quote(str(checkpoint))}"
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
 """Finds the job that `scale`, `status` and `top` are about, and connects to its scheduler."""
 
 import argparse
+import shlex
 import socket
 from pathlib import Path
 from typing import Any
 
-from sparseray.errors import ClusterError, ConfigError
+from sparseray.errors import ConfigError
 from sparseray.platform.run.registry import adopt_authentication, forget_run, registered_runs
+from sparseray.platform.settings import expand_path
 
 ANSWER_S = 3.0
 
@@ -23,32 +25,44 @@ def connect(run_dir: str) -> Any:
 
     Raises:
         ConfigError: no run is going on there, or several are and none was named.
-        ClusterError: it does not answer.
+        ClusterError: its cluster refuses us.
     """
-    runs = registered_runs()
     if run_dir:
-        wanted = str(Path(run_dir).absolute())
-        found = [run for run in runs if run["run_dir"] == wanted]
-        if not found:
-            raise ConfigError(f"--run_dir {run_dir}: no run is going on there; {_known(runs)}")
-        return _attach(found[0])
-    if not runs:
-        raise ConfigError(f"no run is going on; {_known(runs)}")
-    if len(runs) == 1:
-        return _attach(runs[0])
-    # A killed machine leaves its file behind: those whose cluster is gone are dropped from the choice.
-    alive = [run for run in runs if _answers(run)]
-    if len(alive) != 1:
-        raise ConfigError(f"{len(alive)} runs are going on; name one with --run_dir: {_known(alive)}")
-    return _attach(alive[0])
+        return _attach(_of_folder(run_dir))
+    runs = live_runs()
+    if len(runs) != 1:
+        many = f"{len(runs)} runs are going on; name one with --run_dir: " if runs else "no run is going on; "
+        raise ConfigError(many + _known(runs))
+    return _attach(runs[0])
+
+
+def live_runs() -> list[dict[str, Any]]:
+    """All runs whose cluster answers; what killed machines and commands left behind is removed."""
+    alive = []
+    for run in registered_runs():
+        if _why_gone(run):
+            forget_run(Path(run["run_dir"]))
+        else:
+            alive.append(run)
+    return alive
+
+
+def _of_folder(run_dir: str) -> dict[str, Any]:
+    wanted = str(Path(expand_path(run_dir, "--run_dir")).absolute())
+    found = [run for run in registered_runs() if run["run_dir"] == wanted]
+    error = _why_gone(found[0]) if found else ""
+    runs = live_runs()
+    if error:
+        raise ConfigError(
+            f"the run in {wanted} does not answer at {found[0]['address']} ({error}): it has ended or its machine is gone; "
+            "its `pretrain` command goes on from its last checkpoint"
+        )
+    if not found:
+        raise ConfigError(f"--run_dir {run_dir}: no run is going on there; {_known(runs)}")
+    return found[0]
 
 
 def _attach(run: dict[str, Any]) -> Any:
-    if error := _why_gone(run):
-        raise ClusterError(
-            f"the run in {run['run_dir']} does not answer at {run['address']} ({error}); it has ended or its machine "
-            "is gone; start it again with its `pretrain` command"
-        )
     adopt_authentication(run)
     from sparseray.platform.cluster import attach
 
@@ -68,14 +82,7 @@ def _why_gone(run: dict[str, Any]) -> str:
     return ""
 
 
-def _answers(run: dict[str, Any]) -> bool:
-    if _why_gone(run):
-        forget_run(Path(run["run_dir"]))
-        return False
-    return True
-
-
 def _known(runs: list[dict[str, Any]]) -> str:
     if not runs:
         return "start one with `python -m sparseray pretrain --config configs/tiny.yaml --data.path DIR`"
-    return "going on: " + ", ".join(run["run_dir"] for run in runs)
+    return "going on: " + ", ".join(shlex.quote(run["run_dir"]) for run in runs)

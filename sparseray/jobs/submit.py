@@ -6,15 +6,19 @@ status. Paths are made absolute: the cluster sees the same files, or gets them b
 
 import argparse
 import asyncio
+import http.client
 import os
 import shlex
 import sys
+import urllib.error
+import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparseray.errors import ClusterError, ConfigError, UserError
 from sparseray.platform.config import die
+from sparseray.platform.settings import expand_path
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
@@ -29,6 +33,7 @@ A cluster with token authentication is reached with RAY_AUTH_TOKEN or ~/.ray/aut
 """
 PATH_OPTIONS = ("--config", "--data.path", "--run_dir", "--checkpoint", "--out")
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
+ANSWER_S = 8.0
 SUBMITTABLE = ("pretrain", "demo", "data")
 
 
@@ -70,14 +75,19 @@ def entrypoint(command: str, rest: Sequence[str], *, keep_paths: bool) -> list[s
     for word in rest:
         name, equals, value = word.partition("=")
         if is_path and not keep_paths:
-            word = str(Path(word).absolute())
+            word = _absolute(word)
         elif name in PATH_OPTIONS and equals and not keep_paths:
-            word = f"{name}={Path(value).absolute()}"
+            word = f"{name}={_absolute(value)}"
         is_path = name in PATH_OPTIONS and not equals
         words.append(word)
     if command == "pretrain" and not any(word.split("=")[0] == "--cluster.address" for word in words):
         words += ["--cluster.address", "auto"]
-    return ["python", "-m", "sparseray", command, *words]
+    # The environment that this command runs in, not whatever `python` is on the head.
+    return [sys.executable, "-m", "sparseray", command, *words]
+
+
+def _absolute(path: str) -> str:
+    return str(Path(expand_path(path, "submit")).absolute())
 
 
 def submit(command: str, rest: Sequence[str], address: str, working_dir: str | None, *, wait: bool) -> int:
@@ -104,7 +114,8 @@ def submit(command: str, rest: Sequence[str], address: str, working_dir: str | N
     try:
         asyncio.run(_follow(client, job))
     except KeyboardInterrupt:
-        print(f"the job goes on; stop it with: ray job stop --address {address} {job}", file=sys.stderr)
+        stop = shlex.join(["ray", "job", "stop", "--address", address, job])
+        print(f"the job goes on; stop it with: {stop}", file=sys.stderr)
         return 130
     info = client.get_job_info(job)
     print(f"job {job}: {info.status}", flush=True)
@@ -117,11 +128,32 @@ def _check_files(rest: Sequence[str]) -> None:
     for word, following in zip(rest, [*rest[1:], ""]):
         name, equals, value = word.partition("=")
         path = value if equals else following
-        if name in ("--config", "--data.path") and not Path(path).exists():
+        if name in ("--config", "--data.path") and not Path(expand_path(path, name)).exists():
             raise ConfigError(f"{name} {path} does not exist; nothing was submitted")
 
 
+def _check_answers(address: str) -> None:
+    """See that somebody answers at an address within seconds; Ray's client waits for minutes.
+
+    Raises:
+        ClusterError: nobody does.
+    """
+    try:
+        urllib.request.urlopen(f"{address.rstrip('/')}/api/version", timeout=ANSWER_S).close()
+    except urllib.error.HTTPError:
+        return  # It answers; what it refuses is told by the client.
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise ClusterError(
+            f"the Ray head at {address} cannot be used: {_one_line(error)}; check the address, such as {DEFAULT_ADDRESS}, "
+            "and that the head was started with its dashboard"
+        ) from None
+
+
 def _connect(address: str) -> "JobSubmissionClient":
+    _check_answers(address)
+    # Ray's client would take these instead of the address it is given.
+    for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
+        os.environ.pop(name, None)
     token_file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")).expanduser()
     if "RAY_AUTH_MODE" not in os.environ and ("RAY_AUTH_TOKEN" in os.environ or token_file.exists()):
         # A client that starts no cluster sends its token only when told to.

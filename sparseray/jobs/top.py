@@ -15,11 +15,10 @@ from rich.live import Live
 from rich.text import Text
 
 from sparseray.errors import SchedulerLostError, UserError
-from sparseray.jobs.running import add_run_dir, connect
+from sparseray.jobs.running import add_run_dir, connect, live_runs
 from sparseray.jobs.status import events, head, slots
 from sparseray.jobs.watch.figures import Figures, Readings, lines
 from sparseray.platform import config as configuration
-from sparseray.platform.run.registry import registered_runs
 
 EXAMPLE = """example:
   python -m sparseray top
@@ -47,7 +46,7 @@ def main(arguments: Sequence[str]) -> int:
     every_s = max(0.1, options.every)
     try:
         # A server alone is no job, and has figures all the same.
-        is_job = bool(options.run_dir or registered_runs())
+        is_job = bool(options.run_dir or live_runs())
         if not is_job and watch_figures(every_s=every_s, is_once=options.once):
             return 0
         return watch(connect(options.run_dir), every_s=every_s, is_once=options.once)

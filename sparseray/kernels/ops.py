@@ -11,7 +11,7 @@ sizes, H hidden, E experts, K experts per token, I inner width, N table rows per
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,11 +20,9 @@ from sparseray.errors import ConfigError
 from sparseray.kernels.dse.reference import Fusion
 from sparseray.kernels.nsa.reference import BranchKeys, Compression
 from sparseray.kernels.plain_ops import PlainOps
-from sparseray.kernels.settings import NSASizes
+from sparseray.kernels.settings import Kernels, NSASizes
 
-__all__ = ["REFERENCE", "BranchKeys", "Compression", "Fusion", "Kernels", "Ops", "ops_for"]
-
-Kernels = Literal["auto", "reference", "triton"]
+__all__ = ["REFERENCE", "BranchKeys", "Compression", "Fusion", "Ops", "ops_for"]
 
 
 class Ops(Protocol):
@@ -192,9 +190,9 @@ class Ops(Protocol):
         ...
 
     def memory_conv(
-        self, x_BTH: Tensor, fusion: Fusion, starts_BT: Tensor | None, history_BLH: Tensor
+        self, x_BTH: Tensor, fusion: Fusion, starts_BT: Tensor | None, history_BLH: Tensor | None
     ) -> Tensor:
-        """The convolution of a chunk after its history (zero where there is none), before SiLU (eq. 5)."""
+        """The convolution of a chunk after its history (None at a start), before SiLU (eq. 5)."""
         ...
 
     def logits(self, hidden_RH: Tensor, weight_VH: Tensor) -> Tensor:

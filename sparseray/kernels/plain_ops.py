@@ -180,7 +180,7 @@ class PlainOps:
         )
 
     def memory_conv(
-        self, x_BTH: Tensor, fusion: Fusion, starts_BT: Tensor | None, history_BLH: Tensor
+        self, x_BTH: Tensor, fusion: Fusion, starts_BT: Tensor | None, history_BLH: Tensor | None
     ) -> Tensor:
         return short_conv(
             x_BTH,

@@ -1,4 +1,4 @@
-"""What a caller of an operation chooses, as plain values: NSA's sizes and the routers' names.
+"""What a caller of an operation chooses, as plain values: NSA's sizes, the routers' names, the kind of kernels.
 
 Imports neither torch nor Triton, so that a command can check a configuration before it loads either.
 """
@@ -6,8 +6,12 @@ Imports neither torch nor Triton, so that a command can check a configuration be
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from sparseray.errors import ConfigError
+
+Kernels = Literal["auto", "reference", "triton"]
+"""Values of the key `kernels` of a run: see `ops.ops_for`."""
 
 ROUTERS = ("v3", "v2", "gshard", "switch")
 """DeepSeek-V3's sigmoid with a selection bias, DeepSeek-V2's softmax, GShard's top-2, Switch's top-1."""

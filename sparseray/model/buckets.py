@@ -1,17 +1,18 @@
-"""How a layer's memory table is cut into buckets: contiguous ranges of rows of about the same length.
+"""Where a memory table is cut into buckets; without torch, since plans are made before it is loaded."""
 
-A file of its own, because planning reads it and loads no torch.
-"""
+from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 
 
-def bucket_bounds(num_rows: int, num_buckets: int) -> np.ndarray:
+def bucket_bounds(num_rows: int, num_buckets: int) -> np.ndarray[Any, np.dtype[np.int64]]:
     """First row of every bucket of a table.
 
     Args:
         num_rows: rows of the table.
-        num_buckets: ranges that it is cut into.
+        num_buckets: contiguous ranges that it is cut into.
 
     Returns:
         int64 [num_buckets + 1], the number of rows last.

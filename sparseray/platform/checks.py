@@ -16,6 +16,8 @@ from sparseray.platform.config import ClusterConfig
 from sparseray.platform.planning.inventory import Inventory, num_slots
 from sparseray.platform.planning.replan import make_plan
 
+ANSWER_S = 8.0
+
 
 def check_cluster(cluster: ClusterConfig, inventory: Inventory) -> Plan:
     """Return the first plan of a configuration, with slots 0, 1, ..., if roles, replication and slots fit.
@@ -42,11 +44,20 @@ def check_cluster(cluster: ClusterConfig, inventory: Inventory) -> Plan:
 
 
 def check_start(cluster: ClusterConfig) -> None:
-    """See that slots can listen where they shall.
+    """See that slots can listen where they shall, or that the cluster they shall join answers.
 
     Raises:
-        ConfigError: the address is not this machine's.
+        ConfigError: the address is not this machine's, or nobody answers there.
     """
+    host, _, port = cluster.address.rpartition(":")
+    if host and port.isdigit() and "/" not in host:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_S).close()
+        except (OSError, OverflowError) as error:
+            raise ConfigError(
+                f"cluster.address={cluster.address} does not answer ({error}); give the address of a running Ray head, "
+                'such as HOST:6379 or "auto" on its machine, or leave it out for a Ray of the run\'s own'
+            ) from None
     if not cluster.address:
         check_address(cluster.bind_host, 0, f"cluster.bind_host={cluster.bind_host}")
 

@@ -18,6 +18,7 @@ import jsonargparse
 import yaml
 
 from sparseray.errors import ConfigError
+from sparseray.kernels.settings import Kernels
 from sparseray.model.config import ModelConfig
 from sparseray.model.limits import Limits, check, complaint, count, within
 from sparseray.platform.settings import Setting, expand_path, nearest, read_file, read_options
@@ -186,7 +187,13 @@ class MetricsConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Everything that defines a run."""
+    """Everything that defines a run.
+
+    Args:
+        model, data, optim, train, cluster, serve, metrics: see each section.
+        kernels: "reference" (plain PyTorch), "triton", or "auto": Triton on a GPU of compute capability 9 or more.
+        run_dir: folder of the run.
+    """
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -195,6 +202,7 @@ class RunConfig:
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     serve: ServeConfig = field(default_factory=ServeConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    kernels: Kernels = "auto"
     run_dir: str = "runs/run"
 
     def __post_init__(self) -> None:
@@ -228,6 +236,12 @@ def parser(prog: str, description: str) -> jsonargparse.ArgumentParser:
     found.add_argument("--config", action="config", help="YAML file; options after it override its values")
     for section, kind in zip(SECTIONS, (f.type for f in fields(RunConfig))):
         found.add_class_arguments(typing.cast(type, kind), section)
+    found.add_argument(
+        "--kernels",
+        type=Kernels,
+        default=RunConfig.kernels,
+        help="what the model computes with; auto: Triton on a GPU of compute capability 9 or more",
+    )
     found.add_argument(
         "--run_dir", type=str, default=RunConfig.run_dir, help="folder of the run; resumes what it holds"
     )

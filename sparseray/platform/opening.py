@@ -17,6 +17,7 @@ from sparseray.platform.config import ClusterConfig, RunConfig, ServeConfig
 from sparseray.platform.planning.inventory import Inventory, num_slots
 from sparseray.platform.run import checkpoint
 from sparseray.platform.run.folder import RunFolder
+from sparseray.platform.run.journal import Journal, set_aside_if_damaged
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,9 +53,26 @@ class TrainingInputs:
     layout: DSELayout | None
     newest: Path | None
 
-    def create_folder(self) -> None:
-        """Write what the run folder lacks."""
+    def create_folder(self) -> list[str]:
+        """Write what the run folder lacks, and what has changed since the run began.
+
+        Returns:
+            what a person should know of it.
+        """
+        changed = self.folder.changes(self.config)
         self.folder.open(self.config, self.layout, Path(self.config.data.path) / "tokenizer.json")
+        said = []
+        if aside := set_aside_if_damaged(self.folder.journal):
+            where = f"going on from {self.newest}, which is whole" if self.newest else "starting anew"
+            said.append(f"{self.folder.journal} was damaged and is kept as {aside}; {where}")
+        if changed:
+            step = int(self.newest.name.removeprefix("step_")) if self.newest else 0
+            journal = Journal(self.folder.journal)
+            journal.lead()
+            journal.append("settings", generation=0, step=step, changed=changed)
+            journal.close()
+            said.append(f"changed since the run began: {', '.join(changed)}")
+        return said
 
 
 def training_inventory(config: RunConfig) -> Inventory:

@@ -13,7 +13,7 @@ import traceback
 from collections import deque
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import ray
 
@@ -29,6 +29,7 @@ from sparseray.platform.fleet.ray_fleet import RayFleet
 from sparseray.platform.fleet.transport import ZmqTransport, private_directory, remove_directory
 from sparseray.platform.metrics.exporter import Metrics, write_targets
 from sparseray.platform.opening import slots_of
+from sparseray.platform.run import lock
 from sparseray.platform.run.folder import RunFolder
 from sparseray.platform.run.history import JobHistory, read_job
 from sparseray.platform.run.journal import Journal
@@ -61,6 +62,7 @@ class Scheduler:
         self._asked = time.monotonic()
         self._fleet: RayFleet | None = None
         self._job: Run | None = None
+        self._lock: TextIO | None = None
         self._thread = threading.Thread(target=self._run, daemon=True, name="driver")
         journal = Journal(self._folder.journal)
         has_begun = read_job(journal, job).has_begun
@@ -76,6 +78,9 @@ class Scheduler:
     # -- the driving thread ---------------------------------------------------------------------
 
     def _run(self) -> None:
+        if other := self._hold():
+            self._failure = {"error": other, "kind": "ConfigError", "user": True}
+            return
         try:
             self._drive()
         except FencedError as error:
@@ -94,6 +99,18 @@ class Scheduler:
                 self._job.close()
             write_targets(self._folder.targets, {}, self._folder.path.name)
             threading.Thread(target=self._end, daemon=True, name="end").start()
+
+    def _hold(self) -> str:
+        """Keep others out of the run folder; says who works there already.
+
+        A scheduler of this job that is not quite dead is fenced by the journal, not waited for.
+        """
+        gcs = ray.get_runtime_context().gcs_address
+        self._lock = lock.hold(self._folder.path, job=self._job_id, ray=gcs)
+        other = lock.holder(self._folder.path) if self._lock is None else None
+        if other is None or other.get("job") == self._job_id:
+            return ""
+        return f"run_dir={self._folder.path} is in use by process {other.get('pid')} on {other.get('host')}; give another"
 
     def _drive(self) -> None:
         cluster = self._config.cluster
@@ -156,6 +173,8 @@ class Scheduler:
             self._fleet.close()
         forget_run(self._folder.path)
         remove_directory(self._job_id)
+        if self._lock is not None:
+            self._lock.close()
         self._closed.set()
 
     # -- questions -----------------------------------------------------------------------------

@@ -19,6 +19,9 @@ import yaml
 from sparseray.errors import ConfigError
 from sparseray.model.limits import Limits, complaint, hints_of, limits_of
 
+MOST_SHOWN = 80
+"""Characters of a wrong value in a message."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
@@ -183,9 +186,9 @@ def _of_mapping(
             elif isinstance(node, yaml.MappingNode):
                 take(node, f"{name}.")
             else:
-                what = "a list" if isinstance(node, yaml.SequenceNode) else repr(node.value)
+                what = "a list" if isinstance(node, yaml.SequenceNode) else _shown(node.value)
                 raise ConfigError(
-                    f"{place}: {name} is a section and cannot be {what if what != repr('') else 'empty'}; "
+                    f"{place}: {name} is a section and cannot be {what if node.value else 'empty'}; "
                     f"write its keys below it, such as `{_example(name, known)}`, or remove the line"
                 )
 
@@ -200,7 +203,7 @@ def _leaf(name: str, node: yaml.Node, key: Key, place: str) -> Setting:
             f"{place}: {name} has no value (null); give one or remove the line; {_default(key)}"
         )
     if problem := complaint(key.hint, key.limits, value):
-        raise ConfigError(f"{place}: {name}={value!r} {problem}; {_default(key)}")
+        raise ConfigError(f"{place}: {name}={_shown(value)} {problem}; {_default(key)}")
     return Setting(value=value, place=place)
 
 
@@ -235,6 +238,11 @@ def _converted(hint: Any, value: Any) -> Any:
 
 def _default(key: Key) -> str:
     return f"the default is {_yaml(key.default)}"
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."
 
 
 def _yaml(value: Any) -> str:

@@ -164,8 +164,8 @@ class Trainer:
             if not math.isfinite(norm):
                 self.step_metrics.refused()
                 raise UserError(
-                    f"the gradient norm of step {step} is {norm}: nothing was applied; "
-                    f"lower optim.lr={self.config.optim.lr:g} and resume from the last checkpoint"
+                    f"the gradient norm of step {step} is {norm}: nothing was applied; the same command with "
+                    f"--optim.lr={self.config.optim.lr / 10:g} goes on from the last checkpoint at a tenth of the rate"
                 )
             scale = min(1.0, self.config.optim.clip / (norm + 1e-6)) if self.config.optim.clip else 1.0
             counts = reports.counts_LE
@@ -253,7 +253,28 @@ class Trainer:
         self.metrics.record("eval_bpb", bits)
 
     def save(self) -> None:
-        """Write a checkpoint of the committed step; it counts once its folder has its final name."""
+        """Write a checkpoint of the committed step; training goes on from memory where that fails, and tells of it.
+
+        Raises:
+            UserError: it was the last one of the run.
+        """
+        try:
+            self._save()
+        except (OSError, UserError) as error:
+            checkpoint.give_up(self.folder.checkpoints, self.step)
+            text = f"no checkpoint of step {self.step}: {' '.join(str(error).split())}"
+            members = set(self.control.fleet.members())
+            self.generations.events.tell(
+                "unsaved", self.step, text, generation=self.plan.generation, plan=self.plan, members=members
+            )
+            if self._is_last:
+                raise UserError(
+                    f"{text}; free space or mend {self.folder.checkpoints}, and the same command goes on from the "
+                    "newest checkpoint there"
+                ) from None
+
+    def _save(self) -> None:
+        """Write a checkpoint; it counts once its folder has its final name."""
         started = time.perf_counter()
         with self.ledger.state("checkpointing"):
             unfinished = checkpoint.begin(self.folder.checkpoints, self.step)
@@ -290,6 +311,8 @@ class Trainer:
         self.control.post(sorted(waiting), body, step=self.step + 1)
         tensors: dict[str, SavedTensor] = {}
         for message in self.control.messages(Saved, deadline_s=self.control.deadline_s + 60):
+            if message.step != self.step + 1:
+                continue  # Of a checkpoint that was given up.
             tensors |= message.body.tensors
             waiting.discard(message.source)
             if not waiting:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sparseray.actors.state.adamw import EXP_AVG, EXP_AVG_SQ, AdamW
 from sparseray.actors.state.tree import TreeSum
+from sparseray.kernels.ops import REFERENCE, Ops
 from sparseray.model.config import ModelConfig
 from sparseray.model.dse_layout import DSELayout
 from sparseray.model.transformer import Transformer
@@ -25,6 +26,7 @@ class DenseState:
         seed: initialisation seed.
         num_parts: logical parts of a step.
         betas, eps, weight_decay: of `AdamW`.
+        ops: what the model computes with.
     """
 
     def __init__(
@@ -37,8 +39,9 @@ class DenseState:
         betas: tuple[float, float],
         eps: float,
         weight_decay: float,
+        ops: Ops = REFERENCE,
     ) -> None:
-        self.model = Transformer(config, layout, seed=seed)
+        self.model = Transformer(config, layout, seed=seed, ops=ops)
         self.names = [name for name, _ in self.model.named_parameters()]
         self.parameters = list(self.model.parameters())
         self.biases = {name: b for name, b in self.model.named_buffers() if name.endswith("router_bias")}

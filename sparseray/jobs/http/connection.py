@@ -50,12 +50,16 @@ class Connection(H11Protocol):
         if cycle is None or cycle.response_complete or cycle.more_body or is_ssl(self.transport):
             return None
         cycle.keep_alive = False
-        if self.conn.our_state is h11.SEND_RESPONSE and cycle.scope["http_version"] == "1.1":
-            output = self.conn.send(
-                h11.InformationalResponse(status_code=102, headers=[], reason=b"Processing")
-            )
-            self.transport.write(output)
+        if cycle.scope["http_version"] == "1.1":
+            self._probe(0.1)
         return True
+
+    def _probe(self, seconds: float) -> None:
+        """Send a line that may be skipped, again and again: the first after a reset ends the connection."""
+        if self.conn.our_state is h11.SEND_RESPONSE and not self.transport.is_closing():
+            line = h11.InformationalResponse(status_code=102, headers=[], reason=b"Processing")
+            self.transport.write(self.conn.send(line))
+            self.loop.call_later(seconds, self._probe, min(10.0, 2 * seconds))
 
     def _watch(self) -> None:
         """Set the deadline of what the client has to do next; more bytes of the same do not move it."""

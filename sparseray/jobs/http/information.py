@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse, Response
 from sparseray.jobs.http.api_error import ApiError, error_response
 from sparseray.jobs.http.constraints import read_tools
 from sparseray.jobs.http.endpoints import GenerateEndpoints
-from sparseray.jobs.http.fields import DETOKENIZE, TOKENIZE, read_fields
+from sparseray.jobs.http.fields import DETOKENIZE, TOKENIZE, Values, read_fields
 from sparseray.jobs.http.generation_client import GenerationClient
 from sparseray.jobs.http.openai_bodies import ServedModel, encode_chat
 from sparseray.jobs.http.openapi import describe
@@ -103,7 +103,10 @@ class InformationEndpoints:
 
     async def metrics(self, _: Request) -> Response:
         """Give the metrics to Prometheus."""
-        data = await asyncio.to_thread(self._metrics)
+        try:
+            data = await asyncio.to_thread(self._metrics)
+        except Exception as error:
+            return error_response(error)
         return Response(data, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def tokenize(self, request: Request) -> Response:
@@ -121,7 +124,8 @@ class InformationEndpoints:
         if ("prompt" in values.body) == ("messages" in values.body):
             raise ApiError(400, "give either prompt or messages", param="prompt")
         if "messages" in values.body:
-            tools = read_tools(values, served.limits, template_takes_tools=served.template.takes_tools)
+            shown = Values({**values.body, "tool_choice": "none"})
+            tools = read_tools(shown, served.limits, template_takes_tools=served.template.takes_tools)
             tokens = encode_chat(values, tools, served, reader)
         else:
             prompt = values.get("prompt")

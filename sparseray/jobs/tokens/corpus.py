@@ -13,11 +13,14 @@ import platform
 import stat
 import sysconfig
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from sparseray.errors import DataError
+from sparseray.log import get_logger
+
+log = get_logger(__name__)
 
 STDLIB = "stdlib"
 READ_BYTES = 1 << 20
@@ -26,6 +29,8 @@ MIN_DOCUMENT_BYTES = 1 << 10
 # Below this many files, the text is cut into about so many pieces: a split by document needs a choice.
 MIN_FILES = 20
 MIN_PIECES = 64
+NAMED = 10
+"""So many of what is left out are named, the others only counted."""
 LICENCE_STEMS = ("license", "licence", "copying")
 
 
@@ -40,12 +45,16 @@ class SourceFile:
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """What the user named, resolved: files in name order, with the version and licence to record."""
+    """What the user named, resolved: files in name order, with the version and licence to record.
+
+    `left_out` counts by reason what is not among the files: unreadable ones, folders too, and dangling links.
+    """
 
     spec: str
     version: str
     licence: str
     files: tuple[SourceFile, ...]
+    left_out: Mapping[str, int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,22 +97,34 @@ def find_sources(specs: Sequence[str], exclude: Sequence[Path] = ()) -> tuple[So
     labels: Counter[str] = Counter()
     sources = []
     for spec in specs:
+        if not spec.strip():
+            raise DataError(f"--source {spec!r} is empty; give {STDLIB!r}, a file or a folder")
         root = Path(sysconfig.get_paths()["stdlib"]) if spec == STDLIB else Path(spec)
         if not root.exists():
             raise DataError(f"source {spec!r} does not exist; give {STDLIB!r}, a file or a folder")
-        label = STDLIB if spec == STDLIB else root.resolve().name
+        label = STDLIB if spec == STDLIB else readable(root.resolve().name)
         labels[label] += 1
         if labels[label] > 1:
             label = f"{label}-{labels[label]}"
-        files = tuple(_list_files(root, label, exclude, seen, only_python=spec == STDLIB))
+        left_out: Counter[str] = Counter()
+        files = tuple(_list_files(root, label, exclude, seen, left_out, only_python=spec == STDLIB))
         if not files:
+            reasons = ", ".join(f"{number} {reason}" for reason, number in sorted(left_out.items()))
             raise DataError(
-                f"source {spec!r} ({root}) holds no file that is not in an earlier source; drop it"
+                f"source {spec!r} ({root}) holds no file that can be read and is not in an earlier source "
+                f"(left out: {reasons or 'none'}); drop it"
             )
         version = f"Python {platform.python_version()}" if spec == STDLIB else "sha256 of contents"
         licence = "PSF-2.0" if spec == STDLIB else _stated_licence(root)
-        sources.append(Source(spec=spec, version=version, licence=licence, files=files))
+        sources.append(
+            Source(spec=readable(spec), version=version, licence=licence, files=files, left_out=left_out)
+        )
     return tuple(sources)
+
+
+def readable(name: str) -> str:
+    """A file's name as text: bytes that are no UTF-8 are written as \\xNN."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def document_limit(sources: Sequence[Source]) -> int:
@@ -143,21 +164,47 @@ def iter_documents(source: Source, limit: int, skipped: Counter[str]) -> Iterato
 
 
 def _list_files(
-    root: Path, label: str, exclude: Sequence[Path], seen: set[Path], only_python: bool
+    root: Path,
+    label: str,
+    exclude: Sequence[Path],
+    seen: set[Path],
+    left_out: Counter[str],
+    *,
+    only_python: bool,
 ) -> Iterator[SourceFile]:
-    """Yield regular files below `root` in name order, without hidden ones and installed packages."""
-    barred = {path.resolve() for path in exclude}
+    """Yield regular files below `root` in name order, without hidden ones and installed packages.
+
+    Folders that are links are followed, each folder once, so that a loop ends.
+
+    Args:
+        root, label: where the source is, and its name inside the corpus.
+        exclude: folders never read.
+        seen: real paths of files that have been yielded; updated in place.
+        left_out: counts by reason what cannot be read; updated in place.
+        only_python: pass over all that is no Python.
+    """
     found: list[tuple[str, Path]] = []
+
+    def lacking(reason: str, path: Path | str) -> None:
+        left_out[reason] += 1
+        if left_out[reason] <= NAMED:
+            log.warning("%s is left out: %s", readable(str(path)), reason)
+
+    entered = {path.resolve() for path in exclude}
     if root.is_dir():
-        for folder, folders, names in os.walk(root):
+        for folder, folders, names in os.walk(
+            root, followlinks=True, onerror=lambda error: lacking("unreadable folders", error.filename)
+        ):
             here = Path(folder)
-            folders[:] = [
+            if here.resolve() in entered:
+                folders.clear()
+                continue
+            entered.add(here.resolve())
+            folders[:] = sorted(
                 name
                 for name in folders
-                if not name.startswith(".")
-                and name not in ("__pycache__", "site-packages", "dist-packages")
-                and (here / name).resolve() not in barred
-            ]
+                if not name.startswith(".") and name not in ("__pycache__", "site-packages", "dist-packages")
+            )
             for name in names:
                 if not name.startswith(".") and (not only_python or name.endswith(".py")):
                     found.append((f"{label}/{(here / name).relative_to(root).as_posix()}", here / name))
@@ -167,11 +214,16 @@ def _list_files(
         try:
             status = path.stat()
         except OSError:
-            continue  # a dangling link is no file of the source
+            lacking("dangling links", path)
+            continue
         real = path.resolve()
-        if stat.S_ISREG(status.st_mode) and real not in seen:
-            seen.add(real)
-            yield SourceFile(path=path, name=name, num_bytes=status.st_size)
+        if not stat.S_ISREG(status.st_mode) or real in seen:
+            continue
+        if not os.access(path, os.R_OK):
+            lacking("unreadable", path)
+            continue
+        seen.add(real)
+        yield SourceFile(path=path, name=readable(name), num_bytes=status.st_size)
 
 
 def _stated_licence(root: Path) -> str:
@@ -198,9 +250,11 @@ def _is_text(path: Path) -> bool:
 
 
 def _pieces(path: Path, limit: int) -> Iterator[bytes]:
-    """Yield a UTF-8 file as pieces of at most `limit` bytes that add up to the file."""
+    """Yield a UTF-8 file as pieces of at most `limit` bytes that add up to the file, but for a byte order mark."""
     rest = b""
     with path.open("rb") as handle:
+        if handle.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
+            handle.seek(0)
         while chunk := handle.read(READ_BYTES):
             rest += chunk
             start = 0

@@ -34,10 +34,19 @@ from sparseray.actors.training.manifest import (
     write_manifest,
 )
 from sparseray.errors import DataError
-from sparseray.jobs.tokens.corpus import Document, Source, document_limit, find_sources, iter_documents
+from sparseray.jobs.tokens.corpus import (
+    Document,
+    Source,
+    document_limit,
+    find_sources,
+    iter_documents,
+    readable,
+)
 from sparseray.jobs.tokens.files import ShardWriter, token_dtype
 from sparseray.jobs.tokens.tokenizer import TextTokenizer, check_vocab_size, load_tokenizer, train_bpe
 from sparseray.log import get_logger
+from sparseray.model.limits import Limits, complaint
+from sparseray.platform.checks import check_folder
 
 log = get_logger(__name__)
 
@@ -134,8 +143,11 @@ def prepare(
 
 
 def _check_target(out: Path, overwrite: bool) -> None:
-    """Refuse an output folder that holds anything, but a data set that may be replaced."""
+    """Refuse an output folder that cannot be made or holds anything, but a data set that may be replaced."""
+    if problem := complaint(str, Limits(), str(out)):
+        raise DataError(f"--out {readable(str(out))} {problem}")
     if not out.exists():
+        check_folder(out, "--out")
         return
     if not out.is_dir():
         raise DataError(f"--out {out} is a file; name a folder that does not exist yet")
@@ -164,6 +176,7 @@ def _survey(
     sample: list[Document] = []
     skipped: Counter[str] = Counter()
     for source in corpus:
+        skipped.update(source.left_out)
         for document in iter_documents(source, limit, skipped):
             count += 1
             min_key, max_key = min(min_key, document.split_key), max(max_key, document.split_key)
@@ -230,7 +243,7 @@ def _batches(corpus: Sequence[Source], limit: int, infos: list[SourceInfo]) -> I
     batch: list[Document] = []
     held = 0
     for source in corpus:
-        skipped: Counter[str] = Counter()
+        skipped = Counter(source.left_out)
         digest = hashlib.sha256()
         documents = num_bytes = 0
         for document in iter_documents(source, limit, skipped):

@@ -108,24 +108,16 @@ class _Rope(torch.autograd.Function):
         ctx: Any, fused_RND: Tensor, angles: tuple[Tensor, Tensor, Tensor], heads: tuple[int, int, int], start: int,
         is_interleaved: bool,
     ) -> Any:  # fmt: skip
-        (R, _, D), ctx.angles, ctx.options = fused_RND.shape, angles, (start, is_interleaved)
-        parts = (fused_RND.new_empty(R, n, D) for n in heads)
-        q, k, v = parts
+        ctx.angles, ctx.start, ctx.is_interleaved = angles, start, is_interleaved
+        q, k, v = (fused_RND.new_empty(fused_RND.shape[0], n, fused_RND.shape[2]) for n in heads)
         _launch(fused_RND, (q, k, v), angles, start, is_interleaved, False)
         return q, k, v
 
     @staticmethod
     def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> Any:
-        start, is_interleaved = ctx.options
+        parts = (dq.contiguous(), dk.contiguous(), dv.contiguous())
         dfused = dq.new_empty(dq.shape[0], dq.shape[1] + dk.shape[1] + dv.shape[1], dq.shape[2])
-        _launch(
-            dfused,
-            (dq.contiguous(), dk.contiguous(), dv.contiguous()),
-            ctx.angles,
-            start,
-            is_interleaved,
-            True,
-        )
+        _launch(dfused, parts, ctx.angles, ctx.start, ctx.is_interleaved, True)
         return dfused, None, None, None, None
 
 

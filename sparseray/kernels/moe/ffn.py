@@ -45,6 +45,20 @@ class LayerConfig:
     tma: bool = True
 
 
+@dataclass(frozen=True, kw_only=True)
+class GradientSlabs:
+    """Where the backward pass puts the gradients of the experts' weights, in fp32, instead of returning them.
+
+    Attributes:
+        gate_up_E2IH, down_EHI: fp32, contiguous, in the weights' shapes.
+        accumulate: add to what is there (an expert without rows is not touched); otherwise all is written.
+    """
+
+    gate_up_E2IH: Tensor
+    down_EHI: Tensor
+    accumulate: bool = True
+
+
 HOPPER = LayerConfig(
     m=128,
     up=TileConfig(n=128, k=64, group=8, warps=8, stages=4),
@@ -55,6 +69,9 @@ HOPPER = LayerConfig(
     weight_grad_rows=128,
 )
 """bf16 and fp16 on compute capability 9.0; measured in benchmarks/results."""
+
+WEIGHT_GRAD_REGISTERS = 168
+"""Of a thread at most, where a weight gradient has four warps: three programs then share a multiprocessor."""
 
 _SMALL = TileConfig(n=32, k=32, group=4, warps=4, stages=2)
 SMALL = LayerConfig(
@@ -217,14 +234,28 @@ def activation_grad(
 
 
 def weight_grad(
-    rows_RN: Tensor, tokens_TH: Tensor, plan: ExpertPlan, config: LayerConfig, *, rows_first: bool
+    rows_RN: Tensor,
+    tokens_TH: Tensor,
+    plan: ExpertPlan,
+    config: LayerConfig,
+    *,
+    rows_first: bool,
+    out: Tensor | None = None,
+    accumulate: bool = False,
 ) -> Tensor:
-    """Sum over each expert's rows of rows (x) tokens: [E, N, H] if rows_first, else [E, H, N]."""
+    """Sum over each expert's rows of rows (x) tokens: [E, N, H] if rows_first, else [E, H, N].
+
+    Args:
+        out: contiguous, of any floating dtype; None makes one of the rows' dtype.
+        accumulate: add to `out`.
+    """
     N, H, E = rows_RN.shape[1], tokens_TH.shape[1], plan.counts_E.shape[0]
     tile = config.weight_grad
     # The wider side of the tile goes to the second operand of the product.
     br, bt = (config.weight_grad_rows, tile.n) if rows_first else (tile.n, config.weight_grad_rows)
-    out = rows_RN.new_empty((E, N, H) if rows_first else (E, H, N))
+    shape = (E, N, H) if rows_first else (E, H, N)
+    out = rows_RN.new_empty(shape) if out is None else out
+    assert out.shape == shape and out.is_contiguous()
     tma = _may_use_tma(config, rows_RN)
     launch_kernel(
         gemm.weight_grad_kernel,
@@ -239,6 +270,7 @@ def weight_grad(
         TOKENS=H,
         K=plan.top_k,
         ROWS_FIRST=rows_first,
+        ACCUMULATE=accumulate,
         TMA=tma,
         BR=br,
         BT=bt,
@@ -246,6 +278,7 @@ def weight_grad(
         GROUP=tile.group,
         num_warps=tile.warps,
         num_stages=tile.stages,
+        maxnreg=WEIGHT_GRAD_REGISTERS if tile.warps == 4 else None,
     )
     return out
 
@@ -260,13 +293,14 @@ class _MoeFfn(torch.autograd.Function):
         w_EHI: Tensor,
         plan: ExpertPlan,
         config: LayerConfig,
+        slabs: GradientSlabs | None,
     ) -> Tensor:
         save = any(ctx.needs_input_grad)
         act_RI, pre_RP = up_project(x_TH, w_E2IH, plan, config, save=save)
         y_RH = project_rows(act_RI, w_EHI, plan, config, config.down, transposed=True)
         if save:
             ctx.save_for_backward(x_TH, weights_TK, w_E2IH, w_EHI, pre_RP)
-            ctx.plan, ctx.config = plan, config
+            ctx.plan, ctx.config, ctx.slabs = plan, config, slabs
         return combine(y_RH, plan, weights_TK)
 
     @staticmethod
@@ -275,14 +309,24 @@ class _MoeFfn(torch.autograd.Function):
         plan, config, dy_TH = ctx.plan, ctx.config, dy_TH.contiguous()
         need_x, need_weights, need_up, need_down = ctx.needs_input_grad[:4]
         dpre_RP, weighted_RI, dweights_TK = activation_grad(dy_TH, pre_RP, w_EHI, weights_TK, plan, config)
-        dw_EHI = weight_grad(weighted_RI, dy_TH, plan, config, rows_first=False) if need_down else None
+        slabs: GradientSlabs | None = ctx.slabs
+        to_down: dict[str, Any] = (
+            {} if slabs is None else {"out": slabs.down_EHI, "accumulate": slabs.accumulate}
+        )
+        to_up = {} if slabs is None else to_down | {"out": slabs.gate_up_E2IH}
+        dw_EHI = dw_E2IH = None
+        if need_down or slabs:
+            dw_EHI = weight_grad(weighted_RI, dy_TH, plan, config, rows_first=False, **to_down)
         del weighted_RI
-        dw_E2IH = weight_grad(dpre_RP, x_TH, plan, config, rows_first=True) if need_up else None
+        if need_up or slabs:
+            dw_E2IH = weight_grad(dpre_RP, x_TH, plan, config, rows_first=True, **to_up)
+        if slabs is not None:
+            dw_EHI = dw_E2IH = None
         dx_TH = None
         if need_x:
             dx_RH = project_rows(dpre_RP, w_E2IH, plan, config, config.input_grad, transposed=False)
             dx_TH = combine(dx_RH, plan, None)
-        return dx_TH, dweights_TK if need_weights else None, dw_E2IH, dw_EHI, None, None
+        return dx_TH, dweights_TK if need_weights else None, dw_E2IH, dw_EHI, None, None, None
 
 
 def moe_ffn(
@@ -294,6 +338,7 @@ def moe_ffn(
     *,
     plan: ExpertPlan | None = None,
     config: LayerConfig | None = None,
+    slabs: GradientSlabs | None = None,
 ) -> Tensor:
     """Weighted sum over each token's experts of down(silu(gate x) * (up x)), differentiable.
 
@@ -306,6 +351,8 @@ def moe_ffn(
         plan: the map of these ids from `route_and_plan` or `plan_experts`, if at hand; its tile rows
             must be the configuration's.
         config: tiles; None chooses by dtype.
+        slabs: where the backward pass puts the weights' gradients (which are then none); some input must
+            require a gradient, or there is no backward pass.
 
     Returns:
         y_TH in x's dtype, summed over k in slot order in fp32; the same bits in every run.
@@ -322,5 +369,6 @@ def moe_ffn(
         w_down_EHI.contiguous(),
         plan,
         config,
+        slabs,
     )
     return y

@@ -230,6 +230,30 @@ def act_grad_kernel(
 
 
 @triton.jit
+def _add_columns(p, acc, o_m, first, M: tl.constexpr, N: tl.constexpr):
+    o_n = first + tl.arange(0, acc.shape[1])
+    p += o_m[:, None] * N + o_n[None, :]
+    m = (o_m < M)[:, None] & (o_n < N)[None, :]
+    tl.store(p, tl.load(p, mask=m, other=0.0) + acc, mask=m)
+
+
+@triton.jit
+def _store_grad(p, acc, o_m, first, M: tl.constexpr, N: tl.constexpr, ACCUMULATE: tl.constexpr):
+    """Rows o_m and columns from `first` on of a matrix [M, N]; adding goes by columns, to hold fewer registers."""
+    if ACCUMULATE:
+        left, right = _halves(acc)
+        for half in tl.static_range(2):
+            one, two = _halves(left if half == 0 else right)
+            o_half = first + half * (acc.shape[1] // 2)
+            _add_columns(p, one, o_m, o_half, M, N)
+            _add_columns(p, two, o_m, o_half + acc.shape[1] // 4, M, N)
+    else:
+        o_n = first + tl.arange(0, acc.shape[1])
+        m = (o_m < M)[:, None] & (o_n < N)[None, :]
+        tl.store(p + o_m[:, None] * N + o_n[None, :], acc.to(p.dtype.element_ty), mask=m)
+
+
+@triton.jit
 def weight_grad_kernel(
     d_rows,
     p_tokens,
@@ -241,6 +265,7 @@ def weight_grad_kernel(
     TOKENS: tl.constexpr,
     K: tl.constexpr,
     ROWS_FIRST: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
     TMA: tl.constexpr,
     BR: tl.constexpr,
     BT: tl.constexpr,
@@ -250,7 +275,8 @@ def weight_grad_kernel(
     """Weight gradient of one expert: the sum over its rows of rows[r] (x) tokens[token(r)].
 
     `rows` [R, ROWS] lies sorted by expert, `tokens` [T, TOKENS] is gathered. The result is
-    [ROWS, TOKENS] where ROWS_FIRST, else [TOKENS, ROWS]; zeros for an expert without rows.
+    [ROWS, TOKENS] where ROWS_FIRST, else [TOKENS, ROWS]; zeros for an expert without rows. With ACCUMULATE
+    it is added to what is there.
     """
     num_r: tl.constexpr = (ROWS + BR - 1) // BR
     num_t: tl.constexpr = (TOKENS + BT - 1) // BT
@@ -258,6 +284,9 @@ def weight_grad_kernel(
     e = tl.program_id(1)
     first = tl.load(p_offsets + e)
     count = tl.load(p_counts + e)
+    if ACCUMULATE:  # noqa: SIM102  (the compiler decides the outer one)
+        if count == 0:
+            return
     o_k = tl.arange(0, BK)
     o_r = i_r * BR + tl.arange(0, BR)
     o_t = i_t * BT + tl.arange(0, BT)
@@ -281,12 +310,9 @@ def weight_grad_kernel(
             acc = tl.dot(b.T, a, acc, input_precision="ieee")
     p = p_out + e.to(tl.int64) * (ROWS * TOKENS)
     if ROWS_FIRST:
-        p += o_r[:, None] * TOKENS + o_t[None, :]
-        m = (o_r < ROWS)[:, None] & (o_t < TOKENS)[None, :]
+        _store_grad(p, acc, o_r, i_t * BT, ROWS, TOKENS, ACCUMULATE)
     else:
-        p += o_t[:, None] * ROWS + o_r[None, :]
-        m = (o_t < TOKENS)[:, None] & (o_r < ROWS)[None, :]
-    tl.store(p, acc.to(p_out.dtype.element_ty), mask=m)
+        _store_grad(p, acc, o_t, i_r * BR, TOKENS, ROWS, ACCUMULATE)
 
 
 @triton.jit

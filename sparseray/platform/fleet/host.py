@@ -15,7 +15,7 @@ import zmq
 from sparseray.actors.installation import JobSpec
 from sparseray.actors.slot import Slot
 from sparseray.actors.state.tables import process_namespace
-from sparseray.actors.wire.mailbox import Mailbox
+from sparseray.actors.wire.slot_mailbox import SlotMailbox
 from sparseray.platform.fleet.job import SpecJobs
 from sparseray.platform.fleet.priority import gently
 from sparseray.platform.fleet.transport import ZmqTransport, private_directory
@@ -45,7 +45,7 @@ class Host:
         self._transport = ZmqTransport(f"slot{slot}", directory, bind_host)
         self._metrics = Metrics({"slot": str(slot)}, declare="slot")
         self._metrics_address = self._metrics.serve(bind_host)
-        mailbox = Mailbox(self._transport, slot, job)
+        mailbox = SlotMailbox(self._transport, slot, job)
         self._jobs = SpecJobs(self._metrics)
         self._slot = Slot(mailbox, self._jobs)
         self._thread = threading.Thread(target=self._slot.serve_forever, daemon=True, name=f"slot-{slot}")
@@ -65,7 +65,7 @@ class Host:
         self._heartbeats = heartbeats
         job = self._jobs(spec)
         if not self._thread.is_alive():
-            self._slot.holdings = gently(lambda: warm_holdings(job))
+            self._slot.roles.holdings = gently(lambda: warm_holdings(job))
             self._thread.start()
             self._beating.start()
         return {

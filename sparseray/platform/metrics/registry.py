@@ -171,6 +171,7 @@ _ELASTIC = {
         labels=("kind",),
         values={
             "kind": (
+                "unsaved",
                 "lost",
                 "recovered",
                 "resized",
@@ -306,7 +307,7 @@ def table() -> str:
     lines = [
         "# Metrics",
         "",
-        "Made from `sparseray/platform/metrics/registry.py` by `python -m sparseray dashboards generate`; a test",
+        "Made from `sparseray/platform/metrics/registry.py` by `python -m sparseray dashboard generate`; a test",
         f"holds it current. Every name begins with `{PREFIX}`. Labels besides those listed: `run` and `process` from",
         "the discovery file, and `slot` on what scheduler and slots record. Histograms are exact: their `_sum` is",
         "the sum of what was observed. Time to first token runs from a request's arrival at the server; inter-token",

@@ -43,8 +43,11 @@ def write_part(directory: str | Path, part: str, tensors: dict[str, torch.Tensor
     """
     path = Path(directory) / f"{part}.safetensors"
     plain = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    save_file(plain, path)
-    sync(path)
+    try:
+        save_file(plain, path)
+        sync(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be written: {error}") from None
     return {
         name: SavedTensor(
             file=path.name,
@@ -90,6 +93,11 @@ def finish(unfinished: Path, manifest: dict[str, Any]) -> Path:
     os.rename(unfinished, final)
     sync(final.parent)
     return final
+
+
+def give_up(root: Path, step: int) -> None:
+    """Remove what was written of a checkpoint that cannot be finished."""
+    shutil.rmtree(root / f"step_{step}{UNFINISHED}", ignore_errors=True)
 
 
 def prune(root: Path, keep: int) -> None:

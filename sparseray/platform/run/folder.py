@@ -3,30 +3,44 @@
 A run resumes by itself from what its folder holds; a folder of another configuration is refused.
 """
 
+import errno
 import json
 import os
 import shutil
+from collections import deque
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from sparseray.errors import CheckpointError, ConfigError, IdentityError
+from sparseray.log import get_logger
 from sparseray.model.dse_layout import DSELayout
-from sparseray.platform.config import RunConfig, load_yaml, save_yaml, to_dict
+from sparseray.platform.config import RunConfig, save_yaml, to_dict
 from sparseray.platform.run import checkpoint
 
-# Keys that may differ between two starts of one run: they change no bit of its result.
+log = get_logger(__name__)
+
+# Keys that may differ between two starts of one run: they change no bit of its result up to there.
 FREE_KEYS = (
     "cluster.",
     "serve.",
     "metrics.",
     "run_dir",
+    "kernels",
     "data.path",
     "data.verify",
+    "optim.",
+    "train.steps",
     "train.checkpoint_every",
     "train.keep_checkpoints",
     "train.eval_every",
     "train.eval_batches",
 )
+
+
+MOST_UNWRITTEN = 100_000
+"""Lines that wait for a disk that is full; the oldest go first."""
 
 
 class RunFolder:
@@ -47,6 +61,8 @@ class RunFolder:
         self.identity = path / "identity"
         self.report = path / "report"
         self.targets = path / "prometheus_targets.json"
+        self._unwritten: deque[tuple[Path, str]] = deque(maxlen=MOST_UNWRITTEN)
+        self._is_told = False
 
     def check(self, config: RunConfig) -> None:
         """Refuse a folder that belongs to another configuration; changes nothing.
@@ -58,16 +74,41 @@ class RunFolder:
             if self.path.exists() and any(self.path.iterdir()):
                 raise ConfigError(f"run_dir={self.path} is not empty and not a run; give a new folder")
             return
-        old, new = _flat(to_dict(load_yaml(self.config))), _flat(to_dict(config))
+        old, new = self._recorded(), _flat(to_dict(config))
         differing = [k for k in sorted(old | new) if old.get(k) != new.get(k) and not k.startswith(FREE_KEYS)]
         if differing:
             shown = ", ".join(
                 f"{key} ({old.get(key)!r} there, {new.get(key)!r} here)" for key in differing[:5]
             )
             raise ConfigError(
-                f"run_dir={self.path} belongs to another configuration: {shown}; "
-                "use the values of its config.yaml, or another run_dir"
+                f"run_dir={self.path} belongs to another configuration: {shown}; these cannot change while a run goes on "
+                f"(optim.*, train.steps, evaluation, checkpoints and cluster can): use the values of its config.yaml, or "
+                "another run_dir"
             )
+
+    def changes(self, config: RunConfig) -> list[str]:
+        """What of a run's result will differ from here on, as "key old -> new"."""
+        if not self.config.exists():
+            return []
+        old, new = self._recorded(), _flat(to_dict(config))
+        return [
+            f"{key} {old.get(key)!r} -> {new[key]!r}"
+            for key in sorted(new)
+            if key.startswith(("optim.", "train.")) and old.get(key) != new[key]
+        ]
+
+    def _recorded(self) -> dict[str, Any]:
+        """The run's configuration by dotted key, also one whose values would be refused today."""
+        try:
+            content = yaml.safe_load(self.config.read_text())
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise ConfigError(
+                f"{self.config} cannot be read ({' '.join(str(error).split())}); restore it, or give another run_dir"
+            ) from None
+        if not isinstance(content, dict):
+            raise ConfigError(f"{self.config} holds no configuration; restore it, or give another run_dir")
+        # What a later version added has its default.
+        return _flat(to_dict(RunConfig())) | _flat(content)
 
     def check_identity(self, layout: DSELayout | None) -> None:
         """Refuse data that would address the table rows in another way than the run's; changes nothing.
@@ -114,9 +155,28 @@ class RunFolder:
                 layout.save(unfinished)
             os.rename(unfinished, self.identity)
         self.check_identity(layout)
-        if not self.config.exists():
+        self._write_tokenizer_config(tokenizer, config)
+        if not self.config.exists() or self.changes(config):
             save_yaml(config, self.path / "config.tmp")
             os.replace(self.path / "config.tmp", self.config)
+
+    def _write_tokenizer_config(self, tokenizer: Path, config: RunConfig) -> None:
+        """Tell other tools what tokenizer.json does not say: which token ends a text, and how long one may be."""
+        target, beside = self.identity / "tokenizer_config.json", tokenizer.with_name("tokenizer_config.json")
+        if target.exists():
+            return
+        manifest = json.loads((self.identity / "data_manifest.json").read_text())
+        stated = json.loads(beside.read_text(encoding="utf-8")) if beside.exists() else {}
+        content = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+            **stated,
+            "eos_token": manifest["tokenizer"]["eos_token"],
+            "model_max_length": config.model.max_seq_len,
+        }
+        temporary = target.with_suffix(".tmp")
+        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(temporary, target)
 
     def check_data(self, data: Path) -> None:
         """Refuse to go on with other token shards than the run was started with; changes nothing.
@@ -160,18 +220,30 @@ class RunFolder:
 
     def append(self, record: dict[str, Any]) -> None:
         """Add one step's record; floats are written so that they read back exactly."""
-        with self.metrics.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        self._append(self.metrics, record)
 
     def append_evaluation(self, record: dict[str, Any]) -> None:
         """Add one validation's record."""
-        with self.evaluations.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        self._append(self.evaluations, record)
 
     def append_event(self, event: dict[str, Any]) -> None:
         """Add one event: a loss, a recovery, a resize; they are never dropped, not even by `rewind`."""
-        with self.events.open("a") as file:
-            file.write(json.dumps(event) + "\n")
+        self._append(self.events, event)
+
+    def _append(self, path: Path, record: dict[str, Any]) -> None:
+        """Add a line; where that fails it is kept, whole, and written before the next one."""
+        self._unwritten.append((path, json.dumps(record) + "\n"))
+        while self._unwritten:
+            path, line = self._unwritten[0]
+            try:
+                _write_whole(path, line)
+            except OSError as error:
+                if not self._is_told:
+                    log.error("%s cannot be written, its lines wait: %s", path, error)
+                self._is_told = True
+                return
+            self._unwritten.popleft()
+        self._is_told = False
 
     def records(self) -> list[dict[str, Any]]:
         """All steps' records; a last line cut short by a kill does not count."""
@@ -190,6 +262,19 @@ class RunFolder:
             return []
         lines = self.events.read_text().splitlines()
         return sorted((json.loads(line) for line in lines if _step_of(line) < _CUT), key=lambda e: e["time"])
+
+
+def _write_whole(path: Path, line: str) -> None:
+    """Append a line, or nothing of it."""
+    with path.open("ab", buffering=0) as file:
+        size = file.tell()
+        try:
+            content = line.encode()
+            if file.write(content) != len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            file.truncate(size)
+            raise
 
 
 def _shards(manifest: Path) -> list[str]:

@@ -4,6 +4,7 @@ SQLite in WAL mode, one row a decision. A decision that is not in the journal ha
 that is there has, whoever died meanwhile. Of several schedulers only the last to lead can write.
 """
 
+import contextlib
 import json
 import os
 import sqlite3
@@ -12,7 +13,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from sparseray.errors import FencedError
+from sparseray.errors import FencedError, UserError
+from sparseray.log import get_logger
+
+log = get_logger(__name__)
+
+WAIT_S = 300.0
 
 
 class Journal:
@@ -23,6 +29,7 @@ class Journal:
     """
 
     def __init__(self, path: Path) -> None:
+        self._path = path
         self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None, timeout=10.0)
         self._db.execute("PRAGMA journal_mode=WAL")
         # A killed process loses nothing in WAL mode; only a power cut needs more than NORMAL.
@@ -55,17 +62,39 @@ class Journal:
 
         Raises:
             FencedError: another scheduler leads now; nothing was written.
+            UserError: the file cannot be written.
         """
-        with self._lock:
-            done = self._db.execute(
-                "INSERT INTO decisions (time, generation, step, kind, body) SELECT ?, ?, ?, ?, ? "
-                "WHERE (SELECT max(epoch) FROM leaders) = ?",
-                (time.time(), generation, step, kind, json.dumps(body), self._epoch),
-            )
+        done = self._insert((time.time(), generation, step, kind, json.dumps(body), self._epoch))
         if done.rowcount != 1:
             raise FencedError(
                 f"another scheduler has taken over this run; {kind} of step {step} was not decided"
             )
+
+    def _insert(self, values: tuple[Any, ...]) -> sqlite3.Cursor:
+        """Write a row; a disk that is full or read-only is waited for, as nothing may happen that is not written.
+
+        Raises:
+            UserError: it stayed so, or the file is damaged.
+        """
+        deadline, is_told = time.monotonic() + WAIT_S, False
+        while True:
+            try:
+                with self._lock:
+                    return self._db.execute(
+                        "INSERT INTO decisions (time, generation, step, kind, body) SELECT ?, ?, ?, ?, ? "
+                        "WHERE (SELECT max(epoch) FROM leaders) = ?",
+                        values,
+                    )
+            except sqlite3.DatabaseError as error:
+                if time.monotonic() > deadline or not isinstance(error, sqlite3.OperationalError):
+                    raise UserError(
+                        f"the journal {self._path} cannot be written ({error}), so no step can be decided; checkpoints "
+                        "are whole: free space or mend the disk, and the same command goes on from the newest one"
+                    ) from None
+                if not is_told:
+                    log.error("%s cannot be written, training waits for it: %s", self._path, error)
+                is_told = True
+                time.sleep(1.0)
 
     def last(self, kind: str) -> dict[str, Any] | None:
         """Return the newest decision of a kind, or None."""
@@ -87,3 +116,28 @@ class Journal:
     def close(self) -> None:
         """Close the file."""
         self._db.close()
+
+
+def set_aside_if_damaged(path: Path) -> Path | None:
+    """Keep a journal that cannot be read under another name, so that a run can begin a new one.
+
+    A run goes on from its checkpoints; the journal serves schedulers that take over from one another.
+
+    Returns:
+        the name it is kept under; None when it is whole or not there.
+    """
+    if not path.exists():
+        return None
+    try:
+        with contextlib.closing(sqlite3.connect(path, timeout=10.0)) as db:
+            (found,) = db.execute("PRAGMA quick_check(1)").fetchone()
+            if found == "ok":
+                return None
+    except sqlite3.DatabaseError as error:
+        if isinstance(error, sqlite3.OperationalError) and "locked" in str(error):
+            raise
+    aside = path.with_name(f"{path.name}.damaged-{time.strftime('%Y%m%d-%H%M%S')}")
+    for suffix in ("", "-wal", "-shm"):
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(f"{path}{suffix}", f"{aside}{suffix}")
+    return aside

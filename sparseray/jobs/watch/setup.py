@@ -1,9 +1,8 @@
-"""The `dashboards` command: a ready prometheus.yml, dashboards for a Grafana, and how they are generated.
+"""A ready prometheus.yml, dashboards for a Grafana, and how they are generated: what `dashboard ACTION` does.
 
 The JSON and the rules ship with the package; nothing here needs Grafana's SDK but `generate`.
 """
 
-import argparse
 import importlib.util
 import json
 import os
@@ -17,70 +16,14 @@ from typing import Any
 import yaml
 
 from sparseray.dashboards.rules import rules_yaml
-from sparseray.errors import ClusterError, ConfigError, UserError
-from sparseray.platform.config import die
+from sparseray.errors import ClusterError, ConfigError
 from sparseray.platform.metrics.discovery import TARGETS, merged_targets
 from sparseray.platform.metrics.registry import PREFIX, REGISTRY, table
 
-PACKAGE = Path(__file__).resolve().parents[1] / "dashboards"
+PACKAGE = Path(__file__).resolve().parents[2] / "dashboards"
 FOLDER = PACKAGE / "json"
 RULES = "sparseray.rules.yml"
-EXAMPLE = """examples:
-  python -m sparseray dashboards prometheus --out prometheus
-  python -m sparseray dashboards install --grafana /tmp/ray/session_latest/metrics/grafana
-  python -m sparseray dashboards generate
-"""
-
-
-def main(arguments: Sequence[str]) -> int:
-    """Run the command; 0 when it worked, 2 for a user's mistake."""
-    options = parser().parse_args(list(arguments))
-    try:
-        if options.action == "prometheus":
-            write_prometheus(Path(options.out), [Path(run) for run in options.run], options.ray)
-        elif options.action == "install":
-            install(Path(options.grafana), options.prometheus)
-        else:
-            generate(PACKAGE.parents[1], check=options.check)
-    except UserError as error:
-        return die(error)
-    return 0
-
-
-def parser() -> argparse.ArgumentParser:
-    """Return the command's parser."""
-    made = argparse.ArgumentParser(
-        prog="sparseray dashboards",
-        description=__doc__,
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    actions = made.add_subparsers(dest="action", required=True)
-    one = actions.add_parser(
-        "prometheus", help="write a prometheus.yml with the rules that finds all live runs"
-    )
-    one.add_argument("--out", required=True, help="folder to write")
-    one.add_argument(
-        "--run", action="append", default=[], help="only this run folder's processes; may be repeated"
-    )
-    one.add_argument(
-        "--ray", default="", help="address of a Ray head, such as http://127.0.0.1:8265, to scrape Ray, too"
-    )
-    two = actions.add_parser("install", help="put the dashboards where a Grafana reads them")
-    two.add_argument(
-        "--grafana",
-        required=True,
-        help="folder with Grafana's provisioning/, such as /etc/grafana or the one that Ray makes",
-    )
-    two.add_argument(
-        "--prometheus",
-        default="http://127.0.0.1:9090",
-        help="data source to add where there is none, default %(default)s",
-    )
-    three = actions.add_parser("generate", help="for developers: write JSON, rules and docs/metrics.md anew")
-    three.add_argument("--check", action="store_true", help="write nothing; fail when a file is stale")
-    return made
+DEFAULT_PROMETHEUS = "http://127.0.0.1:9090"
 
 
 def write_prometheus(out: Path, runs: Sequence[Path], ray: str) -> None:
@@ -251,7 +194,7 @@ def generate(root: Path, *, check: bool) -> None:
     files = generated()
     stale = [name for name, text in files.items() if not _same(root / name, text)]
     if check and stale:
-        raise ConfigError(f"stale: {', '.join(stale)}; run `python -m sparseray dashboards generate`")
+        raise ConfigError(f"stale: {', '.join(stale)}; run `python -m sparseray dashboard generate`")
     for name in stale:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(files[name])
@@ -281,7 +224,7 @@ def read_dashboards(folder: Path = FOLDER) -> list[dict[str, Any]]:
         if unknown:
             raise ConfigError(
                 f"{path} asks for {PREFIX}{unknown[0]}, which this version does not record: it is of another version; "
-                "put the present ones there with `python -m sparseray dashboards install`, or remove it"
+                "put the present ones there with `python -m sparseray dashboard install`, or remove it"
             )
         found.append(board)
     if not found:

@@ -1,0 +1,147 @@
+"""Compile the dense, attention and expert kernels for compute capability 9.0 on a machine without a GPU.
+
+Run by a test in a process of its own, as Triton's interpreter replaces the compiler. The public functions are called
+with tensors of the CPU at the sizes of a model, and every launch compiles its kernel instead. Prints a line a launch:
+kernel, bytes of shared memory, bytes of registers spilled to memory.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia import compiler as nvidia
+from triton.compiler import ASTSource
+from triton.compiler import compile as compile_source
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from sparseray.kernels.attention import decode
+from sparseray.kernels.dense import adamw, embedding, head_loss, rms_norm, rope, squared_norm, swiglu
+from sparseray.kernels.moe import expert_map, ffn
+
+TYPES = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
+
+
+def kind(arg: Any) -> str:
+    """The type of a run-time argument."""
+    if isinstance(arg, TensorDescriptor):
+        return f"tensordesc<{TYPES[arg.base.dtype]}{list(arg.block_shape)}>"
+    if isinstance(arg, Tensor):
+        return "*" + TYPES[arg.dtype]
+    if arg is None or (isinstance(arg, int) and arg == 1):
+        return "constexpr"
+    return "fp32" if isinstance(arg, float) else "i32"
+
+
+def compile_launch(kernel: Any, grid: tuple[int, ...], *args: Any, **named: Any) -> None:
+    """Stands in for `launch_kernel`."""
+    options = {name: value for name, value in named.items() if name not in kernel.arg_names}
+    constants = {name: value for name, value in named.items() if name in kernel.arg_names}
+    signature = {name: kind(arg) for name, arg in zip(kernel.arg_names, args)} | dict.fromkeys(
+        constants, "constexpr"
+    )
+    constants |= {n: a for n, a in zip(kernel.arg_names, args) if signature[n] == "constexpr"}
+    aligned = [["tt.divisibility", 16]]
+    attrs = {
+        (i,): aligned
+        for i, arg in enumerate(args)
+        if isinstance(arg, Tensor) or (isinstance(arg, int) and arg % 16 == 0)
+    }
+    source = ASTSource(
+        kernel, signature, {(kernel.arg_names.index(n),): v for n, v in constants.items()}, attrs
+    )
+    compiled = compile_source(source, target=GPUTarget("cuda", 90, 32), options=options)
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(compiled.asm["ptx"])
+        file.flush()
+        ptxas = Path(nvidia.__file__).parent / "bin" / "ptxas"
+        command = [str(ptxas), "-v", "--gpu-name=sm_90a", file.name, "-o", "/dev/null"]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill stores", said))
+    registers = max(int(n) for n in re.findall(r"Used (\d+) registers", said))
+    print(kernel.fn.__name__, compiled.metadata.shared, spilled, registers, flush=True)
+
+
+def bf16(*shape: int) -> Tensor:
+    return torch.zeros(*shape, dtype=torch.bfloat16)
+
+
+def dense() -> None:
+    R, H, I = 8, 1024, 2816
+    weights, targets = torch.zeros(R), torch.zeros(R, dtype=torch.int64)
+    for vocab in (32768, 131072):
+        head_loss.losses_and_gradients_(bf16(R, vocab), targets, weights, torch.empty(R), gradient=True)
+    for width in (128, H, 2048, 7168):
+        x, weight = bf16(R, width), torch.ones(width)
+        out, total, rstd = rms_norm._forward(x, x, weight, 1e-6)
+        rms_norm._backward(out, x, total, weight, rstd)
+    swiglu._launch(bf16(R, 2 * I), None, bf16(R, I))
+    swiglu._launch(bf16(R, 2 * I), bf16(R, I), bf16(R, 2 * I))
+    angles = (targets, torch.zeros(4096, 32), torch.zeros(4096, 32))
+    for heads, width, start, is_interleaved in (((16, 16, 16), 64, 0, False), ((16, 0, 0), 192, 128, True)):
+        parts = tuple(bf16(R, n, width) for n in heads)
+        for is_backward in (False, True):
+            rope._launch(bf16(R, sum(heads), width), parts, angles, start, is_interleaved, is_backward)
+    slab = torch.zeros(64, H)
+    for moments, gradient in ((torch.zeros(64, H), slab), (bf16(64, H), bf16(64, H))):
+        adamw.adamw_step(
+            slab, moments, moments.clone(), gradient, copy=bf16(64, H), scale=torch.tensor(1.0), lr=0.1, betas=(0.9, 0.95),
+            eps=1e-8, weight_decay=0.1, step=1,
+        )  # fmt: skip
+    squared_norm.squared_norm([bf16(64, 4096), slab])
+    embedding.embedding_grad_(slab, targets, bf16(R, H), accumulate=True)
+
+
+def attention() -> None:
+    lens, table = torch.zeros(2, dtype=torch.int32), torch.zeros(2, 16, dtype=torch.int32)
+    for heads, num_kv, width, new in ((16, 16, 64, 1), (64, 4, 128, 1), (64, 4, 128, 8)):
+        q, cache = bf16(2, new, heads, width), bf16(4, 64, num_kv, width)
+        work = decode.PagedDecodeWorkspace.create(2, new, heads, width, 1024, "cpu")
+        decode.paged_decode(q, cache, cache, table, lens, work, torch.empty_like(q))
+
+
+def experts() -> None:
+    for H, I in ((1024, 512), (2048, 1408)):
+        T, E, K = 256, 4, 2
+        x, up, down = bf16(T, H), bf16(E, 2 * I, H), bf16(E, H, I)
+        config = ffn.HOPPER
+        ids = torch.zeros(T, K, dtype=torch.int64)
+        plan = expert_map.plan_experts(ids, E, tile_rows=config.m)
+        act, pre = ffn.up_project(x, up, plan, config, save=True)
+        ffn.project_rows(act, down, plan, config, config.down, transposed=True)
+        dpre, weighted, _ = _activation_grad(x, pre, down, plan, config)
+        ffn.project_rows(dpre, up, plan, config, config.input_grad, transposed=False)
+        for rows, out, first in ((dpre, up.float(), True), (weighted, down.float(), False)):
+            ffn.weight_grad(rows, x, plan, config, rows_first=first, out=out, accumulate=True)
+
+
+def _activation_grad(
+    x: Tensor, pre: Tensor, down: Tensor, plan: Any, config: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    plan.inverse_R.zero_()
+    weights = torch.zeros(x.shape[0], plan.top_k)
+    return ffn.activation_grad(x, pre, down, weights, plan, config)
+
+
+def main() -> None:
+    modules = (adamw, embedding, head_loss, rms_norm, rope, squared_norm, swiglu, decode, ffn, expert_map)
+    for module in modules:
+        module.launch_kernel = compile_launch
+    dense()
+    attention()
+    experts()
+
+
+if __name__ == "__main__":
+    main()

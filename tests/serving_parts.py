@@ -1,0 +1,218 @@
+"""A tiny served model, and a server over it: what the tests of serving share."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+import openai
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from sparseray.actors.serving.engine import Engine
+from sparseray.actors.serving.grammar import Grammars
+from sparseray.actors.serving.text_request import GenerationRequest, TokenEvent
+from sparseray.jobs.http.access import AccessRules
+from sparseray.jobs.http.chat import ChatTemplate
+from sparseray.jobs.http.fields import table
+from sparseray.jobs.http.generation_client import GenerationClient, LocalClient
+from sparseray.jobs.http.limits import ApiLimits
+from sparseray.jobs.http.openai_bodies import ServedModel
+from sparseray.jobs.http.server import App, HttpServer, create_app
+from sparseray.jobs.http.text_stream import Vocabulary
+from sparseray.model.config import DSEConfig, ModelConfig
+from sparseray.model.dse import LocalMemory
+from sparseray.model.dse_layout import DSELayout
+from sparseray.model.moe import LocalExperts
+from sparseray.model.transformer import Transformer
+
+TEXT = "the quick brown fox jumps over the lazy dog; the dog sleeps. déjà vu, naïve café, 東京 und Köln. " * 8
+MAX_MODEL_LEN = 192
+LONGEST = 640
+
+
+def make_tokenizer(specials: tuple[str, ...] = ("<|endoftext|>",)) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=list(specials),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([TEXT], trainer)
+    return tokenizer
+
+
+@dataclass
+class Parts:
+    tokenizer: Tokenizer
+    model: Transformer
+    experts: LocalExperts
+    memory: LocalMemory
+    grammars: Grammars
+
+    def engine(self, **options: Any) -> Engine:
+        options = {"max_batch": 8, "max_model_len": MAX_MODEL_LEN, "prefill_chunk": 16, **options}
+        return Engine(self.model, self.experts, self.memory, grammars=self.grammars, **options)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.model.config.vocab_size
+
+
+def make_parts() -> Parts:
+    torch.set_num_threads(1)
+    tokenizer = make_tokenizer()
+    config = ModelConfig(
+        vocab_size=tokenizer.get_vocab_size(),
+        hidden=64,
+        num_layers=2,
+        num_heads=4,
+        ffn_dim=96,
+        attention=("full", "nsa"),
+        max_seq_len=LONGEST,
+        init_std=0.1,
+        dse=DSEConfig(layers=(1,), rows_per_head=512, num_buckets=4, document_end_id=0),
+    )
+    layout = DSELayout.build(config.dse, tokenizer, vocab_size=config.vocab_size)
+    model = Transformer(config, layout, seed=3).eval()
+    grammars = Grammars(tokenizer.to_str(), vocab_size=config.vocab_size, eos_id=0)
+    memory = LocalMemory(config, layout, seed=3)
+    return Parts(tokenizer, model, LocalExperts(config, seed=3), memory, grammars)
+
+
+def request_of(name: str, prompt: tuple[int, ...], **options: Any) -> GenerationRequest:
+    return GenerationRequest(request_id=name, prompt_tokens=prompt, **{"max_tokens": 12, **options})
+
+
+def finish(engine: Engine) -> dict[str, list[TokenEvent]]:
+    events: dict[str, list[TokenEvent]] = {}
+    while engine.has_work:
+        for event in engine.step():
+            events.setdefault(event.request_id, []).append(event)
+    return events
+
+
+def tokens_of(events: list[TokenEvent]) -> list[int]:
+    return [event.token_id for event in events if event.token_id is not None]
+
+
+def alone(parts: Parts, request: GenerationRequest) -> list[TokenEvent]:
+    engine = parts.engine()
+    engine.add(request)
+    return finish(engine)[request.request_id]
+
+
+def served_by(parts: Parts | None = None, **options: Any) -> ServedModel:
+    """A served model; options are those of `ServedModel`, and `limits` those of `ApiLimits`."""
+    tokenizer = parts.tokenizer if parts is not None else make_tokenizer()
+    limits = ApiLimits(**{"max_model_len": MAX_MODEL_LEN, "vocab_size": 320, **options.pop("limits", {})})
+    defaults: dict[str, Any] = {
+        "names": ("tiny",),
+        "vocabulary": Vocabulary(tokenizer, 0),
+        "template": ChatTemplate(),
+        "grammars": parts.grammars if parts is not None else None,
+        "limits": limits,
+        "fields": table(limits),
+    }
+    return ServedModel(**{**defaults, **options})
+
+
+@dataclass
+class Recorded:
+    """Takes request metrics, as the server's `Metrics` does."""
+
+    values: list[tuple[str, float, dict[str, str]]] = field(default_factory=list)
+
+    def __call__(self, name: str, value: float, **labels: str) -> None:
+        self.values.append((name, value, labels))
+
+    def count(self, name: str, **labels: str) -> int:
+        return sum(1 for found, _, with_labels in self.values if (found, with_labels) == (name, labels))
+
+
+@dataclass
+class Service:
+    """A server under test."""
+
+    server: HttpServer
+    client: LocalClient
+    parts: Parts
+    recorded: Recorded
+    api: openai.OpenAI
+
+    @property
+    def url(self) -> str:
+        return self.server.url
+
+    def post(self, body: Any, path: str = "/v1/completions", **options: Any) -> httpx.Response:
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        headers = {"Content-Type": "application/json", **options.pop("headers", {})}
+        return httpx.post(self.url + path, content=data, headers=headers, timeout=30, **options)
+
+    def choice(self, path: str = "/v1/completions", **fields: Any) -> Any:
+        """The first choice of an answer, as JSON."""
+        answer = self.post({"model": "tiny", "prompt": "the dog", "max_tokens": 8, **fields}, path)
+        assert answer.status_code == 200, answer.text
+        return answer.json()["choices"][0]
+
+    def complete(self, *, ignore_eos: bool = False, **fields: Any) -> Any:
+        defaults = {"model": "tiny", "prompt": "the dog", "max_tokens": 8}
+        extra = {"ignore_eos": ignore_eos, **fields.pop("extra_body", {})}
+        return self.api.completions.create(**{**defaults, **fields}, extra_body=extra)
+
+    def connect(self, sent: bytes = b"") -> socket.socket:
+        """A plain connection on which something was sent."""
+        connection = socket.create_connection(("127.0.0.1", self.server.port), timeout=20)
+        connection.sendall(sent)
+        return connection
+
+    def idle(self) -> None:
+        deadline = time.monotonic() + 10
+        while self.client.stats.running or self.client.stats.waiting:
+            assert time.monotonic() < deadline, "requests are still computed"
+            time.sleep(0.01)
+
+
+def post_bytes(body: bytes, path: str = "/v1/completions", head: str = "") -> bytes:
+    lines = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n{head}"
+    return f"{lines}Content-Length: {len(body)}\r\n\r\n".encode() + body
+
+
+@contextmanager
+def serving(
+    parts: Parts, *, rules: AccessRules | None = None, drain_s: float = 0.2, **options: Any
+) -> Iterator[Service]:
+    """Serve an engine of its own; options are those of `served_by`, and `engine`'s."""
+    longest = options.get("limits", {}).get("max_model_len", MAX_MODEL_LEN)
+    recorded, engine = Recorded(), parts.engine(max_model_len=longest, **options.pop("engine", {}))
+    with LocalClient(engine) as client:
+        app = create_app(
+            client,
+            served_by(parts, **options),
+            rules=rules,
+            record=recorded,
+            metrics=lambda: b"sparseray_requests_running 0\n",
+        )
+        with HttpServer(app, drain_s=drain_s) as server:
+            api = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=20)
+            yield Service(server, client, parts, recorded, api)
+
+
+def app_of(client: GenerationClient, **options: Any) -> App:
+    return create_app(client, served_by(**options))
+
+
+def read_events(text: str) -> list[dict[str, Any]]:
+    """The events of a stream that ends as it should."""
+    lines = [line.removeprefix("data: ") for line in text.split("\n\n") if line]
+    assert lines[-1] == "[DONE]"
+    return [json.loads(line) for line in lines[:-1]]
