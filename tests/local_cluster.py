@@ -204,6 +204,7 @@ class LocalFleet:
         sockets: folder for Unix sockets, None for TCP.
         faults: what goes wrong.
         most: slots that may live at once.
+        nodes, machines: of the slots, by id.
     """
 
     job: str
@@ -211,6 +212,7 @@ class LocalFleet:
     faults: Faults
     most: int = 12
     nodes: dict[int, str] = field(default_factory=dict)
+    machines: dict[int, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
@@ -248,8 +250,12 @@ class LocalFleet:
             self.threads[slot] = threading.Thread(target=self._serve, args=(slot,), name=f"slot-{slot}")
             self.threads[slot].start()
             with self._lock:
-                node = self.nodes.get(slot, "")
-                self._members[slot] = Member(slot=slot, address=transport.address, node=node)
+                self._members[slot] = Member(
+                    slot=slot,
+                    address=transport.address,
+                    node=self.nodes.get(slot, ""),
+                    machine=self.machines.get(slot, ""),
+                )
 
     def _serve(self, slot: int) -> None:
         torch.set_num_threads(1)
@@ -307,6 +313,7 @@ def train(
     faults: Faults | None = None,
     at_step: Callable[[int, Run, LocalFleet], None] = lambda step, run, fleet: None,
     nodes: dict[int, str] | None = None,
+    machines: dict[int, str] | None = None,
     scheduler_dies: Sequence[int] = (),
 ) -> Trained:
     """Train `config` in `run_dir` with every slot as a thread; resumes what the folder holds.
@@ -318,14 +325,16 @@ def train(
         stop_after: step after which to stop as Ctrl-C does, the schedule being that of the whole run.
         faults: what goes wrong.
         at_step: called after every committed step.
-        nodes: of the slots, by id.
+        nodes, machines: of the slots, by id.
         scheduler_dies: steps whose commit is a scheduler's last deed; another one goes on.
     """
     inputs = open_training(replace(config, run_dir=str(run_dir)))
     inputs.create_folder()
     config, folder, seen = inputs.config, inputs.folder, []
     sockets = None if tcp else Path(tempfile.mkdtemp(prefix="sr"))
-    fleet = LocalFleet(uuid.uuid4().hex, sockets, faults or Faults(), nodes=nodes or {})
+    fleet = LocalFleet(
+        uuid.uuid4().hex, sockets, faults or Faults(), nodes=nodes or {}, machines=machines or {}
+    )
     dying = list(scheduler_dies)
 
     def note(record: dict[str, Any]) -> None:

@@ -21,6 +21,7 @@ from sparseray.platform.fleet.priority import gently
 from sparseray.platform.fleet.transport import ZmqTransport, private_directory
 from sparseray.platform.fleet.warming import warm_holdings
 from sparseray.platform.metrics.exporter import Metrics
+from sparseray.platform.run.machines import kind_here
 
 HEARTBEAT_S = 0.1
 
@@ -60,7 +61,7 @@ class Host:
             heartbeats: address that signs of life go to.
 
         Returns:
-            address, node, metrics, pid, namespace of this slot.
+            address, node, metrics, pid, machine, namespace of this slot.
         """
         self._heartbeats = heartbeats
         job = self._jobs(spec)
@@ -73,6 +74,7 @@ class Host:
             "node": ray.get_runtime_context().get_node_id(),
             "metrics": self._metrics_address,
             "pid": os.getpid(),
+            "machine": kind_here(),
             "namespace": process_namespace(),
         }
 
