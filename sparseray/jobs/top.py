@@ -79,7 +79,7 @@ def watch(scheduler: Any, *, every_s: float, is_once: bool) -> int:
                 time.sleep(every_s)
                 continue
             live.update(Group(picture(found), below(figures.look())), refresh=True)
-            if is_once or found["state"] not in ("starting", "training", "stopping"):
+            if is_once or found["state"] not in ("starting", "training", "serving", "stopping"):
                 break
             time.sleep(every_s)
     console.print(f"the job is {found['state']}")
