@@ -19,7 +19,6 @@ import yaml
 from sparseray.errors import ConfigError
 from sparseray.model.limits import Limits, complaint, hints_of, limits_of
 
-
 MOST_SHOWN = 80
 """Characters of a wrong value in a message."""
 
