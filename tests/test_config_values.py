@@ -11,6 +11,7 @@ from sparseray.errors import ConfigError, UserError
 from sparseray.model.counts import count_parameters
 from sparseray.platform import config as configuration
 from sparseray.platform.config import RunConfig, load_yaml, to_dict
+from sparseray.platform.run.folder import RunFolder
 from sparseray.platform.settings import keys_of
 from sparseray.platform.training import learning_rate
 
@@ -180,3 +181,17 @@ def test_thousands_of_configurations_end_in_a_sentence_or_in_a_run_that_can_work
         assert to_dict(load_yaml(path)) == to_dict(config)
     assert cases // 20 < kept < cases
     assert all(10 < len(text) < 1000 and "\n" not in text for text in refusals)
+
+
+def test_the_kind_of_kernels_is_recorded_and_may_change_between_two_starts(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(TINY)
+    config = parse(path, "--kernels", "reference")
+    folder = RunFolder(tmp_path / "run")
+    folder.path.mkdir()
+    configuration.save_yaml(config, folder.config)
+    assert load_yaml(folder.config).kernels == "reference"
+    folder.check(parse(path))
+    with pytest.raises(ConfigError, match=r"train.seed \(0 there, 5 here\)"):
+        folder.check(parse(path, "--train.seed", "5"))
+    assert "kernels" in refused(tmp_path, TINY.replace("kernels: auto", "kernels: cuda"))

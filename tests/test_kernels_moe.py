@@ -21,6 +21,8 @@ TINY = ffn.LayerConfig(
 ROUTES = [
     ("v3", 3, {"num_groups": 4, "topk_groups": 2, "scaling": 2.5}),
     ("v3", 2, {"normalize": False}),
+    ("v3", 6, {"num_groups": 4, "topk_groups": 2, "group_scores": 0}),
+    ("v3", 2, {"num_groups": 4, "topk_groups": 2, "group_scores": 1}),
     ("v2", 4, {"num_groups": 4, "topk_groups": 2, "scaling": 16.0}),
     ("v2", 3, {"normalize": True}),
     ("gshard", 2, {}),

@@ -61,13 +61,8 @@ class Case:
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Spans and tiles so small that short contexts have many."""
-    for name, value in (
-        ("SPAN", 32),
-        ("KEYS", 16),
-        ("PROGRAMS", 8),
-        ("MERGE_SPANS", 4),
-        ("MERGE_COLUMNS", 16),
-    ):
+    sizes = {"SPLITS": 5, "SPAN": 32, "TILE": 256, "PROGRAMS": 8, "MERGE_COLUMNS": 16}
+    for name, value in sizes.items():
         monkeypatch.setattr(decode, name, value)
 
 

@@ -13,7 +13,7 @@ from nsa_sizes import DEVICE, small_tiles
 from torch import Tensor
 
 from sparseray.errors import ConfigError
-from sparseray.kernels.ops import REFERENCE, Ops, ops_for
+from sparseray.kernels.ops import REFERENCE, BranchKeys, Ops, ops_for
 from sparseray.kernels.triton_ops import TRITON
 from sparseray.model.cache import Cache
 from sparseray.model.config import DSEConfig, ModelConfig, MoEConfig, NSAConfig
@@ -165,3 +165,24 @@ def test_a_model_in_bf16_runs_forward_and_backward_near_its_fp32_twin(router: st
                 assert torch.isfinite(p.grad).all(), name
         results[dtype] = loss.item()
     assert results[torch.bfloat16] == pytest.approx(results[torch.float32], rel=0.05)
+
+
+def test_a_model_in_bf16_serves_from_caches_of_its_dtype() -> None:
+    tokens = random_tokens(1, 17, 9)[0]
+    net = Net(REFERENCE, SMALL, torch.bfloat16)
+    cache, hidden = Cache(SMALL, 20, dtype=torch.bfloat16, device=DEVICE), []
+    for piece in tokens.split([9, 1, 7]):
+        hidden += net.model.run_chunks([(piece, cache)], experts=net.experts, memory=net.memory)
+    with torch.no_grad():
+        out = net.model(tokens[None], experts=net.experts, memory=net.memory)
+    error = (torch.cat(hidden) - out.hidden_BTH[0]).float().norm() / out.hidden_BTH.float().norm()
+    assert out.hidden_BTH.dtype == torch.bfloat16
+    assert error < 0.05
+
+
+def test_a_head_wider_than_the_kernels_take_is_refused_with_the_cure() -> None:
+    sizes = SMALL.nsa.sizes
+    q, k, v = (torch.zeros(1, 8, heads, 208, device=DEVICE) for heads in (2, 1, 1))
+    keys = BranchKeys(k_cmp=k[:, :3], v_cmp=v[:, :3], k_slc=k, v_slc=v, k_win=k, v_win=v)
+    with pytest.raises(ConfigError, match=r"at most 192 channels, not 208; lower model.head_dim"):
+        TRITON.nsa_attention(q, keys, torch.zeros(1, 8, 2, 3, device=DEVICE), sizes)

@@ -1,5 +1,6 @@
 """`sparseray serve` as a process: a checkpoint on two expert and two memory shards, and Ctrl-C leaves nothing."""
 
+import json
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -148,6 +149,14 @@ def test_what_cannot_be_served_is_told_in_one_line(
         (["--serve.prefill_chunk", "0"], ["serve.prefill_chunk=0"]),
         (["--port", "70000"], ["port=70000", "65535"]),
         (["--host", "192.0.2.1"], ["192.0.2.1"]),
+        (["--host", "nowhere.invalid"], ["nowhere.invalid"]),
+        (["--port", "-1"], ["port=-1"]),
+        (["--serve.max_waiting", "-3"], ["serve.max_waiting=-3"]),
+        (["--serve.drain_s", "-1"], ["serve.drain_s=-1"]),
+        (["--serve.max_model_len", "100000"], ["serve.max_model_len=100000"]),
+        (["--serve.max_model_len", "-2"], ["serve.max_model_len=-2"]),
+        (["--tls_certificate", "/nowhere"], ["/nowhere"]),
+        (["--root_path", "x"], ["--root_path"]),
     ],
 )
 def test_what_cannot_be_started_is_told_before_ray(
@@ -171,3 +180,11 @@ def test_a_server_may_have_more_engines_than_training_had_parts(trained: Path) -
     config = open_serving(trained, serve, cluster)
     plan = check_cluster(cluster, serving_inventory(config))
     assert plan.attention == plan.part_owners == tuple(range(7))
+
+
+def test_a_checkpoint_names_the_token_that_ends_a_text(trained: Path) -> None:
+    config = json.loads((trained / "tokenizer_config.json").read_text())
+    tokenizer = Tokenizer.from_file(str(trained / "tokenizer.json"))
+    model = open_serving(trained, ServeConfig(), ClusterConfig()).model
+    assert tokenizer.token_to_id(config["eos_token"]) == model.dse.document_end_id
+    assert config["model_max_length"] == model.max_seq_len

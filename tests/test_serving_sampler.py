@@ -128,6 +128,8 @@ def test_random_numbers_depend_on_seed_and_position_only() -> None:
 def test_damaged_logits_are_refused() -> None:
     with pytest.raises(FloatingPointError, match="not finite"):
         log_probabilities(np.array([0.0, np.nan]))
+    with pytest.raises(FloatingPointError, match="not finite"):
+        scores([0.0, float("inf")])
 
 
 def test_top_logprobs_are_the_best_tokens_in_order() -> None:

@@ -164,3 +164,27 @@ def test_computing_in_bfloat16_is_close_and_gives_fp32_gradients() -> None:
     for exact, rounded in zip(*found):
         assert rounded.dtype == torch.float32
         torch.testing.assert_close(rounded, exact, rtol=0.05, atol=0.02 * float(exact.abs().max()))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_slabs_on_a_gpu_train_as_on_the_cpu() -> None:
+    model, keys = preset("tiny"), [(0, 0), (0, 1)]
+    generator = torch.Generator().manual_seed(0)
+    x, dout = (torch.randn(6, model.hidden, generator=generator) for _ in range(2))
+    found = []
+    for device in ("cpu", "cuda"):
+        shard = shard_of(model, device=device)
+        shard.initialize(keys)
+        shard.assign(keys, keys)
+        outputs = []
+        for _ in range(3):
+            rows, weights = torch.arange(6, device=device), torch.full((6,), 0.5, device=device)
+            outputs.append(shard.forward(0, 0, x.to(device), rows, [0, 1], [4, 2], True))
+            outputs.append(shard.backward(0, 0, dout.to(device), weights))
+            assert shard.finish_part(0) and shard.digests(keys)
+            shard.unpack(keys, shard.pack(keys))
+            shard.apply(**UPDATE)
+        assert {tensor.device.type for tensor in shard.tensors(keys).values()} == {device}
+        found.append(outputs)
+    for ours, theirs in zip(*found):
+        torch.testing.assert_close(theirs.cpu(), ours, rtol=1e-3, atol=1e-4)

@@ -6,9 +6,11 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -57,7 +59,6 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_falls_when_buckets_are_given_away() -> None:
     shard = holding(shard_of(model_of(width=64), 200_000), [0, 1, 2, 3])
     full, before = shard.num_bytes, resident_bytes()
@@ -217,7 +218,6 @@ def read_until_told(handle: TableHandle, pipe: Connection) -> None:
     pipe.send((len(seen), taken, refused))
 
 
-@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="slots share tables on Linux only")
 def test_another_process_never_sees_a_mixture_of_two_commits() -> None:
     table = SharedTable(20_000, 16, "float32")
     table.weight[:] = 0
@@ -243,6 +243,28 @@ def test_another_process_never_sees_a_mixture_of_two_commits() -> None:
         reader.join()
 
 
+@pytest.mark.parametrize("room", [1 << 40, 0])
+def test_without_memfd_tables_are_files_that_nobody_can_leave_behind(
+    room: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delattr(os, "memfd_create")
+    monkeypatch.setattr(tables.shutil, "disk_usage", lambda _: SimpleNamespace(free=room))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(tables.log, "propagate", True)
+    monkeypatch.setattr(tables.log.parent, "propagate", True)
+    before = set(os.listdir(tables.SHARED_MEMORY))
+    shard = holding(shard_of(model_of(width=64), 20_000), [0, 1, 2, 3])
+    assert set(os.listdir(tables.SHARED_MEMORY)) <= before and not os.listdir(tmp_path)
+    assert ("has room for 0 of" in caplog.text) == (room == 0)
+    rows, out = np.array([19_999, 0]), np.empty((2, 64), np.float32)
+    assert open_view(shard.tables[0]).gather(rows, out, generation=1, step=0)
+    np.testing.assert_array_equal(out, shard.gather(0, rows).numpy())
+    full = shard.tables[0].num_bytes
+    shard.assign([(0, 0)], [(0, 0)])
+    shard.trim()
+    assert shard.tables[0].num_bytes < 0.3 * full
+
+
 OWNER = (
     "import json, sys; from dataclasses import asdict; from sparseray.actors.state.tables import SharedTable;"
     "table = SharedTable(500_000, 16, 'float32'); table.weight[:] = 1; table.publish(0);"
@@ -250,7 +272,6 @@ OWNER = (
 )
 
 
-@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="slots share tables on Linux only")
 def test_a_killed_owner_leaves_nothing_behind_and_its_readers_go_on(tmp_path: Path) -> None:
     def leftovers() -> set[str]:
         return {str(p) for root in ("/dev/shm", tmp_path) for p in Path(root).glob("*")}

@@ -15,12 +15,11 @@ from sparseray.actors.installation import InstallPlan, JobSpec, Restore
 from sparseray.actors.slot import Slot
 from sparseray.actors.wire.envelope import Message
 from sparseray.actors.wire.messages import Installed
-from sparseray.jobs.pretrain import placement
-from sparseray.jobs.serve import load
 from sparseray.model.dse_layout import DSELayout
 from sparseray.platform.config import ClusterConfig, RunConfig, ServeConfig, to_dict
 from sparseray.platform.fleet.host import TrainingJob
 from sparseray.platform.metrics.exporter import Metrics
+from sparseray.platform.opening import open_serving, serving_inventory
 from sparseray.platform.planning.replan import make_plan
 from sparseray.platform.run import checkpoint
 
@@ -96,7 +95,7 @@ def test_a_serving_slot_reads_and_holds_weights_only(
 ) -> None:
     trained = plain if row_dtype == "bfloat16" else train(tmp_path / "run", tiny_run(corpus, steps=2))
     directory = newest(trained)
-    config = load(directory, ServeConfig(), ClusterConfig(colocated=True))
+    config = open_serving(directory, ServeConfig(), ClusterConfig(colocated=True))
     layout = DSELayout.load(directory)
     read: dict[str, Tensor] = {}
     plain_read = checkpoint.read_tensors
@@ -119,7 +118,14 @@ def test_a_serving_slot_reads_and_holds_weights_only(
         job = TrainingJob(spec, Metrics({}))
         slot = Slot(Recorder(), lambda _, job=job: job)  # type: ignore[arg-type]
         body = InstallPlan(
-            plan=make_plan(**placement(config, {0: ""})),
+            plan=make_plan(
+                generation=1,
+                addresses={0: ""},
+                inventory=serving_inventory(config),
+                roles=serving_inventory(config).roles(config.cluster),
+                replication=1,
+                colocated=True,
+            ),
             job=spec,
             scheduler="",
             step=2,

@@ -41,8 +41,8 @@ from sparseray.kernels.plain_ops import PlainOps
 from sparseray.kernels.settings import NSASizes
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-LARGEST_HEAD = 256
-"""Channels of a head that the NSA kernels' tiles hold."""
+LARGEST_HEAD = 192
+"""Channels of the widest head that the NSA kernels were run with on a GPU."""
 
 
 def is_interpreted() -> bool:

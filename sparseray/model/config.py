@@ -137,7 +137,7 @@ class DSEConfig:
         reset_at_document: n-grams and the convolution do not reach into an earlier document.
         document_end_id: token that ends a document, from which document starts are derived where the caller
             gives none (serving); -1 for none.
-        row_dtype: dtype of the rows.
+        row_dtype: dtype in which rows are stored and travel, float32 or bfloat16; moments are fp32.
         num_buckets: contiguous row ranges that a layer's table is divided into for placement.
         gate_eps: of the norms of hidden state and key in the gate; as released, torch's for fp32.
         conv_eps: of the norm before the convolution; as released.

@@ -346,7 +346,6 @@ class Engine:
         event = TokenEvent(request_id=request.request_id, index=index, prompt_logprobs=prompt_logprobs)
         if request.max_tokens == 0:
             return replace(event, finish_reason="length")
-        logprobs_V = log_probabilities(logits_V)
         mask_V = None if sequence.grammar is None else sequence.grammar.mask()
         scores_V = adjusted(logits_V, request, sequence.tokens, mask_V)
         token = sample(scores_V, request, position=len(sequence.tokens))
@@ -360,5 +359,7 @@ class Engine:
         finish = "length" if index + 1 == request.max_tokens else None
         if token in request.stop_token_ids:
             finish = "stop"
-        chosen = None if request.logprobs is None else token_logprobs(logprobs_V, token, request.logprobs)
+        chosen = None
+        if request.logprobs is not None:
+            chosen = token_logprobs(log_probabilities(logits_V), token, request.logprobs)
         return replace(event, token_id=token, logprobs=chosen, finish_reason=finish)

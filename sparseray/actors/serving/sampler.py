@@ -32,6 +32,12 @@ def uniform(seed: int, position: int) -> float:
     return float(np.random.Generator(np.random.Philox(key=key)).random())
 
 
+def check_finite(logits_V: Float64) -> None:
+    """Raise FloatingPointError if a logit is NaN or infinite."""
+    if not np.isfinite(logits_V).all():
+        raise FloatingPointError("the model's logits are not finite; its weights or rows are damaged")
+
+
 def log_probabilities(logits_V: NDArray[Any]) -> Float64:
     """Return the log softmax of logits [V] as float64.
 
@@ -39,8 +45,7 @@ def log_probabilities(logits_V: NDArray[Any]) -> Float64:
         FloatingPointError: a logit is NaN or infinite.
     """
     shifted_V = np.asarray(logits_V, dtype=np.float64)
-    if not np.isfinite(shifted_V).all():
-        raise FloatingPointError("the model's logits are not finite; its weights or rows are damaged")
+    check_finite(shifted_V)
     shifted_V = shifted_V - shifted_V.max()
     return np.asarray(shifted_V - np.log(np.exp(shifted_V).sum()), dtype=np.float64)
 
@@ -58,8 +63,12 @@ def adjusted(
         request: whose continuation it is.
         tokens: its prompt and what was added so far.
         mask_V: tokens that its grammar allows; None without one.
+
+    Raises:
+        FloatingPointError: a logit is NaN or infinite.
     """
     scores_V = np.array(logits_V, dtype=np.float64)
+    check_finite(scores_V)
     added = np.array(tokens[len(request.prompt_tokens) :], dtype=np.int64)
     if mask_V is not None:
         scores_V[~mask_V] = -np.inf

@@ -14,6 +14,7 @@ import fcntl
 import mmap
 import os
 import secrets
+import shutil
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ log = get_logger(__name__)
 
 TOKEN, VERSION = 0, 1
 CHANGING = -1
+SHARED_MEMORY = "/dev/shm"
 ROW_TYPES: dict[str, np.dtype[Any]] = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(np.uint16)}
 """How numpy holds rows of each `dse.row_dtype`."""
 
@@ -78,8 +80,19 @@ def _anonymous_file(size: int) -> int:
         # A reader that maps the file can rely on its length.
         fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
         return descriptor
-    log.warning("no memfd on this system: memory tables lie in temporary files, and slots do not share them")
-    with tempfile.TemporaryFile() as file:
+    # Some builds of Python lack the call; a file that is unlinked at once is the same, but for its room.
+    folder: str | None = SHARED_MEMORY
+    room = shutil.disk_usage(SHARED_MEMORY).free if os.path.isdir(SHARED_MEMORY) else 0
+    if room < size:
+        folder = None
+        log.warning(
+            "%s has room for %d of %d bytes: a memory table lies in %s",
+            SHARED_MEMORY,
+            room,
+            size,
+            tempfile.gettempdir(),
+        )
+    with tempfile.TemporaryFile(dir=folder) as file:
         descriptor = os.dup(file.fileno())
     os.ftruncate(descriptor, size)
     return descriptor
@@ -162,7 +175,7 @@ class SharedTable:
     def _punch(self, start: int, stop: int) -> None:
         """Give back the pages that lie wholly between two offsets."""
         first, last = _pages(start), stop // mmap.PAGESIZE * mmap.PAGESIZE
-        if first < last and hasattr(mmap, "MADV_REMOVE"):
+        if first < last:
             self._map.madvise(mmap.MADV_REMOVE, first, last - first)
 
 

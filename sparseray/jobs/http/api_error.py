@@ -51,13 +51,19 @@ class ApiError(Exception):
         headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
-        self.status, self.message, self.param, self.code = status, message, param, code
+        self.status, self.message, self.code = status, _sendable(message), code
+        self.param = None if param is None else _sendable(param)
         self.headers = dict(headers or {})
 
     def to_dict(self) -> dict[str, Any]:
         """Return the body of the answer."""
         kind = "server_error" if self.status >= 500 else KINDS.get(self.status, "invalid_request_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+def _sendable(text: str) -> str:
+    """Spell out what UTF-8 cannot say of a text that a client sent."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def error_response(error: Exception) -> JSONResponse:

@@ -187,6 +187,7 @@ def _unused() -> dict[str, Field]:
             for name in ("user", "safety_identifier", "prompt_cache_key", "request_id")
         },
         **{name: _ignored("string") for name in ("service_tier", "cache_salt", "prompt_cache_retention")},
+        "guided_decoding_backend": _ignored("string"),
         "metadata": _ignored("object"),
         "parallel_tool_calls": _ignored("boolean"),
         "store": _neutral(False),
@@ -210,7 +211,6 @@ def _unused() -> dict[str, Field]:
         "vllm_xargs": _neutral({}),
         "kv_transfer_params": _neutral(),
         "prompt_embeds": _neutral(),
-        "guided_decoding_backend": _neutral(),
         "guided_whitespace_pattern": _neutral(),
         "structural_tag": _neutral(),
         "thinking_token_budget": _neutral(),

@@ -103,7 +103,10 @@ class InformationEndpoints:
 
     async def metrics(self, _: Request) -> Response:
         """Give the metrics to Prometheus."""
-        data = await asyncio.to_thread(self._metrics)
+        try:
+            data = await asyncio.to_thread(self._metrics)
+        except Exception as error:
+            return error_response(error)
         return Response(data, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def tokenize(self, request: Request) -> Response:

@@ -19,10 +19,16 @@ class PromptReader:
     Args:
         vocabulary: of the model.
         limits: of the server.
-        truncate: keep this many last tokens of each prompt; None to refuse longer ones.
+        truncate: keep this many last tokens of each prompt, -1 for as many as fit; None to refuse longer ones.
+
+    Raises:
+        ApiError: 400, nothing would be kept.
     """
 
     def __init__(self, vocabulary: Vocabulary, limits: ApiLimits, truncate: int | None = None) -> None:
+        if truncate == 0:
+            message = "truncate_prompt_tokens must be -1, or at least 1"
+            raise ApiError(400, message, param="truncate_prompt_tokens")
         self._vocabulary, self._limits = vocabulary, limits
         self._truncate = limits.max_model_len if truncate == -1 else truncate
 

@@ -28,7 +28,7 @@ from starlette.routing import Route
 from sparseray.errors import ConfigError
 from sparseray.jobs.http.access import AccessRules, Guard, RequestIds
 from sparseray.jobs.http.answer import Record
-from sparseray.jobs.http.api_error import error_response
+from sparseray.jobs.http.api_error import ApiError, error_response
 from sparseray.jobs.http.connection import connection_class
 from sparseray.jobs.http.endpoints import GenerateEndpoints
 from sparseray.jobs.http.generation_client import GenerationClient
@@ -106,7 +106,7 @@ def create_app(
         *([cors] if rules.cors_origins else []),
         Middleware(Guard, rules=rules),
     ]
-    handlers = {HTTPException: refuse, Exception: refuse}
+    handlers = {HTTPException: refuse, ApiError: refuse, Exception: refuse}
     asgi = Starlette(routes=routes, middleware=middleware, exception_handlers=handlers)
     return App(asgi, generate, served.limits.connection)
 
@@ -239,14 +239,16 @@ def listen(host: str, port: int) -> socket.socket:
     Raises:
         ConfigError: nothing can listen there.
     """
+    if not 0 <= port <= 65535:
+        raise ConfigError(f"port {port} is outside 0..65535; choose another port")
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         listener = socket.create_server(found[4][:2], family=found[0], backlog=512)
-    except (OSError, OverflowError, UnicodeError) as error:
+    except (OSError, UnicodeError) as error:
         number = error.errno if isinstance(error, OSError) else None
         reason = os.strerror(number) if number is not None and number > 0 else error
         shown = address_url(host, port).removeprefix("http://")
-        message = f"cannot listen on {shown}: port {port}: {reason}; choose another port, or stop who uses it"
+        message = f"cannot listen on {shown}: port {port}: {reason}; choose another port or host, or stop who uses it"
         raise ConfigError(message) from error
     # Inherited by connections. asyncio sets it only on sockets that name their protocol, and without it the
     # tokens after the first wait 40 ms for the client's acknowledgement.

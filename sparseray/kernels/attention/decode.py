@@ -1,6 +1,6 @@
 """`paged_decode`: full attention of one to eight query tokens per sequence to paged caches, grouped heads.
 
-Every sequence is cut into spans of `SPAN` keys, counted from its start. A program attends to spans of one key/value
+Every sequence is cut into at most `SPLITS` spans of a multiple of `SPAN` keys, counted from its start. A program attends to spans of one key/value
 head, all query tokens and heads of the group together; a second launch puts a row's spans together in their order.
 So a row's bits depend on its own context alone: not on the batch, nor on how many programs share the work. Lengths
 are read on the device and everything a step writes lies in a `PagedDecodeWorkspace`, so a step allocates nothing and
@@ -27,17 +27,23 @@ from sparseray.kernels.nsa.tiles import (
     store_tile,
 )
 
-SPAN, KEYS = 256, 64
-"""Keys of a span and of a tile of it."""
-PROGRAMS, STAGES, MERGE_COLUMNS, MERGE_SPANS = 1056, 3, 64, 32
-"""Programs of a launch at least, if there are as many spans; then what a program of the second launch holds."""
+SPLITS, SPAN, TILE = 64, 256, 8192
+"""Spans of a sequence at most, what their keys are a multiple of, and values of a tile of at most 128 keys."""
+PROGRAMS, STAGES, MERGE_COLUMNS = 4224, 3, 64
+"""Programs of a launch at most, if there are fewer heads; then columns of a program of the second launch."""
+
+
+@triton.jit
+def _span(n_ctx, SPLITS: tl.constexpr, SPAN: tl.constexpr):
+    """Keys of a span: it depends on the sequence's own length alone."""
+    return tl.maximum((n_ctx + SPLITS * SPAN - 1) // (SPLITS * SPAN), 1) * SPAN
 
 
 @triton.jit
 def _spans_kernel(
     p_q, p_k, p_v, p_table, p_lens, p_m, p_l, p_acc, pages, most, scale2,
-    H: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, LQ: tl.constexpr, LP: tl.constexpr, SPAN: tl.constexpr,
-    BN: tl.constexpr, PAGE: tl.constexpr, DQ: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr,
+    H: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, LQ: tl.constexpr, LP: tl.constexpr, SPLITS: tl.constexpr,
+    SPAN: tl.constexpr, BN: tl.constexpr, PAGE: tl.constexpr, DQ: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr,
     DVP: tl.constexpr, IP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Every num_programs(0)-th span of one key/value head of one sequence: its softmax, not yet divided."""
@@ -55,11 +61,12 @@ def _spans_kernel(
     if D1 > 0:
         b_q1 = load_tile(p_q, o_row, m_q, DQ, D0, D1, True)
     o_c = tl.arange(0, BN)
-    for i_s in range(tl.program_id(0), (n_ctx + SPAN - 1) // SPAN, tl.num_programs(0)):
+    span = _span(n_ctx, SPLITS, SPAN)
+    for i_s in range(tl.program_id(0), (n_ctx + span - 1) // span, tl.num_programs(0)):
         b_m = tl.full([LP * GP], float("-inf"), tl.float32)
         b_l = tl.zeros([LP * GP], tl.float32)
         b_acc = tl.zeros([LP * GP, DVP], tl.float32)
-        for start in tl.range(i_s * SPAN, tl.minimum((i_s + 1) * SPAN, n_ctx), BN, num_stages=STAGES):
+        for start in tl.range(i_s * span, tl.minimum((i_s + 1) * span, n_ctx), BN, num_stages=STAGES):
             o_t = start + o_c
             m_t = o_t < n_ctx
             if PAGE % BN == 0:
@@ -79,34 +86,26 @@ def _spans_kernel(
 @triton.jit
 def _merge_kernel(
     p_m, p_l, p_acc, p_lens, p_o, most,
-    ROWS: tl.constexpr, SPAN: tl.constexpr, DV: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr,
+    ROWS: tl.constexpr, SPLITS: tl.constexpr, SPAN: tl.constexpr, DV: tl.constexpr, BS: tl.constexpr,
+    BD: tl.constexpr,
 ):  # fmt: skip
     """One query token's head (some columns of it): its spans put together, in order; zeros without a context."""
     i_row = tl.program_id(0).to(tl.int64)
-    count = (tl.load(p_lens + i_row // ROWS) + SPAN - 1) // SPAN
+    n_ctx = tl.load(p_lens + i_row // ROWS)
+    span = _span(n_ctx, SPLITS, SPAN)
+    o_s = tl.arange(0, BS)
+    m_s = o_s < (n_ctx + span - 1) // span
     o_d = tl.program_id(1) * BD + tl.arange(0, BD)
     m_d = o_d < DV
-    top = tl.full([], float("-inf"), tl.float32)
-    total = tl.zeros([], tl.float32)
-    acc = tl.zeros([BD], tl.float32)
-    for start in range(0, count, BS):
-        o_s = start + tl.arange(0, BS)
-        m_s = o_s < count
-        o_part = i_row * most + o_s
-        b_m = tl.load(p_m + o_part, mask=m_s, other=float("-inf"))
-        b_l = tl.load(p_l + o_part, mask=m_s, other=0.0)
-        b_acc = tl.load(
-            p_acc + o_part[:, None] * DV + o_d[None, :], mask=m_s[:, None] & m_d[None, :], other=0.0
-        )
-        new = tl.maximum(top, tl.max(b_m, 0))
-        safe = tl.where(new == float("-inf"), 0.0, new)
-        b_w = tl.exp2(b_m - safe)
-        alpha = tl.exp2(top - safe)
-        total = total * alpha + tl.sum(b_w * b_l, 0)
-        acc = acc * alpha + tl.sum(b_w[:, None] * b_acc, 0)
-        top = new
-    acc = acc / tl.where(total == 0.0, 1.0, total)
-    tl.store(p_o + i_row * DV + o_d, acc.to(p_o.dtype.element_ty), mask=m_d)
+    o_part = i_row * most + o_s
+    b_m = tl.load(p_m + o_part, mask=m_s, other=float("-inf"))
+    b_l = tl.load(p_l + o_part, mask=m_s, other=0.0)
+    b_acc = tl.load(p_acc + o_part[:, None] * DV + o_d[None, :], mask=m_s[:, None] & m_d[None, :], other=0.0)
+    top = tl.max(b_m, 0)
+    b_w = tl.exp2(b_m - tl.where(top == float("-inf"), 0.0, top))
+    total = tl.sum(b_w * b_l, 0)
+    b_o = tl.sum(b_w[:, None] * b_acc, 0) / tl.where(total == 0.0, 1.0, total)
+    tl.store(p_o + i_row * DV + o_d, b_o.to(p_o.dtype.element_ty), mask=m_d)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +125,8 @@ class PagedDecodeWorkspace:
         cls, batch: int, query_len: int, heads: int, value_dim: int, max_context: int, device: torch.device | str
     ) -> "PagedDecodeWorkspace":  # fmt: skip
         """Buffers for `batch` sequences of at most `max_context` tokens."""
-        shape = (batch * query_len * heads, max(1, triton.cdiv(max_context, SPAN)))
+        spans = max(1, min(SPLITS, triton.cdiv(max_context, SPAN)))
+        shape = (batch * query_len * heads, spans)
         part_max, part_sum = (torch.empty(shape, dtype=torch.float32, device=device) for _ in range(2))
         part_out = torch.empty(*shape, value_dim, dtype=torch.float32, device=device)
         return cls(part_max=part_max, part_sum=part_sum, part_out=part_out)
@@ -171,19 +171,21 @@ def paged_decode(
         min(MERGE_COLUMNS, next_power_of_2(value_dim)),
     )
     padded_new = max(next_power_of_2(query_len), 16 // min(padded, 16))
+    keys = max(16, min(128, SPAN, TILE // (d0 + d1)))
     programs = max(1, min(most, PROGRAMS // (batch * num_kv)))
     launch_kernel(
         _spans_kernel, (programs, batch * num_kv), q, k_cache, v_cache, block_table, context_lens,
         w.part_max, w.part_sum, w.part_out, block_table.shape[1], most,
         (width**-0.5 if scale is None else scale) * LOG2E,
         H=num_kv, G=group, GP=padded, LQ=query_len, LP=padded_new,
-        SPAN=SPAN, BN=KEYS, PAGE=page, DQ=width, D0=d0, D1=d1, DV=value_dim,
+        SPLITS=SPLITS, SPAN=SPAN, BN=keys, PAGE=page, DQ=width, D0=d0, D1=d1, DV=value_dim,
         DVP=max(16, next_power_of_2(value_dim)), IP=precision(q.dtype), STAGES=STAGES,
         num_warps=4 if padded * padded_new < 128 else 8,
     )  # fmt: skip
     launch_kernel(
         _merge_kernel, (batch * query_len * heads, triton.cdiv(value_dim, columns)),
         w.part_max, w.part_sum, w.part_out, context_lens, out, most,
-        ROWS=query_len * heads, SPAN=SPAN, DV=value_dim, BS=MERGE_SPANS, BD=columns, num_warps=1,
+        ROWS=query_len * heads, SPLITS=SPLITS, SPAN=SPAN, DV=value_dim, BS=next_power_of_2(most), BD=columns,
+        num_warps=4 if most > 16 else 1,
     )  # fmt: skip
     return out

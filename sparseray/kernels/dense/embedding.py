@@ -12,7 +12,8 @@ from torch import Tensor
 
 from sparseray.kernels.launch import launch_kernel
 
-BLOCK, COLUMNS = 64, 64
+BLOCK, ROWS, COLUMNS = 64, 4, 1024
+"""Positions of a piece; rows and columns that a program has in flight."""
 
 
 @triton.jit
@@ -31,7 +32,7 @@ def _add(p_out, o, m, b, ACCUMULATE: tl.constexpr):
 @triton.jit
 def _runs_kernel(
     p_ids, p_order, p_grads, p_out, p_parts, R,
-    H: tl.constexpr, ACCUMULATE: tl.constexpr, BLOCK: tl.constexpr, BH: tl.constexpr,
+    H: tl.constexpr, ACCUMULATE: tl.constexpr, BLOCK: tl.constexpr, BR: tl.constexpr, BH: tl.constexpr,
 ):  # fmt: skip
     """The run that begins at this position: to its id's row if it is whole, else to its block's part (first, last)."""
     i = tl.program_id(0)
@@ -41,18 +42,23 @@ def _runs_kernel(
     if (index >= 0) & (is_first | is_start):
         end = (i // BLOCK + 1) * BLOCK
         o_i = i + tl.arange(0, BLOCK)
-        m_i = (o_i < end) & (_id(p_ids, o_i, R) == index)
+        count = tl.sum(((o_i < end) & (_id(p_ids, o_i, R) == index)).to(tl.int32), 0)
         o_h = tl.program_id(1) * BH + tl.arange(0, BH)
         m_h = o_h < H
-        row = tl.load(p_order + o_i, mask=m_i, other=0)
-        p = p_grads + row[:, None] * H + o_h[None, :]
-        b = tl.sum(tl.load(p, mask=m_i[:, None] & m_h[None, :], other=0.0).to(tl.float32), 0)
-        goes_on = (tl.sum(m_i.to(tl.int32), 0) == end - i) & (_id(p_ids, end, R) == index)
+        acc = tl.zeros([BH], tl.float32)
+        for start in range(0, count, BR):
+            o_r = start + tl.arange(0, BR)
+            row = tl.load(p_order + i + o_r, mask=o_r < count, other=0)
+            m = (o_r < count)[:, None] & m_h[None, :]
+            acc += tl.sum(
+                tl.load(p_grads + row[:, None] * H + o_h[None, :], mask=m, other=0.0).to(tl.float32), 0
+            )
+        goes_on = (i + count == end) & (_id(p_ids, end, R) == index)
         if is_start & (goes_on == 0):
-            _add(p_out, index * H + o_h, m_h, b, ACCUMULATE)
+            _add(p_out, index.to(tl.int64) * H + o_h, m_h, acc, ACCUMULATE)
         else:
             slot = i // BLOCK * 2 + tl.where(is_first, 0, 1)
-            tl.store(p_parts + slot.to(tl.int64) * H + o_h, b, mask=m_h)
+            tl.store(p_parts + slot.to(tl.int64) * H + o_h, acc, mask=m_h)
 
 
 @triton.jit
@@ -74,7 +80,7 @@ def _join_kernel(
         while _id(p_ids, block * BLOCK, R) == index:
             acc += tl.load(p_parts + block.to(tl.int64) * (2 * H) + o_h, mask=m_h, other=0.0)
             block += 1
-        _add(p_out, index * H + o_h, m_h, acc, ACCUMULATE)
+        _add(p_out, index.to(tl.int64) * H + o_h, m_h, acc, ACCUMULATE)
 
 
 @torch.no_grad()
@@ -89,12 +95,15 @@ def embedding_grad_(out_VH: Tensor, ids_R: Tensor, grads_RH: Tensor, *, accumula
     R, H = grads_RH.shape
     if not accumulate:
         out_VH.zero_()
-    ordered_R, order_R = torch.sort(ids_R, stable=True)
-    blocks, tiles = triton.cdiv(R, BLOCK), triton.cdiv(H, COLUMNS)
+    # Half as many passes of the sort as with 64 bits.
+    ordered_R, order_R = torch.sort(ids_R.int(), stable=True)
+    columns = min(COLUMNS, triton.next_power_of_2(H))
+    blocks, tiles = triton.cdiv(R, BLOCK), triton.cdiv(H, columns)
     parts = torch.empty(2 * blocks, H, dtype=torch.float32, device=grads_RH.device)
-    sizes = {"H": H, "ACCUMULATE": accumulate, "BLOCK": BLOCK, "BH": COLUMNS}
+    sizes = {"H": H, "ACCUMULATE": accumulate, "BLOCK": BLOCK, "BH": columns}
     launch_kernel(
-        _runs_kernel, (R, tiles), ordered_R, order_R, grads_RH.contiguous(), out_VH, parts, R, **sizes, num_warps=4
+        _runs_kernel, (R, tiles), ordered_R, order_R, grads_RH.contiguous(), out_VH, parts, R, **sizes,
+        BR=ROWS, num_warps=4,
     )  # fmt: skip
     launch_kernel(_join_kernel, (blocks, tiles), ordered_R, out_VH, parts, R, **sizes, num_warps=1)
     return out_VH

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from sparseray.kernels.launch import launch_kernel
 
-FORWARD_TILE, BACKWARD_TILE, MOST_PROGRAMS = 4096, 2048, 1056
-"""Values that a program holds at a time, and programs of the backward pass: eight a multiprocessor of 132."""
+FORWARD_TILE, BACKWARD_TILE, MOST_PROGRAMS, STAGES = 4096, 2048, 528, 2
+"""Values that a program holds at a time; programs of the backward pass (four a multiprocessor of 132),
+and how many of its tiles are on their way."""
 
 
 @triton.jit
@@ -41,7 +42,7 @@ def _forward_kernel(
 @triton.jit
 def _backward_kernel(
     p_dy, p_dtotal, p_x, p_weight, p_rstd, p_dx, p_partial, R, rows,
-    H: tl.constexpr, ADD: tl.constexpr, BR: tl.constexpr, BH: tl.constexpr,
+    H: tl.constexpr, ADD: tl.constexpr, BR: tl.constexpr, BH: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dx = rstd (w dy - n mean(w dy n)) + dtotal with n = rstd x, and this program's part of dw = sum of dy n."""
     i_p = tl.program_id(0)
@@ -50,7 +51,7 @@ def _backward_kernel(
     m_h = o_h < H
     b_w = tl.load(p_weight + o_h, mask=m_h, other=0.0).to(tl.float32)[None, :]
     b_dw = tl.zeros([BR, BH], tl.float32)
-    for start in range(i_p * rows, end, BR):
+    for start in tl.range(i_p * rows, end, BR, num_stages=STAGES):
         o_r = start + tl.arange(0, BR)
         m = (o_r < end)[:, None] & m_h[None, :]
         o = o_r[:, None].to(tl.int64) * H + o_h[None, :]
@@ -97,7 +98,7 @@ def _backward(
     dx, partial_PH = torch.empty_like(x), torch.empty(programs, H, dtype=torch.float32, device=x.device)
     launch_kernel(
         _backward_kernel, (programs,), dy.contiguous(), None if dtotal is None else dtotal.contiguous(),
-        x, weight, rstd_R, dx, partial_PH, R, rows, H=H, ADD=dtotal is not None, **tile,
+        x, weight, rstd_R, dx, partial_PH, R, rows, H=H, ADD=dtotal is not None, STAGES=STAGES, **tile,
     )  # fmt: skip
     return dx, partial_PH.sum(0)
 

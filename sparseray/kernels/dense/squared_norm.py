@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sparseray.kernels.launch import launch_kernel
 
-PIECE, TILE = 1 << 16, 4096
+PIECE, TILE = 1 << 16, 8192
 
 
 @triton.jit

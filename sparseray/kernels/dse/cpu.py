@@ -232,25 +232,36 @@ def _mean_square(grads, u):
 
 
 @numba.njit(cache=True, nogil=True)
-def _adam_rows(weight, m, v, t, rows, grads, lr, beta1, beta2, eps):
-    width = weight.shape[1]
-    keep1, new1 = np.float32(beta1), np.float32(1 - beta1)
-    keep2, new2 = np.float32(beta2), np.float32(1 - beta2)
-    for u in range(rows.shape[0]):
-        if u + PREFETCH_DISTANCE < rows.shape[0]:
-            for offset in range(0, width * 4, 64):
+def _ask_ahead(weight, m, rows, u):
+    """Ask the caches for a row some steps ahead; they miss at random rows."""
+    if u + PREFETCH_DISTANCE < rows.shape[0]:
+        for offset in range(0, weight.shape[1] * 4, 64):
+            if offset < weight.shape[1] * weight.itemsize:
                 prefetch(weight, rows[u + PREFETCH_DISTANCE], offset)
-                prefetch(m, rows[u + PREFETCH_DISTANCE], offset)
+            prefetch(m, rows[u + PREFETCH_DISTANCE], offset)
+
+
+@numba.njit(cache=True, nogil=True)
+def _next_rate(v, t, row, grads, u, lr, beta1, beta2, eps):
+    """Count a row's update and its second moment; returns what the first moment is multiplied by."""
+    step = t[row] + 1
+    t[row] = step
+    second = np.float32(beta2) * v[row] + np.float32(1 - beta2) * _mean_square(grads, u)
+    v[row] = second
+    root = np.sqrt(np.float64(second) / (1 - beta2**step)) + eps
+    return np.float32(lr / (1 - beta1**step) / root)
+
+
+@numba.njit(cache=True, nogil=True)
+def _adam_rows(weight, m, v, t, rows, grads, lr, beta1, beta2, eps):
+    keep1, new1 = np.float32(beta1), np.float32(1 - beta1)
+    for u in range(rows.shape[0]):
+        _ask_ahead(weight, m, rows, u)
         row = rows[u]
         if row < 0 or row >= weight.shape[0]:
             return u
-        step = t[row] + 1
-        t[row] = step
-        second = keep2 * v[row] + new2 * _mean_square(grads, u)
-        v[row] = second
-        root = np.sqrt(np.float64(second) / (1 - beta2**step)) + eps
-        rate = np.float32(lr / (1 - beta1**step) / root)
-        for d in range(width):
+        rate = _next_rate(v, t, row, grads, u, lr, beta1, beta2, eps)
+        for d in range(weight.shape[1]):
             first = keep1 * m[row, d] + new1 * grads[u, d]
             m[row, d] = first
             weight[row, d] -= rate * first
@@ -266,49 +277,43 @@ def _mixed(x):
 
 
 @numba.njit(cache=True, nogil=True)
-def _round_row(exact, key, weight, row):
-    """Write an fp32 row as bfloat16: up with the probability of the part that is cut off, drawn from `key`."""
-    bits = exact.view(np.uint32)
-    drawn = np.uint64(0)
-    for d in range(exact.shape[0]):
-        if d % 4 == 0:
-            drawn = _mixed(key + np.uint64(d // 4 + 1) * GOLDEN)
-        noise = np.uint32((drawn >> np.uint64(16 * (d % 4))) & np.uint64(0xFFFF))
-        if np.isfinite(exact[d]):
-            weight[row, d] = np.uint16((np.uint64(bits[d]) + np.uint64(noise)) >> np.uint64(16))
-        else:
-            nan = np.uint32(0x40) if np.isnan(exact[d]) else np.uint32(0)
-            weight[row, d] = np.uint16((bits[d] >> np.uint32(16)) | nan)
+def _round_row(bits, key, weight, row):
+    """Write the bits of fp32 numbers as bfloat16: up with the probability of the part that is cut off."""
+    low, high = np.uint32(key & np.uint64(0xFFFFFFFF)), np.uint32(key >> np.uint64(32))
+    for d in range(bits.shape[0]):
+        # 32 bits a step, so that the loop is vectorised; both halves of the key and the column go in.
+        x = np.uint32(low + np.uint32(d) * np.uint32(0x9E3779B9))
+        x = np.uint32((x ^ (x >> np.uint32(16))) * np.uint32(0x21F0AAAD))
+        x = np.uint32(x ^ high)
+        x = np.uint32((x ^ (x >> np.uint32(15))) * np.uint32(0x735A2D97))
+        x = np.uint32(x ^ (x >> np.uint32(15)))
+        magnitude = bits[d] & np.uint32(0x7FFFFFFF)
+        noise = x >> np.uint32(16) if magnitude < np.uint32(0x7F800000) else np.uint32(0)
+        not_a_number = np.uint32(0x40) if magnitude > np.uint32(0x7F800000) else np.uint32(0)
+        weight[row, d] = np.uint16((np.uint32(bits[d] + noise) >> np.uint32(16)) | not_a_number)
 
 
 @numba.njit(cache=True, nogil=True)
 def _adam_rows_bfloat16(weight, m, v, t, rows, grads, lr, beta1, beta2, eps, seed):
     """As `_adam_rows`, on rows that are stored as bfloat16 and computed in fp32."""
+    keep1, new1 = np.float32(beta1), np.float32(1 - beta1)
     width = weight.shape[1]
     exact = np.empty(width, dtype=np.float32)
     bits = exact.view(np.uint32)
-    # The same fp32 loops with a table of one row: its bits are those of fp32 rows.
-    single, first = exact.reshape(1, width), np.zeros(1, dtype=np.int64)
     for u in range(rows.shape[0]):
+        _ask_ahead(weight, m, rows, u)
         row = rows[u]
         if row < 0 or row >= weight.shape[0]:
             return u
+        rate = _next_rate(v, t, row, grads, u, lr, beta1, beta2, eps)
         for d in range(width):
             bits[d] = np.uint32(weight[row, d]) << np.uint32(16)
-        _adam_rows(
-            single,
-            m[row : row + 1],
-            v[row : row + 1],
-            t[row : row + 1],
-            first,
-            grads[u : u + 1],
-            lr,
-            beta1,
-            beta2,
-            eps,
-        )
+        for d in range(width):
+            first = keep1 * m[row, d] + new1 * grads[u, d]
+            m[row, d] = first
+            exact[d] -= rate * first
         key = _mixed(_mixed(seed + np.uint64(row) * GOLDEN) + np.uint64(t[row]) * GOLDEN)
-        _round_row(exact, key, weight, row)
+        _round_row(bits, key, weight, row)
     return -1
 
 
@@ -336,8 +341,8 @@ def rowwise_adam_(
     """Apply row-wise Adam in place to the given rows; see `reference.rowwise_adam_`.
 
     bfloat16 rows are widened, updated in fp32 and rounded stochastically: to one of the two neighbours, in the mean
-    to the exact value, so updates far below a row's resolution add up. The random bits are SplitMix64 of (seed, row,
-    updates of the row) and nothing else.
+    to the exact value, so updates far below a row's resolution add up. The random bits are a hash of (seed, row,
+    updates of the row, column) and nothing else.
 
     Args:
         weight_RD: table, fp32, or bfloat16 held as uint16. m_RD: fp32, first moment.

@@ -155,9 +155,28 @@ class RunFolder:
                 layout.save(unfinished)
             os.rename(unfinished, self.identity)
         self.check_identity(layout)
+        self._write_tokenizer_config(tokenizer, config)
         if not self.config.exists() or self.changes(config):
             save_yaml(config, self.path / "config.tmp")
             os.replace(self.path / "config.tmp", self.config)
+
+    def _write_tokenizer_config(self, tokenizer: Path, config: RunConfig) -> None:
+        """Tell other tools what tokenizer.json does not say: which token ends a text, and how long one may be."""
+        target, beside = self.identity / "tokenizer_config.json", tokenizer.with_name("tokenizer_config.json")
+        if target.exists():
+            return
+        manifest = json.loads((self.identity / "data_manifest.json").read_text())
+        stated = json.loads(beside.read_text(encoding="utf-8")) if beside.exists() else {}
+        content = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+            **stated,
+            "eos_token": manifest["tokenizer"]["eos_token"],
+            "model_max_length": config.model.max_seq_len,
+        }
+        temporary = target.with_suffix(".tmp")
+        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(temporary, target)
 
     def check_data(self, data: Path) -> None:
         """Refuse to go on with other token shards than the run was started with; changes nothing.
