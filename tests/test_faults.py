@@ -90,6 +90,16 @@ def test_a_finished_run_takes_more_steps_at_another_rate_and_the_journal_says_so
     assert all(r["lr"] <= 5e-4 for r in records[3:])
 
 
+def test_a_run_folder_that_was_moved_goes_on_where_it_is(corpus: Path, tmp_path: Path) -> None:
+    config = tiny_run(corpus, steps=4)
+    whole = train(tmp_path / "whole", config)
+    train(tmp_path / "run", config, stop_after=2)
+    moved = tmp_path / "elsewhere, run 2"
+    (tmp_path / "run").rename(moved)
+    assert resumed(moved, config).run_dir == str(moved)
+    assert train(moved, config).digest == whole.digest
+
+
 def test_what_may_not_change_is_named_beside_what_may(corpus: Path, tmp_path: Path) -> None:
     config = tiny_run(corpus, steps=2)
     train(tmp_path / "run", config)

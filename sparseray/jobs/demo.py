@@ -8,6 +8,7 @@ asks for three completions (one streamed), and leaves pictures. About three minu
 import argparse
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -26,6 +27,7 @@ from sparseray.model.config import preset
 from sparseray.platform import config as configuration
 from sparseray.platform.checks import check_cluster, check_folder
 from sparseray.platform.config import ClusterConfig, DataConfig, RunConfig, TrainConfig
+from sparseray.platform.settings import expand_path
 
 EXAMPLE = """example:
   python -m sparseray demo --out demo
@@ -48,7 +50,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--steps", type=int, default=200, help="training steps, default %(default)s")
     options = parser.parse_args(list(arguments))
     try:
-        return demo(Path(options.out), options.steps)
+        return demo(Path(expand_path(options.out, "--out")), options.steps)
     except UserError as error:
         return configuration.die(error)
 
@@ -104,8 +106,9 @@ def demo(out: Path, steps: int) -> int:
         f"step records:  {folder.metrics}\n"
         f"checkpoint:    {checkpoint}\n"
         "try next:\n"
-        f"  python -m sparseray serve --checkpoint {checkpoint}\n"
-        f"  python -m sparseray pretrain --config configs/tiny.yaml --data.path {data} --train.steps 1000 --run_dir runs/longer"
+        f"  {pretrain.serve_hint(checkpoint)}\n"
+        f"  python -m sparseray pretrain --config configs/tiny.yaml --data.path {shlex.quote(str(data))} "
+        "--train.steps 1000 --run_dir runs/longer"
     )
     return 0
 
