@@ -1,10 +1,12 @@
 """Sources as they are found: links, loops, what may not be read, odd names and marks; targets that cannot be made."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
 from conftest import write_corpus
+from processes import start, wait_until
 
 from sparseray.actors.training.manifest import Manifest
 from sparseray.errors import DataError, UserError
@@ -102,3 +104,17 @@ def test_paths_of_the_command_are_expanded(
     assert (tmp_path / "räume 1" / "data" / "manifest.json").exists()
     assert data.main(["prepare", "--source", "$NO_SUCH_THING/x", "--out", "~/x"]) == 2
     assert "NO_SUCH_THING is not set" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM, signal.SIGINT])
+def test_a_preparation_that_is_told_to_stop_leaves_nothing_half_done(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    process = start(
+        ["data", "prepare", "--source", "stdlib", "--out", str(tmp_path / "out")], tmp_path / "log.txt"
+    )
+    wait_until(lambda: list(tmp_path.glob("out*")) or "MB" in (tmp_path / "log.txt").read_text(), "some work")
+    process.send_signal(number)
+    assert process.wait(30) == 130
+    assert (tmp_path / "log.txt").read_text().endswith("interrupted: nothing was written\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["log.txt"]
