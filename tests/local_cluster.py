@@ -33,13 +33,12 @@ from sparseray.platform.config import (
     TrainConfig,
 )
 from sparseray.platform.fleet.control import Loss, Member
-from sparseray.platform.fleet.host import TrainingJob
+from sparseray.platform.fleet.job import SpecJobs
 from sparseray.platform.fleet.transport import ZmqTransport
 from sparseray.platform.metrics.exporter import Metrics
 from sparseray.platform.opening import open_training, slots_of
 from sparseray.platform.run import checkpoint
 from sparseray.platform.run.folder import RunFolder
-from sparseray.platform.training import Trainer
 
 MODEL = ModelConfig(
     vocab_size=300,
@@ -239,7 +238,7 @@ class LocalFleet:
             slot, self.used = self.used, self.used + 1
             inner = ZmqTransport(f"slot{slot}", self.sockets)
             transport = self.transports[slot] = FaultyTransport(inner, slot, self.faults, self)
-            self.slots[slot] = Slot(Mailbox(transport, slot, self.job), lambda b: TrainingJob(b, Metrics({})))
+            self.slots[slot] = Slot(Mailbox(transport, slot, self.job), SpecJobs(Metrics({})))
             self.threads[slot] = threading.Thread(target=self._serve, args=(slot,), name=f"slot-{slot}")
             self.threads[slot].start()
             with self._lock:
@@ -300,7 +299,7 @@ def train(
     tcp: bool = False,
     stop_after: int = 1 << 30,
     faults: Faults | None = None,
-    at_step: Callable[[int, Trainer, LocalFleet], None] = lambda step, trainer, fleet: None,
+    at_step: Callable[[int, Run, LocalFleet], None] = lambda step, run, fleet: None,
     nodes: dict[int, str] | None = None,
     scheduler_dies: Sequence[int] = (),
 ) -> Trained:
@@ -326,7 +325,7 @@ def train(
     def note(record: dict[str, Any]) -> None:
         seen.append(record)
         if "loss" in record:
-            at_step(record["step"], run.trainer, fleet)
+            at_step(record["step"], run, fleet)
             if record["step"] in dying:
                 dying.remove(record["step"])
                 raise Killed
@@ -338,17 +337,17 @@ def train(
             Mailbox(transport, SCHEDULER, fleet.job),
             lambda journal, history, prepare: fleet,
             Metrics({}),
-            validation=inputs.validation,
+            task=inputs.validation,
             on_record=note,
-            should_stop=lambda: run.trainer.step >= stop_after,
+            should_stop=lambda: run.driver.step >= stop_after,
         )
 
     run = scheduler()
     try:
-        fleet.start(slots_of(config, run.elastic.inventory))
+        fleet.start(slots_of(config, run.generations.workload.inventory))
         while True:
             try:
-                run.train()
+                run.drive()
                 break
             except Killed:
                 run.close()

@@ -13,7 +13,7 @@ from sparseray.platform import config as configuration
 from sparseray.platform.config import RunConfig, load_yaml, to_dict
 from sparseray.platform.run.folder import RunFolder
 from sparseray.platform.settings import keys_of
-from sparseray.platform.training import learning_rate
+from sparseray.platform.trainer import learning_rate
 
 CASES = 1500
 TINY = (ROOT / "configs" / "tiny.yaml").read_text()

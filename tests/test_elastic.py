@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 from local_cluster import Faults, LocalFleet, Sent, Trained, tiny_run, train
 
+from sparseray.actors.state.assignment import Plan
 from sparseray.actors.wire.envelope import SCHEDULER
 from sparseray.errors import ConfigError, FencedError, StateLostError
+from sparseray.platform.composition import Run
 from sparseray.platform.config import RunConfig
 from sparseray.platform.planning.inventory import Roles
 from sparseray.platform.run.history import Wish
 from sparseray.platform.run.journal import Journal
-from sparseray.platform.training import Trainer
 
 STEPS = 10
 WIDE = {"attention_workers": 2, "expert_shards": 2, "memory_shards": 2, "replication": 2}
@@ -106,24 +107,29 @@ def test_a_slot_that_dies_while_state_moves_is_left_out_of_the_next_generation(
     check(trained, undisturbed)
 
 
+def plan_of(run: Run) -> Plan:
+    assert run.generations.plan is not None
+    return run.generations.plan
+
+
 def at(
-    changes: dict[int, Callable[[Trainer, LocalFleet], None]],
-) -> Callable[[int, Trainer, LocalFleet], None]:
-    return lambda step, trainer, fleet: changes.get(step, lambda t, f: None)(trainer, fleet)
+    changes: dict[int, Callable[[Run, LocalFleet], None]],
+) -> Callable[[int, Run, LocalFleet], None]:
+    return lambda step, run, fleet: changes.get(step, lambda r, f: None)(run, fleet)
 
 
-def scale(role: str, count: int) -> Callable[[Trainer, LocalFleet], None]:
-    return lambda trainer, fleet: trainer.elastic.request(role, count)
+def scale(role: str, count: int) -> Callable[[Run, LocalFleet], None]:
+    return lambda run, fleet: run.reconciler.request(role, count)
 
 
 @pytest.mark.parametrize("replication", [1, 2])
 def test_roles_grow_and_shrink_while_training(
     replication: int, corpus: Path, undisturbed: Trained, tmp_path: Path
 ) -> None:
-    def several(trainer: Trainer, fleet: LocalFleet) -> None:
-        trainer.elastic.request("attention", 1)
-        trainer.elastic.request("experts", 2)
-        trainer.elastic.request("memory", 3)
+    def several(run: Run, fleet: LocalFleet) -> None:
+        run.reconciler.request("attention", 1)
+        run.reconciler.request("experts", 2)
+        run.reconciler.request("memory", 3)
 
     changes = at({1: scale("experts", 4), 3: scale("attention", 4), 5: several, 7: scale("memory", 1)})
     trained = train(tmp_path / "run", config_of(corpus, replication=replication), at_step=changes)
@@ -138,11 +144,11 @@ def test_what_cannot_be_is_refused_with_the_reason(
 ) -> None:
     told: list[str] = []
 
-    def refuse(trainer: Trainer, fleet: LocalFleet) -> None:
+    def refuse(run: Run, fleet: LocalFleet) -> None:
         fleet.most = 7
         for role, count in (("experts", 9), ("experts", 0), ("attention", 4), ("memory", 99), ("gpu", 1)):
             with pytest.raises(ConfigError) as error:
-                trainer.elastic.request(role, count)
+                run.reconciler.request(role, count)
             told.append(str(error.value))
 
     check(train(tmp_path / "run", config_of(corpus), at_step=at({2: refuse})), undisturbed)
@@ -155,14 +161,14 @@ def test_a_scheduler_that_dies_undoes_no_wish_and_forgets_no_load(
     hot = ((100.0, *[1.0] * 7), (1.0, 60.0, 60.0, *[1.0] * 5))
     seen: dict[int, tuple[Wish, list[list[float]]]] = {}
 
-    def wish(trainer: Trainer, fleet: LocalFleet) -> None:
-        trainer.elastic.request("experts", 4)
-        trainer.elastic.ask(replace(trainer.elastic.wish, packed_by=hot))
+    def wish(run: Run, fleet: LocalFleet) -> None:
+        run.reconciler.request("experts", 4)
+        run.generations.ask(replace(run.generations.wish, packed_by=hot))
 
-    def note(step: int, trainer: Trainer, fleet: LocalFleet) -> None:
+    def note(step: int, run: Run, fleet: LocalFleet) -> None:
         if step == 4:
-            wish(trainer, fleet)
-        seen[step] = (trainer.elastic.wish, trainer.elastic.load.tolist())
+            wish(run, fleet)
+        seen[step] = (run.generations.wish, run.reconciler.load.tolist())
 
     trained = train(tmp_path / "run", config_of(corpus), at_step=note, scheduler_dies=(4, 6))
     check(trained, undisturbed)
@@ -211,8 +217,8 @@ def test_a_slot_that_was_thought_dead_and_comes_back_changes_nothing(
 ) -> None:
     changes = at(
         {
-            4: lambda trainer, fleet: fleet.partition(victim),
-            7: lambda trainer, fleet: fleet.heal(victim),
+            4: lambda run, fleet: fleet.partition(victim),
+            7: lambda run, fleet: fleet.heal(victim),
         }
     )
     trained = train(tmp_path / "run", config_of(corpus, standby=1), at_step=changes)
@@ -258,7 +264,7 @@ def test_replicas_lie_on_different_nodes_and_a_whole_node_may_go(
 ) -> None:
     nodes = {slot: f"node-{slot % 2}" for slot in range(12)}
 
-    def lose_node(trainer: Trainer, fleet: LocalFleet) -> None:
+    def lose_node(run: Run, fleet: LocalFleet) -> None:
         fleet.most = 3
         for slot in (1, 3, 5):
             fleet.kill(slot)
@@ -294,18 +300,17 @@ def test_hot_experts_computed_by_several_holders_change_no_bit(
 ) -> None:
     spread: list[tuple[tuple[int, ...], ...]] = []
 
-    def heat(trainer: Trainer, fleet: LocalFleet) -> None:
-        elastic = trainer.elastic
+    def heat(run: Run, fleet: LocalFleet) -> None:
+        generations = run.generations
         hot = ((100.0, *[1.0] * 7), (1.0, 60.0, 60.0, *[1.0] * 5))
-        elastic.ask(replace(elastic.wish, packed_by=hot))
-        elastic._change(
-            "rebalanced", "as if two experts were hot", trainer.step, elastic._replanned(elastic.wanted)
-        )
-        spread.append(trainer.plan.spread)
+        generations.ask(replace(generations.wish, packed_by=hot))
+        plan = generations.replanned(generations.wanted)
+        run.reconciler.change("rebalanced", "as if two experts were hot", run.driver.step, plan)
+        spread.append(plan_of(run).spread)
 
-    def lose(trainer: Trainer, fleet: LocalFleet) -> None:
+    def lose(run: Run, fleet: LocalFleet) -> None:
         if replication > 1:
-            fleet.kill(trainer.plan.experts[0][0][1])
+            fleet.kill(plan_of(run).experts[0][0][1])
 
     config = config_of(corpus, replication=replication, expert_shards=4)
     trained = train(tmp_path / "run", config, at_step=at({3: heat, 6: lose}))

@@ -8,7 +8,7 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 ORDER = ["kernels", "model", "actors", "platform", "jobs"]
 FLOORS = {
-    "actors": ["wire", "state", "exchange", "training", "serving", "observation", "installation", "slot"],
+    "actors": ["wire", "state", "exchange", "training", "serving", "observation", "installation", "engine_role", "slot"],
     "platform": [
         "settings",
         "config",
@@ -18,8 +18,13 @@ FLOORS = {
         "checks",
         "opening",
         "fleet",
+        "workload",
         "generations",
+        "reconciler",
         "training",
+        "step_reports",
+        "trainer",
+        "serving",
         "composition",
         "scheduler",
         "cluster",

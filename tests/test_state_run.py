@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from local_cluster import LocalFleet, Trained, Trainer, tiny_run, train
+from local_cluster import LocalFleet, Run, Trained, tiny_run, train
 from torch import Tensor
 
 from sparseray.actors.installation import InstallPlan, JobSpec, Restore
@@ -17,7 +17,7 @@ from sparseray.actors.wire.envelope import Message
 from sparseray.actors.wire.messages import Installed
 from sparseray.model.dse_layout import DSELayout
 from sparseray.platform.config import ClusterConfig, RunConfig, ServeConfig, to_dict
-from sparseray.platform.fleet.host import TrainingJob
+from sparseray.platform.fleet.job import SlotJob
 from sparseray.platform.metrics.exporter import Metrics
 from sparseray.platform.opening import open_serving, serving_inventory
 from sparseray.platform.planning.replan import make_plan
@@ -62,9 +62,9 @@ def test_bfloat16_rows_have_the_same_bits_with_more_slots_a_kill_and_a_resume(
 ) -> None:
     config = bfloat16_run(corpus, memory_shards=2, replication=2, standby=1)
 
-    def kill(step: int, trainer: Trainer, fleet: LocalFleet) -> None:
+    def kill(step: int, run: Run, fleet: LocalFleet) -> None:
         if step == 3:
-            plan = trainer.elastic.plan
+            plan = run.generations.plan
             assert plan is not None
             fleet.kill(plan.memory_primaries[0])
 
@@ -87,6 +87,10 @@ class Recorder:
     def post(self, to: int, body: Any, **envelope: Any) -> int:
         self.said.append(body)
         return len(self.said)
+
+    def wait(self, asked: dict[int, int], *_: object) -> dict[int, Any]:
+        assert not asked
+        return {}
 
 
 @pytest.mark.parametrize("row_dtype", ["float32", "bfloat16"])
@@ -115,7 +119,7 @@ def test_a_serving_slot_reads_and_holds_weights_only(
             serving=serving,
             tokenizer=str(directory / "tokenizer.json"),
         )
-        job = TrainingJob(spec, Metrics({}))
+        job = SlotJob(spec, Metrics({}))
         slot = Slot(Recorder(), lambda _, job=job: job)  # type: ignore[arg-type]
         body = InstallPlan(
             plan=make_plan(

@@ -30,9 +30,15 @@ class JobSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class Restore:
-    """Where state comes from when no peer has it: a checkpoint's folder, or the seed where it is empty."""
+    """Where state comes from when no peer has it.
+
+    Args:
+        checkpoint: its folder; empty for the seed.
+        everything: throw away what is held and load all; otherwise only pieces that no peer gives.
+    """
 
     checkpoint: str
+    everything: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,9 +58,10 @@ class InstallPlan(Body):
         job: what to build.
         scheduler: address of the scheduler's inbox.
         step: last committed one; all state is to be of it.
-        restore: throw away what is held and load this; None to keep it.
+        restore: where to load state from; None where peers have all.
         commit: the last one, for a slot that has not received it.
         pulls: what to copy from peers, for pieces that are not held.
+        ingress: address that tokens go to, empty in training.
     """
 
     opens_generation: ClassVar[bool] = True
@@ -66,3 +73,4 @@ class InstallPlan(Body):
     restore: Restore | None = None
     commit: Commit | None = None
     pulls: tuple[PullFrom, ...] = ()
+    ingress: str = ""

@@ -15,27 +15,24 @@ from typing import Any, Protocol, TypeVar, cast
 
 import torch
 
+from sparseray.actors.engine_role import EngineRole
 from sparseray.actors.exchange.by_message import Call, Caller
 from sparseray.actors.exchange.reduction import PartResult, Reduction
 from sparseray.actors.installation import InstallPlan, JobSpec, PullFrom
 from sparseray.actors.observation import (
-    observe_engine,
-    observe_memory,
-    observe_queues,
     observe_rows,
     observe_worker,
 )
 from sparseray.actors.serving.engine import Engine
-from sparseray.actors.serving.messages import Generate, Tokens
+from sparseray.actors.serving.messages import Cancel, Generate
 from sparseray.actors.state.assignment import Plan
 from sparseray.actors.state.dense import DenseState
 from sparseray.actors.state.holdings import Holdings
 from sparseray.actors.state.pieces import DENSE, Piece
 from sparseray.actors.training.worker import AttentionWorker, Batches
-from sparseray.actors.wire.envelope import SCHEDULER, Body, Message
+from sparseray.actors.wire.envelope import INGRESS, SCHEDULER, Body, Message
 from sparseray.actors.wire.mailbox import Mailbox
 from sparseray.actors.wire.messages import (
-    Cancel,
     Commit,
     Evaluate,
     Evaluated,
@@ -55,6 +52,7 @@ from sparseray.actors.wire.messages import (
     SaveCheckpoint,
     Saved,
     SavedTensor,
+    Settled,
     Silent,
     Stale,
     Stop,
@@ -111,17 +109,17 @@ class Slot:
         self.holdings: Holdings | None = None
         self.reduction: Reduction | None = None
         self.worker: AttentionWorker | None = None
-        self.engine: Engine | None = None
+        self.role = EngineRole(mailbox, self._install)
         self._current = (0, -1)
         self._control: dict[type[Body], Callable[[Message[Any]], None]] = {
             InstallPlan: self._install,
+            Settled: self._settled,
             RunStep: self._run_step,
             Commit: self._commit,
             Evaluate: self._evaluate,
             SaveCheckpoint: self._checkpoint,
-            Generate: self._generate,
-            Cancel: self._cancel,
             Stop: self._stop,
+            **self.role.handlers,
         }
         self._requests: dict[type[Body], Callable[[Message[Any]], Body]] = {
             ExpertForward: self._expert_forward,
@@ -133,14 +131,16 @@ class Slot:
     def serve_forever(self) -> None:
         """Handle messages until `stop`; a failure is told to the scheduler, and the slot goes on."""
         while self.running:
-            is_busy = self.engine is not None and self.engine.has_work
+            is_busy = self.role.has_work
             message = self.later.popleft() if self.later else self.mailbox.next(0.0 if is_busy else 0.5)
             while message is not None or is_busy:
                 try:
                     if message is not None:
                         self._handle(message, waiting=False)
                     else:
-                        self._generate_tokens()
+                        # Experts and rows answer for the step after the last committed one, as in training.
+                        self._begin(self.committed + 1, -1)
+                        self.role.step()
                     break
                 except SupersededError as newer:
                     message = newer.args[0]
@@ -188,43 +188,51 @@ class Slot:
             self.mailbox.post(SCHEDULER, Installed(), step=self.committed)
             return
         self.mailbox.adopt(plan.generation)
-        self.mailbox.transport.connect({**plan.addresses, SCHEDULER: body.scheduler})
-        self.later.clear()
+        ingress = {INGRESS: body.ingress} if body.ingress else {}
+        self.mailbox.transport.connect({**plan.addresses, SCHEDULER: body.scheduler, **ingress})
+        # Requests are of no generation; whatever else waited was.
+        self.later = deque(message for message in self.later if not message.body.is_fenced)
         self.deferred.clear()
         self.worker, self.reduction, self.plan = None, None, None
-        self.job = self.job_from(body.job)
+        job = self.job = self.job_from(body.job)
         if self.holdings is None:
-            self.holdings = self.job.holdings()
-        mine = plan.pieces_of(me)
-        if body.restore is not None:
-            self._restore(mine, body.restore.checkpoint, body.step)
-        elif not self._catch_up(body):
+            self.holdings = job.holdings()
+        if not self._take_state(body, plan.pieces_of(me)):
+            self.role.drop()
             self.mailbox.post(SCHEDULER, Stale(), step=self.committed)
             return
-        else:
-            self._pull_missing(mine, body.pulls)
         self.holdings.assign(plan, me)
         dense = self.holdings.dense if me in plan.dense else None
         self.reduction = Reduction(self.mailbox, plan, dense, self.holdings.experts, self.holdings.memory)
-        self.engine = None
         if plan.parts_of(me):
             assert dense is not None
-            self.worker = self.job.worker(plan, dense, self._call, self._begin)
-            self.engine = self.job.engine(self.worker)
+            self.worker = job.worker(plan, dense, self._call, self._begin)
+        self.role.take(job, self.worker)
         self.plan = plan
         self.mailbox.post(SCHEDULER, Installed(), step=self.committed)
 
-    def _restore(self, mine: list[Piece], checkpoint: str, step: int) -> None:
-        """Take the state of a checkpoint, or draw it from the seed where there is none."""
+    def _take_state(self, body: InstallPlan, mine: list[Piece]) -> bool:
+        """Hold the pieces that the plan gives; False when what is held is of another step."""
         assert self.holdings is not None
-        self.holdings.clear()
-        self.committed = step
-        if checkpoint:
+        if body.restore is not None and body.restore.everything:
+            self.holdings.clear()
+            self.committed = body.step
+        elif not self._catch_up(body):
+            return False
+        self._pull_missing(mine, body.pulls)
+        lacking = [piece for piece in mine if piece not in self.holdings.held]
+        if lacking and body.restore is not None and body.restore.checkpoint:
             trains = not self.job.is_serving
-            found = self.job.read(checkpoint, self.holdings.names(mine, with_optimizer=trains))
-            self.holdings.load(mine, found, self.committed, with_optimizer=trains)
-        else:
-            self.holdings.initialize(mine)
+            names = self.holdings.names(lacking, with_optimizer=trains)
+            found = self.job.read(body.restore.checkpoint, names)
+            self.holdings.load(lacking, found, self.committed, with_optimizer=trains)
+        elif lacking and body.restore is not None:
+            self.holdings.initialize(lacking)
+        return True
+
+    def _settled(self, message: Message[Settled]) -> None:
+        assert self.holdings is not None
+        self.holdings.trim()
 
     def _catch_up(self, body: InstallPlan) -> bool:
         """Reach the plan's step: apply a commit that did not arrive. False when that cannot be done."""
@@ -322,33 +330,6 @@ class Slot:
                 name = f"{file}_{me}_{plan.generation}"
                 entries |= self.job.write(directory, name, self.holdings.tensors(pieces))
         self.mailbox.post(SCHEDULER, Saved(tensors=entries), step=message.step)
-
-    def _generate(self, message: Message[Generate]) -> None:
-        assert self.engine is not None, "this slot was not installed for serving"
-        self.engine.add(message.body.request)
-
-    def _cancel(self, message: Message[Cancel]) -> None:
-        assert self.engine is not None, "this slot was not installed for serving"
-        self.engine.cancel(message.body.request_id)
-        observe_queues(self.job.observe, self.engine)
-
-    def _generate_tokens(self) -> None:
-        """Run one step of the serving batch and send its tokens on."""
-        assert self.engine is not None and self.worker is not None
-        started = time.perf_counter()
-        # Experts and rows answer for the step after the last committed one, as in training.
-        self._begin(self.committed + 1, -1)
-        try:
-            events = self.engine.step()
-        except SlotLostError as error:
-            # The engine has put the batch back; it gives up on a request after some failures.
-            log.warning("slot %d: a serving step failed, trying again: %s", self.mailbox.slot, error)
-            return
-        finally:
-            observe_engine(self.job.observe, self.engine, time.perf_counter() - started)
-            observe_memory(self.job.observe, self.worker.memory, self.mailbox.slot)
-        if events:
-            self.mailbox.post(SCHEDULER, Tokens(events=tuple(events)))
 
     def _stop(self, message: Message[Stop]) -> None:
         self.running = False

@@ -44,6 +44,8 @@ class Body:
     kind: ClassVar[str]
     # Whether it is accepted from a generation that the receiver has not entered yet.
     opens_generation: ClassVar[bool] = False
+    # Whether it means something in its sender's generation only.
+    is_fenced: ClassVar[bool] = True
     known: ClassVar[dict[str, type["Body"]]] = {}
 
     def __init_subclass__(cls) -> None:

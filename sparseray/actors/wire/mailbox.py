@@ -102,6 +102,8 @@ class Mailbox:
                 return message
 
     def _accept(self, message: Message[Body]) -> bool:
+        if not message.body.is_fenced:
+            return True
         if message.generation > self.generation:
             # A plan opens a generation; a peer that has adopted it already may be faster than our plan.
             if message.body.opens_generation:

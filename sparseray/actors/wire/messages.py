@@ -1,10 +1,10 @@
 """What slots say to each other: a frozen dataclass for each kind of message.
 
-Bodies that carry a value of a higher floor stand there: InstallPlan in actors/installation.py, Generate and Tokens in
+Bodies that carry a value of a higher floor stand there: InstallPlan in actors/installation.py, those of serving in
 actors/serving/messages.py. A part is one of those that the global batch is cut into, whatever the number of workers.
-  scheduler -> slot: InstallPlan, RunStep, Commit, Evaluate, SaveCheckpoint, Ping, Stop
+  scheduler -> slot: InstallPlan, Settled, RunStep, Commit, Evaluate, SaveCheckpoint, Ping, Stop
   slot -> scheduler: Installed, Stale, PartDone, Prepared, Evaluated, Saved, Pong, Silent, Failed
-  ingress -> slot:   Generate, Cancel (answered to the scheduler's mailbox by Tokens)
+  ingress -> slot:   Generate, Cancel; slot -> ingress: Tokens, Moved; scheduler -> ingress: Routes
   slot -> slot:      ExpertForward, ExpertBackward, FetchRows, Pull (answered by ExpertRows, MemoryRows, Pieces);
                      FinishPart, ExpertPart, DenseNodes, DenseReduced, ExpertReduced, RowsReduced
 """
@@ -18,6 +18,11 @@ from sparseray.actors.wire.envelope import Body
 Key = tuple[int, int]
 
 # -- scheduler to slot ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settled(Body):
+    """All slots have entered the generation: forget what it does not give you. In training a commit says so."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,16 +161,6 @@ class Failed(Body):
 
     error: str
     user: bool
-
-
-# -- ingress to slot -----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cancel(Body):
-    """Forget a request."""
-
-    request_id: str
 
 
 # -- slot to slot: requests and their replies ----------------------------------------------------------

@@ -1,13 +1,10 @@
-"""What a slot's process holds: builds transport, metrics and state, then lets the slot serve."""
+"""What a slot's process holds: transport, metrics, the slot and its signs of life."""
 
 import contextlib
-import json
 import os
 import threading
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import msgpack
@@ -15,154 +12,15 @@ import ray
 import torch
 import zmq
 
-from sparseray.actors.exchange.by_message import Caller, RemoteExperts, RemoteMemory
 from sparseray.actors.installation import JobSpec
-from sparseray.actors.serving.engine import Engine
-from sparseray.actors.serving.grammar import Grammars
 from sparseray.actors.slot import Slot
-from sparseray.actors.state.assignment import Plan
-from sparseray.actors.state.dense import DenseState
-from sparseray.actors.state.experts import ExpertShard
-from sparseray.actors.state.holdings import Holdings
-from sparseray.actors.state.memory import MemoryShard, warm_loops
 from sparseray.actors.state.tables import process_namespace
-from sparseray.actors.training.token_data import TokenDataset, batch
-from sparseray.actors.training.worker import AttentionWorker, Batch, Batches
 from sparseray.actors.wire.mailbox import Mailbox
-from sparseray.actors.wire.messages import SavedTensor
-from sparseray.errors import IdentityError
-from sparseray.kernels.ops import ops_for
-from sparseray.model.buckets import bucket_bounds
-from sparseray.model.dse_layout import DSELayout
-from sparseray.model.transformer import cross_entropy_sum
-from sparseray.platform.config import RunConfig, from_dict
+from sparseray.platform.fleet.job import SpecJobs
 from sparseray.platform.fleet.priority import gently
 from sparseray.platform.fleet.transport import ZmqTransport, private_directory
+from sparseray.platform.fleet.warming import warm_holdings
 from sparseray.platform.metrics.exporter import Metrics
-from sparseray.platform.run import checkpoint
-
-
-class TrainingJob:
-    """What a slot needs of one run: how to build its states and where tokens and checkpoints are.
-
-    Args:
-        spec: of a plan message.
-        metrics: the slot's metrics.
-    """
-
-    def __init__(self, spec: JobSpec, metrics: Metrics) -> None:
-        self.config = from_dict(RunConfig, json.loads(spec.config))
-        self.layout = DSELayout.load(Path(spec.layout)) if spec.layout else None
-        if self.layout is not None and self.layout.sha256 != spec.layout_sha256:
-            raise IdentityError(
-                f"{spec.layout} holds DSE layout {self.layout.sha256[:12]}, and the plan was made for "
-                f"{spec.layout_sha256[:12]}: rows would be addressed wrongly; use the run's own folder"
-            )
-        self.metrics = metrics
-        self.is_serving = spec.serving
-        self._grammars: Grammars | None = None
-        if self.is_serving:
-            model = self.config.model
-            self._grammars = Grammars.load(
-                Path(spec.tokenizer), vocab_size=model.vocab_size, eos_id=model.dse.document_end_id
-            )
-        self.deadline_s = self.config.cluster.deadline_s
-        optim = self.config.optim
-        self._shared: dict[str, Any] = {
-            "seed": self.config.train.seed,
-            "num_parts": self.config.train.logical_shards,
-        }
-        self._adam: dict[str, Any] = {"betas": (optim.beta1, optim.beta2), "eps": optim.eps}
-        self._datasets: dict[str, TokenDataset] = {}
-
-    def _table_rows(self) -> list[int]:
-        return (
-            []
-            if self.layout is None
-            else [self.layout.num_rows(layer) for layer in self.config.model.dse.layers]
-        )
-
-    def _dense(self) -> DenseState:
-        decay, ops = self.config.optim.weight_decay, ops_for(self.config.kernels, torch.device("cpu"))
-        return DenseState(
-            self.config.model, self.layout, weight_decay=decay, ops=ops, **self._shared, **self._adam
-        )
-
-    def holdings(self) -> Holdings:
-        """Build a slot's state, empty."""
-        model, decay = self.config.model, self.config.optim.weight_decay
-        experts = ExpertShard(model, weight_decay=decay, **self._shared, **self._adam)
-        memory = MemoryShard(model, self._table_rows(), **self._shared, **self._adam)
-        return Holdings(self._dense, experts, memory if model.dse.layers else None)
-
-    def worker(
-        self,
-        plan: Plan,
-        state: DenseState,
-        call: Caller,
-        begin: Callable[[int, int], None],
-    ) -> AttentionWorker:
-        """Build an attention worker on dense weights."""
-        model = self.config.model
-        bounds = [bucket_bounds(count, model.dse.num_buckets) for count in self._table_rows()]
-        experts = RemoteExperts(plan, call, model.moe_layers)
-        return AttentionWorker(state, experts, RemoteMemory(plan, call, model.dse.layers, bounds), begin)
-
-    def engine(self, worker: AttentionWorker) -> Engine | None:
-        """Build the serving engine of an attention worker; None in training."""
-        if not self.is_serving:
-            return None
-        serve = self.config.serve
-        return Engine(
-            worker.state.model,
-            worker.experts,
-            worker.memory if self.config.model.dse.layers else None,
-            max_batch=serve.max_batch,
-            max_model_len=serve.max_model_len or None,
-            prefill_chunk=serve.prefill_chunk,
-            grammars=self._grammars,
-        )
-
-    def _batches(self, split: str, seed: int) -> Batches:
-        if split not in self._datasets:
-            # The shards were verified once, when the run started.
-            self._datasets[split] = TokenDataset(Path(self.config.data.path), split, verify=False)
-        dataset, train = self._datasets[split], self.config.train
-
-        def read(step: int, part: int) -> Batch:
-            return batch(
-                dataset,
-                seed=seed,
-                step=step,
-                part=part,
-                num_parts=train.logical_shards,
-                sequences_per_part=train.sequences_per_shard,
-                seq_len=train.seq_len,
-            )
-
-        return read
-
-    def train_batches(self) -> Batches:
-        """Training data by (step, part)."""
-        return self._batches("train", self.config.train.seed)
-
-    def validation_batches(self) -> Batches:
-        """Validation data: batch i is (step i // L, part i % L) of the validation split, the same at every step."""
-        read, parts = self._batches("validation", 0), self.config.train.logical_shards
-        return lambda _step, index: read(index // parts, index % parts)
-
-    def read(self, directory: str, names: Sequence[str]) -> dict[str, torch.Tensor]:
-        """Read tensors of a checkpoint."""
-        return checkpoint.read_tensors(directory, names)
-
-    def write(self, directory: str, name: str, tensors: dict[str, torch.Tensor]) -> dict[str, SavedTensor]:
-        """Write one file of a checkpoint."""
-        return checkpoint.write_part(directory, name, tensors)
-
-    def observe(self, name: str, value: float, **labels: str) -> None:
-        """Record a metric of this slot."""
-        self.metrics.record(name, value, **labels)
-
 
 HEARTBEAT_S = 0.1
 
@@ -188,26 +46,11 @@ class Host:
         self._metrics = Metrics({"slot": str(slot)}, declare="slot")
         self._metrics_address = self._metrics.serve(bind_host)
         mailbox = Mailbox(self._transport, slot, job)
-        self._jobs: dict[JobSpec, TrainingJob] = {}
-        self._slot = Slot(mailbox, self._job_from)
+        self._jobs = SpecJobs(self._metrics)
+        self._slot = Slot(mailbox, self._jobs)
         self._thread = threading.Thread(target=self._slot.serve_forever, daemon=True, name=f"slot-{slot}")
         self._heartbeats = ""
         self._beating = threading.Thread(target=self._beat, daemon=True, name="heartbeat")
-
-    @property
-    def address(self) -> str:
-        """Address of the slot's inbox."""
-        return self._transport.address
-
-    @property
-    def metrics_address(self) -> str:
-        """Host and port of the slot's `/metrics`, empty when there is none."""
-        return self._metrics_address
-
-    def serve(self) -> None:
-        """Start serving the mailbox."""
-        if not self._thread.is_alive():
-            self._thread.start()
 
     def prepare(self, spec: JobSpec, heartbeats: str) -> dict[str, Any]:
         """Load and warm what a job needs, begin to serve and to give signs of life; harmless when repeated.
@@ -220,7 +63,7 @@ class Host:
             address, node, metrics, pid, namespace of this slot.
         """
         self._heartbeats = heartbeats
-        job = self._job_from(spec)
+        job = self._jobs(spec)
         if not self._thread.is_alive():
             self._slot.holdings = gently(lambda: warm_holdings(job))
             self._thread.start()
@@ -236,11 +79,6 @@ class Host:
     def wait_for_end(self) -> None:
         """Return when the slot has stopped serving."""
         self._thread.join()
-
-    def _job_from(self, spec: JobSpec) -> TrainingJob:
-        if spec not in self._jobs:
-            self._jobs = {spec: TrainingJob(spec, self._metrics)}
-        return self._jobs[spec]
 
     def _beat(self) -> None:
         """Tell the scheduler ten times a second that this process runs."""
@@ -259,40 +97,3 @@ class Host:
             with contextlib.suppress(zmq.Again):
                 socket.send_multipart(beat, zmq.DONTWAIT)
             time.sleep(HEARTBEAT_S)
-
-
-def warm_holdings(job: TrainingJob) -> Holdings:
-    """Build a slot's state, empty, and touch once what is slow the first time: dense weights, autograd, compiled loops."""
-    holdings = job.holdings()
-    dense = holdings.spare()
-    if not job.is_serving:
-        rehearse(job, dense)
-    warm_loops(job.config.model.dse.row_dtype)
-    if job.layout is not None:
-        tokens_BT = torch.zeros(1, 8, dtype=torch.int64)
-        job.layout.rows(job.config.model.dse.layers[0], tokens_BT)
-    return holdings
-
-
-def rehearse(job: TrainingJob, dense: DenseState) -> None:
-    """Open the data and run one part forward and backward, with stand-ins for the other slots.
-
-    A process takes some 0.3 s longer over its first part; here that delays nobody. The weights are left alone, and
-    of the gradient nothing stays.
-    """
-    batch = job.train_batches()(1, 0)
-    dim = job.config.model.dse.head_dim
-
-    def experts(
-        _layer: int, x_TH: torch.Tensor, _ids_TK: torch.Tensor, weights_TK: torch.Tensor
-    ) -> torch.Tensor:
-        return x_TH * weights_TK.sum(-1, keepdim=True)
-
-    def memory(_layer: int, rows_TN: torch.Tensor) -> torch.Tensor:
-        return torch.zeros(*rows_TN.shape, dim, requires_grad=True)
-
-    model = dense.model
-    out = model(batch.tokens_BT, experts=experts, memory=memory, document_starts_BT=batch.document_starts_BT)
-    loss = cross_entropy_sum(model, out.hidden_BTH, batch.targets_BT) + out.aux_loss
-    loss.backward()
-    dense.take_gradient()

@@ -41,15 +41,24 @@ def slot_name(job: str, slot: int) -> str:
     return f"sparseray-{job[:12]}-slot-{slot}"
 
 
-def start_host(job: str, slot: int, config: ClusterConfig, *, is_detached: bool) -> Any:
-    """Start the Ray actor of one slot."""
-    options: dict[str, Any] = {"num_cpus": config.cpus_per_slot, "max_concurrency": 8}
-    if is_detached:
-        options |= {"name": slot_name(job, slot), "namespace": NAMESPACE, "lifetime": "detached"}
-        options["scheduling_strategy"] = "SPREAD"
+def start_slot(job: str, slot: int, config: ClusterConfig) -> Any:
+    """Start the Ray actor of one slot.
+
+    Args:
+        job: identifier of the job.
+        slot: id of the slot.
+        config: what it reserves, and how it listens.
+    """
     return (
         ray.remote(SlotActor)
-        .options(**options)
+        .options(
+            num_cpus=config.cpus_per_slot,
+            max_concurrency=8,
+            name=slot_name(job, slot),
+            namespace=NAMESPACE,
+            lifetime="detached",
+            scheduling_strategy="SPREAD",
+        )
         .remote(
             slot=slot,
             job=job,
@@ -133,7 +142,7 @@ class RayFleet:
         """Start slots in the background."""
         for _ in range(count):
             slot = self._next_slot()
-            handle = start_host(self.job, slot, self.config, is_detached=True)
+            handle = start_slot(self.job, slot, self.config)
             self._follow(slot, handle)
         self._room = max(0, self._room - count)
 

@@ -1,0 +1,168 @@
+"""What a slot builds from the spec of a job: states, workers, engines, data."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparseray.actors.exchange.by_message import Caller, RemoteExperts, RemoteMemory
+from sparseray.actors.installation import JobSpec
+from sparseray.actors.serving.engine import Engine
+from sparseray.actors.serving.grammar import Grammars
+from sparseray.actors.state.assignment import Plan
+from sparseray.actors.state.dense import DenseState
+from sparseray.actors.state.experts import ExpertShard
+from sparseray.actors.state.holdings import Holdings
+from sparseray.actors.state.memory import MemoryShard
+from sparseray.actors.training.token_data import TokenDataset, batch
+from sparseray.actors.training.worker import AttentionWorker, Batch, Batches
+from sparseray.actors.wire.messages import SavedTensor
+from sparseray.errors import IdentityError
+from sparseray.kernels.ops import ops_for
+from sparseray.model.buckets import bucket_bounds
+from sparseray.model.dse_layout import DSELayout
+from sparseray.platform.config import RunConfig, from_dict
+from sparseray.platform.metrics.exporter import Metrics
+from sparseray.platform.run import checkpoint
+
+
+class SlotJob:
+    """What a slot needs of one job: how to build its states and where tokens and checkpoints are.
+
+    Args:
+        spec: of a plan message.
+        metrics: the slot's metrics.
+    """
+
+    def __init__(self, spec: JobSpec, metrics: Metrics) -> None:
+        self.config = from_dict(RunConfig, json.loads(spec.config))
+        self.layout = DSELayout.load(Path(spec.layout)) if spec.layout else None
+        if self.layout is not None and self.layout.sha256 != spec.layout_sha256:
+            raise IdentityError(
+                f"{spec.layout} holds DSE layout {self.layout.sha256[:12]}, and the plan was made for "
+                f"{spec.layout_sha256[:12]}: rows would be addressed wrongly; use the run's own folder"
+            )
+        self.metrics = metrics
+        self.is_serving = spec.serving
+        self._grammars: Grammars | None = None
+        if self.is_serving:
+            model = self.config.model
+            self._grammars = Grammars.load(
+                Path(spec.tokenizer), vocab_size=model.vocab_size, eos_id=model.dse.document_end_id
+            )
+        self.deadline_s = self.config.cluster.deadline_s
+        optim = self.config.optim
+        self._shared: dict[str, Any] = {
+            "seed": self.config.train.seed,
+            "num_parts": self.config.train.logical_shards,
+        }
+        self._adam: dict[str, Any] = {"betas": (optim.beta1, optim.beta2), "eps": optim.eps}
+        self._datasets: dict[str, TokenDataset] = {}
+
+    def _table_rows(self) -> list[int]:
+        return (
+            []
+            if self.layout is None
+            else [self.layout.num_rows(layer) for layer in self.config.model.dse.layers]
+        )
+
+    def _dense(self) -> DenseState:
+        decay, ops = self.config.optim.weight_decay, ops_for(self.config.kernels, torch.device("cpu"))
+        return DenseState(
+            self.config.model, self.layout, weight_decay=decay, ops=ops, **self._shared, **self._adam
+        )
+
+    def holdings(self) -> Holdings:
+        """Build a slot's state, empty."""
+        model, decay = self.config.model, self.config.optim.weight_decay
+        experts = ExpertShard(model, weight_decay=decay, **self._shared, **self._adam)
+        memory = MemoryShard(model, self._table_rows(), **self._shared, **self._adam)
+        return Holdings(self._dense, experts, memory if model.dse.layers else None)
+
+    def worker(
+        self,
+        plan: Plan,
+        state: DenseState,
+        call: Caller,
+        begin: Callable[[int, int], None],
+    ) -> AttentionWorker:
+        """Build an attention worker on dense weights."""
+        model = self.config.model
+        bounds = [bucket_bounds(count, model.dse.num_buckets) for count in self._table_rows()]
+        experts = RemoteExperts(plan, call, model.moe_layers)
+        return AttentionWorker(state, experts, RemoteMemory(plan, call, model.dse.layers, bounds), begin)
+
+    def engine(self, worker: AttentionWorker) -> Engine | None:
+        """Build the serving engine of an attention worker; None in training."""
+        if not self.is_serving:
+            return None
+        serve = self.config.serve
+        return Engine(
+            worker.state.model,
+            worker.experts,
+            worker.memory if self.config.model.dse.layers else None,
+            max_batch=serve.max_batch,
+            max_model_len=serve.max_model_len or None,
+            prefill_chunk=serve.prefill_chunk,
+            grammars=self._grammars,
+        )
+
+    def _batches(self, split: str, seed: int) -> Batches:
+        if split not in self._datasets:
+            # The shards were verified once, when the run started.
+            self._datasets[split] = TokenDataset(Path(self.config.data.path), split, verify=False)
+        dataset, train = self._datasets[split], self.config.train
+
+        def read(step: int, part: int) -> Batch:
+            return batch(
+                dataset,
+                seed=seed,
+                step=step,
+                part=part,
+                num_parts=train.logical_shards,
+                sequences_per_part=train.sequences_per_shard,
+                seq_len=train.seq_len,
+            )
+
+        return read
+
+    def train_batches(self) -> Batches:
+        """Training data by (step, part)."""
+        return self._batches("train", self.config.train.seed)
+
+    def validation_batches(self) -> Batches:
+        """Validation data: batch i is (step i // L, part i % L) of the validation split, the same at every step."""
+        read, parts = self._batches("validation", 0), self.config.train.logical_shards
+        return lambda _step, index: read(index // parts, index % parts)
+
+    def read(self, directory: str, names: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Read tensors of a checkpoint."""
+        return checkpoint.read_tensors(directory, names)
+
+    def write(self, directory: str, name: str, tensors: dict[str, torch.Tensor]) -> dict[str, SavedTensor]:
+        """Write one file of a checkpoint."""
+        return checkpoint.write_part(directory, name, tensors)
+
+    def observe(self, name: str, value: float, **labels: str) -> None:
+        """Record a metric of this slot."""
+        self.metrics.record(name, value, **labels)
+
+
+class SpecJobs:
+    """Jobs by their spec; the last one is kept, so that a plan of the same job finds what it has built.
+
+    Args:
+        metrics: the slot's metrics.
+    """
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self._last: tuple[JobSpec, SlotJob] | None = None
+
+    def __call__(self, spec: JobSpec) -> SlotJob:
+        """Return the job of a spec."""
+        if self._last is None or self._last[0] != spec:
+            self._last = spec, SlotJob(spec, self._metrics)
+        return self._last[1]
