@@ -208,7 +208,7 @@ def test_wrong_arguments_about_a_running_job_are_named(cli: Out, arguments: list
     assert err.startswith(f"usage: sparseray {arguments[0]}") and word in err, err
 
 
-@pytest.mark.parametrize("command", [c for c in HELPS if c[0] != "serve"], ids=" ".join)
+@pytest.mark.parametrize("command", HELPS, ids=" ".join)
 def test_help_is_shown_without_loading_what_only_the_work_needs(command: list[str]) -> None:
     program = (
         "import sys; from sparseray.__main__ import main\n"
