@@ -2,7 +2,7 @@
 
 Prepares the standard library as a corpus and trains the tiny model with 2 + 2 + 2 actors; meanwhile an
 expert shard is killed and an attention worker is added (jobs/demo_story.py). Then it serves the checkpoint,
-asks for three completions (one streamed), and leaves pictures. About three minutes.
+asks for three completions (one streamed), and leaves pictures. Two to three minutes.
 """
 
 import argparse
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--out", default="demo", help="folder for corpus, run and report, default %(default)s"
     )
-    parser.add_argument("--steps", type=int, default=200, help="training steps, default %(default)s")
+    parser.add_argument("--steps", type=int, default=150, help="training steps, default %(default)s")
     options = parser.parse_args(list(arguments))
     try:
         return demo(Path(expand_path(options.out, "--out")), options.steps)
@@ -118,7 +118,7 @@ def demo_config(data: Path, run: Path, steps: int) -> RunConfig:
     return RunConfig(
         model=preset("tiny"),
         data=DataConfig(path=str(data)),
-        train=TrainConfig(steps=steps, checkpoint_every=100, eval_every=100),
+        train=TrainConfig(steps=steps, checkpoint_every=75, eval_every=75),
         # A machine that is busy with a slot's start must not look like a dead slot: hanging is not in the story.
         cluster=ClusterConfig(
             attention_workers=2, expert_shards=2, memory_shards=2, replication=2, standby=1, hang_s=5.0
