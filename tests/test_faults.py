@@ -57,6 +57,18 @@ def test_a_run_folder_is_held_by_one_process_and_by_none_once_that_is_killed(tmp
     file.close()
 
 
+def test_a_file_system_without_locks_costs_a_warning_and_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unlocked(*_: object) -> None:
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(lock.fcntl, "flock", unlocked)
+    file = lock.hold(tmp_path)
+    assert file is not None and lock.holder(tmp_path) is None
+    file.close()
+
+
 def resumed(run_dir: Path, config: RunConfig) -> RunConfig:
     """What `pretrain` does in a folder before it starts anything."""
     inputs = open_training(replace(config, run_dir=str(run_dir)))
