@@ -23,6 +23,7 @@ import torch
 from sparseray.actors.slot import Slot
 from sparseray.actors.wire.envelope import SCHEDULER
 from sparseray.actors.wire.mailbox import Mailbox
+from sparseray.actors.wire.slot_mailbox import SlotMailbox
 from sparseray.model.config import DSEConfig, ModelConfig, MoEConfig, NSAConfig
 from sparseray.platform.composition import Run
 from sparseray.platform.config import (
@@ -134,6 +135,7 @@ class FaultyTransport:
         self._random = random.Random(f"{faults.seed}:{slot}")
         self._late: deque[tuple[int, int, list[Any]]] = deque()
         self._count = 0
+        self._lock = threading.RLock()
         self.address = inner.address
         self.killed, self.hung = threading.Event(), threading.Event()
 
@@ -153,8 +155,11 @@ class FaultyTransport:
         sent = Sent(self._slot, slot, header[1], header[5])
         self._faults.on_send(sent, self._fleet)
         self._live()
+        with self._lock:
+            self._send(slot, [bytes(frame) for frame in frames])
+
+    def _send(self, slot: int, frames: list[Any]) -> None:
         self._count += 1
-        frames = [bytes(frame) for frame in frames]
         chance = self._random.random()
         if chance < self._faults.drop:
             return
@@ -168,10 +173,11 @@ class FaultyTransport:
         self._flush(everything=False)
 
     def _flush(self, *, everything: bool) -> None:
-        for due, slot, frames in list(self._late):
-            if everything or due <= self._count:
-                self._late.remove((due, slot, frames))
-                self._inner.send(slot, frames)
+        with self._lock:
+            for due, slot, frames in list(self._late):
+                if everything or due <= self._count:
+                    self._late.remove((due, slot, frames))
+                    self._inner.send(slot, frames)
 
     def receive(self, timeout_s: float) -> list[Any] | None:
         deadline = time.monotonic() + timeout_s
@@ -198,6 +204,7 @@ class LocalFleet:
         sockets: folder for Unix sockets, None for TCP.
         faults: what goes wrong.
         most: slots that may live at once.
+        nodes, machines: of the slots, by id.
     """
 
     job: str
@@ -205,6 +212,7 @@ class LocalFleet:
     faults: Faults
     most: int = 12
     nodes: dict[int, str] = field(default_factory=dict)
+    machines: dict[int, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
@@ -238,12 +246,16 @@ class LocalFleet:
             slot, self.used = self.used, self.used + 1
             inner = ZmqTransport(f"slot{slot}", self.sockets)
             transport = self.transports[slot] = FaultyTransport(inner, slot, self.faults, self)
-            self.slots[slot] = Slot(Mailbox(transport, slot, self.job), SpecJobs(Metrics({})))
+            self.slots[slot] = Slot(SlotMailbox(transport, slot, self.job), SpecJobs(Metrics({})))
             self.threads[slot] = threading.Thread(target=self._serve, args=(slot,), name=f"slot-{slot}")
             self.threads[slot].start()
             with self._lock:
-                node = self.nodes.get(slot, "")
-                self._members[slot] = Member(slot=slot, address=transport.address, node=node)
+                self._members[slot] = Member(
+                    slot=slot,
+                    address=transport.address,
+                    node=self.nodes.get(slot, ""),
+                    machine=self.machines.get(slot, ""),
+                )
 
     def _serve(self, slot: int) -> None:
         torch.set_num_threads(1)
@@ -301,6 +313,7 @@ def train(
     faults: Faults | None = None,
     at_step: Callable[[int, Run, LocalFleet], None] = lambda step, run, fleet: None,
     nodes: dict[int, str] | None = None,
+    machines: dict[int, str] | None = None,
     scheduler_dies: Sequence[int] = (),
 ) -> Trained:
     """Train `config` in `run_dir` with every slot as a thread; resumes what the folder holds.
@@ -312,14 +325,16 @@ def train(
         stop_after: step after which to stop as Ctrl-C does, the schedule being that of the whole run.
         faults: what goes wrong.
         at_step: called after every committed step.
-        nodes: of the slots, by id.
+        nodes, machines: of the slots, by id.
         scheduler_dies: steps whose commit is a scheduler's last deed; another one goes on.
     """
     inputs = open_training(replace(config, run_dir=str(run_dir)))
     inputs.create_folder()
     config, folder, seen = inputs.config, inputs.folder, []
     sockets = None if tcp else Path(tempfile.mkdtemp(prefix="sr"))
-    fleet = LocalFleet(uuid.uuid4().hex, sockets, faults or Faults(), nodes=nodes or {})
+    fleet = LocalFleet(
+        uuid.uuid4().hex, sockets, faults or Faults(), nodes=nodes or {}, machines=machines or {}
+    )
     dying = list(scheduler_dies)
 
     def note(record: dict[str, Any]) -> None:

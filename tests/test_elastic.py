@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from local_cluster import Faults, LocalFleet, Sent, Trained, tiny_run, train
 
 from sparseray.actors.state.assignment import Plan
@@ -20,6 +21,7 @@ from sparseray.platform.config import RunConfig
 from sparseray.platform.planning.inventory import Roles
 from sparseray.platform.run.history import Wish
 from sparseray.platform.run.journal import Journal
+from sparseray.platform.run.machines import kind_here
 
 STEPS = 10
 WIDE = {"attention_workers": 2, "expert_shards": 2, "memory_shards": 2, "replication": 2}
@@ -272,6 +274,26 @@ def test_replicas_lie_on_different_nodes_and_a_whole_node_may_go(
     trained = train(tmp_path / "run", config_of(corpus), nodes=nodes, at_step=at({5: lose_node}))
     check(trained, undisturbed)
     assert "restored" not in trained.events
+
+
+def test_machines_of_several_kinds_are_told_at_start_and_on_resume(corpus: Path, tmp_path: Path) -> None:
+    def kinds(*names: str) -> dict[int, str]:
+        return {slot: names[slot % len(names)] for slot in range(12)}
+
+    def told(run_dir: Path, names: tuple[str, ...], stop_after: int) -> list[str]:
+        found = train(run_dir, tiny_run(corpus, steps=4), stop_after=stop_after, machines=kinds(*names))
+        return [event["text"] for event in found.folder.event_lines() if event["kind"] == "machine"]
+
+    assert told(tmp_path / "one", ("zen 4",), 2) == []
+    assert told(tmp_path / "one", ("zen 4",), 3) == []
+    (resumed,) = told(tmp_path / "one", ("zen 5",), 4)
+    assert "zen 5" in resumed and "so far it was zen 4" in resumed and "last bits" in resumed
+    (mixed,) = told(tmp_path / "two", ("zen 4", "zen 5"), 2)
+    assert "zen 4 and on zen 5" in mixed
+
+
+def test_a_slot_names_what_decides_about_its_bits() -> None:
+    assert f"torch {torch.__version__}" in kind_here() and "threads" in kind_here()
 
 
 def test_of_two_schedulers_only_the_last_can_decide(tmp_path: Path) -> None:

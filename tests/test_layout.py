@@ -17,6 +17,7 @@ FLOORS = {
         "observation",
         "installation",
         "engine_role",
+        "roles",
         "slot",
     ],
     "platform": [

@@ -16,11 +16,11 @@ from sparseray.actors.slot import Slot
 from sparseray.actors.wire.envelope import Message
 from sparseray.actors.wire.messages import Installed
 from sparseray.model.dse_layout import DSELayout
+from sparseray.platform.checks import check_cluster
 from sparseray.platform.config import ClusterConfig, RunConfig, ServeConfig, to_dict
 from sparseray.platform.fleet.job import SlotJob
 from sparseray.platform.metrics.exporter import Metrics
 from sparseray.platform.opening import open_serving, serving_inventory
-from sparseray.platform.planning.replan import make_plan
 from sparseray.platform.run import checkpoint
 
 STEPS = 10
@@ -122,24 +122,17 @@ def test_a_serving_slot_reads_and_holds_weights_only(
         job = SlotJob(spec, Metrics({}))
         slot = Slot(Recorder(), lambda _, job=job: job)  # type: ignore[arg-type]
         body = InstallPlan(
-            plan=make_plan(
-                generation=1,
-                addresses={0: ""},
-                inventory=serving_inventory(config),
-                roles=serving_inventory(config).roles(config.cluster),
-                replication=1,
-                colocated=True,
-            ),
+            plan=check_cluster(config.cluster, serving_inventory(config)),
             job=spec,
             scheduler="",
             step=2,
             restore=Restore(checkpoint=str(directory)),
         )
         read.clear()
-        slot._install(Message(source=-1, generation=1, sequence=1, body=body))
+        slot.roles._install(Message(source=-1, generation=1, sequence=1, body=body))
         assert isinstance(slot.mailbox.said[-1], Installed)  # type: ignore[attr-defined]
-        assert slot.holdings is not None and slot.holdings.memory is not None
-        memory, experts = slot.holdings.memory, slot.holdings.experts
+        assert slot.roles.holdings is not None and slot.roles.holdings.memory is not None
+        memory, experts = slot.roles.holdings.memory, slot.roles.holdings.experts
         assert serving == (not any("@" in name for name in read))
         bytes_held.append((experts.num_bytes, memory.tables[0].num_bytes, len(read)))
     (served, rows, _), (full, rows_and_moments, _) = bytes_held

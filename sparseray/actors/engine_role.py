@@ -6,21 +6,19 @@ that comes while a layer waits is entered there and then, and the layer goes on 
 
 import time
 from collections.abc import Callable
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
-from sparseray.actors.installation import InstallPlan
+from sparseray.actors.exchange.protocol import Exchange
 from sparseray.actors.observation import observe_engine, observe_memory, observe_queues
-from sparseray.actors.serving.enduring import EnduringSeam
+from sparseray.actors.serving.enduring import EnduringExchange
 from sparseray.actors.serving.engine import Engine
 from sparseray.actors.serving.messages import Cancel, Generate, Moved, Tokens
 from sparseray.actors.serving.text_request import TokenEvent
-from sparseray.actors.training.worker import AttentionWorker
 from sparseray.actors.wire.envelope import INGRESS, Body, Message
-from sparseray.actors.wire.mailbox import Mailbox
+from sparseray.actors.wire.slot_mailbox import SlotMailbox
 from sparseray.errors import SupersededError, UserError
 from sparseray.log import get_logger
-from sparseray.model.dse import Memory
-from sparseray.model.moe import Experts
+from sparseray.model.transformer import Transformer
 
 log = get_logger(__name__)
 
@@ -28,7 +26,7 @@ log = get_logger(__name__)
 class Job(Protocol):
     """What it takes to make an engine."""
 
-    def engine(self, worker: AttentionWorker) -> Engine | None: ...
+    def engine(self, model: Transformer, exchange: Exchange | EnduringExchange) -> Engine | None: ...
     def observe(self, name: str, value: float, **labels: str) -> None: ...
 
 
@@ -40,11 +38,12 @@ class EngineRole:
         enter: enters the plan of a message.
     """
 
-    def __init__(self, mailbox: Mailbox, enter: Callable[[Message[InstallPlan]], None]) -> None:
+    def __init__(self, mailbox: SlotMailbox, enter: Callable[[Message[Body]], None]) -> None:
         self.mailbox, self.enter = mailbox, enter
         self.engine: Engine | None = None
-        self.worker: AttentionWorker | None = None
+        self.exchange: Exchange | None = None
         self.job: Job | None = None
+        self.step_open = 1
         self.handlers: dict[type[Body], Callable[[Message[Any]], None]] = {
             Generate: self._generate,
             Cancel: self._cancel,
@@ -55,24 +54,25 @@ class EngineRole:
         """Whether `step` has something to do."""
         return self.engine is not None and self.engine.has_work
 
-    def take(self, job: Job, worker: AttentionWorker | None) -> None:
+    def take(self, job: Job, model: Transformer | None, exchange: Exchange | None, committed: int) -> None:
         """Go on at a new plan: with the engine that is here if its weights stayed.
 
         Args:
             job: that the slot has.
-            worker: with the seams of the new plan; None where the slot runs no model.
+            model: dense weights of the slot; None where it runs no model.
+            exchange: of the new plan.
+            committed: last step; experts and rows answer for the one after it, as in training.
         """
-        if self.engine is not None and (
-            worker is None or job is not self.job or self.engine.model is not worker.state.model
-        ):
+        if self.engine is not None and (job is not self.job or self.engine.model is not model):
             self.drop()
-        self.job, self.worker = job, worker
-        if self.engine is None and worker is not None:
-            self.engine = job.engine(worker)
-            if self.engine is not None:
-                self.engine.experts = cast(Experts, EnduringSeam(lambda: self._seams().experts, self._go_on))
-                if self.engine.memory is not None:
-                    self.engine.memory = cast(Memory, EnduringSeam(lambda: self._seams().memory, self._go_on))
+        self.job, self.exchange, self.step_open = job, exchange, committed + 1
+        if self.engine is None and model is not None:
+            self.engine = job.engine(model, EnduringExchange(self._current, self._go_on))
+
+    def _current(self) -> Exchange:
+        assert self.exchange is not None
+        self.exchange.begin(self.step_open, -1)
+        return self.exchange
 
     def drop(self) -> None:
         """End the engine that is here; its requests must go elsewhere."""
@@ -86,8 +86,8 @@ class EngineRole:
         Raises:
             SupersededError: a plan came that leaves no engine here; it has been entered.
         """
-        engine, worker, job = self.engine, self.worker, self.job
-        assert engine is not None and worker is not None and job is not None
+        engine, job = self.engine, self.job
+        assert engine is not None and job is not None
         started = time.perf_counter()
         try:
             events = engine.step()
@@ -99,25 +99,23 @@ class EngineRole:
             return
         finally:
             observe_engine(job.observe, engine, time.perf_counter() - started)
-            observe_memory(job.observe, (self.worker or worker).memory, self.mailbox.slot)
+            if self.exchange is not None:
+                observe_memory(job.observe, self.exchange, self.mailbox.slot)
         if events:
             self.mailbox.post(INGRESS, Tokens(events=tuple(events)))
 
-    def _seams(self) -> AttentionWorker:
-        assert self.worker is not None
-        return self.worker
-
-    def _go_on(self, newer: SupersededError) -> None:
-        """Enter a newer plan within a step of the engine."""
+    def _go_on(self) -> bool:
+        """Enter the plan that came within a step of the engine; False if it leaves no engine here."""
         engine = self.engine
-        while True:
-            try:
-                self.enter(newer.args[0])
+        while self.mailbox.is_superseded:
+            message = self.mailbox.next(0.0)
+            if message is None:
                 break
-            except SupersededError as again:
-                newer = again
-        if self.engine is not engine:
-            raise newer
+            try:
+                self.enter(message)
+            except SupersededError:
+                continue
+        return self.engine is engine
 
     def _generate(self, message: Message[Generate]) -> None:
         request = message.body.request

@@ -1,12 +1,17 @@
-"""What a slot must know to enter a generation: the message of a plan, with the job and where state comes from."""
+"""How a slot enters a generation: the message of a plan, and where the state comes from that it asks for."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
+from torch import Tensor
+
+from sparseray.actors.exchange.by_message import Caller
 from sparseray.actors.state.assignment import Plan
+from sparseray.actors.state.holdings import Holdings
 from sparseray.actors.state.pieces import Piece
 from sparseray.actors.wire.envelope import Body
-from sparseray.actors.wire.messages import Commit
+from sparseray.actors.wire.messages import Commit, Pieces, Pull
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,3 +79,49 @@ class InstallPlan(Body):
     commit: Commit | None = None
     pulls: tuple[PullFrom, ...] = ()
     ingress: str = ""
+
+
+class Reads(Protocol):
+    """Reads tensors of a checkpoint by name."""
+
+    def __call__(self, directory: str, names: Sequence[str]) -> dict[str, Tensor]: ...
+
+
+def restore(
+    holdings: Holdings, pieces: Sequence[Piece], message: InstallPlan, read: Reads, *, with_optimizer: bool
+) -> None:
+    """Take from a checkpoint, or draw from the seed where there is none, what is not held.
+
+    Args:
+        holdings: of the slot.
+        pieces: that the plan gives the slot.
+        message: names checkpoint and step.
+        read: reads tensors.
+        with_optimizer: whether the state will be updated.
+    """
+    assert message.restore is not None
+    lacking = [piece for piece in pieces if piece not in holdings.held]
+    directory = message.restore.checkpoint
+    if not directory:
+        holdings.initialize(lacking)
+    elif lacking:
+        found = read(directory, holdings.names(lacking, with_optimizer=with_optimizer))
+        holdings.load(lacking, found, message.step, with_optimizer=with_optimizer)
+
+
+def pull_missing(
+    holdings: Holdings, pieces: Sequence[Piece], message: InstallPlan, call: Caller, *, with_optimizer: bool
+) -> None:
+    """Copy from peers the pieces that are not held here.
+
+    Args:
+        holdings, pieces, message, with_optimizer: as in `restore`; the message names the peers.
+        call: asks them.
+    """
+    lacking = set(pieces) - holdings.held
+    wanted = {pull.source: tuple(p for p in pull.pieces if p in lacking) for pull in message.pulls}
+    requests: list[tuple[int, Body]] = [(slot, Pull(pieces=own)) for slot, own in wanted.items() if own]
+    call.step, call.part = message.step + 1, -1
+    for (_, request), reply in zip(requests, call(requests, Pieces)):
+        assert isinstance(request, Pull)
+        holdings.load(request.pieces, reply.tensors, message.step, with_optimizer=with_optimizer)

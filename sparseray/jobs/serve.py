@@ -179,7 +179,7 @@ class Watch:
         Raises:
             UserError, RunFailedError: there will be none.
         """
-        while not self._client.is_healthy:
+        while self._client.reason:
             if self._failure is not None:
                 kind = UserError if self._failure["user"] else RunFailedError
                 raise kind(self._failure["error"])

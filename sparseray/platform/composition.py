@@ -27,6 +27,7 @@ from sparseray.platform.run.folder import RunFolder
 from sparseray.platform.run.history import JobHistory, read_job
 from sparseray.platform.run.journal import Journal
 from sparseray.platform.run.ledger import Ledger
+from sparseray.platform.run.machines import Machines
 from sparseray.platform.serving import Served, Server, Serving
 from sparseray.platform.trainer import Trainer
 from sparseray.platform.training import Training
@@ -126,7 +127,7 @@ class Run:
             history=history,
             size=piece_bytes(config.model, rows, count_parameters(config.model)["dense"]),
         )
-        reconciler = Reconciler(generations, ledger, history)
+        reconciler = Reconciler(generations, ledger, Machines(folder.machines), history)
         driver: Driver
         if isinstance(task, Validation):
             assert isinstance(workload, Training)

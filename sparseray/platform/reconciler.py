@@ -16,6 +16,7 @@ from sparseray.platform.planning.requests import check_request
 from sparseray.platform.run.events import role_holders
 from sparseray.platform.run.history import JobHistory
 from sparseray.platform.run.ledger import Ledger
+from sparseray.platform.run.machines import Machines
 
 LOAD_DECAY = 0.9
 
@@ -26,11 +27,14 @@ class Reconciler:
     Args:
         generations: whose plan it is.
         ledger: where the time goes.
+        machines: that have computed the run.
         history: of the job; loads of its last steps.
     """
 
-    def __init__(self, generations: Generations, ledger: Ledger, history: JobHistory) -> None:
-        self.generations, self.ledger = generations, ledger
+    def __init__(
+        self, generations: Generations, ledger: Ledger, machines: Machines, history: JobHistory
+    ) -> None:
+        self.generations, self.ledger, self.machines = generations, ledger, machines
         self.load: npt.NDArray[np.float64] = np.zeros((0, 0))
         for counts in history.counts:
             self.count(np.array(counts, np.int64))
@@ -78,6 +82,8 @@ class Reconciler:
             generations.tell("lost", step, f"slot {loss.slot} (standby): {loss.cause}")
         control.idle_losses.clear()
         self._welcome(step)
+        if text := self.machines.news(member.machine for member in generations.fleet.members().values()):
+            generations.tell("machine", step, text)
         decision = decide(self._view())
         if isinstance(decision, Start):
             generations.fleet.start(decision.count)

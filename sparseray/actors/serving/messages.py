@@ -15,7 +15,7 @@ from sparseray.actors.wire.envelope import Body
 class Generate(Body):
     """Continue a text."""
 
-    is_fenced: ClassVar[bool] = False
+    is_of_any_generation: ClassVar[bool] = True
 
     request: GenerationRequest
 
@@ -24,7 +24,7 @@ class Generate(Body):
 class Tokens(Body):
     """What one engine step gave, for one or several requests."""
 
-    is_fenced: ClassVar[bool] = False
+    is_of_any_generation: ClassVar[bool] = True
 
     events: tuple[TokenEvent, ...]
 
@@ -33,7 +33,7 @@ class Tokens(Body):
 class Cancel(Body):
     """Forget a request."""
 
-    is_fenced: ClassVar[bool] = False
+    is_of_any_generation: ClassVar[bool] = True
 
     request_id: str
 
@@ -42,7 +42,7 @@ class Cancel(Body):
 class Moved(Body):
     """These requests are computed here no longer: another engine must go on with them."""
 
-    is_fenced: ClassVar[bool] = False
+    is_of_any_generation: ClassVar[bool] = True
 
     request_ids: tuple[str, ...]
 
@@ -57,7 +57,7 @@ class Routes(Body):
         reason: why there is none, for people.
     """
 
-    is_fenced: ClassVar[bool] = False
+    is_of_any_generation: ClassVar[bool] = True
 
     generation: int
     engines: dict[int, str]

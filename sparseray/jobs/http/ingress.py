@@ -69,13 +69,8 @@ class Ingress:
         return self._inbox.transport.address
 
     @property
-    def is_healthy(self) -> bool:
-        """Whether there is an engine that answers."""
-        return not self.reason
-
-    @property
     def reason(self) -> str:
-        """Why there is none, empty if there is one."""
+        """Why no engine answers, empty if one does."""
         if self._failure:
             return self._failure
         return "" if self._engines else self._routes.reason or "no engine is left"

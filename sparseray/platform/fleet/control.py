@@ -27,6 +27,7 @@ class Member:
         node: of the cluster; replicas are kept on different ones where there are several.
         metrics: host and port of its `/metrics`, empty for none.
         pid: of its process.
+        machine: kind of processor and libraries, empty where unknown.
     """
 
     slot: int
@@ -34,6 +35,7 @@ class Member:
     node: str = ""
     metrics: str = ""
     pid: int = 0
+    machine: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,12 +15,13 @@ import zmq
 from sparseray.actors.installation import JobSpec
 from sparseray.actors.slot import Slot
 from sparseray.actors.state.tables import process_namespace
-from sparseray.actors.wire.mailbox import Mailbox
+from sparseray.actors.wire.slot_mailbox import SlotMailbox
 from sparseray.platform.fleet.job import SpecJobs
 from sparseray.platform.fleet.priority import gently
 from sparseray.platform.fleet.transport import ZmqTransport, private_directory
 from sparseray.platform.fleet.warming import warm_holdings
 from sparseray.platform.metrics.exporter import Metrics
+from sparseray.platform.run.machines import kind_here
 
 HEARTBEAT_S = 0.1
 
@@ -45,7 +46,7 @@ class Host:
         self._transport = ZmqTransport(f"slot{slot}", directory, bind_host)
         self._metrics = Metrics({"slot": str(slot)}, declare="slot")
         self._metrics_address = self._metrics.serve(bind_host)
-        mailbox = Mailbox(self._transport, slot, job)
+        mailbox = SlotMailbox(self._transport, slot, job)
         self._jobs = SpecJobs(self._metrics)
         self._slot = Slot(mailbox, self._jobs)
         self._thread = threading.Thread(target=self._slot.serve_forever, daemon=True, name=f"slot-{slot}")
@@ -60,12 +61,12 @@ class Host:
             heartbeats: address that signs of life go to.
 
         Returns:
-            address, node, metrics, pid, namespace of this slot.
+            address, node, metrics, pid, machine, namespace of this slot.
         """
         self._heartbeats = heartbeats
         job = self._jobs(spec)
         if not self._thread.is_alive():
-            self._slot.holdings = gently(lambda: warm_holdings(job))
+            self._slot.roles.holdings = gently(lambda: warm_holdings(job))
             self._thread.start()
             self._beating.start()
         return {
@@ -73,6 +74,7 @@ class Host:
             "node": ray.get_runtime_context().get_node_id(),
             "metrics": self._metrics_address,
             "pid": os.getpid(),
+            "machine": kind_here(),
             "namespace": process_namespace(),
         }
 

@@ -1,28 +1,28 @@
-"""What a slot builds from the spec of a job: states, workers, engines, data."""
+"""What a slot builds from the spec of a job: states, engines, data."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from sparseray.actors.exchange.by_message import Caller, RemoteExperts, RemoteMemory
+from sparseray.actors.exchange.protocol import Exchange
 from sparseray.actors.installation import JobSpec
+from sparseray.actors.serving.enduring import EnduringExchange
 from sparseray.actors.serving.engine import Engine
 from sparseray.actors.serving.grammar import Grammars
-from sparseray.actors.state.assignment import Plan
 from sparseray.actors.state.dense import DenseState
 from sparseray.actors.state.experts import ExpertShard
 from sparseray.actors.state.holdings import Holdings
 from sparseray.actors.state.memory import MemoryShard
 from sparseray.actors.training.token_data import TokenDataset, batch
-from sparseray.actors.training.worker import AttentionWorker, Batch, Batches
+from sparseray.actors.training.worker import Batch, Batches
 from sparseray.actors.wire.messages import SavedTensor
 from sparseray.errors import IdentityError
 from sparseray.kernels.ops import ops_for
-from sparseray.model.buckets import bucket_bounds
 from sparseray.model.dse_layout import DSELayout
+from sparseray.model.transformer import Transformer
 from sparseray.platform.config import RunConfig, from_dict
 from sparseray.platform.metrics.exporter import Metrics
 from sparseray.platform.run import checkpoint
@@ -81,28 +81,20 @@ class SlotJob:
         memory = MemoryShard(model, self._table_rows(), **self._shared, **self._adam)
         return Holdings(self._dense, experts, memory if model.dse.layers else None)
 
-    def worker(
-        self,
-        plan: Plan,
-        state: DenseState,
-        call: Caller,
-        begin: Callable[[int, int], None],
-    ) -> AttentionWorker:
-        """Build an attention worker on dense weights."""
-        model = self.config.model
-        bounds = [bucket_bounds(count, model.dse.num_buckets) for count in self._table_rows()]
-        experts = RemoteExperts(plan, call, model.moe_layers)
-        return AttentionWorker(state, experts, RemoteMemory(plan, call, model.dse.layers, bounds), begin)
+    def engine(self, model: Transformer, exchange: Exchange | EnduringExchange) -> Engine | None:
+        """Build the serving engine of an attention worker; None in training.
 
-    def engine(self, worker: AttentionWorker) -> Engine | None:
-        """Build the serving engine of an attention worker; None in training."""
+        Args:
+            model: dense weights of the slot.
+            exchange: outlives the generation.
+        """
         if not self.is_serving:
             return None
         serve = self.config.serve
         return Engine(
-            worker.state.model,
-            worker.experts,
-            worker.memory if self.config.model.dse.layers else None,
+            model,
+            exchange.experts,
+            exchange if self.config.model.dse.layers else None,
             max_batch=serve.max_batch,
             max_model_len=serve.max_model_len or None,
             prefill_chunk=serve.prefill_chunk,

@@ -5,6 +5,7 @@ heartbeats, which go from slot to scheduler over the data plane's sockets and so
 Slots belong to no process: they outlive the scheduler that started them, and its successor finds them by name.
 """
 
+import contextlib
 import os
 import signal
 import threading
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import msgpack
+import psutil
 import ray
 
 from sparseray.actors.installation import JobSpec
@@ -34,6 +36,7 @@ ROOM_EVERY_S = 0.5
 LISTEN_S = 0.05
 START_DEADLINE_S = 90.0
 MOST_STARTS = 3
+END_S = 2.0
 
 
 def slot_name(job: str, slot: int) -> str:
@@ -148,7 +151,7 @@ class RayFleet:
 
     def retire(self, slot: int) -> None:
         """End a slot that has no role any more."""
-        self._remove(slot)
+        self._remove(slot, is_planned=True)
 
     def give_up(self, slot: int, cause: str) -> None:
         """Count a slot as lost and end its process."""
@@ -197,7 +200,7 @@ class RayFleet:
         for thread in self._threads:
             thread.join(2.0)
         for slot in list(self._handles):
-            self._remove(slot)
+            self._remove(slot, is_planned=True)
         self._killer.shutdown(wait=True)
         self._transport.close()
 
@@ -207,7 +210,8 @@ class RayFleet:
             self._handles[slot] = handle
             self._starting[reference] = (slot, time.monotonic())
 
-    def _remove(self, slot: int) -> None:
+    def _remove(self, slot: int, *, is_planned: bool = False) -> None:
+        """End a slot: one that is lost at once, one whose end is planned through Ray, which then reports no crash."""
         with self._lock:
             handle = self._handles.pop(slot, None)
             member = self._members.pop(slot, None)
@@ -217,12 +221,10 @@ class RayFleet:
             namespace = self._namespaces.pop(slot, "")
             members = dict(self._members)
         if handle is not None:
-            if member is not None and namespace == process_namespace():
-                try:
-                    os.kill(member.pid, signal.SIGKILL)
-                except ProcessLookupError:
-                    log.debug("slot %d has ended already", slot)
-            self._killer.submit(_kill, handle)
+            pid = member.pid if member is not None and namespace == process_namespace() else 0
+            if not is_planned:
+                _kill_process(pid)
+            self._killer.submit(_kill, handle, pid)
             self._remove_inbox(member)
         if member is not None:
             self._on_change(members)
@@ -351,11 +353,22 @@ class RayFleet:
             return {slot: now - heard for slot, heard in self._heard.items()}
 
 
-def _kill(handle: Any) -> None:
+def _kill(handle: Any, pid: int) -> None:
+    """End a slot through Ray, and make sure of it where it is a process of this host."""
     try:
         ray.kill(handle)
     except Exception as error:
         log.warning("cannot end a slot through Ray: %s", _first_line(error))
+    deadline = time.monotonic() + END_S
+    while pid and psutil.pid_exists(pid) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    _kill_process(pid)
+
+
+def _kill_process(pid: int) -> None:
+    if pid and psutil.pid_exists(pid):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def _first_line(error: Exception) -> str:

@@ -2,6 +2,7 @@
 
 import torch
 
+from sparseray.actors.exchange.protocol import FetchedRows
 from sparseray.actors.state.dense import DenseState
 from sparseray.actors.state.holdings import Holdings
 from sparseray.actors.state.memory import warm_loops
@@ -29,18 +30,18 @@ def rehearse(job: SlotJob, dense: DenseState) -> None:
     of the gradient nothing stays.
     """
     batch = job.train_batches()(1, 0)
-    dim = job.config.model.dse.head_dim
 
     def experts(
         _layer: int, x_TH: torch.Tensor, _ids_TK: torch.Tensor, weights_TK: torch.Tensor
     ) -> torch.Tensor:
         return x_TH * weights_TK.sum(-1, keepdim=True)
 
-    def memory(_layer: int, rows_TN: torch.Tensor) -> torch.Tensor:
-        return torch.zeros(*rows_TN.shape, dim, requires_grad=True)
-
-    model = dense.model
-    out = model(batch.tokens_BT, experts=experts, memory=memory, document_starts_BT=batch.document_starts_BT)
+    model, dim = dense.model, job.config.model.dse.head_dim
+    hashed = model.memory_rows(batch.tokens_BT, batch.document_starts_BT)
+    values = {layer: torch.zeros(rows.numel(), dim) for layer, rows in hashed.items()}
+    fetched = FetchedRows(addresses=hashed, values=values).differentiable()
+    starts = batch.document_starts_BT
+    out = model(batch.tokens_BT, experts=experts, memory=None, document_starts_BT=starts, fetched=fetched)
     loss = cross_entropy_sum(model, out.hidden_BTH, batch.targets_BT) + out.aux_loss
     loss.backward()
     dense.take_gradient()
