@@ -4,15 +4,18 @@ Slots are threads here (tests/local_cluster.py), so that a fault can be put at a
 exact step; tests/test_elastic_ray.py has real processes, nodes and signals.
 """
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from local_cluster import Faults, LocalFleet, Sent, Trained, tiny_run, train
 
+from sparseray.actors.exchange.local import LocalExchange
 from sparseray.actors.state.assignment import Plan
 from sparseray.actors.wire.envelope import SCHEDULER
 from sparseray.errors import ConfigError, FencedError, StateLostError
@@ -338,3 +341,36 @@ def test_hot_experts_computed_by_several_holders_change_no_bit(
     trained = train(tmp_path / "run", config, at_step=at({3: heat, 6: lose}))
     check(trained, undisturbed)
     assert spread[0][0][0] == 4 and max(spread[0][1]) >= 2
+
+
+def test_a_plan_ends_the_step_that_a_slot_computes_and_a_ping_is_answered_meanwhile(
+    corpus: Path, undisturbed: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # One slot with all roles waits for nobody. Its operations take so long in step 5 that the scheduler asks for a
+    # sign of life and starts another generation: the plan must end the step at its next operation.
+    slow: list[int] = []
+    plain = LocalExchange.forward_rows
+
+    def forward_rows(self: LocalExchange, *arguments: Any, **options: Any) -> Any:
+        if self.reduction.plan.generation == 1 and trained_steps == [1, 2, 3, 4]:
+            slow.append(0)
+            time.sleep(0.6)
+        return plain(self, *arguments, **options)
+
+    trained_steps: list[int] = []
+    monkeypatch.setattr(LocalExchange, "forward_rows", forward_rows)
+    config = config_of(
+        corpus,
+        attention_workers=1,
+        expert_shards=1,
+        memory_shards=1,
+        replication=1,
+        colocated=True,
+        deadline_s=0.5,
+    )
+    trained = train(tmp_path / "run", config, at_step=lambda step, trainer, fleet: trained_steps.append(step))
+    check(trained, undisturbed)
+    # Three layers and four parts would be eight or more of them; no slot was given up.
+    assert 1 <= len(slow) <= 6
+    assert [event["text"] for event in trained.folder.event_lines() if event["kind"] == "lost"] != []
+    assert all("slot" not in e["text"] for e in trained.folder.event_lines() if e["kind"] == "lost")

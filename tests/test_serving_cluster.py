@@ -94,10 +94,10 @@ def test_a_checkpoint_is_served_over_shards_and_ctrl_c_leaves_nothing_running(
         wait_until_healthy(url, server)
         with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=30.0) as ai:
             check_answers(ai, trained)
+            metrics = httpx.get(f"{url}/metrics").text
             long = complete(ai, max_tokens=48, stream=True)
             next(iter(long))
             long.response.close()
-        metrics = httpx.get(f"{url}/metrics").text
         for line in (
             "request_latency_seconds_count 8.0",
             "prompt_tokens_total",
