@@ -88,10 +88,6 @@ class Recorder:
         self.said.append(body)
         return len(self.said)
 
-    def wait(self, asked: dict[int, int], *_: object) -> dict[int, Any]:
-        assert not asked
-        return {}
-
 
 @pytest.mark.parametrize("row_dtype", ["float32", "bfloat16"])
 def test_a_serving_slot_reads_and_holds_weights_only(
@@ -129,10 +125,11 @@ def test_a_serving_slot_reads_and_holds_weights_only(
             restore=Restore(checkpoint=str(directory)),
         )
         read.clear()
-        slot.roles._install(Message(source=-1, generation=1, sequence=1, body=body))
+        slot._control(Message(source=-1, generation=1, sequence=1, body=body))
         assert isinstance(slot.mailbox.said[-1], Installed)  # type: ignore[attr-defined]
-        assert slot.roles.holdings is not None and slot.roles.holdings.memory is not None
-        memory, experts = slot.roles.holdings.memory, slot.roles.holdings.experts
+        holdings = slot.roles.holdings
+        assert holdings is not None and holdings.memory is not None
+        memory, experts = holdings.memory, holdings.experts
         assert serving == (not any("@" in name for name in read))
         bytes_held.append((experts.num_bytes, memory.tables[0].num_bytes, len(read)))
     (served, rows, _), (full, rows_and_moments, _) = bytes_held
