@@ -263,10 +263,7 @@ class Trainer:
         except (OSError, UserError) as error:
             checkpoint.give_up(self.folder.checkpoints, self.step)
             text = f"no checkpoint of step {self.step}: {' '.join(str(error).split())}"
-            members = set(self.control.fleet.members())
-            self.generations.events.tell(
-                "unsaved", self.step, text, generation=self.plan.generation, plan=self.plan, members=members
-            )
+            self.generations.tell("unsaved", self.step, text)
             if self._is_last:
                 raise UserError(
                     f"{text}; free space or mend {self.folder.checkpoints}, and the same command goes on from the "
