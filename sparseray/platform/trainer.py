@@ -210,10 +210,11 @@ class Trainer:
     ) -> dict[str, Any]:
         order = sorted(reports.parts)
         tokens = sum(reports.parts[part].tokens for part in order)
+        weight = math.fsum(reports.parts[part].weight for part in order)
         load = counts.max(1) / np.maximum(counts.mean(1), 1e-9) if counts.size else np.ones(1)
         return {
             "step": step,
-            "loss": math.fsum(reports.parts[part].loss_sum for part in order) / tokens,
+            "loss": math.fsum(reports.parts[part].loss_sum for part in order) / weight,
             "aux_loss": math.fsum(reports.parts[part].aux_loss for part in order) / len(order),
             "grad_norm": norm,
             "lr": lr,
@@ -236,14 +237,14 @@ class Trainer:
             (index, self.plan.part_owners[index % self.config.train.logical_shards])
             for index in range(self.validation.batches)
         )
-        found: dict[int, tuple[float, int]] = {}
+        found: dict[int, tuple[float, float]] = {}
         with self.ledger.state("evaluating"):
             self.control.post(self.plan.attention, Evaluate(batches=batches), step=self.step + 1)
             for message in self.control.messages(Evaluated):
                 found |= message.body.losses
                 if len(found) == len(batches):
                     break
-        tokens = sum(value[1] for value in found.values())
+        tokens = round(math.fsum(value[1] for value in found.values()))
         loss = math.fsum(found[index][0] for index in sorted(found)) / tokens
         bits = loss / math.log(2.0) / self.validation.bytes_per_token
         record = {"step": self.step, "eval_loss": loss, "eval_bits_per_byte": bits, "eval_tokens": tokens}
