@@ -16,6 +16,7 @@ FLOORS = {
         "serving",
         "observation",
         "installation",
+        "engine_role",
         "roles",
         "slot",
     ],

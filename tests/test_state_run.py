@@ -125,10 +125,11 @@ def test_a_serving_slot_reads_and_holds_weights_only(
             restore=Restore(checkpoint=str(directory)),
         )
         read.clear()
-        slot._install(Message(source=-1, generation=1, sequence=1, body=body))
+        slot._control(Message(source=-1, generation=1, sequence=1, body=body))
         assert isinstance(slot.mailbox.said[-1], Installed)  # type: ignore[attr-defined]
-        assert slot.holdings is not None and slot.holdings.memory is not None
-        memory, experts = slot.holdings.memory, slot.holdings.experts
+        holdings = slot.roles.holdings
+        assert holdings is not None and holdings.memory is not None
+        memory, experts = holdings.memory, holdings.experts
         assert serving == (not any("@" in name for name in read))
         bytes_held.append((experts.num_bytes, memory.tables[0].num_bytes, len(read)))
     (served, rows, _), (full, rows_and_moments, _) = bytes_held

@@ -121,6 +121,8 @@ def pull_missing(
     lacking = set(pieces) - holdings.held
     wanted = {pull.source: tuple(p for p in pull.pieces if p in lacking) for pull in message.pulls}
     requests: list[tuple[int, Body]] = [(slot, Pull(pieces=own)) for slot, own in wanted.items() if own]
+    if not requests:
+        return
     call.step, call.part = message.step + 1, -1
     for (_, request), reply in zip(requests, call(requests, Pieces)):
         assert isinstance(request, Pull)

@@ -88,8 +88,10 @@ class PartDone(Body):
     """What one part of a step gave.
 
     Args:
-        loss_sum: cross-entropy summed over its tokens, nats.
+        loss_sum: loss summed over its tokens, each times its weight; nats.
+        weight: sum of these weights.
         aux_loss: balance loss.
+        metrics: further losses by name.
         tokens: number of targets.
         seconds: spent by phase, in this step so far.
         counts_LE: int64, tokens per moe layer and expert.
@@ -97,7 +99,9 @@ class PartDone(Body):
     """
 
     loss_sum: float
+    weight: float
     aux_loss: float
+    metrics: dict[str, float]
     tokens: int
     seconds: dict[str, float]
     counts_LE: Tensor
@@ -121,9 +125,9 @@ class Prepared(Body):
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluated(Body):
-    """Validation batch to (loss sum in nats, tokens)."""
+    """Validation batch to (loss sum in nats, sum of weights)."""
 
-    losses: dict[int, tuple[float, int]]
+    losses: dict[int, tuple[float, float]]
 
 
 @dataclass(frozen=True, kw_only=True)

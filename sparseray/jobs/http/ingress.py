@@ -100,12 +100,10 @@ class Ingress:
             self._engines.discard(source)
             self._move([o for i in body.request_ids if (o := self._open.get(i)) and o.slot == source])
         elif isinstance(body, Routes) and body.generation >= self._routes.generation:
-            is_news = body != self._routes
-            self._routes = body
-            if is_news:
-                self._engines = set(body.engines)
-                self._outbox.transport.connect(body.engines)
-                self._move([o for o in self._open.values() if o.slot not in self._engines])
+            # They come again and again, so that one that is lost, or that a late `Moved` contradicts, does no harm.
+            self._routes, self._engines = body, set(body.engines)
+            self._outbox.transport.connect(body.engines)
+            self._move([o for o in self._open.values() if o.slot not in self._engines])
 
     def _hand_on(self, source: int, event: TokenEvent) -> None:
         """Give an event to who waits for it, unless it comes again or from an engine that has no part in it."""

@@ -39,6 +39,19 @@ class Member:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Ready:
+    """What a slot says once it is warm.
+
+    Args:
+        member: itself.
+        namespace: set of processes within which its process id means the same.
+    """
+
+    member: Member
+    namespace: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Loss:
     """A slot that is gone.
 

@@ -5,7 +5,6 @@ import os
 import threading
 import time
 import warnings
-from typing import Any
 
 import msgpack
 import ray
@@ -16,6 +15,7 @@ from sparseray.actors.installation import JobSpec
 from sparseray.actors.slot import Slot
 from sparseray.actors.state.tables import process_namespace
 from sparseray.actors.wire.slot_mailbox import SlotMailbox
+from sparseray.platform.fleet.control import Member, Ready
 from sparseray.platform.fleet.job import SpecJobs
 from sparseray.platform.fleet.priority import gently
 from sparseray.platform.fleet.transport import ZmqTransport, private_directory
@@ -53,15 +53,13 @@ class Host:
         self._heartbeats = ""
         self._beating = threading.Thread(target=self._beat, daemon=True, name="heartbeat")
 
-    def prepare(self, spec: JobSpec, heartbeats: str) -> dict[str, Any]:
+    def prepare(self, spec: JobSpec, heartbeats: str) -> Ready:
         """Load and warm what a job needs, begin to serve and to give signs of life; harmless when repeated.
 
         Args:
             spec: of the job.
             heartbeats: address that signs of life go to.
 
-        Returns:
-            address, node, metrics, pid, machine, namespace of this slot.
         """
         self._heartbeats = heartbeats
         job = self._jobs(spec)
@@ -69,14 +67,15 @@ class Host:
             self._slot.roles.holdings = gently(lambda: warm_holdings(job))
             self._thread.start()
             self._beating.start()
-        return {
-            "address": self._transport.address,
-            "node": ray.get_runtime_context().get_node_id(),
-            "metrics": self._metrics_address,
-            "pid": os.getpid(),
-            "machine": kind_here(),
-            "namespace": process_namespace(),
-        }
+        member = Member(
+            slot=self._slot_id,
+            address=self._transport.address,
+            node=ray.get_runtime_context().get_node_id(),
+            metrics=self._metrics_address,
+            pid=os.getpid(),
+            machine=kind_here(),
+        )
+        return Ready(member=member, namespace=process_namespace())
 
     def wait_for_end(self) -> None:
         """Return when the slot has stopped serving."""

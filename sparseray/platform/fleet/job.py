@@ -18,8 +18,7 @@ from sparseray.actors.state.experts import ExpertShard
 from sparseray.actors.state.holdings import Holdings
 from sparseray.actors.state.memory import MemoryShard
 from sparseray.actors.state.whole_experts import WholeExperts
-from sparseray.actors.training.token_data import TokenDataset, batch
-from sparseray.actors.training.worker import Batch, Batches
+from sparseray.actors.training.token_data import TokenBatches, TokenDataset
 from sparseray.actors.wire.messages import SavedTensor
 from sparseray.errors import IdentityError
 from sparseray.kernels.ops import ops_for
@@ -126,33 +125,27 @@ class SlotJob:
             grammars=self._grammars,
         )
 
-    def _batches(self, split: str, seed: int) -> Batches:
+    def _batches(self, split: str, seed: int, *, is_fixed: bool) -> TokenBatches:
         if split not in self._datasets:
             # The shards were verified once, when the run started.
             self._datasets[split] = TokenDataset(Path(self.config.data.path), split, verify=False)
-        dataset, train = self._datasets[split], self.config.train
+        train = self.config.train
+        return TokenBatches(
+            dataset=self._datasets[split],
+            seed=seed,
+            num_parts=train.logical_shards,
+            sequences_per_part=train.sequences_per_shard,
+            seq_len=train.seq_len,
+            is_fixed=is_fixed,
+        )
 
-        def read(step: int, part: int) -> Batch:
-            return batch(
-                dataset,
-                seed=seed,
-                step=step,
-                part=part,
-                num_parts=train.logical_shards,
-                sequences_per_part=train.sequences_per_shard,
-                seq_len=train.seq_len,
-            )
-
-        return read
-
-    def train_batches(self) -> Batches:
+    def train_batches(self) -> TokenBatches:
         """Training data by (step, part)."""
-        return self._batches("train", self.config.train.seed)
+        return self._batches("train", self.config.train.seed, is_fixed=False)
 
-    def validation_batches(self) -> Batches:
-        """Validation data: batch i is (step i // L, part i % L) of the validation split, the same at every step."""
-        read, parts = self._batches("validation", 0), self.config.train.logical_shards
-        return lambda _step, index: read(index // parts, index % parts)
+    def validation_batches(self) -> TokenBatches:
+        """Validation data by (any step, index of the batch)."""
+        return self._batches("validation", 0, is_fixed=True)
 
     def read(self, directory: str, names: Sequence[str]) -> dict[str, torch.Tensor]:
         """Read tensors of a checkpoint."""

@@ -304,10 +304,10 @@ class RayFleet:
             return
         end = handle.wait_for_end.remote()
         with self._lock:
-            self._namespaces[slot] = found.pop("namespace")
+            self._namespaces[slot] = found.namespace
             self._heard[slot] = time.monotonic()
             self._ends[end] = slot
-            self._members[slot] = Member(slot=slot, **found)
+            self._members[slot] = found.member
             self._starting.pop(reference, None)
             members = dict(self._members)
         self._on_change(members)

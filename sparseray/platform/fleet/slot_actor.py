@@ -20,10 +20,9 @@ class SlotActor:
     def __init__(self, **host: Any) -> None:
         self._host = gently(_load).Host(**host)
 
-    def prepare(self, spec: Any, heartbeats: str) -> dict[str, Any]:
+    def prepare(self, spec: Any, heartbeats: str) -> Any:
         """`host.Host.prepare`; what it takes is not imported here, where nothing heavy may be."""
-        found: dict[str, Any] = self._host.prepare(spec, heartbeats)
-        return found
+        return self._host.prepare(spec, heartbeats)
 
     def wait_for_end(self) -> None:
         """Return when the slot has stopped serving; the scheduler's call to it fails when this process dies."""
