@@ -15,6 +15,8 @@ FLOORS = {
         "metrics",
         "planning",
         "run",
+        "gpu",
+        "device",
         "checks",
         "opening",
         "fleet",

@@ -131,7 +131,7 @@ class Transformer(nn.Module):
         memory: Memory | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Run all layers on the rows: (hidden after the final norm, aux loss, counts)."""
-        h_RH = F.embedding(tokens_R, self.embedding)
+        h_RH = self.ops.embedding(tokens_R, self.embedding)
         angles = self.rope.at(batch.positions_R)
         losses: list[Tensor] = []
         counts: list[Tensor] = []

@@ -79,6 +79,11 @@ class DenseState:
         assert self.reduced is not None, "no reduced gradient yet"
         return self.reduced
 
+    @property
+    def is_reduced(self) -> bool:
+        """Whether the gradient of the step is complete."""
+        return self.reduced is not None
+
     def apply(self, *, lr: float, scale: float, counts_LE: Tensor) -> None:
         """Update the weights and the router biases once; forgets the gradient.
 

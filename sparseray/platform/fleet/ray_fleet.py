@@ -33,6 +33,8 @@ WATCH_S = 0.05
 ROOM_EVERY_S = 0.5
 LISTEN_S = 0.05
 START_DEADLINE_S = 90.0
+GPU_START_DEADLINE_S = 600.0
+"""A machine's first start compiles every kernel."""
 MOST_STARTS = 3
 
 
@@ -43,7 +45,9 @@ def slot_name(job: str, slot: int) -> str:
 
 def start_host(job: str, slot: int, config: ClusterConfig, *, is_detached: bool) -> Any:
     """Start the Ray actor of one slot."""
-    options: dict[str, Any] = {"num_cpus": config.cpus_per_slot, "max_concurrency": 8}
+    # Ray shows the actor the GPU that it reserves, and no other.
+    gpus = 1 if config.device == "cuda" else 0
+    options: dict[str, Any] = {"num_cpus": config.cpus_per_slot, "num_gpus": gpus, "max_concurrency": 8}
     if is_detached:
         options |= {"name": slot_name(job, slot), "namespace": NAMESPACE, "lifetime": "detached"}
         options["scheduling_strategy"] = "SPREAD"
@@ -87,6 +91,7 @@ class RayFleet:
         directory = private_directory(job) if config.transport == "ipc" else None
         self._transport = ZmqTransport("heartbeats", directory, config.bind_host)
         self.heartbeats = self._transport.address
+        self._start_deadline_s = GPU_START_DEADLINE_S if config.device == "cuda" else START_DEADLINE_S
         self._lock = threading.Lock()
         self._handles: dict[int, Any] = {}
         self._members: dict[int, Member] = {}
@@ -154,14 +159,14 @@ class RayFleet:
             UserError: what one of them found wrong.
             RuntimeError: one of them did not come up.
         """
-        deadline = time.monotonic() + START_DEADLINE_S
+        deadline = time.monotonic() + self._start_deadline_s
         for _ in range(MOST_STARTS):
             self.start(count - len(self.members()))
             while self.starting():
                 if self._refused is not None:
                     raise self._refused
                 if time.monotonic() > deadline:
-                    raise RuntimeError(f"{self.starting()} slots did not start within {START_DEADLINE_S:g} s")
+                    raise RuntimeError(f"{self.starting()} slots did not start within {self._start_deadline_s:g} s")
                 time.sleep(0.01)
             if self._refused is not None:
                 raise self._refused
@@ -178,7 +183,7 @@ class RayFleet:
             except ValueError:
                 continue
             self._follow(slot, handle)
-        deadline = time.monotonic() + START_DEADLINE_S
+        deadline = time.monotonic() + self._start_deadline_s
         while self.starting() and time.monotonic() < deadline:
             time.sleep(0.01)
 
@@ -252,10 +257,10 @@ class RayFleet:
                     late = [
                         s
                         for s, since in self._starting.values()
-                        if time.monotonic() - since > START_DEADLINE_S
+                        if time.monotonic() - since > self._start_deadline_s
                     ]
                 for slot in late:
-                    self._lose(slot, f"it did not start within {START_DEADLINE_S:g} s")
+                    self._lose(slot, f"it did not start within {self._start_deadline_s:g} s")
                 if not references:
                     time.sleep(WATCH_S)
                     continue
@@ -295,10 +300,13 @@ class RayFleet:
         self._on_change(members)
 
     def _count_room(self) -> int:
-        free = ray.available_resources().get("CPU", 0.0)
+        free = ray.available_resources()
         with self._lock:
             held = len(self._handles)
-        room = int(free / self.config.cpus_per_slot + 1e-6) if self.config.cpus_per_slot else 64
+        cpus = self.config.cpus_per_slot
+        room = int(free.get("CPU", 0.0) / cpus + 1e-6) if cpus else 64
+        if self.config.device == "cuda":
+            room = min(room, int(free.get("GPU", 0.0)))
         return min(room, self.config.max_slots - held) if self.config.max_slots else room
 
     def _listen(self) -> None:
