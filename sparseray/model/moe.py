@@ -86,11 +86,13 @@ class MoE(nn.Module):
         inner = config.moe.num_shared * config.moe.expert_dim
         self.shared = SwiGLU(config.hidden, inner, ops) if inner else None
 
-    def forward(self, x_RH: Tensor, batch: Batch, experts: Experts) -> tuple[Tensor, Tensor | None, Tensor]:
+    def forward(
+        self, x_RH: Tensor, batch: Batch, experts: Experts
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Apply the layer.
 
         Returns:
-            (y_RH, balance loss or None in inference, tokens per expert int64 [E]).
+            (y_RH, balance loss, tokens per expert int64 [E]); the last two are None in inference.
         """
         config = self.config
         router_EH = self.router.weight.float()
@@ -109,8 +111,10 @@ class MoE(nn.Module):
         rows = batch.rows
         ids_TK, weights_TK = ids_RK[:rows], weights_RK[:rows]
         y_TH = experts(self.layer, x_RH[:rows], ids_TK, weights_TK)
-        counts_E = self.ops.expert_counts(ids_TK, config.num_experts)
-        loss = None if batch.invariant else balance_loss(config, scores_RE, ids_TK, batch.shape, self.ops)
+        loss = counts_E = None
+        if not batch.invariant:
+            counts_E = self.ops.expert_counts(ids_TK, config.num_experts)
+            loss = balance_loss(config, scores_RE, ids_TK, batch.shape, self.ops)
         if y_TH.shape[0] < x_RH.shape[0]:
             y_TH = torch.nn.functional.pad(y_TH, (0, 0, 0, x_RH.shape[0] - y_TH.shape[0]))
         if self.shared is not None:
