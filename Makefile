@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WORKERS ?= 2
 
-.PHONY: demo test test-long checks unit clean
+.PHONY: demo test test-long clients checks unit clean
 
 demo: $(STAMP)
 	$(BIN)/python -m sparseray demo --out demo
@@ -26,6 +26,12 @@ unit: $(STAMP)
 
 test-long: $(STAMP)
 	$(BIN)/python -m pytest -m long tests
+
+# Other people's clients, in an environment of their own: their requirements are not ours.
+clients: $(STAMP)
+	$(PYTHON) -m venv .clients
+	.clients/bin/python -m pip install --quiet --disable-pip-version-check litellm langchain-openai "lm-eval[api]" transformers guidellm
+	$(BIN)/python -m pytest tests/test_clients.py
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

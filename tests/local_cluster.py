@@ -23,6 +23,7 @@ import torch
 from sparseray.actors.slot import Slot
 from sparseray.actors.wire.envelope import SCHEDULER
 from sparseray.actors.wire.mailbox import Mailbox
+from sparseray.actors.wire.slot_mailbox import SlotMailbox
 from sparseray.model.config import DSEConfig, ModelConfig, MoEConfig, NSAConfig
 from sparseray.platform.composition import Run
 from sparseray.platform.config import (
@@ -135,6 +136,7 @@ class FaultyTransport:
         self._random = random.Random(f"{faults.seed}:{slot}")
         self._late: deque[tuple[int, int, list[Any]]] = deque()
         self._count = 0
+        self._lock = threading.RLock()
         self.address = inner.address
         self.killed, self.hung = threading.Event(), threading.Event()
 
@@ -154,8 +156,11 @@ class FaultyTransport:
         sent = Sent(self._slot, slot, header[1], header[5])
         self._faults.on_send(sent, self._fleet)
         self._live()
+        with self._lock:
+            self._send(slot, [bytes(frame) for frame in frames])
+
+    def _send(self, slot: int, frames: list[Any]) -> None:
         self._count += 1
-        frames = [bytes(frame) for frame in frames]
         chance = self._random.random()
         if chance < self._faults.drop:
             return
@@ -169,10 +174,11 @@ class FaultyTransport:
         self._flush(everything=False)
 
     def _flush(self, *, everything: bool) -> None:
-        for due, slot, frames in list(self._late):
-            if everything or due <= self._count:
-                self._late.remove((due, slot, frames))
-                self._inner.send(slot, frames)
+        with self._lock:
+            for due, slot, frames in list(self._late):
+                if everything or due <= self._count:
+                    self._late.remove((due, slot, frames))
+                    self._inner.send(slot, frames)
 
     def receive(self, timeout_s: float) -> list[Any] | None:
         deadline = time.monotonic() + timeout_s
@@ -239,7 +245,9 @@ class LocalFleet:
             slot, self.used = self.used, self.used + 1
             inner = ZmqTransport(f"slot{slot}", self.sockets)
             transport = self.transports[slot] = FaultyTransport(inner, slot, self.faults, self)
-            self.slots[slot] = Slot(Mailbox(transport, slot, self.job), lambda b: TrainingJob(b, Metrics({})))
+            self.slots[slot] = Slot(
+                SlotMailbox(transport, slot, self.job), lambda b: TrainingJob(b, Metrics({}))
+            )
             self.threads[slot] = threading.Thread(target=self._serve, args=(slot,), name=f"slot-{slot}")
             self.threads[slot].start()
             with self._lock:

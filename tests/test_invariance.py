@@ -2,17 +2,20 @@
 
 import itertools
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from local_cluster import MODEL, Trained, tiny_run, train
 
-from sparseray.actors.exchange.by_message import Call, RemoteExperts, RemoteMemory
+from sparseray.actors.exchange.answers import Answers
+from sparseray.actors.exchange.by_message import MessageExchange
+from sparseray.actors.exchange.protocol import FetchedRows
 from sparseray.actors.state.experts import ExpertShard
+from sparseray.actors.state.holdings import Holdings
 from sparseray.actors.state.memory import MemoryShard
 from sparseray.actors.training.token_data import TokenDataset, batch
 from sparseray.actors.wire.envelope import Body
-from sparseray.actors.wire.messages import ExpertForward, ExpertRows, FetchRows, MemoryRows
 from sparseray.model.buckets import bucket_bounds
 from sparseray.model.dse import LocalMemory
 from sparseray.model.moe import LocalExperts
@@ -105,11 +108,19 @@ def test_tcp_changes_no_bit(corpus: Path, reference: dict[int, Trained], tmp_pat
     check(train(tmp_path / "run", config, tcp=True, stop_after=SHORT), reference[SHORT])
 
 
+class Differentiable:
+    """Rows of an exchange, as the leaves of a graph."""
+
+    def __init__(self, exchange: MessageExchange) -> None:
+        self.exchange = exchange
+
+    def prefetch(self, rows: dict[int, torch.Tensor]) -> FetchedRows:
+        return self.exchange.prefetch(rows).differentiable()
+
+
 @pytest.mark.parametrize("experts", [1, 3])
-def test_remote_exchange_equals_the_plain_modules(
-    experts: int, corpus: Path, reference: dict[int, Trained]
-) -> None:
-    """One part through RemoteExperts and RemoteMemory, and through LocalExperts and LocalMemory."""
+def test_remote_exchange_equals_the_plain_modules(experts: int, corpus: Path) -> None:
+    """One part through the holders of experts and rows, and through LocalExperts and LocalMemory."""
     config = tiny_run(corpus, expert_shards=experts, memory_shards=2)
     data = TokenDataset(corpus, "train", verify=False)
     layout = build_layout(MODEL, data)
@@ -118,31 +129,29 @@ def test_remote_exchange_equals_the_plain_modules(
     plan = check_cluster(config.cluster, training_inventory(config))
     common = {"seed": 0, "num_parts": 1, "betas": (0.9, 0.95), "eps": 1e-8}
     table = [layout.num_rows(1)]
-    experts_at = {}
-    memory_at = {}
+    experts_at: dict[int, ExpertShard] = {}
+    answers_at: dict[int, Answers] = {}
     for slot in plan.addresses:
-        if owned := plan.experts_of(slot):
-            experts_at[slot] = ExpertShard(MODEL, weight_decay=0.0, **common)
-            experts_at[slot].initialize(owned)
-            experts_at[slot].assign(owned, owned)
-        if owned := plan.buckets_of(slot):
-            memory_at[slot] = MemoryShard(MODEL, table, **common)
-            memory_at[slot].initialize(owned)
-            memory_at[slot].assign(owned, owned)
+        experts = ExpertShard(MODEL, weight_decay=0.0, **common)
+        memory = MemoryShard(MODEL, table, **common)
+        owned, buckets = plan.experts_of(slot), plan.buckets_of(slot)
+        experts.initialize(owned)
+        experts.assign(owned, owned)
+        memory.initialize(buckets)
+        memory.assign(buckets, buckets)
+        holdings = Holdings(lambda: None, experts, memory)
+        answers_at[slot] = Answers(holdings, lambda *_, **__: None, with_optimizer=True)
+        if owned:
+            experts_at[slot] = experts
 
-    def call(calls: list[Call], reply: type) -> list:
-        return [answer(c) for c in calls]
+    class Direct:
+        """Asks the holders of the state themselves: no mailbox, no frames."""
 
-    def answer(c: Call) -> Body:
-        if isinstance(c.body, FetchRows):
-            found = [memory_at[c.to].gather(layer, r.numpy()) for layer, r in enumerate(c.body.rows_LN)]
-            return MemoryRows(values_LND=tuple(found))
-        if isinstance(c.body, ExpertForward):
-            b = c.body
-            y = experts_at[c.to].forward(c.layer, 0, b.x_UH, b.rows_R, b.experts, b.counts, b.keep)
-        else:
-            y = experts_at[c.to].backward(c.layer, 0, c.body.dout_UH, c.body.weights_R)
-        return ExpertRows(rows_RH=y)
+        step, part = 1, 0
+        mailbox = SimpleNamespace(slot=0)
+
+        def __call__(self, requests: list[tuple[int, Body]], reply: type, layer: int = -1) -> list[Body]:
+            return [answers_at[slot](body, layer, self.part) for slot, body in requests]
 
     def run(model: Transformer, expert_side: object, memory_side: object) -> tuple[float, dict]:
         out = model(
@@ -157,11 +166,11 @@ def test_remote_exchange_equals_the_plain_modules(
 
     local_experts, local_memory = LocalExperts(MODEL, seed=0), LocalMemory(MODEL, layout, seed=0)
     plain_loss, plain = run(Transformer(MODEL, layout, seed=0), local_experts, local_memory)
-    model = Transformer(MODEL, layout, seed=0)
-    memory = RemoteMemory(plan, call, MODEL.dse.layers, [bucket_bounds(table[0], MODEL.dse.num_buckets)])
-    rows = [r.reshape(-1).numpy() for r in model.memory_rows(one.tokens_BT, one.document_starts_BT).values()]
-    memory.prepare((1,), memory.fetch(rows), train=True)
-    loss, gradients = run(model, RemoteExperts(plan, call, MODEL.moe_layers), memory)
+    exchange = MessageExchange(
+        plan, Direct(), None, moe_layers=MODEL.moe_layers, memory_layers=(1,),
+        bounds=[bucket_bounds(table[0], MODEL.dse.num_buckets)],
+    )  # fmt: skip
+    loss, gradients = run(Transformer(MODEL, layout, seed=0), exchange.experts, Differentiable(exchange))
     assert loss == plain_loss
     for name, gradient in plain.items():
         torch.testing.assert_close(gradients[name], gradient, rtol=1e-5, atol=1e-6, msg=name)

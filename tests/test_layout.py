@@ -8,7 +8,17 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 ORDER = ["kernels", "model", "actors", "platform", "jobs"]
 FLOORS = {
-    "actors": ["wire", "state", "exchange", "training", "serving", "observation", "installation", "slot"],
+    "actors": [
+        "wire",
+        "state",
+        "exchange",
+        "training",
+        "serving",
+        "observation",
+        "installation",
+        "roles",
+        "slot",
+    ],
     "platform": [
         "settings",
         "config",

@@ -1,7 +1,9 @@
 """Typed messages, their frames, the mailbox that fences and orders them, and what cannot travel."""
 
+import threading
+import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from sparseray.actors.serving.messages import Generate, Tokens
 from sparseray.actors.serving.text_request import GenerationRequest, TokenEvent, TokenLogprobs
 from sparseray.actors.state.assignment import Plan
 from sparseray.actors.wire import codec, envelope
-from sparseray.actors.wire.envelope import Body, Message, decode, encode
+from sparseray.actors.wire.envelope import SCHEDULER, Body, Message, decode, encode
 from sparseray.actors.wire.mailbox import Mailbox
 from sparseray.actors.wire.messages import (
     Commit,
@@ -32,13 +34,15 @@ from sparseray.actors.wire.messages import (
     MemoryRows,
     Pieces,
     Ping,
+    Pong,
     Pull,
     RowGradients,
     RunStep,
     Saved,
     SavedTensor,
 )
-from sparseray.errors import SlotLostError
+from sparseray.actors.wire.slot_mailbox import SlotMailbox
+from sparseray.errors import SlotLostError, SupersededError
 from sparseray.platform.fleet.transport import ZmqTransport
 
 ROWS = FetchRows(rows_LN=(torch.arange(3), torch.zeros(0, dtype=torch.int64)))
@@ -280,6 +284,8 @@ class FakeTransport:
         self.sent.append((slot, list(frames)))
 
     def receive(self, timeout_s: float) -> list[Any] | None:
+        if not self.incoming:
+            time.sleep(min(timeout_s, 0.001))
         return self.incoming.popleft() if self.incoming else None
 
     def close(self) -> None:
@@ -329,20 +335,93 @@ def test_mailbox_remembers_only_the_newest_sequences(transport: FakeTransport, m
     assert len(mailbox._seen[1]) <= 8193
 
 
-def test_waiting_serves_others_and_returns_the_replies(transport: FakeTransport, mailbox: Mailbox) -> None:
-    first, second = mailbox.post(1, ROWS), mailbox.post(2, ROWS)
-    transport.put(sequence=1, source=2, reply_to=second)
-    transport.put(sequence=1, source=3)
-    transport.put(sequence=2, source=1, reply_to=first)
+# -- the two threads of a slot ---------------------------------------------------------------------
+
+
+@dataclass
+class Box:
+    """A slot's mailbox whose control thread runs, what it sent, and how often it was told to abort."""
+
+    mailbox: SlotMailbox
+    transport: FakeTransport
+    aborts: list[None]
+
+    def sent(self) -> list[Message[Body]]:
+        found = [decode(frames, "job") for _, frames in list(self.transport.sent)]
+        return [message for message in found if message is not None]
+
+    def until(self, is_true: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 10.0
+        while not is_true():
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+
+
+@pytest.fixture
+def box(transport: FakeTransport) -> Iterator[Box]:
+    mailbox, aborts = SlotMailbox(transport, 0, "job"), []
+    mailbox.adopt(1)
+    control = threading.Thread(target=mailbox.read, args=(lambda: aborts.append(None),))
+    control.start()
+    yield Box(mailbox, transport, aborts)
+    mailbox.close()
+    control.join()
+
+
+def test_waiting_serves_others_and_returns_the_replies(box: Box) -> None:
+    first, second = box.mailbox.post(1, ROWS), box.mailbox.post(2, ROWS)
+    box.transport.put(sequence=1, source=2, reply_to=second)
+    box.transport.put(sequence=1, source=3)
+    box.transport.put(sequence=2, source=1, reply_to=first)
     served: list[Message[Body]] = []
-    replies = mailbox.wait({first: 1, second: 2}, 1.0, served.append)
+    replies = box.mailbox.wait({first: 1, second: 2}, 10.0, served.append)
     assert (replies[first].source, replies[second].source) == (1, 2)
     assert [m.source for m in served] == [3]
-    assert [slot for slot, _ in transport.sent] == [1, 2]
+    assert [slot for slot, _ in box.transport.sent] == [1, 2]
 
 
-def test_silent_slots_are_named_after_the_deadline(transport: FakeTransport, mailbox: Mailbox) -> None:
-    first, second = mailbox.post(1, ROWS), mailbox.post(2, ROWS)
-    transport.put(source=1, reply_to=first)
+def test_silent_slots_are_named_after_the_deadline(box: Box) -> None:
+    first, second = box.mailbox.post(1, ROWS), box.mailbox.post(2, ROWS)
+    box.transport.put(source=1, reply_to=first)
     with pytest.raises(SlotLostError, match=r"slots \[2\]"):
-        mailbox.wait({first: 1, second: 2}, 0.01, lambda m: None)
+        box.mailbox.wait({first: 1, second: 2}, 0.1, lambda m: None)
+
+
+def test_a_ping_is_answered_while_the_work_thread_computes_and_before_its_plan_is_taken(box: Box) -> None:
+    # This thread, the work thread's part, takes nothing from its mailbox meanwhile.
+    box.transport.put(body=Ping(), source=SCHEDULER, sequence=5)
+    box.transport.put(body=Ping(), source=SCHEDULER, sequence=6, generation=2)
+    box.until(lambda: len(box.transport.sent) == 2)
+    assert [(m.body, m.generation, m.reply_to) for m in box.sent()] == [(Pong(), 1, 5), (Pong(), 2, 6)]
+
+
+def test_a_plan_ends_a_wait_goes_first_and_leaves_the_old_generations_messages_behind(box: Box) -> None:
+    asked = box.mailbox.post(1, ROWS)
+    box.transport.put(sequence=1)
+    box.transport.put(body=PLANNED, source=SCHEDULER, generation=2, sequence=9)
+    box.transport.put(sequence=2, generation=2)
+    with pytest.raises(SupersededError):
+        box.mailbox.wait({asked: 1}, 10.0, lambda m: None)
+    assert box.aborts
+    plan = box.mailbox.next(0.0)
+    assert plan is not None and plan.body.kind == "install_plan"
+    box.mailbox.adopt(2)
+    early = box.mailbox.next(10.0)
+    assert early is not None and (early.sequence, early.generation) == (2, 2)
+    assert box.mailbox.next(0.05) is None
+    # The same plan once more is an ordinary message: it does not end what its generation has begun.
+    box.transport.put(body=PLANNED, source=SCHEDULER, generation=2, sequence=10)
+    again = box.mailbox.next(10.0)
+    assert again is not None and again.sequence == 10 and len(box.aborts) == 1
+
+
+def test_what_ends_the_control_thread_ends_the_work_thread(box: Box) -> None:
+    def break_down(timeout_s: float) -> None:
+        raise OSError("no socket")
+
+    asked = box.mailbox.post(1, ROWS)
+    box.transport.receive = break_down  # type: ignore[method-assign]
+    with pytest.raises(SupersededError):
+        box.mailbox.wait({asked: 1}, 10.0, lambda m: None)
+    with pytest.raises(OSError, match="no socket"):
+        box.mailbox.next(0.0)

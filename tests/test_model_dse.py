@@ -192,7 +192,7 @@ def test_buckets_cover_the_table_once() -> None:
     tables = dict(memory.named_parameters())
     first, stop = ranges[3]
     rows = torch.tensor([[first, stop - 1]])
-    assert torch.equal(memory(1, rows)[0], tables["dse.1.bucket.3"][[0, -1]])
+    assert torch.equal(memory.prefetch({1: rows})(1)[0], tables["dse.1.bucket.3"][[0, -1]])
 
 
 def slow_dse(layer: DSE, h: Tensor, e: Tensor, starts: list[bool]) -> Tensor:
@@ -257,7 +257,7 @@ def test_convolution_starts_at_zero_and_table_rows_get_gradients() -> None:
     assert not initial_dense("layers.1.dse.conv.weight", (3, 4), seed=0, std=1.0).any()
     memory = LocalMemory(config, layout)
     rows = layout.rows(1, torch.arange(12).reshape(1, 12))[0]
-    memory(1, rows).sum().backward()
+    memory.prefetch({1: rows})(1).sum().backward()
     gradient = torch.cat(
         [p.grad for n, p in memory.named_parameters() if n.startswith("dse.1.") and p.grad is not None]
     )

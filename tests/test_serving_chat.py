@@ -122,6 +122,13 @@ def test_a_required_call_is_made(roomy: Service, stream: bool, choice: Any) -> N
         assert set(arguments) == {"to", "fast"} and arguments["to"] in "AB"
 
 
+def test_one_call_at_most_can_be_asked_for(roomy: Service) -> None:
+    body = {"messages": [says("go")], "tools": [TOOL], "tool_choice": "required", "max_tokens": 150}
+    for seed in range(4):
+        answer = roomy.post({**body, "parallel_tool_calls": False, "seed": seed}, CHAT).json()
+        assert len(answer["choices"][0]["message"]["tool_calls"]) == 1
+
+
 def test_the_openai_client_reads_a_required_call_of_one_of_several(roomy: Service) -> None:
     tools: Any = [TOOL, OTHER]
     answer = roomy.api.chat.completions.create(

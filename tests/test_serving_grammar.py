@@ -116,6 +116,27 @@ def test_constraints_that_cannot_be_followed_are_refused(
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, param), answer.text
 
 
+def test_objects_have_only_the_properties_that_are_named_unless_the_schema_says_otherwise() -> None:
+    from sparseray.jobs.http.constraints import _closed
+
+    inner = {"properties": {"properties": {"type": "string"}}}
+    schema = {"properties": {"a": inner, "b": {"const": inner}}, "$defs": {"c": {"anyOf": [inner]}}}
+    closed = {**inner, "additionalProperties": False}
+    assert _closed(schema) == {
+        "properties": {"a": closed, "b": {"const": inner}},
+        "$defs": {"c": {"anyOf": [closed]}},
+        "additionalProperties": False,
+    }
+    for says in ({"additionalProperties": True}, {"patternProperties": {"x": True}}, {"$ref": "#"}):
+        assert _closed({**inner, **says}) == {**inner, **says}
+
+
+def test_a_schema_without_a_word_on_other_properties_gets_none(service: Service) -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]}
+    found = answers(service, guided_json=schema)
+    assert found and all(set(json.loads(choice["text"])) == {"a"} for choice in found)
+
+
 def test_a_server_without_grammars_says_so(service: Service) -> None:
     with serving(service.parts, grammars=None) as served:
         error = served.post({"prompt": "a", "guided_regex": "a"}).json()["error"]

@@ -63,18 +63,18 @@ def test_memory_falls_when_buckets_are_given_away() -> None:
     shard = holding(shard_of(model_of(width=64), 200_000), [0, 1, 2, 3])
     full, before = shard.num_bytes, resident_bytes()
     assert full > 100e6 and abs(shard.tables[0].num_bytes - full) < 1e6
-    kept = shard.gather(0, np.arange(50_000, 100_000, 7)).clone()
+    kept = shard.gather(0, torch.arange(50_000, 100_000, 7)).clone()
     shard.assign([(0, 1)], [(0, 1)])
     assert shard.tables[0].num_bytes > 0.99 * full, "a peer can still copy what is no longer assigned"
     shard.trim()
     assert abs(shard.tables[0].num_bytes - full / 4) < 1e6
     assert before - resident_bytes() > 0.7 * full
-    assert torch.equal(shard.gather(0, np.arange(50_000, 100_000, 7)), kept)
+    assert torch.equal(shard.gather(0, torch.arange(50_000, 100_000, 7)), kept)
     shard.assign([], [])
     shard.trim()
     assert shard.tables[0].num_bytes < 1e5
     holding(shard, [0, 1, 2, 3])
-    assert torch.equal(shard.gather(0, np.arange(50_000, 100_000, 7)), kept)
+    assert torch.equal(shard.gather(0, torch.arange(50_000, 100_000, 7)), kept)
 
 
 @pytest.mark.parametrize("row_dtype", ["float32", "bfloat16"])
@@ -109,7 +109,7 @@ def test_without_optimizer_state_its_memory_is_not_taken(row_dtype: str) -> None
     assert weights == 20_000 * 64 * (2 if row_dtype == "bfloat16" else 4)
     assert abs(served.tables[0].num_bytes - weights) < 20_000
     rows = np.array([5, 19_999, 5])
-    assert torch.equal(served.gather(0, rows), source.gather(0, rows))
+    assert torch.equal(served.gather(0, torch.from_numpy(rows)), source.gather(0, torch.from_numpy(rows)))
 
 
 def test_bfloat16_rows_take_half_the_bytes_of_rows() -> None:
@@ -169,7 +169,7 @@ def test_a_reader_gets_rows_of_the_wanted_commit_or_none() -> None:
     shard = holding(shard_of(model_of()), [0, 1, 2, 3])
     view, rows = open_view(shard.tables[0]), np.array([3, 999, 3, 0])
     out = np.empty((4, 16), np.float32)
-    first = shard.gather(0, rows).numpy()
+    first = shard.gather(0, torch.from_numpy(rows)).numpy()
     assert not view.gather(rows, out, generation=2, step=0), "of a plan that is not installed at the owner"
     assert not view.gather(rows, out, generation=1, step=1), "the owner has still to apply the commit"
     assert view.gather(rows, out, generation=1, step=0)

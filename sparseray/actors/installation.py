@@ -1,12 +1,17 @@
-"""What a slot must know to enter a generation: the message of a plan, with the job and where state comes from."""
+"""How a slot enters a generation: the message of a plan, and where the state comes from that it asks for."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
+from torch import Tensor
+
+from sparseray.actors.exchange.by_message import Caller
 from sparseray.actors.state.assignment import Plan
+from sparseray.actors.state.holdings import Holdings
 from sparseray.actors.state.pieces import Piece
 from sparseray.actors.wire.envelope import Body
-from sparseray.actors.wire.messages import Commit
+from sparseray.actors.wire.messages import Commit, Pieces, Pull
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,3 +71,49 @@ class InstallPlan(Body):
     restore: Restore | None = None
     commit: Commit | None = None
     pulls: tuple[PullFrom, ...] = ()
+
+
+class Reads(Protocol):
+    """Reads tensors of a checkpoint by name."""
+
+    def __call__(self, directory: str, names: Sequence[str]) -> dict[str, Tensor]: ...
+
+
+def restore(
+    holdings: Holdings, pieces: Sequence[Piece], message: InstallPlan, read: Reads, *, with_optimizer: bool
+) -> None:
+    """Take the state of a checkpoint, or draw it from the seed where there is none.
+
+    Args:
+        holdings: of the slot; what they hold is forgotten.
+        pieces: that the plan gives the slot.
+        message: names checkpoint and step.
+        read: reads tensors.
+        with_optimizer: whether the state will be updated.
+    """
+    assert message.restore is not None
+    holdings.clear()
+    directory = message.restore.checkpoint
+    if not directory:
+        holdings.initialize(pieces)
+        return
+    found = read(directory, holdings.names(pieces, with_optimizer=with_optimizer))
+    holdings.load(pieces, found, message.step, with_optimizer=with_optimizer)
+
+
+def pull_missing(
+    holdings: Holdings, pieces: Sequence[Piece], message: InstallPlan, call: Caller, *, with_optimizer: bool
+) -> None:
+    """Copy from peers the pieces that are not held here.
+
+    Args:
+        holdings, pieces, message, with_optimizer: as in `restore`; the message names the peers.
+        call: asks them.
+    """
+    lacking = set(pieces) - holdings.held
+    wanted = {pull.source: tuple(p for p in pull.pieces if p in lacking) for pull in message.pulls}
+    requests: list[tuple[int, Body]] = [(slot, Pull(pieces=own)) for slot, own in wanted.items() if own]
+    call.step, call.part = message.step + 1, -1
+    for (_, request), reply in zip(requests, call(requests, Pieces)):
+        assert isinstance(request, Pull)
+        holdings.load(request.pieces, reply.tensors, message.step, with_optimizer=with_optimizer)

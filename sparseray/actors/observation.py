@@ -1,25 +1,17 @@
 """What a slot tells its metrics after a step: read from the worker, the engine and the states, then forgotten.
 
-Called by slot.py between a step's work and its next message; the objects read here only count.
+Called by roles.py between a step's work and its next message; the objects read here only count.
 """
 
-from typing import Protocol
-
-from sparseray.actors.exchange.by_message import RemoteMemory
+from sparseray.actors.exchange.protocol import Exchange, Observe
 from sparseray.actors.serving.engine import Engine
 from sparseray.actors.state.dense import DenseState
 from sparseray.actors.training.worker import AttentionWorker
 
 
-class Observe(Protocol):
-    """Records a metric of this slot."""
-
-    def __call__(self, name: str, value: float, **labels: str) -> None: ...
-
-
 def observe_worker(observe: Observe, worker: AttentionWorker, slot: int) -> None:
     """Record what a training step left: fetches, and statistics if the step was sampled."""
-    observe_memory(observe, worker.memory, slot)
+    observe_memory(observe, worker.exchange, slot)
     if worker.noted:
         for name, labels, value in worker.noted:
             observe(name, value, **labels)
@@ -27,9 +19,9 @@ def observe_worker(observe: Observe, worker: AttentionWorker, slot: int) -> None
         worker.noted.clear()
 
 
-def observe_memory(observe: Observe, memory: RemoteMemory, slot: int) -> None:
+def observe_memory(observe: Observe, exchange: Exchange, slot: int) -> None:
     """Record the fetches of table rows since the last call."""
-    for fetch in memory.take_fetches():
+    for fetch in exchange.take_fetches():
         observe("dse_fetch_seconds", fetch.seconds)
         observe("dse_rows_total", fetch.addressed)
         observe("dse_unique_row_ratio", sum(fetch.rows_by_slot.values()) / max(1, fetch.addressed))
@@ -67,9 +59,3 @@ def observe_engine(observe: Observe, engine: Engine, seconds: float) -> None:
     if counted.failed_steps:
         observe("engine_failed_steps_total", counted.failed_steps)
         observe("request_retries_total", counted.retries)
-
-
-def observe_rows(observe: Observe, direction: str, rows: int, seconds: float) -> None:
-    """Record token rows that the experts of this slot computed."""
-    observe("expert_rows_total", rows, direction=direction)
-    observe("expert_seconds_total", seconds, direction=direction)

@@ -26,18 +26,22 @@ from sparseray.model.paged import Paged
 from sparseray.model.statistics import is_collecting, note_memory
 
 
+class Rows(Protocol):
+    """Table rows that were fetched for one call of the network."""
+
+    def __call__(self, layer: int) -> Tensor:
+        """The rows [T, N, head_dim] of 0-based model layer `layer`; differentiable in the table."""
+        ...
+
+
 class Memory(Protocol):
     """The tables of all memory layers."""
 
-    def __call__(self, layer: int, rows_TN: Tensor) -> Tensor:
-        """Read rows; differentiable in the table.
+    def prefetch(self, rows: dict[int, Tensor]) -> Rows:
+        """Read rows of all layers at once, before the forward pass that needs them.
 
         Args:
-            layer: 0-based model layer.
-            rows_TN: int64 rows of that layer's table.
-
-        Returns:
-            [T, N, head_dim].
+            rows: 0-based model layer to int64 rows [T, N] of that layer's table.
         """
         ...
 
@@ -162,8 +166,12 @@ class LocalMemory(nn.Module):
                 holder.bucket.append(nn.Parameter(rows))
             self.dse[str(layer)] = holder
 
-    def forward(self, layer: int, rows_TN: Tensor) -> Tensor:
+    def prefetch(self, rows: dict[int, Tensor]) -> Rows:
         """Read rows, as `Memory` asks."""
-        buckets = self.dse[str(layer)].bucket
-        assert isinstance(buckets, nn.ParameterList)
-        return F.embedding(rows_TN, torch.cat(list(buckets)))
+
+        def read(layer: int) -> Tensor:
+            buckets = self.dse[str(layer)].bucket
+            assert isinstance(buckets, nn.ParameterList)
+            return F.embedding(rows[layer], torch.cat(list(buckets)))
+
+        return read

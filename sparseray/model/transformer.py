@@ -23,7 +23,7 @@ from sparseray.kernels.settings import padded
 from sparseray.model.attention import attention_of
 from sparseray.model.cache import Cache
 from sparseray.model.config import ModelConfig
-from sparseray.model.dse import DSE, Memory
+from sparseray.model.dse import DSE, Memory, Rows
 from sparseray.model.dse_layout import NO_TOKEN, DSELayout
 from sparseray.model.init import initial_dense
 from sparseray.model.layers import Angles, Batch, RMSNorm, Rope, Span, SwiGLU
@@ -127,9 +127,8 @@ class Transformer(nn.Module):
         self,
         tokens_R: Tensor,
         batch: Batch,
-        rows: dict[int, Tensor],
         experts: Experts,
-        memory: Memory | None,
+        fetched: Rows | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Run all layers on the rows: (hidden after the final norm, aux loss, counts)."""
         h_RH = self.ops.embedding(tokens_R, self.embedding)
@@ -140,9 +139,8 @@ class Transformer(nn.Module):
             assert isinstance(block, Block)
             values_TND = None
             if block.dse is not None:
-                if memory is None:
-                    raise ConfigError(f"layer {block.layer} has a memory; pass `memory`")
-                values_TND = memory(block.layer, rows[block.layer])
+                assert fetched is not None
+                values_TND = fetched(block.layer)
             h_RH, loss, counts_E = block(h_RH, batch, angles, experts, values_TND)
             losses += [] if loss is None else [loss]
             counts += [] if counts_E is None else [counts_E]
@@ -162,6 +160,14 @@ class Transformer(nn.Module):
             for layer in self.config.dse.layers
         }
 
+    def _fetch(self, rows: dict[int, Tensor], memory: Memory | None) -> Rows | None:
+        """Read the rows of all layers at once."""
+        if not rows:
+            return None
+        if memory is None:
+            raise ConfigError(f"layers {sorted(rows)} have a memory; pass `memory`")
+        return memory.prefetch(rows)
+
     def forward(
         self,
         tokens_BT: Tensor,
@@ -169,6 +175,7 @@ class Transformer(nn.Module):
         experts: Experts,
         memory: Memory | None,
         document_starts_BT: Tensor | None = None,
+        fetched: Rows | None = None,
     ) -> Output:
         """Run the network on B sequences from their start.
 
@@ -178,6 +185,7 @@ class Transformer(nn.Module):
             memory: the memory tables; None for a model without memory layers.
             document_starts_BT: bool, True at documents' first tokens. None: derived from
                 `dse.document_end_id`, if that is set.
+            fetched: what `memory` gave for the rows of `memory_rows`; None to ask it now.
 
         Raises:
             ConfigError: too many tokens for the model.
@@ -193,8 +201,9 @@ class Transformer(nn.Module):
             rows=B * T,
             starts_BT=document_starts_BT,
         )
-        rows = self.memory_rows(tokens_BT, document_starts_BT)
-        hidden_RH, aux, counts_LE = self._blocks(tokens_BT.reshape(-1), batch, rows, experts, memory)
+        if fetched is None:
+            fetched = self._fetch(self.memory_rows(tokens_BT, document_starts_BT), memory)
+        hidden_RH, aux, counts_LE = self._blocks(tokens_BT.reshape(-1), batch, experts, fetched)
         return Output(hidden_BTH=hidden_RH.view(B, T, -1), aux_loss=aux, expert_counts_LE=counts_LE)
 
     @torch.no_grad()
@@ -249,8 +258,8 @@ class Transformer(nn.Module):
             starts_BT=torch.cat(starts)[None] if starts else None,
             spans=tuple(spans),
         )
-        rows = self._chunk_rows(tokens_R, batch)
-        hidden_RH, _, _ = self._blocks(tokens_R, batch, rows, experts, memory)
+        fetched = self._fetch(self._chunk_rows(tokens_R, batch), memory)
+        hidden_RH, _, _ = self._blocks(tokens_R, batch, experts, fetched)
         for span in spans:
             self._advance(span, tokens_R, batch)
         return [hidden_RH[span.start : span.stop] for span in spans]

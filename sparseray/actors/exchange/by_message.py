@@ -1,40 +1,79 @@
-"""Remote experts and remote rows behind the model's two seams (model/moe.py, model/dse.py).
+"""Experts, rows and sums in the slots of a plan, asked by message; requests to the own slot are plain calls.
 
-The model calls `experts(layer, x, ids, weights)` and `memory(layer, rows)`; here these become
-messages to the slots that hold the experts and buckets, or plain calls where that is the own slot.
-Combination runs here, over k in order, so no bit depends on who computed a row.
+Called by the worker and the engine of a slot. It groups (token, k) rows by expert and sends every token once to each
+slot that needs it; rows of all memory layers are fetched in one request to each memory shard, each distinct row once.
+
+Shapes: T tokens, K experts per token, H hidden, R = T*K rows, U tokens sent to a slot, N looked-up rows, D row width.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from sparseray.actors.exchange.answers import Answers
+from sparseray.actors.exchange.mixture import mixture
+from sparseray.actors.exchange.protocol import Abortable, Fetch, FetchedRows, PartGradients
+from sparseray.actors.exchange.reduction import Reduction
 from sparseray.actors.state.assignment import Plan
-from sparseray.actors.wire.envelope import Body
+from sparseray.actors.wire.envelope import Body, Message
 from sparseray.actors.wire.messages import ExpertBackward, ExpertForward, ExpertRows, FetchRows, MemoryRows
+from sparseray.actors.wire.slot_mailbox import SlotMailbox
 from sparseray.kernels.moe.reference import group_by_expert
 
 R = TypeVar("R", bound=Body)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Call:
-    """One request to a slot; `layer` as in `Message`."""
+class Caller:
+    """Asks other slots, and this one, and waits for the replies while it serves what others ask.
 
-    to: int
-    body: Body
-    layer: int = -1
+    Args:
+        mailbox: of the slot.
+        answers: to its own requests.
+        serve: handles what comes meanwhile.
+        deadline_s: seconds without a reply after which a silent slot counts as lost.
+    """
 
+    def __init__(
+        self,
+        mailbox: SlotMailbox,
+        answers: Answers,
+        serve: Callable[[Message[Body]], None],
+        deadline_s: float,
+    ) -> None:
+        self.mailbox, self.answers, self.serve, self.deadline_s = mailbox, answers, serve, deadline_s
+        self.step, self.part = 0, -1
 
-class Caller(Protocol):
-    """Sends requests of the current step and part, and returns their replies, of one kind, in the same order."""
+    def __call__(self, requests: Sequence[tuple[int, Body]], reply: type[R], layer: int = -1) -> list[R]:
+        """Send requests of the current step and part and return their replies in the same order.
 
-    def __call__(self, calls: Sequence[Call], reply: type[R]) -> list[R]: ...
+        Args:
+            requests: (slot, what to ask) each.
+            reply: type of all replies.
+            layer: of the envelope.
+
+        Raises:
+            SlotLostError: a slot did not answer in time.
+            SupersededError: a plan of a later generation came.
+        """
+        me = self.mailbox.slot
+        sequences = [
+            0 if slot == me else self.mailbox.post(slot, body, step=self.step, part=self.part, layer=layer)
+            for slot, body in requests
+        ]
+        # Others compute while this slot does.
+        own = [self.answers(body, layer, self.part) if slot == me else None for slot, body in requests]
+        asked = {sequence: slot for sequence, (slot, _) in zip(sequences, requests) if sequence}
+        replies = self.mailbox.wait(asked, self.deadline_s, self.serve)
+        found = [replies[sequence].body if sequence else mine for sequence, mine in zip(sequences, own)]
+        for body in found:
+            if not isinstance(body, reply):
+                raise RuntimeError(f"slot {me} was answered by {type(body).__name__}, not {reply.__name__}")
+        return cast(list[R], found)
 
 
 @dataclass(frozen=True)
@@ -49,53 +88,68 @@ class _Route:
     rows_R: Tensor
 
 
-class RemoteExperts:
-    """`Experts` of the model, played by the slots of a plan.
+class MessageExchange(Abortable):
+    """`Exchange` over the slots of a plan.
 
     Args:
-        plan: who holds which expert.
+        plan: who holds what.
         call: how to reach them.
-        moe_layers: transformer layers that have experts, in order.
-
-    `part` is the one that runs now: of an expert with several computing holders it names one.
+        reduction: of the gradients that meet at this slot.
+        moe_layers, memory_layers: transformer layers that have experts and memory, in order.
+        bounds: first row of every bucket of each memory layer.
     """
 
-    def __init__(self, plan: Plan, call: Caller, moe_layers: Sequence[int]) -> None:
-        self.call = call
+    def __init__(
+        self,
+        plan: Plan,
+        call: Caller,
+        reduction: Reduction,
+        *,
+        moe_layers: Sequence[int],
+        memory_layers: Sequence[int],
+        bounds: Sequence[np.ndarray],
+    ) -> None:
+        super().__init__()
+        self.plan, self.call, self.reduction = plan, call, reduction
         self.index = {layer: index for index, layer in enumerate(moe_layers)}
-        self.part = 0
-        self._plan = plan
+        self.layers, self.bounds = list(memory_layers), bounds
+        self.owner = [np.array([holders[0] for holders in row], np.int64) for row in plan.buckets]
         self._holders: dict[tuple[int, int], dict[int, list[int]]] = {}
+        self._parts_left = set(plan.parts_of(call.mailbox.slot))
+        self._fetches: list[Fetch] = []
+
+    def begin(self, step: int, part: int) -> None:
+        """Say what the next calls belong to."""
+        self.call.step, self.call.part = step, part
+
+    # -- experts -------------------------------------------------------------------------------
+
+    def experts(self, layer: int, x_TH: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Tensor:
+        """Sum over k of weight * expert(x), [T, H]."""
+        return mixture(self, self.index[layer], x_TH, topk_ids_TK, topk_weights_TK)
 
     def holders(self, layer: int) -> dict[int, list[int]]:
         """Experts of the layer with index `layer` by the slot that computes them for the current part."""
-        key = (layer, self.part if self._plan.spread else 0)
-        if key not in self._holders:
+        part = max(0, self.call.part) if self.plan.spread else 0
+        if (layer, part) not in self._holders:
             found: dict[int, list[int]] = {}
-            for expert in range(len(self._plan.experts[layer])):
-                computing = self._plan.computing(layer, expert)
-                found.setdefault(computing[key[1] % len(computing)], []).append(expert)
-            self._holders[key] = found
-        return self._holders[key]
-
-    def __call__(self, layer: int, x_TH: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Tensor:
-        """Sum over k of weight * expert(x), [T, H]; differentiable in x and the weights."""
-        out: Tensor = _RemoteExperts.apply(x_TH, topk_weights_TK, topk_ids_TK, self, self.index[layer])
-        return out
+            for expert in range(len(self.plan.experts[layer])):
+                computing = self.plan.computing(layer, expert)
+                found.setdefault(computing[part % len(computing)], []).append(expert)
+            self._holders[(layer, part)] = found
+        return self._holders[(layer, part)]
 
     def routes(self, layer: int, topk_ids_TK: Tensor) -> list[_Route]:
-        """Split the (token, k) rows of a layer over the slots that hold its experts."""
+        """Split the (token, k) rows of a layer over the slots that compute its experts."""
         T, K = topk_ids_TK.shape
-        by_slot = self.holders(layer)
-        num_experts = sum(len(experts) for experts in by_slot.values())
-        order_R, counts_E = group_by_expert(topk_ids_TK, num_experts)
+        order_R, counts_E = group_by_expert(topk_ids_TK, len(self.plan.experts[layer]))
         counts = counts_E.tolist()
         starts = np.concatenate([[0], np.cumsum(counts)])
         found = []
-        for slot, experts in by_slot.items():
+        for slot, experts in self.holders(layer).items():
             order = torch.cat([order_R[starts[e] : starts[e + 1]] for e in experts])
             tokens = order // K
-            present = torch.zeros(T, dtype=torch.bool)
+            present = torch.zeros(T, dtype=torch.bool, device=tokens.device)
             present[tokens] = True
             place_T = torch.cumsum(present, 0) - 1
             found.append(
@@ -110,91 +164,47 @@ class RemoteExperts:
             )
         return found
 
+    def forward_rows(self, layer: int, x_TH: Tensor, ids_TK: Tensor, *, keep: bool) -> tuple[Tensor, Any]:
+        """Outputs [T, K, H] of every chosen expert, and the routes that their gradients take back."""
+        self.check()
+        routes = self.routes(layer, ids_TK)
+        requests: list[tuple[int, Body]] = [
+            (
+                route.to,
+                ExpertForward(
+                    experts=tuple(route.experts),
+                    counts=tuple(route.counts),
+                    keep=keep,
+                    x_UH=x_TH[route.tokens_U],
+                    rows_R=route.rows_R,
+                ),
+            )
+            for route in routes
+        ]
+        return self._collect(routes, self.call(requests, ExpertRows, layer), x_TH, ids_TK.shape), routes
 
-class _RemoteExperts(torch.autograd.Function):
-    """Dispatch, expert computation elsewhere, combine; backward sends each token's gradient once."""
+    def backward_rows(self, layer: int, handle: Any, dout_TH: Tensor, weights_TK: Tensor) -> Tensor:
+        """Gradients of the inputs [T, K, H]."""
+        self.check()
+        routes: list[_Route] = handle
+        flat = weights_TK.reshape(-1)
+        requests: list[tuple[int, Body]] = [
+            (route.to, ExpertBackward(dout_UH=dout_TH[route.tokens_U], weights_R=flat[route.order_R]))
+            for route in routes
+        ]
+        return self._collect(routes, self.call(requests, ExpertRows, layer), dout_TH, weights_TK.shape)
 
     @staticmethod
-    def forward(
-        ctx: Any, x_TH: Tensor, weights_TK: Tensor, ids_TK: Tensor, remote: RemoteExperts, layer: int
+    def _collect(
+        routes: Sequence[_Route], replies: Sequence[ExpertRows], like: Tensor, shape: Sequence[int]
     ) -> Tensor:
-        (T, K), H = ids_TK.shape, x_TH.shape[1]
-        routes = remote.routes(layer, ids_TK)
-        keep = x_TH.requires_grad
-        replies = remote.call(
-            [
-                Call(
-                    to=route.to,
-                    layer=layer,
-                    body=ExpertForward(
-                        experts=tuple(route.experts),
-                        counts=tuple(route.counts),
-                        keep=keep,
-                        x_UH=x_TH.detach()[route.tokens_U],
-                        rows_R=route.rows_R,
-                    ),
-                )
-                for route in routes
-            ],
-            ExpertRows,
-        )
-        y_RH = torch.empty(T * K, H)
+        (T, K), H = shape, like.shape[1]
+        y_RH = torch.empty(T * K, H, device=like.device)
         for route, reply in zip(routes, replies):
-            y_RH[route.order_R] = reply.rows_RH
-        y_TKH = y_RH.view(T, K, H)
-        ctx.remote, ctx.layer, ctx.routes = remote, layer, routes
-        ctx.save_for_backward(y_TKH, weights_TK)
-        return (weights_TK[..., None] * y_TKH).sum(1)
+            y_RH[route.order_R] = reply.rows_RH.to(like.device)
+        return y_RH.view(T, K, H)
 
-    @staticmethod
-    def backward(ctx: Any, dout_TH: Tensor) -> tuple[Tensor | None, ...]:
-        y_TKH, weights_TK = ctx.saved_tensors
-        T, K, H = y_TKH.shape
-        flat_weights = weights_TK.reshape(-1)
-        replies = ctx.remote.call(
-            [
-                Call(
-                    to=route.to,
-                    layer=ctx.layer,
-                    body=ExpertBackward(
-                        dout_UH=dout_TH[route.tokens_U], weights_R=flat_weights[route.order_R]
-                    ),
-                )
-                for route in ctx.routes
-            ],
-            ExpertRows,
-        )
-        dx_RH = torch.empty(T * K, H)
-        for route, reply in zip(ctx.routes, replies):
-            dx_RH[route.order_R] = reply.rows_RH
-        dweights_TK = (y_TKH * dout_TH[:, None]).sum(-1)
-        return dx_RH.view(T, K, H).sum(1), dweights_TK, None, None, None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Fetch:
-    """What one fetch of table rows cost: rows addressed, distinct rows by the slot that gave them, seconds."""
-
-    addressed: int
-    rows_by_slot: dict[int, int]
-    seconds: float
-
-
-class RemoteMemory:
-    """`Memory` of the model: rows of the tables, fetched ahead for a whole batch.
-
-    Addresses follow from the tokens alone, so `fetch` runs before the forward pass; `__call__`
-    only hands out what lies ready, as a leaf whose gradient is the rows' gradient.
-    """
-
-    def __init__(self, plan: Plan, call: Caller, layers: Sequence[int], bounds: Sequence[np.ndarray]) -> None:
-        self.call = call
-        self.layers = list(layers)
-        self.bounds = bounds
-        self.owner = [np.array([holders[0] for holders in row], np.int64) for row in plan.buckets]
-        self.slots = plan.memory_primaries
-        self.ready: dict[int, Tensor] = {}
-        self._fetches: list[Fetch] = []
+    # -- memory rows -----------------------------------------------------------------------------
 
     def owner_of(self, layer: int, rows_N: np.ndarray) -> np.ndarray:
         """Slot that answers for each row of the layer with index `layer`; int64 [N]."""
@@ -202,56 +212,46 @@ class RemoteMemory:
         owners: np.ndarray = self.owner[layer][buckets]
         return owners
 
-    def fetch(self, rows_LN: Sequence[np.ndarray]) -> list[Tensor]:
-        """Fetch rows of every memory layer, each distinct row once.
-
-        Args:
-            rows_LN: int64 rows of each memory layer, any order, with repeats.
-
-        Returns:
-            fp32 [N, D] for each layer.
-        """
-        if not self.slots:
-            return []
+    def prefetch(self, rows: dict[int, Tensor]) -> FetchedRows:
+        """Read rows of all memory layers: one request to each slot, each distinct row once."""
+        self.check()
+        if not rows:
+            return FetchedRows(addresses={}, values={})
         started = time.perf_counter()
-        distinct = [np.unique(rows, return_inverse=True) for rows in rows_LN]
+        distinct = [np.unique(rows[layer].cpu().numpy(), return_inverse=True) for layer in self.layers]
         owners = [self.owner_of(layer, unique) for layer, (unique, _) in enumerate(distinct)]
         wanted = {
             slot: tuple(
                 torch.from_numpy(unique[owner == slot]) for (unique, _), owner in zip(distinct, owners)
             )
-            for slot in self.slots
+            for slot in self.plan.memory_primaries
         }
-        replies = self.call(
-            [Call(to=slot, body=FetchRows(rows_LN=rows)) for slot, rows in wanted.items()], MemoryRows
-        )
-        found = []
-        for layer, ((unique, inverse), owner) in enumerate(zip(distinct, owners)):
-            values = np.empty((len(unique), replies[0].values_LND[layer].shape[1]), np.float32)
-            for slot, reply in zip(self.slots, replies):
-                values[owner == slot] = reply.values_LND[layer].float().numpy()
-            found.append(torch.from_numpy(np.take(values, inverse.reshape(-1), axis=0)))
-        by_slot = {slot: sum(len(rows) for rows in rows_LN) for slot, rows_LN in wanted.items()}
-        addressed, seconds = sum(len(rows) for rows in rows_LN), time.perf_counter() - started
+        replies = self.call([(slot, FetchRows(rows_LN=own)) for slot, own in wanted.items()], MemoryRows)
+        values = {}
+        for index, (layer, (unique, inverse), owner) in enumerate(zip(self.layers, distinct, owners)):
+            found = np.empty((len(unique), replies[0].values_LND[index].shape[1]), np.float32)
+            for slot, reply in zip(wanted, replies):
+                found[owner == slot] = reply.values_LND[index].float().numpy()
+            taken = torch.from_numpy(np.take(found, inverse.reshape(-1), axis=0))
+            values[layer] = taken.to(rows[layer].device)
+        by_slot = {slot: sum(len(own) for own in of_layers) for slot, of_layers in wanted.items()}
+        addressed = sum(rows_TN.numel() for rows_TN in rows.values())
+        seconds = time.perf_counter() - started
         self._fetches.append(Fetch(addressed=addressed, rows_by_slot=by_slot, seconds=seconds))
-        return found
+        return FetchedRows(addresses=rows, values=values)
 
     def take_fetches(self) -> list[Fetch]:
-        """Return the fetches since the last call."""
+        """Return what was fetched since the last call."""
         found, self._fetches = self._fetches, []
         return found
 
-    def prepare(self, layers: Sequence[int], values: Sequence[Tensor], *, train: bool) -> None:
-        """Lay out the rows of the next forward call, by transformer layer."""
-        self.ready = {layer: value.requires_grad_(train) for layer, value in zip(layers, values)}
+    # -- gradients ---------------------------------------------------------------------------------
 
-    def __call__(self, layer: int, rows_TN: Tensor) -> Tensor:
-        """Return rows [T, N, D]: those that were prepared for this layer, or fetched now (serving)."""
-        value = self.ready[layer] if self.ready else self._fetch_now(layer, rows_TN)
-        return value.view(*rows_TN.shape, value.shape[-1])
-
-    def _fetch_now(self, layer: int, rows_TN: Tensor) -> Tensor:
-        none = np.empty(0, np.int64)
-        index = self.layers.index(layer)
-        wanted = [rows_TN.reshape(-1).numpy() if i == index else none for i in range(len(self.layers))]
-        return self.fetch(wanted)[index]
+    def reduce(self, step: int, part: int, gradients: PartGradients) -> None:
+        """Send a part's gradients to those who sum them; after the last part of this slot, the dense sums too."""
+        self.check()
+        self.reduction.send_part(step, part, gradients, self.owner_of)
+        self._parts_left.discard(part)
+        if not self._parts_left:
+            self._parts_left = set(self.plan.parts_of(self.call.mailbox.slot))
+            self.reduction.send_dense(step)

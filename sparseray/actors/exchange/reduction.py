@@ -6,13 +6,13 @@ arrival order is free. Phase one of the commit (platform/training.py has phase t
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from sparseray.actors.exchange.protocol import PartGradients
 from sparseray.actors.state.assignment import Plan
 from sparseray.actors.state.dense import DenseState
 from sparseray.actors.state.experts import ExpertShard
@@ -31,27 +31,9 @@ from sparseray.actors.wire.messages import (
     RowGradients,
     RowsReduced,
 )
+from sparseray.kernels.dse.cpu import segment_sum_rows
 
-
-@dataclass(frozen=True, kw_only=True)
-class PartResult:
-    """What one part of a step gave.
-
-    Args:
-        loss_sum: cross-entropy summed over its tokens, nats.
-        aux_loss: balance loss.
-        tokens: number of targets.
-        counts_LE: int64, tokens per moe layer and expert.
-        gradient: fp32 [P], dense gradient.
-        rows: row gradients of each memory layer, (rows rising, sums).
-    """
-
-    loss_sum: float
-    aux_loss: float
-    tokens: int
-    counts_LE: Tensor
-    gradient: Tensor
-    rows: list[tuple[np.ndarray, np.ndarray]]
+Rows = tuple[np.ndarray, np.ndarray]
 
 
 class Reduction:
@@ -83,38 +65,44 @@ class Reduction:
             RowsReduced: self._rows_reduced,
         }
 
+    def add_dense(self, part: int, gradient: Tensor) -> None:
+        """At an attention worker: add a part's dense gradient [P] to what this slot has."""
+        assert self.dense is not None
+        self.dense.tree.add(0, part, gradient)
+
     def send_part(
-        self, step: int, part: int, result: PartResult, owner_of: Callable[[int, np.ndarray], np.ndarray]
+        self,
+        step: int,
+        part: int,
+        gradients: PartGradients,
+        owner_of: Callable[[int, np.ndarray], np.ndarray],
     ) -> None:
         """At an attention worker: send a finished part's row gradients, and word of its end, to all holders.
 
         Args:
             step, part: what was finished.
-            result: of the part.
+            gradients: of the part.
             owner_of: slot that answers for each row of a memory layer.
         """
-        assert self.dense is not None
-        self.dense.tree.add(0, part, result.gradient)
-        owners = [owner_of(layer, rows) for layer, (rows, _) in enumerate(result.rows)]
+        self.add_dense(part, gradients.dense)
+        sums = [sum_rows(addresses, values) for addresses, values in gradients.rows]
+        owners = [owner_of(layer, rows) for layer, (rows, _) in enumerate(sums)]
         memory_slots = self.plan.memory_primaries
         for slot in sorted(set(self.plan.expert_primaries) | set(memory_slots)):
-            rows: tuple[RowGradients, ...] = ()
+            own: list[Rows] = []
             if slot in memory_slots:
-                rows = _row_gradients(
-                    (rows[owner == slot], sums[owner == slot])
-                    for owner, (rows, sums) in zip(owners, result.rows)
-                )
+                own = [(rows[at == slot], values[at == slot]) for at, (rows, values) in zip(owners, sums)]
             if slot == self.mailbox.slot:
-                self.finish(step, part, rows)
+                self.finish(step, part, own)
             else:
-                self.mailbox.post(slot, FinishPart(rows=rows), step=step, part=part)
+                self.mailbox.post(slot, FinishPart(rows=_row_gradients(own)), step=step, part=part)
 
     def send_dense(self, step: int) -> None:
         """At an attention worker: send the subtrees of its parts to the reducer."""
         assert self.dense is not None
         reducer = self.plan.dense[0]
         if reducer == self.mailbox.slot:
-            self._dense_complete(step)
+            self.dense_complete(step)
         else:
             nodes = tuple(
                 DenseNode(level=level, index=index, gradient=value)
@@ -123,14 +111,14 @@ class Reduction:
             self.mailbox.post(reducer, DenseNodes(nodes=nodes), step=step)
 
     def _finish_part(self, message: Message[FinishPart]) -> None:
-        self.finish(message.step, message.part, message.body.rows)
+        self.finish(message.step, message.part, [_copies(layer) for layer in message.body.rows])
 
-    def finish(self, step: int, part: int, rows: Sequence[RowGradients]) -> None:
+    def finish(self, step: int, part: int, rows: Sequence[Rows]) -> None:
         """Take note that a part has sent all its gradients here.
 
         Args:
             step, part: which.
-            rows: gradients of the table rows that this slot answers for, by memory layer.
+            rows: rising rows and sums, of the table rows that this slot answers for, by memory layer.
         """
         plan, me = self.plan, self.mailbox.slot
         if self.experts is not None and self.experts.computed:
@@ -138,13 +126,11 @@ class Reduction:
                 gradients = self.experts.part(part, keys)
                 self.mailbox.post(primary, ExpertPart(keys=keys, gradients=gradients), step=step, part=part)
             self._expert_part_in(step, part, me)
-        if self.memory is not None and self.memory.primary:
-            pairs = [_copies(layer) for layer in rows]
-            if self.memory.add_gradients(part, pairs):
-                for keys, slots in _backups(plan.buckets, me).items():
-                    reduced = _row_gradients(self.memory.reduced[key] for key in keys)
-                    self._share(slots, RowsReduced(keys=keys, rows=reduced), step)
-                self._prepared(step, "memory")
+        if self.memory is not None and self.memory.primary and self.memory.add_gradients(part, rows):
+            for keys, slots in _backups(plan.buckets, me).items():
+                reduced = _row_gradients(self.memory.reduced[key] for key in keys)
+                self._share(slots, RowsReduced(keys=keys, rows=reduced), step)
+            self._prepared(step, "memory")
 
     def _share(self, slots: Sequence[int], body: Body, step: int) -> None:
         for slot in slots:
@@ -188,9 +174,9 @@ class Reduction:
         assert self.dense is not None
         for node in message.body.nodes:
             self.dense.tree.add(node.level, node.index, node.gradient.clone())
-        self._dense_complete(message.step)
+        self.dense_complete(message.step)
 
-    def _dense_complete(self, step: int) -> None:
+    def dense_complete(self, step: int) -> None:
         """At the reducer: once all parts are in, share the sum with the other replicas."""
         assert self.dense is not None
         self.dense.reduced = self.dense.tree.root
@@ -240,13 +226,26 @@ class Reduction:
         self.mailbox.post(SCHEDULER, Prepared(role=role, norms=norms, digests=digests), step=step)
 
 
-def _row_gradients(pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> tuple[RowGradients, ...]:
+def sum_rows(addresses: Tensor, values: Tensor) -> Rows:
+    """Sum gradients of repeated rows.
+
+    Args:
+        addresses: int64 [N].
+        values: [N, D].
+
+    Returns:
+        distinct rows, rising, and their sums.
+    """
+    return segment_sum_rows(addresses.cpu().numpy(), values.float().cpu().numpy())
+
+
+def _row_gradients(pairs: Iterable[Rows]) -> tuple[RowGradients, ...]:
     return tuple(
         RowGradients(rows_U=torch.from_numpy(rows), sums_UD=torch.from_numpy(sums)) for rows, sums in pairs
     )
 
 
-def _copies(rows: RowGradients) -> tuple[np.ndarray, np.ndarray]:
+def _copies(rows: RowGradients) -> Rows:
     """The gradients in memory of their own: sums are made in place."""
     return rows.rows_U.numpy().copy(), rows.sums_UD.numpy().copy()
 

@@ -67,6 +67,11 @@ class Plan:
         """Slots that hold any bucket, primary or backup."""
         return _slots(slot for layer in self.buckets for holders in layer for slot in holders)
 
+    @property
+    def holders(self) -> set[int]:
+        """Slots that hold or run anything."""
+        return {*self.part_owners, *self.dense, *self.expert_holders, *self.memory_holders}
+
     def parts_of(self, slot: int) -> list[int]:
         """Parts that an attention worker runs, ascending."""
         return [part for part, owner in enumerate(self.part_owners) if owner == slot]

@@ -130,7 +130,7 @@ class MemoryShard:
         fields = (_as_tensor(table.weight), *map(torch.from_numpy, (table.m, table.v, table.t)))
         return [field[start:stop] for field in fields]
 
-    def gather(self, layer: int, rows_N: np.ndarray) -> Tensor:
+    def gather(self, layer: int, rows_N: Tensor) -> Tensor:
         """Copy rows of a layer's table.
 
         Args:
@@ -140,7 +140,7 @@ class MemoryShard:
         Returns:
             [N, D] in the rows' dtype.
         """
-        return _as_tensor(gather_rows(self.tables[layer].weight, rows_N))
+        return _as_tensor(gather_rows(self.tables[layer].weight, rows_N.cpu().numpy()))
 
     def add_gradients(self, part: int, per_layer: Sequence[Rows]) -> bool:
         """Add a part's row gradients; True once all parts are in.

@@ -1,21 +1,19 @@
 """An attention worker: runs its parts of a step, forward and backward, one after another.
 
 A part's loss and gradients depend on (seed, step, part) and the weights alone; which worker runs
-it, and which slots answer for experts and rows, changes no bit. Called by slot.py once a step.
+it, and which slots answer for experts and rows, changes no bit. Called by roles.py once a step.
 """
 
 import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from sparseray.actors.exchange.by_message import RemoteExperts, RemoteMemory
-from sparseray.actors.exchange.reduction import PartResult
+from sparseray.actors.exchange.protocol import Exchange, FetchedRows, PartGradients
 from sparseray.actors.state.dense import DenseState
-from sparseray.kernels.dse.cpu import segment_sum_rows
+from sparseray.actors.wire.messages import PartDone
 from sparseray.model.statistics import Noted, collect
 from sparseray.model.transformer import cross_entropy_sum
 
@@ -42,104 +40,91 @@ class AttentionWorker:
 
     Args:
         state: dense weights, shared with the slot that holds them.
-        experts, memory: the remote sides of the model's seams.
-        begin: told (step, part) before the requests of that part are sent.
+        exchange: of the generation.
     """
 
-    def __init__(
-        self,
-        state: DenseState,
-        experts: RemoteExperts,
-        memory: RemoteMemory,
-        begin: Callable[[int, int], None],
-    ) -> None:
-        self.state = state
-        self.experts, self.memory, self.begin = experts, memory, begin
+    def __init__(self, state: DenseState, exchange: Exchange) -> None:
+        self.state, self.exchange = state, exchange
         self.layers = state.model.config.dse.layers
         self.seconds: dict[str, float] = {}
         self.noted: Noted = []
 
     def run_step(
-        self, step: int, parts: Sequence[int], batches: Batches, finish: Callable[[int, PartResult], None]
+        self, step: int, parts: Sequence[int], batches: Batches, report: Callable[[int, PartDone], None]
     ) -> None:
-        """Run the parts of one step and hand each result to `finish` as soon as it is there."""
+        """Run the parts of one step, send each one's gradients on their way and report its loss.
+
+        Args:
+            step: number of the step.
+            parts: that this worker runs.
+            batches: data by (step, part).
+            report: told (part, what it gave).
+        """
         self.seconds = dict.fromkeys(("data", "fetch", "forward", "backward"), 0.0)
         started = time.perf_counter()
         loaded = [batches(step, part) for part in parts]
         self._lap("data", started)
-        fetched = self._fetch(step, loaded)
-        for part, batch, (values, rows) in zip(parts, loaded, fetched):
-            self.begin(step, part)
-            self.experts.part = part
+        for part, batch, rows in zip(parts, loaded, self._fetch(step, loaded)):
+            self.exchange.begin(step, part)
             if part == parts[0] and step % SAMPLE_EVERY == 0:
                 with collect() as self.noted:
-                    result = self._run_part(batch, values, rows)
+                    done, gradients = self._run_part(batch, rows)
             else:
-                result = self._run_part(batch, values, rows)
-            finish(part, result)
+                done, gradients = self._run_part(batch, rows)
+            self.exchange.reduce(step, part, gradients)
+            report(part, done)
 
-    def _fetch(self, step: int, batches: Sequence[Batch]) -> list[tuple[list[Tensor], list[np.ndarray]]]:
-        """Fetch the memory rows of all batches at once: (values, row addresses) of every memory layer, per batch."""
+    def _fetch(self, step: int, batches: Sequence[Batch]) -> list[FetchedRows]:
+        """Hash the tokens of all batches and fetch their memory rows at once."""
         started = time.perf_counter()
-        if not self.layers:
-            return [([], []) for _ in batches]
-        self.begin(step, -1)
-        addresses = [
-            [
-                rows.reshape(-1).numpy()
-                for rows in self.state.model.memory_rows(b.tokens_BT, b.document_starts_BT).values()
-            ]
-            for b in batches
-        ]
-        fetched = self.memory.fetch([np.concatenate(per_layer) for per_layer in zip(*addresses)])
-        split = [
-            torch.split(values, [len(rows) for rows in per_layer])
-            for values, per_layer in zip(fetched, zip(*addresses))
-        ]
+        if not self.layers or not batches:
+            return [FetchedRows(addresses={}, values={}) for _ in batches]
+        self.exchange.begin(step, -1)
+        hashed = [self.state.model.memory_rows(b.tokens_BT, b.document_starts_BT) for b in batches]
+        fetched = self.exchange.prefetch(
+            {layer: torch.cat([h[layer] for h in hashed]) for layer in self.layers}
+        )
         self._lap("fetch", started)
-        return list(zip(map(list, zip(*split)), addresses))
+        return fetched.split([b.tokens_BT.numel() for b in batches])
 
-    def _run_part(self, batch: Batch, values: list[Tensor], rows: list[np.ndarray]) -> PartResult:
+    def _run_part(self, batch: Batch, rows: FetchedRows) -> tuple[PartDone, PartGradients]:
         started = time.perf_counter()
         model, tokens = self.state.model, batch.targets_BT.numel()
-        self.memory.prepare(self.layers, values, train=True)
         out = model(
             batch.tokens_BT,
-            experts=self.experts,
-            memory=self.memory,
+            experts=self.exchange.experts,
+            memory=None,
             document_starts_BT=batch.document_starts_BT,
+            fetched=rows.differentiable(),
         )
         loss_sum = cross_entropy_sum(model, out.hidden_BTH, batch.targets_BT)
         started = self._lap("forward", started)
         # Every part has the same number of tokens, so this is the mean over the global batch.
         (loss_sum / (tokens * self.state.num_parts) + out.aux_loss / self.state.num_parts).backward()
-        gradients = [self.memory.ready[layer].grad for layer in self.layers]
-        result = PartResult(
+        gradients = PartGradients(dense=self.state.take_gradient(), rows=rows.gradients())
+        self._lap("backward", started)
+        done = PartDone(
             loss_sum=float(loss_sum.detach()),
             aux_loss=float(out.aux_loss.detach()),
             tokens=tokens,
+            seconds=dict(self.seconds),
             counts_LE=out.expert_counts_LE,
-            gradient=self.state.take_gradient(),
-            rows=[segment_sum_rows(r, g.numpy()) for r, g in zip(rows, gradients) if g is not None],
         )
-        assert len(result.rows) == len(self.layers), "no gradient reached a memory layer's rows"
-        self._lap("backward", started)
-        return result
+        return done, gradients
 
     @torch.no_grad()
     def evaluate(self, step: int, parts: Sequence[int], batches: Batches) -> dict[int, tuple[float, int]]:
         """Return (loss sum in nats, tokens) of each part, with no effect on any state."""
         loaded = [batches(step, part) for part in parts]
         found: dict[int, tuple[float, int]] = {}
-        for part, batch, (values, _) in zip(parts, loaded, self._fetch(step, loaded)):
-            self.begin(step, part)
-            self.experts.part = part
-            self.memory.prepare(self.layers, values, train=False)
+        for part, batch, rows in zip(parts, loaded, self._fetch(step, loaded)):
+            self.exchange.begin(step, part)
             out = self.state.model(
                 batch.tokens_BT,
-                experts=self.experts,
-                memory=self.memory,
+                experts=self.exchange.experts,
+                memory=None,
                 document_starts_BT=batch.document_starts_BT,
+                fetched=rows,
             )
             loss = cross_entropy_sum(self.state.model, out.hidden_BTH, batch.targets_BT)
             found[part] = (float(loss), batch.targets_BT.numel())

@@ -42,8 +42,9 @@ class Body:
     """Base of what a message says; a subclass is a frozen dataclass, and its name is the kind on the wire."""
 
     kind: ClassVar[str]
-    # Whether it is accepted from a generation that the receiver has not entered yet.
+    # Whether it may come from a generation that the receiver has not entered yet: because it opens it, or anyway.
     opens_generation: ClassVar[bool] = False
+    is_of_any_generation: ClassVar[bool] = False
     known: ClassVar[dict[str, type["Body"]]] = {}
 
     def __init_subclass__(cls) -> None:

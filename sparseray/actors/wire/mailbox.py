@@ -1,16 +1,14 @@
-"""Requests, replies, fencing and duplicates, over any transport.
+"""Fencing and duplicates, over any transport: what comes of another generation, or again, is nobody's to see.
 
-Every slot and the scheduler own one mailbox and use it from one thread. While a slot waits for
-replies it goes on serving what others ask of it, so two slots that need each other cannot block.
+Scheduler, ingress and every slot own a mailbox; a slot's has two threads (slot_mailbox.py).
 """
 
 import itertools
+import threading
 import time
 from collections import deque
-from collections.abc import Callable
 
 from sparseray.actors.wire.envelope import Body, Message, Transport, decode, encode
-from sparseray.errors import SlotLostError, SupersededError
 from sparseray.log import get_logger
 
 log = get_logger(__name__)
@@ -35,19 +33,28 @@ class Mailbox:
         self.generation = 0
         self.dropped = {"generation": 0, "duplicate": 0, "malformed": 0}
         self._sequence = itertools.count(1)
+        self._lock = threading.RLock()
         self._seen: dict[int, set[int]] = {}
         self._early: deque[Message[Body]] = deque(maxlen=_HELD)
         self._due: deque[Message[Body]] = deque()
 
     def adopt(self, generation: int) -> None:
         """Enter a generation: older messages are refused from now on, and those that came early are due."""
-        if generation == self.generation:
-            return
-        self.generation = generation
+        with self._lock:
+            if generation != self.generation:
+                self.generation = generation
+                self._adopt()
+
+    def _adopt(self) -> None:
         self._seen.clear()
         self._due.clear()
         early, self._early = self._early, deque(maxlen=_HELD)
-        self._due.extend(message for message in early if self._accept(message))
+        for message in early:
+            if self._accept(message):
+                self._deliver(message)
+
+    def _deliver(self, message: Message[Body]) -> None:
+        self._due.append(message)
 
     def post(
         self,
@@ -58,6 +65,7 @@ class Mailbox:
         part: int = -1,
         layer: int = -1,
         reply_to: int = 0,
+        generation: int | None = None,
     ) -> int:
         """Send one message and return its sequence number.
 
@@ -65,6 +73,7 @@ class Mailbox:
             to: slot id of the receiver.
             body: what to say; its tensors must not change afterwards, they leave without a copy.
             step, part, layer, reply_to: of the envelope.
+            generation: of the envelope; None for the one that was entered.
 
         Raises:
             ValueError: it cannot travel.
@@ -73,7 +82,7 @@ class Mailbox:
         message = Message(
             body=body,
             source=self.slot,
-            generation=self.generation,
+            generation=self.generation if generation is None else generation,
             sequence=sequence,
             step=step,
             part=part,
@@ -98,13 +107,15 @@ class Mailbox:
                 self.dropped["malformed"] += 1
                 log.warning("slot %d dropped a frame: %s", self.slot, error)
                 continue
-            if message is not None and self._accept(message):
+            with self._lock:
+                is_ours = message is not None and self._accept(message)
+            if is_ours:
                 return message
 
     def _accept(self, message: Message[Body]) -> bool:
         if message.generation > self.generation:
             # A plan opens a generation; a peer that has adopted it already may be faster than our plan.
-            if message.body.opens_generation:
+            if message.body.opens_generation or message.body.is_of_any_generation:
                 return True
             self._early.append(message)
             return False
@@ -120,41 +131,3 @@ class Mailbox:
             horizon = max(seen) - _REMEMBERED
             self._seen[message.source] = {sequence for sequence in seen if sequence > horizon}
         return True
-
-    def wait(
-        self,
-        sequences: dict[int, int],
-        deadline_s: float,
-        serve: Callable[[Message[Body]], None],
-    ) -> dict[int, Message[Body]]:
-        """Wait for the replies to `sequences` and serve everything else meanwhile.
-
-        Args:
-            sequences: sequence of a request to the slot that was asked.
-            deadline_s: seconds without any reply after which the silent slots count as lost.
-            serve: handles messages that are not among the awaited replies.
-
-        Returns:
-            sequence to reply.
-
-        Raises:
-            SlotLostError: a slot did not answer in time.
-            SupersededError: a plan of a later generation came; it carries that plan.
-        """
-        replies: dict[int, Message[Body]] = {}
-        deadline = time.monotonic() + deadline_s
-        while len(replies) < len(sequences):
-            message = self.next(max(0.0, deadline - time.monotonic()))
-            if message is None:
-                silent = sorted({slot for seq, slot in sequences.items() if seq not in replies})
-                raise SlotLostError(
-                    f"slot {self.slot} got no answer from slots {silent} within {deadline_s} s"
-                )
-            if message.generation > self.generation:
-                raise SupersededError(message)
-            if message.reply_to in sequences:
-                replies[message.reply_to] = message
-                deadline = time.monotonic() + deadline_s
-            else:
-                serve(message)
-        return replies

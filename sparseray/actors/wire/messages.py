@@ -2,7 +2,7 @@
 
 Bodies that carry a value of a higher floor stand there: InstallPlan in actors/installation.py, Generate and Tokens in
 actors/serving/messages.py. A part is one of those that the global batch is cut into, whatever the number of workers.
-  scheduler -> slot: InstallPlan, RunStep, Commit, Evaluate, SaveCheckpoint, Ping, Stop
+  scheduler -> slot: InstallPlan, RunStep, Commit, Evaluate, SaveCheckpoint, Ping
   slot -> scheduler: Installed, Stale, PartDone, Prepared, Evaluated, Saved, Pong, Silent, Failed
   ingress -> slot:   Generate, Cancel (answered to the scheduler's mailbox by Tokens)
   slot -> slot:      ExpertForward, ExpertBackward, FetchRows, Pull (answered by ExpertRows, MemoryRows, Pieces);
@@ -10,6 +10,7 @@ actors/serving/messages.py. A part is one of those that the global batch is cut 
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -61,10 +62,7 @@ class SaveCheckpoint(Body):
 class Ping(Body):
     """Give a sign of life."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class Stop(Body):
-    """Serve no longer."""
+    is_of_any_generation: ClassVar[bool] = True
 
 
 # -- slot to scheduler ---------------------------------------------------------------------------------

@@ -29,10 +29,14 @@ KINDS = ("json", "regex", "choice", "grammar", "json_object")
 
 @dataclass(frozen=True, kw_only=True)
 class Tools:
-    """The functions of a body, and which must be called: a name, "" for any of them, None for none."""
+    """The functions of a body, and which must be called: a name, "" for any of them, None for none.
+
+    Several calls may come at once unless `is_single`.
+    """
 
     definitions: tuple[dict[str, Any], ...] = ()
     required: str | None = None
+    is_single: bool = False
 
 
 def read_tools(values: Values, limits: ApiLimits, *, template_takes_tools: bool) -> Tools:
@@ -69,7 +73,7 @@ def read_tools(values: Values, limits: ApiLimits, *, template_takes_tools: bool)
     if choice == "none":
         return Tools(definitions=tools)
     if choice == "required":
-        return Tools(definitions=tools, required="")
+        return Tools(definitions=tools, required="", is_single=not values.get("parallel_tool_calls", True))
     if isinstance(choice, dict):
         function = choice.get("function")
         name = function.get("name") if isinstance(function, dict) else None
@@ -145,7 +149,8 @@ def _calls(tools: Tools) -> list[Stated]:
     if tools.required:
         (function,) = [one for one in functions if one["name"] == tools.required][:1]
         return [("tool_choice", "json", function.get("parameters") or {"type": "object"})]
-    return [("tool_choice", "json", _any_calls(functions))]
+    calls = _any_calls(functions) | ({"maxItems": 1} if tools.is_single else {})
+    return [("tool_choice", "json", calls)]
 
 
 def _any_calls(functions: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -162,6 +167,32 @@ def _any_calls(functions: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {"type": "array", "minItems": 1, "items": {"anyOf": kinds}, "$defs": definitions}
 
 
+def _closed(schema: Any) -> Any:
+    """Return a schema whose objects have only the properties that it names, unless it says otherwise.
+
+    So vLLM's default has it: an answer with arguments that nobody named is of no use. Parts of `allOf` would
+    close each other out, so schemas with it are left as they are.
+    """
+    if isinstance(schema, list):
+        return [_closed(one) for one in schema]
+    if not isinstance(schema, dict):
+        return schema
+    maps = ("properties", "$defs", "definitions", "patternProperties")
+    literal = ("enum", "const", "default", "examples", "required")
+    found = {
+        key: {name: _closed(one) for name, one in value.items()}
+        if key in maps and isinstance(value, dict)
+        else value
+        if key in literal
+        else _closed(value)
+        for key, value in schema.items()
+    }
+    open_words = ("additionalProperties", "unevaluatedProperties", "patternProperties", "$ref")
+    if "properties" in schema and not any(word in schema for word in open_words):
+        found["additionalProperties"] = False
+    return found
+
+
 def _grammar(kind: str, value: Any, name: str) -> str:
     if kind == "json_object":
         if value is not True:
@@ -171,7 +202,7 @@ def _grammar(kind: str, value: Any, name: str) -> str:
         schema = json.loads(value) if isinstance(value, str) else value
         if not isinstance(schema, dict):
             raise ValueError("must be a JSON Schema object")
-        return json_grammar(json.dumps(schema))
+        return json_grammar(json.dumps(schema if "allOf" in json.dumps(schema) else _closed(schema)))
     if kind == "choice":
         if not isinstance(value, list) or not value or not all(isinstance(one, str) and one for one in value):
             raise ValueError("must be a non-empty list of texts")

@@ -157,6 +157,7 @@ def table(limits: ApiLimits) -> dict[str, Field]:
         "tool_choice": Field(
             kind=("string", "object"), on=(CHAT,), about="none, required, or the function that must be called"
         ),
+        "parallel_tool_calls": _boolean("false for one call at most", (CHAT,)),
         **_constraints(),
         **_unused(),
     }
@@ -189,7 +190,6 @@ def _unused() -> dict[str, Field]:
         **{name: _ignored("string") for name in ("service_tier", "cache_salt", "prompt_cache_retention")},
         "guided_decoding_backend": _ignored("string"),
         "metadata": _ignored("object"),
-        "parallel_tool_calls": _ignored("boolean"),
         "store": _neutral(False),
         "suffix": _neutral(""),
         "functions": _neutral([]),

@@ -6,7 +6,7 @@ import os
 import threading
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +15,24 @@ import ray
 import torch
 import zmq
 
-from sparseray.actors.exchange.by_message import Caller, RemoteExperts, RemoteMemory
+from sparseray.actors.exchange.protocol import Exchange, FetchedRows
 from sparseray.actors.installation import JobSpec
 from sparseray.actors.serving.engine import Engine
 from sparseray.actors.serving.grammar import Grammars
 from sparseray.actors.slot import Slot
-from sparseray.actors.state.assignment import Plan
 from sparseray.actors.state.dense import DenseState
 from sparseray.actors.state.experts import ExpertShard
 from sparseray.actors.state.holdings import Holdings
 from sparseray.actors.state.memory import MemoryShard, warm_loops
 from sparseray.actors.state.tables import process_namespace
 from sparseray.actors.training.token_data import TokenDataset, batch
-from sparseray.actors.training.worker import AttentionWorker, Batch, Batches
-from sparseray.actors.wire.mailbox import Mailbox
+from sparseray.actors.training.worker import Batch, Batches
 from sparseray.actors.wire.messages import SavedTensor
+from sparseray.actors.wire.slot_mailbox import SlotMailbox
 from sparseray.errors import IdentityError
 from sparseray.kernels.ops import ops_for
-from sparseray.model.buckets import bucket_bounds
 from sparseray.model.dse_layout import DSELayout
-from sparseray.model.transformer import cross_entropy_sum
+from sparseray.model.transformer import Transformer, cross_entropy_sum
 from sparseray.platform.config import RunConfig, from_dict
 from sparseray.platform.fleet.priority import gently
 from sparseray.platform.fleet.transport import ZmqTransport, private_directory
@@ -95,28 +93,20 @@ class TrainingJob:
         memory = MemoryShard(model, self._table_rows(), **self._shared, **self._adam)
         return Holdings(self._dense, experts, memory if model.dse.layers else None)
 
-    def worker(
-        self,
-        plan: Plan,
-        state: DenseState,
-        call: Caller,
-        begin: Callable[[int, int], None],
-    ) -> AttentionWorker:
-        """Build an attention worker on dense weights."""
-        model = self.config.model
-        bounds = [bucket_bounds(count, model.dse.num_buckets) for count in self._table_rows()]
-        experts = RemoteExperts(plan, call, model.moe_layers)
-        return AttentionWorker(state, experts, RemoteMemory(plan, call, model.dse.layers, bounds), begin)
+    def engine(self, model: Transformer, exchange: Exchange) -> Engine | None:
+        """Build the serving engine of an attention worker; None in training.
 
-    def engine(self, worker: AttentionWorker) -> Engine | None:
-        """Build the serving engine of an attention worker; None in training."""
+        Args:
+            model: dense weights of the slot.
+            exchange: of the generation.
+        """
         if not self.is_serving:
             return None
         serve = self.config.serve
         return Engine(
-            worker.state.model,
-            worker.experts,
-            worker.memory if self.config.model.dse.layers else None,
+            model,
+            exchange.experts,
+            exchange if self.config.model.dse.layers else None,
             max_batch=serve.max_batch,
             max_model_len=serve.max_model_len or None,
             prefill_chunk=serve.prefill_chunk,
@@ -187,7 +177,7 @@ class Host:
         self._transport = ZmqTransport(f"slot{slot}", directory, bind_host)
         self._metrics = Metrics({"slot": str(slot)}, declare="slot")
         self._metrics_address = self._metrics.serve(bind_host)
-        mailbox = Mailbox(self._transport, slot, job)
+        mailbox = SlotMailbox(self._transport, slot, job)
         self._jobs: dict[JobSpec, TrainingJob] = {}
         self._slot = Slot(mailbox, self._job_from)
         self._thread = threading.Thread(target=self._slot.serve_forever, daemon=True, name=f"slot-{slot}")
@@ -222,7 +212,7 @@ class Host:
         self._heartbeats = heartbeats
         job = self._job_from(spec)
         if not self._thread.is_alive():
-            self._slot.holdings = gently(lambda: warm_holdings(job))
+            self._slot.roles.holdings = gently(lambda: warm_holdings(job))
             self._thread.start()
             self._beating.start()
         return {
@@ -281,18 +271,18 @@ def rehearse(job: TrainingJob, dense: DenseState) -> None:
     of the gradient nothing stays.
     """
     batch = job.train_batches()(1, 0)
-    dim = job.config.model.dse.head_dim
 
     def experts(
         _layer: int, x_TH: torch.Tensor, _ids_TK: torch.Tensor, weights_TK: torch.Tensor
     ) -> torch.Tensor:
         return x_TH * weights_TK.sum(-1, keepdim=True)
 
-    def memory(_layer: int, rows_TN: torch.Tensor) -> torch.Tensor:
-        return torch.zeros(*rows_TN.shape, dim, requires_grad=True)
-
-    model = dense.model
-    out = model(batch.tokens_BT, experts=experts, memory=memory, document_starts_BT=batch.document_starts_BT)
+    model, dim = dense.model, job.config.model.dse.head_dim
+    hashed = model.memory_rows(batch.tokens_BT, batch.document_starts_BT)
+    values = {layer: torch.zeros(rows.numel(), dim) for layer, rows in hashed.items()}
+    fetched = FetchedRows(addresses=hashed, values=values).differentiable()
+    starts = batch.document_starts_BT
+    out = model(batch.tokens_BT, experts=experts, memory=None, document_starts_BT=starts, fetched=fetched)
     loss = cross_entropy_sum(model, out.hidden_BTH, batch.targets_BT) + out.aux_loss
     loss.backward()
     dense.take_gradient()

@@ -1,4 +1,4 @@
-"""Frames over ZeroMQ: one inbox per slot, one outgoing queue per peer.
+"""Frames over ZeroMQ: one inbox per slot, one outgoing queue per peer. Any thread may send, one receives.
 
 Unix sockets in a private folder on one host (the default), TCP on an address of the user's choice
 across hosts. PUSH and PULL sockets keep the order of one pair; lost peers never block a sender.
@@ -9,6 +9,7 @@ import pathlib
 import shutil
 import socket
 import tempfile
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,6 +39,8 @@ class ZmqTransport:
     ) -> None:
         self.max_frame_bytes = max_frame_bytes
         self._context = zmq.Context()
+        # A ZeroMQ socket may go from thread to thread, one at a time.
+        self._sending = threading.Lock()
         self._inbox = self._context.socket(zmq.PULL)
         self._inbox.setsockopt(zmq.RCVHWM, 0)
         self._inbox.setsockopt(zmq.MAXMSGSIZE, max_frame_bytes)
@@ -52,15 +55,16 @@ class ZmqTransport:
 
     def connect(self, peers: dict[int, str]) -> None:
         """Open a queue to every peer; one whose address changed is replaced, one that left is closed."""
-        for slot in [s for s, (address, _) in self._outgoing.items() if peers.get(s) != address]:
-            self._outgoing.pop(slot)[1].close(linger=0)
-        for slot, address in peers.items():
-            if slot not in self._outgoing:
-                queue = self._context.socket(zmq.PUSH)
-                queue.setsockopt(zmq.SNDHWM, 0)
-                queue.setsockopt(zmq.LINGER, 1000)
-                queue.connect(address)
-                self._outgoing[slot] = (address, queue)
+        with self._sending:
+            for slot in [s for s, (address, _) in self._outgoing.items() if peers.get(s) != address]:
+                self._outgoing.pop(slot)[1].close(linger=0)
+            for slot, address in peers.items():
+                if slot not in self._outgoing:
+                    queue = self._context.socket(zmq.PUSH)
+                    queue.setsockopt(zmq.SNDHWM, 0)
+                    queue.setsockopt(zmq.LINGER, 1000)
+                    queue.connect(address)
+                    self._outgoing[slot] = (address, queue)
 
     def send(self, slot: int, frames: Sequence[Any]) -> None:
         """Queue frames for a slot; large ones are not copied, so the caller must not change them.
@@ -71,11 +75,12 @@ class ZmqTransport:
         largest = max(len(frame) for frame in frames)
         if largest > self.max_frame_bytes:
             raise ValueError(f"a frame of {largest} bytes is over the transport's {self.max_frame_bytes}")
-        _, queue = self._outgoing[slot]
         last = len(frames) - 1
-        for index, frame in enumerate(frames):
-            flags = zmq.SNDMORE if index < last else 0
-            queue.send(frame, flags, copy=len(frame) < _COPY_BELOW)
+        with self._sending:
+            _, queue = self._outgoing[slot]
+            for index, frame in enumerate(frames):
+                flags = zmq.SNDMORE if index < last else 0
+                queue.send(frame, flags, copy=len(frame) < _COPY_BELOW)
 
     def receive(self, timeout_s: float) -> list[Any] | None:
         """Return the frames of the next message, or None after `timeout_s` seconds."""

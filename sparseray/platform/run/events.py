@@ -105,7 +105,7 @@ class Events:
 
 def role_holders(plan: Plan) -> set[int]:
     """Slots that have a role or hold some state."""
-    return {*plan.part_owners, *plan.dense, *plan.expert_holders, *plan.memory_holders}
+    return plan.holders
 
 
 def slots_by_role(plan: Plan, members: set[int]) -> dict[str, int]:

@@ -1,0 +1,132 @@
+"""Where experts and rows are, and how gradients meet: what a worker or an engine sees of all other slots.
+
+One exchange for each generation of a slot. `exchange/local.py` has everything in this slot; `exchange/by_message.py`
+asks the slots of a plan. Which one it is changes no bit.
+
+Shapes: T tokens, K experts per token, H hidden, N table rows per token, D row width, P dense parameters.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from sparseray.errors import SupersededError
+
+
+class Observe(Protocol):
+    """Records a metric of this slot."""
+
+    def __call__(self, name: str, value: float, **labels: str) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class FetchedRows:
+    """Table rows of some tokens, by 0-based model layer, as they lay before the forward pass: `Rows` of the model.
+
+    Args:
+        addresses: int64 [T, N].
+        values: fp32 [T * N, D].
+    """
+
+    addresses: dict[int, Tensor]
+    values: dict[int, Tensor]
+
+    def __call__(self, layer: int) -> Tensor:
+        """The rows [T, N, D] of a layer."""
+        rows_TN, values = self.addresses[layer], self.values[layer]
+        return values.view(*rows_TN.shape, values.shape[-1])
+
+    def split(self, tokens: Sequence[int]) -> "list[FetchedRows]":
+        """Return the rows of consecutive runs of tokens, each with values of its own to differentiate by."""
+        addresses = {layer: torch.split(rows, list(tokens)) for layer, rows in self.addresses.items()}
+        values = {
+            layer: torch.split(self.values[layer], [len(run) * run.shape[1] for run in runs])
+            for layer, runs in addresses.items()
+        }
+        return [
+            FetchedRows(
+                addresses={layer: runs[i] for layer, runs in addresses.items()},
+                values={layer: runs[i] for layer, runs in values.items()},
+            )
+            for i in range(len(tokens))
+        ]
+
+    def differentiable(self) -> "FetchedRows":
+        """Ask for the gradient of the values; they must not be part of a graph yet."""
+        for value in self.values.values():
+            value.requires_grad_()
+        return self
+
+    def gradients(self) -> tuple[tuple[Tensor, Tensor], ...]:
+        """Addresses [N] and gradients [N, D] of each layer, once they are there."""
+        found = []
+        for layer, value in self.values.items():
+            assert value.grad is not None, f"no gradient reached the rows of layer {layer}"
+            found.append((self.addresses[layer].reshape(-1), value.grad))
+        return tuple(found)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartGradients:
+    """Gradients of one part of a step.
+
+    Args:
+        dense: fp32 [P].
+        rows: addresses int64 [N] and gradients [N, D] of each memory layer, in order, with repeats.
+    """
+
+    dense: Tensor
+    rows: tuple[tuple[Tensor, Tensor], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fetch:
+    """What one fetch of table rows cost: rows addressed, rows by the slot that gave them, seconds."""
+
+    addressed: int
+    rows_by_slot: dict[int, int]
+    seconds: float
+
+
+class Exchange(Protocol):
+    """One generation's way to experts, rows and sums. Every call may raise SupersededError once it is aborted."""
+
+    def begin(self, step: int, part: int) -> None:
+        """Say what the next calls belong to; part -1 for none."""
+
+    def experts(self, layer: int, x_TH: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Tensor:
+        """Sum over k, in k order, of weight * expert(x), [T, H]; differentiable in x and the weights."""
+        ...
+
+    def prefetch(self, rows: dict[int, Tensor]) -> FetchedRows:
+        """Read rows of all memory layers: 0-based model layer to int64 [T, N]."""
+        ...
+
+    def reduce(self, step: int, part: int, gradients: PartGradients) -> None:
+        """Send a part's gradients on their way to their sums; ends in `Prepared` of those who hold the sums."""
+
+    def take_fetches(self) -> list[Fetch]:
+        """Return what was fetched since the last call."""
+        ...
+
+    def abort(self) -> None:
+        """End the step at its next operation; called by the control thread."""
+
+
+class Abortable:
+    """What ends a step in both exchanges: a flag that the control thread sets and every operation reads."""
+
+    def __init__(self) -> None:
+        self._is_aborted = False
+
+    def abort(self) -> None:
+        """End the step at its next operation."""
+        self._is_aborted = True
+
+    def check(self) -> None:
+        """Raise SupersededError once it was aborted."""
+        if self._is_aborted:
+            raise SupersededError
