@@ -15,6 +15,7 @@ from torch import Tensor
 from sparseray.actors.exchange.answers import Answers
 from sparseray.actors.exchange.by_message import Caller, MessageExchange
 from sparseray.actors.exchange.local import LocalExchange
+from sparseray.actors.exchange.on_device import OnDeviceExchange
 from sparseray.actors.exchange.protocol import Exchange
 from sparseray.actors.exchange.reduction import Reduction
 from sparseray.actors.installation import InstallPlan, JobSpec, pull_missing, restore
@@ -22,8 +23,10 @@ from sparseray.actors.observation import observe_engine, observe_memory, observe
 from sparseray.actors.serving.engine import Engine
 from sparseray.actors.serving.messages import Generate, Tokens
 from sparseray.actors.state.assignment import Plan
+from sparseray.actors.state.dense_slab import DenseSlabs
 from sparseray.actors.state.holdings import Holdings
 from sparseray.actors.state.pieces import DENSE, Piece
+from sparseray.actors.state.whole_experts import WholeExperts
 from sparseray.actors.training.worker import AttentionWorker, Batches
 from sparseray.actors.wire.envelope import SCHEDULER, Body, Message
 from sparseray.actors.wire.messages import (
@@ -164,7 +167,9 @@ class Roles:
         if not plan.parts_of(me):
             return
         assert dense is not None
-        if plan.holders == {me}:
+        if isinstance(dense, DenseSlabs) and isinstance(experts, WholeExperts):
+            self.exchange = OnDeviceExchange(dense, experts, self.holdings, self.mailbox)
+        elif plan.holders == {me}:
             self.exchange = LocalExchange(self.holdings, self.reduction, me, self.job.observe)
         else:
             self.exchange = MessageExchange(

@@ -243,6 +243,7 @@ class Trainer:
     ) -> dict[str, Any]:
         order = sorted(reports.parts)
         tokens = sum(reports.parts[part].tokens for part in order)
+        peak = max(reports.parts[part].device_bytes for part in order)
         load = counts.max(1) / np.maximum(counts.mean(1), 1e-9) if counts.size else np.ones(1)
         return {
             "step": step,
@@ -257,6 +258,7 @@ class Trainer:
             "expert_load": counts.tolist(),
             "generation": self.plan.generation,
             "time": time.time(),
+            **({"device_gib": peak / 2**30} if peak else {}),
         }
 
     def _measure(self, reports: StepReports, record: dict[str, Any]) -> None:

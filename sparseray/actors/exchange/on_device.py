@@ -9,7 +9,6 @@ Shapes: T tokens, K experts per token, H hidden, N table rows per token, D row w
 
 import time
 
-import torch
 from torch import Tensor
 
 from sparseray.actors.exchange.protocol import Abortable, Fetch, FetchedRows, PartGradients
@@ -59,7 +58,7 @@ class OnDeviceExchange(Abortable):
             return FetchedRows(addresses={}, values={})
         started, values = time.perf_counter(), {}
         for index, (layer, rows_TN) in enumerate(rows.items()):
-            found = self.memory.gather(index, rows_TN.reshape(-1).numpy())
+            found = self.memory.gather(index, rows_TN.reshape(-1))
             values[layer] = found.to(self.dense.device).to(self.dense.dtype)
         addressed = sum(rows_TN.numel() for rows_TN in rows.values())
         by_slot = {self.mailbox.slot: addressed}

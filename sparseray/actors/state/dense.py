@@ -45,7 +45,7 @@ class DenseState:
         self.names = [name for name, _ in self.model.named_parameters()]
         self.parameters = list(self.model.parameters())
         self.biases = {name: b for name, b in self.model.named_buffers() if name.endswith("router_bias")}
-        self.num_parts = num_parts
+        self.num_parts, self.device = num_parts, torch.device("cpu")
         self.adamw = AdamW(betas=betas, eps=eps, weight_decay=weight_decay)
         self.reduced: Tensor | None = None
         self.tree = self._new_tree()
@@ -53,14 +53,14 @@ class DenseState:
     def _new_tree(self) -> TreeSum[Tensor]:
         return TreeSum(self.num_parts, lambda left, right: left.add_(right))
 
-    def take_gradient(self) -> Tensor:
-        """Flatten the parameters' gradients of one logical part and clear them; fp32 [P]."""
+    def take_gradients(self) -> list[Tensor]:
+        """Flatten the parameters' gradients of one logical part and clear them; one tensor, fp32 [P]."""
         flat = torch.cat(
             [(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in self.parameters]
         )
         for parameter in self.parameters:
             parameter.grad = None
-        return flat
+        return [flat]
 
     def norms(self) -> dict[str, float]:
         """Squared norm of the reduced gradient of every parameter, by name."""

@@ -83,6 +83,7 @@ class DenseSlabs(DenseState):
             None if copies is None or computes_in_fp32(name) else copies[i]
             for i, name in enumerate(self.names)
         ]
+        self.moments_dtype = moments
         self._new_moments: Callable[[], list[Tensor]] = lambda: views(moments)
         self._moments: tuple[list[Tensor], list[Tensor]] | None = None
         with torch.no_grad():

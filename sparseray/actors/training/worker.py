@@ -6,6 +6,7 @@ it, and which slots answer for experts and rows, changes no bit. Called by roles
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -15,10 +16,10 @@ from sparseray.actors.exchange.protocol import Exchange, FetchedRows, PartGradie
 from sparseray.actors.state.dense import DenseState
 from sparseray.actors.wire.messages import PartDone
 from sparseray.model.statistics import Noted, collect
-from sparseray.model.transformer import cross_entropy_sum
+from sparseray.model.transformer import Output, cross_entropy_sum
 
-# Of one in so many steps a worker's first part notes statistics; they move slowly.
-SAMPLE_EVERY = 10
+SAMPLE_EVERY = {"cpu": 10, "cuda": 100}
+"""Of one in so many steps a worker's first part notes statistics, by device; they move slowly, and a GPU waits."""
 
 
 class Batch(Protocol):
@@ -33,6 +34,16 @@ class Batch(Protocol):
 
 
 Batches = Callable[[int, int], Batch]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What a part gave, on the device: cross-entropy sum and balance loss (scalars), and int64 [L, E] counts."""
+
+    loss_sum: Tensor
+    aux_loss: Tensor
+    counts_LE: Tensor
+    tokens: int
 
 
 class AttentionWorker:
@@ -52,7 +63,7 @@ class AttentionWorker:
     def run_step(
         self, step: int, parts: Sequence[int], batches: Batches, report: Callable[[int, PartDone], None]
     ) -> None:
-        """Run the parts of one step, send each one's gradients on their way and report its loss.
+        """Run the parts of one step, send each one's gradients on their way, and report the losses.
 
         Args:
             step: number of the step.
@@ -64,15 +75,40 @@ class AttentionWorker:
         started = time.perf_counter()
         loaded = [batches(step, part) for part in parts]
         self._lap("data", started)
+        results: list[Result] = []
         for part, batch, rows in zip(parts, loaded, self._fetch(step, loaded)):
             self.exchange.begin(step, part)
-            if part == parts[0] and step % SAMPLE_EVERY == 0:
+            if part == parts[0] and step % SAMPLE_EVERY[self.state.device.type] == 0:
                 with collect() as self.noted:
-                    done, gradients = self._run_part(batch, rows)
+                    result, gradients = self._run_part(batch, rows)
             else:
-                done, gradients = self._run_part(batch, rows)
+                result, gradients = self._run_part(batch, rows)
+            started = time.perf_counter()
             self.exchange.reduce(step, part, gradients)
+            self._lap("backward", started)
+            results.append(result)
+        for part, done in zip(parts, self._read(results)):
             report(part, done)
+
+    def _read(self, results: Sequence[Result]) -> list[PartDone]:
+        """Bring what the parts gave to the host, all at once: nothing before waits for a device."""
+        if not results:
+            return []
+        losses = torch.stack([loss for r in results for loss in (r.loss_sum, r.aux_loss)]).tolist()
+        counts = torch.stack([r.counts_LE for r in results]).cpu()
+        device = self.state.device
+        peak = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0
+        return [
+            PartDone(
+                loss_sum=losses[2 * index],
+                aux_loss=losses[2 * index + 1],
+                tokens=result.tokens,
+                seconds=dict(self.seconds),
+                counts_LE=counts[index],
+                device_bytes=peak,
+            )
+            for index, result in enumerate(results)
+        ]
 
     def _fetch(self, step: int, batches: Sequence[Batch]) -> list[FetchedRows]:
         """Hash the tokens of all batches and fetch their memory rows at once."""
@@ -80,37 +116,46 @@ class AttentionWorker:
         if not self.layers or not batches:
             return [FetchedRows(addresses={}, values={}) for _ in batches]
         self.exchange.begin(step, -1)
-        hashed = [self.state.model.memory_rows(b.tokens_BT, b.document_starts_BT) for b in batches]
-        fetched = self.exchange.prefetch(
-            {layer: torch.cat([h[layer] for h in hashed]) for layer in self.layers}
-        )
+        layout = self.state.model.layout
+        assert layout is not None
+        # On the CPU, where tokens and tables are.
+        hashed = {
+            layer: torch.cat(
+                [layout.rows(layer, b.tokens_BT, None, b.document_starts_BT).flatten(0, 1) for b in batches]
+            )
+            for layer in self.layers
+        }
+        fetched = self.exchange.prefetch(hashed)
         self._lap("fetch", started)
         return fetched.split([b.tokens_BT.numel() for b in batches])
 
-    def _run_part(self, batch: Batch, rows: FetchedRows) -> tuple[PartDone, PartGradients]:
-        started = time.perf_counter()
-        model, tokens = self.state.model, batch.targets_BT.numel()
+    def _forward(self, batch: Batch, rows: FetchedRows) -> tuple[Output, Tensor]:
+        """Run the network and the loss: (output, cross-entropy sum)."""
+        model, device = self.state.model, self.state.device
         out = model(
-            batch.tokens_BT,
+            batch.tokens_BT.to(device, non_blocking=True),
             experts=self.exchange.experts,
             memory=None,
-            document_starts_BT=batch.document_starts_BT,
-            fetched=rows.differentiable(),
+            document_starts_BT=batch.document_starts_BT.to(device, non_blocking=True),
+            fetched=rows,
         )
-        loss_sum = cross_entropy_sum(model, out.hidden_BTH, batch.targets_BT)
+        return out, cross_entropy_sum(model, out.hidden_BTH, batch.targets_BT.to(device, non_blocking=True))
+
+    def _run_part(self, batch: Batch, rows: FetchedRows) -> tuple[Result, PartGradients]:
+        started, tokens = time.perf_counter(), batch.targets_BT.numel()
+        out, loss_sum = self._forward(batch, rows.differentiable())
         started = self._lap("forward", started)
         # Every part has the same number of tokens, so this is the mean over the global batch.
         (loss_sum / (tokens * self.state.num_parts) + out.aux_loss / self.state.num_parts).backward()
-        gradients = PartGradients(dense=self.state.take_gradient(), rows=rows.gradients())
+        gradients = PartGradients(dense=self.state.take_gradients(), rows=rows.gradients())
         self._lap("backward", started)
-        done = PartDone(
-            loss_sum=float(loss_sum.detach()),
-            aux_loss=float(out.aux_loss.detach()),
-            tokens=tokens,
-            seconds=dict(self.seconds),
+        result = Result(
+            loss_sum=loss_sum.detach(),
+            aux_loss=out.aux_loss.detach(),
             counts_LE=out.expert_counts_LE,
+            tokens=tokens,
         )
-        return done, gradients
+        return result, gradients
 
     @torch.no_grad()
     def evaluate(self, step: int, parts: Sequence[int], batches: Batches) -> dict[int, tuple[float, int]]:
@@ -119,14 +164,7 @@ class AttentionWorker:
         found: dict[int, tuple[float, int]] = {}
         for part, batch, rows in zip(parts, loaded, self._fetch(step, loaded)):
             self.exchange.begin(step, part)
-            out = self.state.model(
-                batch.tokens_BT,
-                experts=self.exchange.experts,
-                memory=None,
-                document_starts_BT=batch.document_starts_BT,
-                fetched=rows,
-            )
-            loss = cross_entropy_sum(self.state.model, out.hidden_BTH, batch.targets_BT)
+            _, loss = self._forward(batch, rows)
             found[part] = (float(loss), batch.targets_BT.numel())
         return found
 

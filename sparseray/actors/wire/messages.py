@@ -88,6 +88,7 @@ class PartDone(Body):
         tokens: number of targets.
         seconds: spent by phase, in this step so far.
         counts_LE: int64, tokens per moe layer and expert.
+        device_bytes: most memory that the slot has had reserved on its GPU; 0 without one.
     """
 
     loss_sum: float
@@ -95,6 +96,7 @@ class PartDone(Body):
     tokens: int
     seconds: dict[str, float]
     counts_LE: Tensor
+    device_bytes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

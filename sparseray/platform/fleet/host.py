@@ -15,16 +15,18 @@ import ray
 import torch
 import zmq
 
-from sparseray.actors.exchange.protocol import Exchange, FetchedRows
+from sparseray.actors.exchange.protocol import Exchange
 from sparseray.actors.installation import JobSpec
 from sparseray.actors.serving.engine import Engine
 from sparseray.actors.serving.grammar import Grammars
 from sparseray.actors.slot import Slot
 from sparseray.actors.state.dense import DenseState
+from sparseray.actors.state.dense_slab import DenseSlabs
 from sparseray.actors.state.experts import ExpertShard
 from sparseray.actors.state.holdings import Holdings
-from sparseray.actors.state.memory import MemoryShard, warm_loops
+from sparseray.actors.state.memory import MemoryShard
 from sparseray.actors.state.tables import process_namespace
+from sparseray.actors.state.whole_experts import WholeExperts
 from sparseray.actors.training.token_data import TokenDataset, batch
 from sparseray.actors.training.worker import Batch, Batches
 from sparseray.actors.wire.messages import SavedTensor
@@ -32,9 +34,11 @@ from sparseray.actors.wire.slot_mailbox import SlotMailbox
 from sparseray.errors import IdentityError
 from sparseray.kernels.ops import ops_for
 from sparseray.model.dse_layout import DSELayout
-from sparseray.model.transformer import Transformer, cross_entropy_sum
+from sparseray.model.transformer import Transformer
 from sparseray.platform.config import RunConfig, from_dict
+from sparseray.platform.device import is_whole
 from sparseray.platform.fleet.priority import gently
+from sparseray.platform.fleet.rehearsal import warm_holdings
 from sparseray.platform.fleet.transport import ZmqTransport, private_directory
 from sparseray.platform.metrics.exporter import Metrics
 from sparseray.platform.run import checkpoint
@@ -71,6 +75,10 @@ class TrainingJob:
             "num_parts": self.config.train.logical_shards,
         }
         self._adam: dict[str, Any] = {"betas": (optim.beta1, optim.beta2), "eps": optim.eps}
+        self.device = torch.device(
+            "cuda" if self._is_whole and self.config.cluster.device == "cuda" else "cpu"
+        )
+        self._decay: dict[str, Any] = {"weight_decay": optim.weight_decay, **self._shared, **self._adam}
         self._datasets: dict[str, TokenDataset] = {}
 
     def _table_rows(self) -> list[int]:
@@ -80,16 +88,39 @@ class TrainingJob:
             else [self.layout.num_rows(layer) for layer in self.config.model.dse.layers]
         )
 
+    @property
+    def _is_whole(self) -> bool:
+        return not self.is_serving and is_whole(self.config)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What forward and backward compute in."""
+        return DTYPES[self.config.train.dtype] if self._is_whole else torch.float32
+
+    def _slabs(self) -> dict[str, Any]:
+        """What states on one device are made with, beside what all are."""
+        config = self.config
+        return {
+            "device": self.device,
+            "ops": ops_for(config.kernels, self.device),
+            "moments": DTYPES[config.optim.moments],
+            "determinism": config.determinism,
+            **self._decay,
+        }
+
     def _dense(self) -> DenseState:
-        decay, ops = self.config.optim.weight_decay, ops_for(self.config.kernels, torch.device("cpu"))
-        return DenseState(
-            self.config.model, self.layout, weight_decay=decay, ops=ops, **self._shared, **self._adam
-        )
+        model = self.config.model
+        if self._is_whole:
+            return DenseSlabs(model, self.layout, dtype=self.dtype, **self._slabs())
+        return DenseState(model, self.layout, ops=ops_for(self.config.kernels, self.device), **self._decay)
 
     def holdings(self) -> Holdings:
         """Build a slot's state, empty."""
-        model, decay = self.config.model, self.config.optim.weight_decay
-        experts = ExpertShard(model, weight_decay=decay, **self._shared, **self._adam)
+        model = self.config.model
+        experts = ExpertShard(model, **self._decay)
+        if self._is_whole:
+            compute = None if self.dtype == torch.float32 else self.dtype
+            experts = WholeExperts(model, compute_dtype=compute, **self._slabs())
         memory = MemoryShard(model, self._table_rows(), **self._shared, **self._adam)
         return Holdings(self._dense, experts, memory if model.dse.layers else None)
 
@@ -155,6 +186,7 @@ class TrainingJob:
 
 
 HEARTBEAT_S = 0.1
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class Host:
@@ -249,40 +281,3 @@ class Host:
             with contextlib.suppress(zmq.Again):
                 socket.send_multipart(beat, zmq.DONTWAIT)
             time.sleep(HEARTBEAT_S)
-
-
-def warm_holdings(job: TrainingJob) -> Holdings:
-    """Build a slot's state, empty, and touch once what is slow the first time: dense weights, autograd, compiled loops."""
-    holdings = job.holdings()
-    dense = holdings.spare()
-    if not job.is_serving:
-        rehearse(job, dense)
-    warm_loops(job.config.model.dse.row_dtype)
-    if job.layout is not None:
-        tokens_BT = torch.zeros(1, 8, dtype=torch.int64)
-        job.layout.rows(job.config.model.dse.layers[0], tokens_BT)
-    return holdings
-
-
-def rehearse(job: TrainingJob, dense: DenseState) -> None:
-    """Open the data and run one part forward and backward, with stand-ins for the other slots.
-
-    A process takes some 0.3 s longer over its first part; here that delays nobody. The weights are left alone, and
-    of the gradient nothing stays.
-    """
-    batch = job.train_batches()(1, 0)
-
-    def experts(
-        _layer: int, x_TH: torch.Tensor, _ids_TK: torch.Tensor, weights_TK: torch.Tensor
-    ) -> torch.Tensor:
-        return x_TH * weights_TK.sum(-1, keepdim=True)
-
-    model, dim = dense.model, job.config.model.dse.head_dim
-    hashed = model.memory_rows(batch.tokens_BT, batch.document_starts_BT)
-    values = {layer: torch.zeros(rows.numel(), dim) for layer, rows in hashed.items()}
-    fetched = FetchedRows(addresses=hashed, values=values).differentiable()
-    starts = batch.document_starts_BT
-    out = model(batch.tokens_BT, experts=experts, memory=None, document_starts_BT=starts, fetched=fetched)
-    loss = cross_entropy_sum(model, out.hidden_BTH, batch.targets_BT) + out.aux_loss
-    loss.backward()
-    dense.take_gradient()

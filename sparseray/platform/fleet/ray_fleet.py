@@ -166,7 +166,9 @@ class RayFleet:
                 if self._refused is not None:
                     raise self._refused
                 if time.monotonic() > deadline:
-                    raise RuntimeError(f"{self.starting()} slots did not start within {self._start_deadline_s:g} s")
+                    raise RuntimeError(
+                        f"{self.starting()} slots did not start within {self._start_deadline_s:g} s"
+                    )
                 time.sleep(0.01)
             if self._refused is not None:
                 raise self._refused
