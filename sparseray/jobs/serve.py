@@ -73,6 +73,7 @@ def run(directory: Path, serve: ServeConfig, cluster_config: ClusterConfig, http
         UserError: checkpoint, port or cluster do not fit.
     """
     config = open_serving(directory, serve, cluster_config)
+    cluster_config = config.cluster
     from sparseray.jobs.http.server import HttpServer, address_url, create_app, listen
     from sparseray.jobs.http.serving_model import read_served
     from sparseray.platform.cluster import Cluster

@@ -273,7 +273,7 @@ class Transformer(nn.Module):
         *,
         rows: int,
         experts: Experts,
-        values: dict[int, Tensor],
+        fetched: Rows | None,
         starts_1R: Tensor | None,
     ) -> Tensor:
         """Run the next chunk, or the next token, of several sequences whose caches lie in pages.
@@ -284,7 +284,7 @@ class Transformer(nn.Module):
             paged: pages and pools, which the rows are appended to.
             rows: rows that hold tokens.
             experts: as in `forward`.
-            values: table rows [rows, N, D] of every memory layer.
+            fetched: table rows [rows, N, D] of every memory layer.
             starts_1R: bool, documents' first tokens; None when nothing resets there.
 
         Returns:
@@ -293,7 +293,7 @@ class Transformer(nn.Module):
         batch = Batch(
             shape=(1, rows), positions_R=positions_R, rows=rows, starts_BT=starts_1R, paged=paged
         )
-        hidden_RH, _, _ = self._blocks(tokens_R, batch, values, experts, lambda _layer, found: found)
+        hidden_RH, _, _ = self._blocks(tokens_R, batch, experts, fetched)
         return hidden_RH
 
     def _chunk_rows(self, tokens_R: Tensor, batch: Batch) -> dict[int, Tensor]:

@@ -143,8 +143,12 @@ class PagedModel:
         return {layer: rows[torch.from_numpy(kept)] for layer, rows in found.items()}, starts
 
     def _fetch(self, rows: dict[int, Tensor], memory: Memory | None) -> dict[int, Tensor]:
-        assert memory is not None or not rows, "a model with memory layers is served with its memory"
-        return {layer: memory(layer, at) for layer, at in rows.items()} if memory is not None else {}
+        """The rows at these addresses, of every memory layer."""
+        if not rows:
+            return {}
+        assert memory is not None, "a model with memory layers is served with its memory"
+        fetched = memory.prefetch(rows)
+        return {layer: fetched(layer) for layer in rows}
 
     @property
     def _has_starts(self) -> bool:
@@ -188,7 +192,7 @@ class PagedModel:
             Paged(pages=pages, pools=self.pools, histories=self.histories, slots_B=slots_B, slots=slots),
             rows=rows,
             experts=experts,
-            values=values,
+            fetched=values.__getitem__,
             starts_1R=self._to_device(starts)[None] if self._has_starts else None,
         )
         return [hidden_RH[start:stop] for start, stop in zip(bounds, bounds[1:])]
@@ -229,7 +233,7 @@ class PagedModel:
             decode.paged,
             rows=pages.num_sequences,
             experts=experts,
-            values=decode.values,
+            fetched=decode.values.__getitem__,
             starts_1R=inputs[5].bool()[None] if self._has_starts else None,
         )
         return self.model.logits(hidden_RH)

@@ -19,6 +19,7 @@ from sparseray.actors.exchange.protocol import Exchange
 from sparseray.actors.installation import JobSpec
 from sparseray.actors.serving.engine import Engine
 from sparseray.actors.serving.grammar import Grammars
+from sparseray.actors.serving.paged_engine import PagedEngine
 from sparseray.actors.slot import Slot
 from sparseray.actors.state.dense import DenseState
 from sparseray.actors.state.dense_slab import DenseSlabs
@@ -90,7 +91,7 @@ class TrainingJob:
 
     @property
     def _is_whole(self) -> bool:
-        return not self.is_serving and is_whole(self.config)
+        return is_whole(self.config)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -134,15 +135,16 @@ class TrainingJob:
         if not self.is_serving:
             return None
         serve = self.config.serve
-        return Engine(
-            model,
-            exchange.experts,
-            exchange if self.config.model.dse.layers else None,
-            max_batch=serve.max_batch,
-            max_model_len=serve.max_model_len or None,
-            prefill_chunk=serve.prefill_chunk,
-            grammars=self._grammars,
-        )
+        memory = exchange if self.config.model.dse.layers else None
+        options: dict[str, Any] = {
+            "max_batch": serve.max_batch,
+            "max_model_len": serve.max_model_len or None,
+            "grammars": self._grammars,
+        }
+        if self.device.type == "cpu":
+            return Engine(model, exchange.experts, memory, prefill_chunk=serve.prefill_chunk, **options)
+        cache_bytes = int(serve.cache_gib * 2**30) or None
+        return PagedEngine(model, exchange.experts, memory, cache_bytes=cache_bytes, **options)
 
     def _batches(self, split: str, seed: int) -> Batches:
         if split not in self._datasets:
