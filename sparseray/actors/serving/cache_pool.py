@@ -58,18 +58,29 @@ class CachePool:
         page: tokens of a page.
         num_slots: requests at a time.
         keeps_state: a prefix is shared only where the engine stored a state with its end.
+        overlaps: what a page keeps depends on the next page too (blocks of NSA's compression reach over its end), so
+            of the pages that are known, the last is computed again.
 
     Raises:
         ConfigError: there is no page to give out.
     """
 
-    def __init__(self, num_pages: int, page: int, num_slots: int, *, keeps_state: bool = False) -> None:
+    def __init__(
+        self,
+        num_pages: int,
+        page: int,
+        num_slots: int,
+        *,
+        keeps_state: bool = False,
+        overlaps: bool = False,
+    ) -> None:
         if num_pages < 2:
             raise ConfigError(
                 f"the cache has room for {num_pages} pages of {page} tokens; raise serve.cache_gib, or serve a"
                 " smaller model"
             )
-        self.num_pages, self.page, self.keeps_state = num_pages, page, keeps_state
+        self.num_pages, self.page = num_pages, page
+        self.keeps_state, self.overlaps = keeps_state, overlaps
         self._free: dict[int, None] = dict.fromkeys(range(1, num_pages))
         self._holders = [0] * num_pages
         self._by_key: dict[bytes, int] = {}
@@ -118,6 +129,8 @@ class CachePool:
             if key not in self._by_key:
                 break
             pages.append(self._by_key[key])
+        if self.overlaps:
+            pages = pages[:-1]
         while self.keeps_state and pages and pages[-1] not in self._states:
             pages.pop()
         return pages

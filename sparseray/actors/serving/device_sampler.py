@@ -135,7 +135,7 @@ def sample_rows(
     _adjust(scores_RV, requests, tokens)
     best_R, token_R = scores_RV.max(-1)
     drawn = [row for row, request in enumerate(requests) if request.temperature > 0.0]
-    cut = [row for row in drawn if requests[row].top_p < 1.0 or requests[row].top_k > 0]
+    cut = [row for row in drawn if requests[row].top_p < 1.0 or 0 < requests[row].top_k < scores_RV.shape[1]]
     for rows, is_cut in ((cut, True), (sorted(set(drawn) - set(cut)), False)):
         if rows:
             at_R = torch.tensor(rows, device=scores_RV.device)

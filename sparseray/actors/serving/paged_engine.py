@@ -21,6 +21,7 @@ from sparseray.actors.serving.paged_model import Chunk, PagedModel, page_bytes
 from sparseray.actors.serving.text_request import GenerationRequest, TokenEvent
 from sparseray.errors import ConfigError
 from sparseray.log import get_logger
+from sparseray.model.attention import attention_of
 from sparseray.model.dse import Memory
 from sparseray.model.moe import Experts
 from sparseray.model.transformer import Transformer
@@ -81,7 +82,14 @@ class PagedEngine(Engine):
         if cache_bytes is None and device.type == "cuda":
             cache_bytes = int(torch.cuda.mem_get_info(device)[0] * SHARE_OF_FREE_MEMORY)
         num_pages = full if cache_bytes is None else min(full, cache_bytes // each)
-        self.pool = CachePool(num_pages, page, self.max_batch, keeps_state=bool(model.config.dse.layers))
+        kinds = [attention_of(model.config, layer) for layer in range(model.config.num_layers)]
+        self.pool = CachePool(
+            num_pages,
+            page,
+            self.max_batch,
+            keeps_state=bool(model.config.dse.layers),
+            overlaps=any(kind.overlaps_pages for kind in kinds),
+        )
         self.paged = PagedModel(
             model, num_pages=num_pages, page=page, num_slots=self.max_batch, max_len=self.max_model_len
         )

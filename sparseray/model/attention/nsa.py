@@ -189,6 +189,9 @@ def _qkv_width(config: ModelConfig) -> int:
 class NSAttention(Attention):
     """Native sparse attention with independent keys and values per branch."""
 
+    # A compressed token lies on the page of its block's first token.
+    overlaps_pages = True
+
     def __init__(self, config: ModelConfig, layer: int, ops: Ops = REFERENCE) -> None:
         super().__init__(config, layer, ops)
         self.sizes = config.nsa.sizes

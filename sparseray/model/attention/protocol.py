@@ -47,6 +47,9 @@ class Attention(nn.Module, ABC):
         ops: what it computes with.
     """
 
+    overlaps_pages = False
+    """Whether what a page of `new_pool` keeps depends on the first tokens of the next page too."""
+
     def __init__(self, config: ModelConfig, layer: int, ops: Ops) -> None:
         super().__init__()
         self.layer, self.ops = layer, ops
