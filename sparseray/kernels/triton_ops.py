@@ -240,7 +240,11 @@ class TritonOps(PlainOps):
         _check("the experts", x_TH, gate_up_E2IH, down_EHI)
         if x_TH.shape[0] <= DECODE_ROWS and not torch.is_grad_enabled():
             return moe_ffn_decode(
-                x_TH.contiguous(), topk_ids_TK.contiguous(), topk_weights_TK.contiguous(), gate_up_E2IH, down_EHI
+                x_TH.contiguous(),
+                topk_ids_TK.contiguous(),
+                topk_weights_TK.contiguous(),
+                gate_up_E2IH,
+                down_EHI,
             )
         return moe_ffn(x_TH, topk_ids_TK, topk_weights_TK, gate_up_E2IH, down_EHI)
 

@@ -290,9 +290,7 @@ class Transformer(nn.Module):
         Returns:
             Hidden states [R, H] after the final norm.
         """
-        batch = Batch(
-            shape=(1, rows), positions_R=positions_R, rows=rows, starts_BT=starts_1R, paged=paged
-        )
+        batch = Batch(shape=(1, rows), positions_R=positions_R, rows=rows, starts_BT=starts_1R, paged=paged)
         hidden_RH, _, _ = self._blocks(tokens_R, batch, experts, fetched)
         return hidden_RH
 

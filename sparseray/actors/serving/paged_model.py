@@ -80,7 +80,9 @@ class PagedModel:
         max_len: tokens of the longest request.
     """
 
-    def __init__(self, model: Transformer, *, num_pages: int, page: int, num_slots: int, max_len: int) -> None:
+    def __init__(
+        self, model: Transformer, *, num_pages: int, page: int, num_slots: int, max_len: int
+    ) -> None:
         config, device = model.config, model.embedding.device
         self.model, self.page, self.device = model, page, device
         self.width = -(-max_len // page)
@@ -97,7 +99,9 @@ class PagedModel:
     def begin(self, lease: Lease) -> None:
         """Take a request's pages over, and the state of its shared prefix."""
         row = table_of(lease, self.width)
-        self.table_SW[lease.slot].copy_(row.pin_memory() if self.device.type == "cuda" else row, non_blocking=True)
+        self.table_SW[lease.slot].copy_(
+            row.pin_memory() if self.device.type == "cuda" else row, non_blocking=True
+        )
         for layer, history_SLH in self.histories.items():
             if lease.state is None:
                 history_SLH[lease.slot].zero_()
@@ -137,10 +141,11 @@ class PagedModel:
             begins += [False] * look_back + [resets and token == end for token in last]
         kept = np.array(keep)
         starts = np.array(begins)[kept]
-        found = self.model.memory_rows(
-            torch.tensor(known)[None], torch.tensor(begins)[None] if resets else None
-        )
-        return {layer: rows[torch.from_numpy(kept)] for layer, rows in found.items()}, starts
+        tokens_1P = torch.tensor(known)[None]
+        begins_1P = torch.tensor(begins)[None] if resets else None
+        at = torch.from_numpy(kept)
+        found = {layer: layout.rows(layer, tokens_1P, None, begins_1P)[0, at] for layer in self.histories}
+        return found, starts
 
     def _fetch(self, rows: dict[int, Tensor], memory: Memory | None) -> dict[int, Tensor]:
         """The rows at these addresses, of every memory layer."""
