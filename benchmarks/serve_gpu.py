@@ -19,6 +19,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -82,9 +83,13 @@ def served(checkpoint: Path) -> dict[int, float]:
         str(BATCHES[-1]),
     ]
     command += ["--serve.max_model_len", "2048"]
-    log = tempfile.TemporaryFile("w+")
     process = subprocess.Popen(
-        command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True
+        command,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
     )
     try:
         started, port = time.perf_counter(), 0
@@ -96,10 +101,10 @@ def served(checkpoint: Path) -> dict[int, float]:
                 port = int(found[1])
                 break
         if not port:
-            log.seek(0)
-            raise SystemExit(f"serve ended\n{log.read()[-5000:]}")
+            raise SystemExit("serve ended")
+        threading.Thread(target=process.stdout.read, daemon=True).start()
         print(f"serve was ready after {time.perf_counter() - started:.0f} s", flush=True)
-        rates = {}
+        rates: dict[int, float] = {}
         with concurrent.futures.ThreadPoolExecutor(BATCHES[-1]) as pool:
             for batch in BATCHES:
                 for turn in range(3):

@@ -79,7 +79,7 @@ def decode_ms(config: ModelConfig, batch: int, context: int, steps: int = 40) ->
     for sequence in engine._running:
         assert sequence.cache is not None
         sequence.cache.length = context - 1
-    seconds = []
+    seconds: list[float] = []
     while len(seconds) < steps + 5:
         started = time.perf_counter()
         engine.step()

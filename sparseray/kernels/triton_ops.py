@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -335,7 +336,7 @@ class TritonOps(PlainOps):
 
     def paged_attend(self, q_RQD: Tensor, pool: KeyValues, pages: Pages) -> Tensor:
         if pages.chunks is not None:
-            return super().paged_attend(q_RQD, pool, pages)
+            return self._attend_chunks(q_RQD, pool, pages, pages.chunks)
         (R, heads, _), B, width = q_RQD.shape, pages.num_sequences, pool[1].shape[-1]
         workspace = pages.scratch.get("attend")
         if workspace is None:
@@ -344,13 +345,27 @@ class TritonOps(PlainOps):
             pages.scratch["attend"] = workspace
         out = q_RQD.new_empty(R, heads, width)
         paged_decode(
-            q_RQD[:B].unsqueeze(1),
+            q_RQD[:B].unsqueeze(1).contiguous(),
             *pool,
             pages.table_BW,
             pages.context_lens_B,
             workspace,
             out[:B].unsqueeze(1),
         )
+        return out
+
+    def _attend_chunks(
+        self, q_RQD: Tensor, pool: KeyValues, pages: Pages, chunks: tuple[tuple[int, int, int], ...]
+    ) -> Tensor:
+        """Chunks of one length and context that follow one another go through together."""
+        out, first = q_RQD.new_empty(*q_RQD.shape[:2], pool[1].shape[-1]), 0
+        for (size, context), same in groupby(chunks, lambda chunk: (chunk[1] - chunk[0], chunk[2])):
+            count = len(list(same))
+            rows = slice(chunks[first][0], chunks[first][0] + count * size)
+            table = pages.table_BW[first : first + count, : -(-context // pages.page)].long()
+            k, v = (cache[table].flatten(1, 2)[:, :context] for cache in pool)
+            out[rows] = self.attend(q_RQD[rows].unflatten(0, (count, size)), k, v).flatten(0, 1)
+            first += count
         return out
 
     def paged_compress(
@@ -362,6 +377,7 @@ class TritonOps(PlainOps):
         pages: Pages,
         angles: tuple[Tensor, Tensor] | None,
     ) -> None:
+        assert phi.b1 is not None and phi.b2 is not None and phi.pos is not None
         # Weights do not change while something is served.
         key = ("bias", phi.w1.data_ptr())
         bias = pages.scratch.get(key)
@@ -407,8 +423,8 @@ class TritonOps(PlainOps):
                 )
                 pages.scratch["nsa"] = workspace
             nsa_decode(
-                q_RQD[:B].unsqueeze(1),
-                gates_RQ3[:B].unsqueeze(1),
+                q_RQD[:B].unsqueeze(1).contiguous(),
+                gates_RQ3[:B].unsqueeze(1).contiguous(),
                 compressed,
                 selected,
                 window,

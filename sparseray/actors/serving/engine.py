@@ -265,8 +265,8 @@ class Engine:
         self._stats = replace(self._stats, steps=self._stats.steps + 1, largest_batch=largest)
         self._counts.batch = batch
 
-    def _note_token(self) -> None:
-        self._stats = replace(self._stats, generated_tokens=self._stats.generated_tokens + 1)
+    def _note_tokens(self, count: int) -> None:
+        self._stats = replace(self._stats, generated_tokens=self._stats.generated_tokens + count)
 
     def _select(self) -> list[Ongoing]:
         """All requests that decode, and the oldest ones that still read their prompt."""
@@ -363,7 +363,7 @@ class Engine:
         sequence.tokens.append(token)
         if sequence.grammar is not None:
             sequence.grammar.add(token)
-        self._note_token()
+        self._note_tokens(1)
         finish = "length" if index + 1 == request.max_tokens else None
         if token in request.stop_token_ids:
             finish = "stop"

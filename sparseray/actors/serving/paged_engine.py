@@ -29,7 +29,7 @@ from sparseray.model.transformer import Transformer
 log = get_logger(__name__)
 
 PAGE = 256
-PREFILL_ROWS = 2048
+PREFILL_ROWS = 8192
 SHARE_OF_FREE_MEMORY = 0.8
 
 
@@ -173,59 +173,56 @@ class PagedEngine(Engine):
 
     def _select(self) -> list[Ongoing]:
         """All requests that decode, and the oldest that read their prompt, of one chunk's tokens together."""
-        found, room = [], self.prefill_chunk
+        found, used = [], 0
         for sequence in self._running:
             if not sequence.in_prompt:
                 found.append(sequence)
-            elif room > 0:
-                room -= len(sequence.next_chunk(self.prefill_chunk))
-                if room >= 0 or room + len(sequence.next_chunk(self.prefill_chunk)) == self.prefill_chunk:
-                    found.append(sequence)
+                continue
+            count = len(sequence.next_chunk(self.prefill_chunk))
+            if not used or used + count <= self.prefill_chunk:
+                found.append(sequence)
+                used += count
         return found
 
+    @torch.no_grad()
     def _launch(self, batch: list[Ongoing]) -> _Flight:
         """Start a step: prompts, then decoding, then the sampler."""
         prompts = [s for s in batch if s.in_prompt]
         decoding = [s for s in batch if not s.in_prompt]
         hidden = self._prefill(prompts) if prompts else []
-        ready: list[Ongoing] = []
-        logits: list[Tensor] = []
-        last = [rows_TH[-1:] for s, rows_TH in zip(prompts, hidden) if s.computed == len(s.tokens)]
-        if last:
-            ready += [s for s in prompts if s.computed == len(s.tokens)]
-            logits.append(self.model.logits(torch.cat(last)))
+        whole = [i for i, s in enumerate(prompts) if s.computed == len(s.tokens)]
+        ready, logits = [prompts[i] for i in whole], []
+        if whole:
+            logits.append(self.model.logits(torch.cat([hidden[i][-1:] for i in whole])))
         if decoding:
-            chunks = [self._chunk(s) for s in decoding]
+            chunks = [self._chunk(s, 1) for s in decoding]
             found = self.paged.decode(chunks, self.experts, self.memory)
-            self._count(decoding, 0)
+            for chunk in chunks:
+                chunk.lease.length += 1
             known = [i for i, s in enumerate(decoding) if s.computed == len(s.tokens)]
-            ready += [decoding[i] for i in known]
-            logits.append(found if len(known) == len(decoding) else found[known])
+            if known:
+                ready += [decoding[i] for i in known]
+                logits.append(found if len(known) == len(decoding) else found[known])
         self._note_step(len(batch))
         wanted = [h if s.request.prompt_logprobs is not None else None for s, h in zip(prompts, hidden)]
         rows: list[tuple[Ongoing, Tensor | None]] = list(zip(prompts, wanted))
         rows += [(s, None) for s in decoding]
         return self._sample(rows, ready, logits)
 
-    def _chunk(self, sequence: Ongoing) -> Chunk:
+    def _chunk(self, sequence: Ongoing, count: int) -> Chunk:
         assert isinstance(sequence.cache, Lease)
-        tokens = sequence.next_chunk(self.prefill_chunk)
-        return Chunk(lease=sequence.cache, tokens=tokens, before=sequence.tokens[: sequence.computed])
+        return Chunk(lease=sequence.cache, known=sequence.tokens, count=count)
 
     def _prefill(self, prompts: list[Ongoing]) -> list[Tensor]:
-        chunks = [self._chunk(s) for s in prompts]
+        """Start the next chunk of each prompt; hidden states [T, H]."""
+        chunks = [self._chunk(s, len(s.next_chunk(self.prefill_chunk))) for s in prompts]
         hidden = self.paged.prefill(chunks, self.experts, self.memory)
-        self._count(prompts, sum(len(chunk.tokens) for chunk in chunks))
         for chunk in chunks:
+            chunk.lease.length += chunk.count
             self.pool.publish(chunk.lease, self.paged.state(chunk.lease))
+        tokens = sum(chunk.count for chunk in chunks)
+        self._stats = replace(self._stats, prompt_tokens=self._stats.prompt_tokens + tokens)
         return hidden
-
-    def _count(self, sequences: list[Ongoing], prompt_tokens: int) -> None:
-        """Move the sequences on, once their work was started."""
-        for sequence in sequences:
-            assert isinstance(sequence.cache, Lease)
-            sequence.cache.length += len(sequence.next_chunk(self.prefill_chunk))
-        self._stats = replace(self._stats, prompt_tokens=self._stats.prompt_tokens + prompt_tokens)
 
     @torch.no_grad()
     def _sample(
@@ -262,6 +259,7 @@ class PagedEngine(Engine):
             flight.done.synchronize()
         found: list[tuple[Any, ...]] = []
         if flight.tokens is not None:
+            self._note_tokens(len(flight.sampled))
             for sequence, token in zip(flight.sampled, flight.tokens.tolist(), strict=True):
                 if sequence.cache is not None:
                     found.append(self._add(sequence, token))
@@ -297,7 +295,6 @@ class PagedEngine(Engine):
         if isinstance(found, TokenEvent):
             return found
         index, finish = rest
-        self._note_token()
         return TokenEvent(
             request_id=sequence.request.request_id, index=index, token_id=found, finish_reason=finish
         )

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -49,13 +50,22 @@ class Chunk:
 
     Args:
         lease: its pages; `length` tokens are there already.
-        tokens: the next ones.
-        before: all tokens before them.
+        known: all of its tokens.
+        count: how many are next.
     """
 
     lease: Lease
-    tokens: Sequence[int]
-    before: Sequence[int]
+    known: Sequence[int]
+    count: int
+
+    @property
+    def tokens(self) -> Sequence[int]:
+        """The next tokens."""
+        return self.known[self.lease.length : self.lease.length + self.count]
+
+    def before(self, count: int) -> list[int]:
+        """The tokens before them, at most so many."""
+        return list(self.known[max(0, self.lease.length - count) : self.lease.length])
 
 
 @dataclass(eq=False)
@@ -118,8 +128,8 @@ class PagedModel:
 
     def _rows(self, chunks: Sequence[Chunk]) -> tuple[dict[int, Tensor], NDArray[np.bool_]]:
         """Addresses of the chunks' table rows by memory layer, and where documents start; on the host."""
-        layout, sizes = self.model.layout, [len(chunk.tokens) for chunk in chunks]
-        starts = np.zeros(sum(sizes), dtype=np.bool_)
+        layout = self.model.layout
+        starts = np.zeros(sum(chunk.count for chunk in chunks), dtype=np.bool_)
         if layout is None or not self.histories:
             return {}, starts
         look_back, end = max(layout.config.orders) - 1, layout.config.document_end_id
@@ -128,23 +138,24 @@ class PagedModel:
         keep: list[bool] = []
         begins: list[bool] = []
         for chunk in chunks:
-            history = list(chunk.before[-look_back:])
+            history, tokens = chunk.before(look_back), chunk.tokens
+            previous = history[-1] if history else NO_TOKEN
             if resets and end in history:
                 # What comes before a document's end is not seen after it; the end itself is the last token before.
                 at = len(history) - 1 - history[::-1].index(end)
                 begun = history[at + 1 :]
                 history = [NO_TOKEN] * (len(history) - len(begun)) + begun
             history = [NO_TOKEN] * (look_back - len(history)) + history
-            last = [chunk.before[-1] if chunk.before else NO_TOKEN, *chunk.tokens[:-1]]
-            known += [*history, *chunk.tokens]
-            keep += [False] * look_back + [True] * len(chunk.tokens)
+            last = [previous, *tokens[:-1]]
+            known += [*history, *tokens]
+            keep += [False] * look_back + [True] * chunk.count
             begins += [False] * look_back + [resets and token == end for token in last]
         kept = np.array(keep)
         starts = np.array(begins)[kept]
         tokens_1P = torch.tensor(known)[None]
         begins_1P = torch.tensor(begins)[None] if resets else None
-        at = torch.from_numpy(kept)
-        found = {layer: layout.rows(layer, tokens_1P, None, begins_1P)[0, at] for layer in self.histories}
+        keep_P = torch.from_numpy(kept)
+        found = {layer: layout.rows(layer, tokens_1P, None, begins_1P)[0, keep_P] for layer in self.histories}
         return found, starts
 
     def _fetch(self, rows: dict[int, Tensor], memory: Memory | None) -> dict[int, Tensor]:
@@ -163,7 +174,7 @@ class PagedModel:
     @torch.no_grad()
     def prefill(self, chunks: Sequence[Chunk], experts: Experts, memory: Memory | None) -> list[Tensor]:
         """Run the next chunk of several prompts; hidden states [T, H] of each."""
-        sizes = np.array([len(chunk.tokens) for chunk in chunks])
+        sizes = np.array([chunk.count for chunk in chunks])
         lengths = np.array([chunk.lease.length for chunk in chunks])
         bounds = np.concatenate([[0], sizes.cumsum()])
         rows = int(bounds[-1])
@@ -173,12 +184,12 @@ class PagedModel:
             for layer, found in self._fetch(addresses, memory).items()
         }
         inputs = np.zeros((3, padded(rows)), dtype=np.int64)
-        for chunk, start, stop in zip(chunks, bounds, bounds[1:]):
+        for chunk, (start, stop) in zip(chunks, pairwise(bounds)):
             positions = np.arange(stop - start) + chunk.lease.length
             inputs[0, start:stop] = chunk.tokens
             inputs[1, start:stop] = positions
-            at = np.array(chunk.lease.pages)[positions // self.page]
-            inputs[2, start:stop] = at * self.page + positions % self.page
+            place = np.array(chunk.lease.pages)[positions // self.page]
+            inputs[2, start:stop] = place * self.page + positions % self.page
         tokens_R, positions_R, places_R = self._to_device(inputs)
         ends = bounds.astype(np.int32)
         slots = tuple(chunk.lease.slot for chunk in chunks)
@@ -188,7 +199,7 @@ class PagedModel:
             table_BW=self.table_SW[slots_B],
             context_lens_B=self._to_device((lengths + sizes).astype(np.int32)),
             places_R=places_R,
-            chunks=tuple((int(a), int(b), int(n + b - a)) for a, b, n in zip(bounds, bounds[1:], lengths)),
+            chunks=tuple((int(a), int(b), int(n + b - a)) for (a, b), n in zip(pairwise(bounds), lengths)),
             cu_seqlens=self._to_device(ends),
         )
         hidden_RH = self.model.run_paged(
@@ -197,10 +208,10 @@ class PagedModel:
             Paged(pages=pages, pools=self.pools, histories=self.histories, slots_B=slots_B, slots=slots),
             rows=rows,
             experts=experts,
-            fetched=values.__getitem__,
+            fetched=lambda layer: values[layer],
             starts_1R=self._to_device(starts)[None] if self._has_starts else None,
         )
-        return [hidden_RH[start:stop] for start, stop in zip(bounds, bounds[1:])]
+        return [hidden_RH[start:stop] for start, stop in pairwise(bounds)]
 
     def _new_decode(self, size: int) -> _Decode:
         config, rows, is_cuda = self.model.config, padded(size), self.device.type == "cuda"
@@ -238,7 +249,7 @@ class PagedModel:
             decode.paged,
             rows=pages.num_sequences,
             experts=experts,
-            fetched=decode.values.__getitem__,
+            fetched=lambda layer: decode.values[layer],
             starts_1R=inputs[5].bool()[None] if self._has_starts else None,
         )
         return self.model.logits(hidden_RH)
@@ -273,7 +284,7 @@ class PagedModel:
         staged[2] = 1
         positions = np.array([chunk.lease.length for chunk in chunks])
         at = np.array([chunk.lease.pages[chunk.lease.length // self.page] for chunk in chunks])
-        staged[0, :count] = [chunk.tokens[0] for chunk in chunks]
+        staged[0, :count] = [chunk.known[chunk.lease.length] for chunk in chunks]
         staged[1, :count] = positions
         staged[2, :count] = positions + 1
         staged[3, :count] = at * self.page + positions % self.page
