@@ -26,6 +26,8 @@ FLOORS = {
         "metrics",
         "planning",
         "run",
+        "gpu",
+        "device",
         "checks",
         "opening",
         "fleet",

@@ -15,6 +15,7 @@ from sparseray.actors.engine_role import EngineRole
 from sparseray.actors.exchange.answers import Answers
 from sparseray.actors.exchange.by_message import Caller, MessageExchange
 from sparseray.actors.exchange.local import LocalExchange
+from sparseray.actors.exchange.on_device import OnDeviceExchange
 from sparseray.actors.exchange.protocol import Exchange
 from sparseray.actors.exchange.reduction import Reduction
 from sparseray.actors.installation import InstallPlan, JobSpec, pull_missing, restore
@@ -22,9 +23,12 @@ from sparseray.actors.observation import observe_worker
 from sparseray.actors.serving.enduring import EnduringExchange
 from sparseray.actors.serving.engine import Engine
 from sparseray.actors.state.assignment import Plan
+from sparseray.actors.state.dense_slab import DenseSlabs
 from sparseray.actors.state.holdings import Holdings
 from sparseray.actors.state.pieces import DENSE, Piece
-from sparseray.actors.training.worker import AttentionWorker, Batches
+from sparseray.actors.state.whole_experts import WholeExperts
+from sparseray.actors.training.objective import BatchSource
+from sparseray.actors.training.worker import AttentionWorker
 from sparseray.actors.wire.envelope import INGRESS, SCHEDULER, Body, Message
 from sparseray.actors.wire.messages import (
     Commit,
@@ -54,8 +58,8 @@ class Job(Protocol):
 
     def holdings(self) -> Holdings: ...
     def engine(self, model: Transformer, exchange: Exchange | EnduringExchange) -> Engine | None: ...
-    def train_batches(self) -> Batches: ...
-    def validation_batches(self) -> Batches: ...
+    def train_batches(self) -> BatchSource: ...
+    def validation_batches(self) -> BatchSource: ...
     def read(self, directory: str, names: Sequence[str]) -> dict[str, Tensor]: ...
     def write(self, directory: str, name: str, tensors: dict[str, Tensor]) -> dict[str, SavedTensor]: ...
     def observe(self, name: str, value: float, **labels: str) -> None: ...
@@ -168,7 +172,9 @@ class Roles:
         if not plan.parts_of(me):
             return
         assert dense is not None
-        if plan.holders == {me}:
+        if isinstance(dense, DenseSlabs) and isinstance(experts, WholeExperts):
+            self.exchange = OnDeviceExchange(dense, experts, self.holdings, self.mailbox)
+        elif plan.holders == {me}:
             self.exchange = LocalExchange(self.holdings, self.reduction, me, self.job.observe)
         else:
             self.exchange = MessageExchange(

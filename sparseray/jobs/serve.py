@@ -22,7 +22,7 @@ from sparseray.log import get_logger
 from sparseray.platform import config as configuration
 from sparseray.platform.config import ClusterConfig, RunConfig, ServeConfig
 from sparseray.platform.metrics.discovery import entries, publish, state_directory
-from sparseray.platform.opening import open_serving, serving_inventory, slots_of
+from sparseray.platform.settings import expand_path
 
 log = get_logger(__name__)
 
@@ -53,7 +53,8 @@ def main(arguments: Sequence[str]) -> int:
         made = parser.instantiate(options)
         serve = ServeConfig(**{**vars(made.serve), "host": options.host, "port": options.port})
         http = read_options(options, serve.host)
-        return run(Path(options.checkpoint).expanduser(), serve, ClusterConfig(**vars(made.cluster)), http)
+        directory = Path(expand_path(options.checkpoint, "--checkpoint"))
+        return run(directory, serve, ClusterConfig(**vars(made.cluster)), http)
     except UserError as error:
         return configuration.die(error)
     except RunFailedError as error:
@@ -72,6 +73,8 @@ def run(directory: Path, serve: ServeConfig, cluster_config: ClusterConfig, http
         UserError: checkpoint, port or cluster do not fit.
         RunFailedError: the slots did not come up.
     """
+    from sparseray.platform.opening import open_serving
+
     config = open_serving(directory, serve, cluster_config)
     from sparseray.jobs.http.server import HttpServer, address_url, create_app, listen
     from sparseray.jobs.http.serving_model import read_served
@@ -123,6 +126,7 @@ def engines(directory: Path, config: RunConfig, name: str) -> Iterator[tuple[Any
     from sparseray.jobs.http.ingress import Ingress
     from sparseray.platform.cluster import Cluster, ask
     from sparseray.platform.fleet.transport import ZmqTransport, private_directory
+    from sparseray.platform.opening import serving_inventory, slots_of
     from sparseray.platform.serving import Served
 
     home = state_directory() / "servers" / uuid.uuid4().hex[:12]

@@ -36,6 +36,10 @@ class Ops(Protocol):
         """
         ...
 
+    def embedding(self, tokens_R: Tensor, weight_VH: Tensor) -> Tensor:
+        """Rows of the weight, [R, H]; their gradients are summed in an order that depends on the tokens alone."""
+        ...
+
     def rms_norm(self, x: Tensor, weight_H: Tensor, eps: float) -> Tensor:
         """Root-mean-square norm of the last axis, computed in fp32 and returned in the dtype of x."""
         ...
@@ -214,6 +218,42 @@ class Ops(Protocol):
 
         Returns:
             fp32 scalar.
+        """
+        ...
+
+    def squared_norms(self, tensors: Sequence[Tensor], rows: Sequence[int]) -> Tensor:
+        """Sums of the squares of every tensor's rows, one after another: fp32 on the device; no gradient.
+
+        Args:
+            tensors: contiguous.
+            rows: into how many equal rows each is cut; 1 for the whole.
+        """
+        ...
+
+    def adamw_step(
+        self,
+        master: Tensor,
+        first: Tensor,
+        second: Tensor,
+        gradient: Tensor,
+        *,
+        copy: Tensor | None,
+        scale: Tensor,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+        step: int,
+    ) -> None:
+        """Update weights and moments in place, in fp32 (arXiv 1711.05101).
+
+        Args:
+            master: fp32, contiguous; the other tensors have its number of elements.
+            first, second: moments, fp32 or bf16, zeros before the first step.
+            gradient: fp32 or bf16.
+            copy: overwritten with the new weights; None keeps none.
+            scale: fp32 scalar that the gradient is multiplied with.
+            step: of this update, from 1 on.
         """
         ...
 

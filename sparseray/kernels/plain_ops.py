@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparseray.errors import ConfigError
+from sparseray.kernels.dense.reference import adamw_reference, squared_norms_reference
 from sparseray.kernels.dse.reference import Fusion, context_gate, ngram_hash, short_conv
 from sparseray.kernels.moe.expert_sum import expert_sum
 from sparseray.kernels.moe.reference import route, stable_topk
@@ -29,6 +30,9 @@ class PlainOps:
         if not invariant or x_RI.shape[0] <= ROW_BLOCK or x_RI.is_cuda:
             return F.linear(x_RI, weight_OI, bias_O)
         return torch.cat([F.linear(block, weight_OI, bias_O) for block in torch.split(x_RI, ROW_BLOCK)])
+
+    def embedding(self, tokens_R: Tensor, weight_VH: Tensor) -> Tensor:
+        return F.embedding(tokens_R, weight_VH)
 
     def rms_norm(self, x: Tensor, weight_H: Tensor, eps: float) -> Tensor:
         return F.rms_norm(x.float(), weight_H.shape, weight_H.float(), eps).to(x.dtype)
@@ -208,3 +212,38 @@ class PlainOps:
             return F.cross_entropy(logits_RV, targets_R, ignore_index=-1, reduction="sum")
         losses_R = F.cross_entropy(logits_RV, targets_R, ignore_index=-1, reduction="none")
         return (losses_R * weights_R).sum()
+
+    @torch.no_grad()
+    def squared_norms(self, tensors: Sequence[Tensor], rows: Sequence[int]) -> Tensor:
+        return squared_norms_reference(tensors, rows)
+
+    @torch.no_grad()
+    def adamw_step(
+        self,
+        master: Tensor,
+        first: Tensor,
+        second: Tensor,
+        gradient: Tensor,
+        *,
+        copy: Tensor | None,
+        scale: Tensor,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+        step: int,
+    ) -> None:
+        adamw_reference(
+            master,
+            first,
+            second,
+            gradient.view_as(master),
+            scale=scale,
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            step=step,
+        )
+        if copy is not None:
+            copy.copy_(master.view_as(copy))

@@ -18,15 +18,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
 from sparseray.errors import ConfigError
+from sparseray.kernels.dense.adamw import adamw_step
+from sparseray.kernels.dense.embedding import embedding_grad_
 from sparseray.kernels.dense.head_loss import head_loss
 from sparseray.kernels.dense.rms_norm import add_rms_norm, rms_norm
 from sparseray.kernels.dense.rope import rope
+from sparseray.kernels.dense.squared_norm import squared_norms
 from sparseray.kernels.dense.swiglu import swiglu
 from sparseray.kernels.dse import fusion as dse_fusion
 from sparseray.kernels.dse import rows as dse_rows
@@ -81,8 +85,28 @@ def _numbers(count: int, device: torch.device) -> Tensor:
     return torch.arange(count, device=device, dtype=torch.int32)
 
 
+class _Embedding(torch.autograd.Function):
+    """Rows of a matrix; torch's own backward pass may sum in an order that changes from run to run."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens_R: Tensor, weight_VH: Tensor) -> Tensor:
+        ctx.save_for_backward(tokens_R)
+        ctx.like = weight_VH
+        return weight_VH[tokens_R]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
+        (tokens_R,) = ctx.saved_tensors
+        sums_VH = torch.empty(ctx.like.shape, dtype=torch.float32, device=tokens_R.device)
+        return None, embedding_grad_(sums_VH, tokens_R, grads[0]).to(ctx.like.dtype)
+
+
 class TritonOps(PlainOps):
     """See `Ops` for what each operation does."""
+
+    def embedding(self, tokens_R: Tensor, weight_VH: Tensor) -> Tensor:
+        out_RH: Tensor = _Embedding.apply(tokens_R, weight_VH)
+        return out_RH
 
     def rms_norm(self, x: Tensor, weight_H: Tensor, eps: float) -> Tensor:
         return rms_norm(x, weight_H, eps)
@@ -253,6 +277,38 @@ class TritonOps(PlainOps):
         h, key, value = (x.unflatten(0, shape) for x in (h_RH, key_RH, value_RH))
         out_BTH = dse_fusion.memory_output(h, key, value, fusion, document_starts_BT=starts_BT)
         return out_BTH.flatten(0, 1)
+
+    def squared_norms(self, tensors: Sequence[Tensor], rows: Sequence[int]) -> Tensor:
+        return squared_norms(tensors, rows)
+
+    def adamw_step(
+        self,
+        master: Tensor,
+        first: Tensor,
+        second: Tensor,
+        gradient: Tensor,
+        *,
+        copy: Tensor | None,
+        scale: Tensor,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+        step: int,
+    ) -> None:
+        adamw_step(
+            master,
+            first,
+            second,
+            gradient,
+            copy=copy,
+            scale=scale,
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            step=step,
+        )
 
 
 TRITON = TritonOps()

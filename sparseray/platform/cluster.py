@@ -23,6 +23,7 @@ log = get_logger(__name__)
 
 OBJECT_STORE_BYTES = 128 << 20
 LOCAL_CPUS = 16
+CURES = {"CPU": "a smaller cluster.cpus_per_slot", "GPU": "cluster.device=cpu"}
 
 
 class Cluster:
@@ -46,15 +47,18 @@ class Cluster:
             self._check_room()
 
     def _check_room(self) -> None:
-        free, all_ = ray.available_resources().get("CPU", 0.0), ray.cluster_resources().get("CPU", 0.0)
-        asked = self.num_slots * self.config.cpus_per_slot
-        if asked > free:
-            ray.shutdown()
-            raise ClusterError(
-                f"{self.num_slots} slots of {self.config.cpus_per_slot:g} CPU ask for {asked:g} CPUs, and {free:g} of the "
-                f"cluster's {all_:g} are free; ask for fewer actors (cluster.*), a smaller cluster.cpus_per_slot, "
-                "or stop another job"
-            )
+        free, all_ = ray.available_resources(), ray.cluster_resources()
+        asked = {"CPU": self.num_slots * self.config.cpus_per_slot}
+        if self.config.device == "cuda":
+            asked["GPU"] = float(self.num_slots)
+        for kind, count in asked.items():
+            if count > free.get(kind, 0.0):
+                ray.shutdown()
+                raise ClusterError(
+                    f"{self.num_slots} slots of {count / self.num_slots:g} {kind} ask for {count:g} {kind}s, and "
+                    f"{free.get(kind, 0.0):g} of the cluster's {all_.get(kind, 0.0):g} are free; ask for fewer actors "
+                    f"(cluster.*), {CURES[kind]}, or stop another job"
+                )
 
     def start_scheduler(self, run_dir: Path, **arguments: Any) -> Any:
         """Start the scheduler of a run; Ray restarts it when it dies, and it outlives this process."""

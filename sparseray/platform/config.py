@@ -25,6 +25,7 @@ from sparseray.platform.settings import Setting, expand_path, nearest, read_file
 
 C = TypeVar("C")
 MOST_SLOTS = 1 << 16
+Determinism = typing.Literal["bitwise", "fast"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +56,7 @@ class OptimConfig:
         weight_decay: on matrices; never on vectors and memory rows.
         clip: limit of the global gradient norm, memory rows included.
         memory_lr_scale: factor on the learning rate of memory rows (5 in arXiv 2601.07372, appendix A).
+        moments: dtype of both moments of dense weights and experts; bfloat16 where one slot plays all roles.
     """
 
     lr: float = within(2e-3, 0.0, 1e3)
@@ -66,6 +68,7 @@ class OptimConfig:
     weight_decay: float = within(0.1, 0.0, 1e3)
     clip: float = within(1.0, 0.0, 1e9)
     memory_lr_scale: float = within(5.0, 0.0, 1e6)
+    moments: typing.Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
         check("optim", self)
@@ -85,6 +88,9 @@ class TrainConfig:
         keep_checkpoints: how many checkpoints stay.
         eval_every: steps between validations, 0 for only the last.
         eval_batches: validation batches of one logical shard's size.
+        dtype: that forward and backward compute in, beside fp32 master weights; bfloat16 where one slot plays all
+            roles. Routers, norms' statistics, softmax, loss and the update are fp32 in any case.
+        recompute: run each layer's forward pass again in the backward pass instead of keeping its activations.
     """
 
     steps: int = count(100)
@@ -96,6 +102,8 @@ class TrainConfig:
     keep_checkpoints: int = count(3)
     eval_every: int = count(50, 0)
     eval_batches: int = count(8)
+    dtype: typing.Literal["float32", "bfloat16"] = "float32"
+    recompute: bool = False
 
     def __post_init__(self) -> None:
         check("train", self)
@@ -109,6 +117,8 @@ class ClusterConfig:
         attention_workers, expert_shards, memory_shards: slots of each role.
         replication: holders of every piece of state.
         colocated: roles share slots; a call from a slot to itself is a function call.
+        device: "cpu", "cuda" (one slot with one GPU plays all roles), or "auto": cuda where the command finds a GPU
+            of compute capability 9 or more and the roles share one slot.
         threads_per_slot: torch threads; part of the bits of a result.
         cpus_per_slot: CPUs that Ray reserves for a slot.
         address: Ray address to join, for example "auto"; empty starts a local Ray.
@@ -127,6 +137,7 @@ class ClusterConfig:
     memory_shards: int = count(1, 1, MOST_SLOTS)
     replication: int = count(1, 1, MOST_SLOTS)
     colocated: bool = False
+    device: typing.Literal["auto", "cpu", "cuda"] = "auto"
     threads_per_slot: int = count(1, 1, 1024)
     cpus_per_slot: float = within(1.0, 0.0, 1024.0)
     address: str = ""
@@ -192,6 +203,8 @@ class RunConfig:
     Args:
         model, data, optim, train, cluster, serve, metrics: see each section.
         kernels: "reference" (plain PyTorch), "triton", or "auto": Triton on a GPU of compute capability 9 or more.
+        determinism: "bitwise" (gradients of the parts are summed along one tree, whatever the number of workers), or
+            "fast": on a GPU one after another in place, which takes less memory.
         run_dir: folder of the run.
     """
 
@@ -203,6 +216,7 @@ class RunConfig:
     serve: ServeConfig = field(default_factory=ServeConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     kernels: Kernels = "auto"
+    determinism: Determinism = "bitwise"
     run_dir: str = "runs/run"
 
     def __post_init__(self) -> None:
@@ -243,6 +257,12 @@ def parser(prog: str, description: str) -> jsonargparse.ArgumentParser:
         help="what the model computes with; auto: Triton on a GPU of compute capability 9 or more",
     )
     found.add_argument(
+        "--determinism",
+        type=Determinism,
+        default=RunConfig.determinism,
+        help="order in which gradients of a step's parts are summed; fast: in place, on a GPU",
+    )
+    found.add_argument(
         "--run_dir", type=str, default=RunConfig.run_dir, help="folder of the run; resumes what it holds"
     )
     return found
@@ -262,9 +282,9 @@ def parse(arguments: Sequence[str], *, prog: str, description: str) -> RunConfig
     if {"-h", "--help"} & set(arguments):
         parser(prog, description).print_help()
         raise SystemExit(0)
-    settings = read_options([word for word in arguments if word != "--print_config"], RunConfig)
+    settings = read_options([w for w in arguments if w.partition("=")[0] != "--print_config"], RunConfig)
     config = _build(settings)
-    if "--print_config" in arguments:
+    if any(word.partition("=")[0] == "--print_config" for word in arguments):
         print(yaml.safe_dump(to_dict(config), sort_keys=False), end="")
         raise SystemExit(0)
     return config

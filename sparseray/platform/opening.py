@@ -14,6 +14,7 @@ from sparseray.model.dse_layout import DSELayout
 from sparseray.platform import config as configuration
 from sparseray.platform.checks import check_cluster, check_folder, check_start
 from sparseray.platform.config import ClusterConfig, RunConfig, ServeConfig
+from sparseray.platform.device import resolve_device
 from sparseray.platform.planning.inventory import Inventory, num_slots
 from sparseray.platform.run import checkpoint
 from sparseray.platform.run.folder import RunFolder
@@ -98,6 +99,7 @@ def open_training(config: RunConfig) -> TrainingInputs:
         UserError: something does not fit; nothing was written.
     """
     check_cluster(config.cluster, training_inventory(config))
+    config = resolve_device(config)
     check_start(config.cluster)
     check_folder(Path(config.run_dir), "run_dir")
     data = open_data(config)

@@ -202,10 +202,12 @@ class Trainer:
     ) -> dict[str, Any]:
         order = sorted(reports.parts)
         tokens = sum(reports.parts[part].tokens for part in order)
+        peak = max(reports.parts[part].device_bytes for part in order)
+        weight = math.fsum(reports.parts[part].weight for part in order)
         load = counts.max(1) / np.maximum(counts.mean(1), 1e-9) if counts.size else np.ones(1)
         return {
             "step": step,
-            "loss": math.fsum(reports.parts[part].loss_sum for part in order) / tokens,
+            "loss": math.fsum(reports.parts[part].loss_sum for part in order) / weight,
             "aux_loss": math.fsum(reports.parts[part].aux_loss for part in order) / len(order),
             "grad_norm": norm,
             "lr": lr,
@@ -216,6 +218,7 @@ class Trainer:
             "expert_load": counts.tolist(),
             "generation": self.plan.generation,
             "time": time.time(),
+            **({"device_gib": peak / 2**30} if peak else {}),
         }
 
     def _measure(self, reports: StepReports, record: dict[str, Any]) -> None:
@@ -228,14 +231,14 @@ class Trainer:
             (index, self.plan.part_owners[index % self.config.train.logical_shards])
             for index in range(self.validation.batches)
         )
-        found: dict[int, tuple[float, int]] = {}
+        found: dict[int, tuple[float, float]] = {}
         with self.ledger.state("evaluating"):
             self.control.post(self.plan.attention, Evaluate(batches=batches), step=self.step + 1)
             for message in self.control.messages(Evaluated):
                 found |= message.body.losses
                 if len(found) == len(batches):
                     break
-        tokens = sum(value[1] for value in found.values())
+        tokens = round(math.fsum(value[1] for value in found.values()))
         loss = math.fsum(found[index][0] for index in sorted(found)) / tokens
         bits = loss / math.log(2.0) / self.validation.bytes_per_token
         record = {"step": self.step, "eval_loss": loss, "eval_bits_per_byte": bits, "eval_tokens": tokens}
@@ -255,10 +258,7 @@ class Trainer:
         except (OSError, UserError) as error:
             checkpoint.give_up(self.folder.checkpoints, self.step)
             text = f"no checkpoint of step {self.step}: {' '.join(str(error).split())}"
-            members = set(self.control.fleet.members())
-            self.generations.events.tell(
-                "unsaved", self.step, text, generation=self.plan.generation, plan=self.plan, members=members
-            )
+            self.generations.tell("unsaved", self.step, text)
             if self._is_last:
                 raise UserError(
                     f"{text}; free space or mend {self.folder.checkpoints}, and the same command goes on from the "

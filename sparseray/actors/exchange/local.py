@@ -88,7 +88,7 @@ class LocalExchange(Abortable):
     def reduce(self, step: int, part: int, gradients: PartGradients) -> None:
         """Add a part's gradients to the sums that lie here."""
         self.check()
-        self.reduction.add_dense(part, gradients.dense)
+        self.reduction.add_dense(part, gradients)
         self.reduction.finish(step, part, [sum_rows(rows, values) for rows, values in gradients.rows])
         self.reduction.dense_complete(step)
 

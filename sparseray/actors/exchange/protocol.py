@@ -74,11 +74,11 @@ class PartGradients:
     """Gradients of one part of a step.
 
     Args:
-        dense: fp32 [P].
+        dense: fp32 [P] alone, or, where they stay on a device, one gradient for each parameter.
         rows: addresses int64 [N] and gradients [N, D] of each memory layer, in order, with repeats.
     """
 
-    dense: Tensor
+    dense: list[Tensor]
     rows: tuple[tuple[Tensor, Tensor], ...]
 
 

@@ -2,7 +2,7 @@
 
 Dense gradients go to the first dense holder, which shares the sum; experts and memory rows are
 reduced where they live, and primaries send the sum to their backups. Sums follow tree.py, so
-arrival order is free. Phase one of the commit (platform/training.py has phase two).
+arrival order is free. Phase one of the commit (platform/trainer.py has phase two).
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -65,9 +65,10 @@ class Reduction:
             RowsReduced: self._rows_reduced,
         }
 
-    def add_dense(self, part: int, gradient: Tensor) -> None:
+    def add_dense(self, part: int, gradients: PartGradients) -> None:
         """At an attention worker: add a part's dense gradient [P] to what this slot has."""
         assert self.dense is not None
+        (gradient,) = gradients.dense
         self.dense.tree.add(0, part, gradient)
 
     def send_part(
@@ -84,7 +85,7 @@ class Reduction:
             gradients: of the part.
             owner_of: slot that answers for each row of a memory layer.
         """
-        self.add_dense(part, gradients.dense)
+        self.add_dense(part, gradients)
         sums = [sum_rows(addresses, values) for addresses, values in gradients.rows]
         owners = [owner_of(layer, rows) for layer, (rows, _) in enumerate(sums)]
         memory_slots = self.plan.memory_primaries

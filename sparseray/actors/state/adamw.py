@@ -117,5 +117,8 @@ class AdamW:
         """Restore what `tensors` gave, at a step count."""
         for name, parameter in zip(names, parameters):
             device = parameter.device
-            first, second = (tensors[name + part].to(device, copy=True) for part in (EXP_AVG, EXP_AVG_SQ))
+            # A GPU may have kept them in bf16.
+            first, second = (
+                tensors[name + part].to(device, torch.float32, copy=True) for part in (EXP_AVG, EXP_AVG_SQ)
+            )
             self._moments[parameter] = (torch.tensor(float(step), device=device), first, second)

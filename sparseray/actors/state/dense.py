@@ -27,6 +27,7 @@ class DenseState:
         num_parts: logical parts of a step.
         betas, eps, weight_decay: of `AdamW`.
         ops: what the model computes with.
+        recompute: as in `Transformer`.
     """
 
     def __init__(
@@ -40,12 +41,13 @@ class DenseState:
         eps: float,
         weight_decay: float,
         ops: Ops = REFERENCE,
+        recompute: bool = False,
     ) -> None:
-        self.model = Transformer(config, layout, seed=seed, ops=ops)
+        self.model = Transformer(config, layout, seed=seed, ops=ops, recompute=recompute)
         self.names = [name for name, _ in self.model.named_parameters()]
         self.parameters = list(self.model.parameters())
         self.biases = {name: b for name, b in self.model.named_buffers() if name.endswith("router_bias")}
-        self.num_parts = num_parts
+        self.num_parts, self.device = num_parts, torch.device("cpu")
         self.adamw = AdamW(betas=betas, eps=eps, weight_decay=weight_decay)
         self.reduced: Tensor | None = None
         self.tree = self._new_tree()
@@ -53,14 +55,14 @@ class DenseState:
     def _new_tree(self) -> TreeSum[Tensor]:
         return TreeSum(self.num_parts, lambda left, right: left.add_(right))
 
-    def take_gradient(self) -> Tensor:
-        """Flatten the parameters' gradients of one logical part and clear them; fp32 [P]."""
+    def take_gradients(self) -> list[Tensor]:
+        """Flatten the parameters' gradients of one logical part and clear them; one tensor, fp32 [P]."""
         flat = torch.cat(
             [(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in self.parameters]
         )
         for parameter in self.parameters:
             parameter.grad = None
-        return flat
+        return [flat]
 
     def norms(self) -> dict[str, float]:
         """Squared norm of the reduced gradient of every parameter, by name."""
@@ -78,6 +80,11 @@ class DenseState:
         """The gradient summed over all logical parts."""
         assert self.reduced is not None, "no reduced gradient yet"
         return self.reduced
+
+    @property
+    def is_reduced(self) -> bool:
+        """Whether the gradient of the step is complete."""
+        return self.reduced is not None
 
     def apply(self, *, lr: float, scale: float, counts_LE: Tensor) -> None:
         """Update the weights and the router biases once; forgets the gradient.

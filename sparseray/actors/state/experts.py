@@ -4,7 +4,9 @@ Forward and backward run per (step, logical part, moe layer) on rows in a fixed 
 after another, so no bit depends on which shard holds an expert. DeepSeekMoE, arXiv 2401.06066.
 """
 
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from zlib import crc32
 
@@ -32,6 +34,7 @@ class ExpertShard:
         seed, num_parts, betas, eps, weight_decay: as in `DenseState`.
         device: where weights, moments and gradients live.
         compute_dtype: dtype that forward and backward compute in; None for fp32, from the masters themselves.
+        moments: dtype of both moments.
     """
 
     def __init__(
@@ -45,13 +48,20 @@ class ExpertShard:
         weight_decay: float,
         device: torch.device | str = "cpu",
         compute_dtype: torch.dtype | None = None,
+        moments: torch.dtype = torch.float32,
     ) -> None:
         self.config, self.seed, self.num_parts = config, seed, num_parts
         self.device = torch.device(device)
         self.shapes = [expert_shape(config, part) for part in EXPERT_PARTS]
         self.size = sum(rows * columns for rows, columns in self.shapes)
         self.slabs = [
-            ExpertSlab(config.moe.expert_dim, config.hidden, device=self.device, compute_dtype=compute_dtype)
+            ExpertSlab(
+                config.moe.expert_dim,
+                config.hidden,
+                device=self.device,
+                compute_dtype=compute_dtype,
+                moments=moments,
+            )
             for _ in config.moe_layers
         ]
         self.owned: list[Key] = []
@@ -79,11 +89,16 @@ class ExpertShard:
     def initialize(self, keys: Sequence[Key]) -> None:
         """Draw the first weights of `keys` from the seed."""
         self._take(keys, 0)
-        for key in keys:
+
+        def draw(key: Key) -> None:
             slab, layer = self.slabs[key[0]], self.config.moe_layers[key[0]]
             drawn = initial_expert(self.config, layer, key[1], seed=self.seed)
             for matrix, value in zip(slab.matrices(slab.weights, key[1]), drawn.values()):
                 matrix.copy_(value)
+
+        # Each draw has a generator of its own and lets other threads run.
+        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+            list(pool.map(draw, keys))
         self._refresh()
 
     def _take(self, keys: Sequence[Key], updates: int) -> None:

@@ -59,6 +59,8 @@ class Holdings:
     def initialize(self, pieces: Sequence[Piece]) -> None:
         """Make pieces from the seed."""
         if DENSE in pieces:
+            # Not beside another: they may be as large as the device.
+            self.dense = self._spare = None
             self.dense = self._new_dense()
         self.experts.initialize(keys_of(pieces, "expert"))
         if self.memory is not None:
@@ -143,7 +145,7 @@ class Holdings:
     @property
     def is_reduced(self) -> bool:
         """Whether everything assigned here has its reduced gradient."""
-        dense = self.dense is None or not self._owns_dense or self.dense.reduced is not None
+        dense = self.dense is None or not self._owns_dense or self.dense.is_reduced
         memory = self.memory is None or self.memory.is_reduced
         return dense and self.experts.is_reduced and memory
 

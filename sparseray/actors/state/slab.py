@@ -25,13 +25,20 @@ class ExpertSlab:
         inner, hidden: widths of an expert.
         device: where the tensors live.
         compute_dtype: dtype of the copy that kernels read; None reads the master itself.
+        moments: dtype of both moments.
     """
 
     def __init__(
-        self, inner: int, hidden: int, *, device: torch.device | str, compute_dtype: torch.dtype | None
+        self,
+        inner: int,
+        hidden: int,
+        *,
+        device: torch.device | str,
+        compute_dtype: torch.dtype | None,
+        moments: torch.dtype = torch.float32,
     ) -> None:
         self.inner, self.hidden, self.device = inner, hidden, torch.device(device)
-        self.compute_dtype = compute_dtype
+        self.compute_dtype, self._moments_dtype = compute_dtype, moments
         self.rows: dict[int, int] = {}
         self._fields: dict[str, Matrices] = {"": self._pair(torch.empty, torch.float32)}
         self._compute: Matrices | None = None
@@ -85,7 +92,7 @@ class ExpertSlab:
             self._fields = {"": self._fields[""]}
         to, source = ([rows[expert] for expert in common] for rows in (self.rows, old))
         for name, before in self._fields.items():
-            after = self._pair(torch.zeros if name else torch.empty, torch.float32)
+            after = self._pair(torch.zeros if name else torch.empty, before[0].dtype)
             for new, tensor in zip(after, before):
                 new[to] = tensor[source]
             self._fields[name] = after
@@ -105,7 +112,7 @@ class ExpertSlab:
         """First and second moments; zeros before the first step."""
         for name in MOMENTS:
             if name not in self._fields:
-                self._fields[name] = self._pair(torch.zeros, torch.float32)
+                self._fields[name] = self._pair(torch.zeros, self._moments_dtype)
         return self._fields[EXP_AVG], self._fields[EXP_AVG_SQ]
 
     def fields(self, *, with_optimizer: bool) -> dict[str, Matrices]:

@@ -88,18 +88,24 @@ class PartDone(Body):
     """What one part of a step gave.
 
     Args:
-        loss_sum: cross-entropy summed over its tokens, nats.
+        loss_sum: loss summed over its tokens, each times its weight; nats.
+        weight: sum of these weights.
         aux_loss: balance loss.
+        metrics: further losses by name.
         tokens: number of targets.
         seconds: spent by phase, in this step so far.
         counts_LE: int64, tokens per moe layer and expert.
+        device_bytes: most memory that the slot has had reserved on its GPU; 0 without one.
     """
 
     loss_sum: float
+    weight: float
     aux_loss: float
+    metrics: dict[str, float]
     tokens: int
     seconds: dict[str, float]
     counts_LE: Tensor
+    device_bytes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,9 +125,9 @@ class Prepared(Body):
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluated(Body):
-    """Validation batch to (loss sum in nats, tokens)."""
+    """Validation batch to (loss sum in nats, sum of weights)."""
 
-    losses: dict[int, tuple[float, int]]
+    losses: dict[int, tuple[float, float]]
 
 
 @dataclass(frozen=True, kw_only=True)

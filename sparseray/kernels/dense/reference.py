@@ -4,6 +4,7 @@ Shapes: R rows (tokens), H hidden, V vocabulary, I inner width, N heads, D chann
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -55,7 +56,7 @@ def swiglu_reference(gate_up: Tensor) -> Tensor:
 
 
 def adamw_reference(
-    master: Tensor, first: Tensor, second: Tensor, gradient: Tensor, *, scale: float, lr: float,
+    master: Tensor, first: Tensor, second: Tensor, gradient: Tensor, *, scale: float | Tensor, lr: float,
     betas: tuple[float, float], eps: float, weight_decay: float, step: int,
 ) -> None:  # fmt: skip
     """One update in place, moments and master in at least fp32. Source: arXiv 1711.05101, algorithm 2.
@@ -72,6 +73,17 @@ def adamw_reference(
     master.sub_(lr / (1.0 - betas[0] ** step) * m / (v.sqrt() / root + eps))
     first.copy_(m)
     second.copy_(v)
+
+
+def squared_norms_reference(tensors: Sequence[Tensor], rows: Sequence[int]) -> Tensor:
+    """Sum of the squares of every tensor's rows, one after another, summed in fp64 and rounded to fp32.
+
+    Args:
+        tensors: any shapes.
+        rows: into how many equal rows each is cut.
+    """
+    parts = [x.reshape(r, -1).double().square().sum(1) for x, r in zip(tensors, rows)]
+    return torch.cat(parts).float()
 
 
 def embedding_grad_reference(ids_R: Tensor, grads_RH: Tensor, num_rows: int) -> Tensor:

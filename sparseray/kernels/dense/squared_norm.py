@@ -1,9 +1,12 @@
-"""Squared norm of many tensors, summed in an order that depends on their sizes alone, and the scale that clips by it.
+"""Squared norms of many tensors, summed in an order that depends on their sizes alone, and the scale that clips by one.
 
-Each program adds up one piece of a tensor; the last launch adds the pieces in order, in fp64.
+Each program adds up one piece of a row; the last launch adds each sum's pieces in order, in fp64.
+Oracle: `reference.squared_norms_reference`.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
+from itertools import accumulate
 
 import torch
 import triton
@@ -16,23 +19,57 @@ PIECE, TILE = 1 << 16, 8192
 
 
 @triton.jit
-def _pieces_kernel(p_x, p_sums, n, PIECE: tl.constexpr, TILE: tl.constexpr):
-    first = tl.program_id(0).to(tl.int64) * PIECE
+def _pieces_kernel(p_x, p_sums, n, pieces, PIECE: tl.constexpr, TILE: tl.constexpr):
+    """One piece of one of the rows, which have n elements each."""
+    row = (tl.program_id(0) // pieces).to(tl.int64)
+    first = (tl.program_id(0) % pieces).to(tl.int64) * PIECE
     acc = tl.zeros([TILE], tl.float32)
     for start in range(0, PIECE, TILE):
         o = first + start + tl.arange(0, TILE)
-        b = tl.load(p_x + o, mask=o < n, other=0.0).to(tl.float32)
+        b = tl.load(p_x + row * n + o, mask=o < n, other=0.0).to(tl.float32)
         acc += b * b
     tl.store(p_sums + tl.program_id(0), tl.sum(acc, 0))
 
 
 @triton.jit
-def _total_kernel(p_sums, p_total, n, TILE: tl.constexpr):
+def _totals_kernel(p_sums, p_first, p_totals, TILE: tl.constexpr):
+    """The sum of the pieces [first[i], first[i + 1])."""
+    i = tl.program_id(0)
+    last = tl.load(p_first + i + 1)
     acc = tl.zeros([TILE], tl.float64)
-    for start in range(0, n, TILE):
+    for start in range(tl.load(p_first + i), last, TILE):
         o = start + tl.arange(0, TILE)
-        acc += tl.load(p_sums + o, mask=o < n, other=0.0).to(tl.float64)
-    tl.store(p_total, tl.sum(acc, 0).to(tl.float32))
+        acc += tl.load(p_sums + o, mask=o < last, other=0.0).to(tl.float64)
+    tl.store(p_totals + i, tl.sum(acc, 0).to(tl.float32))
+
+
+@lru_cache(maxsize=8)
+def _first(counts: tuple[int, ...], device: torch.device) -> Tensor:
+    """Where each sum's pieces begin, and where they all end; copied to the device once."""
+    return torch.tensor([0, *accumulate(counts)], dtype=torch.int32, device=device)
+
+
+def _pieces(tensors: Sequence[Tensor], rows: Sequence[int]) -> tuple[Tensor, list[int]]:
+    """Sums of all pieces, and how many each of a tensor's rows has."""
+    counts = [triton.cdiv(x.numel() // max(1, r), PIECE) for x, r in zip(tensors, rows)]
+    sizes = [count * r for count, r in zip(counts, rows)]
+    sums = torch.empty(sum(sizes), dtype=torch.float32, device=tensors[0].device)
+    for x, r, count, part in zip(tensors, rows, counts, sums.split(sizes)):
+        if not x.is_contiguous():
+            raise ValueError(f"squared_norm: {tuple(x.shape)} with strides {x.stride()} is not contiguous")
+        if x.numel():
+            n = x.numel() // r
+            launch_kernel(
+                _pieces_kernel, (part.numel(),), x, part, n, count, PIECE=PIECE, TILE=TILE, num_warps=4
+            )
+    return sums, counts
+
+
+def _totals(sums: Tensor, counts: tuple[int, ...]) -> Tensor:
+    totals = torch.empty(len(counts), dtype=torch.float32, device=sums.device)
+    first = _first(counts, sums.device)
+    launch_kernel(_totals_kernel, (len(counts),), sums, first, totals, TILE=TILE, num_warps=8)
+    return totals
 
 
 @torch.no_grad()
@@ -42,18 +79,20 @@ def squared_norm(tensors: Sequence[Tensor]) -> Tensor:
     Args:
         tensors: at least one, contiguous, of one device; bf16, fp16 or fp32.
     """
-    counts = [triton.cdiv(x.numel(), PIECE) for x in tensors]
-    sums = torch.empty(sum(counts), dtype=torch.float32, device=tensors[0].device)
-    total = torch.empty((), dtype=torch.float32, device=sums.device)
-    for x, part in zip(tensors, sums.split(counts)):
-        if not x.is_contiguous():
-            raise ValueError(f"squared_norm: {tuple(x.shape)} with strides {x.stride()} is not contiguous")
-        if x.numel():
-            launch_kernel(
-                _pieces_kernel, (part.numel(),), x, part, x.numel(), PIECE=PIECE, TILE=TILE, num_warps=4
-            )
-    launch_kernel(_total_kernel, (1,), sums, total, sums.numel(), TILE=TILE, num_warps=8)
-    return total
+    sums, _ = _pieces(tensors, [1] * len(tensors))
+    return _totals(sums, (sums.numel(),))[0]
+
+
+@torch.no_grad()
+def squared_norms(tensors: Sequence[Tensor], rows: Sequence[int]) -> Tensor:
+    """Sums of the squares of every tensor's rows, one after another: fp32, the same bits in every run.
+
+    Args:
+        tensors: at least one, contiguous, of one device; bf16, fp16 or fp32.
+        rows: into how many equal rows each is cut; 1 for the whole.
+    """
+    sums, counts = _pieces(tensors, rows)
+    return _totals(sums, tuple(count for count, r in zip(counts, rows) for _ in range(r)))
 
 
 def clip_scale(squared: Tensor, max_norm: float) -> Tensor:

@@ -13,19 +13,23 @@ from sparseray.actors.serving.enduring import EnduringExchange
 from sparseray.actors.serving.engine import Engine
 from sparseray.actors.serving.grammar import Grammars
 from sparseray.actors.state.dense import DenseState
+from sparseray.actors.state.dense_slab import DenseSlabs
 from sparseray.actors.state.experts import ExpertShard
 from sparseray.actors.state.holdings import Holdings
 from sparseray.actors.state.memory import MemoryShard
-from sparseray.actors.training.token_data import TokenDataset, batch
-from sparseray.actors.training.worker import Batch, Batches
+from sparseray.actors.state.whole_experts import WholeExperts
+from sparseray.actors.training.token_data import TokenBatches, TokenDataset
 from sparseray.actors.wire.messages import SavedTensor
 from sparseray.errors import IdentityError
 from sparseray.kernels.ops import ops_for
 from sparseray.model.dse_layout import DSELayout
 from sparseray.model.transformer import Transformer
 from sparseray.platform.config import RunConfig, from_dict
+from sparseray.platform.device import is_whole
 from sparseray.platform.metrics.exporter import Metrics
 from sparseray.platform.run import checkpoint
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class SlotJob:
@@ -59,6 +63,11 @@ class SlotJob:
             "num_parts": self.config.train.logical_shards,
         }
         self._adam: dict[str, Any] = {"betas": (optim.beta1, optim.beta2), "eps": optim.eps}
+        self._decay: dict[str, Any] = {"weight_decay": optim.weight_decay, **self._shared, **self._adam}
+        self._is_whole = not self.is_serving and is_whole(self.config)
+        self.device = torch.device(
+            "cuda" if self._is_whole and self.config.cluster.device == "cuda" else "cpu"
+        )
         self._datasets: dict[str, TokenDataset] = {}
 
     def _table_rows(self) -> list[int]:
@@ -68,16 +77,31 @@ class SlotJob:
             else [self.layout.num_rows(layer) for layer in self.config.model.dse.layers]
         )
 
+    def _slabs(self) -> dict[str, Any]:
+        """What states on one device are made with, beside what all are."""
+        config = self.config
+        return {
+            "device": self.device,
+            "ops": ops_for(config.kernels, self.device),
+            "moments": DTYPES[config.optim.moments],
+            "determinism": config.determinism,
+            **self._decay,
+        }
+
     def _dense(self) -> DenseState:
-        decay, ops = self.config.optim.weight_decay, ops_for(self.config.kernels, torch.device("cpu"))
-        return DenseState(
-            self.config.model, self.layout, weight_decay=decay, ops=ops, **self._shared, **self._adam
-        )
+        model, train = self.config.model, self.config.train
+        if self._is_whole:
+            dtype = DTYPES[train.dtype]
+            return DenseSlabs(model, self.layout, dtype=dtype, recompute=train.recompute, **self._slabs())
+        return DenseState(model, self.layout, ops=ops_for(self.config.kernels, self.device), **self._decay)
 
     def holdings(self) -> Holdings:
         """Build a slot's state, empty."""
-        model, decay = self.config.model, self.config.optim.weight_decay
-        experts = ExpertShard(model, weight_decay=decay, **self._shared, **self._adam)
+        model, dtype = self.config.model, DTYPES[self.config.train.dtype]
+        experts = ExpertShard(model, **self._decay)
+        if self._is_whole:
+            compute = None if dtype == torch.float32 else dtype
+            experts = WholeExperts(model, compute_dtype=compute, **self._slabs())
         memory = MemoryShard(model, self._table_rows(), **self._shared, **self._adam)
         return Holdings(self._dense, experts, memory if model.dse.layers else None)
 
@@ -101,33 +125,27 @@ class SlotJob:
             grammars=self._grammars,
         )
 
-    def _batches(self, split: str, seed: int) -> Batches:
+    def _batches(self, split: str, seed: int, *, is_fixed: bool) -> TokenBatches:
         if split not in self._datasets:
             # The shards were verified once, when the run started.
             self._datasets[split] = TokenDataset(Path(self.config.data.path), split, verify=False)
-        dataset, train = self._datasets[split], self.config.train
+        train = self.config.train
+        return TokenBatches(
+            dataset=self._datasets[split],
+            seed=seed,
+            num_parts=train.logical_shards,
+            sequences_per_part=train.sequences_per_shard,
+            seq_len=train.seq_len,
+            is_fixed=is_fixed,
+        )
 
-        def read(step: int, part: int) -> Batch:
-            return batch(
-                dataset,
-                seed=seed,
-                step=step,
-                part=part,
-                num_parts=train.logical_shards,
-                sequences_per_part=train.sequences_per_shard,
-                seq_len=train.seq_len,
-            )
-
-        return read
-
-    def train_batches(self) -> Batches:
+    def train_batches(self) -> TokenBatches:
         """Training data by (step, part)."""
-        return self._batches("train", self.config.train.seed)
+        return self._batches("train", self.config.train.seed, is_fixed=False)
 
-    def validation_batches(self) -> Batches:
-        """Validation data: batch i is (step i // L, part i % L) of the validation split, the same at every step."""
-        read, parts = self._batches("validation", 0), self.config.train.logical_shards
-        return lambda _step, index: read(index // parts, index % parts)
+    def validation_batches(self) -> TokenBatches:
+        """Validation data by (any step, index of the batch)."""
+        return self._batches("validation", 0, is_fixed=True)
 
     def read(self, directory: str, names: Sequence[str]) -> dict[str, torch.Tensor]:
         """Read tensors of a checkpoint."""

@@ -35,6 +35,8 @@ WATCH_S = 0.05
 ROOM_EVERY_S = 0.5
 LISTEN_S = 0.05
 START_DEADLINE_S = 90.0
+GPU_START_DEADLINE_S = 600.0
+"""A machine's first start compiles every kernel."""
 MOST_STARTS = 3
 END_S = 2.0
 
@@ -56,6 +58,8 @@ def start_slot(job: str, slot: int, config: ClusterConfig) -> Any:
         ray.remote(SlotActor)
         .options(
             num_cpus=config.cpus_per_slot,
+            # Ray shows the actor the GPU that it reserves, and no other.
+            num_gpus=1 if config.device == "cuda" else 0,
             max_concurrency=8,
             name=slot_name(job, slot),
             namespace=NAMESPACE,
@@ -99,6 +103,7 @@ class RayFleet:
         directory = private_directory(job) if config.transport == "ipc" else None
         self._transport = ZmqTransport("heartbeats", directory, config.bind_host)
         self.heartbeats = self._transport.address
+        self._start_deadline_s = GPU_START_DEADLINE_S if config.device == "cuda" else START_DEADLINE_S
         self._lock = threading.Lock()
         self._handles: dict[int, Any] = {}
         self._members: dict[int, Member] = {}
@@ -166,14 +171,16 @@ class RayFleet:
             UserError: what one of them found wrong.
             RuntimeError: one of them did not come up.
         """
-        deadline = time.monotonic() + START_DEADLINE_S
+        deadline = time.monotonic() + self._start_deadline_s
         for _ in range(MOST_STARTS):
             self.start(count - len(self.members()))
             while self.starting():
                 if self._refused is not None:
                     raise self._refused
                 if time.monotonic() > deadline:
-                    raise RuntimeError(f"{self.starting()} slots did not start within {START_DEADLINE_S:g} s")
+                    raise RuntimeError(
+                        f"{self.starting()} slots did not start within {self._start_deadline_s:g} s"
+                    )
                 time.sleep(0.01)
             if self._refused is not None:
                 raise self._refused
@@ -190,7 +197,7 @@ class RayFleet:
             except ValueError:
                 continue
             self._follow(slot, handle)
-        deadline = time.monotonic() + START_DEADLINE_S
+        deadline = time.monotonic() + self._start_deadline_s
         while self.starting() and time.monotonic() < deadline:
             time.sleep(0.01)
 
@@ -263,10 +270,10 @@ class RayFleet:
                     late = [
                         s
                         for s, since in self._starting.values()
-                        if time.monotonic() - since > START_DEADLINE_S
+                        if time.monotonic() - since > self._start_deadline_s
                     ]
                 for slot in late:
-                    self._lose(slot, f"it did not start within {START_DEADLINE_S:g} s")
+                    self._lose(slot, f"it did not start within {self._start_deadline_s:g} s")
                 if not references:
                     time.sleep(WATCH_S)
                     continue
@@ -306,10 +313,13 @@ class RayFleet:
         self._on_change(members)
 
     def _count_room(self) -> int:
-        free = ray.available_resources().get("CPU", 0.0)
+        free = ray.available_resources()
         with self._lock:
             held = len(self._handles)
-        room = int(free / self.config.cpus_per_slot + 1e-6) if self.config.cpus_per_slot else 64
+        cpus = self.config.cpus_per_slot
+        room = int(free.get("CPU", 0.0) / cpus + 1e-6) if cpus else 64
+        if self.config.device == "cuda":
+            room = min(room, int(free.get("GPU", 0.0)))
         return min(room, self.config.max_slots - held) if self.config.max_slots else room
 
     def _listen(self) -> None:

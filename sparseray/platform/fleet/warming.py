@@ -1,9 +1,15 @@
-"""What a slot does before it is needed, so that its first step takes no longer than its second."""
+"""What a slot does once before it serves, beside running jobs and at low priority: all that is slow the first time.
+
+Weights are allocated, data is opened, autograd starts, loops and kernels are compiled or loaded, a GPU's context
+opens. Nothing of it stays but what is slow to make.
+"""
 
 import torch
+from torch import Tensor
 
 from sparseray.actors.exchange.protocol import FetchedRows
 from sparseray.actors.state.dense import DenseState
+from sparseray.actors.state.dense_slab import DenseSlabs
 from sparseray.actors.state.holdings import Holdings
 from sparseray.actors.state.memory import warm_loops
 from sparseray.model.transformer import cross_entropy_sum
@@ -16,6 +22,8 @@ def warm_holdings(job: SlotJob) -> Holdings:
     dense = holdings.spare()
     if not job.is_serving:
         rehearse(job, dense)
+    if dense.device.type == "cuda":
+        torch.cuda.empty_cache()
     warm_loops(job.config.model.dse.row_dtype)
     if job.layout is not None:
         tokens_BT = torch.zeros(1, 8, dtype=torch.int64)
@@ -24,24 +32,74 @@ def warm_holdings(job: SlotJob) -> Holdings:
 
 
 def rehearse(job: SlotJob, dense: DenseState) -> None:
-    """Open the data and run one part forward and backward, with stand-ins for the other slots.
+    """Open the data and run one part forward and backward, with stand-ins for what other slots or slabs will give.
 
-    A process takes some 0.3 s longer over its first part; here that delays nobody. The weights are left alone, and
-    of the gradient nothing stays.
+    A process takes some 0.3 s longer over its first part, and with a GPU a minute; here that delays nobody. The
+    weights are left alone, and of the gradient nothing stays.
     """
-    batch = job.train_batches()(1, 0)
-
-    def experts(
-        _layer: int, x_TH: torch.Tensor, _ids_TK: torch.Tensor, weights_TK: torch.Tensor
-    ) -> torch.Tensor:
-        return x_TH * weights_TK.sum(-1, keepdim=True)
-
-    model, dim = dense.model, job.config.model.dse.head_dim
-    hashed = model.memory_rows(batch.tokens_BT, batch.document_starts_BT)
-    values = {layer: torch.zeros(rows.numel(), dim) for layer, rows in hashed.items()}
-    fetched = FetchedRows(addresses=hashed, values=values).differentiable()
-    starts = batch.document_starts_BT
-    out = model(batch.tokens_BT, experts=experts, memory=None, document_starts_BT=starts, fetched=fetched)
-    loss = cross_entropy_sum(model, out.hidden_BTH, batch.targets_BT) + out.aux_loss
+    batch, model, device = job.train_batches()(1, 0), dense.model, dense.device
+    slabs = _Slabs(dense) if isinstance(dense, DenseSlabs) else None
+    values = {}
+    if job.layout is not None:
+        for layer in job.config.model.dse.layers:
+            rows = job.layout.rows(layer, batch.tokens_BT, None, batch.document_starts_BT).flatten(0, 1)
+            shape = (*rows.shape, job.config.model.dse.head_dim)
+            values[layer] = rows, torch.zeros(shape, device=device, dtype=model.embedding.dtype).flatten(0, 1)
+    fetched = FetchedRows(
+        addresses={layer: rows for layer, (rows, _) in values.items()},
+        values={layer: value for layer, (_, value) in values.items()},
+    ).differentiable()
+    out = model(
+        batch.tokens_BT.to(device),
+        experts=_pass_through if slabs is None else slabs,
+        memory=None,
+        document_starts_BT=batch.document_starts_BT.to(device),
+        fetched=fetched,
+    )
+    loss = cross_entropy_sum(model, out.hidden_BTH, batch.targets_BT.to(device)) + out.aux_loss
     loss.backward()
-    dense.take_gradient()
+    gradients = dense.take_gradients()
+    if isinstance(dense, DenseSlabs) and slabs is not None:
+        _rehearse_update(dense, [*gradients, *slabs.tensors])
+
+
+def _pass_through(_layer: int, x_TH: Tensor, _ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+    return x_TH * weights_TK.sum(-1, keepdim=True)
+
+
+class _Slabs:
+    """Experts of one layer that stand for those of all."""
+
+    def __init__(self, dense: DenseSlabs) -> None:
+        config, self.ops = dense.model.config, dense.ops
+        E, inner, hidden = config.moe.num_experts, config.moe.expert_dim, config.hidden
+        shapes = ((E, 2 * inner, hidden), (E, hidden, inner))
+        self.tensors = [
+            torch.zeros(shape, device=dense.device, dtype=dense.dtype, requires_grad=True) for shape in shapes
+        ]
+
+    def __call__(self, _layer: int, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        gate_up, down = self.tensors
+        return self.ops.experts(x_TH, ids_TK, weights_TK, gate_up, down)
+
+
+@torch.no_grad()
+def _rehearse_update(dense: DenseSlabs, gradients: list[Tensor]) -> None:
+    """Compile the norms and the update, on tensors that are thrown away."""
+    dense.ops.squared_norms(gradients, [1] * len(gradients))
+    for gradient in (gradients[0], gradients[-1]):
+        master = torch.zeros_like(gradient, dtype=torch.float32)
+        first, second = (torch.zeros_like(gradient, dtype=dense.moments_dtype) for _ in range(2))
+        dense.ops.adamw_step(
+            master,
+            first,
+            second,
+            gradient,
+            copy=torch.zeros_like(gradient, dtype=dense.dtype) if dense.dtype != torch.float32 else None,
+            scale=torch.ones((), device=dense.device),
+            lr=0.0,
+            betas=dense.adamw.betas,
+            eps=dense.adamw.eps,
+            weight_decay=0.0,
+            step=1,
+        )

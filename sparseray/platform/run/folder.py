@@ -28,6 +28,7 @@ FREE_KEYS = (
     "metrics.",
     "run_dir",
     "kernels",
+    "determinism",
     "data.path",
     "data.verify",
     "optim.",
@@ -36,6 +37,8 @@ FREE_KEYS = (
     "train.keep_checkpoints",
     "train.eval_every",
     "train.eval_batches",
+    "train.dtype",
+    "train.recompute",
 )
 
 

@@ -24,8 +24,9 @@ def kind_here() -> str:
         model = platform.processor() or platform.machine()
     shown = torch.__config__.show()
     blas = next((name for name in ("mkl", "openblas", "accelerate") if name in shown.lower()), "blas")
+    gpu = f"{torch.cuda.get_device_name()}, " if torch.cuda.is_initialized() else ""
     return (
-        f"{model} ({platform.machine()}, {torch.backends.cpu.get_cpu_capability()}), torch {torch.__version__}, "
+        f"{gpu}{model} ({platform.machine()}, {torch.backends.cpu.get_cpu_capability()}), torch {torch.__version__}, "
         f"{blas}, {torch.get_num_threads()} threads"
     )
 

@@ -1,0 +1,144 @@
+"""On what device a run computes, and whether it can: said in one sentence before anything is started.
+
+`cluster.device: cuda` is one slot with one GPU that plays all roles; tensors stay there and no message is made.
+The same way of working on a CPU is what `train.dtype: bfloat16` asks for without a GPU.
+"""
+
+from dataclasses import replace
+
+from sparseray.errors import ConfigError
+from sparseray.platform.config import ClusterConfig, RunConfig
+from sparseray.platform.gpu import Driver, driver
+from sparseray.platform.planning.device_memory import DeviceMemory, device_memory
+
+CAPABILITY = (9, 0)
+GIB = 1 << 30
+
+
+def is_whole(config: RunConfig) -> bool:
+    """Whether one slot holds and computes everything in slabs on its device."""
+    return config.cluster.device == "cuda" or config.train.dtype == "bfloat16"
+
+
+def resolve_device(config: RunConfig, found: Driver | None = None) -> RunConfig:
+    """Replace `cluster.device: auto` by the device that it stands for, and see that the run fits it.
+
+    Args:
+        config: of a training run.
+        found: what the driver tells; None asks it.
+
+    Raises:
+        ConfigError: what does not fit, where, and what to change.
+    """
+    device = config.cluster.device
+    if device != "cpu":
+        found = driver() if found is None else found
+        if device == "auto":
+            suits = any(gpu.capability >= CAPABILITY for gpu in found.gpus)
+            device = "cuda" if suits and _surplus(config.cluster) is None else "cpu"
+    config = replace(config, cluster=replace(config.cluster, device=device))
+    if is_whole(config):
+        _check_whole(config)
+    else:
+        _check_by_message(config)
+    if device == "cuda":
+        assert found is not None
+        _check_gpu(config, found)
+    return config
+
+
+def _surplus(cluster: ClusterConfig) -> tuple[str, str] | None:
+    """The setting that asks for more than one slot with all roles, and its cure."""
+    for role in ("attention_workers", "expert_shards", "memory_shards", "replication"):
+        if getattr(cluster, role) > 1:
+            return f"cluster.{role}={getattr(cluster, role)}", f"set cluster.{role}=1"
+    if cluster.standby:
+        return f"cluster.standby={cluster.standby}", "set cluster.standby=0"
+    return ("cluster.colocated=false", "set cluster.colocated=true") if not cluster.colocated else None
+
+
+def _check_whole(config: RunConfig) -> None:
+    surplus = _surplus(config.cluster)
+    if surplus is not None:
+        cause = "cluster.device=cuda" if config.cluster.device == "cuda" else "train.dtype=bfloat16"
+        raise ConfigError(f"{surplus[0]} does not fit {cause}, where one slot plays all roles; {surplus[1]}")
+
+
+def _check_by_message(config: RunConfig) -> None:
+    needs = "needs one slot that plays all roles: set train.dtype=bfloat16, or cluster.device=cuda on a machine with a GPU"
+    if config.optim.moments != "float32":
+        raise ConfigError(f"optim.moments={config.optim.moments} {needs}; or leave it at float32")
+    if config.train.recompute:
+        raise ConfigError(f"train.recompute=true {needs}; or leave it at false")
+
+
+def _check_gpu(config: RunConfig, found: Driver) -> None:
+    what = "cluster.device=cuda"
+    if found.cuda == (0, 0):
+        raise ConfigError(f"{what}: this machine has no NVIDIA driver (libcuda.so.1); set cluster.device=cpu")
+    if not found.gpus:
+        raise ConfigError(
+            f"{what}: the driver shows no GPU to this process; set cluster.device=cpu, or see that"
+            " CUDA_VISIBLE_DEVICES names one"
+        )
+    gpu = found.gpus[0]
+    if gpu.capability < CAPABILITY and config.kernels != "reference":
+        raise ConfigError(
+            f"{what}: {gpu.name} has compute capability {_dotted(gpu.capability)} and the kernels need"
+            f" {_dotted(CAPABILITY)}; set cluster.device=cpu, or kernels=reference"
+        )
+    _check_torch(what, found)
+    need = device_memory(config)
+    if need.total > gpu.num_bytes:
+        raise ConfigError(
+            f"{what}: this run takes about {need.total / GIB:.1f} GiB and {gpu.name} has"
+            f" {gpu.num_bytes / GIB:.1f} GiB ({describe(need)}); {_cure(config, gpu.num_bytes)}"
+        )
+
+
+def _check_torch(what: str, found: Driver) -> None:
+    import torch
+
+    built = torch.version.cuda
+    if built is None:
+        raise ConfigError(
+            f"{what}: torch {torch.__version__} is built without CUDA; install the build for CUDA, or set"
+            " cluster.device=cpu"
+        )
+    needed = tuple(int(part) for part in built.split(".")[:2])
+    if needed[0] > found.cuda[0]:
+        raise ConfigError(
+            f"{what}: the driver runs CUDA up to {_dotted(found.cuda)} and torch {torch.__version__} is built for"
+            f" {built}; update the driver, or install a torch that is built for CUDA {found.cuda[0]}"
+        )
+
+
+def describe(memory: DeviceMemory) -> str:
+    """The shares of an estimate, for people."""
+    shares = (("weights", memory.weights), ("moments", memory.moments), ("gradients", memory.gradients))
+    named = [*shares, ("activations", memory.activations), ("CUDA", memory.context)]
+    return ", ".join(f"{name} {size / GIB:.1f}" for name, size in named)
+
+
+def _cure(config: RunConfig, num_bytes: int) -> str:
+    """The first change that makes the run fit, as settings."""
+    for count in range(config.train.sequences_per_shard - 1, 0, -1):
+        if config.train.sequences_per_shard % count:
+            continue
+        parts = config.train.logical_shards * config.train.sequences_per_shard // count
+        train = replace(config.train, sequences_per_shard=count, logical_shards=parts)
+        if device_memory(replace(config, train=train)).total <= num_bytes:
+            return f"set train.sequences_per_shard={count} and train.logical_shards={parts}"
+    if not config.train.recompute:
+        train = replace(config.train, recompute=True)
+        if device_memory(replace(config, train=train)).total <= num_bytes:
+            return "set train.recompute=true"
+    if config.optim.moments == "float32":
+        optim = replace(config.optim, moments="bfloat16")
+        if device_memory(replace(config, optim=optim)).total <= num_bytes:
+            return "set optim.moments=bfloat16"
+    return "make the model smaller (model.num_layers, model.moe.num_experts)"
+
+
+def _dotted(version: tuple[int, int]) -> str:
+    return f"{version[0]}.{version[1]}"

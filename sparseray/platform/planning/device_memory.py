@@ -1,0 +1,103 @@
+"""How many bytes of a GPU a training run takes where one slot plays all roles; pure arithmetic on the configuration.
+
+Weights, moments and gradients are exact. Activations are those that the backward pass reads again, counted by layer
+from what the network keeps, and what one layer's backward pass needs beside them.
+"""
+
+from dataclasses import dataclass
+
+from sparseray.model.config import ModelConfig
+from sparseray.model.counts import count_parameters
+from sparseray.platform.config import RunConfig
+
+CONTEXT_BYTES = 700 << 20
+"""CUDA's context with compiled kernels and the workspaces of its libraries."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceMemory:
+    """Bytes on the GPU.
+
+    Args:
+        weights: fp32 masters and the copy that is computed with.
+        moments: both.
+        gradients: of the parts that are being summed.
+        activations: of one part.
+        context: CUDA's own.
+    """
+
+    weights: int
+    moments: int
+    gradients: int
+    activations: int
+    context: int = CONTEXT_BYTES
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.moments + self.gradients + self.activations + self.context
+
+
+def device_memory(config: RunConfig) -> DeviceMemory:
+    """Estimate the bytes that a run takes on its GPU."""
+    parameters = count_parameters(config.model)
+    count, element = parameters["dense"] + parameters["experts"], _bytes_of(config.train.dtype)
+    copies = element if element < 4 else 0
+    return DeviceMemory(
+        weights=count * (4 + copies),
+        moments=count * 2 * _bytes_of(config.optim.moments),
+        gradients=count * _gradient_bytes(config, element),
+        activations=_activations(config, element),
+    )
+
+
+def _bytes_of(dtype: str) -> int:
+    return 2 if dtype == "bfloat16" else 4
+
+
+def _gradient_bytes(config: RunConfig, element: int) -> int:
+    """Of one weight: a part's own gradient, and the fp32 sums that wait for their siblings."""
+    parts = config.train.logical_shards
+    if parts == 1:
+        return element
+    sums = 1 if config.determinism == "fast" else max(1, (parts - 1).bit_length())
+    return element + 4 * sums
+
+
+def _activations(config: RunConfig, element: int) -> int:
+    model, train = config.model, config.train
+    tokens = train.sequences_per_shard * train.seq_len
+    kept = [_layer(model, layer, element) for layer in range(model.num_layers)]
+    if train.recompute:
+        # Every layer's input and routing; one layer at a time has the rest.
+        kept = [model.hidden * element + 12 * model.moe.top_k] * model.num_layers + [max(kept)]
+    working = _working(model, element)
+    ends = 3 * model.hidden * element
+    return tokens * (sum(kept) + working + ends)
+
+
+def _layer(model: ModelConfig, layer: int, element: int) -> int:
+    """Bytes that a token leaves in a layer for the backward pass."""
+    hidden, heads, moe = model.hidden, model.num_heads, model.moe
+    kinds = model.attention
+    branches = 3 if kinds[layer % len(kinds)] == "nsa" and not model.nsa.shared_kv else 1
+    keys = branches * model.num_kv_heads * (model.head_dim + model.value_dim)
+    # Two residual sums with their norms, queries, keys, values, the attention's output and its statistics.
+    found = element * (4 * hidden + heads * (model.head_dim + model.value_dim) + keys) + 4 * branches * heads
+    if branches == 3:
+        found += element * 2 * heads * model.value_dim + 12 * heads
+    if layer in model.dse.layers:
+        found += element * (model.dse.width + 5 * hidden)
+    if layer not in model.moe_layers:
+        return found + element * 3 * model.dense_width(layer)
+    # The router's input in fp32, its scores, the chosen experts' pre-activations and the shared experts'.
+    found += 4 * hidden + 12 * moe.num_experts + 20 * moe.top_k
+    return found + element * (2 * moe.top_k * moe.expert_dim + 3 * moe.num_shared * moe.expert_dim)
+
+
+def _working(model: ModelConfig, element: int) -> int:
+    """Bytes of a token that one layer's backward pass needs beside what is kept."""
+    moe = model.moe
+    experts = moe.top_k * (3 * moe.expert_dim + 2 * model.hidden) if model.moe_layers else 0
+    dense = 4 * max(model.dense_width(layer) for layer in range(model.num_layers))
+    return element * (max(experts, dense) + 4 * model.hidden)

@@ -1,0 +1,144 @@
+"""Slabs of one slot that has everything: the same names, updates and checkpoints as the states they stand for."""
+
+import pytest
+import torch
+from local_cluster import MODEL
+
+from sparseray.actors.state.dense import DenseState
+from sparseray.actors.state.dense_slab import DenseSlabs
+from sparseray.actors.state.experts import ExpertShard
+from sparseray.actors.state.gradient_sum import GradientSum
+from sparseray.actors.state.whole_experts import WholeExperts
+from sparseray.kernels.ops import REFERENCE
+from sparseray.model.config import DSEConfig
+
+CONFIG = MODEL.__class__(**{**vars(MODEL), "dse": DSEConfig()})
+ADAM = {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+CPU = torch.device("cpu")
+
+
+def dense_slabs(dtype: torch.dtype = torch.float32, moments: torch.dtype = torch.float32) -> DenseSlabs:
+    return DenseSlabs(
+        CONFIG,
+        None,
+        seed=3,
+        num_parts=1,
+        ops=REFERENCE,
+        device=CPU,
+        dtype=dtype,
+        moments=moments,
+        determinism="bitwise",
+        **ADAM,
+    )
+
+
+def whole_experts(dtype: torch.dtype | None = None, moments: torch.dtype = torch.float32) -> WholeExperts:
+    found = WholeExperts(
+        CONFIG,
+        seed=3,
+        num_parts=1,
+        ops=REFERENCE,
+        device=CPU,
+        compute_dtype=dtype,
+        moments=moments,
+        determinism="bitwise",
+        **ADAM,
+    )
+    found.initialize(EVERY)
+    found.assign(EVERY, EVERY)
+    return found
+
+
+EVERY = [(layer, e) for layer in range(len(CONFIG.moe_layers)) for e in range(CONFIG.moe.num_experts)]
+COUNTS = torch.ones(len(CONFIG.moe_layers), CONFIG.moe.num_experts, dtype=torch.int64)
+
+
+def test_dense_slabs_are_updated_as_dense_state_is() -> None:
+    slabs, plain = dense_slabs(), DenseState(CONFIG, None, seed=3, num_parts=1, **ADAM)
+    assert slabs.tensor_names() == plain.tensor_names()
+    for _ in range(3):
+        gradients = [torch.randn_like(p) for p in plain.parameters]
+        for p, g in zip(slabs.parameters, gradients):
+            p.grad = g.clone()
+        slabs.sum.add(0, slabs.take_gradients())
+        slabs.apply(lr=1e-2, scale=0.5, counts_LE=COUNTS)
+        plain.reduced = torch.cat([g.reshape(-1) for g in gradients])
+        plain.apply(lr=1e-2, scale=0.5, counts_LE=COUNTS)
+    ours, theirs = slabs.tensors(), plain.tensors()
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_whole_experts_are_updated_as_a_shard_is() -> None:
+    whole, shard = whole_experts(), ExpertShard(CONFIG, seed=3, num_parts=1, **ADAM)
+    shard.initialize(EVERY)
+    shard.assign(EVERY, EVERY)
+    for _ in range(3):
+        gradients = [
+            torch.randn_like(leaf) for layer in range(len(whole.slabs)) for leaf in whole.weights(layer)
+        ]
+        leaves = [leaf for layer in range(len(whole.slabs)) for leaf in whole.weights(layer)]
+        for leaf, gradient in zip(leaves, gradients):
+            leaf.grad = gradient.clone()
+        whole.sum.add(0, whole.take_gradients())
+        assert whole.is_reduced
+        whole.apply(lr=1e-2, scale=0.5)
+        for layer, expert in EVERY:
+            pair = gradients[2 * layer][expert], gradients[2 * layer + 1][expert]
+            shard.reduced[(layer, expert)] = torch.cat([g.reshape(-1) for g in pair])
+        shard.apply(lr=1e-2, scale=0.5)
+    theirs = shard.tensors(EVERY)
+    for name, value in whole.tensors(EVERY).items():
+        torch.testing.assert_close(value, theirs[name], rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_bfloat16_copies_follow_their_masters_and_routers_stay_fp32() -> None:
+    slabs, whole = dense_slabs(torch.bfloat16, torch.bfloat16), whole_experts(torch.bfloat16, torch.bfloat16)
+    for p in slabs.parameters:
+        p.grad = torch.randn_like(p)
+    slabs.sum.add(0, slabs.take_gradients())
+    slabs.apply(lr=1e-2, scale=1.0, counts_LE=COUNTS)
+    for name, parameter, master in zip(slabs.names, slabs.parameters, slabs.masters):
+        assert parameter.dtype == (torch.float32 if "router" in name else torch.bfloat16), name
+        assert torch.equal(parameter, master.to(parameter.dtype)), name
+    for layer, slab in enumerate(whole.slabs):
+        for leaf in whole.weights(layer):
+            leaf.grad = torch.randn_like(leaf)
+        assert slab.moments()[0][0].dtype == torch.bfloat16
+    whole.sum.add(0, whole.take_gradients())
+    whole.apply(lr=1e-2, scale=1.0)
+    for layer, slab in enumerate(whole.slabs):
+        for leaf, master in zip(whole.weights(layer), slab.weights):
+            assert torch.equal(leaf, master.bfloat16())
+
+
+@pytest.mark.parametrize("moments", [torch.float32, torch.bfloat16])
+def test_state_goes_over_both_ways(moments: torch.dtype) -> None:
+    slabs, plain = dense_slabs(torch.bfloat16, moments), DenseState(CONFIG, None, seed=4, num_parts=1, **ADAM)
+    for p in slabs.parameters:
+        p.grad = torch.randn_like(p)
+    slabs.sum.add(0, slabs.take_gradients())
+    slabs.apply(lr=1e-2, scale=1.0, counts_LE=COUNTS)
+    plain.load(slabs.tensors(), 1)
+    back = dense_slabs(torch.bfloat16, moments)
+    back.load(plain.tensors(), 1)
+    for name, value in slabs.tensors().items():
+        assert torch.equal(back.tensors()[name], value), name
+    for one, other in zip(back.parameters, slabs.parameters):
+        assert torch.equal(one, other)
+    plain.reduced = torch.ones(sum(p.numel() for p in plain.parameters))
+    plain.apply(lr=1e-2, scale=1.0, counts_LE=COUNTS)
+
+
+def test_the_order_of_a_sum() -> None:
+    leaves = [torch.randn(50).bfloat16() for _ in range(5)]
+    wide = [leaf.float() for leaf in leaves]
+    tree = ((wide[0] + wide[1]) + (wide[2] + wide[3])) + wide[4]
+    running = (((wide[0] + wide[1]) + wide[2]) + wide[3]) + wide[4]
+    for determinism, expected in (("bitwise", tree), ("fast", running)):
+        total = GradientSum(5, determinism)
+        for part, leaf in enumerate(leaves):
+            assert total.total is None
+            total.add(part, [leaf.clone()])
+        assert total.total is not None and torch.equal(total.total[0], expected), determinism
