@@ -273,7 +273,8 @@ class Trainer:
             self.folder.copy_identity(unfinished)
             tensors = self._save_parts(unfinished)
             files = {entry["file"] for entry in tensors.values()}
-            files |= {path.name for path in self.folder.identity.iterdir()}
+            identity = sorted(path.name for path in self.folder.identity.iterdir())
+            files |= {*identity}
             sizes = {name: (unfinished / name).stat().st_size for name in sorted(files)}
             manifest = {
                 "format": checkpoint.FORMAT,
@@ -282,6 +283,7 @@ class Trainer:
                 "config": to_dict(self.config),
                 "dse_layout_sha256": self.folder.layout_sha256(),
                 "files": sizes,
+                "identity": {name: checkpoint.file_sha256(unfinished / name) for name in identity},
                 "tensors": dict(sorted(tensors.items())),
             }
             final = checkpoint.finish(unfinished, manifest)
