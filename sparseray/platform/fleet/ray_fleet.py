@@ -22,7 +22,7 @@ import ray
 
 from sparseray.actors.installation import JobSpec
 from sparseray.actors.state.tables import process_namespace
-from sparseray.errors import UserError
+from sparseray.errors import ClusterError, UserError
 from sparseray.log import get_logger
 from sparseray.platform.config import ClusterConfig
 from sparseray.platform.fleet.control import Loss, Member
@@ -170,7 +170,7 @@ class RayFleet:
         """Start slots until `count` are warm.
 
         Raises:
-            UserError: what one of them found wrong.
+            UserError: what one of them found wrong, or what they died of.
             RuntimeError: one of them did not come up.
         """
         deadline = time.monotonic() + self._start_deadline_s
@@ -190,7 +190,9 @@ class RayFleet:
                 return
             causes = "; ".join(sorted({loss.cause for loss in self.losses()}))
             log.warning("slots died at their start: %s", causes)
-        raise RuntimeError(f"slots died at their start {MOST_STARTS} times: {causes}")
+        raise ClusterError(
+            f"slots died at their start {MOST_STARTS} times: {causes}; mend that where they run, and start again"
+        )
 
     def reopen(self, slots: list[int]) -> None:
         """Find the slots of a running job again; those that are gone are left out."""
