@@ -76,6 +76,7 @@ def run(directory: Path, serve: ServeConfig, cluster_config: ClusterConfig, http
     from sparseray.platform.opening import open_serving
 
     config = open_serving(directory, serve, cluster_config)
+    cluster_config = config.cluster
     from sparseray.jobs.http.server import HttpServer, address_url, create_app, listen
     from sparseray.jobs.http.serving_model import read_served
     from sparseray.platform.metrics.exporter import Metrics

@@ -19,10 +19,11 @@ from torch import Tensor
 from sparseray.errors import ConfigError
 from sparseray.kernels.dse.reference import Fusion
 from sparseray.kernels.nsa.reference import BranchKeys, Compression
+from sparseray.kernels.paged import KeyValues, Pages
 from sparseray.kernels.plain_ops import PlainOps
 from sparseray.kernels.settings import Kernels, NSASizes
 
-__all__ = ["REFERENCE", "BranchKeys", "Compression", "Fusion", "Ops", "ops_for"]
+__all__ = ["REFERENCE", "BranchKeys", "Compression", "Fusion", "KeyValues", "Ops", "Pages", "ops_for"]
 
 
 class Ops(Protocol):
@@ -255,6 +256,50 @@ class Ops(Protocol):
             scale: fp32 scalar that the gradient is multiplied with.
             step: of this update, from 1 on.
         """
+        ...
+
+    def paged_write(self, pool: KeyValues, k_RGD: Tensor, v_RGV: Tensor, pages: Pages) -> None:
+        """Put the rows' keys and values at `pages.places_R`."""
+        ...
+
+    def paged_attend(self, q_RQD: Tensor, pool: KeyValues, pages: Pages) -> Tensor:
+        """Causal softmax attention of every sequence's rows to its pages, [R, Q, V]; padding rows are undefined.
+
+        Args:
+            q_RQD: rotated queries; what they belong to, and how far each sees, is in `pages`.
+            pool: with the keys and values of the rows themselves.
+        """
+        ...
+
+    def paged_compress(
+        self,
+        raw: Tensor,
+        compressed: Tensor,
+        phi: Compression,
+        sizes: NSASizes,
+        pages: Pages,
+        angles: tuple[Tensor, Tensor] | None,
+    ) -> None:
+        """Write the compressed tokens that the rows complete.
+
+        Args:
+            raw: keys or values [pages, P, G, D], with those of the rows themselves.
+            compressed: [pages, P / stride, G, D], written.
+            angles: fp32 cosines and sines of all positions, to rotate keys at their blocks' first ones.
+        """
+        ...
+
+    def paged_nsa_attention(
+        self,
+        q_RQD: Tensor,
+        gates_RQ3: Tensor,
+        compressed: KeyValues,
+        selected: KeyValues,
+        window: KeyValues,
+        sizes: NSASizes,
+        pages: Pages,
+    ) -> Tensor:
+        """`nsa_attention` of every sequence's rows to its pages, [R, Q, V]; padding rows are undefined."""
         ...
 
 

@@ -14,12 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparseray.errors import ConfigError
+from sparseray.kernels import paged
 from sparseray.kernels.dense.reference import adamw_reference, squared_norms_reference
 from sparseray.kernels.dse.reference import Fusion, context_gate, ngram_hash, short_conv
 from sparseray.kernels.moe.expert_sum import expert_sum
 from sparseray.kernels.moe.reference import route, stable_topk
 from sparseray.kernels.nsa.masked import nsa_attention_masked
 from sparseray.kernels.nsa.reference import BranchKeys, Compression, compress_reference, select_reference
+from sparseray.kernels.paged import KeyValues, Pages
 from sparseray.kernels.settings import ROW_BLOCK, NSASizes, padded
 
 
@@ -247,3 +249,56 @@ class PlainOps:
         )
         if copy is not None:
             copy.copy_(master.view_as(copy))
+
+    def paged_write(self, pool: KeyValues, k_RGD: Tensor, v_RGV: Tensor, pages: Pages) -> None:
+        paged.write(pool, k_RGD, v_RGV, pages.places_R)
+
+    def paged_attend(self, q_RQD: Tensor, pool: KeyValues, pages: Pages) -> Tensor:
+        out = q_RQD.new_zeros(*q_RQD.shape[:2], pool[1].shape[-1])
+        for rows, _, context, table_W in paged.sequences(pages):
+            k, v = (paged.gather(cache, table_W, 0, context)[None] for cache in pool)
+            out[rows] = self.attend(q_RQD[rows][None], k, v)[0]
+        return out
+
+    def paged_compress(
+        self,
+        raw: Tensor,
+        compressed: Tensor,
+        phi: Compression,
+        sizes: NSASizes,
+        pages: Pages,
+        angles: tuple[Tensor, Tensor] | None,
+    ) -> None:
+        for _, before, context, table_W in paged.sequences(pages):
+            first, last = paged.compressed_range(sizes, before, context)
+            if first < last:
+                x = paged.gather(raw, table_W, first * sizes.stride, context)
+                new = self.compress(x[None], phi, sizes)[0]
+                if angles is not None:
+                    at = slice(first * sizes.stride, (last - 1) * sizes.stride + 1, sizes.stride)
+                    new = self.rotary(new, angles[0][at], angles[1][at])
+                places = paged.compressed_places(table_W, first, last, compressed.shape[1])
+                compressed.flatten(0, 1).index_copy_(0, places, new)
+
+    def paged_nsa_attention(
+        self,
+        q_RQD: Tensor,
+        gates_RQ3: Tensor,
+        compressed: KeyValues,
+        selected: KeyValues,
+        window: KeyValues,
+        sizes: NSASizes,
+        pages: Pages,
+    ) -> Tensor:
+        out = q_RQD.new_zeros(*q_RQD.shape[:2], selected[1].shape[-1])
+        for rows, before, context, table_W in paged.sequences(pages):
+            start = max(0, before - sizes.window + 1)
+            cmp = [paged.gather(c, table_W, 0, sizes.num_compressed(context))[None] for c in compressed]
+            slc = [paged.gather(c, table_W, 0, context)[None] for c in selected]
+            win = [paged.gather(c, table_W, start, context)[None] for c in window]
+            keys = BranchKeys(
+                k_cmp=cmp[0], v_cmp=cmp[1], k_slc=slc[0], v_slc=slc[1], k_win=win[0], v_win=win[1]
+            )
+            q, gates = q_RQD[rows][None], gates_RQ3[rows][None]
+            out[rows] = self.nsa_attention(q, keys, gates, sizes, q_start=before, win_start=start)[0]
+        return out

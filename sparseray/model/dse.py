@@ -22,6 +22,7 @@ from sparseray.model.config import ModelConfig
 from sparseray.model.dse_layout import DSELayout
 from sparseray.model.init import initial_bucket
 from sparseray.model.layers import Batch, Linear, RMSNorm, Span
+from sparseray.model.paged import Paged
 from sparseray.model.statistics import is_collecting, note_memory
 
 
@@ -71,9 +72,8 @@ class DSE(nn.Module):
             conv_eps=self.config.conv_eps,
         )
 
-    def _conv_span(self, x_TH: Tensor, starts_T: Tensor | None, span: Span) -> Tensor:
-        """Convolve one chunk after its history, and keep what the next chunk reaches back to."""
-        history_LH = span.cache.conv[self.layer]
+    def _conv_chunk(self, x_TH: Tensor, starts_T: Tensor | None, history_LH: Tensor) -> Tensor:
+        """Convolve one chunk after its history, and keep there what the next chunk reaches back to."""
         starts_1T = None if starts_T is None else starts_T[None]
         y_TH = self.ops.memory_conv(x_TH[None], self.fusion(), starts_1T, history_LH[None])[0]
         seen = torch.cat([history_LH, x_TH.float()])
@@ -98,6 +98,8 @@ class DSE(nn.Module):
             gated_RH = self.ops.memory_gate(h_RH, key_RH, value_RH, self.fusion())
             note_memory(self.layer, value_RH[: batch.rows], gated_RH[: batch.rows])
         starts_BT = batch.starts_BT if self.config.reset_at_document else None
+        if batch.paged is not None:
+            return self._paged(h_RH, key_RH, value_RH, batch.paged, starts_BT)
         if batch.spans is not None:
             return self._chunks(h_RH, key_RH, value_RH, batch.spans, starts_BT)
         return self.ops.memory_fusion(h_RH, key_RH, value_RH, self.fusion(), batch.shape, starts_BT)
@@ -117,7 +119,29 @@ class DSE(nn.Module):
         for span in spans:
             rows = slice(span.start, span.stop)
             starts_T = None if starts_1R is None else starts_1R[0, rows]
-            conv_RH[rows] = self._conv_span(normed_RH[rows], starts_T, span)
+            history_LH = span.cache.conv[self.layer]
+            conv_RH[rows] = self._conv_chunk(normed_RH[rows], starts_T, history_LH)
+        return F.silu(conv_RH) + gated_RH
+
+    def _paged(
+        self, h_RH: Tensor, key_RH: Tensor, value_RH: Tensor, paged: Paged, starts_1R: Tensor | None
+    ) -> Tensor:
+        """The same with the histories of all sequences in one tensor; while decoding they go through together."""
+        gated_RH = self.ops.memory_gate(h_RH, key_RH, value_RH, self.fusion())
+        normed_RH = self.value_norm(gated_RH)
+        conv_RH, histories_SLH = torch.zeros_like(normed_RH), paged.histories[self.layer]
+        if paged.pages.chunks is None:
+            B, at = paged.pages.num_sequences, paged.slots_B
+            starts_B1 = None if starts_1R is None else starts_1R[0, :B, None]
+            history_BLH, x_B1H = histories_SLH[at], normed_RH[:B, None]
+            conv_RH[:B] = self.ops.memory_conv(x_B1H, self.fusion(), starts_B1, history_BLH)[:, 0]
+            if starts_B1 is not None:
+                history_BLH = history_BLH.masked_fill(starts_B1[:, :, None], 0.0)
+            histories_SLH[at] = torch.cat([history_BLH[:, 1:], x_B1H.float()], 1)
+        else:
+            for (start, stop, _), slot in zip(paged.pages.chunks, paged.slots):
+                starts_T = None if starts_1R is None else starts_1R[0, start:stop]
+                conv_RH[start:stop] = self._conv_chunk(normed_RH[start:stop], starts_T, histories_SLH[slot])
         return F.silu(conv_RH) + gated_RH
 
 

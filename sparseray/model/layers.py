@@ -23,6 +23,7 @@ from sparseray.model.config import ModelConfig
 
 if TYPE_CHECKING:
     from sparseray.model.cache import Cache
+    from sparseray.model.paged import Paged
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +45,7 @@ class Batch:
         rows: rows that hold tokens; the rest is padding.
         starts_BT: bool, documents' first tokens; None when nothing resets there.
         spans: the chunks of a call with caches; None without.
+        paged: pages and pools of a call with paged caches; None without.
     """
 
     shape: tuple[int, int]
@@ -51,11 +53,12 @@ class Batch:
     rows: int
     starts_BT: Tensor | None = None
     spans: tuple[Span, ...] | None = None
+    paged: Paged | None = None
 
     @property
     def invariant(self) -> bool:
         """Whether a row's bits must not depend on the other rows."""
-        return self.spans is not None
+        return self.spans is not None or self.paged is not None
 
 
 Run = Callable[..., Any]

@@ -128,18 +128,19 @@ class MoE(nn.Module):
 
     def forward(
         self, x_RH: Tensor, batch: Batch, experts: Experts, run: Run = at_once
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Apply the layer.
 
         Args:
             run: calls what may be recomputed. Routing is not: a second one could choose other experts.
 
         Returns:
-            (y_RH, balance loss or None in inference, tokens per expert int64 [E]).
+            (y_RH, balance loss, tokens per expert int64 [E]); the last two are None in inference.
         """
         ids_TK, weights_TK, loss = self._route(x_RH, batch)
         y_RH = run(self._mix, x_RH, ids_TK, weights_TK, batch, experts)
-        return y_RH, loss, self.ops.expert_counts(ids_TK, self.config.num_experts)
+        counts_E = None if batch.invariant else self.ops.expert_counts(ids_TK, self.config.num_experts)
+        return y_RH, loss, counts_E
 
 
 class LocalExperts(nn.Module):

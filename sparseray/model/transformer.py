@@ -28,6 +28,7 @@ from sparseray.model.dse_layout import NO_TOKEN, DSELayout
 from sparseray.model.init import initial_dense
 from sparseray.model.layers import Angles, Batch, RMSNorm, Rope, Run, Span, SwiGLU, at_once, recomputed
 from sparseray.model.moe import Experts, MoE
+from sparseray.model.paged import Paged
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -284,6 +285,36 @@ class Transformer(nn.Module):
         for span in spans:
             self._advance(span, tokens_R, batch)
         return [hidden_RH[span.start : span.stop] for span in spans]
+
+    @torch.no_grad()
+    def run_paged(
+        self,
+        tokens_R: Tensor,
+        positions_R: Tensor,
+        paged: Paged,
+        *,
+        rows: int,
+        experts: Experts,
+        fetched: Rows | None,
+        starts_1R: Tensor | None,
+    ) -> Tensor:
+        """Run the next chunk, or the next token, of several sequences whose caches lie in pages.
+
+        Args:
+            tokens_R: integers; padding after `rows` of them.
+            positions_R: integers, of each row in its sequence.
+            paged: pages and pools, which the rows are appended to.
+            rows: rows that hold tokens.
+            experts: as in `forward`.
+            fetched: table rows [rows, N, D] of every memory layer.
+            starts_1R: bool, documents' first tokens; None when nothing resets there.
+
+        Returns:
+            Hidden states [R, H] after the final norm.
+        """
+        batch = Batch(shape=(1, rows), positions_R=positions_R, rows=rows, starts_BT=starts_1R, paged=paged)
+        hidden_RH, _, _ = self._blocks(tokens_R, batch, experts, fetched)
+        return hidden_RH
 
     def _chunk_rows(self, tokens_R: Tensor, batch: Batch) -> dict[int, Tensor]:
         """Addresses of all chunks at once: their histories and tokens lie one after the other."""

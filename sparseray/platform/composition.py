@@ -59,17 +59,13 @@ class Run:
 
     Args:
         history: of the job, as it was when this was opened.
-        journal, folder, ledger: where decisions, results and time go.
-        fleet: the slots.
+        folder: where results go.
         generations, reconciler: who holds what, and what is wanted.
         driver: of the workload.
     """
 
     history: JobHistory
-    journal: Journal
     folder: RunFolder
-    ledger: Ledger
-    fleet: Fleet
     generations: Generations
     reconciler: Reconciler
     driver: Driver
@@ -97,27 +93,13 @@ class Run:
             should_stop: asked between two steps.
         """
         folder = RunFolder(Path(config.run_dir))
-        journal = Journal(folder.journal)
-        journal.lead()
-        history = read_job(journal, mailbox.job)
-        if not history.has_begun:
-            journal.append("begin", generation=0, step=0, job=mailbox.job)
+        journal, history = _lead(folder, mailbox.job)
         identity = folder.identity if isinstance(task, Validation) else Path(task.checkpoint)
         layout = DSELayout.load(identity) if config.model.dse.layers else None
-        spec = JobSpec(
-            config=json.dumps(to_dict(config)),
-            layout=str(identity) if layout else "",
-            layout_sha256=layout.sha256 if layout else "",
-            serving=isinstance(task, Served),
-            tokenizer=str(identity / "tokenizer.json"),
-        )
+        spec = _spec(config, identity, layout, is_serving=isinstance(task, Served))
         fleet, ledger = fleet_of(journal, history, spec), Ledger(metrics)
         rows = [] if layout is None else [layout.num_rows(layer) for layer in config.model.dse.layers]
-        workload = (
-            Training(config, spec, folder, journal)
-            if isinstance(task, Validation)
-            else Serving(config, spec, task, mailbox)
-        )
+        workload = _workload(config, spec, folder, journal, task, mailbox)
         generations = Generations(
             config.cluster,
             Control(mailbox, fleet, config.cluster.deadline_s),
@@ -129,30 +111,22 @@ class Run:
         )
         reconciler = Reconciler(generations, ledger, Machines(folder.machines), history)
         driver: Driver
-        if isinstance(task, Validation):
-            assert isinstance(workload, Training)
+        if isinstance(workload, Training):
+            assert isinstance(task, Validation)
             driver = Trainer(
                 config,
                 workload,
                 generations,
                 reconciler,
-                journal,
-                folder,
-                metrics,
-                ledger,
                 validation=task,
                 on_record=on_record,
                 should_stop=should_stop,
             )
         else:
-            assert isinstance(workload, Serving)
             driver = Server(config, workload, generations, reconciler, should_stop=should_stop)
         return Run(
             history=history,
-            journal=journal,
             folder=folder,
-            ledger=ledger,
-            fleet=fleet,
             generations=generations,
             reconciler=reconciler,
             driver=driver,
@@ -169,5 +143,33 @@ class Run:
 
     def close(self) -> None:
         """Close journal and mailbox; slots are the fleet's."""
-        self.journal.close()
+        self.generations.journal.close()
         self.generations.control.mailbox.transport.close()
+
+
+def _spec(config: RunConfig, identity: Path, layout: DSELayout | None, *, is_serving: bool) -> JobSpec:
+    return JobSpec(
+        config=json.dumps(to_dict(config)),
+        layout=str(identity) if layout else "",
+        layout_sha256=layout.sha256 if layout else "",
+        serving=is_serving,
+        tokenizer=str(identity / "tokenizer.json"),
+    )
+
+
+def _lead(folder: RunFolder, job: str) -> tuple[Journal, JobHistory]:
+    """Take the lead of a run's journal, and read what it knows of the job."""
+    journal = Journal(folder.journal)
+    journal.lead()
+    history = read_job(journal, job)
+    if not history.has_begun:
+        journal.append("begin", generation=0, step=0, job=job)
+    return journal, history
+
+
+def _workload(
+    config: RunConfig, spec: JobSpec, folder: RunFolder, journal: Journal, task: Task, mailbox: Mailbox
+) -> Training | Serving:
+    if isinstance(task, Validation):
+        return Training(config, spec, folder, journal)
+    return Serving(config, spec, task, mailbox)

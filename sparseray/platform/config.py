@@ -163,7 +163,9 @@ class ServeConfig:
         host, port: address; loopback by default; port 0 for a free one.
         max_batch: requests that share a step.
         max_model_len: prompt and completion tokens of one request; 0 for as many as the model has.
-        prefill_chunk: prompt tokens of one request per step.
+        prefill_chunk: prompt tokens of one request per step on a CPU; a GPU takes 2,048 of all prompts together.
+        cache_gib: GiB of the caches' pages on a GPU; 0 for 0.8 of what the weights leave.
+        dtype: of weights and caches on a GPU; a CPU serves in float32.
         max_waiting: requests that may wait beside those in the batches, before new ones get 429.
         drain_s: seconds that open requests get at a stop.
         ignore_unknown_fields: leave fields that the server does not know out of a body, instead of refusing it.
@@ -174,6 +176,8 @@ class ServeConfig:
     max_batch: int = count(16, 1, 1 << 16)
     max_model_len: int = count(0, 0)
     prefill_chunk: int = count(64)
+    cache_gib: float = within(0.0, 0.0, 1e6)
+    dtype: typing.Literal["float32", "bfloat16"] = "bfloat16"
     max_waiting: int = count(256, 1, 1 << 20)
     drain_s: float = within(5.0, 0.0, 3600.0)
     ignore_unknown_fields: bool = False

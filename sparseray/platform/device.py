@@ -30,21 +30,47 @@ def resolve_device(config: RunConfig, found: Driver | None = None) -> RunConfig:
     Raises:
         ConfigError: what does not fit, where, and what to change.
     """
+    config, found = _resolved(config, found)
+    if is_whole(config):
+        _check_whole(config)
+    else:
+        _check_by_message(config)
+    if config.cluster.device == "cuda":
+        assert found is not None
+        _check_gpu(config, found)
+        _check_memory(config, found)
+    return config
+
+
+def resolve_serving_device(config: RunConfig, found: Driver | None = None) -> RunConfig:
+    """The same for a server, which computes in `serve.dtype` on a GPU and in float32 on a CPU.
+
+    Args:
+        config: of the checkpoint's run, with the server's sections.
+        found: what the driver tells; None asks it.
+
+    Raises:
+        ConfigError: what does not fit, where, and what to change.
+    """
+    config, found = _resolved(config, found)
+    dtype = config.serve.dtype if config.cluster.device == "cuda" else "float32"
+    config = replace(config, train=replace(config.train, dtype=dtype))
+    if config.cluster.device == "cuda":
+        assert found is not None
+        _check_whole(config)
+        _check_gpu(config, found)
+    return config
+
+
+def _resolved(config: RunConfig, found: Driver | None) -> tuple[RunConfig, Driver | None]:
+    """The configuration with the device that `auto` stands for, and what the driver tells where it was asked."""
     device = config.cluster.device
     if device != "cpu":
         found = driver() if found is None else found
         if device == "auto":
             suits = any(gpu.capability >= CAPABILITY for gpu in found.gpus)
             device = "cuda" if suits and _surplus(config.cluster) is None else "cpu"
-    config = replace(config, cluster=replace(config.cluster, device=device))
-    if is_whole(config):
-        _check_whole(config)
-    else:
-        _check_by_message(config)
-    if device == "cuda":
-        assert found is not None
-        _check_gpu(config, found)
-    return config
+    return replace(config, cluster=replace(config.cluster, device=device)), found
 
 
 def _surplus(cluster: ClusterConfig) -> tuple[str, str] | None:
@@ -88,10 +114,13 @@ def _check_gpu(config: RunConfig, found: Driver) -> None:
             f" {_dotted(CAPABILITY)}; set cluster.device=cpu, or kernels=reference"
         )
     _check_torch(what, found)
-    need = device_memory(config)
+
+
+def _check_memory(config: RunConfig, found: Driver) -> None:
+    gpu, need = found.gpus[0], device_memory(config)
     if need.total > gpu.num_bytes:
         raise ConfigError(
-            f"{what}: this run takes about {need.total / GIB:.1f} GiB and {gpu.name} has"
+            f"cluster.device=cuda: this run takes about {need.total / GIB:.1f} GiB and {gpu.name} has"
             f" {gpu.num_bytes / GIB:.1f} GiB ({describe(need)}); {_cure(config, gpu.num_bytes)}"
         )
 

@@ -14,7 +14,7 @@ from sparseray.model.dse_layout import DSELayout
 from sparseray.platform import config as configuration
 from sparseray.platform.checks import check_cluster, check_folder, check_start
 from sparseray.platform.config import ClusterConfig, RunConfig, ServeConfig
-from sparseray.platform.device import resolve_device
+from sparseray.platform.device import resolve_device, resolve_serving_device
 from sparseray.platform.planning.inventory import Inventory, num_slots
 from sparseray.platform.run import checkpoint
 from sparseray.platform.run.folder import RunFolder
@@ -211,4 +211,4 @@ def open_serving(directory: Path, serve: ServeConfig, cluster: ClusterConfig) ->
             )
     check_cluster(cluster, serving_inventory(config))
     check_start(cluster)
-    return config
+    return resolve_serving_device(config)

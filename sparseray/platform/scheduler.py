@@ -244,7 +244,7 @@ class Scheduler:
         run = self._job
         if run is None or run.generations.plan is None:
             return found
-        generations, fleet, plan = run.generations, run.fleet, run.generations.plan
+        generations, fleet, plan = run.generations, run.generations.fleet, run.generations.plan
         ages = fleet.ages()
         found |= {
             "generation": plan.generation,
@@ -254,7 +254,7 @@ class Scheduler:
             "starting": fleet.starting(),
             "room": fleet.room(),
             "replicas": {"target": self._config.cluster.replication, "actual": generations.replicas()},
-            "goodput": run.ledger.goodput,
+            "goodput": run.reconciler.ledger.goodput,
             "load": run.reconciler.load.tolist(),
             "slots": [
                 {

@@ -33,15 +33,11 @@ from sparseray.errors import SlotsLostError, UserError
 from sparseray.platform.config import OptimConfig, RunConfig, to_dict
 from sparseray.platform.fleet.control import StalledError
 from sparseray.platform.generations import Generations
-from sparseray.platform.metrics.exporter import Metrics
 from sparseray.platform.metrics.training import StepMetrics
 from sparseray.platform.opening import Validation
 from sparseray.platform.reconciler import Reconciler
 from sparseray.platform.run import checkpoint
-from sparseray.platform.run.folder import RunFolder
 from sparseray.platform.run.history import JobHistory
-from sparseray.platform.run.journal import Journal
-from sparseray.platform.run.ledger import Ledger
 from sparseray.platform.step_reports import StepReports
 from sparseray.platform.training import Training
 
@@ -62,7 +58,6 @@ class Trainer:
         config: the run.
         training: what its slots are told.
         generations, reconciler: who holds what, and what is wanted.
-        journal, folder, metrics, ledger: where decisions, results, series and time go.
         validation: how the validation loss is measured.
         on_record: told of every step's record.
         should_stop: asked between two steps.
@@ -74,10 +69,6 @@ class Trainer:
         training: Training,
         generations: Generations,
         reconciler: Reconciler,
-        journal: Journal,
-        folder: RunFolder,
-        metrics: Metrics,
-        ledger: Ledger,
         *,
         validation: Validation,
         on_record: Callable[[dict[str, Any]], None],
@@ -85,10 +76,11 @@ class Trainer:
     ) -> None:
         self.config, self.training, self.control = config, training, generations.control
         self.generations, self.reconciler = generations, reconciler
-        self.journal, self.folder, self.metrics, self.ledger = journal, folder, metrics, ledger
+        self.journal, self.folder, self.ledger = generations.journal, training.folder, reconciler.ledger
+        self.metrics = generations.events.metrics
         self.validation = validation
         self.on_record, self.should_stop = on_record, should_stop
-        self.step_metrics = StepMetrics(metrics, config)
+        self.step_metrics = StepMetrics(self.metrics, config)
         self.step = 0
         self._due: list[Callable[[], None]] = []
         self._is_last = False

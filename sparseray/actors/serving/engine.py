@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sparseray.actors.serving.cache_pool import Lease
 from sparseray.actors.serving.grammar import Grammars, GrammarState
 from sparseray.actors.serving.sampler import adjusted, log_probabilities, sample, token_logprobs
 from sparseray.actors.serving.text_request import GenerationRequest, TokenEvent, TokenLogprobs
@@ -70,12 +71,12 @@ class StepCounts:
 
 
 @dataclass(eq=False)
-class _Sequence:
+class Ongoing:
     """A request with what was computed of it so far."""
 
     request: GenerationRequest
     tokens: list[int]
-    cache: Cache | None = None
+    cache: Cache | Lease | None = None
     failures: int = 0
     queued_s: float = field(default_factory=time.perf_counter)
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
@@ -148,8 +149,8 @@ class Engine:
         self.max_batch, self.prefill_chunk = max_batch, prefill_chunk
         self.prefills_per_step, self.max_failures = prefills_per_step, max_failures
         self._grammars = grammars
-        self._waiting: deque[_Sequence] = deque()
-        self._running: list[_Sequence] = []
+        self._waiting: deque[Ongoing] = deque()
+        self._running: list[Ongoing] = []
         self._failed: list[TokenEvent] = []
         self._stats, self._counts = EngineStats(), StepCounts()
 
@@ -201,7 +202,7 @@ class Engine:
             )
         if any(s.request.request_id == request.request_id for s in (*self._waiting, *self._running)):
             raise ConfigError(f"request id {request.request_id} is in use; choose another")
-        sequence = _Sequence(request, tokens)
+        sequence = Ongoing(request, tokens)
         if request.grammar:
             if self._grammars is None:
                 raise ConfigError(f"request {request.request_id}: this engine has no tokenizer for a grammar")
@@ -259,35 +260,41 @@ class Engine:
             length = sequence.num_prompt + sequence.request.max_tokens
             sequence.cache = Cache(self.model.config, length, device=device)
             self._running.append(sequence)
-            self._counts.queue_seconds.append(time.perf_counter() - sequence.queued_s)
+            self._note_admitted(sequence)
 
-    def _select(self) -> list[_Sequence]:
+    def _note_admitted(self, sequence: Ongoing) -> None:
+        self._counts.queue_seconds.append(time.perf_counter() - sequence.queued_s)
+
+    def _note_step(self, batch: int) -> None:
+        largest = max(self._stats.largest_batch, batch)
+        self._stats = replace(self._stats, steps=self._stats.steps + 1, largest_batch=largest)
+        self._counts.batch = batch
+
+    def _note_tokens(self, count: int) -> None:
+        self._stats = replace(self._stats, generated_tokens=self._stats.generated_tokens + count)
+
+    def _select(self) -> list[Ongoing]:
         """All requests that decode, and the oldest ones that still read their prompt."""
         prefills = [s for s in self._running if s.in_prompt][: self.prefills_per_step]
         chosen = {id(s) for s in prefills}
         return [s for s in self._running if not s.in_prompt or id(s) in chosen]
 
     @torch.no_grad()
-    def _forward(self, batch: list[_Sequence]) -> list[Tensor]:
+    def _forward(self, batch: list[Ongoing]) -> list[Tensor]:
         """Run one chunk of each sequence; hidden states [T, H] of each."""
         device = self.model.embedding.device
         chunks, prompt_tokens = [], 0
         for sequence in batch:
-            assert sequence.cache is not None
+            assert isinstance(sequence.cache, Cache)
             tokens = sequence.next_chunk(self.prefill_chunk)
             prompt_tokens += len(tokens) if sequence.in_prompt else 0
             chunks.append((torch.tensor(tokens, dtype=torch.int64, device=device), sequence.cache))
         hidden = self.model.run_chunks(chunks, experts=self.experts, memory=self.memory)
-        self._stats = replace(
-            self._stats,
-            steps=self._stats.steps + 1,
-            prompt_tokens=self._stats.prompt_tokens + prompt_tokens,
-            largest_batch=max(self._stats.largest_batch, len(batch)),
-        )
-        self._counts.batch = len(batch)
+        self._stats = replace(self._stats, prompt_tokens=self._stats.prompt_tokens + prompt_tokens)
+        self._note_step(len(batch))
         return hidden
 
-    def _restart(self, batch: list[_Sequence], error: Exception) -> None:
+    def _restart(self, batch: list[Ongoing], error: Exception) -> None:
         """Put the requests of a failed step back at the head of the queue, without their caches."""
         self._stats = replace(self._stats, failed_steps=self._stats.failed_steps + 1)
         self._counts.failed_steps += 1
@@ -302,14 +309,14 @@ class Engine:
             else:
                 self._failed.append(self._error(sequence, f"{sequence.failures} steps failed: {error}"))
 
-    def _error(self, sequence: _Sequence, message: str) -> TokenEvent:
+    def _error(self, sequence: Ongoing, message: str) -> TokenEvent:
         request_id = sequence.request.request_id
         logger.warning("request %s ends with an error: %s", request_id, message)
         index = len(sequence.tokens) - sequence.num_prompt
         return TokenEvent(request_id=request_id, index=index, finish_reason="error", error=message)
 
     @torch.no_grad()
-    def _last_logits(self, batch: list[_Sequence], hidden: list[Tensor]) -> list[NDArray[Any] | None]:
+    def _last_logits(self, batch: list[Ongoing], hidden: list[Tensor]) -> list[NDArray[Any] | None]:
         """Logits [V] of the sequences whose known tokens are all in the cache, from one product."""
         ready = [s.computed == len(s.tokens) for s in batch]
         rows = [hidden_TH[-1:] for hidden_TH, is_ready in zip(hidden, ready, strict=True) if is_ready]
@@ -320,16 +327,17 @@ class Engine:
 
     @torch.no_grad()
     def _advance(
-        self, sequence: _Sequence, hidden_TH: Tensor, logits_V: NDArray[Any] | None
+        self, sequence: Ongoing, hidden_TH: Tensor | None, logits_V: NDArray[Any] | None
     ) -> TokenEvent | None:
         """Note the prompt's log probabilities, and sample once all known tokens are in the cache."""
         try:
-            self._read_prompt(sequence, hidden_TH)
+            if hidden_TH is not None:
+                self._read_prompt(sequence, hidden_TH)
             return None if logits_V is None else self._next_token(sequence, logits_V)
         except FloatingPointError as error:
             return self._error(sequence, str(error))
 
-    def _read_prompt(self, sequence: _Sequence, hidden_TH: Tensor) -> None:
+    def _read_prompt(self, sequence: Ongoing, hidden_TH: Tensor) -> None:
         top = sequence.request.prompt_logprobs
         if top is None or len(sequence.prompt_logprobs) == sequence.num_prompt:
             return
@@ -343,7 +351,7 @@ class Engine:
             for token, logits_V in zip(targets, logits_TV, strict=True):
                 found.append(token_logprobs(log_probabilities(logits_V), token, top))
 
-    def _next_token(self, sequence: _Sequence, logits_V: NDArray[Any]) -> TokenEvent:
+    def _next_token(self, sequence: Ongoing, logits_V: NDArray[Any]) -> TokenEvent:
         request, index = sequence.request, len(sequence.tokens) - sequence.num_prompt
         prompt_logprobs = None
         if request.prompt_logprobs is not None and index == len(request.resume_tokens):
@@ -360,7 +368,7 @@ class Engine:
         sequence.tokens.append(token)
         if sequence.grammar is not None:
             sequence.grammar.add(token)
-        self._stats = replace(self._stats, generated_tokens=self._stats.generated_tokens + 1)
+        self._note_tokens(1)
         finish = "length" if index + 1 == request.max_tokens else None
         if token in request.stop_token_ids:
             finish = "stop"

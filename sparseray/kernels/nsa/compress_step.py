@@ -24,10 +24,10 @@ from sparseray.kernels.nsa.tiles import (
 
 @triton.jit
 def compress_step_kernel(
-    p_x, p_table, p_lens, p_w1, p_bias, p_w2, p_b2, p_out, p_out_table, table_width, out_width,
+    p_x, p_table, p_lens, p_w1, p_bias, p_w2, p_b2, p_out, p_out_table, p_cos, p_sin, table_width, out_width,
     H: tl.constexpr, HP: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DO: tl.constexpr,
     DOP: tl.constexpr, F: tl.constexpr, BF: tl.constexpr, LQ: tl.constexpr, LEN: tl.constexpr, STRIDE: tl.constexpr,
-    PAGE: tl.constexpr, OUT_PAGE: tl.constexpr, IP: tl.constexpr,
+    PAGE: tl.constexpr, OUT_PAGE: tl.constexpr, IP: tl.constexpr, ROTATE: tl.constexpr,
 ):  # fmt: skip
     """One program per sequence and completed block; its rows are the key/value heads, padded."""
     i_b = tl.program_id(0).to(tl.int64)
@@ -37,7 +37,11 @@ def compress_step_kernel(
         return
     o_h = tl.arange(0, HP)
     m_h = o_h < H
+    o_d = tl.arange(0, DOP)
+    o_pair = (o_d + DO // 2) % DO
     b_out = tl.zeros([HP, DOP], tl.float32)
+    # The other channel of each pair that turns together.
+    b_pair = tl.zeros([HP, DOP], tl.float32)
     for f in range(0, F, BF):
         o_f = f + tl.arange(0, BF)
         m_f = o_f < F
@@ -57,12 +61,21 @@ def compress_step_kernel(
         # Rounded where the batched form rounds, so that both write the same compressed token.
         b_pre = b_pre.to(p_x.dtype.element_ty).to(tl.float32)
         b_hidden = 0.5 * b_pre * (1.0 + tl.math.erf(b_pre * 0.7071067811865476))
-        o_d = tl.arange(0, DOP)
         m_w2 = (o_d < DO)[:, None] & m_f[None, :]
         b_w2 = tl.load(p_w2 + o_d[:, None] * F + o_f[None, :], mask=m_w2, other=0.0)
         b_out = tl.dot(b_hidden.to(b_w2.dtype), tl.trans(b_w2), b_out, input_precision=IP)
-    o_d = tl.arange(0, DOP)
+        if ROTATE:
+            b_w2 = tl.load(p_w2 + o_pair[:, None] * F + o_f[None, :], mask=m_w2, other=0.0)
+            b_pair = tl.dot(b_hidden.to(b_w2.dtype), tl.trans(b_w2), b_pair, input_precision=IP)
     b_out += tl.load(p_b2 + o_d, mask=o_d < DO, other=0.0).to(tl.float32)[None, :]
+    if ROTATE:
+        b_pair += tl.load(p_b2 + o_pair, mask=o_d < DO, other=0.0).to(tl.float32)[None, :]
+        b_out = b_out.to(p_out.dtype.element_ty).to(tl.float32)
+        b_pair = b_pair.to(p_out.dtype.element_ty).to(tl.float32)
+        o_angle = i_c * STRIDE * (DO // 2) + o_d % (DO // 2)
+        b_cos = tl.load(p_cos + o_angle, mask=o_d < DO, other=0.0)[None, :]
+        b_sin = tl.load(p_sin + o_angle, mask=o_d < DO, other=0.0)[None, :]
+        b_out = b_out * b_cos + tl.where(o_d < DO // 2, -1.0, 1.0)[None, :] * b_pair * b_sin
     slot = page_rows(p_out_table + i_b * out_width, i_c, i_c >= 0, OUT_PAGE)
     p_tile = p_out + (slot * H + o_h)[:, None] * DO + o_d[None, :]
     tl.store(p_tile, b_out.to(p_out.dtype.element_ty), mask=m_h[:, None] & (o_d < DO)[None, :])
@@ -82,6 +95,7 @@ def compress_step(
     block: int,
     stride: int,
     query_len: int = 1,
+    angles: tuple[Tensor, Tensor] | None = None,
 ) -> None:
     """Write the compressed tokens that the last `query_len` tokens of every sequence complete.
 
@@ -92,6 +106,7 @@ def compress_step(
         w1: [F, block * D]; w2: [D_out, F]; b2: [D_out], as in `compress`.
         bias: [F], the first layer's bias with the position encoding in it: b1 + w1 @ pos.flatten().
         query_len: new tokens a sequence.
+        angles: fp32 cosines and sines [positions, D_out / 2]: keys are rotated at their blocks' first positions.
 
     Raises:
         ConfigError: stride does not divide block, or w1 does not fit block and D.
@@ -106,9 +121,9 @@ def compress_step(
     d0, d1 = split_width(width)
     launch_kernel(
         compress_step_kernel, (context_lens.shape[0], (query_len - 1) // stride + 1),
-        cache, table, context_lens, w1, bias, w2, b2, compressed, compressed_table, table.shape[1],
-        compressed_table.shape[1], H=heads, HP=max(16, next_power_of_2(heads)), D=width, D0=d0, D1=d1, DO=out_dim,
+        cache, table, context_lens, w1, bias, w2, b2, compressed, compressed_table, *(angles or (b2, b2)),
+        table.shape[1], compressed_table.shape[1], H=heads, HP=max(16, next_power_of_2(heads)), D=width, D0=d0, D1=d1, DO=out_dim,
         DOP=max(16, next_power_of_2(out_dim)), F=hidden, BF=min(64, max(16, next_power_of_2(hidden))), LQ=query_len,
         LEN=block, STRIDE=stride, PAGE=cache.shape[1], OUT_PAGE=compressed.shape[1], IP=precision(cache.dtype),
-        num_warps=4, num_stages=2,
+        ROTATE=angles is not None, num_warps=4, num_stages=2,
     )  # fmt: skip

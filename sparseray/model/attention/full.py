@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sparseray.kernels.ops import REFERENCE, Ops
-from sparseray.model.attention.protocol import Attention, AttentionFlops, score_flops
+from sparseray.model.attention.protocol import Attention, AttentionFlops, new_pages, score_flops
 from sparseray.model.config import ModelConfig
 from sparseray.model.layers import Angles, Batch, Linear
 
@@ -34,6 +34,19 @@ class FullCache:
         return [self.k_SGD, self.v_SGV]
 
 
+class FullPool:
+    """Pages of keys and values, [pages, P, G, D] and [pages, P, G, V]."""
+
+    def __init__(
+        self, config: ModelConfig, num_pages: int, page: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.pool = new_pages(config, num_pages, page, dtype, device)
+
+    def tensors(self) -> list[Tensor]:
+        """All stored tensors."""
+        return list(self.pool)
+
+
 def _qkv_width(config: ModelConfig) -> int:
     heads, kv = config.num_heads, config.num_kv_heads
     return (heads + kv) * config.head_dim + kv * config.value_dim
@@ -56,7 +69,12 @@ class FullAttention(Attention):
             self.qkv(x_RH, batch), heads, self.head_dim, angles.cos_RD, angles.sin_RD
         )
         v = rest_RX.unflatten(-1, (self.kv_heads, self.value_dim))
-        if batch.spans is None:
+        if batch.paged is not None:
+            pool, pages = batch.paged.pools[self.layer], batch.paged.pages
+            assert isinstance(pool, FullPool)
+            self.ops.paged_write(pool.pool, k, v, pages)
+            o = self.ops.paged_attend(q, pool.pool, pages)
+        elif batch.spans is None:
             o = self.ops.attend(*(x.unflatten(0, batch.shape) for x in (q, k, v))).flatten(0, 1)
         else:
             o = x_RH.new_zeros(x_RH.shape[0], self.heads, self.value_dim)
@@ -74,6 +92,13 @@ class FullAttention(Attention):
     ) -> FullCache:
         """An empty cache."""
         return FullCache(config, max_len, dtype, device)
+
+    @classmethod
+    def new_pool(
+        cls, config: ModelConfig, num_pages: int, page: int, dtype: torch.dtype, device: torch.device
+    ) -> FullPool:
+        """Empty pages."""
+        return FullPool(config, num_pages, page, dtype, device)
 
     @classmethod
     def num_parameters(cls, config: ModelConfig) -> int:

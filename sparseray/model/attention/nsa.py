@@ -20,9 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from sparseray.kernels.ops import REFERENCE, BranchKeys, Compression, Ops
-from sparseray.model.attention.protocol import Attention, AttentionFlops, score_flops
+from sparseray.model.attention.protocol import Attention, AttentionFlops, new_pages, score_flops
 from sparseray.model.config import ModelConfig
 from sparseray.model.layers import Angles, Batch, Linear, Span
+from sparseray.model.paged import Paged
 from sparseray.model.statistics import is_collecting, note_attention
 
 
@@ -107,6 +108,26 @@ class NSACache:
         ]
 
 
+class NSAPool:
+    """Pages of the three branches, and of the raw keys and values that are compressed.
+
+    A page of compressed tokens has those of a page's tokens, so one table serves all.
+    """
+
+    def __init__(
+        self, config: ModelConfig, num_pages: int, page: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        compressed = page // config.nsa.stride
+        self.compressed = new_pages(config, num_pages, compressed, dtype, device)
+        self.selected = new_pages(config, num_pages, page, dtype, device)
+        self.window = new_pages(config, num_pages, page, dtype, device)
+        self.raw = new_pages(config, num_pages, page, dtype, device)
+
+    def tensors(self) -> list[Tensor]:
+        """All stored tensors."""
+        return [*self.compressed, *self.selected, *self.window, *self.raw]
+
+
 class Compressor(nn.Module):
     """phi of eq. 7: an MLP over a block's tokens with an intra-block position encoding."""
 
@@ -119,11 +140,15 @@ class Compressor(nn.Module):
         self.up = Linear(nsa.block * width, inner, ops, bias=True)
         self.down = Linear(inner, width, ops, bias=True)
 
+    @property
+    def phi(self) -> Compression:
+        """The weights, as the operations take them."""
+        up, down = self.up, self.down
+        return Compression(w1=up.weight, b1=up.bias, w2=down.weight, b2=down.bias, pos=self.pos)
+
     def forward(self, x_BTGD: Tensor) -> Tensor:
         """Compress [B, T, G, D] to [B, C, G, D]."""
-        up, down = self.up, self.down
-        phi = Compression(w1=up.weight, b1=up.bias, w2=down.weight, b2=down.bias, pos=self.pos)
-        return self.ops.compress(x_BTGD, phi, self.sizes)
+        return self.ops.compress(x_BTGD, self.phi, self.sizes)
 
     @classmethod
     def num_matrix_parameters(cls, config: ModelConfig, width: int) -> int:
@@ -163,6 +188,9 @@ def _qkv_width(config: ModelConfig) -> int:
 
 class NSAttention(Attention):
     """Native sparse attention with independent keys and values per branch."""
+
+    # A compressed token lies on the page of its block's first token.
+    overlaps_pages = True
 
     def __init__(self, config: ModelConfig, layer: int, ops: Ops = REFERENCE) -> None:
         super().__init__(config, layer, ops)
@@ -240,10 +268,26 @@ class NSAttention(Attention):
         q, gates = b.q[rows][None], b.gates[rows][None]
         return self._attend(q, keys, gates, q_start=length, win_start=win_start)[0]
 
+    def _attend_pages(self, b: Branches, paged: Paged, angles: Angles) -> Tensor:
+        """Append the rows to their pages and attend to them, [R, Q, V]."""
+        pool, pages, ops = paged.pools[self.layer], paged.pages, self.ops
+        assert isinstance(pool, NSAPool)
+        ops.paged_write(pool.selected, b.k_slc, b.v_slc, pages)
+        ops.paged_write(pool.window, b.k_win, b.v_win, pages)
+        ops.paged_write(pool.raw, b.k_cmp, b.v_cmp, pages)
+        turns = (angles.cos_PD, angles.sin_PD)
+        ops.paged_compress(pool.raw[0], pool.compressed[0], self.compress_k.phi, self.sizes, pages, turns)
+        ops.paged_compress(pool.raw[1], pool.compressed[1], self.compress_v.phi, self.sizes, pages, None)
+        return ops.paged_nsa_attention(
+            b.q, b.gates, pool.compressed, pool.selected, pool.window, self.sizes, pages
+        )
+
     def forward(self, x_RH: Tensor, batch: Batch, angles: Angles) -> Tensor:
         """Attend within each sequence; [R, H]."""
         b = self.project(x_RH, batch, angles)
-        if batch.spans is None:
+        if batch.paged is not None:
+            o = self._attend_pages(b, batch.paged, angles)
+        elif batch.spans is None:
             shaped: dict[str, Tensor] = {
                 name: torch.unflatten(x, 0, batch.shape) for name, x in vars(b).items()
             }
@@ -266,6 +310,13 @@ class NSAttention(Attention):
     ) -> NSACache:
         """An empty cache."""
         return NSACache(config, max_len, dtype, device)
+
+    @classmethod
+    def new_pool(
+        cls, config: ModelConfig, num_pages: int, page: int, dtype: torch.dtype, device: torch.device
+    ) -> NSAPool:
+        """Empty pages."""
+        return NSAPool(config, num_pages, page, dtype, device)
 
     @classmethod
     def _projections(cls, config: ModelConfig) -> int:

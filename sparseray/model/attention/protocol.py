@@ -1,6 +1,6 @@
 """What the network, the caches and the counts need of a kind of attention, and all that they know about it.
 
-A new kind is a class of these six methods, a name in `config.ATTENTIONS` and a line in `attention.ATTENTIONS`.
+A new kind is a class of these seven methods, a name in `config.ATTENTIONS` and a line in `attention.ATTENTIONS`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from sparseray.kernels.ops import Ops
+from sparseray.kernels.ops import KeyValues, Ops
 from sparseray.model.config import ModelConfig
 from sparseray.model.layers import Angles, Batch
 
@@ -47,6 +47,9 @@ class Attention(nn.Module, ABC):
         ops: what it computes with.
     """
 
+    overlaps_pages = False
+    """Whether what a page of `new_pool` keeps depends on the first tokens of the next page too."""
+
     def __init__(self, config: ModelConfig, layer: int, ops: Ops) -> None:
         super().__init__()
         self.layer, self.ops = layer, ops
@@ -57,7 +60,8 @@ class Attention(nn.Module, ABC):
 
         Args:
             x_RH: normed hidden states.
-            batch: which rows are whose; in inference its spans hold the caches, to which the chunks are appended.
+            batch: which rows are whose; in inference its spans hold the caches, or it has pages and pools, to which
+                the chunks are appended.
             angles: rotary encoding.
         """
 
@@ -67,6 +71,18 @@ class Attention(nn.Module, ABC):
         cls, config: ModelConfig, max_len: int, dtype: torch.dtype, device: torch.device
     ) -> LayerCache:
         """An empty cache of a layer for a sequence of at most `max_len` tokens."""
+
+    @classmethod
+    @abstractmethod
+    def new_pool(
+        cls, config: ModelConfig, num_pages: int, page: int, dtype: torch.dtype, device: torch.device
+    ) -> LayerCache:
+        """Empty pages of a layer for all sequences together.
+
+        Args:
+            num_pages: how many.
+            page: tokens of a page.
+        """
 
     @classmethod
     @abstractmethod
@@ -87,3 +103,15 @@ class Attention(nn.Module, ABC):
 def score_flops(config: ModelConfig, keys: dict[str, float]) -> float:
     """Operations of scores and values of all query heads, for queries that read so many keys a branch."""
     return 2 * sum(keys.values()) * config.num_heads * (config.head_dim + config.value_dim)
+
+
+def new_pages(
+    config: ModelConfig, num_pages: int, page: int, dtype: torch.dtype, device: torch.device
+) -> KeyValues:
+    """Keys [pages, page, G, D] and values [pages, page, G, V], zeros: kernels read beyond a sequence's end."""
+    shape = (num_pages, page, config.num_kv_heads)
+    k, v = (
+        torch.zeros(*shape, width, dtype=dtype, device=device)
+        for width in (config.head_dim, config.value_dim)
+    )
+    return k, v

@@ -12,6 +12,7 @@ from sparseray.actors.installation import JobSpec
 from sparseray.actors.serving.enduring import EnduringExchange
 from sparseray.actors.serving.engine import Engine
 from sparseray.actors.serving.grammar import Grammars
+from sparseray.actors.serving.paged_engine import PagedEngine
 from sparseray.actors.state.dense import DenseState
 from sparseray.actors.state.dense_slab import DenseSlabs
 from sparseray.actors.state.experts import ExpertShard
@@ -64,7 +65,7 @@ class SlotJob:
         }
         self._adam: dict[str, Any] = {"betas": (optim.beta1, optim.beta2), "eps": optim.eps}
         self._decay: dict[str, Any] = {"weight_decay": optim.weight_decay, **self._shared, **self._adam}
-        self._is_whole = not self.is_serving and is_whole(self.config)
+        self._is_whole = is_whole(self.config)
         self.device = torch.device(
             "cuda" if self._is_whole and self.config.cluster.device == "cuda" else "cpu"
         )
@@ -115,15 +116,16 @@ class SlotJob:
         if not self.is_serving:
             return None
         serve = self.config.serve
-        return Engine(
-            model,
-            exchange.experts,
-            exchange if self.config.model.dse.layers else None,
-            max_batch=serve.max_batch,
-            max_model_len=serve.max_model_len or None,
-            prefill_chunk=serve.prefill_chunk,
-            grammars=self._grammars,
-        )
+        memory = exchange if self.config.model.dse.layers else None
+        options: dict[str, Any] = {
+            "max_batch": serve.max_batch,
+            "max_model_len": serve.max_model_len or None,
+            "grammars": self._grammars,
+        }
+        if self.device.type == "cpu":
+            return Engine(model, exchange.experts, memory, prefill_chunk=serve.prefill_chunk, **options)
+        cache_bytes = int(serve.cache_gib * 2**30) or None
+        return PagedEngine(model, exchange.experts, memory, cache_bytes=cache_bytes, **options)
 
     def _batches(self, split: str, seed: int, *, is_fixed: bool) -> TokenBatches:
         if split not in self._datasets:

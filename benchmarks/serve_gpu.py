@@ -1,0 +1,217 @@
+"""Serving on one GPU: generation through HTTP against transformers, decoding at a long context, reading prompts.
+
+Each side runs on the same GPU, one after another: `python -m sparseray serve` of a checkpoint with requests over
+HTTP, transformers' generate of the same shape, and the engine alone (serve_gpu_engine.py). Prints Markdown:
+
+  PYTHONPATH=. python -m benchmarks.serve_gpu --checkpoint runs/1b/checkpoints/step_1 --out benchmarks/results/FILE.md
+
+With --data instead of --checkpoint, a checkpoint is made by one training step first. Without either, the engine and
+transformers alone are compared.
+"""
+
+import argparse
+import concurrent.futures
+import http.client
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import torch
+
+from benchmarks import serve_gpu_engine as here
+
+ROOT = Path(__file__).resolve().parent.parent
+PROMPT, NEW, BATCHES = 512, 128, (1, 64)
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.environ.get("PYTHONPATH", "") + f":{ROOT}"}
+
+
+def peers() -> dict[int, float]:
+    """transformers' tokens per second by batch."""
+    batches = ",".join(map(str, BATCHES))
+    command = [sys.executable, "-m", "benchmarks.gpu_generate_peer", batches, str(PROMPT), str(NEW)]
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        print(f"transformers: exit code {done.returncode}\n{done.stderr[-3000:]}", flush=True)
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return {line["batch"]: line["rate"] for line in lines}
+
+
+def make_checkpoint(data: Path, folder: Path) -> Path:
+    """One training step of the benchmark's model."""
+    command = [sys.executable, "-m", "sparseray", "pretrain", f"--config={ROOT / 'configs' / '1b_full.yaml'}"]
+    command += [f"--data.path={data}", f"--run_dir={folder / 'run'}", "--train.steps=1"]
+    command += ["--train.sequences_per_shard=1", "--cluster.device=cuda", "--optim.moments=bfloat16"]
+    command += ["--train.dtype=bfloat16"]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(
+            f"pretrain: exit code {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+        )
+    return folder / "run" / "checkpoints" / "step_1"
+
+
+def complete(port: int, index: int, new: int) -> tuple[int, float]:
+    """One completion over HTTP: (tokens, seconds)."""
+    prompt = list(here.request_of(index, PROMPT, new).prompt_tokens)
+    body = {"prompt": prompt, "max_tokens": new, "temperature": 0, "ignore_eos": True}
+    started = time.perf_counter()
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
+    connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+    answer = json.loads(connection.getresponse().read())
+    connection.close()
+    if "usage" not in answer:
+        raise SystemExit(f"serve answered {answer}")
+    return int(answer["usage"]["completion_tokens"]), time.perf_counter() - started
+
+
+def served(checkpoint: Path) -> dict[int, float]:
+    """Tokens per second through HTTP by batch."""
+    command = [sys.executable, "-m", "sparseray", "serve", "--checkpoint", str(checkpoint), "--port", "0"]
+    command += [
+        "--cluster.device",
+        "cuda",
+        "--cluster.colocated",
+        "true",
+        "--serve.max_batch",
+        str(BATCHES[-1]),
+    ]
+    command += ["--serve.max_model_len", "2048"]
+    process = subprocess.Popen(
+        command,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        started, port = time.perf_counter(), 0
+        assert process.stdout is not None
+        for line in process.stdout:
+            print(line.rstrip(), flush=True)
+            found = re.search(r" at http://[\d.]+:(\d+)", line)
+            if found:
+                port = int(found[1])
+                break
+        if not port:
+            raise SystemExit("serve ended")
+        threading.Thread(target=process.stdout.read, daemon=True).start()
+        print(f"serve was ready after {time.perf_counter() - started:.0f} s", flush=True)
+        rates: dict[int, float] = {}
+        with concurrent.futures.ThreadPoolExecutor(BATCHES[-1]) as pool:
+            for batch in BATCHES:
+                for turn in range(3):
+                    first = 1000 * batch + 100 * turn
+                    started = time.perf_counter()
+                    done = list(pool.map(lambda i: complete(port, i, NEW), range(first, first + batch)))
+                    seconds = time.perf_counter() - started
+                    rate = sum(tokens for tokens, _ in done) / seconds
+                    rates[batch] = max(rates.get(batch, 0.0), rate)
+        return rates
+    finally:
+        os.killpg(process.pid, signal.SIGINT)
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def generation(checkpoint: Path | None) -> list[str]:
+    """The table of generation, and of reading prompts."""
+    theirs = peers()
+    ours = {} if checkpoint is None else served(checkpoint)
+    engine = here.engine_of(here.model_of("1b_full", max_seq_len=16384), max_batch=64, max_model_len=9216)
+    lines = [
+        f"prompt {PROMPT}, {NEW} new tokens, greedy, 1.24 B parameters, prompts included:",
+        "",
+        "| batch | transformers tok/s | through HTTP tok/s | ratio | engine alone tok/s | ratio |",
+        "|---|---|---|---|---|---|",
+    ]
+    for batch in BATCHES:
+        alone = max(
+            here.generate_rate(engine, batch, PROMPT, NEW, 10000 * batch + 100 * turn) for turn in range(3)
+        )
+        peer, through = theirs.get(batch, float("nan")), ours.get(batch, float("nan"))
+        lines.append(
+            f"| {batch} | {peer:.0f} | {through:.0f} | {through / peer:.1f} | {alone:.0f} | {alone / peer:.1f} |"
+        )
+    here.prompt_seconds(engine, 1, 8192, 5)
+    first = min(here.prompt_seconds(engine, 1, 8192, 10 + turn) for turn in range(3))
+    many = min(here.prompt_seconds(engine, 32, 512, 100 * turn + 300000) for turn in range(3))
+    forward = here.forward_rate(engine, 8192, 8192)
+    lines += [
+        "",
+        f"- first token of a prompt of 8,192 tokens: {first * 1e3:.1f} ms, {8192 / first:,.0f} tokens/s,"
+        f" {8192 / first / forward:.2f} of the forward pass of training on the same sequence ({forward:,.0f} tokens/s)",
+        f"- 32 prompts of 512 tokens: {32 * 512 / many:,.0f} tokens/s",
+        "",
+    ]
+    for batch in BATCHES:
+        for index in range(batch):
+            engine.add(here.request_of(700000 + 1000 * batch + index, PROMPT, NEW))
+        for _ in range(40):
+            engine.step()
+        lines += [f"decoding, batch {batch}:", "", *[f"    {line}" for line in here.profile(engine)], ""]
+        while engine.has_work:
+            engine.step()
+    return lines
+
+
+def long_context(context: int = 65000) -> list[str]:
+    """The table of decoding at a long context."""
+    lines = [
+        f"decoding at {context:,} tokens of context, a step of the engine, the same model with both attentions:",
+        "",
+        "| key/value heads | batch | full ms | NSA ms | ratio |",
+        "|---|---|---|---|---|",
+    ]
+    for kv_heads, batch in ((16, 1), (4, 1), (4, 16), (1, 16)):
+        found = {}
+        for kind in ("full", "nsa"):
+            config = here.model_of(
+                "1b_full", attention=(kind,) * 12, num_kv_heads=kv_heads, max_seq_len=1 << 17
+            )
+            found[kind] = here.decode_ms(config, batch, context)
+            torch.cuda.empty_cache()
+        full, nsa = found["full"], found["nsa"]
+        lines.append(f"| {kv_heads} | {batch} | {full:.2f} | {nsa:.2f} | {full / nsa:.2f} |")
+        print(lines[-1], flush=True)
+    return [*lines, ""]
+
+
+def main() -> int:
+    """Run what was asked for and print the tables."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--checkpoint", type=Path)
+    parser.add_argument("--data", type=Path, help="make the checkpoint from these tokens")
+    parser.add_argument("--parts", default="generation,long", help="which of the two to run")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    started = time.perf_counter()
+    name = torch.cuda.get_device_name()
+    lines = [f"# Serving on one GPU: {name}, torch {torch.__version__}", ""]
+    shared = "/dev/shm" if Path("/dev/shm").is_dir() else None
+    with tempfile.TemporaryDirectory(dir=shared) as folder:
+        checkpoint = options.checkpoint
+        if checkpoint is None and options.data is not None:
+            checkpoint = make_checkpoint(options.data, Path(folder))
+        if "generation" in options.parts:
+            lines += generation(checkpoint)
+    if "long" in options.parts:
+        lines += long_context()
+    lines.append(f"{time.perf_counter() - started:.0f} s in all")
+    print("\n".join(lines))
+    if options.out is not None:
+        options.out.write_text("\n".join(lines) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,141 @@
+"""The paged engine on one GPU without a server: weights drawn on the GPU, decoding at a long context, reading prompts.
+
+Shapes: R rows.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from sparseray.actors.serving.paged_engine import PagedEngine
+from sparseray.actors.serving.text_request import GenerationRequest
+from sparseray.actors.state.dense_slab import computes_in_fp32
+from sparseray.kernels.ops import Ops, ops_for
+from sparseray.model.config import ModelConfig
+from sparseray.model.moe import LocalExperts
+from sparseray.model.transformer import Transformer
+from sparseray.platform.config import load_yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def model_of(name: str, **changes: object) -> ModelConfig:
+    """The model of a file in configs/, with changes."""
+    return replace(load_yaml(ROOT / "configs" / f"{name}.yaml").model, **changes)  # type: ignore[arg-type]
+
+
+def drawn(config: ModelConfig, device: torch.device) -> tuple[Transformer, LocalExperts]:
+    """A bf16 model with random weights, drawn where it computes."""
+    ops: Ops = ops_for("auto", device)
+    with torch.device("meta"):
+        model, experts = Transformer(config, None, ops=ops), LocalExperts(config, ops=ops)
+    generator = torch.Generator(device).manual_seed(0)
+    for module in (model, experts):
+        module.to_empty(device=device)
+        for name, parameter in module.named_parameters():
+            dtype = torch.float32 if computes_in_fp32(name) else torch.bfloat16
+            is_norm = parameter.ndim == 1 and not name.endswith("bias")
+            value = torch.empty(parameter.shape, dtype=dtype, device=device)
+            parameter.data = value.fill_(1.0) if is_norm else value.normal_(0, 0.02, generator=generator)
+            parameter.requires_grad_(False)
+        for name, buffer in module.named_buffers():
+            if name.endswith("router_bias"):
+                buffer.zero_()
+    fresh = type(model.rope)(config)
+    model.rope.cos, model.rope.sin = fresh.cos.to(device), fresh.sin.to(device)
+    return model.eval(), experts.eval()
+
+
+def engine_of(config: ModelConfig, *, max_batch: int, max_model_len: int) -> PagedEngine:
+    """An engine over random weights."""
+    model, experts = drawn(config, torch.device("cuda"))
+    return PagedEngine(model, experts, None, max_batch=max_batch, max_model_len=max_model_len)
+
+
+def request_of(index: int, prompt: int, new: int) -> GenerationRequest:
+    """A greedy request with a prompt of its own."""
+    tokens = tuple((1 + i * 7919 + index * 104729) % 32000 for i in range(prompt))
+    return GenerationRequest(request_id=str(index), prompt_tokens=tokens, max_tokens=new)
+
+
+def decode_ms(config: ModelConfig, batch: int, context: int, steps: int = 40) -> float:
+    """Median milliseconds of an engine's step that adds a token to `batch` requests of `context` tokens.
+
+    The caches hold random keys and values: what is in them does not change the time.
+    """
+    engine = engine_of(config, max_batch=batch, max_model_len=context + 4 * steps)
+    for pool in engine.paged.pools:
+        for tensor in pool.tensors():
+            for page in tensor.split(64):
+                page.normal_()
+    for index in range(batch):
+        engine.add(request_of(index, context, 3 * steps))
+    engine._admit()
+    for sequence in engine._running:
+        assert sequence.cache is not None
+        sequence.cache.length = context - 1
+    seconds: list[float] = []
+    while len(seconds) < steps + 5:
+        started = time.perf_counter()
+        engine.step()
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds[5:]) * 1e3
+
+
+def prompt_seconds(engine: PagedEngine, count: int, prompt: int, offset: int) -> float:
+    """Seconds until each of `count` requests has its first token."""
+    for index in range(count):
+        engine.add(request_of(offset + index, prompt, 1))
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    while engine.has_work:
+        engine.step()
+    return time.perf_counter() - started
+
+
+def generate_rate(engine: PagedEngine, batch: int, prompt: int, new: int, offset: int) -> float:
+    """Tokens per second of `batch` requests, prompts included."""
+    for index in range(batch):
+        engine.add(request_of(offset + index, prompt, new))
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    while engine.has_work:
+        engine.step()
+    return batch * new / (time.perf_counter() - started)
+
+
+def forward_rate(engine: PagedEngine, length: int, rows: int) -> float:
+    """Tokens per second of the training's forward pass without gradients."""
+    model = engine.model
+    tokens = torch.randint(0, 32000, (rows // length, length), device="cuda")
+    seconds = []
+    with torch.no_grad():
+        for _ in range(4):
+            torch.cuda.synchronize()
+            started = time.perf_counter()
+            model(tokens, experts=engine.experts, memory=None)
+            torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - started)
+    return rows / min(seconds)
+
+
+def profile(engine: PagedEngine, steps: int = 20) -> list[str]:
+    """Share of decoding by kernel, the ten largest."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
+        for _ in range(steps):
+            engine.step()
+        torch.cuda.synchronize()
+    events = sorted(found.key_averages(), key=lambda e: -e.device_time_total)
+    whole = sum(e.device_time_total for e in events)
+    lines = [f"device time a step: {whole / steps:.0f} us"]
+    for e in events[:10]:
+        share = e.device_time_total / whole
+        lines.append(
+            f"{share:6.1%} {e.device_time_total / steps:8.1f} us {e.count // steps:4d}x {e.key[:70]}"
+        )
+    return lines

@@ -1,0 +1,174 @@
+"""The sampler on the model's device: the same choices as sampler.py, for many requests at once.
+
+A row's token follows from its own logits, request, seed and position: rows that cut their tail are sorted, the
+others are not, whatever else is in the batch. The random numbers are those of `sampler.uniform`, computed for all
+rows together while the device is busy with the logits. Grammars, lists of allowed tokens, forbidden words and log
+probabilities stay with the sampler on the host.
+
+Shapes: R rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sparseray.actors.serving.text_request import GenerationRequest
+
+FAILED = -1
+"""Instead of a token where the logits are not finite."""
+Uint64 = NDArray[np.uint64]
+_MULTIPLIERS = np.array([[0xD2E7470EE14C6C93], [0xCA5A826395121157]], dtype=np.uint64)
+_WEYL = np.array([[0x9E3779B97F4A7C15], [0xBB67AE8584CAA73B]], dtype=np.uint64)
+_LOW, _HALF = np.uint64(0xFFFFFFFF), np.uint64(32)
+
+
+def _multiply(a: Uint64, b: Uint64) -> tuple[Uint64, Uint64]:
+    """(high, low) 64 bits of the product."""
+    a0, a1, b0, b1 = a & _LOW, a >> _HALF, b & _LOW, b >> _HALF
+    middle = a1 * b0 + ((a0 * b0) >> _HALF)
+    other = (middle & _LOW) + a0 * b1
+    return a1 * b1 + (middle >> _HALF) + (other >> _HALF), a * b
+
+
+def uniforms(seeds: Sequence[int], positions: Sequence[int]) -> NDArray[np.float64]:
+    """`sampler.uniform` of many seeds and positions: the first output of Philox4x64-10 (Salmon et al. 2011)."""
+    mask = 2**64 - 1
+    key = np.array([[s & mask for s in seeds], [p & mask for p in positions]], dtype=np.uint64)
+    # The words 0 and 2 of the counter, then 1 and 3; numpy counts from 1.
+    even, odd = np.zeros_like(key), np.zeros_like(key)
+    even[0] = 1
+    for _ in range(10):
+        high, low = _multiply(_MULTIPLIERS, even)
+        even, odd = high[::-1] ^ odd ^ key, low[::-1]
+        key = key + _WEYL
+    first: NDArray[np.float64] = (even[0] >> np.uint64(11)) * 2.0**-53
+    return first
+
+
+def fits(request: GenerationRequest) -> bool:
+    """Whether a request can be sampled here."""
+    return not (
+        request.grammar
+        or request.allowed_token_ids
+        or request.bad_words
+        or request.logprobs is not None
+        or request.prompt_logprobs is not None
+        or request.max_tokens == 0
+    )
+
+
+def _is_adjusted(request: GenerationRequest, tokens: Sequence[int]) -> bool:
+    is_penalised = request.repetition_penalty != 1.0 or request.frequency_penalty or request.presence_penalty
+    few = len(tokens) - len(request.prompt_tokens) < request.min_tokens
+    return bool(is_penalised or request.logit_bias or (few and request.stop_token_ids))
+
+
+def _changes(
+    request: GenerationRequest, tokens: Sequence[int], vocab: int
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Tokens that a request's settings change, and for each (added, divisor, subtracted)."""
+    added = np.array(tokens[len(request.prompt_tokens) :], dtype=np.int64)
+    table = np.zeros((3, vocab))
+    table[1] = 1.0
+    touched = [added] if request.frequency_penalty or request.presence_penalty else []
+    if added.size < request.min_tokens:
+        table[0, list(request.stop_token_ids)] = -np.inf
+        touched.append(np.array(request.stop_token_ids, dtype=np.int64))
+    for token, bias in request.logit_bias:
+        table[0, token] += bias
+        touched.append(np.array([token]))
+    if request.repetition_penalty != 1.0:
+        seen = np.array(tokens, dtype=np.int64)
+        table[1, seen] = request.repetition_penalty
+        touched.append(seen)
+    if touched and (request.frequency_penalty or request.presence_penalty):
+        used, counts = np.unique(added, return_counts=True)
+        table[2, used] = request.frequency_penalty * counts + request.presence_penalty
+    at = np.unique(np.concatenate(touched))
+    return at, table[:, at]
+
+
+def _adjust(
+    scores_RV: Tensor, requests: Sequence[GenerationRequest], tokens: Sequence[Sequence[int]]
+) -> None:
+    """Apply biases and penalties in place, in the order of `sampler.adjusted`."""
+    rows, at, values = [], [], []
+    for row, (request, known) in enumerate(zip(requests, tokens)):
+        if _is_adjusted(request, known):
+            found, changes = _changes(request, known, scores_RV.shape[1])
+            rows.append(np.full(found.size, row))
+            at.append(found)
+            values.append(changes)
+    if not rows:
+        return
+    device = scores_RV.device
+    row_N, at_N = (torch.from_numpy(np.concatenate(x)).to(device) for x in (rows, at))
+    bias_N, divisor_N, less_N = torch.from_numpy(np.concatenate(values, 1)).to(device)
+    score_N = scores_RV[row_N, at_N] + bias_N
+    score_N = torch.where(score_N > 0, score_N / divisor_N, score_N * divisor_N) - less_N
+    scores_RV[row_N, at_N] = score_N
+
+
+def sample_rows(
+    logits_RV: Tensor, requests: Sequence[GenerationRequest], tokens: Sequence[Sequence[int]]
+) -> Tensor:
+    """Choose the next token of every row, without waiting for the device.
+
+    Args:
+        logits_RV: of the model.
+        requests: that `fits`.
+        tokens: of each request, its prompt and what was added; the length is the new token's position.
+
+    Returns:
+        int64 [R] on the device; `FAILED` where the logits are not finite.
+    """
+    if all(r.temperature == 0.0 and not _is_adjusted(r, t) for r, t in zip(requests, tokens)):
+        best_R, token_R = logits_RV.max(-1)
+        return torch.where(best_R.isfinite(), token_R, FAILED)
+    scores_RV = logits_RV.double()
+    is_finite_R = scores_RV.isfinite().all(-1)
+    _adjust(scores_RV, requests, tokens)
+    best_R, token_R = scores_RV.max(-1)
+    drawn = [row for row, request in enumerate(requests) if request.temperature > 0.0]
+    cut = [row for row in drawn if requests[row].top_p < 1.0 or 0 < requests[row].top_k < scores_RV.shape[1]]
+    for rows, is_cut in ((cut, True), (sorted(set(drawn) - set(cut)), False)):
+        if rows:
+            at_R = torch.tensor(rows, device=scores_RV.device)
+            chosen = [requests[row] for row in rows]
+            numbers = uniforms([r.seed for r in chosen], [len(tokens[row]) for row in rows])
+            token_R[at_R] = _draw(scores_RV[at_R], best_R[at_R, None], chosen, numbers, is_cut=is_cut)
+    return torch.where(is_finite_R, token_R, FAILED)
+
+
+def _draw(
+    scores_RV: Tensor,
+    best_R1: Tensor,
+    requests: Sequence[GenerationRequest],
+    numbers_R: NDArray[np.float64],
+    *,
+    is_cut: bool,
+) -> Tensor:
+    """Draw a token for every row by its number in [0, 1), as `sampler.sample` does."""
+    V = scores_RV.shape[1]
+    settings = [[r.temperature for r in requests], [r.min_p for r in requests]]
+    settings += [[r.top_p for r in requests], [float(r.top_k or V) for r in requests], numbers_R.tolist()]
+    values = torch.tensor(settings, dtype=torch.float64).to(scores_RV.device, non_blocking=True)
+    temperature, min_p, top_p, top_k, number = values[:, :, None]
+    weights_RV = torch.exp((scores_RV - best_R1) / temperature)
+    weights_RV = weights_RV.masked_fill(weights_RV < min_p, 0.0)
+    order_RV = None
+    if is_cut:
+        weights_RV, order_RV = weights_RV.sort(dim=-1, descending=True, stable=True)
+        weights_RV = weights_RV.masked_fill(torch.arange(V, device=values.device) >= top_k, 0.0)
+    total_RV = weights_RV.cumsum(-1)
+    last_R1 = total_RV[:, -1:]
+    if is_cut:
+        kept_R1 = torch.searchsorted(total_RV, top_p * last_R1).clamp(max=V - 1)
+        last_R1 = total_RV.gather(1, kept_R1)
+    drawn_R1 = torch.searchsorted(total_RV, number * last_R1, right=True).clamp(max=V - 1)
+    return (drawn_R1 if order_RV is None else order_RV.gather(1, drawn_R1))[:, 0]

@@ -1,0 +1,308 @@
+"""`PagedEngine`: continuous batching over paged caches, one step ahead of the host.
+
+A call of `step` takes the tokens of the step before, starts the next one, and only then tells of the tokens: while
+they are sent on, the device computes. A step runs the chunks of prompts first and then one token of every request
+that decodes; both lie on the same stream, so pages may change hands as soon as the host says so. The host waits
+for nothing but the sampled tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparseray.actors.serving.cache_pool import CachePool, Lease
+from sparseray.actors.serving.device_sampler import FAILED, fits, sample_rows
+from sparseray.actors.serving.engine import Engine, Ongoing
+from sparseray.actors.serving.paged_model import Chunk, PagedModel, page_bytes
+from sparseray.actors.serving.text_request import GenerationRequest, TokenEvent
+from sparseray.errors import ConfigError
+from sparseray.log import get_logger
+from sparseray.model.attention import attention_of
+from sparseray.model.dse import Memory
+from sparseray.model.moe import Experts
+from sparseray.model.transformer import Transformer
+
+log = get_logger(__name__)
+
+PAGE = 256
+PREFILL_ROWS = 8192
+SHARE_OF_FREE_MEMORY = 0.8
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Flight:
+    """A step that was started.
+
+    Args:
+        batch: its requests, and the hidden states of those whose prompt's log probabilities are wanted.
+        sampled: requests that get a token from the device, in the order of `tokens`.
+        tokens: int64, on the host once `done`.
+        judged: requests that get their token from the sampler on the host, in the order of `logits`.
+        logits: [.., V] on the host once `done`.
+        done: reached when everything has arrived; None on a CPU.
+    """
+
+    batch: list[tuple[Ongoing, Tensor | None]]
+    sampled: list[Ongoing]
+    tokens: Tensor | None
+    judged: list[Ongoing]
+    logits: Tensor | None
+    done: torch.cuda.Event | None
+
+
+class PagedEngine(Engine):
+    """Runs many requests on one model and one pool of pages.
+
+    Args:
+        model, experts, memory, max_batch, max_model_len, max_failures, grammars: as in `Engine`.
+        prefill_chunk: tokens of a prompt per step.
+        cache_bytes: of all pages; None takes what the device has left, and on a CPU what a full batch needs.
+        page: tokens of a page.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        experts: Experts,
+        memory: Memory | None,
+        *,
+        cache_bytes: int | None = None,
+        page: int = PAGE,
+        prefill_chunk: int = PREFILL_ROWS,
+        **options: Any,
+    ) -> None:
+        super().__init__(model, experts, memory, prefill_chunk=prefill_chunk, **options)
+        device = model.embedding.device
+        each = page_bytes(model.config, page, model.embedding.dtype)
+        full = 1 + self.max_batch * -(-self.max_model_len // page)
+        if cache_bytes is None and device.type == "cuda":
+            cache_bytes = int(torch.cuda.mem_get_info(device)[0] * SHARE_OF_FREE_MEMORY)
+        num_pages = full if cache_bytes is None else min(full, cache_bytes // each)
+        kinds = [attention_of(model.config, layer) for layer in range(model.config.num_layers)]
+        self.pool = CachePool(
+            num_pages,
+            page,
+            self.max_batch,
+            keeps_state=bool(model.config.dse.layers),
+            overlaps=any(kind.overlaps_pages for kind in kinds),
+        )
+        self.paged = PagedModel(
+            model, num_pages=num_pages, page=page, num_slots=self.max_batch, max_len=self.max_model_len
+        )
+        log.info("cache: %d pages of %d tokens, %.2f GiB", num_pages, page, num_pages * each / 2**30)
+        self._flight: _Flight | None = None
+        self.paged.warm(experts)
+
+    @property
+    def cache_usage(self) -> float:
+        """Pages that requests hold, of all."""
+        return self.pool.usage
+
+    def add(self, request: GenerationRequest) -> None:
+        """Queue a request.
+
+        Raises:
+            ConfigError: it cannot be computed, or would not fit an empty cache.
+        """
+        total = len(request.prompt_tokens) + request.max_tokens
+        if total > self.pool.most_tokens:
+            raise ConfigError(
+                f"request {request.request_id}: {total} tokens do not fit the cache of {self.pool.most_tokens};"
+                " shorten the request or raise serve.cache_gib"
+            )
+        super().add(request)
+
+    def cancel(self, request_id: str) -> bool:
+        """Forget a request between two steps; no event follows. Returns whether it was there."""
+        for sequence in self._running:
+            if sequence.request.request_id == request_id:
+                self._release(sequence)
+        return super().cancel(request_id)
+
+    def step(self) -> list[TokenEvent]:
+        """Take the tokens of the step before and start the next one; see `Engine.step`."""
+        flight, self._flight = self._flight, None
+        failed, self._failed = self._failed, []
+        try:
+            taken = [] if flight is None else self._take(flight)
+        except Exception as error:
+            assert flight is not None
+            self._failed = failed
+            self._restart([s for s, _ in flight.batch if isinstance(s.cache, Lease)], error)
+            raise
+        self._admit()
+        try:
+            batch = self._select()
+            self._flight = self._launch(batch) if batch else None
+        except Exception as error:
+            # What was taken is told by the next step.
+            self._failed = failed + [self._event(*found) for found in taken]
+            self._restart(batch, error)
+            raise
+        return failed + [self._event(*found) for found in taken]
+
+    def _release(self, sequence: Ongoing) -> None:
+        if isinstance(sequence.cache, Lease):
+            self.pool.release(sequence.cache)
+            sequence.cache = None
+
+    def _restart(self, batch: list[Ongoing], error: Exception) -> None:
+        for sequence in batch:
+            self._release(sequence)
+        super()._restart(batch, error)
+
+    def _admit(self) -> None:
+        """Give pages to waiting requests, in the order of `Engine`, until one does not fit."""
+        while self._waiting and len(self._running) < self.max_batch:
+            sequence = min(self._waiting, key=lambda waiting: waiting.request.priority)
+            request = sequence.request
+            # A prefix that is not computed has no hidden states to take log probabilities from.
+            known = request.prompt_tokens if request.prompt_logprobs is None else ()
+            lease = self.pool.acquire(known, sequence.num_prompt + request.max_tokens)
+            if lease is None:
+                return
+            self._waiting.remove(sequence)
+            self.paged.begin(lease)
+            sequence.cache = lease
+            self._running.append(sequence)
+            self._note_admitted(sequence)
+
+    def _select(self) -> list[Ongoing]:
+        """All requests that decode, and the oldest that read their prompt, of one chunk's tokens together."""
+        found, used = [], 0
+        for sequence in self._running:
+            if not sequence.in_prompt:
+                found.append(sequence)
+                continue
+            count = len(sequence.next_chunk(self.prefill_chunk))
+            if not used or used + count <= self.prefill_chunk:
+                found.append(sequence)
+                used += count
+        return found
+
+    @torch.no_grad()
+    def _launch(self, batch: list[Ongoing]) -> _Flight:
+        """Start a step: prompts, then decoding, then the sampler."""
+        prompts = [s for s in batch if s.in_prompt]
+        decoding = [s for s in batch if not s.in_prompt]
+        hidden = self._prefill(prompts) if prompts else []
+        whole = [i for i, s in enumerate(prompts) if s.computed == len(s.tokens)]
+        ready, logits = [prompts[i] for i in whole], []
+        if whole:
+            logits.append(self.model.logits(torch.cat([hidden[i][-1:] for i in whole])))
+        if decoding:
+            chunks = [self._chunk(s, 1) for s in decoding]
+            found = self.paged.decode(chunks, self.experts, self.memory)
+            for chunk in chunks:
+                chunk.lease.length += 1
+            known = [i for i, s in enumerate(decoding) if s.computed == len(s.tokens)]
+            if known:
+                ready += [decoding[i] for i in known]
+                logits.append(found if len(known) == len(decoding) else found[known])
+        self._note_step(len(batch))
+        wanted = [h if s.request.prompt_logprobs is not None else None for s, h in zip(prompts, hidden)]
+        rows: list[tuple[Ongoing, Tensor | None]] = list(zip(prompts, wanted))
+        rows += [(s, None) for s in decoding]
+        return self._sample(rows, ready, logits)
+
+    def _chunk(self, sequence: Ongoing, count: int) -> Chunk:
+        assert isinstance(sequence.cache, Lease)
+        return Chunk(lease=sequence.cache, known=sequence.tokens, count=count)
+
+    def _prefill(self, prompts: list[Ongoing]) -> list[Tensor]:
+        """Start the next chunk of each prompt; hidden states [T, H]."""
+        chunks = [self._chunk(s, len(s.next_chunk(self.prefill_chunk))) for s in prompts]
+        hidden = self.paged.prefill(chunks, self.experts, self.memory)
+        for chunk in chunks:
+            chunk.lease.length += chunk.count
+            self.pool.publish(chunk.lease, self.paged.state(chunk.lease))
+        tokens = sum(chunk.count for chunk in chunks)
+        self._stats = replace(self._stats, prompt_tokens=self._stats.prompt_tokens + tokens)
+        return hidden
+
+    @torch.no_grad()
+    def _sample(
+        self, batch: list[tuple[Ongoing, Tensor | None]], ready: list[Ongoing], logits: list[Tensor]
+    ) -> _Flight:
+        """Choose tokens where that can be done on the device, and send everything to the host."""
+        tokens = judged_logits = done = None
+        here = [i for i, s in enumerate(ready) if fits(s.request)]
+        there = [i for i, s in enumerate(ready) if not fits(s.request)]
+        if ready:
+            logits_RV = torch.cat(logits) if len(logits) > 1 else logits[0]
+            if here:
+                rows_RV = logits_RV if not there else logits_RV[here]
+                chosen = [ready[i] for i in here]
+                found = sample_rows(rows_RV, [s.request for s in chosen], [s.tokens for s in chosen])
+                tokens = _to_host(found)
+            if there:
+                judged_logits = _to_host(logits_RV[there].float())
+        if self.paged.device.type == "cuda":
+            done = torch.cuda.Event()
+            done.record()
+        return _Flight(
+            batch=batch,
+            sampled=[ready[i] for i in here],
+            tokens=tokens,
+            judged=[ready[i] for i in there],
+            logits=judged_logits,
+            done=done,
+        )
+
+    def _take(self, flight: _Flight) -> list[tuple[Any, ...]]:
+        """Wait for a step; append its tokens, and free the pages of requests that ended."""
+        if flight.done is not None:
+            flight.done.synchronize()
+        found: list[tuple[Any, ...]] = []
+        if flight.tokens is not None:
+            self._note_tokens(len(flight.sampled))
+            for sequence, token in zip(flight.sampled, flight.tokens.tolist(), strict=True):
+                if sequence.cache is not None:
+                    found.append(self._add(sequence, token))
+        judged = {} if flight.logits is None else dict(zip(map(id, flight.judged), flight.logits.numpy()))
+        for sequence, hidden_TH in flight.batch:
+            if sequence.cache is not None and (hidden_TH is not None or id(sequence) in judged):
+                event = self._advance(sequence, hidden_TH, judged.get(id(sequence)))
+                if event is not None:
+                    found.append((sequence, event))
+                    self._end_at(sequence, event.finish_reason)
+        return found
+
+    def _add(self, sequence: Ongoing, token: int) -> tuple[Any, ...]:
+        """Append a sampled token; what `_event` needs to tell of it."""
+        request, index = sequence.request, len(sequence.tokens) - sequence.num_prompt
+        if token == FAILED:
+            self._end_at(sequence, "error")
+            message = "the model's logits are not finite; its weights or rows are damaged"
+            return sequence, self._error(sequence, message)
+        sequence.tokens.append(token)
+        finish = "length" if index + 1 == request.max_tokens else None
+        if token in request.stop_token_ids:
+            finish = "stop"
+        self._end_at(sequence, finish)
+        return sequence, token, index, finish
+
+    def _end_at(self, sequence: Ongoing, finish: str | None) -> None:
+        if finish is not None:
+            self._running.remove(sequence)
+            self._release(sequence)
+
+    def _event(self, sequence: Ongoing, found: int | TokenEvent, *rest: Any) -> TokenEvent:
+        if isinstance(found, TokenEvent):
+            return found
+        index, finish = rest
+        return TokenEvent(
+            request_id=sequence.request.request_id, index=index, token_id=found, finish_reason=finish
+        )
+
+
+def _to_host(values: Tensor) -> Tensor:
+    """A copy on the host, complete once the stream has come so far."""
+    if not values.is_cuda:
+        return values
+    copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    return copy.copy_(values, non_blocking=True)

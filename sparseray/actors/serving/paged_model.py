@@ -1,0 +1,301 @@
+"""`PagedModel`: one step of the model on paged caches, as chunks of prompts and as one token of many requests.
+
+Between the engine, which knows requests, and the network. On a GPU a decode step is a CUDA graph for each number of
+requests in `BUCKETS`, captured at the start; what changes from step to step lies in one buffer that one copy fills.
+Nothing here waits for the device.
+
+Shapes: R rows, B sequences, V vocabulary, H hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sparseray.actors.serving.cache_pool import Lease, table_of
+from sparseray.kernels.ops import Pages
+from sparseray.kernels.settings import padded
+from sparseray.model.attention import attention_of
+from sparseray.model.config import ModelConfig
+from sparseray.model.dse import Memory
+from sparseray.model.dse_layout import NO_TOKEN
+from sparseray.model.moe import Experts
+from sparseray.model.paged import Paged, new_histories
+from sparseray.model.transformer import Transformer
+
+FIELDS = ("token", "position", "context", "place", "slot", "start")
+
+
+def buckets(most: int) -> tuple[int, ...]:
+    """Numbers of requests that have a decode step of their own: powers of two, and the largest."""
+    return tuple(sorted({*(1 << i for i in range(most.bit_length()) if 1 << i <= most), most}))
+
+
+def page_bytes(config: ModelConfig, page: int, dtype: torch.dtype) -> int:
+    """Bytes of one page in all pools."""
+    meta = torch.device("meta")
+    pools = [attention_of(config, i).new_pool(config, 1, page, dtype, meta) for i in range(config.num_layers)]
+    return sum(t.numel() * t.element_size() for pool in pools for t in pool.tensors())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chunk:
+    """What one sequence computes in a step.
+
+    Args:
+        lease: its pages; `length` tokens are there already.
+        known: all of its tokens.
+        count: how many are next.
+    """
+
+    lease: Lease
+    known: Sequence[int]
+    count: int
+
+    @property
+    def tokens(self) -> Sequence[int]:
+        """The next tokens."""
+        return self.known[self.lease.length : self.lease.length + self.count]
+
+    def before(self, count: int) -> list[int]:
+        """The tokens before them, at most so many."""
+        return list(self.known[max(0, self.lease.length - count) : self.lease.length])
+
+
+@dataclass(eq=False)
+class _Decode:
+    """Buffers of a decode step of at most B requests, and its graph."""
+
+    staged: Tensor
+    inputs: Tensor
+    values: dict[int, Tensor]
+    paged: Paged
+    logits_RV: Tensor | None = None
+    graph: torch.cuda.CUDAGraph | None = None
+
+
+class PagedModel:
+    """The network over pools of pages.
+
+    Args:
+        model: the dense part.
+        num_pages, page: of the pools; tokens of a page are a multiple of the selection blocks.
+        num_slots: requests at a time.
+        max_len: tokens of the longest request.
+    """
+
+    def __init__(
+        self, model: Transformer, *, num_pages: int, page: int, num_slots: int, max_len: int
+    ) -> None:
+        config, device = model.config, model.embedding.device
+        self.model, self.page, self.device = model, page, device
+        self.width = -(-max_len // page)
+        dtype = model.embedding.dtype
+        self.pools = [
+            attention_of(config, layer).new_pool(config, num_pages, page, dtype, device)
+            for layer in range(config.num_layers)
+        ]
+        self.histories = new_histories(config, num_slots + 1, device)
+        self.table_SW = torch.zeros(num_slots + 1, self.width, dtype=torch.int32, device=device)
+        self._decodes: dict[int, _Decode] = {}
+        self._buckets = buckets(num_slots)
+
+    def begin(self, lease: Lease) -> None:
+        """Take a request's pages over, and the state of its shared prefix."""
+        row = table_of(lease, self.width)
+        self.table_SW[lease.slot].copy_(
+            row.pin_memory() if self.device.type == "cuda" else row, non_blocking=True
+        )
+        for layer, history_SLH in self.histories.items():
+            if lease.state is None:
+                history_SLH[lease.slot].zero_()
+            else:
+                history_SLH[lease.slot].copy_(lease.state[layer])
+
+    def state(self, lease: Lease) -> dict[int, Tensor] | None:
+        """A copy of what a request keeps beside its pages, if anything."""
+        return {layer: h[lease.slot].clone() for layer, h in self.histories.items()} or None
+
+    def _to_device(self, values: NDArray[np.generic]) -> Tensor:
+        found = torch.from_numpy(values)
+        return found.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else found
+
+    def _rows(self, chunks: Sequence[Chunk]) -> tuple[dict[int, Tensor], NDArray[np.bool_]]:
+        """Addresses of the chunks' table rows by memory layer, and where documents start; on the host."""
+        layout = self.model.layout
+        starts = np.zeros(sum(chunk.count for chunk in chunks), dtype=np.bool_)
+        if layout is None or not self.histories:
+            return {}, starts
+        look_back, end = max(layout.config.orders) - 1, layout.config.document_end_id
+        resets = layout.config.reset_at_document and end >= 0
+        known: list[int] = []
+        keep: list[bool] = []
+        begins: list[bool] = []
+        for chunk in chunks:
+            history, tokens = chunk.before(look_back), chunk.tokens
+            previous = history[-1] if history else NO_TOKEN
+            if resets and end in history:
+                # What comes before a document's end is not seen after it; the end itself is the last token before.
+                at = len(history) - 1 - history[::-1].index(end)
+                begun = history[at + 1 :]
+                history = [NO_TOKEN] * (len(history) - len(begun)) + begun
+            history = [NO_TOKEN] * (look_back - len(history)) + history
+            last = [previous, *tokens[:-1]]
+            known += [*history, *tokens]
+            keep += [False] * look_back + [True] * chunk.count
+            begins += [False] * look_back + [resets and token == end for token in last]
+        kept = np.array(keep)
+        starts = np.array(begins)[kept]
+        tokens_1P = torch.tensor(known)[None]
+        begins_1P = torch.tensor(begins)[None] if resets else None
+        keep_P = torch.from_numpy(kept)
+        found = {layer: layout.rows(layer, tokens_1P, None, begins_1P)[0, keep_P] for layer in self.histories}
+        return found, starts
+
+    def _fetch(self, rows: dict[int, Tensor], memory: Memory | None) -> dict[int, Tensor]:
+        """The rows at these addresses, of every memory layer."""
+        if not rows:
+            return {}
+        assert memory is not None, "a model with memory layers is served with its memory"
+        fetched = memory.prefetch(rows)
+        return {layer: fetched(layer) for layer in rows}
+
+    @property
+    def _has_starts(self) -> bool:
+        layout = self.model.layout
+        return layout is not None and layout.config.reset_at_document and layout.config.document_end_id >= 0
+
+    @torch.no_grad()
+    def prefill(self, chunks: Sequence[Chunk], experts: Experts, memory: Memory | None) -> list[Tensor]:
+        """Run the next chunk of several prompts; hidden states [T, H] of each."""
+        sizes = np.array([chunk.count for chunk in chunks])
+        lengths = np.array([chunk.lease.length for chunk in chunks])
+        bounds = np.concatenate([[0], sizes.cumsum()])
+        rows = int(bounds[-1])
+        addresses, starts = self._rows(chunks)
+        values = {
+            layer: found.to(self.device, non_blocking=True)
+            for layer, found in self._fetch(addresses, memory).items()
+        }
+        inputs = np.zeros((3, padded(rows)), dtype=np.int64)
+        for chunk, (start, stop) in zip(chunks, pairwise(bounds)):
+            positions = np.arange(stop - start) + chunk.lease.length
+            inputs[0, start:stop] = chunk.tokens
+            inputs[1, start:stop] = positions
+            place = np.array(chunk.lease.pages)[positions // self.page]
+            inputs[2, start:stop] = place * self.page + positions % self.page
+        tokens_R, positions_R, places_R = self._to_device(inputs)
+        ends = bounds.astype(np.int32)
+        slots = tuple(chunk.lease.slot for chunk in chunks)
+        slots_B = self._to_device(np.array(slots))
+        pages = Pages(
+            page=self.page,
+            table_BW=self.table_SW[slots_B],
+            context_lens_B=self._to_device((lengths + sizes).astype(np.int32)),
+            places_R=places_R,
+            chunks=tuple((int(a), int(b), int(n + b - a)) for (a, b), n in zip(pairwise(bounds), lengths)),
+            cu_seqlens=self._to_device(ends),
+        )
+        hidden_RH = self.model.run_paged(
+            tokens_R,
+            positions_R,
+            Paged(pages=pages, pools=self.pools, histories=self.histories, slots_B=slots_B, slots=slots),
+            rows=rows,
+            experts=experts,
+            fetched=lambda layer: values[layer],
+            starts_1R=self._to_device(starts)[None] if self._has_starts else None,
+        )
+        return [hidden_RH[start:stop] for start, stop in pairwise(bounds)]
+
+    def _new_decode(self, size: int) -> _Decode:
+        config, rows, is_cuda = self.model.config, padded(size), self.device.type == "cuda"
+        staged = torch.zeros(len(FIELDS), rows, dtype=torch.int32, pin_memory=is_cuda)
+        # A place that no request has: one token on page 0, so that nothing is divided by nothing.
+        staged[2] = 1
+        inputs = staged.to(self.device) if is_cuda else staged
+        values = {
+            layer: torch.zeros(size, self._rows_per_token, config.dse.head_dim, device=self.device)
+            for layer in self.histories
+        }
+        slots_B = inputs[4, :size]
+        pages = Pages(
+            page=self.page,
+            table_BW=torch.zeros(size, self.width, dtype=torch.int32, device=self.device),
+            context_lens_B=inputs[2, :size],
+            places_R=inputs[3],
+        )
+        paged = Paged(pages=pages, pools=self.pools, histories=self.histories, slots_B=slots_B)
+        return _Decode(staged, inputs, values, paged)
+
+    @property
+    def _rows_per_token(self) -> int:
+        layout = self.model.layout
+        return 0 if layout is None else sum(len(heads) for heads in layout.primes[0])
+
+    @torch.no_grad()
+    def _run_decode(self, decode: _Decode, experts: Experts) -> Tensor:
+        """Logits [R, V] of what lies in the buffers."""
+        pages, inputs = decode.paged.pages, decode.inputs
+        torch.index_select(self.table_SW, 0, decode.paged.slots_B, out=pages.table_BW)
+        hidden_RH = self.model.run_paged(
+            inputs[0],
+            inputs[1],
+            decode.paged,
+            rows=pages.num_sequences,
+            experts=experts,
+            fetched=lambda layer: decode.values[layer],
+            starts_1R=inputs[5].bool()[None] if self._has_starts else None,
+        )
+        return self.model.logits(hidden_RH)
+
+    def warm(self, experts: Experts) -> None:
+        """Capture the decode steps; on a CPU there is nothing to capture."""
+        if self.device.type != "cuda":
+            return
+        memory = torch.cuda.graph_pool_handle()
+        for size in reversed(self._buckets):
+            decode = self._decodes[size] = self._new_decode(size)
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(2):
+                    self._run_decode(decode, experts)
+            torch.cuda.current_stream().wait_stream(stream)
+            decode.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(decode.graph, pool=memory):
+                decode.logits_RV = self._run_decode(decode, experts)
+
+    def decode(self, chunks: Sequence[Chunk], experts: Experts, memory: Memory | None) -> Tensor:
+        """Run the newest token of several requests; logits [B, V], overwritten by the next call."""
+        count = len(chunks)
+        size = next(size for size in self._buckets if size >= count)
+        if size not in self._decodes:
+            self._decodes[size] = self._new_decode(size)
+        decode = self._decodes[size]
+        addresses, starts = self._rows(chunks)
+        staged = decode.staged.numpy()
+        staged[:] = 0
+        staged[2] = 1
+        positions = np.array([chunk.lease.length for chunk in chunks])
+        at = np.array([chunk.lease.pages[chunk.lease.length // self.page] for chunk in chunks])
+        staged[0, :count] = [chunk.known[chunk.lease.length] for chunk in chunks]
+        staged[1, :count] = positions
+        staged[2, :count] = positions + 1
+        staged[3, :count] = at * self.page + positions % self.page
+        staged[4, :count] = [chunk.lease.slot for chunk in chunks]
+        staged[5, :count] = starts
+        if decode.inputs is not decode.staged:
+            decode.inputs.copy_(decode.staged, non_blocking=True)
+        for layer, found in self._fetch(addresses, memory).items():
+            decode.values[layer][:count].copy_(found, non_blocking=True)
+        if decode.graph is None:
+            return self._run_decode(decode, experts)[:count]
+        assert decode.logits_RV is not None
+        decode.graph.replay()
+        return decode.logits_RV[:count]

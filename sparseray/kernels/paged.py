@@ -1,0 +1,91 @@
+"""Paged caches in plain PyTorch: what `Ops.paged_*` do, one sequence after another, for any device.
+
+All branches of all layers share one table: page p of a sequence is the same number in every pool. A pool of
+compressed tokens has page / stride rows a page, so the block of a token lies on the token's own page. On a CPU a
+sequence's bits are those of the same operations on contiguous keys.
+
+Shapes: R rows, B sequences, W pages of a sequence, P tokens of a page, Q query heads, G key/value heads, D and V
+head sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparseray.kernels.settings import NSASizes
+
+KeyValues = tuple[Tensor, Tensor]
+"""A pool's keys [pages, P, G, D] and values [pages, P, G, V], contiguous."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pages:
+    """Whose rows a call has and where their keys and values lie.
+
+    Args:
+        page: tokens of a page, P.
+        table_BW: int32, the page of every P tokens of a sequence.
+        context_lens_B: int32, tokens of every sequence, those of this call included.
+        places_R: integers, where each row's keys and values go: page * P + position in the page.
+        chunks: (first row, last row + 1, tokens with the chunk) of every sequence, known to the host; None while
+            decoding, where row b is the newest token of sequence b and nothing is known to the host.
+        cu_seqlens: int32 [B + 1], boundaries of the chunks; None while decoding.
+        scratch: what the operations keep for all layers of a call, and of calls with the same buffers.
+    """
+
+    page: int
+    table_BW: Tensor
+    context_lens_B: Tensor
+    places_R: Tensor
+    chunks: tuple[tuple[int, int, int], ...] | None = None
+    cu_seqlens: Tensor | None = None
+    scratch: dict[Any, Any] = field(default_factory=dict)
+
+    @property
+    def num_sequences(self) -> int:
+        """B."""
+        return self.table_BW.shape[0]
+
+    def spans(self) -> tuple[tuple[int, int, int], ...]:
+        """The chunks; read from the device while decoding."""
+        if self.chunks is not None:
+            return self.chunks
+        return tuple((b, b + 1, context) for b, context in enumerate(self.context_lens_B.tolist()))
+
+
+def write(pool: KeyValues, k_RGD: Tensor, v_RGV: Tensor, places_R: Tensor) -> None:
+    """Put the rows' keys and values where they belong."""
+    at = places_R.long()
+    for cache, rows in zip(pool, (k_RGD, v_RGV)):
+        cache.flatten(0, 1).index_copy_(0, at, rows.to(cache.dtype))
+
+
+def gather(cache: Tensor, table_W: Tensor, first: int, last: int) -> Tensor:
+    """Rows [first, last) of one sequence, [last - first, G, D]."""
+    page = cache.shape[1]
+    start = first // page
+    pages = table_W[start : -(-last // page)].long()
+    return cache[pages].flatten(0, 1)[first - start * page : last - start * page]
+
+
+def sequences(pages: Pages) -> Iterator[tuple[slice, int, int, Tensor]]:
+    """(rows, tokens before the call, tokens with it, pages) of every sequence that has rows."""
+    for b, (start, stop, context) in enumerate(pages.spans()):
+        if stop > start:
+            yield slice(start, stop), context - (stop - start), context, pages.table_BW[b]
+
+
+def compressed_range(sizes: NSASizes, before: int, context: int) -> tuple[int, int]:
+    """Indices [first, last) of the compressed tokens that a chunk completes."""
+    return sizes.num_compressed(before), sizes.num_compressed(context)
+
+
+def compressed_places(table_W: Tensor, first: int, last: int, page: int) -> Tensor:
+    """Rows of a pool of compressed tokens, `page` of them on a page."""
+    index = torch.arange(first, last, device=table_W.device)
+    return table_W[index // page].long() * page + index % page

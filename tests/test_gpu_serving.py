@@ -1,0 +1,145 @@
+"""Serving on a GPU: the paged engine against the full forward pass, graphs, a checkpoint of a CPU; skipped without one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from serving_parts import MAX_MODEL_LEN, Parts, finish, make_parts, request_of, tokens_of
+from test_serving_paged import REQUESTS, paged, prompt_of
+from torch import Tensor
+
+from sparseray.actors.serving.cache_pool import Lease
+from sparseray.actors.serving.paged_engine import PagedEngine
+from sparseray.actors.serving.paged_model import Chunk
+from sparseray.kernels.ops import ops_for
+from sparseray.model.dse import LocalMemory
+from sparseray.model.moe import LocalExperts
+from sparseray.model.transformer import Transformer
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+GPU = torch.device("cuda")
+
+
+class HostMemory:
+    """Tables in host memory, as a slot with a GPU holds them."""
+
+    def __init__(self, memory: LocalMemory) -> None:
+        self.memory = memory
+
+    def prefetch(self, rows: dict[int, Tensor]) -> Any:
+        assert all(at.device.type == "cpu" for at in rows.values())
+        return self.memory.prefetch(rows)
+
+
+@pytest.fixture(scope="module")
+def parts() -> Parts:
+    return make_parts()
+
+
+@pytest.fixture(scope="module")
+def on_gpu(parts: Parts) -> tuple[Transformer, LocalExperts]:
+    """The same weights on the GPU, in fp32."""
+    ops, config = ops_for("auto", GPU), parts.model.config
+    model = Transformer(config, parts.model.layout, ops=ops).eval()
+    experts = LocalExperts(config, ops=ops)
+    model.load_state_dict(parts.model.state_dict())
+    experts.load_state_dict(parts.experts.state_dict())
+    return model.to(GPU), experts.to(GPU)
+
+
+def engine_of(parts: Parts, on_gpu: tuple[Transformer, LocalExperts], **options: Any) -> PagedEngine:
+    options = {"max_batch": 16, "max_model_len": MAX_MODEL_LEN, "prefill_chunk": 64, "page": 64, **options}
+    model, experts = on_gpu
+    return PagedEngine(
+        model, experts, HostMemory(parts.memory), grammars=parts.grammars, cache_bytes=64 << 20, **options
+    )
+
+
+def test_a_checkpoint_of_a_cpu_gives_its_tokens_on_the_gpu(
+    parts: Parts, on_gpu: tuple[Transformer, LocalExperts]
+) -> None:
+    here, there = paged(parts), engine_of(parts, on_gpu)
+    for request in REQUESTS:
+        here.add(request)
+        there.add(request)
+    wanted, found = finish(here), finish(there)
+    for name, events in wanted.items():
+        assert tokens_of(found[name]) == tokens_of(events), name
+
+
+def test_cached_decoding_equals_the_full_forward_pass(
+    parts: Parts, on_gpu: tuple[Transformer, LocalExperts]
+) -> None:
+    engine = engine_of(parts, on_gpu)
+    tokens = list(prompt_of(150, 3))
+    lease = engine.pool.acquire(tokens, 150)
+    assert isinstance(lease, Lease)
+    engine.paged.begin(lease)
+    rows = []
+    for start, stop in ((0, 64), (64, 100), *((i, i + 1) for i in range(100, 150))):
+        chunk = Chunk(lease=lease, known=tokens, count=stop - start)
+        if stop - start > 1:
+            (hidden,) = engine.paged.prefill([chunk], engine.experts, engine.memory)
+            rows.append(engine.model.logits(hidden))
+        else:
+            rows.append(engine.paged.decode([chunk], engine.experts, engine.memory).clone())
+        lease.length = stop
+    out = parts.model(torch.tensor([tokens]), experts=parts.experts, memory=parts.memory)
+    wanted = parts.model.logits(out.hidden_BTH)[0]
+    torch.testing.assert_close(torch.cat(rows).cpu(), wanted, rtol=2e-3, atol=2e-3)
+
+
+def test_tokens_do_not_depend_on_the_company(parts: Parts, on_gpu: tuple[Transformer, LocalExperts]) -> None:
+    request = request_of("a", prompt_of(90, 11), temperature=1.0, seed=5, max_tokens=30)
+    engine = engine_of(parts, on_gpu)
+    engine.add(request)
+    alone = tokens_of(finish(engine)["a"])
+    for company in (1, 6, 15):
+        for index in range(company):
+            engine.add(request_of(str(index), prompt_of(7 * index + 3, index), temperature=1.0, seed=index))
+        engine.add(request)
+        assert tokens_of(finish(engine)["a"]) == alone
+
+
+def test_a_replayed_graph_gives_the_bits_of_the_step_that_it_holds(
+    parts: Parts, on_gpu: tuple[Transformer, LocalExperts]
+) -> None:
+    found = []
+    for is_graph in (True, False):
+        engine, rows = engine_of(parts, on_gpu), []
+        if not is_graph:
+            for decode in engine.paged._decodes.values():
+                decode.graph = None
+        run = engine.paged.decode
+
+        def recorded(*arguments: Any, run: Any = run, rows: list[Tensor] = rows) -> Tensor:
+            logits: Tensor = run(*arguments)
+            rows.append(logits.clone())
+            return logits
+
+        engine.paged.decode = recorded  # type: ignore[method-assign]
+        for index in range(3):
+            engine.add(request_of(str(index), prompt_of(60 + index, index), max_tokens=25))
+        finish(engine)
+        found.append(rows)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_bf16_serves_with_the_same_kernels(parts: Parts, on_gpu: tuple[Transformer, LocalExperts]) -> None:
+    import copy
+
+    from sparseray.actors.state.dense_slab import computes_in_fp32
+
+    model, experts = copy.deepcopy(on_gpu[0]), copy.deepcopy(on_gpu[1])
+    for module in (model, experts):
+        for name, parameter in module.named_parameters():
+            if not computes_in_fp32(name):
+                parameter.data = parameter.data.bfloat16()
+    engine = engine_of(parts, (model, experts))
+    for request in REQUESTS:
+        engine.add(request)
+    found = finish(engine)
+    assert all(events[-1].finish_reason in ("length", "stop") for events in found.values())
+    assert engine.cache_usage == 0.0
