@@ -79,7 +79,7 @@ def test_what_cannot_be_is_refused_and_the_cure_works(
 
 
 def test_an_old_driver_is_told_apart_from_a_torch_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match="driver runs CUDA up to 12.4.*update the driver"):
+    with pytest.raises(ConfigError, match=r"driver runs CUDA up to 12\.4.*update the driver"):
         resolve_device(config(), replace(GOOD, cuda=(12, 4)))
     monkeypatch.setattr(torch.version, "cuda", None)
     with pytest.raises(ConfigError, match="built without CUDA"):

@@ -9,7 +9,7 @@ from local_cluster import LocalFleet, Trained, tiny_run, train
 from sparseray.platform.config import RunConfig
 from sparseray.platform.trainer import Trainer
 
-WHOLE = {"colocated": True, "device": "cpu"}
+WHOLE = {"colocated": True}
 
 
 def whole_run(data: Path, *, steps: int = 6, dtype: str = "bfloat16", **train_keys: object) -> RunConfig:
