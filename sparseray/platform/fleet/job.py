@@ -174,7 +174,7 @@ def _fix_order(is_fixed: bool) -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(is_fixed, warn_only=True)
     # Otherwise every new tensor would be filled first.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 class SpecJobs:
