@@ -152,7 +152,8 @@ class Holdings:
     def apply(self, *, lr: float, memory_lr: float, scale: float, counts_LE: torch.Tensor) -> int:
         """Update everything assigned here once, and return how many table rows were updated."""
         self.trim()
+        # First what keeps a device busy longest, while the host launches the rest.
+        self.experts.apply(lr=lr, scale=scale)
         if self.dense is not None:
             self.dense.apply(lr=lr, scale=scale, counts_LE=counts_LE)
-        self.experts.apply(lr=lr, scale=scale)
         return 0 if self.memory is None else self.memory.apply(lr=memory_lr, scale=scale)
