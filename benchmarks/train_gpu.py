@@ -11,6 +11,7 @@ our model without a platform (gpu_loop.py), and transformers' DeepseekV3ForCausa
 import argparse
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -71,33 +73,32 @@ def run_side(name: str, module: str, *arguments: str) -> Measured | None:
 
 
 def product(config: str, data: Path, steps: int, warmup: int, extra: list[str]) -> Measured | None:
-    """Train through the command and read the seconds of its steps from its records."""
+    """Train through the command and read its steps' times from its records."""
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         options = [
             f"--config={ROOT / 'configs' / config}.yaml",
             f"--data.path={data}",
             f"--run_dir={run}",
-            f"--train.steps={steps}",
+            "--train.steps=100000",
             "--train.checkpoint_every=0",
             "--train.eval_every=0",
             *extra,
         ]
+        log = Path(folder) / "log"
         started = time.perf_counter()
-        done = subprocess.run(
-            [sys.executable, "-m", "sparseray", "pretrain", *options],
-            env={**os.environ, "PYTHONPATH": os.environ.get("PYTHONPATH", "") + f":{ROOT}"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if done.returncode:
-            print(
-                f"pretrain: exit code {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-4000:]}",
-                flush=True,
+        with log.open("w") as out:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "sparseray", "pretrain", *options],
+                env={**os.environ, "PYTHONPATH": os.environ.get("PYTHONPATH", "") + f":{ROOT}"},
+                stdout=out,
+                stderr=subprocess.STDOUT,
             )
+        records = _first_records(process, run / "metrics.jsonl", steps)
+        _stop_at_once(process)
+        if records is None:
+            print(f"pretrain: exit code {process.returncode}\n{log.read_text()[-4000:]}", flush=True)
             return None
-        records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         # From commit to commit: what a user waits for, the scheduler's work between two steps included.
         times = [record["time"] for record in records]
         seconds = statistics.median(b - a for a, b in zip(times[warmup:], times[warmup + 1 :]))
@@ -109,6 +110,27 @@ def product(config: str, data: Path, steps: int, warmup: int, extra: list[str]) 
             gib=float(records[-1].get("device_gib", 0.0)),
             loss=records[-1]["loss"],
         )
+
+
+def _first_records(
+    process: "subprocess.Popen[bytes]", metrics: Path, steps: int
+) -> list[dict[str, Any]] | None:
+    """Wait for the records of the first steps; None where the run ends before."""
+    while process.poll() is None:
+        lines = metrics.read_text().splitlines() if metrics.exists() else []
+        if len(lines) > steps:
+            return [json.loads(line) for line in lines[:steps]]
+        time.sleep(0.2)
+    return None
+
+
+def _stop_at_once(process: "subprocess.Popen[bytes]") -> None:
+    """Ctrl-C twice: the second one waits for no checkpoint, which would take longer than the steps."""
+    for _ in range(2):
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
+            time.sleep(1.0)
+    process.wait(60)
 
 
 def teraflops(config: RunConfig, measured: Measured) -> float:

@@ -1,4 +1,4 @@
-"""Random inputs around valid ones, by the thousand: `python -m tests.fuzz bodies 100000`.
+"""Random inputs around valid ones, by the thousand: `python -m tests.fuzz bodies 100000`, or configurations.
 
 Each case comes from its number alone, so a failure is repeated by that number.
 """
@@ -11,6 +11,7 @@ import json
 import pathlib
 import random
 import sys
+import tempfile
 import time
 from collections import Counter
 from typing import Any
@@ -30,7 +31,8 @@ PATHS = {
     TOKENIZE: "/tokenize",
     DETOKENIZE: "/detokenize",
 }
-SECONDS = 20.0
+# An answer may wait behind seven others with 32 choices each, on a machine that does other things too.
+SECONDS = 60.0
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
 MESSAGES = [
     {"role": "system", "content": "be brief"},
@@ -218,17 +220,33 @@ async def bodies(count: int, start: int = 0, seconds: float = float("inf")) -> t
     return statuses, faults
 
 
+def configurations(count: int, first: int) -> tuple[Counter[str], list[str]]:
+    """Try configurations; counts by what became of them, and what went wrong."""
+    from test_config_values import outcome
+
+    ends: Counter[str] = Counter()
+    faults = []
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(first, first + count):
+            can_begin, fault = outcome(number, pathlib.Path(folder) / "run.yaml")
+            ends["begins" if can_begin else "refused"] += 1
+            faults += [f"case {number}: {fault[:300]}"] if fault else []
+    return ends, faults
+
+
 def main(arguments: list[str]) -> int:
     """Run the cases that are asked for; 1 if any failed."""
-    if len(arguments) not in (2, 3) or arguments[0] != "bodies":
-        print("usage: python -m tests.fuzz bodies COUNT [FIRST]")
+    if len(arguments) not in (2, 3) or arguments[0] not in ("bodies", "configurations"):
+        print("usage: python -m tests.fuzz bodies|configurations COUNT [FIRST]")
         return 2
-    start = int(arguments[2]) if len(arguments) == 3 else 0
-    statuses, faults = asyncio.run(bodies(int(arguments[1]), start))
+    kind, count, start = arguments[0], int(arguments[1]), int(arguments[2]) if len(arguments) == 3 else 0
+    found: Counter[Any]
+    if kind == "bodies":
+        found, faults = asyncio.run(bodies(count, start))
+    else:
+        found, faults = configurations(count, start)
     print("\n".join(faults[:50]))
-    print(
-        f"{sum(statuses.values())} bodies, {len(faults)} faults; by status: {dict(sorted(statuses.items()))}"
-    )
+    print(f"{sum(found.values())} {kind}, {len(faults)} faults; by outcome: {dict(sorted(found.items()))}")
     return 1 if faults else 0
 
 

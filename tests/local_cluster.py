@@ -34,13 +34,12 @@ from sparseray.platform.config import (
     TrainConfig,
 )
 from sparseray.platform.fleet.control import Loss, Member
-from sparseray.platform.fleet.host import TrainingJob
+from sparseray.platform.fleet.job import SpecJobs
 from sparseray.platform.fleet.transport import ZmqTransport
 from sparseray.platform.metrics.exporter import Metrics
 from sparseray.platform.opening import open_training, slots_of
 from sparseray.platform.run import checkpoint
 from sparseray.platform.run.folder import RunFolder
-from sparseray.platform.training import Trainer
 
 MODEL = ModelConfig(
     vocab_size=300,
@@ -205,6 +204,7 @@ class LocalFleet:
         sockets: folder for Unix sockets, None for TCP.
         faults: what goes wrong.
         most: slots that may live at once.
+        nodes, machines: of the slots, by id.
     """
 
     job: str
@@ -212,6 +212,7 @@ class LocalFleet:
     faults: Faults
     most: int = 12
     nodes: dict[int, str] = field(default_factory=dict)
+    machines: dict[int, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
@@ -245,14 +246,16 @@ class LocalFleet:
             slot, self.used = self.used, self.used + 1
             inner = ZmqTransport(f"slot{slot}", self.sockets)
             transport = self.transports[slot] = FaultyTransport(inner, slot, self.faults, self)
-            self.slots[slot] = Slot(
-                SlotMailbox(transport, slot, self.job), lambda b: TrainingJob(b, Metrics({}))
-            )
+            self.slots[slot] = Slot(SlotMailbox(transport, slot, self.job), SpecJobs(Metrics({})))
             self.threads[slot] = threading.Thread(target=self._serve, args=(slot,), name=f"slot-{slot}")
             self.threads[slot].start()
             with self._lock:
-                node = self.nodes.get(slot, "")
-                self._members[slot] = Member(slot=slot, address=transport.address, node=node)
+                self._members[slot] = Member(
+                    slot=slot,
+                    address=transport.address,
+                    node=self.nodes.get(slot, ""),
+                    machine=self.machines.get(slot, ""),
+                )
 
     def _serve(self, slot: int) -> None:
         torch.set_num_threads(1)
@@ -308,8 +311,9 @@ def train(
     tcp: bool = False,
     stop_after: int = 1 << 30,
     faults: Faults | None = None,
-    at_step: Callable[[int, Trainer, LocalFleet], None] = lambda step, trainer, fleet: None,
+    at_step: Callable[[int, Run, LocalFleet], None] = lambda step, run, fleet: None,
     nodes: dict[int, str] | None = None,
+    machines: dict[int, str] | None = None,
     scheduler_dies: Sequence[int] = (),
 ) -> Trained:
     """Train `config` in `run_dir` with every slot as a thread; resumes what the folder holds.
@@ -321,20 +325,22 @@ def train(
         stop_after: step after which to stop as Ctrl-C does, the schedule being that of the whole run.
         faults: what goes wrong.
         at_step: called after every committed step.
-        nodes: of the slots, by id.
+        nodes, machines: of the slots, by id.
         scheduler_dies: steps whose commit is a scheduler's last deed; another one goes on.
     """
     inputs = open_training(replace(config, run_dir=str(run_dir)))
     inputs.create_folder()
     config, folder, seen = inputs.config, inputs.folder, []
     sockets = None if tcp else Path(tempfile.mkdtemp(prefix="sr"))
-    fleet = LocalFleet(uuid.uuid4().hex, sockets, faults or Faults(), nodes=nodes or {})
+    fleet = LocalFleet(
+        uuid.uuid4().hex, sockets, faults or Faults(), nodes=nodes or {}, machines=machines or {}
+    )
     dying = list(scheduler_dies)
 
     def note(record: dict[str, Any]) -> None:
         seen.append(record)
         if "loss" in record:
-            at_step(record["step"], run.trainer, fleet)
+            at_step(record["step"], run, fleet)
             if record["step"] in dying:
                 dying.remove(record["step"])
                 raise Killed
@@ -346,17 +352,17 @@ def train(
             Mailbox(transport, SCHEDULER, fleet.job),
             lambda journal, history, prepare: fleet,
             Metrics({}),
-            validation=inputs.validation,
+            task=inputs.validation,
             on_record=note,
-            should_stop=lambda: run.trainer.step >= stop_after,
+            should_stop=lambda: run.driver.step >= stop_after,
         )
 
     run = scheduler()
     try:
-        fleet.start(slots_of(config, run.elastic.inventory))
+        fleet.start(slots_of(config, run.generations.workload.inventory))
         while True:
             try:
-                run.train()
+                run.drive()
                 break
             except Killed:
                 run.close()

@@ -25,6 +25,7 @@ from sparseray.jobs import (
     submit,
     top,
 )
+from sparseray.platform.config import load_yaml
 from sparseray.platform.run.registry import register_run, registered_runs
 
 HELPS = [[name] for name in COMMANDS] + [["data", "prepare"]]
@@ -207,7 +208,7 @@ def test_wrong_arguments_about_a_running_job_are_named(cli: Out, arguments: list
     assert err.startswith(f"usage: sparseray {arguments[0]}") and word in err, err
 
 
-@pytest.mark.parametrize("command", [c for c in HELPS if c[0] != "serve"], ids=" ".join)
+@pytest.mark.parametrize("command", HELPS, ids=" ".join)
 def test_help_is_shown_without_loading_what_only_the_work_needs(command: list[str]) -> None:
     program = (
         "import sys; from sparseray.__main__ import main\n"
@@ -231,3 +232,22 @@ def test_ctrl_c_while_a_command_starts_is_one_line(cli: Out, monkeypatch: pytest
 
     monkeypatch.setattr(serve, "run", interrupted)
     assert cli("serve", "--checkpoint", "x") == (130, "", "sparseray: interrupted\n")
+
+
+def test_a_command_that_only_shows_something_ends_with_its_reader() -> None:
+    command = f"{shlex.quote(sys.executable)} -m sparseray plan --config configs/tiny.yaml | head -n 1"
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {command}"],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr, done.stdout.count("\n")) == (0, "", 1)
+
+
+def test_the_resolved_configuration_is_printed_and_reads_back(cli: Out, tmp_path: Path) -> None:
+    code, out, err = cli("pretrain", "--config", str(ROOT / "configs" / "tiny.yaml"), "--print_config")
+    assert (code, err) == (0, "")
+    (tmp_path / "tiny.yaml").write_text(out)
+    assert load_yaml(tmp_path / "tiny.yaml") == load_yaml(ROOT / "configs" / "tiny.yaml")

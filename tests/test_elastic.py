@@ -4,21 +4,27 @@ Slots are threads here (tests/local_cluster.py), so that a fault can be put at a
 exact step; tests/test_elastic_ray.py has real processes, nodes and signals.
 """
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from local_cluster import Faults, LocalFleet, Sent, Trained, tiny_run, train
 
+from sparseray.actors.exchange.local import LocalExchange
+from sparseray.actors.state.assignment import Plan
 from sparseray.actors.wire.envelope import SCHEDULER
 from sparseray.errors import ConfigError, FencedError, StateLostError
+from sparseray.platform.composition import Run
 from sparseray.platform.config import RunConfig
 from sparseray.platform.planning.inventory import Roles
 from sparseray.platform.run.history import Wish
 from sparseray.platform.run.journal import Journal
-from sparseray.platform.training import Trainer
+from sparseray.platform.run.machines import kind_here
 
 STEPS = 10
 WIDE = {"attention_workers": 2, "expert_shards": 2, "memory_shards": 2, "replication": 2}
@@ -106,24 +112,29 @@ def test_a_slot_that_dies_while_state_moves_is_left_out_of_the_next_generation(
     check(trained, undisturbed)
 
 
+def plan_of(run: Run) -> Plan:
+    assert run.generations.plan is not None
+    return run.generations.plan
+
+
 def at(
-    changes: dict[int, Callable[[Trainer, LocalFleet], None]],
-) -> Callable[[int, Trainer, LocalFleet], None]:
-    return lambda step, trainer, fleet: changes.get(step, lambda t, f: None)(trainer, fleet)
+    changes: dict[int, Callable[[Run, LocalFleet], None]],
+) -> Callable[[int, Run, LocalFleet], None]:
+    return lambda step, run, fleet: changes.get(step, lambda r, f: None)(run, fleet)
 
 
-def scale(role: str, count: int) -> Callable[[Trainer, LocalFleet], None]:
-    return lambda trainer, fleet: trainer.elastic.request(role, count)
+def scale(role: str, count: int) -> Callable[[Run, LocalFleet], None]:
+    return lambda run, fleet: run.reconciler.request(role, count)
 
 
 @pytest.mark.parametrize("replication", [1, 2])
 def test_roles_grow_and_shrink_while_training(
     replication: int, corpus: Path, undisturbed: Trained, tmp_path: Path
 ) -> None:
-    def several(trainer: Trainer, fleet: LocalFleet) -> None:
-        trainer.elastic.request("attention", 1)
-        trainer.elastic.request("experts", 2)
-        trainer.elastic.request("memory", 3)
+    def several(run: Run, fleet: LocalFleet) -> None:
+        run.reconciler.request("attention", 1)
+        run.reconciler.request("experts", 2)
+        run.reconciler.request("memory", 3)
 
     changes = at({1: scale("experts", 4), 3: scale("attention", 4), 5: several, 7: scale("memory", 1)})
     trained = train(tmp_path / "run", config_of(corpus, replication=replication), at_step=changes)
@@ -138,11 +149,11 @@ def test_what_cannot_be_is_refused_with_the_reason(
 ) -> None:
     told: list[str] = []
 
-    def refuse(trainer: Trainer, fleet: LocalFleet) -> None:
+    def refuse(run: Run, fleet: LocalFleet) -> None:
         fleet.most = 7
         for role, count in (("experts", 9), ("experts", 0), ("attention", 4), ("memory", 99), ("gpu", 1)):
             with pytest.raises(ConfigError) as error:
-                trainer.elastic.request(role, count)
+                run.reconciler.request(role, count)
             told.append(str(error.value))
 
     check(train(tmp_path / "run", config_of(corpus), at_step=at({2: refuse})), undisturbed)
@@ -155,14 +166,14 @@ def test_a_scheduler_that_dies_undoes_no_wish_and_forgets_no_load(
     hot = ((100.0, *[1.0] * 7), (1.0, 60.0, 60.0, *[1.0] * 5))
     seen: dict[int, tuple[Wish, list[list[float]]]] = {}
 
-    def wish(trainer: Trainer, fleet: LocalFleet) -> None:
-        trainer.elastic.request("experts", 4)
-        trainer.elastic.ask(replace(trainer.elastic.wish, packed_by=hot))
+    def wish(run: Run, fleet: LocalFleet) -> None:
+        run.reconciler.request("experts", 4)
+        run.generations.ask(replace(run.generations.wish, packed_by=hot))
 
-    def note(step: int, trainer: Trainer, fleet: LocalFleet) -> None:
+    def note(step: int, run: Run, fleet: LocalFleet) -> None:
         if step == 4:
-            wish(trainer, fleet)
-        seen[step] = (trainer.elastic.wish, trainer.elastic.load.tolist())
+            wish(run, fleet)
+        seen[step] = (run.generations.wish, run.reconciler.load.tolist())
 
     trained = train(tmp_path / "run", config_of(corpus), at_step=note, scheduler_dies=(4, 6))
     check(trained, undisturbed)
@@ -211,8 +222,8 @@ def test_a_slot_that_was_thought_dead_and_comes_back_changes_nothing(
 ) -> None:
     changes = at(
         {
-            4: lambda trainer, fleet: fleet.partition(victim),
-            7: lambda trainer, fleet: fleet.heal(victim),
+            4: lambda run, fleet: fleet.partition(victim),
+            7: lambda run, fleet: fleet.heal(victim),
         }
     )
     trained = train(tmp_path / "run", config_of(corpus, standby=1), at_step=changes)
@@ -258,7 +269,7 @@ def test_replicas_lie_on_different_nodes_and_a_whole_node_may_go(
 ) -> None:
     nodes = {slot: f"node-{slot % 2}" for slot in range(12)}
 
-    def lose_node(trainer: Trainer, fleet: LocalFleet) -> None:
+    def lose_node(run: Run, fleet: LocalFleet) -> None:
         fleet.most = 3
         for slot in (1, 3, 5):
             fleet.kill(slot)
@@ -266,6 +277,26 @@ def test_replicas_lie_on_different_nodes_and_a_whole_node_may_go(
     trained = train(tmp_path / "run", config_of(corpus), nodes=nodes, at_step=at({5: lose_node}))
     check(trained, undisturbed)
     assert "restored" not in trained.events
+
+
+def test_machines_of_several_kinds_are_told_at_start_and_on_resume(corpus: Path, tmp_path: Path) -> None:
+    def kinds(*names: str) -> dict[int, str]:
+        return {slot: names[slot % len(names)] for slot in range(12)}
+
+    def told(run_dir: Path, names: tuple[str, ...], stop_after: int) -> list[str]:
+        found = train(run_dir, tiny_run(corpus, steps=4), stop_after=stop_after, machines=kinds(*names))
+        return [event["text"] for event in found.folder.event_lines() if event["kind"] == "machine"]
+
+    assert told(tmp_path / "one", ("zen 4",), 2) == []
+    assert told(tmp_path / "one", ("zen 4",), 3) == []
+    (resumed,) = told(tmp_path / "one", ("zen 5",), 4)
+    assert "zen 5" in resumed and "so far it was zen 4" in resumed and "last bits" in resumed
+    (mixed,) = told(tmp_path / "two", ("zen 4", "zen 5"), 2)
+    assert "zen 4 and on zen 5" in mixed
+
+
+def test_a_slot_names_what_decides_about_its_bits() -> None:
+    assert f"torch {torch.__version__}" in kind_here() and "threads" in kind_here()
 
 
 def test_of_two_schedulers_only_the_last_can_decide(tmp_path: Path) -> None:
@@ -294,20 +325,52 @@ def test_hot_experts_computed_by_several_holders_change_no_bit(
 ) -> None:
     spread: list[tuple[tuple[int, ...], ...]] = []
 
-    def heat(trainer: Trainer, fleet: LocalFleet) -> None:
-        elastic = trainer.elastic
+    def heat(run: Run, fleet: LocalFleet) -> None:
+        generations = run.generations
         hot = ((100.0, *[1.0] * 7), (1.0, 60.0, 60.0, *[1.0] * 5))
-        elastic.ask(replace(elastic.wish, packed_by=hot))
-        elastic._change(
-            "rebalanced", "as if two experts were hot", trainer.step, elastic._replanned(elastic.wanted)
-        )
-        spread.append(trainer.plan.spread)
+        generations.ask(replace(generations.wish, packed_by=hot))
+        plan = generations.replanned(generations.wanted)
+        run.reconciler.change("rebalanced", "as if two experts were hot", run.driver.step, plan)
+        spread.append(plan_of(run).spread)
 
-    def lose(trainer: Trainer, fleet: LocalFleet) -> None:
+    def lose(run: Run, fleet: LocalFleet) -> None:
         if replication > 1:
-            fleet.kill(trainer.plan.experts[0][0][1])
+            fleet.kill(plan_of(run).experts[0][0][1])
 
     config = config_of(corpus, replication=replication, expert_shards=4)
     trained = train(tmp_path / "run", config, at_step=at({3: heat, 6: lose}))
     check(trained, undisturbed)
     assert spread[0][0][0] == 4 and max(spread[0][1]) >= 2
+
+
+def test_a_plan_ends_the_step_that_a_slot_computes_and_a_ping_is_answered_meanwhile(
+    corpus: Path, undisturbed: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # One slot with all roles waits for nobody. Its operations take so long in step 5 that the scheduler asks for a
+    # sign of life and starts another generation: the plan must end the step at its next operation.
+    slow: list[int] = []
+    plain = LocalExchange.forward_rows
+
+    def forward_rows(self: LocalExchange, *arguments: Any, **options: Any) -> Any:
+        if self.reduction.plan.generation == 1 and trained_steps == [1, 2, 3, 4]:
+            slow.append(0)
+            time.sleep(0.6)
+        return plain(self, *arguments, **options)
+
+    trained_steps: list[int] = []
+    monkeypatch.setattr(LocalExchange, "forward_rows", forward_rows)
+    config = config_of(
+        corpus,
+        attention_workers=1,
+        expert_shards=1,
+        memory_shards=1,
+        replication=1,
+        colocated=True,
+        deadline_s=0.5,
+    )
+    trained = train(tmp_path / "run", config, at_step=lambda step, trainer, fleet: trained_steps.append(step))
+    check(trained, undisturbed)
+    # Three layers and four parts would be eight or more of them; no slot was given up.
+    assert 1 <= len(slow) <= 6
+    assert [event["text"] for event in trained.folder.event_lines() if event["kind"] == "lost"] != []
+    assert all("slot" not in e["text"] for e in trained.folder.event_lines() if e["kind"] == "lost")

@@ -57,6 +57,18 @@ def test_a_run_folder_is_held_by_one_process_and_by_none_once_that_is_killed(tmp
     file.close()
 
 
+def test_a_file_system_without_locks_costs_a_warning_and_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unlocked(*_: object) -> None:
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(lock.fcntl, "flock", unlocked)
+    file = lock.hold(tmp_path)
+    assert file is not None and lock.holder(tmp_path) is None
+    file.close()
+
+
 def resumed(run_dir: Path, config: RunConfig) -> RunConfig:
     """What `pretrain` does in a folder before it starts anything."""
     inputs = open_training(replace(config, run_dir=str(run_dir)))
@@ -88,6 +100,16 @@ def test_a_finished_run_takes_more_steps_at_another_rate_and_the_journal_says_so
     assert [r["step"] for r in records] == [1, 2, 3, 4, 5]
     assert [r["loss"] for r in records[:3]] == [r["loss"] for r in first.records]
     assert all(r["lr"] <= 5e-4 for r in records[3:])
+
+
+def test_a_run_folder_that_was_moved_goes_on_where_it_is(corpus: Path, tmp_path: Path) -> None:
+    config = tiny_run(corpus, steps=4)
+    whole = train(tmp_path / "whole", config)
+    train(tmp_path / "run", config, stop_after=2)
+    moved = tmp_path / "elsewhere, run 2"
+    (tmp_path / "run").rename(moved)
+    assert resumed(moved, config).run_dir == str(moved)
+    assert train(moved, config).digest == whole.digest
 
 
 def test_what_may_not_change_is_named_beside_what_may(corpus: Path, tmp_path: Path) -> None:

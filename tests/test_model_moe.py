@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparseray.kernels.ops import REFERENCE
 from sparseray.model.config import DSEConfig, ModelConfig, MoEConfig, preset
 from sparseray.model.init import expert_views, initial_dense
 from sparseray.model.layers import Batch
@@ -248,3 +249,19 @@ def test_cross_entropy_sums_in_fp32_and_ignores_minus_one(tied: bool) -> None:
     got = cross_entropy_sum(model, hidden, targets)
     assert got.dtype == torch.float32
     assert got.item() == pytest.approx(float(want), rel=1e-5)
+
+
+def test_a_recomputed_layer_routes_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = replace(config_of(V3), num_layers=2)
+    tokens_BT = torch.randint(0, config.vocab_size, (2, 16))
+    grads, routed = [], []
+    route = type(REFERENCE).route
+    monkeypatch.setattr(type(REFERENCE), "route", lambda *a, **k: (routed.append(1), route(*a, **k))[1])
+    for recompute in (False, True):
+        routed.clear()
+        model, experts = Transformer(config, None, seed=1, recompute=recompute), LocalExperts(config, seed=1)
+        out = model(tokens_BT, experts=experts, memory=None)
+        cross_entropy_sum(model, out.hidden_BTH, tokens_BT).backward()
+        assert len(routed) == len(config.moe_layers)
+        grads.append([p.grad for p in [*model.parameters(), *experts.parameters()]])
+    assert all(torch.equal(a, b) for a, b in zip(*grads))

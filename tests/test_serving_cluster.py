@@ -1,7 +1,10 @@
 """`sparseray serve` as a process: a checkpoint on two expert and two memory shards, and Ctrl-C leaves nothing."""
 
 import json
+import os
 import shutil
+import signal
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -94,10 +97,10 @@ def test_a_checkpoint_is_served_over_shards_and_ctrl_c_leaves_nothing_running(
         wait_until_healthy(url, server)
         with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=30.0) as ai:
             check_answers(ai, trained)
+            metrics = httpx.get(f"{url}/metrics").text
             long = complete(ai, max_tokens=48, stream=True)
             next(iter(long))
             long.response.close()
-        metrics = httpx.get(f"{url}/metrics").text
         for line in (
             "request_latency_seconds_count 8.0",
             "prompt_tokens_total",
@@ -109,6 +112,52 @@ def test_a_checkpoint_is_served_over_shards_and_ctrl_c_leaves_nothing_running(
         assert server.interrupt() == 0, server.output
         assert server.output.rstrip().endswith("stopped")
         assert "Traceback" not in server.output and "ERROR" not in server.output, server.output
+    finally:
+        server.terminate()
+        left = end_leftovers(env)
+    assert not left
+
+
+@pytest.mark.ray
+def test_engines_and_shards_are_killed_and_scaled_while_streams_go_on(trained: Path) -> None:
+    env, (port,) = environment(), free_ports(1)
+    roles = [
+        "--cluster.attention_workers",
+        "2",
+        "--cluster.expert_shards",
+        "2",
+        "--cluster.memory_shards",
+        "1",
+    ]
+    spare = ["--cluster.replication", "2", "--cluster.standby", "1", "--cluster.hang_s", "5"]
+    command = [sys.executable, "-m", "sparseray", "serve", "--checkpoint", str(trained), "--port", str(port)]
+    server = Background([*command, *roles, *spare], env)
+    status = [sys.executable, "-m", "sparseray", "status", "--json"]
+    scale = [sys.executable, "-m", "sparseray", "scale", "experts", "1"]
+    try:
+        server.wait_for("Ctrl-C stops", 90.0)
+        with (
+            openai.OpenAI(
+                base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=60.0
+            ) as ai,
+            ThreadPoolExecutor(4) as pool,
+        ):
+            expected = [complete(ai, max_tokens=40, seed=seed).choices[0].text for seed in range(4)]
+            slots = json.loads(subprocess.run(status, env=env, check=True, capture_output=True).stdout)[
+                "slots"
+            ]
+            streams = [complete(ai, max_tokens=40, seed=seed, stream=True) for seed in range(4)]
+            begun = [next(iter(stream)).choices[0].text for stream in streams]
+            for role in ("attention", "expert"):
+                victim = next(slot for slot in slots if slot["roles"][0] == role)
+                os.kill(victim["pid"], signal.SIGKILL)
+            scaled = pool.submit(subprocess.run, scale, env=env, check=True, capture_output=True)
+            rest = pool.map(lambda stream: "".join(chunk.choices[0].text for chunk in stream), streams)
+            assert [first + later for first, later in zip(begun, rest, strict=True)] == expected
+            scaled.result()
+            assert httpx.get(f"http://127.0.0.1:{port}/health").json() == {"status": "ok"}
+        assert "*** lost" in server.output and "*** recovered" in server.output
+        assert server.interrupt() == 0, server.output
     finally:
         server.terminate()
         left = end_leftovers(env)

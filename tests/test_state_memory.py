@@ -177,7 +177,7 @@ def test_a_reader_gets_rows_of_the_wanted_commit_or_none() -> None:
     update(shard, 1)
     assert not view.gather(rows, out, generation=1, step=0), "the owner is ahead"
     assert view.gather(rows, out, generation=1, step=1)
-    np.testing.assert_array_equal(out, shard.gather(0, rows).numpy())
+    np.testing.assert_array_equal(out, shard.gather(0, torch.from_numpy(rows)).numpy())
     assert not np.array_equal(out, first)
     shard.load([(0, 0)], shard.tensors([(0, 0)]), 1)
     assert not view.gather(rows, out, generation=1, step=1), "rows are coming, no plan says yet what they are"
@@ -258,7 +258,7 @@ def test_without_memfd_tables_are_files_that_nobody_can_leave_behind(
     assert ("has room for 0 of" in caplog.text) == (room == 0)
     rows, out = np.array([19_999, 0]), np.empty((2, 64), np.float32)
     assert open_view(shard.tables[0]).gather(rows, out, generation=1, step=0)
-    np.testing.assert_array_equal(out, shard.gather(0, rows).numpy())
+    np.testing.assert_array_equal(out, shard.gather(0, torch.from_numpy(rows)).numpy())
     full = shard.tables[0].num_bytes
     shard.assign([(0, 0)], [(0, 0)])
     shard.trim()

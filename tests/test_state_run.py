@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from local_cluster import LocalFleet, Trained, Trainer, tiny_run, train
+from local_cluster import LocalFleet, Run, Trained, tiny_run, train
 from torch import Tensor
 
 from sparseray.actors.installation import InstallPlan, JobSpec, Restore
@@ -16,11 +16,11 @@ from sparseray.actors.slot import Slot
 from sparseray.actors.wire.envelope import Message
 from sparseray.actors.wire.messages import Installed
 from sparseray.model.dse_layout import DSELayout
+from sparseray.platform.checks import check_cluster
 from sparseray.platform.config import ClusterConfig, RunConfig, ServeConfig, to_dict
-from sparseray.platform.fleet.host import TrainingJob
+from sparseray.platform.fleet.job import SlotJob
 from sparseray.platform.metrics.exporter import Metrics
 from sparseray.platform.opening import open_serving, serving_inventory
-from sparseray.platform.planning.replan import make_plan
 from sparseray.platform.run import checkpoint
 
 STEPS = 10
@@ -62,9 +62,9 @@ def test_bfloat16_rows_have_the_same_bits_with_more_slots_a_kill_and_a_resume(
 ) -> None:
     config = bfloat16_run(corpus, memory_shards=2, replication=2, standby=1)
 
-    def kill(step: int, trainer: Trainer, fleet: LocalFleet) -> None:
+    def kill(step: int, run: Run, fleet: LocalFleet) -> None:
         if step == 3:
-            plan = trainer.elastic.plan
+            plan = run.generations.plan
             assert plan is not None
             fleet.kill(plan.memory_primaries[0])
 
@@ -115,27 +115,21 @@ def test_a_serving_slot_reads_and_holds_weights_only(
             serving=serving,
             tokenizer=str(directory / "tokenizer.json"),
         )
-        job = TrainingJob(spec, Metrics({}))
+        job = SlotJob(spec, Metrics({}))
         slot = Slot(Recorder(), lambda _, job=job: job)  # type: ignore[arg-type]
         body = InstallPlan(
-            plan=make_plan(
-                generation=1,
-                addresses={0: ""},
-                inventory=serving_inventory(config),
-                roles=serving_inventory(config).roles(config.cluster),
-                replication=1,
-                colocated=True,
-            ),
+            plan=check_cluster(config.cluster, serving_inventory(config)),
             job=spec,
             scheduler="",
             step=2,
             restore=Restore(checkpoint=str(directory)),
         )
         read.clear()
-        slot._install(Message(source=-1, generation=1, sequence=1, body=body))
+        slot._control(Message(source=-1, generation=1, sequence=1, body=body))
         assert isinstance(slot.mailbox.said[-1], Installed)  # type: ignore[attr-defined]
-        assert slot.holdings is not None and slot.holdings.memory is not None
-        memory, experts = slot.holdings.memory, slot.holdings.experts
+        holdings = slot.roles.holdings
+        assert holdings is not None and holdings.memory is not None
+        memory, experts = holdings.memory, holdings.experts
         assert serving == (not any("@" in name for name in read))
         bytes_held.append((experts.num_bytes, memory.tables[0].num_bytes, len(read)))
     (served, rows, _), (full, rows_and_moments, _) = bytes_held

@@ -26,7 +26,7 @@ from sparseray.platform.fleet.priority import NICENESS, gently
 from sparseray.platform.planning.inventory import Inventory, Roles, num_slots
 from sparseray.platform.planning.replan import make_plan
 from sparseray.platform.run.journal import Journal
-from sparseray.platform.training import learning_rate
+from sparseray.platform.trainer import learning_rate
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -28,3 +28,8 @@ def test_bfloat16_follows_fp32_and_comes_again_to_the_bit(corpus: Path, tmp_path
     close(runs[0], plain, 5e-3)
     assert runs[0].curve == runs[1].curve and runs[0].digest == runs[1].digest
     assert runs[0].curve != plain.curve
+
+
+def test_recomputed_layers_change_no_bit(corpus: Path, tmp_path: Path) -> None:
+    kept, again = (train(tmp_path / str(r), whole_run(corpus, steps=3, recompute=r)) for r in (False, True))
+    assert kept.curve == again.curve and kept.digest == again.digest

@@ -35,9 +35,15 @@ class JobSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class Restore:
-    """Where state comes from when no peer has it: a checkpoint's folder, or the seed where it is empty."""
+    """Where state comes from when no peer has it.
+
+    Args:
+        checkpoint: its folder; empty for the seed.
+        everything: throw away what is held and load all; otherwise only pieces that no peer gives.
+    """
 
     checkpoint: str
+    everything: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,9 +63,10 @@ class InstallPlan(Body):
         job: what to build.
         scheduler: address of the scheduler's inbox.
         step: last committed one; all state is to be of it.
-        restore: throw away what is held and load this; None to keep it.
+        restore: where to load state from; None where peers have all.
         commit: the last one, for a slot that has not received it.
         pulls: what to copy from peers, for pieces that are not held.
+        ingress: address that tokens go to, empty in training.
     """
 
     opens_generation: ClassVar[bool] = True
@@ -71,6 +78,7 @@ class InstallPlan(Body):
     restore: Restore | None = None
     commit: Commit | None = None
     pulls: tuple[PullFrom, ...] = ()
+    ingress: str = ""
 
 
 class Reads(Protocol):
@@ -82,23 +90,23 @@ class Reads(Protocol):
 def restore(
     holdings: Holdings, pieces: Sequence[Piece], message: InstallPlan, read: Reads, *, with_optimizer: bool
 ) -> None:
-    """Take the state of a checkpoint, or draw it from the seed where there is none.
+    """Take from a checkpoint, or draw from the seed where there is none, what is not held.
 
     Args:
-        holdings: of the slot; what they hold is forgotten.
+        holdings: of the slot.
         pieces: that the plan gives the slot.
         message: names checkpoint and step.
         read: reads tensors.
         with_optimizer: whether the state will be updated.
     """
     assert message.restore is not None
-    holdings.clear()
+    lacking = [piece for piece in pieces if piece not in holdings.held]
     directory = message.restore.checkpoint
     if not directory:
-        holdings.initialize(pieces)
-        return
-    found = read(directory, holdings.names(pieces, with_optimizer=with_optimizer))
-    holdings.load(pieces, found, message.step, with_optimizer=with_optimizer)
+        holdings.initialize(lacking)
+    elif lacking:
+        found = read(directory, holdings.names(lacking, with_optimizer=with_optimizer))
+        holdings.load(lacking, found, message.step, with_optimizer=with_optimizer)
 
 
 def pull_missing(
@@ -113,6 +121,8 @@ def pull_missing(
     lacking = set(pieces) - holdings.held
     wanted = {pull.source: tuple(p for p in pull.pieces if p in lacking) for pull in message.pulls}
     requests: list[tuple[int, Body]] = [(slot, Pull(pieces=own)) for slot, own in wanted.items() if own]
+    if not requests:
+        return
     call.step, call.part = message.step + 1, -1
     for (_, request), reply in zip(requests, call(requests, Pieces)):
         assert isinstance(request, Pull)

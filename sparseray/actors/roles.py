@@ -6,12 +6,12 @@ A change of plan: InstallPlan -> Pull* -> Installed; it may come at any moment a
 One request: Generate -> (FetchRows, ExpertForward)* -> Tokens, once for every engine step.
 """
 
-import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
 
+from sparseray.actors.engine_role import EngineRole
 from sparseray.actors.exchange.answers import Answers
 from sparseray.actors.exchange.by_message import Caller, MessageExchange
 from sparseray.actors.exchange.local import LocalExchange
@@ -19,18 +19,18 @@ from sparseray.actors.exchange.on_device import OnDeviceExchange
 from sparseray.actors.exchange.protocol import Exchange
 from sparseray.actors.exchange.reduction import Reduction
 from sparseray.actors.installation import InstallPlan, JobSpec, pull_missing, restore
-from sparseray.actors.observation import observe_engine, observe_memory, observe_queues, observe_worker
+from sparseray.actors.observation import observe_worker
+from sparseray.actors.serving.enduring import EnduringExchange
 from sparseray.actors.serving.engine import Engine
-from sparseray.actors.serving.messages import Generate, Tokens
 from sparseray.actors.state.assignment import Plan
 from sparseray.actors.state.dense_slab import DenseSlabs
 from sparseray.actors.state.holdings import Holdings
 from sparseray.actors.state.pieces import DENSE, Piece
 from sparseray.actors.state.whole_experts import WholeExperts
-from sparseray.actors.training.worker import AttentionWorker, Batches
-from sparseray.actors.wire.envelope import SCHEDULER, Body, Message
+from sparseray.actors.training.objective import BatchSource
+from sparseray.actors.training.worker import AttentionWorker
+from sparseray.actors.wire.envelope import INGRESS, SCHEDULER, Body, Message
 from sparseray.actors.wire.messages import (
-    Cancel,
     Commit,
     Evaluate,
     Evaluated,
@@ -40,10 +40,10 @@ from sparseray.actors.wire.messages import (
     SaveCheckpoint,
     Saved,
     SavedTensor,
+    Settled,
     Stale,
 )
 from sparseray.actors.wire.slot_mailbox import SlotMailbox
-from sparseray.errors import SlotLostError
 from sparseray.log import get_logger
 from sparseray.model.transformer import Transformer
 
@@ -51,15 +51,15 @@ log = get_logger(__name__)
 
 
 class Job(Protocol):
-    """What a slot needs to know of its job; platform/fleet/host.py builds it from the run's configuration."""
+    """What a slot needs to know of its job; platform/fleet/job.py builds it from the run's configuration."""
 
     deadline_s: float
     is_serving: bool
 
     def holdings(self) -> Holdings: ...
-    def engine(self, model: Transformer, exchange: Exchange) -> Engine | None: ...
-    def train_batches(self) -> Batches: ...
-    def validation_batches(self) -> Batches: ...
+    def engine(self, model: Transformer, exchange: Exchange | EnduringExchange) -> Engine | None: ...
+    def train_batches(self) -> BatchSource: ...
+    def validation_batches(self) -> BatchSource: ...
     def read(self, directory: str, names: Sequence[str]) -> dict[str, Tensor]: ...
     def write(self, directory: str, name: str, tensors: dict[str, Tensor]) -> dict[str, SavedTensor]: ...
     def observe(self, name: str, value: float, **labels: str) -> None: ...
@@ -72,6 +72,7 @@ class Roles:
         mailbox: of the slot.
         job_from: returns the job that a plan message describes.
         serve: handles messages that come while a request of our own waits for its replies.
+        enter: enters a plan that comes within a step of the engine.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class Roles:
         mailbox: SlotMailbox,
         job_from: Callable[[JobSpec], Job],
         serve: Callable[[Message[Body]], None],
+        enter: Callable[[Message[Body]], None],
     ) -> None:
         self.mailbox, self.job_from, self.serve = mailbox, job_from, serve
         self.committed = 0
@@ -88,21 +90,16 @@ class Roles:
         self.reduction: Reduction | None = None
         self.exchange: Exchange | None = None
         self.worker: AttentionWorker | None = None
-        self.engine: Engine | None = None
+        self.engine_role = EngineRole(mailbox, enter)
         self.control: dict[type[Body], Callable[[Message[Any]], None]] = {
             InstallPlan: self._install,
             RunStep: self._run_step,
             Commit: self._commit,
             Evaluate: self._evaluate,
             SaveCheckpoint: self._checkpoint,
-            Generate: self._generate,
-            Cancel: self._cancel,
+            Settled: self._settled,
+            **self.engine_role.handlers,
         }
-
-    @property
-    def is_generating(self) -> bool:
-        """Whether the engine has something to compute."""
-        return self.engine is not None and self.engine.has_work
 
     def abort(self) -> None:
         """End what is computed at its next operation; called by the control thread."""
@@ -118,8 +115,9 @@ class Roles:
         if plan.generation == self.mailbox.generation and self.plan == plan:
             self.mailbox.post(SCHEDULER, Installed(), step=self.committed)
             return
+        ingress = {INGRESS: body.ingress} if body.ingress else {}
         self.mailbox.adopt(plan.generation)
-        self.mailbox.transport.connect({**plan.addresses, SCHEDULER: body.scheduler})
+        self.mailbox.transport.connect({**plan.addresses, SCHEDULER: body.scheduler, **ingress})
         self.worker, self.exchange, self.reduction, self.plan = None, None, None, None
         self.job = self.job_from(body.job)
         if self.holdings is None:
@@ -128,18 +126,26 @@ class Roles:
         self.answers = Answers(self.holdings, self.job.observe, with_optimizer=trains)
         call = Caller(self.mailbox, self.answers, self.serve, self.job.deadline_s)
         mine = plan.pieces_of(me)
-        if body.restore is not None:
-            restore(self.holdings, mine, body, self.job.read, with_optimizer=trains)
+        if body.restore is not None and body.restore.everything:
+            self.holdings.clear()
             self.committed = body.step
         elif not self._catch_up(body):
+            self.engine_role.drop()
             self.mailbox.post(SCHEDULER, Stale(), step=self.committed)
             return
-        else:
-            pull_missing(self.holdings, mine, body, call, with_optimizer=trains)
+        pull_missing(self.holdings, mine, body, call, with_optimizer=trains)
+        if body.restore is not None:
+            restore(self.holdings, mine, body, self.job.read, with_optimizer=trains)
         self.holdings.assign(plan, me)
         self._take_roles(plan, call)
+        model = None if self.worker is None else self.worker.state.model
+        self.engine_role.take(self.job, model, self.exchange, self.committed)
         self.plan = plan
         self.mailbox.post(SCHEDULER, Installed(), step=self.committed)
+
+    def _settled(self, message: Message[Settled]) -> None:
+        assert self.holdings is not None
+        self.holdings.trim()
 
     def _catch_up(self, body: InstallPlan) -> bool:
         """Reach the plan's step: apply a commit that did not arrive. False when that cannot be done."""
@@ -163,7 +169,6 @@ class Roles:
         me, experts, memory = self.mailbox.slot, self.holdings.experts, self.holdings.memory
         dense = self.holdings.dense if me in plan.dense else None
         self.reduction = Reduction(self.mailbox, plan, dense, experts, memory)
-        self.engine = None
         if not plan.parts_of(me):
             return
         assert dense is not None
@@ -181,7 +186,6 @@ class Roles:
                 bounds=() if memory is None else memory.bounds,
             )
         self.worker = AttentionWorker(dense, self.exchange)
-        self.engine = self.job.engine(dense.model, self.exchange)
 
     # -- training ------------------------------------------------------------------------------
 
@@ -232,32 +236,3 @@ class Roles:
                 name = f"{file}_{me}_{plan.generation}"
                 entries |= self.job.write(directory, name, self.holdings.tensors(pieces))
         self.mailbox.post(SCHEDULER, Saved(tensors=entries), step=message.step)
-
-    # -- serving -------------------------------------------------------------------------------
-
-    def _generate(self, message: Message[Generate]) -> None:
-        assert self.engine is not None, "this slot was not installed for serving"
-        self.engine.add(message.body.request)
-
-    def _cancel(self, message: Message[Cancel]) -> None:
-        assert self.engine is not None, "this slot was not installed for serving"
-        self.engine.cancel(message.body.request_id)
-        observe_queues(self.job.observe, self.engine)
-
-    def generate_tokens(self) -> None:
-        """Run one step of the serving batch and send its tokens on."""
-        assert self.engine is not None and self.exchange is not None
-        started = time.perf_counter()
-        # Experts and rows answer for the step after the last committed one, as in training.
-        self.exchange.begin(self.committed + 1, -1)
-        try:
-            events = self.engine.step()
-        except SlotLostError as error:
-            # The engine has put the batch back; it gives up on a request after some failures.
-            log.warning("slot %d: a serving step failed, trying again: %s", self.mailbox.slot, error)
-            return
-        finally:
-            observe_engine(self.job.observe, self.engine, time.perf_counter() - started)
-            observe_memory(self.job.observe, self.exchange, self.mailbox.slot)
-        if events:
-            self.mailbox.post(SCHEDULER, Tokens(events=tuple(events)))

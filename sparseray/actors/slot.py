@@ -13,9 +13,9 @@ from collections.abc import Callable
 
 from sparseray.actors.installation import InstallPlan, JobSpec
 from sparseray.actors.roles import Job, Roles
-from sparseray.actors.serving.messages import Generate
+from sparseray.actors.serving.messages import Cancel, Generate
 from sparseray.actors.wire.envelope import SCHEDULER, Body, Message
-from sparseray.actors.wire.messages import Cancel, Commit, Failed, Silent
+from sparseray.actors.wire.messages import Commit, ExpertForward, Failed, FetchRows, Silent
 from sparseray.actors.wire.slot_mailbox import SlotMailbox
 from sparseray.errors import SlotLostError, SupersededError, UserError
 from sparseray.log import get_logger
@@ -36,7 +36,9 @@ class Slot:
 
     def __init__(self, mailbox: SlotMailbox, job_from: Callable[[JobSpec], Job]) -> None:
         self.mailbox = mailbox
-        self.roles = Roles(mailbox, job_from, lambda message: self._handle(message, waiting=True))
+        self.roles = Roles(
+            mailbox, job_from, lambda message: self._handle(message, waiting=True), self._control
+        )
         self.later: deque[Message[Body]] = deque()
         self.deferred: list[Message[Body]] = []
 
@@ -58,7 +60,7 @@ class Slot:
         message: Message[Body] | None = None
         what = "generating"
         try:
-            is_generating = self.roles.is_generating
+            is_generating = self.roles.engine_role.has_work
             if self.later and not self.mailbox.is_superseded:
                 message = self.later.popleft()
             else:
@@ -67,7 +69,7 @@ class Slot:
                 what = message.body.kind
                 self._handle(message, waiting=False)
             elif is_generating:
-                self.roles.generate_tokens()
+                self.roles.engine_role.step()
         except SupersededError:
             log.debug("slot %d: a later plan ended %s", self.mailbox.slot, what)
         except SlotLostError as error:
@@ -84,7 +86,10 @@ class Slot:
     def _handle(self, message: Message[Body], *, waiting: bool) -> None:
         """Handle one message; while a step of our own waits for replies, control messages keep."""
         roles, kind, slot = self.roles, type(message.body), self.mailbox.slot
-        if kind not in _UNORDERED and message.step > roles.committed + 1:
+        if kind in (ExpertForward, FetchRows) and roles.plan is None:
+            # An engine that has entered the generation already asks one that is entering it still.
+            self.deferred.append(message)
+        elif kind not in _UNORDERED and message.step > roles.committed + 1:
             self.deferred.append(message)
         elif kind not in _UNORDERED and message.step < roles.committed + 1:
             log.debug("slot %d: %s of step %d comes again", slot, kind.kind, message.step)
@@ -104,10 +109,11 @@ class Slot:
     def _control(self, message: Message[Body]) -> None:
         """Do what the scheduler or the ingress asks, then serve what waited for it."""
         if isinstance(message.body, InstallPlan) and message.body.plan != self.roles.plan:
-            self.later.clear()
+            # Requests are of no generation; whatever else waited was.
+            self.later = deque(m for m in self.later if m.body.is_of_any_generation)
             self.deferred.clear()
         self.roles.control[type(message.body)](message)
-        if isinstance(message.body, Commit):
+        if isinstance(message.body, Commit | InstallPlan):
             waiting, self.deferred = self.deferred, []
             # What others wait for goes first: a step of our own would wait for them in turn.
             for deferred in sorted(waiting, key=lambda m: type(m.body) in self.roles.control):

@@ -2,12 +2,13 @@
 
 Prepares the standard library as a corpus and trains the tiny model with 2 + 2 + 2 actors; meanwhile an
 expert shard is killed and an attention worker is added (jobs/demo_story.py). Then it serves the checkpoint,
-asks for three completions (one streamed), and leaves pictures. About three minutes.
+asks for three completions (one streamed), and leaves pictures. Two to three minutes.
 """
 
 import argparse
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -26,6 +27,7 @@ from sparseray.model.config import preset
 from sparseray.platform import config as configuration
 from sparseray.platform.checks import check_cluster, check_folder
 from sparseray.platform.config import ClusterConfig, DataConfig, RunConfig, TrainConfig
+from sparseray.platform.settings import expand_path
 
 EXAMPLE = """example:
   python -m sparseray demo --out demo
@@ -45,10 +47,10 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--out", default="demo", help="folder for corpus, run and report, default %(default)s"
     )
-    parser.add_argument("--steps", type=int, default=200, help="training steps, default %(default)s")
+    parser.add_argument("--steps", type=int, default=150, help="training steps, default %(default)s")
     options = parser.parse_args(list(arguments))
     try:
-        return demo(Path(options.out), options.steps)
+        return demo(Path(expand_path(options.out, "--out")), options.steps)
     except UserError as error:
         return configuration.die(error)
 
@@ -104,8 +106,9 @@ def demo(out: Path, steps: int) -> int:
         f"step records:  {folder.metrics}\n"
         f"checkpoint:    {checkpoint}\n"
         "try next:\n"
-        f"  python -m sparseray serve --checkpoint {checkpoint}\n"
-        f"  python -m sparseray pretrain --config configs/tiny.yaml --data.path {data} --train.steps 1000 --run_dir runs/longer"
+        f"  {pretrain.serve_hint(checkpoint)}\n"
+        f"  python -m sparseray pretrain --config configs/tiny.yaml --data.path {shlex.quote(str(data))} "
+        "--train.steps 1000 --run_dir runs/longer"
     )
     return 0
 
@@ -115,7 +118,7 @@ def demo_config(data: Path, run: Path, steps: int) -> RunConfig:
     return RunConfig(
         model=preset("tiny"),
         data=DataConfig(path=str(data)),
-        train=TrainConfig(steps=steps, checkpoint_every=100, eval_every=100),
+        train=TrainConfig(steps=steps, checkpoint_every=75, eval_every=75),
         # A machine that is busy with a slot's start must not look like a dead slot: hanging is not in the story.
         cluster=ClusterConfig(
             attention_workers=2, expert_shards=2, memory_shards=2, replication=2, standby=1, hang_s=5.0

@@ -87,7 +87,7 @@ def run(config: RunConfig, show: Show, beside: Beside = nullcontext) -> int:
             for line in inputs.create_folder():
                 show(line)
             scheduler = cluster.start_scheduler(
-                folder.path, config=configuration.to_dict(config), validation=inputs.validation
+                folder.path, config=configuration.to_dict(config), task=inputs.validation
             )
             if newest is not None:
                 show(f"going on from {newest}")

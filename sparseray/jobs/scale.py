@@ -1,7 +1,7 @@
-"""The `scale` command: another number of actors for a role of a job that is training.
+"""The `scale` command: another number of actors for a role of a job that trains or serves.
 
 New slots are started and warmed in the background, state moves between two steps, and what is not
-needed any more ends. The loss does not notice.
+needed any more ends. Neither the loss nor a request notices.
 """
 
 import argparse
@@ -77,14 +77,14 @@ def scale(
             shown = line
         if not wait or (status["settled"] and status["wanted"][role] == count):
             print(
-                f"training goes on with {status['sizes']} (attention+experts+memory), "
+                f"{status['state']} goes on with {status['sizes']} (attention+experts+memory), "
                 f"generation {status['generation']}"
                 if wait
                 else "asked; `python -m sparseray status` shows when it is done",
                 flush=True,
             )
             return status
-        if status["state"] != "training":
+        if status["state"] not in ("training", "serving"):
             raise RunFailedError(f"the job is {status['state']}; it ended before it reached {role} {count}")
         if time.monotonic() > deadline:
             raise RunFailedError(

@@ -1,36 +1,28 @@
-"""The `serve` command: an HTTP ingress here, engines, experts and memory in slots.
+"""The `serve` command: checks a checkpoint, starts slots and a scheduler for it, and answers over HTTP.
 
-The ingress validates a request, sends it to the attention worker with the fewest open requests, and
-streams the tokens that come back. Ray starts the slots and is not on the path of a token.
+The ingress (jobs/http/ingress.py) is in this process; engines, experts and memory are in slots, which the scheduler
+keeps alive by the same lines as in training. Ray starts them and is not on the path of a token.
 """
 
-import asyncio
-import json
+import re
+import shutil
 import sys
 import threading
 import time
-from collections.abc import AsyncGenerator, Sequence
-from dataclasses import fields
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
-from sparseray.actors.installation import InstallPlan, JobSpec, Restore
-from sparseray.actors.serving.messages import Generate, Tokens
-from sparseray.actors.serving.text_request import GenerationRequest, TokenEvent
-from sparseray.actors.state.assignment import Plan
-from sparseray.actors.wire.envelope import INGRESS, SCHEDULER, Body
-from sparseray.actors.wire.mailbox import Mailbox
-from sparseray.actors.wire.messages import Cancel, Failed
-from sparseray.errors import SlotLostError, UserError
+from sparseray.errors import RunFailedError, SchedulerLostError, UserError
 from sparseray.jobs.http.options import NAMES, HttpOptions, add_options, read_options
 from sparseray.log import get_logger
 from sparseray.platform import config as configuration
 from sparseray.platform.config import ClusterConfig, RunConfig, ServeConfig
-from sparseray.platform.fleet.transport import ZmqTransport, private_directory
-from sparseray.platform.metrics.discovery import entries, publish
-from sparseray.platform.metrics.exporter import Metrics
-from sparseray.platform.opening import open_serving, serving_inventory, slots_of
-from sparseray.platform.planning.replan import make_plan
-from sparseray.platform.run import checkpoint
+from sparseray.platform.metrics.discovery import entries, publish, state_directory
+from sparseray.platform.settings import expand_path
 
 log = get_logger(__name__)
 
@@ -44,7 +36,7 @@ example:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command until Ctrl-C; 0 after a clean stop, 2 for a user's mistake."""
+    """Run the command until Ctrl-C; 0 after a clean stop, 2 for a user's mistake, 1 if the slots did not come up."""
     parser = configuration.Parser(prog="sparseray serve", description=DESCRIPTION)
     parser.add_argument("--checkpoint", required=True, help="folder such as RUN/checkpoints/step_100")
     parser.add_argument("--port", type=int, default=ServeConfig.port)
@@ -61,42 +53,39 @@ def main(arguments: Sequence[str]) -> int:
         made = parser.instantiate(options)
         serve = ServeConfig(**{**vars(made.serve), "host": options.host, "port": options.port})
         http = read_options(options, serve.host)
-        return run(Path(options.checkpoint).expanduser(), serve, ClusterConfig(**vars(made.cluster)), http)
+        directory = Path(expand_path(options.checkpoint, "--checkpoint"))
+        return run(directory, serve, ClusterConfig(**vars(made.cluster)), http)
     except UserError as error:
         return configuration.die(error)
+    except RunFailedError as error:
+        configuration.die(error)
+        return 1
 
 
 def run(directory: Path, serve: ServeConfig, cluster_config: ClusterConfig, http: HttpOptions) -> int:
     """Check everything, start the slots, and serve.
 
+    Args:
+        directory: of the checkpoint.
+        serve, cluster_config, http: of the server.
+
     Raises:
         UserError: checkpoint, port or cluster do not fit.
+        RunFailedError: the slots did not come up.
     """
+    from sparseray.platform.opening import open_serving
+
     config = open_serving(directory, serve, cluster_config)
     cluster_config = config.cluster
     from sparseray.jobs.http.server import HttpServer, address_url, create_app, listen
     from sparseray.jobs.http.serving_model import read_served
-    from sparseray.platform.cluster import Cluster
+    from sparseray.platform.metrics.exporter import Metrics
 
     listen(serve.host, serve.port).close()
     served = read_served(directory, config, http.model_names)
     print("starting Ray and its slots ...", flush=True)
-    inventory = serving_inventory(config)
-    cluster = Cluster(cluster_config, slots_of(config, inventory))
-    client = None
-    try:
-        addresses = cluster.start()
-        plan = make_plan(
-            generation=1,
-            addresses=addresses,
-            inventory=inventory,
-            roles=inventory.roles(cluster_config),
-            replication=cluster_config.replication,
-            colocated=cluster_config.colocated,
-        )
+    with engines(directory, config, http.model_names[0]) as (client, job):
         metrics = Metrics({}, declare="server")
-        client = RemoteClient(cluster.job, cluster_config, metrics)
-        client.install(config, plan, directory)
         app = create_app(client, served, rules=http.rules, record=metrics.record, metrics=metrics.exposition)
         server = HttpServer(
             app,
@@ -107,165 +96,126 @@ def run(directory: Path, serve: ServeConfig, cluster_config: ClusterConfig, http
             key=http.key,
         )
         address = address_url(serve.host, server.port).removeprefix("http://")
-        publish(cluster.job, entries(cluster.metric_targets() | {"server": address}, http.model_names[0]))
+        publish(job, entries({"server": address}, http.model_names[0]))
         names = " and ".join(map(repr, http.model_names))
         hint = (
             f"serving {directory} as {names} at {server.url} (Ctrl-C stops); try:\n"
             f"  curl -s {server.url}/v1/completions -H 'Content-Type: application/json'"
             ' -d \'{"prompt": "import "}\''
         )
-        server.run(lambda: print(hint, flush=True))
-    finally:
-        if client is not None:
-            client.close()
-        publish(cluster.job, [])
-        cluster.stop()
+        try:
+            server.run(lambda: print(hint, flush=True))
+        finally:
+            publish(job, [])
     print("stopped", flush=True)
     return 0
 
 
-class RemoteClient:
-    """`GenerationClient` of the HTTP server, played by the attention workers of a plan.
+@contextmanager
+def engines(directory: Path, config: RunConfig, name: str) -> Iterator[tuple[Any, str]]:
+    """Start slots and scheduler of a server, and end them again; gives the ingress and the job's identifier.
 
     Args:
-        job: identifier of the job.
-        cluster: transport settings and deadline.
-        metrics: where request metrics go.
+        directory: of the checkpoint.
+        config: of its model, with the server's settings.
+        name: that the server's metrics are labelled with.
+
+    Raises:
+        ClusterError: there is no room.
+        UserError, RunFailedError: the slots did not come up.
+    """
+    from sparseray.jobs.http.ingress import Ingress
+    from sparseray.platform.cluster import Cluster, ask
+    from sparseray.platform.fleet.transport import ZmqTransport, private_directory
+    from sparseray.platform.opening import serving_inventory, slots_of
+    from sparseray.platform.serving import Served
+
+    home = state_directory() / "servers" / uuid.uuid4().hex[:12]
+    folder = home / re.sub(r"[^\w.-]", "_", name)
+    config = replace(config, run_dir=str(folder.absolute()))
+    cluster = Cluster(config.cluster, slots_of(config, serving_inventory(config)), run_dir=folder)
+    sockets = private_directory(cluster.job) if config.cluster.transport == "ipc" else None
+    inbox, outbox = (ZmqTransport(n, sockets, config.cluster.bind_host) for n in ("ingress", "ingress-out"))
+    client = Ingress(cluster.job, inbox, outbox, config.cluster.deadline_s)
+    try:
+        folder.mkdir(parents=True)
+        scheduler = cluster.start_scheduler(
+            folder,
+            config=configuration.to_dict(config),
+            task=Served(checkpoint=str(directory.absolute()), ingress=client.address),
+        )
+        ask(scheduler, "start", timeout_s=120.0)
+        watch = Watch(scheduler, client)
+        watch.wait_until_ready()
+        yield client, cluster.job
+        watch.stop()
+    except BaseException:
+        cluster.stop(at_once=True)
+        raise
+    else:
+        cluster.stop()
+    finally:
+        client.close()
+        shutil.rmtree(home, ignore_errors=True)
+
+
+class Watch:
+    """Shows what happens to the slots, tells the scheduler that somebody is there, and the ingress when it ends.
+
+    Args:
+        scheduler: of the server.
+        client: its ingress.
     """
 
-    def __init__(self, job: str, cluster: ClusterConfig, metrics: Metrics) -> None:
-        directory = private_directory(job) if cluster.transport == "ipc" else None
-        # ZeroMQ sockets belong to one thread: one mailbox receives in a thread, one sends from the event loop.
-        self._inbox = Mailbox(ZmqTransport("scheduler", directory, cluster.bind_host), SCHEDULER, job)
-        self._outbox = Mailbox(ZmqTransport("ingress", directory, cluster.bind_host), INGRESS, job)
-        self._deadline_s = cluster.deadline_s
-        self._queues: dict[str, tuple[asyncio.AbstractEventLoop, asyncio.Queue[TokenEvent | Exception]]] = {}
-        self._open: dict[int, set[str]] = {}
-        self._heard_s: dict[int, float] = {}
-        self._running = True
-        self._thread = threading.Thread(target=self._receive, daemon=True, name="ingress")
-
-    def install(self, config: RunConfig, plan: Plan, directory: Path) -> None:
-        """Give every slot its roles and state, and wait until all have them.
-
-        Args:
-            config: of the model.
-            plan: who holds what.
-            directory: the checkpoint.
-
-        Raises:
-            UserError: a slot could not load its state.
-            SlotLostError: a slot did not answer.
-        """
-        for mailbox in (self._inbox, self._outbox):
-            mailbox.adopt(plan.generation)
-            mailbox.transport.connect(plan.addresses)
-        manifest = checkpoint.read_manifest(directory)
-        body = InstallPlan(
-            plan=plan,
-            job=JobSpec(
-                config=json.dumps(configuration.to_dict(config)),
-                layout=str(directory.absolute()) if config.model.dse.layers else "",
-                layout_sha256=manifest["dse_layout_sha256"],
-                serving=True,
-                tokenizer=str(directory.absolute() / "tokenizer.json"),
-            ),
-            scheduler=self._inbox.transport.address,
-            step=manifest["step"],
-            restore=Restore(checkpoint=str(directory.absolute())),
-        )
-        for slot in plan.addresses:
-            self._inbox.post(slot, body)
-        waiting = set(plan.addresses)
-        while waiting:
-            message = self._inbox.next(self._deadline_s + 60)
-            if message is None:
-                raise SlotLostError(
-                    f"slots {sorted(waiting)} did not take their roles; see the messages above"
-                )
-            if isinstance(message.body, Failed):
-                raise UserError(f"slot {message.source}: {message.body.error}")
-            waiting.discard(message.source)
-        self._open = {slot: set() for slot in plan.attention}
+    def __init__(self, scheduler: Any, client: Any) -> None:
+        self._scheduler, self._client = scheduler, client
+        self._stopping = threading.Event()
+        self._failure: dict[str, Any] | None = None
+        self._thread = threading.Thread(target=self._follow, daemon=True, name="watch")
         self._thread.start()
 
-    def _receive(self) -> None:
-        while self._running:
-            message = self._inbox.next(0.5)
-            if message is not None:
-                self._heard_s[message.source] = time.monotonic()
-                self._take(message.source, message.body)
-
-    def _take(self, slot: int, body: Body) -> None:
-        """Hand what a slot said to those who wait for it."""
-        if isinstance(body, Tokens):
-            for event in body.events:
-                self._put(event.request_id, event)
-        elif isinstance(body, Failed):
-            log.error("slot %d failed: %s", slot, body.error)
-            for request_id in list(self._open.get(slot, ())):
-                self._put(request_id, SlotLostError(f"slot {slot}: {body.error}"))
-
-    def _put(self, request_id: str, item: TokenEvent | Exception) -> None:
-        found = self._queues.get(request_id)
-        if found is not None:
-            loop, queue = found
-            loop.call_soon_threadsafe(queue.put_nowait, item)
-
-    async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenEvent, None]:
-        """Yield a request's tokens as they come; closing the generator cancels it.
+    def wait_until_ready(self) -> None:
+        """Return when there is an engine.
 
         Raises:
-            SlotLostError: its worker failed or fell silent.
+            UserError, RunFailedError: there will be none.
         """
-        slot = min(self._open, key=lambda s: (len(self._open[s]), s))
-        queue: asyncio.Queue[TokenEvent | Exception] = asyncio.Queue()
-        self._queues[request.request_id] = (asyncio.get_running_loop(), queue)
-        self._open[slot].add(request.request_id)
-        is_ended = False
+        while self._client.reason:
+            if self._failure is not None:
+                kind = UserError if self._failure["user"] else RunFailedError
+                raise kind(self._failure["error"])
+            if not self._thread.is_alive():
+                raise RunFailedError("the scheduler ended before any engine was there")
+            time.sleep(0.05)
+
+    def stop(self) -> None:
+        """Have the scheduler end."""
+        from sparseray.platform.cluster import ask
+
+        self._stopping.set()
+        self._thread.join(5.0)
         try:
-            self._outbox.post(slot, Generate(request=request))
-            while not is_ended:
-                event = await self._next_event(queue, slot)
-                is_ended = event.finish_reason not in (None, "error")
-                yield event
-        finally:
-            if not is_ended:
-                self._outbox.post(slot, Cancel(request_id=request.request_id))
-            self._queues.pop(request.request_id, None)
-            self._open[slot].discard(request.request_id)
+            ask(self._scheduler, "stop")
+        except SchedulerLostError as error:
+            log.warning("the scheduler cannot be told to stop: %s", error)
 
-    async def _next_event(self, queue: "asyncio.Queue[TokenEvent | Exception]", slot: int) -> TokenEvent:
-        while True:
+    def _follow(self) -> None:
+        from sparseray.platform.cluster import ask
+
+        seen, epoch, done = 0, "", False
+        while not done and not self._stopping.is_set():
             try:
-                event = await asyncio.wait_for(queue.get(), self._deadline_s)
-            except TimeoutError:
-                # A request that waits for a place in a batch that moves is not lost.
-                if time.monotonic() - self._heard_s.get(slot, 0.0) < self._deadline_s:
-                    continue
-                raise SlotLostError(f"slot {slot} sent nothing for {self._deadline_s:g} s") from None
-            if isinstance(event, Exception):
-                raise event
-            return event
-
-    async def cancel(self, request_id: str) -> None:
-        """End a request at its worker; unknown ones are ignored."""
-        for slot, ids in self._open.items():
-            if request_id in ids:
-                self._outbox.post(slot, Cancel(request_id=request_id))
-
-    @property
-    def is_healthy(self) -> bool:
-        """Whether answers are received."""
-        return self._running and self._thread.is_alive()
-
-    def close(self) -> None:
-        """Stop receiving and release the sockets."""
-        self._running = False
-        if self._thread.is_alive():
-            self._thread.join(2.0)
-        self._inbox.transport.close()
-        self._outbox.transport.close()
+                state = ask(self._scheduler, "progress", seen, epoch)
+            except SchedulerLostError:
+                # Ray restarts it; engines answer meanwhile.
+                time.sleep(0.2)
+                continue
+            for record in state["records"]:
+                if record["event"] not in ("start", "ready"):
+                    print(f"*** {record['event']}: {record['text']}", flush=True)
+            seen, epoch, done, self._failure = state["seen"], state["epoch"], state["done"], state["failure"]
+        if done:
+            self._client.fail(self._failure["error"] if self._failure else "the scheduler has ended")
 
 
 if __name__ == "__main__":

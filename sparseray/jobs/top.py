@@ -25,6 +25,7 @@ EXAMPLE = """example:
   python -m sparseray top --every 0.5 --run_dir runs/first
 """
 BARS = " ▁▂▃▄▅▆▇█"
+RUNNING = ("starting", "training", "serving", "stopping")
 LOST_S = 60.0
 RATES_S = 1.0
 
@@ -45,11 +46,11 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(list(arguments))
     every_s = max(0.1, options.every)
     try:
+        figures = first_look(options.once)
         # A server alone is no job, and has figures all the same.
-        is_job = bool(options.run_dir or live_runs())
-        if not is_job and watch_figures(every_s=every_s, is_once=options.once):
-            return 0
-        return watch(connect(options.run_dir), every_s=every_s, is_once=options.once)
+        is_job = bool(options.run_dir or live_runs()) or not any(r.processes for r in figures.look())
+        scheduler = connect(options.run_dir) if is_job else None
+        return watch(scheduler, figures, every_s=every_s, is_once=options.once)
     except UserError as error:
         return configuration.die(error)
     except SchedulerLostError as error:
@@ -59,31 +60,51 @@ def main(arguments: Sequence[str]) -> int:
         return 0
 
 
-def watch(scheduler: Any, *, every_s: float, is_once: bool) -> int:
-    """Show the job until it ends; a scheduler that is being restarted is waited for."""
-    from sparseray.platform.cluster import ask
+def watch(scheduler: Any | None, figures: Figures, *, every_s: float, is_once: bool) -> int:
+    """Show a job and the figures of all live processes on one screen, until the job or the last process ends.
 
-    console, figures = Console(), first_look(is_once)
+    Args:
+        scheduler: of the job, None where only figures are shown; one that is being restarted is waited for.
+        figures: of every live run and server.
+        every_s: seconds between two looks.
+        is_once: end after one look.
+    """
+    console, heard, state = Console(), time.monotonic(), ""
     with Live(console=console, auto_refresh=False, screen=console.is_terminal and not is_once) as live:
-        heard = time.monotonic()
         while True:
-            try:
-                found = ask(scheduler, "status", timeout_s=5.0)
-                heard = time.monotonic()
-            except SchedulerLostError:
-                if time.monotonic() - heard > LOST_S:
-                    raise
-                live.update(
-                    Text("the scheduler does not answer; Ray is restarting it ...", style="red"), refresh=True
-                )
-                time.sleep(every_s)
-                continue
-            live.update(Group(picture(found), below(figures.look())), refresh=True)
-            if is_once or found["state"] not in ("starting", "training", "stopping"):
+            readings, found = figures.look(), None
+            if scheduler is not None and (found := _status(scheduler, heard)):
+                heard, state = time.monotonic(), found["state"]
+            live.update(screen(scheduler is not None, found, readings), refresh=True)
+            has_looked = scheduler is None or found is not None
+            is_over = state not in RUNNING if scheduler else not any(r.processes for r in readings)
+            if has_looked and (is_once or is_over):
                 break
             time.sleep(every_s)
-    console.print(f"the job is {found['state']}")
+    if state:
+        console.print(f"the job is {state}")
     return 0
+
+
+def _status(scheduler: Any, heard: float) -> dict[str, Any] | None:
+    """Ask for a job's status; None while its scheduler is being restarted.
+
+    Args:
+        scheduler: of the job.
+        heard: when it answered last, `time.monotonic`.
+
+    Raises:
+        SchedulerLostError: it has been silent for too long.
+    """
+    from sparseray.platform.cluster import ask
+
+    try:
+        found: dict[str, Any] = ask(scheduler, "status", timeout_s=5.0)
+        return found
+    except SchedulerLostError:
+        if time.monotonic() - heard > LOST_S:
+            raise
+        return None
 
 
 def first_look(is_once: bool) -> Figures:
@@ -94,20 +115,13 @@ def first_look(is_once: bool) -> Figures:
     return figures
 
 
-def watch_figures(*, every_s: float, is_once: bool) -> bool:
-    """Show the figures alone for as long as there are any; False when there were none."""
-    console, figures = Console(), first_look(is_once)
-    readings = figures.look()
-    if not any(reading.processes for reading in readings):
-        return False
-    with Live(console=console, auto_refresh=False, screen=console.is_terminal and not is_once) as live:
-        while any(reading.processes for reading in readings):
-            live.update(below(readings), refresh=True)
-            if is_once:
-                break
-            time.sleep(every_s)
-            readings = figures.look()
-    return True
+def screen(is_job: bool, found: dict[str, Any] | None, readings: Sequence[Readings]) -> RenderableType:
+    """All there is to see: the job, where there is one, and the figures below it."""
+    if not is_job:
+        return below(readings)
+    if found is None:
+        return Text("the scheduler does not answer; Ray is restarting it ...", style="red")
+    return Group(picture(found), below(readings))
 
 
 def below(readings: Sequence[Readings]) -> RenderableType:

@@ -10,11 +10,13 @@ Shapes: R rows, H hidden, B sequences, T tokens, I inner width, D head size.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from sparseray.kernels.ops import Ops
 from sparseray.model.config import ModelConfig
@@ -57,6 +59,20 @@ class Batch:
     def invariant(self) -> bool:
         """Whether a row's bits must not depend on the other rows."""
         return self.spans is not None or self.paged is not None
+
+
+Run = Callable[..., Any]
+"""Calls a stretch of a layer with its arguments, as `at_once` or `recomputed`."""
+
+
+def at_once(stretch: Callable[..., Any], *arguments: Any) -> Any:
+    """Call it; everything that its backward pass reads is kept."""
+    return stretch(*arguments)
+
+
+def recomputed(stretch: Callable[..., Any], *arguments: Any) -> Any:
+    """Call it and keep the arguments only; the backward pass calls it again."""
+    return checkpoint(stretch, *arguments, use_reentrant=False, preserve_rng_state=False)
 
 
 class Linear(nn.Module):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from sparseray.kernels.ops import REFERENCE, Ops
 from sparseray.model.config import ModelConfig, MoEConfig
 from sparseray.model.init import expert_name, expert_views, initial_expert
-from sparseray.model.layers import Batch, Linear, SwiGLU
+from sparseray.model.layers import Batch, Linear, Run, SwiGLU, at_once
 
 
 class Experts(Protocol):
@@ -86,13 +86,11 @@ class MoE(nn.Module):
         inner = config.moe.num_shared * config.moe.expert_dim
         self.shared = SwiGLU(config.hidden, inner, ops) if inner else None
 
-    def forward(
-        self, x_RH: Tensor, batch: Batch, experts: Experts
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Apply the layer.
+    def _route(self, x_RH: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Choose the experts of every token.
 
         Returns:
-            (y_RH, balance loss, tokens per expert int64 [E]); the last two are None in inference.
+            (expert ids [T, K], their weights [T, K], balance loss or None in inference).
         """
         config = self.config
         router_EH = self.router.weight.float()
@@ -110,16 +108,39 @@ class MoE(nn.Module):
         )
         rows = batch.rows
         ids_TK, weights_TK = ids_RK[:rows], weights_RK[:rows]
-        y_TH = experts(self.layer, x_RH[:rows], ids_TK, weights_TK)
-        loss = counts_E = None
-        if not batch.invariant:
-            counts_E = self.ops.expert_counts(ids_TK, config.num_experts)
-            loss = balance_loss(config, scores_RE, ids_TK, batch.shape, self.ops)
+        loss = None if batch.invariant else balance_loss(config, scores_RE, ids_TK, batch.shape, self.ops)
+        return ids_TK, weights_TK, loss
+
+    def _mix(
+        self, x_RH: Tensor, ids_TK: Tensor, weights_TK: Tensor, batch: Batch, experts: Experts
+    ) -> Tensor:
+        """Return the sum of the chosen experts and the shared ones, [R, H].
+
+        Args:
+            ids_TK, weights_TK: of `_route`.
+        """
+        y_TH = experts(self.layer, x_RH[: batch.rows], ids_TK, weights_TK)
         if y_TH.shape[0] < x_RH.shape[0]:
             y_TH = torch.nn.functional.pad(y_TH, (0, 0, 0, x_RH.shape[0] - y_TH.shape[0]))
         if self.shared is not None:
             y_TH = y_TH + self.shared(x_RH, batch)
-        return y_TH, loss, counts_E
+        return y_TH
+
+    def forward(
+        self, x_RH: Tensor, batch: Batch, experts: Experts, run: Run = at_once
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Apply the layer.
+
+        Args:
+            run: calls what may be recomputed. Routing is not: a second one could choose other experts.
+
+        Returns:
+            (y_RH, balance loss, tokens per expert int64 [E]); the last two are None in inference.
+        """
+        ids_TK, weights_TK, loss = self._route(x_RH, batch)
+        y_RH = run(self._mix, x_RH, ids_TK, weights_TK, batch, experts)
+        counts_E = None if batch.invariant else self.ops.expert_counts(ids_TK, self.config.num_experts)
+        return y_RH, loss, counts_E
 
 
 class LocalExperts(nn.Module):

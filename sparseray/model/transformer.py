@@ -26,7 +26,7 @@ from sparseray.model.config import ModelConfig
 from sparseray.model.dse import DSE, Memory, Rows
 from sparseray.model.dse_layout import NO_TOKEN, DSELayout
 from sparseray.model.init import initial_dense
-from sparseray.model.layers import Angles, Batch, RMSNorm, Rope, Span, SwiGLU
+from sparseray.model.layers import Angles, Batch, RMSNorm, Rope, Run, Span, SwiGLU, at_once, recomputed
 from sparseray.model.moe import Experts, MoE
 from sparseray.model.paged import Paged
 
@@ -59,27 +59,40 @@ class Block(nn.Module):
         self.moe = MoE(config, layer, ops) if layer in config.moe_layers else None
         self.ffn = None if self.moe else SwiGLU(config.hidden, config.dense_width(layer), ops)
 
-    def forward(
-        self, h_RH: Tensor, batch: Batch, angles: Angles, experts: Experts, values_TND: Tensor | None
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Add memory, attention and experts (or the dense MLP).
-
-        Args:
-            values_TND: table rows of the tokens; None for a layer without memory.
-
-        Returns:
-            (hidden states [R, H], balance loss, tokens per expert int64 [E]).
-        """
+    def _attend(
+        self, h_RH: Tensor, batch: Batch, angles: Angles, values_TND: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Add memory and attention: (the sum after the norm before the MLP, the sum)."""
         if self.dse is not None:
             assert values_TND is not None
             x_RH, h_RH = self.attention_norm.add(self.dse(h_RH, values_TND, batch), h_RH)
         else:
             x_RH = self.attention_norm(h_RH)
-        x_RH, h_RH = self.ffn_norm.add(self.attention(x_RH, batch, angles), h_RH)
+        return self.ffn_norm.add(self.attention(x_RH, batch, angles), h_RH)
+
+    def forward(
+        self,
+        h_RH: Tensor,
+        batch: Batch,
+        angles: Angles,
+        experts: Experts,
+        values_TND: Tensor | None,
+        run: Run,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Add memory, attention and experts (or the dense MLP).
+
+        Args:
+            values_TND: table rows of the tokens; None for a layer without memory.
+            run: calls the stretches of the layer that may be recomputed.
+
+        Returns:
+            (hidden states [R, H], balance loss, tokens per expert int64 [E]).
+        """
+        x_RH, h_RH = run(self._attend, h_RH, batch, angles, values_TND)
         if self.moe is None:
             assert self.ffn is not None
-            return h_RH + self.ffn(x_RH, batch), None, None
-        y_RH, loss, counts_E = self.moe(x_RH, batch, experts)
+            return h_RH + run(self.ffn, x_RH, batch), None, None
+        y_RH, loss, counts_E = self.moe(x_RH, batch, experts, run)
         return h_RH + y_RH, loss, counts_E
 
 
@@ -91,13 +104,21 @@ class Transformer(nn.Module):
         layout: row addresses of the memory; None for a model without memory layers.
         seed: of the initial weights.
         ops: what the network computes with.
+        recompute: keep of each layer only its input and its routing for the backward pass, which computes the rest
+            again.
 
     Raises:
         ConfigError: the config has memory layers and the layout is missing or belongs to other settings.
     """
 
     def __init__(
-        self, config: ModelConfig, layout: DSELayout | None, *, seed: int = 0, ops: Ops = REFERENCE
+        self,
+        config: ModelConfig,
+        layout: DSELayout | None,
+        *,
+        seed: int = 0,
+        ops: Ops = REFERENCE,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         if config.dse.layers and layout is None:
@@ -111,7 +132,7 @@ class Transformer(nn.Module):
                 f"the DSELayout maps {len(layout.token_map)} tokens, model.vocab_size={config.vocab_size};"
                 " pass vocab_size to DSELayout.build"
             )
-        self.config, self.layout, self.ops = config, layout, ops
+        self.config, self.layout, self.ops, self.recompute = config, layout, ops, recompute
         self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.hidden))
         self.layers = nn.ModuleList(Block(config, layer, ops) for layer in range(config.num_layers))
         self.final_norm = RMSNorm(config.hidden, config.norm_eps, ops)
@@ -133,6 +154,7 @@ class Transformer(nn.Module):
         """Run all layers on the rows: (hidden after the final norm, aux loss, counts)."""
         h_RH = self.ops.embedding(tokens_R, self.embedding)
         angles = self.rope.at(batch.positions_R)
+        run = recomputed if self.recompute and torch.is_grad_enabled() else at_once
         losses: list[Tensor] = []
         counts: list[Tensor] = []
         for block in self.layers:
@@ -141,7 +163,7 @@ class Transformer(nn.Module):
             if block.dse is not None:
                 assert fetched is not None
                 values_TND = fetched(block.layer)
-            h_RH, loss, counts_E = block(h_RH, batch, angles, experts, values_TND)
+            h_RH, loss, counts_E = block(h_RH, batch, angles, experts, values_TND, run)
             losses += [] if loss is None else [loss]
             counts += [] if counts_E is None else [counts_E]
         aux = torch.stack(losses).sum() if losses else torch.zeros((), device=h_RH.device)

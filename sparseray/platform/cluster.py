@@ -14,7 +14,7 @@ import ray
 from sparseray.errors import ClusterError, SchedulerLostError
 from sparseray.log import get_logger
 from sparseray.platform.config import ClusterConfig
-from sparseray.platform.fleet.ray_fleet import NAMESPACE, slot_name, start_host
+from sparseray.platform.fleet.ray_fleet import NAMESPACE, slot_name
 from sparseray.platform.fleet.transport import remove_directory
 from sparseray.platform.run.registry import forget_run, scheduler_name
 from sparseray.platform.scheduler import Scheduler
@@ -32,20 +32,18 @@ class Cluster:
     Args:
         config: how to reach Ray and what a slot reserves.
         num_slots: slots to start.
-        run_dir: of a training run; where it is going on already in this cluster, no room is needed.
+        run_dir: of the run or server; where it is going on already in this cluster, no room is needed.
 
     Raises:
         ClusterError: Ray cannot be reached, refuses the token, or has too few free CPUs.
     """
 
-    def __init__(self, config: ClusterConfig, num_slots: int, run_dir: Path | None = None) -> None:
+    def __init__(self, config: ClusterConfig, num_slots: int, run_dir: Path) -> None:
         self.config, self.num_slots, self._run_dir = config, num_slots, run_dir
         self.job = uuid.uuid4().hex
-        self.slots: dict[int, Any] = {}
         self.scheduler: Any = None
-        # Slots and scheduler of a run report through the run's folder; Ray's own words on each death would bury it.
-        _connect(config, num_slots, log_to_driver=run_dir is None)
-        if run_dir is None or self.find_scheduler(run_dir) is None:
+        _connect(config, num_slots)
+        if self.find_scheduler(run_dir) is None:
             self._check_room()
 
     def _check_room(self) -> None:
@@ -61,21 +59,6 @@ class Cluster:
                     f"{free.get(kind, 0.0):g} of the cluster's {all_.get(kind, 0.0):g} are free; ask for fewer actors "
                     f"(cluster.*), {CURES[kind]}, or stop another job"
                 )
-
-    def start(self) -> dict[int, str]:
-        """Start slots that live as long as this process (serving) and return their addresses."""
-        self.slots = {
-            slot: start_host(self.job, slot, self.config, is_detached=False) for slot in range(self.num_slots)
-        }
-        addresses = ray.get([handle.address.remote() for handle in self.slots.values()])
-        for handle in self.slots.values():
-            handle.serve.remote()
-        return dict(zip(self.slots, addresses))
-
-    def metric_targets(self) -> dict[str, str]:
-        """Address of every slot's metrics."""
-        found = ray.get([handle.metrics_address.remote() for handle in self.slots.values()])
-        return {f"slot-{slot}": address for slot, address in zip(self.slots, found)}
 
     def start_scheduler(self, run_dir: Path, **arguments: Any) -> Any:
         """Start the scheduler of a run; Ray restarts it when it dies, and it outlives this process."""
@@ -104,9 +87,6 @@ class Cluster:
         Args:
             at_once: do not wait for the scheduler to come to an end by itself.
         """
-        for handle in self.slots.values():
-            ray.kill(handle)
-        self.slots = {}
         if self.scheduler is not None:
             try:
                 self.job = ray.get(self.scheduler.job.remote(), timeout=5.0)
@@ -117,8 +97,7 @@ class Cluster:
             ray.kill(self.scheduler)
             self.scheduler = None
             self._end_slots()
-        if self._run_dir is not None:
-            forget_run(self._run_dir)
+        forget_run(self._run_dir)
         ray.shutdown()
         remove_directory(self.job)
 
@@ -168,7 +147,8 @@ def ask(scheduler: Any, method: str, *arguments: Any, timeout_s: float = 30.0) -
         raise SchedulerLostError(" ".join(str(error).split())[:200]) from None
 
 
-def _connect(config: ClusterConfig, num_slots: int, *, log_to_driver: bool) -> None:
+def _connect(config: ClusterConfig, num_slots: int) -> None:
+    # Slots and scheduler report through the run's folder; Ray's own words on each death would bury it.
     # Slots decide about their own threads; without this Ray warns and sets OMP_NUM_THREADS itself.
     environment = {"OMP_NUM_THREADS": str(config.threads_per_slot), "RAY_DEDUP_LOGS": "0"}
     runtime = {"env_vars": environment}
@@ -178,7 +158,7 @@ def _connect(config: ClusterConfig, num_slots: int, *, log_to_driver: bool) -> N
                 address=config.address,
                 namespace=NAMESPACE,
                 runtime_env=runtime,
-                log_to_driver=log_to_driver,
+                log_to_driver=False,
                 logging_level="error",
             )
         else:
@@ -193,7 +173,7 @@ def _connect(config: ClusterConfig, num_slots: int, *, log_to_driver: bool) -> N
                 namespace=NAMESPACE,
                 runtime_env=runtime,
                 _node_ip_address="127.0.0.1",
-                log_to_driver=log_to_driver,
+                log_to_driver=False,
                 logging_level="error",
             )
     # Ray says with a bare Exception that its own daemons did not start in time.

@@ -286,9 +286,9 @@ def parse(arguments: Sequence[str], *, prog: str, description: str) -> RunConfig
     if {"-h", "--help"} & set(arguments):
         parser(prog, description).print_help()
         raise SystemExit(0)
-    settings = read_options([word for word in arguments if word != "--print_config"], RunConfig)
+    settings = read_options([w for w in arguments if w.partition("=")[0] != "--print_config"], RunConfig)
     config = _build(settings)
-    if "--print_config" in arguments:
+    if any(word.partition("=")[0] == "--print_config" for word in arguments):
         print(yaml.safe_dump(to_dict(config), sort_keys=False), end="")
         raise SystemExit(0)
     return config

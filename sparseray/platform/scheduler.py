@@ -11,6 +11,7 @@ import threading
 import time
 import traceback
 from collections import deque
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -21,18 +22,19 @@ from sparseray.actors.wire.envelope import SCHEDULER
 from sparseray.actors.wire.mailbox import Mailbox
 from sparseray.errors import FencedError, UserError
 from sparseray.log import get_logger
-from sparseray.platform.composition import Run
+from sparseray.platform.composition import Run, Task
 from sparseray.platform.config import RunConfig, from_dict
 from sparseray.platform.fleet.control import Member
 from sparseray.platform.fleet.ray_fleet import RayFleet
 from sparseray.platform.fleet.transport import ZmqTransport, private_directory, remove_directory
 from sparseray.platform.metrics.exporter import Metrics, write_targets
-from sparseray.platform.opening import Validation, slots_of
+from sparseray.platform.opening import slots_of
 from sparseray.platform.run import lock
 from sparseray.platform.run.folder import RunFolder
 from sparseray.platform.run.history import JobHistory, read_job
 from sparseray.platform.run.journal import Journal
 from sparseray.platform.run.registry import forget_run, register_run
+from sparseray.platform.serving import Served
 
 log = get_logger(__name__)
 
@@ -46,11 +48,11 @@ class Scheduler:
     Args:
         job: identifier of the job.
         config: the run, as plain values; `run_dir` and `data.path` absolute.
-        validation: how its validation loss is measured.
+        task: what it is for.
     """
 
-    def __init__(self, *, job: str, config: dict[str, Any], validation: Validation) -> None:
-        self._job_id, self._config, self._validation = job, from_dict(RunConfig, config), validation
+    def __init__(self, *, job: str, config: dict[str, Any], task: Task) -> None:
+        self._job_id, self._config, self._task = job, from_dict(RunConfig, config), task
         self._folder = RunFolder(Path(self._config.run_dir))
         self._epoch = f"{os.getpid()}-{time.time()}"
         self._records: deque[dict[str, Any]] = deque(maxlen=KEPT_RECORDS)
@@ -61,7 +63,7 @@ class Scheduler:
         self._fleet: RayFleet | None = None
         self._job: Run | None = None
         self._lock: TextIO | None = None
-        self._thread = threading.Thread(target=self._run, daemon=True, name="training")
+        self._thread = threading.Thread(target=self._run, daemon=True, name="driver")
         journal = Journal(self._folder.journal)
         has_begun = read_job(journal, job).has_begun
         journal.close()
@@ -69,24 +71,24 @@ class Scheduler:
             self._thread.start()
 
     def start(self) -> None:
-        """Start training; without effect once it runs."""
+        """Start the job; without effect once it runs."""
         if not self._thread.is_alive() and self._thread.ident is None:
             self._thread.start()
 
-    # -- the training thread ---------------------------------------------------------------------
+    # -- the driving thread ---------------------------------------------------------------------
 
     def _run(self) -> None:
         if other := self._hold():
             self._failure = {"error": other, "kind": "ConfigError", "user": True}
             return
         try:
-            self._train()
+            self._drive()
         except FencedError as error:
             # Slots, targets and sockets are the other scheduler's now.
             log.error("this scheduler acts no more: %s", error)
             os._exit(1)
         except Exception as error:
-            log.error("training stopped:\n%s", traceback.format_exc())
+            log.error("the job stopped:\n%s", traceback.format_exc())
             self._failure = {
                 "error": str(error),
                 "kind": type(error).__name__,
@@ -110,7 +112,7 @@ class Scheduler:
             return ""
         return f"run_dir={self._folder.path} is in use by process {other.get('pid')} on {other.get('host')}; give another"
 
-    def _train(self) -> None:
+    def _drive(self) -> None:
         cluster = self._config.cluster
         metrics = Metrics({"slot": "scheduler"}, declare="scheduler")
         own = metrics.serve(cluster.bind_host)
@@ -137,21 +139,26 @@ class Scheduler:
             mailbox,
             fleet_of,
             metrics,
-            validation=self._validation,
+            task=self._task,
             on_record=self._tell,
-            should_stop=self._stopping.is_set,
+            should_stop=self._should_stop,
         )
         self._open_slots(run)
-        run.train()
+        run.drive()
 
     def _open_slots(self, run: Run) -> None:
         """Find the slots of a job that goes on; start those of one that begins."""
         assert self._fleet is not None
         register_run(self._folder.path, ray.get_runtime_context().gcs_address)
-        self._fleet.is_spare = run.elastic.is_spare
+        self._fleet.is_spare = run.generations.is_spare
         self._fleet.reopen(list(run.history.slots))
         if run.history.plan is None:
-            self._fleet.open(slots_of(self._config, run.elastic.inventory))
+            self._fleet.open(slots_of(self._config, run.generations.workload.inventory))
+
+    def _should_stop(self) -> bool:
+        """A run outlives its driver; a server without an ingress serves nobody."""
+        is_alone = isinstance(self._task, Served) and time.monotonic() - self._asked > DRIVER_GONE_S
+        return self._stopping.is_set() or is_alone
 
     def _tell(self, record: dict[str, Any]) -> None:
         self._records.append(record)
@@ -217,10 +224,10 @@ class Scheduler:
         Returns:
             {"error": ""} or why it is refused; nothing is changed then.
         """
-        if self._job is None or self._job.elastic.plan is None or not self._thread.is_alive():
-            return {"error": "the job is not training (yet); ask again once it has made a step"}
+        if self._job is None or self._job.generations.plan is None or not self._thread.is_alive():
+            return {"error": "the job is not running (yet); ask again once it has made a step"}
         try:
-            self._job.elastic.request(role, count)
+            self._job.reconciler.request(role, count)
         except (UserError, FencedError) as error:
             return {"error": str(error)}
         return {"error": ""}
@@ -235,20 +242,20 @@ class Scheduler:
             "events": self._folder.event_lines()[-12:],
         }
         run = self._job
-        if run is None or run.elastic.plan is None:
+        if run is None or run.generations.plan is None:
             return found
-        elastic, fleet, plan = run.elastic, run.fleet, run.elastic.plan
+        generations, fleet, plan = run.generations, run.generations.fleet, run.generations.plan
         ages = fleet.ages()
         found |= {
             "generation": plan.generation,
-            "settled": elastic.is_settled(),
-            "sizes": elastic.sizes(),
-            "wanted": vars(elastic.wanted),
+            "settled": run.reconciler.is_settled(),
+            "sizes": run.reconciler.sizes(),
+            "wanted": asdict(generations.wanted),
             "starting": fleet.starting(),
             "room": fleet.room(),
-            "replicas": {"target": self._config.cluster.replication, "actual": elastic.replicas()},
-            "goodput": run.ledger.goodput,
-            "load": elastic.load.tolist(),
+            "replicas": {"target": self._config.cluster.replication, "actual": generations.replicas()},
+            "goodput": run.reconciler.ledger.goodput,
+            "load": run.reconciler.load.tolist(),
             "slots": [
                 {
                     "slot": slot,
@@ -269,5 +276,6 @@ class Scheduler:
         if self._failure is not None:
             return f"failed: {self._failure['error']}"
         if self._thread.is_alive():
-            return "stopping" if self._stopping.is_set() else "training"
+            doing = "serving" if isinstance(self._task, Served) else "training"
+            return "stopping" if self._stopping.is_set() else doing
         return "ended" if self._thread.ident else "starting"

@@ -2,7 +2,7 @@
 
 Dense gradients go to the first dense holder, which shares the sum; experts and memory rows are
 reduced where they live, and primaries send the sum to their backups. Sums follow tree.py, so
-arrival order is free. Phase one of the commit (platform/training.py has phase two).
+arrival order is free. Phase one of the commit (platform/trainer.py has phase two).
 """
 
 from collections.abc import Callable, Iterable, Sequence

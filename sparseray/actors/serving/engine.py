@@ -210,6 +210,11 @@ class Engine:
             sequence.grammar = self._grammars.start(request.grammar, request.resume_tokens)
         self._waiting.append(sequence)
 
+    @property
+    def request_ids(self) -> tuple[str, ...]:
+        """Requests that are queued or in the batch."""
+        return tuple(s.request.request_id for s in (*self._running, *self._waiting))
+
     def cancel(self, request_id: str) -> bool:
         """Forget a request between two steps; no event follows. Returns whether it was there."""
         before = len(self._waiting) + len(self._running)

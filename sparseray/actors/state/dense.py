@@ -27,6 +27,7 @@ class DenseState:
         num_parts: logical parts of a step.
         betas, eps, weight_decay: of `AdamW`.
         ops: what the model computes with.
+        recompute: as in `Transformer`.
     """
 
     def __init__(
@@ -40,8 +41,9 @@ class DenseState:
         eps: float,
         weight_decay: float,
         ops: Ops = REFERENCE,
+        recompute: bool = False,
     ) -> None:
-        self.model = Transformer(config, layout, seed=seed, ops=ops)
+        self.model = Transformer(config, layout, seed=seed, ops=ops, recompute=recompute)
         self.names = [name for name, _ in self.model.named_parameters()]
         self.parameters = list(self.model.parameters())
         self.biases = {name: b for name, b in self.model.named_buffers() if name.endswith("router_bias")}

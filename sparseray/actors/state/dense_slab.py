@@ -33,7 +33,7 @@ class DenseSlabs(DenseState):
     """`DenseState` on one device, with a copy of the weights to compute with.
 
     Args:
-        config, layout, seed, num_parts, betas, eps, weight_decay, ops: as in `DenseState`.
+        config, layout, seed, num_parts, betas, eps, weight_decay, ops, recompute: as in `DenseState`.
         device: where everything lies.
         dtype: that the network computes in.
         moments: dtype of both moments.
@@ -55,6 +55,7 @@ class DenseSlabs(DenseState):
         dtype: torch.dtype,
         moments: torch.dtype,
         determinism: Determinism,
+        recompute: bool = False,
     ) -> None:
         super().__init__(
             config,
@@ -65,6 +66,7 @@ class DenseSlabs(DenseState):
             eps=eps,
             weight_decay=weight_decay,
             ops=ops,
+            recompute=recompute,
         )
         self.device, self.dtype, self.ops, self.updates = device, dtype, ops, 0
         self.sum = GradientSum(num_parts, determinism)

@@ -134,6 +134,44 @@ class Batch:
     tokens_BT: "torch.Tensor"
     targets_BT: "torch.Tensor"
     document_starts_BT: "torch.Tensor"
+    weights_BT: "torch.Tensor | None" = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenBatches:
+    """Batches of one split by (step, part), every token with weight 1.
+
+    Args:
+        dataset: the split.
+        seed: of the data order.
+        num_parts, sequences_per_part, seq_len: how a step's global batch is cut.
+        is_fixed: the same data at every step; part i is (step i // L, part i % L) then.
+    """
+
+    dataset: TokenDataset
+    seed: int
+    num_parts: int
+    sequences_per_part: int
+    seq_len: int
+    is_fixed: bool = False
+
+    def __call__(self, step: int, part: int) -> Batch:
+        """Return the batch of a part, a pure function of the arguments."""
+        if self.is_fixed:
+            step, part = divmod(part, self.num_parts)
+        return batch(
+            self.dataset,
+            seed=self.seed,
+            step=step,
+            part=part,
+            num_parts=self.num_parts,
+            sequences_per_part=self.sequences_per_part,
+            seq_len=self.seq_len,
+        )
+
+    def weight(self, step: int) -> float:
+        """Sum of the weights of all parts of a step: its tokens."""
+        return float(self.num_parts * self.sequences_per_part * self.seq_len)
 
 
 def window_at(position: int, num_windows: int, seed: int) -> int:

@@ -6,44 +6,17 @@ it, and which slots answer for experts and rows, changes no bit. Called by roles
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
 
 import torch
-from torch import Tensor
 
 from sparseray.actors.exchange.protocol import Exchange, FetchedRows, PartGradients
 from sparseray.actors.state.dense import DenseState
+from sparseray.actors.training.objective import Batch, BatchSource, Loss, Objective, next_token, on_device
 from sparseray.actors.wire.messages import PartDone
 from sparseray.model.statistics import Noted, collect
-from sparseray.model.transformer import Output, cross_entropy_sum
 
 SAMPLE_EVERY = {"cpu": 10, "cuda": 100}
 """Of one in so many steps a worker's first part notes statistics, by device; they move slowly, and a GPU waits."""
-
-
-class Batch(Protocol):
-    """One part's tokens of one step: int64 [B, T], targets int64 [B, T], starts bool [B, T]."""
-
-    @property
-    def tokens_BT(self) -> Tensor: ...
-    @property
-    def targets_BT(self) -> Tensor: ...
-    @property
-    def document_starts_BT(self) -> Tensor: ...
-
-
-Batches = Callable[[int, int], Batch]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Result:
-    """What a part gave, on the device: cross-entropy sum and balance loss (scalars), and int64 [L, E] counts."""
-
-    loss_sum: Tensor
-    aux_loss: Tensor
-    counts_LE: Tensor
-    tokens: int
 
 
 class AttentionWorker:
@@ -52,16 +25,17 @@ class AttentionWorker:
     Args:
         state: dense weights, shared with the slot that holds them.
         exchange: of the generation.
+        objective: what to train for.
     """
 
-    def __init__(self, state: DenseState, exchange: Exchange) -> None:
-        self.state, self.exchange = state, exchange
+    def __init__(self, state: DenseState, exchange: Exchange, objective: Objective = next_token) -> None:
+        self.state, self.exchange, self.objective = state, exchange, objective
         self.layers = state.model.config.dse.layers
         self.seconds: dict[str, float] = {}
         self.noted: Noted = []
 
     def run_step(
-        self, step: int, parts: Sequence[int], batches: Batches, report: Callable[[int, PartDone], None]
+        self, step: int, parts: Sequence[int], batches: BatchSource, report: Callable[[int, PartDone], None]
     ) -> None:
         """Run the parts of one step, send each one's gradients on their way, and report the losses.
 
@@ -74,40 +48,44 @@ class AttentionWorker:
         self.seconds = dict.fromkeys(("data", "fetch", "forward", "backward"), 0.0)
         started = time.perf_counter()
         loaded = [batches(step, part) for part in parts]
+        weight = batches.weight(step)
         self._lap("data", started)
-        results: list[Result] = []
+        losses: list[Loss] = []
         for part, batch, rows in zip(parts, loaded, self._fetch(step, loaded)):
             self.exchange.begin(step, part)
             if part == parts[0] and step % SAMPLE_EVERY[self.state.device.type] == 0:
                 with collect() as self.noted:
-                    result, gradients = self._run_part(batch, rows)
+                    loss, gradients = self._run_part(batch, rows, weight)
             else:
-                result, gradients = self._run_part(batch, rows)
+                loss, gradients = self._run_part(batch, rows, weight)
             started = time.perf_counter()
             self.exchange.reduce(step, part, gradients)
             self._lap("backward", started)
-            results.append(result)
-        for part, done in zip(parts, self._read(results)):
-            report(part, done)
+            losses.append(loss)
+        if losses:
+            for part, done in zip(parts, self._read(loaded, losses)):
+                report(part, done)
 
-    def _read(self, results: Sequence[Result]) -> list[PartDone]:
+    def _read(self, batches: Sequence[Batch], losses: Sequence[Loss]) -> list[PartDone]:
         """Bring what the parts gave to the host, all at once: nothing before waits for a device."""
-        if not results:
-            return []
-        losses = torch.stack([loss for r in results for loss in (r.loss_sum, r.aux_loss)]).tolist()
-        counts = torch.stack([r.counts_LE for r in results]).cpu()
+        scalars = torch.stack(
+            [scalar.detach() for loss in losses for scalar in (loss.sum, loss.aux)]
+        ).tolist()
+        counts = torch.stack([loss.counts_LE for loss in losses]).cpu()
         device = self.state.device
         peak = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0
         return [
             PartDone(
-                loss_sum=losses[2 * index],
-                aux_loss=losses[2 * index + 1],
-                tokens=result.tokens,
+                loss_sum=scalars[2 * index],
+                weight=loss.weight,
+                aux_loss=scalars[2 * index + 1],
+                metrics=loss.metrics,
+                tokens=batch.targets_BT.numel(),
                 seconds=dict(self.seconds),
                 counts_LE=counts[index],
                 device_bytes=peak,
             )
-            for index, result in enumerate(results)
+            for index, (batch, loss) in enumerate(zip(batches, losses))
         ]
 
     def _fetch(self, step: int, batches: Sequence[Batch]) -> list[FetchedRows]:
@@ -129,43 +107,37 @@ class AttentionWorker:
         self._lap("fetch", started)
         return fetched.split([b.tokens_BT.numel() for b in batches])
 
-    def _forward(self, batch: Batch, rows: FetchedRows) -> tuple[Output, Tensor]:
-        """Run the network and the loss: (output, cross-entropy sum)."""
-        model, device = self.state.model, self.state.device
-        out = model(
-            batch.tokens_BT.to(device, non_blocking=True),
-            experts=self.exchange.experts,
-            memory=None,
-            document_starts_BT=batch.document_starts_BT.to(device, non_blocking=True),
-            fetched=rows,
-        )
-        return out, cross_entropy_sum(model, out.hidden_BTH, batch.targets_BT.to(device, non_blocking=True))
-
-    def _run_part(self, batch: Batch, rows: FetchedRows) -> tuple[Result, PartGradients]:
-        started, tokens = time.perf_counter(), batch.targets_BT.numel()
-        out, loss_sum = self._forward(batch, rows.differentiable())
+    def _run_part(self, batch: Batch, rows: FetchedRows, weight: float) -> tuple[Loss, PartGradients]:
+        """Forward and backward of one part; `weight` is that of the whole global batch."""
+        started = time.perf_counter()
+        loss = self._loss(batch, rows.differentiable())
         started = self._lap("forward", started)
-        # Every part has the same number of tokens, so this is the mean over the global batch.
-        (loss_sum / (tokens * self.state.num_parts) + out.aux_loss / self.state.num_parts).backward()
+        (loss.sum / weight + loss.aux / self.state.num_parts).backward()
         gradients = PartGradients(dense=self.state.take_gradients(), rows=rows.gradients())
         self._lap("backward", started)
-        result = Result(
-            loss_sum=loss_sum.detach(),
-            aux_loss=out.aux_loss.detach(),
-            counts_LE=out.expert_counts_LE,
-            tokens=tokens,
-        )
-        return result, gradients
+        return loss, gradients
+
+    def _loss(self, batch: Batch, rows: FetchedRows) -> Loss:
+        """Run the objective where the weights are."""
+        return self.objective(self.state.model, on_device(batch, self.state.device), self.exchange, rows)
 
     @torch.no_grad()
-    def evaluate(self, step: int, parts: Sequence[int], batches: Batches) -> dict[int, tuple[float, int]]:
-        """Return (loss sum in nats, tokens) of each part, with no effect on any state."""
+    def evaluate(
+        self, step: int, parts: Sequence[int], batches: BatchSource
+    ) -> dict[int, tuple[float, float]]:
+        """Return (loss sum in nats, weight) of each part, with no effect on any state.
+
+        Args:
+            step: that the requests belong to.
+            parts: batches to compute.
+            batches: data by (step, part).
+        """
         loaded = [batches(step, part) for part in parts]
-        found: dict[int, tuple[float, int]] = {}
+        found: dict[int, tuple[float, float]] = {}
         for part, batch, rows in zip(parts, loaded, self._fetch(step, loaded)):
             self.exchange.begin(step, part)
-            _, loss = self._forward(batch, rows)
-            found[part] = (float(loss), batch.targets_BT.numel())
+            loss = self._loss(batch, rows)
+            found[part] = (float(loss.sum), loss.weight)
         return found
 
     def _lap(self, phase: str, started: float) -> float:

@@ -113,9 +113,11 @@ class Mailbox:
                 return message
 
     def _accept(self, message: Message[Body]) -> bool:
+        if message.body.is_of_any_generation:
+            return True
         if message.generation > self.generation:
             # A plan opens a generation; a peer that has adopted it already may be faster than our plan.
-            if message.body.opens_generation or message.body.is_of_any_generation:
+            if message.body.opens_generation:
                 return True
             self._early.append(message)
             return False

@@ -1,10 +1,10 @@
 """What slots say to each other: a frozen dataclass for each kind of message.
 
-Bodies that carry a value of a higher floor stand there: InstallPlan in actors/installation.py, Generate and Tokens in
+Bodies that carry a value of a higher floor stand there: InstallPlan in actors/installation.py, those of serving in
 actors/serving/messages.py. A part is one of those that the global batch is cut into, whatever the number of workers.
-  scheduler -> slot: InstallPlan, RunStep, Commit, Evaluate, SaveCheckpoint, Ping
+  scheduler -> slot: InstallPlan, Settled, RunStep, Commit, Evaluate, SaveCheckpoint, Ping
   slot -> scheduler: Installed, Stale, PartDone, Prepared, Evaluated, Saved, Pong, Silent, Failed
-  ingress -> slot:   Generate, Cancel (answered to the scheduler's mailbox by Tokens)
+  ingress -> slot:   Generate, Cancel; slot -> ingress: Tokens, Moved; scheduler -> ingress: Routes
   slot -> slot:      ExpertForward, ExpertBackward, FetchRows, Pull (answered by ExpertRows, MemoryRows, Pieces);
                      FinishPart, ExpertPart, DenseNodes, DenseReduced, ExpertReduced, RowsReduced
 """
@@ -19,6 +19,11 @@ from sparseray.actors.wire.envelope import Body
 Key = tuple[int, int]
 
 # -- scheduler to slot ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settled(Body):
+    """All slots have entered the generation: forget what it does not give you. In training a commit says so."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,8 +88,10 @@ class PartDone(Body):
     """What one part of a step gave.
 
     Args:
-        loss_sum: cross-entropy summed over its tokens, nats.
+        loss_sum: loss summed over its tokens, each times its weight; nats.
+        weight: sum of these weights.
         aux_loss: balance loss.
+        metrics: further losses by name.
         tokens: number of targets.
         seconds: spent by phase, in this step so far.
         counts_LE: int64, tokens per moe layer and expert.
@@ -92,7 +99,9 @@ class PartDone(Body):
     """
 
     loss_sum: float
+    weight: float
     aux_loss: float
+    metrics: dict[str, float]
     tokens: int
     seconds: dict[str, float]
     counts_LE: Tensor
@@ -116,9 +125,9 @@ class Prepared(Body):
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluated(Body):
-    """Validation batch to (loss sum in nats, tokens)."""
+    """Validation batch to (loss sum in nats, sum of weights)."""
 
-    losses: dict[int, tuple[float, int]]
+    losses: dict[int, tuple[float, float]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,16 +165,6 @@ class Failed(Body):
 
     error: str
     user: bool
-
-
-# -- ingress to slot -----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cancel(Body):
-    """Forget a request."""
-
-    request_id: str
 
 
 # -- slot to slot: requests and their replies ----------------------------------------------------------

@@ -94,7 +94,10 @@ class SlotMailbox(Mailbox):
             message = self._handed.get(timeout_s > 0, max(0.0, timeout_s))
         except queue.Empty:
             return None
-        return message if message is not None and message.generation == self.generation else None
+        is_due = message is not None and (
+            message.generation == self.generation or message.body.is_of_any_generation
+        )
+        return message if is_due else None
 
     def wait(
         self,

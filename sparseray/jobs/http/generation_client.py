@@ -26,8 +26,8 @@ class GenerationClient(Protocol):
     """An engine, near or far. How many requests it gets is the HTTP side's to limit."""
 
     @property
-    def is_healthy(self) -> bool:
-        """Whether requests can be computed now."""
+    def reason(self) -> str:
+        """Why no request can be computed now; empty if they can."""
         ...
 
     def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenEvent, None]:
@@ -81,9 +81,9 @@ class LocalClient:
         return self._engine.stats
 
     @property
-    def is_healthy(self) -> bool:
-        """Whether the engine's thread lives."""
-        return self._thread.is_alive() and not self._closing
+    def reason(self) -> str:
+        """Why the engine computes nothing; empty while its thread lives."""
+        return "" if self._thread.is_alive() and not self._closing else "the engine has stopped"
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenEvent, None]:
         """See `GenerationClient.generate`."""

@@ -81,9 +81,9 @@ class InformationEndpoints:
 
     async def health(self, _: Request) -> Response:
         """Say whether requests can be computed now."""
-        is_healthy = self._client.is_healthy
-        status = {"status": "ok" if is_healthy else "down"}
-        return JSONResponse(status, status_code=200 if is_healthy else 503)
+        if reason := self._client.reason:
+            return JSONResponse({"status": "down", "reason": reason}, status_code=503)
+        return JSONResponse({"status": "ok"})
 
     async def ping(self, _: Request) -> Response:
         """Answer that the server is there, engine or not."""

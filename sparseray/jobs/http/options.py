@@ -7,10 +7,12 @@ import re
 from argparse import ArgumentParser
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sparseray.errors import ConfigError
-from sparseray.jobs.http.access import AccessRules
+
+if TYPE_CHECKING:
+    from sparseray.jobs.http.access import AccessRules
 
 KEY_VARIABLE = "SPARSERAY_API_KEY"
 NAMES = ("model_name", "api_key", "api_key_file", "cors_origins", "root_path", "tls_certificate", "tls_key")
@@ -48,6 +50,8 @@ def read_options(options: Any, host: str) -> HttpOptions:
     Raises:
         ConfigError: one cannot be used.
     """
+    from sparseray.jobs.http.access import AccessRules
+
     if options.tls_key and not options.tls_certificate:
         raise ConfigError("--tls_key needs --tls_certificate; give both")
     for name in ("tls_certificate", "tls_key"):

@@ -7,6 +7,7 @@ and one rename makes `DIR`. A killed preparation leaves only `DIR.partial`, whic
 
 import fcntl
 import hashlib
+import os
 import shutil
 import sys
 from collections import Counter
@@ -146,7 +147,7 @@ def _check_target(out: Path, overwrite: bool) -> None:
     """Refuse an output folder that cannot be made or holds anything, but a data set that may be replaced."""
     if problem := complaint(str, Limits(), str(out)):
         raise DataError(f"--out {readable(str(out))} {problem}")
-    if not out.exists():
+    if not os.path.exists(out):  # A folder that may not be looked into is not there.
         check_folder(out, "--out")
         return
     if not out.is_dir():

@@ -224,7 +224,7 @@ def read_dashboards(folder: Path = FOLDER) -> list[dict[str, Any]]:
         if unknown:
             raise ConfigError(
                 f"{path} asks for {PREFIX}{unknown[0]}, which this version does not record: it is of another version; "
-                "put the present ones there with `python -m sparseray dashboard install`, or remove it"
+                "put the present ones there with `python -m sparseray dashboard install --grafana DIR`, or remove it"
             )
         found.append(board)
     if not found:

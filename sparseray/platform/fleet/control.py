@@ -27,6 +27,7 @@ class Member:
         node: of the cluster; replicas are kept on different ones where there are several.
         metrics: host and port of its `/metrics`, empty for none.
         pid: of its process.
+        machine: kind of processor and libraries, empty where unknown.
     """
 
     slot: int
@@ -34,6 +35,20 @@ class Member:
     node: str = ""
     metrics: str = ""
     pid: int = 0
+    machine: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ready:
+    """What a slot says once it is warm.
+
+    Args:
+        member: itself.
+        namespace: set of processes within which its process id means the same.
+    """
+
+    member: Member
+    namespace: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,20 +154,25 @@ class Control:
             self.check()
             if message is None:
                 if time.monotonic() > deadline:
-                    self._probe(f"no {' or '.join(kind.kind for kind in kinds)} message for {limit:g} s")
+                    self.probe(f"no {' or '.join(kind.kind for kind in kinds)} message for {limit:g} s")
                 continue
             body = message.body
             if isinstance(body, Failed):
                 error = UserError if body.user else RuntimeError
                 raise error(f"slot {message.source}: {body.error}")
             if isinstance(body, Silent):
-                self._probe(body.error)
+                self.probe(body.error)
             if isinstance(body, kinds):
                 deadline = time.monotonic() + limit
                 yield message
 
-    def _probe(self, why: str) -> None:
-        """Ask every needed slot for a sign of life; give up those that give none."""
+    def probe(self, why: str) -> None:
+        """Ask every needed slot for a sign of life; give up those that give none.
+
+        Raises:
+            SlotsLostError: some give none.
+            StalledError: all do.
+        """
         waiting, deadline = set(self.needed), time.monotonic() + max(1.0, self.deadline_s / 3)
         self.post(sorted(waiting), Ping(), step=-1)
         while waiting and time.monotonic() < deadline:

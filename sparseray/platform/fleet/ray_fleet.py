@@ -5,6 +5,7 @@ heartbeats, which go from slot to scheduler over the data plane's sockets and so
 Slots belong to no process: they outlive the scheduler that started them, and its successor finds them by name.
 """
 
+import contextlib
 import os
 import signal
 import threading
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import msgpack
+import psutil
 import ray
 
 from sparseray.actors.installation import JobSpec
@@ -36,6 +38,7 @@ START_DEADLINE_S = 90.0
 GPU_START_DEADLINE_S = 600.0
 """A machine's first start compiles every kernel."""
 MOST_STARTS = 3
+END_S = 2.0
 
 
 def slot_name(job: str, slot: int) -> str:
@@ -43,17 +46,26 @@ def slot_name(job: str, slot: int) -> str:
     return f"sparseray-{job[:12]}-slot-{slot}"
 
 
-def start_host(job: str, slot: int, config: ClusterConfig, *, is_detached: bool) -> Any:
-    """Start the Ray actor of one slot."""
-    # Ray shows the actor the GPU that it reserves, and no other.
-    gpus = 1 if config.device == "cuda" else 0
-    options: dict[str, Any] = {"num_cpus": config.cpus_per_slot, "num_gpus": gpus, "max_concurrency": 8}
-    if is_detached:
-        options |= {"name": slot_name(job, slot), "namespace": NAMESPACE, "lifetime": "detached"}
-        options["scheduling_strategy"] = "SPREAD"
+def start_slot(job: str, slot: int, config: ClusterConfig) -> Any:
+    """Start the Ray actor of one slot.
+
+    Args:
+        job: identifier of the job.
+        slot: id of the slot.
+        config: what it reserves, and how it listens.
+    """
     return (
         ray.remote(SlotActor)
-        .options(**options)
+        .options(
+            num_cpus=config.cpus_per_slot,
+            # Ray shows the actor the GPU that it reserves, and no other.
+            num_gpus=1 if config.device == "cuda" else 0,
+            max_concurrency=8,
+            name=slot_name(job, slot),
+            namespace=NAMESPACE,
+            lifetime="detached",
+            scheduling_strategy="SPREAD",
+        )
         .remote(
             slot=slot,
             job=job,
@@ -138,13 +150,13 @@ class RayFleet:
         """Start slots in the background."""
         for _ in range(count):
             slot = self._next_slot()
-            handle = start_host(self.job, slot, self.config, is_detached=True)
+            handle = start_slot(self.job, slot, self.config)
             self._follow(slot, handle)
         self._room = max(0, self._room - count)
 
     def retire(self, slot: int) -> None:
         """End a slot that has no role any more."""
-        self._remove(slot)
+        self._remove(slot, is_planned=True)
 
     def give_up(self, slot: int, cause: str) -> None:
         """Count a slot as lost and end its process."""
@@ -195,7 +207,7 @@ class RayFleet:
         for thread in self._threads:
             thread.join(2.0)
         for slot in list(self._handles):
-            self._remove(slot)
+            self._remove(slot, is_planned=True)
         self._killer.shutdown(wait=True)
         self._transport.close()
 
@@ -205,7 +217,8 @@ class RayFleet:
             self._handles[slot] = handle
             self._starting[reference] = (slot, time.monotonic())
 
-    def _remove(self, slot: int) -> None:
+    def _remove(self, slot: int, *, is_planned: bool = False) -> None:
+        """End a slot: one that is lost at once, one whose end is planned through Ray, which then reports no crash."""
         with self._lock:
             handle = self._handles.pop(slot, None)
             member = self._members.pop(slot, None)
@@ -215,12 +228,10 @@ class RayFleet:
             namespace = self._namespaces.pop(slot, "")
             members = dict(self._members)
         if handle is not None:
-            if member is not None and namespace == process_namespace():
-                try:
-                    os.kill(member.pid, signal.SIGKILL)
-                except ProcessLookupError:
-                    log.debug("slot %d has ended already", slot)
-            self._killer.submit(_kill, handle)
+            pid = member.pid if member is not None and namespace == process_namespace() else 0
+            if not is_planned:
+                _kill_process(pid)
+            self._killer.submit(_kill, handle, pid)
             self._remove_inbox(member)
         if member is not None:
             self._on_change(members)
@@ -293,10 +304,10 @@ class RayFleet:
             return
         end = handle.wait_for_end.remote()
         with self._lock:
-            self._namespaces[slot] = found.pop("namespace")
+            self._namespaces[slot] = found.namespace
             self._heard[slot] = time.monotonic()
             self._ends[end] = slot
-            self._members[slot] = Member(slot=slot, **found)
+            self._members[slot] = found.member
             self._starting.pop(reference, None)
             members = dict(self._members)
         self._on_change(members)
@@ -352,11 +363,22 @@ class RayFleet:
             return {slot: now - heard for slot, heard in self._heard.items()}
 
 
-def _kill(handle: Any) -> None:
+def _kill(handle: Any, pid: int) -> None:
+    """End a slot through Ray, and make sure of it where it is a process of this host."""
     try:
         ray.kill(handle)
     except Exception as error:
         log.warning("cannot end a slot through Ray: %s", _first_line(error))
+    deadline = time.monotonic() + END_S
+    while pid and psutil.pid_exists(pid) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    _kill_process(pid)
+
+
+def _kill_process(pid: int) -> None:
+    if pid and psutil.pid_exists(pid):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def _first_line(error: Exception) -> str:

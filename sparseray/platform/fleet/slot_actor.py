@@ -20,22 +20,9 @@ class SlotActor:
     def __init__(self, **host: Any) -> None:
         self._host = gently(_load).Host(**host)
 
-    def address(self) -> str:
-        """Address of the slot's inbox."""
-        return str(self._host.address)
-
-    def metrics_address(self) -> str:
-        """Host and port of the slot's `/metrics`, empty when there is none."""
-        return str(self._host.metrics_address)
-
-    def serve(self) -> None:
-        """Start serving the mailbox."""
-        self._host.serve()
-
-    def prepare(self, spec: Any, heartbeats: str) -> dict[str, Any]:
+    def prepare(self, spec: Any, heartbeats: str) -> Any:
         """`host.Host.prepare`; what it takes is not imported here, where nothing heavy may be."""
-        found: dict[str, Any] = self._host.prepare(spec, heartbeats)
-        return found
+        return self._host.prepare(spec, heartbeats)
 
     def wait_for_end(self) -> None:
         """Return when the slot has stopped serving; the scheduler's call to it fails when this process dies."""

@@ -63,6 +63,7 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.identity = path / "identity"
         self.report = path / "report"
+        self.machines = path / "machines.json"
         self.targets = path / "prometheus_targets.json"
         self._unwritten: deque[tuple[Path, str]] = deque(maxlen=MOST_UNWRITTEN)
         self._is_told = False

@@ -8,6 +8,10 @@ import time
 from pathlib import Path
 from typing import Any, TextIO
 
+from sparseray.log import get_logger
+
+log = get_logger(__name__)
+
 LOCK = "lock"
 
 
@@ -27,6 +31,8 @@ def hold(folder: Path, **about: str) -> TextIO | None:
     except BlockingIOError:
         file.close()
         return None
+    except OSError as error:
+        log.warning("%s cannot be locked, another run there would not be noticed: %s", folder, error)
     file.truncate(0)
     content = {"pid": os.getpid(), "host": socket.gethostname(), "time": time.time(), **about}
     file.write(json.dumps(content) + "\n")

@@ -4,8 +4,6 @@ Weights are allocated, data is opened, autograd starts, loops and kernels are co
 opens. Nothing of it stays but what is slow to make.
 """
 
-from typing import Protocol
-
 import torch
 from torch import Tensor
 
@@ -14,24 +12,11 @@ from sparseray.actors.state.dense import DenseState
 from sparseray.actors.state.dense_slab import DenseSlabs
 from sparseray.actors.state.holdings import Holdings
 from sparseray.actors.state.memory import warm_loops
-from sparseray.actors.training.worker import Batches
-from sparseray.model.dse_layout import DSELayout
 from sparseray.model.transformer import cross_entropy_sum
-from sparseray.platform.config import RunConfig
+from sparseray.platform.fleet.job import SlotJob
 
 
-class Rehearsed(Protocol):
-    """What is rehearsed: a slot's job."""
-
-    config: RunConfig
-    layout: DSELayout | None
-    is_serving: bool
-
-    def holdings(self) -> Holdings: ...
-    def train_batches(self) -> Batches: ...
-
-
-def warm_holdings(job: Rehearsed) -> Holdings:
+def warm_holdings(job: SlotJob) -> Holdings:
     """Build a slot's state, empty, and touch once what is slow the first time: dense weights, autograd, compiled loops."""
     holdings = job.holdings()
     dense = holdings.spare()
@@ -46,7 +31,7 @@ def warm_holdings(job: Rehearsed) -> Holdings:
     return holdings
 
 
-def rehearse(job: Rehearsed, dense: DenseState) -> None:
+def rehearse(job: SlotJob, dense: DenseState) -> None:
     """Open the data and run one part forward and backward, with stand-ins for what other slots or slabs will give.
 
     A process takes some 0.3 s longer over its first part, and with a GPU a minute; here that delays nobody. The

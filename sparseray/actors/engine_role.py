@@ -1,0 +1,139 @@
+"""The engine that a slot plays in serving: it outlives plans that leave it where it is, with its caches.
+
+Between the slot (slot.py), which enters generations, and the engine (serving/engine.py), which knows none. A plan
+that comes while a layer waits is entered there and then, and the layer goes on with those who answer now.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from sparseray.actors.exchange.protocol import Exchange
+from sparseray.actors.observation import observe_engine, observe_memory, observe_queues
+from sparseray.actors.serving.enduring import EnduringExchange
+from sparseray.actors.serving.engine import Engine
+from sparseray.actors.serving.messages import Cancel, Generate, Moved, Tokens
+from sparseray.actors.serving.text_request import TokenEvent
+from sparseray.actors.wire.envelope import INGRESS, Body, Message
+from sparseray.actors.wire.slot_mailbox import SlotMailbox
+from sparseray.errors import SupersededError, UserError
+from sparseray.log import get_logger
+from sparseray.model.transformer import Transformer
+
+log = get_logger(__name__)
+
+
+class Job(Protocol):
+    """What it takes to make an engine."""
+
+    def engine(self, model: Transformer, exchange: Exchange | EnduringExchange) -> Engine | None: ...
+    def observe(self, name: str, value: float, **labels: str) -> None: ...
+
+
+class EngineRole:
+    """Plays an engine, or none, as the plan has it.
+
+    Args:
+        mailbox: of the slot.
+        enter: enters the plan of a message.
+    """
+
+    def __init__(self, mailbox: SlotMailbox, enter: Callable[[Message[Body]], None]) -> None:
+        self.mailbox, self.enter = mailbox, enter
+        self.engine: Engine | None = None
+        self.exchange: Exchange | None = None
+        self.job: Job | None = None
+        self.step_open = 1
+        self.handlers: dict[type[Body], Callable[[Message[Any]], None]] = {
+            Generate: self._generate,
+            Cancel: self._cancel,
+        }
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` has something to do."""
+        return self.engine is not None and self.engine.has_work
+
+    def take(self, job: Job, model: Transformer | None, exchange: Exchange | None, committed: int) -> None:
+        """Go on at a new plan: with the engine that is here if its weights stayed.
+
+        Args:
+            job: that the slot has.
+            model: dense weights of the slot; None where it runs no model.
+            exchange: of the new plan.
+            committed: last step; experts and rows answer for the one after it, as in training.
+        """
+        if self.engine is not None and (job is not self.job or self.engine.model is not model):
+            self.drop()
+        self.job, self.exchange, self.step_open = job, exchange, committed + 1
+        if self.engine is None and model is not None:
+            self.engine = job.engine(model, EnduringExchange(self._current, self._go_on))
+
+    def _current(self) -> Exchange:
+        assert self.exchange is not None
+        self.exchange.begin(self.step_open, -1)
+        return self.exchange
+
+    def drop(self) -> None:
+        """End the engine that is here; its requests must go elsewhere."""
+        engine, self.engine = self.engine, None
+        if engine is not None and engine.request_ids:
+            self.mailbox.post(INGRESS, Moved(request_ids=engine.request_ids))
+
+    def step(self) -> None:
+        """Run one step of the batch and send its tokens on.
+
+        Raises:
+            SupersededError: a plan came that leaves no engine here; it has been entered.
+        """
+        engine, job = self.engine, self.job
+        assert engine is not None and job is not None
+        started = time.perf_counter()
+        try:
+            events = engine.step()
+        except SupersededError:
+            raise
+        except Exception as error:
+            # The engine has put the batch back; it gives up on a request after some failures.
+            log.warning("slot %d: a serving step failed, trying again: %s", self.mailbox.slot, error)
+            return
+        finally:
+            observe_engine(job.observe, engine, time.perf_counter() - started)
+            if self.exchange is not None:
+                observe_memory(job.observe, self.exchange, self.mailbox.slot)
+        if events:
+            self.mailbox.post(INGRESS, Tokens(events=tuple(events)))
+
+    def _go_on(self) -> bool:
+        """Enter the plan that came within a step of the engine; False if it leaves no engine here."""
+        engine = self.engine
+        while self.mailbox.is_superseded:
+            message = self.mailbox.next(0.0)
+            if message is None:
+                break
+            try:
+                self.enter(message)
+            except SupersededError:
+                continue
+        return self.engine is engine
+
+    def _generate(self, message: Message[Generate]) -> None:
+        request = message.body.request
+        if self.engine is None:
+            self.mailbox.post(INGRESS, Moved(request_ids=(request.request_id,)))
+            return
+        try:
+            self.engine.add(request)
+        except UserError as error:
+            event = TokenEvent(
+                request_id=request.request_id,
+                index=len(request.resume_tokens),
+                finish_reason="error",
+                error=str(error),
+            )
+            self.mailbox.post(INGRESS, Tokens(events=(event,)))
+
+    def _cancel(self, message: Message[Cancel]) -> None:
+        if self.engine is not None and self.job is not None:
+            self.engine.cancel(message.body.request_id)
+            observe_queues(self.job.observe, self.engine)

@@ -1,0 +1,43 @@
+"""An engine's exchange: a call that a change of plan cuts off is made again, at the plan that came.
+
+So an engine that stays where it is keeps its caches: the layer that waited for an expert or for rows goes on
+with those who hold them now, and no request notices. A call in serving changes no state, hence may be repeated.
+"""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from torch import Tensor
+
+from sparseray.actors.exchange.protocol import Exchange, FetchedRows
+from sparseray.errors import SupersededError
+
+R = TypeVar("R")
+
+
+class EnduringExchange:
+    """What a model asks of an exchange, over changes of plan.
+
+    Args:
+        current: the exchange of the plan in force.
+        go_on: enters the plan that came; False where this slot is no engine any more.
+    """
+
+    def __init__(self, current: Callable[[], Exchange], go_on: Callable[[], bool]) -> None:
+        self._current, self._go_on = current, go_on
+
+    def experts(self, layer: int, x_TH: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Tensor:
+        """As `Exchange.experts`."""
+        return self._ask(lambda exchange: exchange.experts(layer, x_TH, topk_ids_TK, topk_weights_TK))
+
+    def prefetch(self, rows: dict[int, Tensor]) -> FetchedRows:
+        """As `Exchange.prefetch`."""
+        return self._ask(lambda exchange: exchange.prefetch(rows))
+
+    def _ask(self, call: Callable[[Exchange], R]) -> R:
+        while True:
+            try:
+                return call(self._current())
+            except SupersededError:
+                if not self._go_on():
+                    raise

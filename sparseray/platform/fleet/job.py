@@ -1,0 +1,180 @@
+"""What a slot builds from the spec of a job: states, engines, data."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparseray.actors.exchange.protocol import Exchange
+from sparseray.actors.installation import JobSpec
+from sparseray.actors.serving.enduring import EnduringExchange
+from sparseray.actors.serving.engine import Engine
+from sparseray.actors.serving.grammar import Grammars
+from sparseray.actors.serving.paged_engine import PagedEngine
+from sparseray.actors.state.dense import DenseState
+from sparseray.actors.state.dense_slab import DenseSlabs
+from sparseray.actors.state.experts import ExpertShard
+from sparseray.actors.state.holdings import Holdings
+from sparseray.actors.state.memory import MemoryShard
+from sparseray.actors.state.whole_experts import WholeExperts
+from sparseray.actors.training.token_data import TokenBatches, TokenDataset
+from sparseray.actors.wire.messages import SavedTensor
+from sparseray.errors import IdentityError
+from sparseray.kernels.ops import ops_for
+from sparseray.model.dse_layout import DSELayout
+from sparseray.model.transformer import Transformer
+from sparseray.platform.config import RunConfig, from_dict
+from sparseray.platform.device import is_whole
+from sparseray.platform.metrics.exporter import Metrics
+from sparseray.platform.run import checkpoint
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class SlotJob:
+    """What a slot needs of one job: how to build its states and where tokens and checkpoints are.
+
+    Args:
+        spec: of a plan message.
+        metrics: the slot's metrics.
+    """
+
+    def __init__(self, spec: JobSpec, metrics: Metrics) -> None:
+        self.config = from_dict(RunConfig, json.loads(spec.config))
+        self.layout = DSELayout.load(Path(spec.layout)) if spec.layout else None
+        if self.layout is not None and self.layout.sha256 != spec.layout_sha256:
+            raise IdentityError(
+                f"{spec.layout} holds DSE layout {self.layout.sha256[:12]}, and the plan was made for "
+                f"{spec.layout_sha256[:12]}: rows would be addressed wrongly; use the run's own folder"
+            )
+        self.metrics = metrics
+        self.is_serving = spec.serving
+        self._grammars: Grammars | None = None
+        if self.is_serving:
+            model = self.config.model
+            self._grammars = Grammars.load(
+                Path(spec.tokenizer), vocab_size=model.vocab_size, eos_id=model.dse.document_end_id
+            )
+        self.deadline_s = self.config.cluster.deadline_s
+        optim = self.config.optim
+        self._shared: dict[str, Any] = {
+            "seed": self.config.train.seed,
+            "num_parts": self.config.train.logical_shards,
+        }
+        self._adam: dict[str, Any] = {"betas": (optim.beta1, optim.beta2), "eps": optim.eps}
+        self._decay: dict[str, Any] = {"weight_decay": optim.weight_decay, **self._shared, **self._adam}
+        self._is_whole = is_whole(self.config)
+        self.device = torch.device(
+            "cuda" if self._is_whole and self.config.cluster.device == "cuda" else "cpu"
+        )
+        self._datasets: dict[str, TokenDataset] = {}
+
+    def _table_rows(self) -> list[int]:
+        return (
+            []
+            if self.layout is None
+            else [self.layout.num_rows(layer) for layer in self.config.model.dse.layers]
+        )
+
+    def _slabs(self) -> dict[str, Any]:
+        """What states on one device are made with, beside what all are."""
+        config = self.config
+        return {
+            "device": self.device,
+            "ops": ops_for(config.kernels, self.device),
+            "moments": DTYPES[config.optim.moments],
+            "determinism": config.determinism,
+            **self._decay,
+        }
+
+    def _dense(self) -> DenseState:
+        model, train = self.config.model, self.config.train
+        if self._is_whole:
+            dtype = DTYPES[train.dtype]
+            return DenseSlabs(model, self.layout, dtype=dtype, recompute=train.recompute, **self._slabs())
+        return DenseState(model, self.layout, ops=ops_for(self.config.kernels, self.device), **self._decay)
+
+    def holdings(self) -> Holdings:
+        """Build a slot's state, empty."""
+        model, dtype = self.config.model, DTYPES[self.config.train.dtype]
+        experts = ExpertShard(model, **self._decay)
+        if self._is_whole:
+            compute = None if dtype == torch.float32 else dtype
+            experts = WholeExperts(model, compute_dtype=compute, **self._slabs())
+        memory = MemoryShard(model, self._table_rows(), **self._shared, **self._adam)
+        return Holdings(self._dense, experts, memory if model.dse.layers else None)
+
+    def engine(self, model: Transformer, exchange: Exchange | EnduringExchange) -> Engine | None:
+        """Build the serving engine of an attention worker; None in training.
+
+        Args:
+            model: dense weights of the slot.
+            exchange: outlives the generation.
+        """
+        if not self.is_serving:
+            return None
+        serve = self.config.serve
+        memory = exchange if self.config.model.dse.layers else None
+        options: dict[str, Any] = {
+            "max_batch": serve.max_batch,
+            "max_model_len": serve.max_model_len or None,
+            "grammars": self._grammars,
+        }
+        if self.device.type == "cpu":
+            return Engine(model, exchange.experts, memory, prefill_chunk=serve.prefill_chunk, **options)
+        cache_bytes = int(serve.cache_gib * 2**30) or None
+        return PagedEngine(model, exchange.experts, memory, cache_bytes=cache_bytes, **options)
+
+    def _batches(self, split: str, seed: int, *, is_fixed: bool) -> TokenBatches:
+        if split not in self._datasets:
+            # The shards were verified once, when the run started.
+            self._datasets[split] = TokenDataset(Path(self.config.data.path), split, verify=False)
+        train = self.config.train
+        return TokenBatches(
+            dataset=self._datasets[split],
+            seed=seed,
+            num_parts=train.logical_shards,
+            sequences_per_part=train.sequences_per_shard,
+            seq_len=train.seq_len,
+            is_fixed=is_fixed,
+        )
+
+    def train_batches(self) -> TokenBatches:
+        """Training data by (step, part)."""
+        return self._batches("train", self.config.train.seed, is_fixed=False)
+
+    def validation_batches(self) -> TokenBatches:
+        """Validation data by (any step, index of the batch)."""
+        return self._batches("validation", 0, is_fixed=True)
+
+    def read(self, directory: str, names: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Read tensors of a checkpoint."""
+        return checkpoint.read_tensors(directory, names)
+
+    def write(self, directory: str, name: str, tensors: dict[str, torch.Tensor]) -> dict[str, SavedTensor]:
+        """Write one file of a checkpoint."""
+        return checkpoint.write_part(directory, name, tensors)
+
+    def observe(self, name: str, value: float, **labels: str) -> None:
+        """Record a metric of this slot."""
+        self.metrics.record(name, value, **labels)
+
+
+class SpecJobs:
+    """Jobs by their spec; the last one is kept, so that a plan of the same job finds what it has built.
+
+    Args:
+        metrics: the slot's metrics.
+    """
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self._last: tuple[JobSpec, SlotJob] | None = None
+
+    def __call__(self, spec: JobSpec) -> SlotJob:
+        """Return the job of a spec."""
+        if self._last is None or self._last[0] != spec:
+            self._last = spec, SlotJob(spec, self._metrics)
+        return self._last[1]

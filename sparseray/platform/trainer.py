@@ -1,0 +1,312 @@
+"""The training loop: drives one step after another through the slots, with a two-phase commit.
+
+Phase one: attention workers run their parts, gradients are reduced, and every holder
+reports norms and digests. Phase two: the decision is journalled, then every holder applies it.
+A step that is not in the journal has not happened; one that a loss cuts off runs again. Changes of
+who holds what are in generations.py. Runs in the scheduler's thread.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from sparseray.actors.installation import Restore
+from sparseray.actors.state.assignment import Plan
+from sparseray.actors.wire.codec import to_plain
+from sparseray.actors.wire.messages import (
+    Commit,
+    Evaluate,
+    Evaluated,
+    PartDone,
+    Prepared,
+    RunStep,
+    SaveCheckpoint,
+    Saved,
+    SavedTensor,
+)
+from sparseray.errors import SlotsLostError, UserError
+from sparseray.platform.config import OptimConfig, RunConfig, to_dict
+from sparseray.platform.fleet.control import StalledError
+from sparseray.platform.generations import Generations
+from sparseray.platform.metrics.training import StepMetrics
+from sparseray.platform.opening import Validation
+from sparseray.platform.reconciler import Reconciler
+from sparseray.platform.run import checkpoint
+from sparseray.platform.run.history import JobHistory
+from sparseray.platform.step_reports import StepReports
+from sparseray.platform.training import Training
+
+
+def learning_rate(step: int, optim: OptimConfig, steps: int) -> float:
+    """Linear warm-up, then a cosine to `min_lr_ratio`; `step` counts from 1."""
+    if step <= optim.warmup_steps:
+        return optim.lr * step / optim.warmup_steps
+    progress = (step - optim.warmup_steps) / max(1, steps - optim.warmup_steps)
+    floor = optim.lr * optim.min_lr_ratio
+    return floor + (optim.lr - floor) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+
+
+class Trainer:
+    """Drives a run from the step it holds to its last one, through losses and changes of its slots.
+
+    Args:
+        config: the run.
+        training: what its slots are told.
+        generations, reconciler: who holds what, and what is wanted.
+        validation: how the validation loss is measured.
+        on_record: told of every step's record.
+        should_stop: asked between two steps.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        training: Training,
+        generations: Generations,
+        reconciler: Reconciler,
+        *,
+        validation: Validation,
+        on_record: Callable[[dict[str, Any]], None],
+        should_stop: Callable[[], bool],
+    ) -> None:
+        self.config, self.training, self.control = config, training, generations.control
+        self.generations, self.reconciler = generations, reconciler
+        self.journal, self.folder, self.ledger = generations.journal, training.folder, reconciler.ledger
+        self.metrics = generations.events.metrics
+        self.validation = validation
+        self.on_record, self.should_stop = on_record, should_stop
+        self.step_metrics = StepMetrics(self.metrics, config)
+        self.step = 0
+        self._due: list[Callable[[], None]] = []
+        self._is_last = False
+
+    @property
+    def plan(self) -> Plan:
+        """The placement in force."""
+        assert self.generations.plan is not None
+        return self.generations.plan
+
+    def start(self) -> None:
+        """Give every slot its roles and its state, from the newest checkpoint or from the seed."""
+        newest = self.folder.newest_checkpoint()
+        self.step = checkpoint.read_manifest(newest)["step"] if newest else 0
+        self.folder.rewind(self.step)
+        self.generations.begin(self.step, Restore(checkpoint=str(newest or "")))
+
+    def take_over(self, history: JobHistory) -> None:
+        """Go on where a scheduler that died had stopped: at the last step in its journal."""
+        assert history.plan is not None
+        self.step = history.step
+        if history.commit is not None:
+            record = history.commit["record"]
+            self.training.commit = Commit(
+                counts_LE=torch.tensor(record["expert_load"], dtype=torch.int64),
+                **{name: history.commit[name] for name in ("step", "lr", "memory_lr", "scale")},
+            )
+            # A line that was cut short by the kill would swallow the next one.
+            self.folder.rewind(self.step)
+            records = self.folder.records()
+            if not records or records[-1]["step"] < self.step:
+                self.folder.append(record)
+        self._set_due()
+        self.generations.take_over(history.plan, self.step)
+
+    def run(self) -> None:
+        """Train to the last step or until asked to stop; leaves a checkpoint."""
+        self._is_last = self._is_last or self.step >= self.config.train.steps
+        while self._due or not self._is_last:
+            try:
+                if self._due:
+                    self._due[0]()
+                    self._due.pop(0)
+                else:
+                    self.reconciler.reconcile(self.step)
+                    self.train_step()
+                    self._set_due()
+            except (SlotsLostError, StalledError) as error:
+                with self.ledger.state("recovering", failed="recovering"):
+                    step = self.generations.recover(error, self.step)
+                if step != self.step:
+                    self.step, self._due, self._is_last = step, [], False
+
+    def _set_due(self) -> None:
+        """What follows the step that was committed last."""
+        train = self.config.train
+        # Asked once a step: a stop that comes while a checkpoint is written must find the next one too.
+        self._is_last = self.step >= train.steps or self.should_stop()
+        self._due = []
+        if self._is_last or (train.eval_every and self.step % train.eval_every == 0):
+            self._due.append(self.evaluate)
+        if self._is_last or (train.checkpoint_every and self.step % train.checkpoint_every == 0):
+            self._due.append(self.save)
+
+    def train_step(self) -> None:
+        """Run one step and commit it."""
+        with self.ledger.state("productive"):
+            started, step = time.perf_counter(), self.step + 1
+            self.control.post(self.plan.attention, RunStep(), step=step)
+            reports = self._collect(step)
+            lr = learning_rate(step, self.config.optim, self.config.train.steps)
+            norm = math.sqrt(math.fsum(reports.norms.values()))
+            if not math.isfinite(norm):
+                self.step_metrics.refused()
+                raise UserError(
+                    f"the gradient norm of step {step} is {norm}: nothing was applied; the same command with "
+                    f"--optim.lr={self.config.optim.lr / 10:g} goes on from the last checkpoint at a tenth of the rate"
+                )
+            scale = min(1.0, self.config.optim.clip / (norm + 1e-6)) if self.config.optim.clip else 1.0
+            counts = reports.counts_LE
+            record = self._record_of(reports, step, counts, lr, norm, time.perf_counter() - started)
+            memory_lr = lr * self.config.optim.memory_lr_scale
+            commit = Commit(
+                step=step, lr=lr, memory_lr=memory_lr, scale=scale, counts_LE=torch.from_numpy(counts)
+            )
+            self.journal.append(
+                "commit",
+                generation=self.plan.generation,
+                record=record,
+                step=step,
+                lr=lr,
+                memory_lr=memory_lr,
+                scale=scale,
+            )
+            self.control.post(self.plan.addresses, commit, step=step)
+        self.step = step
+        self.folder.append(record)
+        self.on_record(record)
+        self.training.commit = commit
+        self.reconciler.count(commit.counts_LE.numpy())
+        self.generations.settled(step)
+        self._measure(reports, record)
+
+    def _collect(self, step: int) -> StepReports:
+        reports, plan = StepReports(), self.plan
+        roles = (("dense", plan.dense), ("expert", plan.expert_holders), ("memory", plan.memory_holders))
+        expected = {(slot, role) for role, slots in roles for slot in slots}
+        for message in self.control.messages(PartDone, Prepared):
+            if message.step != step:
+                continue
+            reports.take(message)
+            if len(reports.parts) == self.config.train.logical_shards and reports.prepared >= expected:
+                break
+        reports.check_replicas()
+        return reports
+
+    def _record_of(
+        self, reports: StepReports, step: int, counts: np.ndarray, lr: float, norm: float, seconds: float
+    ) -> dict[str, Any]:
+        order = sorted(reports.parts)
+        tokens = sum(reports.parts[part].tokens for part in order)
+        peak = max(reports.parts[part].device_bytes for part in order)
+        weight = math.fsum(reports.parts[part].weight for part in order)
+        load = counts.max(1) / np.maximum(counts.mean(1), 1e-9) if counts.size else np.ones(1)
+        return {
+            "step": step,
+            "loss": math.fsum(reports.parts[part].loss_sum for part in order) / weight,
+            "aux_loss": math.fsum(reports.parts[part].aux_loss for part in order) / len(order),
+            "grad_norm": norm,
+            "lr": lr,
+            "tokens": tokens,
+            "seconds": seconds,
+            "tokens_per_second": tokens / seconds,
+            "expert_load_max_over_mean": float(load.max()),
+            "expert_load": counts.tolist(),
+            "generation": self.plan.generation,
+            "time": time.time(),
+            **({"device_gib": peak / 2**30} if peak else {}),
+        }
+
+    def _measure(self, reports: StepReports, record: dict[str, Any]) -> None:
+        order = sorted(reports.parts)
+        self.step_metrics.step(record, [reports.parts[part].seconds for part in order])
+
+    def evaluate(self) -> None:
+        """Measure the validation loss; it changes no state."""
+        batches = tuple(
+            (index, self.plan.part_owners[index % self.config.train.logical_shards])
+            for index in range(self.validation.batches)
+        )
+        found: dict[int, tuple[float, float]] = {}
+        with self.ledger.state("evaluating"):
+            self.control.post(self.plan.attention, Evaluate(batches=batches), step=self.step + 1)
+            for message in self.control.messages(Evaluated):
+                found |= message.body.losses
+                if len(found) == len(batches):
+                    break
+        tokens = round(math.fsum(value[1] for value in found.values()))
+        loss = math.fsum(found[index][0] for index in sorted(found)) / tokens
+        bits = loss / math.log(2.0) / self.validation.bytes_per_token
+        record = {"step": self.step, "eval_loss": loss, "eval_bits_per_byte": bits, "eval_tokens": tokens}
+        self.folder.append_evaluation(record)
+        self.on_record(record)
+        self.metrics.record("eval_loss", loss)
+        self.metrics.record("eval_bpb", bits)
+
+    def save(self) -> None:
+        """Write a checkpoint of the committed step; training goes on from memory where that fails, and tells of it.
+
+        Raises:
+            UserError: it was the last one of the run.
+        """
+        try:
+            self._save()
+        except (OSError, UserError) as error:
+            checkpoint.give_up(self.folder.checkpoints, self.step)
+            text = f"no checkpoint of step {self.step}: {' '.join(str(error).split())}"
+            self.generations.tell("unsaved", self.step, text)
+            if self._is_last:
+                raise UserError(
+                    f"{text}; free space or mend {self.folder.checkpoints}, and the same command goes on from the "
+                    "newest checkpoint there"
+                ) from None
+
+    def _save(self) -> None:
+        """Write a checkpoint; it counts once its folder has its final name."""
+        started = time.perf_counter()
+        with self.ledger.state("checkpointing"):
+            unfinished = checkpoint.begin(self.folder.checkpoints, self.step)
+            self.folder.copy_identity(unfinished)
+            tensors = self._save_parts(unfinished)
+            files = {entry["file"] for entry in tensors.values()}
+            files |= {path.name for path in self.folder.identity.iterdir()}
+            sizes = {name: (unfinished / name).stat().st_size for name in sorted(files)}
+            manifest = {
+                "format": checkpoint.FORMAT,
+                "step": self.step,
+                "digest": checkpoint.digest(tensors),
+                "config": to_dict(self.config),
+                "dse_layout_sha256": self.folder.layout_sha256(),
+                "files": sizes,
+                "tensors": dict(sorted(tensors.items())),
+            }
+            final = checkpoint.finish(unfinished, manifest)
+            self.journal.append(
+                "checkpoint", generation=self.plan.generation, step=self.step, digest=manifest["digest"]
+            )
+            checkpoint.prune(self.folder.checkpoints, self.config.train.keep_checkpoints)
+        seconds = time.perf_counter() - started
+        self.step_metrics.checkpoint(seconds, sum(sizes.values()))
+        record = {"step": self.step, "checkpoint": str(final), "digest": manifest["digest"]}
+        self.on_record({**record, "seconds": seconds})
+
+    def _save_parts(self, unfinished: Path) -> dict[str, Any]:
+        """Have every slot write what is primary there, and return the hashes by tensor."""
+        plan = self.plan
+        waiting = {plan.dense[0], *plan.expert_primaries, *plan.memory_primaries}
+        # As a part of the open step, so that a slot that has not applied the last commit yet keeps it back.
+        body = SaveCheckpoint(directory=str(unfinished))
+        self.control.post(sorted(waiting), body, step=self.step + 1)
+        tensors: dict[str, SavedTensor] = {}
+        for message in self.control.messages(Saved, deadline_s=self.control.deadline_s + 60):
+            if message.step != self.step + 1:
+                continue  # Of a checkpoint that was given up.
+            tensors |= message.body.tensors
+            waiting.discard(message.source)
+            if not waiting:
+                break
+        return {name: to_plain(entry) for name, entry in tensors.items()}

@@ -1,0 +1,55 @@
+"""What runs on a generation of slots, as far as generations must know: training and serving are two of these."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from sparseray.actors.installation import JobSpec, Restore
+from sparseray.actors.state.assignment import Plan
+from sparseray.actors.state.pieces import Piece
+from sparseray.actors.wire.messages import Commit
+from sparseray.platform.planning.inventory import Inventory
+
+
+@dataclass(frozen=True, kw_only=True)
+class GivenBack:
+    """Where lost pieces come from.
+
+    Args:
+        restore: for the slots.
+        step: that everything is of then.
+        text: for people.
+    """
+
+    restore: Restore
+    step: int
+    text: str
+
+
+class Workload(Protocol):
+    """What a plan message carries besides the plan, and when a generation counts as entered."""
+
+    inventory: Inventory
+    """What there is to place."""
+    spec: JobSpec
+    """What slots build."""
+    ingress: str
+    """Address that tokens go to; empty where none are made."""
+    is_settled_by_commit: bool
+    """Whether a generation counts once it has committed a step, otherwise once all slots have installed it."""
+    commit: Commit | None
+    """The last one, for slots that have not received it."""
+
+    def give_back(self, missing: Sequence[Piece], step: int) -> GivenBack:
+        """Say where pieces come from that no slot holds any more.
+
+        Args:
+            missing: the pieces.
+            step: that all others are of.
+
+        Raises:
+            StateLostError: nothing can be restored without the user.
+        """
+
+    def entered(self, plan: Plan) -> None:
+        """Take note that all slots have a plan's roles and state."""

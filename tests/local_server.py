@@ -1,0 +1,140 @@
+"""A server as threads of one process: real mailboxes, slots, scheduler loop and ingress; no Ray and no HTTP."""
+
+import asyncio
+import shutil
+import tempfile
+import threading
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from local_cluster import Faults, FaultyTransport, Killed, LocalFleet
+
+from sparseray.actors.serving.text_request import GenerationRequest
+from sparseray.actors.wire.envelope import SCHEDULER
+from sparseray.actors.wire.mailbox import Mailbox
+from sparseray.jobs.http.ingress import Ingress
+from sparseray.platform.composition import Run
+from sparseray.platform.config import ClusterConfig, ServeConfig
+from sparseray.platform.fleet.transport import ZmqTransport
+from sparseray.platform.metrics.exporter import Metrics
+from sparseray.platform.opening import open_serving, slots_of
+from sparseray.platform.serving import Served
+
+
+@dataclass
+class Heard:
+    """The answer to one request: token ids, how it ended."""
+
+    tokens: list[int]
+    finish: str | None
+
+
+class LocalServer:
+    """Serves a checkpoint.
+
+    Args:
+        folder: for the journal and the events.
+        checkpoint: to serve.
+        cluster: roles and replication.
+        faults: what goes wrong.
+    """
+
+    def __init__(
+        self, folder: Path, checkpoint: Path, cluster: ClusterConfig, faults: Faults | None = None
+    ) -> None:
+        folder.mkdir(parents=True)
+        config = open_serving(checkpoint, ServeConfig(prefill_chunk=8), cluster)
+        self.config = replace(config, run_dir=str(folder))
+        self.sockets = Path(tempfile.mkdtemp(prefix="sr"))
+        self.fleet = LocalFleet(uuid.uuid4().hex, self.sockets, faults or Faults())
+        transports = (ZmqTransport(name, self.sockets) for name in ("ingress", "ingress-out"))
+        self.ingress = Ingress(self.fleet.job, *transports, deadline_s=20.0)
+        self.task = Served(checkpoint=str(checkpoint), ingress=self.ingress.address)
+        self.stopping, self.dying = threading.Event(), threading.Event()
+        self.run = self._open()
+        self.fleet.start(slots_of(self.config, self.run.generations.workload.inventory))
+        self.thread = threading.Thread(target=self._drive, name="scheduler")
+        self.thread.start()
+
+    def _open(self) -> Run:
+        transport = FaultyTransport(
+            ZmqTransport("scheduler", self.sockets), SCHEDULER, self.fleet.faults, self.fleet
+        )
+
+        def should_stop() -> bool:
+            if self.dying.is_set():
+                self.dying.clear()
+                raise Killed
+            return self.stopping.is_set()
+
+        return Run.open(
+            self.config,
+            Mailbox(transport, SCHEDULER, self.fleet.job),
+            lambda journal, history, spec: self.fleet,
+            Metrics({}),
+            task=self.task,
+            on_record=lambda record: None,
+            should_stop=should_stop,
+        )
+
+    def _drive(self) -> None:
+        while True:
+            try:
+                self.run.drive()
+                break
+            except Killed:
+                self.run.close()
+                self.run = self._open()
+
+    @property
+    def events(self) -> list[str]:
+        return [event["kind"] for event in self.run.folder.event_lines()]
+
+    def ask(
+        self,
+        requests: list[GenerationRequest],
+        at: Callable[[int, "LocalServer"], None] = lambda count, server: None,
+    ) -> list[Heard]:
+        """Answer requests side by side.
+
+        Args:
+            requests: what to answer.
+            at: called after every token, with how many there were in all.
+        """
+        count = 0
+
+        async def one(request: GenerationRequest) -> Heard:
+            nonlocal count
+            heard = Heard([], None)
+            async for event in self.ingress.generate(request):
+                heard.finish = event.finish_reason
+                if event.token_id is not None:
+                    assert event.index == len(heard.tokens), event
+                    heard.tokens.append(event.token_id)
+                    count += 1
+                    at(count, self)
+                if event.finish_reason == "error":
+                    raise AssertionError(event.error)
+            return heard
+
+        async def all_of_them() -> list[Heard]:
+            return await asyncio.wait_for(asyncio.gather(*map(one, requests)), 120.0)
+
+        return asyncio.run(all_of_them())
+
+    def close(self) -> None:
+        self.stopping.set()
+        self.thread.join(20.0)
+        self.fleet.stop()
+        self.run.close()
+        self.ingress.close()
+        shutil.rmtree(self.sockets)
+
+    def __enter__(self) -> "LocalServer":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()

@@ -1,0 +1,157 @@
+"""Slots come, go and die while requests are answered: no request fails, and every token is as undisturbed.
+
+Slots are threads here (tests/local_server.py); tests/test_serving_cluster.py has real processes.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from local_cluster import tiny_run, train
+from local_server import Heard, LocalServer
+
+from sparseray.actors.serving.text_request import GenerationRequest
+from sparseray.errors import ConfigError
+from sparseray.platform.config import ClusterConfig
+
+REQUESTS, LENGTH = 6, 20
+WIDE = {"attention_workers": 2, "expert_shards": 2, "memory_shards": 2, "replication": 2}
+# Slots 0 and 1 are engines, 2 and 3 expert shards, 4 and 5 memory shards, 6 is on standby.
+
+
+@pytest.fixture(scope="module")
+def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    newest = train(tmp_path_factory.mktemp("served"), tiny_run(corpus, steps=2)).folder.newest_checkpoint()
+    assert newest is not None
+    return newest
+
+
+def requests() -> list[GenerationRequest]:
+    return [
+        GenerationRequest(
+            request_id=f"r{i}",
+            prompt_tokens=tuple(range(5 + i, 25 + 2 * i)),
+            max_tokens=LENGTH,
+            seed=i,
+            temperature=0.0 if i % 2 else 1.0,
+        )
+        for i in range(REQUESTS)
+    ]
+
+
+def serve(folder: Path, checkpoint: Path, **cluster: object) -> LocalServer:
+    return LocalServer(folder, checkpoint, ClusterConfig(**{**WIDE, "deadline_s": 5.0, **cluster}))  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Heard]:
+    with serve(tmp_path_factory.mktemp("plain") / "server", trained) as server:
+        heard = server.ask(requests())
+    assert all(len(h.tokens) == LENGTH and h.finish == "length" for h in heard)
+    return heard
+
+
+def at(changes: dict[int, Callable[[LocalServer], None]]) -> Callable[[int, LocalServer], None]:
+    return lambda count, server: changes.get(count, lambda s: None)(server)
+
+
+def kill(*slots: int) -> Callable[[LocalServer], None]:
+    return lambda server: [server.fleet.kill(slot) for slot in slots] and None
+
+
+def scale(role: str, count: int) -> Callable[[LocalServer], None]:
+    return lambda server: server.run.reconciler.request(role, count)
+
+
+@pytest.mark.parametrize(
+    ("victims", "replication", "standby"),
+    [
+        pytest.param((2,), 2, 1, id="expert shard, a replica answers"),
+        pytest.param((4,), 2, 0, id="memory shard, a replica answers"),
+        pytest.param((2,), 1, 0, id="expert shard, from the checkpoint"),
+        pytest.param((2, 3), 2, 1, id="both expert shards, from the checkpoint"),
+        pytest.param((0,), 2, 1, id="engine"),
+        pytest.param((1,), 1, 0, id="engine, no slot to spare"),
+        pytest.param((0, 1), 2, 2, id="both engines"),
+    ],
+)
+def test_a_kill_fails_no_request_and_changes_no_token(
+    victims: tuple[int, ...],
+    replication: int,
+    standby: int,
+    trained: Path,
+    undisturbed: list[Heard],
+    tmp_path: Path,
+) -> None:
+    with serve(tmp_path / "server", trained, replication=replication, standby=standby) as server:
+        assert server.ask(requests(), at({30: kill(*victims)})) == undisturbed
+        assert server.events.count("lost") >= len(victims)
+        assert server.ingress.reason == ""
+        engines = [slot for slot in server.fleet.slots.values() if slot.roles.engine_role.engine is not None]
+        # A change of plan is none of a request's failures.
+        assert all(
+            slot.roles.engine_role.engine.stats.failed_steps == 0
+            for slot in engines
+            if slot.roles.engine_role.engine
+        )
+
+
+def test_an_engine_keeps_its_caches_over_changes_of_plan(
+    trained: Path, undisturbed: list[Heard], tmp_path: Path
+) -> None:
+    kept: list[int] = []
+
+    def note(server: LocalServer) -> None:
+        kept.extend(id(server.fleet.slots[slot].roles.engine_role.engine) for slot in (0, 1))
+
+    changes = {15: note, 20: kill(2), 50: scale("experts", 3), 80: scale("memory", 1)}
+    with serve(tmp_path / "server", trained, standby=1) as server:
+        assert server.ask(requests(), at(changes)) == undisturbed
+        engines = [server.fleet.slots[slot].roles.engine_role.engine for slot in (0, 1)]
+        assert [id(engine) for engine in engines] == kept
+        for engine in engines:
+            assert engine is not None and engine.stats.failed_steps == 0
+            # Nothing was read twice: every prompt token once.
+        read = sum(engine.stats.prompt_tokens for engine in engines if engine is not None)
+        assert read == sum(len(request.prompt_tokens) for request in requests())
+
+
+def test_engines_are_added_and_taken_away_while_they_answer(
+    trained: Path, undisturbed: list[Heard], tmp_path: Path
+) -> None:
+    changes = {10: scale("attention", 3), 40: scale("attention", 1), 80: scale("attention", 2)}
+    with serve(tmp_path / "server", trained) as server:
+        assert server.ask(requests(), at(changes)) == undisturbed
+        assert server.events.count("resized") >= 2
+        with pytest.raises(ConfigError, match="needs an engine"):
+            server.run.reconciler.request("attention", 0)
+
+
+def test_a_scheduler_that_dies_is_noticed_by_no_request(
+    trained: Path, undisturbed: list[Heard], tmp_path: Path
+) -> None:
+    def die(server: LocalServer) -> None:
+        server.run.reconciler.request("experts", 3)
+        server.dying.set()
+
+    with serve(tmp_path / "server", trained) as server:
+        assert server.ask(requests(), at({20: die})) == undisturbed
+        assert "scheduler" in server.events
+        assert server.run.generations.wanted.experts == 3
+
+
+def test_without_any_slot_health_says_so_until_others_have_started(trained: Path, tmp_path: Path) -> None:
+    with serve(tmp_path / "server", trained) as server:
+        assert server.ask(requests()[:1])[0].finish == "length"
+        server.fleet.most = 0
+        seen: list[str] = []
+        kill(*server.fleet.members())(server)
+        for _ in range(400):
+            if reason := server.ingress.reason:
+                seen.append(reason)
+                break
+            server.stopping.wait(0.01)
+        assert "every slot was lost" in seen[0]
+        server.fleet.most = 12
+        assert server.ask(requests()[:1])[0].finish == "length"
+        assert server.ingress.reason == ""
