@@ -4,11 +4,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from local_cluster import Trained, tiny_run, train
+from local_cluster import LocalFleet, Trained, tiny_run, train
 
 from sparseray.platform.config import RunConfig
+from sparseray.platform.trainer import Trainer
 
-WHOLE = {"colocated": True, "device": "cpu"}
+WHOLE = {"colocated": True}
 
 
 def whole_run(data: Path, *, steps: int = 6, dtype: str = "bfloat16", **train_keys: object) -> RunConfig:
@@ -33,3 +34,36 @@ def test_bfloat16_follows_fp32_and_comes_again_to_the_bit(corpus: Path, tmp_path
 def test_recomputed_layers_change_no_bit(corpus: Path, tmp_path: Path) -> None:
     kept, again = (train(tmp_path / str(r), whole_run(corpus, steps=3, recompute=r)) for r in (False, True))
     assert kept.curve == again.curve and kept.digest == again.digest
+
+
+def test_the_fast_order_of_parts_differs_by_rounding(corpus: Path, tmp_path: Path) -> None:
+    config = whole_run(corpus, steps=3)
+    tree, running = (train(tmp_path / d, replace(config, determinism=d)) for d in ("bitwise", "fast"))
+    close(tree, running, 1e-4)
+    assert tree.digest != running.digest
+
+
+def test_the_only_slot_is_killed_and_the_run_comes_to_the_same_bits(corpus: Path, tmp_path: Path) -> None:
+    config = whole_run(corpus, steps=7, checkpoint_every=2)
+
+    def kill(step: int, trainer: Trainer, fleet: LocalFleet) -> None:
+        if step == 5 and fleet.used == 1:
+            fleet.kill(0)
+
+    undisturbed = train(tmp_path / "undisturbed", config)
+    killed = train(tmp_path / "killed", config, at_step=kill)
+    assert "restored" in killed.events and "restored" not in undisturbed.events
+    assert killed.curve == undisturbed.curve and killed.digest == undisturbed.digest
+
+
+@pytest.mark.parametrize("moments", ["float32", "bfloat16"])
+def test_a_checkpoint_goes_over_to_the_other_way_of_working_and_back(
+    corpus: Path, tmp_path: Path, moments: str
+) -> None:
+    plain = tiny_run(corpus, steps=9, **WHOLE)
+    whole = whole_run(corpus, steps=9)
+    whole = replace(whole, optim=replace(whole.optim, moments=moments))
+    train(tmp_path / "run", plain, stop_after=3)
+    train(tmp_path / "run", whole, stop_after=6)
+    mixed = train(tmp_path / "run", plain)
+    close(mixed, train(tmp_path / "plain", plain), 1e-2)

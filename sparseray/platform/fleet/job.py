@@ -1,6 +1,7 @@
 """What a slot builds from the spec of a job: states, engines, data."""
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,8 @@ class SlotJob:
         model, dtype = self.config.model, DTYPES[self.config.train.dtype]
         experts = ExpertShard(model, **self._decay)
         if self._is_whole:
+            if self.device.type == "cuda":
+                _fix_order(self.config.determinism == "bitwise")
             compute = None if dtype == torch.float32 else dtype
             experts = WholeExperts(model, compute_dtype=compute, **self._slabs())
         memory = MemoryShard(model, self._table_rows(), **self._shared, **self._adam)
@@ -160,6 +163,18 @@ class SlotJob:
     def observe(self, name: str, value: float, **labels: str) -> None:
         """Record a metric of this slot."""
         self.metrics.record(name, value, **labels)
+
+
+def _fix_order(is_fixed: bool) -> None:
+    """Have torch's own operations on this process's GPU sum in one order, or as is fastest.
+
+    Attention is what differs: cuDNN's backward pass adds up in the order in which its blocks end, so torch takes
+    FlashAttention with a fixed order instead. What has no fixed order warns; of that no step has any.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(is_fixed, warn_only=True)
+    # Otherwise every new tensor would be filled first.
+    torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 class SpecJobs:
