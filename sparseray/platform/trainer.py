@@ -350,7 +350,8 @@ class Trainer:
         """Give a checkpoint its manifest and its final name: from now on it counts."""
         tensors = {name: to_plain(entry) for name, entry in saving.tensors.items()}
         files = {entry["file"] for entry in tensors.values()}
-        files |= {path.name for path in self.folder.identity.iterdir()}
+        identity = sorted(path.name for path in self.folder.identity.iterdir())
+        files |= {*identity}
         sizes = {name: (saving.folder / name).stat().st_size for name in sorted(files)}
         manifest = {
             "format": checkpoint.FORMAT,
@@ -359,6 +360,7 @@ class Trainer:
             "config": to_dict(self.config),
             "dse_layout_sha256": self.folder.layout_sha256(),
             "files": sizes,
+            "identity": {name: checkpoint.file_sha256(saving.folder / name) for name in identity},
             "tensors": dict(sorted(tensors.items())),
         }
         final = checkpoint.finish(saving.folder, manifest)
