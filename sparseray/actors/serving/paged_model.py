@@ -70,9 +70,12 @@ class Chunk:
 
 @dataclass(eq=False)
 class _Decode:
-    """Buffers of a decode step of at most B requests, and its graph."""
+    """Buffers of a decode step of at most B requests, and its graph.
 
-    staged: Tensor
+    The inputs are staged in turn in two buffers: of two steps that are under way, the first may still be copied.
+    """
+
+    staged: list[Tensor]
     inputs: Tensor
     values: dict[int, Tensor]
     paged: Paged
@@ -222,10 +225,11 @@ class PagedModel:
 
     def _new_decode(self, size: int) -> _Decode:
         config, rows, is_cuda = self.model.config, padded(size), self.device.type == "cuda"
-        staged = torch.zeros(len(FIELDS), rows, dtype=torch.int32, pin_memory=is_cuda)
         # A place that no request has: one token on page 0, so that nothing is divided by nothing.
-        staged[2] = 1
-        inputs = staged.to(self.device) if is_cuda else staged
+        empty = torch.zeros(len(FIELDS), rows, dtype=torch.int32)
+        empty[2] = 1
+        staged = [empty.pin_memory() if is_cuda else empty.clone() for _ in range(2)]
+        inputs = empty.to(self.device, copy=True)
         values = {
             layer: torch.zeros(size, self._rows_per_token, config.dse.head_dim, device=self.device)
             for layer in self.histories
@@ -286,7 +290,8 @@ class PagedModel:
             self._decodes[size] = self._new_decode(size)
         decode = self._decodes[size]
         addresses, starts = self._rows(chunks)
-        staged = decode.staged.numpy()
+        decode.staged.reverse()
+        staged = decode.staged[0].numpy()
         staged[:] = 0
         staged[2] = 1
         lengths = [chunk.lease.length for chunk in chunks]
@@ -298,8 +303,7 @@ class PagedModel:
         staged[3, :count] = at * self.page + positions % self.page
         staged[4, :count] = [chunk.lease.slot for chunk in chunks]
         staged[5, :count] = starts
-        if decode.inputs is not decode.staged:
-            decode.inputs.copy_(decode.staged, non_blocking=True)
+        decode.inputs.copy_(decode.staged[0], non_blocking=True)
         for layer, found in self._fetch(addresses, memory).items():
             decode.values[layer][:count].copy_(found, non_blocking=True)
         if decode.graph is None:
