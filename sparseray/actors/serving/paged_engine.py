@@ -101,7 +101,7 @@ class PagedEngine(Engine):
         )
         log.info("cache: %d pages of %d tokens, %.2f GiB", num_pages, page, num_pages * each / 2**30)
         self._flight: _Flight | None = None
-        self.paged.warm(experts)
+        self.paged.warm(experts, memory)
 
     @property
     def cache_usage(self) -> float:

@@ -29,6 +29,8 @@ from sparseray.model.moe import Experts
 from sparseray.model.paged import Paged, new_histories
 from sparseray.model.transformer import Transformer
 
+WARM_PROMPTS = (32, 1024)
+"""Tokens of prompts that bring all kernels for reading one into memory."""
 FIELDS = ("token", "position", "context", "place", "slot", "start")
 
 
@@ -265,11 +267,14 @@ class PagedModel:
         )
         return self.model.logits(hidden_RH)
 
-    def warm(self, experts: Experts) -> None:
-        """Capture the decode steps; on a CPU there is nothing to capture."""
+    def warm(self, experts: Experts, memory: Memory | None) -> None:
+        """Read a short and a longer prompt, and capture the decode steps; on a CPU there is nothing to warm."""
         if self.device.type != "cuda":
             return
-        memory = torch.cuda.graph_pool_handle()
+        for count in sorted({min(count, self.width * self.page) for count in WARM_PROMPTS}):
+            lease = Lease(pages=[0] * self.width, length=0, max_len=count, slot=0)
+            self.prefill([Chunk(lease=lease, known=[0] * count, count=count)], experts, memory)
+        shared = torch.cuda.graph_pool_handle()
         for size in reversed(self._buckets):
             decode = self._decodes[size] = self._new_decode(size)
             stream = torch.cuda.Stream()
@@ -279,7 +284,7 @@ class PagedModel:
                     self._run_decode(decode, experts)
             torch.cuda.current_stream().wait_stream(stream)
             decode.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(decode.graph, pool=memory):
+            with torch.cuda.graph(decode.graph, pool=shared, capture_error_mode="thread_local"):
                 decode.logits_RV = self._run_decode(decode, experts)
 
     def decode(self, chunks: Sequence[Chunk], experts: Experts, memory: Memory | None) -> Tensor:
