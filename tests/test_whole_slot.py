@@ -7,6 +7,8 @@ import pytest
 from local_cluster import LocalFleet, Trained, tiny_run, train
 
 from sparseray.platform.config import RunConfig
+from sparseray.platform.fleet.job import SlotJob
+from sparseray.platform.run import checkpoint
 from sparseray.platform.trainer import Trainer
 
 WHOLE = {"colocated": True}
@@ -67,3 +69,31 @@ def test_a_checkpoint_goes_over_to_the_other_way_of_working_and_back(
     train(tmp_path / "run", whole, stop_after=6)
     mixed = train(tmp_path / "run", plain)
     close(mixed, train(tmp_path / "plain", plain), 1e-2)
+
+
+def test_checkpoints_are_written_beside_the_steps_and_change_no_bit(corpus: Path, tmp_path: Path) -> None:
+    """The checkpoint of step 2 is finished after later steps have run, and holds the state of step 2."""
+    config = whole_run(corpus, steps=8, checkpoint_every=2, keep_checkpoints=8)
+    plain = train(tmp_path / "plain", whole_run(corpus, steps=8))
+    saved = train(tmp_path / "saved", config)
+    assert saved.curve == plain.curve and saved.digest == plain.digest
+    written = checkpoint.list_finished(saved.folder.checkpoints)
+    two = train(tmp_path / "two", whole_run(corpus, steps=8), stop_after=2)
+    assert checkpoint.read_manifest(written[0])["step"] == 2
+    assert checkpoint.read_manifest(written[0])["digest"] == two.digest
+
+
+def test_a_disk_that_is_full_in_the_background_costs_a_checkpoint_and_no_step(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, write = whole_run(corpus, steps=6, checkpoint_every=2), SlotJob.write
+
+    def full(self: SlotJob, directory: str, name: str, tensors: dict) -> dict:
+        if "step_2" in directory:
+            raise OSError(28, "No space left on device")
+        return write(self, directory, name, tensors)
+
+    monkeypatch.setattr(SlotJob, "write", full)
+    done = train(tmp_path / "run", config)
+    assert len(done.records) == 6 and "unsaved" in done.events
+    assert [path.name for path in checkpoint.list_finished(done.folder.checkpoints)][-1] == "step_6"

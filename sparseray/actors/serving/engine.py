@@ -14,14 +14,13 @@ from __future__ import annotations
 import time
 from collections import deque
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from sparseray.actors.serving.cache_pool import Lease
-from sparseray.actors.serving.grammar import Grammars, GrammarState
 from sparseray.actors.serving.sampler import adjusted, log_probabilities, sample, token_logprobs
 from sparseray.actors.serving.text_request import GenerationRequest, TokenEvent, TokenLogprobs
 from sparseray.errors import ConfigError
@@ -30,6 +29,9 @@ from sparseray.model.cache import Cache
 from sparseray.model.dse import Memory
 from sparseray.model.moe import Experts
 from sparseray.model.transformer import Transformer
+
+if TYPE_CHECKING:  # llguidance is loaded by who serves, not by who trains
+    from sparseray.actors.serving.grammar import Grammars, GrammarState
 
 logger = get_logger(__name__)
 

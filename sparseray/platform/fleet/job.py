@@ -4,14 +4,13 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from sparseray.actors.installation import JobSpec
 from sparseray.actors.serving.enduring import Lookups
 from sparseray.actors.serving.engine import Engine
-from sparseray.actors.serving.grammar import Grammars
 from sparseray.actors.serving.paged_engine import PagedEngine
 from sparseray.actors.state.dense import DenseState
 from sparseray.actors.state.dense_slab import DenseSlabs
@@ -23,12 +22,16 @@ from sparseray.actors.training.token_data import TokenBatches, TokenDataset
 from sparseray.actors.wire.messages import SavedTensor
 from sparseray.errors import IdentityError
 from sparseray.kernels.ops import ops_for
+from sparseray.model.config import ModelConfig
 from sparseray.model.dse_layout import DSELayout
 from sparseray.model.transformer import Transformer
 from sparseray.platform.config import RunConfig, from_dict
 from sparseray.platform.device import is_whole
 from sparseray.platform.metrics.exporter import Metrics
 from sparseray.platform.run import checkpoint
+
+if TYPE_CHECKING:
+    from sparseray.actors.serving.grammar import Grammars
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -51,12 +54,7 @@ class SlotJob:
             )
         self.metrics = metrics
         self.is_serving = spec.serving
-        self._grammars: Grammars | None = None
-        if self.is_serving:
-            model = self.config.model
-            self._grammars = Grammars.load(
-                Path(spec.tokenizer), vocab_size=model.vocab_size, eos_id=model.dse.document_end_id
-            )
+        self._grammars = _load_grammars(spec, self.config.model) if self.is_serving else None
         self.deadline_s = self.config.cluster.deadline_s
         optim = self.config.optim
         self._shared: dict[str, Any] = {
@@ -173,7 +171,7 @@ def _fix_order(is_fixed: bool) -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(is_fixed, warn_only=True)
     # Otherwise every new tensor would be filled first.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 class SpecJobs:
@@ -192,3 +190,9 @@ class SpecJobs:
         if self._last is None or self._last[0] != spec:
             self._last = spec, SlotJob(spec, self._metrics)
         return self._last[1]
+
+
+def _load_grammars(spec: JobSpec, model: ModelConfig) -> "Grammars":
+    from sparseray.actors.serving.grammar import Grammars  # and llguidance, which training does not need
+
+    return Grammars.load(Path(spec.tokenizer), vocab_size=model.vocab_size, eos_id=model.dse.document_end_id)
