@@ -100,7 +100,7 @@ class EngineRole:
         finally:
             observe_engine(job.observe, engine, time.perf_counter() - started)
             if self.exchange is not None:
-                observe_memory(job.observe, self.exchange, self.mailbox.slot)
+                observe_memory(job.observe, self.exchange)
         if events:
             self.mailbox.post(INGRESS, Tokens(events=tuple(events)))
 

@@ -9,9 +9,14 @@ from sparseray.actors.state.dense import DenseState
 from sparseray.actors.training.worker import AttentionWorker
 
 
-def observe_worker(observe: Observe, worker: AttentionWorker, slot: int) -> None:
-    """Record what a training step left: fetches, and statistics if the step was sampled."""
-    observe_memory(observe, worker.exchange, slot)
+def observe_worker(observe: Observe, worker: AttentionWorker) -> None:
+    """Record what a training step left: fetches, and statistics if the step was sampled.
+
+    Args:
+        observe: metrics of the slot.
+        worker: after the step.
+    """
+    observe_memory(observe, worker.exchange)
     if worker.noted:
         for name, labels, value in worker.noted:
             observe(name, value, **labels)
@@ -19,15 +24,19 @@ def observe_worker(observe: Observe, worker: AttentionWorker, slot: int) -> None
         worker.noted.clear()
 
 
-def observe_memory(observe: Observe, exchange: Exchange, slot: int) -> None:
-    """Record the fetches of table rows since the last call."""
+def observe_memory(observe: Observe, exchange: Exchange) -> None:
+    """Record the fetches of table rows since the last call.
+
+    Args:
+        observe: metrics of the slot.
+        exchange: that fetched.
+    """
     for fetch in exchange.take_fetches():
         observe("dse_fetch_seconds", fetch.seconds)
         observe("dse_rows_total", fetch.addressed)
-        observe("dse_unique_row_ratio", sum(fetch.rows_by_slot.values()) / max(1, fetch.addressed))
-        own = fetch.rows_by_slot.get(slot, 0)
-        observe("dse_lookups_total", own, tier="local")
-        observe("dse_lookups_total", sum(fetch.rows_by_slot.values()) - own, tier="remote")
+        observe("dse_unique_row_ratio", sum(fetch.rows_by_tier.values()) / max(1, fetch.addressed))
+        for tier, rows in fetch.rows_by_tier.items():
+            observe("dse_lookups_total", rows, tier=tier)
 
 
 def observe_biases(observe: Observe, state: DenseState) -> None:

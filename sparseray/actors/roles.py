@@ -197,7 +197,7 @@ class Roles:
             self.mailbox.post(SCHEDULER, done, step=step, part=part)
 
         self.worker.run_step(step, self.plan.parts_of(me), self.job.train_batches(), report)
-        observe_worker(self.job.observe, self.worker, me)
+        observe_worker(self.job.observe, self.worker)
 
     def _commit(self, message: Message[Commit]) -> None:
         self._apply(message.body)

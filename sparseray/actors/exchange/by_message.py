@@ -1,7 +1,8 @@
 """Experts, rows and sums in the slots of a plan, asked by message; requests to the own slot are plain calls.
 
 Called by the worker and the engine of a slot. It groups (token, k) rows by expert and sends every token once to each
-slot that needs it; rows of all memory layers are fetched in one request to each memory shard, each distinct row once.
+slot that needs it; rows of all memory layers are fetched in one request to each memory shard, each distinct row once,
+or without one from the tables of a shard on the same host.
 
 Shapes: T tokens, K experts per token, H hidden, R = T*K rows, U tokens sent to a slot, N looked-up rows, D row width.
 """
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from sparseray.actors.exchange.answers import Answers
 from sparseray.actors.exchange.mixture import mixture
+from sparseray.actors.exchange.neighbours import NeighbourTables
 from sparseray.actors.exchange.protocol import Abortable, Fetch, FetchedRows, PartGradients
 from sparseray.actors.exchange.reduction import Reduction
 from sparseray.actors.state.assignment import Plan
@@ -116,6 +118,7 @@ class MessageExchange(Abortable):
         self.owner = [np.array([holders[0] for holders in row], np.int64) for row in plan.buckets]
         self._holders: dict[tuple[int, int], dict[int, list[int]]] = {}
         self._parts_left = set(plan.parts_of(call.mailbox.slot))
+        self._neighbours = NeighbourTables(plan.generation)
         self._fetches: list[Fetch] = []
 
     def begin(self, step: int, part: int) -> None:
@@ -213,7 +216,7 @@ class MessageExchange(Abortable):
         return owners
 
     def prefetch(self, rows: dict[int, Tensor]) -> FetchedRows:
-        """Read rows of all memory layers: one request to each slot, each distinct row once."""
+        """Read rows of all memory layers: at most one request to each slot, each distinct row once."""
         self.check()
         if not rows:
             return FetchedRows(addresses={}, values={})
@@ -226,19 +229,39 @@ class MessageExchange(Abortable):
             )
             for slot in self.plan.memory_primaries
         }
-        replies = self.call([(slot, FetchRows(rows_LN=own)) for slot, own in wanted.items()], MemoryRows)
+        replies, tiers = self._read(wanted)
         values = {}
         for index, (layer, (unique, inverse), owner) in enumerate(zip(self.layers, distinct, owners)):
-            found = np.empty((len(unique), replies[0].values_LND[index].shape[1]), np.float32)
-            for slot, reply in zip(wanted, replies):
-                found[owner == slot] = reply.values_LND[index].float().numpy()
+            of_slots = {slot: of_layers[index].float().numpy() for slot, of_layers in replies.items()}
+            found = np.empty((len(unique), next(iter(of_slots.values())).shape[1]), np.float32)
+            for slot, rows_ND in of_slots.items():
+                found[owner == slot] = rows_ND
             taken = torch.from_numpy(np.take(found, inverse.reshape(-1), axis=0))
             values[layer] = taken.to(rows[layer].device)
-        by_slot = {slot: sum(len(own) for own in of_layers) for slot, of_layers in wanted.items()}
         addressed = sum(rows_TN.numel() for rows_TN in rows.values())
         seconds = time.perf_counter() - started
-        self._fetches.append(Fetch(addressed=addressed, rows_by_slot=by_slot, seconds=seconds))
+        self._fetches.append(Fetch(addressed=addressed, rows_by_tier=tiers, seconds=seconds))
         return FetchedRows(addresses=rows, values=values)
+
+    def _read(
+        self, wanted: dict[int, tuple[Tensor, ...]]
+    ) -> tuple[dict[int, tuple[Tensor, ...]], dict[str, int]]:
+        """Rows [N, D] of each layer by the slot that holds them, and how many came from where."""
+        me, found = self.call.mailbox.slot, {}
+        tiers = {"local": 0, "shared": 0, "remote": 0}
+        for slot, own in wanted.items():
+            rows_LND = self._neighbours.gather(slot, own, self.call.step - 1)
+            if rows_LND is not None:
+                found[slot] = rows_LND
+            tier = "local" if slot == me else "remote" if rows_LND is None else "shared"
+            tiers[tier] += sum(len(rows_N) for rows_N in own)
+        asked = [slot for slot in wanted if slot not in found]
+        replies = self.call([(slot, FetchRows(rows_LN=wanted[slot])) for slot in asked], MemoryRows)
+        for slot, reply in zip(asked, replies):
+            found[slot] = reply.values_LND
+            if slot != me:
+                self._neighbours.introduce(slot, reply.handles)
+        return found, tiers
 
     def take_fetches(self) -> list[Fetch]:
         """Return what was fetched since the last call."""

@@ -79,7 +79,7 @@ class LocalExchange(Abortable):
         self._fetches.append(
             Fetch(
                 addressed=addressed,
-                rows_by_slot={self.slot: addressed},
+                rows_by_tier={"local": addressed},
                 seconds=time.perf_counter() - started,
             )
         )

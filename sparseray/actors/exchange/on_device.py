@@ -61,9 +61,8 @@ class OnDeviceExchange(Abortable):
             found = self.memory.gather(index, rows_TN.reshape(-1))
             values[layer] = found.to(self.dense.device).to(self.dense.dtype)
         addressed = sum(rows_TN.numel() for rows_TN in rows.values())
-        by_slot = {self.mailbox.slot: addressed}
         seconds = time.perf_counter() - started
-        self._fetches.append(Fetch(addressed=addressed, rows_by_slot=by_slot, seconds=seconds))
+        self._fetches.append(Fetch(addressed=addressed, rows_by_tier={"local": addressed}, seconds=seconds))
         return FetchedRows(addresses=rows, values=values)
 
     def reduce(self, step: int, part: int, gradients: PartGradients) -> None:

@@ -84,10 +84,17 @@ class PartGradients:
 
 @dataclass(frozen=True, kw_only=True)
 class Fetch:
-    """What one fetch of table rows cost: rows addressed, rows by the slot that gave them, seconds."""
+    """What one fetch of table rows cost.
+
+    Args:
+        addressed: rows, repeats included.
+        rows_by_tier: distinct rows from the own slot (local), from tables of others on this host (shared) and by
+            message (remote).
+        seconds: that it took.
+    """
 
     addressed: int
-    rows_by_slot: dict[int, int]
+    rows_by_tier: dict[str, int]
     seconds: float
 
 

@@ -17,12 +17,12 @@ import secrets
 import shutil
 import tempfile
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from sparseray.actors.wire.messages import TableHandle
 from sparseray.kernels.dse.gather import gather_rows, read_word, write_word
 from sparseray.log import get_logger
 
@@ -33,27 +33,6 @@ CHANGING = -1
 SHARED_MEMORY = "/dev/shm"
 ROW_TYPES: dict[str, np.dtype[Any]] = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(np.uint16)}
 """How numpy holds rows of each `dse.row_dtype`."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TableHandle:
-    """Where a process of the same user on the same host finds a table.
-
-    Args:
-        namespace: within which `pid` means that process, as `process_namespace` gives it.
-        pid, descriptor: of the process that owns the table.
-        token: random number in the table's header, for process ids come again.
-        num_rows, width: R and D.
-        row_dtype: float32 or bfloat16.
-    """
-
-    namespace: str
-    pid: int
-    descriptor: int
-    token: int
-    num_rows: int
-    width: int
-    row_dtype: str
 
 
 def process_namespace() -> str:
