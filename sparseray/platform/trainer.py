@@ -218,6 +218,7 @@ class Trainer:
             "expert_load": counts.tolist(),
             "generation": self.plan.generation,
             "time": time.time(),
+            **({"losses": reports.losses} if reports.losses else {}),
             **({"device_gib": peak / 2**30} if peak else {}),
         }
 

@@ -72,7 +72,7 @@ class Loss:
         weight: sum of the weights.
         aux: fp32 scalar, balance losses with their coefficients; differentiable.
         counts_LE: int64, tokens per moe layer and expert.
-        metrics: further losses by name, for people; scalars without a graph.
+        metrics: further losses by name, for people; means over the part's tokens. The step's record has their mean.
     """
 
     sum: Tensor

@@ -91,7 +91,7 @@ class PartDone(Body):
         loss_sum: loss summed over its tokens, each times its weight; nats.
         weight: sum of these weights.
         aux_loss: balance loss.
-        metrics: further losses by name.
+        metrics: further losses by name, means over the part.
         tokens: number of targets.
         seconds: spent by phase, in this step so far.
         counts_LE: int64, tokens per moe layer and expert.
