@@ -1,4 +1,4 @@
-"""Random inputs around valid ones, by the thousand: `python -m tests.fuzz bodies 100000`, or configurations.
+"""Random inputs around valid ones, by the thousand: `python -m tests.fuzz bodies 100000`, or configurations, checkpoints, data.
 
 Each case comes from its number alone, so a failure is repeated by that number.
 """
@@ -19,6 +19,7 @@ from typing import Any
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
 
 import httpx
+from fuzz_values import ODD, damage
 from serving_parts import make_parts, served_by
 
 from sparseray.jobs.http.fields import CHAT, COMPLETION, DETOKENIZE, TOKENIZE
@@ -74,11 +75,6 @@ VALID: dict[str, list[Any]] = {
     "metadata": [{"a": "b"}],
     "user": ["me"],
 }
-ODD: list[Any] = [
-    None, True, False, 0, 1, -1, 2, 1.5, -0.0, 1e308, 10**30, -(10**30), "", "a", "\ud800", "\x00", "é" * 50, "9" * 40,
-    "a" * 5000, [], [[]], [None], [0], [1, "a"], ["a"], {}, {"a": 1}, {"type": "text"}, {"": []}, [[[[]]]], "東京\n\n",
-    "null", "(", "[", "start: x", {"type": "x"}, {"$ref": "#"}, [True], ["a" * 300], [10**12], {"1": "x"}, "<|endoftext|>",
-]  # fmt: skip
 
 
 def body_of(number: int, fields: dict[str, Any]) -> tuple[str, bytes]:
@@ -106,27 +102,6 @@ def body_of(number: int, fields: dict[str, Any]) -> tuple[str, bytes]:
     if rng.random() < 0.1:
         data = broken(data, rng)
     return endpoint, data
-
-
-def damage(value: Any, rng: random.Random) -> None:
-    """Change one value somewhere inside a body."""
-    while True:
-        keys = list(value) if isinstance(value, dict) else list(range(len(value)))
-        if not keys:
-            return
-        key = rng.choice(keys)
-        if isinstance(value[key], dict | list) and value[key] and rng.random() < 0.6:
-            value = value[key]
-            continue
-        odd = copy.deepcopy(rng.choice(ODD))
-        kind = rng.random()
-        if kind < 0.15:
-            del value[key]
-        elif kind < 0.25:
-            value[key] = [value[key]] * rng.randint(2, 40)
-        else:
-            value[key] = odd
-        return
 
 
 def broken(data: bytes, rng: random.Random) -> bytes:
@@ -234,17 +209,24 @@ def configurations(count: int, first: int) -> tuple[Counter[str], list[str]]:
     return ends, faults
 
 
+KINDS = ("bodies", "configurations", "checkpoints", "data")
+
+
 def main(arguments: list[str]) -> int:
     """Run the cases that are asked for; 1 if any failed."""
-    if len(arguments) not in (2, 3) or arguments[0] not in ("bodies", "configurations"):
-        print("usage: python -m tests.fuzz bodies|configurations COUNT [FIRST]")
+    if len(arguments) not in (2, 3) or arguments[0] not in KINDS:
+        print(f"usage: python -m tests.fuzz {'|'.join(KINDS)} COUNT [FIRST]")
         return 2
     kind, count, start = arguments[0], int(arguments[1]), int(arguments[2]) if len(arguments) == 3 else 0
     found: Counter[Any]
     if kind == "bodies":
         found, faults = asyncio.run(bodies(count, start))
-    else:
+    elif kind == "configurations":
         found, faults = configurations(count, start)
+    else:
+        from fuzz_files import files
+
+        found, faults = files(kind, pathlib.Path(tempfile.mkdtemp(prefix="fuzz-")), count, start)
     print("\n".join(faults[:50]))
     print(f"{sum(found.values())} {kind}, {len(faults)} faults; by outcome: {dict(sorted(found.items()))}")
     return 1 if faults else 0

@@ -72,7 +72,7 @@ def tiny_run(data: Path, *, steps: int = 30, **cluster: Any) -> RunConfig:
             eval_every=0,
             eval_batches=2,
         ),
-        cluster=ClusterConfig(**{"deadline_s": 20.0, **cluster}),
+        cluster=ClusterConfig(**{"deadline_s": 20.0, "device": "cpu", **cluster}),
     )
 
 

@@ -176,7 +176,7 @@ def newest_manifest(command: Command) -> tuple[Path, dict]:
 def test_checkpoint_of_another_model_is_refused(trained: Command) -> None:
     path, manifest = newest_manifest(trained)
     manifest["config"]["model"]["moe"]["top_k"] = 4
-    (path / "manifest.json").write_text(json.dumps(manifest))
+    (path / "manifest.json").write_text(json.dumps(checkpoint.sealed(manifest)))
     line = trained.refuse()
     assert str(path) in line
     assert "model.moe.top_k" in line
@@ -185,7 +185,7 @@ def test_checkpoint_of_another_model_is_refused(trained: Command) -> None:
 def test_checkpoint_of_another_dse_identity_is_refused(trained: Command) -> None:
     path, manifest = newest_manifest(trained)
     manifest["dse_layout_sha256"] = "0" * 64
-    (path / "manifest.json").write_text(json.dumps(manifest))
+    (path / "manifest.json").write_text(json.dumps(checkpoint.sealed(manifest)))
     line = trained.refuse()
     assert str(path) in line
     assert "DSE identity" in line
@@ -214,7 +214,7 @@ def test_checkpoint_with_a_wrong_tensor_stops_the_run_and_loses_nothing(
         file.write_bytes(content)
     else:
         del manifest["tensors"]["embedding"]
-        (path / "manifest.json").write_text(json.dumps(manifest))
+        (path / "manifest.json").write_text(json.dumps(checkpoint.sealed(manifest)))
     before = (trained.run_dir / "metrics.jsonl").read_bytes()
     with pytest.raises(
         Exception, match="SHA-256" if damage == "flipped bit" else "no tensor 'embedding'"

@@ -20,6 +20,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from processes import wait_until
 from serving_parts import MAX_MODEL_LEN, Parts, Service, app_of, read_events, serving
 
 from sparseray.errors import ConfigError
@@ -135,6 +136,8 @@ def test_request_ids_are_taken_returned_and_logged(
     logging.getLogger("sparseray").propagate = True
     with caplog.at_level(logging.INFO, "sparseray"):
         answer = service.post(BODY, headers={"X-Request-Id": "mine-7"})
+        # The line comes once the answer is out.
+        wait_until(lambda: "request mine-7" in caplog.text, "the line of log", 10.0)
     logging.getLogger("sparseray").propagate = False
     assert answer.headers["x-request-id"] == "mine-7" and answer.json()["id"] == "cmpl-mine-7"
     assert "POST /v1/completions: 200" in caplog.text and "request mine-7" in caplog.text
@@ -183,7 +186,10 @@ def test_health_is_the_engines(parts: Parts) -> None:
         assert httpx.get(server.url + "/health").json() == {"status": "ok"}
         client.close()
         down = httpx.get(server.url + "/health")
-        assert (down.status_code, down.json()) == (503, {"status": "down"})
+        assert (down.status_code, down.json()) == (
+            503,
+            {"status": "down", "reason": "the engine has stopped"},
+        )
 
 
 def validator(description: dict[str, Any], name: str) -> jsonschema.Draft202012Validator:

@@ -207,8 +207,8 @@ class RunConfig:
     Args:
         model, data, optim, train, cluster, serve, metrics: see each section.
         kernels: "reference" (plain PyTorch), "triton", or "auto": Triton on a GPU of compute capability 9 or more.
-        determinism: "bitwise" (gradients of the parts are summed along one tree, whatever the number of workers), or
-            "fast": on a GPU one after another in place, which takes less memory.
+        determinism: "bitwise" (every sum in one order, gradients of the parts along one tree whatever the number of
+            workers), or "fast": on a GPU parts are summed in place and full attention takes its fastest backward pass.
         run_dir: folder of the run.
     """
 
@@ -264,7 +264,7 @@ def parser(prog: str, description: str) -> jsonargparse.ArgumentParser:
         "--determinism",
         type=Determinism,
         default=RunConfig.determinism,
-        help="order in which gradients of a step's parts are summed; fast: in place, on a GPU",
+        help="bitwise: the same bits in every run; fast: on a GPU sums may take any order",
     )
     found.add_argument(
         "--run_dir", type=str, default=RunConfig.run_dir, help="folder of the run; resumes what it holds"

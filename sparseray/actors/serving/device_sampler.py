@@ -62,7 +62,8 @@ def fits(request: GenerationRequest) -> bool:
     )
 
 
-def _is_adjusted(request: GenerationRequest, tokens: Sequence[int]) -> bool:
+def is_adjusted(request: GenerationRequest, tokens: Sequence[int]) -> bool:
+    """Whether a request's logits are changed by what was added so far, or by its biases."""
     is_penalised = request.repetition_penalty != 1.0 or request.frequency_penalty or request.presence_penalty
     few = len(tokens) - len(request.prompt_tokens) < request.min_tokens
     return bool(is_penalised or request.logit_bias or (few and request.stop_token_ids))
@@ -99,7 +100,7 @@ def _adjust(
     """Apply biases and penalties in place, in the order of `sampler.adjusted`."""
     rows, at, values = [], [], []
     for row, (request, known) in enumerate(zip(requests, tokens)):
-        if _is_adjusted(request, known):
+        if is_adjusted(request, known):
             found, changes = _changes(request, known, scores_RV.shape[1])
             rows.append(np.full(found.size, row))
             at.append(found)
@@ -115,19 +116,23 @@ def _adjust(
 
 
 def sample_rows(
-    logits_RV: Tensor, requests: Sequence[GenerationRequest], tokens: Sequence[Sequence[int]]
+    logits_RV: Tensor,
+    requests: Sequence[GenerationRequest],
+    tokens: Sequence[Sequence[int]],
+    positions: Sequence[int],
 ) -> Tensor:
     """Choose the next token of every row, without waiting for the device.
 
     Args:
         logits_RV: of the model.
         requests: that `fits`.
-        tokens: of each request, its prompt and what was added; the length is the new token's position.
+        tokens: of each request, its prompt and what was added.
+        positions: of the new tokens in their sequences, prompts included.
 
     Returns:
         int64 [R] on the device; `FAILED` where the logits are not finite.
     """
-    if all(r.temperature == 0.0 and not _is_adjusted(r, t) for r, t in zip(requests, tokens)):
+    if all(r.temperature == 0.0 and not is_adjusted(r, t) for r, t in zip(requests, tokens)):
         best_R, token_R = logits_RV.max(-1)
         return torch.where(best_R.isfinite(), token_R, FAILED)
     scores_RV = logits_RV.double()
@@ -140,7 +145,7 @@ def sample_rows(
         if rows:
             at_R = torch.tensor(rows, device=scores_RV.device)
             chosen = [requests[row] for row in rows]
-            numbers = uniforms([r.seed for r in chosen], [len(tokens[row]) for row in rows])
+            numbers = uniforms([r.seed for r in chosen], [positions[row] for row in rows])
             token_R[at_R] = _draw(scores_RV[at_R], best_R[at_R, None], chosen, numbers, is_cut=is_cut)
     return torch.where(is_finite_R, token_R, FAILED)
 

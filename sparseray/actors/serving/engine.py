@@ -14,14 +14,13 @@ from __future__ import annotations
 import time
 from collections import deque
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from sparseray.actors.serving.cache_pool import Lease
-from sparseray.actors.serving.grammar import Grammars, GrammarState
 from sparseray.actors.serving.sampler import adjusted, log_probabilities, sample, token_logprobs
 from sparseray.actors.serving.text_request import GenerationRequest, TokenEvent, TokenLogprobs
 from sparseray.errors import ConfigError
@@ -30,6 +29,9 @@ from sparseray.model.cache import Cache
 from sparseray.model.dse import Memory
 from sparseray.model.moe import Experts
 from sparseray.model.transformer import Transformer
+
+if TYPE_CHECKING:  # llguidance is loaded by who serves, not by who trains
+    from sparseray.actors.serving.grammar import Grammars, GrammarState
 
 logger = get_logger(__name__)
 
@@ -72,11 +74,12 @@ class StepCounts:
 
 @dataclass(eq=False)
 class Ongoing:
-    """A request with what was computed of it so far."""
+    """A request with what was computed of it so far; `pending` of its tokens the device has chosen and not told."""
 
     request: GenerationRequest
     tokens: list[int]
     cache: Cache | Lease | None = None
+    pending: int = 0
     failures: int = 0
     queued_s: float = field(default_factory=time.perf_counter)
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
@@ -300,7 +303,7 @@ class Engine:
         self._counts.failed_steps += 1
         for sequence in reversed(batch):
             self._running.remove(sequence)
-            sequence.cache, sequence.prompt_logprobs = None, []
+            sequence.cache, sequence.prompt_logprobs, sequence.pending = None, [], 0
             sequence.failures += 1
             if sequence.failures < self.max_failures:
                 sequence.queued_s = time.perf_counter()

@@ -50,7 +50,7 @@ class Chunk:
 
     Args:
         lease: its pages; `length` tokens are there already.
-        known: all of its tokens.
+        known: all of its tokens that the host knows; the one after them may be read from `latest`.
         count: how many are next.
     """
 
@@ -102,6 +102,8 @@ class PagedModel:
             for layer in range(config.num_layers)
         ]
         self.histories = new_histories(config, num_slots + 1, device)
+        # The newest token of every slot, as the sampler on the device chose it.
+        self.latest_S = torch.zeros(num_slots + 1, dtype=torch.int32, device=device)
         self.table_SW = torch.zeros(num_slots + 1, self.width, dtype=torch.int32, device=device)
         self._decodes: dict[int, _Decode] = {}
         self._buckets = buckets(num_slots)
@@ -117,6 +119,11 @@ class PagedModel:
                 history_SLH[lease.slot].zero_()
             else:
                 history_SLH[lease.slot].copy_(lease.state[layer])
+
+    def keep(self, tokens_R: Tensor, leases: Sequence[Lease]) -> None:
+        """Remember sampled tokens for a step that starts before the host knows them."""
+        slots = self._to_device(np.array([lease.slot for lease in leases]))
+        self.latest_S.index_copy_(0, slots, tokens_R.clamp_min(0).int())
 
     def state(self, lease: Lease) -> dict[int, Tensor] | None:
         """A copy of what a request keeps beside its pages, if anything."""
@@ -244,7 +251,7 @@ class PagedModel:
         pages, inputs = decode.paged.pages, decode.inputs
         torch.index_select(self.table_SW, 0, decode.paged.slots_B, out=pages.table_BW)
         hidden_RH = self.model.run_paged(
-            inputs[0],
+            torch.where(inputs[0] < 0, self.latest_S[inputs[4]], inputs[0]),
             inputs[1],
             decode.paged,
             rows=pages.num_sequences,
@@ -282,9 +289,10 @@ class PagedModel:
         staged = decode.staged.numpy()
         staged[:] = 0
         staged[2] = 1
-        positions = np.array([chunk.lease.length for chunk in chunks])
+        lengths = [chunk.lease.length for chunk in chunks]
+        positions = np.array(lengths)
         at = np.array([chunk.lease.pages[chunk.lease.length // self.page] for chunk in chunks])
-        staged[0, :count] = [chunk.known[chunk.lease.length] for chunk in chunks]
+        staged[0, :count] = [c.known[n] if n < len(c.known) else -1 for c, n in zip(chunks, lengths)]
         staged[1, :count] = positions
         staged[2, :count] = positions + 1
         staged[3, :count] = at * self.page + positions % self.page

@@ -7,7 +7,8 @@ version, and names of files that would lead out of the folder.
 import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass
+import re
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_NAME = "tokenizer.json"
 SPLITS = ("train", "validation")
+LARGEST = 1 << 48
+"""No count of a data set goes beyond it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +123,9 @@ def read_manifest(folder: Path) -> Manifest:
         raise DataError(f"{folder} has no {MANIFEST_NAME}: not a finished data set; {cure}")
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}); make it readable") from error
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not JSON ({error}); prepare the data again") from error
     if not isinstance(raw, dict) or raw.get("format") != FORMAT:
         raise DataError(f"{path} is not a manifest of token shards; {cure}")
@@ -132,7 +137,9 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         manifest = _parse(raw)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DataError(f"{path} is damaged ({error!r}); prepare the data again") from error
+        raise DataError(
+            f"{path} is damaged ({' '.join(str(error).split())[:200]}); prepare the data again"
+        ) from error
     for file in manifest.files:
         if Path(file.name).name != file.name or file.split not in SPLITS:
             raise DataError(
@@ -143,11 +150,39 @@ def read_manifest(folder: Path) -> Manifest:
 
 def _parse(raw: dict[str, Any]) -> Manifest:
     """Build the dataclasses from parsed JSON; unknown and missing fields raise."""
-    fields = dict(raw)
-    fields["tokenizer"] = TokenizerInfo(**raw["tokenizer"])
-    fields["splits"] = {name: Counts(**raw["splits"][name]) for name in SPLITS}
-    fields["sources"] = tuple(SourceInfo(**item) for item in raw["sources"])
-    fields["files"] = tuple(ShardInfo(**item) for item in raw["files"])
-    if fields["token_dtype"] not in ("uint16", "uint32"):
-        raise ValueError(f"token_dtype {fields['token_dtype']!r}")
-    return Manifest(**fields)
+    found = dict(raw)
+    found["tokenizer"] = TokenizerInfo(**raw["tokenizer"])
+    found["splits"] = {name: Counts(**raw["splits"][name]) for name in SPLITS}
+    found["sources"] = tuple(SourceInfo(**item) for item in raw["sources"])
+    found["files"] = tuple(ShardInfo(**item) for item in raw["files"])
+    if found["token_dtype"] not in ("uint16", "uint32"):
+        raise ValueError(f"token_dtype {found['token_dtype']!r}")
+    manifest = Manifest(**found)
+    _check(manifest)
+    return manifest
+
+
+def _check(manifest: Manifest) -> None:
+    """See that values have their types, and that the shards add up to their splits.
+
+    Raises:
+        ValueError: naming what does not.
+    """
+    parts: tuple[Any, ...] = (manifest, manifest.tokenizer, *manifest.splits.values(), *manifest.files)
+    for part in parts:
+        for item in fields(part):
+            value = getattr(part, item.name)
+            is_count = item.type is int and type(value) is int and 0 <= value <= LARGEST
+            if not is_count and (item.type is int or (item.type is str and not isinstance(value, str))):
+                raise ValueError(f"{item.name} is {str(value)[:80]!r}")
+            if item.name == "sha256" and not re.fullmatch("[0-9a-f]{64}", value):
+                raise ValueError(f"sha256 is {value[:80]!r}")
+    if not manifest.eos_id < manifest.vocab_size:
+        raise ValueError(f"eos_id {manifest.eos_id} is beyond vocab_size {manifest.vocab_size}")
+    for name, split in manifest.splits.items():
+        shards = [file for file in manifest.files if file.split == name]
+        sums = (sum(f.tokens for f in shards), sum(f.bytes for f in shards))
+        if sums != (split.tokens, split.bytes):
+            raise ValueError(
+                f"the shards of {name} have {sums[0]} tokens of {sums[1]} bytes, the split others"
+            )

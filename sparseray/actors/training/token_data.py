@@ -88,7 +88,7 @@ class TokenDataset:
 
     def tokenizer(self) -> Tokenizer:
         """Load the tokenizer that made these tokens."""
-        return Tokenizer.from_file(str(self.folder / TOKENIZER_NAME))
+        return load_tokenizer(self.folder / TOKENIZER_NAME)
 
     def num_windows(self, seq_len: int) -> int:
         """Return how many windows of `seq_len` inputs and targets fit.
@@ -245,11 +245,28 @@ def batch(
     )
 
 
+def load_tokenizer(path: Path) -> Tokenizer:
+    """Read a tokenizer.json.
+
+    Raises:
+        DataError: it is missing or damaged.
+    """
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing narrower
+        raise DataError(
+            f"{path} cannot be read as a tokenizer ({' '.join(str(error).split())[:200]}); restore it"
+        ) from None
+
+
 def _verify(path: Path, sha256: str) -> None:
     """Compare a file with its recorded hash."""
     if not path.is_file():
         raise DataError(f"{path} is missing; restore it or prepare the data again")
-    found = sha256_of_file(path)
+    try:
+        found = sha256_of_file(path)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}); make it readable") from None
     if found != sha256:
         raise DataError(
             f"{path} was changed: SHA-256 {found[:12]}... is not {sha256[:12]}... of the manifest; "
@@ -261,8 +278,14 @@ def _load(
     folder: Path, shards: list[ShardInfo], manifest: Manifest, verify: bool
 ) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
     """Read shards into one array of ids and the sorted positions where documents begin."""
-    tokens = np.empty(sum(shard.tokens for shard in shards), manifest.token_dtype)
-    starts = np.empty(sum(shard.rows for shard in shards), np.int64)
+    try:
+        tokens = np.empty(sum(shard.tokens for shard in shards), manifest.token_dtype)
+        starts = np.empty(sum(shard.rows for shard in shards), np.int64)
+    except MemoryError:
+        wanted = sum(shard.tokens for shard in shards)
+        raise DataError(
+            f"{folder} says it has {wanted} tokens, more than memory holds; prepare less text"
+        ) from None
     token, row = 0, 0
     for shard in shards:
         path = folder / shard.name
@@ -275,6 +298,10 @@ def _load(
             )
         if verify and len(flat) and int(flat.max()) >= manifest.vocab_size:
             raise DataError(f"{path} has ids beyond vocab_size={manifest.vocab_size}; prepare the data again")
+        if verify and (flat[np.append(begins[1:], len(flat)) - 1] != manifest.eos_id).any():
+            raise DataError(
+                f"{path} has documents that do not end with eos_id={manifest.eos_id}; prepare the data again"
+            )
         tokens[token : token + len(flat)] = flat
         starts[row : row + len(begins)] = begins + token
         token, row = token + len(flat), row + len(begins)
@@ -285,9 +312,10 @@ def _read_shard(path: Path) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
     """Return the ids of one Parquet file end to end, and where each row begins among them."""
     try:
         column = pq.read_table(path, columns=["tokens"], memory_map=True).column("tokens").combine_chunks()
+        offsets, flat = column.offsets.to_numpy().astype(np.int64), column.flatten().to_numpy()
     except FileNotFoundError as error:
         raise DataError(f"{path} is missing; restore it or prepare the data again") from error
-    except (pa.ArrowException, OSError, KeyError) as error:
-        raise DataError(f"{path} cannot be read as token shard ({error}); prepare the data again") from error
-    offsets = column.offsets.to_numpy().astype(np.int64)
-    return column.flatten().to_numpy(), offsets[:-1] - offsets[0]
+    except (pa.ArrowException, OSError, KeyError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(f"{path} cannot be read as token shard ({reason}); prepare the data again") from error
+    return flat, offsets[:-1] - offsets[0]

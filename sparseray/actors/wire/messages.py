@@ -58,9 +58,15 @@ class Evaluate(Body):
 
 @dataclass(frozen=True, kw_only=True)
 class SaveCheckpoint(Body):
-    """Write what is primary at you into the folder."""
+    """Write what is primary at you into the folder.
+
+    Args:
+        directory: the folder.
+        in_background: go on training meanwhile; the answer comes between two later steps.
+    """
 
     directory: str
+    in_background: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,9 +148,15 @@ class SavedTensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Saved(Body):
-    """What was written into a checkpoint, by the tensor's logical name."""
+    """What was written into a checkpoint.
+
+    Args:
+        tensors: by logical name.
+        error: why it could not be written in the background; empty if it was.
+    """
 
     tensors: dict[str, SavedTensor]
+    error: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,9 +1,10 @@
 """What a slot builds from the spec of a job: states, engines, data."""
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -11,7 +12,6 @@ from sparseray.actors.exchange.protocol import Exchange
 from sparseray.actors.installation import JobSpec
 from sparseray.actors.serving.enduring import EnduringExchange
 from sparseray.actors.serving.engine import Engine
-from sparseray.actors.serving.grammar import Grammars
 from sparseray.actors.serving.paged_engine import PagedEngine
 from sparseray.actors.state.dense import DenseState
 from sparseray.actors.state.dense_slab import DenseSlabs
@@ -23,12 +23,16 @@ from sparseray.actors.training.token_data import TokenBatches, TokenDataset
 from sparseray.actors.wire.messages import SavedTensor
 from sparseray.errors import IdentityError
 from sparseray.kernels.ops import ops_for
+from sparseray.model.config import ModelConfig
 from sparseray.model.dse_layout import DSELayout
 from sparseray.model.transformer import Transformer
 from sparseray.platform.config import RunConfig, from_dict
 from sparseray.platform.device import is_whole
 from sparseray.platform.metrics.exporter import Metrics
 from sparseray.platform.run import checkpoint
+
+if TYPE_CHECKING:
+    from sparseray.actors.serving.grammar import Grammars
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -51,12 +55,7 @@ class SlotJob:
             )
         self.metrics = metrics
         self.is_serving = spec.serving
-        self._grammars: Grammars | None = None
-        if self.is_serving:
-            model = self.config.model
-            self._grammars = Grammars.load(
-                Path(spec.tokenizer), vocab_size=model.vocab_size, eos_id=model.dse.document_end_id
-            )
+        self._grammars = _load_grammars(spec, self.config.model) if self.is_serving else None
         self.deadline_s = self.config.cluster.deadline_s
         optim = self.config.optim
         self._shared: dict[str, Any] = {
@@ -101,6 +100,8 @@ class SlotJob:
         model, dtype = self.config.model, DTYPES[self.config.train.dtype]
         experts = ExpertShard(model, **self._decay)
         if self._is_whole:
+            if self.device.type == "cuda":
+                _fix_order(self.config.determinism == "bitwise")
             compute = None if dtype == torch.float32 else dtype
             experts = WholeExperts(model, compute_dtype=compute, **self._slabs())
         memory = MemoryShard(model, self._table_rows(), **self._shared, **self._adam)
@@ -162,6 +163,18 @@ class SlotJob:
         self.metrics.record(name, value, **labels)
 
 
+def _fix_order(is_fixed: bool) -> None:
+    """Have torch's own operations on this process's GPU sum in one order, or as is fastest.
+
+    Attention is what differs: cuDNN's backward pass adds up in the order in which its blocks end, so torch takes
+    FlashAttention with a fixed order instead. What has no fixed order warns; of that no step has any.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(is_fixed, warn_only=True)
+    # Otherwise every new tensor would be filled first.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
 class SpecJobs:
     """Jobs by their spec; the last one is kept, so that a plan of the same job finds what it has built.
 
@@ -178,3 +191,9 @@ class SpecJobs:
         if self._last is None or self._last[0] != spec:
             self._last = spec, SlotJob(spec, self._metrics)
         return self._last[1]
+
+
+def _load_grammars(spec: JobSpec, model: ModelConfig) -> "Grammars":
+    from sparseray.actors.serving.grammar import Grammars  # and llguidance, which training does not need
+
+    return Grammars.load(Path(spec.tokenizer), vocab_size=model.vocab_size, eos_id=model.dse.document_end_id)

@@ -7,6 +7,7 @@ Slots belong to no process: they outlive the scheduler that started them, and it
 
 import contextlib
 import os
+import re
 import signal
 import threading
 import time
@@ -37,6 +38,7 @@ LISTEN_S = 0.05
 START_DEADLINE_S = 90.0
 GPU_START_DEADLINE_S = 600.0
 """A machine's first start compiles every kernel."""
+CAUSE_CHARACTERS = 300
 MOST_STARTS = 3
 END_S = 2.0
 
@@ -186,8 +188,9 @@ class RayFleet:
                 raise self._refused
             if len(self.members()) >= count:
                 return
-            log.warning("slots died at their start: %s", "; ".join(loss.cause for loss in self.losses()))
-        raise RuntimeError(f"slots died at their start {MOST_STARTS} times; see the messages above")
+            causes = "; ".join(sorted({loss.cause for loss in self.losses()}))
+            log.warning("slots died at their start: %s", causes)
+        raise RuntimeError(f"slots died at their start {MOST_STARTS} times: {causes}")
 
     def reopen(self, slots: list[int]) -> None:
         """Find the slots of a running job again; those that are gone are left out."""
@@ -297,7 +300,7 @@ class RayFleet:
             cause = getattr(error, "cause", None)
             self._refused = cause if isinstance(cause, UserError) else self._refused
             log.info("slot %d: %s", slot, " ".join(str(error).split()))
-            self._lose(slot, f"could not start: {_first_line(error)}" if is_start else "its process died")
+            self._lose(slot, f"could not start: {_cause_of(error)}" if is_start else "its process died")
             return
         if not is_start:
             self._lose(slot, "it stopped serving")
@@ -368,7 +371,7 @@ def _kill(handle: Any, pid: int) -> None:
     try:
         ray.kill(handle)
     except Exception as error:
-        log.warning("cannot end a slot through Ray: %s", _first_line(error))
+        log.warning("cannot end a slot through Ray: %s", _cause_of(error))
     deadline = time.monotonic() + END_S
     while pid and psutil.pid_exists(pid) and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -381,6 +384,11 @@ def _kill_process(pid: int) -> None:
             os.kill(pid, signal.SIGKILL)
 
 
-def _first_line(error: Exception) -> str:
+def _cause_of(error: Exception) -> str:
+    """One line on why a slot ended: Ray puts what was raised in its process last, below a traceback."""
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, Exception):
+        return f"{type(cause).__name__}: {' '.join(str(cause).split())}"[:CAUSE_CHARACTERS]
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:160]
+    raised = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Exit)\b", line)]
+    return (raised or lines[:1] or [type(error).__name__])[-1][:CAUSE_CHARACTERS]

@@ -30,6 +30,12 @@ def tensor_sha256(tensor: torch.Tensor) -> str:
     return hashlib.sha256(data.numpy().data).hexdigest()
 
 
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def write_part(directory: str | Path, part: str, tensors: dict[str, torch.Tensor]) -> dict[str, SavedTensor]:
     """Write tensors to `<part>.safetensors`, on disk when this returns.
 
@@ -74,6 +80,13 @@ def digest(tensors: dict[str, Any]) -> str:
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
+def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
+    """Return a manifest with the SHA-256 of all that it says, by which damage shows wherever it is."""
+    content = {key: value for key, value in manifest.items() if key != "sha256"}
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return {**content, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+
+
 def begin(root: Path, step: int) -> Path:
     """Make an empty folder for the parts of a checkpoint."""
     path = root / f"step_{step}{UNFINISHED}"
@@ -85,7 +98,7 @@ def begin(root: Path, step: int) -> Path:
 def finish(unfinished: Path, manifest: dict[str, Any]) -> Path:
     """Write the manifest and give the folder its final name; from now on it counts."""
     path = unfinished / MANIFEST
-    path.write_text(json.dumps(manifest, indent=1))
+    path.write_text(json.dumps(sealed(manifest), indent=1))
     sync(path)
     sync(unfinished)
     final = unfinished.with_name(unfinished.name.removesuffix(UNFINISHED))
@@ -123,33 +136,49 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
         CheckpointError: there is none, it is damaged, or of another format.
     """
     path = Path(directory) / MANIFEST
+    cure = f"remove {directory} to use the one before"
     try:
-        manifest: dict[str, Any] = json.loads(path.read_text())
+        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(
             f"{directory} is not a checkpoint: it has no {MANIFEST}; give a folder such as RUN/checkpoints/step_50"
         ) from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); use an older checkpoint") from None
-    if manifest.get("format") != FORMAT:
-        raise CheckpointError(f"{path} has format {manifest.get('format')}, this version reads {FORMAT}")
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read ({' '.join(str(error).split())}); {cure}") from None
+    found = manifest.get("format") if isinstance(manifest, dict) else None
+    if found != FORMAT:
+        raise CheckpointError(f"{path} has format {str(found)[:80]}, this version reads {FORMAT}; {cure}")
+    if manifest.get("sha256") != sealed(manifest)["sha256"]:
+        raise CheckpointError(f"{path} differs from its own SHA-256: the checkpoint is damaged; {cure}")
     return manifest
 
 
 def check_files(directory: str | Path, manifest: dict[str, Any]) -> None:
-    """Check, without reading them whole, that all files are there with the length that was written.
+    """Check that all files are there: tensors, without reading them, by their length, and what is small by its SHA-256.
 
     Raises:
-        CheckpointError: a file is missing or truncated.
+        CheckpointError: a file is missing, truncated or changed.
     """
     for name, size in manifest["files"].items():
         path = Path(directory) / name
-        actual = path.stat().st_size if path.exists() else None
-        if actual != size:
-            state = "is missing" if actual is None else f"has {actual} bytes instead of {size}"
+        state = _wrong_with(path, size, manifest["identity"].get(name))
+        if state:
             raise CheckpointError(
                 f"{path} {state}: the checkpoint is damaged; remove {directory} to use the one before"
             )
+
+
+def _wrong_with(path: Path, size: int, sha256: str | None) -> str:
+    """What is wrong with a file of a checkpoint; empty if nothing is."""
+    try:
+        actual = path.stat().st_size
+        if actual != size:
+            return f"has {actual} bytes instead of {size}"
+        return "differs from its SHA-256" if sha256 and file_sha256(path) != sha256 else ""
+    except FileNotFoundError:
+        return "is missing"
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
 
 
 def read_tensors(directory: str | Path, names: Sequence[str]) -> dict[str, torch.Tensor]:
@@ -170,13 +199,15 @@ def read_tensors(directory: str | Path, names: Sequence[str]) -> dict[str, torch
             with safe_open(Path(directory) / file, framework="pt") as archive:
                 for name in members:
                     found[name] = archive.get_tensor(name)
-        except (OSError, SafetensorError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise CheckpointError(
-                f"{directory}/{file} cannot be read ({error}); use an older checkpoint"
+                f"{directory}/{file} cannot be read ({' '.join(str(error).split())}); use an older checkpoint"
             ) from None
         for name in members:
-            if tensor_sha256(found[name]) != entries[name]["sha256"]:
+            entry, tensor = entries[name], found[name]
+            is_like = [*tensor.shape] == entry["shape"] and str(tensor.dtype) == f"torch.{entry['dtype']}"
+            if not is_like or tensor_sha256(tensor) != entry["sha256"]:
                 raise CheckpointError(
-                    f"{directory}/{file}: {name} differs from its SHA-256; use an older checkpoint"
+                    f"{directory}/{file}: {name} differs from its SHA-256, type or shape; use an older checkpoint"
                 )
     return found

@@ -137,6 +137,8 @@ class RunFolder:
         if newest is None:
             return None
         manifest, cure = checkpoint.read_manifest(newest), f"remove {newest} to use the one before"
+        if manifest["step"] != int(newest.name.removeprefix("step_")):
+            raise CheckpointError(f"{newest} holds step {manifest['step']}: it was renamed; {cure}")
         old, new = _flat(manifest["config"]["model"]), _flat(to_dict(config)["model"])
         differing = [f"model.{key}" for key in sorted(old | new) if old.get(key) != new.get(key)]
         if differing:
@@ -169,7 +171,7 @@ class RunFolder:
         target, beside = self.identity / "tokenizer_config.json", tokenizer.with_name("tokenizer_config.json")
         if target.exists():
             return
-        manifest = json.loads((self.identity / "data_manifest.json").read_text())
+        manifest = json.loads(tokenizer.with_name("manifest.json").read_text(encoding="utf-8"))
         stated = json.loads(beside.read_text(encoding="utf-8")) if beside.exists() else {}
         content = {
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -282,7 +284,12 @@ def _write_whole(path: Path, line: str) -> None:
 
 
 def _shards(manifest: Path) -> list[str]:
-    return sorted(entry["sha256"] for entry in json.loads(manifest.read_text())["files"])
+    try:
+        return sorted(entry["sha256"] for entry in json.loads(manifest.read_text(encoding="utf-8"))["files"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ConfigError(
+            f"{manifest} cannot be read ({' '.join(str(error).split())}); restore it, or give another run_dir"
+        ) from None
 
 
 _CUT = 1 << 62

@@ -1,0 +1,90 @@
+"""How slots start: what a failure says, and what is loaded."""
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from processes import environment
+
+from sparseray.actors.installation import JobSpec
+from sparseray.platform.config import ClusterConfig
+from sparseray.platform.fleet import ray_fleet
+
+TEXT = """The actor died because of an error raised in its creation task, ray::SlotActor.__init__() (pid=7, ip=127.0.0.1)
+  File "sparseray/platform/fleet/slot_actor.py", line 20, in __init__
+    self._host = gently(_load).Host(**host)
+ModuleNotFoundError: No module named 'zmq'"""
+
+
+class DyingRay:
+    """A Ray whose actors die while they start."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error, self.started = error, 0
+
+    def start_slot(self, *_: Any) -> Any:
+        self.started += 1
+        return self
+
+    @property
+    def prepare(self) -> Any:
+        return self
+
+    def remote(self, *_: Any) -> Any:
+        return object()
+
+    def wait(self, references: list[Any], **_: Any) -> tuple[list[Any], list[Any]]:
+        return references[:1], references[1:]
+
+    def get(self, _: Any) -> None:
+        raise self.error
+
+    def kill(self, *_: Any, **__: Any) -> None:
+        """It is dead already."""
+
+    def available_resources(self) -> dict[str, float]:
+        return {"CPU": 8.0}
+
+
+def with_cause() -> Exception:
+    error = RuntimeError("ray::SlotActor.prepare() (pid=7)\n  a traceback")
+    error.cause = PermissionError("/data/train: not\nallowed")  # type: ignore[attr-defined]
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (RuntimeError(TEXT), "ModuleNotFoundError: No module named 'zmq'"),
+        (with_cause(), "PermissionError: /data/train: not allowed"),
+        (RuntimeError("The actor was killed by the out-of-memory killer"), "out-of-memory killer"),
+        (RuntimeError(), "RuntimeError"),
+    ],
+)
+def test_slots_that_die_at_their_start_say_why(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, words: str
+) -> None:
+    dying = DyingRay(error)
+    monkeypatch.setattr(ray_fleet, "ray", dying)
+    monkeypatch.setattr(ray_fleet, "start_slot", dying.start_slot)
+    numbers = iter(range(100))
+    spec: JobSpec = None  # type: ignore[assignment]  # nobody reads it
+    config = ClusterConfig(transport="tcp")
+    fleet = ray_fleet.RayFleet("job", config, spec, lambda: next(numbers), lambda members: None, lambda: True)
+    try:
+        with pytest.raises(RuntimeError, match="died at their start 3 times") as caught:
+            fleet.open(2)
+    finally:
+        fleet.close()
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+    assert dying.started == 6
+
+
+def test_training_does_not_load_what_only_answers_need() -> None:
+    program = (
+        "import sys; import sparseray.platform.fleet.host, sparseray.platform.scheduler, sparseray.jobs.pretrain\n"
+        "print(sorted({'llguidance', 'starlette', 'uvicorn'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], env=environment(), capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1:] == ["[]"], done.stderr + done.stdout
