@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from local_cluster import Faults, LocalFleet, Sent, Trained, tiny_run, train
+from faulty_transport import Faults, Sent
+from local_cluster import LocalFleet, Trained, tiny_run, train
 
 from sparseray.actors.exchange.local import LocalExchange
 from sparseray.actors.state.assignment import Plan

@@ -6,7 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from local_cluster import MODEL, Faults, LocalFleet, Sent, Trained, tiny_run, train
+from faulty_transport import Faults, Sent
+from local_cluster import MODEL, LocalFleet, Trained, tiny_run, train
 
 from sparseray.actors.exchange.answers import Answers
 from sparseray.actors.exchange.by_message import MessageExchange
@@ -119,6 +120,21 @@ class Differentiable:
         return self.exchange.prefetch(rows).differentiable()
 
 
+class Direct:
+    """Asks the holders of the state themselves: no mailbox, no frames."""
+
+    step, part = 1, 0
+    mailbox = SimpleNamespace(slot=0)
+
+    def __init__(self, answers_at: dict[int, Answers]) -> None:
+        self.answers_at = answers_at
+        self.asked: list[int] = []
+
+    def __call__(self, requests: list[tuple[int, Body]], reply: type, layer: int = -1) -> list[Body]:
+        self.asked += [slot for slot, body in requests if isinstance(body, FetchRows)]
+        return [self.answers_at[slot](body, layer, self.part) for slot, body in requests]
+
+
 def check_rows_of_neighbours(exchange: MessageExchange, asked: list[int], rows: torch.Tensor) -> None:
     """A shard on this host is asked once in a generation, and again while its rows are of another step."""
     first, addresses = list(asked), {1: rows.flatten(0, 1)}
@@ -176,19 +192,6 @@ def test_remote_exchange_equals_the_plain_modules(experts: int, corpus: Path) ->
         if owned:
             experts_at[slot] = experts
 
-    class Direct:
-        """Asks the holders of the state themselves: no mailbox, no frames."""
-
-        step, part = 1, 0
-        mailbox = SimpleNamespace(slot=0)
-
-        def __init__(self) -> None:
-            self.asked: list[int] = []
-
-        def __call__(self, requests: list[tuple[int, Body]], reply: type, layer: int = -1) -> list[Body]:
-            self.asked += [slot for slot, body in requests if isinstance(body, FetchRows)]
-            return [answers_at[slot](body, layer, self.part) for slot, body in requests]
-
     def run(model: Transformer, expert_side: object, memory_side: object) -> tuple[float, dict]:
         out = model(
             one.tokens_BT,
@@ -202,7 +205,7 @@ def test_remote_exchange_equals_the_plain_modules(experts: int, corpus: Path) ->
 
     local_experts, local_memory = LocalExperts(MODEL, seed=0), LocalMemory(MODEL, layout, seed=0)
     plain_loss, plain = run(Transformer(MODEL, layout, seed=0), local_experts, local_memory)
-    call = Direct()
+    call = Direct(answers_at)
     exchange = MessageExchange(
         plan, call, None, moe_layers=MODEL.moe_layers, memory_layers=(1,),
         bounds=[bucket_bounds(table[0], MODEL.dse.num_buckets)],

@@ -8,6 +8,7 @@ platform/planning/moves.py.
 """
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict
 
 import numpy as np
 
@@ -129,11 +130,7 @@ def replan(
         raise ConfigError(f"no slot is left for generation {generation}; start one")
     places = Placement(old, usable, min(max(1, replication), len(usable)), nodes)
     parts = parts or len(old.part_owners)
-    wanted = fitting(old, roles, parts)
-    places.choose(
-        {"attention": wanted.attention, "experts": wanted.experts, "memory": wanted.memory},
-        colocated=colocated,
-    )
+    places.choose(asdict(fitting(old, roles, parts)), colocated=colocated)
     attention = places.slots["attention"]
     experts = places.table("experts", old.experts, loads)
     spread: tuple[tuple[int, ...], ...] = ()
