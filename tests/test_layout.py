@@ -142,3 +142,19 @@ def test_files_and_functions_are_short(folder: str) -> None:
             if lines > FUNCTION_LINES and not (where.parts[1] == "kernels" and is_device_code(function)):
                 long.append(f"{where}: {function.name} has {lines} lines")
     assert not long, "split by idea: " + "; ".join(long)
+
+
+@pytest.mark.parametrize("part", ["actors", "platform"])
+def test_public_functions_of_two_parameters_say_what_each_is(part: str) -> None:
+    silent = []
+    for path in sorted((ROOT / "sparseray" / part).rglob("*.py")):
+        tree = ast.parse(path.read_text())
+        classes = [c for c in tree.body if isinstance(c, ast.ClassDef) and not c.name.startswith("_")]
+        for node in [*tree.body, *(member for found in classes for member in found.body)]:
+            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or node.name.startswith("_"):
+                continue
+            names = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+            said = "Args:" in (ast.get_docstring(node) or "")
+            if len({*names} - {"self", "cls"}) >= 2 and not said:
+                silent.append(f"{path.relative_to(ROOT)}: {node.name}")
+    assert not silent, "lacks Args: " + "; ".join(silent)

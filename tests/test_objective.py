@@ -66,7 +66,7 @@ class InProcess:
         pass
 
     def reduce(self, step: int, part: int, gradients: PartGradients) -> None:
-        self.found.append(gradients.dense)
+        self.found += gradients.dense
 
 
 def test_ignored_targets_do_not_count_and_parts_add_up_to_the_gradient_of_the_whole_batch() -> None:

@@ -40,13 +40,23 @@ def observe_memory(observe: Observe, exchange: Exchange) -> None:
 
 
 def observe_biases(observe: Observe, state: DenseState) -> None:
-    """Record the range of the router's biases, by model layer (`layers.3.moe.router_bias` is layer 3)."""
+    """Record the range of the router's biases, by model layer (`layers.3.moe.router_bias` is layer 3).
+
+    Args:
+        observe: metrics of the slot.
+        state: dense weights with the routers' biases [E].
+    """
     for name, bias_E in state.biases.items():
         observe("moe_router_bias_range", float(bias_E.max() - bias_E.min()), layer=name.split(".")[1])
 
 
 def observe_queues(observe: Observe, engine: Engine) -> None:
-    """Record what an engine has at hand: after a step, and after requests were cancelled."""
+    """Record what an engine has at hand: after a step, and after requests were cancelled.
+
+    Args:
+        observe: metrics of the slot.
+        engine: that the slot plays.
+    """
     observe("requests_running", engine.stats.running)
     observe("requests_waiting", engine.stats.waiting)
     observe("cache_usage_ratio", engine.cache_usage)

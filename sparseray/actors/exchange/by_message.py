@@ -122,13 +122,25 @@ class MessageExchange(Abortable):
         self._fetches: list[Fetch] = []
 
     def begin(self, step: int, part: int) -> None:
-        """Say what the next calls belong to."""
+        """Say what the next calls belong to.
+
+        Args:
+            step: whose commit comes next.
+            part: of the global batch; -1 for none.
+        """
         self.call.step, self.call.part = step, part
 
     # -- experts -------------------------------------------------------------------------------
 
     def experts(self, layer: int, x_TH: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Tensor:
-        """Sum over k of weight * expert(x), [T, H]."""
+        """Sum over k of weight * expert(x), [T, H].
+
+        Args:
+            layer: 0-based model layer.
+            x_TH: inputs.
+            topk_ids_TK: int64, chosen experts.
+            topk_weights_TK: fp32, their weights.
+        """
         return mixture(self, self.index[layer], x_TH, topk_ids_TK, topk_weights_TK)
 
     def holders(self, layer: int) -> dict[int, list[int]]:
@@ -143,7 +155,12 @@ class MessageExchange(Abortable):
         return self._holders[(layer, part)]
 
     def routes(self, layer: int, topk_ids_TK: Tensor) -> list[_Route]:
-        """Split the (token, k) rows of a layer over the slots that compute its experts."""
+        """Split the (token, k) rows of a layer over the slots that compute its experts.
+
+        Args:
+            layer: index among the MoE layers.
+            topk_ids_TK: int64, chosen experts.
+        """
         T, K = topk_ids_TK.shape
         order_R, counts_E = group_by_expert(topk_ids_TK, len(self.plan.experts[layer]))
         counts = counts_E.tolist()
@@ -168,7 +185,14 @@ class MessageExchange(Abortable):
         return found
 
     def forward_rows(self, layer: int, x_TH: Tensor, ids_TK: Tensor, *, keep: bool) -> tuple[Tensor, Any]:
-        """Outputs [T, K, H] of every chosen expert, and the routes that their gradients take back."""
+        """Outputs [T, K, H] of every chosen expert, and the routes that their gradients take back.
+
+        Args:
+            layer: index among the MoE layers.
+            x_TH: inputs.
+            ids_TK: int64, chosen experts.
+            keep: keep what the backward pass needs.
+        """
         self.check()
         routes = self.routes(layer, ids_TK)
         requests: list[tuple[int, Body]] = [
@@ -187,7 +211,14 @@ class MessageExchange(Abortable):
         return self._collect(routes, self.call(requests, ExpertRows, layer), x_TH, ids_TK.shape), routes
 
     def backward_rows(self, layer: int, handle: Any, dout_TH: Tensor, weights_TK: Tensor) -> Tensor:
-        """Gradients of the inputs [T, K, H]."""
+        """Gradients of the inputs [T, K, H].
+
+        Args:
+            layer: index among the MoE layers.
+            handle: from `forward_rows`.
+            dout_TH: gradient of the layer's output.
+            weights_TK: fp32, routing weights.
+        """
         self.check()
         routes: list[_Route] = handle
         flat = weights_TK.reshape(-1)
@@ -210,7 +241,12 @@ class MessageExchange(Abortable):
     # -- memory rows -----------------------------------------------------------------------------
 
     def owner_of(self, layer: int, rows_N: np.ndarray) -> np.ndarray:
-        """Slot that answers for each row of the layer with index `layer`; int64 [N]."""
+        """Slot that answers for each row of the layer with index `layer`; int64 [N].
+
+        Args:
+            layer: index among the memory layers.
+            rows_N: int64 rows of its table.
+        """
         buckets = np.searchsorted(self.bounds[layer], rows_N, side="right") - 1
         owners: np.ndarray = self.owner[layer][buckets]
         return owners
@@ -271,7 +307,13 @@ class MessageExchange(Abortable):
     # -- gradients ---------------------------------------------------------------------------------
 
     def reduce(self, step: int, part: int, gradients: PartGradients) -> None:
-        """Send a part's gradients to those who sum them; after the last part of this slot, the dense sums too."""
+        """Send a part's gradients to those who sum them; after the last part of this slot, the dense sums too.
+
+        Args:
+            step: that is open.
+            part: that the gradients are of.
+            gradients: dense ones and those of table rows.
+        """
         self.check()
         self.reduction.send_part(step, part, gradients, self.owner_of)
         self._parts_left.discard(part)

@@ -42,7 +42,12 @@ def process_namespace() -> str:
 
 
 def version_of(generation: int, step: int) -> int:
-    """The header's word for rows as they are in a generation after a step's commit."""
+    """The header's word for rows as they are in a generation after a step's commit.
+
+    Args:
+        generation: of the plan, below 2^31.
+        step: of the commit, below 2^32.
+    """
     return generation << 32 | step
 
 

@@ -43,7 +43,12 @@ class DeviceBatch:
 
 
 def on_device(batch: Batch, device: torch.device) -> DeviceBatch:
-    """Send a batch on its way to a device, without waiting for it."""
+    """Send a batch on its way to a device, without waiting for it.
+
+    Args:
+        batch: on the CPU.
+        device: of the model.
+    """
     weights_BT = batch.weights_BT
     return DeviceBatch(
         tokens_BT=batch.tokens_BT.to(device, non_blocking=True),

@@ -168,7 +168,12 @@ def fitting(plan: Plan, roles: Roles, parts: int | None = None) -> Roles:
 
 
 def loads_when_packed(plan: Plan, loads: Sequence[Sequence[float]]) -> list[dict[int, float]]:
-    """Load of every expert slot in each layer as `replan` would leave it on the same slots by load."""
+    """Load of every expert slot in each layer as `replan` would leave it on the same slots by load.
+
+    Args:
+        plan: whose expert slots they are.
+        loads: tokens of every expert, [moe layers][experts].
+    """
     slots = plan.expert_primaries
     cost = costs(plan.experts, slots)
     found = []
