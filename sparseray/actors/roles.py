@@ -59,12 +59,45 @@ class Job(Protocol):
     is_serving: bool
 
     def holdings(self) -> Holdings: ...
-    def engine(self, model: Transformer, exchange: Exchange | EnduringExchange) -> Engine | None: ...
+    def engine(self, model: Transformer, exchange: Exchange | EnduringExchange) -> Engine | None:
+        """Make the engine; None for a job that does not serve.
+
+        Args:
+            model: dense weights.
+            exchange: of the plan in force, or one that outlives plans.
+        """
+        ...
+
     def train_batches(self) -> BatchSource: ...
     def validation_batches(self) -> BatchSource: ...
-    def read(self, directory: str, names: Sequence[str]) -> dict[str, Tensor]: ...
-    def write(self, directory: str, name: str, tensors: dict[str, Tensor]) -> dict[str, SavedTensor]: ...
-    def observe(self, name: str, value: float, **labels: str) -> None: ...
+    def read(self, directory: str, names: Sequence[str]) -> dict[str, Tensor]:
+        """Read tensors of a checkpoint.
+
+        Args:
+            directory: its folder.
+            names: logical names.
+        """
+        ...
+
+    def write(self, directory: str, name: str, tensors: dict[str, Tensor]) -> dict[str, SavedTensor]:
+        """Write one file of a checkpoint and say where each tensor is.
+
+        Args:
+            directory: its folder.
+            name: of the file, without its suffix.
+            tensors: by logical name.
+        """
+        ...
+
+    def observe(self, name: str, value: float, **labels: str) -> None:
+        """Record a metric of the slot.
+
+        Args:
+            name: in the registry.
+            value: in the metric's unit.
+            labels: of the metric.
+        """
+        ...
 
 
 class Roles:
@@ -203,7 +236,7 @@ class Roles:
             self.mailbox.post(SCHEDULER, done, step=step, part=part)
 
         self.worker.run_step(step, self.plan.parts_of(me), self.job.train_batches(), report)
-        observe_worker(self.job.observe, self.worker, me)
+        observe_worker(self.job.observe, self.worker)
 
     def _commit(self, message: Message[Commit]) -> None:
         self._apply(message.body)

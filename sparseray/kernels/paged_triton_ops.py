@@ -112,48 +112,60 @@ class PagedTritonOps(PlainOps):
         (R, heads, _), B, table = q_RQD.shape, pages.num_sequences, pages.table_BW
         num_kv, width = selected[1].shape[2:]
         out = q_RQD.new_empty(R, heads, width)
-        if pages.chunks is None:
-            workspace = pages.scratch.get("nsa")
-            if workspace is None:
-                longest = table.shape[1] * pages.page
-                workspace = DecodeWorkspace.create(
-                    B, 1, heads, num_kv, width, longest, sizes, device=q_RQD.device
-                )
-                pages.scratch["nsa"] = workspace
-            nsa_decode(
-                q_RQD[:B].unsqueeze(1).contiguous(),
-                gates_RQ3[:B].unsqueeze(1).contiguous(),
-                compressed,
-                selected,
-                window,
-                table,
-                table,
-                table,
-                pages.context_lens_B,
-                workspace,
-                out[:B].unsqueeze(1),
-                sizes,
-            )
+        if pages.chunks is not None:
+            rows = pages.chunks[-1][1]
+            branches = (compressed, selected, window)
+            out[:rows] = self._nsa_chunks(q_RQD[:rows], gates_RQ3[:rows], branches, sizes, pages)
             return out
+        workspace = pages.scratch.get("nsa")
+        if workspace is None:
+            longest = table.shape[1] * pages.page
+            workspace = DecodeWorkspace.create(
+                B, 1, heads, num_kv, width, longest, sizes, device=q_RQD.device
+            )
+            pages.scratch["nsa"] = workspace
+        nsa_decode(
+            q_RQD[:B].unsqueeze(1).contiguous(),
+            gates_RQ3[:B].unsqueeze(1).contiguous(),
+            compressed,
+            selected,
+            window,
+            table,
+            table,
+            table,
+            pages.context_lens_B,
+            workspace,
+            out[:B].unsqueeze(1),
+            sizes,
+        )
+        return out
+
+    def _nsa_chunks(
+        self,
+        q_RQD: Tensor,
+        gates_RQ3: Tensor,
+        branches: tuple[KeyValues, KeyValues, KeyValues],
+        sizes: NSASizes,
+        pages: Pages,
+    ) -> Tensor:
+        """Chunks of prompts, all at once; `branches` are compressed, selected and window."""
         assert pages.cu_seqlens is not None
-        rows = pages.chunks[-1][1]
+        table = pages.table_BW
         geometry = pages.scratch.get("nsa")
         if geometry is None:
             geometry = prefill_geometry(
                 pages.cu_seqlens,
                 pages.context_lens_B,
                 (table, table, table),
-                tokens=rows,
+                tokens=len(q_RQD),
                 page=pages.page,
                 sizes=sizes,
             )
             pages.scratch["nsa"] = geometry
-        out[:rows] = nsa_prefill(
-            q_RQD[:rows],
-            gates_RQ3[:rows],
-            compressed,
-            selected,
-            window,
+        return nsa_prefill(
+            q_RQD,
+            gates_RQ3,
+            *branches,
             table,
             table,
             table,
@@ -162,7 +174,6 @@ class PagedTritonOps(PlainOps):
             sizes,
             geometry=geometry,
         )
-        return out
 
     def attend(self, q_BTQD: Tensor, k_BSGD: Tensor, v_BSGV: Tensor) -> Tensor:
         T, S = q_BTQD.shape[1], k_BSGD.shape[1]

@@ -158,6 +158,10 @@ class Generations:
     def change(self, new: Plan, step: int) -> Moves:
         """Enter a plan that was wished for, and return what moved.
 
+        Args:
+            new: the plan.
+            step: that is committed.
+
         Raises:
             SlotsLostError, StalledError: on the way; `recover` goes on from there.
         """
@@ -334,7 +338,14 @@ class Generations:
             self.tell("lost", step, f"slot {loss.slot} ({roles}): {loss.cause}")
 
     def tell(self, kind: str, step: int, text: str, **more: Any) -> None:
-        """Tell of an event after a step, under the plan in force."""
+        """Tell of an event after a step, under the plan in force.
+
+        Args:
+            kind: of the event.
+            step: after which it came.
+            text: for people.
+            more: further values of the record.
+        """
         assert self.plan is not None
         members = set(self.fleet.members())
         self.events.tell(

@@ -46,7 +46,13 @@ from sparseray.platform.training import Training
 
 
 def learning_rate(step: int, optim: OptimConfig, steps: int) -> float:
-    """Linear warm-up, then a cosine to `min_lr_ratio`; `step` counts from 1."""
+    """Linear warm-up, then a cosine to `min_lr_ratio`; `step` counts from 1.
+
+    Args:
+        step: from 1.
+        optim: peak rate, warm-up and floor.
+        steps: of the whole run.
+    """
     if step <= optim.warmup_steps:
         return optim.lr * step / optim.warmup_steps
     progress = (step - optim.warmup_steps) / max(1, steps - optim.warmup_steps)
@@ -259,6 +265,7 @@ class Trainer:
             "expert_load": counts.tolist(),
             "generation": self.plan.generation,
             "time": time.time(),
+            **({"losses": reports.losses} if reports.losses else {}),
             **({"device_gib": peak / 2**30} if peak else {}),
         }
 

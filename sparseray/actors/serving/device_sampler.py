@@ -36,7 +36,12 @@ def _multiply(a: Uint64, b: Uint64) -> tuple[Uint64, Uint64]:
 
 
 def uniforms(seeds: Sequence[int], positions: Sequence[int]) -> NDArray[np.float64]:
-    """`sampler.uniform` of many seeds and positions: the first output of Philox4x64-10 (Salmon et al. 2011)."""
+    """`sampler.uniform` of many seeds and positions: the first output of Philox4x64-10 (Salmon et al. 2011).
+
+    Args:
+        seeds: of the requests, 64 bits each.
+        positions: index of the drawn token in its answer, one for each seed.
+    """
     mask = 2**64 - 1
     key = np.array([[s & mask for s in seeds], [p & mask for p in positions]], dtype=np.uint64)
     # The words 0 and 2 of the counter, then 1 and 3; numpy counts from 1.
@@ -63,7 +68,12 @@ def fits(request: GenerationRequest) -> bool:
 
 
 def is_adjusted(request: GenerationRequest, tokens: Sequence[int]) -> bool:
-    """Whether a request's logits are changed by what was added so far, or by its biases."""
+    """Whether a request's logits are changed by what was added so far, or by its biases.
+
+    Args:
+        request: whose penalties and biases count.
+        tokens: of its prompt and answer so far.
+    """
     is_penalised = request.repetition_penalty != 1.0 or request.frequency_penalty or request.presence_penalty
     few = len(tokens) - len(request.prompt_tokens) < request.min_tokens
     return bool(is_penalised or request.logit_bias or (few and request.stop_token_ids))

@@ -39,7 +39,11 @@ class EnduringExchange:
         self._current, self._go_on = current, go_on
 
     def experts(self, layer: int, x_TH: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Tensor:
-        """As `Exchange.experts`."""
+        """As `Exchange.experts`.
+
+        Args:
+            layer, x_TH, topk_ids_TK, topk_weights_TK: as there.
+        """
         return self._ask(lambda exchange: exchange.experts(layer, x_TH, topk_ids_TK, topk_weights_TK))
 
     def prefetch(self, rows: dict[int, Tensor]) -> FetchedRows:

@@ -40,7 +40,13 @@ def buckets(most: int) -> tuple[int, ...]:
 
 
 def page_bytes(config: ModelConfig, page: int, dtype: torch.dtype) -> int:
-    """Bytes of one page in all pools."""
+    """Bytes of one page in all pools.
+
+    Args:
+        config: the model.
+        page: tokens of a page.
+        dtype: of keys and values.
+    """
     meta = torch.device("meta")
     pools = [attention_of(config, i).new_pool(config, 1, page, dtype, meta) for i in range(config.num_layers)]
     return sum(t.numel() * t.element_size() for pool in pools for t in pool.tensors())
@@ -126,7 +132,12 @@ class PagedModel:
                 history_SLH[lease.slot].copy_(lease.state[layer])
 
     def keep(self, tokens_R: Tensor, leases: Sequence[Lease]) -> None:
-        """Remember sampled tokens for a step that starts before the host knows them."""
+        """Remember sampled tokens for a step that starts before the host knows them.
+
+        Args:
+            tokens_R: int64, on the device.
+            leases: of the requests that they belong to, one for each.
+        """
         slots = self._to_device(np.array([lease.slot for lease in leases]))
         self.latest_S.index_copy_(0, slots, tokens_R.clamp_min(0).int())
 
@@ -185,7 +196,13 @@ class PagedModel:
 
     @torch.no_grad()
     def prefill(self, chunks: Sequence[Chunk], experts: Experts, memory: Memory | None) -> list[Tensor]:
-        """Run the next chunk of several prompts; hidden states [T, H] of each."""
+        """Run the next chunk of several prompts; hidden states [T, H] of each.
+
+        Args:
+            chunks: tokens of each prompt and where they lie.
+            experts: answers for experts.
+            memory: for table rows; None for a model without them.
+        """
         sizes = np.array([chunk.count for chunk in chunks])
         lengths = np.array([chunk.lease.length for chunk in chunks])
         bounds = np.concatenate([[0], sizes.cumsum()])
@@ -288,7 +305,13 @@ class PagedModel:
                 decode.logits_RV = self._run_decode(decode, experts)
 
     def decode(self, chunks: Sequence[Chunk], experts: Experts, memory: Memory | None) -> Tensor:
-        """Run the newest token of several requests; logits [B, V], overwritten by the next call."""
+        """Run the newest token of several requests; logits [B, V], overwritten by the next call.
+
+        Args:
+            chunks: one token of each request and where it lies.
+            experts: answers for experts.
+            memory: for table rows; None for a model without them.
+        """
         count = len(chunks)
         size = next(size for size in self._buckets if size >= count)
         if size not in self._decodes:

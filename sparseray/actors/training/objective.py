@@ -43,7 +43,12 @@ class DeviceBatch:
 
 
 def on_device(batch: Batch, device: torch.device) -> DeviceBatch:
-    """Send a batch on its way to a device, without waiting for it."""
+    """Send a batch on its way to a device, without waiting for it.
+
+    Args:
+        batch: on the CPU.
+        device: of the model.
+    """
     weights_BT = batch.weights_BT
     return DeviceBatch(
         tokens_BT=send(batch.tokens_BT, device),
@@ -79,7 +84,7 @@ class Loss:
         weight: sum of the weights.
         aux: fp32 scalar, balance losses with their coefficients; differentiable.
         counts_LE: int64, tokens per moe layer and expert.
-        metrics: further losses by name, for people; scalars without a graph.
+        metrics: further losses by name, for people; means over the part's tokens. The step's record has their mean.
     """
 
     sum: Tensor

@@ -150,15 +150,32 @@ class SlotJob:
         return self._batches("validation", 0, is_fixed=True)
 
     def read(self, directory: str, names: Sequence[str]) -> dict[str, torch.Tensor]:
-        """Read tensors of a checkpoint."""
+        """Read tensors of a checkpoint.
+
+        Args:
+            directory: of the checkpoint.
+            names: logical names.
+        """
         return checkpoint.read_tensors(directory, names)
 
     def write(self, directory: str, name: str, tensors: dict[str, torch.Tensor]) -> dict[str, SavedTensor]:
-        """Write one file of a checkpoint."""
+        """Write one file of a checkpoint.
+
+        Args:
+            directory: of the checkpoint.
+            name: of the file, without its suffix.
+            tensors: by logical name.
+        """
         return checkpoint.write_part(directory, name, tensors)
 
     def observe(self, name: str, value: float, **labels: str) -> None:
-        """Record a metric of this slot."""
+        """Record a metric of this slot.
+
+        Args:
+            name: in the registry.
+            value: in the metric's unit.
+            labels: of the metric.
+        """
         self.metrics.record(name, value, **labels)
 
 

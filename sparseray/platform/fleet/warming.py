@@ -55,6 +55,10 @@ def rehearse(job: SlotJob, dense: DenseState) -> None:
 
     A process takes some 0.3 s longer over its first part, and with a GPU a minute; here that delays nobody. The
     weights are left alone, and of the gradient nothing stays.
+
+    Args:
+        job: of the slot.
+        dense: weights to run with.
     """
     batch, model, device = job.train_batches()(1, 0), dense.model, dense.device
     slabs = _Slabs(dense) if isinstance(dense, DenseSlabs) else None
