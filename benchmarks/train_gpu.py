@@ -134,9 +134,9 @@ def _stop_at_once(process: "subprocess.Popen[bytes]") -> None:
 
 
 def teraflops(config: RunConfig, measured: Measured) -> float:
-    """TFLOP/s by 6 x active parameters + attention, as model FLOPs are counted by others."""
+    """TFLOP/s by 6 x active parameters + attention, as others count; looking up an embedding is no product."""
     seq_len = config.train.seq_len
-    active = count_parameters(config.model)["active"]
+    active = count_parameters(config.model)["active"] - config.model.vocab_size * config.model.hidden
     attention = flops_per_token(config.model, seq_len)["attention"]
     return measured.tokens_per_second * (6 * active + 3 * attention) / 1e12
 

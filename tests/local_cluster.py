@@ -4,21 +4,19 @@ Slots can be killed, hung and added, and messages dropped, repeated, delayed and
 chosen message of a chosen step or at random from a seed.
 """
 
-import random
 import shutil
 import tempfile
 import threading
 import time
 import uuid
 import warnings
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import msgpack
 import torch
+from faulty_transport import Faults, FaultyTransport, Killed
 
 from sparseray.actors.slot import Slot
 from sparseray.actors.wire.envelope import SCHEDULER
@@ -37,7 +35,7 @@ from sparseray.platform.fleet.control import Loss, Member
 from sparseray.platform.fleet.job import SpecJobs
 from sparseray.platform.fleet.transport import ZmqTransport
 from sparseray.platform.metrics.exporter import Metrics
-from sparseray.platform.opening import open_training, slots_of
+from sparseray.platform.opening import TrainingInputs, open_training, slots_of
 from sparseray.platform.run import checkpoint
 from sparseray.platform.run.folder import RunFolder
 
@@ -72,7 +70,7 @@ def tiny_run(data: Path, *, steps: int = 30, **cluster: Any) -> RunConfig:
             eval_every=0,
             eval_batches=2,
         ),
-        cluster=ClusterConfig(**{"deadline_s": 20.0, **cluster}),
+        cluster=ClusterConfig(**{"deadline_s": 20.0, "device": "cpu", **cluster}),
     )
 
 
@@ -94,105 +92,6 @@ class Trained:
     def events(self) -> list[str]:
         """Kinds of the run's events, in order."""
         return [event["kind"] for event in self.folder.event_lines()]
-
-
-class Killed(BaseException):
-    """Ends a slot's thread where it stands, as SIGKILL ends a process."""
-
-
-@dataclass(frozen=True)
-class Sent:
-    """A message on its way: who sends it to whom, its kind and step."""
-
-    source: int
-    to: int
-    kind: str
-    step: int
-
-
-@dataclass
-class Faults:
-    """What goes wrong.
-
-    Args:
-        on_send: called before every message; it may kill or hang slots.
-        drop, repeat, delay: chance of each for a message between slots, from a stream of `seed`.
-        seed: of the chances.
-    """
-
-    on_send: Callable[[Sent, "LocalFleet"], None] = lambda sent, fleet: None
-    drop: float = 0.0
-    repeat: float = 0.0
-    delay: float = 0.0
-    seed: int = 0
-
-
-class FaultyTransport:
-    """A `Transport` of a slot that can be killed or hung, and that treats messages badly."""
-
-    def __init__(self, inner: ZmqTransport, slot: int, faults: Faults, fleet: "LocalFleet") -> None:
-        self._inner, self._slot, self._faults, self._fleet = inner, slot, faults, fleet
-        self._random = random.Random(f"{faults.seed}:{slot}")
-        self._late: deque[tuple[int, int, list[Any]]] = deque()
-        self._count = 0
-        self._lock = threading.RLock()
-        self.address = inner.address
-        self.killed, self.hung = threading.Event(), threading.Event()
-
-    def _live(self) -> None:
-        while self.hung.is_set() and not self.killed.is_set():
-            time.sleep(0.005)
-        if self.killed.is_set():
-            raise Killed
-
-    def connect(self, peers: dict[int, str]) -> None:
-        self._live()
-        self._inner.connect(peers)
-
-    def send(self, slot: int, frames: Sequence[Any]) -> None:
-        self._live()
-        header = msgpack.unpackb(frames[0], strict_map_key=False)
-        sent = Sent(self._slot, slot, header[1], header[5])
-        self._faults.on_send(sent, self._fleet)
-        self._live()
-        with self._lock:
-            self._send(slot, [bytes(frame) for frame in frames])
-
-    def _send(self, slot: int, frames: list[Any]) -> None:
-        self._count += 1
-        chance = self._random.random()
-        if chance < self._faults.drop:
-            return
-        if self._random.random() < self._faults.delay:
-            # Kept back until some later messages have overtaken it.
-            self._late.append((self._count + self._random.randint(1, 4), slot, frames))
-        else:
-            self._inner.send(slot, frames)
-            if self._random.random() < self._faults.repeat:
-                self._late.append((self._count + self._random.randint(0, 6), slot, frames))
-        self._flush(everything=False)
-
-    def _flush(self, *, everything: bool) -> None:
-        with self._lock:
-            for due, slot, frames in list(self._late):
-                if everything or due <= self._count:
-                    self._late.remove((due, slot, frames))
-                    self._inner.send(slot, frames)
-
-    def receive(self, timeout_s: float) -> list[Any] | None:
-        deadline = time.monotonic() + timeout_s
-        while True:
-            self._live()
-            found = self._inner.receive(min(0.02, max(0.0, deadline - time.monotonic())))
-            if found is not None:
-                return found
-            # Nothing else to do: what was kept back goes out now, so that nobody waits for it forever.
-            self._flush(everything=True)
-            if time.monotonic() >= deadline:
-                return None
-
-    def close(self) -> None:
-        self._inner.close()
 
 
 @dataclass
@@ -304,6 +203,63 @@ class LocalFleet:
         assert not any(thread.is_alive() for thread in self.threads.values()), "a slot did not stop"
 
 
+class Schedulers:
+    """The schedulers of a run, one after another.
+
+    Args:
+        inputs: of the run.
+        fleet: its slots, none of them started.
+        at_step: called after every committed step.
+        dying: steps whose commit is a scheduler's last deed.
+        stop_after: step after which to stop.
+    """
+
+    def __init__(
+        self,
+        inputs: TrainingInputs,
+        fleet: LocalFleet,
+        at_step: Callable[[int, Run, LocalFleet], None],
+        dying: list[int],
+        stop_after: int,
+    ) -> None:
+        self.inputs, self.fleet, self.at_step = inputs, fleet, at_step
+        self.dying, self.stop_after = dying, stop_after
+        self.seen: list[dict[str, Any]] = []
+        self.run = self._open()
+
+    def _open(self) -> Run:
+        fleet = self.fleet
+        transport = FaultyTransport(ZmqTransport("scheduler", fleet.sockets), SCHEDULER, fleet.faults, fleet)
+        return Run.open(
+            self.inputs.config,
+            Mailbox(transport, SCHEDULER, fleet.job),
+            lambda journal, history, prepare: fleet,
+            Metrics({}),
+            task=self.inputs.validation,
+            on_record=self._note,
+            should_stop=lambda: self.run.driver.step >= self.stop_after,
+        )
+
+    def _note(self, record: dict[str, Any]) -> None:
+        self.seen.append(record)
+        if "loss" in record:
+            self.at_step(record["step"], self.run, self.fleet)
+            if record["step"] in self.dying:
+                self.dying.remove(record["step"])
+                raise Killed
+
+    def drive(self) -> None:
+        """Start the slots and train to the end."""
+        self.fleet.start(slots_of(self.inputs.config, self.run.generations.workload.inventory))
+        while True:
+            try:
+                self.run.drive()
+                return
+            except Killed:
+                self.run.close()
+                self.run = self._open()
+
+
 def train(
     run_dir: Path,
     config: RunConfig,
@@ -330,52 +286,23 @@ def train(
     """
     inputs = open_training(replace(config, run_dir=str(run_dir)))
     inputs.create_folder()
-    config, folder, seen = inputs.config, inputs.folder, []
     sockets = None if tcp else Path(tempfile.mkdtemp(prefix="sr"))
     fleet = LocalFleet(
         uuid.uuid4().hex, sockets, faults or Faults(), nodes=nodes or {}, machines=machines or {}
     )
-    dying = list(scheduler_dies)
-
-    def note(record: dict[str, Any]) -> None:
-        seen.append(record)
-        if "loss" in record:
-            at_step(record["step"], run, fleet)
-            if record["step"] in dying:
-                dying.remove(record["step"])
-                raise Killed
-
-    def scheduler() -> Run:
-        transport = FaultyTransport(ZmqTransport("scheduler", sockets), SCHEDULER, fleet.faults, fleet)
-        return Run.open(
-            config,
-            Mailbox(transport, SCHEDULER, fleet.job),
-            lambda journal, history, prepare: fleet,
-            Metrics({}),
-            task=inputs.validation,
-            on_record=note,
-            should_stop=lambda: run.driver.step >= stop_after,
-        )
-
-    run = scheduler()
+    schedulers = Schedulers(inputs, fleet, at_step, list(scheduler_dies), stop_after)
     try:
-        fleet.start(slots_of(config, run.generations.workload.inventory))
-        while True:
-            try:
-                run.drive()
-                break
-            except Killed:
-                run.close()
-                run = scheduler()
+        schedulers.drive()
     finally:
         fleet.stop()
-        run.close()
+        schedulers.run.close()
         if sockets is not None:
             shutil.rmtree(sockets)
+    folder = inputs.folder
     newest = folder.newest_checkpoint()
     return Trained(
         records=folder.records(),
         digest=checkpoint.read_manifest(newest)["digest"] if newest else "",
-        evaluations=[record["eval_loss"] for record in seen if "eval_loss" in record],
+        evaluations=[record["eval_loss"] for record in schedulers.seen if "eval_loss" in record],
         folder=folder,
     )

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from local_cluster import Faults, LocalFleet, Sent, Trained, tiny_run, train
+from faulty_transport import Faults, Sent
+from local_cluster import LocalFleet, Trained, tiny_run, train
 
 from sparseray.actors.exchange.local import LocalExchange
 from sparseray.actors.state.assignment import Plan
@@ -68,7 +69,8 @@ MOMENTS = {
     "expert, reply": KillAt((2,), 2, "expert_rows", 5),
     "expert, sum for the backup": KillAt((3,), 3, "expert_reduced", 5),
     "expert, prepared": KillAt((2,), 2, "prepared", 5),
-    "memory, rows": KillAt((4,), 4, "memory_rows", 5),
+    "memory, rows": KillAt((4,), 4, "memory_rows", 1),
+    "memory, rows read without asking": KillAt((4,), 0, "expert_forward", 5),
     "memory, sum for the backup": KillAt((5,), 5, "rows_reduced", 5),
     "any, at the commit": KillAt((2,), SCHEDULER, "commit", 5),
     "two different ones": KillAt((0, 3), 1, "expert_forward", 5),

@@ -6,7 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from local_cluster import MODEL, Trained, tiny_run, train
+from faulty_transport import Faults, Sent
+from local_cluster import MODEL, LocalFleet, Trained, tiny_run, train
 
 from sparseray.actors.exchange.answers import Answers
 from sparseray.actors.exchange.by_message import MessageExchange
@@ -16,6 +17,7 @@ from sparseray.actors.state.holdings import Holdings
 from sparseray.actors.state.memory import MemoryShard
 from sparseray.actors.training.token_data import TokenDataset, batch
 from sparseray.actors.wire.envelope import Body
+from sparseray.actors.wire.messages import FetchRows
 from sparseray.model.buckets import bucket_bounds
 from sparseray.model.dse import LocalMemory
 from sparseray.model.moe import LocalExperts
@@ -118,6 +120,52 @@ class Differentiable:
         return self.exchange.prefetch(rows).differentiable()
 
 
+class Direct:
+    """Asks the holders of the state themselves: no mailbox, no frames."""
+
+    step, part = 1, 0
+    mailbox = SimpleNamespace(slot=0)
+
+    def __init__(self, answers_at: dict[int, Answers]) -> None:
+        self.answers_at = answers_at
+        self.asked: list[int] = []
+
+    def __call__(self, requests: list[tuple[int, Body]], reply: type, layer: int = -1) -> list[Body]:
+        self.asked += [slot for slot, body in requests if isinstance(body, FetchRows)]
+        return [self.answers_at[slot](body, layer, self.part) for slot, body in requests]
+
+
+def check_rows_of_neighbours(exchange: MessageExchange, asked: list[int], rows: torch.Tensor) -> None:
+    """A shard on this host is asked once in a generation, and again while its rows are of another step."""
+    first, addresses = list(asked), {1: rows.flatten(0, 1)}
+    assert first == list(exchange.plan.memory_primaries), "each was asked once"
+    exchange.call.step = 2
+    expected = exchange.prefetch(addresses).values[1]
+    assert asked == 2 * first, "the commit of step 1 is still to be applied"
+    exchange.call.step = 1
+    exchange.take_fetches()
+    torch.testing.assert_close(exchange.prefetch(addresses).values[1], expected, rtol=0.0, atol=0.0)
+    assert asked == 2 * first
+    (fetch,) = exchange.take_fetches()
+    assert fetch.rows_by_tier == {"local": 0, "shared": len(addresses[1].unique()), "remote": 0}
+
+
+def test_rows_of_shards_on_the_same_host_are_read_without_asking(
+    corpus: Path, reference: dict[int, Trained], tmp_path: Path
+) -> None:
+    asked: list[tuple[int, int]] = []
+
+    def count(sent: Sent, fleet: LocalFleet) -> None:
+        if sent.kind == "fetch_rows":
+            asked.append((sent.source, sent.to))
+
+    config = tiny_run(corpus, steps=STEPS, attention_workers=2, memory_shards=2)
+    check(train(tmp_path / "run", config, stop_after=STEPS, faults=Faults(on_send=count)), reference[STEPS])
+    assert len(set(asked)) == 4, "each worker has asked each shard where its tables are"
+    # Besides, a shard that has not applied a commit yet is asked to answer once it has.
+    assert len(asked) < 4 * STEPS / 2
+
+
 @pytest.mark.parametrize("experts", [1, 3])
 def test_remote_exchange_equals_the_plain_modules(experts: int, corpus: Path) -> None:
     """One part through the holders of experts and rows, and through LocalExperts and LocalMemory."""
@@ -138,20 +186,11 @@ def test_remote_exchange_equals_the_plain_modules(experts: int, corpus: Path) ->
         experts.initialize(owned)
         experts.assign(owned, owned)
         memory.initialize(buckets)
-        memory.assign(buckets, buckets)
+        memory.assign(buckets, buckets, generation=plan.generation)
         holdings = Holdings(lambda: None, experts, memory)
         answers_at[slot] = Answers(holdings, lambda *_, **__: None, with_optimizer=True)
         if owned:
             experts_at[slot] = experts
-
-    class Direct:
-        """Asks the holders of the state themselves: no mailbox, no frames."""
-
-        step, part = 1, 0
-        mailbox = SimpleNamespace(slot=0)
-
-        def __call__(self, requests: list[tuple[int, Body]], reply: type, layer: int = -1) -> list[Body]:
-            return [answers_at[slot](body, layer, self.part) for slot, body in requests]
 
     def run(model: Transformer, expert_side: object, memory_side: object) -> tuple[float, dict]:
         out = model(
@@ -166,12 +205,16 @@ def test_remote_exchange_equals_the_plain_modules(experts: int, corpus: Path) ->
 
     local_experts, local_memory = LocalExperts(MODEL, seed=0), LocalMemory(MODEL, layout, seed=0)
     plain_loss, plain = run(Transformer(MODEL, layout, seed=0), local_experts, local_memory)
+    call = Direct(answers_at)
     exchange = MessageExchange(
-        plan, Direct(), None, moe_layers=MODEL.moe_layers, memory_layers=(1,),
+        plan, call, None, moe_layers=MODEL.moe_layers, memory_layers=(1,),
         bounds=[bucket_bounds(table[0], MODEL.dse.num_buckets)],
     )  # fmt: skip
     loss, gradients = run(Transformer(MODEL, layout, seed=0), exchange.experts, Differentiable(exchange))
     assert loss == plain_loss
+    check_rows_of_neighbours(
+        exchange, call.asked, layout.rows(1, one.tokens_BT, None, one.document_starts_BT)
+    )
     for name, gradient in plain.items():
         torch.testing.assert_close(gradients[name], gradient, rtol=1e-5, atol=1e-6, msg=name)
     for holder in experts_at.values():

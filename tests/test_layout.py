@@ -44,6 +44,7 @@ FLOORS = {
     ],
     "jobs": ["signals", "tokens", "http", "watch"],
 }
+FILE_LINES, FUNCTION_LINES = 400, 60
 LEAVES = {"errors", "log", "__init__"}
 
 
@@ -117,3 +118,43 @@ def test_no_root_folder_shadows_the_standard_library() -> None:
 
     shadows = {p.name for p in ROOT.iterdir() if p.is_dir()} & set(sys.stdlib_module_names)
     assert not shadows
+
+
+def functions_of(path: pathlib.Path) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
+    nodes = ast.walk(ast.parse(path.read_text()))
+    return [node for node in nodes if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+
+
+def is_device_code(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    """Whether a function is compiled by Triton or Gluon: what is split there costs registers."""
+    return any("jit" in ast.unparse(decorator) for decorator in function.decorator_list)
+
+
+@pytest.mark.parametrize("folder", ["sparseray", "tests", "benchmarks"])
+def test_files_and_functions_are_short(folder: str) -> None:
+    long = []
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        where, lines = path.relative_to(ROOT), len(path.read_text().splitlines())
+        if lines > FILE_LINES:
+            long.append(f"{where}: {lines} lines")
+        for function in functions_of(path):
+            lines = (function.end_lineno or 0) - function.lineno + 1
+            if lines > FUNCTION_LINES and not (where.parts[1] == "kernels" and is_device_code(function)):
+                long.append(f"{where}: {function.name} has {lines} lines")
+    assert not long, "split by idea: " + "; ".join(long)
+
+
+@pytest.mark.parametrize("part", ["actors", "platform"])
+def test_public_functions_of_two_parameters_say_what_each_is(part: str) -> None:
+    silent = []
+    for path in sorted((ROOT / "sparseray" / part).rglob("*.py")):
+        tree = ast.parse(path.read_text())
+        classes = [c for c in tree.body if isinstance(c, ast.ClassDef) and not c.name.startswith("_")]
+        for node in [*tree.body, *(member for found in classes for member in found.body)]:
+            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or node.name.startswith("_"):
+                continue
+            names = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+            said = "Args:" in (ast.get_docstring(node) or "")
+            if len({*names} - {"self", "cls"}) >= 2 and not said:
+                silent.append(f"{path.relative_to(ROOT)}: {node.name}")
+    assert not silent, "lacks Args: " + "; ".join(silent)

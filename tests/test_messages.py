@@ -35,6 +35,7 @@ from sparseray.actors.wire.messages import (
     RunStep,
     Saved,
     SavedTensor,
+    TableHandle,
 )
 from sparseray.platform.fleet.transport import ZmqTransport
 
@@ -54,7 +55,20 @@ EXAMPLES: list[Body] = [
         experts=(1, 5), counts=(2, 0), keep=True, x_UH=torch.randn(2, 3), rows_R=torch.tensor([1, 0])
     ),
     ROWS,
-    MemoryRows(values_LND=(torch.randn(3, 2).bfloat16(), torch.empty(0, 2))),
+    MemoryRows(
+        values_LND=(torch.randn(3, 2).bfloat16(), torch.empty(0, 2)),
+        handles=(
+            TableHandle(
+                namespace="boot-1",
+                pid=2,
+                descriptor=3,
+                token=2**62 - 1,
+                num_rows=3,
+                width=2,
+                row_dtype="bfloat16",
+            ),
+        ),
+    ),
     Pull(pieces=(("dense", 0, 0), ("expert", 1, 2))),
     Pieces(tensors={"b": torch.tensor(2.5), "a": torch.tensor([True, False]), "h": torch.ones(3).half()}),
     FinishPart(rows=(RowGradients(rows_U=torch.arange(2), sums_UD=torch.randn(4, 2)[::2]),)),

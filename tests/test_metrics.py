@@ -112,7 +112,7 @@ def test_statistics_change_no_bit_of_a_run(
 ) -> None:
     curves = []
     for every in (1 << 30, 1):
-        monkeypatch.setattr(attention_worker, "SAMPLE_EVERY", every)
+        monkeypatch.setitem(attention_worker.SAMPLE_EVERY, "cpu", every)
         curves.append(train(tmp_path / str(every), tiny_run(corpus, steps=4)).curve)
     assert curves[0] == curves[1]
 

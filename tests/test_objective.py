@@ -1,17 +1,25 @@
 """Losses with a weight for each token: what a part's gradient is divided by is that of the whole global batch."""
 
+import math
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
+import pytest
 import torch
-from local_cluster import MODEL
+from local_cluster import MODEL, tiny_run, train
 from torch import Tensor
 
-from sparseray.actors.exchange.protocol import PartGradients
+from sparseray.actors import roles
+from sparseray.actors.exchange.protocol import Exchange, PartGradients
 from sparseray.actors.state.dense import DenseState
-from sparseray.actors.training.token_data import Batch
+from sparseray.actors.training.objective import Loss, next_token
+from sparseray.actors.training.token_data import Batch, TokenDataset
+from sparseray.actors.training.token_data import batch as token_batch
 from sparseray.actors.training.worker import AttentionWorker
 from sparseray.actors.wire.messages import PartDone
 from sparseray.model.config import DSEConfig
+from sparseray.model.dse import Rows
 from sparseray.model.moe import LocalExperts
 from sparseray.model.transformer import Transformer, cross_entropy_sum
 
@@ -58,7 +66,7 @@ class InProcess:
         pass
 
     def reduce(self, step: int, part: int, gradients: PartGradients) -> None:
-        self.found.append(gradients.dense)
+        self.found += gradients.dense
 
 
 def test_ignored_targets_do_not_count_and_parts_add_up_to_the_gradient_of_the_whole_batch() -> None:
@@ -81,3 +89,27 @@ def test_ignored_targets_do_not_count_and_parts_add_up_to_the_gradient_of_the_wh
     assert done[0].weight < done[1].weight / 2
     torch.testing.assert_close(sum(d.loss_sum for d in done.values()), float(loss), rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(sum(exchange.found), gradient, rtol=1e-4, atol=1e-6)
+
+
+def with_parts(model: Transformer, batch: Batch, exchange: Exchange, fetched: Rows) -> Loss:
+    loss = next_token(model, batch, exchange, fetched)
+    first = float(batch.tokens_BT[0, 0])
+    return replace(loss, metrics={"second": loss.weight, "first_token": first})
+
+
+def test_further_losses_are_in_the_record_of_their_step(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(roles, "AttentionWorker", partial(AttentionWorker, objective=with_parts))
+    config = tiny_run(corpus, steps=2, attention_workers=2)
+    found = train(tmp_path / "run", config)
+    data = TokenDataset(corpus, "train", verify=False)
+    for record in found.records:
+        parts = [
+            token_batch(
+                data, seed=0, step=record["step"], part=p, num_parts=4, sequences_per_part=2, seq_len=32
+            )
+            for p in range(4)
+        ]
+        first = math.fsum(float(part.tokens_BT[0, 0]) for part in parts) / 4
+        assert record["losses"] == {"first_token": first, "second": 64.0}

@@ -11,7 +11,6 @@ import pytest
 
 from sparseray.actors.state.assignment import Plan
 from sparseray.errors import ConfigError
-from sparseray.model.config import preset
 from sparseray.platform.planning.inventory import Inventory, Roles
 from sparseray.platform.planning.policy import imbalance
 from sparseray.platform.planning.replan import (
@@ -22,7 +21,6 @@ from sparseray.platform.planning.replan import (
     loads_when_packed,
     make_plan,
     moves,
-    piece_bytes,
     replan,
 )
 from sparseray.platform.planning.spread import slot_loads
@@ -366,50 +364,3 @@ def test_every_expert_slot_keeps_an_expert_whatever_the_loads() -> None:
     new = change(plan, roles=Roles(attention=1, experts=4, memory=1), loads=one_hot)
     assert all(len({holders[0] for holders in row}) == 4 for row in new.experts)
     check(change(new, dead=[1], loads=one_hot), replication=2, is_by_count=False)
-
-
-# -- moves and bytes -------------------------------------------------------------------------------
-
-
-def test_sources_send_about_the_same() -> None:
-    plan = fresh(1, 4, 1)
-    new = change(plan, dead=[2])
-    sent: Counter[int] = Counter()
-    for sources in travelling(plan, new).pulls.values():
-        for source, pieces in sources.items():
-            sent[source] += sum(map(size, pieces))
-            assert all(source in holdings(plan)[piece] for piece in pieces)
-    assert set(sent) == {1, 3, 4}
-    assert spread(list(sent.values())) <= 3 * 1000
-    assert sum(sent.values()) == travelling(plan, new).num_bytes(size)
-
-
-def test_bytes_of_a_piece_are_those_of_weights_and_moments() -> None:
-    config = preset("tiny")
-    rows = [100, 205]
-    of = piece_bytes(config, rows, 10)
-    assert of(("dense", 0, 0)) == 120
-    assert of(("expert", 0, 3)) == 3 * 4 * 3 * config.hidden * config.moe.expert_dim
-    row = 2 * 4 * config.dse.head_dim + 4 + 8
-    for layer, number in enumerate(rows):
-        buckets = [of(("bucket", layer, bucket)) for bucket in range(config.dse.num_buckets)]
-        assert sum(buckets) == number * row and spread(buckets) <= row
-
-
-def test_bfloat16_rows_have_half_the_bytes_in_a_plan() -> None:
-    exact = preset("tiny")
-    half = replace(exact, dse=replace(exact.dse, row_dtype="bfloat16"))
-    piece, rows = ("bucket", 0, 0), [exact.dse.num_buckets * 10]
-    saved = piece_bytes(exact, rows, 1)(piece) - piece_bytes(half, rows, 1)(piece)
-    assert saved == 10 * 2 * exact.dse.head_dim
-
-
-def test_a_piece_is_pulled_from_whoever_has_sent_the_least() -> None:
-    plan = fresh(1, 4, 1, replication=1)
-    held = {piece: {1, 2, 3} for piece in holdings(plan) if piece[0] == "expert"}
-    found = moves(held, plan, size)
-    assert set(found.missing) == {piece for piece in holdings(plan) if piece[0] != "expert"}
-    sent: Counter[int] = Counter()
-    for sources in found.pulls.values():
-        sent.update({source: len(pieces) for source, pieces in sources.items()})
-    assert set(found.pulls) == {4} and set(sent.values()) == {LAYERS * EXPERTS // 4 // 3}

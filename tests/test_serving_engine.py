@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import msgpack
 import pytest
 import torch
 from serving_parts import TEXT, Parts, alone, finish, request_of, tokens_of
 
-from sparseray.actors.serving.text_request import GenerationRequest, TokenEvent, TokenLogprobs
+from sparseray.actors.serving.text_request import GenerationRequest, TokenEvent
 from sparseray.errors import ConfigError
 from sparseray.model.decode import greedy
 
@@ -26,17 +25,6 @@ RULES: dict[str, Any] = {
     "min_tokens": 3,
     "stop_token_ids": (0,),
 }
-
-
-def test_requests_and_events_survive_msgpack() -> None:
-    request = request_of("a", (1, 2), seed=-1, logprobs=2, stop_token_ids=(0,), resume_tokens=(5,))
-    packed = GenerationRequest.from_dict(msgpack.unpackb(msgpack.packb(request.to_dict())))
-    assert packed == replace(request, seed=2**64 - 1)
-    ruled = request_of("a", (1,), **RULES, grammar="{}", priority=-1, allowed_token_ids=(1, 2))
-    assert GenerationRequest.from_dict(msgpack.unpackb(msgpack.packb(ruled.to_dict()))) == ruled
-    entry = TokenLogprobs(token_id=4, logprob=-0.5, top=((4, -0.5), (3, -1.0)))
-    event = TokenEvent(request_id="a", index=0, token_id=4, logprobs=entry, prompt_logprobs=(entry,))
-    assert TokenEvent.from_dict(msgpack.unpackb(msgpack.packb(event.to_dict()))) == event
 
 
 def test_greedy_engine_equals_the_plain_decoding_and_the_full_forward(parts: Parts) -> None:

@@ -18,7 +18,8 @@ import torch
 
 from sparseray.actors.state import tables
 from sparseray.actors.state.memory import MemoryShard
-from sparseray.actors.state.tables import SharedTable, TableHandle, TableView
+from sparseray.actors.state.tables import SharedTable, TableView
+from sparseray.actors.wire.messages import TableHandle
 from sparseray.kernels.dse import cpu
 from sparseray.model.config import DSEConfig, ModelConfig, preset
 

@@ -4,11 +4,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from local_cluster import Trained, tiny_run, train
+from local_cluster import LocalFleet, Trained, tiny_run, train
 
 from sparseray.platform.config import RunConfig
+from sparseray.platform.fleet.job import SlotJob
+from sparseray.platform.run import checkpoint
+from sparseray.platform.trainer import Trainer
 
-WHOLE = {"colocated": True, "device": "cpu"}
+WHOLE = {"colocated": True}
 
 
 def whole_run(data: Path, *, steps: int = 6, dtype: str = "bfloat16", **train_keys: object) -> RunConfig:
@@ -33,3 +36,64 @@ def test_bfloat16_follows_fp32_and_comes_again_to_the_bit(corpus: Path, tmp_path
 def test_recomputed_layers_change_no_bit(corpus: Path, tmp_path: Path) -> None:
     kept, again = (train(tmp_path / str(r), whole_run(corpus, steps=3, recompute=r)) for r in (False, True))
     assert kept.curve == again.curve and kept.digest == again.digest
+
+
+def test_the_fast_order_of_parts_differs_by_rounding(corpus: Path, tmp_path: Path) -> None:
+    config = whole_run(corpus, steps=3)
+    tree, running = (train(tmp_path / d, replace(config, determinism=d)) for d in ("bitwise", "fast"))
+    close(tree, running, 1e-4)
+    assert tree.digest != running.digest
+
+
+def test_the_only_slot_is_killed_and_the_run_comes_to_the_same_bits(corpus: Path, tmp_path: Path) -> None:
+    config = whole_run(corpus, steps=7, checkpoint_every=2)
+
+    def kill(step: int, trainer: Trainer, fleet: LocalFleet) -> None:
+        if step == 5 and fleet.used == 1:
+            fleet.kill(0)
+
+    undisturbed = train(tmp_path / "undisturbed", config)
+    killed = train(tmp_path / "killed", config, at_step=kill)
+    assert "restored" in killed.events and "restored" not in undisturbed.events
+    assert killed.curve == undisturbed.curve and killed.digest == undisturbed.digest
+
+
+@pytest.mark.parametrize("moments", ["float32", "bfloat16"])
+def test_a_checkpoint_goes_over_to_the_other_way_of_working_and_back(
+    corpus: Path, tmp_path: Path, moments: str
+) -> None:
+    plain = tiny_run(corpus, steps=9, **WHOLE)
+    whole = whole_run(corpus, steps=9)
+    whole = replace(whole, optim=replace(whole.optim, moments=moments))
+    train(tmp_path / "run", plain, stop_after=3)
+    train(tmp_path / "run", whole, stop_after=6)
+    mixed = train(tmp_path / "run", plain)
+    close(mixed, train(tmp_path / "plain", plain), 1e-2)
+
+
+def test_checkpoints_are_written_beside_the_steps_and_change_no_bit(corpus: Path, tmp_path: Path) -> None:
+    """The checkpoint of step 2 is finished after later steps have run, and holds the state of step 2."""
+    config = whole_run(corpus, steps=8, checkpoint_every=2, keep_checkpoints=8)
+    plain = train(tmp_path / "plain", whole_run(corpus, steps=8))
+    saved = train(tmp_path / "saved", config)
+    assert saved.curve == plain.curve and saved.digest == plain.digest
+    written = checkpoint.list_finished(saved.folder.checkpoints)
+    two = train(tmp_path / "two", whole_run(corpus, steps=8), stop_after=2)
+    assert checkpoint.read_manifest(written[0])["step"] == 2
+    assert checkpoint.read_manifest(written[0])["digest"] == two.digest
+
+
+def test_a_disk_that_is_full_in_the_background_costs_a_checkpoint_and_no_step(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, write = whole_run(corpus, steps=6, checkpoint_every=2), SlotJob.write
+
+    def full(self: SlotJob, directory: str, name: str, tensors: dict) -> dict:
+        if "step_2" in directory:
+            raise OSError(28, "No space left on device")
+        return write(self, directory, name, tensors)
+
+    monkeypatch.setattr(SlotJob, "write", full)
+    done = train(tmp_path / "run", config)
+    assert len(done.records) == 6 and "unsaved" in done.events
+    assert [path.name for path in checkpoint.list_finished(done.folder.checkpoints)][-1] == "step_6"

@@ -26,8 +26,24 @@ log = get_logger(__name__)
 class Job(Protocol):
     """What it takes to make an engine."""
 
-    def engine(self, model: Transformer, exchange: Exchange | EnduringExchange) -> Engine | None: ...
-    def observe(self, name: str, value: float, **labels: str) -> None: ...
+    def engine(self, model: Transformer, exchange: Exchange | EnduringExchange) -> Engine | None:
+        """Make the engine; None for a job that does not serve.
+
+        Args:
+            model: dense weights.
+            exchange: of the plan in force, or one that outlives plans.
+        """
+        ...
+
+    def observe(self, name: str, value: float, **labels: str) -> None:
+        """Record a metric of the slot.
+
+        Args:
+            name: in the registry.
+            value: in the metric's unit.
+            labels: of the metric.
+        """
+        ...
 
 
 class EngineRole:
@@ -102,7 +118,7 @@ class EngineRole:
         finally:
             observe_engine(job.observe, engine, time.perf_counter() - started)
             if self.exchange is not None:
-                observe_memory(job.observe, self.exchange, self.mailbox.slot)
+                observe_memory(job.observe, self.exchange)
         if events:
             self.mailbox.post(INGRESS, Tokens(events=tuple(events)))
 

@@ -9,9 +9,14 @@ from sparseray.actors.state.dense import DenseState
 from sparseray.actors.training.worker import AttentionWorker
 
 
-def observe_worker(observe: Observe, worker: AttentionWorker, slot: int) -> None:
-    """Record what a training step left: fetches, and statistics if the step was sampled."""
-    observe_memory(observe, worker.exchange, slot)
+def observe_worker(observe: Observe, worker: AttentionWorker) -> None:
+    """Record what a training step left: fetches, and statistics if the step was sampled.
+
+    Args:
+        observe: metrics of the slot.
+        worker: after the step.
+    """
+    observe_memory(observe, worker.exchange)
     if worker.noted:
         for name, labels, value in worker.noted:
             observe(name, value, **labels)
@@ -19,25 +24,39 @@ def observe_worker(observe: Observe, worker: AttentionWorker, slot: int) -> None
         worker.noted.clear()
 
 
-def observe_memory(observe: Observe, exchange: Exchange, slot: int) -> None:
-    """Record the fetches of table rows since the last call."""
+def observe_memory(observe: Observe, exchange: Exchange) -> None:
+    """Record the fetches of table rows since the last call.
+
+    Args:
+        observe: metrics of the slot.
+        exchange: that fetched.
+    """
     for fetch in exchange.take_fetches():
         observe("dse_fetch_seconds", fetch.seconds)
         observe("dse_rows_total", fetch.addressed)
-        observe("dse_unique_row_ratio", sum(fetch.rows_by_slot.values()) / max(1, fetch.addressed))
-        own = fetch.rows_by_slot.get(slot, 0)
-        observe("dse_lookups_total", own, tier="local")
-        observe("dse_lookups_total", sum(fetch.rows_by_slot.values()) - own, tier="remote")
+        observe("dse_unique_row_ratio", sum(fetch.rows_by_tier.values()) / max(1, fetch.addressed))
+        for tier, rows in fetch.rows_by_tier.items():
+            observe("dse_lookups_total", rows, tier=tier)
 
 
 def observe_biases(observe: Observe, state: DenseState) -> None:
-    """Record the range of the router's biases, by model layer (`layers.3.moe.router_bias` is layer 3)."""
+    """Record the range of the router's biases, by model layer (`layers.3.moe.router_bias` is layer 3).
+
+    Args:
+        observe: metrics of the slot.
+        state: dense weights with the routers' biases [E].
+    """
     for name, bias_E in state.biases.items():
         observe("moe_router_bias_range", float(bias_E.max() - bias_E.min()), layer=name.split(".")[1])
 
 
 def observe_queues(observe: Observe, engine: Engine) -> None:
-    """Record what an engine has at hand: after a step, and after requests were cancelled."""
+    """Record what an engine has at hand: after a step, and after requests were cancelled.
+
+    Args:
+        observe: metrics of the slot.
+        engine: that the slot plays.
+    """
     observe("requests_running", engine.stats.running)
     observe("requests_waiting", engine.stats.waiting)
     observe("cache_usage_ratio", engine.cache_usage)

@@ -7,6 +7,7 @@ One request: Generate -> (FetchRows, ExpertForward)* -> Tokens, once for every e
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -27,6 +28,7 @@ from sparseray.actors.state.dense_slab import DenseSlabs
 from sparseray.actors.state.holdings import Holdings
 from sparseray.actors.state.pieces import DENSE, Piece
 from sparseray.actors.state.whole_experts import WholeExperts
+from sparseray.actors.training.background_save import BackgroundSave
 from sparseray.actors.training.objective import BatchSource
 from sparseray.actors.training.worker import AttentionWorker
 from sparseray.actors.wire.envelope import INGRESS, SCHEDULER, Body, Message
@@ -57,12 +59,45 @@ class Job(Protocol):
     is_serving: bool
 
     def holdings(self) -> Holdings: ...
-    def engine(self, model: Transformer, exchange: Exchange | EnduringExchange) -> Engine | None: ...
+    def engine(self, model: Transformer, exchange: Exchange | EnduringExchange) -> Engine | None:
+        """Make the engine; None for a job that does not serve.
+
+        Args:
+            model: dense weights.
+            exchange: of the plan in force, or one that outlives plans.
+        """
+        ...
+
     def train_batches(self) -> BatchSource: ...
     def validation_batches(self) -> BatchSource: ...
-    def read(self, directory: str, names: Sequence[str]) -> dict[str, Tensor]: ...
-    def write(self, directory: str, name: str, tensors: dict[str, Tensor]) -> dict[str, SavedTensor]: ...
-    def observe(self, name: str, value: float, **labels: str) -> None: ...
+    def read(self, directory: str, names: Sequence[str]) -> dict[str, Tensor]:
+        """Read tensors of a checkpoint.
+
+        Args:
+            directory: its folder.
+            names: logical names.
+        """
+        ...
+
+    def write(self, directory: str, name: str, tensors: dict[str, Tensor]) -> dict[str, SavedTensor]:
+        """Write one file of a checkpoint and say where each tensor is.
+
+        Args:
+            directory: its folder.
+            name: of the file, without its suffix.
+            tensors: by logical name.
+        """
+        ...
+
+    def observe(self, name: str, value: float, **labels: str) -> None:
+        """Record a metric of the slot.
+
+        Args:
+            name: in the registry.
+            value: in the metric's unit.
+            labels: of the metric.
+        """
+        ...
 
 
 class Roles:
@@ -90,6 +125,7 @@ class Roles:
         self.reduction: Reduction | None = None
         self.exchange: Exchange | None = None
         self.worker: AttentionWorker | None = None
+        self.saving = BackgroundSave()
         self.engine_role = EngineRole(mailbox, enter)
         self.control: dict[type[Body], Callable[[Message[Any]], None]] = {
             InstallPlan: self._install,
@@ -119,6 +155,7 @@ class Roles:
         self.mailbox.adopt(plan.generation)
         self.mailbox.transport.connect({**plan.addresses, SCHEDULER: body.scheduler, **ingress})
         self.worker, self.exchange, self.reduction, self.plan = None, None, None, None
+        self.saving.forget()
         self.job = self.job_from(body.job)
         if self.holdings is None:
             self.holdings = self.job.holdings()
@@ -192,12 +229,14 @@ class Roles:
     def _run_step(self, message: Message[RunStep]) -> None:
         assert self.worker is not None and self.plan is not None
         me, step = self.mailbox.slot, message.step
+        if (saved := self.saving.take()) is not None:
+            self.mailbox.post(SCHEDULER, saved[1], step=saved[0])
 
         def report(part: int, done: PartDone) -> None:
             self.mailbox.post(SCHEDULER, done, step=step, part=part)
 
         self.worker.run_step(step, self.plan.parts_of(me), self.job.train_batches(), report)
-        observe_worker(self.job.observe, self.worker, me)
+        observe_worker(self.job.observe, self.worker)
 
     def _commit(self, message: Message[Commit]) -> None:
         self._apply(message.body)
@@ -205,6 +244,7 @@ class Roles:
     def _apply(self, commit: Commit) -> None:
         """Apply a step's update to every replica held here."""
         assert self.holdings is not None and commit.step == self.committed + 1
+        self.saving.wait_until_copied()
         rows = self.holdings.apply(
             lr=commit.lr, memory_lr=commit.memory_lr, scale=commit.scale, counts_LE=commit.counts_LE
         )
@@ -221,18 +261,22 @@ class Roles:
         self.mailbox.post(SCHEDULER, Evaluated(losses=found), step=message.step)
 
     def _checkpoint(self, message: Message[SaveCheckpoint]) -> None:
-        """Write what is primary here into the checkpoint's folder and report the hashes."""
+        """Write what is primary here into the checkpoint's folder and report the hashes, now or when that is done."""
         assert self.plan is not None and self.holdings is not None
         me, directory, plan = self.mailbox.slot, message.body.directory, self.plan
-        files: dict[str, list[Piece]] = {
+        pieces: dict[str, list[Piece]] = {
             "dense": [DENSE] if plan.dense[0] == me else [],
             "experts": [("expert", *k) for k in plan.experts_of(me) if plan.experts[k[0]][k[1]][0] == me],
             "memory": [("bucket", *k) for k in plan.buckets_of(me) if plan.buckets[k[0]][k[1]][0] == me],
         }
-        entries: dict[str, SavedTensor] = {}
-        for file, pieces in files.items():
-            if pieces:
-                # The generation keeps a slot that was given up and comes back from writing over another's file.
-                name = f"{file}_{me}_{plan.generation}"
-                entries |= self.job.write(directory, name, self.holdings.tensors(pieces))
+        # The generation keeps a slot that was given up and comes back from writing over another's file.
+        files = {
+            f"{file}_{me}_{plan.generation}": self.holdings.tensors(of) for file, of in pieces.items() if of
+        }
+        write = partial(self.job.write, directory)
+        if message.body.in_background:
+            self.saving.start(message.step, files, write)
+            return
+        self.saving.forget()
+        entries = {name: entry for file, found in files.items() for name, entry in write(file, found).items()}
         self.mailbox.post(SCHEDULER, Saved(tensors=entries), step=message.step)

@@ -115,7 +115,8 @@ _MEMORY = (
     ),
     Panel(
         title="Where rows come from",
-        meaning="Distinct rows per second from tables in the own slot, and from other slots.",
+        meaning="Distinct rows per second: from tables in the own slot (local), from those of slots on the same host "
+        "(shared), by message (remote).",
         unit="suffix: rows/s",
         stack=True,
         queries=one(rate("dse_lookups_total", by="run, tier"), "{{run}} {{tier}}"),

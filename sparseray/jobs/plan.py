@@ -78,7 +78,9 @@ def run(config: RunConfig, show: Callable[[str], None]) -> int:
     """
     from sparseray.model.counts import count_parameters
     from sparseray.platform.checks import check_cluster
+    from sparseray.platform.device import GIB, describe, is_whole
     from sparseray.platform.opening import build_layout, open_data, resolve, training_inventory
+    from sparseray.platform.planning.device_memory import device_memory
 
     plan = check_cluster(config.cluster, training_inventory(config))
     data_line = "data: none given (--data.path); nothing was checked against a vocabulary"
@@ -109,6 +111,9 @@ def run(config: RunConfig, show: Callable[[str], None]) -> int:
         f"bytes: {human(once)} of weights and optimizer state, {human(held)} with all copies; "
         f"replication {config.cluster.replication}, activations not counted"
     )
+    if is_whole(config):
+        memory = device_memory(config)
+        show(f"on the device: about {memory.total / GIB:.1f} GiB ({describe(memory)})")
     show(
         f"step: {tokens_per_step(config):,} tokens in {config.train.logical_shards} logical shards of "
         f"{config.train.sequences_per_shard} x {config.train.seq_len}"

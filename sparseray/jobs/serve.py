@@ -16,13 +16,13 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from sparseray.errors import RunFailedError, SchedulerLostError, UserError
+from sparseray.errors import ConfigError, RunFailedError, SchedulerLostError, UserError
 from sparseray.jobs.http.options import NAMES, HttpOptions, add_options, read_options
 from sparseray.log import get_logger
 from sparseray.platform import config as configuration
 from sparseray.platform.config import ClusterConfig, RunConfig, ServeConfig
 from sparseray.platform.metrics.discovery import entries, publish, state_directory
-from sparseray.platform.settings import expand_path
+from sparseray.platform.settings import expand_path, nearest
 
 log = get_logger(__name__)
 
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str]) -> int:
     known |= {f"serve.{name.name}" for name in fields(ServeConfig)} - {"serve.host", "serve.port"}
     known |= {f"cluster.{name.name}" for name in fields(ClusterConfig)}
     try:
-        configuration.check_keys(arguments, known)
+        _check_keys(arguments, known)
         options = parser.parse_args(list(arguments))
         made = parser.instantiate(options)
         serve = ServeConfig(**{**vars(made.serve), "host": options.host, "port": options.port})
@@ -60,6 +60,14 @@ def main(arguments: Sequence[str]) -> int:
     except RunFailedError as error:
         configuration.die(error)
         return 1
+
+
+def _check_keys(arguments: Sequence[str], known: set[str]) -> None:
+    """See that options are known; the parser would name none that is near."""
+    for argument in arguments:
+        name = argument[2:].split("=")[0]
+        if argument.startswith("--") and argument != "--help" and name not in known:
+            raise ConfigError(f"unknown option --{name}; {nearest(name, known)}")
 
 
 def run(directory: Path, serve: ServeConfig, cluster_config: ClusterConfig, http: HttpOptions) -> int:

@@ -319,7 +319,8 @@ def ops_for(kernels: Kernels, device: torch.device) -> Ops:
     capability = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
     if kernels == "reference" or (kernels == "auto" and capability < 9):
         return REFERENCE
-    from sparseray.kernels.triton_ops import TRITON, is_interpreted
+    from sparseray.kernels.takes import is_interpreted
+    from sparseray.kernels.triton_ops import TRITON
 
     if kernels == "triton" and not (capability >= 9 or (device.type == "cpu" and is_interpreted())):
         raise ConfigError(

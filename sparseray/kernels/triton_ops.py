@@ -1,11 +1,11 @@
 """`TRITON`: the operations of `Ops` by the kernels of dense/, nsa/, moe/ and dse/, in fp32, bf16 or fp16 on one device.
 
-A method that is not here is the plain one of `PlainOps`, because no kernel of ours does it:
+Paged caches are in paged_triton_ops.py. A method that is in neither is the plain one of `PlainOps`, because no kernel of ours does it:
 
 | operation | what runs | until |
 |---|---|---|
 | linear, logits | cuBLAS, with the row's bits as they come | |
-| attend | torch's fused attention (a mask for a chunk against longer keys) | |
+| attend | torch's fused attention | |
 | rotary_split where head sizes differ | torch | |
 | memory_gate, memory_conv | torch: the fused kernel takes whole sequences, these are a chunk's pieces in serving | |
 | top_k | torch's, ties in any order: for the balance loss alone | |
@@ -18,18 +18,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import groupby
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+import triton
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
-from triton.runtime.jit import JITFunction
 
 from sparseray.errors import ConfigError
-from sparseray.kernels.attention.decode import PagedDecodeWorkspace, paged_decode
-from sparseray.kernels.attention.paged_write import paged_write
 from sparseray.kernels.dense.adamw import adamw_step
 from sparseray.kernels.dense.embedding import embedding_grad_
 from sparseray.kernels.dense.head_loss import head_loss
@@ -45,45 +40,15 @@ from sparseray.kernels.moe.ffn import moe_ffn
 from sparseray.kernels.moe.router import route
 from sparseray.kernels.nsa.attention import nsa_attention, nsa_selection
 from sparseray.kernels.nsa.compress import compress
-from sparseray.kernels.nsa.compress_step import compress_step
-from sparseray.kernels.nsa.decode import DecodeWorkspace, nsa_decode
-from sparseray.kernels.nsa.gates import combine_kernel
-from sparseray.kernels.nsa.prefill import nsa_prefill, prefill_geometry
 from sparseray.kernels.nsa.reference import BranchKeys, Compression
-from sparseray.kernels.paged import KeyValues, Pages
-from sparseray.kernels.plain_ops import PlainOps
+from sparseray.kernels.paged_triton_ops import PagedTritonOps
 from sparseray.kernels.settings import NSASizes
+from sparseray.kernels.takes import check
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LARGEST_HEAD = 192
 """Channels of the widest head that the NSA kernels were run with on a GPU."""
 DECODE_ROWS = 512
 """Tokens up to which the experts' kernels for decoding are the faster ones."""
-
-
-def is_interpreted() -> bool:
-    """Whether TRITON_INTERPRET was set before Triton was imported."""
-    return not isinstance(combine_kernel, JITFunction)
-
-
-def _check(what: str, *tensors: Tensor) -> None:
-    """See that the tensors are of one dtype that the kernels take, and on a device that runs them.
-
-    Raises:
-        ConfigError: they are not.
-    """
-    dtypes = {t.dtype for t in tensors}
-    if len(dtypes) > 1 or not dtypes <= set(DTYPES):
-        found = ", ".join(sorted(str(d) for d in dtypes))
-        raise ConfigError(
-            f"kernels=triton: {what} got {found}; give all of it one of float32, bfloat16 and float16, or use"
-            " kernels=reference"
-        )
-    if not (tensors[0].is_cuda or is_interpreted()):
-        raise ConfigError(
-            f"kernels=triton: {what} got a tensor on {tensors[0].device}; move the model to a GPU, or use"
-            " kernels=reference"
-        )
 
 
 @lru_cache(maxsize=256)
@@ -92,9 +57,14 @@ def _table(values: tuple[int, ...] | tuple[tuple[int, ...], ...], device: torch.
     return torch.tensor(values, dtype=torch.int64, device=device)
 
 
-@lru_cache(maxsize=16)
-def _numbers(count: int, device: torch.device) -> Tensor:
+@lru_cache(maxsize=32)
+def _all_numbers(count: int, device: torch.device) -> Tensor:
     return torch.arange(count, device=device, dtype=torch.int32)
+
+
+def _numbers(count: int, device: torch.device) -> Tensor:
+    """0, 1, ... count - 1: the beginning of one of a few tensors, which stay, as CUDA graphs read them."""
+    return _all_numbers(max(1 << 16, triton.next_power_of_2(count)), device)[:count]
 
 
 class _Embedding(torch.autograd.Function):
@@ -113,7 +83,7 @@ class _Embedding(torch.autograd.Function):
         return None, embedding_grad_(sums_VH, tokens_R, grads[0]).to(ctx.like.dtype)
 
 
-class TritonOps(PlainOps):
+class TritonOps(PagedTritonOps):
     """See `Ops` for what each operation does."""
 
     def embedding(self, tokens_R: Tensor, weight_VH: Tensor) -> Tensor:
@@ -170,7 +140,7 @@ class TritonOps(PlainOps):
         return head_loss(hidden_RH, weight_VH, targets_R, weights_R)
 
     def compress(self, x_BTGD: Tensor, phi: Compression, sizes: NSASizes) -> Tensor:
-        _check("the compression of NSA", x_BTGD, phi.w1, phi.w2)
+        check("the compression of NSA", x_BTGD, phi.w1, phi.w2)
         if x_BTGD.shape[1] < sizes.block:
             return super().compress(
                 x_BTGD, phi, sizes
@@ -188,7 +158,7 @@ class TritonOps(PlainOps):
         win_start: int = 0,
     ) -> Tensor:
         branches = (keys.k_cmp, keys.v_cmp, keys.k_slc, keys.v_slc, keys.k_win, keys.v_win)
-        _check("native sparse attention", q_BTQD, *branches)
+        check("native sparse attention", q_BTQD, *branches)
         widest = max(q_BTQD.shape[-1], keys.v_slc.shape[-1])
         if widest > LARGEST_HEAD:
             raise ConfigError(
@@ -201,7 +171,7 @@ class TritonOps(PlainOps):
     def nsa_selection(
         self, q_BTQD: Tensor, k_cmp: Tensor, num_keys: int, sizes: NSASizes, *, q_start: int = 0
     ) -> Tensor:
-        _check("the selection of NSA", q_BTQD, k_cmp)
+        check("the selection of NSA", q_BTQD, k_cmp)
         return nsa_selection(q_BTQD, k_cmp, num_keys, sizes, q_start=q_start)
 
     def route(
@@ -217,7 +187,7 @@ class TritonOps(PlainOps):
         normalize: bool | None,
         scaling: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        _check("the router", logits_TE)
+        check("the router", logits_TE)
         return route(
             logits_TE,
             top_k=top_k,
@@ -238,7 +208,7 @@ class TritonOps(PlainOps):
         gate_up_E2IH: Tensor,
         down_EHI: Tensor,
     ) -> Tensor:
-        _check("the experts", x_TH, gate_up_E2IH, down_EHI)
+        check("the experts", x_TH, gate_up_E2IH, down_EHI)
         if x_TH.shape[0] <= DECODE_ROWS and not torch.is_grad_enabled():
             return moe_ffn_decode(
                 x_TH.contiguous(),
@@ -293,7 +263,7 @@ class TritonOps(PlainOps):
         shape: tuple[int, int],
         starts_BT: Tensor | None,
     ) -> Tensor:
-        _check("the memory's fusion", h_RH, key_RH, value_RH)
+        check("the memory's fusion", h_RH, key_RH, value_RH)
         h, key, value = (x.unflatten(0, shape) for x in (h_RH, key_RH, value_RH))
         out_BTH = dse_fusion.memory_output(h, key, value, fusion, document_starts_BT=starts_BT)
         return out_BTH.flatten(0, 1)
@@ -329,153 +299,6 @@ class TritonOps(PlainOps):
             weight_decay=weight_decay,
             step=step,
         )
-
-    def paged_write(self, pool: KeyValues, k_RGD: Tensor, v_RGV: Tensor, pages: Pages) -> None:
-        _check("the paged cache", k_RGD, *pool)
-        paged_write(k_RGD, v_RGV, pages.places_R, *pool)
-
-    def paged_attend(self, q_RQD: Tensor, pool: KeyValues, pages: Pages) -> Tensor:
-        if pages.chunks is not None:
-            return self._attend_chunks(q_RQD, pool, pages, pages.chunks)
-        (R, heads, _), B, width = q_RQD.shape, pages.num_sequences, pool[1].shape[-1]
-        workspace = pages.scratch.get("attend")
-        if workspace is None:
-            longest = pages.table_BW.shape[1] * pages.page
-            workspace = PagedDecodeWorkspace.create(B, 1, heads, width, longest, q_RQD.device)
-            pages.scratch["attend"] = workspace
-        out = q_RQD.new_empty(R, heads, width)
-        paged_decode(
-            q_RQD[:B].unsqueeze(1).contiguous(),
-            *pool,
-            pages.table_BW,
-            pages.context_lens_B,
-            workspace,
-            out[:B].unsqueeze(1),
-        )
-        return out
-
-    def _attend_chunks(
-        self, q_RQD: Tensor, pool: KeyValues, pages: Pages, chunks: tuple[tuple[int, int, int], ...]
-    ) -> Tensor:
-        """Chunks of one length and context that follow one another go through together."""
-        out, first = q_RQD.new_empty(*q_RQD.shape[:2], pool[1].shape[-1]), 0
-        for (size, context), same in groupby(chunks, lambda chunk: (chunk[1] - chunk[0], chunk[2])):
-            count = len(list(same))
-            rows = slice(chunks[first][0], chunks[first][0] + count * size)
-            table = pages.table_BW[first : first + count, : -(-context // pages.page)].long()
-            k, v = (cache[table].flatten(1, 2)[:, :context] for cache in pool)
-            out[rows] = self.attend(q_RQD[rows].unflatten(0, (count, size)), k, v).flatten(0, 1)
-            first += count
-        return out
-
-    def paged_compress(
-        self,
-        raw: Tensor,
-        compressed: Tensor,
-        phi: Compression,
-        sizes: NSASizes,
-        pages: Pages,
-        angles: tuple[Tensor, Tensor] | None,
-    ) -> None:
-        assert phi.b1 is not None and phi.b2 is not None and phi.pos is not None
-        # Weights do not change while something is served.
-        key = ("bias", phi.w1.data_ptr())
-        bias = pages.scratch.get(key)
-        if bias is None:
-            bias = pages.scratch[key] = torch.addmv(phi.b1, phi.w1, phi.pos.flatten())
-        chunks = pages.chunks or ((0, 1, 1),)
-        compress_step(
-            raw,
-            pages.table_BW,
-            compressed,
-            pages.table_BW,
-            pages.context_lens_B,
-            phi.w1,
-            bias,
-            phi.w2,
-            phi.b2,
-            block=sizes.block,
-            stride=sizes.stride,
-            query_len=max(stop - start for start, stop, _ in chunks),
-            angles=angles,
-        )
-
-    def paged_nsa_attention(
-        self,
-        q_RQD: Tensor,
-        gates_RQ3: Tensor,
-        compressed: KeyValues,
-        selected: KeyValues,
-        window: KeyValues,
-        sizes: NSASizes,
-        pages: Pages,
-    ) -> Tensor:
-        _check("native sparse attention over pages", q_RQD, *compressed, *selected, *window)
-        (R, heads, _), B, table = q_RQD.shape, pages.num_sequences, pages.table_BW
-        num_kv, width = selected[1].shape[2:]
-        out = q_RQD.new_empty(R, heads, width)
-        if pages.chunks is None:
-            workspace = pages.scratch.get("nsa")
-            if workspace is None:
-                longest = table.shape[1] * pages.page
-                workspace = DecodeWorkspace.create(
-                    B, 1, heads, num_kv, width, longest, sizes, device=q_RQD.device
-                )
-                pages.scratch["nsa"] = workspace
-            nsa_decode(
-                q_RQD[:B].unsqueeze(1).contiguous(),
-                gates_RQ3[:B].unsqueeze(1).contiguous(),
-                compressed,
-                selected,
-                window,
-                table,
-                table,
-                table,
-                pages.context_lens_B,
-                workspace,
-                out[:B].unsqueeze(1),
-                sizes,
-            )
-            return out
-        assert pages.cu_seqlens is not None
-        rows = pages.chunks[-1][1]
-        geometry = pages.scratch.get("nsa")
-        if geometry is None:
-            geometry = prefill_geometry(
-                pages.cu_seqlens,
-                pages.context_lens_B,
-                (table, table, table),
-                tokens=rows,
-                page=pages.page,
-                sizes=sizes,
-            )
-            pages.scratch["nsa"] = geometry
-        out[:rows] = nsa_prefill(
-            q_RQD[:rows],
-            gates_RQ3[:rows],
-            compressed,
-            selected,
-            window,
-            table,
-            table,
-            table,
-            pages.cu_seqlens,
-            pages.context_lens_B,
-            sizes,
-            geometry=geometry,
-        )
-        return out
-
-    def attend(self, q_BTQD: Tensor, k_BSGD: Tensor, v_BSGV: Tensor) -> Tensor:
-        T, S = q_BTQD.shape[1], k_BSGD.shape[1]
-        if not 1 < T < S or not q_BTQD.is_cuda or torch.is_grad_enabled():
-            return super().attend(q_BTQD, k_BSGD, v_BSGV)
-        # A chunk after earlier keys: this mask is known to the fused attention and is not built.
-        q, k, v = (x.transpose(1, 2) for x in (q_BTQD, k_BSGD, v_BSGV))
-        if k.shape[1] != q.shape[1]:
-            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=causal_lower_right(T, S))
-        return out.transpose(1, 2)
 
 
 TRITON = TritonOps()

@@ -22,6 +22,10 @@ ANSWER_S = 8.0
 def check_cluster(cluster: ClusterConfig, inventory: Inventory) -> Plan:
     """Return the first plan of a configuration, with slots 0, 1, ..., if roles, replication and slots fit.
 
+    Args:
+        cluster: wanted roles, replication and slots.
+        inventory: what there is to place.
+
     Raises:
         ConfigError: they do not.
     """

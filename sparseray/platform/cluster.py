@@ -138,6 +138,12 @@ def detach() -> None:
 def ask(scheduler: Any, method: str, *arguments: Any, timeout_s: float = 30.0) -> Any:
     """Call a method of a scheduler and wait for the answer.
 
+    Args:
+        scheduler: handle of the actor.
+        method: its name.
+        arguments: of the call.
+        timeout_s: seconds to wait.
+
     Raises:
         SchedulerLostError: it is gone, or being restarted.
     """

@@ -21,7 +21,7 @@ from sparseray.errors import ConfigError
 from sparseray.kernels.settings import Kernels
 from sparseray.model.config import ModelConfig
 from sparseray.model.limits import Limits, check, complaint, count, within
-from sparseray.platform.settings import Setting, expand_path, nearest, read_file, read_options
+from sparseray.platform.settings import Setting, expand_path, read_file, read_options
 
 C = TypeVar("C")
 MOST_SLOTS = 1 << 16
@@ -207,8 +207,8 @@ class RunConfig:
     Args:
         model, data, optim, train, cluster, serve, metrics: see each section.
         kernels: "reference" (plain PyTorch), "triton", or "auto": Triton on a GPU of compute capability 9 or more.
-        determinism: "bitwise" (gradients of the parts are summed along one tree, whatever the number of workers), or
-            "fast": on a GPU one after another in place, which takes less memory.
+        determinism: "bitwise" (every sum in one order, gradients of the parts along one tree whatever the number of
+            workers), or "fast": on a GPU parts are summed in place and full attention takes its fastest backward pass.
         run_dir: folder of the run.
     """
 
@@ -245,11 +245,22 @@ class Parser(jsonargparse.ArgumentParser):
         super().__init__(*arguments, **({"formatter_class": _HelpFormatter} | options))
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """End with a message of ours.
+
+        Args:
+            message: of the parser.
+            ex: what it comes from.
+        """
         raise ConfigError(_shorten(message))
 
 
 def parser(prog: str, description: str) -> jsonargparse.ArgumentParser:
-    """Return a parser with `--config FILE` and one option per field of every section."""
+    """Return a parser with `--config FILE` and one option per field of every section.
+
+    Args:
+        prog: name of the command.
+        description: of the command, for --help.
+    """
     found = Parser(prog=prog, description=description)
     found.add_argument("--config", action="config", help="YAML file; options after it override its values")
     for section, kind in zip(SECTIONS, (f.type for f in fields(RunConfig))):
@@ -264,7 +275,7 @@ def parser(prog: str, description: str) -> jsonargparse.ArgumentParser:
         "--determinism",
         type=Determinism,
         default=RunConfig.determinism,
-        help="order in which gradients of a step's parts are summed; fast: in place, on a GPU",
+        help="bitwise: the same bits in every run; fast: on a GPU sums may take any order",
     )
     found.add_argument(
         "--run_dir", type=str, default=RunConfig.run_dir, help="folder of the run; resumes what it holds"
@@ -319,18 +330,6 @@ def _shorten(message: str) -> str:
     return " ".join(dict.fromkeys(lines))[:600]
 
 
-def check_keys(arguments: Sequence[str], known: set[str]) -> None:
-    """See that options are known.
-
-    Raises:
-        ConfigError: one is not; it names the nearest that is.
-    """
-    for argument in arguments:
-        name = argument[2:].split("=")[0]
-        if argument.startswith("--") and argument != "--help" and name not in known:
-            raise ConfigError(f"unknown option --{name}; {nearest(name, known)}")
-
-
 def to_dict(config: RunConfig) -> dict[str, Any]:
     """Return plain values for YAML, JSON or msgpack."""
     plain: dict[str, Any] = _plain(asdict(config))
@@ -345,6 +344,10 @@ def _plain(value: Any) -> Any:
 
 def from_dict(kind: type[C], value: dict[str, Any]) -> C:
     """Rebuild a dataclass from `to_dict`; lists become tuples where the field says so.
+
+    Args:
+        kind: the dataclass.
+        value: plain values by field.
 
     Raises:
         ConfigError: a key that the dataclass lacks.
@@ -366,7 +369,12 @@ def _typed(hint: Any, value: Any) -> Any:
 
 
 def save_yaml(config: RunConfig, path: Path) -> None:
-    """Write the resolved configuration."""
+    """Write the resolved configuration.
+
+    Args:
+        config: resolved.
+        path: of the file.
+    """
     path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
 
 

@@ -91,11 +91,11 @@ def _check_whole(config: RunConfig) -> None:
 
 
 def _check_by_message(config: RunConfig) -> None:
-    needs = "needs one slot that plays all roles: set train.dtype=bfloat16, or cluster.device=cuda on a machine with a GPU"
+    needs = "needs one slot that plays all roles (cluster.device=cuda, or train.dtype=bfloat16)"
     if config.optim.moments != "float32":
-        raise ConfigError(f"optim.moments={config.optim.moments} {needs}; or leave it at float32")
+        raise ConfigError(f"optim.moments={config.optim.moments} {needs}; set optim.moments=float32")
     if config.train.recompute:
-        raise ConfigError(f"train.recompute=true {needs}; or leave it at false")
+        raise ConfigError(f"train.recompute=true {needs}; set train.recompute=false")
 
 
 def _check_gpu(config: RunConfig, found: Driver) -> None:

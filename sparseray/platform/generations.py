@@ -21,7 +21,7 @@ from sparseray.log import get_logger
 from sparseray.platform.config import ClusterConfig
 from sparseray.platform.fleet.control import Control, Fleet, Loss, StalledError
 from sparseray.platform.planning.holders import Holders
-from sparseray.platform.planning.inventory import Roles
+from sparseray.platform.planning.inventory import Roles, num_slots
 from sparseray.platform.planning.replan import Moves, make_plan, moves, replan
 from sparseray.platform.run.events import Change, Events, role_holders
 from sparseray.platform.run.history import JobHistory, Wish
@@ -31,6 +31,7 @@ from sparseray.platform.workload import Workload
 log = get_logger(__name__)
 
 RESEND_S = 1.0
+REFILL_S = 0.02
 INSTALL_DEADLINE_S = 120.0
 MOST_STALLS = 5
 
@@ -157,6 +158,10 @@ class Generations:
     def change(self, new: Plan, step: int) -> Moves:
         """Enter a plan that was wished for, and return what moved.
 
+        Args:
+            new: the plan.
+            step: that is committed.
+
         Raises:
             SlotsLostError, StalledError: on the way; `recover` goes on from there.
         """
@@ -190,6 +195,7 @@ class Generations:
             if isinstance(error, SlotsLostError):
                 self.holders.forget({loss.slot for loss in error.losses})
             started = time.monotonic()
+            self._refill()
             new = self.replanned(self.wanted)
             pulls = None
             if restore is None or not restore.everything:
@@ -210,6 +216,14 @@ class Generations:
                 error = next_error
                 if isinstance(error, SlotsLostError):
                     self._tell_losses(error, step)
+
+    def _refill(self) -> None:
+        """Start slots where none is left; without replicas a checkpoint has all that they need."""
+        if self.fleet.members() or self.cluster.replication > 1:
+            return
+        self.fleet.start(num_slots(self.wanted, colocated=self.cluster.colocated))
+        while self.fleet.starting():
+            time.sleep(REFILL_S)
 
     def _enter(self, new: Plan, step: int, *, restore: Restore | None, pulls: Moves | None) -> None:
         """Journal a plan, send it, and wait until every slot has its roles and state."""
@@ -324,7 +338,14 @@ class Generations:
             self.tell("lost", step, f"slot {loss.slot} ({roles}): {loss.cause}")
 
     def tell(self, kind: str, step: int, text: str, **more: Any) -> None:
-        """Tell of an event after a step, under the plan in force."""
+        """Tell of an event after a step, under the plan in force.
+
+        Args:
+            kind: of the event.
+            step: after which it came.
+            text: for people.
+            more: further values of the record.
+        """
         assert self.plan is not None
         members = set(self.fleet.members())
         self.events.tell(

@@ -87,7 +87,12 @@ def serving_inventory(config: RunConfig) -> Inventory:
 
 
 def slots_of(config: RunConfig, inventory: Inventory) -> int:
-    """Slots to start with: those with roles, and the standby ones."""
+    """Slots to start with: those with roles, and the standby ones.
+
+    Args:
+        config: of the run.
+        inventory: what there is to place.
+    """
     roles = inventory.roles(config.cluster)
     return num_slots(roles, colocated=config.cluster.colocated) + config.cluster.standby
 
@@ -151,13 +156,23 @@ def open_data(config: RunConfig) -> dict[str, TokenDataset]:
 
 
 def resolve(config: RunConfig, data: TokenDataset) -> RunConfig:
-    """Fill in what follows from the data: the token that ends a document, which serving must know too."""
+    """Fill in what follows from the data: the token that ends a document, which serving must know too.
+
+    Args:
+        config: of the run.
+        data: its training split.
+    """
     dse = replace(config.model.dse, document_end_id=data.eos_id)
     return replace(config, model=replace(config.model, dse=dse))
 
 
 def build_layout(model: ModelConfig, data: TokenDataset) -> DSELayout | None:
-    """Build the DSE identity from the data's tokenizer; None for a model without memory."""
+    """Build the DSE identity from the data's tokenizer; None for a model without memory.
+
+    Args:
+        model: its configuration.
+        data: whose tokenizer counts.
+    """
     return (
         DSELayout.build(model.dse, data.tokenizer(), vocab_size=model.vocab_size)
         if model.dse.layers

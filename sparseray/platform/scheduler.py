@@ -182,6 +182,11 @@ class Scheduler:
     def progress(self, after: int, epoch: str = "", wait_s: float = 0.5) -> dict[str, Any]:
         """Return the records after the first `after` ones of `epoch`, waiting a little for new ones.
 
+        Args:
+            after: records that the caller has.
+            epoch: of the scheduler that gave them; another one's begin anew.
+            wait_s: seconds to wait for a new one.
+
         Returns:
             {"epoch", "seen", "records": [...], "done": bool, "failure": None or {"error", "kind", "user"}}
         """
@@ -220,6 +225,10 @@ class Scheduler:
 
     def scale(self, role: str, count: int) -> dict[str, Any]:
         """Ask for another number of slots of a role.
+
+        Args:
+            role: attention, experts or memory.
+            count: wanted slots.
 
         Returns:
             {"error": ""} or why it is refused; nothing is changed then.

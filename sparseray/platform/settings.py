@@ -61,7 +61,12 @@ for _kind, _words, _first in (
 
 
 def keys_of(kind: type, prefix: str = "") -> Iterator[tuple[str, Key]]:
-    """Yield every dotted key of a dataclass, sections included."""
+    """Yield every dotted key of a dataclass, sections included.
+
+    Args:
+        kind: the dataclass.
+        prefix: put before every key.
+    """
     hints = hints_of(kind)
     for item in fields(kind):
         hint = hints[item.name]
@@ -255,7 +260,12 @@ def _example(section: str, known: dict[str, Key]) -> str:
 
 
 def nearest(name: str, known: typing.Iterable[str]) -> str:
-    """Name the known key that a mistyped one is closest to."""
+    """Name the known key that a mistyped one is closest to.
+
+    Args:
+        name: as it was typed.
+        known: keys.
+    """
     close = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.5)
     return f"did you mean {close[0]!r}?" if close else "see --help for the known ones"
 

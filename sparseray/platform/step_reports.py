@@ -1,5 +1,6 @@
 """What slots report of one training step, until it can be committed."""
 
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -39,6 +40,15 @@ class StepReports:
     def counts_LE(self) -> np.ndarray:
         """Tokens per moe layer and expert over all parts, int64."""
         return np.asarray(sum(part.counts_LE.numpy() for part in self.parts.values()))
+
+    @property
+    def losses(self) -> dict[str, float]:
+        """Mean over the parts, in part order, of each further loss that the objective names."""
+        found: dict[str, list[float]] = {}
+        for part in sorted(self.parts):
+            for name, value in self.parts[part].metrics.items():
+                found.setdefault(name, []).append(value)
+        return {name: math.fsum(values) / len(values) for name, values in sorted(found.items())}
 
     def check_replicas(self) -> None:
         """Stop when replicas hold different gradients: that is a defect, and applying them would hide it."""

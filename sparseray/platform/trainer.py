@@ -9,6 +9,7 @@ who holds what are in generations.py. Runs in the scheduler's thread.
 import math
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from sparseray.actors.installation import Restore
 from sparseray.actors.state.assignment import Plan
 from sparseray.actors.wire.codec import to_plain
+from sparseray.actors.wire.envelope import Message
 from sparseray.actors.wire.messages import (
     Commit,
     Evaluate,
@@ -31,6 +33,7 @@ from sparseray.actors.wire.messages import (
 )
 from sparseray.errors import SlotsLostError, UserError
 from sparseray.platform.config import OptimConfig, RunConfig, to_dict
+from sparseray.platform.device import is_whole
 from sparseray.platform.fleet.control import StalledError
 from sparseray.platform.generations import Generations
 from sparseray.platform.metrics.training import StepMetrics
@@ -43,12 +46,51 @@ from sparseray.platform.training import Training
 
 
 def learning_rate(step: int, optim: OptimConfig, steps: int) -> float:
-    """Linear warm-up, then a cosine to `min_lr_ratio`; `step` counts from 1."""
+    """Linear warm-up, then a cosine to `min_lr_ratio`; `step` counts from 1.
+
+    Args:
+        step: from 1.
+        optim: peak rate, warm-up and floor.
+        steps: of the whole run.
+    """
     if step <= optim.warmup_steps:
         return optim.lr * step / optim.warmup_steps
     progress = (step - optim.warmup_steps) / max(1, steps - optim.warmup_steps)
     floor = optim.lr * optim.min_lr_ratio
     return floor + (optim.lr - floor) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+
+
+@dataclass
+class Saving:
+    """A checkpoint that slots are writing.
+
+    Args:
+        step: that it is of.
+        folder: unfinished.
+        waiting: slots that have not answered.
+        tensors: what those that have wrote.
+        started: when it began.
+    """
+
+    step: int
+    folder: Path
+    waiting: set[int]
+    tensors: dict[str, SavedTensor] = field(default_factory=dict)
+    started: float = field(default_factory=time.perf_counter)
+
+    def take(self, message: Message[Saved]) -> bool:
+        """Add an answer; True once all are in.
+
+        Raises:
+            UserError: a slot could not write.
+        """
+        if message.step != self.step + 1:
+            return False  # Of a checkpoint that was given up.
+        if message.body.error:
+            raise UserError(message.body.error)
+        self.tensors |= message.body.tensors
+        self.waiting.discard(message.source)
+        return not self.waiting
 
 
 class Trainer:
@@ -84,6 +126,7 @@ class Trainer:
         self.step = 0
         self._due: list[Callable[[], None]] = []
         self._is_last = False
+        self._saving: Saving | None = None
 
     @property
     def plan(self) -> Plan:
@@ -131,6 +174,7 @@ class Trainer:
             except (SlotsLostError, StalledError) as error:
                 with self.ledger.state("recovering", failed="recovering"):
                     step = self.generations.recover(error, self.step)
+                self._saving = None
                 if step != self.step:
                     self.step, self._due, self._is_last = step, [], False
 
@@ -188,7 +232,10 @@ class Trainer:
         reports, plan = StepReports(), self.plan
         roles = (("dense", plan.dense), ("expert", plan.expert_holders), ("memory", plan.memory_holders))
         expected = {(slot, role) for role, slots in roles for slot in slots}
-        for message in self.control.messages(PartDone, Prepared):
+        for message in self.control.messages(PartDone, Prepared, Saved):
+            if isinstance(message.body, Saved):
+                self._saved(message)
+                continue
             if message.step != step:
                 continue
             reports.take(message)
@@ -218,6 +265,7 @@ class Trainer:
             "expert_load": counts.tolist(),
             "generation": self.plan.generation,
             "time": time.time(),
+            **({"losses": reports.losses} if reports.losses else {}),
             **({"device_gib": peak / 2**30} if peak else {}),
         }
 
@@ -253,62 +301,81 @@ class Trainer:
         Raises:
             UserError: it was the last one of the run.
         """
+        # A slot that has everything writes beside the next steps; the last checkpoint is waited for.
+        in_background = is_whole(self.config) and not self._is_last
+        if in_background and self._saving is not None:
+            text = f"the checkpoint of step {self._saving.step} is still being written"
+            self.generations.tell("unsaved", self.step, f"no checkpoint of step {self.step}: {text}")
+            return
         try:
-            self._save()
+            with self.ledger.state("checkpointing"):
+                saving = self._begin_saving(in_background=in_background)
+                if not in_background:
+                    for message in self.control.messages(Saved, deadline_s=self.control.deadline_s + 60):
+                        if saving.take(message):
+                            break
+                    self._finish_saving(saving)
         except (OSError, UserError) as error:
-            checkpoint.give_up(self.folder.checkpoints, self.step)
-            text = f"no checkpoint of step {self.step}: {' '.join(str(error).split())}"
-            self.generations.tell("unsaved", self.step, text)
-            if self._is_last:
-                raise UserError(
-                    f"{text}; free space or mend {self.folder.checkpoints}, and the same command goes on from the "
-                    "newest checkpoint there"
-                ) from None
+            self._unsaved(error, self.step)
 
-    def _save(self) -> None:
-        """Write a checkpoint; it counts once its folder has its final name."""
-        started = time.perf_counter()
-        with self.ledger.state("checkpointing"):
-            unfinished = checkpoint.begin(self.folder.checkpoints, self.step)
-            self.folder.copy_identity(unfinished)
-            tensors = self._save_parts(unfinished)
-            files = {entry["file"] for entry in tensors.values()}
-            identity = sorted(path.name for path in self.folder.identity.iterdir())
-            files |= {*identity}
-            sizes = {name: (unfinished / name).stat().st_size for name in sorted(files)}
-            manifest = {
-                "format": checkpoint.FORMAT,
-                "step": self.step,
-                "digest": checkpoint.digest(tensors),
-                "config": to_dict(self.config),
-                "dse_layout_sha256": self.folder.layout_sha256(),
-                "files": sizes,
-                "identity": {name: checkpoint.file_sha256(unfinished / name) for name in identity},
-                "tensors": dict(sorted(tensors.items())),
-            }
-            final = checkpoint.finish(unfinished, manifest)
-            self.journal.append(
-                "checkpoint", generation=self.plan.generation, step=self.step, digest=manifest["digest"]
-            )
-            checkpoint.prune(self.folder.checkpoints, self.config.train.keep_checkpoints)
-        seconds = time.perf_counter() - started
-        self.step_metrics.checkpoint(seconds, sum(sizes.values()))
-        record = {"step": self.step, "checkpoint": str(final), "digest": manifest["digest"]}
-        self.on_record({**record, "seconds": seconds})
+    def _unsaved(self, error: Exception, step: int) -> None:
+        """Tell that there is no checkpoint of a step, and stop if it was the last."""
+        checkpoint.give_up(self.folder.checkpoints, step)
+        text = f"no checkpoint of step {step}: {' '.join(str(error).split())}"
+        self.generations.tell("unsaved", step, text)
+        if self._is_last:
+            raise UserError(
+                f"{text}; free space or mend {self.folder.checkpoints}, and the same command goes on from the "
+                "newest checkpoint there"
+            ) from None
 
-    def _save_parts(self, unfinished: Path) -> dict[str, Any]:
-        """Have every slot write what is primary there, and return the hashes by tensor."""
+    def _begin_saving(self, *, in_background: bool) -> Saving:
+        """Have every slot write what is primary there."""
+        unfinished = checkpoint.begin(self.folder.checkpoints, self.step)
+        self.folder.copy_identity(unfinished)
         plan = self.plan
-        waiting = {plan.dense[0], *plan.expert_primaries, *plan.memory_primaries}
+        slots = {plan.dense[0], *plan.expert_primaries, *plan.memory_primaries}
+        saving = Saving(step=self.step, folder=unfinished, waiting=slots)
+        self._saving = saving if in_background else None
         # As a part of the open step, so that a slot that has not applied the last commit yet keeps it back.
-        body = SaveCheckpoint(directory=str(unfinished))
-        self.control.post(sorted(waiting), body, step=self.step + 1)
-        tensors: dict[str, SavedTensor] = {}
-        for message in self.control.messages(Saved, deadline_s=self.control.deadline_s + 60):
-            if message.step != self.step + 1:
-                continue  # Of a checkpoint that was given up.
-            tensors |= message.body.tensors
-            waiting.discard(message.source)
-            if not waiting:
-                break
-        return {name: to_plain(entry) for name, entry in tensors.items()}
+        body = SaveCheckpoint(directory=str(unfinished), in_background=in_background)
+        self.control.post(sorted(slots), body, step=self.step + 1)
+        return saving
+
+    def _saved(self, message: Message[Saved]) -> None:
+        """Take note of what was written beside the steps."""
+        saving = self._saving
+        try:
+            if saving is not None and saving.take(message):
+                self._saving = None
+                self._finish_saving(saving)
+        except (OSError, UserError) as error:
+            self._saving = None
+            self._unsaved(error, message.step - 1)
+
+    def _finish_saving(self, saving: Saving) -> None:
+        """Give a checkpoint its manifest and its final name: from now on it counts."""
+        tensors = {name: to_plain(entry) for name, entry in saving.tensors.items()}
+        files = {entry["file"] for entry in tensors.values()}
+        identity = sorted(path.name for path in self.folder.identity.iterdir())
+        files |= {*identity}
+        sizes = {name: (saving.folder / name).stat().st_size for name in sorted(files)}
+        manifest = {
+            "format": checkpoint.FORMAT,
+            "step": saving.step,
+            "digest": checkpoint.digest(tensors),
+            "config": to_dict(self.config),
+            "dse_layout_sha256": self.folder.layout_sha256(),
+            "files": sizes,
+            "identity": {name: checkpoint.file_sha256(saving.folder / name) for name in identity},
+            "tensors": dict(sorted(tensors.items())),
+        }
+        final = checkpoint.finish(saving.folder, manifest)
+        self.journal.append(
+            "checkpoint", generation=self.plan.generation, step=saving.step, digest=manifest["digest"]
+        )
+        checkpoint.prune(self.folder.checkpoints, self.config.train.keep_checkpoints)
+        seconds = time.perf_counter() - saving.started
+        self.step_metrics.checkpoint(seconds, sum(sizes.values()))
+        record = {"step": saving.step, "checkpoint": str(final), "digest": manifest["digest"]}
+        self.on_record({**record, "seconds": seconds})

@@ -67,7 +67,7 @@ class Answers:
         memory = self.holdings.memory
         assert memory is not None
         found = [memory.gather(layer, rows) for layer, rows in enumerate(body.rows_LN)]
-        return MemoryRows(values_LND=tuple(found))
+        return MemoryRows(values_LND=tuple(found), handles=memory.handles)
 
     def _pull(self, body: Pull, _layer: int, _part: int) -> Pieces:
         """Copies of pieces as they are at the plan's step; frames leave later than the next update may come."""

@@ -1,7 +1,8 @@
 """Experts, rows and sums in the slots of a plan, asked by message; requests to the own slot are plain calls.
 
 Called by the worker and the engine of a slot. It groups (token, k) rows by expert and sends every token once to each
-slot that needs it; rows of all memory layers are fetched in one request to each memory shard, each distinct row once.
+slot that needs it; rows of all memory layers are fetched in one request to each memory shard, each distinct row once,
+or without one from the tables of a shard on the same host.
 
 Shapes: T tokens, K experts per token, H hidden, R = T*K rows, U tokens sent to a slot, N looked-up rows, D row width.
 """
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from sparseray.actors.exchange.answers import Answers
 from sparseray.actors.exchange.mixture import mixture
+from sparseray.actors.exchange.neighbours import NeighbourTables
 from sparseray.actors.exchange.protocol import Abortable, Fetch, FetchedRows, PartGradients
 from sparseray.actors.exchange.reduction import Reduction
 from sparseray.actors.state.assignment import Plan
@@ -116,16 +118,29 @@ class MessageExchange(Abortable):
         self.owner = [np.array([holders[0] for holders in row], np.int64) for row in plan.buckets]
         self._holders: dict[tuple[int, int], dict[int, list[int]]] = {}
         self._parts_left = set(plan.parts_of(call.mailbox.slot))
+        self._neighbours = NeighbourTables(plan.generation)
         self._fetches: list[Fetch] = []
 
     def begin(self, step: int, part: int) -> None:
-        """Say what the next calls belong to."""
+        """Say what the next calls belong to.
+
+        Args:
+            step: whose commit comes next.
+            part: of the global batch; -1 for none.
+        """
         self.call.step, self.call.part = step, part
 
     # -- experts -------------------------------------------------------------------------------
 
     def experts(self, layer: int, x_TH: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Tensor:
-        """Sum over k of weight * expert(x), [T, H]."""
+        """Sum over k of weight * expert(x), [T, H].
+
+        Args:
+            layer: 0-based model layer.
+            x_TH: inputs.
+            topk_ids_TK: int64, chosen experts.
+            topk_weights_TK: fp32, their weights.
+        """
         return mixture(self, self.index[layer], x_TH, topk_ids_TK, topk_weights_TK)
 
     def holders(self, layer: int) -> dict[int, list[int]]:
@@ -140,7 +155,12 @@ class MessageExchange(Abortable):
         return self._holders[(layer, part)]
 
     def routes(self, layer: int, topk_ids_TK: Tensor) -> list[_Route]:
-        """Split the (token, k) rows of a layer over the slots that compute its experts."""
+        """Split the (token, k) rows of a layer over the slots that compute its experts.
+
+        Args:
+            layer: index among the MoE layers.
+            topk_ids_TK: int64, chosen experts.
+        """
         T, K = topk_ids_TK.shape
         order_R, counts_E = group_by_expert(topk_ids_TK, len(self.plan.experts[layer]))
         counts = counts_E.tolist()
@@ -165,7 +185,14 @@ class MessageExchange(Abortable):
         return found
 
     def forward_rows(self, layer: int, x_TH: Tensor, ids_TK: Tensor, *, keep: bool) -> tuple[Tensor, Any]:
-        """Outputs [T, K, H] of every chosen expert, and the routes that their gradients take back."""
+        """Outputs [T, K, H] of every chosen expert, and the routes that their gradients take back.
+
+        Args:
+            layer: index among the MoE layers.
+            x_TH: inputs.
+            ids_TK: int64, chosen experts.
+            keep: keep what the backward pass needs.
+        """
         self.check()
         routes = self.routes(layer, ids_TK)
         requests: list[tuple[int, Body]] = [
@@ -184,7 +211,14 @@ class MessageExchange(Abortable):
         return self._collect(routes, self.call(requests, ExpertRows, layer), x_TH, ids_TK.shape), routes
 
     def backward_rows(self, layer: int, handle: Any, dout_TH: Tensor, weights_TK: Tensor) -> Tensor:
-        """Gradients of the inputs [T, K, H]."""
+        """Gradients of the inputs [T, K, H].
+
+        Args:
+            layer: index among the MoE layers.
+            handle: from `forward_rows`.
+            dout_TH: gradient of the layer's output.
+            weights_TK: fp32, routing weights.
+        """
         self.check()
         routes: list[_Route] = handle
         flat = weights_TK.reshape(-1)
@@ -207,13 +241,18 @@ class MessageExchange(Abortable):
     # -- memory rows -----------------------------------------------------------------------------
 
     def owner_of(self, layer: int, rows_N: np.ndarray) -> np.ndarray:
-        """Slot that answers for each row of the layer with index `layer`; int64 [N]."""
+        """Slot that answers for each row of the layer with index `layer`; int64 [N].
+
+        Args:
+            layer: index among the memory layers.
+            rows_N: int64 rows of its table.
+        """
         buckets = np.searchsorted(self.bounds[layer], rows_N, side="right") - 1
         owners: np.ndarray = self.owner[layer][buckets]
         return owners
 
     def prefetch(self, rows: dict[int, Tensor]) -> FetchedRows:
-        """Read rows of all memory layers: one request to each slot, each distinct row once."""
+        """Read rows of all memory layers: at most one request to each slot, each distinct row once."""
         self.check()
         if not rows:
             return FetchedRows(addresses={}, values={})
@@ -226,19 +265,39 @@ class MessageExchange(Abortable):
             )
             for slot in self.plan.memory_primaries
         }
-        replies = self.call([(slot, FetchRows(rows_LN=own)) for slot, own in wanted.items()], MemoryRows)
+        replies, tiers = self._read(wanted)
         values = {}
         for index, (layer, (unique, inverse), owner) in enumerate(zip(self.layers, distinct, owners)):
-            found = np.empty((len(unique), replies[0].values_LND[index].shape[1]), np.float32)
-            for slot, reply in zip(wanted, replies):
-                found[owner == slot] = reply.values_LND[index].float().numpy()
+            of_slots = {slot: of_layers[index].float().numpy() for slot, of_layers in replies.items()}
+            found = np.empty((len(unique), next(iter(of_slots.values())).shape[1]), np.float32)
+            for slot, rows_ND in of_slots.items():
+                found[owner == slot] = rows_ND
             taken = torch.from_numpy(np.take(found, inverse.reshape(-1), axis=0))
             values[layer] = taken.to(rows[layer].device)
-        by_slot = {slot: sum(len(own) for own in of_layers) for slot, of_layers in wanted.items()}
         addressed = sum(rows_TN.numel() for rows_TN in rows.values())
         seconds = time.perf_counter() - started
-        self._fetches.append(Fetch(addressed=addressed, rows_by_slot=by_slot, seconds=seconds))
+        self._fetches.append(Fetch(addressed=addressed, rows_by_tier=tiers, seconds=seconds))
         return FetchedRows(addresses=rows, values=values)
+
+    def _read(
+        self, wanted: dict[int, tuple[Tensor, ...]]
+    ) -> tuple[dict[int, tuple[Tensor, ...]], dict[str, int]]:
+        """Rows [N, D] of each layer by the slot that holds them, and how many came from where."""
+        me, found = self.call.mailbox.slot, {}
+        tiers = {"local": 0, "shared": 0, "remote": 0}
+        for slot, own in wanted.items():
+            rows_LND = self._neighbours.gather(slot, own, self.call.step - 1)
+            if rows_LND is not None:
+                found[slot] = rows_LND
+            tier = "local" if slot == me else "remote" if rows_LND is None else "shared"
+            tiers[tier] += sum(len(rows_N) for rows_N in own)
+        asked = [slot for slot in wanted if slot not in found]
+        replies = self.call([(slot, FetchRows(rows_LN=wanted[slot])) for slot in asked], MemoryRows)
+        for slot, reply in zip(asked, replies):
+            found[slot] = reply.values_LND
+            if slot != me:
+                self._neighbours.introduce(slot, reply.handles)
+        return found, tiers
 
     def take_fetches(self) -> list[Fetch]:
         """Return what was fetched since the last call."""
@@ -248,7 +307,13 @@ class MessageExchange(Abortable):
     # -- gradients ---------------------------------------------------------------------------------
 
     def reduce(self, step: int, part: int, gradients: PartGradients) -> None:
-        """Send a part's gradients to those who sum them; after the last part of this slot, the dense sums too."""
+        """Send a part's gradients to those who sum them; after the last part of this slot, the dense sums too.
+
+        Args:
+            step: that is open.
+            part: that the gradients are of.
+            gradients: dense ones and those of table rows.
+        """
         self.check()
         self.reduction.send_part(step, part, gradients, self.owner_of)
         self._parts_left.discard(part)

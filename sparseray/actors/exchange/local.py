@@ -38,15 +38,34 @@ class LocalExchange(Abortable):
         self._fetches: list[Fetch] = []
 
     def begin(self, step: int, part: int) -> None:
-        """Say what the next calls belong to."""
+        """Say what the next calls belong to.
+
+        Args:
+            step: whose commit comes next.
+            part: of the global batch; -1 for none.
+        """
         self._part = part
 
     def experts(self, layer: int, x_TH: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Tensor:
-        """Sum over k of weight * expert(x), [T, H]."""
+        """Sum over k of weight * expert(x), [T, H].
+
+        Args:
+            layer: 0-based model layer.
+            x_TH: inputs.
+            topk_ids_TK: int64, chosen experts.
+            topk_weights_TK: fp32, their weights.
+        """
         return mixture(self, self.index[layer], x_TH, topk_ids_TK, topk_weights_TK)
 
     def forward_rows(self, layer: int, x_TH: Tensor, ids_TK: Tensor, *, keep: bool) -> tuple[Tensor, Any]:
-        """Outputs [T, K, H] of every chosen expert, and the order in which the rows were computed."""
+        """Outputs [T, K, H] of every chosen expert, and the order in which the rows were computed.
+
+        Args:
+            layer: index among the MoE layers.
+            x_TH: inputs.
+            ids_TK: int64, chosen experts.
+            keep: keep what the backward pass needs.
+        """
         self.check()
         started, (T, K) = time.perf_counter(), ids_TK.shape
         order_R, counts_E = group_by_expert(ids_TK, self.state.config.moe.num_experts)
@@ -58,7 +77,14 @@ class LocalExchange(Abortable):
         return y_TKH.view(T, K, -1), order_R
 
     def backward_rows(self, layer: int, handle: Any, dout_TH: Tensor, weights_TK: Tensor) -> Tensor:
-        """Gradients of the inputs [T, K, H]."""
+        """Gradients of the inputs [T, K, H].
+
+        Args:
+            layer: index among the MoE layers.
+            handle: from `forward_rows`.
+            dout_TH: gradient of the layer's output.
+            weights_TK: fp32, routing weights.
+        """
         self.check()
         started, (T, K), order_R = time.perf_counter(), weights_TK.shape, handle
         dx_RH = self.state.backward(layer, self._part, dout_TH, weights_TK.reshape(-1)[order_R])
@@ -79,14 +105,20 @@ class LocalExchange(Abortable):
         self._fetches.append(
             Fetch(
                 addressed=addressed,
-                rows_by_slot={self.slot: addressed},
+                rows_by_tier={"local": addressed},
                 seconds=time.perf_counter() - started,
             )
         )
         return FetchedRows(addresses=rows, values=values)
 
     def reduce(self, step: int, part: int, gradients: PartGradients) -> None:
-        """Add a part's gradients to the sums that lie here."""
+        """Add a part's gradients to the sums that lie here.
+
+        Args:
+            step: that is open.
+            part: that the gradients are of.
+            gradients: dense ones and those of table rows.
+        """
         self.check()
         self.reduction.add_dense(part, gradients)
         self.reduction.finish(step, part, [sum_rows(rows, values) for rows, values in gradients.rows])

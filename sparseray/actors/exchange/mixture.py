@@ -16,11 +16,25 @@ class ExpertRows(Protocol):
     """Computes rows through the experts of a layer and keeps what backward needs."""
 
     def forward_rows(self, layer: int, x_TH: Tensor, ids_TK: Tensor, *, keep: bool) -> tuple[Tensor, Any]:
-        """Return the outputs [T, K, H] and a handle for `backward_rows`."""
+        """Return the outputs [T, K, H] and a handle for `backward_rows`.
+
+        Args:
+            layer: index among the MoE layers.
+            x_TH: inputs.
+            ids_TK: int64, chosen experts.
+            keep: keep what the backward pass needs.
+        """
         ...
 
     def backward_rows(self, layer: int, handle: Any, dout_TH: Tensor, weights_TK: Tensor) -> Tensor:
-        """Return the gradients of the inputs [T, K, H]; those of the experts stay where they are computed."""
+        """Return the gradients of the inputs [T, K, H]; those of the experts stay where they are computed.
+
+        Args:
+            layer: index among the MoE layers.
+            handle: from `forward_rows`.
+            dout_TH: gradient of the layer's output.
+            weights_TK: fp32, routing weights.
+        """
         ...
 
 

@@ -39,10 +39,22 @@ class OnDeviceExchange(Abortable):
         self._fetches: list[Fetch] = []
 
     def begin(self, step: int, part: int) -> None:
-        """Nothing depends on the part here."""
+        """Nothing depends on the part here.
+
+        Args:
+            step: whose commit comes next.
+            part: of the global batch; -1 for none.
+        """
 
     def experts(self, layer: int, x_TH: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Tensor:
-        """Sum over k of weight * expert(x), [T, H]."""
+        """Sum over k of weight * expert(x), [T, H].
+
+        Args:
+            layer: 0-based model layer.
+            x_TH: inputs, in the slabs' dtype.
+            topk_ids_TK: int64, chosen experts.
+            topk_weights_TK: fp32, their weights.
+        """
         self.check()
         slabs = self.whole.weights(self.index[layer])
         return self.dense.ops.experts(x_TH, topk_ids_TK, topk_weights_TK, *slabs)
@@ -61,13 +73,18 @@ class OnDeviceExchange(Abortable):
             found = self.memory.gather(index, rows_TN.reshape(-1))
             values[layer] = found.to(self.dense.device).to(self.dense.dtype)
         addressed = sum(rows_TN.numel() for rows_TN in rows.values())
-        by_slot = {self.mailbox.slot: addressed}
         seconds = time.perf_counter() - started
-        self._fetches.append(Fetch(addressed=addressed, rows_by_slot=by_slot, seconds=seconds))
+        self._fetches.append(Fetch(addressed=addressed, rows_by_tier={"local": addressed}, seconds=seconds))
         return FetchedRows(addresses=rows, values=values)
 
     def reduce(self, step: int, part: int, gradients: PartGradients) -> None:
-        """Add a part's gradients to the sums that lie here; after the last part, read the norms."""
+        """Add a part's gradients to the sums that lie here; after the last part, read the norms.
+
+        Args:
+            step: that is open.
+            part: that the gradients are of.
+            gradients: on the device: dense ones and those of table rows.
+        """
         self.check()
         self.dense.sum.add(part, gradients.dense)
         self.whole.sum.add(part, self.whole.take_gradients())

@@ -84,10 +84,17 @@ class PartGradients:
 
 @dataclass(frozen=True, kw_only=True)
 class Fetch:
-    """What one fetch of table rows cost: rows addressed, rows by the slot that gave them, seconds."""
+    """What one fetch of table rows cost.
+
+    Args:
+        addressed: rows, repeats included.
+        rows_by_tier: distinct rows from the own slot (local), from tables of others on this host (shared) and by
+            message (remote).
+        seconds: that it took.
+    """
 
     addressed: int
-    rows_by_slot: dict[int, int]
+    rows_by_tier: dict[str, int]
     seconds: float
 
 
@@ -95,10 +102,22 @@ class Exchange(Protocol):
     """One generation's way to experts, rows and sums. Every call may raise SupersededError once it is aborted."""
 
     def begin(self, step: int, part: int) -> None:
-        """Say what the next calls belong to; part -1 for none."""
+        """Say what the next calls belong to; part -1 for none.
+
+        Args:
+            step: whose commit comes next.
+            part: of the global batch.
+        """
 
     def experts(self, layer: int, x_TH: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Tensor:
-        """Sum over k, in k order, of weight * expert(x), [T, H]; differentiable in x and the weights."""
+        """Sum over k, in k order, of weight * expert(x), [T, H]; differentiable in x and the weights.
+
+        Args:
+            layer: 0-based model layer.
+            x_TH: inputs.
+            topk_ids_TK: int64, chosen experts.
+            topk_weights_TK: fp32, their weights.
+        """
         ...
 
     def prefetch(self, rows: dict[int, Tensor]) -> FetchedRows:
@@ -106,7 +125,13 @@ class Exchange(Protocol):
         ...
 
     def reduce(self, step: int, part: int, gradients: PartGradients) -> None:
-        """Send a part's gradients on their way to their sums; ends in `Prepared` of those who hold the sums."""
+        """Send a part's gradients on their way to their sums; ends in `Prepared` of those who hold the sums.
+
+        Args:
+            step: that is open.
+            part: that the gradients are of.
+            gradients: dense ones and those of table rows.
+        """
 
     def take_fetches(self) -> list[Fetch]:
         """Return what was fetched since the last call."""

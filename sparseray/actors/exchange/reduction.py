@@ -66,7 +66,12 @@ class Reduction:
         }
 
     def add_dense(self, part: int, gradients: PartGradients) -> None:
-        """At an attention worker: add a part's dense gradient [P] to what this slot has."""
+        """At an attention worker: add a part's dense gradient [P] to what this slot has.
+
+        Args:
+            part: of the global batch.
+            gradients: of that part; its dense gradient is fp32 [P].
+        """
         assert self.dense is not None
         (gradient,) = gradients.dense
         self.dense.tree.add(0, part, gradient)

@@ -41,7 +41,12 @@ class Lease:
 
 
 def page_keys(tokens: Sequence[int], page: int) -> list[bytes]:
-    """A hash of the tokens up to the end of every whole page."""
+    """A hash of the tokens up to the end of every whole page.
+
+    Args:
+        tokens: of a prompt.
+        page: tokens of a page.
+    """
     found, digest = [], b""
     values = np.array(tokens[: len(tokens) // page * page], dtype="<i4").reshape(-1, page)
     for row in values:
@@ -175,7 +180,12 @@ class CachePool:
 
 
 def table_of(lease: Lease, width: int) -> Tensor:
-    """A request's row of the table, int32 [width]; page 0 after its end."""
+    """A request's row of the table, int32 [width]; page 0 after its end.
+
+    Args:
+        lease: of the request.
+        width: pages of a row.
+    """
     row = torch.zeros(width, dtype=torch.int32)
     row[: len(lease.pages)] = torch.tensor(lease.pages, dtype=torch.int32)
     return row

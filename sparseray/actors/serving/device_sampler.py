@@ -36,7 +36,12 @@ def _multiply(a: Uint64, b: Uint64) -> tuple[Uint64, Uint64]:
 
 
 def uniforms(seeds: Sequence[int], positions: Sequence[int]) -> NDArray[np.float64]:
-    """`sampler.uniform` of many seeds and positions: the first output of Philox4x64-10 (Salmon et al. 2011)."""
+    """`sampler.uniform` of many seeds and positions: the first output of Philox4x64-10 (Salmon et al. 2011).
+
+    Args:
+        seeds: of the requests, 64 bits each.
+        positions: index of the drawn token in its answer, one for each seed.
+    """
     mask = 2**64 - 1
     key = np.array([[s & mask for s in seeds], [p & mask for p in positions]], dtype=np.uint64)
     # The words 0 and 2 of the counter, then 1 and 3; numpy counts from 1.
@@ -62,7 +67,13 @@ def fits(request: GenerationRequest) -> bool:
     )
 
 
-def _is_adjusted(request: GenerationRequest, tokens: Sequence[int]) -> bool:
+def is_adjusted(request: GenerationRequest, tokens: Sequence[int]) -> bool:
+    """Whether a request's logits are changed by what was added so far, or by its biases.
+
+    Args:
+        request: whose penalties and biases count.
+        tokens: of its prompt and answer so far.
+    """
     is_penalised = request.repetition_penalty != 1.0 or request.frequency_penalty or request.presence_penalty
     few = len(tokens) - len(request.prompt_tokens) < request.min_tokens
     return bool(is_penalised or request.logit_bias or (few and request.stop_token_ids))
@@ -99,7 +110,7 @@ def _adjust(
     """Apply biases and penalties in place, in the order of `sampler.adjusted`."""
     rows, at, values = [], [], []
     for row, (request, known) in enumerate(zip(requests, tokens)):
-        if _is_adjusted(request, known):
+        if is_adjusted(request, known):
             found, changes = _changes(request, known, scores_RV.shape[1])
             rows.append(np.full(found.size, row))
             at.append(found)
@@ -107,27 +118,32 @@ def _adjust(
     if not rows:
         return
     device = scores_RV.device
-    row_N, at_N = (torch.from_numpy(np.concatenate(x)).to(device) for x in (rows, at))
-    bias_N, divisor_N, less_N = torch.from_numpy(np.concatenate(values, 1)).to(device)
+    row_N, at_N = (torch.from_numpy(np.concatenate(x)).to(device, non_blocking=True) for x in (rows, at))
+    changes_3N = torch.from_numpy(np.concatenate(values, 1)).to(device, non_blocking=True)
+    bias_N, divisor_N, less_N = changes_3N
     score_N = scores_RV[row_N, at_N] + bias_N
     score_N = torch.where(score_N > 0, score_N / divisor_N, score_N * divisor_N) - less_N
     scores_RV[row_N, at_N] = score_N
 
 
 def sample_rows(
-    logits_RV: Tensor, requests: Sequence[GenerationRequest], tokens: Sequence[Sequence[int]]
+    logits_RV: Tensor,
+    requests: Sequence[GenerationRequest],
+    tokens: Sequence[Sequence[int]],
+    positions: Sequence[int],
 ) -> Tensor:
     """Choose the next token of every row, without waiting for the device.
 
     Args:
         logits_RV: of the model.
         requests: that `fits`.
-        tokens: of each request, its prompt and what was added; the length is the new token's position.
+        tokens: of each request, its prompt and what was added.
+        positions: of the new tokens in their sequences, prompts included.
 
     Returns:
         int64 [R] on the device; `FAILED` where the logits are not finite.
     """
-    if all(r.temperature == 0.0 and not _is_adjusted(r, t) for r, t in zip(requests, tokens)):
+    if all(r.temperature == 0.0 and not is_adjusted(r, t) for r, t in zip(requests, tokens)):
         best_R, token_R = logits_RV.max(-1)
         return torch.where(best_R.isfinite(), token_R, FAILED)
     scores_RV = logits_RV.double()
@@ -138,9 +154,9 @@ def sample_rows(
     cut = [row for row in drawn if requests[row].top_p < 1.0 or 0 < requests[row].top_k < scores_RV.shape[1]]
     for rows, is_cut in ((cut, True), (sorted(set(drawn) - set(cut)), False)):
         if rows:
-            at_R = torch.tensor(rows, device=scores_RV.device)
+            at_R = torch.tensor(rows).to(scores_RV.device, non_blocking=True)
             chosen = [requests[row] for row in rows]
-            numbers = uniforms([r.seed for r in chosen], [len(tokens[row]) for row in rows])
+            numbers = uniforms([r.seed for r in chosen], [positions[row] for row in rows])
             token_R[at_R] = _draw(scores_RV[at_R], best_R[at_R, None], chosen, numbers, is_cut=is_cut)
     return torch.where(is_finite_R, token_R, FAILED)
 

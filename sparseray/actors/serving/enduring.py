@@ -5,7 +5,7 @@ with those who hold them now, and no request notices. A call in serving changes 
 """
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from torch import Tensor
 
@@ -13,6 +13,25 @@ from sparseray.actors.exchange.protocol import Exchange, FetchedRows
 from sparseray.errors import SupersededError
 
 R = TypeVar("R")
+
+
+class Lookups(Protocol):
+    """What an engine asks of an exchange."""
+
+    def experts(self, layer: int, x_TH: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Tensor:
+        """Sum over k, in k order, of weight * expert(x).
+
+        Args:
+            layer: 0-based model layer.
+            x_TH: tokens.
+            topk_ids_TK: int64 expert ids.
+            topk_weights_TK: fp32.
+        """
+        ...
+
+    def prefetch(self, rows: dict[int, Tensor]) -> FetchedRows:
+        """As `Exchange.prefetch`."""
+        ...
 
 
 class EnduringExchange:
@@ -27,7 +46,11 @@ class EnduringExchange:
         self._current, self._go_on = current, go_on
 
     def experts(self, layer: int, x_TH: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Tensor:
-        """As `Exchange.experts`."""
+        """As `Exchange.experts`.
+
+        Args:
+            layer, x_TH, topk_ids_TK, topk_weights_TK: as there.
+        """
         return self._ask(lambda exchange: exchange.experts(layer, x_TH, topk_ids_TK, topk_weights_TK))
 
     def prefetch(self, rows: dict[int, Tensor]) -> FetchedRows:

@@ -74,11 +74,12 @@ class StepCounts:
 
 @dataclass(eq=False)
 class Ongoing:
-    """A request with what was computed of it so far."""
+    """A request with what was computed of it so far; `pending` of its tokens the device has chosen and not told."""
 
     request: GenerationRequest
     tokens: list[int]
     cache: Cache | Lease | None = None
+    pending: int = 0
     failures: int = 0
     queued_s: float = field(default_factory=time.perf_counter)
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
@@ -302,7 +303,7 @@ class Engine:
         self._counts.failed_steps += 1
         for sequence in reversed(batch):
             self._running.remove(sequence)
-            sequence.cache, sequence.prompt_logprobs = None, []
+            sequence.cache, sequence.prompt_logprobs, sequence.pending = None, [], 0
             sequence.failures += 1
             if sequence.failures < self.max_failures:
                 sequence.queued_s = time.perf_counter()

@@ -39,7 +39,13 @@ class Grammars:
 
     @classmethod
     def load(cls, path: Path, *, vocab_size: int, eos_id: int) -> Grammars:
-        """Read a tokenizer.json; see the class for the rest."""
+        """Read a tokenizer.json; see the class for the rest.
+
+        Args:
+            path: of the tokenizer.
+            vocab_size: logits of a token.
+            eos_id: token that ends a document.
+        """
         return cls(path.read_text(encoding="utf-8"), vocab_size=vocab_size, eos_id=eos_id)
 
     def check(self, grammar: str) -> None:
@@ -53,7 +59,12 @@ class Grammars:
             raise ConfigError(" ".join(error.split())[:300])
 
     def start(self, grammar: str, tokens: Sequence[int] = ()) -> GrammarState:
-        """Return the state of a text after its first tokens."""
+        """Return the state of a text after its first tokens.
+
+        Args:
+            grammar: its text, as `GenerationRequest` has it.
+            tokens: of the answer so far.
+        """
         return GrammarState(LLMatcher(self._tokenizer, grammar, log_level=0), self.vocab_size, tokens)
 
 

@@ -1,9 +1,9 @@
 """`PagedEngine`: continuous batching over paged caches, one step ahead of the host.
 
-A call of `step` takes the tokens of the step before, starts the next one, and only then tells of the tokens: while
-they are sent on, the device computes. A step runs the chunks of prompts first and then one token of every request
-that decodes; both lie on the same stream, so pages may change hands as soon as the host says so. The host waits
-for nothing but the sampled tokens.
+A call of `step` starts the next step and then takes the tokens of the one before: the device reads them where the
+sampler left them, and computes on while they are told. Where the host has a say in the next step (its sampler,
+penalties, addresses of memory rows) it takes the tokens first. A step runs the chunks of prompts and then one token
+of every request that decodes; all lie on the same stream, so pages change hands as soon as the host says so.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sparseray.actors.serving.cache_pool import CachePool, Lease
-from sparseray.actors.serving.device_sampler import FAILED, fits, sample_rows
+from sparseray.actors.serving.device_sampler import FAILED, fits, is_adjusted, sample_rows
 from sparseray.actors.serving.engine import Engine, Ongoing
 from sparseray.actors.serving.paged_model import Chunk, PagedModel, page_bytes
 from sparseray.actors.serving.text_request import GenerationRequest, TokenEvent
@@ -44,6 +44,7 @@ class _Flight:
         judged: requests that get their token from the sampler on the host, in the order of `logits`.
         logits: [.., V] on the host once `done`.
         done: reached when everything has arrived; None on a CPU.
+        may_be_overtaken: the next step needs nothing of it from the host.
     """
 
     batch: list[tuple[Ongoing, Tensor | None]]
@@ -52,6 +53,11 @@ class _Flight:
     judged: list[Ongoing]
     logits: Tensor | None
     done: torch.cuda.Event | None
+    may_be_overtaken: bool
+
+
+_Taken = tuple[Ongoing, int, int, str | None] | TokenEvent
+"""A token with its request, index and reason to finish, or a whole event."""
 
 
 class PagedEngine(Engine):
@@ -95,7 +101,7 @@ class PagedEngine(Engine):
         )
         log.info("cache: %d pages of %d tokens, %.2f GiB", num_pages, page, num_pages * each / 2**30)
         self._flight: _Flight | None = None
-        self.paged.warm(experts)
+        self.paged.warm(experts, memory)
 
     @property
     def cache_usage(self) -> float:
@@ -124,26 +130,31 @@ class PagedEngine(Engine):
         return super().cancel(request_id)
 
     def step(self) -> list[TokenEvent]:
-        """Take the tokens of the step before and start the next one; see `Engine.step`."""
+        """Start the next step and take the tokens of the one before; see `Engine.step`."""
         flight, self._flight = self._flight, None
-        failed, self._failed = self._failed, []
+        events, self._failed = self._failed, []
+        taken: list[_Taken] = []
+        batch: list[Ongoing] = []
         try:
-            taken = [] if flight is None else self._take(flight)
-        except Exception as error:
-            assert flight is not None
-            self._failed = failed
-            self._restart([s for s, _ in flight.batch if isinstance(s.cache, Lease)], error)
-            raise
-        self._admit()
-        try:
+            if flight is not None and not flight.may_be_overtaken:
+                taken, flight = self._take(flight), None
+            self._admit()
             batch = self._select()
             self._flight = self._launch(batch) if batch else None
+            if flight is not None:
+                taken, flight = self._take(flight), None
         except Exception as error:
+            self._lose(flight, batch, error)
             # What was taken is told by the next step.
-            self._failed = failed + [self._event(*found) for found in taken]
-            self._restart(batch, error)
+            self._failed = [*events, *(self._event(found) for found in taken), *self._failed]
             raise
-        return failed + [self._event(*found) for found in taken]
+        return events + [self._event(found) for found in taken]
+
+    def _lose(self, flight: _Flight | None, batch: list[Ongoing], error: Exception) -> None:
+        """Begin again with all requests of the steps that are not taken."""
+        self._flight = None
+        lost = [*batch, *([] if flight is None else [sequence for sequence, _ in flight.batch])]
+        self._restart([s for s in dict.fromkeys(lost) if isinstance(s.cache, Lease)], error)
 
     def _release(self, sequence: Ongoing) -> None:
         if isinstance(sequence.cache, Lease):
@@ -172,17 +183,26 @@ class PagedEngine(Engine):
             self._note_admitted(sequence)
 
     def _select(self) -> list[Ongoing]:
-        """All requests that decode, and the oldest that read their prompt, of one chunk's tokens together."""
+        """All requests that decode, and the oldest that read their prompt, of one chunk's tokens together.
+
+        A request whose last token is on its way is left out.
+        """
         found, used = [], 0
         for sequence in self._running:
             if not sequence.in_prompt:
-                found.append(sequence)
+                if len(sequence.tokens) + sequence.pending < self._end(sequence):
+                    found.append(sequence)
                 continue
             count = len(sequence.next_chunk(self.prefill_chunk))
             if not used or used + count <= self.prefill_chunk:
                 found.append(sequence)
                 used += count
         return found
+
+    @staticmethod
+    def _end(sequence: Ongoing) -> int:
+        """Tokens of a request that reaches its limit."""
+        return sequence.num_prompt + sequence.request.max_tokens
 
     @torch.no_grad()
     def _launch(self, batch: list[Ongoing]) -> _Flight:
@@ -199,10 +219,10 @@ class PagedEngine(Engine):
             found = self.paged.decode(chunks, self.experts, self.memory)
             for chunk in chunks:
                 chunk.lease.length += 1
-            known = [i for i, s in enumerate(decoding) if s.computed == len(s.tokens)]
+            known = [i for i, s in enumerate(decoding) if s.computed == len(s.tokens) + s.pending]
             if known:
                 ready += [decoding[i] for i in known]
-                logits.append(found if len(known) == len(decoding) else found[known])
+                logits.append(found if len(known) == len(decoding) else _pick(found, known))
         self._note_step(len(batch))
         wanted = [h if s.request.prompt_logprobs is not None else None for s, h in zip(prompts, hidden)]
         rows: list[tuple[Ongoing, Tensor | None]] = list(zip(prompts, wanted))
@@ -235,12 +255,17 @@ class PagedEngine(Engine):
         if ready:
             logits_RV = torch.cat(logits) if len(logits) > 1 else logits[0]
             if here:
-                rows_RV = logits_RV if not there else logits_RV[here]
+                rows_RV = logits_RV if not there else _pick(logits_RV, here)
                 chosen = [ready[i] for i in here]
-                found = sample_rows(rows_RV, [s.request for s in chosen], [s.tokens for s in chosen])
+                known = [s.tokens for s in chosen]
+                positions = [len(s.tokens) + s.pending for s in chosen]
+                found = sample_rows(rows_RV, [s.request for s in chosen], known, positions)
                 tokens = _to_host(found)
+                self.paged.keep(found, [s.cache for s in chosen if isinstance(s.cache, Lease)])
+                for sequence in chosen:
+                    sequence.pending += 1
             if there:
-                judged_logits = _to_host(logits_RV[there].float())
+                judged_logits = _to_host(_pick(logits_RV, there).float())
         if self.paged.device.type == "cuda":
             done = torch.cuda.Event()
             done.record()
@@ -251,34 +276,38 @@ class PagedEngine(Engine):
             judged=[ready[i] for i in there],
             logits=judged_logits,
             done=done,
+            may_be_overtaken=not there
+            and all(hidden_TH is None for _, hidden_TH in batch)
+            and not self.paged.histories
+            and not any(is_adjusted(s.request, s.tokens) for s in ready),
         )
 
-    def _take(self, flight: _Flight) -> list[tuple[Any, ...]]:
+    def _take(self, flight: _Flight) -> list[_Taken]:
         """Wait for a step; append its tokens, and free the pages of requests that ended."""
         if flight.done is not None:
             flight.done.synchronize()
-        found: list[tuple[Any, ...]] = []
+        found: list[_Taken] = []
         if flight.tokens is not None:
-            self._note_tokens(len(flight.sampled))
             for sequence, token in zip(flight.sampled, flight.tokens.tolist(), strict=True):
                 if sequence.cache is not None:
                     found.append(self._add(sequence, token))
+            self._note_tokens(len(found))
         judged = {} if flight.logits is None else dict(zip(map(id, flight.judged), flight.logits.numpy()))
         for sequence, hidden_TH in flight.batch:
             if sequence.cache is not None and (hidden_TH is not None or id(sequence) in judged):
                 event = self._advance(sequence, hidden_TH, judged.get(id(sequence)))
                 if event is not None:
-                    found.append((sequence, event))
+                    found.append(event)
                     self._end_at(sequence, event.finish_reason)
         return found
 
-    def _add(self, sequence: Ongoing, token: int) -> tuple[Any, ...]:
-        """Append a sampled token; what `_event` needs to tell of it."""
+    def _add(self, sequence: Ongoing, token: int) -> _Taken:
+        """Append a sampled token."""
         request, index = sequence.request, len(sequence.tokens) - sequence.num_prompt
+        sequence.pending -= 1
         if token == FAILED:
             self._end_at(sequence, "error")
-            message = "the model's logits are not finite; its weights or rows are damaged"
-            return sequence, self._error(sequence, message)
+            return self._error(sequence, "the model's logits are not finite; its weights or rows are damaged")
         sequence.tokens.append(token)
         finish = "length" if index + 1 == request.max_tokens else None
         if token in request.stop_token_ids:
@@ -291,13 +320,18 @@ class PagedEngine(Engine):
             self._running.remove(sequence)
             self._release(sequence)
 
-    def _event(self, sequence: Ongoing, found: int | TokenEvent, *rest: Any) -> TokenEvent:
+    @staticmethod
+    def _event(found: _Taken) -> TokenEvent:
         if isinstance(found, TokenEvent):
             return found
-        index, finish = rest
-        return TokenEvent(
-            request_id=sequence.request.request_id, index=index, token_id=found, finish_reason=finish
-        )
+        sequence, token, index, finish = found
+        request_id = sequence.request.request_id
+        return TokenEvent(request_id=request_id, index=index, token_id=token, finish_reason=finish)
+
+
+def _pick(rows: Tensor, at: list[int]) -> Tensor:
+    """Some of the rows; a list as an index would wait for the device."""
+    return rows[torch.tensor(at).to(rows.device, non_blocking=True)]
 
 
 def _to_host(values: Tensor) -> Tensor:

@@ -29,6 +29,8 @@ from sparseray.model.moe import Experts
 from sparseray.model.paged import Paged, new_histories
 from sparseray.model.transformer import Transformer
 
+WARM_PROMPTS = (32, 1024)
+"""Tokens of prompts that bring all kernels for reading one into memory."""
 FIELDS = ("token", "position", "context", "place", "slot", "start")
 
 
@@ -38,7 +40,13 @@ def buckets(most: int) -> tuple[int, ...]:
 
 
 def page_bytes(config: ModelConfig, page: int, dtype: torch.dtype) -> int:
-    """Bytes of one page in all pools."""
+    """Bytes of one page in all pools.
+
+    Args:
+        config: the model.
+        page: tokens of a page.
+        dtype: of keys and values.
+    """
     meta = torch.device("meta")
     pools = [attention_of(config, i).new_pool(config, 1, page, dtype, meta) for i in range(config.num_layers)]
     return sum(t.numel() * t.element_size() for pool in pools for t in pool.tensors())
@@ -50,7 +58,7 @@ class Chunk:
 
     Args:
         lease: its pages; `length` tokens are there already.
-        known: all of its tokens.
+        known: all of its tokens that the host knows; the one after them may be read from `latest`.
         count: how many are next.
     """
 
@@ -70,9 +78,12 @@ class Chunk:
 
 @dataclass(eq=False)
 class _Decode:
-    """Buffers of a decode step of at most B requests, and its graph."""
+    """Buffers of a decode step of at most B requests, and its graph.
 
-    staged: Tensor
+    The inputs are staged in turn in two buffers: of two steps that are under way, the first may still be copied.
+    """
+
+    staged: list[Tensor]
     inputs: Tensor
     values: dict[int, Tensor]
     paged: Paged
@@ -102,6 +113,8 @@ class PagedModel:
             for layer in range(config.num_layers)
         ]
         self.histories = new_histories(config, num_slots + 1, device)
+        # The newest token of every slot, as the sampler on the device chose it.
+        self.latest_S = torch.zeros(num_slots + 1, dtype=torch.int32, device=device)
         self.table_SW = torch.zeros(num_slots + 1, self.width, dtype=torch.int32, device=device)
         self._decodes: dict[int, _Decode] = {}
         self._buckets = buckets(num_slots)
@@ -117,6 +130,16 @@ class PagedModel:
                 history_SLH[lease.slot].zero_()
             else:
                 history_SLH[lease.slot].copy_(lease.state[layer])
+
+    def keep(self, tokens_R: Tensor, leases: Sequence[Lease]) -> None:
+        """Remember sampled tokens for a step that starts before the host knows them.
+
+        Args:
+            tokens_R: int64, on the device.
+            leases: of the requests that they belong to, one for each.
+        """
+        slots = self._to_device(np.array([lease.slot for lease in leases]))
+        self.latest_S.index_copy_(0, slots, tokens_R.clamp_min(0).int())
 
     def state(self, lease: Lease) -> dict[int, Tensor] | None:
         """A copy of what a request keeps beside its pages, if anything."""
@@ -173,7 +196,13 @@ class PagedModel:
 
     @torch.no_grad()
     def prefill(self, chunks: Sequence[Chunk], experts: Experts, memory: Memory | None) -> list[Tensor]:
-        """Run the next chunk of several prompts; hidden states [T, H] of each."""
+        """Run the next chunk of several prompts; hidden states [T, H] of each.
+
+        Args:
+            chunks: tokens of each prompt and where they lie.
+            experts: answers for experts.
+            memory: for table rows; None for a model without them.
+        """
         sizes = np.array([chunk.count for chunk in chunks])
         lengths = np.array([chunk.lease.length for chunk in chunks])
         bounds = np.concatenate([[0], sizes.cumsum()])
@@ -215,10 +244,11 @@ class PagedModel:
 
     def _new_decode(self, size: int) -> _Decode:
         config, rows, is_cuda = self.model.config, padded(size), self.device.type == "cuda"
-        staged = torch.zeros(len(FIELDS), rows, dtype=torch.int32, pin_memory=is_cuda)
         # A place that no request has: one token on page 0, so that nothing is divided by nothing.
-        staged[2] = 1
-        inputs = staged.to(self.device) if is_cuda else staged
+        empty = torch.zeros(len(FIELDS), rows, dtype=torch.int32)
+        empty[2] = 1
+        staged = [empty.pin_memory() if is_cuda else empty.clone() for _ in range(2)]
+        inputs = empty.to(self.device, copy=True)
         values = {
             layer: torch.zeros(size, self._rows_per_token, config.dse.head_dim, device=self.device)
             for layer in self.histories
@@ -244,7 +274,7 @@ class PagedModel:
         pages, inputs = decode.paged.pages, decode.inputs
         torch.index_select(self.table_SW, 0, decode.paged.slots_B, out=pages.table_BW)
         hidden_RH = self.model.run_paged(
-            inputs[0],
+            torch.where(inputs[0] < 0, self.latest_S[inputs[4]], inputs[0]),
             inputs[1],
             decode.paged,
             rows=pages.num_sequences,
@@ -254,11 +284,19 @@ class PagedModel:
         )
         return self.model.logits(hidden_RH)
 
-    def warm(self, experts: Experts) -> None:
-        """Capture the decode steps; on a CPU there is nothing to capture."""
+    def warm(self, experts: Experts, memory: Memory | None) -> None:
+        """Read a short and a longer prompt, and capture the decode steps; on a CPU there is nothing to warm.
+
+        Args:
+            experts: that the captured steps will call.
+            memory: of a model with memory layers.
+        """
         if self.device.type != "cuda":
             return
-        memory = torch.cuda.graph_pool_handle()
+        for count in sorted({min(count, self.width * self.page) for count in WARM_PROMPTS}):
+            lease = Lease(pages=[0] * self.width, length=0, max_len=count, slot=0)
+            self.prefill([Chunk(lease=lease, known=[0] * count, count=count)], experts, memory)
+        shared = torch.cuda.graph_pool_handle()
         for size in reversed(self._buckets):
             decode = self._decodes[size] = self._new_decode(size)
             stream = torch.cuda.Stream()
@@ -268,30 +306,37 @@ class PagedModel:
                     self._run_decode(decode, experts)
             torch.cuda.current_stream().wait_stream(stream)
             decode.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(decode.graph, pool=memory):
+            with torch.cuda.graph(decode.graph, pool=shared, capture_error_mode="thread_local"):
                 decode.logits_RV = self._run_decode(decode, experts)
 
     def decode(self, chunks: Sequence[Chunk], experts: Experts, memory: Memory | None) -> Tensor:
-        """Run the newest token of several requests; logits [B, V], overwritten by the next call."""
+        """Run the newest token of several requests; logits [B, V], overwritten by the next call.
+
+        Args:
+            chunks: one token of each request and where it lies.
+            experts: answers for experts.
+            memory: for table rows; None for a model without them.
+        """
         count = len(chunks)
         size = next(size for size in self._buckets if size >= count)
         if size not in self._decodes:
             self._decodes[size] = self._new_decode(size)
         decode = self._decodes[size]
         addresses, starts = self._rows(chunks)
-        staged = decode.staged.numpy()
+        decode.staged.reverse()
+        staged = decode.staged[0].numpy()
         staged[:] = 0
         staged[2] = 1
-        positions = np.array([chunk.lease.length for chunk in chunks])
+        lengths = [chunk.lease.length for chunk in chunks]
+        positions = np.array(lengths)
         at = np.array([chunk.lease.pages[chunk.lease.length // self.page] for chunk in chunks])
-        staged[0, :count] = [chunk.known[chunk.lease.length] for chunk in chunks]
+        staged[0, :count] = [c.known[n] if n < len(c.known) else -1 for c, n in zip(chunks, lengths)]
         staged[1, :count] = positions
         staged[2, :count] = positions + 1
         staged[3, :count] = at * self.page + positions % self.page
         staged[4, :count] = [chunk.lease.slot for chunk in chunks]
         staged[5, :count] = starts
-        if decode.inputs is not decode.staged:
-            decode.inputs.copy_(decode.staged, non_blocking=True)
+        decode.inputs.copy_(decode.staged[0], non_blocking=True)
         for layer, found in self._fetch(addresses, memory).items():
             decode.values[layer][:count].copy_(found, non_blocking=True)
         if decode.graph is None:

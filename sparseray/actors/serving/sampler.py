@@ -123,7 +123,13 @@ def sample(scores_V: Float64, request: GenerationRequest, *, position: int) -> i
 
 
 def token_logprobs(logprobs_V: Float64, token_id: int, top: int) -> TokenLogprobs:
-    """Return the log probabilities of a token and of the `top` best tokens (lowest id first on ties)."""
+    """Return the log probabilities of a token and of the `top` best tokens (lowest id first on ties).
+
+    Args:
+        logprobs_V: float64, natural logarithms.
+        token_id: that was drawn.
+        top: how many.
+    """
     top = min(top, logprobs_V.size)
     best: list[int] = []
     if top:

@@ -1,14 +1,12 @@
-"""What the ingress sends to an engine and what comes back: plain values that travel as msgpack.
+"""What the ingress sends to an engine and what comes back, inside the messages of serving/messages.py.
 
 The first objects on the path of a request. Nothing here knows text: token ids go in, token ids come out, and
-the ingress turns them into characters. `to_dict` gives only str, int, float, bool, None and lists.
+the ingress turns them into characters.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,18 +61,6 @@ class GenerationRequest:
     prompt_logprobs: int | None = None
     resume_tokens: tuple[int, ...] = ()
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the request as msgpack can pack it (a seed is brought into 64 bits)."""
-        return {**asdict(self), "seed": self.seed % 2**64}
-
-    @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> GenerationRequest:
-        """Return the request that `to_dict` gave."""
-        flat = ("prompt_tokens", "stop_token_ids", "resume_tokens", "allowed_token_ids")
-        lists: dict[str, Any] = {name: tuple(fields[name]) for name in flat}
-        nested = {name: tuple(map(tuple, fields[name])) for name in ("logit_bias", "bad_words")}
-        return cls(**{**fields, **lists, **nested})
-
 
 @dataclass(frozen=True, kw_only=True)
 class TokenLogprobs:
@@ -91,16 +77,6 @@ class TokenLogprobs:
     logprob: float | None
     rank: int = 0
     top: tuple[tuple[int, float], ...] = ()
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the value as msgpack can pack it."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> TokenLogprobs:
-        """Return the value that `to_dict` gave."""
-        top = tuple((int(token), float(logprob)) for token, logprob in fields["top"])
-        return cls(**{**fields, "top": top})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,19 +101,3 @@ class TokenEvent:
     prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
     finish_reason: str | None = None
     error: str | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the event as msgpack can pack it."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> TokenEvent:
-        """Return the event that `to_dict` gave."""
-        chosen, prompt = fields["logprobs"], fields["prompt_logprobs"]
-        parsed = {
-            "logprobs": None if chosen is None else TokenLogprobs.from_dict(chosen),
-            "prompt_logprobs": None
-            if prompt is None
-            else tuple(TokenLogprobs.from_dict(entry) for entry in prompt),
-        }
-        return cls(**{**fields, **parsed})

@@ -105,7 +105,12 @@ class AdamW:
         self._moments.clear()
 
     def tensors(self, names: Sequence[str], parameters: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Return both moments by the parameter's name."""
+        """Return both moments by the parameter's name.
+
+        Args:
+            names: logical names.
+            parameters: one for each name.
+        """
         found = {}
         for name, parameter in zip(names, parameters):
             _, found[name + EXP_AVG], found[name + EXP_AVG_SQ] = self._of(parameter)
@@ -114,7 +119,14 @@ class AdamW:
     def load(
         self, names: Sequence[str], parameters: Sequence[Tensor], tensors: dict[str, Tensor], step: int
     ) -> None:
-        """Restore what `tensors` gave, at a step count."""
+        """Restore what `tensors` gave, at a step count.
+
+        Args:
+            names: logical names.
+            parameters: one for each name.
+            tensors: moments by name.
+            step: updates that they have seen.
+        """
         for name, parameter in zip(names, parameters):
             device = parameter.device
             # A GPU may have kept them in bf16.

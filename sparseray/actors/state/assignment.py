@@ -34,7 +34,12 @@ class Plan:
     spread: tuple[tuple[int, ...], ...] = ()
 
     def computing(self, layer: int, expert: int) -> tuple[int, ...]:
-        """Slots that compute an expert, its primary first."""
+        """Slots that compute an expert, its primary first.
+
+        Args:
+            layer: index among the MoE layers.
+            expert: of that layer.
+        """
         holders = self.experts[layer][expert]
         return holders[: self.spread[layer][expert] if self.spread else 1]
 

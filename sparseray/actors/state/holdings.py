@@ -122,7 +122,12 @@ class Holdings:
             self.memory.load(keys_of(pieces, "bucket"), tensors, step, with_optimizer=with_optimizer)
 
     def assign(self, plan: Plan, slot: int) -> None:
-        """Take the roles that the plan gives, on pieces that are held; gradients of a step are dropped."""
+        """Take the roles that the plan gives, on pieces that are held; gradients of a step are dropped.
+
+        Args:
+            plan: of the generation that begins.
+            slot: own id.
+        """
         self._owns_dense = slot in plan.dense
         if self.dense is not None:
             self.dense.discard()
@@ -150,9 +155,16 @@ class Holdings:
         return dense and self.experts.is_reduced and memory
 
     def apply(self, *, lr: float, memory_lr: float, scale: float, counts_LE: torch.Tensor) -> int:
-        """Update everything assigned here once, and return how many table rows were updated."""
+        """Update everything assigned here once, and return how many table rows were updated.
+
+        Args:
+            lr, memory_lr: learning rates of dense weights and experts, and of table rows.
+            scale: factor on the gradients (clipping).
+            counts_LE: int64, tokens per MoE layer and expert over the whole global batch.
+        """
         self.trim()
+        # First what keeps a device busy longest, while the host launches the rest.
+        self.experts.apply(lr=lr, scale=scale)
         if self.dense is not None:
             self.dense.apply(lr=lr, scale=scale, counts_LE=counts_LE)
-        self.experts.apply(lr=lr, scale=scale)
         return 0 if self.memory is None else self.memory.apply(lr=memory_lr, scale=scale)

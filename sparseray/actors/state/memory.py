@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from sparseray.actors.state.pieces import Key, row_bytes
-from sparseray.actors.state.tables import SharedTable, TableHandle, TableView, version_of
+from sparseray.actors.state.tables import SharedTable, TableView, version_of
 from sparseray.actors.state.tree import TreeSum
+from sparseray.actors.wire.messages import TableHandle
 from sparseray.kernels.dse.cpu import gather_rows, merge_rows, rowwise_adam_, segment_sum_rows
 from sparseray.model.buckets import bucket_bounds
 from sparseray.model.config import ModelConfig
@@ -127,7 +128,7 @@ class MemoryShard:
     def _fields(self, key: Key) -> list[Tensor]:
         """Rows (in their dtype), first and second moments and updates of one bucket, as views."""
         table, (start, stop) = self.tables[key[0]], self._range(key)
-        fields = (_as_tensor(table.weight), *map(torch.from_numpy, (table.m, table.v, table.t)))
+        fields = (as_tensor(table.weight), *map(torch.from_numpy, (table.m, table.v, table.t)))
         return [field[start:stop] for field in fields]
 
     def gather(self, layer: int, rows_N: Tensor) -> Tensor:
@@ -140,7 +141,7 @@ class MemoryShard:
         Returns:
             [N, D] in the rows' dtype.
         """
-        return _as_tensor(gather_rows(self.tables[layer].weight, rows_N.cpu().numpy()))
+        return as_tensor(gather_rows(self.tables[layer].weight, rows_N.cpu().numpy()))
 
     def add_gradients(self, part: int, per_layer: Sequence[Rows]) -> bool:
         """Add a part's row gradients; True once all parts are in.
@@ -257,7 +258,7 @@ class MemoryShard:
             field.copy_(tensors[name])
 
 
-def _as_tensor(rows_RD: np.ndarray) -> Tensor:
+def as_tensor(rows_RD: np.ndarray) -> Tensor:
     """The same memory as a tensor: float32, or bfloat16 where numpy holds the bits as uint16."""
     if rows_RD.dtype == np.uint16:
         return torch.from_numpy(rows_RD.view(np.int16)).view(torch.bfloat16)

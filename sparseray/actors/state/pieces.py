@@ -21,12 +21,22 @@ DENSE: Piece = ("dense", 0, 0)
 
 
 def keys_of(pieces: Iterable[Piece], kind: str) -> list[Key]:
-    """Keys of the pieces of one kind, "expert" or "bucket", in their order."""
+    """Keys of the pieces of one kind, "expert" or "bucket", in their order.
+
+    Args:
+        pieces: of any kind.
+        kind: dense, expert or bucket.
+    """
     return [(layer, index) for name, layer, index in pieces if name == kind]
 
 
 def bucket_sizes(table_rows: Sequence[int], num_buckets: int) -> list[list[int]]:
-    """Rows of every bucket, [dse layers][buckets]; `table_rows` has the rows of each layer's table."""
+    """Rows of every bucket, [dse layers][buckets]; `table_rows` has the rows of each layer's table.
+
+    Args:
+        table_rows: rows of each memory layer's table.
+        num_buckets: of each table.
+    """
     return [np.diff(bucket_bounds(rows, num_buckets)).tolist() for rows in table_rows]
 
 

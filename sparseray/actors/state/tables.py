@@ -17,12 +17,12 @@ import secrets
 import shutil
 import tempfile
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from sparseray.actors.wire.messages import TableHandle
 from sparseray.kernels.dse.gather import gather_rows, read_word, write_word
 from sparseray.log import get_logger
 
@@ -35,27 +35,6 @@ ROW_TYPES: dict[str, np.dtype[Any]] = {"float32": np.dtype(np.float32), "bfloat1
 """How numpy holds rows of each `dse.row_dtype`."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class TableHandle:
-    """Where a process of the same user on the same host finds a table.
-
-    Args:
-        namespace: within which `pid` means that process, as `process_namespace` gives it.
-        pid, descriptor: of the process that owns the table.
-        token: random number in the table's header, for process ids come again.
-        num_rows, width: R and D.
-        row_dtype: float32 or bfloat16.
-    """
-
-    namespace: str
-    pid: int
-    descriptor: int
-    token: int
-    num_rows: int
-    width: int
-    row_dtype: str
-
-
 def process_namespace() -> str:
     """Names the set of processes within which a process id means the same: boot and PID namespace."""
     boot = Path("/proc/sys/kernel/random/boot_id")
@@ -63,7 +42,12 @@ def process_namespace() -> str:
 
 
 def version_of(generation: int, step: int) -> int:
-    """The header's word for rows as they are in a generation after a step's commit."""
+    """The header's word for rows as they are in a generation after a step's commit.
+
+    Args:
+        generation: of the plan, below 2^31.
+        step: of the commit, below 2^32.
+    """
     return generation << 32 | step
 
 

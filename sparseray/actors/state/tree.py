@@ -25,7 +25,13 @@ class TreeSum(Generic[T]):
         self._depth = max(0, (leaves - 1).bit_length())
 
     def add(self, level: int, index: int, value: T) -> None:
-        """Add a leaf (level 0) or a finished subtree."""
+        """Add a leaf (level 0) or a finished subtree.
+
+        Args:
+            level: 0 for a leaf; a subtree of level n covers 2^n leaves.
+            index: among those of its level.
+            value: belongs to the sum from now on.
+        """
         while level < self._depth:
             sibling = index ^ 1
             if sibling << level < self._leaves:

@@ -59,7 +59,12 @@ class WholeExperts(ExpertShard):
     def assign(
         self, owned: Sequence[Key], primary: Sequence[Key], computed: Sequence[Key] | None = None
     ) -> None:
-        """Follow the updates of all experts, or of none."""
+        """Follow the updates of all experts, or of none.
+
+        Args:
+            owned: (MoE layer, expert) pairs that follow the updates.
+            primary, computed: those of them that answer here; all of them, or none.
+        """
         super().assign(owned, primary, computed)
         every = [(layer, e) for layer in range(len(self.slabs)) for e in range(self.config.moe.num_experts)]
         assert not owned or list(owned) == every, "one slot has every expert here"

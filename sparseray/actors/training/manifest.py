@@ -100,7 +100,12 @@ def sync(path: Path) -> None:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write the manifest through a temporary file, a sync and a rename."""
+    """Write the manifest through a temporary file, a sync and a rename.
+
+    Args:
+        folder: of the data set.
+        manifest: its content.
+    """
     temporary = folder / f"{MANIFEST_NAME}.tmp"
     temporary.write_text(json.dumps(asdict(manifest), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     sync(temporary)

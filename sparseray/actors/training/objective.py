@@ -43,14 +43,31 @@ class DeviceBatch:
 
 
 def on_device(batch: Batch, device: torch.device) -> DeviceBatch:
-    """Send a batch on its way to a device, without waiting for it."""
+    """Send a batch on its way to a device, without waiting for it.
+
+    Args:
+        batch: on the CPU.
+        device: of the model.
+    """
     weights_BT = batch.weights_BT
     return DeviceBatch(
-        tokens_BT=batch.tokens_BT.to(device, non_blocking=True),
-        targets_BT=batch.targets_BT.to(device, non_blocking=True),
-        weights_BT=None if weights_BT is None else weights_BT.to(device, non_blocking=True),
-        document_starts_BT=batch.document_starts_BT.to(device, non_blocking=True),
+        tokens_BT=send(batch.tokens_BT, device),
+        targets_BT=send(batch.targets_BT, device),
+        weights_BT=None if weights_BT is None else send(weights_BT, device),
+        document_starts_BT=send(batch.document_starts_BT, device),
     )
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """Bring a tensor of the host to a device; pinned first, or the copy would wait for what the device has to do.
+
+    Args:
+        tensor: of any shape and dtype.
+        device: where to; a tensor that is there already comes back as it is.
+    """
+    if device.type == "cuda" and not tensor.is_cuda:
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 class BatchSource(Protocol):
@@ -72,7 +89,7 @@ class Loss:
         weight: sum of the weights.
         aux: fp32 scalar, balance losses with their coefficients; differentiable.
         counts_LE: int64, tokens per moe layer and expert.
-        metrics: further losses by name, for people; scalars without a graph.
+        metrics: further losses by name, for people; means over the part's tokens. The step's record has their mean.
     """
 
     sum: Tensor

@@ -112,6 +112,10 @@ class TokenDataset:
         `document_starts` marks the first token of each document and nothing else: a window that begins
         inside a document has no mark at position 0.
 
+        Args:
+            index: of the window, from 0.
+            seq_len: tokens that a window predicts.
+
         Raises:
             IndexError: `index` is outside [0, num_windows).
         """
@@ -217,6 +221,15 @@ def batch(
 
     The global batch of a step is `num_parts * sequences_per_part` consecutive positions of the data
     order; part p takes the p-th run of them. Cutting the same global batch otherwise moves no sequence.
+
+    Args:
+        dataset: to read from.
+        seed: of the data order.
+        step: from 1.
+        part: from 0, below `num_parts`.
+        num_parts: that the global batch is cut into.
+        sequences_per_part: sequences of a part.
+        seq_len: tokens of a sequence.
 
     Returns:
         Tensors [sequences_per_part, seq_len] on the CPU; targets are the tokens one position on.

@@ -104,7 +104,12 @@ def to_plain(value: Any) -> Any:
 
 
 def from_plain(kind: type[T], plain: Any) -> T:
-    """Rebuild what `to_plain` gave, also after JSON has made strings of a map's numbers."""
+    """Rebuild what `to_plain` gave, also after JSON has made strings of a map's numbers.
+
+    Args:
+        kind: type of the value.
+        plain: values of JSON or msgpack.
+    """
     return unpack(kind, plain, ())
 
 

@@ -29,7 +29,12 @@ class Transport(Protocol):
         """Open a way to every slot in `peers` (slot id to address); known ones are kept."""
 
     def send(self, slot: int, frames: Sequence[Any]) -> None:
-        """Queue the frames for a slot without waiting for it."""
+        """Queue the frames for a slot without waiting for it.
+
+        Args:
+            slot: receiver.
+            frames: bytes-like, header first.
+        """
 
     def receive(self, timeout_s: float) -> list[Any] | None:
         """Return the next message's frames, or None when none came in time."""
@@ -81,6 +86,10 @@ class Message(Generic[B]):
 def encode(message: Message[Body], job: str) -> list[Any]:
     """Turn a message into frames: a msgpack header, then the raw bytes of its tensors.
 
+    Args:
+        message: to send.
+        job: identifier that the receiver compares.
+
     Raises:
         ValueError: a field of the body holds what its type does not allow, or the header grew too large to travel.
     """
@@ -95,6 +104,10 @@ def encode(message: Message[Body], job: str) -> list[Any]:
 
 def decode(frames: Sequence[Any], job: str) -> Message[Body] | None:
     """Rebuild a message; None when it is of another job.
+
+    Args:
+        frames: as they came.
+        job: own identifier.
 
     Raises:
         ValueError: the frames are not a message of ours.

@@ -58,9 +58,15 @@ class Evaluate(Body):
 
 @dataclass(frozen=True, kw_only=True)
 class SaveCheckpoint(Body):
-    """Write what is primary at you into the folder."""
+    """Write what is primary at you into the folder.
+
+    Args:
+        directory: the folder.
+        in_background: go on training meanwhile; the answer comes between two later steps.
+    """
 
     directory: str
+    in_background: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +97,7 @@ class PartDone(Body):
         loss_sum: loss summed over its tokens, each times its weight; nats.
         weight: sum of these weights.
         aux_loss: balance loss.
-        metrics: further losses by name.
+        metrics: further losses by name, means over the part.
         tokens: number of targets.
         seconds: spent by phase, in this step so far.
         counts_LE: int64, tokens per moe layer and expert.
@@ -142,9 +148,15 @@ class SavedTensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Saved(Body):
-    """What was written into a checkpoint, by the tensor's logical name."""
+    """What was written into a checkpoint.
+
+    Args:
+        tensors: by logical name.
+        error: why it could not be written in the background; empty if it was.
+    """
 
     tensors: dict[str, SavedTensor]
+    error: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,10 +228,37 @@ class FetchRows(Body):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TableHandle:
+    """Where a process of the same user on the same host finds a table.
+
+    Args:
+        namespace: within which `pid` means that process, as `process_namespace` (state/tables.py) gives it.
+        pid, descriptor: of the process that owns the table.
+        token: random number in the table's header, for process ids come again.
+        num_rows, width: R and D.
+        row_dtype: float32 or bfloat16.
+    """
+
+    namespace: str
+    pid: int
+    descriptor: int
+    token: int
+    num_rows: int
+    width: int
+    row_dtype: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class MemoryRows(Body):
-    """Table rows of every memory layer, [N, D] each."""
+    """Table rows of every memory layer.
+
+    Args:
+        values_LND: [N, D] each, in the rows' dtype.
+        handles: of these tables, so that a slot on the same host need not ask again.
+    """
 
     values_LND: tuple[Tensor, ...]
+    handles: tuple[TableHandle, ...]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -76,10 +76,19 @@ def _ids(about: str, on: tuple[str, ...] = GENERATE) -> Field:
 
 def table(limits: ApiLimits) -> dict[str, Field]:
     """Return every field of every endpoint."""
-    texts = {"items": {"type": "string"}}
+    return {
+        **_prompts(limits),
+        **_draws(limits),
+        **_answers(limits),
+        **_chats(limits),
+        **_constraints(),
+        **_unused(),
+    }
+
+
+def _prompts(limits: ApiLimits) -> dict[str, Field]:
+    """What is asked."""
     messages = {"items": {"type": "object"}, "minItems": 1, "maxItems": limits.max_messages}
-    tools = {"items": {"type": "object"}, "maxItems": limits.max_tools}
-    both_chat = (CHAT, TOKENIZE)
     return {
         "model": Field(kind=("string",), about="name that is served", on=(*GENERATE, TOKENIZE, DETOKENIZE)),
         "prompt": Field(
@@ -87,12 +96,18 @@ def table(limits: ApiLimits) -> dict[str, Field]:
             on=(COMPLETION, TOKENIZE),
             about="a text, token ids, or a list of either; an empty text starts a document",
         ),
-        "messages": Field(kind=("array",), on=both_chat, about="the conversation", schema=messages),
+        "messages": Field(kind=("array",), on=(CHAT, TOKENIZE), about="the conversation", schema=messages),
         "tokens": _ids("token ids to turn into text", (DETOKENIZE,)),
         "add_special_tokens": _neutral(
             False, True, about="the tokenizer adds none", on=(*GENERATE, TOKENIZE)
         ),
         "return_token_strs": _boolean("also return each token as a string", (TOKENIZE,)),
+    }
+
+
+def _draws(limits: ApiLimits) -> dict[str, Field]:
+    """How many tokens of how many answers, and how they are drawn."""
+    return {
         "max_tokens": _integer(0, LARGE, "most tokens of a choice; 16, or in a chat the rest of the context"),
         "max_completion_tokens": _integer(0, LARGE, "newer name of max_tokens"),
         "min_tokens": _integer(0, LARGE, "tokens before a choice may stop"),
@@ -114,8 +129,17 @@ def table(limits: ApiLimits) -> dict[str, Field]:
         ),
         "allowed_token_ids": _ids("the only tokens that may be drawn"),
         "bad_words": Field(
-            kind=("array",), on=GENERATE, about="words that the answer never holds", schema=texts
+            kind=("array",),
+            on=GENERATE,
+            about="words that the answer never holds",
+            schema={"items": {"type": "string"}},
         ),
+    }
+
+
+def _answers(limits: ApiLimits) -> dict[str, Field]:
+    """Where an answer ends, and what of it is sent."""
+    return {
         "stop": Field(kind=("string", "array"), on=GENERATE, about="texts before which the answer ends"),
         "stop_token_ids": _ids("tokens that end the answer"),
         "include_stop_str_in_output": _boolean("show the text that ended the answer"),
@@ -148,6 +172,14 @@ def table(limits: ApiLimits) -> dict[str, Field]:
                 },
             },
         ),
+    }
+
+
+def _chats(limits: ApiLimits) -> dict[str, Field]:
+    """What only a conversation has."""
+    both_chat = (CHAT, TOKENIZE)
+    tools = {"items": {"type": "object"}, "maxItems": limits.max_tools}
+    return {
         "add_generation_prompt": _boolean("begin the assistant's turn, as by default", both_chat),
         "continue_final_message": _boolean("go on inside the last message", both_chat),
         "chat_template_kwargs": Field(
@@ -158,8 +190,6 @@ def table(limits: ApiLimits) -> dict[str, Field]:
             kind=("string", "object"), on=(CHAT,), about="none, required, or the function that must be called"
         ),
         "parallel_tool_calls": _boolean("false for one call at most", (CHAT,)),
-        **_constraints(),
-        **_unused(),
     }
 
 

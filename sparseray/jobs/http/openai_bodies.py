@@ -115,11 +115,7 @@ def parse_request(
 
 def _build(values: Values, model: str, is_chat: bool, served: ServedModel, request_id: str) -> ApiRequest:
     limits, vocabulary = served.limits, served.vocabulary
-    n = values.get("n", 1)
-    if n > limits.max_requests:
-        raise ApiError(400, f"n={n} exceeds the {limits.max_requests} requests that may be open", param="n")
-    if values.get("best_of", n) != n:
-        raise ApiError(400, "best_of must equal n", param="best_of", code="unsupported")
+    n = _num_choices(values, limits)
     ignore_eos = values.get("ignore_eos", False)
     stops = _texts(values, "stop", limits)
     tools = Tools()
@@ -176,6 +172,15 @@ def _build(values: Values, model: str, is_chat: bool, served: ServedModel, reque
         include_usage=stream and options[0],
         continuous_usage=stream and options[0] and options[1],
     )
+
+
+def _num_choices(values: Values, limits: ApiLimits) -> int:
+    n: int = values.get("n", 1)
+    if n > limits.max_requests:
+        raise ApiError(400, f"n={n} exceeds the {limits.max_requests} requests that may be open", param="n")
+    if values.get("best_of", n) != n:
+        raise ApiError(400, "best_of must equal n", param="best_of", code="unsupported")
+    return n
 
 
 def encode_chat(values: Values, tools: Tools, served: ServedModel, reader: PromptReader) -> tuple[int, ...]:

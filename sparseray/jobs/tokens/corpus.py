@@ -13,7 +13,7 @@ import platform
 import stat
 import sysconfig
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -183,34 +183,20 @@ def _list_files(
         left_out: counts by reason what cannot be read; updated in place.
         only_python: pass over all that is no Python.
     """
-    found: list[tuple[str, Path]] = []
 
     def lacking(reason: str, path: Path | str) -> None:
         left_out[reason] += 1
         if left_out[reason] <= NAMED:
             log.warning("%s is left out: %s", readable(str(path)), reason)
 
-    entered = {path.resolve() for path in exclude}
     if root.is_dir():
-        for folder, folders, names in os.walk(
-            root, followlinks=True, onerror=lambda error: lacking("unreadable folders", error.filename)
-        ):
-            here = Path(folder)
-            if here.resolve() in entered:
-                folders.clear()
-                continue
-            entered.add(here.resolve())
-            folders[:] = sorted(
-                name
-                for name in folders
-                if not name.startswith(".") and name not in ("__pycache__", "site-packages", "dist-packages")
-            )
-            for name in names:
-                if not name.startswith(".") and (not only_python or name.endswith(".py")):
-                    found.append((f"{label}/{(here / name).relative_to(root).as_posix()}", here / name))
+        paths = _walk(root, exclude, lambda error: lacking("unreadable folders", error.filename))
+        found = [(f"{label}/{path.relative_to(root).as_posix()}", path) for path in paths]
     else:
-        found.append((label, root))
+        found = [(label, root)]
     for name, path in sorted(found):
+        if root.is_dir() and only_python and path.suffix != ".py":
+            continue
         try:
             status = path.stat()
         except OSError:
@@ -224,6 +210,23 @@ def _list_files(
             continue
         seen.add(real)
         yield SourceFile(path=path, name=readable(name), num_bytes=status.st_size)
+
+
+def _walk(root: Path, exclude: Sequence[Path], unreadable: Callable[[OSError], None]) -> Iterator[Path]:
+    """Yield the files of a folder and of those in it, each folder once."""
+    entered = {path.resolve() for path in exclude}
+    for folder, folders, names in os.walk(root, followlinks=True, onerror=unreadable):
+        here = Path(folder)
+        if here.resolve() in entered:
+            folders.clear()
+            continue
+        entered.add(here.resolve())
+        folders[:] = sorted(
+            name
+            for name in folders
+            if not name.startswith(".") and name not in ("__pycache__", "site-packages", "dist-packages")
+        )
+        yield from (here / name for name in names if not name.startswith("."))
 
 
 def _stated_licence(root: Path) -> str:

@@ -174,15 +174,12 @@ def nsa_decode(
     select_block, num_selected = sizes.select_block, sizes.num_selected
     (batch, query_len, heads, width), (num_kv, value_dim) = q.shape, slc_cache[1].shape[2:]
     if not 1 <= query_len <= 8:
-        raise ConfigError(
-            f"nsa: decode takes 1 to 8 query tokens a sequence, got {query_len} (q {tuple(q.shape)})"
-        )
+        raise ConfigError(f"nsa: decode takes 1 to 8 query tokens a sequence, got q {tuple(q.shape)}")
     w, plan, group = workspace, workspace.tasks, heads // num_kv
     gp, rows, parts = next_power_of_2(group), batch * num_kv, w.part_max.shape[1]
     window_per = triton.cdiv(blocks_in_window(sizes.window, select_block), plan.window)
     selected_per = triton.cdiv(num_selected, plan.selected)
-    kept = w.best.shape[2] * w.best.shape[3]
-    launch, (d0, d1) = LAUNCH["decode"], split_width(width)
+    launch, (d0, d1), kept = LAUNCH["decode"], split_width(width), w.best.shape[2] * w.best.shape[3]
     launch_kernel(
         decode_kernel, (plan.programs(rows, query_len),),
         q, gates, out, context_lens, *cmp_cache, cmp_table, *slc_cache, slc_table, *win_cache, win_table,

@@ -93,7 +93,12 @@ class Fleet(Protocol):
         """End a slot that has no role any more; that is no loss."""
 
     def give_up(self, slot: int, cause: str) -> None:
-        """Count a slot as lost and end its process, if it can be reached."""
+        """Count a slot as lost and end its process, if it can be reached.
+
+        Args:
+            slot: its id.
+            cause: for the run's events.
+        """
 
 
 class StalledError(RuntimeError):

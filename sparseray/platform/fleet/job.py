@@ -1,15 +1,15 @@
 """What a slot builds from the spec of a job: states, engines, data."""
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sparseray.actors.exchange.protocol import Exchange
 from sparseray.actors.installation import JobSpec
-from sparseray.actors.serving.enduring import EnduringExchange
+from sparseray.actors.serving.enduring import Lookups
 from sparseray.actors.serving.engine import Engine
 from sparseray.actors.serving.paged_engine import PagedEngine
 from sparseray.actors.state.dense import DenseState
@@ -99,12 +99,14 @@ class SlotJob:
         model, dtype = self.config.model, DTYPES[self.config.train.dtype]
         experts = ExpertShard(model, **self._decay)
         if self._is_whole:
+            if self.device.type == "cuda":
+                _fix_order(not self.is_serving and self.config.determinism == "bitwise")
             compute = None if dtype == torch.float32 else dtype
             experts = WholeExperts(model, compute_dtype=compute, **self._slabs())
         memory = MemoryShard(model, self._table_rows(), **self._shared, **self._adam)
         return Holdings(self._dense, experts, memory if model.dse.layers else None)
 
-    def engine(self, model: Transformer, exchange: Exchange | EnduringExchange) -> Engine | None:
+    def engine(self, model: Transformer, exchange: Lookups) -> Engine | None:
         """Build the serving engine of an attention worker; None in training.
 
         Args:
@@ -148,16 +150,45 @@ class SlotJob:
         return self._batches("validation", 0, is_fixed=True)
 
     def read(self, directory: str, names: Sequence[str]) -> dict[str, torch.Tensor]:
-        """Read tensors of a checkpoint."""
+        """Read tensors of a checkpoint.
+
+        Args:
+            directory: of the checkpoint.
+            names: logical names.
+        """
         return checkpoint.read_tensors(directory, names)
 
     def write(self, directory: str, name: str, tensors: dict[str, torch.Tensor]) -> dict[str, SavedTensor]:
-        """Write one file of a checkpoint."""
+        """Write one file of a checkpoint.
+
+        Args:
+            directory: of the checkpoint.
+            name: of the file, without its suffix.
+            tensors: by logical name.
+        """
         return checkpoint.write_part(directory, name, tensors)
 
     def observe(self, name: str, value: float, **labels: str) -> None:
-        """Record a metric of this slot."""
+        """Record a metric of this slot.
+
+        Args:
+            name: in the registry.
+            value: in the metric's unit.
+            labels: of the metric.
+        """
         self.metrics.record(name, value, **labels)
+
+
+def _fix_order(is_fixed: bool) -> None:
+    """Have torch's own operations on this process's GPU sum in one order, or as is fastest.
+
+    Attention is what differs: cuDNN's backward pass adds up in the order in which its blocks end, so torch takes
+    FlashAttention with a fixed order instead. What has no fixed order warns; of that no step has any.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(is_fixed, warn_only=True)
+    # Otherwise every new tensor would be filled first.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 class SpecJobs:

@@ -44,7 +44,11 @@ END_S = 2.0
 
 
 def slot_name(job: str, slot: int) -> str:
-    """Ray's name of a slot."""
+    """Ray's name of a slot.
+
+    Args:
+        job, slot: their identifiers.
+    """
     return f"sparseray-{job[:12]}-slot-{slot}"
 
 
@@ -52,8 +56,7 @@ def start_slot(job: str, slot: int, config: ClusterConfig) -> Any:
     """Start the Ray actor of one slot.
 
     Args:
-        job: identifier of the job.
-        slot: id of the slot.
+        job, slot: their identifiers.
         config: what it reserves, and how it listens.
     """
     return (
@@ -82,8 +85,7 @@ class RayFleet:
     """`Fleet` of Ray actors.
 
     Args:
-        job: identifier of the job.
-        config: how slots are made.
+        job, config: identifier of the job, and how its slots are made.
         spec: of the job that slots build and warm themselves for.
         next_slot: gives the next slot id, which is journalled before it is used.
         on_change: told when members came or went.
@@ -161,7 +163,11 @@ class RayFleet:
         self._remove(slot, is_planned=True)
 
     def give_up(self, slot: int, cause: str) -> None:
-        """Count a slot as lost and end its process."""
+        """Count a slot as lost and end its process.
+
+        Args:
+            slot, cause: its id, and why, for the run's events.
+        """
         self._lose(slot, cause)
 
     # -- life ------------------------------------------------------------------------------------

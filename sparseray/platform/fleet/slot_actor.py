@@ -21,7 +21,12 @@ class SlotActor:
         self._host = gently(_load).Host(**host)
 
     def prepare(self, spec: Any, heartbeats: str) -> Any:
-        """`host.Host.prepare`; what it takes is not imported here, where nothing heavy may be."""
+        """`host.Host.prepare`; what it takes is not imported here, where nothing heavy may be.
+
+        Args:
+            spec: a `JobSpec`.
+            heartbeats: address that signs of life go to.
+        """
         return self._host.prepare(spec, heartbeats)
 
     def wait_for_end(self) -> None:

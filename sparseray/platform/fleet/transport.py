@@ -69,6 +69,10 @@ class ZmqTransport:
     def send(self, slot: int, frames: Sequence[Any]) -> None:
         """Queue frames for a slot; large ones are not copied, so the caller must not change them.
 
+        Args:
+            slot: receiver; connected before.
+            frames: bytes-like, header first.
+
         Raises:
             ValueError: a frame is over the limit; the receiver would drop it without a word.
         """

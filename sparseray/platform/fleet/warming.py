@@ -22,6 +22,8 @@ def warm_holdings(job: SlotJob) -> Holdings:
     dense = holdings.spare()
     if not job.is_serving:
         rehearse(job, dense)
+    elif isinstance(dense, DenseSlabs) and dense.device.type == "cuda":
+        job.engine(dense.model, _Stage(dense))
     if dense.device.type == "cuda":
         torch.cuda.empty_cache()
     warm_loops(job.config.model.dse.row_dtype)
@@ -31,11 +33,32 @@ def warm_holdings(job: SlotJob) -> Holdings:
     return holdings
 
 
+class _Stage:
+    """An exchange for an engine that is made to compile what it needs, and thrown away."""
+
+    def __init__(self, dense: DenseSlabs) -> None:
+        self.slabs, self.dim = _Slabs(dense), dense.model.config.dse.head_dim
+
+    def experts(self, layer: int, x_TH: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Tensor:
+        """One layer's experts, for all."""
+        return self.slabs(layer, x_TH, topk_ids_TK, topk_weights_TK)
+
+    def prefetch(self, rows: dict[int, Tensor]) -> FetchedRows:
+        """Zeros for every row."""
+        return FetchedRows(
+            addresses=rows, values={layer: torch.zeros(at.numel(), self.dim) for layer, at in rows.items()}
+        )
+
+
 def rehearse(job: SlotJob, dense: DenseState) -> None:
     """Open the data and run one part forward and backward, with stand-ins for what other slots or slabs will give.
 
     A process takes some 0.3 s longer over its first part, and with a GPU a minute; here that delays nobody. The
     weights are left alone, and of the gradient nothing stays.
+
+    Args:
+        job: of the slot.
+        dense: weights to run with.
     """
     batch, model, device = job.train_batches()(1, 0), dense.model, dense.device
     slabs = _Slabs(dense) if isinstance(dense, DenseSlabs) else None

@@ -47,7 +47,12 @@ def write_targets(path: Path, targets: dict[str, str], run: str) -> None:
 
 
 def entries(targets: dict[str, str], run: str) -> list[dict[str, Any]]:
-    """Return the discovery file's content."""
+    """Return the discovery file's content.
+
+    Args:
+        targets: address by name of each process.
+        run: label of all of them.
+    """
     return [
         {"targets": [address], "labels": {"job": "sparseray", "run": run, "process": name}}
         for name, address in sorted(targets.items())

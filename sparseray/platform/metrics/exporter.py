@@ -57,6 +57,11 @@ class Metrics:
         """Add to a counter, set a gauge, or observe into a histogram.
 
         A name or label that the registry does not know is a defect; it is told once and costs no step.
+
+        Args:
+            name: in the registry.
+            value: in the metric's unit.
+            labels: of the metric.
         """
         try:
             action = self._actions.get((name, *labels.items())) or self._action(name, labels)

@@ -147,7 +147,7 @@ _SPARSE = {
     "dse_rows_total": _counter(unit="rows", source="slot", help="Table rows that tokens addressed here"),
     "dse_lookups_total": _counter(
         source="slot",
-        help="Distinct table rows read, from the own slot or from another one",
+        help="Distinct table rows read: from the own slot, from memory shared with another one, or by message",
         labels=("tier",),
     ),
     "dse_unique_row_ratio": _gauge(

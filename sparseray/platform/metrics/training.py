@@ -58,7 +58,12 @@ class StepMetrics:
                     metrics.record("moe_expert_tokens_total", count, layer=str(layer), expert=str(expert))
 
     def checkpoint(self, seconds: float, num_bytes: int) -> None:
-        """Record a finished checkpoint."""
+        """Record a finished checkpoint.
+
+        Args:
+            seconds: that it took.
+            num_bytes: of all its files.
+        """
         self._metrics.record("checkpoint_save_seconds", seconds)
         self._metrics.record("checkpoint_bytes", num_bytes)
         self._metrics.record("checkpoint_last_success_timestamp_seconds", time.time())
@@ -86,6 +91,11 @@ def peak_flops(threads: int, size: int = 384, repeats: int = 5) -> float:
     """Measure a plain fp32 matrix product here, in operations per second, for `threads` threads at most one a core.
 
     Utilisation is told against this figure, so that it means the same on every machine; a few milliseconds.
+
+    Args:
+        threads: at most one a core is used.
+        size: rows and columns of the matrices.
+        repeats: products; the fastest counts.
     """
     a = torch.ones(size, size)
     best = float("inf")

@@ -38,7 +38,12 @@ class Holders:
         return {piece: held & set(members) for piece, held in self._slots.items()}
 
     def is_spare(self, slot: int, members: Collection[int]) -> bool:
-        """Whether other members hold everything that a slot holds."""
+        """Whether other members hold everything that a slot holds.
+
+        Args:
+            slot: its id.
+            members: living slots.
+        """
         others = set(members) - {slot}
         return all(held & others for held in list(self._slots.values()) if slot in held)
 

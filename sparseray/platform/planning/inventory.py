@@ -38,7 +38,12 @@ class Inventory:
 
     @staticmethod
     def of(model: ModelConfig, *, parts: int) -> "Inventory":
-        """The pieces of a model."""
+        """The pieces of a model.
+
+        Args:
+            model: its configuration.
+            parts: logical shards of the global batch; 0 in serving.
+        """
         return Inventory(
             parts=parts,
             moe_layers=len(model.moe_layers),
@@ -83,7 +88,12 @@ class Inventory:
 
 
 def num_slots(roles: Roles, *, colocated: bool) -> int:
-    """Slots that roles need."""
+    """Slots that roles need.
+
+    Args:
+        roles: slots of each role.
+        colocated: whether roles share slots.
+    """
     counts = (roles.attention, roles.experts, roles.memory)
     return max(counts) if colocated else sum(counts)
 

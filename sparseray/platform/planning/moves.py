@@ -98,6 +98,11 @@ def least_bytes(old: Plan, new: Plan, size: Callable[[Piece], int]) -> int:
 
     For dense weights, experts and buckets apart: each slot that holds some in `new` gains at least what
     it will hold beyond what it holds, and which of these slots holds how much is free to choose.
+
+    Args:
+        old: plan so far.
+        new: plan to come.
+        size: bytes of a piece.
     """
     total = 0
     for kind in ("dense", "expert", "bucket"):

@@ -49,7 +49,12 @@ class Placement:
         }
 
     def choose(self, wanted: dict[str, int], *, colocated: bool) -> None:
-        """Give slots to roles: "attention", "experts", "memory", as many as wanted where there are enough."""
+        """Give slots to roles: "attention", "experts", "memory", as many as wanted where there are enough.
+
+        Args:
+            wanted: slots of each role.
+            colocated: roles share slots.
+        """
         before = role_slots(self.old)
         had = {role: [s for s in before[role] if s in self.usable] for role in wanted}
         if not colocated:
@@ -133,7 +138,13 @@ class Placement:
     def table(
         self, role: str, old: Table, loads: Sequence[Sequence[float]] | None
     ) -> tuple[tuple[tuple[int, ...], ...], ...]:
-        """Place pieces on the role's slots and their backups."""
+        """Place pieces on the role's slots and their backups.
+
+        Args:
+            role: whose slots they go to.
+            old: holders so far, [layers][pieces].
+            loads: of each piece, [layers][pieces]; None for equal numbers.
+        """
         if not old:
             return ()
         own = sorted(self.slots[role])
@@ -151,7 +162,12 @@ class Placement:
 
 
 def costs(old: Table, slots: Sequence[int]) -> Array:
-    """What it costs to make a slot the primary of a piece; int64 [L, P, S]."""
+    """What it costs to make a slot the primary of a piece; int64 [L, P, S].
+
+    Args:
+        old: holders so far, [L][P].
+        slots: S candidates.
+    """
     column = {slot: index for index, slot in enumerate(slots)}
     cost = np.full((len(old), len(old[0]), len(slots)), COPY)
     for layer, row in enumerate(old):
@@ -232,7 +248,12 @@ def _start_backups(cost_LPGS: Array, fixed_LPS: Array) -> Array:
 
 
 def split_evenly(count: int, slots: Sequence[int]) -> list[int]:
-    """Give `count` things to slots in contiguous ranges whose sizes differ by at most one."""
+    """Give `count` things to slots in contiguous ranges whose sizes differ by at most one.
+
+    Args:
+        count: of the things.
+        slots: that share them, in order.
+    """
     return [slots[index * len(slots) // count] for index in range(count)]
 
 

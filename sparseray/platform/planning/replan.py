@@ -8,6 +8,7 @@ platform/planning/moves.py.
 """
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict
 
 import numpy as np
 
@@ -129,11 +130,7 @@ def replan(
         raise ConfigError(f"no slot is left for generation {generation}; start one")
     places = Placement(old, usable, min(max(1, replication), len(usable)), nodes)
     parts = parts or len(old.part_owners)
-    wanted = fitting(old, roles, parts)
-    places.choose(
-        {"attention": wanted.attention, "experts": wanted.experts, "memory": wanted.memory},
-        colocated=colocated,
-    )
+    places.choose(asdict(fitting(old, roles, parts)), colocated=colocated)
     attention = places.slots["attention"]
     experts = places.table("experts", old.experts, loads)
     spread: tuple[tuple[int, ...], ...] = ()
@@ -171,7 +168,12 @@ def fitting(plan: Plan, roles: Roles, parts: int | None = None) -> Roles:
 
 
 def loads_when_packed(plan: Plan, loads: Sequence[Sequence[float]]) -> list[dict[int, float]]:
-    """Load of every expert slot in each layer as `replan` would leave it on the same slots by load."""
+    """Load of every expert slot in each layer as `replan` would leave it on the same slots by load.
+
+    Args:
+        plan: whose expert slots they are.
+        loads: tokens of every expert, [moe layers][experts].
+    """
     slots = plan.expert_primaries
     cost = costs(plan.experts, slots)
     found = []

@@ -43,7 +43,13 @@ def spread_hot(
 def slot_loads(
     holders: Sequence[tuple[int, ...]], spread: Sequence[int], loads: Sequence[float]
 ) -> dict[int, float]:
-    """Tokens that each computing slot of a layer gets."""
+    """Tokens that each computing slot of a layer gets.
+
+    Args:
+        holders: of every expert of a layer.
+        spread: how many of an expert's holders compute it, [experts].
+        loads: tokens of every expert.
+    """
     sums: dict[int, float] = {}
     for have, computing, load in zip(holders, spread, loads):
         for slot in have[:computing]:

@@ -88,7 +88,12 @@ def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def begin(root: Path, step: int) -> Path:
-    """Make an empty folder for the parts of a checkpoint."""
+    """Make an empty folder for the parts of a checkpoint.
+
+    Args:
+        root: folder of the run's checkpoints.
+        step: that is committed.
+    """
     path = root / f"step_{step}{UNFINISHED}"
     shutil.rmtree(path, ignore_errors=True)
     path.mkdir(parents=True)
@@ -96,7 +101,12 @@ def begin(root: Path, step: int) -> Path:
 
 
 def finish(unfinished: Path, manifest: dict[str, Any]) -> Path:
-    """Write the manifest and give the folder its final name; from now on it counts."""
+    """Write the manifest and give the folder its final name; from now on it counts.
+
+    Args:
+        unfinished: folder from `begin`.
+        manifest: what the checkpoint holds.
+    """
     path = unfinished / MANIFEST
     path.write_text(json.dumps(sealed(manifest), indent=1))
     sync(path)
@@ -109,12 +119,22 @@ def finish(unfinished: Path, manifest: dict[str, Any]) -> Path:
 
 
 def give_up(root: Path, step: int) -> None:
-    """Remove what was written of a checkpoint that cannot be finished."""
+    """Remove what was written of a checkpoint that cannot be finished.
+
+    Args:
+        root: folder of the run's checkpoints.
+        step: that it was of.
+    """
     shutil.rmtree(root / f"step_{step}{UNFINISHED}", ignore_errors=True)
 
 
 def prune(root: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints, and what was never finished."""
+    """Remove all but the newest `keep` checkpoints, and what was never finished.
+
+    Args:
+        root: folder of the run's checkpoints.
+        keep: how many; 1 or more.
+    """
     for path in root.glob(f"step_*{UNFINISHED}"):
         shutil.rmtree(path, ignore_errors=True)
     for path in list_finished(root)[:-keep]:
@@ -158,6 +178,10 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
 def check_files(directory: str | Path, manifest: dict[str, Any]) -> None:
     """Check that all files are there: tensors, without reading them, by their length, and what is small by its SHA-256.
 
+    Args:
+        directory: of the checkpoint.
+        manifest: from `read_manifest`.
+
     Raises:
         CheckpointError: a file is missing, truncated or changed.
     """
@@ -185,6 +209,10 @@ def _wrong_with(path: Path, size: int, sha256: str | None) -> str:
 
 def read_tensors(directory: str | Path, names: Sequence[str]) -> dict[str, torch.Tensor]:
     """Read and verify tensors by logical name.
+
+    Args:
+        directory: of the checkpoint.
+        names: logical names.
 
     Raises:
         CheckpointError: a tensor is missing, or its bytes differ from what was written.

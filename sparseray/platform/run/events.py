@@ -68,7 +68,17 @@ class Events:
     def tell(
         self, kind: str, step: int, text: str, *, generation: int, plan: Plan, members: set[int], **more: Any
     ) -> None:
-        """Tell of one event after a step."""
+        """Tell of one event after a step.
+
+        Args:
+            kind: of the event.
+            step: after which it came.
+            text: for people.
+            generation: of the plan in force.
+            plan: in force.
+            members: living slots.
+            more: further values of the record.
+        """
         event = {
             "time": time.time(),
             "step": step,
@@ -83,7 +93,13 @@ class Events:
         self.on_event({"event": kind, **event})
 
     def gauges(self, plan: Plan, members: set[int], replicas: int) -> None:
-        """Show the plan in force."""
+        """Show the plan in force.
+
+        Args:
+            plan: in force.
+            members: living slots.
+            replicas: fewest living holders of a piece.
+        """
         self.metrics.record("elastic_generation", plan.generation)
         for role, count in slots_by_role(plan, members).items():
             self.metrics.record("elastic_slots", count, role=role)
@@ -91,7 +107,12 @@ class Events:
         self.metrics.record("elastic_replicas", replicas, state="actual")
 
     def watch(self, ages: dict[int, float], dropped: dict[str, int]) -> None:
-        """Show how long ago each slot was heard of, and messages that were refused."""
+        """Show how long ago each slot was heard of, and messages that were refused.
+
+        Args:
+            ages: seconds since each slot was heard of.
+            dropped: refused messages by reason.
+        """
         for slot, age in ages.items():
             self.metrics.record("elastic_heartbeat_age_seconds", age, peer=str(slot))
         peers = {str(slot) for slot in ages}
@@ -109,7 +130,12 @@ def role_holders(plan: Plan) -> set[int]:
 
 
 def slots_by_role(plan: Plan, members: set[int]) -> dict[str, int]:
-    """Living slots of each role, and those without."""
+    """Living slots of each role, and those without.
+
+    Args:
+        plan: in force.
+        members: living slots.
+    """
     return {
         "attention": len(set(plan.attention) & members),
         "experts": len(set(plan.expert_primaries) & members),

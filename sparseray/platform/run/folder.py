@@ -129,6 +129,10 @@ class RunFolder:
     def check_checkpoint(self, config: RunConfig, layout: DSELayout | None) -> Path | None:
         """Return the newest finished checkpoint once it is sure that this run can go on from it.
 
+        Args:
+            config: of the run.
+            layout: DSE identity; None for a model without memory.
+
         Raises:
             CheckpointError: it is damaged, or of another model.
             IdentityError: its rows are addressed in another way.
@@ -148,7 +152,13 @@ class RunFolder:
         return newest
 
     def open(self, config: RunConfig, layout: DSELayout | None, tokenizer: Path) -> None:
-        """Create what is missing; the identity (DSE layout, tokenizer) is written once and checked ever after."""
+        """Create what is missing; the identity (DSE layout, tokenizer) is written once and checked ever after.
+
+        Args:
+            config: of the run.
+            layout: DSE identity; None for a model without memory.
+            tokenizer: file of the data's tokenizer.
+        """
         for path in (self.path, self.checkpoints, self.report):
             path.mkdir(parents=True, exist_ok=True)
         if not (self.identity / "tokenizer.json").exists():

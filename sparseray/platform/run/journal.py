@@ -60,6 +60,12 @@ class Journal:
     def append(self, kind: str, *, generation: int, step: int, **body: Any) -> None:
         """Write one decision; it is in the file when this returns.
 
+        Args:
+            kind: of the decision.
+            generation: of the plan that it is of.
+            step: that it is of.
+            body: plain values.
+
         Raises:
             FencedError: another scheduler leads now; nothing was written.
             UserError: the file cannot be written.
@@ -102,7 +108,12 @@ class Journal:
         return rows[0] if rows else None
 
     def read(self, kind: str | None = None, limit: int = 100) -> list[dict[str, Any]]:
-        """Return up to `limit` decisions, newest first."""
+        """Return up to `limit` decisions, newest first.
+
+        Args:
+            kind: of the decisions; None for all kinds.
+            limit: how many at most.
+        """
         where, values = ("WHERE kind = ?", (kind,)) if kind else ("", ())
         rows = self._db.execute(
             f"SELECT id, time, generation, step, kind, body FROM decisions {where} ORDER BY id DESC LIMIT ?",

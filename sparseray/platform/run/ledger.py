@@ -25,7 +25,12 @@ class Ledger:
 
     @contextmanager
     def state(self, name: str, failed: str = "lost") -> Iterator[None]:
-        """Count the time inside as `name`, or as `failed` when it ends with an exception."""
+        """Count the time inside as `name`, or as `failed` when it ends with an exception.
+
+        Args:
+            name: of the state.
+            failed: state that the time counts as after an exception.
+        """
         started, counted = time.monotonic(), failed
         try:
             yield

@@ -25,7 +25,12 @@ def scheduler_name(run_dir: Path) -> str:
 
 
 def register_run(run_dir: Path, address: str) -> None:
-    """Note that a run is going on at a Ray address."""
+    """Note that a run is going on at a Ray address.
+
+    Args:
+        run_dir: folder of the run.
+        address: of its Ray cluster.
+    """
     folder = state_folder()
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{scheduler_name(run_dir)}.json"

@@ -1,0 +1,187 @@
+"""`PagedTritonOps`: the paged operations of `Ops` by kernels, without a wait for the device; decoding fits a CUDA graph.
+
+Prompts' chunks against pages: full attention gathers the pages of chunks of one shape and lets torch's fused
+attention read them; NSA reads them where they are. Shapes as in ops.py.
+"""
+
+from __future__ import annotations
+
+from itertools import groupby
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+
+from sparseray.kernels.attention.decode import PagedDecodeWorkspace, paged_decode
+from sparseray.kernels.attention.paged_write import paged_write
+from sparseray.kernels.nsa.compress_step import compress_step
+from sparseray.kernels.nsa.decode import DecodeWorkspace, nsa_decode
+from sparseray.kernels.nsa.prefill import nsa_prefill, prefill_geometry
+from sparseray.kernels.nsa.reference import Compression
+from sparseray.kernels.paged import KeyValues, Pages
+from sparseray.kernels.plain_ops import PlainOps
+from sparseray.kernels.settings import NSASizes
+from sparseray.kernels.takes import check
+
+
+class PagedTritonOps(PlainOps):
+    """See `Ops` for what each operation does."""
+
+    def paged_write(self, pool: KeyValues, k_RGD: Tensor, v_RGV: Tensor, pages: Pages) -> None:
+        check("the paged cache", k_RGD, *pool)
+        paged_write(k_RGD, v_RGV, pages.places_R, *pool)
+
+    def paged_attend(self, q_RQD: Tensor, pool: KeyValues, pages: Pages) -> Tensor:
+        if pages.chunks is not None:
+            return self._attend_chunks(q_RQD, pool, pages, pages.chunks)
+        (R, heads, _), B, width = q_RQD.shape, pages.num_sequences, pool[1].shape[-1]
+        workspace = pages.scratch.get("attend")
+        if workspace is None:
+            longest = pages.table_BW.shape[1] * pages.page
+            workspace = PagedDecodeWorkspace.create(B, 1, heads, width, longest, q_RQD.device)
+            pages.scratch["attend"] = workspace
+        out = q_RQD.new_empty(R, heads, width)
+        paged_decode(
+            q_RQD[:B].unsqueeze(1).contiguous(),
+            *pool,
+            pages.table_BW,
+            pages.context_lens_B,
+            workspace,
+            out[:B].unsqueeze(1),
+        )
+        return out
+
+    def _attend_chunks(
+        self, q_RQD: Tensor, pool: KeyValues, pages: Pages, chunks: tuple[tuple[int, int, int], ...]
+    ) -> Tensor:
+        """Chunks of one length and context that follow one another go through together."""
+        out, first = q_RQD.new_empty(*q_RQD.shape[:2], pool[1].shape[-1]), 0
+        for (size, context), same in groupby(chunks, lambda chunk: (chunk[1] - chunk[0], chunk[2])):
+            count = len(list(same))
+            rows = slice(chunks[first][0], chunks[first][0] + count * size)
+            table = pages.table_BW[first : first + count, : -(-context // pages.page)].long()
+            k, v = (cache[table].flatten(1, 2)[:, :context] for cache in pool)
+            out[rows] = self.attend(q_RQD[rows].unflatten(0, (count, size)), k, v).flatten(0, 1)
+            first += count
+        return out
+
+    def paged_compress(
+        self,
+        raw: Tensor,
+        compressed: Tensor,
+        phi: Compression,
+        sizes: NSASizes,
+        pages: Pages,
+        angles: tuple[Tensor, Tensor] | None,
+    ) -> None:
+        assert phi.b1 is not None and phi.b2 is not None and phi.pos is not None
+        # Weights do not change while something is served.
+        key = ("bias", phi.w1.data_ptr())
+        bias = pages.scratch.get(key)
+        if bias is None:
+            bias = pages.scratch[key] = torch.addmv(phi.b1, phi.w1, phi.pos.flatten())
+        chunks = pages.chunks or ((0, 1, 1),)
+        compress_step(
+            raw,
+            pages.table_BW,
+            compressed,
+            pages.table_BW,
+            pages.context_lens_B,
+            phi.w1,
+            bias,
+            phi.w2,
+            phi.b2,
+            block=sizes.block,
+            stride=sizes.stride,
+            query_len=max(stop - start for start, stop, _ in chunks),
+            angles=angles,
+        )
+
+    def paged_nsa_attention(
+        self,
+        q_RQD: Tensor,
+        gates_RQ3: Tensor,
+        compressed: KeyValues,
+        selected: KeyValues,
+        window: KeyValues,
+        sizes: NSASizes,
+        pages: Pages,
+    ) -> Tensor:
+        check("native sparse attention over pages", q_RQD, *compressed, *selected, *window)
+        (R, heads, _), B, table = q_RQD.shape, pages.num_sequences, pages.table_BW
+        num_kv, width = selected[1].shape[2:]
+        out = q_RQD.new_empty(R, heads, width)
+        if pages.chunks is not None:
+            rows = pages.chunks[-1][1]
+            branches = (compressed, selected, window)
+            out[:rows] = self._nsa_chunks(q_RQD[:rows], gates_RQ3[:rows], branches, sizes, pages)
+            return out
+        workspace = pages.scratch.get("nsa")
+        if workspace is None:
+            longest = table.shape[1] * pages.page
+            workspace = DecodeWorkspace.create(
+                B, 1, heads, num_kv, width, longest, sizes, device=q_RQD.device
+            )
+            pages.scratch["nsa"] = workspace
+        nsa_decode(
+            q_RQD[:B].unsqueeze(1).contiguous(),
+            gates_RQ3[:B].unsqueeze(1).contiguous(),
+            compressed,
+            selected,
+            window,
+            table,
+            table,
+            table,
+            pages.context_lens_B,
+            workspace,
+            out[:B].unsqueeze(1),
+            sizes,
+        )
+        return out
+
+    def _nsa_chunks(
+        self,
+        q_RQD: Tensor,
+        gates_RQ3: Tensor,
+        branches: tuple[KeyValues, KeyValues, KeyValues],
+        sizes: NSASizes,
+        pages: Pages,
+    ) -> Tensor:
+        """Chunks of prompts, all at once; `branches` are compressed, selected and window."""
+        assert pages.cu_seqlens is not None
+        table = pages.table_BW
+        geometry = pages.scratch.get("nsa")
+        if geometry is None:
+            geometry = prefill_geometry(
+                pages.cu_seqlens,
+                pages.context_lens_B,
+                (table, table, table),
+                tokens=len(q_RQD),
+                page=pages.page,
+                sizes=sizes,
+            )
+            pages.scratch["nsa"] = geometry
+        return nsa_prefill(
+            q_RQD,
+            gates_RQ3,
+            *branches,
+            table,
+            table,
+            table,
+            pages.cu_seqlens,
+            pages.context_lens_B,
+            sizes,
+            geometry=geometry,
+        )
+
+    def attend(self, q_BTQD: Tensor, k_BSGD: Tensor, v_BSGV: Tensor) -> Tensor:
+        T, S = q_BTQD.shape[1], k_BSGD.shape[1]
+        if not 1 < T < S or not q_BTQD.is_cuda or torch.is_grad_enabled():
+            return super().attend(q_BTQD, k_BSGD, v_BSGV)
+        # A chunk after earlier keys: this mask is known to the fused attention and is not built.
+        q, k, v = (x.transpose(1, 2) for x in (q_BTQD, k_BSGD, v_BSGV))
+        if k.shape[1] != q.shape[1]:
+            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=causal_lower_right(T, S))
+        return out.transpose(1, 2)
