@@ -21,9 +21,10 @@ from triton.compiler import ASTSource
 from triton.compiler import compile as compile_source
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from sparseray.kernels.attention import decode
+from sparseray.kernels.attention import decode, paged_write
 from sparseray.kernels.dense import adamw, embedding, head_loss, rms_norm, rope, squared_norm, swiglu
 from sparseray.kernels.moe import expert_map, ffn
+from sparseray.kernels.nsa import compress_step
 
 TYPES = {
     torch.float32: "fp32",
@@ -111,6 +112,23 @@ def attention() -> None:
         decode.paged_decode(q, cache, cache, table, lens, work, torch.empty_like(q))
 
 
+def pages() -> None:
+    """What is written into the pages of a served sequence."""
+    lens, table, places = (
+        torch.zeros(2, dtype=torch.int32),
+        torch.zeros(2, 16, dtype=torch.int32),
+        bf16(2).int(),
+    )
+    for num_kv, width in ((1, 64), (4, 128)):
+        cache, compressed = bf16(4, 256, num_kv, width), bf16(4, 16, num_kv, width)
+        paged_write.paged_write(bf16(2, num_kv, width), bf16(2, num_kv, width), places, cache, cache)
+        weights = bf16(2 * width, 32 * width), bf16(2 * width), bf16(width, 2 * width), bf16(width)
+        for angles in (None, (torch.zeros(64, width // 2), torch.zeros(64, width // 2))):
+            compress_step.compress_step(
+                cache, table, compressed, table, lens, *weights, block=32, stride=16, angles=angles
+            )
+
+
 def experts() -> None:
     for H, I in ((1024, 512), (2048, 1408)):
         T, E, K = 256, 4, 2
@@ -135,11 +153,25 @@ def _activation_grad(
 
 
 def main() -> None:
-    modules = (adamw, embedding, head_loss, rms_norm, rope, squared_norm, swiglu, decode, ffn, expert_map)
+    modules = (
+        adamw,
+        embedding,
+        head_loss,
+        rms_norm,
+        rope,
+        squared_norm,
+        swiglu,
+        decode,
+        paged_write,
+        compress_step,
+        ffn,
+        expert_map,
+    )
     for module in modules:
         module.launch_kernel = compile_launch
     dense()
     attention()
+    pages()
     experts()
 
 

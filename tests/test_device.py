@@ -10,7 +10,7 @@ import torch
 
 from sparseray.errors import ConfigError
 from sparseray.platform.config import RunConfig, load_yaml
-from sparseray.platform.device import is_whole, resolve_device
+from sparseray.platform.device import is_whole, resolve_device, resolve_serving_device
 from sparseray.platform.gpu import Driver, Gpu
 from sparseray.platform.planning.device_memory import device_memory
 
@@ -105,7 +105,20 @@ def test_the_estimate_counts_what_settings_change() -> None:
     )
     assert device_memory(config(optim__moments="float32")).moments == 2 * base.moments
     assert device_memory(config(train__recompute=True)).activations < 0.5 * base.activations
-    four = device_memory(config(train__logical_shards=4, train__sequences_per_shard=2))
+    four = device_memory(config(train__logical_shards=4, train__sequences_per_shard=2, determinism="bitwise"))
     assert four.activations == base.activations // 4 and four.gradients == (2 + 4 * 2) * count
     fast = device_memory(config(train__logical_shards=4, determinism="fast"))
     assert fast.gradients == (2 + 4) * count
+
+
+def test_a_server_computes_in_its_own_dtype_on_a_gpu_and_in_float32_on_a_cpu() -> None:
+    trained = change(config(), train__dtype="bfloat16")
+    on_gpu = resolve_serving_device(change(trained, cluster__device="auto"), GOOD)
+    assert (on_gpu.cluster.device, on_gpu.train.dtype) == ("cuda", "bfloat16")
+    exact = resolve_serving_device(change(on_gpu, serve__dtype="float32"), GOOD)
+    assert is_whole(exact) and exact.train.dtype == "float32"
+    on_cpu = resolve_serving_device(change(trained, cluster__device="auto"), NONE)
+    assert (on_cpu.cluster.device, on_cpu.train.dtype) == ("cpu", "float32") and not is_whole(on_cpu)
+    spread = change(trained, cluster__device="cuda", cluster__attention_workers=2)
+    with pytest.raises(ConfigError, match="attention_workers=1"):
+        resolve_serving_device(spread, GOOD)

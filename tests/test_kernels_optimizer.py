@@ -10,8 +10,10 @@ import triton_interpreter  # noqa: F401  (first: it sets the interpreter up wher
 from torch import Tensor
 
 from sparseray.kernels.dense.adamw import adamw_step
-from sparseray.kernels.dense.reference import adamw_reference
-from sparseray.kernels.dense.squared_norm import PIECE, clip_scale, squared_norm
+from sparseray.kernels.dense.reference import adamw_reference, squared_norms_reference
+from sparseray.kernels.dense.squared_norm import PIECE, clip_scale, squared_norm, squared_norms
+from sparseray.kernels.ops import REFERENCE
+from sparseray.kernels.triton_ops import TRITON
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OPTIONS = {"lr": 3e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
@@ -97,3 +99,24 @@ def test_squared_norm_of_tensors_large_and_small(dtype: torch.dtype) -> None:
     assert torch.equal(squared_norm(tensors), found)
     torch.testing.assert_close(clip_scale(found, 1.0), (1.0 / wanted.sqrt()).float(), rtol=1e-5, atol=0.0)
     assert float(clip_scale(found, 1e9)) == 1.0
+
+
+def test_squared_norms_of_rows() -> None:
+    tensors = [
+        torch.randn(shape, device=DEVICE) for shape in ((3, PIECE + 5), (7,), (2, 4, 6), (1, 2 * PIECE))
+    ]
+    rows = [3, 1, 2, 1]
+    found = squared_norms(tensors, rows)
+    torch.testing.assert_close(found, squared_norms_reference(tensors, rows))
+    assert torch.equal(squared_norms(tensors, rows), found)
+    assert squared_norms(tensors[:2], [1, 1])[0] == squared_norm(tensors[:1])
+
+
+def test_the_embeddings_gradient_is_torchs() -> None:
+    tokens = torch.randint(0, 11, (200,), device=DEVICE)
+    grads = []
+    for ops in (REFERENCE, TRITON):
+        weight = torch.ones(11, 24, device=DEVICE, requires_grad=True)
+        (ops.embedding(tokens, weight) * torch.arange(200.0, device=DEVICE)[:, None]).sum().backward()
+        grads.append(weight.grad)
+    torch.testing.assert_close(*grads)

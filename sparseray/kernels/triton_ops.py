@@ -21,6 +21,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 from sparseray.errors import ConfigError
@@ -56,9 +57,14 @@ def _table(values: tuple[int, ...] | tuple[tuple[int, ...], ...], device: torch.
     return torch.tensor(values, dtype=torch.int64, device=device)
 
 
-@lru_cache(maxsize=16)
-def _numbers(count: int, device: torch.device) -> Tensor:
+@lru_cache(maxsize=32)
+def _all_numbers(count: int, device: torch.device) -> Tensor:
     return torch.arange(count, device=device, dtype=torch.int32)
+
+
+def _numbers(count: int, device: torch.device) -> Tensor:
+    """0, 1, ... count - 1: the beginning of one of a few tensors, which stay, as CUDA graphs read them."""
+    return _all_numbers(max(1 << 16, triton.next_power_of_2(count)), device)[:count]
 
 
 class _Embedding(torch.autograd.Function):

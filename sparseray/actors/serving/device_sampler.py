@@ -118,8 +118,9 @@ def _adjust(
     if not rows:
         return
     device = scores_RV.device
-    row_N, at_N = (torch.from_numpy(np.concatenate(x)).to(device) for x in (rows, at))
-    bias_N, divisor_N, less_N = torch.from_numpy(np.concatenate(values, 1)).to(device)
+    row_N, at_N = (torch.from_numpy(np.concatenate(x)).to(device, non_blocking=True) for x in (rows, at))
+    changes_3N = torch.from_numpy(np.concatenate(values, 1)).to(device, non_blocking=True)
+    bias_N, divisor_N, less_N = changes_3N
     score_N = scores_RV[row_N, at_N] + bias_N
     score_N = torch.where(score_N > 0, score_N / divisor_N, score_N * divisor_N) - less_N
     scores_RV[row_N, at_N] = score_N
@@ -153,7 +154,7 @@ def sample_rows(
     cut = [row for row in drawn if requests[row].top_p < 1.0 or 0 < requests[row].top_k < scores_RV.shape[1]]
     for rows, is_cut in ((cut, True), (sorted(set(drawn) - set(cut)), False)):
         if rows:
-            at_R = torch.tensor(rows, device=scores_RV.device)
+            at_R = torch.tensor(rows).to(scores_RV.device, non_blocking=True)
             chosen = [requests[row] for row in rows]
             numbers = uniforms([r.seed for r in chosen], [positions[row] for row in rows])
             token_R[at_R] = _draw(scores_RV[at_R], best_R[at_R, None], chosen, numbers, is_cut=is_cut)

@@ -5,7 +5,7 @@ with those who hold them now, and no request notices. A call in serving changes 
 """
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from torch import Tensor
 
@@ -13,6 +13,18 @@ from sparseray.actors.exchange.protocol import Exchange, FetchedRows
 from sparseray.errors import SupersededError
 
 R = TypeVar("R")
+
+
+class Lookups(Protocol):
+    """What an engine asks of an exchange."""
+
+    def experts(self, layer: int, x_TH: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Tensor:
+        """As `Exchange.experts`."""
+        ...
+
+    def prefetch(self, rows: dict[int, Tensor]) -> FetchedRows:
+        """As `Exchange.prefetch`."""
+        ...
 
 
 class EnduringExchange:

@@ -101,7 +101,7 @@ class PagedEngine(Engine):
         )
         log.info("cache: %d pages of %d tokens, %.2f GiB", num_pages, page, num_pages * each / 2**30)
         self._flight: _Flight | None = None
-        self.paged.warm(experts)
+        self.paged.warm(experts, memory)
 
     @property
     def cache_usage(self) -> float:
@@ -222,7 +222,7 @@ class PagedEngine(Engine):
             known = [i for i, s in enumerate(decoding) if s.computed == len(s.tokens) + s.pending]
             if known:
                 ready += [decoding[i] for i in known]
-                logits.append(found if len(known) == len(decoding) else found[known])
+                logits.append(found if len(known) == len(decoding) else _pick(found, known))
         self._note_step(len(batch))
         wanted = [h if s.request.prompt_logprobs is not None else None for s, h in zip(prompts, hidden)]
         rows: list[tuple[Ongoing, Tensor | None]] = list(zip(prompts, wanted))
@@ -255,7 +255,7 @@ class PagedEngine(Engine):
         if ready:
             logits_RV = torch.cat(logits) if len(logits) > 1 else logits[0]
             if here:
-                rows_RV = logits_RV if not there else logits_RV[here]
+                rows_RV = logits_RV if not there else _pick(logits_RV, here)
                 chosen = [ready[i] for i in here]
                 known = [s.tokens for s in chosen]
                 positions = [len(s.tokens) + s.pending for s in chosen]
@@ -265,7 +265,7 @@ class PagedEngine(Engine):
                 for sequence in chosen:
                     sequence.pending += 1
             if there:
-                judged_logits = _to_host(logits_RV[there].float())
+                judged_logits = _to_host(_pick(logits_RV, there).float())
         if self.paged.device.type == "cuda":
             done = torch.cuda.Event()
             done.record()
@@ -327,6 +327,11 @@ class PagedEngine(Engine):
         sequence, token, index, finish = found
         request_id = sequence.request.request_id
         return TokenEvent(request_id=request_id, index=index, token_id=token, finish_reason=finish)
+
+
+def _pick(rows: Tensor, at: list[int]) -> Tensor:
+    """Some of the rows; a list as an index would wait for the device."""
+    return rows[torch.tensor(at).to(rows.device, non_blocking=True)]
 
 
 def _to_host(values: Tensor) -> Tensor:

@@ -29,6 +29,8 @@ from sparseray.model.moe import Experts
 from sparseray.model.paged import Paged, new_histories
 from sparseray.model.transformer import Transformer
 
+WARM_PROMPTS = (32, 1024)
+"""Tokens of prompts that bring all kernels for reading one into memory."""
 FIELDS = ("token", "position", "context", "place", "slot", "start")
 
 
@@ -76,9 +78,12 @@ class Chunk:
 
 @dataclass(eq=False)
 class _Decode:
-    """Buffers of a decode step of at most B requests, and its graph."""
+    """Buffers of a decode step of at most B requests, and its graph.
 
-    staged: Tensor
+    The inputs are staged in turn in two buffers: of two steps that are under way, the first may still be copied.
+    """
+
+    staged: list[Tensor]
     inputs: Tensor
     values: dict[int, Tensor]
     paged: Paged
@@ -239,10 +244,11 @@ class PagedModel:
 
     def _new_decode(self, size: int) -> _Decode:
         config, rows, is_cuda = self.model.config, padded(size), self.device.type == "cuda"
-        staged = torch.zeros(len(FIELDS), rows, dtype=torch.int32, pin_memory=is_cuda)
         # A place that no request has: one token on page 0, so that nothing is divided by nothing.
-        staged[2] = 1
-        inputs = staged.to(self.device) if is_cuda else staged
+        empty = torch.zeros(len(FIELDS), rows, dtype=torch.int32)
+        empty[2] = 1
+        staged = [empty.pin_memory() if is_cuda else empty.clone() for _ in range(2)]
+        inputs = empty.to(self.device, copy=True)
         values = {
             layer: torch.zeros(size, self._rows_per_token, config.dse.head_dim, device=self.device)
             for layer in self.histories
@@ -278,11 +284,14 @@ class PagedModel:
         )
         return self.model.logits(hidden_RH)
 
-    def warm(self, experts: Experts) -> None:
-        """Capture the decode steps; on a CPU there is nothing to capture."""
+    def warm(self, experts: Experts, memory: Memory | None) -> None:
+        """Read a short and a longer prompt, and capture the decode steps; on a CPU there is nothing to warm."""
         if self.device.type != "cuda":
             return
-        memory = torch.cuda.graph_pool_handle()
+        for count in sorted({min(count, self.width * self.page) for count in WARM_PROMPTS}):
+            lease = Lease(pages=[0] * self.width, length=0, max_len=count, slot=0)
+            self.prefill([Chunk(lease=lease, known=[0] * count, count=count)], experts, memory)
+        shared = torch.cuda.graph_pool_handle()
         for size in reversed(self._buckets):
             decode = self._decodes[size] = self._new_decode(size)
             stream = torch.cuda.Stream()
@@ -292,7 +301,7 @@ class PagedModel:
                     self._run_decode(decode, experts)
             torch.cuda.current_stream().wait_stream(stream)
             decode.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(decode.graph, pool=memory):
+            with torch.cuda.graph(decode.graph, pool=shared, capture_error_mode="thread_local"):
                 decode.logits_RV = self._run_decode(decode, experts)
 
     def decode(self, chunks: Sequence[Chunk], experts: Experts, memory: Memory | None) -> Tensor:
@@ -309,7 +318,8 @@ class PagedModel:
             self._decodes[size] = self._new_decode(size)
         decode = self._decodes[size]
         addresses, starts = self._rows(chunks)
-        staged = decode.staged.numpy()
+        decode.staged.reverse()
+        staged = decode.staged[0].numpy()
         staged[:] = 0
         staged[2] = 1
         lengths = [chunk.lease.length for chunk in chunks]
@@ -321,8 +331,7 @@ class PagedModel:
         staged[3, :count] = at * self.page + positions % self.page
         staged[4, :count] = [chunk.lease.slot for chunk in chunks]
         staged[5, :count] = starts
-        if decode.inputs is not decode.staged:
-            decode.inputs.copy_(decode.staged, non_blocking=True)
+        decode.inputs.copy_(decode.staged[0], non_blocking=True)
         for layer, found in self._fetch(addresses, memory).items():
             decode.values[layer][:count].copy_(found, non_blocking=True)
         if decode.graph is None:

@@ -163,7 +163,8 @@ class Holdings:
             counts_LE: int64, tokens per MoE layer and expert over the whole global batch.
         """
         self.trim()
+        # First what keeps a device busy longest, while the host launches the rest.
+        self.experts.apply(lr=lr, scale=scale)
         if self.dense is not None:
             self.dense.apply(lr=lr, scale=scale, counts_LE=counts_LE)
-        self.experts.apply(lr=lr, scale=scale)
         return 0 if self.memory is None else self.memory.apply(lr=memory_lr, scale=scale)

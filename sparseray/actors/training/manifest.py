@@ -136,7 +136,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise DataError(f"{path} is not a manifest of token shards; {cure}")
     if raw.get("format_version") != FORMAT_VERSION:
         raise DataError(
-            f"{path} has format version {raw.get('format_version')!r}, this release reads {FORMAT_VERSION}; "
+            f"{path} has format version {repr(raw.get('format_version'))[:80]}, this release reads {FORMAT_VERSION}; "
             "prepare the data again"
         )
     try:
@@ -146,9 +146,9 @@ def read_manifest(folder: Path) -> Manifest:
             f"{path} is damaged ({' '.join(str(error).split())[:200]}); prepare the data again"
         ) from error
     for file in manifest.files:
-        if Path(file.name).name != file.name or file.split not in SPLITS:
+        if not re.fullmatch(r"\w[\w.-]{0,99}", file.name) or file.split not in SPLITS:
             raise DataError(
-                f"{path} names a shard {file.name!r} of split {file.split!r}; prepare the data again"
+                f"{path} names a shard {file.name[:80]!r} of split {file.split[:80]!r}; prepare the data again"
             )
     return manifest
 

@@ -51,11 +51,18 @@ def on_device(batch: Batch, device: torch.device) -> DeviceBatch:
     """
     weights_BT = batch.weights_BT
     return DeviceBatch(
-        tokens_BT=batch.tokens_BT.to(device, non_blocking=True),
-        targets_BT=batch.targets_BT.to(device, non_blocking=True),
-        weights_BT=None if weights_BT is None else weights_BT.to(device, non_blocking=True),
-        document_starts_BT=batch.document_starts_BT.to(device, non_blocking=True),
+        tokens_BT=send(batch.tokens_BT, device),
+        targets_BT=send(batch.targets_BT, device),
+        weights_BT=None if weights_BT is None else send(weights_BT, device),
+        document_starts_BT=send(batch.document_starts_BT, device),
     )
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on a device; pinned first, or the copy would wait for what the device has to do."""
+    if device.type == "cuda" and not tensor.is_cuda:
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 class BatchSource(Protocol):

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sparseray.actors.exchange.protocol import Exchange
 from sparseray.actors.installation import JobSpec
-from sparseray.actors.serving.enduring import EnduringExchange
+from sparseray.actors.serving.enduring import Lookups
 from sparseray.actors.serving.engine import Engine
 from sparseray.actors.serving.paged_engine import PagedEngine
 from sparseray.actors.state.dense import DenseState
@@ -101,13 +100,13 @@ class SlotJob:
         experts = ExpertShard(model, **self._decay)
         if self._is_whole:
             if self.device.type == "cuda":
-                _fix_order(self.config.determinism == "bitwise")
+                _fix_order(not self.is_serving and self.config.determinism == "bitwise")
             compute = None if dtype == torch.float32 else dtype
             experts = WholeExperts(model, compute_dtype=compute, **self._slabs())
         memory = MemoryShard(model, self._table_rows(), **self._shared, **self._adam)
         return Holdings(self._dense, experts, memory if model.dse.layers else None)
 
-    def engine(self, model: Transformer, exchange: Exchange | EnduringExchange) -> Engine | None:
+    def engine(self, model: Transformer, exchange: Lookups) -> Engine | None:
         """Build the serving engine of an attention worker; None in training.
 
         Args:

@@ -22,6 +22,8 @@ def warm_holdings(job: SlotJob) -> Holdings:
     dense = holdings.spare()
     if not job.is_serving:
         rehearse(job, dense)
+    elif isinstance(dense, DenseSlabs) and dense.device.type == "cuda":
+        job.engine(dense.model, _Stage(dense))
     if dense.device.type == "cuda":
         torch.cuda.empty_cache()
     warm_loops(job.config.model.dse.row_dtype)
@@ -29,6 +31,23 @@ def warm_holdings(job: SlotJob) -> Holdings:
         tokens_BT = torch.zeros(1, 8, dtype=torch.int64)
         job.layout.rows(job.config.model.dse.layers[0], tokens_BT)
     return holdings
+
+
+class _Stage:
+    """An exchange for an engine that is made to compile what it needs, and thrown away."""
+
+    def __init__(self, dense: DenseSlabs) -> None:
+        self.slabs, self.dim = _Slabs(dense), dense.model.config.dse.head_dim
+
+    def experts(self, layer: int, x_TH: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Tensor:
+        """One layer's experts, for all."""
+        return self.slabs(layer, x_TH, topk_ids_TK, topk_weights_TK)
+
+    def prefetch(self, rows: dict[int, Tensor]) -> FetchedRows:
+        """Zeros for every row."""
+        return FetchedRows(
+            addresses=rows, values={layer: torch.zeros(at.numel(), self.dim) for layer, at in rows.items()}
+        )
 
 
 def rehearse(job: SlotJob, dense: DenseState) -> None:

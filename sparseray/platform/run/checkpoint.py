@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from sparseray.actors.wire.messages import SavedTensor
 from sparseray.errors import CheckpointError
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 UNFINISHED = ".unfinished"
 
@@ -167,7 +167,9 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} cannot be read ({' '.join(str(error).split())}); {cure}") from None
     found = manifest.get("format") if isinstance(manifest, dict) else None
     if found != FORMAT:
-        raise CheckpointError(f"{path} has format {str(found)[:80]}, this version reads {FORMAT}; {cure}")
+        raise CheckpointError(
+            f"{path} has format {str(found)[:80]}, this version reads {FORMAT}; use the version that wrote it"
+        )
     if manifest.get("sha256") != sealed(manifest)["sha256"]:
         raise CheckpointError(f"{path} differs from its own SHA-256: the checkpoint is damaged; {cure}")
     return manifest

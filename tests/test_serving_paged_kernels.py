@@ -1,0 +1,35 @@
+"""The paged engine with the kernels, interpreted without a GPU: the tokens are those of the plain operations."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import triton_interpreter
+from serving_parts import MAX_MODEL_LEN, alone, finish, make_parts, request_of, tokens_of
+from test_serving_paged import prompt_of
+
+from sparseray.actors.serving.paged_engine import PagedEngine
+from sparseray.kernels.triton_ops import TRITON
+from sparseray.model.moe import LocalExperts
+from sparseray.model.transformer import Transformer
+
+assert triton_interpreter.prepare  # Imported before anything that uses Triton.
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests/test_gpu_serving.py says the same of a GPU")
+def test_the_kernels_give_the_tokens_of_the_plain_operations() -> None:
+    parts = make_parts()
+    config = parts.model.config
+    model = Transformer(config, parts.model.layout, seed=3, ops=TRITON).eval()
+    experts = LocalExperts(config, seed=3, ops=TRITON)
+    engine = PagedEngine(
+        model, experts, parts.memory, max_batch=4, max_model_len=MAX_MODEL_LEN, prefill_chunk=64, page=64
+    )
+    # Over the end of a page, of a chunk and of a compression block, alone and in company.
+    requests = [request_of("short", prompt_of(5), max_tokens=4)]
+    requests.append(request_of("long", prompt_of(126, 1), max_tokens=4, temperature=0.0))
+    for request in requests:
+        engine.add(request)
+    found = finish(engine)
+    for request in requests:
+        assert tokens_of(found[request.request_id]) == tokens_of(alone(parts, request))
