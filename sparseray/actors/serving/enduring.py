@@ -19,7 +19,11 @@ class Lookups(Protocol):
     """What an engine asks of an exchange."""
 
     def experts(self, layer: int, x_TH: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Tensor:
-        """As `Exchange.experts`."""
+        """As `Exchange.experts`.
+
+        Args:
+            layer, x_TH, topk_ids_TK, topk_weights_TK: as there.
+        """
         ...
 
     def prefetch(self, rows: dict[int, Tensor]) -> FetchedRows:

@@ -285,7 +285,12 @@ class PagedModel:
         return self.model.logits(hidden_RH)
 
     def warm(self, experts: Experts, memory: Memory | None) -> None:
-        """Read a short and a longer prompt, and capture the decode steps; on a CPU there is nothing to warm."""
+        """Read a short and a longer prompt, and capture the decode steps; on a CPU there is nothing to warm.
+
+        Args:
+            experts: answers for experts.
+            memory: for table rows; None for a model without them.
+        """
         if self.device.type != "cuda":
             return
         for count in sorted({min(count, self.width * self.page) for count in WARM_PROMPTS}):

@@ -59,7 +59,12 @@ def on_device(batch: Batch, device: torch.device) -> DeviceBatch:
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host on a device; pinned first, or the copy would wait for what the device has to do."""
+    """A tensor of the host on a device; pinned first, or the copy would wait for what the device has to do.
+
+    Args:
+        tensor: on the host, or there already.
+        device: to send it to.
+    """
     if device.type == "cuda" and not tensor.is_cuda:
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
