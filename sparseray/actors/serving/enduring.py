@@ -19,10 +19,13 @@ class Lookups(Protocol):
     """What an engine asks of an exchange."""
 
     def experts(self, layer: int, x_TH: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Tensor:
-        """As `Exchange.experts`.
+        """Sum over k, in k order, of weight * expert(x).
 
         Args:
-            layer, x_TH, topk_ids_TK, topk_weights_TK: as there.
+            layer: 0-based model layer.
+            x_TH: tokens.
+            topk_ids_TK: int64 expert ids.
+            topk_weights_TK: fp32.
         """
         ...
 

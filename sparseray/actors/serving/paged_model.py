@@ -288,8 +288,8 @@ class PagedModel:
         """Read a short and a longer prompt, and capture the decode steps; on a CPU there is nothing to warm.
 
         Args:
-            experts: answers for experts.
-            memory: for table rows; None for a model without them.
+            experts: that the captured steps will call.
+            memory: of a model with memory layers.
         """
         if self.device.type != "cuda":
             return

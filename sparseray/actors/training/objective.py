@@ -59,11 +59,11 @@ def on_device(batch: Batch, device: torch.device) -> DeviceBatch:
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host on a device; pinned first, or the copy would wait for what the device has to do.
+    """Bring a tensor of the host to a device; pinned first, or the copy would wait for what the device has to do.
 
     Args:
-        tensor: on the host, or there already.
-        device: to send it to.
+        tensor: of any shape and dtype.
+        device: where to; a tensor that is there already comes back as it is.
     """
     if device.type == "cuda" and not tensor.is_cuda:
         return tensor.pin_memory().to(device, non_blocking=True)
