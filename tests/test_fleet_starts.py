@@ -8,6 +8,7 @@ import pytest
 from processes import environment
 
 from sparseray.actors.installation import JobSpec
+from sparseray.errors import ClusterError
 from sparseray.platform.config import ClusterConfig
 from sparseray.platform.fleet import ray_fleet
 
@@ -73,7 +74,7 @@ def test_slots_that_die_at_their_start_say_why(
     config = ClusterConfig(transport="tcp")
     fleet = ray_fleet.RayFleet("job", config, spec, lambda: next(numbers), lambda members: None, lambda: True)
     try:
-        with pytest.raises(RuntimeError, match="died at their start 3 times") as caught:
+        with pytest.raises(ClusterError, match="died at their start 3 times") as caught:
             fleet.open(2)
     finally:
         fleet.close()

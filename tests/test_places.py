@@ -2,7 +2,10 @@
 
 import os
 import pwd
+import shutil
 import stat
+import subprocess
+import sys
 import tempfile
 import time
 import uuid
@@ -10,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from local_cluster import tiny_run
-from processes import kill_all, start
+from processes import ROOT, environment, kill_all, start
 
 from sparseray.errors import ConfigError
 from sparseray.jobs import places
@@ -134,3 +137,29 @@ def test_a_run_works_without_a_home_with_a_long_tmpdir_and_another_rays_address(
         kill_all(process, mark)
     assert "step 2/2" in log.read_text() and (run_dir / "checkpoints" / "step_2").is_dir()
     assert f"serve --checkpoint '{run_dir}/checkpoints/step_2'" in log.read_text()
+
+
+@pytest.mark.ray
+def test_a_run_works_with_little_shared_memory(corpus: Path, tmp_path: Path) -> None:
+    """As in a container: /dev/shm has 16 MB, and Ray's store is larger than that."""
+    inside = [
+        "unshare",
+        "--mount",
+        "sh",
+        "-c",
+        'mount -t tmpfs -o size=16m tmpfs /dev/shm && exec "$@"',
+        "sh",
+    ]
+    if shutil.which("unshare") is None or subprocess.run([*inside, "true"], capture_output=True).returncode:
+        pytest.skip("needs leave to mount a file system")
+    save_yaml(tiny_run(corpus, steps=2), tmp_path / "run.yaml")
+    options = [
+        "--config",
+        str(tmp_path / "run.yaml"),
+        f"--run_dir={tmp_path / 'run'}",
+        "--cluster.colocated=true",
+    ]
+    command = [*inside, sys.executable, "-m", "sparseray", "pretrain", *options]
+    done = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=110)
+    assert done.returncode == 0, done.stderr
+    assert "step 2/2" in done.stdout and (tmp_path / "run" / "checkpoints" / "step_2").is_dir()

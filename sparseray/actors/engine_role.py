@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from sparseray.actors.exchange.protocol import Exchange
-from sparseray.actors.observation import observe_engine, observe_memory, observe_queues
+from sparseray.actors.observation import observe_engine, observe_memory, observe_no_engine, observe_queues
 from sparseray.actors.serving.enduring import EnduringExchange
 from sparseray.actors.serving.engine import Engine
 from sparseray.actors.serving.messages import Cancel, Generate, Moved, Tokens
@@ -95,6 +95,8 @@ class EngineRole:
         engine, self.engine = self.engine, None
         if engine is not None and engine.request_ids:
             self.mailbox.post(INGRESS, Moved(request_ids=engine.request_ids))
+        if engine is not None and self.job is not None:
+            observe_no_engine(self.job.observe)
 
     def step(self) -> None:
         """Run one step of the batch and send its tokens on.

@@ -62,6 +62,12 @@ def observe_queues(observe: Observe, engine: Engine) -> None:
     observe("cache_usage_ratio", engine.cache_usage)
 
 
+def observe_no_engine(observe: Observe) -> None:
+    """Record that a slot has no engine any more, whatever its last one had at hand."""
+    for name in ("requests_running", "requests_waiting", "cache_usage_ratio"):
+        observe(name, 0)
+
+
 def observe_engine(observe: Observe, engine: Engine, seconds: float) -> None:
     """Record one step of the serving batch.
 

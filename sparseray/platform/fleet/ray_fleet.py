@@ -5,10 +5,6 @@ heartbeats, which go from slot to scheduler over the data plane's sockets and so
 Slots belong to no process: they outlive the scheduler that started them, and its successor finds them by name.
 """
 
-import contextlib
-import os
-import re
-import signal
 import threading
 import time
 from collections.abc import Callable
@@ -17,16 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import msgpack
-import psutil
 import ray
 
 from sparseray.actors.installation import JobSpec
 from sparseray.actors.state.tables import process_namespace
-from sparseray.errors import UserError
+from sparseray.errors import ClusterError, UserError
 from sparseray.log import get_logger
 from sparseray.platform.config import ClusterConfig
 from sparseray.platform.fleet.control import Loss, Member
 from sparseray.platform.fleet.slot_actor import SlotActor
+from sparseray.platform.fleet.slot_end import cause_of, end_slot, kill_process
 from sparseray.platform.fleet.transport import ZmqTransport, private_directory
 
 log = get_logger(__name__)
@@ -38,9 +34,7 @@ LISTEN_S = 0.05
 START_DEADLINE_S = 90.0
 GPU_START_DEADLINE_S = 600.0
 """A machine's first start compiles every kernel."""
-CAUSE_CHARACTERS = 300
 MOST_STARTS = 3
-END_S = 2.0
 
 
 def slot_name(job: str, slot: int) -> str:
@@ -176,7 +170,7 @@ class RayFleet:
         """Start slots until `count` are warm.
 
         Raises:
-            UserError: what one of them found wrong.
+            UserError: what one of them found wrong, or what they died of.
             RuntimeError: one of them did not come up.
         """
         deadline = time.monotonic() + self._start_deadline_s
@@ -196,7 +190,9 @@ class RayFleet:
                 return
             causes = "; ".join(sorted({loss.cause for loss in self.losses()}))
             log.warning("slots died at their start: %s", causes)
-        raise RuntimeError(f"slots died at their start {MOST_STARTS} times: {causes}")
+        raise ClusterError(
+            f"slots died at their start {MOST_STARTS} times: {causes}; mend that where they run, and start again"
+        )
 
     def reopen(self, slots: list[int]) -> None:
         """Find the slots of a running job again; those that are gone are left out."""
@@ -239,8 +235,8 @@ class RayFleet:
         if handle is not None:
             pid = member.pid if member is not None and namespace == process_namespace() else 0
             if not is_planned:
-                _kill_process(pid)
-            self._killer.submit(_kill, handle, pid)
+                kill_process(pid)
+            self._killer.submit(end_slot, handle, pid)
             self._remove_inbox(member)
         if member is not None:
             self._on_change(members)
@@ -306,7 +302,7 @@ class RayFleet:
             cause = getattr(error, "cause", None)
             self._refused = cause if isinstance(cause, UserError) else self._refused
             log.info("slot %d: %s", slot, " ".join(str(error).split()))
-            self._lose(slot, f"could not start: {_cause_of(error)}" if is_start else "its process died")
+            self._lose(slot, f"could not start: {cause_of(error)}" if is_start else "its process died")
             return
         if not is_start:
             self._lose(slot, "it stopped serving")
@@ -370,31 +366,3 @@ class RayFleet:
         now = time.monotonic()
         with self._lock:
             return {slot: now - heard for slot, heard in self._heard.items()}
-
-
-def _kill(handle: Any, pid: int) -> None:
-    """End a slot through Ray, and make sure of it where it is a process of this host."""
-    try:
-        ray.kill(handle)
-    except Exception as error:
-        log.warning("cannot end a slot through Ray: %s", _cause_of(error))
-    deadline = time.monotonic() + END_S
-    while pid and psutil.pid_exists(pid) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    _kill_process(pid)
-
-
-def _kill_process(pid: int) -> None:
-    if pid and psutil.pid_exists(pid):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-
-
-def _cause_of(error: Exception) -> str:
-    """One line on why a slot ended: Ray puts what was raised in its process last, below a traceback."""
-    cause = getattr(error, "cause", None)
-    if isinstance(cause, Exception):
-        return f"{type(cause).__name__}: {' '.join(str(cause).split())}"[:CAUSE_CHARACTERS]
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    raised = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Exit)\b", line)]
-    return (raised or lines[:1] or [type(error).__name__])[-1][:CAUSE_CHARACTERS]

@@ -168,7 +168,7 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
     found = manifest.get("format") if isinstance(manifest, dict) else None
     if found != FORMAT:
         raise CheckpointError(
-            f"{path} has format {str(found)[:80]}, this version reads {FORMAT}; use the version that wrote it"
+            f"{path} has format {repr(found)[:80]}, this version reads {FORMAT}; use the version that wrote it"
         )
     if manifest.get("sha256") != sealed(manifest)["sha256"]:
         raise CheckpointError(f"{path} differs from its own SHA-256: the checkpoint is damaged; {cure}")
