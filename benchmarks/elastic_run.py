@@ -130,7 +130,7 @@ class Training:
         from sparseray.platform.cluster import attach
         from sparseray.platform.run.registry import registered_runs
 
-        run = next(run for run in registered_runs() if run["run_dir"] == str(self.run_dir))
+        run = next(run for run in registered_runs() if run.run_dir == str(self.run_dir))
         self._scheduler = attach(run)
 
     def _end(self) -> None:
@@ -312,9 +312,9 @@ class Training:
             RunDied: it was refused, or did not come.
         """
         known = len(self.events())
-        answer = self.ask("scale", role, count)
-        if answer["error"]:
-            raise RunDied(self._said(f"scale {role} {count} was refused: {answer['error']}"))
+        refused = self.ask("scale", role, count)
+        if refused:
+            raise RunDied(self._said(f"scale {role} {count} was refused: {refused}"))
         self.wait(
             lambda: any(e["kind"] == "resized" for e in self.events()[known:]),
             f"the resize of {role} to {count}",

@@ -215,7 +215,7 @@ class Chaos:
 
         role, count = self.random.choice(list(ROLES.values())), self.random.randint(1, 3)
         self.note(f"scale {role} {count}")
-        refused = ask(self.run.scheduler, "scale", role, count)["error"]
+        refused = ask(self.run.scheduler, "scale", role, count)
         assert not refused or "not training" in refused, refused
 
     def kill_standby(self, by_role: dict[str, list[dict[str, Any]]]) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+from sparseray.actors.exchange.neighbours import NeighbourTables
 from sparseray.actors.state import tables
 from sparseray.actors.state.memory import MemoryShard
 from sparseray.actors.state.tables import SharedTable, TableView
@@ -182,6 +183,24 @@ def test_a_reader_gets_rows_of_the_wanted_commit_or_none() -> None:
     assert not np.array_equal(out, first)
     shard.load([(0, 0)], shard.tensors([(0, 0)]), 1)
     assert not view.gather(rows, out, generation=1, step=1), "rows are coming, no plan says yet what they are"
+
+
+@pytest.mark.parametrize("row_dtype", ["float32", "bfloat16"])
+def test_tables_of_a_neighbour_are_read_until_its_rows_are_others(row_dtype: str) -> None:
+    shard = holding(shard_of(model_of(row_dtype=row_dtype)), [0, 1])
+    rows, near = torch.tensor([3, 0, 499]), NeighbourTables(generation=1)
+    assert near.gather(7, [rows], 0) is None, "nobody has said yet where its tables are"
+    near.introduce(7, shard.handles)
+    (found,) = near.gather(7, [rows], 0) or ()
+    assert found.dtype == getattr(torch, row_dtype) and torch.equal(found, shard.gather(0, rows))
+    update(shard, 1)
+    assert near.gather(7, [rows], 0) is None
+    (found,) = near.gather(7, [rows], 1) or ()
+    assert torch.equal(found, shard.gather(0, rows))
+    shard.assign(shard.owned, shard.owned, generation=2)
+    assert near.gather(7, [rows], 1) is None, "of a later plan"
+    near.introduce(8, [replace(handle, namespace="elsewhere") for handle in shard.handles])
+    assert near.gather(8, [rows], 1) is None, "on another host"
 
 
 def test_rows_that_change_while_they_are_read_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -95,7 +95,7 @@ class _Story:
 
         self.tell(f"adding an attention worker, as `python -m sparseray scale attention {count}` does")
         asked = time.time()
-        refused = ask(self.scheduler, "scale", "attention", count, timeout_s=ASK_S)["error"]
+        refused: str = ask(self.scheduler, "scale", "attention", count, timeout_s=ASK_S)
         if refused:
             raise _OverError(f"that was refused: {refused}")
         done = self._event("resized", asked, BACK_S)

@@ -19,6 +19,7 @@ from sparseray.jobs.signals import stops_noted
 from sparseray.platform import config as configuration
 from sparseray.platform.config import RunConfig
 from sparseray.platform.run import lock
+from sparseray.platform.run.progress import Failure, Progress
 
 if TYPE_CHECKING:
     from sparseray.actors.training.token_data import TokenDataset
@@ -141,7 +142,7 @@ def follow(scheduler: Any, config: RunConfig, show: Show) -> bool:
     """
     from sparseray.platform.cluster import ask
 
-    state: dict[str, Any] = {"failure": None}
+    failure: Failure | None = None
     with _interrupts(show) as interrupted:
         ask(scheduler, "start", timeout_s=120.0)
         seen, epoch, last_step, done, started = 0, "", 0, False, time.monotonic()
@@ -151,7 +152,7 @@ def follow(scheduler: Any, config: RunConfig, show: Show) -> bool:
                 if interrupted and not is_told:
                     ask(scheduler, "stop")
                     is_told = True
-                state = ask(scheduler, "progress", seen, epoch)
+                state: Progress = ask(scheduler, "progress", seen, epoch)
             except SchedulerLostError as error:
                 if time.monotonic() - heard > SCHEDULER_DEADLINE_S:
                     raise RunFailedError(
@@ -159,21 +160,22 @@ def follow(scheduler: Any, config: RunConfig, show: Show) -> bool:
                     ) from None
                 time.sleep(0.2)
                 continue
-            if epoch and state["epoch"] != epoch:
+            if epoch and state.epoch != epoch:
                 show("the scheduler died; a new one has taken over")
                 is_told = False
-            for record in state["records"]:
+            for record in state.records:
                 if "loss" not in record or record["step"] > last_step or "event" in record:
                     show(describe(record, config.train.steps, started, first=last_step == 0))
                 last_step = max(last_step, record["step"]) if "loss" in record else last_step
                 if record.get("event") == "restored":
                     last_step = record["step"]
-            seen, epoch, done, heard = state["seen"], state["epoch"], state["done"], time.monotonic()
-    if state["failure"]:
-        if state["failure"]["user"]:
-            raise UserError(state["failure"]["error"])
+            seen, epoch, done, heard = state.seen, state.epoch, state.done, time.monotonic()
+            failure = state.failure
+    if failure is not None:
+        if failure.user:
+            raise UserError(failure.error)
         raise RunFailedError(
-            f"{state['failure']['kind']}: {state['failure']['error']}; checkpoints are whole. The same command goes on from "
+            f"{failure.kind}: {failure.error}; checkpoints are whole. The same command goes on from "
             "the last one; should it end at this step again, the cause is no accident: see the scheduler's log in Ray's session"
         )
     return bool(interrupted)

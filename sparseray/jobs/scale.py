@@ -65,7 +65,7 @@ def scale(
     """
     from sparseray.platform.cluster import ask
 
-    refused = ask(scheduler, "scale", role, count)["error"]
+    refused: str = ask(scheduler, "scale", role, count)
     if refused:
         raise ConfigError(refused)
     deadline, shown = time.monotonic() + wait_s, ""

@@ -22,6 +22,7 @@ from sparseray.log import get_logger
 from sparseray.platform import config as configuration
 from sparseray.platform.config import ClusterConfig, RunConfig, ServeConfig
 from sparseray.platform.metrics.discovery import entries, publish, state_directory
+from sparseray.platform.run.progress import Failure, Progress
 from sparseray.platform.settings import expand_path, nearest
 
 log = get_logger(__name__)
@@ -178,7 +179,7 @@ class Watch:
     def __init__(self, scheduler: Any, client: Any) -> None:
         self._scheduler, self._client = scheduler, client
         self._stopping = threading.Event()
-        self._failure: dict[str, Any] | None = None
+        self._failure: Failure | None = None
         self._thread = threading.Thread(target=self._follow, daemon=True, name="watch")
         self._thread.start()
 
@@ -190,8 +191,8 @@ class Watch:
         """
         while self._client.reason:
             if self._failure is not None:
-                kind = UserError if self._failure["user"] else RunFailedError
-                raise kind(self._failure["error"])
+                kind = UserError if self._failure.user else RunFailedError
+                raise kind(self._failure.error)
             if not self._thread.is_alive():
                 raise RunFailedError("the scheduler ended before any engine was there")
             time.sleep(0.05)
@@ -213,17 +214,17 @@ class Watch:
         seen, epoch, done = 0, "", False
         while not done and not self._stopping.is_set():
             try:
-                state = ask(self._scheduler, "progress", seen, epoch)
+                state: Progress = ask(self._scheduler, "progress", seen, epoch)
             except SchedulerLostError:
                 # Ray restarts it; engines answer meanwhile.
                 time.sleep(0.2)
                 continue
-            for record in state["records"]:
+            for record in state.records:
                 if record["event"] not in ("start", "ready"):
                     print(f"*** {record['event']}: {record['text']}", flush=True)
-            seen, epoch, done, self._failure = state["seen"], state["epoch"], state["done"], state["failure"]
+            seen, epoch, done, self._failure = state.seen, state.epoch, state.done, state.failure
         if done:
-            self._client.fail(self._failure["error"] if self._failure else "the scheduler has ended")
+            self._client.fail(self._failure.error if self._failure else "the scheduler has ended")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from sparseray.log import get_logger
 from sparseray.platform.config import ClusterConfig
 from sparseray.platform.fleet.ray_fleet import NAMESPACE, slot_name
 from sparseray.platform.fleet.transport import remove_directory
-from sparseray.platform.run.registry import forget_run, scheduler_name
+from sparseray.platform.run.registry import RegisteredRun, forget_run, scheduler_name
 from sparseray.platform.scheduler import Scheduler
 
 log = get_logger(__name__)
@@ -112,20 +112,20 @@ class Cluster:
                     log.debug("%s has ended already", entry["name"])
 
 
-def attach(run: dict[str, Any]) -> Any:
+def attach(run: RegisteredRun) -> Any:
     """Connect to the scheduler of a run that is going on (platform/run/registry.py).
 
     Raises:
         ClusterError: its cluster or its scheduler is gone.
     """
     try:
-        ray.init(address=run["address"], namespace=NAMESPACE, log_to_driver=False, logging_level="error")
-        return ray.get_actor(scheduler_name(Path(run["run_dir"])), namespace=NAMESPACE)
+        ray.init(address=run.address, namespace=NAMESPACE, log_to_driver=False, logging_level="error")
+        return ray.get_actor(scheduler_name(Path(run.run_dir)), namespace=NAMESPACE)
     # Ray says with a bare Exception that nobody answers.
     except Exception as error:
         ray.shutdown()
         raise ClusterError(
-            f"the run in {run['run_dir']} does not answer at {run['address']} ({' '.join(str(error).split())[:160]}); "
+            f"the run in {run.run_dir} does not answer at {run.address} ({' '.join(str(error).split())[:160]}); "
             "it has ended or its machine is gone; start it again with its `pretrain` command"
         ) from None
 

@@ -33,6 +33,7 @@ from sparseray.platform.run import lock
 from sparseray.platform.run.folder import RunFolder
 from sparseray.platform.run.history import JobHistory, read_job
 from sparseray.platform.run.journal import Journal
+from sparseray.platform.run.progress import Failure, Progress
 from sparseray.platform.run.registry import forget_run, register_run
 from sparseray.platform.serving import Served
 
@@ -58,7 +59,7 @@ class Scheduler:
         self._records: deque[dict[str, Any]] = deque(maxlen=KEPT_RECORDS)
         self._told = 0
         self._stopping, self._released, self._closed = (threading.Event() for _ in range(3))
-        self._failure: dict[str, Any] | None = None
+        self._failure: Failure | None = None
         self._asked = time.monotonic()
         self._fleet: RayFleet | None = None
         self._job: Run | None = None
@@ -79,7 +80,7 @@ class Scheduler:
 
     def _run(self) -> None:
         if other := self._hold():
-            self._failure = {"error": other, "kind": "ConfigError", "user": True}
+            self._failure = Failure(error=other, kind="ConfigError", user=True)
             return
         try:
             self._drive()
@@ -89,11 +90,8 @@ class Scheduler:
             os._exit(1)
         except Exception as error:
             log.error("the job stopped:\n%s", traceback.format_exc())
-            self._failure = {
-                "error": str(error),
-                "kind": type(error).__name__,
-                "user": isinstance(error, UserError),
-            }
+            is_users = isinstance(error, UserError)
+            self._failure = Failure(error=str(error), kind=type(error).__name__, user=is_users)
         finally:
             if self._job is not None:
                 self._job.close()
@@ -179,16 +177,13 @@ class Scheduler:
 
     # -- questions -----------------------------------------------------------------------------
 
-    def progress(self, after: int, epoch: str = "", wait_s: float = 0.5) -> dict[str, Any]:
+    def progress(self, after: int, epoch: str = "", wait_s: float = 0.5) -> Progress:
         """Return the records after the first `after` ones of `epoch`, waiting a little for new ones.
 
         Args:
             after: records that the caller has.
             epoch: of the scheduler that gave them; another one's begin anew.
             wait_s: seconds to wait for a new one.
-
-        Returns:
-            {"epoch", "seen", "records": [...], "done": bool, "failure": None or {"error", "kind", "user"}}
         """
         self._asked = time.monotonic()
         after = after if epoch == self._epoch else 0
@@ -198,13 +193,7 @@ class Scheduler:
         done = not self._thread.is_alive()
         told, kept = self._told, list(self._records)
         new = kept[max(0, len(kept) - (told - after)) :] if told > after else []
-        return {
-            "epoch": self._epoch,
-            "seen": told,
-            "records": new,
-            "done": done,
-            "failure": self._failure,
-        }
+        return Progress(epoch=self._epoch, seen=told, records=new, done=done, failure=self._failure)
 
     def stop(self) -> None:
         """Stop after the current step, with a checkpoint."""
@@ -223,7 +212,7 @@ class Scheduler:
         """Process id of this scheduler."""
         return os.getpid()
 
-    def scale(self, role: str, count: int) -> dict[str, Any]:
+    def scale(self, role: str, count: int) -> str:
         """Ask for another number of slots of a role.
 
         Args:
@@ -231,15 +220,15 @@ class Scheduler:
             count: wanted slots.
 
         Returns:
-            {"error": ""} or why it is refused; nothing is changed then.
+            Why it is refused, and nothing is changed; empty otherwise.
         """
         if self._job is None or self._job.generations.plan is None or not self._thread.is_alive():
-            return {"error": "the job is not running (yet); ask again once it has made a step"}
+            return "the job is not running (yet); ask again once it has made a step"
         try:
             self._job.reconciler.request(role, count)
         except (UserError, FencedError) as error:
-            return {"error": str(error)}
-        return {"error": ""}
+            return str(error)
+        return ""
 
     def status(self) -> dict[str, Any]:
         """What there is to see: plan, roles, replicas, slots, last events, last steps."""
@@ -283,7 +272,7 @@ class Scheduler:
 
     def _state(self) -> str:
         if self._failure is not None:
-            return f"failed: {self._failure['error']}"
+            return f"failed: {self._failure.error}"
         if self._thread.is_alive():
             doing = "serving" if isinstance(self._task, Served) else "training"
             return "stopping" if self._stopping.is_set() else doing

@@ -145,11 +145,14 @@ class Trainer:
         """Go on where a scheduler that died had stopped: at the last step in its journal."""
         assert history.plan is not None
         self.step = history.step
-        if history.commit is not None:
-            record = history.commit["record"]
+        if (last := history.commit) is not None:
+            record = last.record
             self.training.commit = Commit(
+                step=last.step,
+                lr=last.lr,
+                memory_lr=last.memory_lr,
+                scale=last.scale,
                 counts_LE=torch.tensor(record["expert_load"], dtype=torch.int64),
-                **{name: history.commit[name] for name in ("step", "lr", "memory_lr", "scale")},
             )
             # A line that was cut short by the kill would swallow the next one.
             self.folder.rewind(self.step)

@@ -8,7 +8,6 @@ from typing import Any
 from sparseray.jobs.http.fields import CHAT, COMPLETION, DETOKENIZE, TOKENIZE, Field
 
 TEXT, INTEGER, NUMBER = {"type": "string"}, {"type": "integer"}, {"type": "number"}
-ANY: dict[str, Any] = {}
 
 
 def describe(fields: Mapping[str, Field], version: str, root_path: str) -> dict[str, Any]:

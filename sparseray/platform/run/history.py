@@ -1,6 +1,6 @@
 """What the journal knows of a job: where a new scheduler goes on when the one before has died."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from sparseray.actors.state.assignment import Plan
@@ -26,6 +26,17 @@ class Wish:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Committed:
+    """A step that was decided: what `Commit` says of it, and the step's record."""
+
+    step: int
+    lr: float
+    memory_lr: float
+    scale: float
+    record: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
 class JobHistory:
     """Decisions since a job began.
 
@@ -35,7 +46,7 @@ class JobHistory:
         generation: the last one that was tried.
         plan: the last one that all slots had taken; None if there is none.
         step: that the slots hold by then.
-        commit: the last one, if `step` is its step and it is to be applied still; with the step's record.
+        commit: the last one, if `step` is its step and it is to be applied still.
         wish: the last one, if there is any.
         counts: tokens of every expert in the last committed steps, oldest first.
     """
@@ -45,7 +56,7 @@ class JobHistory:
     generation: int = 0
     plan: Plan | None = None
     step: int = 0
-    commit: dict[str, Any] | None = None
+    commit: Committed | None = None
     wish: Wish | None = None
     counts: tuple[list[list[int]], ...] = ()
 
@@ -73,7 +84,7 @@ def read_job(journal: Journal, job: str) -> JobHistory:
         last = max([*newest, *active], key=lambda entry: entry["id"])
         step = last["step"]
         if commits and commits[0]["step"] == step:
-            commit = {name: commits[0][name] for name in ("step", "lr", "memory_lr", "scale", "record")}
+            commit = Committed(**{field.name: commits[0][field.name] for field in fields(Committed)})
     return JobHistory(
         has_begun=True,
         slots=tuple(entry["slot"] for entry in entries("slot")),

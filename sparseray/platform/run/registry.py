@@ -8,10 +8,27 @@ import hashlib
 import json
 import os
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from sparseray.platform.metrics.discovery import state_directory
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegisteredRun:
+    """A run that was not seen to end.
+
+    Args:
+        run_dir: its folder, absolute.
+        address: of its Ray cluster.
+        auth: authentication mode of that cluster; empty for Ray's default.
+        time: when it was registered, seconds since 1970.
+    """
+
+    run_dir: str
+    address: str
+    auth: str
+    time: float
 
 
 def state_folder() -> Path:
@@ -36,9 +53,9 @@ def register_run(run_dir: Path, address: str) -> None:
     path = folder / f"{scheduler_name(run_dir)}.json"
     # Ray turns its token authentication on by itself where it starts a cluster, and off where it joins one.
     auth = os.environ.get("RAY_AUTH_MODE", "")
-    content = {"run_dir": str(run_dir.absolute()), "address": address, "auth": auth, "time": time.time()}
+    run = RegisteredRun(run_dir=str(run_dir.absolute()), address=address, auth=auth, time=time.time())
     temporary = path.with_suffix(f".{os.getpid()}")
-    temporary.write_text(json.dumps(content))
+    temporary.write_text(json.dumps(asdict(run)))
     os.replace(temporary, path)
 
 
@@ -47,18 +64,18 @@ def forget_run(run_dir: Path) -> None:
     (state_folder() / f"{scheduler_name(run_dir)}.json").unlink(missing_ok=True)
 
 
-def registered_runs() -> list[dict[str, Any]]:
-    """All runs that were not seen to end, newest first: {"run_dir", "address", "auth", "time"}."""
+def registered_runs() -> list[RegisteredRun]:
+    """All runs that were not seen to end, newest first."""
     found = []
     for path in state_folder().glob("*.json"):
         try:
-            found.append(json.loads(path.read_text()))
-        except (OSError, ValueError):
+            found.append(RegisteredRun(**json.loads(path.read_text())))
+        except (OSError, ValueError, TypeError):
             continue
-    return sorted(found, key=lambda run: -run["time"])
+    return sorted(found, key=lambda run: -run.time)
 
 
-def adopt_authentication(run: dict[str, Any]) -> None:
+def adopt_authentication(run: RegisteredRun) -> None:
     """Use the authentication mode of a run's cluster, unless the user chose one; call it before Ray is imported."""
-    if run.get("auth"):
-        os.environ.setdefault("RAY_AUTH_MODE", run["auth"])
+    if run.auth:
+        os.environ.setdefault("RAY_AUTH_MODE", run.auth)
