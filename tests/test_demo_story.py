@@ -32,9 +32,9 @@ class Scheduler:
         spare = {"slot": 5, "roles": ["standby"], "pid": 0, "experts": 0}
         return {"settled": True, "replicas": {"actual": 2, "target": 2}, "slots": [*slots, spare]}
 
-    def scale(self, role: str, count: int) -> dict[str, str]:
+    def scale(self, role: str, count: int) -> str:
         self.asked.append((role, count))
-        return {"error": self.refusal}
+        return self.refusal
 
 
 @pytest.fixture
