@@ -194,9 +194,12 @@ def test_the_terminal_shows_the_same_figures(live: Live) -> None:
 
 
 def listener(address: str) -> psutil.Process:
+    """The slot that listens at an address; nobody else, who may have got the port of a slot that is gone."""
     port = int(address.rsplit(":", 1)[1])
     for process in psutil.process_iter():
         try:
+            if "SlotActor" not in " ".join(process.cmdline()):
+                continue
             if any(c.status == "LISTEN" and c.laddr.port == port for c in process.net_connections("tcp")):
                 return process
         except psutil.Error:
