@@ -320,8 +320,9 @@ def histograms(url: str) -> dict[str, float]:
     return {f"{n}_{part}": float(value) for n, part, value in re.findall(pattern, text, re.MULTILINE)}
 
 
+@pytest.mark.long
 def test_latencies_agree_with_the_clock_of_a_client(live: Live) -> None:
-    """Last, when the run has ended; on a machine with other work the clocks' processes wait for each other."""
+    """Last, when the run has ended, and alone: beside other tests the clocks' processes wait for each other."""
     requests, tokens, rounds = 4, 16, []
     live.quiet.set()
     live.run.terminate(60.0)
