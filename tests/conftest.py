@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Nothing may start a Ray of its own by the way: a process that is connected to one ends when that one is gone.
+os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
 # Tests leave nothing in the folder of the user who runs them.
 os.environ.setdefault("SPARSERAY_STATE_DIR", tempfile.mkdtemp(prefix="sparseray-state-"))
 

@@ -10,7 +10,7 @@ from processes import environment
 from sparseray.actors.installation import JobSpec
 from sparseray.errors import ClusterError
 from sparseray.platform.config import ClusterConfig
-from sparseray.platform.fleet import ray_fleet
+from sparseray.platform.fleet import ray_fleet, slot_end
 
 TEXT = """The actor died because of an error raised in its creation task, ray::SlotActor.__init__() (pid=7, ip=127.0.0.1)
   File "sparseray/platform/fleet/slot_actor.py", line 20, in __init__
@@ -67,7 +67,8 @@ def test_slots_that_die_at_their_start_say_why(
     monkeypatch: pytest.MonkeyPatch, error: Exception, words: str
 ) -> None:
     dying = DyingRay(error)
-    monkeypatch.setattr(ray_fleet, "ray", dying)
+    for module in (ray_fleet, slot_end):
+        monkeypatch.setattr(module, "ray", dying)
     monkeypatch.setattr(ray_fleet, "start_slot", dying.start_slot)
     numbers = iter(range(100))
     spec: JobSpec = None  # type: ignore[assignment]  # nobody reads it
