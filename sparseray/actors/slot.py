@@ -27,7 +27,7 @@ _UNORDERED = (InstallPlan, Generate, Cancel)
 
 
 class Slot:
-    """Serves one mailbox as long as its process lives.
+    """Serves one mailbox as long as its process lives, or its lease.
 
     Args:
         mailbox: own mailbox.
@@ -43,13 +43,13 @@ class Slot:
         self.deferred: list[Message[Body]] = []
 
     def serve_forever(self) -> None:
-        """Handle messages; a failure is told to the scheduler, and the slot goes on."""
+        """Handle messages until the mailbox is stopped; a failure is told to the scheduler, and the slot goes on."""
         control = threading.Thread(
             target=self.mailbox.read, args=(self.roles.abort,), daemon=True, name="control"
         )
         control.start()
         try:
-            while True:
+            while not self.mailbox.is_stopped:
                 self._turn()
         finally:
             self.mailbox.close()

@@ -14,7 +14,7 @@ from sparseray.actors.wire.mailbox import Mailbox
 from sparseray.actors.wire.messages import Ping, Pong
 from sparseray.errors import SlotLostError, SupersededError
 
-POLL_S = 0.5
+POLL_S = 0.1
 
 
 class SlotMailbox(Mailbox):
@@ -29,7 +29,7 @@ class SlotMailbox(Mailbox):
         self._handed: queue.SimpleQueue[Message[Body] | None] = queue.SimpleQueue()
         self._plan: Message[Body] | None = None
         self._failure: BaseException | None = None
-        self._is_open = True
+        self._is_open, self.is_stopped = True, False
         self._abort: Callable[[], None] = lambda: None
 
     # -- the control thread ------------------------------------------------------------------------
@@ -64,6 +64,14 @@ class SlotMailbox(Mailbox):
             self._handed.put(None)
         else:
             self._handed.put(message)
+
+    def stop(self) -> None:
+        """End `read`, and what the work thread is in, as a later plan would; called from any thread."""
+        self._failure = SupersededError()
+        self.is_stopped = True
+        self._is_open = False
+        self._abort()
+        self._handed.put(None)
 
     # -- the work thread ---------------------------------------------------------------------------
 

@@ -5,8 +5,10 @@ nobody else exports them. Nothing here stops a step: a failure is told once, and
 """
 
 import itertools
+import threading
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
+from wsgiref.simple_server import WSGIServer
 
 from prometheus_client import (
     CollectorRegistry,
@@ -43,6 +45,7 @@ class Metrics:
         self._made: dict[str, Counter | Gauge | Histogram] = {}
         self._actions: dict[tuple[str | tuple[str, str], ...], Callable[[float], None]] = {}
         self._refused: set[str] = set()
+        self._served: tuple[WSGIServer, threading.Thread] | None = None
         ProcessCollector(namespace=PREFIX.rstrip("_"), registry=self.registry)
         for name, metric in REGISTRY.items():
             if (
@@ -110,11 +113,21 @@ class Metrics:
     def serve(self, host: str) -> str:
         """Serve `/metrics` on a free port and return its address; a failure is told once and costs no step."""
         try:
-            server, _ = start_http_server(0, addr=host, registry=self.registry)
+            server, thread = start_http_server(0, addr=host, registry=self.registry)
         except OSError as error:
             log.warning("no metrics from this process: cannot listen on %s (%s)", host, error)
             return ""
+        self._served = server, thread
         return f"{host}:{server.server_port}"
+
+    def close(self) -> None:
+        """End what `serve` began."""
+        if self._served is not None:
+            server, thread = self._served
+            server.shutdown()
+            server.server_close()
+            thread.join()
+            self._served = None
 
 
 def versions() -> dict[str, str]:
