@@ -170,7 +170,7 @@ def test_a_scheduler_that_dies_undoes_no_wish_and_forgets_no_load(
 
     def wish(run: Run, fleet: LocalFleet) -> None:
         run.reconciler.request("experts", 4)
-        run.generations.ask(replace(run.generations.wish, packed_by=hot))
+        run.generations.ask(packed_by=hot)
 
     def note(step: int, run: Run, fleet: LocalFleet) -> None:
         if step == 4:
@@ -330,7 +330,7 @@ def test_hot_experts_computed_by_several_holders_change_no_bit(
     def heat(run: Run, fleet: LocalFleet) -> None:
         generations = run.generations
         hot = ((100.0, *[1.0] * 7), (1.0, 60.0, 60.0, *[1.0] * 5))
-        generations.ask(replace(generations.wish, packed_by=hot))
+        generations.ask(packed_by=hot)
         plan = generations.replanned(generations.wanted)
         run.reconciler.change("rebalanced", "as if two experts were hot", run.driver.step, plan)
         spread.append(plan_of(run).spread)

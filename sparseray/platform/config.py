@@ -21,10 +21,10 @@ from sparseray.errors import ConfigError
 from sparseray.kernels.settings import Kernels
 from sparseray.model.config import ModelConfig
 from sparseray.model.limits import Limits, check, complaint, count, within
+from sparseray.platform.cluster_config import ClusterConfig as ClusterConfig
 from sparseray.platform.settings import Setting, expand_path, read_file, read_options
 
 C = TypeVar("C")
-MOST_SLOTS = 1 << 16
 Determinism = typing.Literal["bitwise", "fast"]
 
 
@@ -107,52 +107,6 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check("train", self)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClusterConfig:
-    """How many slots play which role, and where.
-
-    Args:
-        attention_workers, expert_shards, memory_shards: slots of each role.
-        replication: holders of every piece of state.
-        colocated: roles share slots; a call from a slot to itself is a function call.
-        device: "cpu", "cuda" (one slot with one GPU plays all roles), or "auto": cuda where the command finds a GPU
-            of compute capability 9 or more and the roles share one slot.
-        threads_per_slot: torch threads; part of the bits of a result.
-        cpus_per_slot: CPUs that Ray reserves for a slot.
-        address: Ray address to join, for example "auto"; empty starts a local Ray.
-        transport: "ipc" (Unix sockets, one host) or "tcp".
-        bind_host: address that TCP sockets and metrics bind to.
-        deadline_s: seconds without an answer after which all slots are probed.
-        hang_s: seconds without a sign of life after which a slot counts as lost.
-        standby: warm slots without a role, ready to take over a lost one's.
-        max_slots: most slots of the job, 0 for as many as the cluster has room for.
-        rebalance_above: load of the busiest expert shard over the mean that moves experts, 0 for never.
-        rebalance_every: least number of steps between two such moves.
-    """
-
-    attention_workers: int = count(1, 1, MOST_SLOTS)
-    expert_shards: int = count(1, 1, MOST_SLOTS)
-    memory_shards: int = count(1, 1, MOST_SLOTS)
-    replication: int = count(1, 1, MOST_SLOTS)
-    colocated: bool = False
-    device: typing.Literal["auto", "cpu", "cuda"] = "auto"
-    threads_per_slot: int = count(1, 1, 1024)
-    cpus_per_slot: float = within(1.0, 0.0, 1024.0)
-    address: str = ""
-    transport: typing.Literal["ipc", "tcp"] = "ipc"
-    bind_host: str = "127.0.0.1"
-    deadline_s: float = within(30.0, above=0.0, at_most=1e6)
-    # Below that, a busy machine would look like a dead one.
-    hang_s: float = within(0.7, 0.3, 1e6)
-    standby: int = count(0, 0, MOST_SLOTS)
-    max_slots: int = count(0, 0, MOST_SLOTS)
-    rebalance_above: float = within(0.0, 0.0, 1e6)
-    rebalance_every: int = count(50)
-
-    def __post_init__(self) -> None:
-        check("cluster", self)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,8 +6,11 @@ with its old holders until the generation has settled, so nothing is lost meanwh
 commit, serving by the last `Installed` (workload.py).
 """
 
+import threading
 import time
 from collections.abc import Callable, Collection
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from sparseray.actors.installation import InstallPlan, PullFrom, Restore
@@ -22,7 +25,7 @@ from sparseray.platform.config import ClusterConfig
 from sparseray.platform.fleet.control import Control, Fleet, Loss, StalledError
 from sparseray.platform.planning.holders import Holders
 from sparseray.platform.planning.inventory import Roles, num_slots
-from sparseray.platform.planning.replan import Moves, make_plan, moves, replan
+from sparseray.platform.planning.replan import Moves, make_plan, moves, replan, role_slots
 from sparseray.platform.run.events import Change, Events, role_holders
 from sparseray.platform.run.history import JobHistory, Wish
 from sparseray.platform.run.journal import Journal
@@ -69,6 +72,7 @@ class Generations:
         self.known: set[int] = set()
         self._pending: Change | None = None
         self._stalls = 0
+        self._asking = threading.Lock()
 
     @property
     def fleet(self) -> Fleet:
@@ -78,13 +82,28 @@ class Generations:
     @property
     def wanted(self) -> Roles:
         """Slots of each role that plans shall have."""
-        return self.wish.roles
+        return self.wish.lent.left_of(self.wish.roles)
 
-    def ask(self, wish: Wish) -> None:
-        """Want something else from now on; it is journalled first, so that no scheduler's death undoes it."""
+    @property
+    def standby(self) -> int:
+        """Spare slots that there shall be."""
+        return max(0, self.cluster.standby - self.wish.lent.standby)
+
+    @property
+    def lent_slots(self) -> int:
+        """Slots of the wish that the run does without."""
+        return self.wish.lent.slots(colocated=self.cluster.colocated)
+
+    def ask(self, **changes: Any) -> None:
+        """Want something else from now on; it is journalled first, so that no scheduler's death undoes it.
+
+        Users, the policy and lending wish from threads of their own.
+        """
         step = self.workload.commit.step if self.workload.commit else 0
-        self.journal.append("wish", generation=self.generation, step=step, wish=to_plain(wish))
-        self.wish = wish
+        with self._asking:
+            wish = replace(self.wish, **changes)
+            self.journal.append("wish", generation=self.generation, step=step, wish=to_plain(wish))
+            self.wish = wish
 
     # -- causes of a change ------------------------------------------------------------------------
 
@@ -175,7 +194,8 @@ class Generations:
         members = self.fleet.members()
         if not members:
             raise StateLostError("all slots are gone; the same command resumes from the last checkpoint")
-        return replan(
+        again = partial(
+            replan,
             self.plan,
             generation=self.generation + 1,
             addresses={slot: m.address for slot, m in members.items()},
@@ -186,6 +206,10 @@ class Generations:
             loads=self.wish.packed_by,
             parts=self.workload.inventory.parts_for(roles),
         )
+        plan = again()
+        # A slot that has lost its role to a loan would be kept as a backup, and never be free to go.
+        idle = set(members).difference(*role_slots(plan).values()) if self.lent_slots else set()
+        return again(avoid=idle) if idle and len(members) - len(idle) >= self.cluster.replication else plan
 
     # -- entering ------------------------------------------------------------------------------------
 

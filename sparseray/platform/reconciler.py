@@ -4,7 +4,6 @@ Asked between two steps of training, and all the time in serving: observe (what 
 """
 
 import time
-from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -61,13 +60,13 @@ class Reconciler:
         roles = check_request(
             role,
             count,
-            generations.wanted,
+            generations.wish.roles,
             generations.workload.inventory,
             generations.cluster,
-            slots=len(fleet.members()) + fleet.starting(),
+            slots=len(fleet.members()) + fleet.starting() + generations.lent_slots,
             room=fleet.room(),
         )
-        generations.ask(replace(generations.wish, roles=roles))
+        generations.ask(roles=roles)
 
     def reconcile(self, step: int) -> None:
         """Do one thing that the policy says: start slots, resize, rebalance, retire.
@@ -93,7 +92,7 @@ class Reconciler:
         elif isinstance(decision, Rebalance):
             # From now on every plan is packed by these loads: counting again would move the experts back.
             packed_by = tuple(tuple(row) for row in decision.loads)
-            generations.ask(replace(generations.wish, packed_by=packed_by))
+            generations.ask(packed_by=packed_by)
             text = "experts packed by load"
             self.change("rebalanced", text, step, generations.replanned(generations.wanted))
         elif generations.since_change > 0:
@@ -134,7 +133,7 @@ class Reconciler:
             return
         fleet = self.generations.fleet
         idle = sorted(set(fleet.members()) - role_holders(self._plan))
-        for slot in idle[self.generations.cluster.standby :]:
+        for slot in idle[self.generations.standby :]:
             fleet.retire(slot)
             self.generations.show()
 
@@ -147,7 +146,7 @@ class Reconciler:
             ready=tuple(sorted(set(fleet.members()) - role_holders(self._plan))),
             starting=fleet.starting(),
             free_slots=fleet.room(),
-            standby=c.standby,
+            standby=generations.standby,
             expert_load=self.load.tolist(),
             steps_since_change=generations.since_change,
             rebalance_above=c.rebalance_above,

@@ -177,6 +177,8 @@ _ELASTIC = {
                 "resized",
                 "rebalanced",
                 "restored",
+                "lent",
+                "returned",
                 "fenced",
                 "scheduler_restarted",
             )

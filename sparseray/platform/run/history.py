@@ -1,11 +1,12 @@
 """What the journal knows of a job: where a new scheduler goes on when the one before has died."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from sparseray.actors.state.assignment import Plan
 from sparseray.actors.wire.codec import from_plain
 from sparseray.platform.planning.inventory import Roles
+from sparseray.platform.planning.lending import Lent
 from sparseray.platform.run.journal import Journal
 
 COMMITS_READ = 64
@@ -19,10 +20,12 @@ class Wish:
     Args:
         roles: slots of each role.
         packed_by: loads by which experts are packed, [moe layers][experts]; None for equal numbers.
+        lent: what of the roles is lent for now.
     """
 
     roles: Roles
     packed_by: tuple[tuple[float, ...], ...] | None = None
+    lent: Lent = field(default_factory=Lent)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +87,7 @@ def read_job(journal: Journal, job: str) -> JobHistory:
         last = max([*newest, *active], key=lambda entry: entry["id"])
         step = last["step"]
         if commits and commits[0]["step"] == step:
-            commit = Committed(**{field.name: commits[0][field.name] for field in fields(Committed)})
+            commit = Committed(**{one.name: commits[0][one.name] for one in fields(Committed)})
     return JobHistory(
         has_begun=True,
         slots=tuple(entry["slot"] for entry in entries("slot")),
