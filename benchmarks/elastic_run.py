@@ -209,6 +209,11 @@ class Training:
         """Losses, recoveries, resizes."""
         return self._events.read()
 
+    @property
+    def scheduler(self) -> Any:
+        """Handle of the job, for `cluster.ask`."""
+        return self._scheduler
+
     def ask(self, method: str, *arguments: Any) -> Any:
         """Call the scheduler, also one that is being restarted."""
         from sparseray.platform.cluster import ask
