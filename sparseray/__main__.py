@@ -16,6 +16,8 @@ COMMANDS = {
     ),
     "data": ("sparseray.jobs.data", "turn text or code into token shards"),
     "plan": ("sparseray.jobs.plan", "show who would hold what in a run; starts nothing"),
+    "up": ("sparseray.jobs.up", "start a platform by itself, with warm slots that jobs join"),
+    "down": ("sparseray.jobs.down", "end the platform that `up` started"),
     "pretrain": ("sparseray.jobs.pretrain", "train a model on Ray actors"),
     "scale": ("sparseray.jobs.scale", "change how many actors play a role in a running job"),
     "status": ("sparseray.jobs.status", "plan, roles, replicas and last events of a running job"),

@@ -61,3 +61,7 @@ class FencedError(RuntimeError):
 
 class SchedulerLostError(RuntimeError):
     """The scheduler does not answer; Ray may be restarting it."""
+
+
+class JobEndedError(RuntimeError):
+    """The job was ended at once, without a checkpoint; its thread must not wait for slots any more."""

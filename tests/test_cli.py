@@ -17,6 +17,7 @@ from sparseray.jobs import (
     dashboard,
     data,
     demo,
+    down,
     plan,
     pretrain,
     scale,
@@ -24,6 +25,7 @@ from sparseray.jobs import (
     status,
     submit,
     top,
+    up,
 )
 from sparseray.platform.config import load_yaml
 from sparseray.platform.run.registry import register_run, registered_runs
@@ -85,6 +87,9 @@ def test_the_help_of_a_command_has_an_example_of_it_that_parses(
     # What a command does after its options have been read is replaced; reading them is what is tested.
     for module, name in (
         (plan, "run"),
+        (plan, "show_job"),
+        (up, "up"),
+        (down, "down"),
         (pretrain, "run"),
         (serve, "run"),
         (submit, "submit"),
@@ -198,7 +203,7 @@ def test_a_command_about_a_running_job_says_which_there_are(
         (["scale", "gpu", "2"], "invalid choice: 'gpu'"),
         (["scale", "experts"], "count"),
         (["scale", "experts", "many"], "invalid int value: 'many'"),
-        (["status", "runs/first"], "unrecognized arguments"),
+        (["status", "runs/first", "more"], "unrecognized arguments"),
         (["top", "--every", "often"], "invalid float value: 'often'"),
     ],
 )

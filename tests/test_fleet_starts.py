@@ -10,7 +10,7 @@ from processes import environment
 from sparseray.actors.installation import JobSpec
 from sparseray.errors import ClusterError
 from sparseray.platform.config import ClusterConfig
-from sparseray.platform.fleet import ray_fleet, slot_end
+from sparseray.platform.fleet import pool, ray_fleet, slot_end
 
 TEXT = """The actor died because of an error raised in its creation task, ray::SlotActor.__init__() (pid=7, ip=127.0.0.1)
   File "sparseray/platform/fleet/slot_actor.py", line 20, in __init__
@@ -24,15 +24,15 @@ class DyingRay:
     def __init__(self, error: Exception) -> None:
         self.error, self.started = error, 0
 
-    def start_slot(self, *_: Any) -> Any:
+    def start_actor(self, *_: Any) -> Any:
         self.started += 1
         return self
 
-    @property
-    def prepare(self) -> Any:
+    def __getattr__(self, _: str) -> Any:
+        """Any method of an actor."""
         return self
 
-    def remote(self, *_: Any) -> Any:
+    def remote(self, *_: Any, **__: Any) -> Any:
         return object()
 
     def wait(self, references: list[Any], **_: Any) -> tuple[list[Any], list[Any]]:
@@ -67,18 +67,23 @@ def test_slots_that_die_at_their_start_say_why(
     monkeypatch: pytest.MonkeyPatch, error: Exception, words: str
 ) -> None:
     dying = DyingRay(error)
-    for module in (ray_fleet, slot_end):
+    for module in (ray_fleet, pool, slot_end):
         monkeypatch.setattr(module, "ray", dying)
-    monkeypatch.setattr(ray_fleet, "start_slot", dying.start_slot)
-    numbers = iter(range(100))
+    monkeypatch.setattr(pool, "start_actor", dying.start_actor)
+    numbers, actors = iter(range(100)), iter(range(100))
+    slots = pool.Pool("platform", lambda: next(actors))
+    slots.start()
     spec: JobSpec = None  # type: ignore[assignment]  # nobody reads it
     config = ClusterConfig(transport="tcp")
-    fleet = ray_fleet.RayFleet("job", config, spec, lambda: next(numbers), lambda members: None, lambda: True)
+    fleet = ray_fleet.RayFleet(
+        "job", config, spec, slots, lambda: next(numbers), lambda members: None, lambda: True
+    )
     try:
         with pytest.raises(ClusterError, match="died at their start 3 times") as caught:
             fleet.open(2)
     finally:
         fleet.close()
+        slots.close()
     assert words in str(caught.value) and "\n" not in str(caught.value)
     assert dying.started == 6
 

@@ -22,6 +22,7 @@ FLOORS = {
     ],
     "platform": [
         "settings",
+        "cluster_config",
         "config",
         "metrics",
         "planning",
@@ -39,8 +40,12 @@ FLOORS = {
         "trainer",
         "serving",
         "composition",
+        "job",
+        "loans",
         "scheduler",
+        "ray_settings",
         "cluster",
+        "head",
     ],
     "jobs": ["signals", "tokens", "http", "watch"],
 }

@@ -1,7 +1,7 @@
-"""The `plan` command: who would hold what in a run, and how many bytes that is; starts nothing.
+"""The `plan` command: who would hold what in a run, or holds it in a job that goes on, and how many bytes that is.
 
 Reads the same options as `pretrain` and makes the same plan of generation 1 from them. Without
-`data.path` it answers from the configuration alone.
+`data.path` it answers from the configuration alone. With the name of a job it shows that one's plan; it starts nothing.
 """
 
 import sys
@@ -9,8 +9,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from sparseray.errors import UserError
+from sparseray.errors import ConfigError, SchedulerLostError, UserError
 from sparseray.jobs.output import print_line
+from sparseray.jobs.running import connect
 from sparseray.platform import config as configuration
 from sparseray.platform.config import RunConfig
 from sparseray.platform.planning.replan import Piece, holdings, piece_bytes
@@ -23,6 +24,7 @@ DESCRIPTION = """Show who would hold what in a run: roles, experts, memory and b
 example:
   python -m sparseray plan --config configs/tiny.yaml --cluster.attention_workers 2 \\
       --cluster.expert_shards 2 --cluster.memory_shards 2 --cluster.replication 2
+  python -m sparseray plan runs/first
 """
 COLUMNS = (
     "slot",
@@ -62,12 +64,40 @@ class Share:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command; 0, or 2 for a user's mistake."""
+    """Run the command; 0, 2 for a user's mistake, 1 when a job does not answer."""
     try:
+        if len(arguments) == 1 and not arguments[0].startswith("-"):
+            return show_job(arguments[0], print_line)
         config = configuration.parse(arguments, prog="sparseray plan", description=DESCRIPTION)
         return run(config, print_line)
     except UserError as error:
         return configuration.die(error)
+    except SchedulerLostError as error:
+        configuration.die(error)
+        return 1
+
+
+def show_job(job: str, show: Callable[[str], None]) -> int:
+    """Show the plan in force of a job that goes on.
+
+    Raises:
+        UserError: there is no such job, or it has no plan yet.
+    """
+    scheduler = connect(job)
+    from sparseray.actors.state.assignment import Plan
+    from sparseray.actors.wire.codec import from_plain
+    from sparseray.model.counts import count_parameters
+    from sparseray.platform.cluster import ask
+
+    found = ask(scheduler, "plan")
+    if found is None:
+        raise ConfigError(f"{job} has no plan yet; ask again once its slots have started")
+    config = configuration.from_dict(RunConfig, found["config"])
+    plan = from_plain(Plan, found["plan"])
+    size = piece_bytes(config.model, table_rows(config), count_parameters(config.model)["dense"])
+    show(f"generation {plan.generation}")
+    _show_shares([share(plan, slot, size) for slot in sorted(plan.addresses)], show)
+    return 0
 
 
 def run(config: RunConfig, show: Callable[[str], None]) -> int:
@@ -95,11 +125,7 @@ def run(config: RunConfig, show: Callable[[str], None]) -> int:
     parameters = count_parameters(config.model)
     size = piece_bytes(config.model, table_rows(config), parameters["dense"])
     shares = [share(plan, slot, size) for slot in sorted(plan.addresses)]
-    if sys.stdout.isatty():
-        _show_rich(shares)
-    else:
-        for line in plain_table(shares):
-            show(line)
+    _show_shares(shares, show)
     once = sum(map(size, holdings(plan)))
     held = sum(s.num_bytes for s in shares)
     show("")
@@ -124,6 +150,14 @@ def run(config: RunConfig, show: Callable[[str], None]) -> int:
         f"{len(shares) * config.cluster.cpus_per_slot:g} CPUs"
     )
     return 0
+
+
+def _show_shares(shares: Sequence[Share], show: Callable[[str], None]) -> None:
+    if sys.stdout.isatty():
+        _show_rich(shares)
+    else:
+        for line in plain_table(shares):
+            show(line)
 
 
 def tokens_per_step(config: RunConfig) -> int:

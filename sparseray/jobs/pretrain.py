@@ -20,6 +20,7 @@ from sparseray.platform import config as configuration
 from sparseray.platform.config import RunConfig
 from sparseray.platform.run import lock
 from sparseray.platform.run.progress import Failure, Progress
+from sparseray.platform.run.registry import adopt_platform
 
 if TYPE_CHECKING:
     from sparseray.actors.training.token_data import TokenDataset
@@ -76,20 +77,19 @@ def run(config: RunConfig, show: Show, beside: Beside = nullcontext) -> int:
         )
         return 0
     _show_start(config, inputs.train, show)
+    adopt_platform(config.cluster.address)
     from sparseray.platform.cluster import Cluster
 
     show("starting Ray and its slots ...")
     cluster = Cluster(config.cluster, slots_of(config, training_inventory(config)), run_dir=folder.path)
     is_interrupted = False
     try:
-        scheduler = cluster.find_scheduler(folder.path)
+        scheduler = cluster.find_job()
         if scheduler is None:
             check_free(folder.path)
             for line in inputs.create_folder():
                 show(line)
-            scheduler = cluster.start_scheduler(
-                folder.path, config=configuration.to_dict(config), task=inputs.validation
-            )
+            scheduler = cluster.start_job(configuration.to_dict(config), inputs.validation)
             if newest is not None:
                 show(f"going on from {newest}")
         else:
@@ -144,7 +144,6 @@ def follow(scheduler: Any, config: RunConfig, show: Show) -> bool:
 
     failure: Failure | None = None
     with _interrupts(show) as interrupted:
-        ask(scheduler, "start", timeout_s=120.0)
         seen, epoch, last_step, done, started = 0, "", 0, False, time.monotonic()
         heard, is_told = time.monotonic(), False
         while not done:

@@ -1,4 +1,4 @@
-"""Finds the job that `scale`, `status` and `top` are about, and connects to its scheduler."""
+"""Finds the job that `scale`, `status` and `top` are about among those of all platforms, and connects to it."""
 
 import argparse
 import shlex
@@ -7,58 +7,93 @@ from pathlib import Path
 from typing import Any
 
 from sparseray.errors import ConfigError
-from sparseray.platform.run.registry import RegisteredRun, adopt_authentication, forget_run, registered_runs
+from sparseray.platform.run.registry import (
+    RegisteredPlatform,
+    RegisteredRun,
+    adopt_authentication,
+    forget_platform,
+    forget_run,
+    registered_platforms,
+    registered_runs,
+)
 from sparseray.platform.settings import expand_path
 
 ANSWER_S = 3.0
 
 
-def add_run_dir(parser: argparse.ArgumentParser) -> None:
-    """Add the option that names the run."""
+def add_job(parser: argparse.ArgumentParser) -> None:
+    """Add what names the job."""
     parser.add_argument(
-        "--run_dir", default="", help="folder of the run; not needed while one run alone is going on"
+        "job",
+        nargs="?",
+        default="",
+        help="run folder, its name, or a server's name; not needed while one job alone is going on",
     )
+    parser.add_argument("--run_dir", default="", help="the same as a folder")
 
 
-def connect(run_dir: str) -> Any:
-    """Return the scheduler of a running job.
+def named(options: argparse.Namespace) -> str:
+    """What the user named the job by, empty for nothing."""
+    return str(options.run_dir or options.job)
+
+
+def connect(job: str) -> Any:
+    """Return a running job, by its folder or its name.
 
     Raises:
-        ConfigError: no run is going on there, or several are and none was named.
+        ConfigError: no job is going on there, or several are and none was named.
         ClusterError: its cluster refuses us.
     """
-    if run_dir:
-        return _attach(_of_folder(run_dir))
+    if job:
+        return _attach(_of_name(job))
     runs = live_runs()
     if len(runs) != 1:
-        many = f"{len(runs)} runs are going on; name one with --run_dir: " if runs else "no run is going on; "
+        many = (
+            f"{len(runs)} runs are going on; name one, or give its --run_dir: "
+            if runs
+            else "no run is going on; "
+        )
         raise ConfigError(many + _known(runs))
     return _attach(runs[0])
+
+
+def live_platforms() -> list[RegisteredPlatform]:
+    """All platforms of `up` whose cluster answers; what killed machines left behind is removed."""
+    alive = []
+    for platform in registered_platforms():
+        if _why_gone(platform.address):
+            forget_platform(platform.platform)
+        else:
+            alive.append(platform)
+    return alive
 
 
 def live_runs() -> list[RegisteredRun]:
     """All runs whose cluster answers; what killed machines and commands left behind is removed."""
     alive = []
     for run in registered_runs():
-        if _why_gone(run):
+        if _why_gone(run.address):
             forget_run(Path(run.run_dir))
         else:
             alive.append(run)
     return alive
 
 
-def _of_folder(run_dir: str) -> RegisteredRun:
-    wanted = str(Path(expand_path(run_dir, "--run_dir")).absolute())
-    found = [run for run in registered_runs() if run.run_dir == wanted]
-    error = _why_gone(found[0]) if found else ""
+def _of_name(job: str) -> RegisteredRun:
+    wanted = str(Path(expand_path(job, "--run_dir")).absolute())
+    all_ = registered_runs()
+    found = [run for run in all_ if run.run_dir == wanted] or [r for r in all_ if Path(r.run_dir).name == job]
+    error = _why_gone(found[0].address) if found else ""
     runs = live_runs()
     if error:
         raise ConfigError(
-            f"the run in {wanted} does not answer at {found[0].address} ({error}): it has ended or its machine is gone; "
-            "its `pretrain` command goes on from its last checkpoint"
+            f"the run in {found[0].run_dir} does not answer at {found[0].address} ({error}): it has ended or its machine "
+            "is gone; its `pretrain` command goes on from its last checkpoint"
         )
     if not found:
-        raise ConfigError(f"--run_dir {run_dir}: no run is going on there; {_known(runs)}")
+        raise ConfigError(f"{job}: no run is going on there; {_known(runs)}")
+    if len(found) > 1:
+        raise ConfigError(f"{job} is the name of {len(found)} jobs; give a folder: {_known(found)}")
     return found[0]
 
 
@@ -69,12 +104,12 @@ def _attach(run: RegisteredRun) -> Any:
     return attach(run)
 
 
-def _why_gone(run: RegisteredRun) -> str:
-    """Why nobody answers at a run's address, empty if somebody does.
+def _why_gone(address: str) -> str:
+    """Why nobody answers at the address of a Ray, empty if somebody does.
 
     Ray itself tries for many minutes to reach a cluster that is gone, and fills the terminal meanwhile.
     """
-    host, _, port = run.address.rpartition(":")
+    host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host, int(port)), timeout=ANSWER_S).close()
     except (OSError, ValueError) as error:
@@ -83,6 +118,9 @@ def _why_gone(run: RegisteredRun) -> str:
 
 
 def _known(runs: list[RegisteredRun]) -> str:
+    platforms = [] if runs else live_platforms()
+    if platforms:
+        return f"the platform at {platforms[0].address} has none; start one with `pretrain --cluster.address {platforms[0].address}`"
     if not runs:
         return "start one with `python -m sparseray pretrain --config configs/tiny.yaml --data.path DIR`"
     return "going on: " + ", ".join(shlex.quote(run.run_dir) for run in runs)

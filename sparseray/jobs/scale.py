@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from sparseray.errors import ConfigError, RunFailedError, SchedulerLostError, UserError
-from sparseray.jobs.running import add_run_dir, connect
+from sparseray.jobs.running import add_job, connect, named
 from sparseray.platform import config as configuration
 
 EXAMPLE = """example:
   python -m sparseray scale experts 4
-  python -m sparseray scale attention 2 --run_dir runs/first
+  python -m sparseray scale runs/first attention 2
 """
 WAIT_S = 180.0
 
@@ -29,13 +29,13 @@ def main(arguments: Sequence[str]) -> int:
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    add_job(parser)
     parser.add_argument("role", choices=("attention", "experts", "memory"))
     parser.add_argument("count", type=int, help="slots that shall play the role")
     parser.add_argument("--no_wait", action="store_true", help="return at once, the change goes on")
-    add_run_dir(parser)
     options = parser.parse_args(list(arguments))
     try:
-        scale(connect(options.run_dir), options.role, options.count, wait=not options.no_wait)
+        scale(connect(named(options)), options.role, options.count, wait=not options.no_wait)
     except UserError as error:
         return configuration.die(error)
     except (RunFailedError, SchedulerLostError) as error:

@@ -23,6 +23,7 @@ from sparseray.platform import config as configuration
 from sparseray.platform.config import ClusterConfig, RunConfig, ServeConfig
 from sparseray.platform.metrics.discovery import entries, publish, state_directory
 from sparseray.platform.run.progress import Failure, Progress
+from sparseray.platform.run.registry import adopt_platform
 from sparseray.platform.settings import expand_path, nearest
 
 log = get_logger(__name__)
@@ -133,8 +134,9 @@ def engines(directory: Path, config: RunConfig, name: str) -> Iterator[tuple[Any
         ClusterError: there is no room.
         UserError, RunFailedError: the slots did not come up.
     """
+    adopt_platform(config.cluster.address)
     from sparseray.jobs.http.ingress import Ingress
-    from sparseray.platform.cluster import Cluster, ask
+    from sparseray.platform.cluster import Cluster
     from sparseray.platform.fleet.transport import ZmqTransport, private_directory
     from sparseray.platform.opening import serving_inventory, slots_of
     from sparseray.platform.serving import Served
@@ -142,18 +144,15 @@ def engines(directory: Path, config: RunConfig, name: str) -> Iterator[tuple[Any
     home = state_directory() / "servers" / uuid.uuid4().hex[:12]
     folder = home / re.sub(r"[^\w.-]", "_", name)
     config = replace(config, run_dir=str(folder.absolute()))
-    cluster = Cluster(config.cluster, slots_of(config, serving_inventory(config)), run_dir=folder)
+    num_slots = slots_of(config, serving_inventory(config))
+    cluster = Cluster(config.cluster, num_slots, run_dir=folder, may_borrow=True)
     sockets = private_directory(cluster.job) if config.cluster.transport == "ipc" else None
     inbox, outbox = (ZmqTransport(n, sockets, config.cluster.bind_host) for n in ("ingress", "ingress-out"))
     client = Ingress(cluster.job, inbox, outbox, config.cluster.deadline_s)
     try:
         folder.mkdir(parents=True)
-        scheduler = cluster.start_scheduler(
-            folder,
-            config=configuration.to_dict(config),
-            task=Served(checkpoint=str(directory.absolute()), ingress=client.address),
-        )
-        ask(scheduler, "start", timeout_s=120.0)
+        task = Served(checkpoint=str(directory.absolute()), ingress=client.address)
+        scheduler = cluster.start_job(configuration.to_dict(config), task)
         watch = Watch(scheduler, client)
         watch.wait_until_ready()
         yield client, cluster.job

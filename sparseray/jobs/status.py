@@ -12,14 +12,22 @@ from rich.table import Table
 from rich.text import Text
 
 from sparseray.errors import SchedulerLostError, UserError
-from sparseray.jobs.running import add_run_dir, connect
+from sparseray.jobs.running import add_job, connect, named
 from sparseray.platform import config as configuration
 
 EXAMPLE = """example:
   python -m sparseray status
-  python -m sparseray status --json
+  python -m sparseray status runs/first --json
 """
-STYLES = {"lost": "red", "recovered": "green", "resized": "cyan", "rebalanced": "cyan", "restored": "yellow"}
+STYLES = {
+    "lent": "magenta",
+    "returned": "magenta",
+    "lost": "red",
+    "recovered": "green",
+    "resized": "cyan",
+    "rebalanced": "cyan",
+    "restored": "yellow",
+}
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -31,10 +39,10 @@ def main(arguments: Sequence[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--json", action="store_true", help="all there is, for programs")
-    add_run_dir(parser)
+    add_job(parser)
     options = parser.parse_args(list(arguments))
     try:
-        show(connect(options.run_dir), as_json=options.json)
+        show(connect(named(options)), as_json=options.json)
     except UserError as error:
         return configuration.die(error)
     except SchedulerLostError as error:
@@ -72,6 +80,13 @@ def head(found: dict[str, Any]) -> Text:
             f"replicas  {replicas['actual']} of {replicas['target']}",
             f"goodput   {found['goodput']:.3f}",
         ]
+    if found.get("lent"):
+        lines.append(f"lent      {found['lent']} slots to serving; they come back when it does not need them")
+    if pool := found.get("pool"):
+        waiting = f", {pool['waiting']} leases wait" if pool["waiting"] else ""
+        lines.append(
+            f"pool      {pool['leased']} leased, {pool['free']} free, {pool['starting']} starting{waiting}"
+        )
     return Text("\n".join(lines))
 
 

@@ -15,14 +15,14 @@ from rich.live import Live
 from rich.text import Text
 
 from sparseray.errors import SchedulerLostError, UserError
-from sparseray.jobs.running import add_run_dir, connect, live_runs
+from sparseray.jobs.running import add_job, connect, live_runs, named
 from sparseray.jobs.status import events, head, slots
 from sparseray.jobs.watch.figures import Figures, Readings, lines
 from sparseray.platform import config as configuration
 
 EXAMPLE = """example:
   python -m sparseray top
-  python -m sparseray top --every 0.5 --run_dir runs/first
+  python -m sparseray top runs/first --every 0.5
 """
 BARS = " ▁▂▃▄▅▆▇█"
 RUNNING = ("starting", "training", "serving", "stopping")
@@ -42,14 +42,14 @@ def main(arguments: Sequence[str]) -> int:
         "--every", type=float, default=1.0, help="seconds between two looks, default %(default)s"
     )
     parser.add_argument("--once", action="store_true", help="one look, and end")
-    add_run_dir(parser)
+    add_job(parser)
     options = parser.parse_args(list(arguments))
     every_s = max(0.1, options.every)
     try:
         figures = first_look(options.once)
         # A server alone is no job, and has figures all the same.
-        is_job = bool(options.run_dir or live_runs()) or not any(r.processes for r in figures.look())
-        scheduler = connect(options.run_dir) if is_job else None
+        is_job = bool(named(options) or live_runs()) or not any(r.processes for r in figures.look())
+        scheduler = connect(named(options)) if is_job else None
         return watch(scheduler, figures, every_s=every_s, is_once=options.once)
     except UserError as error:
         return configuration.die(error)

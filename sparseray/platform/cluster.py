@@ -1,11 +1,15 @@
-"""Starts or joins Ray and starts slots on it; the only file that does.
+"""Starts or joins Ray and the platform on it; the only file that does.
 
-Without an address a local Ray is started for this run alone, with more logical CPUs than it has slots:
-on a laptop several slots share a core on purpose, and a run must be able to grow.
+Without an address a local Ray is started for this command alone, with more logical CPUs than it has slots: on a
+laptop several slots share a core on purpose, and a run must be able to grow. At an address the platform that runs there
+is joined; where there is none, one is started that ends with its last job.
 """
 
+import contextlib
 import os
+import time
 import uuid
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,40 +18,64 @@ import ray
 from sparseray.errors import ClusterError, SchedulerLostError
 from sparseray.log import get_logger
 from sparseray.platform.config import ClusterConfig
-from sparseray.platform.fleet.ray_fleet import NAMESPACE, slot_name
+from sparseray.platform.fleet.lease import Kind
+from sparseray.platform.fleet.pool import NAMESPACE, actor_name, kind_of, start_actor
 from sparseray.platform.fleet.transport import remove_directory
-from sparseray.platform.run.registry import RegisteredRun, forget_run, scheduler_name
-from sparseray.platform.scheduler import Scheduler
+from sparseray.platform.ray_settings import OBJECT_STORE_BYTES, local_cpus, set_environment
+from sparseray.platform.run.registry import RegisteredRun, forget_platform, forget_run
+from sparseray.platform.scheduler import PLATFORM, Scheduler
 
 log = get_logger(__name__)
 
-OBJECT_STORE_BYTES = 128 << 20
-LOCAL_CPUS = 16
 CURES = {"CPU": "a smaller cluster.cpus_per_slot", "GPU": "cluster.device=cpu"}
+JOIN_S = 30.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobHandle:
+    """One job of a platform, for `ask`.
+
+    Args:
+        platform: Ray's handle of the scheduler.
+        job: identifier of the job.
+    """
+
+    platform: Any
+    job: str
 
 
 class Cluster:
-    """A Ray connection with the slots of one job.
+    """A Ray connection for one job.
 
     Args:
         config: how to reach Ray and what a slot reserves.
         num_slots: slots to start.
         run_dir: of the run or server; where it is going on already in this cluster, no room is needed.
+        may_borrow: whether slots count that training runs would lend.
 
     Raises:
         ClusterError: Ray cannot be reached, refuses the token, or has too few free CPUs.
     """
 
-    def __init__(self, config: ClusterConfig, num_slots: int, run_dir: Path) -> None:
+    def __init__(
+        self, config: ClusterConfig, num_slots: int, run_dir: Path, *, may_borrow: bool = False
+    ) -> None:
         self.config, self.num_slots, self._run_dir = config, num_slots, run_dir
         self.job = uuid.uuid4().hex
-        self.scheduler: Any = None
+        self._platform_id = uuid.uuid4().hex
+        self.scheduler: JobHandle | None = None
         _connect(config, num_slots)
-        if self.find_scheduler(run_dir) is None:
-            self._check_room()
+        if not config.address:
+            # Processes start and load side by side; the scheduler finds these when it is there.
+            self._platform(ahead=num_slots)
+        elif self.find_job() is None:
+            self._check_room(may_borrow=may_borrow)
 
-    def _check_room(self) -> None:
+    def _check_room(self, *, may_borrow: bool) -> None:
         free, all_ = ray.available_resources(), ray.cluster_resources()
+        platform = find_platform()
+        if platform is not None and self.num_slots <= ask(platform, "room", kind_of(self.config), may_borrow):
+            return
         asked = {"CPU": self.num_slots * self.config.cpus_per_slot}
         if self.config.device == "cuda":
             asked["GPU"] = float(self.num_slots)
@@ -60,74 +88,145 @@ class Cluster:
                     f"(cluster.*), {CURES[kind]}, or stop another job"
                 )
 
-    def start_scheduler(self, run_dir: Path, **arguments: Any) -> Any:
-        """Start the scheduler of a run; Ray restarts it when it dies, and it outlives this process."""
-        actor = ray.remote(Scheduler)
-        self.scheduler = actor.options(
-            name=scheduler_name(run_dir),
-            namespace=NAMESPACE,
-            lifetime="detached",
-            max_restarts=-1,
-            num_cpus=0,
-            max_concurrency=8,
-        ).remote(job=self.job, **arguments)
-        return self.scheduler
+    def start_job(self, config: dict[str, Any], task: Any) -> JobHandle:
+        """Start a job on the platform of this cluster; both outlive this process where Ray does.
 
-    def find_scheduler(self, run_dir: Path) -> Any | None:
-        """The scheduler of a run that is going on, or None."""
-        try:
-            self.scheduler = ray.get_actor(scheduler_name(run_dir), namespace=NAMESPACE)
-        except ValueError:
-            self.scheduler = None
+        Args:
+            config: of the run, as plain values.
+            task: what the job is for.
+
+        Raises:
+            ClusterError: the platform does not answer.
+        """
+        deadline = time.monotonic() + JOIN_S
+        while True:
+            platform = self._platform()
+            try:
+                if ask(platform, "submit", self.job, config, task, timeout_s=120.0):
+                    self.scheduler = JobHandle(platform=platform, job=self.job)
+                    return self.scheduler
+            except SchedulerLostError as error:
+                if time.monotonic() > deadline:
+                    where = self.config.address or "a Ray of its own"
+                    raise ClusterError(
+                        f"the platform's scheduler on {where} does not answer ({error}); the machine may be overloaded: "
+                        "try again, or end the platform with `python -m sparseray down`"
+                    ) from None
+            # The one that runs has no job left and is ending.
+            time.sleep(0.1)
+
+    def _platform(self, ahead: int = 0) -> Any:
+        kind = kind_of(self.config)
+        for number in range(ahead):
+            start_actor(self._platform_id, number, kind)
+        return start_platform(self._platform_id, ahead=ahead, kind=kind)
+
+    def find_job(self) -> JobHandle | None:
+        """The job that is going on in the run's folder, or None; a Ray that was started here has none yet."""
+        self.scheduler = None
+        platform = find_platform() if self.config.address else None
+        if platform is not None and (job := ask(platform, "find", str(self._run_dir.absolute()))):
+            self.scheduler = JobHandle(platform=platform, job=job)
         return self.scheduler
 
     def stop(self, *, at_once: bool = False) -> None:
-        """End all actors of the job, and Ray itself if it was started here; no socket stays behind.
+        """Give back all that the job has, and end Ray if it was started here; no socket stays behind.
 
         Args:
-            at_once: do not wait for the scheduler to come to an end by itself.
+            at_once: end the job in the middle of what it does.
         """
         if self.scheduler is not None:
+            self.job = self.scheduler.job
             try:
-                self.job = ray.get(self.scheduler.job.remote(), timeout=5.0)
-                if not at_once:
-                    ray.get(self.scheduler.release.remote(), timeout=15.0)
-            except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError) as error:
-                log.warning("the scheduler did not end by itself: %s", " ".join(str(error).split())[:200])
-            ray.kill(self.scheduler)
+                if not (at_once and not self.config.address):
+                    ask(self.scheduler, "abandon" if at_once else "release", timeout_s=15.0)
+            except SchedulerLostError as error:
+                log.warning("the job did not end by itself: %s", error)
             self.scheduler = None
-            self._end_slots()
         forget_run(self._run_dir)
         ray.shutdown()
+        if not self.config.address:
+            forget_platform(self._platform_id)
         remove_directory(self.job)
 
-    def _end_slots(self) -> None:
-        """End detached slots that their scheduler could not."""
-        prefix = slot_name(self.job, 0).removesuffix("0")
-        for entry in ray.util.list_named_actors(all_namespaces=True):
-            if entry["namespace"] == NAMESPACE and entry["name"].startswith(prefix):
-                try:
-                    ray.kill(ray.get_actor(entry["name"], namespace=NAMESPACE))
-                except ValueError:
-                    log.debug("%s has ended already", entry["name"])
+
+def find_platform() -> Any | None:
+    """The scheduler of the cluster that this process is connected to, or None."""
+    try:
+        return ray.get_actor(PLATFORM, namespace=NAMESPACE)
+    except ValueError:
+        return None
 
 
-def attach(run: RegisteredRun) -> Any:
-    """Connect to the scheduler of a run that is going on (platform/run/registry.py).
+def start_platform(
+    platform: str, *, lasts: bool = False, kept: int = 0, ahead: int = 0, kind: Kind | None = None
+) -> Any:
+    """Return the scheduler of this cluster, started if there is none; Ray restarts it when it dies.
+
+    Args:
+        platform: identifier of one that is started.
+        lasts: whether that stays when no job is left.
+        kept: actors that it keeps warm.
+        ahead: actors that were started ahead of it.
+        kind: of those.
+    """
+    actor = ray.remote(Scheduler).options(
+        name=PLATFORM,
+        namespace=NAMESPACE,
+        get_if_exists=True,
+        lifetime="detached",
+        max_restarts=-1,
+        num_cpus=0,
+        max_concurrency=64,
+    )
+    return actor.remote(platform=platform, lasts=lasts, kept=kept, ahead=ahead, kind=kind or Kind())
+
+
+def end_platform(platform: str) -> None:
+    """End the scheduler of this cluster, and the actors that it could not end itself.
+
+    Args:
+        platform: its identifier.
+    """
+    scheduler, prefix = find_platform(), actor_name(platform, 0).removesuffix("0")
+    left = [] if scheduler is None else [scheduler]
+    for entry in ray.util.list_named_actors(all_namespaces=True):
+        if entry["namespace"] == NAMESPACE and entry["name"].startswith(prefix):
+            with contextlib.suppress(ValueError):
+                left.append(ray.get_actor(entry["name"], namespace=NAMESPACE))
+    for actor in left:
+        ray.kill(actor)
+
+
+def connect(address: str) -> None:
+    """Join the Ray at an address, to ask or to start a platform there.
 
     Raises:
-        ClusterError: its cluster or its scheduler is gone.
+        ClusterError: it cannot be reached, or refuses the token.
     """
+    _connect(ClusterConfig(address=address), 0)
+
+
+def attach(run: RegisteredRun) -> JobHandle:
+    """Connect to a job that is going on (platform/run/registry.py).
+
+    Raises:
+        ClusterError: its cluster or the platform there is gone.
+    """
+    why = "no job goes on there"
     try:
         ray.init(address=run.address, namespace=NAMESPACE, log_to_driver=False, logging_level="error")
-        return ray.get_actor(scheduler_name(Path(run.run_dir)), namespace=NAMESPACE)
+        platform = find_platform()
+        if platform is not None and (job := ask(platform, "find", run.run_dir)):
+            return JobHandle(platform=platform, job=job)
     # Ray says with a bare Exception that nobody answers.
     except Exception as error:
-        ray.shutdown()
-        raise ClusterError(
-            f"the run in {run.run_dir} does not answer at {run.address} ({' '.join(str(error).split())[:160]}); "
-            "it has ended or its machine is gone; start it again with its `pretrain` command"
-        ) from None
+        why = " ".join(str(error).split())[:160]
+    ray.shutdown()
+    raise ClusterError(
+        f"the run in {run.run_dir} does not answer at {run.address} ({why}); "
+        "it has ended or its machine is gone; start it again with its `pretrain` command"
+    )
 
 
 def detach() -> None:
@@ -136,48 +235,47 @@ def detach() -> None:
 
 
 def ask(scheduler: Any, method: str, *arguments: Any, timeout_s: float = 30.0) -> Any:
-    """Call a method of a scheduler and wait for the answer.
+    """Call a method of a platform's scheduler, or one for a job of it, and wait for the answer.
 
     Args:
-        scheduler: handle of the actor.
+        scheduler: Ray's handle, or a `JobHandle`.
         method: its name.
         arguments: of the call.
         timeout_s: seconds to wait.
 
     Raises:
-        SchedulerLostError: it is gone, or being restarted.
+        SchedulerLostError: it is gone, or being restarted, or the job has ended.
     """
+    if isinstance(scheduler, JobHandle):
+        scheduler, arguments = scheduler.platform, (scheduler.job, *arguments)
     try:
         return ray.get(getattr(scheduler, method).remote(*arguments), timeout=timeout_s)
-    except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
+    except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError, SchedulerLostError) as error:
         raise SchedulerLostError(" ".join(str(error).split())[:200]) from None
 
 
 def _connect(config: ClusterConfig, num_slots: int) -> None:
     # Slots and scheduler report through the run's folder; Ray's own words on each death would bury it.
     # Slots decide about their own threads; without this Ray warns and sets OMP_NUM_THREADS itself.
-    environment = {"OMP_NUM_THREADS": str(config.threads_per_slot), "RAY_DEDUP_LOGS": "0"}
-    runtime = {"env_vars": environment}
+    threads = str(config.threads_per_slot)
     try:
         if config.address:
             ray.init(
                 address=config.address,
                 namespace=NAMESPACE,
-                runtime_env=runtime,
+                runtime_env={"env_vars": {"OMP_NUM_THREADS": threads}},
                 log_to_driver=False,
                 logging_level="error",
             )
         else:
-            os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-            # Ray runs its workers at nice 15; a step waits for the slowest slot, so here they are not niced.
-            os.environ.setdefault("RAY_worker_niceness", "0")
+            set_environment()
+            os.environ["OMP_NUM_THREADS"] = threads
             ray.init(
                 address="local",
-                num_cpus=max(LOCAL_CPUS, round(2 * num_slots * config.cpus_per_slot + 0.5)),
+                num_cpus=local_cpus(num_slots * config.cpus_per_slot),
                 object_store_memory=OBJECT_STORE_BYTES,
                 include_dashboard=False,
                 namespace=NAMESPACE,
-                runtime_env=runtime,
                 _node_ip_address="127.0.0.1",
                 log_to_driver=False,
                 logging_level="error",

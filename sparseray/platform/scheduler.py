@@ -1,279 +1,265 @@
-"""The scheduler: one named actor that alone decides, and writes every decision to its journal first.
+"""The platform's scheduler: one named actor of a Ray cluster, which hosts its jobs and owns the pool of slots.
 
-It runs the training loop in a thread of its own and answers questions about it; its words to the
-slots go through its mailbox, never through Ray. It belongs to no driver, and Ray restarts it when it
-dies: the new one reads the journal, finds the slots by name and goes on in the next generation.
+It belongs to no driver, and Ray restarts it when it dies. What it decides is in a journal of its own first (which jobs
+there are, which actors), what a job decides in the job's (job.py): the new one reads them, finds the actors by name
+and goes on; neither training nor a stream notices.
 """
 
 import itertools
 import os
 import threading
 import time
-import traceback
-from collections import deque
 from dataclasses import asdict
-from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import ray
 
-from sparseray.actors.installation import JobSpec
-from sparseray.actors.wire.envelope import SCHEDULER
-from sparseray.actors.wire.mailbox import Mailbox
-from sparseray.errors import FencedError, UserError
+from sparseray.errors import SchedulerLostError
 from sparseray.log import get_logger
-from sparseray.platform.composition import Run, Task
+from sparseray.platform.composition import Task
 from sparseray.platform.config import RunConfig, from_dict
-from sparseray.platform.fleet.control import Member
-from sparseray.platform.fleet.ray_fleet import RayFleet
-from sparseray.platform.fleet.transport import ZmqTransport, private_directory, remove_directory
-from sparseray.platform.metrics.exporter import Metrics, write_targets
-from sparseray.platform.opening import slots_of
-from sparseray.platform.run import lock
-from sparseray.platform.run.folder import RunFolder
-from sparseray.platform.run.history import JobHistory, read_job
+from sparseray.platform.fleet.lease import Kind
+from sparseray.platform.fleet.pool import NAMESPACE, Pool
+from sparseray.platform.job import Job
+from sparseray.platform.loans import Loans
+from sparseray.platform.opening import Validation
 from sparseray.platform.run.journal import Journal
-from sparseray.platform.run.progress import Failure, Progress
-from sparseray.platform.run.registry import forget_run, register_run
+from sparseray.platform.run.progress import Progress
+from sparseray.platform.run.registry import forget_platform, platform_folder
 from sparseray.platform.serving import Served
 
 log = get_logger(__name__)
 
-KEPT_RECORDS = 5000
-DRIVER_GONE_S = 60.0
+TASKS: dict[str, type[Validation] | type[Served]] = {kind.__name__: kind for kind in (Validation, Served)}
+PLATFORM = "sparseray-platform"
+"""Ray's name of the scheduler: a cluster has one."""
+KEPT_ENDED = 8
+LINGER_S = 2.0
+"""A platform that nobody asked to last waits that long for another job."""
+STOP_S = 60.0
+LEND_EVERY_S = 0.05
 
 
 class Scheduler:
-    """Decides for one job.
+    """Hosts the jobs of a platform.
 
     Args:
-        job: identifier of the job.
-        config: the run, as plain values; `run_dir` and `data.path` absolute.
-        task: what it is for.
+        platform: its identifier; Ray gives a restarted one the same.
+        lasts: whether it stays when no job is left.
+        kept: actors to keep warm.
+        ahead: actors that were started ahead of it, with the first numbers.
+        kind: of those.
     """
 
-    def __init__(self, *, job: str, config: dict[str, Any], task: Task) -> None:
-        self._job_id, self._config, self._task = job, from_dict(RunConfig, config), task
-        self._folder = RunFolder(Path(self._config.run_dir))
-        self._epoch = f"{os.getpid()}-{time.time()}"
-        self._records: deque[dict[str, Any]] = deque(maxlen=KEPT_RECORDS)
-        self._told = 0
-        self._stopping, self._released, self._closed = (threading.Event() for _ in range(3))
-        self._failure: Failure | None = None
-        self._asked = time.monotonic()
-        self._fleet: RayFleet | None = None
-        self._job: Run | None = None
-        self._lock: TextIO | None = None
-        self._thread = threading.Thread(target=self._run, daemon=True, name="driver")
-        journal = Journal(self._folder.journal)
-        has_begun = read_job(journal, job).has_begun
-        journal.close()
-        if has_begun:
-            self._thread.start()
+    def __init__(self, *, platform: str, lasts: bool, kept: int, ahead: int, kind: Kind) -> None:
+        folder = platform_folder(platform)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._platform, self._lasts = platform, lasts
+        self._journal = Journal(folder / "journal.sqlite")
+        self._journal.lead()
+        self._lock = threading.RLock()
+        self._jobs: dict[str, Job] = {}
+        self._is_over = False
+        used = [entry["actor"] for entry in self._entries("actor")]
+        numbers = itertools.count(max([*used, ahead - 1]) + 1)
 
-    def start(self) -> None:
-        """Start the job; without effect once it runs."""
-        if not self._thread.is_alive() and self._thread.ident is None:
-            self._thread.start()
+        def next_number() -> int:
+            number: int = next(numbers)
+            self._journal.append("actor", generation=0, step=0, actor=number)
+            return number
 
-    # -- the driving thread ---------------------------------------------------------------------
+        self._pool = Pool(platform, next_number, kept=kept, kind=kind)
+        self._loans = Loans(self._pool)
+        if self._entries("begun"):
+            self._pool.find()
+        else:
+            self._journal.append("begun", generation=0, step=0)
+            self._pool.adopt(ahead)
+        self._pool.start()
+        self._go_on()
+        threading.Thread(target=self._lend, daemon=True, name="lending").start()
 
-    def _run(self) -> None:
-        if other := self._hold():
-            self._failure = Failure(error=other, kind="ConfigError", user=True)
-            return
-        try:
-            self._drive()
-        except FencedError as error:
-            # Slots, targets and sockets are the other scheduler's now.
-            log.error("this scheduler acts no more: %s", error)
-            os._exit(1)
-        except Exception as error:
-            log.error("the job stopped:\n%s", traceback.format_exc())
-            is_users = isinstance(error, UserError)
-            self._failure = Failure(error=str(error), kind=type(error).__name__, user=is_users)
-        finally:
-            if self._job is not None:
-                self._job.close()
-            write_targets(self._folder.targets, {}, self._folder.path.name)
-            threading.Thread(target=self._end, daemon=True, name="end").start()
+    def _entries(self, kind: str) -> list[dict[str, Any]]:
+        return self._journal.read(kind, limit=1 << 30)
 
-    def _hold(self) -> str:
-        """Keep others out of the run folder; says who works there already.
+    def _go_on(self) -> None:
+        """Take the jobs over from a scheduler that died."""
+        ended = {entry["job"] for entry in self._entries("ended")}
+        begun = [entry for entry in reversed(self._entries("job")) if entry["job"] not in ended]
+        for entry in begun:
+            self._begin(entry["job"], entry["config"], TASKS[entry["task"]](**entry["about"]))
+        self._pool.give_back_others(set(self._jobs))
 
-        A scheduler of this job that is not quite dead is fenced by the journal, not waited for.
-        """
-        gcs = ray.get_runtime_context().gcs_address
-        self._lock = lock.hold(self._folder.path, job=self._job_id, ray=gcs)
-        other = lock.holder(self._folder.path) if self._lock is None else None
-        if other is None or other.get("job") == self._job_id:
-            return ""
-        return f"run_dir={self._folder.path} is in use by process {other.get('pid')} on {other.get('host')}; give another"
-
-    def _drive(self) -> None:
-        cluster = self._config.cluster
-        metrics = Metrics({"slot": "scheduler"}, declare="scheduler")
-        own = metrics.serve(cluster.bind_host)
-        directory = private_directory(self._job_id) if cluster.transport == "ipc" else None
-        mailbox = Mailbox(ZmqTransport("scheduler", directory, cluster.bind_host), SCHEDULER, self._job_id)
-
-        def show_targets(members: dict[int, Member]) -> None:
-            targets = {f"slot-{slot}": member.metrics for slot, member in members.items()}
-            write_targets(self._folder.targets, targets | {"scheduler": own}, self._folder.path.name)
-
-        def fleet_of(journal: Journal, history: JobHistory, spec: JobSpec) -> RayFleet:
-            ids = itertools.count(max(history.slots, default=-1) + 1)
-
-            def next_slot() -> int:
-                slot = next(ids)
-                journal.append("slot", generation=0, step=0, slot=slot, job=self._job_id)
-                return slot
-
-            self._fleet = RayFleet(self._job_id, cluster, spec, next_slot, show_targets, journal.leads)
-            return self._fleet
-
-        run = self._job = Run.open(
-            self._config,
-            mailbox,
-            fleet_of,
-            metrics,
-            task=self._task,
-            on_record=self._tell,
-            should_stop=self._should_stop,
+    def _begin(self, job: str, config: dict[str, Any], task: Task) -> None:
+        made = Job(
+            job,
+            from_dict(RunConfig, config),
+            task,
+            self._pool,
+            leads=self._journal.leads,
+            on_end=self._ended,
+            loan=self._to_borrow,
         )
-        self._open_slots(run)
-        run.drive()
+        self._jobs[job] = made
+        made.start()
 
-    def _open_slots(self, run: Run) -> None:
-        """Find the slots of a job that goes on; start those of one that begins."""
-        assert self._fleet is not None
-        register_run(self._folder.path, ray.get_runtime_context().gcs_address)
-        self._fleet.is_spare = run.generations.is_spare
-        self._fleet.reopen(list(run.history.slots))
-        if run.history.plan is None:
-            self._fleet.open(slots_of(self._config, run.generations.workload.inventory))
+    def _ended(self, job: Job) -> None:
+        """Take note that a job holds nothing any more; the last one ends a platform that does not last."""
+        self._journal.append("ended", generation=0, step=0, job=job.job)
+        with self._lock:
+            over = [name for name, found in self._jobs.items() if found.is_over]
+            for name in over[:-KEPT_ENDED]:
+                del self._jobs[name]
+        if not self._lasts:
+            threading.Thread(target=self._end_if_idle, daemon=True, name="linger").start()
 
-    def _should_stop(self) -> bool:
-        """A run outlives its driver; a server without an ingress serves nobody."""
-        is_alone = isinstance(self._task, Served) and time.monotonic() - self._asked > DRIVER_GONE_S
-        return self._stopping.is_set() or is_alone
+    def _end_if_idle(self) -> None:
+        time.sleep(LINGER_S)
+        with self._lock:
+            if self._is_over or self._running():
+                return
+            self._is_over = True
+        self._pool.close()
+        forget_platform(self._platform)
+        ray.kill(ray.get_actor(PLATFORM, namespace=NAMESPACE))
 
-    def _tell(self, record: dict[str, Any]) -> None:
-        self._records.append(record)
-        self._told += 1
+    def _lend(self) -> None:
+        """Look for loans, as long as this process lives."""
+        while True:
+            time.sleep(LEND_EVERY_S)
+            try:
+                self._loans.turn(self._running())
+            except Exception as error:
+                log.error("lending: %s: %s", type(error).__name__, error)
 
-    def _end(self) -> None:
-        """Leave nothing behind, whether or not a driver is there to see the end."""
-        while not self._released.wait(1.0):
-            if time.monotonic() - self._asked > DRIVER_GONE_S:
-                break
-        if self._fleet is not None:
-            self._fleet.close()
-        forget_run(self._folder.path)
-        remove_directory(self._job_id)
-        if self._lock is not None:
-            self._lock.close()
-        self._closed.set()
+    def _running(self) -> list[Job]:
+        with self._lock:
+            return [job for job in self._jobs.values() if not job.is_over]
 
-    # -- questions -----------------------------------------------------------------------------
+    def _to_borrow(self, kind: Kind) -> int:
+        return self._loans.to_borrow(self._running(), kind)
 
-    def progress(self, after: int, epoch: str = "", wait_s: float = 0.5) -> Progress:
-        """Return the records after the first `after` ones of `epoch`, waiting a little for new ones.
+    # -- jobs --------------------------------------------------------------------------------------
 
-        Args:
-            after: records that the caller has.
-            epoch: of the scheduler that gave them; another one's begin anew.
-            wait_s: seconds to wait for a new one.
-        """
-        self._asked = time.monotonic()
-        after = after if epoch == self._epoch else 0
-        deadline = self._asked + wait_s
-        while self._told <= after and self._thread.is_alive() and time.monotonic() < deadline:
-            time.sleep(0.01)
-        done = not self._thread.is_alive()
-        told, kept = self._told, list(self._records)
-        new = kept[max(0, len(kept) - (told - after)) :] if told > after else []
-        return Progress(epoch=self._epoch, seen=told, records=new, done=done, failure=self._failure)
-
-    def stop(self) -> None:
-        """Stop after the current step, with a checkpoint."""
-        self._stopping.set()
-
-    def release(self, wait_s: float = 10.0) -> bool:
-        """End all slots; True once that is done. Called by the driver that has seen the end."""
-        self._released.set()
-        return self._closed.wait(wait_s)
-
-    def job(self) -> str:
-        """Identifier of the job, part of its slots' names."""
-        return self._job_id
-
-    def pid(self) -> int:
-        """Process id of this scheduler."""
-        return os.getpid()
-
-    def scale(self, role: str, count: int) -> str:
-        """Ask for another number of slots of a role.
+    def submit(self, job: str, config: dict[str, Any], task: Task) -> bool:
+        """Start a job; without effect where it runs already. False when this platform is ending.
 
         Args:
-            role: attention, experts or memory.
-            count: wanted slots.
-
-        Returns:
-            Why it is refused, and nothing is changed; empty otherwise.
+            job: its identifier.
+            config: the run, as plain values; `run_dir` and `data.path` absolute.
+            task: what it is for.
         """
-        if self._job is None or self._job.generations.plan is None or not self._thread.is_alive():
-            return "the job is not running (yet); ask again once it has made a step"
-        try:
-            self._job.reconciler.request(role, count)
-        except (UserError, FencedError) as error:
-            return str(error)
+        with self._lock:
+            if self._is_over:
+                return False
+            if job not in self._jobs:
+                self._journal.append(
+                    "job",
+                    generation=0,
+                    step=0,
+                    job=job,
+                    config=config,
+                    task=type(task).__name__,
+                    about=asdict(task),
+                )
+                self._begin(job, config, task)
+            return True
+
+    def find(self, run_dir: str) -> str:
+        """Identifier of the job that goes on in a folder, empty for none; what has ended there lets go of it."""
+        with self._lock:
+            jobs = [job for job in self._jobs.values() if str(job.folder.path) == run_dir]
+        for job in jobs:
+            if job.is_running:
+                return job.job
+            job.release()
         return ""
 
-    def status(self) -> dict[str, Any]:
-        """What there is to see: plan, roles, replicas, slots, last events, last steps."""
-        found: dict[str, Any] = {
-            "run_dir": str(self._folder.path),
-            "state": self._state(),
-            "steps": self._config.train.steps,
-            "records": [r for r in list(self._records)[-400:] if "loss" in r][-50:],
-            "events": self._folder.event_lines()[-12:],
-        }
-        run = self._job
-        if run is None or run.generations.plan is None:
-            return found
-        generations, fleet, plan = run.generations, run.generations.fleet, run.generations.plan
-        ages = fleet.ages()
-        found |= {
-            "generation": plan.generation,
-            "settled": run.reconciler.is_settled(),
-            "sizes": run.reconciler.sizes(),
-            "wanted": asdict(generations.wanted),
-            "starting": fleet.starting(),
-            "room": fleet.room(),
-            "replicas": {"target": self._config.cluster.replication, "actual": generations.replicas()},
-            "goodput": run.reconciler.ledger.goodput,
-            "load": run.reconciler.load.tolist(),
-            "slots": [
-                {
-                    "slot": slot,
-                    "pid": member.pid,
-                    "node": member.node,
-                    "roles": plan.roles_of(slot) if slot in plan.addresses else ["standby"],
-                    "shards": plan.parts_of(slot),
-                    "experts": len(plan.experts_of(slot)),
-                    "buckets": len(plan.buckets_of(slot)),
-                    "heartbeat_age_s": ages.get(slot, 0.0),
-                }
-                for slot, member in sorted(fleet.members().items())
-            ],
-        }
+    def jobs(self) -> list[dict[str, Any]]:
+        """What goes on: identifier, folder and state of every job."""
+        return [
+            {"job": job.job, "run_dir": str(job.folder.path), "state": job.state()} for job in self._running()
+        ]
+
+    def _job(self, job: str) -> Job:
+        with self._lock:
+            found = self._jobs.get(job)
+        if found is None:
+            raise SchedulerLostError("this job has ended")
         return found
 
-    def _state(self) -> str:
-        if self._failure is not None:
-            return f"failed: {self._failure.error}"
-        if self._thread.is_alive():
-            doing = "serving" if isinstance(self._task, Served) else "training"
-            return "stopping" if self._stopping.is_set() else doing
-        return "ended" if self._thread.ident else "starting"
+    def progress(self, job: str, after: int, epoch: str = "") -> Progress:
+        """`Job.progress` of a job.
+
+        Args:
+            job, after, epoch: which, and what the caller has of it.
+        """
+        return self._job(job).progress(after, epoch)
+
+    def stop(self, job: str) -> None:
+        """Stop a job after its current step, with a checkpoint."""
+        self._job(job).stop()
+
+    def release(self, job: str) -> bool:
+        """`Job.release` of a job that has ended."""
+        return self._job(job).release()
+
+    def abandon(self, job: str) -> bool:
+        """End a job at once."""
+        return self._job(job).abandon()
+
+    def scale(self, job: str, role: str, count: int) -> str:
+        """`Job.scale` of a job.
+
+        Args:
+            job, role, count: whose role shall have how many slots.
+        """
+        return self._job(job).scale(role, count)
+
+    def status(self, job: str) -> dict[str, Any]:
+        """`Job.status` of a job."""
+        return self._job(job).status()
+
+    def plan(self, job: str) -> dict[str, Any] | None:
+        """`Job.plan` of a job."""
+        return self._job(job).plan()
+
+    # -- the platform ------------------------------------------------------------------------------
+
+    def room(self, kind: Kind, may_borrow: bool) -> int:
+        """Slots that a job could be given now.
+
+        Args:
+            kind: of slot.
+            may_borrow: whether training runs would lend it theirs.
+        """
+        return self._pool.room(kind) + (self._to_borrow(kind) if may_borrow else 0)
+
+    def pool(self) -> dict[str, int]:
+        """What the actors do."""
+        return self._pool.status()
+
+    def pid(self, job: str) -> int:
+        """Process id of this scheduler, which hosts a job."""
+        self._job(job)
+        return os.getpid()
+
+    def close(self) -> list[str]:
+        """Stop every job after its step, with a checkpoint, and end the pool; the folders of jobs that did not stop."""
+        with self._lock:
+            self._is_over = True
+        jobs = self._running()
+        for job in jobs:
+            job.stop()
+        deadline, late = time.monotonic() + STOP_S, []
+        for job in jobs:
+            while job.is_running and time.monotonic() < deadline:
+                time.sleep(0.05)
+            late += [str(job.folder.path)] if job.is_running else []
+            if job.is_running:
+                job.abandon()
+            else:
+                job.release()
+        self._pool.close()
+        forget_platform(self._platform)
+        return late

@@ -1,9 +1,9 @@
-"""What a slot's process holds: transport, metrics, the slot and its signs of life."""
+"""What a slot's process holds for one lease: transport, metrics, the slot and its signs of life."""
 
 import contextlib
+import gc
 import os
 import threading
-import time
 import warnings
 
 import msgpack
@@ -24,6 +24,7 @@ from sparseray.platform.metrics.exporter import Metrics
 from sparseray.platform.run.machines import kind_here
 
 HEARTBEAT_S = 0.1
+CLOSE_S = 5.0
 
 
 class Host:
@@ -51,6 +52,7 @@ class Host:
         self._slot = Slot(mailbox, self._jobs)
         self._thread = threading.Thread(target=self._slot.serve_forever, daemon=True, name=f"slot-{slot}")
         self._heartbeats = ""
+        self._closing = threading.Event()
         self._beating = threading.Thread(target=self._beat, daemon=True, name="heartbeat")
 
     def prepare(self, spec: JobSpec, heartbeats: str) -> Ready:
@@ -81,12 +83,25 @@ class Host:
         """Return when the slot has stopped serving."""
         self._thread.join()
 
+    def close(self) -> bool:
+        """End the slot and leave no socket, thread or series; False if it does not come out of what it computes."""
+        self._closing.set()
+        self._slot.mailbox.stop()
+        for thread in (self._thread, self._beating):
+            if thread.ident is not None:
+                thread.join(CLOSE_S)
+        if self._thread.is_alive():
+            return False
+        self._transport.close()
+        self._metrics.close()
+        return True
+
     def _beat(self) -> None:
         """Tell the scheduler ten times a second that this process runs."""
         socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PUSH)
         target = ""
         beat = [msgpack.packb([self._job_id, self._slot_id])]
-        while True:
+        while not self._closing.wait(HEARTBEAT_S):
             if self._heartbeats != target:
                 socket.close(linger=0)
                 socket = zmq.Context.instance().socket(zmq.PUSH)
@@ -97,4 +112,11 @@ class Host:
                 socket.connect(target)
             with contextlib.suppress(zmq.Again):
                 socket.send_multipart(beat, zmq.DONTWAIT)
-            time.sleep(HEARTBEAT_S)
+        socket.close(linger=0)
+
+
+def free_memory() -> None:
+    """Give back what an ended lease had: tensors are in cycles with the slot that held them."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()

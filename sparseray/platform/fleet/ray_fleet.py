@@ -1,14 +1,13 @@
-"""The slots of a job as named, detached Ray actors, and who of them lives.
+"""The slots of a job: leases of the platform's actors (pool.py), and who of them lives.
 
 Two threads watch: one waits for Ray's word (a call that ends only with its actor), one listens to
 heartbeats, which go from slot to scheduler over the data plane's sockets and so need no Ray at all.
-Slots belong to no process: they outlive the scheduler that started them, and its successor finds them by name.
 """
 
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -17,62 +16,23 @@ import ray
 
 from sparseray.actors.installation import JobSpec
 from sparseray.actors.state.tables import process_namespace
-from sparseray.errors import ClusterError, UserError
+from sparseray.errors import ClusterError, JobEndedError, UserError
 from sparseray.log import get_logger
 from sparseray.platform.config import ClusterConfig
 from sparseray.platform.fleet.control import Loss, Member
-from sparseray.platform.fleet.slot_actor import SlotActor
-from sparseray.platform.fleet.slot_end import cause_of, end_slot, kill_process
+from sparseray.platform.fleet.lease import Lease
+from sparseray.platform.fleet.pool import Actor, Pool, Waiting, kind_of
+from sparseray.platform.fleet.slot_end import cause_of, kill_process
 from sparseray.platform.fleet.transport import ZmqTransport, private_directory
 
 log = get_logger(__name__)
 
-NAMESPACE = "sparseray"
 WATCH_S = 0.05
-ROOM_EVERY_S = 0.5
 LISTEN_S = 0.05
 START_DEADLINE_S = 90.0
 GPU_START_DEADLINE_S = 600.0
 """A machine's first start compiles every kernel."""
 MOST_STARTS = 3
-
-
-def slot_name(job: str, slot: int) -> str:
-    """Ray's name of a slot.
-
-    Args:
-        job, slot: their identifiers.
-    """
-    return f"sparseray-{job[:12]}-slot-{slot}"
-
-
-def start_slot(job: str, slot: int, config: ClusterConfig) -> Any:
-    """Start the Ray actor of one slot.
-
-    Args:
-        job, slot: their identifiers.
-        config: what it reserves, and how it listens.
-    """
-    return (
-        ray.remote(SlotActor)
-        .options(
-            num_cpus=config.cpus_per_slot,
-            # Ray shows the actor the GPU that it reserves, and no other.
-            num_gpus=1 if config.device == "cuda" else 0,
-            max_concurrency=8,
-            name=slot_name(job, slot),
-            namespace=NAMESPACE,
-            lifetime="detached",
-            scheduling_strategy="SPREAD",
-        )
-        .remote(
-            slot=slot,
-            job=job,
-            threads=config.threads_per_slot,
-            transport=config.transport,
-            bind_host=config.bind_host,
-        )
-    )
 
 
 class RayFleet:
@@ -81,10 +41,12 @@ class RayFleet:
     Args:
         job, config: identifier of the job, and how its slots are made.
         spec: of the job that slots build and warm themselves for.
+        pool: whose actors they are.
         next_slot: gives the next slot id, which is journalled before it is used.
         on_change: told when members came or went.
-        (`is_spare`, set later, says whether all that a slot holds is held by others too.)
         may_act: whether this scheduler still leads; one that does not must end no slot.
+    (`is_spare`, set later, says whether all that a slot holds is held by others too, and `loan` how many slots more
+    others would lend.)
     """
 
     def __init__(
@@ -92,29 +54,31 @@ class RayFleet:
         job: str,
         config: ClusterConfig,
         spec: JobSpec,
+        pool: Pool,
         next_slot: Callable[[], int],
         on_change: Callable[[dict[int, Member]], None],
         may_act: Callable[[], bool],
     ) -> None:
-        self.job, self.config, self.spec = job, config, spec
+        self.job, self.config, self.spec, self._pool = job, config, spec, pool
+        self._kind = kind_of(config)
         self._next_slot, self._on_change, self._may_act = next_slot, on_change, may_act
         directory = private_directory(job) if config.transport == "ipc" else None
         self._transport = ZmqTransport("heartbeats", directory, config.bind_host)
         self.heartbeats = self._transport.address
         self._start_deadline_s = GPU_START_DEADLINE_S if config.device == "cuda" else START_DEADLINE_S
         self._lock = threading.Lock()
-        self._handles: dict[int, Any] = {}
+        self._asked: set[int] = set()
+        self._actors: dict[int, Actor] = {}
         self._members: dict[int, Member] = {}
         self._namespaces: dict[int, str] = {}
         self._starting: dict[Any, tuple[int, float]] = {}
         self._ends: dict[Any, int] = {}
         self._heard: dict[int, float] = {}
         self._losses: list[Loss] = []
-        self._room = 0
         self._refused: UserError | None = None
         self.is_spare: Callable[[int], bool] = lambda slot: True
-        self._running = True
-        self._killer = ThreadPoolExecutor(4, thread_name_prefix="kill")
+        self.loan: Callable[[], int] = lambda: 0
+        self._running, self._is_closed = True, False
         self._threads = [
             threading.Thread(target=target, daemon=True, name=target.__name__)
             for target in (self._watch, self._listen)
@@ -132,15 +96,24 @@ class RayFleet:
     def starting(self) -> int:
         """Slots that were asked for and are not warm yet."""
         with self._lock:
-            return len(self._starting)
+            return len(self._asked) + len(self._starting)
 
     def room(self) -> int:
-        """How many more slots the cluster can give, as of half a second ago."""
-        return self._room
+        """How many more slots the pool, the cluster and those who lend can give, as of half a second ago."""
+        room = self._pool.room(self._kind) + self.loan()
+        with self._lock:
+            held = len(self._asked) + len(self._actors)
+        return min(room, self.config.max_slots - held) if self.config.max_slots else room
 
     def losses(self) -> list[Loss]:
-        """Losses since the last call."""
+        """Losses since the last call.
+
+        Raises:
+            JobEndedError: the fleet was closed; whoever waits for its slots waits in vain.
+        """
         with self._lock:
+            if self._is_closed:
+                raise JobEndedError("the job was ended at once")
             taken, self._losses = self._losses, []
         return taken
 
@@ -148,9 +121,11 @@ class RayFleet:
         """Start slots in the background."""
         for _ in range(count):
             slot = self._next_slot()
-            handle = start_slot(self.job, slot, self.config)
-            self._follow(slot, handle)
-        self._room = max(0, self._room - count)
+            with self._lock:
+                self._asked.add(slot)
+            self._pool.ask(
+                Waiting(lease=Lease(job=self.job, slot=slot), kind=self._kind, grant=self._granted)
+            )
 
     def retire(self, slot: int) -> None:
         """End a slot that has no role any more."""
@@ -194,52 +169,76 @@ class RayFleet:
             f"slots died at their start {MOST_STARTS} times: {causes}; mend that where they run, and start again"
         )
 
-    def reopen(self, slots: list[int]) -> None:
-        """Find the slots of a running job again; those that are gone are left out."""
-        for slot in slots:
-            try:
-                handle = ray.get_actor(slot_name(self.job, slot), namespace=NAMESPACE)
-            except ValueError:
-                continue
-            self._follow(slot, handle)
+    def reopen(self) -> None:
+        """Take the slots of a job that goes on; those that are gone are left out."""
+        for slot, actor in self._pool.leased(self.job).items():
+            self._follow(slot, actor)
         deadline = time.monotonic() + self._start_deadline_s
         while self.starting() and time.monotonic() < deadline:
             time.sleep(0.01)
 
     def close(self) -> None:
-        """End all slots."""
+        """Give all slots back, and wait for those that end."""
         self._running = False
         for thread in self._threads:
             thread.join(2.0)
-        for slot in list(self._handles):
-            self._remove(slot, is_planned=True)
-        self._killer.shutdown(wait=True)
+        with self._lock:
+            self._is_closed = True
+            slots = [*self._asked, *self._actors]
+        for end in [self._remove(slot, is_planned=True) for slot in slots]:
+            if end is not None:
+                end.result()
         self._transport.close()
 
-    def _follow(self, slot: int, handle: Any) -> None:
-        reference = handle.prepare.remote(self.spec, self.heartbeats)
+    def _granted(self, lease: Lease, actor: Actor) -> bool:
         with self._lock:
-            self._handles[slot] = handle
+            if lease.slot not in self._asked:
+                return False
+            self._asked.discard(lease.slot)
+        self._follow(lease.slot, actor)
+        return True
+
+    def _follow(self, slot: int, actor: Actor) -> None:
+        reference = actor.handle.prepare.remote(
+            Lease(job=self.job, slot=slot),
+            self.spec,
+            self.heartbeats,
+            transport=self.config.transport,
+            bind_host=self.config.bind_host,
+        )
+        with self._lock:
+            self._actors[slot] = actor
             self._starting[reference] = (slot, time.monotonic())
 
-    def _remove(self, slot: int, *, is_planned: bool = False) -> None:
-        """End a slot: one that is lost at once, one whose end is planned through Ray, which then reports no crash."""
+    def _remove(self, slot: int, *, is_planned: bool = False) -> "Future[None] | None":
+        """Let go of a slot: one that is lost ends at once, one that is not needed goes back to the pool.
+
+        Returns:
+            the end of its process; None where that goes on.
+        """
         with self._lock:
-            handle = self._handles.pop(slot, None)
+            self._asked.discard(slot)
+            actor = self._actors.pop(slot, None)
             member = self._members.pop(slot, None)
             self._heard.pop(slot, None)
             self._ends = {reference: s for reference, s in self._ends.items() if s != slot}
             self._starting = {ref: found for ref, found in self._starting.items() if found[0] != slot}
             namespace = self._namespaces.pop(slot, "")
             members = dict(self._members)
-        if handle is not None:
-            pid = member.pid if member is not None and namespace == process_namespace() else 0
-            if not is_planned:
-                kill_process(pid)
-            self._killer.submit(end_slot, handle, pid)
+        if actor is None:
+            self._pool.withdraw(Lease(job=self.job, slot=slot))
+            return None
+        pid = member.pid if member is not None and namespace == process_namespace() else 0
+        if is_planned and member is not None:
+            end = self._pool.give_back(actor, pid)
+        else:
+            kill_process(pid)
+            end = self._pool.end(actor, pid)
+        if end is not None:
             self._remove_inbox(member)
         if member is not None:
             self._on_change(members)
+        return end
 
     @staticmethod
     def _remove_inbox(member: Member | None) -> None:
@@ -254,7 +253,7 @@ class RayFleet:
             return
         now = time.monotonic()
         with self._lock:
-            if slot not in self._handles:
+            if slot not in self._actors:
                 return
             self._losses.append(
                 Loss(slot=slot, cause=cause, noticed=now, silent_s=now - self._heard.get(slot, now))
@@ -264,12 +263,9 @@ class RayFleet:
     # -- watching ----------------------------------------------------------------------------------
 
     def _watch(self) -> None:
-        """Take Ray's word: who is warm, who has ended, how much room there is."""
-        asked = 0.0
+        """Take Ray's word: who is warm, and who has ended."""
         while self._running:
             try:
-                if time.monotonic() - asked > ROOM_EVERY_S:
-                    self._room, asked = self._count_room(), time.monotonic()
                 with self._lock:
                     references = [*self._starting, *self._ends]
                     late = [
@@ -293,8 +289,8 @@ class RayFleet:
         with self._lock:
             is_start = reference in self._starting
             slot = self._starting[reference][0] if is_start else self._ends.pop(reference, None)
-            handle = self._handles.get(slot) if slot is not None else None
-        if handle is None or slot is None:
+            actor = self._actors.get(slot) if slot is not None else None
+        if actor is None or slot is None:
             return
         try:
             found = ray.get(reference)
@@ -307,7 +303,7 @@ class RayFleet:
         if not is_start:
             self._lose(slot, "it stopped serving")
             return
-        end = handle.wait_for_end.remote()
+        end = actor.handle.wait_for_end.remote(Lease(job=self.job, slot=slot))
         with self._lock:
             self._namespaces[slot] = found.namespace
             self._heard[slot] = time.monotonic()
@@ -316,16 +312,6 @@ class RayFleet:
             self._starting.pop(reference, None)
             members = dict(self._members)
         self._on_change(members)
-
-    def _count_room(self) -> int:
-        free = ray.available_resources()
-        with self._lock:
-            held = len(self._handles)
-        cpus = self.config.cpus_per_slot
-        room = int(free.get("CPU", 0.0) / cpus + 1e-6) if cpus else 64
-        if self.config.device == "cuda":
-            room = min(room, int(free.get("GPU", 0.0)))
-        return min(room, self.config.max_slots - held) if self.config.max_slots else room
 
     def _listen(self) -> None:
         """Take heartbeats; a slot that gives none for `hang_s` counts as lost."""
