@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -19,8 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sparseray.actors.serving.cache_pool import Lease, table_of
-from sparseray.kernels.ops import Pages
-from sparseray.kernels.settings import padded
+from sparseray.kernels.ops import Pages, ops_for
 from sparseray.model.attention import attention_of
 from sparseray.model.config import ModelConfig
 from sparseray.model.dse import Memory
@@ -116,6 +116,7 @@ class PagedModel:
         # The newest token of every slot, as the sampler on the device chose it.
         self.latest_S = torch.zeros(num_slots + 1, dtype=torch.int32, device=device)
         self.table_SW = torch.zeros(num_slots + 1, self.width, dtype=torch.int32, device=device)
+        self._hashing = ops_for("auto", torch.device("cpu"))
         self._decodes: dict[int, _Decode] = {}
         self._buckets = buckets(num_slots)
 
@@ -144,6 +145,10 @@ class PagedModel:
     def state(self, lease: Lease) -> dict[int, Tensor] | None:
         """A copy of what a request keeps beside its pages, if anything."""
         return {layer: h[lease.slot].clone() for layer, h in self.histories.items()} or None
+
+    def _padded(self, rows: int) -> int:
+        unit = self.model.ops.row_padding
+        return -(-rows // unit) * unit
 
     def _to_device(self, values: NDArray[np.generic]) -> Tensor:
         found = torch.from_numpy(values)
@@ -178,7 +183,8 @@ class PagedModel:
         tokens_1P = torch.tensor(known)[None]
         begins_1P = torch.tensor(begins)[None] if resets else None
         keep_P = torch.from_numpy(kept)
-        found = {layer: layout.rows(layer, tokens_1P, None, begins_1P)[0, keep_P] for layer in self.histories}
+        rows = partial(layout.rows, tokens_BT=tokens_1P, document_starts=begins_1P, ops=self._hashing)
+        found = {layer: rows(layer)[0, keep_P] for layer in self.histories}
         return found, starts
 
     def _fetch(self, rows: dict[int, Tensor], memory: Memory | None) -> dict[int, Tensor]:
@@ -212,7 +218,7 @@ class PagedModel:
             layer: found.to(self.device, non_blocking=True)
             for layer, found in self._fetch(addresses, memory).items()
         }
-        inputs = np.zeros((3, padded(rows)), dtype=np.int64)
+        inputs = np.zeros((3, self._padded(rows)), dtype=np.int64)
         for chunk, (start, stop) in zip(chunks, pairwise(bounds)):
             positions = np.arange(stop - start) + chunk.lease.length
             inputs[0, start:stop] = chunk.tokens
@@ -222,7 +228,7 @@ class PagedModel:
         tokens_R, positions_R, places_R = self._to_device(inputs)
         ends = bounds.astype(np.int32)
         slots = tuple(chunk.lease.slot for chunk in chunks)
-        slots_B = self._to_device(np.array(slots))
+        slots_B = self._to_device(np.array(slots, dtype=np.int32))
         pages = Pages(
             page=self.page,
             table_BW=self.table_SW[slots_B],
@@ -243,7 +249,7 @@ class PagedModel:
         return [hidden_RH[start:stop] for start, stop in pairwise(bounds)]
 
     def _new_decode(self, size: int) -> _Decode:
-        config, rows, is_cuda = self.model.config, padded(size), self.device.type == "cuda"
+        config, rows, is_cuda = self.model.config, self._padded(size), self.device.type == "cuda"
         # A place that no request has: one token on page 0, so that nothing is divided by nothing.
         empty = torch.zeros(len(FIELDS), rows, dtype=torch.int32)
         empty[2] = 1

@@ -9,6 +9,8 @@ Shapes: T tokens, K experts per token, E experts, R = rows of one expert, H hidd
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -198,6 +200,23 @@ def swiglu_forward(
     g_PI, u_PI = _product(x_PH, gate_IH.T), _product(x_PH, up_IH.T)
     y_PH = _product(F.silu(g_PI) * u_PI, down_HI.T)
     return y_PH[:rows], (g_PI[:rows], u_PI[:rows])
+
+
+def expert_rows(
+    x_UH: Tensor,
+    rows_R: Tensor,
+    asked: Sequence[tuple[int, int]],
+    gate_up_E2IH: Tensor,
+    down_EHI: Tensor,
+) -> Tensor:
+    """Run rows through their experts, one expert after another; args and result as `Ops.expert_rows`."""
+    inner, start = down_EHI.shape[2], 0
+    y_RH = torch.empty(len(rows_R), x_UH.shape[1], device=x_UH.device)
+    for place, count in asked:
+        gate_up, x = gate_up_E2IH[place], x_UH[rows_R[start : start + count]].to(down_EHI.dtype)
+        y_RH[start : start + count] = swiglu_forward(x, gate_up[:inner], gate_up[inner:], down_EHI[place])[0]
+        start += count
+    return y_RH
 
 
 def swiglu_backward(

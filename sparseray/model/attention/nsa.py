@@ -222,7 +222,7 @@ class NSAttention(Attention):
             v_slc=v[:, :kv],
             v_win=v[:, min(1, self.branches - 1) * kv :][:, :kv],
             v_cmp=v[:, -kv:],
-            gates=torch.sigmoid(self.gate(x_RH, batch).float()).view(-1, heads, 3),
+            gates=self.ops.sigmoid(self.gate(x_RH, batch)).view(-1, heads, 3),
         )
 
     def compress(
