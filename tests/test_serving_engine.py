@@ -48,7 +48,7 @@ def test_tokens_do_not_depend_on_the_company(parts: Parts) -> None:
         for i, rules in enumerate([{}, RULES, {}, RULES, {"top_k": 3}, {"min_p": 0.2}])
     ]
     expected = {request.request_id: alone(parts, request) for request in requests}
-    engine = parts.engine(max_batch=4, prefills_per_step=1)
+    engine = parts.engine(max_batch=4)
     found: dict[str, list[TokenEvent]] = {}
     for request in requests:
         engine.add(request)

@@ -132,9 +132,7 @@ class CompiledOps(PlainOps):
             return super().route(logits_TE, **settings)
         count = scores_of_a_group(router, top_k=top_k, topk_groups=topk_groups, group_scores=group_scores)
         is_released = router in ("v3", "v2")
-        divides = router == "gshard" or (
-            is_released and (router == "v3" if normalize is None else normalize)
-        )
+        divides = router == "gshard" or (is_released and (router == "v3" if normalize is None else normalize))
         ids = torch.empty(len(logits_TE), top_k, dtype=torch.int64)
         weights, scores = torch.empty(len(logits_TE), top_k), torch.empty(logits_TE.shape)
         moe.route(
@@ -212,7 +210,7 @@ class CompiledOps(PlainOps):
         (R, Q, D), V = q_RQD.shape, pool[1].shape[-1]
         out = torch.empty(R, Q, V)
         keys, values = (cache.numpy() for cache in pool)
-        full_attention(D, V)(_array(q_RQD), keys, values, *_places(pages), pages.page, D**-0.5, out.numpy())
+        full_attention(D, V)(_array(q_RQD), keys, values, *_places(pages), D**-0.5, out.numpy())
         return out
 
     def paged_compress(
@@ -244,7 +242,9 @@ class CompiledOps(PlainOps):
         out = torch.empty(R, Q, V)
         pools = [cache.numpy() for pool in (compressed, selected, window) for cache in pool]
         attend = sparse_attention(D, V)
-        attend(_array(q_RQD), _array(gates_RQ3), *pools, *_places(pages), astuple(sizes), D**-0.5, out.numpy())
+        attend(
+            _array(q_RQD), _array(gates_RQ3), *pools, *_places(pages), astuple(sizes), D**-0.5, out.numpy()
+        )
         return out
 
 

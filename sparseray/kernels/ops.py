@@ -23,7 +23,17 @@ from sparseray.kernels.paged import History, KeyValues, Pages
 from sparseray.kernels.plain_ops import PlainOps
 from sparseray.kernels.settings import Kernels, NSASizes
 
-__all__ = ["REFERENCE", "BranchKeys", "Compression", "Fusion", "History", "KeyValues", "Ops", "Pages", "ops_for"]
+__all__ = [
+    "REFERENCE",
+    "BranchKeys",
+    "Compression",
+    "Fusion",
+    "History",
+    "KeyValues",
+    "Ops",
+    "Pages",
+    "ops_for",
+]
 
 
 class Ops(Protocol):

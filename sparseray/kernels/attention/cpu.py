@@ -28,7 +28,9 @@ LOG2_E = np.float32(1.4426950408889634)
 LOWEST = np.float32(-126.0)
 HALF, ZERO, LEAST = np.float32(0.5), np.float32(0.0), np.float32(-np.inf)
 # (ln 2)^n / n!
-C1, C2, C3, C4 = (np.float32(c) for c in (0.6931471805599453, 0.2402265069591007, 0.05550410866482158, 0.009618129107628477))
+C1, C2, C3, C4 = (
+    np.float32(c) for c in (0.6931471805599453, 0.2402265069591007, 0.05550410866482158, 0.009618129107628477)
+)
 C5, C6, C7 = (np.float32(c) for c in (0.0013333558146428443, 0.00015403530393381608, 1.5252733804059841e-05))
 C0 = np.float32(1.0)
 BIAS, SHIFT = np.int32(127), np.int32(23)
@@ -108,6 +110,32 @@ def gather(heads, values, table_W, page, group, first, last, at, V, scores_NS, s
     return at
 
 
+@pasted
+def attend_range(  # type: ignore[no-untyped-def]
+    q_QD,
+    head,
+    heads,
+    keys,
+    values,
+    table_W,
+    group,
+    first,
+    last,
+    D,
+    V,
+    factor,
+    scores_NS,
+    powers_S,
+    totals_N,
+    sums_NV,
+):
+    """Softmax attention to positions [first, last): weighted sums of values, to be divided by `totals_N`."""
+    page = keys.shape[1]
+    score(q_QD, head, heads, keys, table_W, page, group, first, last, 0, D, factor, scores_NS)
+    weigh(heads, last - first, scores_NS, powers_S, totals_N)
+    gather(heads, values, table_W, page, group, first, last, 0, V, scores_NS, sums_NV)
+
+
 @cache
 def full_attention(D: int, V: int) -> Callable[..., None]:
     """The loop for one pair of head sizes: causal softmax attention of every sequence's newest rows.
@@ -117,7 +145,7 @@ def full_attention(D: int, V: int) -> Callable[..., None]:
     """
 
     @compiled
-    def attend(q_RQD, keys, values, table_BW, bounds_B, context_B, page, scale, out_RQV):  # type: ignore[no-untyped-def]
+    def attend(q_RQD, keys, values, table_BW, bounds_B, context_B, scale, out_RQV):  # type: ignore[no-untyped-def]
         groups = keys.shape[2]
         heads = q_RQD.shape[1] // groups
         factor = np.float32(scale) * LOG2_E
@@ -132,10 +160,11 @@ def full_attention(D: int, V: int) -> Callable[..., None]:
             for r in range(bounds_B[b], bounds_B[b + 1]):
                 num = before + r + 1
                 for g in range(groups):
-                    score(q_RQD[r], g * heads, heads, keys, table_BW[b], page, g, 0, num, 0, D, factor, scores_NS)
-                    weigh(heads, num, scores_NS, powers_S, totals_N)
                     sums_NV[:] = ZERO
-                    gather(heads, values, table_BW[b], page, g, 0, num, 0, V, scores_NS, sums_NV)
+                    attend_range(
+                        q_RQD[r], g * heads, heads, keys, values, table_BW[b], g, 0, num, D, V, factor,
+                        scores_NS, powers_S, totals_N, sums_NV,
+                    )  # fmt: skip
                     for n in range(heads):
                         for d in range(V):
                             out_RQV[r, g * heads + n, d] = sums_NV[n, d] / totals_N[n]

@@ -29,7 +29,18 @@ def rms_factor(x_H, eps):  # type: ignore[no-untyped-def]
 
 @compiled
 def fuse_rows(  # type: ignore[no-untyped-def]
-    h_RH, key_value_RH, norms, conv_HK, dilation, gate_eps, conv_eps, histories_SLH, slots_B, bounds_B, starts_R, out_RH
+    h_RH,
+    key_value_RH,
+    norms,
+    conv_HK,
+    dilation,
+    gate_eps,
+    conv_eps,
+    histories_SLH,
+    slots_B,
+    bounds_B,
+    starts_R,
+    out_RH,
 ):
     """SiLU(conv(norm(gate * value))) + gate * value; the histories move on by the rows.
 
@@ -39,7 +50,7 @@ def fuse_rows(  # type: ignore[no-untyped-def]
         starts_R: documents' first tokens; may be empty.
     """
     H, taps, reach = h_RH.shape[1], conv_HK.shape[1], histories_SLH.shape[1]
-    scale = np.float32(H ** -0.5)
+    scale = np.float32(H**-0.5)
     gated_H, normed_H = np.empty(H, np.float32), np.empty(H, np.float32)
     for b in range(slots_B.shape[0]):
         history_LH = histories_SLH[slots_B[b]]

@@ -45,7 +45,17 @@ def best_of(values, count, is_taken, found):  # type: ignore[no-untyped-def]
 
 @compiled
 def route(  # type: ignore[no-untyped-def]
-    logits_TE, bias_E, is_sigmoid, num_groups, topk_groups, group_scores, norm_eps, scaling, ids_TK, weights_TK, scores_TE
+    logits_TE,
+    bias_E,
+    is_sigmoid,
+    num_groups,
+    topk_groups,
+    group_scores,
+    norm_eps,
+    scaling,
+    ids_TK,
+    weights_TK,
+    scores_TE,
 ):
     """Choose the experts of every token and weigh them.
 

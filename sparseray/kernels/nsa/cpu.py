@@ -15,7 +15,7 @@ from functools import cache
 
 import numpy as np
 
-from sparseray.kernels.attention.cpu import LOG2_E, ZERO, compiled, gather, pasted, score, weigh
+from sparseray.kernels.attention.cpu import LOG2_E, ZERO, attend_range, compiled, gather, pasted, score, weigh
 
 ONE, HALF_ROOT, HALF = np.float32(1.0), np.float32(0.7071067811865476), np.float32(0.5)
 NEVER, ALWAYS = np.float32(-1.0), np.float32(np.inf)
@@ -63,6 +63,34 @@ def add(heads, first_head, V, gates_Q3, branch, totals_N, sums_NV, out_QV):  # t
             sums_NV[n, d] = ZERO
 
 
+@pasted
+def attend_selected(  # type: ignore[no-untyped-def]
+    q_QD, head, heads, keys, values, table_W, group, end, block, num_blocks, chosen_J, D, V, factor, scores_NS, powers_S,
+    totals_N, sums_NV,
+):  # fmt: skip
+    """Softmax attention to the chosen blocks up to position `end`, as `attend_range`."""
+    page, num = keys.shape[1], 0
+    for j in range(num_blocks):
+        if chosen_J[j]:
+            first, last = j * block, min(end, (j + 1) * block)
+            num = score(q_QD, head, heads, keys, table_W, page, group, first, last, num, D, factor, scores_NS)
+    weigh(heads, num, scores_NS, powers_S, totals_N)
+    num = 0
+    for j in range(num_blocks):
+        if chosen_J[j]:
+            first, last = j * block, min(end, (j + 1) * block)
+            num = gather(heads, values, table_W, page, group, first, last, num, V, scores_NS, sums_NV)
+
+
+@compiled
+def longest_of(context_B):  # type: ignore[no-untyped-def]
+    """Tokens of the longest sequence."""
+    longest = 0
+    for b in range(context_B.shape[0]):
+        longest = max(longest, context_B[b])
+    return longest
+
+
 @cache
 def sparse_attention(D: int, V: int) -> Callable[..., None]:
     """The loop for one pair of head sizes: the gated sum of the three branches for every sequence's newest rows.
@@ -73,67 +101,58 @@ def sparse_attention(D: int, V: int) -> Callable[..., None]:
 
     @compiled
     def attend(  # type: ignore[no-untyped-def]
-        q_RQD, gates_RQ3, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, table_BW, bounds_B, context_B, sizes, scale, out_RQV
+        q_RQD,
+        gates_RQ3,
+        k_cmp,
+        v_cmp,
+        k_slc,
+        v_slc,
+        k_win,
+        v_win,
+        table_BW,
+        bounds_B,
+        context_B,
+        sizes,
+        scale,
+        out_RQV,
     ):
         block, stride, select_block, num_selected, window, num_initial, num_local = sizes
-        page, page_cmp, groups = k_slc.shape[1], k_cmp.shape[1], k_slc.shape[2]
-        heads = q_RQD.shape[1] // groups
-        factor = np.float32(scale) * LOG2_E
-        longest = 0
-        for b in range(context_B.shape[0]):
-            longest = max(longest, context_B[b])
-        most_blocks = longest // select_block + 1
+        heads, factor = q_RQD.shape[1] // k_slc.shape[2], np.float32(scale) * LOG2_E
+        longest, forced = longest_of(context_B), (num_selected, num_initial, num_local)
         room = max(longest // stride + 1, max(window, num_selected * select_block))
-        scores_NS = np.empty((heads, room), np.float32)
-        powers_S, totals_N = np.empty(room, np.int32), np.empty(heads, np.float32)
-        sums_NV = np.zeros((heads, V), np.float32)
-        scores_J, chosen_J = np.empty(most_blocks, np.float32), np.empty(most_blocks, np.bool_)
-        forced = (num_selected, num_initial, num_local)
+        scores_NS, powers_S = np.empty((heads, room), np.float32), np.empty(room, np.int32)
+        totals_N, sums_NV = np.empty(heads, np.float32), np.zeros((heads, V), np.float32)
+        most = longest // select_block + 1
+        scores_J, chosen_J = np.empty(most, np.float32), np.empty(most, np.bool_)
         for b in range(context_B.shape[0]):
-            before, table_W = context_B[b] - bounds_B[b + 1], table_BW[b]
             for r in range(bounds_B[b], bounds_B[b + 1]):
-                end = before + r + 1
-                out_RQV[r] = ZERO
+                q_QD, gates_Q3, out_QV, table_W = q_RQD[r], gates_RQ3[r], out_RQV[r], table_BW[b]
+                end = context_B[b] - bounds_B[b + 1] + r + 1
                 num_cmp = (end - block) // stride + 1 if end >= block else 0
                 num_blocks = (end - 1) // select_block + 1
-                for g in range(groups):
+                out_QV[:] = ZERO
+                for g in range(k_slc.shape[2]):
                     h = g * heads
-                    # Compressed.
                     if num_cmp > 0:
-                        score(
-                            q_RQD[r], h, heads, k_cmp, table_W, page_cmp, g, 0, num_cmp, 0, D, factor, scores_NS
-                        )
-                        weigh(heads, num_cmp, scores_NS, powers_S, totals_N)
-                        gather(heads, v_cmp, table_W, page_cmp, g, 0, num_cmp, 0, V, scores_NS, sums_NV)
-                        add(heads, h, V, gates_RQ3[r], 0, totals_N, sums_NV, out_RQV[r])
-                    # Selected.
+                        attend_range(
+                            q_QD, h, heads, k_cmp, v_cmp, table_W, g, 0, num_cmp, D, V, factor,
+                            scores_NS, powers_S, totals_N, sums_NV,
+                        )  # fmt: skip
+                        add(heads, h, V, gates_Q3, 0, totals_N, sums_NV, out_QV)
                     select(
                         scores_NS, totals_N, num_cmp, num_blocks, select_block // stride, block // stride,
                         forced, scores_J, chosen_J,
                     )  # fmt: skip
-                    num = 0
-                    for j in range(num_blocks):
-                        if chosen_J[j]:
-                            stop = min(end, (j + 1) * select_block)
-                            num = score(
-                                q_RQD[r], h, heads, k_slc, table_W, page, g, j * select_block, stop, num, D,
-                                factor, scores_NS,
-                            )  # fmt: skip
-                    weigh(heads, num, scores_NS, powers_S, totals_N)
-                    num = 0
-                    for j in range(num_blocks):
-                        if chosen_J[j]:
-                            stop = min(end, (j + 1) * select_block)
-                            num = gather(
-                                heads, v_slc, table_W, page, g, j * select_block, stop, num, V, scores_NS, sums_NV
-                            )
-                    add(heads, h, V, gates_RQ3[r], 1, totals_N, sums_NV, out_RQV[r])
-                    # Window.
-                    first = max(0, end - window)
-                    score(q_RQD[r], h, heads, k_win, table_W, page, g, first, end, 0, D, factor, scores_NS)
-                    weigh(heads, end - first, scores_NS, powers_S, totals_N)
-                    gather(heads, v_win, table_W, page, g, first, end, 0, V, scores_NS, sums_NV)
-                    add(heads, h, V, gates_RQ3[r], 2, totals_N, sums_NV, out_RQV[r])
+                    attend_selected(
+                        q_QD, h, heads, k_slc, v_slc, table_W, g, end, select_block, num_blocks, chosen_J, D, V,
+                        factor, scores_NS, powers_S, totals_N, sums_NV,
+                    )  # fmt: skip
+                    add(heads, h, V, gates_Q3, 1, totals_N, sums_NV, out_QV)
+                    attend_range(
+                        q_QD, h, heads, k_win, v_win, table_W, g, max(0, end - window), end, D, V, factor,
+                        scores_NS, powers_S, totals_N, sums_NV,
+                    )  # fmt: skip
+                    add(heads, h, V, gates_Q3, 2, totals_N, sums_NV, out_QV)
 
     found: Callable[..., None] = attend
     return found
