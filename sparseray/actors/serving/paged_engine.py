@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparseray.actors.serving.cache_pool import CachePool, Lease
+from sparseray.actors.serving.cache_pool import CachePool
 from sparseray.actors.serving.device_sampler import FAILED, fits, is_adjusted, sample_rows
 from sparseray.actors.serving.engine import Engine, Ongoing
 from sparseray.actors.serving.paged_model import Chunk, PagedModel, page_bytes
