@@ -19,7 +19,6 @@ from local_cluster import tiny_run, train
 from tokenizers import Tokenizer
 
 from sparseray.jobs.serve import main
-from sparseray.model.decode import greedy
 from sparseray.model.dse import LocalMemory
 from sparseray.model.dse_layout import DSELayout
 from sparseray.model.moe import LocalExperts

@@ -21,7 +21,7 @@ from sparseray.model.buckets import bucket_bounds
 from sparseray.model.config import ModelConfig
 from sparseray.model.dse_layout import DSELayout
 from sparseray.model.init import initial_bucket
-from sparseray.model.layers import Batch, Linear, RMSNorm, Span
+from sparseray.model.layers import Batch, Linear, RMSNorm
 from sparseray.model.statistics import is_collecting, note_memory
 
 
@@ -71,17 +71,6 @@ class DSE(nn.Module):
             conv_eps=self.config.conv_eps,
         )
 
-    def _conv_chunk(self, x_TH: Tensor, starts_T: Tensor | None, history_LH: Tensor) -> Tensor:
-        """Convolve one chunk after its history, and keep there what the next chunk reaches back to."""
-        starts_1T = None if starts_T is None else starts_T[None]
-        y_TH = self.ops.memory_conv(x_TH[None], self.fusion(), starts_1T, history_LH[None])[0]
-        seen = torch.cat([history_LH, x_TH.float()])
-        if starts_T is not None:
-            document = F.pad(starts_T.long().cumsum(0), (history_LH.shape[0], 0))
-            seen = seen * (document == document[-1])[:, None]
-        history_LH.copy_(seen[seen.shape[0] - history_LH.shape[0] :])
-        return y_TH
-
     def forward(self, h_RH: Tensor, values_TND: Tensor, batch: Batch) -> Tensor:
         """What the memory adds to the hidden states, [R, H].
 
@@ -108,28 +97,7 @@ class DSE(nn.Module):
                 paged.pages,
                 None if starts_BT is None else starts_BT[0],
             )
-        if batch.spans is not None:
-            return self._chunks(h_RH, key_RH, value_RH, batch.spans, starts_BT)
         return self.ops.memory_fusion(h_RH, key_RH, value_RH, self.fusion(), batch.shape, starts_BT)
-
-    def _chunks(
-        self,
-        h_RH: Tensor,
-        key_RH: Tensor,
-        value_RH: Tensor,
-        spans: tuple[Span, ...],
-        starts_1R: Tensor | None,
-    ) -> Tensor:
-        """The fusion of chunks: gate and norm on all rows, the convolution for each chunk after its history."""
-        gated_RH = self.ops.memory_gate(h_RH, key_RH, value_RH, self.fusion())
-        normed_RH = self.value_norm(gated_RH)
-        conv_RH = torch.zeros_like(normed_RH)
-        for span in spans:
-            rows = slice(span.start, span.stop)
-            starts_T = None if starts_1R is None else starts_1R[0, rows]
-            history_LH = span.cache.conv[self.layer]
-            conv_RH[rows] = self._conv_chunk(normed_RH[rows], starts_T, history_LH)
-        return F.silu(conv_RH) + gated_RH
 
 
 class LocalMemory(nn.Module):
