@@ -16,6 +16,7 @@ import pytest
 import torch
 from background import Background, end_leftovers, environment, free_ports
 from local_cluster import tiny_run, train
+from paged_runs import greedy
 from tokenizers import Tokenizer
 
 from sparseray.jobs.serve import main
