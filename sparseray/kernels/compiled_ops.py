@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import astuple
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sparseray.kernels.attention.cpu import full_attention
+from sparseray.kernels.attention.cpu import full_attention, write_rows
 from sparseray.kernels.dense import cpu as dense
 from sparseray.kernels.dse.cpu import ngram_hash
 from sparseray.kernels.dse.fuse import fuse_rows
@@ -34,8 +35,13 @@ NO_FLOATS, NO_FLAGS = np.empty(0, np.float32), np.empty(0, np.bool_)
 
 
 def _array(x: Tensor) -> Array:
-    found: Array = x.detach().contiguous().numpy()
+    found: Array = (x.detach() if x.requires_grad else x).contiguous().numpy()
     return found
+
+
+@cache
+def _numbers(sizes: NSASizes) -> tuple[int, ...]:
+    return astuple(sizes)
 
 
 def _is_taken(*tensors: Tensor) -> bool:
@@ -88,9 +94,7 @@ class CompiledOps(PlainOps):
             return super().rotary_split(fused_RX, heads, head_dim, cos_RD, sin_RD)
         rows, (num_q, num_k) = len(fused_RX), heads
         q, k = torch.empty(rows, num_q, head_dim), torch.empty(rows, num_k, head_dim)
-        arguments = _array(fused_RX), _array(cos_RD), _array(sin_RD)
-        dense.rotate_heads(arguments[0], 0, *arguments[1:], q.numpy())
-        dense.rotate_heads(arguments[0], num_q * head_dim, *arguments[1:], k.numpy())
+        dense.rotate_heads(_array(fused_RX), _array(cos_RD), _array(sin_RD), q.numpy(), k.numpy())
         return q, k, fused_RX[:, (num_q + num_k) * head_dim :]
 
     def swiglu(self, gate_up_RI: Tensor) -> Tensor:
@@ -206,6 +210,10 @@ class CompiledOps(PlainOps):
         )
         return out
 
+    def paged_write(self, pool: KeyValues, k_RGD: Tensor, v_RGV: Tensor, pages: Pages) -> None:
+        places, (keys, values) = pages.places_R.numpy(), (cache.numpy() for cache in pool)
+        write_rows(k_RGD.numpy(), v_RGV.numpy(), places, keys, values)
+
     def paged_attend(self, q_RQD: Tensor, pool: KeyValues, pages: Pages) -> Tensor:
         (R, Q, D), V = q_RQD.shape, pool[1].shape[-1]
         out = torch.empty(R, Q, V)
@@ -243,7 +251,7 @@ class CompiledOps(PlainOps):
         pools = [cache.numpy() for pool in (compressed, selected, window) for cache in pool]
         attend = sparse_attention(D, V)
         attend(
-            _array(q_RQD), _array(gates_RQ3), *pools, *_places(pages), astuple(sizes), D**-0.5, out.numpy()
+            _array(q_RQD), _array(gates_RQ3), *pools, *_places(pages), _numbers(sizes), D**-0.5, out.numpy()
         )
         return out
 

@@ -59,6 +59,25 @@ def exponentials(scores_S, num, top, powers_S):  # type: ignore[no-untyped-def]
     return total
 
 
+_ROWS, _POOL = numba.types.Array(numba.float32, 3, "A"), numba.types.Array(numba.float32, 4, "C")
+_WRITES = [
+    numba.void(_ROWS, _ROWS, numba.types.Array(i, 1, "C"), _POOL, _POOL) for i in (numba.int32, numba.int64)
+]
+
+
+@numba.njit(_WRITES, cache=True, nogil=True)
+def write_rows(k_RGD, v_RGV, places_R, keys, values):  # type: ignore[no-untyped-def]
+    """Put the rows' keys and values where they belong: page * P + position in the page."""
+    page = keys.shape[1]
+    for r in range(places_R.shape[0]):
+        place, at = places_R[r] // page, places_R[r] % page
+        for g in range(k_RGD.shape[1]):
+            for d in range(k_RGD.shape[2]):
+                keys[place, at, g, d] = k_RGD[r, g, d]
+            for d in range(v_RGV.shape[2]):
+                values[place, at, g, d] = v_RGV[r, g, d]
+
+
 @pasted
 def score(q_QD, head, heads, keys, table_W, page, group, first, last, at, D, factor, scores_NS):  # type: ignore[no-untyped-def]
     """Scores of the keys [first, last) of one sequence for `heads` heads from `head` on, written from `at` on."""

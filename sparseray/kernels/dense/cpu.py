@@ -72,16 +72,16 @@ def rms_norm(x_RH, weight_H, eps, y_RH):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def rotate_heads(fused_RX, first, cos_RD, sin_RD, y_RND):  # type: ignore[no-untyped-def]
-    """Heads of a fused projection from channel `first` on; channel i turns with i + D / 2."""
-    half = cos_RD.shape[1]
-    for r in range(y_RND.shape[0]):
-        for n in range(y_RND.shape[1]):
-            at = first + n * 2 * half
+def rotate_heads(fused_RX, cos_RD, sin_RD, q_RQD, k_RGD):  # type: ignore[no-untyped-def]
+    """The first heads of a fused projection; channel i turns with i + D / 2."""
+    half, num_q = cos_RD.shape[1], q_RQD.shape[1]
+    for r in range(q_RQD.shape[0]):
+        for n in range(num_q + k_RGD.shape[1]):
+            at, out_D = n * 2 * half, q_RQD[r, n] if n < num_q else k_RGD[r, n - num_q]
             for d in range(half):
                 a, b = fused_RX[r, at + d], fused_RX[r, at + half + d]
-                y_RND[r, n, d] = a * cos_RD[r, d] - b * sin_RD[r, d]
-                y_RND[r, n, half + d] = b * cos_RD[r, d] + a * sin_RD[r, d]
+                out_D[d] = a * cos_RD[r, d] - b * sin_RD[r, d]
+                out_D[half + d] = b * cos_RD[r, d] + a * sin_RD[r, d]
 
 
 @compiled

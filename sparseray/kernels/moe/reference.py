@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparseray.errors import ConfigError
+from sparseray.kernels.moe.count_sort import count_sort
 from sparseray.kernels.settings import ROUTERS, ROW_BLOCK
 
 ROW_MULTIPLE = 16
@@ -166,6 +167,9 @@ def group_by_expert(topk_ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tens
         counts_E int64: rows of each expert).
     """
     flat_R = topk_ids_TK.reshape(-1)
+    if flat_R.device.type == "cpu":
+        order, counts = count_sort(flat_R.numpy(), num_experts)
+        return torch.from_numpy(order), torch.from_numpy(counts)
     return torch.sort(flat_R, stable=True).indices, torch.bincount(flat_R, minlength=num_experts)
 
 

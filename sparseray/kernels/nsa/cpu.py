@@ -22,17 +22,17 @@ NEVER, ALWAYS = np.float32(-1.0), np.float32(np.inf)
 
 
 @compiled
-def select(weights_NC, totals_N, num, num_blocks, per_block, overlap, forced, scores_J, chosen_J):  # type: ignore[no-untyped-def]
+def select(weights_NC, totals_N, num, num_blocks, sizes, scores_J, chosen_J):  # type: ignore[no-untyped-def]
     """Mark the blocks that a query selects: eq. 9 to 12.
 
     Args:
         weights_NC, totals_N: of the compressed branch; `num` of them count.
         num_blocks: that hold a position up to the query's.
-        per_block, overlap: strides of a selection block and of a compression block.
-        forced: (blocks to select, first blocks and last blocks that are always selected).
+        sizes: those of `NSASizes`, in their order.
         scores_J: scratch; chosen_J: written.
     """
-    num_selected, num_initial, num_local = forced
+    block, stride, select_block, num_selected, _, num_initial, num_local = sizes
+    per_block, overlap = select_block // stride, block // stride
     for j in range(num_blocks):
         chosen_J[j] = num_blocks <= num_selected
         total = ZERO
@@ -101,24 +101,12 @@ def sparse_attention(D: int, V: int) -> Callable[..., None]:
 
     @compiled
     def attend(  # type: ignore[no-untyped-def]
-        q_RQD,
-        gates_RQ3,
-        k_cmp,
-        v_cmp,
-        k_slc,
-        v_slc,
-        k_win,
-        v_win,
-        table_BW,
-        bounds_B,
-        context_B,
-        sizes,
-        scale,
+        q_RQD, gates_RQ3, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, table_BW, bounds_B, context_B, sizes, scale,
         out_RQV,
-    ):
-        block, stride, select_block, num_selected, window, num_initial, num_local = sizes
+    ):  # fmt: skip
+        block, stride, select_block, num_selected, window, _, _ = sizes
         heads, factor = q_RQD.shape[1] // k_slc.shape[2], np.float32(scale) * LOG2_E
-        longest, forced = longest_of(context_B), (num_selected, num_initial, num_local)
+        longest = longest_of(context_B)
         room = max(longest // stride + 1, max(window, num_selected * select_block))
         scores_NS, powers_S = np.empty((heads, room), np.float32), np.empty(room, np.int32)
         totals_N, sums_NV = np.empty(heads, np.float32), np.zeros((heads, V), np.float32)
@@ -139,10 +127,7 @@ def sparse_attention(D: int, V: int) -> Callable[..., None]:
                             scores_NS, powers_S, totals_N, sums_NV,
                         )  # fmt: skip
                         add(heads, h, V, gates_Q3, 0, totals_N, sums_NV, out_QV)
-                    select(
-                        scores_NS, totals_N, num_cmp, num_blocks, select_block // stride, block // stride,
-                        forced, scores_J, chosen_J,
-                    )  # fmt: skip
+                    select(scores_NS, totals_N, num_cmp, num_blocks, sizes, scores_J, chosen_J)
                     attend_selected(
                         q_QD, h, heads, k_slc, v_slc, table_W, g, end, select_block, num_blocks, chosen_J, D, V,
                         factor, scores_NS, powers_S, totals_N, sums_NV,
