@@ -71,7 +71,7 @@ def timed() -> Iterator[list[Step]]:
         steps.append(Step(decoding=decoding, is_reading=is_reading, seconds=time.perf_counter() - started))
         return events
 
-    PagedEngine.step = step  # type: ignore[method-assign]
+    PagedEngine.step = step  # type: ignore[method-assign, assignment]
     try:
         yield steps
     finally:
@@ -117,10 +117,10 @@ def measure(name: str, server: LocalServer, steps: list[Step]) -> None:
             server.ask([request(f"long.{seed}.{again}", LONG, 1, 100 + seed)])
             spent[again].append(sum(s.seconds for s in steps))
     first, second = min(spent[0]), min(spent[1])
-    middle = [1e3 * statistics.median(values) for values in spent]
-    print(f"| {name} | prompt of {LONG} tokens | {1e3 * first:.1f} ms | {middle[0]:.1f} ms | 3 |")
+    middles = [1e3 * statistics.median(values) for values in spent]
+    print(f"| {name} | prompt of {LONG} tokens | {1e3 * first:.1f} ms | {middles[0]:.1f} ms | 3 |")
     print(
-        f"| {name} | the same again | {1e3 * second:.1f} ms ({second / first:.2f}x) | {middle[1]:.1f} ms | 3 |"
+        f"| {name} | the same again | {1e3 * second:.1f} ms ({second / first:.2f}x) | {middles[1]:.1f} ms | 3 |"
     )
 
 

@@ -275,7 +275,8 @@ class PlainOps:
         pages: Pages,
         starts_R: Tensor | None,
     ) -> Tensor:
-        gated_RH = self.memory_gate(h_RH, *key_value_RH.chunk(2, dim=-1), fusion)
+        key_RH, value_RH = key_value_RH.chunk(2, dim=-1)
+        gated_RH = self.memory_gate(h_RH, key_RH, value_RH, fusion)
         normed_RH = self.rms_norm(gated_RH, fusion.value_norm_C, fusion.conv_eps)
         conv_RH = paged.convolve(self.memory_conv, normed_RH, fusion, history, pages, starts_R)
         return F.silu(conv_RH) + gated_RH

@@ -12,45 +12,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numba
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from sparseray.actors.serving.text_request import GenerationRequest
+from sparseray.kernels.philox import philox
 
 FAILED = -1
 """Instead of a token where the logits are not finite."""
-_LOW, _HALF, _EIGHTH = np.uint64(0xFFFFFFFF), np.uint64(32), np.uint64(11)
-_MULTIPLIERS = np.uint64(0xD2E7470EE14C6C93), np.uint64(0xCA5A826395121157)
-_WEYL = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBB67AE8584CAA73B)
-_ONE, _ZERO = np.uint64(1), np.uint64(0)
-
-
-@numba.njit(cache=True, nogil=True)
-def _multiply(a, b):  # type: ignore[no-untyped-def]
-    """(high, low) 64 bits of the product."""
-    a0, a1, b0, b1 = a & _LOW, a >> _HALF, b & _LOW, b >> _HALF
-    middle = a1 * b0 + ((a0 * b0) >> _HALF)
-    other = (middle & _LOW) + a0 * b1
-    return a1 * b1 + (middle >> _HALF) + (other >> _HALF), a * b
-
-
-@numba.njit(cache=True, nogil=True)
-def _philox(keys_N2):  # type: ignore[no-untyped-def]
-    found = np.empty(keys_N2.shape[0], np.float64)
-    for n in range(keys_N2.shape[0]):
-        key0, key1 = keys_N2[n, 0], keys_N2[n, 1]
-        # numpy counts from 1.
-        c0, c1, c2, c3 = _ONE, _ZERO, _ZERO, _ZERO
-        for _ in range(10):
-            high0, low0 = _multiply(_MULTIPLIERS[0], c0)
-            high1, low1 = _multiply(_MULTIPLIERS[1], c2)
-            c0, c1, c2, c3 = high1 ^ c1 ^ key0, low1, high0 ^ c3 ^ key1, low0
-            key0, key1 = key0 + _WEYL[0], key1 + _WEYL[1]
-        found[n] = (c0 >> _EIGHTH) * 2.0**-53
-    return found
 
 
 def uniforms(seeds: Sequence[int], positions: Sequence[int]) -> NDArray[np.float64]:
@@ -62,7 +33,7 @@ def uniforms(seeds: Sequence[int], positions: Sequence[int]) -> NDArray[np.float
     """
     mask = 2**64 - 1
     keys_N2 = np.array([(s & mask, p & mask) for s, p in zip(seeds, positions)], dtype=np.uint64)
-    found: NDArray[np.float64] = _philox(keys_N2.reshape(-1, 2))
+    found: NDArray[np.float64] = philox(keys_N2.reshape(-1, 2))
     return found
 
 

@@ -36,7 +36,7 @@ BIAS, SHIFT = np.int32(127), np.int32(23)
 
 
 @compiled
-def exponentials(scores_S, num, top, powers_S):  # type: ignore[no-untyped-def]
+def exponentials(scores_S, num, top, powers_S):
     """Replace the first `num` scores by 2^(score - top) and return their sum; `powers_S` is int32 scratch."""
     for i in range(num):
         x = scores_S[i] - top
@@ -66,7 +66,7 @@ _WRITES = [
 
 
 @numba.njit(_WRITES, cache=True, nogil=True)
-def write_rows(k_RGD, v_RGV, places_R, keys, values):  # type: ignore[no-untyped-def]
+def write_rows(k_RGD, v_RGV, places_R, keys, values):
     """Put the rows' keys and values where they belong: page * P + position in the page."""
     page = keys.shape[1]
     for r in range(places_R.shape[0]):
@@ -79,7 +79,7 @@ def write_rows(k_RGD, v_RGV, places_R, keys, values):  # type: ignore[no-untyped
 
 
 @pasted
-def score(q_QD, head, heads, keys, table_W, page, group, first, last, at, D, factor, scores_NS):  # type: ignore[no-untyped-def]
+def score(q_QD, head, heads, keys, table_W, page, group, first, last, at, D, factor, scores_NS):
     """Scores of the keys [first, last) of one sequence for `heads` heads from `head` on, written from `at` on."""
     position = first
     while position < last:
@@ -99,7 +99,7 @@ def score(q_QD, head, heads, keys, table_W, page, group, first, last, at, D, fac
 
 
 @pasted
-def weigh(heads, num, scores_NS, powers_S, totals_N):  # type: ignore[no-untyped-def]
+def weigh(heads, num, scores_NS, powers_S, totals_N):
     """Turn scores into weights, and note the sum of each head's."""
     for n in range(heads):
         top = LEAST
@@ -110,7 +110,7 @@ def weigh(heads, num, scores_NS, powers_S, totals_N):  # type: ignore[no-untyped
 
 
 @pasted
-def gather(heads, values, table_W, page, group, first, last, at, V, scores_NS, sums_NV):  # type: ignore[no-untyped-def]
+def gather(heads, values, table_W, page, group, first, last, at, V, scores_NS, sums_NV):
     """Add the weighted values of positions [first, last), whose weights lie from `at` on."""
     position = first
     while position < last:
@@ -129,7 +129,7 @@ def gather(heads, values, table_W, page, group, first, last, at, V, scores_NS, s
 
 
 @pasted
-def attend_range(  # type: ignore[no-untyped-def]
+def attend_range(
     q_QD,
     head,
     heads,
@@ -163,7 +163,7 @@ def full_attention(D: int, V: int) -> Callable[..., None]:
     """
 
     @compiled
-    def attend(q_RQD, keys, values, table_BW, bounds_B, context_B, scale, out_RQV):  # type: ignore[no-untyped-def]
+    def attend(q_RQD, keys, values, table_BW, bounds_B, context_B, scale, out_RQV):
         groups = keys.shape[2]
         heads = q_RQD.shape[1] // groups
         factor = np.float32(scale) * LOG2_E

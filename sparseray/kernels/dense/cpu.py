@@ -18,7 +18,7 @@ ONE = np.float32(1.0)
 
 
 @compiled
-def linear(x_RI, w_OI, b_O, y_RO):  # type: ignore[no-untyped-def]
+def linear(x_RI, w_OI, b_O, y_RO):
     """y = x @ w.T + b, where b may be empty."""
     R, num_in, O = x_RI.shape[0], x_RI.shape[1], w_OI.shape[0]
     for o in range(0, O, 4):
@@ -59,7 +59,7 @@ def linear(x_RI, w_OI, b_O, y_RO):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def rms_norm(x_RH, weight_H, eps, y_RH):  # type: ignore[no-untyped-def]
+def rms_norm(x_RH, weight_H, eps, y_RH):
     """y = x / sqrt(mean of x^2 + eps) * weight."""
     width = np.float32(x_RH.shape[1])
     for r in range(x_RH.shape[0]):
@@ -72,7 +72,7 @@ def rms_norm(x_RH, weight_H, eps, y_RH):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def rotate_heads(fused_RX, cos_RD, sin_RD, q_RQD, k_RGD):  # type: ignore[no-untyped-def]
+def rotate_heads(fused_RX, cos_RD, sin_RD, q_RQD, k_RGD):
     """The first heads of a fused projection; channel i turns with i + D / 2."""
     half, num_q = cos_RD.shape[1], q_RQD.shape[1]
     for r in range(q_RQD.shape[0]):
@@ -85,7 +85,7 @@ def rotate_heads(fused_RX, cos_RD, sin_RD, q_RQD, k_RGD):  # type: ignore[no-unt
 
 
 @compiled
-def swiglu(gate_up_RI, y_RI):  # type: ignore[no-untyped-def]
+def swiglu(gate_up_RI, y_RI):
     """silu(first half) * second half."""
     inner = y_RI.shape[1]
     for r in range(y_RI.shape[0]):
@@ -95,7 +95,7 @@ def swiglu(gate_up_RI, y_RI):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def sigmoid(x_N, y_N):  # type: ignore[no-untyped-def]
+def sigmoid(x_N, y_N):
     """1 / (1 + e^-x)."""
     for i in range(x_N.shape[0]):
         y_N[i] = ONE / (ONE + math.exp(-x_N[i]))

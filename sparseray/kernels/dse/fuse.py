@@ -19,7 +19,7 @@ ONE, FLOOR = np.float32(1.0), np.float32(SIGNED_SQRT_FLOOR)
 
 
 @compiled
-def rms_factor(x_H, eps):  # type: ignore[no-untyped-def]
+def rms_factor(x_H, eps):
     """1 / sqrt(mean of x^2 + eps)."""
     total = ZERO
     for h in range(x_H.shape[0]):
@@ -28,7 +28,7 @@ def rms_factor(x_H, eps):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def fuse_rows(  # type: ignore[no-untyped-def]
+def fuse_rows(
     h_RH,
     key_value_RH,
     norms,

@@ -7,7 +7,7 @@ import numpy as np
 
 
 @numba.njit("UniTuple(int64[::1], 2)(int64[::1], int64)", cache=True, nogil=True)
-def count_sort(values, num):  # type: ignore[no-untyped-def]
+def count_sort(values, num):
     """(positions in stable rising order, how many there are of each).
 
     Args:

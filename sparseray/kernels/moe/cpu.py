@@ -16,7 +16,7 @@ from sparseray.kernels.dense.cpu import ONE, linear, swiglu
 
 
 @compiled
-def score_experts(logits_E, is_sigmoid, scores_E):  # type: ignore[no-untyped-def]
+def score_experts(logits_E, is_sigmoid, scores_E):
     """Sigmoid or softmax of one token's logits."""
     if is_sigmoid:
         for e in range(logits_E.shape[0]):
@@ -33,7 +33,7 @@ def score_experts(logits_E, is_sigmoid, scores_E):  # type: ignore[no-untyped-de
 
 
 @compiled
-def best_of(values, count, is_taken, found):  # type: ignore[no-untyped-def]
+def best_of(values, count, is_taken, found):
     """Indices of the largest values that are not taken, largest first, the lower one of equals; they are then taken."""
     for n in range(count):
         best = -1
@@ -44,7 +44,7 @@ def best_of(values, count, is_taken, found):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def route(  # type: ignore[no-untyped-def]
+def route(
     logits_TE,
     bias_E,
     is_sigmoid,
@@ -98,7 +98,7 @@ def route(  # type: ignore[no-untyped-def]
 
 
 @compiled
-def expert_rows(x_UH, rows_R, asked_E2, gate_up_E2IH, down_EHI, y_RH):  # type: ignore[no-untyped-def]
+def expert_rows(x_UH, rows_R, asked_E2, gate_up_E2IH, down_EHI, y_RH):
     """down(silu(gate x) * (up x)) of every row.
 
     Args:

@@ -22,7 +22,7 @@ NEVER, ALWAYS = np.float32(-1.0), np.float32(np.inf)
 
 
 @compiled
-def select(weights_NC, totals_N, num, num_blocks, sizes, scores_J, chosen_J):  # type: ignore[no-untyped-def]
+def select(weights_NC, totals_N, num, num_blocks, sizes, scores_J, chosen_J):
     """Mark the blocks that a query selects: eq. 9 to 12.
 
     Args:
@@ -54,7 +54,7 @@ def select(weights_NC, totals_N, num, num_blocks, sizes, scores_J, chosen_J):  #
 
 
 @pasted
-def add(heads, first_head, V, gates_Q3, branch, totals_N, sums_NV, out_QV):  # type: ignore[no-untyped-def]
+def add(heads, first_head, V, gates_Q3, branch, totals_N, sums_NV, out_QV):
     """Add a branch to the output, times its gate."""
     for n in range(heads):
         factor = gates_Q3[first_head + n, branch] / totals_N[n]
@@ -64,7 +64,7 @@ def add(heads, first_head, V, gates_Q3, branch, totals_N, sums_NV, out_QV):  # t
 
 
 @pasted
-def attend_selected(  # type: ignore[no-untyped-def]
+def attend_selected(
     q_QD, head, heads, keys, values, table_W, group, end, block, num_blocks, chosen_J, D, V, factor, scores_NS, powers_S,
     totals_N, sums_NV,
 ):  # fmt: skip
@@ -83,7 +83,7 @@ def attend_selected(  # type: ignore[no-untyped-def]
 
 
 @compiled
-def longest_of(context_B):  # type: ignore[no-untyped-def]
+def longest_of(context_B):
     """Tokens of the longest sequence."""
     longest = 0
     for b in range(context_B.shape[0]):
@@ -100,7 +100,7 @@ def sparse_attention(D: int, V: int) -> Callable[..., None]:
     """
 
     @compiled
-    def attend(  # type: ignore[no-untyped-def]
+    def attend(
         q_RQD, gates_RQ3, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, table_BW, bounds_B, context_B, sizes, scale,
         out_RQV,
     ):  # fmt: skip
@@ -144,7 +144,7 @@ def sparse_attention(D: int, V: int) -> Callable[..., None]:
 
 
 @compiled
-def compress(  # type: ignore[no-untyped-def]
+def compress(
     raw, compressed, w1_FE, b1_F, w2_DF, b2_D, pos_LD, table_BW, bounds_B, context_B, stride, angles, turns
 ):
     """Write the compressed tokens that the newest rows of every sequence complete: eq. 7, exact GELU.
