@@ -20,10 +20,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sparseray.actors.serving.cache_pool import Lease, table_of
+from sparseray.kernels.moe.reference import group_by_expert
 from sparseray.kernels.ops import Pages, ops_for
 from sparseray.model.attention import attention_of
 from sparseray.model.config import ModelConfig
-from sparseray.model.dse import Memory
+from sparseray.model.dse import Memory, Rows
 from sparseray.model.dse_layout import NO_TOKEN
 from sparseray.model.moe import Experts
 from sparseray.model.paged import Paged, new_histories
@@ -89,6 +90,17 @@ class _Decode:
     paged: Paged
     logits_RV: Tensor | None = None
     graph: torch.cuda.CUDAGraph | None = None
+
+
+@dataclass(frozen=True)
+class _NoRows:
+    """A memory of zeros."""
+
+    width: int
+
+    def prefetch(self, rows: dict[int, Tensor]) -> Rows:
+        """Zeros for every row."""
+        return lambda layer: torch.zeros(*rows[layer].shape, self.width)
 
 
 class PagedModel:
@@ -291,14 +303,14 @@ class PagedModel:
         return self.model.logits(hidden_RH)
 
     def warm(self, experts: Experts, memory: Memory | None) -> None:
-        """Read a short and a longer prompt, and capture the decode steps; on a CPU there is nothing to warm.
+        """Read a short and a longer prompt, and capture the decode steps; on a CPU load the compiled loops.
 
         Args:
-            experts: that the captured steps will call.
+            experts: that the captured steps will call; a CPU's are left alone.
             memory: of a model with memory layers.
         """
         if self.device.type != "cuda":
-            return
+            return self._load_loops()
         for count in sorted({min(count, self.width * self.page) for count in WARM_PROMPTS}):
             lease = Lease(pages=[0] * self.width, length=0, max_len=count, slot=0)
             self.prefill([Chunk(lease=lease, known=[0] * count, count=count)], experts, memory)
@@ -314,6 +326,21 @@ class PagedModel:
             decode.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(decode.graph, pool=shared, capture_error_mode="thread_local"):
                 decode.logits_RV = self._run_decode(decode, experts)
+
+    def _load_loops(self) -> None:
+        """Run a token of nobody through everything that is compiled."""
+        config = self.model.config
+
+        def experts(_layer: int, x_TH: Tensor, ids_TK: Tensor, _weights_TK: Tensor) -> Tensor:
+            inner, hidden = config.moe.expert_dim, config.hidden
+            slabs = x_TH.new_zeros(1, 2 * inner, hidden), x_TH.new_zeros(1, hidden, inner)
+            rows_R, _ = group_by_expert(ids_TK, config.moe.num_experts)
+            return self.model.ops.expert_rows(x_TH, rows_R[:1] * 0, [(0, 1)], *slabs)
+
+        lease = Lease(pages=[0] * self.width, length=0, max_len=1, slot=0)
+        chunk = Chunk(lease=lease, known=[0], count=1)
+        self.prefill([chunk], experts, _NoRows(config.dse.head_dim))
+        self.decode([chunk], experts, _NoRows(config.dse.head_dim))
 
     def decode(self, chunks: Sequence[Chunk], experts: Experts, memory: Memory | None) -> Tensor:
         """Run the newest token of several requests; logits [B, V], overwritten by the next call.
