@@ -28,6 +28,7 @@ from sparseray.jobs.http.openai_bodies import ServedModel
 from sparseray.jobs.http.server import App, HttpServer, create_app
 from sparseray.jobs.http.text_stream import Vocabulary
 from sparseray.kernels.compiled_ops import COMPILED
+from sparseray.kernels.ops import Ops
 from sparseray.model.config import DSEConfig, ModelConfig
 from sparseray.model.dse import LocalMemory
 from sparseray.model.dse_layout import DSELayout
@@ -70,7 +71,7 @@ class Parts:
         return self.model.config.vocab_size
 
 
-def make_parts() -> Parts:
+def make_parts(ops: Ops = COMPILED) -> Parts:
     torch.set_num_threads(1)
     tokenizer = make_tokenizer()
     config = ModelConfig(
@@ -85,7 +86,7 @@ def make_parts() -> Parts:
         dse=DSEConfig(layers=(1,), rows_per_head=512, num_buckets=4, document_end_id=0),
     )
     layout = DSELayout.build(config.dse, tokenizer, vocab_size=config.vocab_size)
-    model = Transformer(config, layout, seed=3, ops=COMPILED).eval()
+    model = Transformer(config, layout, seed=3, ops=ops).eval()
     grammars = Grammars(tokenizer.to_str(), vocab_size=config.vocab_size, eos_id=0)
     memory = LocalMemory(config, layout, seed=3)
     return Parts(tokenizer, model, LocalExperts(config, seed=3), memory, grammars)

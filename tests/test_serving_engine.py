@@ -59,6 +59,11 @@ def test_resumed_request_goes_on_with_the_tokens_it_would_have_had(parts: Parts)
     whole = alone(parts, request)
     resumed = alone(parts, replace(request, resume_tokens=tuple(tokens_of(whole)[:7])))
     assert resumed == whole[7:]
+    # What was emitted is read in chunks beside the prompt, not decoded again.
+    engine = parts.engine()
+    engine.add(replace(request, resume_tokens=tuple(tokens_of(whole)[:14])))
+    assert finish(engine)["a"] == whole[14:]
+    assert engine.stats.steps == -(-(29 + 14) // 16) + 1
     ruled = replace(request, **RULES)
     with_rules = alone(parts, ruled)
     assert tokens_of(with_rules) != tokens_of(whole)

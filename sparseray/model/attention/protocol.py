@@ -1,6 +1,6 @@
 """What the network, the caches and the counts need of a kind of attention, and all that they know about it.
 
-A new kind is a class of these six methods, a name in `config.ATTENTIONS` and a line in `attention.ATTENTIONS`.
+A new kind is a class of these five methods, a name in `config.ATTENTIONS` and a line in `attention.ATTENTIONS`.
 """
 
 from __future__ import annotations
