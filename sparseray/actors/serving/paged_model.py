@@ -331,10 +331,10 @@ class PagedModel:
         """Run a token of nobody through everything that is compiled."""
         config = self.model.config
 
-        def experts(_layer: int, x_TH: Tensor, ids_TK: Tensor, _weights_TK: Tensor) -> Tensor:
+        def experts(layer: int, x_TH: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Tensor:
             inner, hidden = config.moe.expert_dim, config.hidden
             slabs = x_TH.new_zeros(1, 2 * inner, hidden), x_TH.new_zeros(1, hidden, inner)
-            rows_R, _ = group_by_expert(ids_TK, config.moe.num_experts)
+            rows_R, _ = group_by_expert(topk_ids_TK, config.moe.num_experts)
             return self.model.ops.expert_rows(x_TH, rows_R[:1] * 0, [(0, 1)], *slabs)
 
         lease = Lease(pages=[0] * self.width, length=0, max_len=1, slot=0)
