@@ -96,6 +96,31 @@ def test_a_kill_fails_no_request_and_changes_no_token(
         )
 
 
+@pytest.mark.parametrize(
+    "silent", [pytest.param({30: 2}, id="expert shard"), pytest.param({0: 5, 30: 3}, id="memory and expert")]
+)
+def test_a_shard_that_hangs_is_replaced_by_its_replica_before_anybody_calls_it_lost(
+    silent: dict[int, int], trained: Path, undisturbed: list[Heard], tmp_path: Path
+) -> None:
+    """A slot's process stands still, and the scheduler of this test never finds out."""
+    with serve(tmp_path / "server", trained, deadline_s=20.0) as server:
+        hang = {count: lambda s, slot=slot: s.fleet.transports[slot].hung.set() for count, slot in silent.items()}
+        hang.pop(0, lambda s: None)(server)
+        heard = server.ask(requests(), at(hang))
+        assert heard == undisturbed
+        assert max(h.gap_s for h in heard) < 1.5
+        engines = [server.fleet.slots[slot].roles for slot in (0, 1)]
+        assert all(set(roles.patience.silent) & set(silent.values()) for roles in engines)
+        for slot in silent.values():
+            server.fleet.heal(slot)
+        assert server.ask(requests()) == undisturbed
+        # What they said late was dropped, and showed that they are there again.
+        assert all(roles.patience.silent == () for roles in engines)
+        assert "lost" not in server.events
+        for roles in engines:
+            assert roles.engine_role.engine is not None and roles.engine_role.engine.stats.failed_steps == 0
+
+
 def test_an_engine_keeps_its_caches_over_changes_of_plan(
     trained: Path, undisturbed: list[Heard], tmp_path: Path
 ) -> None:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from sparseray.actors.exchange.patience import Patience
 from sparseray.actors.exchange.protocol import Exchange
 from sparseray.actors.observation import observe_engine, observe_memory, observe_no_engine, observe_queues
 from sparseray.actors.serving.enduring import EnduringExchange
@@ -52,10 +53,13 @@ class EngineRole:
     Args:
         mailbox: of the slot.
         enter: enters the plan of a message.
+        patience: with those who hold experts and rows.
     """
 
-    def __init__(self, mailbox: SlotMailbox, enter: Callable[[Message[Body]], None]) -> None:
-        self.mailbox, self.enter = mailbox, enter
+    def __init__(
+        self, mailbox: SlotMailbox, enter: Callable[[Message[Body]], None], patience: Patience
+    ) -> None:
+        self.mailbox, self.enter, self.patience = mailbox, enter, patience
         self.engine: Engine | None = None
         self.exchange: Exchange | None = None
         self.job: Job | None = None
@@ -83,7 +87,7 @@ class EngineRole:
             self.drop()
         self.job, self.exchange, self.step_open = job, exchange, committed + 1
         if self.engine is None and model is not None:
-            self.engine = job.engine(model, EnduringExchange(self._current, self._go_on))
+            self.engine = job.engine(model, EnduringExchange(self._current, self._go_on, self.patience))
 
     def _current(self) -> Exchange:
         assert self.exchange is not None

@@ -86,7 +86,10 @@ class Slot:
     def _handle(self, message: Message[Body], *, waiting: bool) -> None:
         """Handle one message; while a step of our own waits for replies, control messages keep."""
         roles, kind, slot = self.roles, type(message.body), self.mailbox.slot
-        if kind in (ExpertForward, FetchRows) and roles.plan is None:
+        if message.reply_to:
+            # Somebody else has answered meanwhile.
+            roles.patience.heard(message.source)
+        elif kind in (ExpertForward, FetchRows) and roles.plan is None:
             # An engine that has entered the generation already asks one that is entering it still.
             self.deferred.append(message)
         elif kind not in _UNORDERED and message.step > roles.committed + 1:

@@ -134,7 +134,7 @@ class SlotMailbox(Mailbox):
             elif left <= 0:
                 silent = sorted({slot for seq, slot in sequences.items() if seq not in replies})
                 raise SlotLostError(
-                    f"slot {self.slot} got no answer from slots {silent} within {deadline_s} s"
+                    f"slot {self.slot} got no answer from slots {silent} within {deadline_s:.3g} s", silent
                 )
         return replies
 
