@@ -13,15 +13,17 @@ from sparseray.actors.exchange.protocol import Exchange
 from sparseray.actors.observation import observe_engine, observe_memory, observe_no_engine, observe_queues
 from sparseray.actors.serving.enduring import EnduringExchange
 from sparseray.actors.serving.engine import Engine
-from sparseray.actors.serving.messages import Cancel, Generate, Moved, Tokens
+from sparseray.actors.serving.messages import Cancel, Drain, Draining, Generate, Moved, Tokens
 from sparseray.actors.serving.text_request import TokenEvent
-from sparseray.actors.wire.envelope import INGRESS, Body, Message
+from sparseray.actors.wire.envelope import INGRESS, SCHEDULER, Body, Message
 from sparseray.actors.wire.slot_mailbox import SlotMailbox
 from sparseray.errors import SupersededError, UserError
 from sparseray.log import get_logger
 from sparseray.model.transformer import Transformer
 
 log = get_logger(__name__)
+
+SPEAK_S = 0.5
 
 
 class Job(Protocol):
@@ -64,9 +66,11 @@ class EngineRole:
         self.exchange: Exchange | None = None
         self.job: Job | None = None
         self.step_open = 1
+        self.spoke_s = 0.0
         self.handlers: dict[type[Body], Callable[[Message[Any]], None]] = {
             Generate: self._generate,
             Cancel: self._cancel,
+            Drain: self._drain,
         }
 
     @property
@@ -123,7 +127,8 @@ class EngineRole:
             observe_engine(job.observe, engine, time.perf_counter() - started)
             if self.exchange is not None:
                 observe_memory(job.observe, self.exchange)
-        if events:
+        if events or time.perf_counter() - self.spoke_s > SPEAK_S:
+            self.spoke_s = time.perf_counter()
             self.mailbox.post(INGRESS, Tokens(events=tuple(events)))
 
     def _go_on(self) -> bool:
@@ -154,6 +159,10 @@ class EngineRole:
                 error=str(error),
             )
             self.mailbox.post(INGRESS, Tokens(events=(event,)))
+
+    def _drain(self, _: Message[Drain]) -> None:
+        left = 0 if self.engine is None else len(self.engine.request_ids)
+        self.mailbox.post(SCHEDULER, Draining(num_requests=left))
 
     def _cancel(self, message: Message[Cancel]) -> None:
         if self.engine is not None and self.job is not None:

@@ -1,6 +1,6 @@
 """What an ingress, its engines and their scheduler say to each other.
 
-None of it belongs to a generation: a request outlives the plans that change while it is computed. What comes from an
+What is about requests belongs to no generation: they outlive the plans that change meanwhile. What comes from an
 engine that has no part in it any more is told by its sender and by the index of its token.
 """
 
@@ -22,7 +22,7 @@ class Generate(Body):
 
 @dataclass(frozen=True, kw_only=True)
 class Tokens(Body):
-    """What one engine step gave, for one or several requests."""
+    """What one engine step gave, for one or several requests; without any, the sign that steps go on."""
 
     is_of_any_generation: ClassVar[bool] = True
 
@@ -55,6 +55,7 @@ class Routes(Body):
         generation: of the plan.
         engines: address of every engine, by slot; none while there is none.
         reason: why there is none, for people.
+        draining: engines that finish what they have and get no new request.
     """
 
     is_of_any_generation: ClassVar[bool] = True
@@ -62,3 +63,16 @@ class Routes(Body):
     generation: int
     engines: dict[int, str]
     reason: str = ""
+    draining: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drain(Body):
+    """Say how much you have still to finish; answered by Draining."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draining(Body):
+    """How many requests an engine has."""
+
+    num_requests: int

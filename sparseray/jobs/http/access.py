@@ -25,7 +25,7 @@ from sparseray.log import get_logger
 
 logger = get_logger(__name__)
 # What is asked without a key: by those who watch the server.
-OPEN_PATHS = ("/health", "/ping", "/metrics")
+OPEN_PATHS = ("/health", "/ready", "/ping", "/metrics")
 _ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 

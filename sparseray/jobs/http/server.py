@@ -88,6 +88,7 @@ def create_app(
         Route("/detokenize", tell.detokenize, methods=post),
         Route("/tokenizer_info", tell.tokenizer_info, methods=get),
         Route("/health", tell.health, methods=get),
+        Route("/ready", tell.ready, methods=get),
         Route("/ping", tell.ping, methods=["GET", "POST"]),
         Route("/load", tell.load, methods=get),
         Route("/version", tell.version, methods=get),
