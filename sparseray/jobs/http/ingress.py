@@ -91,6 +91,11 @@ class Ingress:
         silent = self._engines & self._life.silent
         return f"no answer from the engines in slots {sorted(silent)}" if silent == self._engines else ""
 
+    @property
+    def draining(self) -> tuple[int, ...]:
+        """Engines that finish what they have and get no new request."""
+        return self._routes.draining
+
     def fail(self, why: str) -> None:
         """Take note that the job is over: nobody will answer any more."""
         with self._lock:
