@@ -124,7 +124,7 @@ def shards(bench: Bench) -> None:
             plain = bench.undisturbed(server, bench.streams)
             for role in ("expert", "memory"):
                 server.settle()
-                at = {bench.streams * bench.tokens // 3: lambda r=role: server.strike(r, number)}
+                at = {bench.streams * bench.tokens // 3: lambda r=role, n=number: server.strike(r, n)}
                 answers = bench.load(server, at).ask(range(bench.streams))
                 what = f"{role} shard {number.name}, {bench.streams} streams"
                 bench.add("shards", what, compare(answers, bench.expected), plain, limit_s)

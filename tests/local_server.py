@@ -60,6 +60,10 @@ class LocalServer:
         self.fleet.start(slots_of(self.config, self.run.generations.workload.inventory))
         self.thread = threading.Thread(target=self._drive, name="scheduler")
         self.thread.start()
+        deadline = time.monotonic() + 20.0
+        while self.ingress.reason:
+            assert time.monotonic() < deadline, self.ingress.reason
+            time.sleep(0.005)
 
     def _open(self) -> Run:
         transport = FaultyTransport(

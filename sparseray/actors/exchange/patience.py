@@ -10,6 +10,7 @@ from collections.abc import Collection, Sequence
 
 LEAST_S = 0.06
 TIMES = 4.0
+FIRST_S = 0.25
 _REMEMBERED = 64
 
 
@@ -30,7 +31,7 @@ class Patience:
     @property
     def within_s(self) -> float:
         """Seconds that the next call may take; twice as many after each one that was too few."""
-        usual_s = max(self._took_s, default=self.deadline_s / TIMES)
+        usual_s = max(self._took_s, default=FIRST_S)
         return min(self.deadline_s, max(LEAST_S, TIMES * usual_s) * 2.0**self._misses)
 
     def choose(self, holders: Sequence[int]) -> int:

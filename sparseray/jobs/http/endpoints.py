@@ -49,6 +49,8 @@ class GenerateEndpoints:
         self._bodies = BodyReader(served.limits)
         self._answers: set[Answer] = set()
         self._open = 0
+        self.refusal = ""
+        """Why no more requests are taken; empty while they are."""
         # Tokenising gives the interpreter's lock up: two threads read bodies while the event loop serves.
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="sparseray-bodies")
 
@@ -84,6 +86,9 @@ class GenerateEndpoints:
         arrived_s = time.perf_counter()
         try:
             data = await self._bodies.read(request)
+            if self.refusal:
+                headers = {"Retry-After": "1"}
+                raise ApiError(503, f"{self.refusal}; ask another", code="draining", headers=headers)
             limit = self._served.limits.max_requests
             if self._open >= limit:
                 raise OverloadedError(

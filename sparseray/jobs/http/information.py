@@ -91,8 +91,8 @@ class InformationEndpoints:
         return _state(self._client.failure)
 
     async def ready(self, _: Request) -> Response:
-        """Say whether there is an engine that answers."""
-        return _state(self._client.reason)
+        """Say whether requests are taken, and an engine answers."""
+        return _state(self._generate.refusal or self._client.reason)
 
     async def ping(self, _: Request) -> Response:
         """Answer that the server is there, engine or not."""

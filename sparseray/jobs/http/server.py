@@ -43,10 +43,11 @@ logger = get_logger(__name__)
 
 @dataclass(frozen=True)
 class App:
-    """An ASGI application, with what the server needs of it: whose requests are given time at a stop."""
+    """An ASGI application, with what others need of it: whose requests are given time at a stop, who computes them."""
 
     asgi: Starlette
     generate: GenerateEndpoints | None = None
+    client: GenerationClient | None = None
     limits: ConnectionLimits = field(default_factory=ConnectionLimits)
 
 
@@ -109,7 +110,7 @@ def create_app(
     ]
     handlers = {HTTPException: refuse, ApiError: refuse, Exception: refuse}
     asgi = Starlette(routes=routes, middleware=middleware, exception_handlers=handlers)
-    return App(asgi, generate, served.limits.connection)
+    return App(asgi, generate, client, served.limits.connection)
 
 
 class _Server(uvicorn.Server):
