@@ -39,9 +39,11 @@ def administered(parts: Parts, asked: Asked) -> Iterator[tuple[str, httpx.Client
     with LocalClient(parts.engine()) as engine:
         app = create_app(engine, served_by(parts))
         admin = create_admin_app(app, asked, "right")
-        with HttpServer(app, drain_s=0.2) as server, HttpServer(admin) as other, httpx.Client(
-            base_url=other.url, headers={"Authorization": "Bearer right"}, timeout=20
-        ) as client:
+        with (
+            HttpServer(app, drain_s=0.2) as server,
+            HttpServer(admin) as other,
+            httpx.Client(base_url=other.url, headers={"Authorization": "Bearer right"}, timeout=20) as client,
+        ):
             yield server.url, client
 
 

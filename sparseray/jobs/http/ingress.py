@@ -25,6 +25,7 @@ from sparseray.log import get_logger
 log = get_logger(__name__)
 
 LOOK_S = 0.05
+Events = asyncio.Queue[TokenEvent | SlotLostError]
 
 
 @dataclass(kw_only=True, eq=False)
@@ -34,7 +35,7 @@ class _Open:
     request: GenerationRequest
     loop: asyncio.AbstractEventLoop
     since_s: float
-    events: "asyncio.Queue[TokenEvent | SlotLostError]" = field(default_factory=asyncio.Queue)
+    events: Events = field(default_factory=asyncio.Queue)
     slot: int | None = None
     tokens: list[int] = field(default_factory=list)
     was_set_aside: bool = False
@@ -46,9 +47,15 @@ class _Open:
         done = (*self.request.resume_tokens, *self.tokens)
         return replace(self.request, resume_tokens=done, prompt_logprobs=None)
 
-    def give(self, event: TokenEvent | SlotLostError) -> None:
-        """Hand something to who waits for it, in another thread."""
-        self.loop.call_soon_threadsafe(self.events.put_nowait, event)
+    def fail(self, error: SlotLostError) -> None:
+        """Hand an error to who waits for tokens, in another thread."""
+        self.loop.call_soon_threadsafe(self.events.put_nowait, error)
+
+
+def _give(due: list[tuple[Events, TokenEvent]]) -> None:
+    """Hand events to those who wait for them."""
+    for events, event in due:
+        events.put_nowait(event)
 
 
 class Ingress:
@@ -101,7 +108,7 @@ class Ingress:
         with self._lock:
             self.failure, self._engines = why, set()
             for found in self._open.values():
-                found.give(SlotLostError(why))
+                found.fail(SlotLostError(why))
 
     # -- what comes in -------------------------------------------------------------------------------
 
@@ -121,8 +128,10 @@ class Ingress:
     def _take(self, source: int, body: Body, now: float) -> None:
         if isinstance(body, Tokens):
             self._worked_s[source] = now
-            for event in body.events:
-                self._hand_on(source, event, now)
+            due = [(o, event) for event in body.events if (o := self._taker(source, event, now)) is not None]
+            for loop in {found.loop for found, _ in due}:
+                # An event loop is woken once for all of a step's tokens.
+                loop.call_soon_threadsafe(_give, [(o.events, event) for o, event in due if o.loop is loop])
         elif isinstance(body, Moved):
             # Until the scheduler says otherwise, it is no engine.
             self._engines.discard(source)
@@ -134,17 +143,17 @@ class Ingress:
             self._ping(now)
             self._move([o for o in self._open.values() if o.slot not in self._engines])
 
-    def _hand_on(self, source: int, event: TokenEvent, now: float) -> None:
-        """Give an event to who waits for it, unless it comes again or from an engine that has no part in it."""
+    def _taker(self, source: int, event: TokenEvent, now: float) -> _Open | None:
+        """Who waits for an event; nobody if it comes again, or from an engine that has no part in the request."""
         found = self._open.get(event.request_id)
         if found is None or found.slot != source:
-            return
+            return None
         if event.index != len(found.request.resume_tokens) + len(found.tokens):
-            return
+            return None
         if event.token_id is not None:
             found.tokens.append(event.token_id)
         found.since_s = now
-        found.give(event)
+        return found
 
     # -- who is silent -------------------------------------------------------------------------------
 
@@ -172,7 +181,7 @@ class Ingress:
             return
         why = self.reason or f"slot {found.slot} made no progress for {self._deadline_s:g} s"
         found.since_s = now
-        found.give(SlotLostError(why))
+        found.fail(SlotLostError(why))
 
     # -- what goes out -------------------------------------------------------------------------------
 
