@@ -7,7 +7,7 @@ still or cannot be reached. Silence while this process stood still itself says n
 from collections.abc import Collection
 
 PING_S = 0.25
-SILENT_S = 0.75
+SILENT_S = 1.0
 STALL_S = 0.3
 
 
