@@ -213,7 +213,7 @@ def test_an_engine_that_is_planned_to_go_finishes_what_it_has(
         assert server.events.count("resized") == 2
         server.run.generations.workload.drains.limit_s = 0.0  # type: ignore[attr-defined]
         assert server.ask(requests(), at({20: scale("attention", 1)})) == undisturbed
-        assert server.events.count("resized") == 3
+        until(lambda: server.events.count("resized") == 3)
 
 
 def test_a_client_that_goes_away_frees_its_place_at_once(trained: Path, tmp_path: Path) -> None:
