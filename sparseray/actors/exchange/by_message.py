@@ -64,7 +64,8 @@ class Caller:
             requests: (slot, what to ask) each.
             reply: type of all replies.
             layer: of the envelope.
-            within_s: seconds without a reply after which to give up; None for the deadline.
+            within_s: seconds without a reply after which to give up, at once where a process has ended; None for the
+                deadline.
 
         Raises:
             SlotLostError: a slot did not answer in time.
@@ -78,7 +79,9 @@ class Caller:
         # Others compute while this slot does.
         own = [self.answers(body, layer, self.part) if slot == me else None for slot, body in requests]
         asked = {sequence: slot for sequence, (slot, _) in zip(sequences, requests) if sequence}
-        replies = self.mailbox.wait(asked, within_s or self.deadline_s, self.serve)
+        replies = self.mailbox.wait(
+            asked, within_s or self.deadline_s, self.serve, watch=within_s is not None
+        )
         found = [replies[sequence].body if sequence else mine for sequence, mine in zip(sequences, own)]
         for body in found:
             if not isinstance(body, reply):

@@ -164,6 +164,8 @@ class Ingress:
     def _look(self, now: float) -> None:
         """Move what silent engines have to those that answer, and give up what nobody goes on with."""
         self._ping(now)
+        # The kernel says at once that a process has ended; the scheduler's next plan takes longer.
+        self._life.silent |= set(self._outbox.transport.gone(sorted(self._engines)))
         silent = self._engines & self._life.silent
         if silent and silent != self._engines:
             self._move([o for o in self._open.values() if o.slot in silent])
