@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from sparseray.actors.installation import InstallPlan, JobSpec
 from sparseray.actors.roles import Job, Roles
-from sparseray.actors.serving.messages import Cancel, Generate
+from sparseray.actors.serving.messages import Cancel, Drain, Generate
 from sparseray.actors.wire.envelope import SCHEDULER, Body, Message
 from sparseray.actors.wire.messages import Commit, ExpertForward, Failed, FetchRows, Silent
 from sparseray.actors.wire.slot_mailbox import SlotMailbox
@@ -23,7 +23,7 @@ from sparseray.log import get_logger
 log = get_logger(__name__)
 
 IDLE_S = 0.5
-_UNORDERED = (InstallPlan, Generate, Cancel)
+_UNORDERED = (InstallPlan, Generate, Cancel, Drain)
 
 
 class Slot:

@@ -93,7 +93,7 @@ class Serving:
             self.route(replace(self._routes, draining=self.drains.leaving))
         if self.drains.is_due(now):
             for slot in self.drains.leaving:
-                self.mailbox.post(slot, Drain(), step=self.step + 1)
+                self.mailbox.post(slot, Drain())
         return self.drains.is_over(now)
 
     def stay(self) -> None:

@@ -1,6 +1,6 @@
 """What an ingress, its engines and their scheduler say to each other.
 
-What is about requests belongs to no generation: they outlive the plans that change meanwhile. What comes from an
+None of it belongs to a generation: a request outlives the plans that change while it is computed. What comes from an
 engine that has no part in it any more is told by its sender and by the index of its token.
 """
 
@@ -70,9 +70,13 @@ class Routes(Body):
 class Drain(Body):
     """Say how much you have still to finish; answered by Draining."""
 
+    is_of_any_generation: ClassVar[bool] = True
+
 
 @dataclass(frozen=True, kw_only=True)
 class Draining(Body):
     """How many requests an engine has."""
+
+    is_of_any_generation: ClassVar[bool] = True
 
     num_requests: int
