@@ -17,6 +17,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import ray
@@ -124,7 +125,7 @@ def shards(bench: Bench) -> None:
             plain = bench.undisturbed(server, bench.streams)
             for role in ("expert", "memory"):
                 server.settle()
-                at = {bench.streams * bench.tokens // 3: lambda r=role, n=number: server.strike(r, n)}
+                at = {bench.streams * bench.tokens // 3: partial(server.strike, role, number)}
                 answers = bench.load(server, at).ask(range(bench.streams))
                 what = f"{role} shard {number.name}, {bench.streams} streams"
                 bench.add("shards", what, compare(answers, bench.expected), plain, limit_s)
@@ -137,12 +138,12 @@ def engines(bench: Bench) -> None:
         plain = bench.undisturbed(server, streams)
         for turn in range(bench.repeats):
             server.settle()
-            at = {streams * bench.tokens // 3: lambda t=turn: server.strike("attention", signal.SIGKILL, t)}
+            at = {streams * bench.tokens // 3: partial(server.strike, "attention", signal.SIGKILL, turn)}
             kills += bench.load(server, at).ask(range(streams))
         what = f"engine of two SIGKILL, {streams} streams, {bench.repeats} times"
         bench.add("engines", what, compare(kills, bench.expected), plain, 60.0)
         server.settle()
-        at = {streams * bench.tokens // 3: lambda: server.strike("attention", signal.SIGSTOP)}
+        at = {streams * bench.tokens // 3: partial(server.strike, "attention", signal.SIGSTOP)}
         seen = compare(bench.load(server, at).ask(range(streams)), bench.expected)
         bench.add("engines", f"engine of two SIGSTOP, {streams} streams", seen, plain, 60.0)
 
@@ -220,7 +221,7 @@ def soak(bench: Bench) -> None:
 
         answers, before = list[Answer](), held()
         for turn in range(bench.cycles):
-            load = bench.load(server, {bench.streams: lambda t=turn: server.scale("expert", 1 + t % 2)})
+            load = bench.load(server, {bench.streams: partial(server.scale, "expert", 1 + turn % 2)})
             answers += load.ask(range(bench.streams))
             server.settle()
             if turn == 1:
@@ -263,9 +264,15 @@ def start(bench: Bench) -> None:
     )
 
 
+def path(bench: Bench) -> None:
+    """The HTTP path alone."""
+    for row in http():
+        bench.line(row)
+
+
 PARTS: dict[str, Callable[[Bench], None]] = {
     "start": start,
-    "http": lambda bench: [bench.line(row) for row in http()] and None,
+    "http": path,
     "shards": shards,
     "engines": engines,
     "scale": scale,
