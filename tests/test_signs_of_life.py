@@ -1,7 +1,7 @@
 """Who answers, and who may go: both are pure values, stepped by hand."""
 
 from sparseray.jobs.http.signs_of_life import PING_S, SILENT_S, STALL_S, SignsOfLife
-from sparseray.platform.draining import ASK_S, Drains
+from sparseray.platform.planning.drains import ASK_S, Drains
 
 TICK_S = 0.1
 

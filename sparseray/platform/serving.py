@@ -19,10 +19,10 @@ from sparseray.actors.wire.messages import Commit, Failed, Silent
 from sparseray.errors import SlotsLostError
 from sparseray.log import get_logger
 from sparseray.platform.config import RunConfig
-from sparseray.platform.draining import Drains
 from sparseray.platform.fleet.control import StalledError
 from sparseray.platform.generations import Generations
 from sparseray.platform.opening import serving_inventory, slots_of
+from sparseray.platform.planning.drains import Drains
 from sparseray.platform.reconciler import Reconciler
 from sparseray.platform.run import checkpoint
 from sparseray.platform.run.events import describe_pieces

@@ -41,11 +41,11 @@ class _Open:
     was_set_aside: bool = False
 
     def remaining(self) -> GenerationRequest:
-        """The request as another engine must get it."""
+        """The request as another engine must get it: who reads its text already goes before those who wait for a first word."""
         if not self.tokens:
             return self.request
-        done = (*self.request.resume_tokens, *self.tokens)
-        return replace(self.request, resume_tokens=done, prompt_logprobs=None)
+        done, priority = (*self.request.resume_tokens, *self.tokens), self.request.priority - 1
+        return replace(self.request, resume_tokens=done, prompt_logprobs=None, priority=priority)
 
     def fail(self, error: SlotLostError) -> None:
         """Hand an error to who waits for tokens, in another thread."""
