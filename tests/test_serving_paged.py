@@ -97,6 +97,17 @@ def test_a_prefix_is_computed_once_and_its_requests_keep_their_tokens(parts: Par
         assert tokens_of(found[request.request_id]) == tokens_of(alone(parts, request))
 
 
+def test_the_same_prompt_again_computes_less_than_two_pages_and_its_rest(parts: Parts) -> None:
+    engine, request = paged(parts, page=16), request_of("a", prompt_of(150), seed=3, temperature=0.9)
+    engine.add(request)
+    first = finish(engine)["a"]
+    assert engine.stats.prompt_tokens == 150
+    engine.add(request)
+    assert finish(engine)["a"] == first == alone(parts, request)
+    # 9 whole pages, of which the last is computed again.
+    assert engine.stats.prompt_tokens == 150 + 150 - 8 * 16
+
+
 def test_a_request_waits_for_pages_and_a_cancelled_one_gives_its_own_back(parts: Parts) -> None:
     engine = paged(parts, cache_bytes=None)
     engine.pool = CachePool(4, 64, 8, keeps_state=True, overlaps=True)

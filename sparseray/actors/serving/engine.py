@@ -106,9 +106,11 @@ class Ongoing:
         return self.computed < self.num_read
 
     def next_chunk(self, size: int) -> list[int]:
-        """What is read: up to the next multiple of `size`; then one token."""
+        """What is read: up to the next multiple of `size`, or where a state is stored; then one token."""
         start = self.computed
         stop = min(self.num_read, (start // size + 1) * size) if self.in_prompt else start + 1
+        if self.lease is not None and start < self.lease.stop < stop:
+            stop = self.lease.stop
         return self.tokens[start:stop]
 
 

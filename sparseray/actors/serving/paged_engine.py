@@ -29,7 +29,7 @@ from sparseray.model.transformer import Transformer
 
 log = get_logger(__name__)
 
-PAGE, CPU_PAGE = 256, 32
+PAGE, CPU_PAGE = 256, 16
 """Tokens of a page: kernels want long ones; short ones share more of a prefix."""
 
 SHARE_OF_FREE_MEMORY = 0.8
