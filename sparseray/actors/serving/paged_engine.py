@@ -211,9 +211,13 @@ class PagedEngine(Engine):
 
     @torch.no_grad()
     def _launch(self, batch: list[Ongoing]) -> _Flight:
-        """Start a step: prompts, then decoding, then the sampler."""
-        prompts = [s for s in batch if s.in_prompt]
-        decoding = [s for s in batch if not s.in_prompt]
+        """Start a step: prompts, then decoding, then the sampler.
+
+        Where chunks change no bit, single tokens go through with those of prompts.
+        """
+        is_one = self.model.ops.chunks_keep_bits and any(s.in_prompt for s in batch)
+        prompts = [s for s in batch if is_one or s.in_prompt]
+        decoding = [] if is_one else [s for s in batch if not s.in_prompt]
         hidden = self._prefill(prompts) if prompts else []
         whole = [i for i, s in enumerate(prompts) if s.computed == len(s.tokens)]
         ready, logits = [prompts[i] for i in whole], []
@@ -238,14 +242,17 @@ class PagedEngine(Engine):
         assert sequence.lease is not None
         return Chunk(lease=sequence.lease, known=sequence.tokens, count=count)
 
-    def _prefill(self, prompts: list[Ongoing]) -> list[Tensor]:
-        """Start the next chunk of each prompt; hidden states [T, H]."""
-        chunks = [self._chunk(s, len(s.next_chunk(self.prefill_chunk))) for s in prompts]
+    def _prefill(self, sequences: list[Ongoing]) -> list[Tensor]:
+        """Start the next chunk of each; hidden states [T, H]."""
+        chunks = [self._chunk(s, len(s.next_chunk(self.prefill_chunk))) for s in sequences]
         hidden = self.paged.prefill(chunks, self.experts, self.memory)
-        for chunk in chunks:
+        tokens = 0
+        for sequence, chunk in zip(sequences, chunks):
+            is_prompt = sequence.in_prompt
             chunk.lease.length += chunk.count
-            self.pool.publish(chunk.lease, self.paged.state(chunk.lease))
-        tokens = sum(chunk.count for chunk in chunks)
+            if is_prompt:
+                self.pool.publish(chunk.lease, self.paged.state(chunk.lease))
+                tokens += chunk.count
         self._stats = replace(self._stats, prompt_tokens=self._stats.prompt_tokens + tokens)
         return hidden
 
