@@ -130,7 +130,8 @@ class PagedModel:
         self.table_SW = torch.zeros(num_slots + 1, self.width, dtype=torch.int32, device=device)
         self._hashing = ops_for("auto", torch.device("cpu"))
         self._decodes: dict[int, _Decode] = {}
-        self._buckets = buckets(num_slots)
+        # A CPU captures nothing, and pays for every row.
+        self._buckets = buckets(num_slots) if device.type == "cuda" else range(1, num_slots + 1)
 
     def begin(self, lease: Lease) -> None:
         """Take a request's pages over, and the state of its shared prefix."""
