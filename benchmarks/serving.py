@@ -151,7 +151,8 @@ def engines(bench: Bench) -> None:
 def scale(bench: Bench) -> None:
     """Engines and expert shards come and go under load."""
     with bench.server(attention_workers=1, expert_shards=1, replication=1) as server:
-        plain = bench.undisturbed(server, bench.streams)
+        bench.undisturbed(server, bench.streams)
+        plain = compare(bench.load(server).keep(bench.streams, range(bench.streams), 15.0), bench.expected)
         for role, counts in (("attention", (2, 3, 2, 1)), ("expert", (2, 1))):
 
             def change(role: str = role, counts: tuple[int, ...] = counts) -> None:
