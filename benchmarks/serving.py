@@ -158,6 +158,7 @@ def scale(bench: Bench) -> None:
             def change(role: str = role, counts: tuple[int, ...] = counts) -> None:
                 for count in counts:
                     server.scale(role, count)
+                    time.sleep(3.0)
 
             load = bench.load(server, {bench.streams: change})
             seen = compare(load.keep(bench.streams, range(bench.streams), 20.0), bench.expected)
