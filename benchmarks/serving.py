@@ -15,7 +15,7 @@ import signal
 import statistics
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -64,7 +64,7 @@ class Bench:
         options = [f"--cluster.{name}={value}" for name, value in {**WIDE, **roles}.items()]
         return Server(self.checkpoint, *options, "--serve.max_waiting", "1024", "--serve.drain_s", "30")
 
-    def load(self, server: Server, at: dict[int, Callable[[], object]] | None = None) -> Load:
+    def load(self, server: Server, at: Mapping[int, Callable[[], object]] | None = None) -> Load:
         """Streams to a server.
 
         Args:
