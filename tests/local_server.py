@@ -67,7 +67,8 @@ class LocalServer:
         self.thread = threading.Thread(target=self._drive, name="scheduler")
         self.thread.start()
         deadline = time.monotonic() + 20.0
-        while self.ingress.reason:
+        # Ready is a server with one engine that answers; here requests are to find all of them.
+        while self.ingress.reason or self.ingress._life.silent:
             assert time.monotonic() < deadline, self.ingress.reason
             time.sleep(0.005)
 
