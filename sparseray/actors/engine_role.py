@@ -14,8 +14,10 @@ from sparseray.actors.observation import observe_engine, observe_memory, observe
 from sparseray.actors.serving.enduring import EnduringExchange
 from sparseray.actors.serving.engine import Engine
 from sparseray.actors.serving.messages import Cancel, Drain, Draining, Generate, Moved, Tokens
+from sparseray.actors.serving.pace import Pace
 from sparseray.actors.serving.text_request import TokenEvent
 from sparseray.actors.wire.envelope import INGRESS, SCHEDULER, Body, Message
+from sparseray.actors.wire.messages import ExpertForward, FetchRows
 from sparseray.actors.wire.slot_mailbox import SlotMailbox
 from sparseray.errors import SupersededError, UserError
 from sparseray.log import get_logger
@@ -24,10 +26,14 @@ from sparseray.model.transformer import Transformer
 log = get_logger(__name__)
 
 SPEAK_S = 0.5
+ANSWERED: dict[type[Body], str] = {ExpertForward: "experts", FetchRows: "memory"}
+"""Role of a shard by what it is asked in serving."""
 
 
 class Job(Protocol):
     """What it takes to make an engine."""
+
+    is_serving: bool
 
     def engine(self, model: Transformer, exchange: Exchange | EnduringExchange) -> Engine | None:
         """Make the engine; None for a job that does not serve.
@@ -67,6 +73,7 @@ class EngineRole:
         self.job: Job | None = None
         self.step_open = 1
         self.spoke_s = 0.0
+        self.pace = Pace(time.perf_counter())
         self.handlers: dict[type[Body], Callable[[Message[Any]], None]] = {
             Generate: self._generate,
             Cancel: self._cancel,
@@ -92,6 +99,7 @@ class EngineRole:
         self.job, self.exchange, self.step_open = job, exchange, committed + 1
         if self.engine is None and model is not None:
             self.engine = job.engine(model, EnduringExchange(self._current, self._go_on, self.patience))
+            self.pace.new_engine()
 
     def _current(self) -> Exchange:
         assert self.exchange is not None
@@ -106,6 +114,25 @@ class EngineRole:
         if engine is not None and self.job is not None:
             observe_no_engine(self.job.observe)
 
+    def tell_load(self) -> None:
+        """Tell the scheduler twice a second what the slot does, in a job that serves."""
+        now = time.perf_counter()
+        if self.job is None or not self.job.is_serving or not self.pace.is_due(now):
+            return
+        engine = self.engine
+        stats, usage = (None, 0.0) if engine is None else (engine.stats, engine.cache_usage)
+        self.mailbox.post(SCHEDULER, self.pace.take(now, stats, usage))
+
+    def answered(self, kind: type[Body], seconds: float) -> None:
+        """Take note of time that the slot took to answer a peer.
+
+        Args:
+            kind: of the request.
+            seconds: spent.
+        """
+        if (role := ANSWERED.get(kind)) is not None:
+            self.pace.answered(role, seconds)
+
     def step(self) -> None:
         """Run one step of the batch and send its tokens on.
 
@@ -114,7 +141,7 @@ class EngineRole:
         """
         engine, job = self.engine, self.job
         assert engine is not None and job is not None
-        started = time.perf_counter()
+        started, events = time.perf_counter(), list[TokenEvent]()
         try:
             events = engine.step()
         except SupersededError:
@@ -124,7 +151,9 @@ class EngineRole:
             log.warning("slot %d: a serving step failed, trying again: %s", self.mailbox.slot, error)
             return
         finally:
-            observe_engine(job.observe, engine, time.perf_counter() - started)
+            now = time.perf_counter()
+            batch = observe_engine(job.observe, engine, now - started)
+            self.pace.stepped(now - started, batch, events, now)
             if self.exchange is not None:
                 observe_memory(job.observe, self.exchange)
         if events or time.perf_counter() - self.spoke_s > SPEAK_S:
@@ -151,6 +180,7 @@ class EngineRole:
             return
         try:
             self.engine.add(request)
+            self.pace.arrived(request.request_id, time.perf_counter(), is_resumed=bool(request.resume_tokens))
         except UserError as error:
             event = TokenEvent(
                 request_id=request.request_id,
@@ -167,4 +197,5 @@ class EngineRole:
     def _cancel(self, message: Message[Cancel]) -> None:
         if self.engine is not None and self.job is not None:
             self.engine.cancel(message.body.request_id)
+            self.pace.left(message.body.request_id)
             observe_queues(self.job.observe, self.engine)

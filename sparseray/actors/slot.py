@@ -7,6 +7,7 @@ What belongs to a step that is not open yet waits until the commit before it has
 """
 
 import threading
+import time
 import traceback
 from collections import deque
 from collections.abc import Callable
@@ -60,6 +61,7 @@ class Slot:
         message: Message[Body] | None = None
         what = "generating"
         try:
+            self.roles.engine_role.tell_load()
             is_generating = self.roles.engine_role.has_work
             if self.later and not self.mailbox.is_superseded:
                 message = self.later.popleft()
@@ -102,7 +104,9 @@ class Slot:
             else:
                 self._control(message)
         elif roles.answers is not None and roles.answers.knows(kind):
+            started = time.perf_counter()
             reply = roles.answers(message.body, message.layer, message.part)
+            roles.engine_role.answered(kind, time.perf_counter() - started)
             self.mailbox.post(message.source, reply, step=message.step, reply_to=message.sequence)
         elif roles.reduction is not None and kind in roles.reduction.handlers:
             roles.reduction.handlers[kind](message)

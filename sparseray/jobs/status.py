@@ -19,7 +19,14 @@ EXAMPLE = """example:
   python -m sparseray status
   python -m sparseray status --json
 """
-STYLES = {"lost": "red", "recovered": "green", "resized": "cyan", "rebalanced": "cyan", "restored": "yellow"}
+STYLES = {
+    "lost": "red",
+    "recovered": "green",
+    "resized": "cyan",
+    "rebalanced": "cyan",
+    "autoscaled": "cyan",
+    "restored": "yellow",
+}
 
 
 def main(arguments: Sequence[str]) -> int:

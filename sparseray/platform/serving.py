@@ -10,19 +10,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sparseray.actors.installation import JobSpec, Restore
-from sparseray.actors.serving.messages import Drain, Draining, Routes
+from sparseray.actors.serving.messages import Drain, Draining, Load, Routes
 from sparseray.actors.state.assignment import Plan
 from sparseray.actors.state.pieces import Piece
 from sparseray.actors.wire.envelope import INGRESS
 from sparseray.actors.wire.mailbox import Mailbox
 from sparseray.actors.wire.messages import Commit, Failed, Silent
-from sparseray.errors import SlotsLostError
+from sparseray.errors import ConfigError, SlotsLostError
 from sparseray.log import get_logger
+from sparseray.platform.autoscaler import EVERY_S, ROLES, Autoscaler, Situation
 from sparseray.platform.config import RunConfig
 from sparseray.platform.fleet.control import StalledError
 from sparseray.platform.generations import Generations
 from sparseray.platform.opening import serving_inventory, slots_of
+from sparseray.platform.planning.autoscale import Scaling
 from sparseray.platform.planning.drains import Drains
+from sparseray.platform.planning.inventory import Roles, num_slots
 from sparseray.platform.reconciler import Reconciler
 from sparseray.platform.run import checkpoint
 from sparseray.platform.run.events import describe_pieces
@@ -135,6 +138,8 @@ class Server:
         self.config, self.serving, self.should_stop = config, serving, should_stop
         self.generations, self.reconciler, self.control = generations, reconciler, generations.control
         self.step = serving.step
+        self.autoscaler = Autoscaler(config.serve, config.cluster, serving.inventory)
+        self._looked, self._refused = 0.0, ""
 
     def start(self) -> None:
         """Give every slot its roles and its weights."""
@@ -162,15 +167,56 @@ class Server:
 
     def _turn(self) -> None:
         message = self.control.mailbox.next(TICK_S)
+        now = time.monotonic()
         if message is not None and isinstance(message.body, Failed):
             log.error("slot %d failed: %s", message.source, message.body.error)
-        if message is not None and isinstance(message.body, Silent):
+        elif message is not None and isinstance(message.body, Silent):
             self.control.probe(message.body.error)
-        if message is not None and isinstance(message.body, Draining):
+        elif message is not None and isinstance(message.body, Load):
+            self.autoscaler.hear(message.source, message.body, now)
+        elif message is not None and isinstance(message.body, Draining):
             self.serving.drains.told(message.source, message.body.num_requests)
+        if now - self._looked > EVERY_S:
+            self._looked = now
+            self._autoscale(self._situation(), now)
         self.reconciler.reconcile(self.step)
         if self.serving.drains.leaving and self.reconciler.is_settled():
             self.serving.stay()
+
+    def _situation(self) -> Situation:
+        generations, fleet = self.generations, self.generations.fleet
+        plan, wanted = generations.plan, generations.wanted
+        assert plan is not None
+        colocated = self.config.cluster.colocated
+        slots = len(fleet.members()) + fleet.starting() + fleet.room()
+        spare = slots - num_slots(wanted, colocated=colocated)
+        now = (len(plan.attention), len(plan.expert_primaries), len(plan.memory_primaries))
+        most = (slots if colocated else getattr(wanted, role) + spare for role in ROLES)
+        return Situation(
+            now=Roles(**dict(zip(ROLES, now))), wanted=wanted, room=Roles(**dict(zip(ROLES, most)))
+        )
+
+    def _autoscale(self, there: Situation, now: float) -> None:
+        """Ask for other numbers of slots where the policy wants them, and show what it sees."""
+        for role, scaling in self.autoscaler.decide(there, now).items():
+            if scaling.count != getattr(there.wanted, role):
+                self._ask(role, getattr(there.wanted, role), scaling)
+        self.autoscaler.show(there, now, self.generations.events.metrics.record)
+
+    def _ask(self, role: str, before: int, scaling: Scaling) -> None:
+        try:
+            self.reconciler.request(role, scaling.count)
+        except ConfigError as error:
+            # The policy will ask again; a person need read it once.
+            if str(error) != self._refused:
+                log.warning("not scaled: %s", error)
+            self._refused = str(error)
+            return
+        self._refused = ""
+        direction = "up" if scaling.count > before else "down"
+        self.generations.events.metrics.record("autoscale_changes_total", 1, role=role, direction=direction)
+        text = f"{role} {before} to {scaling.count}: {scaling.reason}"
+        self.generations.tell("autoscaled", self.step, text)
 
     def _recover(self, error: Exception) -> None:
         with self.reconciler.ledger.state("recovering", failed="recovering"):

@@ -80,3 +80,51 @@ class Draining(Body):
     is_of_any_generation: ClassVar[bool] = True
 
     num_requests: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineLoad:
+    """What an engine did since it last said so; latencies are counts by bucket, as serving/pace.py numbers them.
+
+    Args:
+        is_cold: whether its first steps are among them: these tell nothing of its speed.
+        waiting, running: requests that it has now.
+        cache_usage: of the cache, 0 to 1, now.
+        arrived: requests that came, not those that another engine had begun.
+        finished, finished_tokens: requests that ended, and tokens added to them here.
+        tokens: added to all requests.
+        steps, rows, busy_s: calls of the model, the sum of their batches, and the seconds that they took.
+        ttft: from a request's arrival to its first token.
+        itl: between two tokens of a request.
+    """
+
+    is_cold: bool
+    waiting: int
+    running: int
+    cache_usage: float
+    arrived: int
+    finished: int
+    finished_tokens: int
+    tokens: int
+    steps: int
+    rows: int
+    busy_s: float
+    ttft: dict[int, int]
+    itl: dict[int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load(Body):
+    """What a slot of a server did since it last said so, twice a second, to the scheduler.
+
+    Args:
+        seconds: since then.
+        answered_s: seconds of them that it took to answer its peers, by role (experts, memory).
+        engine: of the engine that it plays; None for none.
+    """
+
+    is_of_any_generation: ClassVar[bool] = True
+
+    seconds: float
+    answered_s: dict[str, float]
+    engine: EngineLoad | None
