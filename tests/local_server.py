@@ -42,13 +42,19 @@ class LocalServer:
         checkpoint: to serve.
         cluster: roles and replication.
         faults: what goes wrong.
+        serve: further settings.
     """
 
     def __init__(
-        self, folder: Path, checkpoint: Path, cluster: ClusterConfig, faults: Faults | None = None
+        self,
+        folder: Path,
+        checkpoint: Path,
+        cluster: ClusterConfig,
+        faults: Faults | None = None,
+        **serve: Any,
     ) -> None:
         folder.mkdir(parents=True)
-        config = open_serving(checkpoint, ServeConfig(prefill_chunk=8), cluster)
+        config = open_serving(checkpoint, ServeConfig(prefill_chunk=8, **serve), cluster)
         self.config = replace(config, run_dir=str(folder))
         self.sockets = Path(tempfile.mkdtemp(prefix="sr"))
         self.fleet = LocalFleet(uuid.uuid4().hex, self.sockets, faults or Faults())
