@@ -42,6 +42,7 @@ class LocalServer:
         checkpoint: to serve.
         cluster: roles and replication.
         faults: what goes wrong.
+        follows: folder of a run that is followed.
         serve: further settings.
     """
 
@@ -51,6 +52,7 @@ class LocalServer:
         checkpoint: Path,
         cluster: ClusterConfig,
         faults: Faults | None = None,
+        follows: str = "",
         **serve: Any,
     ) -> None:
         folder.mkdir(parents=True)
@@ -60,7 +62,7 @@ class LocalServer:
         self.fleet = LocalFleet(uuid.uuid4().hex, self.sockets, faults or Faults())
         transports = (ZmqTransport(name, self.sockets) for name in ("ingress", "ingress-out"))
         self.ingress = Ingress(self.fleet.job, *transports, deadline_s=20.0)
-        self.task = Served(checkpoint=str(checkpoint), ingress=self.ingress.address)
+        self.task = Served(checkpoint=str(checkpoint), ingress=self.ingress.address, run=follows)
         self.stopping, self.dying = threading.Event(), threading.Event()
         self.run = self._open()
         self.fleet.start(slots_of(self.config, self.run.generations.workload.inventory))

@@ -105,6 +105,20 @@ _ENGINE = (
     ),
 )
 
+_VERSIONS = (
+    Panel(
+        title="Version of the weights",
+        meaning="Step of the checkpoint that is served; it moves where a run is followed, or weights are published.",
+        unit="none",
+        queries=one(f"max by (run) ({series('serving_version_step')})"),
+    ),
+    Panel(
+        title="New versions",
+        meaning="Weights that the server went on with since its start, without a request that failed.",
+        unit="none",
+        queries=one(f"sum by (run) ({series('serving_versions_total')})"),
+    ),
+)
 _AUTOSCALING = (
     Panel(
         title="Slots that the server wants",
@@ -149,5 +163,11 @@ SERVING = Dashboard(
     uid="sparseray-serving",
     title="sparseray: serving",
     meaning="What do users feel, what waits, and what failed?",
-    rows=(("What users feel", _FELT), ("Load", _LOAD), ("Autoscaling", _AUTOSCALING), ("Engine", _ENGINE)),
+    rows=(
+        ("What users feel", _FELT),
+        ("Load", _LOAD),
+        ("Autoscaling", _AUTOSCALING),
+        ("Versions", _VERSIONS),
+        ("Engine", _ENGINE),
+    ),
 )

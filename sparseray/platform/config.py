@@ -168,6 +168,9 @@ class ServeConfig:
         dtype: of weights and caches on a GPU; a CPU serves in float32.
         max_waiting: requests that may wait beside those in the batches, before new ones get 429.
         drain_s: seconds that open requests get at a stop.
+        follow_every: steps of a followed run (`serve --run`) between two versions of the weights; 0 for only those that
+            `publish` brings.
+        in_flight: "finish": open requests end with the version that they began with; "switch": they go on with the new one.
         target_ttft_ms: within which nine of ten requests shall have their first token; 0 for any time.
         target_itl_ms: within which nine of ten further tokens shall come; 0 for any time.
         min_engines, max_engines: bounds of the number of engines, which follows the load; max_engines 0: it does not.
@@ -184,6 +187,8 @@ class ServeConfig:
     dtype: typing.Literal["float32", "bfloat16"] = "bfloat16"
     max_waiting: int = count(256, 1, 1 << 20)
     drain_s: float = within(5.0, 0.0, 3600.0)
+    follow_every: int = count(1, 0)
+    in_flight: typing.Literal["finish", "switch"] = "finish"
     target_ttft_ms: float = within(0.0, 0.0, 1e9)
     target_itl_ms: float = within(0.0, 0.0, 1e9)
     min_engines: int = count(1, 1, MOST_SLOTS)

@@ -38,7 +38,7 @@ class Pace:
     def __init__(self, now: float) -> None:
         self._since, self._steps_ever = now, 0
         self._open: dict[str, tuple[float, bool, int]] = {}
-        self._answered_s: Counter[str] = Counter()
+        self._answered_s: dict[str, float] = {}
         self._clear()
 
     def _clear(self) -> None:
@@ -104,21 +104,30 @@ class Pace:
             role: experts or memory.
             seconds: spent.
         """
-        self._answered_s[role] += seconds
+        self._answered_s[role] = self._answered_s.get(role, 0.0) + seconds
 
     def new_engine(self) -> None:
-        """Take note that the engine is another one, cold and empty, or none."""
-        self._open.clear()
+        """Take note that the engine is another one, and cold."""
         self._steps_ever = 0
         self._is_cold = True
 
-    def take(self, now: float, stats: EngineStats | None, cache_usage: float) -> Load:
+    def take(
+        self,
+        now: float,
+        stats: EngineStats | None,
+        cache_usage: float,
+        *,
+        version: int = 0,
+        num_earlier: int = 0,
+    ) -> Load:
         """Return what happened since the last call.
 
         Args:
             now: time.
             stats: of the engine; None where there is none.
             cache_usage: of the engine.
+            version: of the weights that the slot serves.
+            num_earlier: requests that it has of the version before.
         """
         engine = None
         if stats is not None:
@@ -137,7 +146,13 @@ class Pace:
                 ttft=dict(self._ttft),
                 itl=dict(self._itl),
             )
-        found = Load(seconds=now - self._since, answered_s=dict(self._answered_s), engine=engine)
+        found = Load(
+            seconds=now - self._since,
+            answered_s=dict(self._answered_s),
+            engine=engine,
+            version=version,
+            num_earlier=num_earlier,
+        )
         self._since = now
         self._answered_s.clear()
         self._clear()

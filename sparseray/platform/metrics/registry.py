@@ -177,6 +177,8 @@ _ELASTIC = {
                 "resized",
                 "rebalanced",
                 "autoscaled",
+                "published",
+                "refused",
                 "restored",
                 "fenced",
                 "scheduler_restarted",
@@ -271,6 +273,8 @@ _SERVING = {
         source="slot", help="Requests in the batch, once a step", buckets=BATCH_BUCKETS
     ),
     "engine_failed_steps_total": _counter(source="slot", help="Steps of the serving batch that failed"),
+    "serving_version_step": _gauge(help="Step of the weights that a server serves"),
+    "serving_versions_total": _counter(help="New weights that a server went on with"),
     "autoscale_wanted_slots": _gauge(help="Slots of a role that a server wants", labels=("role",)),
     "autoscale_busy_ratio": _gauge(
         help="Share in use of what engines can do, and of their time that shards answer, over five seconds",
