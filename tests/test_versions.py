@@ -276,3 +276,8 @@ def test_a_run_that_is_followed_brings_its_next_checkpoints(
         (line,) = [e for e in server.run.folder.event_lines() if e["kind"] == "published"]
         assert "follows step_2-" in line["text"]
         assert server.ask(requests("n")) == undisturbed[6]
+        # What a user publishes stays until the run has something newer.
+        publish(step(run, 2))(server)
+        wait_for(server, lambda: server.events.count("published") == 2)
+        server.stopping.wait(1.5)
+        assert publisher_of(server).weights.version.step == 2 and server.events.count("published") == 2

@@ -177,10 +177,10 @@ class Follower:
 
     def __init__(self, run: str, every: int) -> None:
         self.folder, self.every = RunFolder(Path(run)) if run else None, every
-        self._looked, self._refused = 0.0, ""
+        self._looked, self._refused, self._furthest = 0.0, "", 0
 
     def newest(self, step: int, now: float) -> Path | None:
-        """A checkpoint that is due, once a second.
+        """A checkpoint that is due, once a second: newer than all before, so that an older one that was published stays.
 
         Args:
             step: of the version that is served.
@@ -188,11 +188,11 @@ class Follower:
         """
         if self.folder is None or not self.every or now - self._looked < LOOK_S:
             return None
-        self._looked = now
+        self._looked, self._furthest = now, max(step, self._furthest)
         found = checkpoint.list_finished(self.folder.checkpoints)
         if not found or str(found[-1].absolute()) == self._refused:
             return None
-        is_due = int(found[-1].name.removeprefix("step_")) >= step + self.every
+        is_due = int(found[-1].name.removeprefix("step_")) >= self._furthest + self.every
         return found[-1].absolute() if is_due else None
 
     def refuse(self, directory: Path) -> None:
