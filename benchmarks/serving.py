@@ -15,7 +15,7 @@ import signal
 import statistics
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -64,7 +64,7 @@ class Bench:
         options = [f"--cluster.{name}={value}" for name, value in {**WIDE, **roles}.items()]
         return Server(self.checkpoint, *options, "--serve.max_waiting", "1024", "--serve.drain_s", "30")
 
-    def load(self, server: Server, at: dict[int, Callable[[], object]] | None = None) -> Load:
+    def load(self, server: Server, at: Mapping[int, Callable[[], object]] | None = None) -> Load:
         """Streams to a server.
 
         Args:
@@ -151,12 +151,14 @@ def engines(bench: Bench) -> None:
 def scale(bench: Bench) -> None:
     """Engines and expert shards come and go under load."""
     with bench.server(attention_workers=1, expert_shards=1, replication=1) as server:
-        plain = bench.undisturbed(server, bench.streams)
+        bench.undisturbed(server, bench.streams)
+        plain = compare(bench.load(server).keep(bench.streams, range(bench.streams), 15.0), bench.expected)
         for role, counts in (("attention", (2, 3, 2, 1)), ("expert", (2, 1))):
 
             def change(role: str = role, counts: tuple[int, ...] = counts) -> None:
                 for count in counts:
                     server.scale(role, count)
+                    time.sleep(3.0)
 
             load = bench.load(server, {bench.streams: change})
             seen = compare(load.keep(bench.streams, range(bench.streams), 20.0), bench.expected)

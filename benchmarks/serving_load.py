@@ -6,7 +6,7 @@ Plain sockets and few lines, so that a hundred streams cost the machine little.
 import asyncio
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 PROMPT = "def main(arguments):\n    "
@@ -46,7 +46,7 @@ class Load:
 
     port: int
     max_tokens: int
-    at: dict[int, Callable[[], object]] = field(default_factory=dict)
+    at: Mapping[int, Callable[[], object]] = field(default_factory=dict)
     count: int = 0
 
     def ask(self, seeds: Sequence[int]) -> list[Answer]:

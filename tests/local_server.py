@@ -42,8 +42,8 @@ class LocalServer:
         checkpoint: to serve.
         cluster: roles and replication.
         faults: what goes wrong.
+        serve: limits of the engines.
         follows: folder of a run that is followed.
-        serve: further settings.
     """
 
     def __init__(
@@ -52,11 +52,11 @@ class LocalServer:
         checkpoint: Path,
         cluster: ClusterConfig,
         faults: Faults | None = None,
+        serve: ServeConfig | None = None,
         follows: str = "",
-        **serve: Any,
     ) -> None:
         folder.mkdir(parents=True)
-        config = open_serving(checkpoint, ServeConfig(prefill_chunk=8, **serve), cluster)
+        config = open_serving(checkpoint, serve or ServeConfig(prefill_chunk=8), cluster)
         self.config = replace(config, run_dir=str(folder))
         self.sockets = Path(tempfile.mkdtemp(prefix="sr"))
         self.fleet = LocalFleet(uuid.uuid4().hex, self.sockets, faults or Faults())
@@ -69,7 +69,8 @@ class LocalServer:
         self.thread = threading.Thread(target=self._drive, name="scheduler")
         self.thread.start()
         deadline = time.monotonic() + 20.0
-        while self.ingress.reason:
+        # Ready is a server with one engine that answers; here requests are to find all of them.
+        while self.ingress.reason or self.ingress._life.silent:
             assert time.monotonic() < deadline, self.ingress.reason
             time.sleep(0.005)
 

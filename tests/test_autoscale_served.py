@@ -11,12 +11,12 @@ import pytest
 from local_cluster import tiny_run, train
 from local_server import LocalServer
 
-from sparseray.actors.serving.engine import Engine
+from sparseray.actors.serving.paged_engine import PagedEngine
 from sparseray.actors.serving.text_request import GenerationRequest, TokenEvent
-from sparseray.platform.config import ClusterConfig
+from sparseray.platform.config import ClusterConfig, ServeConfig
 
 STEP_S, LENGTH = 0.03, 8
-SERVE = {"max_batch": 4, "max_engines": 3, "target_ttft_ms": 1000.0}
+SERVE = ServeConfig(prefill_chunk=8, max_batch=4, max_engines=3, target_ttft_ms=1000.0)
 CLUSTER = ClusterConfig(standby=1, deadline_s=10.0)
 # A request is two chunks of its prompt and eight tokens; four in a batch: eleven requests a second at most.
 
@@ -53,14 +53,14 @@ def load(server: LocalServer, per_s: float, seconds: float, name: str) -> list[t
 def test_four_times_the_load_finds_another_engine_and_then_nothing_changes(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    quick = Engine.step
+    quick = PagedEngine.step
 
-    def slow(engine: Engine) -> list[TokenEvent]:
+    def slow(engine: PagedEngine) -> list[TokenEvent]:
         time.sleep(STEP_S)
         return quick(engine)
 
-    monkeypatch.setattr(Engine, "step", slow)
-    with LocalServer(tmp_path / "server", trained, CLUSTER, **SERVE) as server:
+    monkeypatch.setattr(PagedEngine, "step", slow)
+    with LocalServer(tmp_path / "server", trained, CLUSTER, serve=SERVE) as server:
         load(server, 3.0, 4.0, "a")
         assert "autoscaled" not in server.events
         begun = time.monotonic()
@@ -76,7 +76,7 @@ def test_four_times_the_load_finds_another_engine_and_then_nothing_changes(
 
 
 def test_what_a_user_scales_goes_back_within_the_bounds(trained: Path, tmp_path: Path) -> None:
-    with LocalServer(tmp_path / "server", trained, ClusterConfig(deadline_s=10.0), **SERVE) as server:
+    with LocalServer(tmp_path / "server", trained, ClusterConfig(deadline_s=10.0), serve=SERVE) as server:
         deadline = time.monotonic() + 20.0
         while server.run.generations.plan is None:
             time.sleep(0.05)

@@ -202,7 +202,9 @@ def test_an_engine_that_is_planned_to_go_finishes_what_it_has(
     with serve(tmp_path / "server", trained) as server:
         engines = engines_of(server)
         assert server.ask(requests(), at({20: scale("attention", 1)})) == undisturbed
-        assert all(engine.stats.generated_tokens == REQUESTS // 2 * LENGTH for engine in engines)
+        # Nothing was computed twice, and the one that went had something to finish.
+        assert sum(engine.stats.generated_tokens for engine in engines) == REQUESTS * LENGTH
+        assert all(engine.stats.generated_tokens > 0 for engine in engines)
         until(lambda: "resized" in server.events)
         # A wish that is taken back lets it stay; one whose time is up moves what is left.
         scale("attention", 2)(server)

@@ -178,7 +178,8 @@ def test_a_transport_sees_the_end_of_the_peers_that_it_was_connected_to(tmp_path
 
 
 def test_a_ping_is_answered_while_the_work_thread_computes_and_before_its_plan_is_taken(box: Box) -> None:
-    # This thread, the work thread's part, takes nothing from its mailbox meanwhile.
+    # This thread, the work thread's part, takes nothing from its mailbox meanwhile. Others have nothing to ping for.
+    box.transport.put(body=Ping(), source=77, sequence=4)
     box.transport.put(body=Ping(), source=SCHEDULER, sequence=5)
     box.transport.put(body=Ping(), source=SCHEDULER, sequence=6, generation=2)
     box.until(lambda: len(box.transport.sent) == 2)

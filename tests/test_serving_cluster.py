@@ -16,10 +16,10 @@ import pytest
 import torch
 from background import Background, end_leftovers, environment, free_ports
 from local_cluster import tiny_run, train
+from paged_runs import greedy
 from tokenizers import Tokenizer
 
 from sparseray.jobs.serve import main
-from sparseray.model.decode import greedy
 from sparseray.model.dse import LocalMemory
 from sparseray.model.dse_layout import DSELayout
 from sparseray.model.moe import LocalExperts

@@ -10,12 +10,12 @@ import pytest
 from local_cluster import tiny_run, train
 from local_server import Heard, LocalServer
 
-from sparseray.actors.serving.engine import Engine
+from sparseray.actors.serving.paged_engine import PagedEngine
 from sparseray.actors.serving.staging import Staging
 from sparseray.actors.serving.text_request import GenerationRequest, TokenEvent
 from sparseray.errors import ConfigError, UserError
 from sparseray.jobs.serve import main
-from sparseray.platform.config import ClusterConfig
+from sparseray.platform.config import ClusterConfig, ServeConfig
 from sparseray.platform.publishing import Publisher
 from sparseray.platform.run.folder import RunFolder
 from sparseray.platform.serving import Server
@@ -23,6 +23,12 @@ from sparseray.platform.serving import Server
 LENGTH, REQUESTS, STEP_S = 30, 4, 0.03
 WIDE = ClusterConfig(attention_workers=2, expert_shards=2, memory_shards=2, replication=2, deadline_s=8.0)
 ALONE = ClusterConfig(deadline_s=8.0)
+PLAIN = ServeConfig(prefill_chunk=8)
+SWITCH, ASKED, EVERY_THREE = (
+    replace(PLAIN, in_flight="switch"),
+    replace(PLAIN, follow_every=0),
+    replace(PLAIN, follow_every=3),
+)
 
 
 @pytest.fixture(scope="module")
@@ -36,13 +42,13 @@ def run(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
 @pytest.fixture
 def slowly(monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps take so long that requests are open still when the version has come."""
-    quick = Engine.step
+    quick = PagedEngine.step
 
-    def slow(engine: Engine) -> list[TokenEvent]:
+    def slow(engine: PagedEngine) -> list[TokenEvent]:
         time.sleep(STEP_S)
         return quick(engine)
 
-    monkeypatch.setattr(Engine, "step", slow)
+    monkeypatch.setattr(PagedEngine, "step", slow)
 
 
 def step(run: RunFolder, number: int) -> Path:
@@ -122,7 +128,7 @@ def test_open_requests_go_on_with_the_new_version_where_that_is_wanted(
     cluster: ClusterConfig, run: RunFolder, undisturbed: dict[int, list[Heard]], tmp_path: Path
 ) -> None:
     both: list[bool] = []
-    with LocalServer(tmp_path / "s", step(run, 2), cluster, in_flight="switch") as server:
+    with LocalServer(tmp_path / "s", step(run, 2), cluster, serve=SWITCH) as server:
         heard = server.ask(requests(), noting(both, {8: publish(step(run, 6))}))
         assert not any(both)
         assert all(len(h.tokens) == LENGTH and h.finish == "length" for h in heard)
@@ -247,7 +253,7 @@ def test_where_the_run_has_removed_what_is_served_its_newest_checkpoint_takes_th
     served = growing.checkpoints / "step_2"
     served.symlink_to(step(run, 2))
     cluster = replace(ALONE, expert_shards=2, standby=1)
-    with LocalServer(tmp_path / "s", served, cluster, follows=str(growing.path), follow_every=0) as server:
+    with LocalServer(tmp_path / "s", served, cluster, follows=str(growing.path), serve=ASKED) as server:
         assert server.ask(requests()) == undisturbed[2]
         (growing.checkpoints / "step_6").symlink_to(step(run, 6))
         served.unlink()
@@ -265,7 +271,7 @@ def test_a_run_that_is_followed_brings_its_next_checkpoints(
     growing.checkpoints.mkdir(parents=True)
     (growing.checkpoints / "step_2").symlink_to(step(run, 2))
     with LocalServer(
-        tmp_path / "s", growing.checkpoints / "step_2", ALONE, follows=str(growing.path), follow_every=3
+        tmp_path / "s", growing.checkpoints / "step_2", ALONE, follows=str(growing.path), serve=EVERY_THREE
     ) as server:
         server.ask(requests()[:1])
         (growing.checkpoints / "step_4").symlink_to(step(run, 4))
