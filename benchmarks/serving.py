@@ -16,7 +16,7 @@ import statistics
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -176,6 +176,36 @@ def scheduler(bench: Bench) -> None:
         bench.add("scheduler", f"SIGKILL, {bench.streams} streams", seen, plain, 0.1)
 
 
+def versions(bench: Bench) -> None:
+    """Another checkpoint of the same run is published into two engines under load, and the first one again."""
+    found = sorted(bench.checkpoint.parent.glob("step_*"))
+    other = next((path for path in found if path != bench.checkpoint), None)
+    if other is None:
+        raise FileNotFoundError(f"{bench.checkpoint.parent} has one checkpoint; give a run with two or more")
+    with bench.server(standby=0) as server:
+        plain = bench.undisturbed(server, bench.streams)
+        for new in (other, bench.checkpoint):
+            publish_to(bench, server, new, plain)
+
+
+def publish_to(bench: Bench, server: Server, new: Path, plain: Seen) -> None:
+    """Publish a checkpoint while streams are open, which end with the version that they began with.
+
+    Args:
+        bench: takes the line.
+        server: it.
+        new: the checkpoint.
+        plain: without it.
+    """
+    told: list[str] = []
+    load = bench.load(server, {bench.streams * 2: lambda: told.extend(server.ask("publish", str(new)))})
+    seen = compare(load.ask(range(bench.streams)), bench.expected)
+    server.wait(lambda: told and (told[1] or server.ask("status")["versions"] == told[:1]), f"{new.name}")
+    what = f"{new.name} published into 2 engines, {bench.streams} streams"
+    bench.add("versions", what, replace(seen, why=told[1]), plain, 0.1)
+    bench.expected |= {a.seed: a.tokens for a in bench.load(server).ask(range(bench.streams))}
+
+
 def kills(bench: Bench) -> None:
     """A random slot dies every ten seconds under constant load."""
     with bench.server(standby=2) as server:
@@ -279,6 +309,7 @@ PARTS: dict[str, Callable[[Bench], None]] = {
     "engines": engines,
     "scale": scale,
     "scheduler": scheduler,
+    "versions": versions,
     "kills": kills,
     "soak": soak,
 }

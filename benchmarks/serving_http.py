@@ -43,6 +43,10 @@ class AtOnce:
                 request_id=name, index=index, token_id=65, finish_reason="length" if is_last else None
             )
 
+    def version(self, request_id: str = "") -> str:
+        """There are no weights."""
+        return ""
+
     async def cancel(self, request_id: str) -> None:
         """Nothing is left to cancel."""
 

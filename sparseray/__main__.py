@@ -21,6 +21,7 @@ COMMANDS = {
     "status": ("sparseray.jobs.status", "plan, roles, replicas and last events of a running job"),
     "top": ("sparseray.jobs.top", "watch a running job: speed, loss, load of every slot, events"),
     "serve": ("sparseray.jobs.serve", "answer over HTTP, OpenAI-compatible"),
+    "publish": ("sparseray.jobs.publish", "have a running server go on with other weights"),
     "dashboard": (
         "sparseray.jobs.dashboard",
         "show the dashboards as one page; set up Prometheus and Grafana",

@@ -43,6 +43,7 @@ class LocalServer:
         cluster: roles and replication.
         faults: what goes wrong.
         serve: limits of the engines.
+        follows: folder of a run that is followed.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class LocalServer:
         cluster: ClusterConfig,
         faults: Faults | None = None,
         serve: ServeConfig | None = None,
+        follows: str = "",
     ) -> None:
         folder.mkdir(parents=True)
         config = open_serving(checkpoint, serve or ServeConfig(prefill_chunk=8), cluster)
@@ -60,7 +62,7 @@ class LocalServer:
         self.fleet = LocalFleet(uuid.uuid4().hex, self.sockets, faults or Faults())
         transports = (ZmqTransport(name, self.sockets) for name in ("ingress", "ingress-out"))
         self.ingress = Ingress(self.fleet.job, *transports, deadline_s=20.0)
-        self.task = Served(checkpoint=str(checkpoint), ingress=self.ingress.address)
+        self.task = Served(checkpoint=str(checkpoint), ingress=self.ingress.address, run=follows)
         self.stopping, self.dying = threading.Event(), threading.Event()
         self.run = self._open()
         self.fleet.start(slots_of(self.config, self.run.generations.workload.inventory))

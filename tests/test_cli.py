@@ -19,6 +19,7 @@ from sparseray.jobs import (
     demo,
     plan,
     pretrain,
+    publish,
     scale,
     serve,
     status,
@@ -92,9 +93,12 @@ def test_the_help_of_a_command_has_an_example_of_it_that_parses(
         (scale, "scale"),
         (status, "show"),
         (top, "watch"),
+        (publish, "publish"),
     ):
         monkeypatch.setattr(module, name, note(module.__name__))
     monkeypatch.setattr(dashboard, "run", note(dashboard.__name__))
+    monkeypatch.setattr(serve, "weights_of", lambda *_: (Path(), ""))
+    monkeypatch.setattr(publish, "only_server", str)
 
     for module in (scale, status, top):
         monkeypatch.setattr(module, "connect", lambda run_dir: None)

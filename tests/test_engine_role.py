@@ -16,6 +16,8 @@ GAUGES = ("requests_running", "requests_waiting", "cache_usage_ratio")
 class Shown:
     """A job that makes the test's engine and keeps the last value of each gauge; and a mailbox that keeps nothing."""
 
+    is_serving = True
+
     def __init__(self, parts: Parts) -> None:
         self.made, self.last = parts.engine(max_batch=2), dict[str, float]()
 

@@ -22,6 +22,7 @@ FLOORS = {
     ],
     "platform": [
         "settings",
+        "plain_values",
         "config",
         "metrics",
         "planning",
@@ -37,6 +38,10 @@ FLOORS = {
         "training",
         "step_reports",
         "trainer",
+        "autoscaler",
+        "versions",
+        "weights",
+        "publishing",
         "serving",
         "composition",
         "scheduler",

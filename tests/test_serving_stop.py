@@ -28,6 +28,9 @@ class _BreakingClient:
 
     reason = failure = ""
 
+    def version(self, request_id: str = "") -> str:
+        return ""
+
     async def cancel(self, request_id: str) -> None:
         return None
 

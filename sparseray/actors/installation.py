@@ -67,6 +67,8 @@ class InstallPlan(Body):
         commit: the last one, for a slot that has not received it.
         pulls: what to copy from peers, for pieces that are not held.
         ingress: address that tokens go to, empty in training.
+        weights: folder that a server's pieces of `step` can be read from; empty in training.
+        earlier: version of a server's weights that requests may still be finished with; -1 for none.
     """
 
     opens_generation: ClassVar[bool] = True
@@ -79,6 +81,15 @@ class InstallPlan(Body):
     commit: Commit | None = None
     pulls: tuple[PullFrom, ...] = ()
     ingress: str = ""
+    weights: str = ""
+    earlier: int = -1
+
+    @property
+    def source(self) -> Restore | None:
+        """Where the pieces come from that no peer gives; None where peers give all."""
+        if self.restore is not None or not self.weights:
+            return self.restore
+        return Restore(checkpoint=self.weights, everything=False)
 
 
 class Reads(Protocol):
@@ -99,9 +110,9 @@ def restore(
         read: reads tensors.
         with_optimizer: whether the state will be updated.
     """
-    assert message.restore is not None
+    assert message.source is not None
     lacking = [piece for piece in pieces if piece not in holdings.held]
-    directory = message.restore.checkpoint
+    directory = message.source.checkpoint
     if not directory:
         holdings.initialize(lacking)
     elif lacking:

@@ -19,7 +19,16 @@ EXAMPLE = """example:
   python -m sparseray status
   python -m sparseray status --json
 """
-STYLES = {"lost": "red", "recovered": "green", "resized": "cyan", "rebalanced": "cyan", "restored": "yellow"}
+STYLES = {
+    "lost": "red",
+    "recovered": "green",
+    "resized": "cyan",
+    "rebalanced": "cyan",
+    "autoscaled": "cyan",
+    "published": "green",
+    "refused": "yellow",
+    "restored": "yellow",
+}
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -72,6 +81,11 @@ def head(found: dict[str, Any]) -> Text:
             f"replicas  {replicas['actual']} of {replicas['target']}",
             f"goodput   {found['goodput']:.3f}",
         ]
+        if found["versions"]:
+            lines.append(f"weights   {found['versions'][-1]}")
+            lines += [
+                f"          {name}, whose requests are being finished" for name in found["versions"][:-1]
+            ]
     return Text("\n".join(lines))
 
 

@@ -7,12 +7,11 @@ keys are errors that name the nearest known one.
 import argparse
 import re
 import sys
-import types
 import typing
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 import jsonargparse
 import yaml
@@ -21,9 +20,10 @@ from sparseray.errors import ConfigError
 from sparseray.kernels.settings import Kernels
 from sparseray.model.config import ModelConfig
 from sparseray.model.limits import Limits, check, complaint, count, within
+from sparseray.platform.plain_values import from_dict as from_dict
+from sparseray.platform.plain_values import to_dict as to_dict
 from sparseray.platform.settings import Setting, expand_path, read_file, read_options
 
-C = TypeVar("C")
 MOST_SLOTS = 1 << 16
 Determinism = typing.Literal["bitwise", "fast"]
 
@@ -169,6 +169,13 @@ class ServeConfig:
         dtype: of weights and caches on a GPU; a CPU serves in float32.
         max_waiting: requests that may wait beside those in the batches, before new ones get 429.
         drain_s: seconds that open requests get at a stop.
+        follow_every: steps of a followed run (`serve --run`) between two versions of the weights; 0 for only those that
+            `publish` brings.
+        in_flight: "finish": open requests end with the version that they began with; "switch": they go on with the new one.
+        target_ttft_ms: within which nine of ten requests shall have their first token; 0 for any time.
+        target_itl_ms: within which nine of ten further tokens shall come; 0 for any time.
+        min_engines, max_engines: bounds of the number of engines, which follows the load; max_engines 0: it does not.
+        max_expert_shards, max_memory_shards: the same for the shards, whose least numbers are those of `cluster`.
         ignore_unknown_fields: leave fields that the server does not know out of a body, instead of refusing it.
     """
 
@@ -181,10 +188,22 @@ class ServeConfig:
     dtype: typing.Literal["float32", "bfloat16"] = "bfloat16"
     max_waiting: int = count(256, 1, 1 << 20)
     drain_s: float = within(5.0, 0.0, 3600.0)
+    follow_every: int = count(1, 0)
+    in_flight: typing.Literal["finish", "switch"] = "finish"
+    target_ttft_ms: float = within(0.0, 0.0, 1e9)
+    target_itl_ms: float = within(0.0, 0.0, 1e9)
+    min_engines: int = count(1, 1, MOST_SLOTS)
+    max_engines: int = count(0, 0, MOST_SLOTS)
+    max_expert_shards: int = count(0, 0, MOST_SLOTS)
+    max_memory_shards: int = count(0, 0, MOST_SLOTS)
     ignore_unknown_fields: bool = False
 
     def __post_init__(self) -> None:
         check("serve", self)
+        if 0 < self.max_engines < self.min_engines:
+            raise ConfigError(
+                f"serve.min_engines={self.min_engines} is above serve.max_engines={self.max_engines}; lower the first"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -330,44 +349,6 @@ def _shorten(message: str) -> str:
     """Keep what the library says of the mistake and drop its stack of type alternatives."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     return " ".join(dict.fromkeys(lines))[:600]
-
-
-def to_dict(config: RunConfig) -> dict[str, Any]:
-    """Return plain values for YAML, JSON or msgpack."""
-    plain: dict[str, Any] = _plain(asdict(config))
-    return plain
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def from_dict(kind: type[C], value: dict[str, Any]) -> C:
-    """Rebuild a dataclass from `to_dict`; lists become tuples where the field says so.
-
-    Args:
-        kind: the dataclass.
-        value: plain values by field.
-
-    Raises:
-        ConfigError: a key that the dataclass lacks.
-    """
-    hints = typing.get_type_hints(kind)
-    unknown = sorted(set(value) - set(hints))
-    if unknown:
-        raise ConfigError(f"unknown keys {unknown} for {kind.__name__}; was this written by another version?")
-    return kind(**{name: _typed(hints[name], item) for name, item in value.items()})
-
-
-def _typed(hint: Any, value: Any) -> Any:
-    if is_dataclass(hint) and isinstance(value, dict):
-        return from_dict(typing.cast(type, hint), value)
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if isinstance(value, list) and any(typing.get_origin(o) is tuple or o is tuple for o in options):
-        return tuple(tuple(item) if isinstance(item, list) else item for item in value)
-    return value
 
 
 def save_yaml(config: RunConfig, path: Path) -> None:

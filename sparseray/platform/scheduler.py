@@ -35,7 +35,7 @@ from sparseray.platform.run.history import JobHistory, read_job
 from sparseray.platform.run.journal import Journal
 from sparseray.platform.run.progress import Failure, Progress
 from sparseray.platform.run.registry import forget_run, register_run
-from sparseray.platform.serving import Served
+from sparseray.platform.serving import Served, Server
 
 log = get_logger(__name__)
 
@@ -230,6 +230,23 @@ class Scheduler:
             return str(error)
         return ""
 
+    def publish(self, checkpoint: str) -> tuple[str, str]:
+        """Have a server go on with other weights.
+
+        Args:
+            checkpoint: their folder; empty for the newest of the run that the server follows.
+
+        Returns:
+            The version's name, and why it is refused; one of them is empty.
+        """
+        server = self._job.driver if self._job is not None and self._thread.is_alive() else None
+        if not isinstance(server, Server):
+            return "", "that job is no server, or is not running (yet)"
+        try:
+            return server.publish(checkpoint), ""
+        except UserError as error:
+            return "", str(error)
+
     def status(self) -> dict[str, Any]:
         """What there is to see: plan, roles, replicas, slots, last events, last steps."""
         found: dict[str, Any] = {
@@ -254,6 +271,7 @@ class Scheduler:
             "replicas": {"target": self._config.cluster.replication, "actual": generations.replicas()},
             "goodput": run.reconciler.ledger.goodput,
             "load": run.reconciler.load.tolist(),
+            "versions": run.driver.versions if isinstance(run.driver, Server) else [],
             "slots": [
                 {
                     "slot": slot,

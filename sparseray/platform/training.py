@@ -28,6 +28,7 @@ class Training:
 
     ingress = ""
     is_settled_by_commit = True
+    weights = ""
 
     def __init__(self, config: RunConfig, spec: JobSpec, folder: RunFolder, journal: Journal) -> None:
         self.replication, self.spec = config.cluster.replication, spec
@@ -62,6 +63,10 @@ class Training:
             step=back,
             text=f"{what} had one holder: going back {step - back} steps to {where}",
         )
+
+    def earlier_in(self, plan: Plan) -> int:
+        """None: a step leaves nothing of the one before."""
+        return -1
 
     def may_enter(self, old: Plan, new: Plan) -> bool:
         """Always: a step is cut off and runs again.

@@ -40,6 +40,14 @@ class Workload(Protocol):
     commit: Commit | None
     """The last one, for slots that have not received it."""
 
+    @property
+    def weights(self) -> str:
+        """Folder that pieces of a generation's step can be read from at any time; empty where there is none."""
+        ...
+
+    def earlier_in(self, plan: Plan) -> int:
+        """Version of a server's weights that requests may be finished with in a plan; -1 for none."""
+
     def give_back(self, missing: Sequence[Piece], step: int) -> GivenBack:
         """Say where pieces come from that no slot holds any more.
 

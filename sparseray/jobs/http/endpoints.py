@@ -170,6 +170,7 @@ class GenerateEndpoints:
         try:
             async with aclosing(answer.deltas()) as deltas:
                 async for index, delta in deltas:
+                    renderer.version = answer.version
                     chunk = renderer.chunk(index, delta, answer.completion_tokens)
                     if chunk is not None:
                         yield sse(chunk)

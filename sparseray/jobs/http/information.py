@@ -75,6 +75,7 @@ class InformationEndpoints:
             "root": self._served.names[0],
             "parent": None,
             "max_model_len": self._served.limits.max_model_len,
+            "version": self._client.version() or None,
             "permission": [permission],
         }
 

@@ -38,6 +38,7 @@ class _Open:
     events: Events = field(default_factory=asyncio.Queue)
     slot: int | None = None
     tokens: list[int] = field(default_factory=list)
+    version: str = ""
     was_set_aside: bool = False
 
     def remaining(self) -> GenerationRequest:
@@ -103,6 +104,11 @@ class Ingress:
         """Engines that finish what they have and get no new request."""
         return self._routes.draining
 
+    def version(self, request_id: str = "") -> str:
+        """See `GenerationClient.version`."""
+        found = self._open.get(request_id)
+        return found.version if found is not None else next(reversed(self._routes.versions.values()), "")
+
     def fail(self, why: str) -> None:
         """Take note that the job is over: nobody will answer any more."""
         with self._lock:
@@ -128,13 +134,15 @@ class Ingress:
     def _take(self, source: int, body: Body, now: float) -> None:
         if isinstance(body, Tokens):
             self._worked_s[source] = now
-            due = [(o, event) for event in body.events if (o := self._taker(source, event, now)) is not None]
+            version = self._routes.versions.get(body.version, "")
+            due = [(o, e) for e in body.events if (o := self._taker(source, e, version, now)) is not None]
             for loop in {found.loop for found, _ in due}:
                 # An event loop is woken once for all of a step's tokens.
                 loop.call_soon_threadsafe(_give, [(o.events, event) for o, event in due if o.loop is loop])
         elif isinstance(body, Moved):
             # Until the scheduler says otherwise, it is no engine.
-            self._engines.discard(source)
+            if not body.stays:
+                self._engines.discard(source)
             self._move([o for i in body.request_ids if (o := self._open.get(i)) and o.slot == source])
         elif isinstance(body, Routes) and body.generation >= self._routes.generation:
             # They come again and again, so that one that is lost, or that a late `Moved` contradicts, does no harm.
@@ -143,7 +151,7 @@ class Ingress:
             self._ping(now)
             self._move([o for o in self._open.values() if o.slot not in self._engines])
 
-    def _taker(self, source: int, event: TokenEvent, now: float) -> _Open | None:
+    def _taker(self, source: int, event: TokenEvent, version: str, now: float) -> _Open | None:
         """Who waits for an event; nobody if it comes again, or from an engine that has no part in the request."""
         found = self._open.get(event.request_id)
         if found is None or found.slot != source:
@@ -152,6 +160,7 @@ class Ingress:
             return None
         if event.token_id is not None:
             found.tokens.append(event.token_id)
+            found.version = version or found.version
         found.since_s = now
         return found
 

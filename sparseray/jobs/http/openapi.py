@@ -171,12 +171,14 @@ def _answers() -> dict[str, Any]:
         parent=_or_null(TEXT),
         max_model_len=INTEGER,
         permission=_list({"type": "object"}),
+        version=_or_null(TEXT),
     )
+    known = {"system_fingerprint": TEXT}
     return {
         "Usage": _object(prompt_tokens=INTEGER, completion_tokens=INTEGER, total_tokens=INTEGER),
-        "Completion": _object(object={"const": "text_completion"}, choices=_list(text_choice), **head),
+        "Completion": _object(known, object={"const": "text_completion"}, choices=_list(text_choice), **head),
         "ChatCompletion": _object(
-            prompt, object={"const": "chat.completion"}, choices=_list(chat_choice), **head
+            prompt | known, object={"const": "chat.completion"}, choices=_list(chat_choice), **head
         ),
         "Error": _object(error=error),
         "Model": model,
