@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sparseray.errors import ConfigError
 from sparseray.model.cache import Cache
-from sparseray.model.config import ModelConfig, MoEConfig, NSAConfig, preset
+from sparseray.model.config import MLAConfig, ModelConfig, MoEConfig, NSAConfig, RopeConfig, preset
 from sparseray.model.decode import greedy
 from sparseray.model.dse import LocalMemory
 from sparseray.model.dse_layout import DSELayout
@@ -26,6 +26,12 @@ ODD = replace(
     nsa=NSAConfig(block=8, stride=4, select_block=12, num_selected=3, num_local=1, window=7, shared_kv=True),
     moe=MoEConfig(router="v2", num_shared=0, top_k=2, leading_dense=0, num_groups=4, topk_groups=2),
     dse=replace(TINY.dse, orders=(2, 4), document_end_id=5, layers=(0, 2)),
+)
+LATENT = replace(
+    TINY,
+    attention=("mla", "full", "mla", "nsa"),
+    mla=MLAConfig(q_lora_rank=24, kv_lora_rank=40, qk_nope_head_dim=12, qk_rope_head_dim=10, v_head_dim=14),
+    rope=RopeConfig(scaling="yarn", factor=4.0, original_max_seq_len=64, mscale=1.0, mscale_all_dim=0.7),
 )
 
 
@@ -71,9 +77,9 @@ class Net:
         return self.model.run_chunks(chunks, experts=self.experts, memory=self.memory)
 
 
-@pytest.fixture(scope="module", params=["tiny", "odd"])
+@pytest.fixture(scope="module", params=["tiny", "odd", "latent"])
 def net(request: pytest.FixtureRequest) -> Net:
-    return Net({"tiny": TINY, "odd": ODD}[request.param])
+    return Net({"tiny": TINY, "odd": ODD, "latent": LATENT}[request.param])
 
 
 def random_tokens(count: int, seed: int) -> Tensor:

@@ -143,7 +143,9 @@ class RunFolder:
         manifest, cure = checkpoint.read_manifest(newest), f"remove {newest} to use the one before"
         if manifest["step"] != int(newest.name.removeprefix("step_")):
             raise CheckpointError(f"{newest} holds step {manifest['step']}: it was renamed; {cure}")
-        old, new = _flat(manifest["config"]["model"]), _flat(to_dict(config)["model"])
+        # What a later version added has its default.
+        old = _flat(to_dict(RunConfig())["model"]) | _flat(manifest["config"]["model"])
+        new = _flat(to_dict(config)["model"])
         differing = [f"model.{key}" for key in sorted(old | new) if old.get(key) != new.get(key)]
         if differing:
             raise CheckpointError(f"{newest} is of another model ({', '.join(differing[:5])} differ); {cure}")
