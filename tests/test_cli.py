@@ -17,6 +17,8 @@ from sparseray.jobs import (
     dashboard,
     data,
     demo,
+    export,
+    import_,
     plan,
     pretrain,
     scale,
@@ -87,13 +89,15 @@ def test_the_help_of_a_command_has_an_example_of_it_that_parses(
         (plan, "run"),
         (pretrain, "run"),
         (serve, "run"),
+        (import_, "run"),
+        (export, "run"),
         (submit, "submit"),
         (demo, "demo"),
         (scale, "scale"),
         (status, "show"),
         (top, "watch"),
     ):
-        monkeypatch.setattr(module, name, note(module.__name__))
+        monkeypatch.setattr(module, name, note(module.__name__.rstrip("_")))
     monkeypatch.setattr(dashboard, "run", note(dashboard.__name__))
 
     for module in (scale, status, top):
