@@ -69,13 +69,29 @@ def _body(fields: Mapping[str, Field], endpoint: str, required: list[str]) -> di
 
 
 def _property(field: Field) -> dict[str, Any]:
-    found: dict[str, Any] = {"description": field.about}
+    """What a field may be; null stands for an absent one. Made so that generators of clients understand it."""
+    about = {"description": field.about}
     if field.neutral is not None:
-        return found | {"enum": [*field.neutral, None]}
-    found["type"] = [*field.kind, "null"]
-    if field.low is not None:
-        found |= {"minimum": field.low, "maximum": field.high}
-    return found | dict(field.schema or {})
+        kinds = [_just(value) for value in field.neutral] + [{"type": "null"}]
+        return about | {"anyOf": [kind for i, kind in enumerate(kinds) if kind not in kinds[:i]]}
+    schema = dict(field.schema or {})
+    if "anyOf" in schema:
+        return about | {"anyOf": [*schema["anyOf"], {"type": "null"}]}
+    found: dict[str, Any] = about | {"type": [*field.kind, "null"]} | schema
+    return found if field.low is None else found | {"minimum": field.low, "maximum": field.high}
+
+
+def _just(value: Any) -> dict[str, Any]:
+    """A schema that this value alone fits."""
+    if isinstance(value, bool):
+        # Generators know no booleans of one value.
+        return {"type": "boolean"}
+    if isinstance(value, list):
+        items = {"type": "string", "enum": value} if value else {}
+        return {"type": "array", "items": items, "maxItems": len(value)}
+    if isinstance(value, dict):
+        return {"type": "object", "maxProperties": 0}
+    return {"const": value}
 
 
 def _get(operation: str, answer: str) -> dict[str, Any]:
