@@ -104,10 +104,9 @@ def cut_off(folder: Path) -> None:
     shard.write_bytes(shard.read_bytes()[:-100])
 
 
-def another_tokenizer(folder: Path) -> None:
-    Tokenizer(models.WordLevel({f"w{i}": i for i in range(300)}, unk_token="w0")).save(
-        str(folder / "tokenizer.json")
-    )
+def another_tokenizer(folder: Path, size: int = 300) -> None:
+    words = {f"w{index}": index for index in range(size)}
+    Tokenizer(models.WordLevel(words, unk_token="w0")).save(str(folder / "tokenizer.json"))
 
 
 def only_pickles(folder: Path) -> None:
@@ -153,6 +152,9 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "an index that is none": (lambda f: (f / INDEX).write_text("[]"), [INDEX, "download it again"]),
     "a tokenizer of another vocabulary": (
         another_tokenizer, ["tokenizer.json", "ids up to 299", "vocab_size=272", "use its own"],
+    ),
+    "a tokenizer without the end of a text": (
+        lambda f: another_tokenizer(f, 200), ["tokenizer.json", "no id 270", "eos_token_id"],
     ),
     "a tokenizer that is none": (
         lambda f: (f / "tokenizer.json").write_text("{}"), ["tokenizer.json", "cannot be read"],

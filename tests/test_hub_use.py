@@ -58,7 +58,7 @@ def test_an_imported_model_is_served(ckpt: Path) -> None:
     prompts = [tuple(range(3, 3 + length)) for length in (5, 23, 40)]
     for index, prompt in enumerate(prompts):
         request = GenerationRequest(
-            request_id=str(index), prompt_tokens=prompt, max_tokens=8, temperature=0.0, ignore_eos=True
+            request_id=str(index), prompt_tokens=prompt, max_tokens=8, temperature=0.0
         )
         engine.add(request)
     found: dict[str, list[int]] = {}

@@ -60,16 +60,23 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--from", required=True, dest="source", metavar="DIR", help="folder of the model")
     parser.add_argument("--out", required=True, metavar="CKPT", help="checkpoint to make, a new folder")
     options = parser.parse_args(arguments)
-    begin = time.perf_counter()
     try:
-        source, out = (
-            Path(expand_path(path, name))
-            for path, name in ((options.source, "--from"), (options.out, "--out"))
-        )
-        with progress_of_bytes() as progress:
-            manifest = import_model(source, out, progress)
+        paths = ((options.source, "--from"), (options.out, "--out"))
+        return run(*(Path(expand_path(path, name)) for path, name in paths))
     except UserError as error:
         return configuration.die(error)
+
+
+def run(source: Path, out: Path) -> int:
+    """Import a model, and say what was made.
+
+    Args:
+        source: folder of the model.
+        out: checkpoint to make.
+    """
+    begin = time.perf_counter()
+    with progress_of_bytes() as progress:
+        manifest = import_model(source, out, progress)
     num_bytes, seconds = sum(manifest["files"].values()), time.perf_counter() - begin
     print(f"{num_bytes / 1e6:.1f} MB in {seconds:.1f} s ({num_bytes / 1e6 / seconds:.1f} MB/s)")
     if later := manifest.get("left_out"):
@@ -178,18 +185,23 @@ def _check_fp8(folder: HubFolder) -> None:
 
 
 def _check_tokenizer(path: Path, model: ModelConfig) -> None:
-    """See that the model has a row for every id of its tokenizer."""
+    """See that the model has a row for every id of its tokenizer, which knows the end of a text."""
     from sparseray.actors.training.token_data import load_tokenizer
 
     if not path.is_file():
         raise CheckpointError(
             f"{path} is missing; save it there with transformers: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
         )
-    largest = max(load_tokenizer(path).get_vocab().values(), default=-1)
+    ids = set(load_tokenizer(path).get_vocab().values())
+    largest, end = max(ids, default=-1), model.dse.document_end_id
     if largest >= model.vocab_size:
         raise CheckpointError(
             f"{path} has ids up to {largest} and config.json says vocab_size={model.vocab_size}: it is the tokenizer of"
             " another model; use its own"
+        )
+    if end >= 0 and end not in ids:
+        raise CheckpointError(
+            f"{path} has no id {end}, which config.json calls eos_token_id; use the model's own tokenizer, or mend the key"
         )
 
 

@@ -7,7 +7,7 @@ through, the cluster can start; all that a user can have got wrong is said here,
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sparseray.actors.training.token_data import TokenDataset
+from sparseray.actors.training.token_data import TokenDataset, load_tokenizer
 from sparseray.errors import CheckpointError, ConfigError, IdentityError
 from sparseray.model.config import ModelConfig
 from sparseray.model.dse_layout import DSELayout
@@ -109,7 +109,8 @@ def check_origin(config: RunConfig, layout: DSELayout | None) -> None:
             f"init_from={origin} addresses its table rows by another DSE identity; use its data"
         )
     tokenizers = [origin / "tokenizer.json", Path(config.data.path) / "tokenizer.json"]
-    if len({checkpoint.file_sha256(path) for path in tokenizers}) > 1:
+    vocabularies = [load_tokenizer(path).get_vocab() for path in tokenizers]
+    if vocabularies[0] != vocabularies[1]:
         raise IdentityError(
             f"init_from={origin} has another tokenizer than data.path={config.data.path}; prepare the data with"
             f" --tokenizer {tokenizers[0]}"
