@@ -40,6 +40,7 @@ def make(folder: Path, megabytes: int) -> None:
         "num_attention_heads": 8, "num_key_value_heads": 8, "kv_lora_rank": 128, "q_lora_rank": None,
         "qk_nope_head_dim": 64, "qk_rope_head_dim": 32, "v_head_dim": 64, "n_routed_experts": 16,
         "num_experts_per_tok": 4, "n_group": 1, "topk_group": 1, "topk_method": "greedy", "first_k_dense_replace": 1,
+        "eos_token_id": 0,
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
     Tokenizer(models.WordLevel({"a": 0}, unk_token="a")).save(str(folder / "tokenizer.json"))
@@ -61,13 +62,14 @@ def make(folder: Path, megabytes: int) -> None:
 
 
 PROGRAM = """
-import resource, sys
+import sys
+from pathlib import Path
 from sparseray.__main__ import main
 sys.argv[0] = "sparseray"
 try:
     sys.exit(main())
 finally:
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)
+    print(*(x.split()[1] for x in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in x), file=sys.stderr)
 """
 
 

@@ -16,7 +16,7 @@ from sparseray.jobs.export import export_model
 from sparseray.jobs.http.serving_model import read_served
 from sparseray.jobs.tokens.prepare import prepare, quiet
 from sparseray.model.decode import greedy
-from sparseray.platform.config import ClusterConfig, RunConfig, ServeConfig, from_dict
+from sparseray.platform.config import ClusterConfig, RunConfig, ServeConfig, from_dict, load_yaml
 from sparseray.platform.opening import open_serving, open_training
 from sparseray.platform.run import checkpoint
 
@@ -119,6 +119,10 @@ def test_a_longer_context_may_begin_with_weights_of_a_shorter_one(run: RunConfig
     longer = replace(run.model, max_seq_len=256, rope=rope)
     found = open_training(replace(run, run_dir=str(tmp_path / "run"), model=longer))
     assert found.config.model.rope.factor == 16.0
+
+
+def test_the_configuration_beside_an_imported_model_is_that_of_its_run(ckpt: Path, run: RunConfig) -> None:
+    assert load_yaml(ckpt / "config.yaml").model == run.model
 
 
 def test_data_of_another_tokenizer_is_refused(run: RunConfig, corpus: Path, tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from sparseray.jobs.tokens.prepare import Progress
     from sparseray.model.config import ModelConfig
     from sparseray.model.hub import Entry
+    from sparseray.platform.config import RunConfig
 
 DESCRIPTION = (
     """Turn a Hugging Face model of the DeepSeek family (deepseek_v2, deepseek_v3) into a checkpoint."""
@@ -38,6 +39,8 @@ EXAMPLE = """example:
 """
 HUB_CONFIG = "hub_config.json"
 """What the model's own `config.json` is called in a checkpoint; an export keeps its other keys."""
+RUN_CONFIG = "config.yaml"
+"""For `pretrain --config`, to go on with the model."""
 TEXT_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -82,6 +85,9 @@ def run(source: Path, out: Path) -> int:
     if later := manifest.get("left_out"):
         print(f"left out: {later} tensors of layers that predict further tokens")
     print(f"checkpoint: {out}\nserve it: python -m sparseray serve --checkpoint {out}")
+    print(
+        f"train it: python -m sparseray pretrain --config {out / RUN_CONFIG} --init_from {out} --data.path DATA"
+    )
     return 0
 
 
@@ -125,7 +131,11 @@ def import_model(source: Path, out: Path, progress: Progress) -> dict[str, Any]:
             tensors |= _write(unfinished, f"weights_{index:05d}", group)
             done += sum(t.nbytes for t in group.values())
             progress("import", done, total)
-        manifest = _manifest(unfinished, model, tensors, (*texts, HUB_CONFIG))
+        config = configuration.RunConfig(model=model)
+        length = min(config.train.seq_len, model.max_seq_len)
+        config = replace(config, train=replace(config.train, seq_len=length))
+        configuration.save_yaml(config, unfinished / RUN_CONFIG)
+        manifest = _manifest(unfinished, config, tensors, (*texts, HUB_CONFIG, RUN_CONFIG))
         checkpoint.finish(unfinished, manifest)
     return manifest | {"left_out": len(later)}
 
@@ -231,23 +241,19 @@ def _write(folder: Path, file: str, group: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def _manifest(
-    folder: Path, model: ModelConfig, tensors: dict[str, Any], identity: tuple[str, ...]
+    folder: Path, config: RunConfig, tensors: dict[str, Any], identity: tuple[str, ...]
 ) -> dict[str, Any]:
     """What `checkpoint.finish` writes.
 
     Args:
         folder: of the checkpoint.
-        model: its configuration.
+        config: of a run of the model.
         tensors: where each is, as `checkpoint.write_part` said.
         identity: small files beside them.
     """
     from sparseray.platform.run import checkpoint
 
     files = sorted({entry["file"] for entry in tensors.values()} | {*identity})
-    config = configuration.RunConfig(model=model)
-    config = replace(
-        config, train=replace(config.train, seq_len=min(config.train.seq_len, model.max_seq_len))
-    )
     return {
         "format": checkpoint.FORMAT,
         "step": 0,

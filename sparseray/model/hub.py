@@ -132,7 +132,8 @@ def _moe(config: ModelConfig, layer: int) -> Iterator[Entry]:
     yield _one(f"{ours}.router.weight", f"{theirs}.gate.weight", moe.num_experts, config.hidden)
     biases = (f"{theirs}.gate.e_score_correction_bias",) if moe.router == "v3" else ()
     yield Entry(name=f"{ours}.router_bias", shape=(moe.num_experts,), theirs=biases)
-    yield from _mlp(config, f"{ours}.shared", f"{theirs}.shared_experts", moe.num_shared * moe.expert_dim)
+    if moe.num_shared:
+        yield from _mlp(config, f"{ours}.shared", f"{theirs}.shared_experts", moe.num_shared * moe.expert_dim)
     for expert in range(moe.num_experts):
         for part in EXPERT_PARTS:
             name = f"{theirs}.experts.{expert}.{part}_proj.weight"

@@ -59,7 +59,8 @@ class LatentPool:
 
 def _in_halves(x: Tensor) -> Tensor:
     """Put channels 0, 2, 4, ... before 1, 3, 5, ...; what queries and keys both undergo changes no score."""
-    return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+    halves: Tensor = x.unflatten(-1, (-1, 2)).transpose(-1, -2)
+    return halves.flatten(-2)
 
 
 class MLAttention(Attention):
