@@ -13,6 +13,7 @@ from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, DeepseekV3Conf
 
 from sparseray.jobs.import_ import import_model
 from sparseray.jobs.tokens.prepare import quiet
+from sparseray.kernels.compiled_ops import COMPILED
 from sparseray.model.moe import LocalExperts
 from sparseray.model.transformer import Transformer
 from sparseray.platform.config import RunConfig, from_dict
@@ -120,7 +121,7 @@ class Ours:
     def __init__(self, directory: Path) -> None:
         manifest = checkpoint.read_manifest(directory)
         self.config = from_dict(RunConfig, manifest["config"]).model
-        self.model, self.experts = Transformer(self.config, None), LocalExperts(self.config)
+        self.model, self.experts = Transformer(self.config, None, ops=COMPILED), LocalExperts(self.config)
         own = self.model.state_dict() | self.experts.tensors()
         read = checkpoint.read_tensors(directory, list(own))
         assert set(read) == set(manifest["tensors"])

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 from hub_models import KINDS, VOCABULARY, Ours, imported, make, save, save_single, tensors_of
+from paged_runs import Served
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from sparseray.jobs.export import export_model
 from sparseray.jobs.hub_folder import dequantized
 from sparseray.jobs.tokens.prepare import quiet
-from sparseray.model.decode import greedy
 from sparseray.model.hub import entries
 from sparseray.platform.run import checkpoint
 
@@ -41,10 +41,14 @@ def test_logits_are_those_of_transformers(pair: tuple[Any, Path, Path]) -> None:
 
 def test_greedy_text_is_that_of_transformers(pair: tuple[Any, Path, Path]) -> None:
     prompt, ours = tokens(1, 21), Ours(pair[2])
-    found = greedy(ours.model, prompt[0], 64, experts=ours.experts, memory=None, chunk=8)
+    served = Served(ours.model, ours.experts, None, page=16)
+    with torch.no_grad():
+        found = [ours.model.logits(served.text(prompt[0], [8, 8, 5])[-1:]).argmax(-1)]
+    for _ in range(63):
+        found.append(served.decode([(1, found[-1])]).argmax(-1))
     pair[0].generation_config = GenerationConfig(do_sample=False, max_new_tokens=64)
     expected = pair[0].generate(prompt)
-    assert found.tolist() == expected[0, 21:].tolist()
+    assert torch.cat(found).tolist() == expected[0, 21:].tolist()
 
 
 def test_the_way_in_and_out_changes_no_byte_and_no_setting(

@@ -8,14 +8,14 @@ import pytest
 import torch
 from hub_models import Ours, imported, make, save
 from local_cluster import tiny_run, train
+from paged_runs import greedy
 
-from sparseray.actors.serving.engine import Engine
+from sparseray.actors.serving.paged_engine import PagedEngine
 from sparseray.actors.serving.text_request import GenerationRequest
 from sparseray.errors import CheckpointError, IdentityError
 from sparseray.jobs.export import export_model
 from sparseray.jobs.http.serving_model import read_served
 from sparseray.jobs.tokens.prepare import prepare, quiet
-from sparseray.model.decode import greedy
 from sparseray.platform.config import ClusterConfig, RunConfig, ServeConfig, from_dict, load_yaml
 from sparseray.platform.opening import open_serving, open_training
 from sparseray.platform.run import checkpoint
@@ -54,7 +54,7 @@ def test_an_imported_model_is_served(ckpt: Path) -> None:
     served = read_served(ckpt, config, ("v3",))
     assert served.template.source is not None and served.vocabulary.eos_id == 270
     ours = Ours(ckpt)
-    engine = Engine(ours.model, ours.experts, None, max_batch=4, max_model_len=64, prefill_chunk=16)
+    engine = PagedEngine(ours.model, ours.experts, None, max_batch=4, max_model_len=64, prefill_chunk=16)
     prompts = [tuple(range(3, 3 + length)) for length in (5, 23, 40)]
     for index, prompt in enumerate(prompts):
         request = GenerationRequest(

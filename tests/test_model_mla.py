@@ -5,14 +5,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+from paged_runs import Served, greedy
 from torch import Tensor
 
+from sparseray.actors.serving.paged_model import page_bytes
 from sparseray.errors import ConfigError
+from sparseray.kernels.compiled_ops import COMPILED
+from sparseray.kernels.ops import REFERENCE, Ops
 from sparseray.model.attention.mla import LATENT_EPS, MLAttention
-from sparseray.model.cache import Cache
 from sparseray.model.config import MLAConfig, ModelConfig, RopeConfig
 from sparseray.model.counts import count_parameters, flops_per_token
-from sparseray.model.decode import greedy
 from sparseray.model.init import initial_dense
 from sparseray.model.layers import Batch, Rope, rope_tables
 from sparseray.model.moe import LocalExperts
@@ -81,19 +83,14 @@ def test_the_layer_equals_the_papers_equations_at_every_token(
         torch.testing.assert_close(fast, slow_mla(layer, config, x_TH), rtol=1e-4, atol=1e-5)
 
 
-def test_a_token_costs_the_cache_a_latent_and_a_rotary_key_a_layer() -> None:
-    config = replace(CONFIG, attention=("mla", "full"))
-    mine = [sum(t.numel() for t in layer.tensors()) for layer in Cache(config, 50).layers]
-    assert mine[0] == 50 * (24 + 8)
+def test_a_token_costs_a_latent_and_a_rotary_key_a_layer() -> None:
+    pool = MLAttention.new_pool(CONFIG, 3, 16, torch.float32, torch.device("cpu"))
+    assert [tuple(t.shape) for t in pool.tensors()] == [(3, 16, 1, 24 + 8)]
+    assert page_bytes(CONFIG, 16, torch.bfloat16) == 2 * 16 * (24 + 8) * 2
     v3 = MLAConfig(
         q_lora_rank=1536, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128
     )
     assert v3.cache_width == 576
-
-
-def test_a_page_of_latents_holds_them_once() -> None:
-    pool = MLAttention.new_pool(CONFIG, 3, 16, torch.float32, torch.device("cpu"))
-    assert [tuple(t.shape) for t in pool.tensors()] == [(3, 16, 1, 32)]
 
 
 def test_counts_are_those_of_deepseek_v3() -> None:
@@ -136,17 +133,17 @@ def test_every_parameter_gets_a_gradient_and_a_step_lowers_the_loss() -> None:
     assert loss() < before
 
 
-def test_greedy_text_from_latents_is_that_of_whole_passes() -> None:
+@pytest.mark.parametrize("ops", [COMPILED, REFERENCE], ids=["compiled", "plain"])
+def test_text_decoded_from_latents_is_that_of_whole_passes(ops: Ops) -> None:
     config = replace(CONFIG, rope=YARN, init_std=0.3)
-    model, experts = Transformer(config, None), LocalExperts(config)
+    model, experts = Transformer(config, None, ops=ops), LocalExperts(config)
     prompt = torch.randint(0, 64, (9,), generator=torch.Generator().manual_seed(0))
-    got = greedy(model, prompt, 40, experts=experts, memory=None, chunk=4)
-    tokens = prompt
+    served = Served(model, experts, None, page=16)
     with torch.no_grad():
-        for _ in range(40):
-            hidden = model(tokens[None], experts=experts, memory=None).hidden_BTH[0, -1:]
-            tokens = torch.cat([tokens, model.logits(hidden).argmax(-1)])
-    assert got.tolist() == tokens[9:].tolist()
+        tokens = [model.logits(served.text(prompt, [4, 4, 1])[-1:]).argmax(-1)]
+    for _ in range(39):
+        tokens.append(served.decode([(1, tokens[-1])]).argmax(-1))
+    assert torch.cat(tokens).tolist() == greedy(model, prompt, 40, experts=experts, memory=None).tolist()
 
 
 def test_yarn_keeps_fast_channels_and_slows_slow_ones_down_by_the_factor() -> None:

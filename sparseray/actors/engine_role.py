@@ -8,19 +8,22 @@ import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from sparseray.actors.exchange.patience import Patience
 from sparseray.actors.exchange.protocol import Exchange
 from sparseray.actors.observation import observe_engine, observe_memory, observe_no_engine, observe_queues
 from sparseray.actors.serving.enduring import EnduringExchange
 from sparseray.actors.serving.engine import Engine
-from sparseray.actors.serving.messages import Cancel, Generate, Moved, Tokens
+from sparseray.actors.serving.messages import Cancel, Drain, Draining, Generate, Moved, Tokens
 from sparseray.actors.serving.text_request import TokenEvent
-from sparseray.actors.wire.envelope import INGRESS, Body, Message
+from sparseray.actors.wire.envelope import INGRESS, SCHEDULER, Body, Message
 from sparseray.actors.wire.slot_mailbox import SlotMailbox
 from sparseray.errors import SupersededError, UserError
 from sparseray.log import get_logger
 from sparseray.model.transformer import Transformer
 
 log = get_logger(__name__)
+
+SPEAK_S = 0.5
 
 
 class Job(Protocol):
@@ -52,17 +55,22 @@ class EngineRole:
     Args:
         mailbox: of the slot.
         enter: enters the plan of a message.
+        patience: with those who hold experts and rows.
     """
 
-    def __init__(self, mailbox: SlotMailbox, enter: Callable[[Message[Body]], None]) -> None:
-        self.mailbox, self.enter = mailbox, enter
+    def __init__(
+        self, mailbox: SlotMailbox, enter: Callable[[Message[Body]], None], patience: Patience
+    ) -> None:
+        self.mailbox, self.enter, self.patience = mailbox, enter, patience
         self.engine: Engine | None = None
         self.exchange: Exchange | None = None
         self.job: Job | None = None
         self.step_open = 1
+        self.spoke_s = 0.0
         self.handlers: dict[type[Body], Callable[[Message[Any]], None]] = {
             Generate: self._generate,
             Cancel: self._cancel,
+            Drain: self._drain,
         }
 
     @property
@@ -83,7 +91,7 @@ class EngineRole:
             self.drop()
         self.job, self.exchange, self.step_open = job, exchange, committed + 1
         if self.engine is None and model is not None:
-            self.engine = job.engine(model, EnduringExchange(self._current, self._go_on))
+            self.engine = job.engine(model, EnduringExchange(self._current, self._go_on, self.patience))
 
     def _current(self) -> Exchange:
         assert self.exchange is not None
@@ -119,7 +127,8 @@ class EngineRole:
             observe_engine(job.observe, engine, time.perf_counter() - started)
             if self.exchange is not None:
                 observe_memory(job.observe, self.exchange)
-        if events:
+        if events or time.perf_counter() - self.spoke_s > SPEAK_S:
+            self.spoke_s = time.perf_counter()
             self.mailbox.post(INGRESS, Tokens(events=tuple(events)))
 
     def _go_on(self) -> bool:
@@ -150,6 +159,10 @@ class EngineRole:
                 error=str(error),
             )
             self.mailbox.post(INGRESS, Tokens(events=(event,)))
+
+    def _drain(self, _: Message[Drain]) -> None:
+        left = 0 if self.engine is None else len(self.engine.request_ids)
+        self.mailbox.post(SCHEDULER, Draining(num_requests=left))
 
     def _cancel(self, message: Message[Cancel]) -> None:
         if self.engine is not None and self.job is not None:

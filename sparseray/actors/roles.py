@@ -17,6 +17,7 @@ from sparseray.actors.exchange.answers import Answers
 from sparseray.actors.exchange.by_message import Caller, MessageExchange
 from sparseray.actors.exchange.local import LocalExchange
 from sparseray.actors.exchange.on_device import OnDeviceExchange
+from sparseray.actors.exchange.patience import Patience
 from sparseray.actors.exchange.protocol import Exchange
 from sparseray.actors.exchange.reduction import Reduction
 from sparseray.actors.installation import InstallPlan, JobSpec, pull_missing, restore
@@ -126,7 +127,8 @@ class Roles:
         self.exchange: Exchange | None = None
         self.worker: AttentionWorker | None = None
         self.saving = BackgroundSave()
-        self.engine_role = EngineRole(mailbox, enter)
+        self.patience = Patience()
+        self.engine_role = EngineRole(mailbox, enter, self.patience)
         self.control: dict[type[Body], Callable[[Message[Any]], None]] = {
             InstallPlan: self._install,
             RunStep: self._run_step,
@@ -159,7 +161,7 @@ class Roles:
         self.job = self.job_from(body.job)
         if self.holdings is None:
             self.holdings = self.job.holdings()
-        trains = not self.job.is_serving
+        trains, self.patience.deadline_s = not self.job.is_serving, self.job.deadline_s
         self.answers = Answers(self.holdings, self.job.observe, with_optimizer=trains)
         call = Caller(self.mailbox, self.answers, self.serve, self.job.deadline_s)
         mine = plan.pieces_of(me)
@@ -221,6 +223,7 @@ class Roles:
                 moe_layers=experts.config.moe_layers,
                 memory_layers=() if memory is None else memory.layers,
                 bounds=() if memory is None else memory.bounds,
+                patience=self.patience if self.job.is_serving else None,
             )
         self.worker = AttentionWorker(dense, self.exchange)
 

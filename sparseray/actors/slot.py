@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from sparseray.actors.installation import InstallPlan, JobSpec
 from sparseray.actors.roles import Job, Roles
-from sparseray.actors.serving.messages import Cancel, Generate
+from sparseray.actors.serving.messages import Cancel, Drain, Generate
 from sparseray.actors.wire.envelope import SCHEDULER, Body, Message
 from sparseray.actors.wire.messages import Commit, ExpertForward, Failed, FetchRows, Silent
 from sparseray.actors.wire.slot_mailbox import SlotMailbox
@@ -23,7 +23,7 @@ from sparseray.log import get_logger
 log = get_logger(__name__)
 
 IDLE_S = 0.5
-_UNORDERED = (InstallPlan, Generate, Cancel)
+_UNORDERED = (InstallPlan, Generate, Cancel, Drain)
 
 
 class Slot:
@@ -86,7 +86,10 @@ class Slot:
     def _handle(self, message: Message[Body], *, waiting: bool) -> None:
         """Handle one message; while a step of our own waits for replies, control messages keep."""
         roles, kind, slot = self.roles, type(message.body), self.mailbox.slot
-        if kind in (ExpertForward, FetchRows) and roles.plan is None:
+        if message.reply_to:
+            # Somebody else has answered meanwhile.
+            roles.patience.heard(message.source)
+        elif kind in (ExpertForward, FetchRows) and roles.plan is None:
             # An engine that has entered the generation already asks one that is entering it still.
             self.deferred.append(message)
         elif kind not in _UNORDERED and message.step > roles.committed + 1:

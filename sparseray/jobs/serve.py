@@ -11,8 +11,9 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,14 +87,18 @@ def run(directory: Path, serve: ServeConfig, cluster_config: ClusterConfig, http
 
     config = open_serving(directory, serve, cluster_config)
     cluster_config = config.cluster
+    from sparseray.jobs.http.admin import admin_token, create_admin_app
     from sparseray.jobs.http.server import HttpServer, address_url, create_app, listen
     from sparseray.jobs.http.serving_model import read_served
+    from sparseray.platform.cluster import ask
     from sparseray.platform.metrics.exporter import Metrics
 
     listen(serve.host, serve.port).close()
+    if http.admin_port:
+        listen("127.0.0.1", http.admin_port).close()
     served = read_served(directory, config, http.model_names)
     print("starting Ray and its slots ...", flush=True)
-    with engines(directory, config, http.model_names[0]) as (client, job):
+    with engines(directory, config, http.model_names[0]) as (client, job, scheduler), ExitStack() as stack:
         metrics = Metrics({}, declare="server")
         app = create_app(client, served, rules=http.rules, record=metrics.record, metrics=metrics.exposition)
         server = HttpServer(
@@ -104,6 +109,10 @@ def run(directory: Path, serve: ServeConfig, cluster_config: ClusterConfig, http
             certificate=http.certificate,
             key=http.key,
         )
+        if http.admin_port is not None:
+            token = admin_token(state_directory())
+            admin = HttpServer(create_admin_app(app, partial(ask, scheduler), token), port=http.admin_port)
+            print(f"admin interface at {stack.enter_context(admin).url}/admin/status", flush=True)
         address = address_url(serve.host, server.port).removeprefix("http://")
         publish(job, entries({"server": address}, http.model_names[0]))
         names = " and ".join(map(repr, http.model_names))
@@ -121,8 +130,8 @@ def run(directory: Path, serve: ServeConfig, cluster_config: ClusterConfig, http
 
 
 @contextmanager
-def engines(directory: Path, config: RunConfig, name: str) -> Iterator[tuple[Any, str]]:
-    """Start slots and scheduler of a server, and end them again; gives the ingress and the job's identifier.
+def engines(directory: Path, config: RunConfig, name: str) -> Iterator[tuple[Any, str, Any]]:
+    """Start slots and scheduler of a server, and end them again; gives ingress, the job's identifier, scheduler.
 
     Args:
         directory: of the checkpoint.
@@ -156,7 +165,7 @@ def engines(directory: Path, config: RunConfig, name: str) -> Iterator[tuple[Any
         ask(scheduler, "start", timeout_s=120.0)
         watch = Watch(scheduler, client)
         watch.wait_until_ready()
-        yield client, cluster.job
+        yield client, cluster.job, scheduler
         watch.stop()
     except BaseException:
         cluster.stop(at_once=True)

@@ -1,9 +1,8 @@
 """Position-wise layers, rotary encoding, and the `Batch` that says which rows belong to which sequence.
 
 The network works on rows: all tokens of a call in one [R, H] matrix. In training these are B sequences of
-equal length; in inference they are chunks of any length, each with its cache, padded at the end to a multiple
-of `ROW_PADDING` rows. With the plain operations on a CPU a row's bits then do not depend on what else is in the
-call (kernels/plain_ops.py).
+equal length; in inference they are chunks of any length whose caches lie in pages, padded at the end to a multiple
+of `Ops.row_padding` rows. On a CPU a row's bits then do not depend on what else is in the call.
 
 Shapes: R rows, H hidden, B sequences, T tokens, I inner width, D head size.
 """
@@ -24,7 +23,6 @@ from sparseray.model.config import ModelConfig, RopeConfig
 from sparseray.model.yarn import frequencies, rotary_scale, score_scale
 
 if TYPE_CHECKING:
-    from sparseray.model.cache import Cache
     from sparseray.model.paged import Paged
 
 
@@ -32,38 +30,27 @@ UNSCALED = RopeConfig()
 
 
 @dataclass(frozen=True, kw_only=True)
-class Span:
-    """One chunk of a sequence in inference: its rows and the cache of what came before."""
-
-    start: int
-    stop: int
-    cache: Cache
-
-
-@dataclass(frozen=True, kw_only=True)
 class Batch:
     """Which sequence and position each row has.
 
     Args:
-        shape: (B, T) of a call without caches; (1, rows) otherwise.
+        shape: (B, T) in training; (1, rows) in inference.
         positions_R: int64 position of each row in its sequence.
         rows: rows that hold tokens; the rest is padding.
         starts_BT: bool, documents' first tokens; None when nothing resets there.
-        spans: the chunks of a call with caches; None without.
-        paged: pages and pools of a call with paged caches; None without.
+        paged: pages and pools of a call in inference; None in training.
     """
 
     shape: tuple[int, int]
     positions_R: Tensor
     rows: int
     starts_BT: Tensor | None = None
-    spans: tuple[Span, ...] | None = None
     paged: Paged | None = None
 
     @property
     def invariant(self) -> bool:
         """Whether a row's bits must not depend on the other rows."""
-        return self.spans is not None or self.paged is not None
+        return self.paged is not None
 
 
 Run = Callable[..., Any]

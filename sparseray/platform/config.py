@@ -163,8 +163,9 @@ class ServeConfig:
         host, port: address; loopback by default; port 0 for a free one.
         max_batch: requests that share a step.
         max_model_len: prompt and completion tokens of one request; 0 for as many as the model has.
-        prefill_chunk: prompt tokens of one request per step on a CPU; a GPU takes 2,048 of all prompts together.
-        cache_gib: GiB of the caches' pages on a GPU; 0 for 0.8 of what the weights leave.
+        prefill_chunk: tokens of all prompts together in one step on a CPU; a GPU takes 8,192.
+        cache_gib: GiB of the caches' pages; 0 for 0.8 of what the weights leave on a GPU, and on a CPU for what
+            `max_batch` of the longest requests need.
         dtype: of weights and caches on a GPU; a CPU serves in float32.
         max_waiting: requests that may wait beside those in the batches, before new ones get 429.
         drain_s: seconds that open requests get at a stop.
@@ -206,7 +207,8 @@ class RunConfig:
 
     Args:
         model, data, optim, train, cluster, serve, metrics: see each section.
-        kernels: "reference" (plain PyTorch), "triton", or "auto": Triton on a GPU of compute capability 9 or more.
+        kernels: "reference" (plain PyTorch), "triton", or "auto": Triton on a GPU of compute capability 9 or more,
+            compiled loops where a CPU serves.
         determinism: "bitwise" (every sum in one order, gradients of the parts along one tree whatever the number of
             workers), or "fast": on a GPU parts are summed in place and full attention takes its fastest backward pass.
         run_dir: folder of the run.

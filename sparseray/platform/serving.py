@@ -6,11 +6,11 @@ what they hold: engines go on with their caches.
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sparseray.actors.installation import JobSpec, Restore
-from sparseray.actors.serving.messages import Routes
+from sparseray.actors.serving.messages import Drain, Draining, Routes
 from sparseray.actors.state.assignment import Plan
 from sparseray.actors.state.pieces import Piece
 from sparseray.actors.wire.envelope import INGRESS
@@ -22,6 +22,7 @@ from sparseray.platform.config import RunConfig
 from sparseray.platform.fleet.control import StalledError
 from sparseray.platform.generations import Generations
 from sparseray.platform.opening import serving_inventory, slots_of
+from sparseray.platform.planning.drains import Drains
 from sparseray.platform.reconciler import Reconciler
 from sparseray.platform.run import checkpoint
 from sparseray.platform.run.events import describe_pieces
@@ -65,6 +66,7 @@ class Serving:
         self.commit: Commit | None = None
         self.checkpoint = served.checkpoint
         self.step: int = checkpoint.read_manifest(Path(served.checkpoint))["step"]
+        self.drains = Drains(config.serve.drain_s)
         self._routes = Routes(generation=0, engines={}, reason="no engine has started yet")
 
     def give_back(self, missing: Sequence[Piece], step: int) -> GivenBack:
@@ -80,8 +82,28 @@ class Serving:
             text=f"{describe_pieces(missing)} had no holder left and came from {self.checkpoint}",
         )
 
+    def may_enter(self, old: Plan, new: Plan) -> bool:
+        """Once the engines that leave have finished what they have, or had their time for it.
+
+        Args:
+            old, new: the plan in force, and the next one.
+        """
+        now = time.monotonic()
+        if self.drains.begin(set(old.attention) - set(new.attention), now):
+            self.route(replace(self._routes, draining=self.drains.leaving))
+        if self.drains.is_due(now):
+            for slot in self.drains.leaving:
+                self.mailbox.post(slot, Drain())
+        return self.drains.is_over(now)
+
+    def stay(self) -> None:
+        """Let engines that were to leave go on."""
+        if self.drains.begin((), time.monotonic()):
+            self.route(replace(self._routes, draining=()))
+
     def entered(self, plan: Plan) -> None:
         """Tell the ingress who answers now."""
+        self.drains.begin((), time.monotonic())
         engines = {slot: plan.addresses[slot] for slot in plan.attention}
         self.route(Routes(generation=plan.generation, engines=engines))
 
@@ -144,7 +166,11 @@ class Server:
             log.error("slot %d failed: %s", message.source, message.body.error)
         if message is not None and isinstance(message.body, Silent):
             self.control.probe(message.body.error)
+        if message is not None and isinstance(message.body, Draining):
+            self.serving.drains.told(message.source, message.body.num_requests)
         self.reconciler.reconcile(self.step)
+        if self.serving.drains.leaving and self.reconciler.is_settled():
+            self.serving.stay()
 
     def _recover(self, error: Exception) -> None:
         with self.reconciler.ledger.state("recovering", failed="recovering"):

@@ -75,5 +75,13 @@ class Training:
             text=f"{what} had one holder: going back {step - back} steps to {where}",
         )
 
+    def may_enter(self, old: Plan, new: Plan) -> bool:
+        """Always: a step is cut off and runs again.
+
+        Args:
+            old, new: plans.
+        """
+        return True
+
     def entered(self, plan: Plan) -> None:
         """Nobody else need know."""

@@ -51,5 +51,12 @@ class Workload(Protocol):
             StateLostError: nothing can be restored without the user.
         """
 
+    def may_enter(self, old: Plan, new: Plan) -> bool:
+        """Whether a plan that was wished for may come now; otherwise it is asked again in a moment.
+
+        Args:
+            old, new: the plan in force, and the next one.
+        """
+
     def entered(self, plan: Plan) -> None:
         """Take note that all slots have a plan's roles and state."""

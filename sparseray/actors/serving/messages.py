@@ -22,7 +22,7 @@ class Generate(Body):
 
 @dataclass(frozen=True, kw_only=True)
 class Tokens(Body):
-    """What one engine step gave, for one or several requests."""
+    """What one engine step gave, for one or several requests; without any, the sign that steps go on."""
 
     is_of_any_generation: ClassVar[bool] = True
 
@@ -55,6 +55,7 @@ class Routes(Body):
         generation: of the plan.
         engines: address of every engine, by slot; none while there is none.
         reason: why there is none, for people.
+        draining: engines that finish what they have and get no new request.
     """
 
     is_of_any_generation: ClassVar[bool] = True
@@ -62,3 +63,20 @@ class Routes(Body):
     generation: int
     engines: dict[int, str]
     reason: str = ""
+    draining: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drain(Body):
+    """Say how much you have still to finish; answered by Draining."""
+
+    is_of_any_generation: ClassVar[bool] = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draining(Body):
+    """How many requests an engine has."""
+
+    is_of_any_generation: ClassVar[bool] = True
+
+    num_requests: int

@@ -18,6 +18,7 @@ from sparseray.actors.state.pieces import Key
 from sparseray.actors.state.slab import MOMENTS, ExpertSlab
 from sparseray.actors.state.tree import TreeSum
 from sparseray.kernels.moe.reference import swiglu_backward, swiglu_forward
+from sparseray.kernels.ops import REFERENCE, Ops
 from sparseray.model.config import ModelConfig
 from sparseray.model.init import EXPERT_PARTS, expert_name, expert_shape, initial_expert
 
@@ -35,6 +36,7 @@ class ExpertShard:
         device: where weights, moments and gradients live.
         compute_dtype: dtype that forward and backward compute in; None for fp32, from the masters themselves.
         moments: dtype of both moments.
+        ops: computes what nobody differentiates.
     """
 
     def __init__(
@@ -49,7 +51,9 @@ class ExpertShard:
         device: torch.device | str = "cpu",
         compute_dtype: torch.dtype | None = None,
         moments: torch.dtype = torch.float32,
+        ops: Ops = REFERENCE,
     ) -> None:
+        self.ops = ops
         self.config, self.seed, self.num_parts = config, seed, num_parts
         self.device = torch.device(device)
         self.shapes = [expert_shape(config, part) for part in EXPERT_PARTS]
@@ -163,6 +167,9 @@ class ExpertShard:
         """
         slab = self.slabs[layer]
         weights = slab.compute
+        if not keep:
+            asked = [(slab.rows[expert], count) for expert, count in zip(experts, counts) if count]
+            return self.ops.expert_rows(x_UH, rows_R, asked, *weights)
         y_RH = torch.empty(len(rows_R), x_UH.shape[1], device=self.device)
         saved = []
         start = 0

@@ -30,6 +30,11 @@ class GenerationClient(Protocol):
         """Why no request can be computed now; empty if they can."""
         ...
 
+    @property
+    def failure(self) -> str:
+        """Why none ever will be; empty while there is hope."""
+        ...
+
     def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenEvent, None]:
         """Compute a request; the last event has a finish_reason. Closing the iterator cancels.
 
@@ -83,6 +88,11 @@ class LocalClient:
     @property
     def reason(self) -> str:
         """Why the engine computes nothing; empty while its thread lives."""
+        return self.failure
+
+    @property
+    def failure(self) -> str:
+        """The same: its thread does not come back."""
         return "" if self._thread.is_alive() and not self._closing else "the engine has stopped"
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenEvent, None]:

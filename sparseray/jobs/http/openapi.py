@@ -38,6 +38,7 @@ def describe(fields: Mapping[str, Field], version: str, root_path: str) -> dict[
             "/version": _get("version", "Version"),
             "/load": _get("load", "Load"),
             "/health": _get("health", "Health"),
+            "/ready": _get("ready", "Health"),
             "/ping": {
                 "get": {"operationId": "ping", "responses": {"200": {"description": "the server is there"}}}
             },

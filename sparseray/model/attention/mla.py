@@ -16,45 +16,28 @@ import math
 import torch
 from torch import Tensor
 
-from sparseray.kernels.ops import REFERENCE, KeyValues, Ops
+from sparseray.kernels.ops import REFERENCE, Ops
 from sparseray.model.attention.protocol import Attention, AttentionFlops
 from sparseray.model.config import ModelConfig
 from sparseray.model.layers import Angles, Batch, Linear, RMSNorm
+from sparseray.model.paged import Paged
 from sparseray.model.yarn import score_scale
 
 LATENT_EPS = 1e-6
 """Of the two inner norms; as released, whatever the model's `norm_eps` is."""
 
 
-class LatentCache:
-    """Latents and rotated keys of an MLA layer, [S, 1, K]."""
-
-    def __init__(self, config: ModelConfig, max_len: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.k_S1K = torch.zeros(max_len, 1, config.mla.cache_width, dtype=dtype, device=device)
-
-    def append(self, length: int, k_T1K: Tensor) -> Tensor:
-        """Store a chunk that starts at position `length`; return all so far."""
-        end = length + k_T1K.shape[0]
-        self.k_S1K[length:end] = k_T1K
-        return self.k_S1K[:end]
-
-    def tensors(self) -> list[Tensor]:
-        """All stored tensors."""
-        return [self.k_S1K]
-
-
 class LatentPool:
-    """Pages of latents and rotated keys, [pages, P, 1, K]; the values are a view of them."""
+    """Pages of latents and rotated keys, [pages, P, 1, K]."""
 
     def __init__(
         self, config: ModelConfig, num_pages: int, page: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        k = torch.zeros(num_pages, page, 1, config.mla.cache_width, dtype=dtype, device=device)
-        self.pool: KeyValues = (k, k[..., : config.mla.kv_lora_rank])
+        self.pool = torch.zeros(num_pages, page, 1, config.mla.cache_width, dtype=dtype, device=device)
 
     def tensors(self) -> list[Tensor]:
         """All stored tensors."""
-        return [self.pool[0]]
+        return [self.pool]
 
 
 def _in_halves(x: Tensor) -> Tensor:
@@ -80,9 +63,8 @@ class MLAttention(Attention):
         self.kv_norm = RMSNorm(mla.kv_lora_rank, LATENT_EPS, ops)
         self.kv_up = Linear(mla.kv_lora_rank, heads * (mla.qk_nope_head_dim + mla.v_head_dim), ops)
         self.out = Linear(heads * mla.v_head_dim, hidden, ops)
-        self.scale = score_scale(config.rope)
-        # `Ops.attend` divides by the root of the width of what it is given.
-        self.absorbed_scale = self.scale * math.sqrt(mla.cache_width / mla.qk_head_dim)
+        self.magnitude = score_scale(config.rope)
+        self.scale = self.magnitude / math.sqrt(mla.qk_head_dim)
 
     def _queries(self, x_RH: Tensor, batch: Batch, angles: Angles) -> tuple[Tensor, Tensor]:
         """Queries without position [R, Q, N] and with, rotated [R, Q, P]."""
@@ -106,22 +88,13 @@ class MLAttention(Attention):
         heads = zip(x_RQI.unbind(1), weight_QOI.unbind(0))
         return torch.stack([self.ops.linear(x, weight, None, invariant=True) for x, weight in heads], 1)
 
-    def _attend_cached(self, q_RQK: Tensor, k_R1K: Tensor, batch: Batch) -> Tensor:
-        """Append the rows to their caches and attend to the latents there, [R, Q, C]."""
+    def _attend_pages(self, q_RQK: Tensor, k_R1K: Tensor, paged: Paged) -> Tensor:
+        """Append the rows to their pages and attend to the latents there, [R, Q, C]."""
+        pool = paged.pools[self.layer]
+        assert isinstance(pool, LatentPool)
+        self.ops.paged_latent_write(pool.pool, k_R1K, paged.pages)
         latent = self.sizes.kv_lora_rank
-        if batch.paged is not None:
-            pool, pages = batch.paged.pools[self.layer], batch.paged.pages
-            assert isinstance(pool, LatentPool)
-            self.ops.paged_write(pool.pool, k_R1K, k_R1K[..., :latent], pages)
-            return self.ops.paged_attend(q_RQK, pool.pool, pages)
-        assert batch.spans is not None
-        o_RQC = q_RQK.new_zeros(*q_RQK.shape[:2], latent)
-        for span in batch.spans:
-            cache, rows = span.cache.layers[self.layer], slice(span.start, span.stop)
-            assert isinstance(cache, LatentCache)
-            k_S1K = cache.append(span.cache.length, k_R1K[rows])
-            o_RQC[rows] = self.ops.attend(q_RQK[rows][None], k_S1K[None], k_S1K[None, ..., :latent])[0]
-        return o_RQC
+        return self.ops.paged_latent_attend(q_RQK, pool.pool, latent, self.scale, paged.pages)
 
     def forward(self, x_RH: Tensor, batch: Batch, angles: Angles) -> Tensor:
         """Attend within each sequence; [R, H]."""
@@ -129,26 +102,19 @@ class MLAttention(Attention):
         q_RQN, q_RQP = self._queries(x_RH, batch, angles.latent)
         latent_RC, k_R1P = self._latents(x_RH, batch, angles.latent)
         widths = (self.sizes.qk_nope_head_dim, self.sizes.v_head_dim)
-        if batch.invariant:
+        if batch.paged is not None:
             up_QNC, up_QVC = self.kv_up.weight.unflatten(0, (self.heads, -1)).split(widths, 1)
             q_RQK = torch.cat([self._per_head(q_RQN, up_QNC.transpose(1, 2)), q_RQP], -1)
             k_R1K = torch.cat([latent_RC[:, None], k_R1P], -1)
-            o_RQC = self._attend_cached(q_RQK * self.absorbed_scale, k_R1K, batch)
-            o_RQV = self._per_head(o_RQC, up_QVC)
+            o_RQV = self._per_head(self._attend_pages(q_RQK, k_R1K, batch.paged), up_QVC)
         else:
             k_RQN, v_RQV = self.kv_up(latent_RC, batch).unflatten(-1, (self.heads, -1)).split(widths, -1)
-            q = torch.cat([q_RQN, q_RQP], -1) * self.scale
+            # `Ops.attend` divides by the root of the width.
+            q = torch.cat([q_RQN, q_RQP], -1) * self.magnitude
             k = torch.cat([k_RQN, k_R1P.expand(-1, self.heads, -1)], -1)
             o_RQV = self.ops.attend(*(x.unflatten(0, batch.shape) for x in (q, k, v_RQV))).flatten(0, 1)
         out: Tensor = self.out(o_RQV.flatten(1), batch)
         return out
-
-    @classmethod
-    def new_cache(
-        cls, config: ModelConfig, max_len: int, dtype: torch.dtype, device: torch.device
-    ) -> LatentCache:
-        """An empty cache."""
-        return LatentCache(config, max_len, dtype, device)
 
     @classmethod
     def new_pool(

@@ -218,7 +218,7 @@ _SERVING = {
     "requests_waiting": _gauge(source="slot", help="Requests that wait for a place in the batch"),
     "cache_usage_ratio": _gauge(
         source="slot",
-        help="Cache positions reserved by the batch over those of a full batch of longest requests",
+        help="Pages of the caches that requests hold, of all",
     ),
     "prompt_tokens_total": _counter(
         unit="tokens", source="server", help="Prompt tokens of accepted requests"
