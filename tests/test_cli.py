@@ -17,6 +17,8 @@ from sparseray.jobs import (
     dashboard,
     data,
     demo,
+    export,
+    import_,
     plan,
     pretrain,
     publish,
@@ -88,6 +90,8 @@ def test_the_help_of_a_command_has_an_example_of_it_that_parses(
         (plan, "run"),
         (pretrain, "run"),
         (serve, "run"),
+        (import_, "run"),
+        (export, "run"),
         (submit, "submit"),
         (demo, "demo"),
         (scale, "scale"),
@@ -95,7 +99,7 @@ def test_the_help_of_a_command_has_an_example_of_it_that_parses(
         (top, "watch"),
         (publish, "publish"),
     ):
-        monkeypatch.setattr(module, name, note(module.__name__))
+        monkeypatch.setattr(module, name, note(module.__name__.rstrip("_")))
     monkeypatch.setattr(dashboard, "run", note(dashboard.__name__))
     monkeypatch.setattr(serve, "weights_of", lambda *_: (Path(), ""))
     monkeypatch.setattr(publish, "only_server", str)

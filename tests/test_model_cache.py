@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sparseray.kernels.compiled_ops import COMPILED
 from sparseray.kernels.ops import REFERENCE, Ops
-from sparseray.model.config import ModelConfig, MoEConfig, NSAConfig, preset
+from sparseray.model.config import MLAConfig, ModelConfig, MoEConfig, NSAConfig, RopeConfig, preset
 from sparseray.model.dse import LocalMemory
 from sparseray.model.dse_layout import DSELayout
 from sparseray.model.moe import LocalExperts
@@ -30,6 +30,12 @@ ODD = replace(
     nsa=NSAConfig(block=8, stride=4, select_block=12, num_selected=3, num_local=1, window=7, shared_kv=True),
     moe=MoEConfig(router="v2", num_shared=0, top_k=2, leading_dense=0, num_groups=4, topk_groups=2),
     dse=replace(TINY.dse, orders=(2, 4), layers=(0, 2)),
+)
+LATENT = replace(
+    TINY,
+    attention=("mla", "full", "mla", "nsa"),
+    mla=MLAConfig(q_lora_rank=24, kv_lora_rank=40, qk_nope_head_dim=12, qk_rope_head_dim=10, v_head_dim=14),
+    rope=RopeConfig(scaling="yarn", factor=4.0, original_max_seq_len=64, mscale=1.0, mscale_all_dim=0.7),
 )
 
 
@@ -60,9 +66,9 @@ class Net:
         return Served(self.model, self.experts, self.memory, page=48)
 
 
-@pytest.fixture(scope="module", params=["tiny", "odd"])
+@pytest.fixture(scope="module", params=["tiny", "odd", "latent"])
 def net(request: pytest.FixtureRequest) -> Net:
-    return Net({"tiny": TINY, "odd": ODD}[request.param])
+    return Net({"tiny": TINY, "odd": ODD, "latent": LATENT}[request.param])
 
 
 def random_tokens(count: int, seed: int) -> Tensor:
@@ -76,7 +82,7 @@ def text_with_documents(count: int, seed: int) -> Tensor:
 
 
 @pytest.mark.parametrize("ops", [COMPILED, REFERENCE], ids=["compiled", "plain"])
-@pytest.mark.parametrize("config", [TINY, ODD], ids=["tiny", "odd"])
+@pytest.mark.parametrize("config", [TINY, ODD, LATENT], ids=["tiny", "odd", "latent"])
 @pytest.mark.parametrize("sizes", [[1] * 71, [3, 1, 17, 5, 1, 29, 15], [70, 1], [71], [8, 8, 8, 47]])
 def test_reading_in_chunks_equals_the_full_pass_at_every_token(
     config: ModelConfig, ops: Ops, sizes: list[int]

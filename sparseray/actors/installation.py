@@ -40,10 +40,12 @@ class Restore:
     Args:
         checkpoint: its folder; empty for the seed.
         everything: throw away what is held and load all; otherwise only pieces that no peer gives.
+        weights_only: moments begin at zero, whatever the checkpoint has.
     """
 
     checkpoint: str
     everything: bool = True
+    weights_only: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +118,11 @@ def restore(
     if not directory:
         holdings.initialize(lacking)
     elif lacking:
-        found = read(directory, holdings.names(lacking, with_optimizer=with_optimizer))
+        begins = with_optimizer and message.restore.weights_only
+        found = read(directory, holdings.names(lacking, with_optimizer=with_optimizer and not begins))
+        if begins:
+            holdings.initialize(lacking)
+            found = holdings.tensors(lacking) | found
         holdings.load(lacking, found, message.step, with_optimizer=with_optimizer)
 
 

@@ -221,6 +221,18 @@ class CompiledOps(PlainOps):
         full_attention(D, V)(_array(q_RQD), keys, values, *_places(pages), D**-0.5, out.numpy())
         return out
 
+    def paged_latent_write(self, pool: Tensor, k_R1K: Tensor, pages: Pages) -> None:
+        rows, cache = k_R1K.numpy(), pool.numpy()
+        write_rows(rows, rows, pages.places_R.numpy(), cache, cache)
+
+    def paged_latent_attend(
+        self, q_RQK: Tensor, pool: Tensor, latent: int, scale: float, pages: Pages
+    ) -> Tensor:
+        out, cache = torch.empty(*q_RQK.shape[:2], latent), pool.numpy()
+        attend = full_attention(q_RQK.shape[-1], latent)
+        attend(_array(q_RQK), cache, cache, *_places(pages), scale, out.numpy())
+        return out
+
     def paged_compress(
         self,
         raw: Tensor,

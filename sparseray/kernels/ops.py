@@ -20,6 +20,7 @@ from sparseray.errors import ConfigError
 from sparseray.kernels.dse.reference import Fusion
 from sparseray.kernels.nsa.reference import BranchKeys, Compression
 from sparseray.kernels.paged import History, KeyValues, Pages
+from sparseray.kernels.paged_ops import PagedOps
 from sparseray.kernels.plain_ops import PlainOps
 from sparseray.kernels.settings import Kernels, NSASizes
 
@@ -36,7 +37,7 @@ __all__ = [
 ]
 
 
-class Ops(Protocol):
+class Ops(PagedOps, Protocol):
     """The operations of a model; each is differentiable in every floating-point tensor it takes.
 
     Attributes:
@@ -296,67 +297,6 @@ class Ops(Protocol):
             asked: of each expert, its row of the slabs and how many rows it has here.
             gate_up_E2IH, down_EHI: slabs, gate rows first.
         """
-        ...
-
-    def paged_memory_fusion(
-        self,
-        h_RH: Tensor,
-        key_value_RH: Tensor,
-        fusion: Fusion,
-        history: History,
-        pages: Pages,
-        starts_R: Tensor | None,
-    ) -> Tensor:
-        """`memory_fusion` of every sequence's rows after its history, which moves on by them.
-
-        Args:
-            key_value_RH: [R, 2 H], keys first.
-            starts_R: as `starts_BT` there.
-        """
-        ...
-
-    def paged_write(self, pool: KeyValues, k_RGD: Tensor, v_RGV: Tensor, pages: Pages) -> None:
-        """Put the rows' keys and values at `pages.places_R`."""
-        ...
-
-    def paged_attend(self, q_RQD: Tensor, pool: KeyValues, pages: Pages) -> Tensor:
-        """Causal softmax attention of every sequence's rows to its pages, [R, Q, V]; padding rows are undefined.
-
-        Args:
-            q_RQD: rotated queries; what they belong to, and how far each sees, is in `pages`.
-            pool: with the keys and values of the rows themselves.
-        """
-        ...
-
-    def paged_compress(
-        self,
-        raw: Tensor,
-        compressed: Tensor,
-        phi: Compression,
-        sizes: NSASizes,
-        pages: Pages,
-        angles: tuple[Tensor, Tensor] | None,
-    ) -> None:
-        """Write the compressed tokens that the rows complete.
-
-        Args:
-            raw: keys or values [pages, P, G, D], with those of the rows themselves.
-            compressed: [pages, P / stride, G, D], written.
-            angles: fp32 cosines and sines of all positions, to rotate keys at their blocks' first ones.
-        """
-        ...
-
-    def paged_nsa_attention(
-        self,
-        q_RQD: Tensor,
-        gates_RQ3: Tensor,
-        compressed: KeyValues,
-        selected: KeyValues,
-        window: KeyValues,
-        sizes: NSASizes,
-        pages: Pages,
-    ) -> Tensor:
-        """`nsa_attention` of every sequence's rows to its pages, [R, Q, V]; padding rows are undefined."""
         ...
 
 

@@ -7,6 +7,7 @@ the scalar remainder of a vector loop, whose exp differs from the vector one. Sh
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -289,6 +290,20 @@ class PlainOps:
         for rows, _, context, table_W in paged.sequences(pages):
             k, v = (paged.gather(cache, table_W, 0, context)[None] for cache in pool)
             out[rows] = self.attend(q_RQD[rows][None], k, v)[0]
+        return out
+
+    def paged_latent_write(self, pool: Tensor, k_R1K: Tensor, pages: Pages) -> None:
+        pool.flatten(0, 1).index_copy_(0, pages.places_R.long(), k_R1K.to(pool.dtype))
+
+    def paged_latent_attend(
+        self, q_RQK: Tensor, pool: Tensor, latent: int, scale: float, pages: Pages
+    ) -> Tensor:
+        out = q_RQK.new_zeros(*q_RQK.shape[:2], latent)
+        # `attend` divides by the root of the width.
+        q_RQK = q_RQK * (scale * math.sqrt(q_RQK.shape[-1]))
+        for rows, _, context, table_W in paged.sequences(pages):
+            k = paged.gather(pool, table_W, 0, context)[None]
+            out[rows] = self.attend(q_RQK[rows][None], k, k[..., :latent])[0]
         return out
 
     def paged_compress(

@@ -231,6 +231,7 @@ class RunConfig:
         determinism: "bitwise" (every sum in one order, gradients of the parts along one tree whatever the number of
             workers), or "fast": on a GPU parts are summed in place and full attention takes its fastest backward pass.
         run_dir: folder of the run.
+        init_from: checkpoint whose weights the run begins with, empty for the seed.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -243,6 +244,7 @@ class RunConfig:
     kernels: Kernels = "auto"
     determinism: Determinism = "bitwise"
     run_dir: str = "runs/run"
+    init_from: str = ""
 
     def __post_init__(self) -> None:
         if problem := complaint(str, Limits(), self.run_dir):
@@ -251,7 +253,7 @@ class RunConfig:
             raise ConfigError("run_dir= is empty; give the folder of the run")
 
 
-PATHS = ("data.path", "run_dir")
+PATHS = ("data.path", "run_dir", "init_from")
 SECTIONS = ("model", "data", "optim", "train", "cluster", "serve", "metrics")
 
 
@@ -300,6 +302,9 @@ def parser(prog: str, description: str) -> jsonargparse.ArgumentParser:
     )
     found.add_argument(
         "--run_dir", type=str, default=RunConfig.run_dir, help="folder of the run; resumes what it holds"
+    )
+    found.add_argument(
+        "--init_from", type=str, default="", help="checkpoint whose weights the run begins with"
     )
     return found
 
