@@ -30,7 +30,7 @@ test-long: $(STAMP)
 # Other people's clients, in an environment of their own: their requirements are not ours.
 clients: $(STAMP)
 	$(PYTHON) -m venv .clients
-	.clients/bin/python -m pip install --quiet --disable-pip-version-check litellm langchain-openai "lm-eval[api]" transformers guidellm
+	.clients/bin/python -m pip install --quiet --disable-pip-version-check litellm langchain-openai "lm-eval[api]" transformers guidellm openapi-python-client
 	$(BIN)/python -m pytest tests/test_clients.py
 
 $(STAMP): pyproject.toml constraints.txt

@@ -21,8 +21,9 @@ import torch
 
 from sparseray.actors import slot as slot_module
 from sparseray.actors.observation import observe_engine
-from sparseray.actors.serving.engine import Engine
+from sparseray.actors.serving.paged_engine import PagedEngine
 from sparseray.actors.serving.text_request import GenerationRequest
+from sparseray.kernels.ops import ops_for
 from sparseray.model import attention, dse
 from sparseray.model.config import preset
 from sparseray.model.moe import LocalExperts
@@ -135,7 +136,8 @@ def serving(requests: int, tokens: int) -> None:
     """Print the share of a token that goes to recording, with and without company in the batch."""
     config = preset("tiny")
     config = replace(config, dse=replace(config.dse, layers=()))
-    engine = Engine(Transformer(config, None), LocalExperts(config), None)
+    model = Transformer(config, None, ops=ops_for("auto", torch.device("cpu")))
+    engine = PagedEngine(model, LocalExperts(config), None)
     slot, server = Metrics({"slot": "0"}, declare="slot"), Metrics({}, declare="server")
     for index in range(requests):
         engine.add(GenerationRequest(request_id=str(index), prompt_tokens=(1, 2, 3), max_tokens=tokens))

@@ -20,6 +20,7 @@ from sparseray.model.config import ModelConfig
 from sparseray.model.moe import LocalExperts
 from sparseray.model.transformer import Transformer
 from sparseray.platform.config import load_yaml
+from sparseray.platform.fleet.job import PREFILL_ROWS
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -54,7 +55,9 @@ def drawn(config: ModelConfig, device: torch.device) -> tuple[Transformer, Local
 def engine_of(config: ModelConfig, *, max_batch: int, max_model_len: int) -> PagedEngine:
     """An engine over random weights."""
     model, experts = drawn(config, torch.device("cuda"))
-    return PagedEngine(model, experts, None, max_batch=max_batch, max_model_len=max_model_len)
+    return PagedEngine(
+        model, experts, None, max_batch=max_batch, max_model_len=max_model_len, prefill_chunk=PREFILL_ROWS
+    )
 
 
 def request_of(index: int, prompt: int, new: int) -> GenerationRequest:
@@ -77,8 +80,8 @@ def decode_ms(config: ModelConfig, batch: int, context: int, steps: int = 40) ->
         engine.add(request_of(index, context, 3 * steps))
     engine._admit()
     for sequence in engine._running:
-        assert sequence.cache is not None
-        sequence.cache.length = context - 1
+        assert sequence.lease is not None
+        sequence.lease.length = context - 1
     seconds: list[float] = []
     while len(seconds) < steps + 5:
         started = time.perf_counter()

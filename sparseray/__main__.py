@@ -23,6 +23,9 @@ COMMANDS = {
     "status": ("sparseray.jobs.status", "plan, roles, replicas and last events of a running job"),
     "top": ("sparseray.jobs.top", "watch a running job: speed, loss, load of every slot, events"),
     "serve": ("sparseray.jobs.serve", "answer over HTTP, OpenAI-compatible"),
+    "publish": ("sparseray.jobs.publish", "have a running server go on with other weights"),
+    "import": ("sparseray.jobs.import_", "turn a Hugging Face model (DeepSeek family) into a checkpoint"),
+    "export": ("sparseray.jobs.export", "turn a checkpoint into a Hugging Face model"),
     "dashboard": (
         "sparseray.jobs.dashboard",
         "show the dashboards as one page; set up Prometheus and Grafana",

@@ -4,6 +4,7 @@ Each message says what is wrong, where, the value, and what to do. The command l
 a `UserError` into one line on stderr and exit code 2; anything else is a defect of ours.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -36,7 +37,11 @@ class RunFailedError(RuntimeError):
 
 
 class SlotLostError(RuntimeError):
-    """A slot did not answer within its deadline, or its process is gone."""
+    """A slot did not answer within its deadline, or its process is gone; `slots` says which, where that is known."""
+
+    def __init__(self, text: str, slots: Sequence[int] = ()) -> None:
+        super().__init__(text)
+        self.slots = tuple(slots)
 
 
 class SupersededError(Exception):

@@ -118,6 +118,43 @@ def guidellm(url: str, folder: pathlib.Path) -> dict[str, Any]:
     return {"successful": totals["successful"], "errored": totals["errored"]}
 
 
+def generated(url: str, folder: pathlib.Path) -> dict[str, Any]:
+    """A client that openapi-python-client makes of the server's own description."""
+    program = str(pathlib.Path(sys.executable).with_name("openapi-python-client"))
+    command = [program, "generate", "--url", f"{url}/openapi.json", "--meta", "none"]
+    made = subprocess.run([*command, "--output-path", str(folder / "made")], check=True, capture_output=True)
+    sys.path.insert(0, str(folder))
+    import importlib
+
+    def call(operation: str, *given: Any, **named: Any) -> Any:
+        found = importlib.import_module(f"made.api.default.{operation}")
+        return found.sync(*given, client=client, **named)
+
+    models, client = importlib.import_module("made.models"), importlib.import_module("made").Client(url)
+    body = models.CompletionRequest(prompt="hi", max_tokens=6, seed=1, stop=["zz"])
+    text = call("create_completion", body=body)
+    raw = {"prompt": "hi", "max_tokens": 6, "seed": 1, "stop": ["zz"]}
+    message = models.ChatRequestMessagesType0Item.from_dict(USER[0])
+    chat = call("create_chat_completion", body=models.ChatRequest(messages=[message], max_tokens=6))
+    tokens = call("tokenize", body=models.TokenizeRequest(prompt=TEXT))
+    return {
+        "left out": b"WARNING" in made.stdout + made.stderr,
+        "same": text.choices[0].text == _post(f"{url}/v1/completions", raw)["choices"][0]["text"],
+        "chat": chat.choices[0].message.role,
+        "back": call("detokenize", body=models.DetokenizeRequest(tokens=tokens.tokens)).prompt == TEXT,
+        "models": [model.id for model in call("list_models").data],
+        "refused": call("create_completion", body=models.CompletionRequest(prompt=[])).error.type_,
+    }
+
+
+def _post(url: str, body: dict[str, Any]) -> Any:
+    import urllib.request
+
+    head = {"Content-Type": "application/json"}
+    with urllib.request.urlopen(urllib.request.Request(url, json.dumps(body).encode(), head)) as answer:
+        return json.load(answer)
+
+
 if __name__ == "__main__":
-    program = {f.__name__: f for f in (litellm, langchain, lm_eval, guidellm)}[sys.argv[1]]
+    program = {f.__name__: f for f in (litellm, langchain, lm_eval, guidellm, generated)}[sys.argv[1]]
     print(json.dumps(program(sys.argv[2], pathlib.Path(sys.argv[3]))))

@@ -39,6 +39,8 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "data"
 
 
+# Before xdist reads the groups; after it, they would count for nothing.
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Keep what starts Ray in one group: of several workers one takes it, and clusters do not meet."""
     for item in items:

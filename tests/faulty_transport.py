@@ -6,7 +6,7 @@ import random
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -112,6 +112,9 @@ class FaultyTransport:
             self._flush(everything=True)
             if time.monotonic() >= deadline:
                 return None
+
+    def gone(self, slots: Collection[int]) -> list[int]:
+        return self._inner.gone(slots)
 
     def close(self) -> None:
         self._inner.close()

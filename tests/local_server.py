@@ -4,9 +4,10 @@ import asyncio
 import shutil
 import tempfile
 import threading
+import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,11 @@ from sparseray.platform.serving import Served
 
 @dataclass
 class Heard:
-    """The answer to one request: token ids, how it ended."""
+    """The answer to one request: token ids, how it ended, and the longest wait for a token."""
 
     tokens: list[int]
     finish: str | None
+    gap_s: float = field(default=0.0, compare=False)
 
 
 class LocalServer:
@@ -40,24 +42,37 @@ class LocalServer:
         checkpoint: to serve.
         cluster: roles and replication.
         faults: what goes wrong.
+        serve: limits of the engines.
+        follows: folder of a run that is followed.
     """
 
     def __init__(
-        self, folder: Path, checkpoint: Path, cluster: ClusterConfig, faults: Faults | None = None
+        self,
+        folder: Path,
+        checkpoint: Path,
+        cluster: ClusterConfig,
+        faults: Faults | None = None,
+        serve: ServeConfig | None = None,
+        follows: str = "",
     ) -> None:
         folder.mkdir(parents=True)
-        config = open_serving(checkpoint, ServeConfig(prefill_chunk=8), cluster)
+        config = open_serving(checkpoint, serve or ServeConfig(prefill_chunk=8), cluster)
         self.config = replace(config, run_dir=str(folder))
         self.sockets = Path(tempfile.mkdtemp(prefix="sr"))
         self.fleet = LocalFleet(uuid.uuid4().hex, self.sockets, faults or Faults())
         transports = (ZmqTransport(name, self.sockets) for name in ("ingress", "ingress-out"))
         self.ingress = Ingress(self.fleet.job, *transports, deadline_s=20.0)
-        self.task = Served(checkpoint=str(checkpoint), ingress=self.ingress.address)
+        self.task = Served(checkpoint=str(checkpoint), ingress=self.ingress.address, run=follows)
         self.stopping, self.dying = threading.Event(), threading.Event()
         self.run = self._open()
         self.fleet.start(slots_of(self.config, self.run.generations.workload.inventory))
         self.thread = threading.Thread(target=self._drive, name="scheduler")
         self.thread.start()
+        deadline = time.monotonic() + 20.0
+        # Ready is a server with one engine that answers; here requests are to find all of them.
+        while self.ingress.reason or self.ingress._life.silent:
+            assert time.monotonic() < deadline, self.ingress.reason
+            time.sleep(0.005)
 
     def _open(self) -> Run:
         transport = FaultyTransport(
@@ -108,12 +123,14 @@ class LocalServer:
 
         async def one(request: GenerationRequest) -> Heard:
             nonlocal count
-            heard = Heard([], None)
+            heard, last_s = Heard([], None), time.monotonic()
             async for event in self.ingress.generate(request):
                 heard.finish = event.finish_reason
                 if event.token_id is not None:
                     assert event.index == len(heard.tokens), event
                     heard.tokens.append(event.token_id)
+                    now = time.monotonic()
+                    heard.gap_s, last_s = max(heard.gap_s, now - last_s), now
                     count += 1
                     at(count, self)
                 if event.finish_reason == "error":

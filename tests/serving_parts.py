@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from sparseray.actors.serving.engine import Engine
 from sparseray.actors.serving.grammar import Grammars
+from sparseray.actors.serving.paged_engine import PagedEngine
 from sparseray.actors.serving.text_request import GenerationRequest, TokenEvent
 from sparseray.jobs.http.access import AccessRules
 from sparseray.jobs.http.chat import ChatTemplate
@@ -26,6 +27,8 @@ from sparseray.jobs.http.limits import ApiLimits
 from sparseray.jobs.http.openai_bodies import ServedModel
 from sparseray.jobs.http.server import App, HttpServer, create_app
 from sparseray.jobs.http.text_stream import Vocabulary
+from sparseray.kernels.compiled_ops import COMPILED
+from sparseray.kernels.ops import Ops
 from sparseray.model.config import DSEConfig, ModelConfig
 from sparseray.model.dse import LocalMemory
 from sparseray.model.dse_layout import DSELayout
@@ -61,14 +64,14 @@ class Parts:
 
     def engine(self, **options: Any) -> Engine:
         options = {"max_batch": 8, "max_model_len": MAX_MODEL_LEN, "prefill_chunk": 16, **options}
-        return Engine(self.model, self.experts, self.memory, grammars=self.grammars, **options)
+        return PagedEngine(self.model, self.experts, self.memory, grammars=self.grammars, **options)
 
     @property
     def vocab_size(self) -> int:
         return self.model.config.vocab_size
 
 
-def make_parts() -> Parts:
+def make_parts(ops: Ops = COMPILED) -> Parts:
     torch.set_num_threads(1)
     tokenizer = make_tokenizer()
     config = ModelConfig(
@@ -83,7 +86,7 @@ def make_parts() -> Parts:
         dse=DSEConfig(layers=(1,), rows_per_head=512, num_buckets=4, document_end_id=0),
     )
     layout = DSELayout.build(config.dse, tokenizer, vocab_size=config.vocab_size)
-    model = Transformer(config, layout, seed=3).eval()
+    model = Transformer(config, layout, seed=3, ops=ops).eval()
     grammars = Grammars(tokenizer.to_str(), vocab_size=config.vocab_size, eos_id=0)
     memory = LocalMemory(config, layout, seed=3)
     return Parts(tokenizer, model, LocalExperts(config, seed=3), memory, grammars)

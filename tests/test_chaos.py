@@ -1,12 +1,24 @@
-"""Random faults against a real run, some seconds of them and a minute; tests/chaos.py runs the same for hours."""
+"""Random faults against a real run and a real server, some seconds of them and a minute.
 
+tests/chaos.py and tests/chaos_serving.py run the same for hours.
+"""
+
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from chaos import chaos
+from chaos_serving import chaos_serving
 
 
-def check(corpus: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, least: int) -> None:
+def check(
+    corpus: Path,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    seconds: float,
+    least: int,
+    chaos: Callable[..., list[str]] = chaos,
+) -> None:
     monkeypatch.setenv("SPARSERAY_STATE_DIR", "")
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     # A fixed seed: CI must say the same twice. Other seeds are for runs by hand.
@@ -27,3 +39,18 @@ def test_a_minute_of_random_faults_changes_no_bit(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     check(corpus, tmp_path, monkeypatch, seconds=60.0, least=5)
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(280)
+def test_random_faults_change_no_token(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check(corpus, tmp_path, monkeypatch, seconds=15.0, least=2, chaos=chaos_serving)
+
+
+@pytest.mark.ray
+@pytest.mark.long
+@pytest.mark.timeout(280)
+def test_a_minute_of_random_faults_changes_no_token(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check(corpus, tmp_path, monkeypatch, seconds=60.0, least=5, chaos=chaos_serving)

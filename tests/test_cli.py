@@ -18,8 +18,11 @@ from sparseray.jobs import (
     data,
     demo,
     down,
+    export,
+    import_,
     plan,
     pretrain,
+    publish,
     scale,
     serve,
     status,
@@ -92,14 +95,19 @@ def test_the_help_of_a_command_has_an_example_of_it_that_parses(
         (down, "down"),
         (pretrain, "run"),
         (serve, "run"),
+        (import_, "run"),
+        (export, "run"),
         (submit, "submit"),
         (demo, "demo"),
         (scale, "scale"),
         (status, "show"),
         (top, "watch"),
+        (publish, "publish"),
     ):
-        monkeypatch.setattr(module, name, note(module.__name__))
+        monkeypatch.setattr(module, name, note(module.__name__.rstrip("_")))
     monkeypatch.setattr(dashboard, "run", note(dashboard.__name__))
+    monkeypatch.setattr(serve, "weights_of", lambda *_: (Path(), ""))
+    monkeypatch.setattr(publish, "only_server", str)
 
     for module in (scale, status, top):
         monkeypatch.setattr(module, "connect", lambda run_dir: None)

@@ -72,3 +72,15 @@ def test_lm_eval_finds_the_likelihoods_that_the_server_gives(roomy: Service, tmp
 
 def test_guidellm(roomy: Service, tmp_path: Path) -> None:
     assert run("guidellm", roomy, tmp_path) == {"successful": 12, "errored": 0}
+
+
+def test_a_client_generated_from_the_description(roomy: Service, tmp_path: Path) -> None:
+    expected = {
+        "left out": False,
+        "same": True,
+        "chat": "assistant",
+        "back": True,
+        "models": ["tiny"],
+        "refused": "invalid_request_error",
+    }
+    assert run("generated", roomy, tmp_path) == expected

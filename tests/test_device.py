@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from sparseray.errors import ConfigError
+from sparseray.model.config import MLAConfig
 from sparseray.platform.config import RunConfig, load_yaml
 from sparseray.platform.device import is_whole, resolve_device, resolve_serving_device
 from sparseray.platform.gpu import Driver, Gpu
@@ -109,6 +110,25 @@ def test_the_estimate_counts_what_settings_change() -> None:
     assert four.activations == base.activations // 4 and four.gradients == (2 + 4 * 2) * count
     fast = device_memory(config(train__logical_shards=4, determinism="fast"))
     assert fast.gradients == (2 + 4) * count
+
+
+def test_the_estimate_counts_what_latent_attention_keeps() -> None:
+    model = config().model
+    narrow, wide = (
+        config(model=replace(model, attention=("mla",), mla=MLAConfig(v_head_dim=width), num_layers=1))
+        for width in (16, 48)
+    )
+    tokens = narrow.train.seq_len * narrow.train.sequences_per_shard
+    kept = device_memory(wide).activations - device_memory(narrow).activations
+    # The values and the output of every head, in bfloat16.
+    assert kept == tokens * model.num_heads * 2 * 32 * 2
+
+
+def test_latent_attention_is_served_on_a_cpu_as_the_message_says() -> None:
+    latent = config(model=replace(config().model, attention=("mla",)))
+    with pytest.raises(ConfigError, match="no paged kernel for a GPU") as refused:
+        resolve_serving_device(latent, GOOD)
+    assert resolve_serving_device(cured(latent, str(refused.value))).cluster.device == "cpu"
 
 
 def test_a_server_computes_in_its_own_dtype_on_a_gpu_and_in_float32_on_a_cpu() -> None:

@@ -3,15 +3,23 @@
 Slots are threads here (tests/local_server.py); tests/test_serving_cluster.py has real processes.
 """
 
+import asyncio
+import time
 from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 from local_cluster import tiny_run, train
 from local_server import Heard, LocalServer
+from serving_parts import app_of
 
 from sparseray.actors.serving.text_request import GenerationRequest
 from sparseray.errors import ConfigError
+from sparseray.jobs.http.server import HttpServer
 from sparseray.platform.config import ClusterConfig
 
 REQUESTS, LENGTH = 6, 20
@@ -96,6 +104,33 @@ def test_a_kill_fails_no_request_and_changes_no_token(
         )
 
 
+@pytest.mark.parametrize(
+    "silent", [pytest.param({30: 2}, id="expert shard"), pytest.param({0: 5, 30: 3}, id="memory and expert")]
+)
+def test_a_shard_that_hangs_is_replaced_by_its_replica_before_anybody_calls_it_lost(
+    silent: dict[int, int], trained: Path, undisturbed: list[Heard], tmp_path: Path
+) -> None:
+    """A slot's process stands still, and the scheduler of this test never finds out."""
+    with serve(tmp_path / "server", trained, deadline_s=20.0) as server:
+        hang = {
+            count: lambda s, slot=slot: s.fleet.transports[slot].hung.set() for count, slot in silent.items()
+        }
+        hang.pop(0, lambda s: None)(server)
+        heard = server.ask(requests(), at(hang))
+        assert heard == undisturbed
+        assert max(h.gap_s for h in heard) < 1.5
+        engines = [server.fleet.slots[slot].roles for slot in (0, 1)]
+        assert all(set(roles.patience.silent) & set(silent.values()) for roles in engines)
+        for slot in silent.values():
+            server.fleet.heal(slot)
+        assert server.ask(requests()) == undisturbed
+        # What they said late was dropped, and showed that they are there again.
+        assert all(roles.patience.silent == () for roles in engines)
+        assert "lost" not in server.events
+        for roles in engines:
+            assert roles.engine_role.engine is not None and roles.engine_role.engine.stats.failed_steps == 0
+
+
 def test_an_engine_keeps_its_caches_over_changes_of_plan(
     trained: Path, undisturbed: list[Heard], tmp_path: Path
 ) -> None:
@@ -127,6 +162,76 @@ def test_engines_are_added_and_taken_away_while_they_answer(
             server.run.reconciler.request("attention", 0)
 
 
+def hang(slot: int) -> Callable[[LocalServer], None]:
+    return lambda server: server.fleet.transports[slot].hung.set()
+
+
+def engines_of(server: LocalServer) -> list[Any]:
+    return [server.fleet.slots[slot].roles.engine_role.engine for slot in (0, 1)]
+
+
+def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_requests_of_an_engine_that_hangs_go_on_elsewhere_before_anybody_calls_it_lost(
+    trained: Path, undisturbed: list[Heard], tmp_path: Path
+) -> None:
+    with serve(tmp_path / "server", trained, deadline_s=20.0) as server:
+        engines = engines_of(server)
+        heard = server.ask(requests(), at({30: hang(0)}))
+        assert heard == undisturbed
+        assert max(h.gap_s for h in heard) < 5.0
+        assert "lost" not in server.events and server.ingress.reason == ""
+        hang(1)(server)
+        until(lambda: "no answer from the engines in slots [0, 1]" in server.ingress.reason)
+        for slot in (0, 1):
+            server.fleet.heal(slot)
+        # What it had is forgotten; what it says of it is nobody's to hear.
+        until(lambda: not any(engine.has_work for engine in engines) and not server.ingress.reason)
+        assert server.ask(requests()) == undisturbed
+        assert engines_of(server) == engines and "lost" not in server.events
+
+
+def test_an_engine_that_is_planned_to_go_finishes_what_it_has(
+    trained: Path, undisturbed: list[Heard], tmp_path: Path
+) -> None:
+    with serve(tmp_path / "server", trained) as server:
+        engines = engines_of(server)
+        assert server.ask(requests(), at({20: scale("attention", 1)})) == undisturbed
+        # Nothing was computed twice, and the one that went had something to finish.
+        assert sum(engine.stats.generated_tokens for engine in engines) == REQUESTS * LENGTH
+        assert all(engine.stats.generated_tokens > 0 for engine in engines)
+        until(lambda: "resized" in server.events)
+        # A wish that is taken back lets it stay; one whose time is up moves what is left.
+        scale("attention", 2)(server)
+        until(lambda: server.events.count("resized") == 2)
+        changes = {20: scale("attention", 1), 40: scale("attention", 2)}
+        assert server.ask(requests(), at(changes)) == undisturbed
+        until(lambda: server.ingress.draining == ())
+        assert server.events.count("resized") == 2
+        server.run.generations.workload.drains.limit_s = 0.0  # type: ignore[attr-defined]
+        assert server.ask(requests(), at({20: scale("attention", 1)})) == undisturbed
+        until(lambda: server.events.count("resized") == 3)
+
+
+def test_a_client_that_goes_away_frees_its_place_at_once(trained: Path, tmp_path: Path) -> None:
+    async def leave(server: LocalServer) -> None:
+        stream = server.ingress.generate(replace(requests()[0], max_tokens=40))
+        async for event in stream:
+            if event.index == 3:
+                break
+        await stream.aclose()
+
+    with serve(tmp_path / "server", trained) as server:
+        asyncio.run(leave(server))
+        until(lambda: not any(engine.has_work for engine in engines_of(server)), 1.0)
+        assert sum(engine.stats.generated_tokens for engine in engines_of(server)) < 40
+
+
 def test_a_scheduler_that_dies_is_noticed_by_no_request(
     trained: Path, undisturbed: list[Heard], tmp_path: Path
 ) -> None:
@@ -140,11 +245,14 @@ def test_a_scheduler_that_dies_is_noticed_by_no_request(
         assert server.run.generations.wanted.experts == 3
 
 
-def test_without_any_slot_health_says_so_until_others_have_started(trained: Path, tmp_path: Path) -> None:
-    with serve(tmp_path / "server", trained) as server:
+def test_without_any_slot_readiness_says_so_until_others_have_started(trained: Path, tmp_path: Path) -> None:
+    with ExitStack() as stack:
+        server = stack.enter_context(serve(tmp_path / "server", trained))
         assert server.ask(requests()[:1])[0].finish == "length"
         server.fleet.most = 0
         seen: list[str] = []
+        http = stack.enter_context(HttpServer(app_of(server.ingress)))
+        assert httpx.get(f"{http.url}/ready").json() == {"status": "ok"}
         kill(*server.fleet.members())(server)
         for _ in range(400):
             if reason := server.ingress.reason:
@@ -152,6 +260,11 @@ def test_without_any_slot_health_says_so_until_others_have_started(trained: Path
                 break
             server.stopping.wait(0.01)
         assert "every slot was lost" in seen[0]
+        down = httpx.get(f"{http.url}/ready")
+        assert (down.status_code, down.json()) == (503, {"status": "down", "reason": seen[0]})
+        assert httpx.get(f"{http.url}/health").json() == {"status": "ok"}
         server.fleet.most = 12
         assert server.ask(requests()[:1])[0].finish == "length"
         assert server.ingress.reason == ""
+        server.ingress.fail("the job is over")
+        assert httpx.get(f"{http.url}/health").json() == {"status": "down", "reason": "the job is over"}

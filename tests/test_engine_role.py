@@ -6,6 +6,7 @@ import pytest
 from serving_parts import Parts, request_of
 
 from sparseray.actors.engine_role import EngineRole
+from sparseray.actors.exchange.patience import Patience
 from sparseray.actors.serving.messages import Cancel, Generate
 from sparseray.actors.wire.envelope import Message
 
@@ -14,6 +15,8 @@ GAUGES = ("requests_running", "requests_waiting", "cache_usage_ratio")
 
 class Shown:
     """A job that makes the test's engine and keeps the last value of each gauge; and a mailbox that keeps nothing."""
+
+    is_serving = True
 
     def __init__(self, parts: Parts) -> None:
         self.made, self.last = parts.engine(max_batch=2), dict[str, float]()
@@ -38,7 +41,7 @@ def message_of(body: Any) -> Message[Any]:
 @pytest.mark.parametrize("end", ["cancelled", "dropped"])
 def test_an_engine_without_requests_shows_nothing_at_hand(parts: Parts, end: str) -> None:
     shown = Shown(parts)
-    role = EngineRole(shown, lambda message: None)  # type: ignore[arg-type]
+    role = EngineRole(shown, lambda message: None, Patience())  # type: ignore[arg-type]
     role.take(shown, parts.model, None, 0)
     for name in "abc":
         role.handlers[Generate](message_of(Generate(request=request_of(name, (1, 2, 3), max_tokens=99))))

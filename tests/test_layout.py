@@ -23,6 +23,7 @@ FLOORS = {
     "platform": [
         "settings",
         "cluster_config",
+        "plain_values",
         "config",
         "metrics",
         "planning",
@@ -38,6 +39,10 @@ FLOORS = {
         "training",
         "step_reports",
         "trainer",
+        "autoscaler",
+        "versions",
+        "weights",
+        "publishing",
         "serving",
         "composition",
         "job",
@@ -163,3 +168,10 @@ def test_public_functions_of_two_parameters_say_what_each_is(part: str) -> None:
             if len({*names} - {"self", "cls"}) >= 2 and not said:
                 silent.append(f"{path.relative_to(ROOT)}: {node.name}")
     assert not silent, "lacks Args: " + "; ".join(silent)
+
+
+@pytest.mark.xdist_group("alone")
+def test_groups_of_tests_are_known_to_the_runner(request: pytest.FixtureRequest) -> None:
+    """A pytest that is newer than the runner takes no note of groups, and clusters would meet."""
+    if getattr(request.config.option, "loadgroup", False):
+        assert request.node.nodeid.endswith("@alone")

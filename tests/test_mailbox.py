@@ -3,8 +3,9 @@
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from sparseray.actors.wire.mailbox import Mailbox
 from sparseray.actors.wire.messages import Ping, Pong
 from sparseray.actors.wire.slot_mailbox import SlotMailbox
 from sparseray.errors import SlotLostError, SupersededError
+from sparseray.platform.fleet.transport import ZmqTransport
 
 PLANNED = InstallPlan(plan=PLAN, job=JobSpec(config="{}"), scheduler="", step=4)
 
@@ -28,6 +30,7 @@ class FakeTransport:
     def __init__(self) -> None:
         self.incoming: deque[list[Any]] = deque()
         self.sent: list[tuple[int, list[Any]]] = []
+        self.ended: set[int] = set()
 
     def connect(self, peers: dict[int, str]) -> None:
         pass
@@ -39,6 +42,9 @@ class FakeTransport:
         if not self.incoming:
             time.sleep(min(timeout_s, 0.001))
         return self.incoming.popleft() if self.incoming else None
+
+    def gone(self, slots: Collection[int]) -> list[int]:
+        return [slot for slot in slots if slot in self.ended]
 
     def close(self) -> None:
         pass
@@ -139,8 +145,41 @@ def test_silent_slots_are_named_after_the_deadline(box: Box) -> None:
         box.mailbox.wait({first: 1, second: 2}, 0.1, lambda m: None)
 
 
+def test_who_can_ask_others_does_not_wait_for_a_slot_that_has_ended(box: Box) -> None:
+    first, second = box.mailbox.post(1, ROWS), box.mailbox.post(2, ROWS)
+    box.transport.ended.add(2)
+    started = time.monotonic()
+    with pytest.raises(SlotLostError, match=r"the end of slots \[2\]") as error:
+        box.mailbox.wait({first: 1, second: 2}, 10.0, lambda m: None, watch=True)
+    assert time.monotonic() - started < 5.0 and error.value.slots == (2,)
+    with pytest.raises(SlotLostError, match="no answer"):
+        box.mailbox.wait({second: 2}, 0.1, lambda m: None)
+
+
+def test_a_transport_sees_the_end_of_the_peers_that_it_was_connected_to(tmp_path: Path) -> None:
+    ways = [ZmqTransport(f"slot{i}", tmp_path) for i in range(3)]
+    try:
+        ways[0].connect({1: ways[1].address, 2: ways[2].address})
+        for slot in (1, 2):
+            ways[0].send(slot, [b"x"])
+            assert ways[slot].receive(5.0) is not None
+        assert ways[0].gone([1, 2]) == []
+        ways[1].close()
+        deadline = time.monotonic() + 5.0
+        while not ways[0].gone([1, 2]) and time.monotonic() < deadline:
+            time.sleep(0.005)
+        assert ways[0].gone([1, 2]) == ways[0].gone([1]) == [1] and ways[0].gone([2]) == []
+        # Whoever comes to its place is somebody else.
+        ways[0].connect({1: ways[2].address})
+        assert ways[0].gone([1, 2]) == []
+    finally:
+        ways[0].close()
+        ways[2].close()
+
+
 def test_a_ping_is_answered_while_the_work_thread_computes_and_before_its_plan_is_taken(box: Box) -> None:
-    # This thread, the work thread's part, takes nothing from its mailbox meanwhile.
+    # This thread, the work thread's part, takes nothing from its mailbox meanwhile. Others have nothing to ping for.
+    box.transport.put(body=Ping(), source=77, sequence=4)
     box.transport.put(body=Ping(), source=SCHEDULER, sequence=5)
     box.transport.put(body=Ping(), source=SCHEDULER, sequence=6, generation=2)
     box.until(lambda: len(box.transport.sent) == 2)

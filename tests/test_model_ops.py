@@ -10,12 +10,13 @@ import pytest
 import torch
 import triton_interpreter  # Must come before anything that imports Triton.
 from nsa_sizes import DEVICE, small_tiles
+from paged_runs import Served
 from torch import Tensor
 
 from sparseray.errors import ConfigError
+from sparseray.kernels.compiled_ops import COMPILED
 from sparseray.kernels.ops import REFERENCE, BranchKeys, Ops, ops_for
 from sparseray.kernels.triton_ops import TRITON
-from sparseray.model.cache import Cache
 from sparseray.model.config import DSEConfig, ModelConfig, MoEConfig, NSAConfig
 from sparseray.model.dse import LocalMemory
 from sparseray.model.dse_layout import DSELayout
@@ -26,6 +27,7 @@ from sparseray.model.transformer import Transformer, cross_entropy_sum
 assert triton_interpreter
 assert small_tiles  # A fixture of every test here.
 
+PAGE = 16
 SMALL = ModelConfig(
     vocab_size=40,
     hidden=16,
@@ -105,11 +107,8 @@ def test_training_with_triton_gives_the_losses_and_gradients_of_the_plain_operat
 def test_serving_with_triton_gives_the_hidden_states_of_the_plain_operations() -> None:
     tokens, found = random_tokens(1, 17, 9)[0], []
     for ops in (REFERENCE, TRITON):
-        net, hidden = Net(ops), []
-        cache = Cache(net.config, 20, device=DEVICE)
-        for piece in tokens.split([9, 1, 7]):
-            hidden += net.model.run_chunks([(piece, cache)], experts=net.experts, memory=net.memory)
-        found.append(torch.cat(hidden))
+        net = Net(ops)
+        found.append(Served(net.model, net.experts, net.memory, page=PAGE).text(tokens, [9, 1, 7]))
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
 
 
@@ -125,7 +124,7 @@ def test_triton_notes_the_statistics_of_the_plain_operations() -> None:
 
 def test_kernels_are_chosen_by_key_and_device() -> None:
     cpu = torch.device("cpu")
-    assert ops_for("auto", cpu) is REFERENCE
+    assert ops_for("auto", cpu) is COMPILED
     assert ops_for("reference", cpu) is REFERENCE
     assert ops_for("triton", torch.device(DEVICE)) is TRITON
     with pytest.raises(ConfigError, match="capability 9"):
@@ -170,12 +169,10 @@ def test_a_model_in_bf16_runs_forward_and_backward_near_its_fp32_twin(router: st
 def test_a_model_in_bf16_serves_from_caches_of_its_dtype() -> None:
     tokens = random_tokens(1, 17, 9)[0]
     net = Net(REFERENCE, SMALL, torch.bfloat16)
-    cache, hidden = Cache(SMALL, 20, dtype=torch.bfloat16, device=DEVICE), []
-    for piece in tokens.split([9, 1, 7]):
-        hidden += net.model.run_chunks([(piece, cache)], experts=net.experts, memory=net.memory)
+    hidden = Served(net.model, net.experts, net.memory, page=PAGE).text(tokens, [9, 1, 7])
     with torch.no_grad():
         out = net.model(tokens[None], experts=net.experts, memory=net.memory)
-    error = (torch.cat(hidden) - out.hidden_BTH[0]).float().norm() / out.hidden_BTH.float().norm()
+    error = (hidden - out.hidden_BTH[0]).float().norm() / out.hidden_BTH.float().norm()
     assert out.hidden_BTH.dtype == torch.bfloat16
     assert error < 0.05
 

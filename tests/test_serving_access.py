@@ -57,7 +57,7 @@ def test_requests_need_one_of_the_keys(closed: Service) -> None:
         assert httpx.get(closed.url + "/llm/v1/models", headers=headers).status_code == 401
     for key in ("first", "second"):
         assert closed.post(BODY, headers={"Authorization": f"Bearer {key}"}).status_code == 200
-    for path in ("/health", "/ping", "/metrics", "/llm/health"):
+    for path in ("/health", "/ready", "/ping", "/metrics", "/llm/health"):
         assert httpx.get(closed.url + path).status_code == 200
     with openai.OpenAI(base_url=f"{closed.url}/llm/v1", api_key="first", max_retries=0) as api:
         assert [model.id for model in api.models.list()] == ["tiny", "small"]

@@ -1,4 +1,4 @@
-"""The paged engine on a CPU: its tokens are those of the engine with contiguous caches; pages are shared and freed."""
+"""The paged engine on a CPU: pages are shared and freed, and change no token; the samplers of host and device agree."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from sparseray.actors.serving.paged_engine import PagedEngine
 from sparseray.actors.serving.sampler import adjusted, sample, uniform
 from sparseray.actors.serving.text_request import GenerationRequest
 from sparseray.errors import ConfigError
+from sparseray.kernels.ops import REFERENCE
 
 
 @pytest.fixture(scope="module")
@@ -57,26 +58,28 @@ REQUESTS = [
 ]
 
 
-def test_requests_get_the_tokens_of_the_engine_with_contiguous_caches(parts: Parts) -> None:
-    engine = paged(parts)
+@pytest.mark.parametrize("page", [16, 64])
+def test_requests_get_the_events_that_they_get_alone_whatever_the_page(parts: Parts, page: int) -> None:
+    engine = paged(parts, page=page)
     for request in REQUESTS:
         engine.add(request)
     found = finish(engine)
     for request in REQUESTS:
-        wanted = alone(parts, request)
-        assert tokens_of(found[request.request_id]) == tokens_of(wanted), request.request_id
-        assert found[request.request_id][-1].finish_reason == wanted[-1].finish_reason
+        assert found[request.request_id] == alone(parts, request), request.request_id
     assert engine.cache_usage == 0.0
 
 
-def test_log_probabilities_of_a_prompt_are_those_of_the_other_engine(parts: Parts) -> None:
-    request = request_of("a", prompt_of(100), prompt_logprobs=1, logprobs=1, max_tokens=3)
-    engine = paged(parts)
-    engine.add(request)
-    found, wanted = finish(engine)["a"], alone(parts, request)
-    for ours, theirs in zip(found[0].prompt_logprobs or (), wanted[0].prompt_logprobs or (), strict=True):
-        assert ours.token_id == theirs.token_id
-        assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-5)
+def test_the_plain_operations_give_the_tokens_of_the_compiled_ones(parts: Parts) -> None:
+    plain = make_parts(REFERENCE)
+    for request in REQUESTS:
+        wanted, found = alone(parts, request), alone(plain, request)
+        assert tokens_of(found) == tokens_of(wanted), request.request_id
+        for ours, theirs in zip(found[0].prompt_logprobs or (), wanted[0].prompt_logprobs or (), strict=True):
+            assert ours.token_id == theirs.token_id
+            assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-5)
+    # What it decoded it decodes again: its bits depend on the chunk.
+    request = replace(REQUESTS[2], resume_tokens=tuple(tokens_of(alone(plain, REQUESTS[2]))[:4]))
+    assert tokens_of(alone(plain, request)) == tokens_of(alone(plain, REQUESTS[2]))[4:]
 
 
 def test_a_prefix_is_computed_once_and_its_requests_keep_their_tokens(parts: Parts) -> None:
@@ -92,6 +95,17 @@ def test_a_prefix_is_computed_once_and_its_requests_keep_their_tokens(parts: Par
     assert engine.stats.prompt_tokens == computed + 2 * (64 + 10)
     for request in requests:
         assert tokens_of(found[request.request_id]) == tokens_of(alone(parts, request))
+
+
+def test_the_same_prompt_again_computes_less_than_two_pages_and_its_rest(parts: Parts) -> None:
+    engine, request = paged(parts, page=16), request_of("a", prompt_of(150), seed=3, temperature=0.9)
+    engine.add(request)
+    first = finish(engine)["a"]
+    assert engine.stats.prompt_tokens == 150
+    engine.add(request)
+    assert finish(engine)["a"] == first == alone(parts, request)
+    # 9 whole pages, of which the last is computed again.
+    assert engine.stats.prompt_tokens == 150 + 150 - 8 * 16
 
 
 def test_a_request_waits_for_pages_and_a_cancelled_one_gives_its_own_back(parts: Parts) -> None:

@@ -26,7 +26,10 @@ class _BreakingClient:
             yield TokenEvent(request_id=request.request_id, index=0, token_id=66)
         yield TokenEvent(request_id=request.request_id, index=1, finish_reason="error", error="secret detail")
 
-    reason = ""
+    reason = failure = ""
+
+    def version(self, request_id: str = "") -> str:
+        return ""
 
     async def cancel(self, request_id: str) -> None:
         return None

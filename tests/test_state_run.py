@@ -15,6 +15,8 @@ from sparseray.actors.installation import InstallPlan, JobSpec, Restore
 from sparseray.actors.slot import Slot
 from sparseray.actors.wire.envelope import Message
 from sparseray.actors.wire.messages import Installed
+from sparseray.errors import CheckpointError
+from sparseray.model.config import RopeConfig
 from sparseray.model.dse_layout import DSELayout
 from sparseray.platform.checks import check_cluster
 from sparseray.platform.config import ClusterConfig, RunConfig, ServeConfig, to_dict
@@ -22,6 +24,7 @@ from sparseray.platform.fleet.job import SlotJob
 from sparseray.platform.metrics.exporter import Metrics
 from sparseray.platform.opening import open_serving, serving_inventory
 from sparseray.platform.run import checkpoint
+from sparseray.platform.run.folder import RunFolder
 
 STEPS = 10
 
@@ -134,3 +137,17 @@ def test_a_serving_slot_reads_and_holds_weights_only(
         bytes_held.append((experts.num_bytes, memory.tables[0].num_bytes, len(read)))
     (served, rows, _), (full, rows_and_moments, _) = bytes_held
     assert served * 3 == full and rows < rows_and_moments
+
+
+def test_a_run_goes_on_from_a_checkpoint_of_a_version_that_knew_fewer_keys(tmp_path: Path) -> None:
+    config = RunConfig()
+    old = to_dict(config)
+    for section in ("rope", "mla"):
+        del old["model"][section]
+    folder = RunFolder(tmp_path)
+    manifest = {"format": checkpoint.FORMAT, "step": 3, "config": old, "files": {}, "identity": {}}
+    made = checkpoint.finish(checkpoint.begin(folder.checkpoints, 3), manifest)
+    assert folder.check_checkpoint(config, None) == made
+    other = replace(config, model=replace(config.model, rope=RopeConfig(scaling="yarn", factor=2.0)))
+    with pytest.raises(CheckpointError, match=r"model\.rope\.factor, model\.rope\.scaling differ"):
+        folder.check_checkpoint(other, None)

@@ -6,15 +6,20 @@ that comes while a layer waits is entered there and then, and the layer goes on 
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
+from sparseray.actors.exchange.patience import Patience
 from sparseray.actors.exchange.protocol import Exchange
 from sparseray.actors.observation import observe_engine, observe_memory, observe_no_engine, observe_queues
 from sparseray.actors.serving.enduring import EnduringExchange
 from sparseray.actors.serving.engine import Engine
-from sparseray.actors.serving.messages import Cancel, Generate, Moved, Tokens
+from sparseray.actors.serving.messages import Cancel, Drain, Draining, Generate, Moved, Tokens
+from sparseray.actors.serving.pace import Pace
+from sparseray.actors.serving.staging import Edition
 from sparseray.actors.serving.text_request import TokenEvent
-from sparseray.actors.wire.envelope import INGRESS, Body, Message
+from sparseray.actors.wire.envelope import INGRESS, SCHEDULER, Body, Message
+from sparseray.actors.wire.messages import ExpertForward, FetchRows
 from sparseray.actors.wire.slot_mailbox import SlotMailbox
 from sparseray.errors import SupersededError, UserError
 from sparseray.log import get_logger
@@ -22,9 +27,15 @@ from sparseray.model.transformer import Transformer
 
 log = get_logger(__name__)
 
+SPEAK_S = 0.5
+ANSWERED: dict[type[Body], str] = {ExpertForward: "experts", FetchRows: "memory"}
+"""Role of a shard by what it is asked in serving."""
+
 
 class Job(Protocol):
     """What it takes to make an engine."""
+
+    is_serving: bool
 
     def engine(self, model: Transformer, exchange: Exchange | EnduringExchange) -> Engine | None:
         """Make the engine; None for a job that does not serve.
@@ -46,31 +57,73 @@ class Job(Protocol):
         ...
 
 
+@dataclass(kw_only=True)
+class Seat:
+    """An engine, of one version of the weights, and the exchange of the plan in force.
+
+    Args:
+        exchange: by which the engine asks; None until there is one.
+        step_open: experts and rows answer for this step, as in training: the one after the version's number.
+        engine: None until it is made.
+    """
+
+    exchange: Exchange | None
+    step_open: int
+    engine: Engine | None = None
+
+    def current(self) -> Exchange:
+        """The exchange, set to ask for this version."""
+        assert self.exchange is not None
+        self.exchange.begin(self.step_open, -1)
+        return self.exchange
+
+    @property
+    def request_ids(self) -> tuple[str, ...]:
+        """Requests that are computed here."""
+        return () if self.engine is None else self.engine.request_ids
+
+
 class EngineRole:
-    """Plays an engine, or none, as the plan has it.
+    """Plays an engine, or none, as the plan has it; and the one of the version before until its requests end.
 
     Args:
         mailbox: of the slot.
         enter: enters the plan of a message.
+        patience: with those who hold experts and rows.
     """
 
-    def __init__(self, mailbox: SlotMailbox, enter: Callable[[Message[Body]], None]) -> None:
-        self.mailbox, self.enter = mailbox, enter
-        self.engine: Engine | None = None
-        self.exchange: Exchange | None = None
+    def __init__(
+        self, mailbox: SlotMailbox, enter: Callable[[Message[Body]], None], patience: Patience
+    ) -> None:
+        self.mailbox, self.enter, self.patience = mailbox, enter, patience
+        self.seat, self.earlier = Seat(exchange=None, step_open=1), Seat(exchange=None, step_open=0)
         self.job: Job | None = None
-        self.step_open = 1
+        self.pace = Pace(time.perf_counter())
+        self.spoke_s = 0.0
         self.handlers: dict[type[Body], Callable[[Message[Any]], None]] = {
             Generate: self._generate,
             Cancel: self._cancel,
+            Drain: self._drain,
         }
+
+    @property
+    def engine(self) -> Engine | None:
+        """The engine that new requests go to."""
+        return self.seat.engine
 
     @property
     def has_work(self) -> bool:
         """Whether `step` has something to do."""
-        return self.engine is not None and self.engine.has_work
+        return any(seat.engine is not None and seat.engine.has_work for seat in (self.earlier, self.seat))
 
-    def take(self, job: Job, model: Transformer | None, exchange: Exchange | None, committed: int) -> None:
+    def take(
+        self,
+        job: Job,
+        model: Transformer | None,
+        exchange: Exchange | None,
+        committed: int,
+        earlier: Edition | None = None,
+    ) -> None:
         """Go on at a new plan: with the engine that is here if its weights stayed.
 
         Args:
@@ -78,35 +131,87 @@ class EngineRole:
             model: dense weights of the slot; None where it runs no model.
             exchange: of the new plan.
             committed: last step; experts and rows answer for the one after it, as in training.
+            earlier: version before, whose requests may be finished; None where there is none.
         """
         if self.engine is not None and (job is not self.job or self.engine.model is not model):
-            self.drop()
-        self.job, self.exchange, self.step_open = job, exchange, committed + 1
+            if earlier is not None and self.engine.model is earlier.model:
+                self.drop_earlier()
+                self.earlier = self.seat
+            else:
+                self._give_up(self.seat, stays=model is not None)
+            self.seat = Seat(exchange=exchange, step_open=committed + 1)
+        self.job = job
+        if earlier is None or earlier.exchange is None:
+            self.drop_earlier()
+        else:
+            self.earlier.exchange = earlier.exchange
+        self.seat.exchange, self.seat.step_open = exchange, committed + 1
         if self.engine is None and model is not None:
-            self.engine = job.engine(model, EnduringExchange(self._current, self._go_on))
+            self.seat.engine = job.engine(model, self._enduring(self.seat))
+            self.pace.new_engine()
 
-    def _current(self) -> Exchange:
-        assert self.exchange is not None
-        self.exchange.begin(self.step_open, -1)
-        return self.exchange
+    def _enduring(self, seat: Seat) -> EnduringExchange:
+        return EnduringExchange(seat.current, lambda: self._go_on(seat), self.patience)
 
     def drop(self) -> None:
-        """End the engine that is here; its requests must go elsewhere."""
-        engine, self.engine = self.engine, None
-        if engine is not None and engine.request_ids:
-            self.mailbox.post(INGRESS, Moved(request_ids=engine.request_ids))
-        if engine is not None and self.job is not None:
+        """End what is here; its requests must go elsewhere."""
+        self.drop_earlier()
+        had_engine = self.engine is not None
+        self._give_up(self.seat, stays=False)
+        self.seat = Seat(exchange=None, step_open=1)
+        if had_engine and self.job is not None:
             observe_no_engine(self.job.observe)
 
+    def drop_earlier(self) -> None:
+        """End the engine of the version before; its requests go on with the one in force."""
+        self._give_up(self.earlier, stays=True)
+        self.earlier = Seat(exchange=None, step_open=0)
+
+    def _give_up(self, seat: Seat, *, stays: bool) -> None:
+        if gone := seat.request_ids:
+            self.mailbox.post(INGRESS, Moved(request_ids=gone, stays=stays))
+        for request_id in gone:
+            self.pace.left(request_id)
+
+    def tell_load(self) -> None:
+        """Tell the scheduler twice a second what the slot does, in a job that serves."""
+        now = time.perf_counter()
+        if self.job is None or not self.job.is_serving or not self.pace.is_due(now):
+            return
+        engine = self.engine
+        stats, usage = (None, 0.0) if engine is None else (engine.stats, engine.cache_usage)
+        num_earlier, version = len(self.earlier.request_ids), self.seat.step_open - 1
+        load = self.pace.take(now, stats, usage, version=version, num_earlier=num_earlier)
+        self.mailbox.post(SCHEDULER, load)
+
+    def answered(self, kind: type[Body], seconds: float) -> None:
+        """Take note of time that the slot took to answer a peer.
+
+        Args:
+            kind: of the request.
+            seconds: spent.
+        """
+        if (role := ANSWERED.get(kind)) is not None:
+            self.pace.answered(role, seconds)
+
     def step(self) -> None:
-        """Run one step of the batch and send its tokens on.
+        """Run one step of each batch and send its tokens on.
 
         Raises:
             SupersededError: a plan came that leaves no engine here; it has been entered.
         """
-        engine, job = self.engine, self.job
-        assert engine is not None and job is not None
-        started = time.perf_counter()
+        for seat in (self.earlier, self.seat):
+            # A plan that came within the first step may have ended the second.
+            if self._is_here(seat) and seat.engine is not None and seat.engine.has_work:
+                self._step(seat, seat.engine)
+
+    def _is_here(self, seat: Seat) -> bool:
+        return seat is self.earlier or seat is self.seat
+
+    def _step(self, seat: Seat, engine: Engine) -> None:
+        job = self.job
+        assert job is not None
+        started, events = time.perf_counter(), list[TokenEvent]()
         try:
             events = engine.step()
         except SupersededError:
@@ -116,15 +221,17 @@ class EngineRole:
             log.warning("slot %d: a serving step failed, trying again: %s", self.mailbox.slot, error)
             return
         finally:
-            observe_engine(job.observe, engine, time.perf_counter() - started)
-            if self.exchange is not None:
-                observe_memory(job.observe, self.exchange)
-        if events:
-            self.mailbox.post(INGRESS, Tokens(events=tuple(events)))
+            now = time.perf_counter()
+            batch = observe_engine(job.observe, engine, now - started)
+            self.pace.stepped(now - started, batch, events, now)
+            if seat.exchange is not None:
+                observe_memory(job.observe, seat.exchange)
+        if events or now - self.spoke_s > SPEAK_S:
+            self.spoke_s = now
+            self.mailbox.post(INGRESS, Tokens(events=tuple(events), version=seat.step_open - 1))
 
-    def _go_on(self) -> bool:
-        """Enter the plan that came within a step of the engine; False if it leaves no engine here."""
-        engine = self.engine
+    def _go_on(self, seat: Seat) -> bool:
+        """Enter the plan that came within a step of an engine; False if it leaves that engine no part here."""
         while self.mailbox.is_superseded:
             message = self.mailbox.next(0.0)
             if message is None:
@@ -133,7 +240,7 @@ class EngineRole:
                 self.enter(message)
             except SupersededError:
                 continue
-        return self.engine is engine
+        return self._is_here(seat)
 
     def _generate(self, message: Message[Generate]) -> None:
         request = message.body.request
@@ -142,6 +249,7 @@ class EngineRole:
             return
         try:
             self.engine.add(request)
+            self.pace.arrived(request.request_id, time.perf_counter(), is_resumed=bool(request.resume_tokens))
         except UserError as error:
             event = TokenEvent(
                 request_id=request.request_id,
@@ -151,7 +259,13 @@ class EngineRole:
             )
             self.mailbox.post(INGRESS, Tokens(events=(event,)))
 
+    def _drain(self, _: Message[Drain]) -> None:
+        left = len(self.seat.request_ids) + len(self.earlier.request_ids)
+        self.mailbox.post(SCHEDULER, Draining(num_requests=left))
+
     def _cancel(self, message: Message[Cancel]) -> None:
-        if self.engine is not None and self.job is not None:
-            self.engine.cancel(message.body.request_id)
-            observe_queues(self.job.observe, self.engine)
+        for seat in (self.earlier, self.seat):
+            if seat.engine is not None and self.job is not None:
+                seat.engine.cancel(message.body.request_id)
+                observe_queues(self.job.observe, seat.engine)
+        self.pace.left(message.body.request_id)

@@ -40,10 +40,12 @@ class Restore:
     Args:
         checkpoint: its folder; empty for the seed.
         everything: throw away what is held and load all; otherwise only pieces that no peer gives.
+        weights_only: moments begin at zero, whatever the checkpoint has.
     """
 
     checkpoint: str
     everything: bool = True
+    weights_only: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +69,8 @@ class InstallPlan(Body):
         commit: the last one, for a slot that has not received it.
         pulls: what to copy from peers, for pieces that are not held.
         ingress: address that tokens go to, empty in training.
+        weights: folder that a server's pieces of `step` can be read from; empty in training.
+        earlier: version of a server's weights that requests may still be finished with; -1 for none.
     """
 
     opens_generation: ClassVar[bool] = True
@@ -79,6 +83,15 @@ class InstallPlan(Body):
     commit: Commit | None = None
     pulls: tuple[PullFrom, ...] = ()
     ingress: str = ""
+    weights: str = ""
+    earlier: int = -1
+
+    @property
+    def source(self) -> Restore | None:
+        """Where the pieces come from that no peer gives; None where peers give all."""
+        if self.restore is not None or not self.weights:
+            return self.restore
+        return Restore(checkpoint=self.weights, everything=False)
 
 
 class Reads(Protocol):
@@ -99,13 +112,17 @@ def restore(
         read: reads tensors.
         with_optimizer: whether the state will be updated.
     """
-    assert message.restore is not None
+    assert message.source is not None
     lacking = [piece for piece in pieces if piece not in holdings.held]
-    directory = message.restore.checkpoint
+    directory = message.source.checkpoint
     if not directory:
         holdings.initialize(lacking)
     elif lacking:
-        found = read(directory, holdings.names(lacking, with_optimizer=with_optimizer))
+        begins = with_optimizer and message.restore.weights_only
+        found = read(directory, holdings.names(lacking, with_optimizer=with_optimizer and not begins))
+        if begins:
+            holdings.initialize(lacking)
+            found = holdings.tensors(lacking) | found
         holdings.load(lacking, found, message.step, with_optimizer=with_optimizer)
 
 

@@ -68,8 +68,8 @@ def observe_no_engine(observe: Observe) -> None:
         observe(name, 0)
 
 
-def observe_engine(observe: Observe, engine: Engine, seconds: float) -> None:
-    """Record one step of the serving batch.
+def observe_engine(observe: Observe, engine: Engine, seconds: float) -> int:
+    """Record one step of the serving batch, and return the requests in it.
 
     Args:
         engine: after the step.
@@ -84,3 +84,4 @@ def observe_engine(observe: Observe, engine: Engine, seconds: float) -> None:
     if counted.failed_steps:
         observe("engine_failed_steps_total", counted.failed_steps)
         observe("request_retries_total", counted.retries)
+    return counted.batch

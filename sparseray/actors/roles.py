@@ -17,12 +17,15 @@ from sparseray.actors.exchange.answers import Answers
 from sparseray.actors.exchange.by_message import Caller, MessageExchange
 from sparseray.actors.exchange.local import LocalExchange
 from sparseray.actors.exchange.on_device import OnDeviceExchange
+from sparseray.actors.exchange.patience import Patience
 from sparseray.actors.exchange.protocol import Exchange
 from sparseray.actors.exchange.reduction import Reduction
 from sparseray.actors.installation import InstallPlan, JobSpec, pull_missing, restore
 from sparseray.actors.observation import observe_worker
 from sparseray.actors.serving.enduring import EnduringExchange
 from sparseray.actors.serving.engine import Engine
+from sparseray.actors.serving.messages import Retire, Stage, Staged
+from sparseray.actors.serving.staging import Edition, Staging
 from sparseray.actors.state.assignment import Plan
 from sparseray.actors.state.dense_slab import DenseSlabs
 from sparseray.actors.state.holdings import Holdings
@@ -126,7 +129,10 @@ class Roles:
         self.exchange: Exchange | None = None
         self.worker: AttentionWorker | None = None
         self.saving = BackgroundSave()
-        self.engine_role = EngineRole(mailbox, enter)
+        self.staging = Staging()
+        self.earlier: Edition | None = None
+        self.patience = Patience()
+        self.engine_role = EngineRole(mailbox, enter, self.patience)
         self.control: dict[type[Body], Callable[[Message[Any]], None]] = {
             InstallPlan: self._install,
             RunStep: self._run_step,
@@ -134,6 +140,8 @@ class Roles:
             Evaluate: self._evaluate,
             SaveCheckpoint: self._checkpoint,
             Settled: self._settled,
+            Stage: self._stage,
+            Retire: self._retire,
             **self.engine_role.handlers,
         }
 
@@ -159,10 +167,12 @@ class Roles:
         self.job = self.job_from(body.job)
         if self.holdings is None:
             self.holdings = self.job.holdings()
-        trains = not self.job.is_serving
+        trains, mine = not self.job.is_serving, plan.pieces_of(me)
+        self.patience.deadline_s = self.job.deadline_s
+        if not trains:
+            self._turn_to(body)
         self.answers = Answers(self.holdings, self.job.observe, with_optimizer=trains)
         call = Caller(self.mailbox, self.answers, self.serve, self.job.deadline_s)
-        mine = plan.pieces_of(me)
         if body.restore is not None and body.restore.everything:
             self.holdings.clear()
             self.committed = body.step
@@ -171,18 +181,66 @@ class Roles:
             self.mailbox.post(SCHEDULER, Stale(), step=self.committed)
             return
         pull_missing(self.holdings, mine, body, call, with_optimizer=trains)
-        if body.restore is not None:
+        if body.source is not None:
             restore(self.holdings, mine, body, self.job.read, with_optimizer=trains)
         self.holdings.assign(plan, me)
         self._take_roles(plan, call)
+        self._keep_earlier(plan)
         model = None if self.worker is None else self.worker.state.model
-        self.engine_role.take(self.job, model, self.exchange, self.committed)
+        self.engine_role.take(self.job, model, self.exchange, self.committed, self.earlier)
         self.plan = plan
         self.mailbox.post(SCHEDULER, Installed(), step=self.committed)
 
     def _settled(self, message: Message[Settled]) -> None:
         assert self.holdings is not None
         self.holdings.trim()
+
+    # -- versions of a server's weights ----------------------------------------------------------
+
+    def _turn_to(self, body: InstallPlan) -> None:
+        """Take the version of a plan: what was read of it goes in the place of the one that is here."""
+        assert self.holdings is not None
+        before = Edition(number=self.committed, holdings=self.holdings)
+        is_fresh = body.restore is not None and body.restore.everything
+        if self.holdings.held and body.step != self.committed and not is_fresh:
+            self.holdings = self.staging.take((body.step, body.weights)) or self.job.holdings()
+            self.committed, self.earlier = body.step, before
+        if self.earlier is not None and (is_fresh or self.earlier.number != body.earlier):
+            self.earlier = None
+
+    def _keep_earlier(self, plan: Plan) -> None:
+        """Go on answering for the version before, in this plan."""
+        found, me = self.earlier, self.mailbox.slot
+        if found is None:
+            return
+        found.holdings.assign(plan, me)
+        found.answers = Answers(found.holdings, self.job.observe, with_optimizer=False)
+        call = Caller(self.mailbox, found.answers, self.serve, self.job.deadline_s)
+        found.exchange = None
+        if plan.parts_of(me) and found.model is not None:
+            found.exchange = self._exchange(plan, found.holdings, call)
+
+    def _stage(self, message: Message[Stage]) -> None:
+        """Read another version's pieces in a thread."""
+        assert self.plan is not None
+        body, job, mine = message.body, self.job, self.plan.pieces_of(self.mailbox.slot)
+
+        def read() -> Holdings:
+            found = job.holdings()
+            tensors = job.read(body.checkpoint, found.names(mine, with_optimizer=False))
+            found.load(mine, tensors, body.version, with_optimizer=False)
+            return found
+
+        def tell(error: str) -> None:
+            self.mailbox.post(SCHEDULER, Staged(version=body.version, error=error))
+
+        self.staging.start((body.version, body.checkpoint), read, tell)
+
+    def _retire(self, message: Message[Retire]) -> None:
+        if message.body.version == self.committed:
+            self.engine_role.drop_earlier()
+            if not message.body.engines_only:
+                self.earlier = None
 
     def _catch_up(self, body: InstallPlan) -> bool:
         """Reach the plan's step: apply a commit that did not arrive. False when that cannot be done."""
@@ -203,26 +261,32 @@ class Roles:
     def _take_roles(self, plan: Plan, call: Caller) -> None:
         """Build what the plan has this slot do."""
         assert self.holdings is not None
-        me, experts, memory = self.mailbox.slot, self.holdings.experts, self.holdings.memory
-        dense = self.holdings.dense if me in plan.dense else None
-        self.reduction = Reduction(self.mailbox, plan, dense, experts, memory)
+        me, held = self.mailbox.slot, self.holdings
+        dense = held.dense if me in plan.dense else None
+        self.reduction = Reduction(self.mailbox, plan, dense, held.experts, held.memory)
         if not plan.parts_of(me):
             return
         assert dense is not None
-        if isinstance(dense, DenseSlabs) and isinstance(experts, WholeExperts):
-            self.exchange = OnDeviceExchange(dense, experts, self.holdings, self.mailbox)
-        elif plan.holders == {me}:
-            self.exchange = LocalExchange(self.holdings, self.reduction, me, self.job.observe)
-        else:
-            self.exchange = MessageExchange(
-                plan,
-                call,
-                self.reduction,
-                moe_layers=experts.config.moe_layers,
-                memory_layers=() if memory is None else memory.layers,
-                bounds=() if memory is None else memory.bounds,
-            )
+        self.exchange = self._exchange(plan, held, call)
         self.worker = AttentionWorker(dense, self.exchange)
+
+    def _exchange(self, plan: Plan, held: Holdings, call: Caller) -> Exchange:
+        """How this slot reaches experts and rows of what it holds."""
+        me, experts, memory = self.mailbox.slot, held.experts, held.memory
+        assert self.reduction is not None
+        if isinstance(held.dense, DenseSlabs) and isinstance(experts, WholeExperts):
+            return OnDeviceExchange(held.dense, experts, held, self.mailbox)
+        if plan.holders == {me}:
+            return LocalExchange(held, self.reduction, me, self.job.observe)
+        return MessageExchange(
+            plan,
+            call,
+            self.reduction,
+            moe_layers=experts.config.moe_layers,
+            memory_layers=() if memory is None else memory.layers,
+            bounds=() if memory is None else memory.bounds,
+            patience=self.patience if self.job.is_serving else None,
+        )
 
     # -- training ------------------------------------------------------------------------------
 

@@ -7,13 +7,15 @@ What belongs to a step that is not open yet waits until the commit before it has
 """
 
 import threading
+import time
 import traceback
 from collections import deque
 from collections.abc import Callable
 
+from sparseray.actors.exchange.answers import Answers
 from sparseray.actors.installation import InstallPlan, JobSpec
 from sparseray.actors.roles import Job, Roles
-from sparseray.actors.serving.messages import Cancel, Generate
+from sparseray.actors.serving.messages import Cancel, Drain, Generate
 from sparseray.actors.wire.envelope import SCHEDULER, Body, Message
 from sparseray.actors.wire.messages import Commit, ExpertForward, Failed, FetchRows, Silent
 from sparseray.actors.wire.slot_mailbox import SlotMailbox
@@ -23,7 +25,8 @@ from sparseray.log import get_logger
 log = get_logger(__name__)
 
 IDLE_S = 0.5
-_UNORDERED = (InstallPlan, Generate, Cancel)
+_UNORDERED = (InstallPlan, Generate, Cancel, Drain)
+_OF_ANY_VERSION = (ExpertForward, FetchRows)
 
 
 class Slot:
@@ -60,6 +63,7 @@ class Slot:
         message: Message[Body] | None = None
         what = "generating"
         try:
+            self.roles.engine_role.tell_load()
             is_generating = self.roles.engine_role.has_work
             if self.later and not self.mailbox.is_superseded:
                 message = self.later.popleft()
@@ -86,9 +90,14 @@ class Slot:
     def _handle(self, message: Message[Body], *, waiting: bool) -> None:
         """Handle one message; while a step of our own waits for replies, control messages keep."""
         roles, kind, slot = self.roles, type(message.body), self.mailbox.slot
-        if kind in (ExpertForward, FetchRows) and roles.plan is None:
+        if message.reply_to:
+            # Somebody else has answered meanwhile.
+            roles.patience.heard(message.source)
+        elif kind in _OF_ANY_VERSION and roles.plan is None:
             # An engine that has entered the generation already asks one that is entering it still.
             self.deferred.append(message)
+        elif (earlier := roles.earlier) and message.step == earlier.number + 1 and kind in _OF_ANY_VERSION:
+            self._answer(message, earlier.answers)
         elif kind not in _UNORDERED and message.step > roles.committed + 1:
             self.deferred.append(message)
         elif kind not in _UNORDERED and message.step < roles.committed + 1:
@@ -99,12 +108,18 @@ class Slot:
             else:
                 self._control(message)
         elif roles.answers is not None and roles.answers.knows(kind):
-            reply = roles.answers(message.body, message.layer, message.part)
-            self.mailbox.post(message.source, reply, step=message.step, reply_to=message.sequence)
+            self._answer(message, roles.answers)
         elif roles.reduction is not None and kind in roles.reduction.handlers:
             roles.reduction.handlers[kind](message)
         else:
             log.warning("slot %d: unexpected message %r from slot %d", slot, kind.kind, message.source)
+
+    def _answer(self, message: Message[Body], answers: Answers | None) -> None:
+        assert answers is not None
+        started = time.perf_counter()
+        reply = answers(message.body, message.layer, message.part)
+        self.roles.engine_role.answered(type(message.body), time.perf_counter() - started)
+        self.mailbox.post(message.source, reply, step=message.step, reply_to=message.sequence)
 
     def _control(self, message: Message[Body]) -> None:
         """Do what the scheduler or the ingress asks, then serve what waited for it."""

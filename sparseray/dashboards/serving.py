@@ -105,9 +105,69 @@ _ENGINE = (
     ),
 )
 
+_VERSIONS = (
+    Panel(
+        title="Version of the weights",
+        meaning="Step of the checkpoint that is served; it moves where a run is followed, or weights are published.",
+        unit="none",
+        queries=one(f"max by (run) ({series('serving_version_step')})"),
+    ),
+    Panel(
+        title="New versions",
+        meaning="Weights that the server went on with since its start, without a request that failed.",
+        unit="none",
+        queries=one(f"sum by (run) ({series('serving_versions_total')})"),
+    ),
+)
+_AUTOSCALING = (
+    Panel(
+        title="Slots that the server wants",
+        meaning="By role: what users and the autoscaler ask for. What there is: the dashboard of the cluster.",
+        unit="none",
+        queries=one(f"max by (run, role) ({series('autoscale_wanted_slots')})", "{{run}} {{role}}"),
+    ),
+    Panel(
+        title="Share in use",
+        meaning="Of what all engines can do, and of the time of expert and memory shards. Engines are added above 85 %.",
+        unit="percentunit",
+        top=1.0,
+        queries=one(f"max by (run, role) ({series('autoscale_busy_ratio')})", "{{run}} {{role}}"),
+    ),
+    Panel(
+        title="Latencies and their targets",
+        meaning="What nine of ten first and next tokens keep to, as the autoscaler sees it, and the targets; 0 for none.",
+        unit="s",
+        queries=(
+            Query(
+                expr=f"max by (run, token) ({series('autoscale_latency_seconds')})",
+                legend="{{run}} {{token}}",
+            ),
+            Query(
+                expr=f"max by (run, token) ({series('autoscale_target_seconds')})",
+                legend="{{run}} {{token}} target",
+            ),
+        ),
+    ),
+    Panel(
+        title="Changes by the autoscaler",
+        meaning="Wishes since the server's start; each one's reason stands in the events, as `status` and `top` show them.",
+        unit="none",
+        queries=one(
+            f"sum by (run, role, direction) ({series('autoscale_changes_total')})",
+            "{{run}} {{role}} {{direction}}",
+        ),
+    ),
+)
+
 SERVING = Dashboard(
     uid="sparseray-serving",
     title="sparseray: serving",
     meaning="What do users feel, what waits, and what failed?",
-    rows=(("What users feel", _FELT), ("Load", _LOAD), ("Engine", _ENGINE)),
+    rows=(
+        ("What users feel", _FELT),
+        ("Load", _LOAD),
+        ("Autoscaling", _AUTOSCALING),
+        ("Versions", _VERSIONS),
+        ("Engine", _ENGINE),
+    ),
 )

@@ -6,23 +6,20 @@ It shows progress on a terminal, plain lines when piped, and says at the end whe
 import argparse
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sparseray.errors import UserError
+from sparseray.jobs.progress import progress_of_bytes
 from sparseray.platform.settings import expand_path
 
 if TYPE_CHECKING:
     from sparseray.actors.training.manifest import Manifest
-    from sparseray.jobs.tokens.prepare import Progress
 
 EXAMPLE = """example:
   python -m sparseray data prepare --source stdlib --out data/stdlib
   python -m sparseray data prepare --source docs/ --source notes.txt --tokenizer deepseek --out data/mine
 """
-PLAIN_INTERVAL_S = 2.0
 
 
 def main(argv: list[str]) -> int:
@@ -33,7 +30,7 @@ def main(argv: list[str]) -> int:
     begin = time.perf_counter()
     try:
         out = Path(expand_path(arguments.out, "--out"))
-        with _progress() as progress:
+        with progress_of_bytes() as progress:
             manifest = tokens.prepare(
                 [expand_path(source, "--source") for source in arguments.source],
                 out,
@@ -102,44 +99,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--overwrite", action="store_true", help="replace a finished data set in DIR")
     return parser
-
-
-@contextmanager
-def _progress() -> Iterator["Progress"]:
-    """Yield a progress callback: a bar on a terminal, else a line every two seconds, both on stderr."""
-    if not sys.stderr.isatty():
-        yield _plain_lines()
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-    from rich.progress import Progress as Bar
-
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Bar(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bar:
-        tasks = {}
-
-        def show(phase: str, done_bytes: int, total_bytes: int) -> None:
-            if phase not in tasks:
-                tasks[phase] = bar.add_task(phase, total=total_bytes)
-            bar.update(tasks[phase], completed=done_bytes)
-
-        yield show
-
-
-def _plain_lines() -> "Progress":
-    """Return a callback that prints a line when a phase begins, ends, and every two seconds between."""
-    last_phase, last_time = "", 0.0
-
-    def show(phase: str, done_bytes: int, total_bytes: int) -> None:
-        nonlocal last_phase, last_time
-        now = time.monotonic()
-        if phase != last_phase or now - last_time >= PLAIN_INTERVAL_S or done_bytes == total_bytes:
-            last_phase, last_time = phase, now
-            print(
-                f"{phase}: {done_bytes / 1e6:.1f} of {total_bytes / 1e6:.1f} MB", file=sys.stderr, flush=True
-            )
-
-    return show
 
 
 def _report(manifest: "Manifest", out: Path, seconds: float) -> None:

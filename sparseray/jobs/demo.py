@@ -171,7 +171,7 @@ def free_port() -> int:
 
 
 def wait_until_ready(url: str, server: "subprocess.Popen[bytes]") -> None:
-    """Wait for `/health`.
+    """Wait for `/ready`.
 
     Raises:
         UserError: the server ended or did not answer in time.
@@ -181,11 +181,11 @@ def wait_until_ready(url: str, server: "subprocess.Popen[bytes]") -> None:
         if server.poll() is not None:
             raise UserError(f"the server ended with status {server.returncode}; its message stands above")
         try:
-            with urllib.request.urlopen(f"{url}/health", timeout=2):
+            with urllib.request.urlopen(f"{url}/ready", timeout=2):
                 return
         except (urllib.error.URLError, TimeoutError, ConnectionError):
             time.sleep(0.2)
-    raise UserError(f"the server did not answer at {url}/health within {START_DEADLINE_S:g} s")
+    raise UserError(f"the server did not answer at {url}/ready within {START_DEADLINE_S:g} s")
 
 
 def _request(url: str, body: dict[str, object]) -> urllib.request.Request:

@@ -11,8 +11,9 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,25 +29,29 @@ from sparseray.platform.settings import expand_path, nearest
 
 log = get_logger(__name__)
 
-DESCRIPTION = """Serve a checkpoint over HTTP, OpenAI-compatible.
+DESCRIPTION = """Serve a checkpoint, or a run and what it learns meanwhile, over HTTP, OpenAI-compatible.
 
 example:
   python -m sparseray serve --checkpoint runs/first/checkpoints/step_100 --port 8000
   curl -s localhost:8000/v1/completions -H 'Content-Type: application/json' \\
       -d '{"prompt": "def main(", "max_tokens": 32}'
+  python -m sparseray serve --run runs/first --serve.follow_every 50
 """
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command until Ctrl-C; 0 after a clean stop, 2 for a user's mistake, 1 if the slots did not come up."""
     parser = configuration.Parser(prog="sparseray serve", description=DESCRIPTION)
-    parser.add_argument("--checkpoint", required=True, help="folder such as RUN/checkpoints/step_100")
+    parser.add_argument("--checkpoint", default="", help="folder such as RUN/checkpoints/step_100")
+    parser.add_argument(
+        "--run", default="", help="run_dir of a run: its newest checkpoint, then those that follow"
+    )
     parser.add_argument("--port", type=int, default=ServeConfig.port)
     parser.add_argument("--host", default=ServeConfig.host, help="loopback by default")
     add_options(parser)
     parser.add_class_arguments(ServeConfig, "serve", skip={"host", "port"})
     parser.add_class_arguments(ClusterConfig, "cluster")
-    known = {"checkpoint", "port", "host", *NAMES, "serve", "cluster"}
+    known = {"checkpoint", "run", "port", "host", *NAMES, "serve", "cluster"}
     known |= {f"serve.{name.name}" for name in fields(ServeConfig)} - {"serve.host", "serve.port"}
     known |= {f"cluster.{name.name}" for name in fields(ClusterConfig)}
     try:
@@ -55,13 +60,39 @@ def main(arguments: Sequence[str]) -> int:
         made = parser.instantiate(options)
         serve = ServeConfig(**{**vars(made.serve), "host": options.host, "port": options.port})
         http = read_options(options, serve.host)
-        directory = Path(expand_path(options.checkpoint, "--checkpoint"))
-        return run(directory, serve, ClusterConfig(**vars(made.cluster)), http)
+        directory, followed = weights_of(options.checkpoint, options.run, serve)
+        return run(directory, serve, ClusterConfig(**vars(made.cluster)), http, followed)
     except UserError as error:
         return configuration.die(error)
     except RunFailedError as error:
         configuration.die(error)
         return 1
+
+
+def weights_of(checkpoint: str, run_dir: str, serve: ServeConfig) -> tuple[Path, str]:
+    """The checkpoint to begin with, and the folder of the run to follow; empty for none.
+
+    Args:
+        checkpoint, run_dir: as given; one of them is empty.
+        serve: says how closely a run is followed.
+
+    Raises:
+        ConfigError: neither or both were given, or there is nothing to follow.
+    """
+    from sparseray.platform.versions import followed, has_ended
+
+    if bool(checkpoint) == bool(run_dir):
+        raise ConfigError("give either --checkpoint RUN/checkpoints/step_N, or --run RUN to follow a run")
+    if checkpoint:
+        return Path(expand_path(checkpoint, "--checkpoint")), ""
+    folder = Path(expand_path(run_dir, "--run")).absolute()
+    newest = followed(folder)
+    if has_ended(newest) and serve.follow_every:
+        raise ConfigError(
+            f"--run {run_dir}: the run has ended with {newest.name}, and there is nothing to follow; "
+            f"serve it by --checkpoint {newest}"
+        )
+    return newest, str(folder)
 
 
 def _check_keys(arguments: Sequence[str], known: set[str]) -> None:
@@ -72,12 +103,15 @@ def _check_keys(arguments: Sequence[str], known: set[str]) -> None:
             raise ConfigError(f"unknown option --{name}; {nearest(name, known)}")
 
 
-def run(directory: Path, serve: ServeConfig, cluster_config: ClusterConfig, http: HttpOptions) -> int:
+def run(
+    directory: Path, serve: ServeConfig, cluster_config: ClusterConfig, http: HttpOptions, followed: str = ""
+) -> int:
     """Check everything, start the slots, and serve.
 
     Args:
         directory: of the checkpoint.
         serve, cluster_config, http: of the server.
+        followed: folder of the run whose later checkpoints are served too; empty for none.
 
     Raises:
         UserError: checkpoint, port or cluster do not fit.
@@ -87,14 +121,22 @@ def run(directory: Path, serve: ServeConfig, cluster_config: ClusterConfig, http
 
     config = open_serving(directory, serve, cluster_config)
     cluster_config = config.cluster
+    adopt_platform(cluster_config.address)
+    from sparseray.jobs.http.admin import admin_token, create_admin_app
     from sparseray.jobs.http.server import HttpServer, address_url, create_app, listen
     from sparseray.jobs.http.serving_model import read_served
+    from sparseray.platform.cluster import ask
     from sparseray.platform.metrics.exporter import Metrics
 
     listen(serve.host, serve.port).close()
+    if http.admin_port:
+        listen("127.0.0.1", http.admin_port).close()
     served = read_served(directory, config, http.model_names)
     print("starting Ray and its slots ...", flush=True)
-    with engines(directory, config, http.model_names[0]) as (client, job):
+    with (
+        engines(directory, config, http.model_names[0], followed) as (client, job, scheduler),
+        ExitStack() as stack,
+    ):
         metrics = Metrics({}, declare="server")
         app = create_app(client, served, rules=http.rules, record=metrics.record, metrics=metrics.exposition)
         server = HttpServer(
@@ -105,14 +147,13 @@ def run(directory: Path, serve: ServeConfig, cluster_config: ClusterConfig, http
             certificate=http.certificate,
             key=http.key,
         )
+        if http.admin_port is not None:
+            token = admin_token(state_directory())
+            admin = HttpServer(create_admin_app(app, partial(ask, scheduler), token), port=http.admin_port)
+            print(f"admin interface at {stack.enter_context(admin).url}/admin/status", flush=True)
         address = address_url(serve.host, server.port).removeprefix("http://")
         publish(job, entries({"server": address}, http.model_names[0]))
-        names = " and ".join(map(repr, http.model_names))
-        hint = (
-            f"serving {directory} as {names} at {server.url} (Ctrl-C stops); try:\n"
-            f"  curl -s {server.url}/v1/completions -H 'Content-Type: application/json'"
-            ' -d \'{"prompt": "import "}\''
-        )
+        hint = _hint(followed or str(directory), http.model_names, server.url)
         try:
             server.run(lambda: print(hint, flush=True))
         finally:
@@ -121,20 +162,30 @@ def run(directory: Path, serve: ServeConfig, cluster_config: ClusterConfig, http
     return 0
 
 
+def _hint(what: str, model_names: Sequence[str], url: str) -> str:
+    return (
+        f"serving {what} as {' and '.join(map(repr, model_names))} at {url} (Ctrl-C stops); try:\n"
+        f"  curl -s {url}/v1/completions -H 'Content-Type: application/json'"
+        ' -d \'{"prompt": "import "}\''
+    )
+
+
 @contextmanager
-def engines(directory: Path, config: RunConfig, name: str) -> Iterator[tuple[Any, str]]:
-    """Start slots and scheduler of a server, and end them again; gives the ingress and the job's identifier.
+def engines(
+    directory: Path, config: RunConfig, name: str, followed: str = ""
+) -> Iterator[tuple[Any, str, Any]]:
+    """Start slots and scheduler of a server, and end them again; gives ingress, the job's identifier, scheduler.
 
     Args:
         directory: of the checkpoint.
         config: of its model, with the server's settings.
         name: that the server's metrics are labelled with.
+        followed: folder of the run whose later checkpoints are served too; empty for none.
 
     Raises:
         ClusterError: there is no room.
         UserError, RunFailedError: the slots did not come up.
     """
-    adopt_platform(config.cluster.address)
     from sparseray.jobs.http.ingress import Ingress
     from sparseray.platform.cluster import Cluster
     from sparseray.platform.fleet.transport import ZmqTransport, private_directory
@@ -151,11 +202,16 @@ def engines(directory: Path, config: RunConfig, name: str) -> Iterator[tuple[Any
     client = Ingress(cluster.job, inbox, outbox, config.cluster.deadline_s)
     try:
         folder.mkdir(parents=True)
-        task = Served(checkpoint=str(directory.absolute()), ingress=client.address)
+        task = Served(
+            checkpoint=str(directory.absolute()),
+            ingress=client.address,
+            run=followed,
+            identity=str(Path(followed) / "identity") if followed else "",
+        )
         scheduler = cluster.start_job(configuration.to_dict(config), task)
         watch = Watch(scheduler, client)
         watch.wait_until_ready()
-        yield client, cluster.job
+        yield client, cluster.job, scheduler
         watch.stop()
     except BaseException:
         cluster.stop(at_once=True)

@@ -26,6 +26,9 @@ STYLES = {
     "recovered": "green",
     "resized": "cyan",
     "rebalanced": "cyan",
+    "autoscaled": "cyan",
+    "published": "green",
+    "refused": "yellow",
     "restored": "yellow",
 }
 
@@ -80,6 +83,11 @@ def head(found: dict[str, Any]) -> Text:
             f"replicas  {replicas['actual']} of {replicas['target']}",
             f"goodput   {found['goodput']:.3f}",
         ]
+        if found["versions"]:
+            lines.append(f"weights   {found['versions'][-1]}")
+            lines += [
+                f"          {name}, whose requests are being finished" for name in found["versions"][:-1]
+            ]
     if found.get("lent"):
         lines.append(f"lent      {found['lent']} slots to serving; they come back when it does not need them")
     if pool := found.get("pool"):

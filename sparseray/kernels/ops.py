@@ -1,8 +1,8 @@
 """`Ops`: every operation that the model needs, as one value; all that model/ imports of the kernels.
 
 `REFERENCE` is plain PyTorch and runs anywhere; on a CPU a row's bits do not depend on the other rows of a call.
-The Triton instance (triton_ops.py) runs the kernels of nsa/, moe/ and dse/. `ops_for` chooses by the key
-`kernels` of a run's configuration and the device.
+The compiled instance (compiled_ops.py) serves on a CPU, the Triton instance (triton_ops.py) runs the kernels of nsa/,
+moe/ and dse/. `ops_for` chooses by the key `kernels` of a run's configuration and the device.
 
 Shapes: R rows, T tokens, B sequences, S keys, C compressed tokens, Q query heads, G key/value heads, D and V head
 sizes, H hidden, E experts, K experts per token, I inner width, N table rows per token, L history.
@@ -19,15 +19,34 @@ from torch import Tensor
 from sparseray.errors import ConfigError
 from sparseray.kernels.dse.reference import Fusion
 from sparseray.kernels.nsa.reference import BranchKeys, Compression
-from sparseray.kernels.paged import KeyValues, Pages
+from sparseray.kernels.paged import History, KeyValues, Pages
+from sparseray.kernels.paged_ops import PagedOps
 from sparseray.kernels.plain_ops import PlainOps
 from sparseray.kernels.settings import Kernels, NSASizes
 
-__all__ = ["REFERENCE", "BranchKeys", "Compression", "Fusion", "KeyValues", "Ops", "Pages", "ops_for"]
+__all__ = [
+    "REFERENCE",
+    "BranchKeys",
+    "Compression",
+    "Fusion",
+    "History",
+    "KeyValues",
+    "Ops",
+    "Pages",
+    "ops_for",
+]
 
 
-class Ops(Protocol):
-    """The operations of a model; each is differentiable in every floating-point tensor it takes."""
+class Ops(PagedOps, Protocol):
+    """The operations of a model; each is differentiable in every floating-point tensor it takes.
+
+    Attributes:
+        chunks_keep_bits: a sequence has the same bits however it is cut into chunks, single tokens among them.
+        row_padding: a call in inference has a multiple of so many rows.
+    """
+
+    chunks_keep_bits: bool
+    row_padding: int
 
     def linear(self, x_RI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, *, invariant: bool) -> Tensor:
         """x @ weight.T + bias.
@@ -258,48 +277,26 @@ class Ops(Protocol):
         """
         ...
 
-    def paged_write(self, pool: KeyValues, k_RGD: Tensor, v_RGV: Tensor, pages: Pages) -> None:
-        """Put the rows' keys and values at `pages.places_R`."""
+    def sigmoid(self, x: Tensor) -> Tensor:
+        """1 / (1 + exp(-x)), fp32."""
         ...
 
-    def paged_attend(self, q_RQD: Tensor, pool: KeyValues, pages: Pages) -> Tensor:
-        """Causal softmax attention of every sequence's rows to its pages, [R, Q, V]; padding rows are undefined.
-
-        Args:
-            q_RQD: rotated queries; what they belong to, and how far each sees, is in `pages`.
-            pool: with the keys and values of the rows themselves.
-        """
-        ...
-
-    def paged_compress(
+    def expert_rows(
         self,
-        raw: Tensor,
-        compressed: Tensor,
-        phi: Compression,
-        sizes: NSASizes,
-        pages: Pages,
-        angles: tuple[Tensor, Tensor] | None,
-    ) -> None:
-        """Write the compressed tokens that the rows complete.
-
-        Args:
-            raw: keys or values [pages, P, G, D], with those of the rows themselves.
-            compressed: [pages, P / stride, G, D], written.
-            angles: fp32 cosines and sines of all positions, to rotate keys at their blocks' first ones.
-        """
-        ...
-
-    def paged_nsa_attention(
-        self,
-        q_RQD: Tensor,
-        gates_RQ3: Tensor,
-        compressed: KeyValues,
-        selected: KeyValues,
-        window: KeyValues,
-        sizes: NSASizes,
-        pages: Pages,
+        x_UH: Tensor,
+        rows_R: Tensor,
+        asked: Sequence[tuple[int, int]],
+        gate_up_E2IH: Tensor,
+        down_EHI: Tensor,
     ) -> Tensor:
-        """`nsa_attention` of every sequence's rows to its pages, [R, Q, V]; padding rows are undefined."""
+        """Outputs [R, H] of single experts, unweighted, fp32; no gradient.
+
+        Args:
+            x_UH: inputs.
+            rows_R: int64, the input of each row, sorted by expert.
+            asked: of each expert, its row of the slabs and how many rows it has here.
+            gate_up_E2IH, down_EHI: slabs, gate rows first.
+        """
         ...
 
 
@@ -310,13 +307,18 @@ def ops_for(kernels: Kernels, device: torch.device) -> Ops:
     """The operations that a run uses on a device.
 
     Args:
-        kernels: "reference", "triton", or "auto": Triton on CUDA of compute capability 9 or more.
+        kernels: "reference", "triton", or "auto": Triton on CUDA of compute capability 9 or more, on a CPU compiled
+            loops where there are any.
         device: of the model.
 
     Raises:
         ConfigError: "triton" on a device that cannot run it.
     """
     capability = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
+    if kernels == "auto" and device.type == "cpu":
+        from sparseray.kernels.compiled_ops import COMPILED
+
+        return COMPILED
     if kernels == "reference" or (kernels == "auto" and capability < 9):
         return REFERENCE
     from sparseray.kernels.takes import is_interpreted

@@ -10,13 +10,15 @@ head sizes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from sparseray.kernels.dse.reference import Fusion
 from sparseray.kernels.settings import NSASizes
 
 KeyValues = tuple[Tensor, Tensor]
@@ -58,6 +60,21 @@ class Pages:
         return tuple((b, b + 1, context) for b, context in enumerate(self.context_lens_B.tolist()))
 
 
+@dataclass(frozen=True)
+class History:
+    """The newest inputs of a memory layer's convolution.
+
+    Args:
+        rows_SLH: fp32, of every slot; moved on in place.
+        slots_B: integers, which slot each sequence has; read while decoding.
+        slots: the same, known to the host; read with chunks.
+    """
+
+    rows_SLH: Tensor
+    slots_B: Tensor
+    slots: tuple[int, ...]
+
+
 def write(pool: KeyValues, k_RGD: Tensor, v_RGV: Tensor, places_R: Tensor) -> None:
     """Put the rows' keys and values where they belong."""
     at = places_R.long()
@@ -89,3 +106,44 @@ def compressed_places(table_W: Tensor, first: int, last: int, page: int) -> Tens
     """Rows of a pool of compressed tokens, `page` of them on a page."""
     index = torch.arange(first, last, device=table_W.device)
     return table_W[index // page].long() * page + index % page
+
+
+def convolve(
+    conv: Callable[[Tensor, Fusion, Tensor | None, Tensor], Tensor],
+    x_RH: Tensor,
+    fusion: Fusion,
+    history: History,
+    pages: Pages,
+    starts_R: Tensor | None,
+) -> Tensor:
+    """Convolve every sequence's rows after its history, and keep there what the next ones reach back to.
+
+    Args:
+        conv: `Ops.memory_conv`.
+        x_RH: its inputs.
+        fusion: weights.
+        history: moved on; while decoding those of all sequences together.
+        pages: which rows are whose.
+        starts_R: documents' first tokens; None when nothing resets there.
+    """
+    out_RH, rows_SLH = torch.zeros_like(x_RH), history.rows_SLH
+    if pages.chunks is None:
+        B, at = pages.num_sequences, history.slots_B
+        starts_B1 = None if starts_R is None else starts_R[:B, None]
+        old_BLH, x_B1H = rows_SLH[at], x_RH[:B, None]
+        out_RH[:B] = conv(x_B1H, fusion, starts_B1, old_BLH)[:, 0]
+        if starts_B1 is not None:
+            old_BLH = old_BLH.masked_fill(starts_B1[:, :, None], 0.0)
+        rows_SLH[at] = torch.cat([old_BLH[:, 1:], x_B1H.float()], 1)
+        return out_RH
+    for (start, stop, _), slot in zip(pages.chunks, history.slots):
+        starts_T = None if starts_R is None else starts_R[start:stop]
+        old_LH, x_TH = rows_SLH[slot], x_RH[start:stop]
+        starts_1T = None if starts_T is None else starts_T[None]
+        out_RH[start:stop] = conv(x_TH[None], fusion, starts_1T, old_LH[None])[0]
+        seen = torch.cat([old_LH, x_TH.float()])
+        if starts_T is not None:
+            document = F.pad(starts_T.long().cumsum(0), (old_LH.shape[0], 0))
+            seen = seen * (document == document[-1])[:, None]
+        old_LH.copy_(seen[seen.shape[0] - old_LH.shape[0] :])
+    return out_RH

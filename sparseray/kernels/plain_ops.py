@@ -7,6 +7,7 @@ the scalar remainder of a vector loop, whose exp differs from the vector one. Sh
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -18,15 +19,18 @@ from sparseray.kernels import paged
 from sparseray.kernels.dense.reference import adamw_reference, squared_norms_reference
 from sparseray.kernels.dse.reference import Fusion, context_gate, ngram_hash, short_conv
 from sparseray.kernels.moe.expert_sum import expert_sum
-from sparseray.kernels.moe.reference import route, stable_topk
+from sparseray.kernels.moe.reference import expert_rows, route, stable_topk
 from sparseray.kernels.nsa.masked import nsa_attention_masked
 from sparseray.kernels.nsa.reference import BranchKeys, Compression, compress_reference, select_reference
-from sparseray.kernels.paged import KeyValues, Pages
-from sparseray.kernels.settings import ROW_BLOCK, NSASizes, padded
+from sparseray.kernels.paged import History, KeyValues, Pages
+from sparseray.kernels.settings import ROW_BLOCK, ROW_PADDING, NSASizes, padded
 
 
 class PlainOps:
     """See `Ops` for what each operation does."""
+
+    chunks_keep_bits = False
+    row_padding = ROW_PADDING
 
     def linear(self, x_RI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, *, invariant: bool) -> Tensor:
         if not invariant or x_RI.shape[0] <= ROW_BLOCK or x_RI.is_cuda:
@@ -250,6 +254,34 @@ class PlainOps:
         if copy is not None:
             copy.copy_(master.view_as(copy))
 
+    def sigmoid(self, x: Tensor) -> Tensor:
+        return torch.sigmoid(x.float())
+
+    def expert_rows(
+        self,
+        x_UH: Tensor,
+        rows_R: Tensor,
+        asked: Sequence[tuple[int, int]],
+        gate_up_E2IH: Tensor,
+        down_EHI: Tensor,
+    ) -> Tensor:
+        return expert_rows(x_UH, rows_R, asked, gate_up_E2IH, down_EHI)
+
+    def paged_memory_fusion(
+        self,
+        h_RH: Tensor,
+        key_value_RH: Tensor,
+        fusion: Fusion,
+        history: History,
+        pages: Pages,
+        starts_R: Tensor | None,
+    ) -> Tensor:
+        key_RH, value_RH = key_value_RH.chunk(2, dim=-1)
+        gated_RH = self.memory_gate(h_RH, key_RH, value_RH, fusion)
+        normed_RH = self.rms_norm(gated_RH, fusion.value_norm_C, fusion.conv_eps)
+        conv_RH = paged.convolve(self.memory_conv, normed_RH, fusion, history, pages, starts_R)
+        return F.silu(conv_RH) + gated_RH
+
     def paged_write(self, pool: KeyValues, k_RGD: Tensor, v_RGV: Tensor, pages: Pages) -> None:
         paged.write(pool, k_RGD, v_RGV, pages.places_R)
 
@@ -258,6 +290,20 @@ class PlainOps:
         for rows, _, context, table_W in paged.sequences(pages):
             k, v = (paged.gather(cache, table_W, 0, context)[None] for cache in pool)
             out[rows] = self.attend(q_RQD[rows][None], k, v)[0]
+        return out
+
+    def paged_latent_write(self, pool: Tensor, k_R1K: Tensor, pages: Pages) -> None:
+        pool.flatten(0, 1).index_copy_(0, pages.places_R.long(), k_R1K.to(pool.dtype))
+
+    def paged_latent_attend(
+        self, q_RQK: Tensor, pool: Tensor, latent: int, scale: float, pages: Pages
+    ) -> Tensor:
+        out = q_RQK.new_zeros(*q_RQK.shape[:2], latent)
+        # `attend` divides by the root of the width.
+        q_RQK = q_RQK * (scale * math.sqrt(q_RQK.shape[-1]))
+        for rows, _, context, table_W in paged.sequences(pages):
+            k = paged.gather(pool, table_W, 0, context)[None]
+            out[rows] = self.attend(q_RQK[rows][None], k, k[..., :latent])[0]
         return out
 
     def paged_compress(

@@ -2,18 +2,19 @@
 
 Every command starts here: a YAML file becomes a `ModelConfig`, and each part of the network reads its own
 section. Sources of the default choices: arXiv 2502.11089 (NSA), 2401.06066 and 2412.19437 (DeepSeekMoE),
-2601.07372 (DSE).
+2601.07372 (DSE), 2405.04434 (MLA), 2309.00071 (YaRN).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from sparseray.errors import ConfigError
 from sparseray.kernels.settings import ROUTERS, NSASizes
 from sparseray.model.limits import LARGEST, check, count, within
 
-ATTENTIONS = ("full", "nsa")
+ATTENTIONS = ("full", "nsa", "mla")
 NO_ROUTER = "dense"
 ROW_DTYPES = ("float32", "bfloat16")
 
@@ -64,6 +65,72 @@ class NSAConfig:
             num_initial=self.num_initial,
             num_local=self.num_local,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MLAConfig:
+    """Multi-head latent attention: keys and values of all heads from one small vector (arXiv 2405.04434 section 2.1).
+
+    Args:
+        q_lora_rank: width of the compressed query; None for queries straight from the hidden states (V2-Lite).
+        kv_lora_rank: width of the latent that keys and values come from.
+        qk_nope_head_dim, qk_rope_head_dim: channels of a head's query and key without position, and with; the key's
+            latter part is one for all heads.
+        v_head_dim: size of a value head.
+    """
+
+    q_lora_rank: int | None = count(None, 1, 1 << 20)
+    kv_lora_rank: int = count(64, 1, 1 << 20)
+    qk_nope_head_dim: int = count(16, 1, 1 << 16)
+    qk_rope_head_dim: int = count(8, 1, 1 << 16)
+    v_head_dim: int = count(16, 1, 1 << 16)
+
+    def __post_init__(self) -> None:
+        check("model.mla", self)
+        if self.qk_rope_head_dim % 2:
+            raise ConfigError(
+                f"mla.qk_rope_head_dim={self.qk_rope_head_dim} must be even: RoPE turns pairs of channels"
+            )
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Channels of a head's query and key."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def cache_width(self) -> int:
+        """Numbers that a token keeps in a layer: the latent, and the part of its key that has a position."""
+        return self.kv_lora_rank + self.qk_rope_head_dim
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeConfig:
+    """How positions beyond the trained length are encoded (YaRN, arXiv 2309.00071, as DeepSeek released it).
+
+    Args:
+        scaling: "none" or "yarn".
+        factor: new length over the trained one.
+        original_max_seq_len: the trained length, tokens.
+        beta_fast, beta_slow: turns within the trained length above which a channel keeps its frequency, and below
+            which it is slowed down by `factor`.
+        mscale, mscale_all_dim: of cosines and sines, and of the scores (V3: 1, 1; V2: 0.707, 0.707); where one of them
+            is 0, cosines and sines have the paper's 0.1 ln(factor) + 1.
+    """
+
+    scaling: Literal["none", "yarn"] = "none"
+    factor: float = within(1.0, 1.0, 1e6)
+    original_max_seq_len: int = count(4096)
+    beta_fast: float = within(32.0, above=0.0, at_most=1e6)
+    beta_slow: float = within(1.0, above=0.0, at_most=1e6)
+    mscale: float = within(1.0, 0.0, 1e3)
+    mscale_all_dim: float = within(0.0, 0.0, 1e3)
+
+    def __post_init__(self) -> None:
+        check("model.rope", self)
+        if self.beta_slow >= self.beta_fast:
+            raise ConfigError(
+                f"rope.beta_slow={self.beta_slow} must be below beta_fast={self.beta_fast}; the paper has 1 and 32"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,13 +253,15 @@ class ModelConfig:
         hidden, num_layers, ffn_dim: width, depth and inner width of the leading dense layers.
         num_heads, num_kv_heads: query and key/value heads; the first is a multiple of the second.
         head_dim, v_head_dim: size of queries and keys, and of values (None: the same).
-        attention: "full" or "nsa" per layer; one word stands for all layers.
+        attention: "full", "nsa" or "mla" per layer; one word stands for all layers.
         rope_theta: base of the rotary position encoding.
         max_seq_len: longest sequence.
         norm_eps: of every RMSNorm but those of the memory.
         tie_embeddings: the head shares the embedding.
         init_std: standard deviation of every initial matrix.
+        rope: positions beyond the trained length.
         nsa, moe, dse: the three sparse parts.
+        mla: sizes of the layers with latent attention; they have `num_heads` heads and no other of the sizes above.
     """
 
     vocab_size: int = count(2048, 1, 1 << 31)
@@ -212,6 +281,8 @@ class ModelConfig:
     nsa: NSAConfig = field(default_factory=NSAConfig)
     moe: MoEConfig = field(default_factory=MoEConfig)
     dse: DSEConfig = field(default_factory=DSEConfig)
+    rope: RopeConfig = field(default_factory=RopeConfig)
+    mla: MLAConfig = field(default_factory=MLAConfig)
 
     def __post_init__(self) -> None:
         given: object = self.attention
@@ -241,6 +312,11 @@ class ModelConfig:
     def value_dim(self) -> int:
         """Size of a value head."""
         return self.head_dim if self.v_head_dim is None else self.v_head_dim
+
+    @property
+    def has_latent_layers(self) -> bool:
+        """Whether some layer has latent attention."""
+        return "mla" in self.attention
 
     @property
     def moe_layers(self) -> tuple[int, ...]:

@@ -16,13 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparseray.kernels.ops import REFERENCE, Fusion, Ops
+from sparseray.kernels.ops import REFERENCE, Fusion, History, Ops
 from sparseray.model.buckets import bucket_bounds
 from sparseray.model.config import ModelConfig
 from sparseray.model.dse_layout import DSELayout
 from sparseray.model.init import initial_bucket
-from sparseray.model.layers import Batch, Linear, RMSNorm, Span
-from sparseray.model.paged import Paged
+from sparseray.model.layers import Batch, Linear, RMSNorm
 from sparseray.model.statistics import is_collecting, note_memory
 
 
@@ -72,17 +71,6 @@ class DSE(nn.Module):
             conv_eps=self.config.conv_eps,
         )
 
-    def _conv_chunk(self, x_TH: Tensor, starts_T: Tensor | None, history_LH: Tensor) -> Tensor:
-        """Convolve one chunk after its history, and keep there what the next chunk reaches back to."""
-        starts_1T = None if starts_T is None else starts_T[None]
-        y_TH = self.ops.memory_conv(x_TH[None], self.fusion(), starts_1T, history_LH[None])[0]
-        seen = torch.cat([history_LH, x_TH.float()])
-        if starts_T is not None:
-            document = F.pad(starts_T.long().cumsum(0), (history_LH.shape[0], 0))
-            seen = seen * (document == document[-1])[:, None]
-        history_LH.copy_(seen[seen.shape[0] - history_LH.shape[0] :])
-        return y_TH
-
     def forward(self, h_RH: Tensor, values_TND: Tensor, batch: Batch) -> Tensor:
         """What the memory adds to the hidden states, [R, H].
 
@@ -93,56 +81,23 @@ class DSE(nn.Module):
         e_RE = values_TND.flatten(1).to(h_RH.dtype)
         if e_RE.shape[0] < h_RH.shape[0]:
             e_RE = F.pad(e_RE, (0, 0, 0, h_RH.shape[0] - e_RE.shape[0]))
-        key_RH, value_RH = self.key_value(e_RE, batch).chunk(2, dim=-1)
+        key_value_RH = self.key_value(e_RE, batch)
+        key_RH, value_RH = key_value_RH.chunk(2, dim=-1)
         if is_collecting():
             gated_RH = self.ops.memory_gate(h_RH, key_RH, value_RH, self.fusion())
             note_memory(self.layer, value_RH[: batch.rows], gated_RH[: batch.rows])
         starts_BT = batch.starts_BT if self.config.reset_at_document else None
         if batch.paged is not None:
-            return self._paged(h_RH, key_RH, value_RH, batch.paged, starts_BT)
-        if batch.spans is not None:
-            return self._chunks(h_RH, key_RH, value_RH, batch.spans, starts_BT)
+            paged = batch.paged
+            return self.ops.paged_memory_fusion(
+                h_RH,
+                key_value_RH,
+                self.fusion(),
+                History(paged.histories[self.layer], paged.slots_B, paged.slots),
+                paged.pages,
+                None if starts_BT is None else starts_BT[0],
+            )
         return self.ops.memory_fusion(h_RH, key_RH, value_RH, self.fusion(), batch.shape, starts_BT)
-
-    def _chunks(
-        self,
-        h_RH: Tensor,
-        key_RH: Tensor,
-        value_RH: Tensor,
-        spans: tuple[Span, ...],
-        starts_1R: Tensor | None,
-    ) -> Tensor:
-        """The fusion of chunks: gate and norm on all rows, the convolution for each chunk after its history."""
-        gated_RH = self.ops.memory_gate(h_RH, key_RH, value_RH, self.fusion())
-        normed_RH = self.value_norm(gated_RH)
-        conv_RH = torch.zeros_like(normed_RH)
-        for span in spans:
-            rows = slice(span.start, span.stop)
-            starts_T = None if starts_1R is None else starts_1R[0, rows]
-            history_LH = span.cache.conv[self.layer]
-            conv_RH[rows] = self._conv_chunk(normed_RH[rows], starts_T, history_LH)
-        return F.silu(conv_RH) + gated_RH
-
-    def _paged(
-        self, h_RH: Tensor, key_RH: Tensor, value_RH: Tensor, paged: Paged, starts_1R: Tensor | None
-    ) -> Tensor:
-        """The same with the histories of all sequences in one tensor; while decoding they go through together."""
-        gated_RH = self.ops.memory_gate(h_RH, key_RH, value_RH, self.fusion())
-        normed_RH = self.value_norm(gated_RH)
-        conv_RH, histories_SLH = torch.zeros_like(normed_RH), paged.histories[self.layer]
-        if paged.pages.chunks is None:
-            B, at = paged.pages.num_sequences, paged.slots_B
-            starts_B1 = None if starts_1R is None else starts_1R[0, :B, None]
-            history_BLH, x_B1H = histories_SLH[at], normed_RH[:B, None]
-            conv_RH[:B] = self.ops.memory_conv(x_B1H, self.fusion(), starts_B1, history_BLH)[:, 0]
-            if starts_B1 is not None:
-                history_BLH = history_BLH.masked_fill(starts_B1[:, :, None], 0.0)
-            histories_SLH[at] = torch.cat([history_BLH[:, 1:], x_B1H.float()], 1)
-        else:
-            for (start, stop, _), slot in zip(paged.pages.chunks, paged.slots):
-                starts_T = None if starts_1R is None else starts_1R[0, start:stop]
-                conv_RH[start:stop] = self._conv_chunk(normed_RH[start:stop], starts_T, histories_SLH[slot])
-        return F.silu(conv_RH) + gated_RH
 
 
 class LocalMemory(nn.Module):

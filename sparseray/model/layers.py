@@ -1,15 +1,15 @@
 """Position-wise layers, rotary encoding, and the `Batch` that says which rows belong to which sequence.
 
 The network works on rows: all tokens of a call in one [R, H] matrix. In training these are B sequences of
-equal length; in inference they are chunks of any length, each with its cache, padded at the end to a multiple
-of `ROW_PADDING` rows. With the plain operations on a CPU a row's bits then do not depend on what else is in the
-call (kernels/plain_ops.py).
+equal length; in inference they are chunks of any length whose caches lie in pages, padded at the end to a multiple
+of `Ops.row_padding` rows. On a CPU a row's bits then do not depend on what else is in the call.
 
 Shapes: R rows, H hidden, B sequences, T tokens, I inner width, D head size.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,20 +19,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sparseray.kernels.ops import Ops
-from sparseray.model.config import ModelConfig
+from sparseray.model.config import ModelConfig, RopeConfig
+from sparseray.model.yarn import frequencies, rotary_scale, score_scale
 
 if TYPE_CHECKING:
-    from sparseray.model.cache import Cache
     from sparseray.model.paged import Paged
 
 
-@dataclass(frozen=True, kw_only=True)
-class Span:
-    """One chunk of a sequence in inference: its rows and the cache of what came before."""
-
-    start: int
-    stop: int
-    cache: Cache
+UNSCALED = RopeConfig()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,25 +34,23 @@ class Batch:
     """Which sequence and position each row has.
 
     Args:
-        shape: (B, T) of a call without caches; (1, rows) otherwise.
+        shape: (B, T) in training; (1, rows) in inference.
         positions_R: int64 position of each row in its sequence.
         rows: rows that hold tokens; the rest is padding.
         starts_BT: bool, documents' first tokens; None when nothing resets there.
-        spans: the chunks of a call with caches; None without.
-        paged: pages and pools of a call with paged caches; None without.
+        paged: pages and pools of a call in inference; None in training.
     """
 
     shape: tuple[int, int]
     positions_R: Tensor
     rows: int
     starts_BT: Tensor | None = None
-    spans: tuple[Span, ...] | None = None
     paged: Paged | None = None
 
     @property
     def invariant(self) -> bool:
         """Whether a row's bits must not depend on the other rows."""
-        return self.spans is not None or self.paged is not None
+        return self.paged is not None
 
 
 Run = Callable[..., Any]
@@ -121,36 +113,65 @@ class SwiGLU(nn.Module):
         return out
 
 
-def rope_tables(length: int, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [length, head_dim / 2], fp32, of the angles position * theta^(-2i/D)."""
-    frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-    angles = torch.arange(length, dtype=torch.float64)[:, None] * frequencies
-    return angles.cos().float(), angles.sin().float()
+def rope_tables(
+    length: int, head_dim: int, theta: float, rope: RopeConfig = UNSCALED, *, scale: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [length, head_dim / 2], fp32, of the angles position * theta^(-2i/D).
+
+    Args:
+        length: positions.
+        head_dim: channels that are turned, D.
+        theta: base.
+        rope: how the frequencies are changed for long sequences.
+        scale: factor on both tables.
+    """
+    angles = torch.arange(length, dtype=torch.float64)[:, None] * frequencies(rope, theta, head_dim)
+    return (angles.cos() * scale).float(), (angles.sin() * scale).float()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Angles:
-    """Cosines and sines, fp32: of each row's position [R, D / 2], and of all positions [P, D / 2]."""
+    """Cosines and sines, fp32: of each row's position [R, D / 2], and of all positions [P, D / 2].
+
+    `latent` has those of latent attention, in a model with such layers.
+    """
 
     cos_RD: Tensor
     sin_RD: Tensor
     cos_PD: Tensor
     sin_PD: Tensor
+    latent: Angles | None = None
 
 
 class Rope(nn.Module):
-    """Cosines and sines for every position, shared by the layers; not part of the state."""
+    """Cosines and sines for every position, shared by the layers; not part of the state.
+
+    Where whole heads are turned, the factor of the scores is in the tables: its root on queries and on keys.
+    """
 
     cos: Tensor
     sin: Tensor
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        cos, sin = rope_tables(config.max_seq_len, config.head_dim, config.rope_theta)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
+        rope, length, theta = config.rope, config.max_seq_len, config.rope_theta
+        scale = rotary_scale(rope)
+        whole = scale * math.sqrt(score_scale(rope))
+        self._add("", rope_tables(length, config.head_dim, theta, rope, scale=whole))
+        self.has_latent = config.has_latent_layers
+        if self.has_latent:
+            width = config.mla.qk_rope_head_dim
+            self._add("latent_", rope_tables(length, width, theta, rope, scale=scale))
+
+    def _add(self, prefix: str, tables: tuple[Tensor, Tensor]) -> None:
+        for name, table in zip(("cos", "sin"), tables):
+            self.register_buffer(prefix + name, table, persistent=False)
 
     def at(self, positions_R: Tensor) -> Angles:
         """The angles of rows at these positions."""
+        latent = None
+        if self.has_latent:
+            cos, sin = self.get_buffer("latent_cos"), self.get_buffer("latent_sin")
+            latent = Angles(cos_RD=cos[positions_R], sin_RD=sin[positions_R], cos_PD=cos, sin_PD=sin)
         cos_RD, sin_RD = self.cos[positions_R], self.sin[positions_R]
-        return Angles(cos_RD=cos_RD, sin_RD=sin_RD, cos_PD=self.cos, sin_PD=self.sin)
+        return Angles(cos_RD=cos_RD, sin_RD=sin_RD, cos_PD=self.cos, sin_PD=self.sin, latent=latent)

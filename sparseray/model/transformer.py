@@ -1,7 +1,6 @@
 """The network: embedding, blocks of (memory, attention, experts), final norm and head.
 
-One call of `forward` is the work of one logical shard of a training step, or a chunk of one sequence with its
-cache. Routed experts and memory tables are not parameters of this module: they come in through `experts` and
+One call of `forward` is the work of one logical shard of a training step, one of `run_paged` a step of serving. Routed experts and memory tables are not parameters of this module: they come in through `experts` and
 `memory`. Pre-norm residual blocks; the memory is added before the attention (arXiv 2601.07372 section 2.3).
 
 Shapes: B sequences, T tokens, R rows (B*T, or all chunks' tokens padded), H hidden, V vocabulary,
@@ -10,23 +9,19 @@ L MoE layers, E experts, N table rows per token.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparseray.errors import ConfigError
 from sparseray.kernels.ops import REFERENCE, Ops
-from sparseray.kernels.settings import padded
 from sparseray.model.attention import attention_of
-from sparseray.model.cache import Cache
 from sparseray.model.config import ModelConfig
 from sparseray.model.dse import DSE, Memory, Rows
-from sparseray.model.dse_layout import NO_TOKEN, DSELayout
+from sparseray.model.dse_layout import DSELayout
 from sparseray.model.init import initial_dense
-from sparseray.model.layers import Angles, Batch, RMSNorm, Rope, Run, Span, SwiGLU, at_once, recomputed
+from sparseray.model.layers import Angles, Batch, RMSNorm, Rope, Run, SwiGLU, at_once, recomputed
 from sparseray.model.moe import Experts, MoE
 from sparseray.model.paged import Paged
 
@@ -229,64 +224,6 @@ class Transformer(nn.Module):
         return Output(hidden_BTH=hidden_RH.view(B, T, -1), aux_loss=aux, expert_counts_LE=counts_LE)
 
     @torch.no_grad()
-    def run_chunks(
-        self,
-        chunks: Sequence[tuple[Tensor, Cache]],
-        *,
-        experts: Experts,
-        memory: Memory | None,
-        document_starts: Sequence[Tensor] | None = None,
-    ) -> list[Tensor]:
-        """Run the next chunk of several sequences; a sequence's bits do not depend on the others.
-
-        This is what a serving engine calls for each step of its batch: prefill chunks and single decode tokens
-        mixed as they come. Position-wise work runs on the rows of all chunks together, attention for each
-        sequence alone.
-
-        Args:
-            chunks: (tokens int64 [T], cache) of each sequence, T >= 1; the chunk is appended to the cache.
-            experts, memory: as in `forward`.
-            document_starts: bool [T] for each chunk, or None.
-
-        Returns:
-            Hidden states [T, H] of each chunk, after the final norm.
-
-        Raises:
-            ConfigError: a chunk is empty or does not fit its cache, or a cache is given twice.
-        """
-        spans, starts, device = [], [], self.embedding.device
-        start = 0
-        if len({id(cache) for _, cache in chunks}) != len(chunks):
-            raise ConfigError("a cache is given twice in one call; join its chunks")
-        for index, (tokens_T, cache) in enumerate(chunks):
-            if not tokens_T.numel():
-                raise ConfigError(f"chunk {index} is empty; leave it out")
-            cache.room(tokens_T.numel())
-            spans.append(Span(start=start, stop=start + tokens_T.numel(), cache=cache))
-            start += tokens_T.numel()
-            if document_starts is not None:
-                starts.append(document_starts[index])
-            elif self.layout is not None:
-                previous = tokens_T.new_tensor([cache.last_token])
-                derived = self.layout.document_starts(tokens_T[None], previous)
-                starts += [] if derived is None else [derived[0]]
-        padding = padded(start) - start
-        tokens_R = F.pad(torch.cat([tokens for tokens, _ in chunks]), (0, padding))
-        positions = [torch.arange(s.stop - s.start, device=device) + s.cache.length for s in spans]
-        batch = Batch(
-            shape=(1, start),
-            positions_R=F.pad(torch.cat(positions), (0, padding)),
-            rows=start,
-            starts_BT=torch.cat(starts)[None] if starts else None,
-            spans=tuple(spans),
-        )
-        fetched = self._fetch(self._chunk_rows(tokens_R, batch), memory)
-        hidden_RH, _, _ = self._blocks(tokens_R, batch, experts, fetched)
-        for span in spans:
-            self._advance(span, tokens_R, batch)
-        return [hidden_RH[span.start : span.stop] for span in spans]
-
-    @torch.no_grad()
     def run_paged(
         self,
         tokens_R: Tensor,
@@ -315,35 +252,6 @@ class Transformer(nn.Module):
         batch = Batch(shape=(1, rows), positions_R=positions_R, rows=rows, starts_BT=starts_1R, paged=paged)
         hidden_RH, _, _ = self._blocks(tokens_R, batch, experts, fetched)
         return hidden_RH
-
-    def _chunk_rows(self, tokens_R: Tensor, batch: Batch) -> dict[int, Tensor]:
-        """Addresses of all chunks at once: their histories and tokens lie one after the other."""
-        assert batch.spans is not None
-        if self.layout is None or not self.config.dse.layers:
-            return {}
-        pieces, starts, kept = [], [], []
-        for span in batch.spans:
-            pieces += [span.cache.tokens_L, tokens_R[span.start : span.stop]]
-            old = torch.zeros_like(span.cache.tokens_L, dtype=torch.bool)
-            kept += [old, torch.ones_like(pieces[-1], dtype=torch.bool)]
-            if batch.starts_BT is not None:
-                starts += [old, batch.starts_BT[0, span.start : span.stop]]
-        keep = torch.cat(kept)
-        starts_1P = torch.cat(starts)[None] if starts else None
-        found = self.memory_rows(torch.cat(pieces)[None], starts_1P)
-        return {layer: rows[keep] for layer, rows in found.items()}
-
-    def _advance(self, span: Span, tokens_R: Tensor, batch: Batch) -> None:
-        """Append a chunk's tokens to its cache's length and history."""
-        cache, tokens_T = span.cache, tokens_R[span.start : span.stop]
-        seen = torch.cat([cache.tokens_L, tokens_T])
-        if batch.starts_BT is not None and self.config.dse.reset_at_document:
-            document = batch.starts_BT[0, span.start : span.stop].long().cumsum(0)
-            document = F.pad(document, (cache.tokens_L.shape[0], 0))
-            seen = torch.where(document == document[-1], seen, NO_TOKEN)
-        cache.tokens_L.copy_(seen[seen.shape[0] - cache.tokens_L.shape[0] :])
-        cache.last_token = int(tokens_T[-1])
-        cache.length += tokens_T.shape[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] of hidden states [..., H]; batch invariant without gradients."""

@@ -41,7 +41,10 @@ Task = Validation | Served
 class Driver(Protocol):
     """Drives a workload: `Trainer` its steps, `Server` its time."""
 
-    step: int
+    @property
+    def step(self) -> int:
+        """The last committed step, or the version of the weights that are served."""
+        ...
 
     def start(self) -> None:
         """Give every slot its roles and its state."""
@@ -94,7 +97,7 @@ class Run:
         """
         folder = RunFolder(Path(config.run_dir))
         journal, history = _lead(folder, mailbox.job)
-        identity = folder.identity if isinstance(task, Validation) else Path(task.checkpoint)
+        identity = folder.identity if isinstance(task, Validation) else task.identity_folder
         layout = DSELayout.load(identity) if config.model.dse.layers else None
         spec = _spec(config, identity, layout, is_serving=isinstance(task, Served))
         fleet, ledger = fleet_of(journal, history, spec), Ledger(metrics)
@@ -172,4 +175,4 @@ def _workload(
 ) -> Training | Serving:
     if isinstance(task, Validation):
         return Training(config, spec, folder, journal)
-    return Serving(config, spec, task, mailbox)
+    return Serving(config, spec, task, mailbox, journal)

@@ -7,12 +7,11 @@ keys are errors that name the nearest known one.
 import argparse
 import re
 import sys
-import types
 import typing
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 import jsonargparse
 import yaml
@@ -21,10 +20,12 @@ from sparseray.errors import ConfigError
 from sparseray.kernels.settings import Kernels
 from sparseray.model.config import ModelConfig
 from sparseray.model.limits import Limits, check, complaint, count, within
+from sparseray.platform.cluster_config import MOST_SLOTS
 from sparseray.platform.cluster_config import ClusterConfig as ClusterConfig
+from sparseray.platform.plain_values import from_dict as from_dict
+from sparseray.platform.plain_values import to_dict as to_dict
 from sparseray.platform.settings import Setting, expand_path, read_file, read_options
 
-C = TypeVar("C")
 Determinism = typing.Literal["bitwise", "fast"]
 
 
@@ -117,11 +118,19 @@ class ServeConfig:
         host, port: address; loopback by default; port 0 for a free one.
         max_batch: requests that share a step.
         max_model_len: prompt and completion tokens of one request; 0 for as many as the model has.
-        prefill_chunk: prompt tokens of one request per step on a CPU; a GPU takes 2,048 of all prompts together.
-        cache_gib: GiB of the caches' pages on a GPU; 0 for 0.8 of what the weights leave.
+        prefill_chunk: tokens of all prompts together in one step on a CPU; a GPU takes 8,192.
+        cache_gib: GiB of the caches' pages; 0 for 0.8 of what the weights leave on a GPU, and on a CPU for what
+            `max_batch` of the longest requests need.
         dtype: of weights and caches on a GPU; a CPU serves in float32.
         max_waiting: requests that may wait beside those in the batches, before new ones get 429.
         drain_s: seconds that open requests get at a stop.
+        follow_every: steps of a followed run (`serve --run`) between two versions of the weights; 0 for only those that
+            `publish` brings.
+        in_flight: "finish": open requests end with the version that they began with; "switch": they go on with the new one.
+        target_ttft_ms: within which nine of ten requests shall have their first token; 0 for any time.
+        target_itl_ms: within which nine of ten further tokens shall come; 0 for any time.
+        min_engines, max_engines: bounds of the number of engines, which follows the load; max_engines 0: it does not.
+        max_expert_shards, max_memory_shards: the same for the shards, whose least numbers are those of `cluster`.
         ignore_unknown_fields: leave fields that the server does not know out of a body, instead of refusing it.
     """
 
@@ -134,10 +143,22 @@ class ServeConfig:
     dtype: typing.Literal["float32", "bfloat16"] = "bfloat16"
     max_waiting: int = count(256, 1, 1 << 20)
     drain_s: float = within(5.0, 0.0, 3600.0)
+    follow_every: int = count(1, 0)
+    in_flight: typing.Literal["finish", "switch"] = "finish"
+    target_ttft_ms: float = within(0.0, 0.0, 1e9)
+    target_itl_ms: float = within(0.0, 0.0, 1e9)
+    min_engines: int = count(1, 1, MOST_SLOTS)
+    max_engines: int = count(0, 0, MOST_SLOTS)
+    max_expert_shards: int = count(0, 0, MOST_SLOTS)
+    max_memory_shards: int = count(0, 0, MOST_SLOTS)
     ignore_unknown_fields: bool = False
 
     def __post_init__(self) -> None:
         check("serve", self)
+        if 0 < self.max_engines < self.min_engines:
+            raise ConfigError(
+                f"serve.min_engines={self.min_engines} is above serve.max_engines={self.max_engines}; lower the first"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,10 +181,12 @@ class RunConfig:
 
     Args:
         model, data, optim, train, cluster, serve, metrics: see each section.
-        kernels: "reference" (plain PyTorch), "triton", or "auto": Triton on a GPU of compute capability 9 or more.
+        kernels: "reference" (plain PyTorch), "triton", or "auto": Triton on a GPU of compute capability 9 or more,
+            compiled loops where a CPU serves.
         determinism: "bitwise" (every sum in one order, gradients of the parts along one tree whatever the number of
             workers), or "fast": on a GPU parts are summed in place and full attention takes its fastest backward pass.
         run_dir: folder of the run.
+        init_from: checkpoint whose weights the run begins with, empty for the seed.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -176,6 +199,7 @@ class RunConfig:
     kernels: Kernels = "auto"
     determinism: Determinism = "bitwise"
     run_dir: str = "runs/run"
+    init_from: str = ""
 
     def __post_init__(self) -> None:
         if problem := complaint(str, Limits(), self.run_dir):
@@ -184,7 +208,7 @@ class RunConfig:
             raise ConfigError("run_dir= is empty; give the folder of the run")
 
 
-PATHS = ("data.path", "run_dir")
+PATHS = ("data.path", "run_dir", "init_from")
 SECTIONS = ("model", "data", "optim", "train", "cluster", "serve", "metrics")
 
 
@@ -234,6 +258,9 @@ def parser(prog: str, description: str) -> jsonargparse.ArgumentParser:
     found.add_argument(
         "--run_dir", type=str, default=RunConfig.run_dir, help="folder of the run; resumes what it holds"
     )
+    found.add_argument(
+        "--init_from", type=str, default="", help="checkpoint whose weights the run begins with"
+    )
     return found
 
 
@@ -282,44 +309,6 @@ def _shorten(message: str) -> str:
     """Keep what the library says of the mistake and drop its stack of type alternatives."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     return " ".join(dict.fromkeys(lines))[:600]
-
-
-def to_dict(config: RunConfig) -> dict[str, Any]:
-    """Return plain values for YAML, JSON or msgpack."""
-    plain: dict[str, Any] = _plain(asdict(config))
-    return plain
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def from_dict(kind: type[C], value: dict[str, Any]) -> C:
-    """Rebuild a dataclass from `to_dict`; lists become tuples where the field says so.
-
-    Args:
-        kind: the dataclass.
-        value: plain values by field.
-
-    Raises:
-        ConfigError: a key that the dataclass lacks.
-    """
-    hints = typing.get_type_hints(kind)
-    unknown = sorted(set(value) - set(hints))
-    if unknown:
-        raise ConfigError(f"unknown keys {unknown} for {kind.__name__}; was this written by another version?")
-    return kind(**{name: _typed(hints[name], item) for name, item in value.items()})
-
-
-def _typed(hint: Any, value: Any) -> Any:
-    if is_dataclass(hint) and isinstance(value, dict):
-        return from_dict(typing.cast(type, hint), value)
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if isinstance(value, list) and any(typing.get_origin(o) is tuple or o is tuple for o in options):
-        return tuple(tuple(item) if isinstance(item, list) else item for item in value)
-    return value
 
 
 def save_yaml(config: RunConfig, path: Path) -> None:

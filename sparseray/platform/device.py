@@ -57,6 +57,11 @@ def resolve_serving_device(config: RunConfig, found: Driver | None = None) -> Ru
     config = replace(config, train=replace(config.train, dtype=dtype))
     if config.cluster.device == "cuda":
         assert found is not None
+        if config.model.has_latent_layers:
+            raise ConfigError(
+                "cluster.device=cuda: latent attention (model.attention: mla) has no paged kernel for a GPU yet, it is"
+                " served on a CPU; set cluster.device=cpu"
+            )
         _check_whole(config)
         _check_gpu(config, found)
     return config

@@ -259,6 +259,7 @@ class Generations:
         mailbox.transport.connect({**new.addresses, **({INGRESS: ingress} if ingress else {})})
         sources = {source for listed in (pulls.pulls.values() if pulls else ()) for source in listed}
         self.control.needed = role_holders(new) | sources
+        earlier = self.workload.earlier_in(new)
 
         def send(slots: Collection[int]) -> None:
             for slot in slots:
@@ -272,6 +273,8 @@ class Generations:
                     commit=self.workload.commit,
                     pulls=tuple(PullFrom(source=source, pieces=tuple(p)) for source, p in own.items()),
                     ingress=ingress,
+                    weights=self.workload.weights,
+                    earlier=earlier,
                 )
                 self.control.post([slot], body, step=step)
 

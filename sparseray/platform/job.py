@@ -42,7 +42,7 @@ from sparseray.platform.run.history import JobHistory
 from sparseray.platform.run.journal import Journal
 from sparseray.platform.run.progress import Failure, Progress
 from sparseray.platform.run.registry import forget_run, register_run
-from sparseray.platform.serving import Served
+from sparseray.platform.serving import Served, Server
 
 log = get_logger(__name__)
 
@@ -273,6 +273,23 @@ class Job:
             return str(error)
         return ""
 
+    def publish(self, checkpoint: str) -> tuple[str, str]:
+        """Have a server go on with other weights.
+
+        Args:
+            checkpoint: their folder; empty for the newest of the run that the server follows.
+
+        Returns:
+            The version's name, and why it is refused; one of them is empty.
+        """
+        server = self.run.driver if self.run is not None and self.is_running else None
+        if not isinstance(server, Server):
+            return "", "that job is no server, or is not running (yet)"
+        try:
+            return server.publish(checkpoint), ""
+        except UserError as error:
+            return "", str(error)
+
     # -- lending -------------------------------------------------------------------------------
 
     def lender(self) -> Lender | None:
@@ -345,6 +362,7 @@ class Job:
             "replicas": {"target": self.config.cluster.replication, "actual": generations.replicas()},
             "goodput": run.reconciler.ledger.goodput,
             "load": run.reconciler.load.tolist(),
+            "versions": run.driver.versions if isinstance(run.driver, Server) else [],
             "slots": [
                 {
                     "slot": slot,

@@ -7,7 +7,7 @@ through, the cluster can start; all that a user can have got wrong is said here,
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sparseray.actors.training.token_data import TokenDataset
+from sparseray.actors.training.token_data import TokenDataset, load_tokenizer
 from sparseray.errors import CheckpointError, ConfigError, IdentityError
 from sparseray.model.config import ModelConfig
 from sparseray.model.dse_layout import DSELayout
@@ -17,8 +17,13 @@ from sparseray.platform.config import ClusterConfig, RunConfig, ServeConfig
 from sparseray.platform.device import resolve_device, resolve_serving_device
 from sparseray.platform.planning.inventory import Inventory, num_slots
 from sparseray.platform.run import checkpoint
-from sparseray.platform.run.folder import RunFolder
+from sparseray.platform.run.folder import RunFolder, flat
 from sparseray.platform.run.journal import Journal, set_aside_if_damaged
+
+OF_THE_RUN = (
+    "max_seq_len", "rope.", "rope_theta", "init_std", "moe.bias_update", "moe.balance_loss", "dse.document_end_id",
+)  # fmt: skip
+"""Keys of the model that a run may change of what it begins with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +81,42 @@ class TrainingInputs:
         return said
 
 
+def check_origin(config: RunConfig, layout: DSELayout | None) -> None:
+    """See that a run can begin with the weights of `init_from`.
+
+    Args:
+        config: of the run.
+        layout: its DSE identity; None for a model without memory.
+
+    Raises:
+        CheckpointError: they are damaged, or of another model.
+        IdentityError: their tokens or rows are others.
+    """
+    origin = Path(config.init_from)
+    manifest = checkpoint.read_manifest(origin)
+    checkpoint.check_files(origin, manifest)
+    found = configuration.from_dict(RunConfig, manifest["config"])
+    old, new = (flat(configuration.to_dict(one)["model"]) for one in (found, config))
+    differing = [k for k in sorted(new) if old.get(k) != new[k] and not k.startswith(OF_THE_RUN)]
+    if differing:
+        key = differing[0]
+        raise CheckpointError(
+            f"init_from={origin} is of another model: model.{key} is {old.get(key)!r} there and {new[key]!r} here"
+            f" ({len(differing)} keys differ); take the model of its configuration"
+        )
+    if layout is not None and manifest["dse_layout_sha256"] != layout.sha256:
+        raise IdentityError(
+            f"init_from={origin} addresses its table rows by another DSE identity; use its data"
+        )
+    tokenizers = [origin / "tokenizer.json", Path(config.data.path) / "tokenizer.json"]
+    vocabularies = [load_tokenizer(path).get_vocab() for path in tokenizers]
+    if vocabularies[0] != vocabularies[1]:
+        raise IdentityError(
+            f"init_from={origin} has another tokenizer than data.path={config.data.path}; prepare the data with"
+            f" --tokenizer {tokenizers[0]}"
+        )
+
+
 def training_inventory(config: RunConfig) -> Inventory:
     """What a training run has to place."""
     return Inventory.of(config.model, parts=config.train.logical_shards)
@@ -112,6 +153,7 @@ def open_training(config: RunConfig) -> TrainingInputs:
         resolve(config, data["train"]),
         run_dir=str(Path(config.run_dir).absolute()),
         data=replace(config.data, path=str(Path(config.data.path).absolute())),
+        init_from=str(Path(config.init_from).absolute()) if config.init_from else "",
     )
     layout = build_layout(config.model, data["train"])
     folder = RunFolder(Path(config.run_dir))
@@ -119,6 +161,8 @@ def open_training(config: RunConfig) -> TrainingInputs:
     folder.check_identity(layout)
     folder.check_data(Path(config.data.path))
     newest = folder.check_checkpoint(config, layout)
+    if config.init_from and newest is None:
+        check_origin(config, layout)
     windows = data["validation"].num_windows(config.train.seq_len)
     validation = Validation(
         batches=_validation_batches(windows, config), bytes_per_token=data["validation"].bytes_per_token

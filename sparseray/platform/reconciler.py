@@ -87,8 +87,9 @@ class Reconciler:
         if isinstance(decision, Start):
             generations.fleet.start(decision.count)
         elif isinstance(decision, Resize):
-            before = self.sizes()
-            self.change("resized", f"{before} to", step, generations.replanned(decision.roles))
+            new = generations.replanned(decision.roles)
+            if generations.workload.may_enter(self._plan, new):
+                self.change("resized", f"{self.sizes()} to", step, new)
         elif isinstance(decision, Rebalance):
             # From now on every plan is packed by these loads: counting again would move the experts back.
             packed_by = tuple(tuple(row) for row in decision.loads)

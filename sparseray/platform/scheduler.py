@@ -216,6 +216,14 @@ class Scheduler:
         """
         return self._job(job).scale(role, count)
 
+    def publish(self, job: str, checkpoint: str) -> tuple[str, str]:
+        """`Job.publish` of a job.
+
+        Args:
+            job, checkpoint: which shall go on with what.
+        """
+        return self._job(job).publish(checkpoint)
+
     def status(self, job: str) -> dict[str, Any]:
         """`Job.status` of a job."""
         return self._job(job).status()

@@ -6,26 +6,34 @@ what they hold: engines go on with their caches.
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sparseray.actors.installation import JobSpec, Restore
-from sparseray.actors.serving.messages import Routes
+from sparseray.actors.serving.messages import Drain, Draining, Load, Routes
 from sparseray.actors.state.assignment import Plan
 from sparseray.actors.state.pieces import Piece
 from sparseray.actors.wire.envelope import INGRESS
 from sparseray.actors.wire.mailbox import Mailbox
 from sparseray.actors.wire.messages import Commit, Failed, Silent
-from sparseray.errors import SlotsLostError
+from sparseray.errors import ConfigError, SlotsLostError
 from sparseray.log import get_logger
+from sparseray.platform.autoscaler import EVERY_S, ROLES, Autoscaler, Situation
 from sparseray.platform.config import RunConfig
 from sparseray.platform.fleet.control import StalledError
 from sparseray.platform.generations import Generations
 from sparseray.platform.opening import serving_inventory, slots_of
+from sparseray.platform.planning.autoscale import Scaling
+from sparseray.platform.planning.drains import Drains
+from sparseray.platform.planning.inventory import Roles, num_slots
+from sparseray.platform.publishing import Publisher
 from sparseray.platform.reconciler import Reconciler
-from sparseray.platform.run import checkpoint
 from sparseray.platform.run.events import describe_pieces
+from sparseray.platform.run.folder import RunFolder
 from sparseray.platform.run.history import JobHistory
+from sparseray.platform.run.journal import Journal
+from sparseray.platform.versions import Version
+from sparseray.platform.weights import ServedWeights
 from sparseray.platform.workload import GivenBack
 
 log = get_logger(__name__)
@@ -41,10 +49,19 @@ class Served:
     Args:
         checkpoint: folder of the weights, absolute.
         ingress: address that tokens go to.
+        run: folder of the run whose checkpoints follow; empty for none.
+        identity: folder of tokenizer and DSE layout; empty for the checkpoint's.
     """
 
     checkpoint: str
     ingress: str
+    run: str = ""
+    identity: str = ""
+
+    @property
+    def identity_folder(self) -> Path:
+        """Where tokenizer and DSE layout are."""
+        return Path(self.identity or self.checkpoint)
 
 
 class Serving:
@@ -55,16 +72,20 @@ class Serving:
         spec: what slots build.
         served: what is served to whom.
         mailbox: the scheduler's.
+        journal: of the server.
     """
 
     is_settled_by_commit = False
 
-    def __init__(self, config: RunConfig, spec: JobSpec, served: Served, mailbox: Mailbox) -> None:
-        self.spec, self.ingress, self.mailbox = spec, served.ingress, mailbox
+    def __init__(
+        self, config: RunConfig, spec: JobSpec, served: Served, mailbox: Mailbox, journal: Journal
+    ) -> None:
+        self.spec, self.served, self.mailbox = spec, served, mailbox
+        self.ingress = served.ingress
         self.inventory = serving_inventory(config)
         self.commit: Commit | None = None
-        self.checkpoint = served.checkpoint
-        self.step: int = checkpoint.read_manifest(Path(served.checkpoint))["step"]
+        self.state = ServedWeights(served.checkpoint, journal)
+        self.drains = Drains(config.serve.drain_s)
         self._routes = Routes(generation=0, engines={}, reason="no engine has started yet")
 
     def give_back(self, missing: Sequence[Piece], step: int) -> GivenBack:
@@ -74,20 +95,59 @@ class Serving:
             missing: pieces that nobody holds any more.
             step: of the checkpoint.
         """
+        before = self.state.version
+        restore = self.restore()
         return GivenBack(
-            restore=Restore(checkpoint=self.checkpoint, everything=False),
-            step=step,
-            text=f"{describe_pieces(missing)} had no holder left and came from {self.checkpoint}",
+            restore=replace(restore, everything=self.state.version is not before),
+            step=self.state.version.number,
+            text=f"{describe_pieces(missing)} had no holder left and came from {restore.checkpoint}",
         )
+
+    def restore(self) -> Restore:
+        """Where everything can be read; the run's newest checkpoint where it has removed the one that is served."""
+        run = self.served.run
+        if run and not Path(self.weights).exists() and (newest := RunFolder(Path(run)).newest_checkpoint()):
+            version = Version.of(newest.absolute(), after=self.state.version.number)
+            self.state.jump_to(version, self._routes.generation)
+        return Restore(checkpoint=self.weights)
+
+    @property
+    def weights(self) -> str:
+        """Folder of the version in force."""
+        return self.state.version.checkpoint
+
+    def earlier_in(self, plan: Plan) -> int:
+        """As `ServedWeights.earlier_in`."""
+        return self.state.earlier_in(plan)
+
+    def may_enter(self, old: Plan, new: Plan) -> bool:
+        """Once the engines that leave have finished what they have, or had their time for it.
+
+        Args:
+            old, new: the plan in force, and the next one.
+        """
+        now = time.monotonic()
+        if self.drains.begin(set(old.attention) - set(new.attention), now):
+            self.route(replace(self._routes, draining=self.drains.leaving))
+        if self.drains.is_due(now):
+            for slot in self.drains.leaving:
+                self.mailbox.post(slot, Drain())
+        return self.drains.is_over(now)
+
+    def stay(self) -> None:
+        """Let engines that were to leave go on."""
+        if self.drains.begin((), time.monotonic()):
+            self.route(replace(self._routes, draining=()))
 
     def entered(self, plan: Plan) -> None:
         """Tell the ingress who answers now."""
+        self.drains.begin((), time.monotonic())
         engines = {slot: plan.addresses[slot] for slot in plan.attention}
         self.route(Routes(generation=plan.generation, engines=engines))
 
     def route(self, routes: Routes | None = None) -> None:
         """Send the ingress new routes, or the last ones again."""
-        self._routes = routes or self._routes
+        self._routes = replace(routes or self._routes, versions=self.state.names)
         self.mailbox.post(INGRESS, self._routes)
 
 
@@ -112,11 +172,28 @@ class Server:
     ) -> None:
         self.config, self.serving, self.should_stop = config, serving, should_stop
         self.generations, self.reconciler, self.control = generations, reconciler, generations.control
-        self.step = serving.step
+        self.publisher = Publisher(config, serving.state, generations, reconciler, serving.served.run)
+        self.autoscaler = Autoscaler(config.serve, config.cluster, serving.inventory)
+        self._looked, self._refused = 0.0, ""
+
+    @property
+    def step(self) -> int:
+        """Number of the version in force: in messages it stands where training has its last step."""
+        return self.serving.state.version.number
+
+    @property
+    def versions(self) -> list[str]:
+        """Names of the versions that may answer; the one in force is last."""
+        return list(self.serving.state.names.values())
+
+    def publish(self, checkpoint: str) -> str:
+        """As `Publisher.publish`."""
+        return self.publisher.publish(checkpoint)
 
     def start(self) -> None:
         """Give every slot its roles and its weights."""
-        self.generations.begin(self.step, Restore(checkpoint=self.serving.checkpoint))
+        restore = self.serving.restore()
+        self.generations.begin(self.step, restore)
 
     def take_over(self, history: JobHistory) -> None:
         """Go on with the slots of a scheduler that died."""
@@ -140,11 +217,61 @@ class Server:
 
     def _turn(self) -> None:
         message = self.control.mailbox.next(TICK_S)
+        now = time.monotonic()
         if message is not None and isinstance(message.body, Failed):
             log.error("slot %d failed: %s", message.source, message.body.error)
-        if message is not None and isinstance(message.body, Silent):
+        elif message is not None and isinstance(message.body, Silent):
             self.control.probe(message.body.error)
+        elif message is not None and isinstance(message.body, Load):
+            self.autoscaler.hear(message.source, message.body, now)
+        elif message is not None and isinstance(message.body, Draining):
+            self.serving.drains.told(message.source, message.body.num_requests)
+        if message is not None:
+            self.publisher.hear(message)
+        if now - self._looked > EVERY_S:
+            self._looked = now
+            self._autoscale(self._situation(), now)
+        self.publisher.look(now)
         self.reconciler.reconcile(self.step)
+        if self.serving.drains.leaving and self.reconciler.is_settled():
+            self.serving.stay()
+
+    def _situation(self) -> Situation:
+        generations, fleet = self.generations, self.generations.fleet
+        plan, wanted = generations.plan, generations.wanted
+        assert plan is not None
+        colocated = self.config.cluster.colocated
+        slots = len(fleet.members()) + fleet.starting() + fleet.room()
+        spare = slots - num_slots(wanted, colocated=colocated)
+        now = (len(plan.attention), len(plan.expert_primaries), len(plan.memory_primaries))
+        most = (slots if colocated else getattr(wanted, role) + spare for role in ROLES)
+        return Situation(
+            now=Roles(**dict(zip(ROLES, now))), wanted=wanted, room=Roles(**dict(zip(ROLES, most)))
+        )
+
+    def _autoscale(self, there: Situation, now: float) -> None:
+        """Ask for other numbers of slots where the policy wants them, and show what it sees."""
+        for role, scaling in self.autoscaler.decide(there, now).items():
+            if scaling.count != getattr(there.wanted, role):
+                self._ask(role, getattr(there.wanted, role), scaling)
+        record = self.generations.events.metrics.record
+        self.autoscaler.show(there, now, record)
+        record("serving_version_step", self.serving.state.version.step)
+
+    def _ask(self, role: str, before: int, scaling: Scaling) -> None:
+        try:
+            self.reconciler.request(role, scaling.count)
+        except ConfigError as error:
+            # The policy will ask again; a person need read it once.
+            if str(error) != self._refused:
+                log.warning("not scaled: %s", error)
+            self._refused = str(error)
+            return
+        self._refused = ""
+        direction = "up" if scaling.count > before else "down"
+        self.generations.events.metrics.record("autoscale_changes_total", 1, role=role, direction=direction)
+        text = f"{role} {before} to {scaling.count}: {scaling.reason}"
+        self.generations.tell("autoscaled", self.step, text)
 
     def _recover(self, error: Exception) -> None:
         with self.reconciler.ledger.state("recovering", failed="recovering"):

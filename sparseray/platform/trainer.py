@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from sparseray.actors.installation import Restore
 from sparseray.actors.state.assignment import Plan
 from sparseray.actors.wire.codec import to_plain
 from sparseray.actors.wire.envelope import Message
@@ -42,7 +41,7 @@ from sparseray.platform.reconciler import Reconciler
 from sparseray.platform.run import checkpoint
 from sparseray.platform.run.history import JobHistory
 from sparseray.platform.step_reports import StepReports
-from sparseray.platform.training import Training
+from sparseray.platform.training import Training, from_newest
 
 
 def learning_rate(step: int, optim: OptimConfig, steps: int) -> float:
@@ -139,7 +138,7 @@ class Trainer:
         newest = self.folder.newest_checkpoint()
         self.step = checkpoint.read_manifest(newest)["step"] if newest else 0
         self.folder.rewind(self.step)
-        self.generations.begin(self.step, Restore(checkpoint=str(newest or "")))
+        self.generations.begin(self.step, from_newest(newest, self.config.init_from))
 
     def take_over(self, history: JobHistory) -> None:
         """Go on where a scheduler that died had stopped: at the last step in its journal."""

@@ -1,6 +1,7 @@
 """Training as a workload: what its slots are told, and where state comes from that all of them have lost."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from sparseray.actors.installation import JobSpec, Restore
 from sparseray.actors.state.assignment import Plan
@@ -16,6 +17,16 @@ from sparseray.platform.run.journal import Journal
 from sparseray.platform.workload import GivenBack
 
 
+def from_newest(newest: Path | None, init_from: str) -> Restore:
+    """Where a run's state comes from.
+
+    Args:
+        newest: its newest checkpoint; None where it has none yet.
+        init_from: checkpoint whose weights it began with, empty for the seed.
+    """
+    return Restore(checkpoint=str(newest or init_from), weights_only=newest is None)
+
+
 class Training:
     """`Workload` whose generations count once they have committed a step.
 
@@ -28,11 +39,12 @@ class Training:
 
     ingress = ""
     is_settled_by_commit = True
+    weights = ""
 
     def __init__(self, config: RunConfig, spec: JobSpec, folder: RunFolder, journal: Journal) -> None:
         self.replication, self.spec = config.cluster.replication, spec
         self.folder, self.journal = folder, journal
-        self.inventory = training_inventory(config)
+        self.inventory, self.init_from = training_inventory(config), config.init_from
         self.commit: Commit | None = None
 
     def give_back(self, missing: Sequence[Piece], step: int) -> GivenBack:
@@ -48,7 +60,8 @@ class Training:
         newest = self.folder.newest_checkpoint()
         back = checkpoint.read_manifest(newest)["step"] if newest else 0
         what = describe_pieces(missing)
-        where = str(newest) if newest else "its seed (no checkpoint was written yet)"
+        begun = self.init_from or "its seed"
+        where = str(newest) if newest else f"{begun} (no checkpoint was written yet)"
         if self.replication > 1:
             raise StateLostError(
                 f"all {self.replication} replicas of {what} are gone after step {step}; the same "
@@ -58,10 +71,22 @@ class Training:
         self.journal.append("restore", generation=0, step=back, checkpoint=str(newest or ""))
         self.commit = None
         return GivenBack(
-            restore=Restore(checkpoint=str(newest or "")),
+            restore=from_newest(newest, self.init_from),
             step=back,
             text=f"{what} had one holder: going back {step - back} steps to {where}",
         )
+
+    def earlier_in(self, plan: Plan) -> int:
+        """None: a step leaves nothing of the one before."""
+        return -1
+
+    def may_enter(self, old: Plan, new: Plan) -> bool:
+        """Always: a step is cut off and runs again.
+
+        Args:
+            old, new: plans.
+        """
+        return True
 
     def entered(self, plan: Plan) -> None:
         """Nobody else need know."""

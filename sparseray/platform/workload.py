@@ -40,6 +40,14 @@ class Workload(Protocol):
     commit: Commit | None
     """The last one, for slots that have not received it."""
 
+    @property
+    def weights(self) -> str:
+        """Folder that pieces of a generation's step can be read from at any time; empty where there is none."""
+        ...
+
+    def earlier_in(self, plan: Plan) -> int:
+        """Version of a server's weights that requests may be finished with in a plan; -1 for none."""
+
     def give_back(self, missing: Sequence[Piece], step: int) -> GivenBack:
         """Say where pieces come from that no slot holds any more.
 
@@ -49,6 +57,13 @@ class Workload(Protocol):
 
         Raises:
             StateLostError: nothing can be restored without the user.
+        """
+
+    def may_enter(self, old: Plan, new: Plan) -> bool:
+        """Whether a plan that was wished for may come now; otherwise it is asked again in a moment.
+
+        Args:
+            old, new: the plan in force, and the next one.
         """
 
     def entered(self, plan: Plan) -> None:

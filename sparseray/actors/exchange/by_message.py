@@ -19,6 +19,7 @@ from torch import Tensor
 from sparseray.actors.exchange.answers import Answers
 from sparseray.actors.exchange.mixture import mixture
 from sparseray.actors.exchange.neighbours import NeighbourTables
+from sparseray.actors.exchange.patience import Patience
 from sparseray.actors.exchange.protocol import Abortable, Fetch, FetchedRows, PartGradients
 from sparseray.actors.exchange.reduction import Reduction
 from sparseray.actors.state.assignment import Plan
@@ -50,13 +51,21 @@ class Caller:
         self.mailbox, self.answers, self.serve, self.deadline_s = mailbox, answers, serve, deadline_s
         self.step, self.part = 0, -1
 
-    def __call__(self, requests: Sequence[tuple[int, Body]], reply: type[R], layer: int = -1) -> list[R]:
+    def __call__(
+        self,
+        requests: Sequence[tuple[int, Body]],
+        reply: type[R],
+        layer: int = -1,
+        within_s: float | None = None,
+    ) -> list[R]:
         """Send requests of the current step and part and return their replies in the same order.
 
         Args:
             requests: (slot, what to ask) each.
             reply: type of all replies.
             layer: of the envelope.
+            within_s: seconds without a reply after which to give up, at once where a process has ended; None for the
+                deadline.
 
         Raises:
             SlotLostError: a slot did not answer in time.
@@ -70,7 +79,9 @@ class Caller:
         # Others compute while this slot does.
         own = [self.answers(body, layer, self.part) if slot == me else None for slot, body in requests]
         asked = {sequence: slot for sequence, (slot, _) in zip(sequences, requests) if sequence}
-        replies = self.mailbox.wait(asked, self.deadline_s, self.serve)
+        replies = self.mailbox.wait(
+            asked, within_s or self.deadline_s, self.serve, watch=within_s is not None
+        )
         found = [replies[sequence].body if sequence else mine for sequence, mine in zip(sequences, own)]
         for body in found:
             if not isinstance(body, reply):
@@ -99,6 +110,7 @@ class MessageExchange(Abortable):
         reduction: of the gradients that meet at this slot.
         moe_layers, memory_layers: transformer layers that have experts and memory, in order.
         bounds: first row of every bucket of each memory layer.
+        patience: with peers whose answers change no state; None where all wait for the first holder.
     """
 
     def __init__(
@@ -110,13 +122,16 @@ class MessageExchange(Abortable):
         moe_layers: Sequence[int],
         memory_layers: Sequence[int],
         bounds: Sequence[np.ndarray],
+        patience: Patience | None = None,
     ) -> None:
         super().__init__()
         self.plan, self.call, self.reduction = plan, call, reduction
         self.index = {layer: index for index, layer in enumerate(moe_layers)}
         self.layers, self.bounds = list(memory_layers), bounds
-        self.owner = [np.array([holders[0] for holders in row], np.int64) for row in plan.buckets]
-        self._holders: dict[tuple[int, int], dict[int, list[int]]] = {}
+        pieces = [holders for table in (*plan.experts, *plan.buckets) for holders in table]
+        self.patience = patience if any(len(holders) > 1 for holders in pieces) else None
+        self._holders: dict[tuple[int, int, tuple[int, ...]], dict[int, list[int]]] = {}
+        self._owners: dict[tuple[int, ...], list[np.ndarray]] = {}
         self._parts_left = set(plan.parts_of(call.mailbox.slot))
         self._neighbours = NeighbourTables(plan.generation)
         self._fetches: list[Fetch] = []
@@ -143,16 +158,33 @@ class MessageExchange(Abortable):
         """
         return mixture(self, self.index[layer], x_TH, topk_ids_TK, topk_weights_TK)
 
+    @property
+    def _silent(self) -> tuple[int, ...]:
+        return () if self.patience is None else self.patience.silent
+
+    def _chosen(self, holders: Sequence[int]) -> int:
+        return holders[0] if self.patience is None else self.patience.choose(holders)
+
+    def _ask(self, requests: Sequence[tuple[int, Body]], reply: type[R], layer: int = -1) -> list[R]:
+        if self.patience is None or not requests:
+            return self.call(requests, reply, layer)
+        started = time.perf_counter()
+        found = self.call(requests, reply, layer, self.patience.within_s)
+        self.patience.answered([slot for slot, _ in requests], time.perf_counter() - started)
+        return found
+
     def holders(self, layer: int) -> dict[int, list[int]]:
         """Experts of the layer with index `layer` by the slot that computes them for the current part."""
         part = max(0, self.call.part) if self.plan.spread else 0
-        if (layer, part) not in self._holders:
+        key = layer, part, self._silent
+        if key not in self._holders:
             found: dict[int, list[int]] = {}
-            for expert in range(len(self.plan.experts[layer])):
+            for expert, holders in enumerate(self.plan.experts[layer]):
                 computing = self.plan.computing(layer, expert)
-                found.setdefault(computing[part % len(computing)], []).append(expert)
-            self._holders[(layer, part)] = found
-        return self._holders[(layer, part)]
+                slot = self._chosen((computing[part % len(computing)], *holders))
+                found.setdefault(slot, []).append(expert)
+            self._holders[key] = found
+        return self._holders[key]
 
     def routes(self, layer: int, topk_ids_TK: Tensor) -> list[_Route]:
         """Split the (token, k) rows of a layer over the slots that compute its experts.
@@ -208,7 +240,7 @@ class MessageExchange(Abortable):
             )
             for route in routes
         ]
-        return self._collect(routes, self.call(requests, ExpertRows, layer), x_TH, ids_TK.shape), routes
+        return self._collect(routes, self._ask(requests, ExpertRows, layer), x_TH, ids_TK.shape), routes
 
     def backward_rows(self, layer: int, handle: Any, dout_TH: Tensor, weights_TK: Tensor) -> Tensor:
         """Gradients of the inputs [T, K, H].
@@ -248,8 +280,15 @@ class MessageExchange(Abortable):
             rows_N: int64 rows of its table.
         """
         buckets = np.searchsorted(self.bounds[layer], rows_N, side="right") - 1
-        owners: np.ndarray = self.owner[layer][buckets]
+        owners: np.ndarray = self._owners_of_buckets()[layer][buckets]
         return owners
+
+    def _owners_of_buckets(self) -> list[np.ndarray]:
+        """Slot that answers for each bucket of each memory layer."""
+        if self._silent not in self._owners:
+            table = [[self._chosen(holders) for holders in row] for row in self.plan.buckets]
+            self._owners[self._silent] = [np.array(row, np.int64) for row in table]
+        return self._owners[self._silent]
 
     def prefetch(self, rows: dict[int, Tensor]) -> FetchedRows:
         """Read rows of all memory layers: at most one request to each slot, each distinct row once."""
@@ -263,7 +302,7 @@ class MessageExchange(Abortable):
             slot: tuple(
                 torch.from_numpy(unique[owner == slot]) for (unique, _), owner in zip(distinct, owners)
             )
-            for slot in self.plan.memory_primaries
+            for slot in sorted({int(slot) for table in self._owners_of_buckets() for slot in table})
         }
         replies, tiers = self._read(wanted)
         values = {}
@@ -292,7 +331,7 @@ class MessageExchange(Abortable):
             tier = "local" if slot == me else "remote" if rows_LND is None else "shared"
             tiers[tier] += sum(len(rows_N) for rows_N in own)
         asked = [slot for slot in wanted if slot not in found]
-        replies = self.call([(slot, FetchRows(rows_LN=wanted[slot])) for slot in asked], MemoryRows)
+        replies = self._ask([(slot, FetchRows(rows_LN=wanted[slot])) for slot in asked], MemoryRows)
         for slot, reply in zip(asked, replies):
             found[slot] = reply.values_LND
             if slot != me:

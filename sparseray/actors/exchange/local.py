@@ -58,7 +58,7 @@ class LocalExchange(Abortable):
         return mixture(self, self.index[layer], x_TH, topk_ids_TK, topk_weights_TK)
 
     def forward_rows(self, layer: int, x_TH: Tensor, ids_TK: Tensor, *, keep: bool) -> tuple[Tensor, Any]:
-        """Outputs [T, K, H] of every chosen expert, and the order in which the rows were computed.
+        """Outputs [T, K, H] of every chosen expert, and the order in which the rows were computed, both ways.
 
         Args:
             layer: index among the MoE layers.
@@ -71,10 +71,10 @@ class LocalExchange(Abortable):
         order_R, counts_E = group_by_expert(ids_TK, self.state.config.moe.num_experts)
         counts = counts_E.tolist()
         y_RH = self.state.forward(layer, self._part, x_TH, order_R // K, range(len(counts)), counts, keep)
-        y_TKH = torch.empty_like(y_RH)
-        y_TKH[order_R] = y_RH
+        places_R = torch.empty_like(order_R).scatter_(0, order_R, torch.arange(T * K))
+        y_TKH = y_RH.index_select(0, places_R).view(T, K, -1)
         observe_rows(self.observe, "forward", T * K, time.perf_counter() - started)
-        return y_TKH.view(T, K, -1), order_R
+        return y_TKH, (order_R, places_R)
 
     def backward_rows(self, layer: int, handle: Any, dout_TH: Tensor, weights_TK: Tensor) -> Tensor:
         """Gradients of the inputs [T, K, H].
@@ -86,12 +86,11 @@ class LocalExchange(Abortable):
             weights_TK: fp32, routing weights.
         """
         self.check()
-        started, (T, K), order_R = time.perf_counter(), weights_TK.shape, handle
+        started, (T, K), (order_R, places_R) = time.perf_counter(), weights_TK.shape, handle
         dx_RH = self.state.backward(layer, self._part, dout_TH, weights_TK.reshape(-1)[order_R])
-        dx_TKH = torch.empty_like(dx_RH)
-        dx_TKH[order_R] = dx_RH
+        dx_TKH = dx_RH.index_select(0, places_R).view(T, K, -1)
         observe_rows(self.observe, "backward", T * K, time.perf_counter() - started)
-        return dx_TKH.view(T, K, -1)
+        return dx_TKH
 
     def prefetch(self, rows: dict[int, Tensor]) -> FetchedRows:
         """Read rows of all memory layers."""

@@ -30,6 +30,7 @@ class Lease:
         slot: its place among the requests of the engine, from 1 on.
         keys: hash of the prompt up to the end of each of its whole pages.
         state: what the engine stored with the last shared page.
+        stop: tokens after which the engine stores a state, so that a prompt that begins alike shares all it can.
     """
 
     pages: list[int]
@@ -38,6 +39,7 @@ class Lease:
     slot: int
     keys: list[bytes] = field(default_factory=list)
     state: dict[int, Tensor] | None = None
+    stop: int = 0
 
 
 def page_keys(tokens: Sequence[int], page: int) -> list[bytes]:
@@ -120,11 +122,17 @@ class CachePool:
         for page in shared:
             self._hold(page)
         pages = shared + [self._take() for _ in range(needed - len(shared))]
-        state = self._states.get(shared[-1]) if shared else None
         length = len(shared) * self.page
         self.shared_tokens += length
+        reusable = (len(prompt) - 1) // self.page - self.overlaps if self.keeps_state else 0
         return Lease(
-            pages=pages, length=length, max_len=max_len, slot=self._slots.pop(), keys=keys, state=state
+            pages=pages,
+            length=length,
+            max_len=max_len,
+            slot=self._slots.pop(),
+            keys=keys,
+            state=self._states.get(shared[-1]) if shared else None,
+            stop=reusable * self.page,
         )
 
     def _shared(self, keys: Sequence[bytes]) -> list[int]:

@@ -18,21 +18,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sparseray.actors.serving.text_request import GenerationRequest
+from sparseray.kernels.philox import philox
 
 FAILED = -1
 """Instead of a token where the logits are not finite."""
-Uint64 = NDArray[np.uint64]
-_MULTIPLIERS = np.array([[0xD2E7470EE14C6C93], [0xCA5A826395121157]], dtype=np.uint64)
-_WEYL = np.array([[0x9E3779B97F4A7C15], [0xBB67AE8584CAA73B]], dtype=np.uint64)
-_LOW, _HALF = np.uint64(0xFFFFFFFF), np.uint64(32)
-
-
-def _multiply(a: Uint64, b: Uint64) -> tuple[Uint64, Uint64]:
-    """(high, low) 64 bits of the product."""
-    a0, a1, b0, b1 = a & _LOW, a >> _HALF, b & _LOW, b >> _HALF
-    middle = a1 * b0 + ((a0 * b0) >> _HALF)
-    other = (middle & _LOW) + a0 * b1
-    return a1 * b1 + (middle >> _HALF) + (other >> _HALF), a * b
 
 
 def uniforms(seeds: Sequence[int], positions: Sequence[int]) -> NDArray[np.float64]:
@@ -43,16 +32,9 @@ def uniforms(seeds: Sequence[int], positions: Sequence[int]) -> NDArray[np.float
         positions: index of the drawn token in its answer, one for each seed.
     """
     mask = 2**64 - 1
-    key = np.array([[s & mask for s in seeds], [p & mask for p in positions]], dtype=np.uint64)
-    # The words 0 and 2 of the counter, then 1 and 3; numpy counts from 1.
-    even, odd = np.zeros_like(key), np.zeros_like(key)
-    even[0] = 1
-    for _ in range(10):
-        high, low = _multiply(_MULTIPLIERS, even)
-        even, odd = high[::-1] ^ odd ^ key, low[::-1]
-        key = key + _WEYL
-    first: NDArray[np.float64] = (even[0] >> np.uint64(11)) * 2.0**-53
-    return first
+    keys_N2 = np.array([(s & mask, p & mask) for s, p in zip(seeds, positions)], dtype=np.uint64)
+    found: NDArray[np.float64] = philox(keys_N2.reshape(-1, 2))
+    return found
 
 
 def fits(request: GenerationRequest) -> bool:

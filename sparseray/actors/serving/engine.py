@@ -1,10 +1,8 @@
-"""Continuous batching: each step takes the next chunk of several requests through the model together.
+"""What an engine has whatever computes its steps: requests that wait or run, counters, and the sampler on the host.
 
 The middle of a request's path: between the batch's caches and the sampler. No Ray and no sockets; whoever
-owns an engine calls `step` in a loop. A request's prompt is cut into chunks of a fixed size from its own
-start, and the model's bits do not depend on the other rows of a call, so a request's tokens do not depend on
-its company. A step that fails (a lost expert shard) loses no request: each one in it starts again from its
-prompt and the tokens that it already added, in the same chunks as before.
+owns an engine calls `step` in a loop. paged_engine.py computes the steps. One that fails (a lost expert shard) loses
+no request: each one in it starts again from its prompt and the tokens that it already added.
 
 Shapes: T tokens of a chunk, H hidden, V vocabulary.
 """
@@ -12,6 +10,7 @@ Shapes: T tokens of a chunk, H hidden, V vocabulary.
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -25,7 +24,6 @@ from sparseray.actors.serving.sampler import adjusted, log_probabilities, sample
 from sparseray.actors.serving.text_request import GenerationRequest, TokenEvent, TokenLogprobs
 from sparseray.errors import ConfigError
 from sparseray.log import get_logger
-from sparseray.model.cache import Cache
 from sparseray.model.dse import Memory
 from sparseray.model.moe import Experts
 from sparseray.model.transformer import Transformer
@@ -74,11 +72,20 @@ class StepCounts:
 
 @dataclass(eq=False)
 class Ongoing:
-    """A request with what was computed of it so far; `pending` of its tokens the device has chosen and not told."""
+    """A request with what was computed of it so far.
+
+    Args:
+        request: as it came.
+        tokens: of its prompt and its answer.
+        num_read: of them that are read in chunks; the others one by one, as when they were first computed.
+        lease: its pages, while it is in the batch.
+        pending: tokens that the device has chosen and not told.
+    """
 
     request: GenerationRequest
     tokens: list[int]
-    cache: Cache | Lease | None = None
+    num_read: int
+    lease: Lease | None = None
     pending: int = 0
     failures: int = 0
     queued_s: float = field(default_factory=time.perf_counter)
@@ -91,20 +98,23 @@ class Ongoing:
 
     @property
     def computed(self) -> int:
-        return self.cache.length if self.cache is not None else 0
+        return self.lease.length if self.lease is not None else 0
 
     @property
     def in_prompt(self) -> bool:
-        return self.computed < self.num_prompt
+        """Whether it still reads what is known of it."""
+        return self.computed < self.num_read
 
     def next_chunk(self, size: int) -> list[int]:
-        """Prompt: up to the next multiple of `size`; then one token, as when it was first computed."""
+        """What is read: up to the next multiple of `size`, or where a state is stored; then one token."""
         start = self.computed
-        stop = min(self.num_prompt, (start // size + 1) * size) if self.in_prompt else start + 1
+        stop = min(self.num_read, (start // size + 1) * size) if self.in_prompt else start + 1
+        if self.lease is not None and start < self.lease.stop < stop:
+            stop = self.lease.stop
         return self.tokens[start:stop]
 
 
-class Engine:
+class Engine(ABC):
     """Runs many requests on one model.
 
     Args:
@@ -112,8 +122,7 @@ class Engine:
         experts, memory: the routed experts and the memory tables; may be replaced between two steps.
         max_batch: most requests with a cache.
         max_model_len: most tokens of a request, prompt and continuation; at most the model's.
-        prefill_chunk: tokens of a prompt per step.
-        prefills_per_step: most prompts that advance in one step, so that decoding goes on beside them.
+        prefill_chunk: tokens of all prompts together in one step, so that decoding goes on beside them.
         max_failures: failed steps after which a request ends with an error.
         grammars: over the model's vocabulary; without them, requests with a grammar are refused.
 
@@ -130,7 +139,6 @@ class Engine:
         max_batch: int = 16,
         max_model_len: int | None = None,
         prefill_chunk: int = 64,
-        prefills_per_step: int = 4,
         max_failures: int = 3,
         grammars: Grammars | None = None,
     ) -> None:
@@ -143,14 +151,13 @@ class Engine:
         for name, value in (
             ("max_batch", max_batch),
             ("prefill_chunk", prefill_chunk),
-            ("prefills_per_step", prefills_per_step),
             ("max_failures", max_failures),
         ):
             if value < 1:
                 raise ConfigError(f"{name}={value} must be at least 1")
         self.model, self.experts, self.memory = model, experts, memory
         self.max_batch, self.prefill_chunk = max_batch, prefill_chunk
-        self.prefills_per_step, self.max_failures = prefills_per_step, max_failures
+        self.max_failures = max_failures
         self._grammars = grammars
         self._waiting: deque[Ongoing] = deque()
         self._running: list[Ongoing] = []
@@ -168,10 +175,9 @@ class Engine:
         return replace(self._stats, waiting=len(self._waiting), running=len(self._running))
 
     @property
+    @abstractmethod
     def cache_usage(self) -> float:
-        """Cache positions reserved by the batch over those of a full batch of longest requests."""
-        reserved = sum(s.cache.max_len for s in self._running if s.cache is not None)
-        return reserved / (self.max_batch * self.max_model_len)
+        """Share of the caches that requests hold."""
 
     def take_counts(self) -> StepCounts:
         """Return what happened since the last call."""
@@ -205,7 +211,7 @@ class Engine:
             )
         if any(s.request.request_id == request.request_id for s in (*self._waiting, *self._running)):
             raise ConfigError(f"request id {request.request_id} is in use; choose another")
-        sequence = Ongoing(request, tokens)
+        sequence = Ongoing(request, tokens, self._num_read(request, tokens))
         if request.grammar:
             if self._grammars is None:
                 raise ConfigError(f"request {request.request_id}: this engine has no tokenizer for a grammar")
@@ -224,6 +230,7 @@ class Engine:
         self._running = [s for s in self._running if s.request.request_id != request_id]
         return len(self._waiting) + len(self._running) < before
 
+    @abstractmethod
     def step(self) -> list[TokenEvent]:
         """Compute the next chunk of the requests in the batch.
 
@@ -234,36 +241,10 @@ class Engine:
             Exception: whatever the model's call raised. Its requests wait to be computed again; those that
                 failed too often end with an error event of the next step.
         """
-        events, self._failed = self._failed, []
-        self._admit()
-        batch = self._select()
-        if not batch:
-            return events
-        try:
-            hidden = self._forward(batch)
-            logits = self._last_logits(batch, hidden)
-        except Exception as error:
-            self._failed = events
-            self._restart(batch, error)
-            raise
-        for sequence, hidden_TH, logits_V in zip(batch, hidden, logits, strict=True):
-            event = self._advance(sequence, hidden_TH, logits_V)
-            if event is not None:
-                events.append(event)
-                if event.finish_reason is not None:
-                    self._running.remove(sequence)
-        return events
 
-    def _admit(self) -> None:
-        """Give caches to waiting requests: by priority, first come first served among equals."""
-        device = self.model.embedding.device
-        while self._waiting and len(self._running) < self.max_batch:
-            sequence = min(self._waiting, key=lambda waiting: waiting.request.priority)
-            self._waiting.remove(sequence)
-            length = sequence.num_prompt + sequence.request.max_tokens
-            sequence.cache = Cache(self.model.config, length, device=device)
-            self._running.append(sequence)
-            self._note_admitted(sequence)
+    def _num_read(self, request: GenerationRequest, tokens: list[int]) -> int:
+        """How many of a request's tokens are read in chunks: all, where that gives the bits of one by one."""
+        return len(tokens) if self.model.ops.chunks_keep_bits else len(request.prompt_tokens)
 
     def _note_admitted(self, sequence: Ongoing) -> None:
         self._counts.queue_seconds.append(time.perf_counter() - sequence.queued_s)
@@ -276,34 +257,14 @@ class Engine:
     def _note_tokens(self, count: int) -> None:
         self._stats = replace(self._stats, generated_tokens=self._stats.generated_tokens + count)
 
-    def _select(self) -> list[Ongoing]:
-        """All requests that decode, and the oldest ones that still read their prompt."""
-        prefills = [s for s in self._running if s.in_prompt][: self.prefills_per_step]
-        chosen = {id(s) for s in prefills}
-        return [s for s in self._running if not s.in_prompt or id(s) in chosen]
-
-    @torch.no_grad()
-    def _forward(self, batch: list[Ongoing]) -> list[Tensor]:
-        """Run one chunk of each sequence; hidden states [T, H] of each."""
-        device = self.model.embedding.device
-        chunks, prompt_tokens = [], 0
-        for sequence in batch:
-            assert isinstance(sequence.cache, Cache)
-            tokens = sequence.next_chunk(self.prefill_chunk)
-            prompt_tokens += len(tokens) if sequence.in_prompt else 0
-            chunks.append((torch.tensor(tokens, dtype=torch.int64, device=device), sequence.cache))
-        hidden = self.model.run_chunks(chunks, experts=self.experts, memory=self.memory)
-        self._stats = replace(self._stats, prompt_tokens=self._stats.prompt_tokens + prompt_tokens)
-        self._note_step(len(batch))
-        return hidden
-
     def _restart(self, batch: list[Ongoing], error: Exception) -> None:
         """Put the requests of a failed step back at the head of the queue, without their caches."""
         self._stats = replace(self._stats, failed_steps=self._stats.failed_steps + 1)
         self._counts.failed_steps += 1
         for sequence in reversed(batch):
             self._running.remove(sequence)
-            sequence.cache, sequence.prompt_logprobs, sequence.pending = None, [], 0
+            sequence.prompt_logprobs, sequence.pending = [], 0
+            sequence.num_read = self._num_read(sequence.request, sequence.tokens)
             sequence.failures += 1
             if sequence.failures < self.max_failures:
                 sequence.queued_s = time.perf_counter()
@@ -317,16 +278,6 @@ class Engine:
         logger.warning("request %s ends with an error: %s", request_id, message)
         index = len(sequence.tokens) - sequence.num_prompt
         return TokenEvent(request_id=request_id, index=index, finish_reason="error", error=message)
-
-    @torch.no_grad()
-    def _last_logits(self, batch: list[Ongoing], hidden: list[Tensor]) -> list[NDArray[Any] | None]:
-        """Logits [V] of the sequences whose known tokens are all in the cache, from one product."""
-        ready = [s.computed == len(s.tokens) for s in batch]
-        rows = [hidden_TH[-1:] for hidden_TH, is_ready in zip(hidden, ready, strict=True) if is_ready]
-        if not rows:
-            return [None] * len(batch)
-        logits = iter(self.model.logits(torch.cat(rows)).float().cpu().numpy())
-        return [next(logits) if is_ready else None for is_ready in ready]
 
     @torch.no_grad()
     def _advance(

@@ -1,9 +1,10 @@
-"""`PagedEngine`: continuous batching over paged caches, one step ahead of the host.
+"""`PagedEngine`: continuous batching over paged caches, on a GPU one step ahead of the host.
 
-A call of `step` starts the next step and then takes the tokens of the one before: the device reads them where the
-sampler left them, and computes on while they are told. Where the host has a say in the next step (its sampler,
-penalties, addresses of memory rows) it takes the tokens first. A step runs the chunks of prompts and then one token
-of every request that decodes; all lie on the same stream, so pages change hands as soon as the host says so.
+A step runs the chunks of prompts and then one token of every request that decodes. On a GPU a call of `step` starts
+the next step and then takes the tokens of the one before: the device reads them where the sampler left them, and
+computes on while they are told. Where the host has a say in the next step (its sampler, penalties, addresses of
+memory rows) it takes the tokens first. All lie on the same stream, so pages change hands as soon as the host says
+so. On a CPU a step has ended when its call returns.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparseray.actors.serving.cache_pool import CachePool, Lease
+from sparseray.actors.serving.cache_pool import CachePool
 from sparseray.actors.serving.device_sampler import FAILED, fits, is_adjusted, sample_rows
 from sparseray.actors.serving.engine import Engine, Ongoing
 from sparseray.actors.serving.paged_model import Chunk, PagedModel, page_bytes
@@ -28,8 +29,9 @@ from sparseray.model.transformer import Transformer
 
 log = get_logger(__name__)
 
-PAGE = 256
-PREFILL_ROWS = 8192
+PAGE, CPU_PAGE = 256, 16
+"""Tokens of a page: kernels want long ones; short ones share more of a prefix."""
+
 SHARE_OF_FREE_MEMORY = 0.8
 
 
@@ -65,9 +67,9 @@ class PagedEngine(Engine):
 
     Args:
         model, experts, memory, max_batch, max_model_len, max_failures, grammars: as in `Engine`.
-        prefill_chunk: tokens of a prompt per step.
+        prefill_chunk: as in `Engine`.
         cache_bytes: of all pages; None takes what the device has left, and on a CPU what a full batch needs.
-        page: tokens of a page.
+        page: tokens of a page; None chooses.
     """
 
     def __init__(
@@ -77,12 +79,12 @@ class PagedEngine(Engine):
         memory: Memory | None,
         *,
         cache_bytes: int | None = None,
-        page: int = PAGE,
-        prefill_chunk: int = PREFILL_ROWS,
+        page: int | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(model, experts, memory, prefill_chunk=prefill_chunk, **options)
+        super().__init__(model, experts, memory, **options)
         device = model.embedding.device
+        page = page or _page_of(model)
         each = page_bytes(model.config, page, model.embedding.dtype)
         full = 1 + self.max_batch * -(-self.max_model_len // page)
         if cache_bytes is None and device.type == "cuda":
@@ -143,6 +145,9 @@ class PagedEngine(Engine):
             self._flight = self._launch(batch) if batch else None
             if flight is not None:
                 taken, flight = self._take(flight), None
+            if self._flight is not None and self._flight.done is None:
+                flight, self._flight = self._flight, None
+                taken, flight = self._take(flight), None
         except Exception as error:
             self._lose(flight, batch, error)
             # What was taken is told by the next step.
@@ -154,12 +159,12 @@ class PagedEngine(Engine):
         """Begin again with all requests of the steps that are not taken."""
         self._flight = None
         lost = [*batch, *([] if flight is None else [sequence for sequence, _ in flight.batch])]
-        self._restart([s for s in dict.fromkeys(lost) if isinstance(s.cache, Lease)], error)
+        self._restart([s for s in dict.fromkeys(lost) if s.lease is not None], error)
 
     def _release(self, sequence: Ongoing) -> None:
-        if isinstance(sequence.cache, Lease):
-            self.pool.release(sequence.cache)
-            sequence.cache = None
+        if sequence.lease is not None:
+            self.pool.release(sequence.lease)
+            sequence.lease = None
 
     def _restart(self, batch: list[Ongoing], error: Exception) -> None:
         for sequence in batch:
@@ -172,13 +177,13 @@ class PagedEngine(Engine):
             sequence = min(self._waiting, key=lambda waiting: waiting.request.priority)
             request = sequence.request
             # A prefix that is not computed has no hidden states to take log probabilities from.
-            known = request.prompt_tokens if request.prompt_logprobs is None else ()
+            known = sequence.tokens[: sequence.num_read] if request.prompt_logprobs is None else ()
             lease = self.pool.acquire(known, sequence.num_prompt + request.max_tokens)
             if lease is None:
                 return
             self._waiting.remove(sequence)
             self.paged.begin(lease)
-            sequence.cache = lease
+            sequence.lease = lease
             self._running.append(sequence)
             self._note_admitted(sequence)
 
@@ -206,9 +211,13 @@ class PagedEngine(Engine):
 
     @torch.no_grad()
     def _launch(self, batch: list[Ongoing]) -> _Flight:
-        """Start a step: prompts, then decoding, then the sampler."""
-        prompts = [s for s in batch if s.in_prompt]
-        decoding = [s for s in batch if not s.in_prompt]
+        """Start a step: prompts, then decoding, then the sampler.
+
+        Where chunks change no bit, single tokens go through with those of prompts.
+        """
+        is_one = self.model.ops.chunks_keep_bits and any(s.in_prompt for s in batch)
+        prompts = [s for s in batch if is_one or s.in_prompt]
+        decoding = [] if is_one else [s for s in batch if not s.in_prompt]
         hidden = self._prefill(prompts) if prompts else []
         whole = [i for i, s in enumerate(prompts) if s.computed == len(s.tokens)]
         ready, logits = [prompts[i] for i in whole], []
@@ -230,17 +239,20 @@ class PagedEngine(Engine):
         return self._sample(rows, ready, logits)
 
     def _chunk(self, sequence: Ongoing, count: int) -> Chunk:
-        assert isinstance(sequence.cache, Lease)
-        return Chunk(lease=sequence.cache, known=sequence.tokens, count=count)
+        assert sequence.lease is not None
+        return Chunk(lease=sequence.lease, known=sequence.tokens, count=count)
 
-    def _prefill(self, prompts: list[Ongoing]) -> list[Tensor]:
-        """Start the next chunk of each prompt; hidden states [T, H]."""
-        chunks = [self._chunk(s, len(s.next_chunk(self.prefill_chunk))) for s in prompts]
+    def _prefill(self, sequences: list[Ongoing]) -> list[Tensor]:
+        """Start the next chunk of each; hidden states [T, H]."""
+        chunks = [self._chunk(s, len(s.next_chunk(self.prefill_chunk))) for s in sequences]
         hidden = self.paged.prefill(chunks, self.experts, self.memory)
-        for chunk in chunks:
+        tokens = 0
+        for sequence, chunk in zip(sequences, chunks):
+            is_prompt = sequence.in_prompt
             chunk.lease.length += chunk.count
-            self.pool.publish(chunk.lease, self.paged.state(chunk.lease))
-        tokens = sum(chunk.count for chunk in chunks)
+            if is_prompt:
+                self.pool.publish(chunk.lease, self.paged.state(chunk.lease))
+                tokens += chunk.count
         self._stats = replace(self._stats, prompt_tokens=self._stats.prompt_tokens + tokens)
         return hidden
 
@@ -261,7 +273,7 @@ class PagedEngine(Engine):
                 positions = [len(s.tokens) + s.pending for s in chosen]
                 found = sample_rows(rows_RV, [s.request for s in chosen], known, positions)
                 tokens = _to_host(found)
-                self.paged.keep(found, [s.cache for s in chosen if isinstance(s.cache, Lease)])
+                self.paged.keep(found, [s.lease for s in chosen if s.lease is not None])
                 for sequence in chosen:
                     sequence.pending += 1
             if there:
@@ -289,12 +301,12 @@ class PagedEngine(Engine):
         found: list[_Taken] = []
         if flight.tokens is not None:
             for sequence, token in zip(flight.sampled, flight.tokens.tolist(), strict=True):
-                if sequence.cache is not None:
+                if sequence.lease is not None:
                     found.append(self._add(sequence, token))
             self._note_tokens(len(found))
         judged = {} if flight.logits is None else dict(zip(map(id, flight.judged), flight.logits.numpy()))
         for sequence, hidden_TH in flight.batch:
-            if sequence.cache is not None and (hidden_TH is not None or id(sequence) in judged):
+            if sequence.lease is not None and (hidden_TH is not None or id(sequence) in judged):
                 event = self._advance(sequence, hidden_TH, judged.get(id(sequence)))
                 if event is not None:
                     found.append(event)
@@ -327,6 +339,14 @@ class PagedEngine(Engine):
         sequence, token, index, finish = found
         request_id = sequence.request.request_id
         return TokenEvent(request_id=request_id, index=index, token_id=token, finish_reason=finish)
+
+
+def _page_of(model: Transformer) -> int:
+    """Tokens of a page: a CPU's are whole selection blocks."""
+    if model.embedding.device.type == "cuda":
+        return PAGE
+    unit = model.config.nsa.select_block
+    return -(-CPU_PAGE // unit) * unit
 
 
 def _pick(rows: Tensor, at: list[int]) -> Tensor:

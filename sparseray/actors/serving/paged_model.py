@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -19,11 +20,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sparseray.actors.serving.cache_pool import Lease, table_of
-from sparseray.kernels.ops import Pages
-from sparseray.kernels.settings import padded
+from sparseray.kernels.moe.reference import group_by_expert
+from sparseray.kernels.ops import Pages, ops_for
 from sparseray.model.attention import attention_of
 from sparseray.model.config import ModelConfig
-from sparseray.model.dse import Memory
+from sparseray.model.dse import Memory, Rows
 from sparseray.model.dse_layout import NO_TOKEN
 from sparseray.model.moe import Experts
 from sparseray.model.paged import Paged, new_histories
@@ -91,6 +92,17 @@ class _Decode:
     graph: torch.cuda.CUDAGraph | None = None
 
 
+@dataclass(frozen=True)
+class _NoRows:
+    """A memory of zeros."""
+
+    width: int
+
+    def prefetch(self, rows: dict[int, Tensor]) -> Rows:
+        """Zeros for every row."""
+        return lambda layer: torch.zeros(*rows[layer].shape, self.width)
+
+
 class PagedModel:
     """The network over pools of pages.
 
@@ -116,8 +128,10 @@ class PagedModel:
         # The newest token of every slot, as the sampler on the device chose it.
         self.latest_S = torch.zeros(num_slots + 1, dtype=torch.int32, device=device)
         self.table_SW = torch.zeros(num_slots + 1, self.width, dtype=torch.int32, device=device)
+        self._hashing = ops_for("auto", torch.device("cpu"))
         self._decodes: dict[int, _Decode] = {}
-        self._buckets = buckets(num_slots)
+        # A CPU captures nothing, and pays for every row.
+        self._buckets = buckets(num_slots) if device.type == "cuda" else range(1, num_slots + 1)
 
     def begin(self, lease: Lease) -> None:
         """Take a request's pages over, and the state of its shared prefix."""
@@ -144,6 +158,10 @@ class PagedModel:
     def state(self, lease: Lease) -> dict[int, Tensor] | None:
         """A copy of what a request keeps beside its pages, if anything."""
         return {layer: h[lease.slot].clone() for layer, h in self.histories.items()} or None
+
+    def _padded(self, rows: int) -> int:
+        unit = self.model.ops.row_padding
+        return -(-rows // unit) * unit
 
     def _to_device(self, values: NDArray[np.generic]) -> Tensor:
         found = torch.from_numpy(values)
@@ -178,7 +196,8 @@ class PagedModel:
         tokens_1P = torch.tensor(known)[None]
         begins_1P = torch.tensor(begins)[None] if resets else None
         keep_P = torch.from_numpy(kept)
-        found = {layer: layout.rows(layer, tokens_1P, None, begins_1P)[0, keep_P] for layer in self.histories}
+        rows = partial(layout.rows, tokens_BT=tokens_1P, document_starts=begins_1P, ops=self._hashing)
+        found = {layer: rows(layer)[0, keep_P] for layer in self.histories}
         return found, starts
 
     def _fetch(self, rows: dict[int, Tensor], memory: Memory | None) -> dict[int, Tensor]:
@@ -212,7 +231,7 @@ class PagedModel:
             layer: found.to(self.device, non_blocking=True)
             for layer, found in self._fetch(addresses, memory).items()
         }
-        inputs = np.zeros((3, padded(rows)), dtype=np.int64)
+        inputs = np.zeros((3, self._padded(rows)), dtype=np.int64)
         for chunk, (start, stop) in zip(chunks, pairwise(bounds)):
             positions = np.arange(stop - start) + chunk.lease.length
             inputs[0, start:stop] = chunk.tokens
@@ -222,7 +241,7 @@ class PagedModel:
         tokens_R, positions_R, places_R = self._to_device(inputs)
         ends = bounds.astype(np.int32)
         slots = tuple(chunk.lease.slot for chunk in chunks)
-        slots_B = self._to_device(np.array(slots))
+        slots_B = self._to_device(np.array(slots, dtype=np.int32))
         pages = Pages(
             page=self.page,
             table_BW=self.table_SW[slots_B],
@@ -243,7 +262,7 @@ class PagedModel:
         return [hidden_RH[start:stop] for start, stop in pairwise(bounds)]
 
     def _new_decode(self, size: int) -> _Decode:
-        config, rows, is_cuda = self.model.config, padded(size), self.device.type == "cuda"
+        config, rows, is_cuda = self.model.config, self._padded(size), self.device.type == "cuda"
         # A place that no request has: one token on page 0, so that nothing is divided by nothing.
         empty = torch.zeros(len(FIELDS), rows, dtype=torch.int32)
         empty[2] = 1
@@ -285,14 +304,14 @@ class PagedModel:
         return self.model.logits(hidden_RH)
 
     def warm(self, experts: Experts, memory: Memory | None) -> None:
-        """Read a short and a longer prompt, and capture the decode steps; on a CPU there is nothing to warm.
+        """Read a short and a longer prompt, and capture the decode steps; on a CPU load the compiled loops.
 
         Args:
-            experts: that the captured steps will call.
+            experts: that the captured steps will call; a CPU's are left alone.
             memory: of a model with memory layers.
         """
         if self.device.type != "cuda":
-            return
+            return self._load_loops()
         for count in sorted({min(count, self.width * self.page) for count in WARM_PROMPTS}):
             lease = Lease(pages=[0] * self.width, length=0, max_len=count, slot=0)
             self.prefill([Chunk(lease=lease, known=[0] * count, count=count)], experts, memory)
@@ -308,6 +327,21 @@ class PagedModel:
             decode.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(decode.graph, pool=shared, capture_error_mode="thread_local"):
                 decode.logits_RV = self._run_decode(decode, experts)
+
+    def _load_loops(self) -> None:
+        """Run a token of nobody through everything that is compiled."""
+        config = self.model.config
+
+        def experts(layer: int, x_TH: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Tensor:
+            inner, hidden = config.moe.expert_dim, config.hidden
+            slabs = x_TH.new_zeros(1, 2 * inner, hidden), x_TH.new_zeros(1, hidden, inner)
+            rows_R, _ = group_by_expert(topk_ids_TK, config.moe.num_experts)
+            return self.model.ops.expert_rows(x_TH, rows_R[:1] * 0, [(0, 1)], *slabs)
+
+        lease = Lease(pages=[0] * self.width, length=0, max_len=1, slot=0)
+        chunk = Chunk(lease=lease, known=[0], count=1)
+        self.prefill([chunk], experts, _NoRows(config.dse.head_dim))
+        self.decode([chunk], experts, _NoRows(config.dse.head_dim))
 
     def decode(self, chunks: Sequence[Chunk], experts: Experts, memory: Memory | None) -> Tensor:
         """Run the newest token of several requests; logits [B, V], overwritten by the next call.

@@ -7,6 +7,7 @@ after another, so no bit depends on which shard holds an expert. DeepSeekMoE, ar
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from zlib import crc32
 
@@ -17,9 +18,22 @@ from sparseray.actors.state.adamw import adamw_
 from sparseray.actors.state.pieces import Key
 from sparseray.actors.state.slab import MOMENTS, ExpertSlab
 from sparseray.actors.state.tree import TreeSum
-from sparseray.kernels.moe.reference import swiglu_backward, swiglu_forward
+from sparseray.kernels.moe import grouped
+from sparseray.kernels.ops import REFERENCE, Ops
 from sparseray.model.config import ModelConfig
 from sparseray.model.init import EXPERT_PARTS, expert_name, expert_shape, initial_expert
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """What the backward pass of one layer and part needs."""
+
+    keys: list[Key]
+    matrices: list[grouped.Matrices]
+    rows: grouped.Rows
+    rows_R: Tensor
+    x_PH: Tensor
+    activations: tuple[Tensor, Tensor]
 
 
 class ExpertShard:
@@ -35,6 +49,7 @@ class ExpertShard:
         device: where weights, moments and gradients live.
         compute_dtype: dtype that forward and backward compute in; None for fp32, from the masters themselves.
         moments: dtype of both moments.
+        ops: computes what nobody differentiates.
     """
 
     def __init__(
@@ -49,7 +64,9 @@ class ExpertShard:
         device: torch.device | str = "cpu",
         compute_dtype: torch.dtype | None = None,
         moments: torch.dtype = torch.float32,
+        ops: Ops = REFERENCE,
     ) -> None:
+        self.ops = ops
         self.config, self.seed, self.num_parts = config, seed, num_parts
         self.device = torch.device(device)
         self.shapes = [expert_shape(config, part) for part in EXPERT_PARTS]
@@ -135,7 +152,7 @@ class ExpertShard:
         """Forget saved activations and gradients of the step; the weights stay."""
         self.reduced: dict[Key, Tensor] = {}
         self.tree: TreeSum[Tensor] = TreeSum(self.num_parts, lambda left, right: left.add_(right))
-        self._saved: dict[tuple[int, int], list[tuple[Key, Tensor, Tensor, tuple[Tensor, Tensor]]]] = {}
+        self._saved: dict[tuple[int, int], _Saved] = {}
         self._gradients: dict[int, Tensor] = {}
 
     def forward(
@@ -162,23 +179,19 @@ class ExpertShard:
             y_RH fp32, one row per (token, expert), unweighted.
         """
         slab = self.slabs[layer]
-        weights = slab.compute
-        y_RH = torch.empty(len(rows_R), x_UH.shape[1], device=self.device)
-        saved = []
-        start = 0
-        for expert, count in zip(experts, counts):
-            if not count:
-                continue
-            rows = rows_R[start : start + count]
-            x = x_UH[rows].to(weights[0].dtype)
-            y, activations = swiglu_forward(x, *slab.matrices(weights, expert))
-            y_RH[start : start + count] = y
-            if keep:
-                saved.append(((layer, expert), rows, x, activations))
-            start += count
-        if keep:
-            self._saved[(layer, part)] = saved
-        return y_RH
+        if not keep:
+            held = [(slab.rows[expert], count) for expert, count in zip(experts, counts) if count]
+            return self.ops.expert_rows(x_UH, rows_R, held, *slab.compute)
+        asked = [(expert, count) for expert, count in zip(experts, counts) if count]
+        if not asked:
+            return torch.empty(0, x_UH.shape[1], device=self.device)
+        matrices = [slab.matrices(slab.compute, expert) for expert, _ in asked]
+        rows = grouped.Rows.of([count for _, count in asked], self.device)
+        x_PH = rows.gather(x_UH, rows_R).to(matrices[0][0].dtype)
+        y_PH, activations = grouped.forward(x_PH, rows, matrices)
+        keys = [(layer, expert) for expert, _ in asked]
+        self._saved[(layer, part)] = _Saved(keys, matrices, rows, rows_R, x_PH, activations)
+        return y_PH.index_select(0, rows.places_R).float()
 
     def backward(self, layer: int, part: int, dout_UH: Tensor, weights_R: Tensor) -> Tensor:
         """Propagate the gradient of the weighted outputs and add up the experts' own gradients.
@@ -191,24 +204,21 @@ class ExpertShard:
         Returns:
             dx_RH fp32, gradient of each row's input.
         """
-        gradients, slab = self._of_part(part), self.slabs[layer]
-        weights = slab.compute
-        dx_RH = torch.empty(len(weights_R), dout_UH.shape[1], device=self.device)
-        start = 0
-        for key, rows, x, activations in self._saved.pop((layer, part)):
-            stop = start + len(rows)
-            dy = (dout_UH[rows] * weights_R[start:stop, None]).to(x.dtype)
-            dx, *three = swiglu_backward(dy, x, activations, *slab.matrices(weights, key[1]))
-            dx_RH[start:stop] = dx
-            for matrix, value in zip(self._matrices(gradients[self.computed[key]]), three):
-                matrix.copy_(value)
-            start = stop
-        return dx_RH
+        saved, gradients = self._saved.pop((layer, part), None), self._of_part(part)
+        if saved is None:
+            return torch.empty(0, dout_UH.shape[1], device=self.device)
+        rows = saved.rows
+        dy_PH = rows.gather(dout_UH, saved.rows_R).mul_(rows.spread(weights_R, 0.0)[:, None])
+        into = [self._matrices(gradients[self.computed[key]]) for key in saved.keys]
+        dy_PH = dy_PH.to(saved.x_PH.dtype)
+        dx_PH = grouped.backward(dy_PH, saved.x_PH, saved.activations, rows, saved.matrices, into)
+        return dx_PH.index_select(0, rows.places_R).float()
 
-    def _matrices(self, row: Tensor) -> list[Tensor]:
+    def _matrices(self, row: Tensor) -> grouped.Matrices:
         """gate, up and down in a row of 3*H*I, as views."""
         parts = torch.split(row, [rows * columns for rows, columns in self.shapes])
-        return [part.view(shape) for part, shape in zip(parts, self.shapes)]
+        gate, up, down = (part.view(shape) for part, shape in zip(parts, self.shapes))
+        return gate, up, down
 
     def part(self, part: int, keys: Sequence[Key]) -> Tensor:
         """Gradients of one part for experts whose primary is another slot.

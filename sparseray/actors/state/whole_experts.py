@@ -41,7 +41,7 @@ class WholeExperts(ExpertShard):
         ops: Ops,
         determinism: Determinism,
     ) -> None:
-        self.ops, self.betas, self.eps, self.weight_decay = ops, betas, eps, weight_decay
+        self.betas, self.eps, self.weight_decay = betas, eps, weight_decay
         self.sum = GradientSum(num_parts, determinism)
         self._leaves: list[tuple[Tensor, Tensor]] = []
         super().__init__(
@@ -54,6 +54,7 @@ class WholeExperts(ExpertShard):
             device=device,
             compute_dtype=compute_dtype,
             moments=moments,
+            ops=ops,
         )
 
     def assign(

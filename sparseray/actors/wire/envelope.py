@@ -6,7 +6,7 @@ then the raw bytes of the body's tensors; nothing is ever unpickled.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
@@ -35,6 +35,9 @@ class Transport(Protocol):
             slot: receiver.
             frames: bytes-like, header first.
         """
+
+    def gone(self, slots: Collection[int]) -> list[int]:
+        """Those of some slots that are known to have ended."""
 
     def receive(self, timeout_s: float) -> list[Any] | None:
         """Return the next message's frames, or None when none came in time."""

@@ -2,9 +2,9 @@
 
 Bodies that carry a value of a higher floor stand there: InstallPlan in actors/installation.py, those of serving in
 actors/serving/messages.py. A part is one of those that the global batch is cut into, whatever the number of workers.
-  scheduler -> slot: InstallPlan, Settled, RunStep, Commit, Evaluate, SaveCheckpoint, Ping
-  slot -> scheduler: Installed, Stale, PartDone, Prepared, Evaluated, Saved, Pong, Silent, Failed
-  ingress -> slot:   Generate, Cancel; slot -> ingress: Tokens, Moved; scheduler -> ingress: Routes
+  scheduler -> slot: InstallPlan, Settled, RunStep, Commit, Evaluate, SaveCheckpoint, Drain, Ping
+  slot -> scheduler: Installed, Stale, PartDone, Prepared, Evaluated, Saved, Draining, Pong, Silent, Failed
+  ingress -> slot:   Generate, Cancel, Ping; slot -> ingress: Tokens, Moved, Pong; scheduler -> ingress: Routes
   slot -> slot:      ExpertForward, ExpertBackward, FetchRows, Pull (answered by ExpertRows, MemoryRows, Pieces);
                      FinishPart, ExpertPart, DenseNodes, DenseReduced, ExpertReduced, RowsReduced
 """

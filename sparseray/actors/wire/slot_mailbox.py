@@ -9,12 +9,13 @@ import queue
 import time
 from collections.abc import Callable
 
-from sparseray.actors.wire.envelope import SCHEDULER, Body, Message, Transport
+from sparseray.actors.wire.envelope import INGRESS, SCHEDULER, Body, Message, Transport
 from sparseray.actors.wire.mailbox import Mailbox
 from sparseray.actors.wire.messages import Ping, Pong
 from sparseray.errors import SlotLostError, SupersededError
 
 POLL_S = 0.1
+WATCH_S = 0.02
 
 
 class SlotMailbox(Mailbox):
@@ -55,7 +56,8 @@ class SlotMailbox(Mailbox):
         """Sort one message."""
         if isinstance(message.body, Ping):
             # A sign of life is of no generation: the scheduler may have entered one whose plan waits here.
-            self.post(SCHEDULER, Pong(), reply_to=message.sequence, generation=message.generation)
+            if message.source in (SCHEDULER, INGRESS):
+                self.post(message.source, Pong(), reply_to=message.sequence, generation=message.generation)
         elif message.body.opens_generation and message.generation > self.generation:
             with self._lock:
                 if self._plan is None or message.generation >= self._plan.generation:
@@ -112,6 +114,8 @@ class SlotMailbox(Mailbox):
         sequences: dict[int, int],
         deadline_s: float,
         serve: Callable[[Message[Body]], None],
+        *,
+        watch: bool = False,
     ) -> dict[int, Message[Body]]:
         """Wait for the replies to `sequences` and serve everything else meanwhile.
 
@@ -119,6 +123,7 @@ class SlotMailbox(Mailbox):
             sequences: sequence of a request to the slot that was asked.
             deadline_s: seconds without any reply after which the silent slots count as lost.
             serve: handles messages that are not among the awaited replies.
+            watch: do not wait for slots whose process has ended.
 
         Returns:
             sequence to reply.
@@ -133,17 +138,19 @@ class SlotMailbox(Mailbox):
             if self.is_superseded:
                 raise SupersededError
             left = deadline - time.monotonic()
-            message = self._pop(left)
+            message = self._pop(min(left, WATCH_S) if watch else left)
             if message is not None and message.reply_to in sequences:
                 replies[message.reply_to] = message
                 deadline = time.monotonic() + deadline_s
             elif message is not None:
                 serve(message)
-            elif left <= 0:
+            else:
                 silent = sorted({slot for seq, slot in sequences.items() if seq not in replies})
-                raise SlotLostError(
-                    f"slot {self.slot} got no answer from slots {silent} within {deadline_s} s"
-                )
+                if watch and (gone := self.transport.gone(silent)):
+                    raise SlotLostError(f"slot {self.slot} sees the end of slots {gone}", gone)
+                if left <= 0:
+                    text = f"slot {self.slot} got no answer from slots {silent} within {deadline_s:.3g} s"
+                    raise SlotLostError(text, silent)
         return replies
 
     def close(self) -> None:

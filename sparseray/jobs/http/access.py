@@ -25,7 +25,7 @@ from sparseray.log import get_logger
 
 logger = get_logger(__name__)
 # What is asked without a key: by those who watch the server.
-OPEN_PATHS = ("/health", "/ping", "/metrics")
+OPEN_PATHS = ("/health", "/ready", "/ping", "/metrics")
 _ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 
@@ -115,10 +115,11 @@ class Guard:
     Args:
         app: what answers the others.
         rules: who may ask.
+        open_paths: what is asked without a key.
     """
 
-    def __init__(self, app: ASGIApp, rules: AccessRules) -> None:
-        self._app, self._rules = app, rules
+    def __init__(self, app: ASGIApp, rules: AccessRules, open_paths: Sequence[str] = OPEN_PATHS) -> None:
+        self._app, self._rules, self._open_paths = app, rules, open_paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -142,7 +143,7 @@ class Guard:
                 )
                 return ApiError(403, message, code="foreign_host")
         path = scope["path"].removeprefix(rules.root_path)
-        if rules.api_keys and path not in OPEN_PATHS and not _has_key(headers, rules.api_keys):
+        if rules.api_keys and path not in self._open_paths and not _has_key(headers, rules.api_keys):
             message = "this server needs a key: send Authorization: Bearer KEY"
             return ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
         return None

@@ -77,7 +77,7 @@ class Answer:
         self._client, self._request, self._vocabulary = client, request, vocabulary
         self._record, self._arrived_s = record, arrived_s
         self._queue: asyncio.Queue[tuple[int, Delta] | Exception | None] = asyncio.Queue()
-        self.completion_tokens = 0
+        self.completion_tokens, self.version = 0, ""
 
     def fail(self, error: Exception) -> None:
         """End the answer early: `deltas` raises the error."""
@@ -122,6 +122,7 @@ class Answer:
         try:
             async with aclosing(self._client.generate(request)) as events:
                 async for event in events:
+                    self.version = self._client.version(request.request_id)
                     if event.token_id is not None:
                         times.token()
                     delta = self._read(stream, request, event)
@@ -161,4 +162,5 @@ class Answer:
         async with aclosing(self.deltas()) as deltas:
             async for index, delta in deltas:
                 choices[index].add(delta)
+        renderer.version = self.version
         return renderer.response(choices, self.completion_tokens)

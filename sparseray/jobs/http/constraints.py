@@ -25,6 +25,13 @@ from sparseray.jobs.http.limits import ApiLimits
 from sparseray.jobs.http.prompts import check_text
 
 KINDS = ("json", "regex", "choice", "grammar", "json_object")
+COMPILED_FIELDS = {
+    "response_format",
+    "structured_outputs",
+    "tools",
+    *(f"guided_{kind}" for kind in KINDS[:4]),
+}
+"""Fields of a body that may take long to read, however short they are."""
 
 
 @dataclass(frozen=True, kw_only=True)

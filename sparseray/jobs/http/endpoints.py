@@ -26,6 +26,7 @@ from sparseray.jobs.http.api_error import (
     failure_reason,
     to_api_error,
 )
+from sparseray.jobs.http.constraints import COMPILED_FIELDS
 from sparseray.jobs.http.event_stream import BodyReader, EventStream, anext_or_close, while_connected
 from sparseray.jobs.http.fields import parse_json
 from sparseray.jobs.http.generation_client import GenerationClient
@@ -33,6 +34,7 @@ from sparseray.jobs.http.openai_bodies import ApiRequest, ServedModel, parse_req
 from sparseray.jobs.http.openai_responses import DONE, Renderer, sse
 
 Read = TypeVar("Read")
+SMALL_BODY_BYTES = 2048
 
 
 class GenerateEndpoints:
@@ -49,6 +51,8 @@ class GenerateEndpoints:
         self._bodies = BodyReader(served.limits)
         self._answers: set[Answer] = set()
         self._open = 0
+        self.refusal = ""
+        """Why no more requests are taken; empty while they are."""
         # Tokenising gives the interpreter's lock up: two threads read bodies while the event loop serves.
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="sparseray-bodies")
 
@@ -84,6 +88,9 @@ class GenerateEndpoints:
         arrived_s = time.perf_counter()
         try:
             data = await self._bodies.read(request)
+            if self.refusal:
+                headers = {"Retry-After": "1"}
+                raise ApiError(503, f"{self.refusal}; ask another", code="draining", headers=headers)
             limit = self._served.limits.max_requests
             if self._open >= limit:
                 raise OverloadedError(
@@ -109,12 +116,22 @@ class GenerateEndpoints:
         if reason is not None:
             self._record("requests_failed_total", 1, reason=reason)
 
+    async def _parse(self, data: bytes, is_chat: bool, number: str) -> ApiRequest:
+        """Read a body in a thread, or at once where that takes less time than to ask a thread."""
+
+        def read(body: Mapping[str, Any]) -> ApiRequest:
+            return parse_request(body, is_chat=is_chat, served=self._served, request_id=number)
+
+        if len(data) <= SMALL_BODY_BYTES:
+            body = parse_json(data)
+            if not body.keys() & COMPILED_FIELDS:
+                return read(body)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._threads, lambda: read(parse_json(data)))
+
     async def _answer(self, request: Request, data: bytes, is_chat: bool, arrived_s: float) -> Response:
         number = secrets.token_hex(12)
-        parsed = await asyncio.get_running_loop().run_in_executor(
-            self._threads,
-            lambda: parse_request(parse_json(data), is_chat=is_chat, served=self._served, request_id=number),
-        )
+        parsed = await self._parse(data, is_chat, number)
         name = request.scope.get("state", {}).get("request_id", number)
         renderer = Renderer(
             parsed,
@@ -153,6 +170,7 @@ class GenerateEndpoints:
         try:
             async with aclosing(answer.deltas()) as deltas:
                 async for index, delta in deltas:
+                    renderer.version = answer.version
                     chunk = renderer.chunk(index, delta, answer.completion_tokens)
                     if chunk is not None:
                         yield sse(chunk)

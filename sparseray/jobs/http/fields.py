@@ -74,6 +74,10 @@ def _ids(about: str, on: tuple[str, ...] = GENERATE) -> Field:
     return Field(kind=("array",), about=about, on=on, schema={"items": {"type": "integer"}})
 
 
+def _array_of(*kinds: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [{"type": "array", "items": dict(kind)} for kind in kinds]
+
+
 def table(limits: ApiLimits) -> dict[str, Field]:
     """Return every field of every endpoint."""
     return {
@@ -89,12 +93,15 @@ def table(limits: ApiLimits) -> dict[str, Field]:
 def _prompts(limits: ApiLimits) -> dict[str, Field]:
     """What is asked."""
     messages = {"items": {"type": "object"}, "minItems": 1, "maxItems": limits.max_messages}
+    text, (ids,) = {"type": "string"}, _array_of({"type": "integer"})
+    prompts = {"anyOf": [text, *_array_of(text, {"type": "integer"}, ids)]}
     return {
         "model": Field(kind=("string",), about="name that is served", on=(*GENERATE, TOKENIZE, DETOKENIZE)),
         "prompt": Field(
             kind=("string", "array"),
             on=(COMPLETION, TOKENIZE),
             about="a text, token ids, or a list of either; an empty text starts a document",
+            schema=prompts,
         ),
         "messages": Field(kind=("array",), on=(CHAT, TOKENIZE), about="the conversation", schema=messages),
         "tokens": _ids("token ids to turn into text", (DETOKENIZE,)),
@@ -140,7 +147,12 @@ def _draws(limits: ApiLimits) -> dict[str, Field]:
 def _answers(limits: ApiLimits) -> dict[str, Field]:
     """Where an answer ends, and what of it is sent."""
     return {
-        "stop": Field(kind=("string", "array"), on=GENERATE, about="texts before which the answer ends"),
+        "stop": Field(
+            kind=("string", "array"),
+            on=GENERATE,
+            about="texts before which the answer ends",
+            schema={"anyOf": [{"type": "string"}, *_array_of({"type": "string"})]},
+        ),
         "stop_token_ids": _ids("tokens that end the answer"),
         "include_stop_str_in_output": _boolean("show the text that ended the answer"),
         "ignore_eos": _boolean("go on after the end of a document"),
@@ -206,7 +218,12 @@ def _constraints() -> dict[str, Field]:
         "guided_json": schema,
         "guided_regex": text,
         "guided_grammar": text,
-        "guided_choice": Field(kind=("array",), on=GENERATE, about="texts of which the answer is one"),
+        "guided_choice": Field(
+            kind=("array",),
+            on=GENERATE,
+            about="texts of which the answer is one",
+            schema={"items": {"type": "string"}},
+        ),
     }
 
 

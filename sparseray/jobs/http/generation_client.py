@@ -30,6 +30,15 @@ class GenerationClient(Protocol):
         """Why no request can be computed now; empty if they can."""
         ...
 
+    @property
+    def failure(self) -> str:
+        """Why none ever will be; empty while there is hope."""
+        ...
+
+    def version(self, request_id: str = "") -> str:
+        """Name of the weights that gave a request's last token, or of those in force; empty where it is not known."""
+        ...
+
     def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenEvent, None]:
         """Compute a request; the last event has a finish_reason. Closing the iterator cancels.
 
@@ -83,7 +92,16 @@ class LocalClient:
     @property
     def reason(self) -> str:
         """Why the engine computes nothing; empty while its thread lives."""
+        return self.failure
+
+    @property
+    def failure(self) -> str:
+        """The same: its thread does not come back."""
         return "" if self._thread.is_alive() and not self._closing else "the engine has stopped"
+
+    def version(self, request_id: str = "") -> str:
+        """See `GenerationClient.version`."""
+        return ""
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenEvent, None]:
         """See `GenerationClient.generate`."""

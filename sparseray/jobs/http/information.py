@@ -1,4 +1,4 @@
-"""The endpoints that tell: models, health, load, version, the tokenizer, metrics, and the description of all."""
+"""The endpoints that tell: models, health, readiness, load, version, the tokenizer, metrics, and the description of all."""
 
 from __future__ import annotations
 
@@ -21,6 +21,13 @@ from sparseray.jobs.http.openapi import describe
 from sparseray.jobs.http.prompts import PromptReader
 
 VERSION = importlib.metadata.version("sparseray")
+
+
+def _state(reason: str) -> Response:
+    """All is well, or why it is not."""
+    if reason:
+        return JSONResponse({"status": "down", "reason": reason}, status_code=503)
+    return JSONResponse({"status": "ok"})
 
 
 class InformationEndpoints:
@@ -68,6 +75,7 @@ class InformationEndpoints:
             "root": self._served.names[0],
             "parent": None,
             "max_model_len": self._served.limits.max_model_len,
+            "version": self._client.version() or None,
             "permission": [permission],
         }
 
@@ -80,10 +88,12 @@ class InformationEndpoints:
         return JSONResponse(self._card(self._served.named({"model": request.path_params["model"]})))
 
     async def health(self, _: Request) -> Response:
-        """Say whether requests can be computed now."""
-        if reason := self._client.reason:
-            return JSONResponse({"status": "down", "reason": reason}, status_code=503)
-        return JSONResponse({"status": "ok"})
+        """Say whether the server lives; one that does not never will again."""
+        return _state(self._client.failure)
+
+    async def ready(self, _: Request) -> Response:
+        """Say whether requests are taken, and an engine answers."""
+        return _state(self._generate.refusal or self._client.reason)
 
     async def ping(self, _: Request) -> Response:
         """Answer that the server is there, engine or not."""

@@ -1,43 +1,62 @@
-"""The ingress of a server: sends requests to engines, and goes on elsewhere where one is gone.
+"""The ingress of a server: sends requests to engines, and goes on elsewhere where one is gone or silent.
 
-It keeps what it already handed out of each request. When an engine is lost, or is no engine any more, the request
-goes to another one with these tokens as its beginning; the sampler is keyed by position, so the text goes on as it
-would have. Which engines there are says the scheduler (`Routes`); a token never passes through it, nor through Ray.
+It keeps what it already handed out of each request. When an engine is lost, is no engine any more, or says nothing
+though it has work, the request goes to another one with these tokens as its beginning; the sampler is keyed by
+position, so the text goes on as it would have. Which engines there are says the scheduler (`Routes`), who of them
+answers is found out here (signs_of_life.py); a token never passes through the scheduler, nor through Ray.
 """
 
 import asyncio
 import threading
 import time
-from collections.abc import AsyncGenerator
+from collections import Counter
+from collections.abc import AsyncGenerator, Iterable
 from dataclasses import dataclass, field, replace
 
 from sparseray.actors.serving.messages import Cancel, Generate, Moved, Routes, Tokens
 from sparseray.actors.serving.text_request import GenerationRequest, TokenEvent
 from sparseray.actors.wire.envelope import INGRESS, Body, Transport
 from sparseray.actors.wire.mailbox import Mailbox
+from sparseray.actors.wire.messages import Ping
 from sparseray.errors import SlotLostError
+from sparseray.jobs.http.signs_of_life import SignsOfLife
 from sparseray.log import get_logger
 
 log = get_logger(__name__)
 
+LOOK_S = 0.05
+Events = asyncio.Queue[TokenEvent | SlotLostError]
 
-@dataclass(kw_only=True)
+
+@dataclass(kw_only=True, eq=False)
 class _Open:
     """A request that is being answered: which engine has it (None while there is none), and its tokens so far."""
 
     request: GenerationRequest
     loop: asyncio.AbstractEventLoop
-    events: "asyncio.Queue[TokenEvent]" = field(default_factory=asyncio.Queue)
+    since_s: float
+    events: Events = field(default_factory=asyncio.Queue)
     slot: int | None = None
     tokens: list[int] = field(default_factory=list)
-    moves: int = 0
+    version: str = ""
+    was_set_aside: bool = False
 
     def remaining(self) -> GenerationRequest:
-        """The request as another engine must get it."""
+        """The request as another engine must get it: who reads its text already goes before those who wait for a first word."""
         if not self.tokens:
             return self.request
-        done = (*self.request.resume_tokens, *self.tokens)
-        return replace(self.request, resume_tokens=done, prompt_logprobs=None)
+        done, priority = (*self.request.resume_tokens, *self.tokens), self.request.priority - 1
+        return replace(self.request, resume_tokens=done, prompt_logprobs=None, priority=priority)
+
+    def fail(self, error: SlotLostError) -> None:
+        """Hand an error to who waits for tokens, in another thread."""
+        self.loop.call_soon_threadsafe(self.events.put_nowait, error)
+
+
+def _give(due: list[tuple[Events, TokenEvent]]) -> None:
+    """Hand events to those who wait for them."""
+    for events, event in due:
+        events.put_nowait(event)
 
 
 class Ingress:
@@ -46,7 +65,7 @@ class Ingress:
     Args:
         job: identifier of the job.
         inbox, outbox: transports of its own; the inbox' address is what slots and scheduler are told.
-        deadline_s: seconds without any word after which a request is given up.
+        deadline_s: seconds without any progress after which a request is given up.
     """
 
     def __init__(self, job: str, inbox: Transport, outbox: Transport, deadline_s: float) -> None:
@@ -55,11 +74,13 @@ class Ingress:
         self._deadline_s = deadline_s
         self._lock = threading.RLock()
         self._open: dict[str, _Open] = {}
+        self._load: Counter[int] = Counter()
         self._routes = Routes(generation=0, engines={}, reason="no engine has started yet")
         self._engines: set[int] = set()
-        self._heard_s: dict[int, float] = {}
-        self._failure = ""
+        self._life = SignsOfLife()
+        self._worked_s: dict[int, float] = {}
         self._running = True
+        self.failure = ""
         self._thread = threading.Thread(target=self._receive, daemon=True, name="ingress")
         self._thread.start()
 
@@ -71,71 +92,143 @@ class Ingress:
     @property
     def reason(self) -> str:
         """Why no engine answers, empty if one does."""
-        if self._failure:
-            return self._failure
-        return "" if self._engines else self._routes.reason or "no engine is left"
+        if self.failure:
+            return self.failure
+        if not self._engines:
+            return self._routes.reason or "no engine is left"
+        silent = self._engines & self._life.silent
+        return f"no answer from the engines in slots {sorted(silent)}" if silent == self._engines else ""
+
+    @property
+    def draining(self) -> tuple[int, ...]:
+        """Engines that finish what they have and get no new request."""
+        return self._routes.draining
+
+    def version(self, request_id: str = "") -> str:
+        """See `GenerationClient.version`."""
+        found = self._open.get(request_id)
+        return found.version if found is not None else next(reversed(self._routes.versions.values()), "")
 
     def fail(self, why: str) -> None:
         """Take note that the job is over: nobody will answer any more."""
         with self._lock:
-            self._failure = why
-            self._engines = set()
+            self.failure, self._engines = why, set()
+            for found in self._open.values():
+                found.fail(SlotLostError(why))
 
     # -- what comes in -------------------------------------------------------------------------------
 
     def _receive(self) -> None:
+        looked_s = 0.0
         while self._running:
-            message = self._inbox.next(0.2)
-            if message is not None:
-                with self._lock:
-                    self._heard_s[message.source] = time.monotonic()
-                    self._take(message.source, message.body)
+            message = self._inbox.next(LOOK_S)
+            now = time.monotonic()
+            with self._lock:
+                if message is not None:
+                    self._life.heard(message.source, now)
+                    self._take(message.source, message.body, now)
+                if now - looked_s > LOOK_S:
+                    looked_s = now
+                    self._look(now)
 
-    def _take(self, source: int, body: Body) -> None:
+    def _take(self, source: int, body: Body, now: float) -> None:
         if isinstance(body, Tokens):
-            for event in body.events:
-                self._hand_on(source, event)
+            self._worked_s[source] = now
+            version = self._routes.versions.get(body.version, "")
+            due = [(o, e) for e in body.events if (o := self._taker(source, e, version, now)) is not None]
+            for loop in {found.loop for found, _ in due}:
+                # An event loop is woken once for all of a step's tokens.
+                loop.call_soon_threadsafe(_give, [(o.events, event) for o, event in due if o.loop is loop])
         elif isinstance(body, Moved):
             # Until the scheduler says otherwise, it is no engine.
-            self._engines.discard(source)
+            if not body.stays:
+                self._engines.discard(source)
             self._move([o for i in body.request_ids if (o := self._open.get(i)) and o.slot == source])
         elif isinstance(body, Routes) and body.generation >= self._routes.generation:
             # They come again and again, so that one that is lost, or that a late `Moved` contradicts, does no harm.
             self._routes, self._engines = body, set(body.engines)
             self._outbox.transport.connect(body.engines)
+            self._ping(now)
             self._move([o for o in self._open.values() if o.slot not in self._engines])
 
-    def _hand_on(self, source: int, event: TokenEvent) -> None:
-        """Give an event to who waits for it, unless it comes again or from an engine that has no part in it."""
+    def _taker(self, source: int, event: TokenEvent, version: str, now: float) -> _Open | None:
+        """Who waits for an event; nobody if it comes again, or from an engine that has no part in the request."""
         found = self._open.get(event.request_id)
         if found is None or found.slot != source:
-            return
+            return None
         if event.index != len(found.request.resume_tokens) + len(found.tokens):
-            return
+            return None
         if event.token_id is not None:
             found.tokens.append(event.token_id)
-        found.loop.call_soon_threadsafe(found.events.put_nowait, event)
+            found.version = version or found.version
+        found.since_s = now
+        return found
+
+    # -- who is silent -------------------------------------------------------------------------------
+
+    def _ping(self, now: float) -> None:
+        for slot in self._life.look(sorted(self._engines), now):
+            self._outbox.post(slot, Ping())
+
+    def _look(self, now: float) -> None:
+        """Move what silent engines have to those that answer, and give up what nobody goes on with."""
+        self._ping(now)
+        # The kernel says at once that a process has ended; the scheduler's next plan takes longer.
+        self._life.silent |= set(self._outbox.transport.gone(sorted(self._engines)))
+        silent = self._engines & self._life.silent
+        if silent and silent != self._engines:
+            self._move([o for o in self._open.values() if o.slot in silent])
+        for found in list(self._open.values()):
+            worked_s = 0.0 if found.slot is None else self._worked_s.get(found.slot, 0.0)
+            # A request that waits for a place in a batch that moves is not lost.
+            if now - max(found.since_s, worked_s) > self._deadline_s:
+                self._set_aside(found, now)
+
+    def _set_aside(self, found: _Open, now: float) -> None:
+        """Try another engine, once; then the request is lost."""
+        if found.slot is not None and len(self._targets() - {found.slot}) and not found.was_set_aside:
+            found.was_set_aside, found.since_s = True, now
+            self._move([found], without=found.slot)
+            return
+        why = self.reason or f"slot {found.slot} made no progress for {self._deadline_s:g} s"
+        found.since_s = now
+        found.fail(SlotLostError(why))
 
     # -- what goes out -------------------------------------------------------------------------------
 
-    def _move(self, requests: list[_Open]) -> None:
-        """Give requests to the engines with the fewest; to none while there is none."""
+    def _targets(self) -> set[int]:
+        """Engines that requests go to: those that answer and stay, or else whoever there is."""
+        answering = self._engines - self._life.silent
+        return answering - set(self._routes.draining) or answering or self._engines
+
+    def _move(self, requests: Iterable[_Open], *, without: int | None = None) -> None:
+        """Give requests to the engines with the fewest; to none while there is none.
+
+        Args:
+            requests: to place.
+            without: an engine that shall not have them.
+        """
         for found in requests:
-            load = dict.fromkeys(self._engines, 0)
-            for other in self._open.values():
-                if other.slot in load and other is not found:
-                    load[other.slot] += 1
-            before, found.slot = found.slot, min(load, key=lambda s: (load[s], s), default=None)
-            if found.slot is not None:
-                self._outbox.post(found.slot, Generate(request=found.remaining()))
+            before = found.slot
+            self._place(found, None)
+            targets = sorted(self._targets() - {without})
+            slot = min(targets, key=lambda s: self._load[s], default=None)
+            if before in self._engines and before is not None and before != slot:
+                self._outbox.post(before, Cancel(request_id=found.request.request_id))
+            self._place(found, slot)
+            if slot is not None:
+                self._outbox.post(slot, Generate(request=found.remaining()))
             if before is not None:
-                found.moves += 1
-                log.info(
-                    "request %s goes on at slot %s after %d tokens",
-                    found.request.request_id,
-                    found.slot,
-                    len(found.tokens),
-                )
+                name, done = found.request.request_id, len(found.tokens)
+                log.info("request %s goes on at slot %s after %d tokens", name, slot, done)
+
+    def _place(self, found: _Open, slot: int | None) -> None:
+        """Note which engine has a request, and how many each has."""
+        if found.slot is not None:
+            self._load[found.slot] -= 1
+        if slot is not None:
+            self._load[slot] += 1
+        found.slot = slot
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenEvent, None]:
         """Yield a request's tokens as they come; closing the generator cancels it.
@@ -143,14 +236,16 @@ class Ingress:
         Raises:
             SlotLostError: no engine answers.
         """
-        found = _Open(request=request, loop=asyncio.get_running_loop())
+        found = _Open(request=request, loop=asyncio.get_running_loop(), since_s=time.monotonic())
         with self._lock:
             self._open[request.request_id] = found
             self._move([found])
         is_ended = False
         try:
             while not is_ended:
-                event = await self._next_event(found)
+                event = await found.events.get()
+                if isinstance(event, SlotLostError):
+                    raise event
                 is_ended = event.finish_reason not in (None, "error")
                 yield event
         finally:
@@ -158,19 +253,7 @@ class Ingress:
                 self._open.pop(request.request_id, None)
                 if not is_ended:
                     self._cancel(found)
-
-    async def _next_event(self, found: _Open) -> TokenEvent:
-        while True:
-            try:
-                return await asyncio.wait_for(found.events.get(), self._deadline_s)
-            except TimeoutError:
-                with self._lock:
-                    heard_s = self._heard_s.get(found.slot, 0.0) if found.slot is not None else 0.0
-                    # A request that waits for a place in a batch that moves is not lost.
-                    if found.slot in self._engines and time.monotonic() - heard_s < self._deadline_s:
-                        continue
-                    why = self.reason or f"slot {found.slot} sent nothing for {self._deadline_s:g} s"
-                raise SlotLostError(why) from None
+                self._place(found, None)
 
     async def cancel(self, request_id: str) -> None:
         """End a request at its engine; unknown ones are ignored."""

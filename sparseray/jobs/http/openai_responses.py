@@ -56,10 +56,16 @@ class Renderer:
         self, request: ApiRequest, *, response_id: str, created_s: int, vocabulary: Vocabulary
     ) -> None:
         self._request, self._vocabulary = request, vocabulary
-        self._head = {"id": response_id, "created": created_s, "model": request.model}
+        self._plain_head = {"id": response_id, "created": created_s, "model": request.model}
+        self.version = ""
         self._wants_logprobs = request.requests[0].logprobs is not None
         self._roles: set[int] = set()
         self._texts: dict[int, str] = {}
+
+    @property
+    def _head(self) -> dict[str, Any]:
+        """What every body begins with; it names the weights, where they are known to have a version."""
+        return {**self._plain_head, **({"system_fingerprint": self.version} if self.version else {})}
 
     def response(self, choices: Sequence[Choice], completion_tokens: int) -> dict[str, Any]:
         """Return the whole answer."""

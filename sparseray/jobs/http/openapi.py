@@ -38,6 +38,7 @@ def describe(fields: Mapping[str, Field], version: str, root_path: str) -> dict[
             "/version": _get("version", "Version"),
             "/load": _get("load", "Load"),
             "/health": _get("health", "Health"),
+            "/ready": _get("ready", "Health"),
             "/ping": {
                 "get": {"operationId": "ping", "responses": {"200": {"description": "the server is there"}}}
             },
@@ -69,13 +70,29 @@ def _body(fields: Mapping[str, Field], endpoint: str, required: list[str]) -> di
 
 
 def _property(field: Field) -> dict[str, Any]:
-    found: dict[str, Any] = {"description": field.about}
+    """What a field may be; null stands for an absent one. Made so that generators of clients understand it."""
+    about = {"description": field.about}
     if field.neutral is not None:
-        return found | {"enum": [*field.neutral, None]}
-    found["type"] = [*field.kind, "null"]
-    if field.low is not None:
-        found |= {"minimum": field.low, "maximum": field.high}
-    return found | dict(field.schema or {})
+        kinds = [_just(value) for value in field.neutral] + [{"type": "null"}]
+        return about | {"anyOf": [kind for i, kind in enumerate(kinds) if kind not in kinds[:i]]}
+    schema = dict(field.schema or {})
+    if "anyOf" in schema:
+        return about | {"anyOf": [*schema["anyOf"], {"type": "null"}]}
+    found: dict[str, Any] = about | {"type": [*field.kind, "null"]} | schema
+    return found if field.low is None else found | {"minimum": field.low, "maximum": field.high}
+
+
+def _just(value: Any) -> dict[str, Any]:
+    """A schema that this value alone fits."""
+    if isinstance(value, bool):
+        # Generators know no booleans of one value.
+        return {"type": "boolean"}
+    if isinstance(value, list):
+        items = {"type": "string", "enum": value} if value else {}
+        return {"type": "array", "items": items, "maxItems": len(value)}
+    if isinstance(value, dict):
+        return {"type": "object", "maxProperties": 0}
+    return {"const": value}
 
 
 def _get(operation: str, answer: str) -> dict[str, Any]:
@@ -154,12 +171,14 @@ def _answers() -> dict[str, Any]:
         parent=_or_null(TEXT),
         max_model_len=INTEGER,
         permission=_list({"type": "object"}),
+        version=_or_null(TEXT),
     )
+    known = {"system_fingerprint": TEXT}
     return {
         "Usage": _object(prompt_tokens=INTEGER, completion_tokens=INTEGER, total_tokens=INTEGER),
-        "Completion": _object(object={"const": "text_completion"}, choices=_list(text_choice), **head),
+        "Completion": _object(known, object={"const": "text_completion"}, choices=_list(text_choice), **head),
         "ChatCompletion": _object(
-            prompt, object={"const": "chat.completion"}, choices=_list(chat_choice), **head
+            prompt | known, object={"const": "chat.completion"}, choices=_list(chat_choice), **head
         ),
         "Error": _object(error=error),
         "Model": model,

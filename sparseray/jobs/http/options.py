@@ -15,7 +15,16 @@ if TYPE_CHECKING:
     from sparseray.jobs.http.access import AccessRules
 
 KEY_VARIABLE = "SPARSERAY_API_KEY"
-NAMES = ("model_name", "api_key", "api_key_file", "cors_origins", "root_path", "tls_certificate", "tls_key")
+NAMES = (
+    "model_name",
+    "api_key",
+    "api_key_file",
+    "cors_origins",
+    "root_path",
+    "tls_certificate",
+    "tls_key",
+    "admin_port",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +35,7 @@ class HttpOptions:
     rules: AccessRules
     certificate: Path | None = None
     key: Path | None = None
+    admin_port: int | None = None
 
 
 def add_options(parser: ArgumentParser) -> None:
@@ -37,6 +47,9 @@ def add_options(parser: ArgumentParser) -> None:
     say("--cors_origins", nargs="+", default=[], help="origins whose pages may ask; '*' for all")
     say("--root_path", default="", help="path under which a proxy shows the server, for example /llm")
     say("--tls_certificate", default="", help="certificate in PEM, with its chain")
+    say(
+        "--admin_port", type=int, help="port on loopback for /admin/status, drain and scale; 0 for a free one"
+    )
     say("--tls_key", default="", help="its key in PEM, where the certificate's file does not hold it")
 
 
@@ -58,6 +71,10 @@ def read_options(options: Any, host: str) -> HttpOptions:
         path = getattr(options, name)
         if path and not Path(path).expanduser().is_file():
             raise ConfigError(f"--{name} {path} is not a file; give the path of one in PEM")
+    if options.admin_port and options.admin_port == options.port:
+        raise ConfigError(
+            f"--admin_port {options.admin_port} is --port too; choose another, or 0 for a free one"
+        )
     root = options.root_path.rstrip("/")
     if root and not re.fullmatch(r"(/[\w.~-]+)+", root):
         raise ConfigError(f"--root_path {options.root_path!r} is not a path; give one such as /llm")
@@ -78,6 +95,7 @@ def read_options(options: Any, host: str) -> HttpOptions:
         rules=rules,
         certificate=Path(certificate).expanduser() if certificate else None,
         key=Path(key).expanduser() if key else None,
+        admin_port=options.admin_port,
     )
 
 

@@ -43,10 +43,11 @@ logger = get_logger(__name__)
 
 @dataclass(frozen=True)
 class App:
-    """An ASGI application, with what the server needs of it: whose requests are given time at a stop."""
+    """An ASGI application, with what others need of it: whose requests are given time at a stop, who computes them."""
 
     asgi: Starlette
     generate: GenerateEndpoints | None = None
+    client: GenerationClient | None = None
     limits: ConnectionLimits = field(default_factory=ConnectionLimits)
 
 
@@ -88,6 +89,7 @@ def create_app(
         Route("/detokenize", tell.detokenize, methods=post),
         Route("/tokenizer_info", tell.tokenizer_info, methods=get),
         Route("/health", tell.health, methods=get),
+        Route("/ready", tell.ready, methods=get),
         Route("/ping", tell.ping, methods=["GET", "POST"]),
         Route("/load", tell.load, methods=get),
         Route("/version", tell.version, methods=get),
@@ -108,7 +110,7 @@ def create_app(
     ]
     handlers = {HTTPException: refuse, ApiError: refuse, Exception: refuse}
     asgi = Starlette(routes=routes, middleware=middleware, exception_handlers=handlers)
-    return App(asgi, generate, served.limits.connection)
+    return App(asgi, generate, client, served.limits.connection)
 
 
 class _Server(uvicorn.Server):

@@ -31,7 +31,8 @@ def read_served(directory: Path, config: RunConfig, names: tuple[str, ...]) -> S
     limits = ApiLimits(
         max_model_len=serve.max_model_len or model.max_seq_len,
         vocab_size=model.vocab_size,
-        max_requests=serve.max_waiting + serve.max_batch * config.cluster.attention_workers,
+        max_requests=serve.max_waiting
+        + serve.max_batch * max(config.cluster.attention_workers, serve.max_engines),
     )
     return ServedModel(
         names=names,

@@ -123,7 +123,17 @@ def _scrape(entry: dict[str, Any]) -> dict[Key, float] | None:
 
 def lines(readings: Readings) -> list[str]:
     """What there is to say of one run, a line for each part of the system that it has."""
-    parts = (_training, _experts, _attention, _memory, _checkpoint, _requests, _latency, _processes)
+    parts = (
+        _training,
+        _experts,
+        _attention,
+        _memory,
+        _checkpoint,
+        _requests,
+        _latency,
+        _autoscale,
+        _processes,
+    )
     found = [(part.__name__.removeprefix("_"), part(readings)) for part in parts]
     return [f"{name:<11}{', '.join(texts)}" for name, texts in found if texts]
 
@@ -232,6 +242,21 @@ def _latency(r: Readings) -> list[str]:
     }
     found = {label: r.mean(name) for label, name in names.items()}
     return [f"{label} {value * 1e3:.1f} ms" for label, value in found.items() if value is not None]
+
+
+def _autoscale(r: Readings) -> list[str]:
+    name = "autoscale_wanted_slots"
+    wanted = [(role, r.values(name, role=role)) for role in r.kinds(name, "role")]
+    busy = [(role, r.values("autoscale_busy_ratio", role=role)) for role, _ in wanted]
+    return (
+        [
+            *_texts((f"{role} {{:.0f}} wanted", _of(values, max)) for role, values in wanted),
+            *_texts((f"{role} {{:.0%}} busy", _of(values, max)) for role, values in busy),
+            *_texts((("{:.0f} changes", _of(r.values("autoscale_changes_total"), sum)),)),
+        ]
+        if wanted
+        else []
+    )
 
 
 def _processes(r: Readings) -> list[str]:

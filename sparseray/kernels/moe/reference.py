@@ -9,11 +9,14 @@ Shapes: T tokens, K experts per token, E experts, R = rows of one expert, H hidd
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from sparseray.errors import ConfigError
+from sparseray.kernels.moe.count_sort import count_sort
 from sparseray.kernels.settings import ROUTERS, ROW_BLOCK
 
 ROW_MULTIPLE = 16
@@ -164,6 +167,9 @@ def group_by_expert(topk_ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tens
         counts_E int64: rows of each expert).
     """
     flat_R = topk_ids_TK.reshape(-1)
+    if flat_R.device.type == "cpu":
+        order, counts = count_sort(flat_R.numpy(), num_experts)
+        return torch.from_numpy(order), torch.from_numpy(counts)
     return torch.sort(flat_R, stable=True).indices, torch.bincount(flat_R, minlength=num_experts)
 
 
@@ -198,6 +204,23 @@ def swiglu_forward(
     g_PI, u_PI = _product(x_PH, gate_IH.T), _product(x_PH, up_IH.T)
     y_PH = _product(F.silu(g_PI) * u_PI, down_HI.T)
     return y_PH[:rows], (g_PI[:rows], u_PI[:rows])
+
+
+def expert_rows(
+    x_UH: Tensor,
+    rows_R: Tensor,
+    asked: Sequence[tuple[int, int]],
+    gate_up_E2IH: Tensor,
+    down_EHI: Tensor,
+) -> Tensor:
+    """Run rows through their experts, one expert after another; args and result as `Ops.expert_rows`."""
+    inner, start = down_EHI.shape[2], 0
+    y_RH = torch.empty(len(rows_R), x_UH.shape[1], device=x_UH.device)
+    for place, count in asked:
+        gate_up, x = gate_up_E2IH[place], x_UH[rows_R[start : start + count]].to(down_EHI.dtype)
+        y_RH[start : start + count] = swiglu_forward(x, gate_up[:inner], gate_up[inner:], down_EHI[place])[0]
+        start += count
+    return y_RH
 
 
 def swiglu_backward(

@@ -1,4 +1,4 @@
-"""Full attention: grouped-query, causal, with rotary positions; its cache keeps all keys and values.
+"""Full attention: grouped-query, causal, with rotary positions; its pages keep all keys and values.
 
 Shapes: R rows, S positions, T tokens, G key/value heads, D and V head sizes, H hidden.
 """
@@ -12,26 +12,6 @@ from sparseray.kernels.ops import REFERENCE, Ops
 from sparseray.model.attention.protocol import Attention, AttentionFlops, new_pages, score_flops
 from sparseray.model.config import ModelConfig
 from sparseray.model.layers import Angles, Batch, Linear
-
-
-class FullCache:
-    """Keys and values of a full-attention layer, [S, G, D] and [S, G, V]."""
-
-    def __init__(self, config: ModelConfig, max_len: int, dtype: torch.dtype, device: torch.device) -> None:
-        heads = config.num_kv_heads
-        self.k_SGD = torch.zeros(max_len, heads, config.head_dim, dtype=dtype, device=device)
-        self.v_SGV = torch.zeros(max_len, heads, config.value_dim, dtype=dtype, device=device)
-
-    def append(self, length: int, k_TGD: Tensor, v_TGV: Tensor) -> tuple[Tensor, Tensor]:
-        """Store a chunk that starts at position `length`; return all keys and values so far."""
-        end = length + k_TGD.shape[0]
-        self.k_SGD[length:end] = k_TGD
-        self.v_SGV[length:end] = v_TGV
-        return self.k_SGD[:end], self.v_SGV[:end]
-
-    def tensors(self) -> list[Tensor]:
-        """All stored tensors."""
-        return [self.k_SGD, self.v_SGV]
 
 
 class FullPool:
@@ -74,24 +54,10 @@ class FullAttention(Attention):
             assert isinstance(pool, FullPool)
             self.ops.paged_write(pool.pool, k, v, pages)
             o = self.ops.paged_attend(q, pool.pool, pages)
-        elif batch.spans is None:
-            o = self.ops.attend(*(x.unflatten(0, batch.shape) for x in (q, k, v))).flatten(0, 1)
         else:
-            o = x_RH.new_zeros(x_RH.shape[0], self.heads, self.value_dim)
-            for span in batch.spans:
-                cache, rows = span.cache.layers[self.layer], slice(span.start, span.stop)
-                assert isinstance(cache, FullCache)
-                keys, values = cache.append(span.cache.length, k[rows], v[rows])
-                o[rows] = self.ops.attend(q[rows][None], keys[None], values[None])[0]
+            o = self.ops.attend(*(x.unflatten(0, batch.shape) for x in (q, k, v))).flatten(0, 1)
         out: Tensor = self.out(o.flatten(1), batch)
         return out
-
-    @classmethod
-    def new_cache(
-        cls, config: ModelConfig, max_len: int, dtype: torch.dtype, device: torch.device
-    ) -> FullCache:
-        """An empty cache."""
-        return FullCache(config, max_len, dtype, device)
 
     @classmethod
     def new_pool(

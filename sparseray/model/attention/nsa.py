@@ -4,11 +4,9 @@ NSA follows arXiv 2502.11089 section 3.3: compressed blocks, selected blocks and
 its own keys and values (`shared_kv` makes them one), mixed by a sigmoid gate per head.
 
 Position convention: keys are compressed BEFORE the rotary encoding, and a compressed key is then rotated at
-the position of its block's first token. Chunked prefill therefore keeps the raw (unrotated) keys of the block
-that is not complete yet.
+the position of its block's first token. Serving therefore keeps the raw (unrotated) keys too.
 
-Shapes: R rows, B sequences, T tokens, Q query heads, G key/value heads, D and V head sizes, C compressed,
-S positions, W window, L raw tail.
+Shapes: R rows, B sequences, T tokens, Q query heads, G key/value heads, D and V head sizes, C compressed.
 """
 
 from __future__ import annotations
@@ -22,90 +20,9 @@ from torch import Tensor, nn
 from sparseray.kernels.ops import REFERENCE, BranchKeys, Compression, Ops
 from sparseray.model.attention.protocol import Attention, AttentionFlops, new_pages, score_flops
 from sparseray.model.config import ModelConfig
-from sparseray.model.layers import Angles, Batch, Linear, Span
+from sparseray.model.layers import Angles, Batch, Linear
 from sparseray.model.paged import Paged
 from sparseray.model.statistics import is_collecting, note_attention
-
-
-class NSACache:
-    """Keys and values of the three branches of an NSA layer."""
-
-    def __init__(self, config: ModelConfig, max_len: int, dtype: torch.dtype, device: torch.device) -> None:
-        nsa, heads = config.nsa, config.num_kv_heads
-        self.sizes = nsa.sizes
-        compressed = self.sizes.num_compressed(max_len)
-
-        def pair(length: int) -> tuple[Tensor, Tensor]:
-            return (
-                torch.zeros(length, heads, config.head_dim, dtype=dtype, device=device),
-                torch.zeros(length, heads, config.value_dim, dtype=dtype, device=device),
-            )
-
-        self.k_cmp_CGD, self.v_cmp_CGV = pair(compressed)
-        self.k_slc_SGD, self.v_slc_SGV = pair(max_len)
-        self.k_win_WGD, self.v_win_WGV = pair(min(nsa.window, max_len))
-        self.k_raw_LGD, self.v_raw_LGV = pair(nsa.block)
-
-    def tail(self, length: int, k_TGD: Tensor, v_TGV: Tensor) -> tuple[Tensor, Tensor, int]:
-        """Join the kept raw keys and values with a chunk's and keep what the next blocks need.
-
-        Returns:
-            (keys, values, index of the compressed token that starts at the first of them).
-        """
-        first = self.sizes.num_compressed(length)
-        kept = length - first * self.sizes.stride
-        k = torch.cat([self.k_raw_LGD[:kept], k_TGD])
-        v = torch.cat([self.v_raw_LGV[:kept], v_TGV])
-        end = length + k_TGD.shape[0]
-        left = end - self.sizes.num_compressed(end) * self.sizes.stride
-        self.k_raw_LGD[:left] = k[k.shape[0] - left :]
-        self.v_raw_LGV[:left] = v[v.shape[0] - left :]
-        return k, v, first
-
-    def append_compressed(self, first: int, k_CGD: Tensor, v_CGV: Tensor) -> tuple[Tensor, Tensor]:
-        """Store compressed tokens from index `first`; return all so far."""
-        end = first + k_CGD.shape[0]
-        self.k_cmp_CGD[first:end] = k_CGD
-        self.v_cmp_CGV[first:end] = v_CGV
-        return self.k_cmp_CGD[:end], self.v_cmp_CGV[:end]
-
-    def append_selection(self, length: int, k_TGD: Tensor, v_TGV: Tensor) -> tuple[Tensor, Tensor]:
-        """Store a chunk of the selection branch; return all keys and values so far."""
-        end = length + k_TGD.shape[0]
-        self.k_slc_SGD[length:end] = k_TGD
-        self.v_slc_SGV[length:end] = v_TGV
-        return self.k_slc_SGD[:end], self.v_slc_SGV[:end]
-
-    def append_window(self, length: int, k_TGD: Tensor, v_TGV: Tensor) -> tuple[Tensor, Tensor, int]:
-        """Join the ring's keys and values with a chunk's and store the chunk's last ones in the ring.
-
-        Returns:
-            (keys, values, absolute position of the first).
-        """
-        size, device = self.k_win_WGD.shape[0], k_TGD.device
-        start = max(0, length - self.sizes.window + 1)
-        old = torch.arange(start, length, device=device) % size
-        k = torch.cat([self.k_win_WGD[old], k_TGD])
-        v = torch.cat([self.v_win_WGV[old], v_TGV])
-        end = length + k_TGD.shape[0]
-        kept = min(size, k_TGD.shape[0])
-        new = torch.arange(end - kept, end, device=device) % size
-        self.k_win_WGD[new] = k_TGD[k_TGD.shape[0] - kept :]
-        self.v_win_WGV[new] = v_TGV[v_TGV.shape[0] - kept :]
-        return k, v, start
-
-    def tensors(self) -> list[Tensor]:
-        """All stored tensors."""
-        return [
-            self.k_cmp_CGD,
-            self.v_cmp_CGV,
-            self.k_slc_SGD,
-            self.v_slc_SGV,
-            self.k_win_WGD,
-            self.v_win_WGV,
-            self.k_raw_LGD,
-            self.v_raw_LGV,
-        ]
 
 
 class NSAPool:
@@ -222,51 +139,24 @@ class NSAttention(Attention):
             v_slc=v[:, :kv],
             v_win=v[:, min(1, self.branches - 1) * kv :][:, :kv],
             v_cmp=v[:, -kv:],
-            gates=torch.sigmoid(self.gate(x_RH, batch).float()).view(-1, heads, 3),
+            gates=self.ops.sigmoid(self.gate(x_RH, batch)).view(-1, heads, 3),
         )
 
-    def compress(
-        self, k_BTGD: Tensor, v_BTGV: Tensor, angles: Angles, first: int = 0
-    ) -> tuple[Tensor, Tensor]:
-        """Compressed keys, rotated at their blocks' first positions, and values; `first` is their index."""
+    def compress(self, k_BTGD: Tensor, v_BTGV: Tensor, angles: Angles) -> tuple[Tensor, Tensor]:
+        """Compressed keys, rotated at their blocks' first positions, and values."""
         k_BCGD, v_BCGV = self.compress_k(k_BTGD), self.compress_v(v_BTGV)
         count, stride = k_BCGD.shape[1], self.sizes.stride
         if count:
-            at = slice(first * stride, (first + count - 1) * stride + 1, stride)
+            at = slice(0, (count - 1) * stride + 1, stride)
             k_BCGD = self.ops.rotary(k_BCGD, angles.cos_PD[at], angles.sin_PD[at])
         return k_BCGD, v_BCGV
 
-    def _attend(
-        self, q_BTQD: Tensor, keys: BranchKeys, gates_BTQ3: Tensor, *, q_start: int = 0, win_start: int = 0
-    ) -> Tensor:
+    def _attend(self, q_BTQD: Tensor, keys: BranchKeys, gates_BTQ3: Tensor) -> Tensor:
         if is_collecting():
             num_keys, positions_T = keys.k_slc.shape[1], torch.arange(q_BTQD.shape[1], device=q_BTQD.device)
-            selected = self.ops.nsa_selection(q_BTQD, keys.k_cmp, num_keys, self.sizes, q_start=q_start)
-            note_attention(self.layer, gates_BTQ3, selected, positions_T + q_start, self.sizes.select_block)
-        return self.ops.nsa_attention(
-            q_BTQD, keys, gates_BTQ3, self.sizes, q_start=q_start, win_start=win_start
-        )
-
-    def _attend_span(self, b: Branches, span: Span, angles: Angles) -> Tensor:
-        """One chunk against its cache, [T, Q, V]."""
-        rows, length = slice(span.start, span.stop), span.cache.length
-        cache = span.cache.layers[self.layer]
-        assert isinstance(cache, NSACache)
-        k_raw, v_raw, first = cache.tail(length, b.k_cmp[rows], b.v_cmp[rows])
-        k_new, v_new = self.compress(k_raw[None], v_raw[None], angles, first)
-        k_cmp, v_cmp = cache.append_compressed(first, k_new[0], v_new[0])
-        k_slc, v_slc = cache.append_selection(length, b.k_slc[rows], b.v_slc[rows])
-        k_win, v_win, win_start = cache.append_window(length, b.k_win[rows], b.v_win[rows])
-        keys = BranchKeys(
-            k_cmp=k_cmp[None],
-            v_cmp=v_cmp[None],
-            k_slc=k_slc[None],
-            v_slc=v_slc[None],
-            k_win=k_win[None],
-            v_win=v_win[None],
-        )
-        q, gates = b.q[rows][None], b.gates[rows][None]
-        return self._attend(q, keys, gates, q_start=length, win_start=win_start)[0]
+            selected = self.ops.nsa_selection(q_BTQD, keys.k_cmp, num_keys, self.sizes)
+            note_attention(self.layer, gates_BTQ3, selected, positions_T, self.sizes.select_block)
+        return self.ops.nsa_attention(q_BTQD, keys, gates_BTQ3, self.sizes)
 
     def _attend_pages(self, b: Branches, paged: Paged, angles: Angles) -> Tensor:
         """Append the rows to their pages and attend to them, [R, Q, V]."""
@@ -287,7 +177,7 @@ class NSAttention(Attention):
         b = self.project(x_RH, batch, angles)
         if batch.paged is not None:
             o = self._attend_pages(b, batch.paged, angles)
-        elif batch.spans is None:
+        else:
             shaped: dict[str, Tensor] = {
                 name: torch.unflatten(x, 0, batch.shape) for name, x in vars(b).items()
             }
@@ -297,19 +187,8 @@ class NSAttention(Attention):
                 k_cmp=k_cmp, v_cmp=v_cmp, k_slc=s.k_slc, v_slc=s.v_slc, k_win=s.k_win, v_win=s.v_win
             )
             o = self._attend(s.q, keys, s.gates).flatten(0, 1)
-        else:
-            o = x_RH.new_zeros(x_RH.shape[0], self.heads, self.value_dim)
-            for span in batch.spans:
-                o[span.start : span.stop] = self._attend_span(b, span, angles)
         out: Tensor = self.out(o.flatten(1), batch)
         return out
-
-    @classmethod
-    def new_cache(
-        cls, config: ModelConfig, max_len: int, dtype: torch.dtype, device: torch.device
-    ) -> NSACache:
-        """An empty cache."""
-        return NSACache(config, max_len, dtype, device)
 
     @classmethod
     def new_pool(

@@ -1,6 +1,6 @@
 """What the network, the caches and the counts need of a kind of attention, and all that they know about it.
 
-A new kind is a class of these seven methods, a name in `config.ATTENTIONS` and a line in `attention.ATTENTIONS`.
+A new kind is a class of these five methods, a name in `config.ATTENTIONS` and a line in `attention.ATTENTIONS`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from sparseray.model.layers import Angles, Batch
 
 
 class LayerCache(Protocol):
-    """What one layer keeps of one sequence in inference; its attention alone knows what it is."""
+    """What one layer keeps of all sequences in inference; its attention alone knows what it is."""
 
     def tensors(self) -> list[Tensor]:
         """All stored tensors."""
@@ -60,17 +60,9 @@ class Attention(nn.Module, ABC):
 
         Args:
             x_RH: normed hidden states.
-            batch: which rows are whose; in inference its spans hold the caches, or it has pages and pools, to which
-                the chunks are appended.
+            batch: which rows are whose; in inference it has pages and pools, to which the chunks are appended.
             angles: rotary encoding.
         """
-
-    @classmethod
-    @abstractmethod
-    def new_cache(
-        cls, config: ModelConfig, max_len: int, dtype: torch.dtype, device: torch.device
-    ) -> LayerCache:
-        """An empty cache of a layer for a sequence of at most `max_len` tokens."""
 
     @classmethod
     @abstractmethod

@@ -39,21 +39,29 @@ class Host:
     """
 
     def __init__(self, *, slot: int, job: str, threads: int, transport: str, bind_host: str) -> None:
-        torch.set_num_threads(threads)
         # Received buffers are read-only by intent; nobody writes through the tensors that view them.
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         directory = private_directory(job) if transport == "ipc" else None
-        self._slot_id, self._job_id = slot, job
+        self._slot_id, self._job_id, self._threads = slot, job, threads
         self._transport = ZmqTransport(f"slot{slot}", directory, bind_host)
         self._metrics = Metrics({"slot": str(slot)}, declare="slot")
         self._metrics_address = self._metrics.serve(bind_host)
         mailbox = SlotMailbox(self._transport, slot, job)
         self._jobs = SpecJobs(self._metrics)
         self._slot = Slot(mailbox, self._jobs)
-        self._thread = threading.Thread(target=self._slot.serve_forever, daemon=True, name=f"slot-{slot}")
+        self._thread = threading.Thread(target=self._serve, daemon=True, name=f"slot-{slot}")
         self._heartbeats = ""
         self._closing = threading.Event()
         self._beating = threading.Thread(target=self._beat, daemon=True, name="heartbeat")
+
+    def _serve(self) -> None:
+        """Be the slot's work thread, the only one that owns a team of torch threads.
+
+        The OpenMP library has the threads of a second team wait by the kernel instead of by spinning, which costs each
+        small operation of both more than it takes. What the process inherits in OMP_NUM_THREADS holds for the others.
+        """
+        torch.set_num_threads(self._threads)
+        self._slot.serve_forever()
 
     def prepare(self, spec: JobSpec, heartbeats: str) -> Ready:
         """Load and warm what a job needs, begin to serve and to give signs of life; harmless when repeated.

@@ -33,6 +33,8 @@ from sparseray.platform.run import checkpoint
 if TYPE_CHECKING:
     from sparseray.actors.serving.grammar import Grammars
 
+PREFILL_ROWS = 8192
+"""Tokens of prompts that a GPU reads in one step."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -97,7 +99,7 @@ class SlotJob:
     def holdings(self) -> Holdings:
         """Build a slot's state, empty."""
         model, dtype = self.config.model, DTYPES[self.config.train.dtype]
-        experts = ExpertShard(model, **self._decay)
+        experts = ExpertShard(model, ops=ops_for(self.config.kernels, self.device), **self._decay)
         if self._is_whole:
             if self.device.type == "cuda":
                 _fix_order(not self.is_serving and self.config.determinism == "bitwise")
@@ -121,11 +123,10 @@ class SlotJob:
             "max_batch": serve.max_batch,
             "max_model_len": serve.max_model_len or None,
             "grammars": self._grammars,
+            "prefill_chunk": serve.prefill_chunk if self.device.type == "cpu" else PREFILL_ROWS,
+            "cache_bytes": int(serve.cache_gib * 2**30) or None,
         }
-        if self.device.type == "cpu":
-            return Engine(model, exchange.experts, memory, prefill_chunk=serve.prefill_chunk, **options)
-        cache_bytes = int(serve.cache_gib * 2**30) or None
-        return PagedEngine(model, exchange.experts, memory, cache_bytes=cache_bytes, **options)
+        return PagedEngine(model, exchange.experts, memory, **options)
 
     def _batches(self, split: str, seed: int, *, is_fixed: bool) -> TokenBatches:
         if split not in self._datasets:

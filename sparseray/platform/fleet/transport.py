@@ -10,13 +10,15 @@ import shutil
 import socket
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import zmq
+from zmq.utils.monitor import recv_monitor_message
 
 MAX_FRAME_BYTES = 1 << 30
 _COPY_BELOW = 64 << 10
+_WATCHED = zmq.EVENT_CONNECTED | zmq.EVENT_DISCONNECTED
 
 
 class ZmqTransport:
@@ -52,17 +54,20 @@ class ZmqTransport:
             self._inbox.bind(f"tcp://{host}:*")
             self.address = bytes(self._inbox.getsockopt(zmq.LAST_ENDPOINT)).decode().rstrip("\0")
         self._outgoing: dict[int, tuple[str, zmq.Socket[bytes]]] = {}
+        self._ends: dict[int, zmq.Socket[bytes]] = {}
+        self._gone: set[int] = set()
 
     def connect(self, peers: dict[int, str]) -> None:
         """Open a queue to every peer; one whose address changed is replaced, one that left is closed."""
         with self._sending:
             for slot in [s for s, (address, _) in self._outgoing.items() if peers.get(s) != address]:
-                self._outgoing.pop(slot)[1].close(linger=0)
+                self._close(slot, linger=0)
             for slot, address in peers.items():
                 if slot not in self._outgoing:
                     queue = self._context.socket(zmq.PUSH)
                     queue.setsockopt(zmq.SNDHWM, 0)
                     queue.setsockopt(zmq.LINGER, 1000)
+                    self._ends[slot] = queue.get_monitor_socket(_WATCHED)
                     queue.connect(address)
                     self._outgoing[slot] = (address, queue)
 
@@ -86,6 +91,23 @@ class ZmqTransport:
                 flags = zmq.SNDMORE if index < last else 0
                 queue.send(frame, flags, copy=len(frame) < _COPY_BELOW)
 
+    def _close(self, slot: int, *, linger: int) -> None:
+        _, queue = self._outgoing.pop(slot)
+        queue.disable_monitor()
+        self._ends.pop(slot).close(linger=0)
+        queue.close(linger=linger)
+        self._gone.discard(slot)
+
+    def gone(self, slots: Collection[int]) -> list[int]:
+        """Those of some slots whose inbox was closed after it had been there, as the kernel does for a dead process."""
+        with self._sending:
+            for slot in self._ends.keys() & set(slots):
+                while self._ends[slot].poll(0):
+                    event = recv_monitor_message(self._ends[slot])["event"]
+                    change = self._gone.add if event == zmq.EVENT_DISCONNECTED else self._gone.discard
+                    change(slot)
+            return sorted(self._gone & set(slots))
+
     def receive(self, timeout_s: float) -> list[Any] | None:
         """Return the frames of the next message, or None after `timeout_s` seconds."""
         if not self._inbox.poll(int(timeout_s * 1000)):
@@ -94,9 +116,9 @@ class ZmqTransport:
 
     def close(self) -> None:
         """Close all sockets and remove the inbox's file."""
-        for _, queue in self._outgoing.values():
-            queue.close(linger=200)
-        self._outgoing.clear()
+        with self._sending:
+            for slot in list(self._outgoing):
+                self._close(slot, linger=200)
         self._inbox.close(linger=0)
         self._context.term()
         if self.address.startswith("ipc://"):

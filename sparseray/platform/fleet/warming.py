@@ -22,7 +22,7 @@ def warm_holdings(job: SlotJob) -> Holdings:
     dense = holdings.spare()
     if not job.is_serving:
         rehearse(job, dense)
-    elif isinstance(dense, DenseSlabs) and dense.device.type == "cuda":
+    else:
         job.engine(dense.model, _Stage(dense))
     if dense.device.type == "cuda":
         torch.cuda.empty_cache()
@@ -36,8 +36,9 @@ def warm_holdings(job: SlotJob) -> Holdings:
 class _Stage:
     """An exchange for an engine that is made to compile what it needs, and thrown away."""
 
-    def __init__(self, dense: DenseSlabs) -> None:
-        self.slabs, self.dim = _Slabs(dense), dense.model.config.dse.head_dim
+    def __init__(self, dense: DenseState) -> None:
+        self.slabs = _Slabs(dense) if isinstance(dense, DenseSlabs) else _pass_through
+        self.dim = dense.model.config.dse.head_dim
 
     def experts(self, layer: int, x_TH: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Tensor:
         """One layer's experts, for all."""

@@ -176,6 +176,9 @@ _ELASTIC = {
                 "recovered",
                 "resized",
                 "rebalanced",
+                "autoscaled",
+                "published",
+                "refused",
                 "restored",
                 "lent",
                 "returned",
@@ -220,7 +223,7 @@ _SERVING = {
     "requests_waiting": _gauge(source="slot", help="Requests that wait for a place in the batch"),
     "cache_usage_ratio": _gauge(
         source="slot",
-        help="Cache positions reserved by the batch over those of a full batch of longest requests",
+        help="Pages of the caches that requests hold, of all",
     ),
     "prompt_tokens_total": _counter(
         unit="tokens", source="server", help="Prompt tokens of accepted requests"
@@ -272,6 +275,30 @@ _SERVING = {
         source="slot", help="Requests in the batch, once a step", buckets=BATCH_BUCKETS
     ),
     "engine_failed_steps_total": _counter(source="slot", help="Steps of the serving batch that failed"),
+    "serving_version_step": _gauge(help="Step of the weights that a server serves"),
+    "serving_versions_total": _counter(help="New weights that a server went on with"),
+    "autoscale_wanted_slots": _gauge(help="Slots of a role that a server wants", labels=("role",)),
+    "autoscale_busy_ratio": _gauge(
+        help="Share in use of what engines can do, and of their time that shards answer, over five seconds",
+        labels=("role",),
+    ),
+    "autoscale_latency_seconds": _gauge(
+        unit="seconds",
+        help="Within which nine of ten first or next tokens of warm engines came, over two seconds; 0 for too few",
+        labels=("token",),
+        values={"token": ("first", "next")},
+    ),
+    "autoscale_target_seconds": _gauge(
+        unit="seconds",
+        help="Within which nine of ten first or next tokens shall come; 0 for any time",
+        labels=("token",),
+        values={"token": ("first", "next")},
+    ),
+    "autoscale_changes_total": _counter(
+        help="Wishes of the autoscaler, by role and direction",
+        labels=("role", "direction"),
+        values={"role": ("attention", "experts", "memory"), "direction": ("up", "down")},
+    ),
 }
 
 _process = partial(Metric, source="process")

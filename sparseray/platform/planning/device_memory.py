@@ -78,14 +78,9 @@ def _activations(config: RunConfig, element: int) -> int:
 
 def _layer(model: ModelConfig, layer: int, element: int) -> int:
     """Bytes that a token leaves in a layer for the backward pass."""
-    hidden, heads, moe = model.hidden, model.num_heads, model.moe
-    kinds = model.attention
-    branches = 3 if kinds[layer % len(kinds)] == "nsa" and not model.nsa.shared_kv else 1
-    keys = branches * model.num_kv_heads * (model.head_dim + model.value_dim)
-    # Two residual sums with their norms, queries, keys, values, the attention's output and its statistics.
-    found = element * (4 * hidden + heads * (model.head_dim + model.value_dim) + keys) + 4 * branches * heads
-    if branches == 3:
-        found += element * 2 * heads * model.value_dim + 12 * heads
+    hidden, moe = model.hidden, model.moe
+    # Two residual sums with their norms.
+    found = element * 4 * hidden + _attention(model, layer, element)
     if layer in model.dse.layers:
         found += element * (model.dse.width + 5 * hidden)
     if layer not in model.moe_layers:
@@ -93,6 +88,19 @@ def _layer(model: ModelConfig, layer: int, element: int) -> int:
     # The router's input in fp32, its scores, the chosen experts' pre-activations and the shared experts'.
     found += 4 * hidden + 12 * moe.num_experts + 20 * moe.top_k
     return found + element * (2 * moe.top_k * moe.expert_dim + 3 * moe.num_shared * moe.expert_dim)
+
+
+def _attention(model: ModelConfig, layer: int, element: int) -> int:
+    """Of it queries, keys, values, the attention's output and its statistics."""
+    heads, kind = model.num_heads, model.attention[layer % len(model.attention)]
+    if kind == "mla":
+        mla = model.mla
+        compressed = 2 * (mla.q_lora_rank or 0) + 2 * mla.cache_width
+        return element * (2 * heads * (mla.qk_head_dim + mla.v_head_dim) + compressed) + 4 * heads
+    branches = 3 if kind == "nsa" and not model.nsa.shared_kv else 1
+    keys = branches * model.num_kv_heads * (model.head_dim + model.value_dim)
+    found = element * (heads * (model.head_dim + model.value_dim) + keys) + 4 * branches * heads
+    return found if branches == 1 else found + element * 2 * heads * model.value_dim + 12 * heads
 
 
 def _working(model: ModelConfig, element: int) -> int:

@@ -78,7 +78,7 @@ class RunFolder:
             if self.path.exists() and any(self.path.iterdir()):
                 raise ConfigError(f"run_dir={self.path} is not empty and not a run; give a new folder")
             return
-        old, new = self._recorded(), _flat(to_dict(config))
+        old, new = self._recorded(), flat(to_dict(config))
         differing = [k for k in sorted(old | new) if old.get(k) != new.get(k) and not k.startswith(FREE_KEYS)]
         if differing:
             shown = ", ".join(
@@ -94,7 +94,7 @@ class RunFolder:
         """What of a run's result will differ from here on, as "key old -> new"."""
         if not self.config.exists():
             return []
-        old, new = self._recorded(), _flat(to_dict(config))
+        old, new = self._recorded(), flat(to_dict(config))
         return [
             f"{key} {old.get(key)!r} -> {new[key]!r}"
             for key in sorted(new)
@@ -112,7 +112,7 @@ class RunFolder:
         if not isinstance(content, dict):
             raise ConfigError(f"{self.config} holds no configuration; restore it, or give another run_dir")
         # What a later version added has its default.
-        return _flat(to_dict(RunConfig())) | _flat(content)
+        return flat(to_dict(RunConfig())) | flat(content)
 
     def check_identity(self, layout: DSELayout | None) -> None:
         """Refuse data that would address the table rows in another way than the run's; changes nothing.
@@ -143,7 +143,9 @@ class RunFolder:
         manifest, cure = checkpoint.read_manifest(newest), f"remove {newest} to use the one before"
         if manifest["step"] != int(newest.name.removeprefix("step_")):
             raise CheckpointError(f"{newest} holds step {manifest['step']}: it was renamed; {cure}")
-        old, new = _flat(manifest["config"]["model"]), _flat(to_dict(config)["model"])
+        # What a later version added has its default.
+        old = flat(to_dict(RunConfig())["model"]) | flat(manifest["config"]["model"])
+        new = flat(to_dict(config)["model"])
         differing = [f"model.{key}" for key in sorted(old | new) if old.get(key) != new.get(key)]
         if differing:
             raise CheckpointError(f"{newest} is of another model ({', '.join(differing[:5])} differ); {cure}")
@@ -312,8 +314,14 @@ def _step_of(line: str) -> int:
         return _CUT
 
 
-def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections as one dictionary of dotted keys.
+
+    Args:
+        value: plain values by key.
+        prefix: put before every key.
+    """
     found: dict[str, Any] = {}
     for key, item in value.items():
-        found |= _flat(item, f"{prefix}{key}.") if isinstance(item, dict) else {prefix + key: item}
+        found |= flat(item, f"{prefix}{key}.") if isinstance(item, dict) else {prefix + key: item}
     return found

@@ -1,0 +1,204 @@
+"""The `export` command: a checkpoint becomes a folder that transformers loads, where its format can say the model.
+
+The other way round of import_.py: tensors are read and verified some at a time, cut into theirs, and written as
+sharded safetensors with an index; tokenizer, template and generation settings go along.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparseray.errors import CheckpointError, UserError
+from sparseray.jobs.import_ import HUB_CONFIG, TEXT_FILES, check_new, unfinished_folder
+from sparseray.jobs.progress import progress_of_bytes
+from sparseray.platform import config as configuration
+from sparseray.platform.settings import expand_path
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sparseray.jobs.tokens.prepare import Progress
+    from sparseray.model.hub import Entry
+
+DESCRIPTION = """Turn a checkpoint into a Hugging Face model of the DeepSeek family, for transformers and other servers."""
+EXAMPLE = """example:
+  python -m sparseray export --checkpoint runs/first/checkpoints/step_100 --out models/first --dtype bfloat16
+"""
+SHARD_BYTES = 512 << 20
+"""Most bytes of a file; one tensor that is larger has a file of its own."""
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command: 0, or 2 for what cannot be exported."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="python -m sparseray export", description=DESCRIPTION, epilog=EXAMPLE, formatter_class=raw
+    )
+    parser.add_argument(
+        "--checkpoint", required=True, metavar="CKPT", help="such as RUN/checkpoints/step_100"
+    )
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder to make")
+    parser.add_argument(
+        "--dtype",
+        choices=("stored", "float32", "bfloat16"),
+        default="stored",
+        help="of the weights; stored: as the checkpoint has them (default)",
+    )
+    options = parser.parse_args(arguments)
+    try:
+        source = Path(expand_path(options.checkpoint, "--checkpoint"))
+        return run(source, Path(expand_path(options.out, "--out")), options.dtype)
+    except UserError as error:
+        return configuration.die(error)
+
+
+def run(source: Path, out: Path, dtype: str) -> int:
+    """Export a model, and say what was made.
+
+    Args:
+        source: folder of the checkpoint.
+        out: folder to make.
+        dtype: of the weights.
+    """
+    begin = time.perf_counter()
+    with progress_of_bytes() as progress:
+        num_bytes = export_model(source, out, dtype, progress)
+    seconds = time.perf_counter() - begin
+    print(f"{num_bytes / 1e6:.1f} MB in {seconds:.1f} s ({num_bytes / 1e6 / seconds:.1f} MB/s)")
+    print(f"model: {out}")
+    return 0
+
+
+def export_model(source: Path, out: Path, dtype: str, progress: Progress) -> int:
+    """Write a model's folder from a checkpoint; returns the bytes of its weights.
+
+    Args:
+        source: the checkpoint's folder.
+        out: of the model; must not exist.
+        dtype: "stored", "float32" or "bfloat16".
+        progress: told of the bytes that were written.
+
+    Raises:
+        UserError: the format has no words for the model, the checkpoint is damaged, or the folder cannot be written.
+    """
+    from sparseray.model.hub import entries
+    from sparseray.model.hub_config import hub_type
+    from sparseray.platform.run import checkpoint
+
+    check_new(out)
+    manifest = checkpoint.read_manifest(source)
+    checkpoint.check_files(source, manifest)
+    model = configuration.from_dict(configuration.RunConfig, manifest["config"]).model
+    hub_type(model)
+    stored = manifest["tensors"]
+    sized = [(entry, _size(entry, stored, source, dtype)) for entry in entries(model) if entry.theirs]
+    total = sum(size for _, size in sized)
+    shards = list(_shards(sized))
+    with unfinished_folder(out, total) as unfinished:
+        _write_texts(source, unfinished, model, dtype if dtype != "stored" else stored["embedding"]["dtype"])
+        where: dict[str, str] = {}
+        done = 0
+        for index, shard in enumerate(shards):
+            name = f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
+            tensors = _cut(shard, checkpoint.read_tensors(source, [e.name for e in shard]), dtype)
+            _save(tensors, unfinished / name)
+            where |= dict.fromkeys(tensors, name)
+            done += sum(tensor.nbytes for tensor in tensors.values())
+            progress("export", done, total)
+        index_text = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
+        _write_json(unfinished / "model.safetensors.index.json", index_text)
+        checkpoint.sync(unfinished)
+        os.rename(unfinished, out)
+        checkpoint.sync(out.parent)
+    return total
+
+
+def _size(entry: Entry, stored: dict[str, Any], source: Path, dtype: str) -> int:
+    """Bytes of an entry in the export."""
+    import torch
+
+    if entry.name not in stored:
+        raise CheckpointError(f"{source} has no tensor {entry.name!r}; use a whole checkpoint")
+    kind = _dtype_of(entry, stored[entry.name]["dtype"], dtype)
+    return prod(entry.shape) * int(getattr(torch, kind).itemsize)
+
+
+def _dtype_of(entry: Entry, stored: str, wanted: str) -> str:
+    """The selection bias stays in fp32, as released; all other tensors have one type."""
+    return stored if wanted == "stored" or entry.name.endswith("router_bias") else wanted
+
+
+def _shards(sized: Sequence[tuple[Entry, int]]) -> Iterator[list[Entry]]:
+    """Cut the tensors into files."""
+    shard: list[Entry] = []
+    filled = 0
+    for entry, size in sized:
+        if shard and filled + size > SHARD_BYTES:
+            yield shard
+            shard, filled = [], 0
+        shard.append(entry)
+        filled += size
+    yield shard
+
+
+def _cut(shard: Sequence[Entry], tensors: dict[str, Tensor], dtype: str) -> dict[str, Tensor]:
+    """Our tensors as theirs, by their names."""
+    import torch
+
+    found: dict[str, Tensor] = {}
+    for entry in shard:
+        tensor = tensors[entry.name]
+        kind = _dtype_of(entry, str(tensor.dtype).removeprefix("torch."), dtype)
+        found |= zip(entry.theirs, tensor.to(getattr(torch, kind)).chunk(len(entry.theirs)))
+    return found
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    from sparseray.platform.run.checkpoint import sync
+
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{path} cannot be written: {error}; free space or name another --out"
+        ) from None
+    sync(path)
+
+
+def _write_texts(source: Path, folder: Path, model: Any, dtype: str) -> None:
+    """Configuration, tokenizer, template and generation settings.
+
+    Args:
+        source: the checkpoint's folder.
+        folder: of the export.
+        model: its configuration.
+        dtype: of the weights.
+    """
+    from sparseray.model.hub_config import write_config
+
+    base = (
+        json.loads((source / HUB_CONFIG).read_text(encoding="utf-8"))
+        if (source / HUB_CONFIG).exists()
+        else {}
+    )
+    _write_json(folder / "config.json", write_config(model, base) | {"dtype": dtype})
+    for name in TEXT_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(
+        json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8"
+    )

@@ -1,0 +1,100 @@
+"""`PagedOps`: the operations of `Ops` whose sequences have their caches in pages; for inference alone.
+
+Shapes: R rows, P tokens of a page, C compressed tokens, Q query heads, G key/value heads, D and V head sizes, K width
+of a latent with its rotated key, H hidden.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from sparseray.kernels.dse.reference import Fusion
+from sparseray.kernels.nsa.reference import Compression
+from sparseray.kernels.paged import History, KeyValues, Pages
+from sparseray.kernels.settings import NSASizes
+
+
+class PagedOps(Protocol):
+    """What `Ops` has of them; none is differentiable."""
+
+    def paged_memory_fusion(
+        self,
+        h_RH: Tensor,
+        key_value_RH: Tensor,
+        fusion: Fusion,
+        history: History,
+        pages: Pages,
+        starts_R: Tensor | None,
+    ) -> Tensor:
+        """`memory_fusion` of every sequence's rows after its history, which moves on by them.
+
+        Args:
+            key_value_RH: [R, 2 H], keys first.
+            starts_R: as `starts_BT` there.
+        """
+        ...
+
+    def paged_write(self, pool: KeyValues, k_RGD: Tensor, v_RGV: Tensor, pages: Pages) -> None:
+        """Put the rows' keys and values at `pages.places_R`."""
+        ...
+
+    def paged_attend(self, q_RQD: Tensor, pool: KeyValues, pages: Pages) -> Tensor:
+        """Causal softmax attention of every sequence's rows to its pages, [R, Q, V]; padding rows are undefined.
+
+        Args:
+            q_RQD: rotated queries; what they belong to, and how far each sees, is in `pages`.
+            pool: with the keys and values of the rows themselves.
+        """
+        ...
+
+    def paged_latent_write(self, pool: Tensor, k_R1K: Tensor, pages: Pages) -> None:
+        """Put the rows' latents and rotated keys into their pages, [pages, P, 1, K]."""
+        ...
+
+    def paged_latent_attend(
+        self, q_RQK: Tensor, pool: Tensor, latent: int, scale: float, pages: Pages
+    ) -> Tensor:
+        """`paged_attend` of all heads to one key, whose first channels are its value, [R, Q, latent].
+
+        Args:
+            q_RQK: queries, as wide as the keys.
+            pool: [pages, P, 1, K], with those of the rows themselves.
+            latent: channels of a value.
+            scale: of the scores.
+
+        Source: arXiv 2405.04434 section 2.1.2, the absorbed form.
+        """
+        ...
+
+    def paged_compress(
+        self,
+        raw: Tensor,
+        compressed: Tensor,
+        phi: Compression,
+        sizes: NSASizes,
+        pages: Pages,
+        angles: tuple[Tensor, Tensor] | None,
+    ) -> None:
+        """Write the compressed tokens that the rows complete.
+
+        Args:
+            raw: keys or values [pages, P, G, D], with those of the rows themselves.
+            compressed: [pages, P / stride, G, D], written.
+            angles: fp32 cosines and sines of all positions, to rotate keys at their blocks' first ones.
+        """
+        ...
+
+    def paged_nsa_attention(
+        self,
+        q_RQD: Tensor,
+        gates_RQ3: Tensor,
+        compressed: KeyValues,
+        selected: KeyValues,
+        window: KeyValues,
+        sizes: NSASizes,
+        pages: Pages,
+    ) -> Tensor:
+        """`nsa_attention` of every sequence's rows to its pages, [R, Q, V]; padding rows are undefined."""
+        ...

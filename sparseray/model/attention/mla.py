@@ -1,0 +1,150 @@
+"""Multi-head latent attention (MLA): keys and values of all heads come from one small vector a token.
+
+Follows arXiv 2405.04434 section 2.1 and the released code of DeepSeek-V2 and V3: rotary channels lie in pairs
+(2i, 2i + 1), the two inner norms have an eps of their own, and under YaRN the scores have the factor mscale^2.
+The cache keeps the normed latent and the rotated part of the key, which all heads share. With a cache the
+matrices that make keys and values of a latent are applied to the query and to the result instead (section 2.1.2):
+what is left is attention with one key/value head, whose value is the first part of its key.
+
+Shapes: R rows, Q heads, N channels without position, P with, V value size, C latent, K = C + P, H hidden.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from sparseray.kernels.ops import REFERENCE, Ops
+from sparseray.model.attention.protocol import Attention, AttentionFlops
+from sparseray.model.config import ModelConfig
+from sparseray.model.layers import Angles, Batch, Linear, RMSNorm
+from sparseray.model.paged import Paged
+from sparseray.model.yarn import score_scale
+
+LATENT_EPS = 1e-6
+"""Of the two inner norms; as released, whatever the model's `norm_eps` is."""
+
+
+class LatentPool:
+    """Pages of latents and rotated keys, [pages, P, 1, K]."""
+
+    def __init__(
+        self, config: ModelConfig, num_pages: int, page: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.pool = torch.zeros(num_pages, page, 1, config.mla.cache_width, dtype=dtype, device=device)
+
+    def tensors(self) -> list[Tensor]:
+        """All stored tensors."""
+        return [self.pool]
+
+
+def _in_halves(x: Tensor) -> Tensor:
+    """Put channels 0, 2, 4, ... before 1, 3, 5, ...; what queries and keys both undergo changes no score."""
+    halves: Tensor = x.unflatten(-1, (-1, 2)).transpose(-1, -2)
+    return halves.flatten(-2)
+
+
+class MLAttention(Attention):
+    """Latent attention with decoupled rotary positions."""
+
+    def __init__(self, config: ModelConfig, layer: int, ops: Ops = REFERENCE) -> None:
+        super().__init__(config, layer, ops)
+        mla, hidden, heads = config.mla, config.hidden, config.num_heads
+        self.sizes, self.heads = mla, heads
+        if mla.q_lora_rank is None:
+            self.q = Linear(hidden, heads * mla.qk_head_dim, ops)
+        else:
+            self.q_down = Linear(hidden, mla.q_lora_rank, ops)
+            self.q_norm = RMSNorm(mla.q_lora_rank, LATENT_EPS, ops)
+            self.q_up = Linear(mla.q_lora_rank, heads * mla.qk_head_dim, ops)
+        self.kv_down = Linear(hidden, mla.cache_width, ops)
+        self.kv_norm = RMSNorm(mla.kv_lora_rank, LATENT_EPS, ops)
+        self.kv_up = Linear(mla.kv_lora_rank, heads * (mla.qk_nope_head_dim + mla.v_head_dim), ops)
+        self.out = Linear(heads * mla.v_head_dim, hidden, ops)
+        self.magnitude = score_scale(config.rope)
+        self.scale = self.magnitude / math.sqrt(mla.qk_head_dim)
+
+    def _queries(self, x_RH: Tensor, batch: Batch, angles: Angles) -> tuple[Tensor, Tensor]:
+        """Queries without position [R, Q, N] and with, rotated [R, Q, P]."""
+        if self.sizes.q_lora_rank is None:
+            q_RX = self.q(x_RH, batch)
+        else:
+            q_RX = self.q_up(self.q_norm(self.q_down(x_RH, batch)), batch)
+        widths = (self.sizes.qk_nope_head_dim, self.sizes.qk_rope_head_dim)
+        q_RQN, q_RQP = q_RX.unflatten(-1, (self.heads, -1)).split(widths, -1)
+        return q_RQN, self.ops.rotary(_in_halves(q_RQP), angles.cos_RD, angles.sin_RD)
+
+    def _latents(self, x_RH: Tensor, batch: Batch, angles: Angles) -> tuple[Tensor, Tensor]:
+        """Latents [R, C] and the keys' part with position [R, 1, P]."""
+        widths = (self.sizes.kv_lora_rank, self.sizes.qk_rope_head_dim)
+        latent_RC, k_RP = self.kv_down(x_RH, batch).split(widths, -1)
+        k_R1P = self.ops.rotary(_in_halves(k_RP[:, None]), angles.cos_RD, angles.sin_RD)
+        return self.kv_norm(latent_RC), k_R1P
+
+    def _per_head(self, x_RQI: Tensor, weight_QOI: Tensor) -> Tensor:
+        """Every head's rows times its own matrix, [R, Q, O]; a row's bits do not depend on the others."""
+        heads = zip(x_RQI.unbind(1), weight_QOI.unbind(0))
+        return torch.stack([self.ops.linear(x, weight, None, invariant=True) for x, weight in heads], 1)
+
+    def _attend_pages(self, q_RQK: Tensor, k_R1K: Tensor, paged: Paged) -> Tensor:
+        """Append the rows to their pages and attend to the latents there, [R, Q, C]."""
+        pool = paged.pools[self.layer]
+        assert isinstance(pool, LatentPool)
+        self.ops.paged_latent_write(pool.pool, k_R1K, paged.pages)
+        latent = self.sizes.kv_lora_rank
+        return self.ops.paged_latent_attend(q_RQK, pool.pool, latent, self.scale, paged.pages)
+
+    def forward(self, x_RH: Tensor, batch: Batch, angles: Angles) -> Tensor:
+        """Attend within each sequence; [R, H]."""
+        assert angles.latent is not None
+        q_RQN, q_RQP = self._queries(x_RH, batch, angles.latent)
+        latent_RC, k_R1P = self._latents(x_RH, batch, angles.latent)
+        widths = (self.sizes.qk_nope_head_dim, self.sizes.v_head_dim)
+        if batch.paged is not None:
+            up_QNC, up_QVC = self.kv_up.weight.unflatten(0, (self.heads, -1)).split(widths, 1)
+            q_RQK = torch.cat([self._per_head(q_RQN, up_QNC.transpose(1, 2)), q_RQP], -1)
+            k_R1K = torch.cat([latent_RC[:, None], k_R1P], -1)
+            o_RQV = self._per_head(self._attend_pages(q_RQK, k_R1K, batch.paged), up_QVC)
+        else:
+            k_RQN, v_RQV = self.kv_up(latent_RC, batch).unflatten(-1, (self.heads, -1)).split(widths, -1)
+            # `Ops.attend` divides by the root of the width.
+            q = torch.cat([q_RQN, q_RQP], -1) * self.magnitude
+            k = torch.cat([k_RQN, k_R1P.expand(-1, self.heads, -1)], -1)
+            o_RQV = self.ops.attend(*(x.unflatten(0, batch.shape) for x in (q, k, v_RQV))).flatten(0, 1)
+        out: Tensor = self.out(o_RQV.flatten(1), batch)
+        return out
+
+    @classmethod
+    def new_pool(
+        cls, config: ModelConfig, num_pages: int, page: int, dtype: torch.dtype, device: torch.device
+    ) -> LatentPool:
+        """Empty pages."""
+        return LatentPool(config, num_pages, page, dtype, device)
+
+    @classmethod
+    def _projections(cls, config: ModelConfig) -> int:
+        """Parameters in matrices."""
+        mla, hidden, heads = config.mla, config.hidden, config.num_heads
+        query, rank = heads * mla.qk_head_dim, mla.q_lora_rank
+        queries = hidden * query if rank is None else rank * (hidden + query)
+        up = mla.kv_lora_rank * heads * (mla.qk_nope_head_dim + mla.v_head_dim)
+        return queries + hidden * mla.cache_width + up + heads * mla.v_head_dim * hidden
+
+    @classmethod
+    def num_parameters(cls, config: ModelConfig) -> int:
+        """Projections and the inner norms."""
+        return cls._projections(config) + (config.mla.q_lora_rank or 0) + config.mla.kv_lora_rank
+
+    @classmethod
+    def keys_per_query(cls, config: ModelConfig, seq_len: int) -> dict[str, float]:
+        """Half of the sequence, and the query's own."""
+        return {"latent": (seq_len + 1) / 2}
+
+    @classmethod
+    def flops_per_token(cls, config: ModelConfig, seq_len: int) -> AttentionFlops:
+        """Projections, and scores and values as in training."""
+        widths = config.num_heads * (config.mla.qk_head_dim + config.mla.v_head_dim)
+        keys = cls.keys_per_query(config, seq_len)["latent"]
+        return AttentionFlops(linear=2.0 * cls._projections(config), attention=2.0 * keys * widths)
