@@ -15,10 +15,10 @@ from sparseray.actors.serving.paged_engine import PagedEngine
 from sparseray.actors.serving.text_request import GenerationRequest, TokenEvent
 from sparseray.platform.config import ClusterConfig, ServeConfig
 
-STEP_S, LENGTH = 0.03, 8
+STEP_S, LENGTH = 0.03, 16
 SERVE = ServeConfig(prefill_chunk=8, max_batch=4, max_engines=3, target_ttft_ms=1000.0)
 CLUSTER = ClusterConfig(standby=1, deadline_s=10.0)
-# A request is two chunks of its prompt and eight tokens; four in a batch: eleven requests a second at most.
+# A request is a prompt of two chunks at most and sixteen tokens; four in a batch: seven requests a second.
 
 
 @pytest.fixture(scope="module")

@@ -129,7 +129,7 @@ def test_open_requests_go_on_with_the_new_version_where_that_is_wanted(
 ) -> None:
     both: list[bool] = []
     with LocalServer(tmp_path / "s", step(run, 2), cluster, serve=SWITCH) as server:
-        heard = server.ask(requests(), noting(both, {8: publish(step(run, 6))}))
+        heard = server.ask(requests(), noting(both, {48: publish(step(run, 6))}))
         assert not any(both)
         assert all(len(h.tokens) == LENGTH and h.finish == "length" for h in heard)
         # They began as with the old weights, and went another way.

@@ -192,8 +192,11 @@ class Follower:
         found = checkpoint.list_finished(self.folder.checkpoints)
         if not found or str(found[-1].absolute()) == self._refused:
             return None
-        is_due = int(found[-1].name.removeprefix("step_")) >= self._furthest + self.every
-        return found[-1].absolute() if is_due else None
+        number = int(found[-1].name.removeprefix("step_"))
+        if number < self._furthest + self.every:
+            return None
+        self._furthest = number
+        return found[-1].absolute()
 
     def refuse(self, directory: Path) -> None:
         """Do not offer a checkpoint again."""
