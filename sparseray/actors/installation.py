@@ -118,7 +118,7 @@ def restore(
     if not directory:
         holdings.initialize(lacking)
     elif lacking:
-        begins = with_optimizer and message.restore.weights_only
+        begins = with_optimizer and message.source.weights_only
         found = read(directory, holdings.names(lacking, with_optimizer=with_optimizer and not begins))
         if begins:
             holdings.initialize(lacking)
