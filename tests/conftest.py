@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from triton_interpreter import prepare
 
+# Before anything else imports Triton, as transformers does.
+prepare()
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Nothing may start a Ray of its own by the way: a process that is connected to one ends when that one is gone.
 os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
