@@ -20,7 +20,8 @@ from processes import environment, of_mark, start, temporary_folder, wait_until
 
 from sparseray.platform.config import RunConfig, save_yaml
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(280)]
+# Minutes: every step of the runs is computed again, undisturbed.
+pytestmark = [pytest.mark.ray, pytest.mark.long, pytest.mark.timeout(900)]
 STEPS = 4000
 """More than a run makes here."""
 
