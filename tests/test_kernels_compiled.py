@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from sparseray.kernels.compiled_ops import COMPILED
+from sparseray.kernels.moe import cpu as moe
 from sparseray.kernels.ops import REFERENCE, Compression, Fusion, History, KeyValues, Pages
 from sparseray.kernels.settings import NSASizes
 
@@ -247,3 +249,15 @@ def test_damage_is_seen() -> None:
             found = COMPILED.paged_nsa_attention(q, gates, *pools, sizes, case.pages(case.whole))
             assert found[0].isfinite().all() and found[1].isnan().any()
             cache.copy_(kept)
+
+
+@pytest.mark.parametrize("gap", [0, 1, 3, 8, 64])
+def test_bits_do_not_depend_on_where_arrays_lie(gap: int) -> None:
+    logits = np.random.default_rng(0).normal(size=16).astype(np.float32)
+    apart = np.empty(16, np.float32)
+    moe.score_experts(logits, False, apart)
+    room = np.empty(256, np.float32)
+    room[:16] = logits
+    near = room[16 + gap : 32 + gap]
+    moe.score_experts(room[:16], False, near)
+    assert np.array_equal(near, apart)

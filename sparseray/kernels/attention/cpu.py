@@ -55,6 +55,8 @@ def exponentials(scores_S, num, top, powers_S):
     total = ZERO
     for i in range(num):
         scores_S[i] *= factors_S[i]
+    # A loop of its own: one that stores too has two orders of summation, by where the arrays lie.
+    for i in range(num):
         total += scores_S[i]
     return total
 

@@ -27,6 +27,9 @@ def score_experts(logits_E, is_sigmoid, scores_E):
         top = max(top, logits_E[e])
     for e in range(logits_E.shape[0]):
         scores_E[e] = math.exp(logits_E[e] - top)
+    # A loop of its own, as all sums here: one that stores too is compiled twice, and where the arrays lie decides
+    # which of the two runs; their orders of summation differ.
+    for e in range(logits_E.shape[0]):
         total += scores_E[e]
     for e in range(logits_E.shape[0]):
         scores_E[e] /= total
@@ -90,6 +93,7 @@ def route(
         total = ZERO
         for k in range(K):
             weights_TK[t, k] = scores_TE[t, ids_TK[t, k]]
+        for k in range(K):
             total += weights_TK[t, k]
         for k in range(K):
             if norm_eps >= ZERO:
