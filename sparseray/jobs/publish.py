@@ -74,13 +74,10 @@ def only_server() -> str:
         ConfigError: there is none, or several.
     """
     found = [r.run_dir for r in live_runs() if Path(r.run_dir).is_relative_to(state_directory() / "servers")]
-    if len(found) != 1:
-        what = (
-            f"{len(found)} servers run; name one with --server: {', '.join(found)}"
-            if found
-            else "no server runs"
-        )
-        raise ConfigError(f"{what}; start one with `python -m sparseray serve`" if not found else what)
+    if not found:
+        raise ConfigError("no server runs; start one with `python -m sparseray serve`")
+    if len(found) > 1:
+        raise ConfigError(f"{len(found)} servers run; name one with --server: {', '.join(found)}")
     return found[0]
 
 

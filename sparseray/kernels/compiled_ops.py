@@ -23,7 +23,7 @@ from sparseray.kernels.dse.cpu import ngram_hash
 from sparseray.kernels.dse.fuse import fuse_rows
 from sparseray.kernels.dse.reference import Fusion
 from sparseray.kernels.moe import cpu as moe
-from sparseray.kernels.moe.reference import NORMALIZE_EPS, scores_of_a_group
+from sparseray.kernels.moe.reference import NORMALIZE_EPS, scores_of_a_group, weighing
 from sparseray.kernels.nsa.cpu import compress, sparse_attention
 from sparseray.kernels.nsa.reference import Compression
 from sparseray.kernels.paged import History, KeyValues, Pages
@@ -135,8 +135,7 @@ class CompiledOps(PlainOps):
             settings |= {"bias_E": bias_E, "normalize": normalize, "scaling": scaling}
             return super().route(logits_TE, **settings)
         count = scores_of_a_group(router, top_k=top_k, topk_groups=topk_groups, group_scores=group_scores)
-        is_released = router in ("v3", "v2")
-        divides = router == "gshard" or (is_released and (router == "v3" if normalize is None else normalize))
+        is_divided, factor = weighing(router, normalize=normalize, scaling=scaling)
         ids = torch.empty(len(logits_TE), top_k, dtype=torch.int64)
         weights, scores = torch.empty(len(logits_TE), top_k), torch.empty(logits_TE.shape)
         moe.route(
@@ -146,8 +145,8 @@ class CompiledOps(PlainOps):
             num_groups,
             topk_groups,
             count,
-            np.float32(NORMALIZE_EPS if divides else -1.0),
-            np.float32(scaling if is_released else 1.0),
+            np.float32(NORMALIZE_EPS if is_divided else -1.0),
+            np.float32(factor),
             ids.numpy(),
             weights.numpy(),
             scores.numpy(),

@@ -79,6 +79,17 @@ def scores_of_a_group(router: str, *, top_k: int, topk_groups: int, group_scores
     return group_scores or max(1, top_k // topk_groups)
 
 
+def weighing(router: str, *, normalize: bool | None, scaling: float) -> tuple[bool, float]:
+    """Whether the chosen weights are divided by their sum, and the factor on them after that.
+
+    Args:
+        router, normalize, scaling: as in `route`.
+    """
+    if router not in ("v3", "v2"):
+        return router == "gshard", 1.0
+    return router == "v3" if normalize is None else normalize, float(scaling)
+
+
 def check_route(E: int, *, top_k: int, router: str, num_groups: int, topk_groups: int) -> None:
     """Raise ConfigError when these routing settings cannot choose top_k experts."""
     if router not in ROUTERS:
@@ -146,13 +157,10 @@ def route(
         )
         topk_ids_TK = stable_topk(biased_TE, top_k)
     weights_TK = scores_TE.gather(1, topk_ids_TK)
-    if router == "gshard" or (
-        router in ("v3", "v2") and (router == "v3" if normalize is None else normalize)
-    ):
+    is_divided, factor = weighing(router, normalize=normalize, scaling=scaling)
+    if is_divided:
         weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + NORMALIZE_EPS)
-    if router in ("v3", "v2"):
-        weights_TK = weights_TK * scaling
-    return topk_ids_TK, weights_TK, scores_TE
+    return topk_ids_TK, weights_TK * factor, scores_TE
 
 
 def group_by_expert(topk_ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,7 @@ from sparseray.kernels.moe.reference import (
     RELEASED_GROUP_SCORES,
     check_route,
     scores_of_a_group,
+    weighing,
 )
 
 
@@ -239,16 +240,15 @@ def _routed(
     E = logits_TE.shape[1]
     check_route(E, top_k=top_k, router=router, num_groups=num_groups, topk_groups=topk_groups)
     summed = scores_of_a_group(router, top_k=top_k, topk_groups=topk_groups, group_scores=group_scores)
-    if normalize is None:
-        normalize = router == "v3"
+    is_divided, factor = weighing(router, normalize=normalize, scaling=scaling)
     options = {
         "top_k": top_k,
         "sigmoid": router == "v3",
         "num_groups": num_groups,
         "topk_groups": topk_groups,
         "summed": min(summed, E // num_groups),
-        "normalize": router == "gshard" or (router != "switch" and normalize),
-        "scaling": float(scaling) if router in ("v3", "v2") else 1.0,
+        "normalize": is_divided,
+        "scaling": factor,
     }
     found: tuple[Tensor, ...] = _Route.apply(logits_TE.contiguous(), bias_E, options)
     ids, weights, scores, ranks, counts = found

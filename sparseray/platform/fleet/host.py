@@ -55,10 +55,11 @@ class Host:
         self._beating = threading.Thread(target=self._beat, daemon=True, name="heartbeat")
 
     def _serve(self) -> None:
-        """Be the slot's work thread, the only one that owns a team of torch threads.
+        """Be the slot's work thread, which has as many torch threads as the slot is given.
 
-        The OpenMP library has the threads of a second team wait by the kernel instead of by spinning, which costs each
-        small operation of both more than it takes. What the process inherits in OMP_NUM_THREADS holds for the others.
+        The number is set here because for some libraries it is one of the calling thread, whatever the process inherits in
+        OMP_NUM_THREADS. Nothing keeps other threads from a team of their own, beside which OpenMP waits by the kernel
+        instead of by spinning, and each small operation takes longer.
         """
         torch.set_num_threads(self._threads)
         self._slot.serve_forever()
