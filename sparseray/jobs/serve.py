@@ -22,6 +22,7 @@ from sparseray.jobs.http.options import NAMES, HttpOptions, add_options, read_op
 from sparseray.log import get_logger
 from sparseray.platform import config as configuration
 from sparseray.platform.config import ClusterConfig, RunConfig, ServeConfig
+from sparseray.platform.fleet.forked_workers import ForkedWorkers, forked_workers
 from sparseray.platform.metrics.discovery import entries, publish, state_directory
 from sparseray.platform.run.progress import Failure, Progress
 from sparseray.platform.run.registry import adopt_platform
@@ -60,8 +61,10 @@ def main(arguments: Sequence[str]) -> int:
         made = parser.instantiate(options)
         serve = ServeConfig(**{**vars(made.serve), "host": options.host, "port": options.port})
         http = read_options(options, serve.host)
-        directory, followed = weights_of(options.checkpoint, options.run, serve)
-        return run(directory, serve, ClusterConfig(**vars(made.cluster)), http, followed)
+        cluster = ClusterConfig(**vars(made.cluster))
+        with forked_workers(cluster) as workers:
+            directory, followed = weights_of(options.checkpoint, options.run, serve)
+            return run(directory, serve, cluster, http, followed, workers)
     except UserError as error:
         return configuration.die(error)
     except RunFailedError as error:
@@ -104,7 +107,12 @@ def _check_keys(arguments: Sequence[str], known: set[str]) -> None:
 
 
 def run(
-    directory: Path, serve: ServeConfig, cluster_config: ClusterConfig, http: HttpOptions, followed: str = ""
+    directory: Path,
+    serve: ServeConfig,
+    cluster_config: ClusterConfig,
+    http: HttpOptions,
+    followed: str = "",
+    workers: ForkedWorkers | None = None,
 ) -> int:
     """Check everything, start the slots, and serve.
 
@@ -112,6 +120,7 @@ def run(
         directory: of the checkpoint.
         serve, cluster_config, http: of the server.
         followed: folder of the run whose later checkpoints are served too; empty for none.
+        workers: of a Ray of its own.
 
     Raises:
         UserError: checkpoint, port or cluster do not fit.
@@ -134,7 +143,7 @@ def run(
     served = read_served(directory, config, http.model_names)
     print("starting Ray and its slots ...", flush=True)
     with (
-        engines(directory, config, http.model_names[0], followed) as (client, job, scheduler),
+        engines(directory, config, http.model_names[0], followed, workers) as (client, job, scheduler),
         ExitStack() as stack,
     ):
         metrics = Metrics({}, declare="server")
@@ -172,7 +181,7 @@ def _hint(what: str, model_names: Sequence[str], url: str) -> str:
 
 @contextmanager
 def engines(
-    directory: Path, config: RunConfig, name: str, followed: str = ""
+    directory: Path, config: RunConfig, name: str, followed: str = "", workers: ForkedWorkers | None = None
 ) -> Iterator[tuple[Any, str, Any]]:
     """Start slots and scheduler of a server, and end them again; gives ingress, the job's identifier, scheduler.
 
@@ -181,6 +190,7 @@ def engines(
         config: of its model, with the server's settings.
         name: that the server's metrics are labelled with.
         followed: folder of the run whose later checkpoints are served too; empty for none.
+        workers: of a Ray of its own.
 
     Raises:
         ClusterError: there is no room.
@@ -196,10 +206,11 @@ def engines(
     folder = home / re.sub(r"[^\w.-]", "_", name)
     config = replace(config, run_dir=str(folder.absolute()))
     num_slots = slots_of(config, serving_inventory(config))
-    cluster = Cluster(config.cluster, num_slots, run_dir=folder, may_borrow=True)
+    cluster = Cluster(config.cluster, num_slots, run_dir=folder, may_borrow=True, workers=workers)
     sockets = private_directory(cluster.job) if config.cluster.transport == "ipc" else None
     inbox, outbox = (ZmqTransport(n, sockets, config.cluster.bind_host) for n in ("ingress", "ingress-out"))
-    client = Ingress(cluster.job, inbox, outbox, config.cluster.deadline_s)
+    places = config.serve.max_batch
+    client = Ingress(cluster.job, inbox, outbox, config.cluster.deadline_s, places=places)
     try:
         folder.mkdir(parents=True)
         task = Served(
