@@ -3,6 +3,7 @@
 import os
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -35,12 +36,18 @@ class ForkedWorkers:
         quoted = {name: shlex.quote(word) for name, word in words.items()}
         self._program.write_text(SCRIPT.format(**quoted))
         self._program.chmod(0o700)
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "sparseray.platform.fleet.nursery", str(address)],
-            stdin=subprocess.PIPE,
-            env={**os.environ, "OMP_NUM_THREADS": str(threads)},
-            start_new_session=True,
-        )
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listening:
+            # Here already, so that nobody can ask too early.
+            listening.bind(str(address))
+            listening.listen(64)
+            number = listening.fileno()
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "sparseray.platform.fleet.nursery", str(number), str(self._folder)],
+                stdin=subprocess.PIPE,
+                pass_fds=[number],
+                env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+                start_new_session=True,
+            )
 
     @contextmanager
     def started_by_ray(self) -> Iterator[None]:

@@ -18,7 +18,6 @@ import socket
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from sparseray.platform.fleet.priority import gently
@@ -37,14 +36,12 @@ class Nursery:
     """Forks workers for those who ask at its socket.
 
     Args:
-        address: of the socket.
+        listening: file descriptor of a socket that listens.
         lifeline: file descriptor that ends with the process that this one is for.
     """
 
-    def __init__(self, address: str, lifeline: int) -> None:
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._socket.bind(address)
-        self._socket.listen(64)
+    def __init__(self, listening: int, lifeline: int) -> None:
+        self._socket = socket.socket(fileno=listening)
         self._lifeline, self._environment = lifeline, fixed(os.environ)
         self._links: dict[int, tuple[socket.socket, int]] = {}
         self._selector = selectors.DefaultSelector()
@@ -148,13 +145,14 @@ def _receive(link: socket.socket) -> tuple[dict[str, Any], list[int]]:
     return json.loads(body), files
 
 
-def main(address: str) -> None:
+def main(listening: int, folder: str) -> None:
     """Load everything, then fork; whoever asks meanwhile waits.
 
     Args:
-        address: of the socket, in a folder that ends with this process.
+        listening: file descriptor of the socket.
+        folder: of the socket's file; it ends with this process.
     """
-    nursery = Nursery(address, lifeline=os.dup(0))
+    nursery = Nursery(listening, lifeline=os.dup(0))
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     gc.disable()
     for module in MODULES:
@@ -164,10 +162,10 @@ def main(address: str) -> None:
     ready = time.monotonic()
     wanted = nursery.serve()
     if wanted is None:
-        shutil.rmtree(Path(address).parent, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
     else:
         become(wanted, is_beside=time.monotonic() - ready > BESIDE_S)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(int(sys.argv[1]), sys.argv[2])
