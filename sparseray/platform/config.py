@@ -143,7 +143,7 @@ class ServeConfig:
     dtype: typing.Literal["float32", "bfloat16"] = "bfloat16"
     max_waiting: int = count(256, 1, 1 << 20)
     drain_s: float = within(5.0, 0.0, 3600.0)
-    follow_every: int = count(1, 0)
+    follow_every: int = count(50, 0)
     in_flight: typing.Literal["finish", "switch"] = "finish"
     target_ttft_ms: float = within(0.0, 0.0, 1e9)
     target_itl_ms: float = within(0.0, 0.0, 1e9)
