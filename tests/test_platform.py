@@ -221,10 +221,12 @@ def test_a_run_lends_slots_to_a_server_and_gets_them_back(platform: Platform, co
 
 
 def test_a_platform_with_a_token_takes_those_who_have_it(platform: Platform, corpus: Path) -> None:
-    own = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(platform.folder / "token")}
+    home = platform.folder / "home"
+    home.mkdir()
+    own = {"RAY_AUTH_MODE": "token", "HOME": str(home)}
     code, said = platform.command("up", "--slots=1", "--cpus_per_slot=0.5", "--threads_per_slot=1", **own)
     assert code == 0 and "--cluster.cpus_per_slot 0.5" in said, said
-    assert len((platform.folder / "token").read_text()) >= 32
+    assert len((home / ".ray" / "auth_token").read_text()) >= 32
     save_yaml(config_of(corpus, cpus_per_slot=0.5, colocated=True), platform.folder / "run.yaml")
     pretrain = [
         "pretrain",
@@ -233,10 +235,10 @@ def test_a_platform_with_a_token_takes_those_who_have_it(platform: Platform, cor
         "--train.steps=3",
     ]
     # The mode comes with the platform's entry; the token is the user's.
-    token = {"RAY_AUTH_MODE": "", "RAY_AUTH_TOKEN_PATH": own["RAY_AUTH_TOKEN_PATH"]}
+    token = {"RAY_AUTH_MODE": "", "HOME": str(home)}
     code, said = platform.command(*pretrain, f"--run_dir={platform.folder}/run", **token)
     assert code == 0 and "step_3" in said, said
-    other = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "b" * 32}
+    other = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "b" * 32, "HOME": str(home)}
     code, said = platform.command(*pretrain, f"--run_dir={platform.folder}/other", **other)
     assert code == 2 and "RAY_AUTH_MODE=token" in said.splitlines()[-1], said
     code, said = platform.command("down", **token)
