@@ -139,9 +139,12 @@ def run(
     else:
         config = open_followed(RunFolder(Path(followed)), serve, cluster_config)
     adopt_platform(config.cluster.address)
+    from sparseray.jobs.http.ray_ingress import check_options
     from sparseray.jobs.http.server import listen
     from sparseray.jobs.http.serving_model import read_served
 
+    if serve.ingress == "ray":
+        check_options(http)
     listen(serve.host, serve.port).close()
     if http.admin_port:
         listen("127.0.0.1", http.admin_port).close()
@@ -151,7 +154,10 @@ def run(
     what = followed or str(directory)
     with engines(directory, config, http.model_names[0], followed) as (client, job, scheduler):
         try:
-            _run_here(served, serve, http, job, client, scheduler, what)
+            if serve.ingress == "ray":
+                _run_replicas(identity, config, http, job, client, what)
+            else:
+                _run_here(served, serve, http, job, client, scheduler, what)
         finally:
             publish(job, [])
     print("stopped", flush=True)
@@ -191,6 +197,19 @@ def _run_here(
         publish(job, entries({"server": address}, http.model_names[0]))
         hint = _hint(what, http.model_names, server.url)
         server.run(lambda: print(hint, flush=True))
+
+
+def _run_replicas(
+    identity: Path, config: RunConfig, http: HttpOptions, job: str, client: "Ingress", what: str
+) -> None:
+    from sparseray.jobs.http.ray_ingress import Replica, serve_replicas
+    from sparseray.jobs.http.server import address_url
+
+    serve, names = config.serve, http.model_names
+    url = address_url(serve.host, serve.port, is_tls=http.certificate is not None)
+    publish(job, entries({"server": url.split("//")[1]}, names[0]))
+    replica = Replica(job=job, identity=identity.absolute(), config=config, names=names, rules=http.rules)
+    serve_replicas(replica, http, lambda: print(_hint(what, names, url), flush=True), lambda: client.failure)
 
 
 def _hint(what: str, model_names: Sequence[str], url: str) -> str:

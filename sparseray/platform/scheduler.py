@@ -244,6 +244,15 @@ class Scheduler:
         except UserError as error:
             return "", str(error)
 
+    def join(self, job: str, address: str) -> int:
+        """`Serving.join` of a server; 0 while it is not there.
+
+        Args:
+            job, address: which, and of the ingress.
+        """
+        server = self._job(job).server
+        return 0 if server is None else server.serving.join(address)
+
     def status(self, job: str) -> dict[str, Any]:
         """`Job.status` of a job."""
         return self._job(job).status()

@@ -4,6 +4,7 @@ Weights change by versions alone (publishing.py), so a lost piece that no slot h
 the others keep what they hold: engines go on with their caches. What a run offered and is on no disk comes anew, whole.
 """
 
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -41,6 +42,8 @@ log = get_logger(__name__)
 
 TICK_S = 0.02
 ROUTES_EVERY_S = 1.0
+MOST_INGRESSES = 64
+"""That a new scheduler looks for, the last ones first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +52,7 @@ class Served:
 
     Args:
         checkpoint: folder of the weights, absolute; empty to begin with what the slots of `run` offer.
-        ingress: address that tokens go to.
+        ingress: address of the ingress in the command; others join later.
         run: folder of the run whose steps follow; empty for none.
         identity: folder of tokenizer and DSE layout; empty for the checkpoint's.
     """
@@ -88,7 +91,8 @@ class Serving:
         journal: Journal,
         offers: Callable[[], Offers | None],
     ) -> None:
-        self.spec, self.served, self.mailbox = spec, served, mailbox
+        self.spec, self.served, self.mailbox, self.journal = spec, served, mailbox, journal
+        self._joining = threading.Lock()
         self.ingress = served.ingress
         self.inventory = serving_inventory(config)
         self.commit: Commit | None = None
@@ -96,6 +100,29 @@ class Serving:
         self.follower = Follower(served.run, config.serve.follow_every, mailbox.job, offers)
         self.drains = Drains(config.serve.drain_s)
         self._routes = Routes(generation=0, engines={}, reason="no engine has started yet")
+        # It hears of a plan only once there is one, and before that why there is none.
+        mailbox.transport.reach(INGRESS, served.ingress)
+        self._joined: dict[int, str] = {}
+        for entry in reversed(journal.read("ingress", limit=MOST_INGRESSES)):
+            self._reach(entry["number"], entry["address"])
+
+    def join(self, address: str) -> int:
+        """Give one more ingress a number and, from now on, routes; called from any thread.
+
+        Args:
+            address: of its inbox.
+        """
+        with self._joining:
+            last = self.journal.last("ingress")
+            number: int = (INGRESS if last is None else last["number"]) - 1
+            generation, step = self._routes.generation, self.state.version.number
+            self.journal.append("ingress", generation=generation, step=step, number=number, address=address)
+            self._reach(number, address)
+        return number
+
+    def _reach(self, number: int, address: str) -> None:
+        self.mailbox.transport.reach(number, address)
+        self._joined[number] = address
 
     def give_back(self, missing: Sequence[Piece], step: int) -> GivenBack:
         """Read what nobody has from the checkpoint.
@@ -190,7 +217,10 @@ class Serving:
     def route(self, routes: Routes | None = None) -> None:
         """Send the ingress new routes, or the last ones again."""
         self._routes = replace(routes or self._routes, versions=self.state.names)
-        self.mailbox.post(INGRESS, self._routes)
+        for number in self.mailbox.transport.gone(list(self._joined)):
+            self._joined.pop(number, None)
+        for number in (INGRESS, *list(self._joined)):
+            self.mailbox.post(number, self._routes)
 
 
 class Server:

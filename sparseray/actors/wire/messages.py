@@ -83,9 +83,15 @@ class Withdraw(Body):
 
 @dataclass(frozen=True, kw_only=True)
 class Ping(Body):
-    """Give a sign of life."""
+    """Give a sign of life.
+
+    Args:
+        address: to give it to; empty for who is known by the plan.
+    """
 
     is_of_any_generation: ClassVar[bool] = True
+
+    address: str = ""
 
 
 # -- slot to scheduler ---------------------------------------------------------------------------------

@@ -150,7 +150,9 @@ def _ask(
             raise OfferGoneError(f"the slot that offers a part of step {step} does not answer")
         message = decode([frame.buffer for frame in socket.recv_multipart(copy=False)], key)
     if message is None or not isinstance(message.body, Pieces):
-        raise OfferGoneError(f"another slot has taken the place of the one that offered a part of step {step}")
+        raise OfferGoneError(
+            f"another slot has taken the place of the one that offered a part of step {step}"
+        )
     return message.body.tensors
 
 
