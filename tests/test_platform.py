@@ -187,18 +187,21 @@ def test_several_jobs_share_a_platform_whose_scheduler_may_die(platform: Platfor
     assert code == 2 and "no platform is up" in said
 
 
-def test_a_run_lends_slots_to_a_server_and_gets_them_back(platform: Platform, corpus: Path) -> None:
+def test_a_run_lends_slots_and_gives_weights_to_a_server_and_gets_the_slots_back(
+    platform: Platform, corpus: Path
+) -> None:
     platform.up()
     wide = {"attention_workers": 2, "expert_shards": 2, "memory_shards": 2, "cpus_per_slot": 2.5}
     platform.pretrain("run", config_of(corpus, **wide, lend=True, lend_return_s=1.0))
     platform.more("run")
     assert platform.status("run")["room"] == 0
     (port,) = free_ports(1)
-    checkpoint = train(platform.folder / "served", config_of(corpus), stop_after=2).folder.newest_checkpoint()
+    # The run has no checkpoint: its slots give the server its weights, before any of them is lent.
     server = platform.start(
         "server",
         "serve",
-        f"--checkpoint={checkpoint}",
+        f"--run={platform.folder / 'run'}",
+        "--serve.follow_every=5",
         f"--port={port}",
         "--cluster.address=auto",
         "--cluster.cpus_per_slot=2.5",
@@ -211,6 +214,9 @@ def test_a_run_lends_slots_to_a_server_and_gets_them_back(platform: Platform, co
     body = {"prompt": "rain", "max_tokens": 4, "model": "sparseray"}
     answer = httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=body, timeout=30.0)
     assert answer.status_code == 200, answer.text
+    assert answer.json()["system_fingerprint"].startswith("step_")
+    assert not list((platform.folder / "run" / "checkpoints").glob("step_*"))
+    wait_until(lambda: "*** published: step_" in (platform.folder / "server.txt").read_text(), "a later step")
     platform.more("run")
     server.send_signal(signal.SIGINT)
     assert server.wait(60) == 0, (platform.folder / "server.txt").read_text()
