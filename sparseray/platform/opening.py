@@ -22,6 +22,7 @@ from sparseray.platform.run.journal import Journal, set_aside_if_damaged
 
 OF_THE_RUN = (
     "max_seq_len", "rope.", "rope_theta", "init_std", "moe.bias_update", "moe.balance_loss", "dse.document_end_id",
+    "mtp.loss_weight", "mtp.later_loss_weight", "mtp.later_from",
 )  # fmt: skip
 """Keys of the model that a run may change of what it begins with."""
 
@@ -195,6 +196,11 @@ def open_data(config: RunConfig) -> dict[str, TokenDataset]:
     if config.train.seq_len > config.model.max_seq_len:
         raise ConfigError(
             f"train.seq_len={config.train.seq_len} exceeds model.max_seq_len={config.model.max_seq_len}; lower the first"
+        )
+    if config.train.seq_len <= config.model.mtp.depth:
+        raise ConfigError(
+            f"train.seq_len={config.train.seq_len} must exceed model.mtp.depth={config.model.mtp.depth}: the last module has"
+            " no token to predict; lower the second"
         )
     return data
 

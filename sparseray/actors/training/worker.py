@@ -55,9 +55,9 @@ class AttentionWorker:
             self.exchange.begin(step, part)
             if part == parts[0] and step % SAMPLE_EVERY[self.state.device.type] == 0:
                 with collect() as self.noted:
-                    loss, gradients = self._run_part(batch, rows, weight)
+                    loss, gradients = self._run_part(step, batch, rows, weight)
             else:
-                loss, gradients = self._run_part(batch, rows, weight)
+                loss, gradients = self._run_part(step, batch, rows, weight)
             started = time.perf_counter()
             self.exchange.reduce(step, part, gradients)
             self._lap("backward", started)
@@ -69,17 +69,18 @@ class AttentionWorker:
     def _read(self, batches: Sequence[Batch], losses: Sequence[Loss]) -> list[PartDone]:
         """Bring what the parts gave to the host, all at once: nothing before waits for a device."""
         scalars = torch.stack(
-            [scalar.detach() for loss in losses for scalar in (loss.sum, loss.aux)]
+            [scalar.detach() for loss in losses for scalar in (loss.sum, loss.aux, *loss.metrics.values())]
         ).tolist()
+        each = len(scalars) // len(losses)
         counts = torch.stack([loss.counts_LE for loss in losses]).cpu()
         device = self.state.device
         peak = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0
         return [
             PartDone(
-                loss_sum=scalars[2 * index],
+                loss_sum=scalars[each * index],
                 weight=loss.weight,
-                aux_loss=scalars[2 * index + 1],
-                metrics=loss.metrics,
+                aux_loss=scalars[each * index + 1],
+                metrics=dict(zip(loss.metrics, scalars[each * index + 2 :])),
                 tokens=batch.targets_BT.numel(),
                 seconds=dict(self.seconds),
                 counts_LE=counts[index],
@@ -107,19 +108,23 @@ class AttentionWorker:
         self._lap("fetch", started)
         return fetched.split([b.tokens_BT.numel() for b in batches])
 
-    def _run_part(self, batch: Batch, rows: FetchedRows, weight: float) -> tuple[Loss, PartGradients]:
+    def _run_part(
+        self, step: int, batch: Batch, rows: FetchedRows, weight: float
+    ) -> tuple[Loss, PartGradients]:
         """Forward and backward of one part; `weight` is that of the whole global batch."""
         started = time.perf_counter()
-        loss = self._loss(batch, rows.differentiable())
+        loss = self._loss(batch, rows.differentiable(), step)
         started = self._lap("forward", started)
-        (loss.sum / weight + loss.aux / self.state.num_parts).backward()
+        total = loss.sum if loss.further is None else loss.sum + loss.further
+        (total / weight + loss.aux / self.state.num_parts).backward()
         gradients = PartGradients(dense=self.state.take_gradients(), rows=rows.gradients())
         self._lap("backward", started)
         return loss, gradients
 
-    def _loss(self, batch: Batch, rows: FetchedRows) -> Loss:
-        """Run the objective where the weights are."""
-        return self.objective(self.state.model, on_device(batch, self.state.device), self.exchange, rows)
+    def _loss(self, batch: Batch, rows: FetchedRows, step: int | None) -> Loss:
+        """Run the objective where the weights are; without a step for an evaluation."""
+        there = on_device(batch, self.state.device)
+        return self.objective(self.state.model, there, self.exchange, rows, step=step)
 
     @torch.no_grad()
     def evaluate(
@@ -136,7 +141,7 @@ class AttentionWorker:
         found: dict[int, tuple[float, float]] = {}
         for part, batch, rows in zip(parts, loaded, self._fetch(step, loaded)):
             self.exchange.begin(step, part)
-            loss = self._loss(batch, rows)
+            loss = self._loss(batch, rows, None)
             found[part] = (float(loss.sum), loss.weight)
         return found
 
