@@ -81,6 +81,9 @@ def observe_engine(observe: Observe, engine: Engine, seconds: float) -> int:
     observe_queues(observe, engine)
     for waited in counted.queue_seconds:
         observe("request_queue_seconds", waited)
+    for place, drafted in counted.drafted.items():
+        observe("drafted_tokens_total", drafted, place=str(place))
+        observe("accepted_tokens_total", counted.accepted[place], place=str(place))
     if counted.failed_steps:
         observe("engine_failed_steps_total", counted.failed_steps)
         observe("request_retries_total", counted.retries)

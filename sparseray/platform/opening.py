@@ -9,7 +9,7 @@ from pathlib import Path
 
 from sparseray.actors.training.token_data import TokenDataset, load_tokenizer
 from sparseray.errors import CheckpointError, ConfigError, IdentityError
-from sparseray.model.config import ModelConfig
+from sparseray.model.config import ModelConfig, MTPConfig
 from sparseray.model.dse_layout import DSELayout
 from sparseray.platform import config as configuration
 from sparseray.platform.checks import check_cluster, check_folder, check_start
@@ -260,6 +260,7 @@ def open_serving(directory: Path, serve: ServeConfig, cluster: ClusterConfig) ->
     manifest = checkpoint.read_manifest(directory)
     checkpoint.check_files(directory, manifest)
     config = replace(configuration.from_dict(RunConfig, manifest["config"]), serve=serve, cluster=cluster)
+    config = replace(config, model=_with_drafting(config, directory))
     if serve.max_model_len > config.model.max_seq_len:
         raise ConfigError(
             f"serve.max_model_len={serve.max_model_len} exceeds the model's {config.model.max_seq_len} tokens"
@@ -276,4 +277,23 @@ def open_serving(directory: Path, serve: ServeConfig, cluster: ClusterConfig) ->
             )
     check_cluster(cluster, serving_inventory(config))
     check_start(cluster)
-    return resolve_serving_device(config)
+    config = resolve_serving_device(config)
+    if serve.speculate == "mtp" and (config.cluster.device != "cpu" or config.kernels != "auto"):
+        raise ConfigError(
+            f"serve.speculate=mtp: drafts are judged by a CPU's compiled operations alone, not with cluster.device="
+            f"{config.cluster.device} and kernels={config.kernels}; leave it at none, or set cluster.device=cpu"
+            + ("" if config.kernels == "auto" else " and kernels=auto")
+        )
+    return config
+
+
+def _with_drafting(config: RunConfig, directory: Path) -> ModelConfig:
+    """The model that is served: without its modules for further tokens where nothing is drafted."""
+    if config.serve.speculate == "none":
+        return replace(config.model, mtp=MTPConfig())
+    if not config.model.mtp.depth:
+        raise ConfigError(
+            f"serve.speculate=mtp: {directory} has no modules that predict further tokens (model.mtp.depth=0); leave it"
+            " at none"
+        )
+    return config.model
