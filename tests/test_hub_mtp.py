@@ -86,7 +86,8 @@ def test_every_module_computes_what_transformers_computes(family: Any) -> None:
         )
         expected = model.lm_head(hidden)
         assert expected.std() > 0.3
-        assert (ours.model.logits(out.hidden_BTH) - expected).abs().max() < 1e-5
+        # Rounding of one more layer than the model has, then of two.
+        assert (ours.model.logits(out.hidden_BTH) - expected).abs().max() < (1e-5, 2e-5)[index]
 
 
 def test_the_way_in_and_out_changes_no_byte(family: Any, tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ def test_drafting_is_refused_where_nothing_can_draft_or_judge(
     config = replace(config, model=replace(config.model, mtp=MTPConfig(depth=1)))
     reference = train(tmp_path / "reference", config).folder.newest_checkpoint()
     assert reference is not None
-    with pytest.raises(ConfigError, match="kernels=reference; .*kernels=auto"):
+    with pytest.raises(ConfigError, match=r"kernels=reference; .*kernels=auto"):
         open_serving(reference, DRAFTING, ClusterConfig(device="cpu"))
 
 
