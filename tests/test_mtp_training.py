@@ -19,8 +19,9 @@ from sparseray.model.counts import count_parameters, flops_per_token
 from sparseray.model.moe import LocalExperts
 from sparseray.model.presets import preset
 from sparseray.model.transformer import Transformer
-from sparseray.platform.config import RunConfig
+from sparseray.platform.config import RunConfig, load_yaml
 
+ROOT = Path(__file__).resolve().parent.parent
 STEPS = 8
 TWO = MTPConfig(depth=2, loss_weight=0.3, later_loss_weight=0.1, later_from=5)
 PLAIN = replace(MODEL, dse=DSEConfig(layers=()), mtp=TWO)
@@ -202,6 +203,19 @@ def test_flops_of_a_module_by_hand() -> None:
     assert flops["mtp"] == pytest.approx(expected)
     assert flops["active"] == without["active"] and without["mtp"] == 0
     assert flops["training"] == 3 * (flops["active"] + flops["mtp"])
+
+
+def test_the_configuration_with_a_module_trains(corpus: Path, tmp_path: Path) -> None:
+    config = load_yaml(ROOT / "configs" / "mtp.yaml")
+    found = train(
+        tmp_path / "run",
+        replace(
+            config,
+            data=replace(config.data, path=str(corpus), verify=False),
+            train=replace(config.train, steps=2, seq_len=32, sequences_per_shard=1, eval_batches=1),
+        ),
+    )
+    assert set(found.records[0]["losses"]) == {"mtp_1"}
 
 
 def test_sequences_must_be_longer_than_what_is_predicted(corpus: Path, tmp_path: Path) -> None:
