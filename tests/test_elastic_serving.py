@@ -20,6 +20,7 @@ from serving_parts import app_of
 from sparseray.actors.serving.text_request import GenerationRequest
 from sparseray.errors import ConfigError
 from sparseray.jobs.http.server import HttpServer
+from sparseray.platform.composition import Run
 from sparseray.platform.config import ClusterConfig
 
 REQUESTS, LENGTH = 6, 20
@@ -255,6 +256,24 @@ def test_a_scheduler_that_dies_is_noticed_by_no_request(
         assert server.ask(requests(), at({20: die})) == undisturbed
         assert "scheduler" in server.events
         assert server.run.generations.wanted.experts == 3
+
+
+def test_a_scheduler_that_dies_with_all_slots_starts_others(
+    trained: Path, undisturbed: list[Heard], tmp_path: Path
+) -> None:
+    def die(server: LocalServer) -> None:
+        again = server._open
+
+        def reopened() -> Run:
+            kill(*server.fleet.members())(server)
+            return again()
+
+        server._open = reopened  # type: ignore[method-assign]
+        server.dying.set()
+
+    with serve(tmp_path / "server", trained) as server:
+        assert server.ask(requests(), at({20: die})) == undisturbed
+        assert server.events.count("start") == 2
 
 
 def test_without_any_slot_readiness_says_so_until_others_have_started(trained: Path, tmp_path: Path) -> None:

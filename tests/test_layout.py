@@ -33,6 +33,7 @@ FLOORS = {
         "checks",
         "opening",
         "fleet",
+        "offers",
         "workload",
         "generations",
         "reconciler",

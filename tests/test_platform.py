@@ -44,11 +44,11 @@ class Platform:
         }
         self.jobs: list[subprocess.Popen[bytes]] = []
 
-    def command(self, *arguments: str) -> tuple[int, str]:
-        """Run a command to its end; its exit code, and all that it said."""
+    def command(self, *arguments: str, **changes: str) -> tuple[int, str]:
+        """Run a command to its end, with changes to its environment; its exit code, and all that it said."""
         done = subprocess.run(
             [sys.executable, "-m", "sparseray", *arguments],
-            env=environment(**self.changes),
+            env={k: v for k, v in environment(**self.changes, **changes).items() if v},
             capture_output=True,
             text=True,
             timeout=200,
@@ -218,3 +218,29 @@ def test_a_run_lends_slots_to_a_server_and_gets_them_back(platform: Platform, co
     platform.down()
     platform.check("run", corpus)
     assert "lost" not in platform.events("run") and "returned" in platform.events("run")
+
+
+def test_a_platform_with_a_token_takes_those_who_have_it(platform: Platform, corpus: Path) -> None:
+    home = platform.folder / "home"
+    home.mkdir()
+    own = {"RAY_AUTH_MODE": "token", "HOME": str(home)}
+    code, said = platform.command("up", "--slots=1", "--cpus_per_slot=0.5", "--threads_per_slot=1", **own)
+    assert code == 0 and "--cluster.cpus_per_slot 0.5" in said, said
+    assert len((home / ".ray" / "auth_token").read_text()) >= 32
+    save_yaml(config_of(corpus, cpus_per_slot=0.5, colocated=True), platform.folder / "run.yaml")
+    pretrain = [
+        "pretrain",
+        f"--config={platform.folder}/run.yaml",
+        "--cluster.address=auto",
+        "--train.steps=3",
+    ]
+    # The mode comes with the platform's entry; the token is the user's.
+    token = {"RAY_AUTH_MODE": "", "HOME": str(home)}
+    code, said = platform.command(*pretrain, f"--run_dir={platform.folder}/run", **token)
+    assert code == 0 and "step_3" in said, said
+    other = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "b" * 32, "HOME": str(home)}
+    code, said = platform.command(*pretrain, f"--run_dir={platform.folder}/other", **other)
+    assert code == 2 and "RAY_AUTH_MODE=token" in said.splitlines()[-1], said
+    code, said = platform.command("down", **token)
+    assert code == 0 and "is down" in said, said
+    wait_until(lambda: not of_mark(platform.mark), "the end of all processes", 20.0)

@@ -133,6 +133,8 @@ class ServeConfig:
         target_itl_ms: within which nine of ten further tokens shall come; 0 for any time.
         min_engines, max_engines: bounds of the number of engines, which follows the load; max_engines 0: it does not.
         max_expert_shards, max_memory_shards: the same for the shards, whose least numbers are those of `cluster`.
+        ingress: "process": HTTP in the command's own process; "ray": in replicas under Ray Serve (`sparseray[ingress]`).
+        ingress_replicas: how many of these.
         ignore_unknown_fields: leave fields that the server does not know out of a body, instead of refusing it.
     """
 
@@ -146,7 +148,7 @@ class ServeConfig:
     speculate: typing.Literal["none", "mtp"] = "none"
     max_waiting: int = count(256, 1, 1 << 20)
     drain_s: float = within(5.0, 0.0, 3600.0)
-    follow_every: int = count(1, 0)
+    follow_every: int = count(50, 0)
     in_flight: typing.Literal["finish", "switch"] = "finish"
     target_ttft_ms: float = within(0.0, 0.0, 1e9)
     target_itl_ms: float = within(0.0, 0.0, 1e9)
@@ -154,6 +156,8 @@ class ServeConfig:
     max_engines: int = count(0, 0, MOST_SLOTS)
     max_expert_shards: int = count(0, 0, MOST_SLOTS)
     max_memory_shards: int = count(0, 0, MOST_SLOTS)
+    ingress: typing.Literal["process", "ray"] = "process"
+    ingress_replicas: int = count(2, 1, 1024)
     ignore_unknown_fields: bool = False
 
     def __post_init__(self) -> None:

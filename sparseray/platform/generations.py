@@ -222,7 +222,9 @@ class Generations:
             self._refill()
             new = self.replanned(self.wanted)
             pulls = None
-            if restore is None or not restore.everything:
+            if restore is not None and restore.everything:
+                restore, step = self.workload.renewed(restore, step)
+            else:
                 pulls = moves(self.holders.among(self.fleet.members()), new, self.size)
                 if pulls.missing:
                     found = self.workload.give_back(pulls.missing, step)

@@ -259,15 +259,7 @@ def open_serving(directory: Path, serve: ServeConfig, cluster: ClusterConfig) ->
     """
     manifest = checkpoint.read_manifest(directory)
     checkpoint.check_files(directory, manifest)
-    config = replace(configuration.from_dict(RunConfig, manifest["config"]), serve=serve, cluster=cluster)
-    config = replace(config, model=_with_drafting(config, directory))
-    if serve.max_model_len > config.model.max_seq_len:
-        raise ConfigError(
-            f"serve.max_model_len={serve.max_model_len} exceeds the model's {config.model.max_seq_len} tokens"
-            f" ({directory}: model.max_seq_len); leave it out, or give at most that"
-        )
-    if not (directory / "tokenizer.json").exists():
-        raise CheckpointError(f"{directory} has no tokenizer.json; use a whole checkpoint folder")
+    config = configuration.from_dict(RunConfig, manifest["config"])
     if config.model.dse.layers:
         found = DSELayout.load(directory).sha256
         if found != manifest["dse_layout_sha256"]:
@@ -275,8 +267,36 @@ def open_serving(directory: Path, serve: ServeConfig, cluster: ClusterConfig) ->
                 f"{directory} holds DSE layout {found[:12]}, and its tensors were trained with "
                 f"{manifest['dse_layout_sha256'][:12]}: every row would be addressed wrongly; use the original folder"
             )
-    check_cluster(cluster, serving_inventory(config))
-    check_start(cluster)
+    return _open_served(directory, replace(config, serve=serve, cluster=cluster))
+
+
+def open_followed(folder: RunFolder, serve: ServeConfig, cluster: ClusterConfig) -> RunConfig:
+    """Read the configuration of a run that trains and has no checkpoint yet, and check where it shall be served.
+
+    Args:
+        folder: of the run.
+        serve, cluster: of the server; they replace those of the run.
+
+    Raises:
+        UserError: as `open_serving`.
+    """
+    config = folder.recorded_config()
+    return _open_served(folder.identity, replace(config, serve=serve, cluster=cluster))
+
+
+def _open_served(identity: Path, config: RunConfig) -> RunConfig:
+    """Check what a server needs besides weights, and say on what device it runs."""
+    serve, directory = config.serve, identity
+    if serve.max_model_len > config.model.max_seq_len:
+        raise ConfigError(
+            f"serve.max_model_len={serve.max_model_len} exceeds the model's {config.model.max_seq_len} tokens"
+            f" ({directory}: model.max_seq_len); leave it out, or give at most that"
+        )
+    if not (directory / "tokenizer.json").exists():
+        raise CheckpointError(f"{directory} has no tokenizer.json; use a whole checkpoint folder")
+    config = replace(config, model=_with_drafting(config, directory))
+    check_cluster(config.cluster, serving_inventory(config))
+    check_start(config.cluster)
     config = resolve_serving_device(config)
     if serve.speculate == "mtp" and (config.cluster.device != "cpu" or config.kernels != "auto"):
         raise ConfigError(

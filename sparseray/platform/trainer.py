@@ -23,6 +23,7 @@ from sparseray.actors.wire.messages import (
     Commit,
     Evaluate,
     Evaluated,
+    Offered,
     PartDone,
     Prepared,
     RunStep,
@@ -36,6 +37,7 @@ from sparseray.platform.device import is_whole
 from sparseray.platform.fleet.control import StalledError
 from sparseray.platform.generations import Generations
 from sparseray.platform.metrics.training import StepMetrics
+from sparseray.platform.offers import Offers
 from sparseray.platform.opening import Validation
 from sparseray.platform.reconciler import Reconciler
 from sparseray.platform.run import checkpoint
@@ -122,6 +124,7 @@ class Trainer:
         self.validation = validation
         self.on_record, self.should_stop = on_record, should_stop
         self.step_metrics = StepMetrics(self.metrics, config)
+        self.offers = Offers(self.control.mailbox.job)
         self.step = 0
         self._due: list[Callable[[], None]] = []
         self._is_last = False
@@ -171,12 +174,14 @@ class Trainer:
                     self._due.pop(0)
                 else:
                     self.reconciler.reconcile(self.step)
+                    self.offers.look(self.step, self.plan, self.control)
                     self.train_step()
                     self._set_due()
             except (SlotsLostError, StalledError) as error:
                 with self.ledger.state("recovering", failed="recovering"):
                     step = self.generations.recover(error, self.step)
                 self._saving = None
+                self.offers.forget()
                 if step != self.step:
                     self.step, self._due, self._is_last = step, [], False
 
@@ -234,9 +239,12 @@ class Trainer:
         reports, plan = StepReports(), self.plan
         roles = (("dense", plan.dense), ("expert", plan.expert_holders), ("memory", plan.memory_holders))
         expected = {(slot, role) for role, slots in roles for slot in slots}
-        for message in self.control.messages(PartDone, Prepared, Saved):
+        for message in self.control.messages(PartDone, Prepared, Saved, Offered):
             if isinstance(message.body, Saved):
                 self._saved(message)
+                continue
+            if isinstance(message.body, Offered):
+                self.offers.hear(message)
                 continue
             if message.step != step:
                 continue

@@ -76,6 +76,14 @@ class Training:
             text=f"{what} had one holder: going back {step - back} steps to {where}",
         )
 
+    def renewed(self, restore: Restore, step: int) -> tuple[Restore, int]:
+        """The same: a checkpoint stays.
+
+        Args:
+            restore, step: of the generation that failed.
+        """
+        return restore, step
+
     def earlier_in(self, plan: Plan) -> int:
         """None: a step leaves nothing of the one before."""
         return -1

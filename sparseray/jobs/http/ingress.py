@@ -66,11 +66,14 @@ class Ingress:
         job: identifier of the job.
         inbox, outbox: transports of its own; the inbox' address is what slots and scheduler are told.
         deadline_s: seconds without any progress after which a request is given up.
+        number: its slot id; that of one of several is given by the scheduler (`join`).
     """
 
-    def __init__(self, job: str, inbox: Transport, outbox: Transport, deadline_s: float) -> None:
+    def __init__(
+        self, job: str, inbox: Transport, outbox: Transport, deadline_s: float, number: int = INGRESS
+    ) -> None:
         # ZeroMQ sockets belong to one thread at a time: one mailbox receives in a thread, the other sends under a lock.
-        self._inbox, self._outbox = Mailbox(inbox, INGRESS, job), Mailbox(outbox, INGRESS, job)
+        self._inbox, self._outbox = Mailbox(inbox, number, job), Mailbox(outbox, number, job)
         self._deadline_s = deadline_s
         self._lock = threading.RLock()
         self._open: dict[str, _Open] = {}
@@ -168,7 +171,7 @@ class Ingress:
 
     def _ping(self, now: float) -> None:
         for slot in self._life.look(sorted(self._engines), now):
-            self._outbox.post(slot, Ping())
+            self._outbox.post(slot, Ping(address=self.address))
 
     def _look(self, now: float) -> None:
         """Move what silent engines have to those that answer, and give up what nobody goes on with."""

@@ -16,7 +16,7 @@ import yaml
 from sparseray.errors import CheckpointError, ConfigError, IdentityError
 from sparseray.log import get_logger
 from sparseray.model.dse_layout import DSELayout
-from sparseray.platform.config import RunConfig, save_yaml, to_dict
+from sparseray.platform.config import RunConfig, from_dict, save_yaml, to_dict
 from sparseray.platform.run import checkpoint
 
 log = get_logger(__name__)
@@ -113,6 +113,14 @@ class RunFolder:
             raise ConfigError(f"{self.config} holds no configuration; restore it, or give another run_dir")
         # What a later version added has its default.
         return flat(to_dict(RunConfig())) | flat(content)
+
+    def recorded_config(self) -> RunConfig:
+        """The configuration that the run was started with.
+
+        Raises:
+            ConfigError: it cannot be read.
+        """
+        return from_dict(RunConfig, yaml.safe_load(self.config.read_text()))
 
     def check_identity(self, layout: DSELayout | None) -> None:
         """Refuse data that would address the table rows in another way than the run's; changes nothing.
