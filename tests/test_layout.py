@@ -37,6 +37,7 @@ FLOORS = {
         "generations",
         "reconciler",
         "training",
+        "spikes",
         "step_reports",
         "trainer",
         "autoscaler",

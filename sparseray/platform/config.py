@@ -91,6 +91,11 @@ class TrainConfig:
         eval_batches: validation batches of one logical shard's size.
         dtype: that forward and backward compute in, beside fp32 master weights; bfloat16 where one slot plays all
             roles. Routers, norms' statistics, softmax, loss and the update are fp32 in any case.
+        spike: what is done about a step whose loss or gradient norm stands out upwards or is not finite. "off": one
+            that is not finite ends the run; "skip": its update is left out; "rollback": and the weights become those of
+            the last scheduled checkpoint, so that the data of all steps since is left out.
+        spike_deviations: robust deviations (of the median absolute one) above the median that stand out.
+        spike_window: applied steps that a step is compared with; the first 16 are compared with nothing.
         recompute: run each layer's forward pass again in the backward pass instead of keeping its activations.
     """
 
@@ -105,9 +110,17 @@ class TrainConfig:
     eval_batches: int = count(8)
     dtype: typing.Literal["float32", "bfloat16"] = "float32"
     recompute: bool = False
+    spike: typing.Literal["off", "skip", "rollback"] = "off"
+    spike_deviations: float = within(8.0, above=0.0, at_most=1e9)
+    spike_window: int = count(64, 16, 1 << 16)
 
     def __post_init__(self) -> None:
         check("train", self)
+        if self.spike == "rollback" and not self.checkpoint_every:
+            raise ConfigError(
+                "train.spike=rollback goes back to the last of the checkpoints that train.checkpoint_every=0 makes none "
+                "of; set train.checkpoint_every to 50"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

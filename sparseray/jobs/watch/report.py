@@ -19,7 +19,7 @@ def write_report(folder: RunFolder) -> Path:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    records, events = folder.records(), folder.event_lines()
+    records, events = [r for r in folder.records() if "spike" not in r], folder.event_lines()
     folder.report.mkdir(parents=True, exist_ok=True)
     if events:
         figure = Figure()

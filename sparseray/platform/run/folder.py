@@ -39,6 +39,7 @@ FREE_KEYS = (
     "train.eval_batches",
     "train.dtype",
     "train.recompute",
+    "train.spike",
 )
 
 
