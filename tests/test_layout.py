@@ -37,6 +37,7 @@ FLOORS = {
         "generations",
         "reconciler",
         "training",
+        "saving",
         "spikes",
         "step_reports",
         "trainer",
@@ -53,7 +54,7 @@ FLOORS = {
         "cluster",
         "head",
     ],
-    "jobs": ["signals", "tokens", "http", "watch"],
+    "jobs": ["signals", "tokens", "http", "evaluation", "watch"],
 }
 FILE_LINES, FUNCTION_LINES = 400, 60
 LEAVES = {"errors", "log", "__init__"}

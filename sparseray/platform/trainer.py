@@ -9,14 +9,13 @@ who holds what are in generations.py. Runs in the scheduler's thread.
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from sparseray.actors.state.assignment import Plan
+from sparseray.actors.training.mixture import Mixture
 from sparseray.actors.wire.codec import to_plain
 from sparseray.actors.wire.envelope import Message
 from sparseray.actors.wire.messages import (
@@ -28,7 +27,6 @@ from sparseray.actors.wire.messages import (
     RunStep,
     SaveCheckpoint,
     Saved,
-    SavedTensor,
 )
 from sparseray.errors import SlotsLostError, UserError
 from sparseray.platform.config import RunConfig, to_dict
@@ -42,42 +40,10 @@ from sparseray.platform.planning.spikes import Reading
 from sparseray.platform.reconciler import Reconciler
 from sparseray.platform.run import checkpoint
 from sparseray.platform.run.history import JobHistory
+from sparseray.platform.saving import Saving
 from sparseray.platform.spikes import SpikeWatch, rollback_target
 from sparseray.platform.step_reports import StepReports
 from sparseray.platform.training import Training, from_newest
-
-
-@dataclass
-class Saving:
-    """A checkpoint that slots are writing.
-
-    Args:
-        step: that it is of.
-        folder: unfinished.
-        waiting: slots that have not answered.
-        tensors: what those that have wrote.
-        started: when it began.
-    """
-
-    step: int
-    folder: Path
-    waiting: set[int]
-    tensors: dict[str, SavedTensor] = field(default_factory=dict)
-    started: float = field(default_factory=time.perf_counter)
-
-    def take(self, message: Message[Saved]) -> bool:
-        """Add an answer; True once all are in.
-
-        Raises:
-            UserError: a slot could not write.
-        """
-        if message.step != self.step + 1:
-            return False  # Of a checkpoint that was given up.
-        if message.body.error:
-            raise UserError(message.body.error)
-        self.tensors |= message.body.tensors
-        self.waiting.discard(message.source)
-        return not self.waiting
 
 
 class Trainer:
@@ -111,6 +77,7 @@ class Trainer:
         self.on_record, self.should_stop = on_record, should_stop
         self.step_metrics = StepMetrics(self.metrics, config)
         self.spikes = SpikeWatch(config.train, config.optim)
+        self._mixture = Mixture.parse(config.data.mixture) if config.data.mixture else None
         self.step = 0
         self._due: list[Callable[[], None]] = []
         self._is_last = False
@@ -125,10 +92,10 @@ class Trainer:
     def start(self) -> None:
         """Give every slot its roles and its state, from the newest checkpoint or from the seed."""
         newest = self.folder.newest_checkpoint()
-        self.step = checkpoint.read_manifest(newest)["step"] if newest else 0
+        self.step = checkpoint.read_manifest(newest)["step"] if newest else self.training.begin
         self.folder.rewind(self.step)
         self.spikes.begin(self.folder.records())
-        self.generations.begin(self.step, from_newest(newest, self.config.init_from))
+        self.generations.begin(self.step, from_newest(newest, self.training.origin))
 
     def take_over(self, history: JobHistory) -> None:
         """Go on where a scheduler that died had stopped: at the last step in its journal."""
@@ -204,7 +171,10 @@ class Trainer:
     def _decide(self, reports: StepReports, step: int, seconds: float) -> dict[str, Any]:
         """Commit a step, with its update or without; return its record."""
         optim = self.config.optim
-        lr, counts = learning_rate(step, optim, self.config.train.steps), reports.counts_LE
+        lr, counts = (
+            learning_rate(step, optim, self.config.train.steps, self.training.begin),
+            reports.counts_LE,
+        )
         norm = math.sqrt(math.fsum(reports.norms.values()))
         record = self._record_of(reports, step, counts, lr, norm, seconds)
         try:
@@ -263,8 +233,16 @@ class Trainer:
             "generation": self.plan.generation,
             "time": time.time(),
             **({"losses": reports.losses} if reports.losses else {}),
+            **({"sources": self._tokens_by_source(step)} if self._mixture else {}),
             **({"device_gib": peak / 2**30} if peak else {}),
         }
+
+    def _tokens_by_source(self, step: int) -> dict[str, int]:
+        """Tokens of each named source in a step."""
+        assert self._mixture is not None
+        train = self.config.train
+        counts = self._mixture.counts(step, train.logical_shards * train.sequences_per_shard)
+        return {name: count * train.seq_len for name, count in counts.items()}
 
     def _measure(self, reports: StepReports, record: dict[str, Any]) -> None:
         order = sorted(reports.parts)
@@ -277,7 +255,7 @@ class Trainer:
             return
         with self.ledger.state("recovering"):
             text = f"weights of {target}, {self.step - checkpoint.step_of(target)} steps back; those are left out"
-            self.generations.reload(self.step, from_newest(target, ""), text)
+            self.generations.reload(self.step, from_newest(target, None), text)
 
     def evaluate(self) -> None:
         """Measure the validation loss; it changes no state."""
