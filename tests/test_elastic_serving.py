@@ -5,8 +5,8 @@ Slots are threads here (tests/local_server.py); tests/test_serving_cluster.py ha
 
 import asyncio
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -170,6 +170,16 @@ def engines_of(server: LocalServer) -> list[Any]:
     return [server.fleet.slots[slot].roles.engine_role.engine for slot in (0, 1)]
 
 
+@contextmanager
+def slowed(engines: list[Any], seconds: float) -> Iterator[None]:
+    """Let every step last so long that the scheduler's decisions come while requests are open."""
+    for engine in engines:
+        engine.step = lambda step=engine.step: (time.sleep(seconds), step())[1]
+    yield
+    for engine in engines:
+        del engine.step
+
+
 def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
@@ -210,7 +220,8 @@ def test_an_engine_that_is_planned_to_go_finishes_what_it_has(
         scale("attention", 2)(server)
         until(lambda: server.events.count("resized") == 2)
         changes = {20: scale("attention", 1), 40: scale("attention", 2)}
-        assert server.ask(requests(), at(changes)) == undisturbed
+        with slowed(engines_of(server), 0.05):
+            assert server.ask(requests(), at(changes)) == undisturbed
         until(lambda: server.ingress.draining == ())
         assert server.events.count("resized") == 2
         server.run.generations.workload.drains.limit_s = 0.0  # type: ignore[attr-defined]

@@ -59,6 +59,8 @@ class Source:
 class InProcess:
     """`Exchange` of experts as modules; it keeps the gradients."""
 
+    abreast = 1
+
     def __init__(self) -> None:
         self.experts, self.found = LocalExperts(CONFIG, seed=0), list[Tensor]()
 
