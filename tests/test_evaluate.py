@@ -238,3 +238,24 @@ def test_ctrl_c_ends_it_and_writes_nothing(trained: Path, data: Path, tmp_path: 
     assert process.wait(60) == 130
     assert "interrupted" in log.read_text() and "Traceback" not in log.read_text()
     assert not out.exists() and not list(tmp_path.glob("*.unfinished"))
+
+
+def test_held_out_texts_are_scored_where_they_stand(trained: Path, data: Path) -> None:
+    subject, split = open_subject(trained, 0), TokenDataset(data, "validation")
+    figures = infilling(subject, split, 3, 2, quiet)
+    sentinels, encode, engine = subject.vocabulary.infilling, subject.vocabulary.encode, subject.engine
+    assert sentinels is not None
+    nats, count = 0.0, 0
+    for gap in gaps(subject, split, 3, 2):
+        if gap.is_line:
+            room = subject.context - gap.most_tokens - 3
+            after = gap.after[: max(room // 2, room - len(gap.before))]
+            before = gap.before[max(0, len(gap.before) - (room - len(after))) :]
+            prompt, wanted = sentinels.prompt(before, after), encode(gap.held_out)
+            tokens = torch.tensor([[*prompt, *wanted]])
+            with torch.no_grad():
+                hidden = engine.model(tokens, experts=engine.experts, memory=engine.memory).hidden_BTH
+                logp = torch.log_softmax(engine.model.logits(hidden).float(), -1)[0, len(prompt) - 1 : -1]
+            nats -= float(logp.gather(-1, tokens[0, len(prompt) :, None]).sum())
+            count += len(wanted)
+    assert figures["infilling, line, nats"].value == pytest.approx(nats / count, rel=1e-5)

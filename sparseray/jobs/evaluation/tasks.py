@@ -7,7 +7,7 @@ questions. Requests go through the engine greedily.
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sparseray.actors.serving.text_request import GenerationRequest
 from sparseray.actors.training.token_data import TokenDataset
@@ -167,7 +167,42 @@ def infilling(subject: Subject, data: TokenDataset, samples: int, seed: int, tel
         figure, gap = asked[name]
         hits.setdefault(figure, []).append(gap.is_filled_by(subject.text(events)))
         tell("infilling", done, len(requests))
-    return {name: share(sum(found), len(found)) for name, found in sorted(hits.items(), reverse=True)}
+    shares = {name: share(sum(found), len(found)) for name, found in sorted(hits.items(), reverse=True)}
+    return shares | _likelihoods(subject, requests, asked, seed, tell)
+
+
+def _likelihoods(
+    subject: Subject,
+    requests: Sequence[GenerationRequest],
+    asked: dict[str, tuple[str, Gap]],
+    seed: int,
+    tell: Tell,
+) -> Figures:
+    """Nats per token of the held-out texts themselves: they tell models apart that fill no gap yet.
+
+    Args:
+        subject: the model.
+        requests: that asked for the gaps.
+        asked: figure and gap of each, by its id.
+        seed: of the bootstrap.
+        tell: of progress.
+    """
+    scored, sizes = [], {}
+    for request in requests:
+        wanted = subject.vocabulary.encode(asked[request.request_id][1].held_out)[: request.max_tokens]
+        sizes[request.request_id] = len(wanted)
+        prompt = (*request.prompt_tokens, *wanted)
+        scored.append(replace(request, prompt_tokens=prompt, max_tokens=0, prompt_logprobs=0))
+    found: dict[str, list[tuple[float, float]]] = {}
+    for done, (name, events) in enumerate(subject.answers(scored), 1):
+        last = (events[0].prompt_logprobs or ())[-sizes[name] :]
+        nats = -math.fsum(one.logprob or 0.0 for one in last)
+        found.setdefault(f"{asked[name][0]}, nats", []).append((nats, float(sizes[name])))
+        tell("scoring", done, len(scored))
+    return {
+        name: ratio([one for one, _ in pairs], [size for _, size in pairs], seed)
+        for name, pairs in sorted(found.items(), reverse=True)
+    }
 
 
 def _request(subject: Subject, name: str, gap: Gap, with_after: bool) -> GenerationRequest:
