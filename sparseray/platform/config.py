@@ -147,6 +147,8 @@ class ServeConfig:
         cache_gib: GiB of the caches' pages; 0 for 0.8 of what the weights leave on a GPU, and on a CPU for what
             `max_batch` of the longest requests need.
         dtype: of weights and caches on a GPU; a CPU serves in float32.
+        speculate: "mtp": draft tokens with the model's own modules (`model.mtp`) and judge them together, on a CPU; the
+            texts are the same. "none" does not load the modules.
         max_waiting: requests that may wait beside those in the batches, before new ones get 429.
         drain_s: seconds that open requests get at a stop.
         follow_every: steps of a followed run (`serve --run`) between two versions of the weights; 0 for only those that
@@ -166,6 +168,7 @@ class ServeConfig:
     prefill_chunk: int = count(64)
     cache_gib: float = within(0.0, 0.0, 1e6)
     dtype: typing.Literal["float32", "bfloat16"] = "bfloat16"
+    speculate: typing.Literal["none", "mtp"] = "none"
     max_waiting: int = count(256, 1, 1 << 20)
     drain_s: float = within(5.0, 0.0, 3600.0)
     follow_every: int = count(1, 0)

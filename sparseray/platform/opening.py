@@ -10,7 +10,7 @@ from pathlib import Path
 from sparseray.actors.training.mixture import Mixture
 from sparseray.actors.training.token_data import TokenDataset, load_tokenizer
 from sparseray.errors import CheckpointError, ConfigError, IdentityError
-from sparseray.model.config import ModelConfig
+from sparseray.model.config import ModelConfig, MTPConfig
 from sparseray.model.dse_layout import DSELayout
 from sparseray.platform import config as configuration
 from sparseray.platform.checks import check_cluster, check_folder, check_start
@@ -23,6 +23,7 @@ from sparseray.platform.run.journal import Journal, set_aside_if_damaged
 
 OF_THE_RUN = (
     "max_seq_len", "rope.", "rope_theta", "init_std", "moe.bias_update", "moe.balance_loss", "dse.document_end_id",
+    "mtp.loss_weight", "mtp.later_loss_weight", "mtp.later_from",
 )  # fmt: skip
 """Keys of the model that a run may change of what it begins with."""
 
@@ -217,6 +218,11 @@ def open_data(config: RunConfig) -> dict[str, TokenDataset]:
         raise ConfigError(
             f"train.seq_len={config.train.seq_len} exceeds model.max_seq_len={config.model.max_seq_len}; lower the first"
         )
+    if config.train.seq_len <= config.model.mtp.depth:
+        raise ConfigError(
+            f"train.seq_len={config.train.seq_len} must exceed model.mtp.depth={config.model.mtp.depth}: the last module has"
+            " no token to predict; lower the second"
+        )
     return data
 
 
@@ -296,6 +302,7 @@ def open_serving(directory: Path, serve: ServeConfig, cluster: ClusterConfig) ->
     manifest = checkpoint.read_manifest(directory)
     checkpoint.check_files(directory, manifest)
     config = replace(configuration.from_dict(RunConfig, manifest["config"]), serve=serve, cluster=cluster)
+    config = replace(config, model=_with_drafting(config, directory))
     if serve.max_model_len > config.model.max_seq_len:
         raise ConfigError(
             f"serve.max_model_len={serve.max_model_len} exceeds the model's {config.model.max_seq_len} tokens"
@@ -312,4 +319,23 @@ def open_serving(directory: Path, serve: ServeConfig, cluster: ClusterConfig) ->
             )
     check_cluster(cluster, serving_inventory(config))
     check_start(cluster)
-    return resolve_serving_device(config)
+    config = resolve_serving_device(config)
+    if serve.speculate == "mtp" and (config.cluster.device != "cpu" or config.kernels != "auto"):
+        raise ConfigError(
+            f"serve.speculate=mtp: drafts are judged by a CPU's compiled operations alone, not with cluster.device="
+            f"{config.cluster.device} and kernels={config.kernels}; leave it at none, or set cluster.device=cpu"
+            + ("" if config.kernels == "auto" else " and kernels=auto")
+        )
+    return config
+
+
+def _with_drafting(config: RunConfig, directory: Path) -> ModelConfig:
+    """The model that is served: without its modules for further tokens where nothing is drafted."""
+    if config.serve.speculate == "none":
+        return replace(config.model, mtp=MTPConfig())
+    if not config.model.mtp.depth:
+        raise ConfigError(
+            f"serve.speculate=mtp: {directory} has no modules that predict further tokens (model.mtp.depth=0); leave it"
+            " at none"
+        )
+    return config.model

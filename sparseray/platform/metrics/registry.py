@@ -280,6 +280,14 @@ _SERVING = {
     "engine_batch_requests": _histogram(
         source="slot", help="Requests in the batch, once a step", buckets=BATCH_BUCKETS
     ),
+    "drafted_tokens_total": _counter(
+        source="slot",
+        help="Tokens that were drafted and judged, by their place in the draft",
+        labels=("place",),
+    ),
+    "accepted_tokens_total": _counter(
+        source="slot", help="Drafted tokens that stand in a text", labels=("place",)
+    ),
     "engine_failed_steps_total": _counter(source="slot", help="Steps of the serving batch that failed"),
     "serving_version_step": _gauge(help="Step of the weights that a server serves"),
     "serving_versions_total": _counter(help="New weights that a server went on with"),
