@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
 
 from sparseray.jobs.import_ import import_model
-from sparseray.jobs.tokens.prepare import quiet
+from sparseray.jobs.tokens.progress import quiet
 from sparseray.kernels.compiled_ops import COMPILED
 from sparseray.model.moe import LocalExperts
 from sparseray.model.transformer import Transformer

@@ -25,8 +25,8 @@ from sparseray.platform.config import OptimConfig, RunConfig, from_dict, load_ya
 from sparseray.platform.fleet.priority import NICENESS, gently
 from sparseray.platform.planning.inventory import Inventory, Roles, num_slots
 from sparseray.platform.planning.replan import make_plan
+from sparseray.platform.planning.schedule import learning_rate
 from sparseray.platform.run.journal import Journal
-from sparseray.platform.trainer import learning_rate
 
 ROOT = Path(__file__).resolve().parent.parent
 

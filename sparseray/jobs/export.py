@@ -25,7 +25,7 @@ from sparseray.platform.settings import expand_path
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from sparseray.jobs.tokens.prepare import Progress
+    from sparseray.jobs.tokens.progress import Progress
     from sparseray.model.hub import Entry
 
 DESCRIPTION = """Turn a checkpoint into a Hugging Face model of the DeepSeek family, for transformers and other servers."""

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from sparseray.jobs.hub_folder import HubFolder
-    from sparseray.jobs.tokens.prepare import Progress
+    from sparseray.jobs.tokens.progress import Progress
     from sparseray.model.config import ModelConfig
     from sparseray.model.hub import Entry
     from sparseray.platform.config import RunConfig

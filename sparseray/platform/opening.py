@@ -7,6 +7,7 @@ through, the cluster can start; all that a user can have got wrong is said here,
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from sparseray.actors.training.mixture import Mixture
 from sparseray.actors.training.token_data import TokenDataset, load_tokenizer
 from sparseray.errors import CheckpointError, ConfigError, IdentityError
 from sparseray.model.config import ModelConfig, MTPConfig
@@ -17,7 +18,7 @@ from sparseray.platform.config import ClusterConfig, RunConfig, ServeConfig
 from sparseray.platform.device import resolve_device, resolve_serving_device
 from sparseray.platform.planning.inventory import Inventory, num_slots
 from sparseray.platform.run import checkpoint
-from sparseray.platform.run.folder import RunFolder, flat
+from sparseray.platform.run.folder import Origin, RunFolder, flat
 from sparseray.platform.run.journal import Journal, set_aside_if_damaged
 
 OF_THE_RUN = (
@@ -51,6 +52,7 @@ class TrainingInputs:
         validation: how they are measured.
         layout: DSE identity, None for a model without memory.
         newest: checkpoint to go on from.
+        origin: what the run began with, or begins with now; None for a seed.
     """
 
     config: RunConfig
@@ -59,6 +61,7 @@ class TrainingInputs:
     validation: Validation
     layout: DSELayout | None
     newest: Path | None
+    origin: Origin | None = None
 
     def create_folder(self) -> list[str]:
         """Write what the run folder lacks, and what has changed since the run began.
@@ -67,7 +70,8 @@ class TrainingInputs:
             what a person should know of it.
         """
         changed = self.folder.changes(self.config)
-        self.folder.open(self.config, self.layout, Path(self.config.data.path) / "tokenizer.json")
+        tokenizer = Path(self.config.data.path) / "tokenizer.json"
+        self.folder.open(self.config, self.layout, tokenizer, self.origin)
         said = []
         if aside := set_aside_if_damaged(self.folder.journal):
             where = f"going on from {self.newest}, which is whole" if self.newest else "starting anew"
@@ -82,23 +86,26 @@ class TrainingInputs:
         return said
 
 
-def check_origin(config: RunConfig, layout: DSELayout | None) -> None:
-    """See that a run can begin with the weights of `init_from`.
+def check_origin(config: RunConfig, layout: DSELayout | None) -> Origin:
+    """See that a run can begin with `init_from`, and say where it goes on from.
 
     Args:
         config: of the run.
         layout: its DSE identity; None for a model without memory.
 
     Raises:
-        CheckpointError: they are damaged, or of another model.
-        IdentityError: their tokens or rows are others.
+        CheckpointError: it is damaged, of another model, or lacks what is asked for.
+        IdentityError: its tokens or rows are others.
+        ConfigError: the run would have no step to make.
     """
     origin = Path(config.init_from)
     manifest = checkpoint.read_manifest(origin)
     checkpoint.check_files(origin, manifest)
     found = configuration.from_dict(RunConfig, manifest["config"])
     old, new = (flat(configuration.to_dict(one)["model"]) for one in (found, config))
-    differing = [k for k in sorted(new) if old.get(k) != new[k] and not k.startswith(OF_THE_RUN)]
+    grows = old["vocab_size"] < new["vocab_size"] and config.init_state == "weights"
+    free = (*OF_THE_RUN, "vocab_size") if grows else OF_THE_RUN
+    differing = [k for k in sorted(new) if old.get(k) != new[k] and not k.startswith(free)]
     if differing:
         key = differing[0]
         raise CheckpointError(
@@ -111,11 +118,23 @@ def check_origin(config: RunConfig, layout: DSELayout | None) -> None:
         )
     tokenizers = [origin / "tokenizer.json", Path(config.data.path) / "tokenizer.json"]
     vocabularies = [load_tokenizer(path).get_vocab() for path in tokenizers]
-    if vocabularies[0] != vocabularies[1]:
+    if not vocabularies[0].items() <= vocabularies[1].items():
         raise IdentityError(
             f"init_from={origin} has another tokenizer than data.path={config.data.path}; prepare the data with"
             f" --tokenizer {tokenizers[0]}"
         )
+    if config.init_state == "weights":
+        return Origin(checkpoint=str(origin), step=manifest["step"], begin=0)
+    if not any("@" in name for name in manifest["tensors"]):
+        raise CheckpointError(
+            f"init_from={origin} holds weights alone, and init_state=optimizer wants moments; use --init_state weights"
+        )
+    if manifest["step"] >= config.train.steps:
+        raise ConfigError(
+            f"init_from={origin} is of step {manifest['step']}, and train.steps={config.train.steps} ends before; set "
+            f"train.steps to {manifest['step'] + config.train.steps}"
+        )
+    return Origin(checkpoint=str(origin), step=manifest["step"], begin=manifest["step"])
 
 
 def training_inventory(config: RunConfig) -> Inventory:
@@ -150,8 +169,9 @@ def open_training(config: RunConfig) -> TrainingInputs:
     check_start(config.cluster)
     check_folder(Path(config.run_dir), "run_dir")
     data = open_data(config)
+    config = resolve(config, data["train"])
     config = replace(
-        resolve(config, data["train"]),
+        config,
         run_dir=str(Path(config.run_dir).absolute()),
         data=replace(config.data, path=str(Path(config.data.path).absolute())),
         init_from=str(Path(config.init_from).absolute()) if config.init_from else "",
@@ -162,8 +182,8 @@ def open_training(config: RunConfig) -> TrainingInputs:
     folder.check_identity(layout)
     folder.check_data(Path(config.data.path))
     newest = folder.check_checkpoint(config, layout)
-    if config.init_from and newest is None:
-        check_origin(config, layout)
+    is_new = config.init_from and newest is None
+    origin = check_origin(config, layout) if is_new else folder.origin()
     windows = data["validation"].num_windows(config.train.seq_len)
     validation = Validation(
         batches=_validation_batches(windows, config), bytes_per_token=data["validation"].bytes_per_token
@@ -175,6 +195,7 @@ def open_training(config: RunConfig) -> TrainingInputs:
         validation=validation,
         layout=layout,
         newest=newest,
+        origin=origin,
     )
 
 
@@ -206,14 +227,35 @@ def open_data(config: RunConfig) -> dict[str, TokenDataset]:
 
 
 def resolve(config: RunConfig, data: TokenDataset) -> RunConfig:
-    """Fill in what follows from the data: the token that ends a document, which serving must know too.
+    """Fill in what follows from the data: the token that ends a document, which serving must know too, and the mixture.
 
     Args:
         config: of the run.
         data: its training split.
+
+    Raises:
+        ConfigError: the mixture names other sources than the data has.
     """
     dse = replace(config.model.dse, document_end_id=data.eos_id)
-    return replace(config, model=replace(config.model, dse=dse))
+    mixture = config.data.mixture or _prepared_mixture(data)
+    for name in Mixture.parse(mixture).names if mixture else ():
+        if name not in data.sources:
+            has = f"named sources {', '.join(data.sources)}" if data.sources else "no named sources"
+            raise ConfigError(
+                f"data.mixture names {name!r}, and {data.folder} has {has}; name those, or prepare the data with "
+                f"--source {name}=DIR"
+            )
+        data.num_windows(config.train.seq_len, name)
+    found = replace(config.data, mixture=mixture)
+    return replace(config, model=replace(config.model, dse=dse), data=found)
+
+
+def _prepared_mixture(data: TokenDataset) -> tuple[str, ...]:
+    """The mixture that data was prepared with: by weights, or by numbers of tokens; empty without named sources."""
+    weights = {one.name: one.weight for one in data.manifest.sources if one.name in data.sources}
+    sizes = {name: stop - start for name, (start, stop) in data.sources.items()}
+    words = [f"{name}={weights.get(name) or size!r}" for name, size in sizes.items()]
+    return (" ".join(words),) if words else ()
 
 
 def build_layout(model: ModelConfig, data: TokenDataset) -> DSELayout | None:

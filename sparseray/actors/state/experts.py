@@ -317,6 +317,11 @@ class ExpertShard:
         self._refresh()
         self.discard()
 
+    def pass_over(self) -> None:
+        """Count a step whose gradients are dropped."""
+        self.updates += 1
+        self.discard()
+
     def tensor_names(self, keys: Sequence[Key], *, with_optimizer: bool = True) -> list[str]:
         """Logical names of everything that `tensors` gives.
 

@@ -19,6 +19,7 @@ from sparseray.actors.state.experts import ExpertShard
 from sparseray.actors.state.holdings import Holdings
 from sparseray.actors.state.memory import MemoryShard
 from sparseray.actors.state.whole_experts import WholeExperts
+from sparseray.actors.training.mixture import Mixture
 from sparseray.actors.training.token_data import TokenBatches, TokenDataset
 from sparseray.actors.wire.messages import SavedTensor
 from sparseray.errors import IdentityError
@@ -136,9 +137,10 @@ class SlotJob:
         if split not in self._datasets:
             # The shards were verified once, when the run started.
             self._datasets[split] = TokenDataset(Path(self.config.data.path), split, verify=False)
-        train = self.config.train
+        train, mixture = self.config.train, self.config.data.mixture
         return TokenBatches(
             dataset=self._datasets[split],
+            mixture=Mixture.parse(mixture) if mixture and not is_fixed else None,
             seed=seed,
             num_parts=train.logical_shards,
             sequences_per_part=train.sequences_per_shard,
