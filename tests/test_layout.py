@@ -38,6 +38,8 @@ FLOORS = {
         "generations",
         "reconciler",
         "training",
+        "saving",
+        "spikes",
         "step_reports",
         "trainer",
         "autoscaler",
@@ -53,7 +55,7 @@ FLOORS = {
         "cluster",
         "head",
     ],
-    "jobs": ["signals", "tokens", "http", "watch"],
+    "jobs": ["signals", "tokens", "http", "evaluation", "watch"],
 }
 FILE_LINES, FUNCTION_LINES = 400, 60
 LEAVES = {"errors", "log", "__init__"}

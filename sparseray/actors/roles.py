@@ -334,9 +334,13 @@ class Roles:
         assert self.holdings is not None and commit.step == self.committed + 1
         self.saving.wait_until_copied()
         self.offering.wait_until_copied()
-        rows = self.holdings.apply(
-            lr=commit.lr, memory_lr=commit.memory_lr, scale=commit.scale, counts_LE=commit.counts_LE
-        )
+        rows = 0
+        if commit.is_skipped:
+            self.holdings.pass_over()
+        else:
+            rows = self.holdings.apply(
+                lr=commit.lr, memory_lr=commit.memory_lr, scale=commit.scale, counts_LE=commit.counts_LE
+            )
         self.committed = commit.step
         if rows:
             assert self.holdings.memory is not None

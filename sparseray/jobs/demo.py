@@ -19,7 +19,7 @@ from typing import Any
 from sparseray.errors import UserError
 from sparseray.jobs.demo_server import SLOTS, DemoServer
 from sparseray.jobs.output import print_line
-from sparseray.model.config import preset
+from sparseray.model.presets import preset
 from sparseray.platform import config as configuration
 from sparseray.platform.checks import check_cluster, check_folder
 from sparseray.platform.config import ClusterConfig, DataConfig, RunConfig, TrainConfig

@@ -114,7 +114,9 @@ def check_same_model(directory: Path, config: RunConfig, served: Identity) -> No
     ours = _flat(to_dict(config)["model"])
     cure = "start a server of its own for it"
     for key in ours:
-        if theirs.get(key) != ours[key]:
+        # A server without drafting does without modules that a checkpoint has.
+        is_needless = key.startswith("mtp.") and (key != "mtp.depth" or not config.model.mtp.depth)
+        if theirs.get(key) != ours[key] and not is_needless:
             raise ConfigError(
                 f"{directory} is a checkpoint of another model: model.{key} is {theirs.get(key)} and the server's is "
                 f"{ours[key]}; {cure}"

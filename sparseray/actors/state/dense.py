@@ -120,6 +120,11 @@ class DenseState:
             self.model.update_router_bias(counts_LE)
         self.discard()
 
+    def pass_over(self) -> None:
+        """Count a step whose gradient is dropped."""
+        self.adamw.pass_over(self.parameters)
+        self.discard()
+
     def discard(self) -> None:
         """Forget the gradients of the step; the weights stay."""
         self.reduced, self.tree = None, self._new_tree()

@@ -91,17 +91,18 @@ class AttentionWorker:
     def _read(self, batches: Sequence[Batch], losses: Sequence[Loss]) -> list[PartDone]:
         """Bring what the parts gave to the host, all at once: nothing before waits for a device."""
         scalars = torch.stack(
-            [scalar.detach() for loss in losses for scalar in (loss.sum, loss.aux)]
+            [scalar.detach() for loss in losses for scalar in (loss.sum, loss.aux, *loss.metrics.values())]
         ).tolist()
+        each = len(scalars) // len(losses)
         counts = torch.stack([loss.counts_LE for loss in losses]).cpu()
         device = self.state.device
         peak = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0
         return [
             PartDone(
-                loss_sum=scalars[2 * index],
+                loss_sum=scalars[each * index],
                 weight=loss.weight,
-                aux_loss=scalars[2 * index + 1],
-                metrics=loss.metrics,
+                aux_loss=scalars[each * index + 1],
+                metrics=dict(zip(loss.metrics, scalars[each * index + 2 :])),
                 tokens=batch.targets_BT.numel(),
                 seconds=dict(self.seconds),
                 counts_LE=counts[index],
@@ -144,18 +145,20 @@ class AttentionWorker:
         started = time.perf_counter()
         if part == self.sampled:
             with collect() as self.noted:
-                loss = self._loss(lane, batch, rows.differentiable())
+                loss = self._loss(lane, batch, rows.differentiable(), step)
         else:
-            loss = self._loss(lane, batch, rows.differentiable())
+            loss = self._loss(lane, batch, rows.differentiable(), step)
         between = time.perf_counter()
-        (loss.sum / weight + loss.aux / self.state.num_parts).backward()
+        total = loss.sum if loss.further is None else loss.sum + loss.further
+        (total / weight + loss.aux / self.state.num_parts).backward()
         gradients = PartGradients(dense=lane.take_gradients(), rows=rows.gradients())
         backward_s = time.perf_counter() - between
         return _Ran(loss=loss, gradients=gradients, forward_s=between - started, backward_s=backward_s)
 
-    def _loss(self, lane: DenseState | Twin, batch: Batch, rows: FetchedRows) -> Loss:
-        """Run the objective where the weights are."""
-        return self.objective(lane.model, on_device(batch, self.state.device), self.exchange, rows)
+    def _loss(self, lane: DenseState | Twin, batch: Batch, rows: FetchedRows, step: int | None) -> Loss:
+        """Run the objective where the weights are; without a step for an evaluation."""
+        there = on_device(batch, self.state.device)
+        return self.objective(lane.model, there, self.exchange, rows, step=step)
 
     @torch.no_grad()
     def evaluate(
@@ -172,7 +175,7 @@ class AttentionWorker:
         found: dict[int, tuple[float, float]] = {}
         for part, batch, rows in zip(parts, loaded, self._fetch(step, loaded)):
             self.exchange.begin(step, part)
-            loss = self._loss(self.state, batch, rows)
+            loss = self._loss(self.state, batch, rows, None)
             found[part] = (float(loss.sum), loss.weight)
         return found
 

@@ -40,6 +40,7 @@ class Commit(Body):
         lr, memory_lr: learning rates of this step.
         scale: factor on the gradients (clipping).
         counts_LE: int64, tokens per moe layer and expert over the whole global batch.
+        is_skipped: drop the gradients instead; the step counts, and no weight changes.
     """
 
     step: int
@@ -47,6 +48,7 @@ class Commit(Body):
     memory_lr: float
     scale: float
     counts_LE: Tensor
+    is_skipped: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,12 +12,14 @@ from sparseray.actors.installation import JobSpec
 from sparseray.actors.serving.enduring import Lookups
 from sparseray.actors.serving.engine import Engine
 from sparseray.actors.serving.paged_engine import PagedEngine
+from sparseray.actors.serving.speculative_engine import SpeculativeEngine
 from sparseray.actors.state.dense import DenseState
 from sparseray.actors.state.dense_slab import DenseSlabs
 from sparseray.actors.state.experts import ExpertShard
 from sparseray.actors.state.holdings import Holdings
 from sparseray.actors.state.memory import MemoryShard
 from sparseray.actors.state.whole_experts import WholeExperts
+from sparseray.actors.training.mixture import Mixture
 from sparseray.actors.training.token_data import TokenBatches, TokenDataset
 from sparseray.actors.wire.messages import SavedTensor
 from sparseray.errors import IdentityError
@@ -128,15 +130,17 @@ class SlotJob:
             "prefill_chunk": serve.prefill_chunk if self.device.type == "cpu" else PREFILL_ROWS,
             "cache_bytes": int(serve.cache_gib * 2**30) or None,
         }
-        return PagedEngine(model, exchange.experts, memory, **options)
+        kind = SpeculativeEngine if model.mtp else PagedEngine
+        return kind(model, exchange.experts, memory, **options)
 
     def _batches(self, split: str, seed: int, *, is_fixed: bool) -> TokenBatches:
         if split not in self._datasets:
             # The shards were verified once, when the run started.
             self._datasets[split] = TokenDataset(Path(self.config.data.path), split, verify=False)
-        train = self.config.train
+        train, mixture = self.config.train, self.config.data.mixture
         return TokenBatches(
             dataset=self._datasets[split],
+            mixture=Mixture.parse(mixture) if mixture and not is_fixed else None,
             seed=seed,
             num_parts=train.logical_shards,
             sequences_per_part=train.sequences_per_shard,
