@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from serving_parts import MAX_MODEL_LEN, Parts, finish, make_parts, request_of, tokens_of
+from serving_parts import MAX_MODEL_LEN, Parts, Recorded, finish, make_parts, request_of, tokens_of
 
+from sparseray.actors.observation import observe_engine
 from sparseray.actors.serving.engine import Ongoing
 from sparseray.actors.serving.grammar import regex_grammar
 from sparseray.actors.serving.speculative_engine import SpeculativeEngine
@@ -104,11 +105,17 @@ def test_texts_of_every_kind_are_the_same_with_drafts_and_without(
     found = run(engine, requests())
     assert plain(found) == expected
     assert 0 in tokens_of(expected["across"]), "a text that goes on after a document's end"
-    counts = engine.take_counts()
+    recorded = Recorded()
+    observe_engine(recorded, engine, 0.1)
+    counts = {(name, labels["place"]): value for name, value, labels in recorded.values if "place" in labels}
+    drafted, taken = (
+        sum(value for (name, _), value in counts.items() if name == f"{kind}_tokens_total")
+        for kind in ("drafted", "accepted")
+    )
     accepted = sum(e.accepted for events in found.values() for e in events)
-    assert accepted == counts.accepted.total() > 60
     rejected = sum(e.rejected for events in found.values() for e in events)
-    assert accepted + rejected == counts.drafted.total() and rejected > 40
+    assert accepted == taken > 60 and accepted + rejected == drafted and rejected > 40
+    assert counts["accepted_tokens_total", "1"] > counts["accepted_tokens_total", "2"] > 0
     assert engine.stats.generated_tokens == sum(len(tokens_of(events)) for events in expected.values())
     assert engine.stats.steps < parts_steps(parts)
 
