@@ -39,6 +39,7 @@ def speculative(parts: Parts, **options: Any) -> SpeculativeEngine:
 class Told(SpeculativeEngine):
     """Drafts what the text will be, or something else, by the throw of a coin; the modules run as they would."""
 
+    worth = 0.0
     truth: dict[str, list[int]]
     coin: random.Random
 
@@ -207,6 +208,26 @@ def test_a_step_that_fails_loses_no_token(parts: Parts, expected: dict[str, list
     assert failed == 3
     for name, found in expected.items():
         assert tokens_of(events[name]) == tokens_of(found)
+
+
+def test_a_request_whose_drafts_fail_rests_and_drafts_again_from_what_it_has_missed(parts: Parts) -> None:
+    request = request_of("greedy", PROMPT, temperature=0.0, max_tokens=60)
+    truth = {"greedy": [*PROMPT, *tokens_of(run(parts.engine(), [request])["greedy"])]}
+
+    def drafts(worth: float) -> dict[int, list[int]]:
+        engine, found = speculative(parts), dict[int, list[int]]()
+        engine.worth = worth
+        engine.add(request)
+        while engine.has_work:
+            engine.step()
+            found |= {len(s.tokens): list(s.drafts) for s in engine._running if s.drafts}
+            assert all(s.tokens == truth["greedy"][: len(s.tokens)] for s in engine._running)
+        return found
+
+    always, at_times = drafts(0.0), drafts(0.5)
+    assert 5 < len(at_times) < len(always) - 16
+    both = set(always) & set(at_times)
+    assert max(both) > min(both) + 16 and all(always[n] == at_times[n] for n in both)
 
 
 def test_a_shared_prefix_gives_the_drafts_of_a_fresh_one(parts: Parts) -> None:
