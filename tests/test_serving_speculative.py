@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from serving_parts import MAX_MODEL_LEN, Parts, finish, make_parts, request_of, tokens_of
+from serving_parts import MAX_MODEL_LEN, Parts, Recorded, finish, make_parts, request_of, tokens_of
 
+from sparseray.actors.observation import observe_engine
 from sparseray.actors.serving.engine import Ongoing
 from sparseray.actors.serving.grammar import regex_grammar
 from sparseray.actors.serving.speculative_engine import SpeculativeEngine
@@ -38,6 +39,7 @@ def speculative(parts: Parts, **options: Any) -> SpeculativeEngine:
 class Told(SpeculativeEngine):
     """Drafts what the text will be, or something else, by the throw of a coin; the modules run as they would."""
 
+    worth = 0.0
     truth: dict[str, list[int]]
     coin: random.Random
 
@@ -104,11 +106,17 @@ def test_texts_of_every_kind_are_the_same_with_drafts_and_without(
     found = run(engine, requests())
     assert plain(found) == expected
     assert 0 in tokens_of(expected["across"]), "a text that goes on after a document's end"
-    counts = engine.take_counts()
+    recorded = Recorded()
+    observe_engine(recorded, engine, 0.1)
+    counts = {(name, labels["place"]): value for name, value, labels in recorded.values if "place" in labels}
+    drafted, taken = (
+        sum(value for (name, _), value in counts.items() if name == f"{kind}_tokens_total")
+        for kind in ("drafted", "accepted")
+    )
     accepted = sum(e.accepted for events in found.values() for e in events)
-    assert accepted == counts.accepted.total() > 60
     rejected = sum(e.rejected for events in found.values() for e in events)
-    assert accepted + rejected == counts.drafted.total() and rejected > 40
+    assert accepted == taken > 60 and accepted + rejected == drafted and rejected > 40
+    assert counts["accepted_tokens_total", "1"] > counts["accepted_tokens_total", "2"] > 0
     assert engine.stats.generated_tokens == sum(len(tokens_of(events)) for events in expected.values())
     assert engine.stats.steps < parts_steps(parts)
 
@@ -200,6 +208,26 @@ def test_a_step_that_fails_loses_no_token(parts: Parts, expected: dict[str, list
     assert failed == 3
     for name, found in expected.items():
         assert tokens_of(events[name]) == tokens_of(found)
+
+
+def test_a_request_whose_drafts_fail_rests_and_drafts_again_from_what_it_has_missed(parts: Parts) -> None:
+    request = request_of("greedy", PROMPT, temperature=0.0, max_tokens=60)
+    truth = {"greedy": [*PROMPT, *tokens_of(run(parts.engine(), [request])["greedy"])]}
+
+    def drafts(worth: float) -> dict[int, list[int]]:
+        engine, found = speculative(parts), dict[int, list[int]]()
+        engine.worth = worth
+        engine.add(request)
+        while engine.has_work:
+            engine.step()
+            found |= {len(s.tokens): list(s.drafts) for s in engine._running if s.drafts}
+            assert all(s.tokens == truth["greedy"][: len(s.tokens)] for s in engine._running)
+        return found
+
+    always, at_times = drafts(0.0), drafts(0.5)
+    assert 5 < len(at_times) < len(always) - 16
+    both = set(always) & set(at_times)
+    assert max(both) > min(both) + 16 and all(always[n] == at_times[n] for n in both)
 
 
 def test_a_shared_prefix_gives_the_drafts_of_a_fresh_one(parts: Parts) -> None:

@@ -87,6 +87,7 @@ class Ongoing:
         drafts: tokens that may follow, to be judged in the next step.
         unread_TH: hidden states of the newest tokens that the drafting modules have still to read, once they know what
             follows.
+        share, rest: of its drafts that were accepted lately, and steps that it goes without any.
     """
 
     request: GenerationRequest
@@ -100,6 +101,8 @@ class Ongoing:
     grammar: GrammarState | None = None
     drafts: list[int] = field(default_factory=list)
     unread_TH: Tensor | None = None
+    share: float = 1.0
+    rest: int = 0
 
     @property
     def num_prompt(self) -> int:

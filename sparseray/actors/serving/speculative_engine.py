@@ -5,7 +5,8 @@ one after another, which token stands there, as it would without drafts: from th
 number that seed and position give. A draft is accepted where it is that token; the first that is not ends the row, and
 what was computed behind it is given up. So a text never depends on what was drafted, and a request that moves to another
 engine goes on as if nothing had happened. The drafts come from the same sampler with the same numbers, which makes
-them agree as often as two draws can that do not know of each other.
+them agree more often. A request few of whose drafts are accepted goes without for some steps; its modules then read
+what they have missed in one pass.
 
 Everything here asks that a row's bits depend on its own sequence alone (`Ops.chunks_keep_bits`), so it runs on a CPU.
 
@@ -27,13 +28,21 @@ from sparseray.actors.serving.paged_engine import PagedEngine
 from sparseray.actors.serving.text_request import TokenEvent
 from sparseray.errors import ConfigError
 
+REST, RECENT = 16, 0.1
+"""Steps without drafts, and the weight of a step's drafts in the share that is accepted lately."""
+
 
 class SpeculativeEngine(PagedEngine):
     """`PagedEngine` of a model with modules that predict further tokens.
 
+    Attributes:
+        worth: share of accepted drafts below which they cost a small model more than they bring.
+
     Raises:
         ConfigError: the model has none, or its operations do not keep bits.
     """
+
+    worth = 0.5
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -170,12 +179,17 @@ class SpeculativeEngine(PagedEngine):
                 self._note_tokens(1)
         self._counts.drafted.update(range(1, len(drafts) + 1))
         self._counts.accepted.update(range(1, accepted + 1))
+        if drafts:
+            sequence.share += RECENT * (accepted / len(drafts) - sequence.share)
+            if sequence.share < self.worth:
+                # A little above, so that some drafts have their chance afterwards.
+                sequence.share, sequence.rest = self.worth + RECENT, REST
         return len(hidden_TH) - len(drafts) + accepted
 
     @torch.no_grad()
     def _draft(self, sequences: list[Ongoing]) -> None:
         """Have the modules read what the network has computed, and predict what comes after the newest token."""
-        wanted = [s for s in sequences if s.in_prompt or len(s.tokens) + 1 < self._end(s)]
+        wanted = [s for s in sequences if self._is_due(s)]
         if not wanted:
             return
         hidden, known = [], {id(s): list(s.tokens) for s in wanted}
@@ -200,6 +214,13 @@ class SpeculativeEngine(PagedEngine):
             unread_TH, s.unread_TH = s.unread_TH, None
             if unread_TH is not None and final < s.computed:
                 s.unread_TH = unread_TH[max(0, final - start) :].clone()
+
+    def _is_due(self, sequence: Ongoing) -> bool:
+        """Whether its modules read on now: always within the prompt, and then where drafts can be of use."""
+        if sequence.in_prompt:
+            return True
+        sequence.rest = max(0, sequence.rest - 1)
+        return not sequence.rest and len(sequence.tokens) + 1 < self._end(sequence)
 
     def _predict(self, newest: list[tuple[Ongoing, Tensor]], known: dict[int, list[int]]) -> None:
         """Append to what is known of each request the token that its hidden state [1, H] predicts."""
