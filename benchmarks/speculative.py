@@ -177,9 +177,9 @@ def main() -> None:
                 Path(folder) / name,
                 options.checkpoint.absolute(),
                 ONE,
-                serve=ServeConfig(speculate=speculate),
+                serve=ServeConfig(speculate="mtp" if name == "with" else "none"),
             )
-            for name, speculate in (("without", "none"), ("with", "mtp"))
+            for name in ("without", "with")
         }
         try:
             measure(servers, asked[:1], 0.0)
