@@ -374,3 +374,12 @@ def test_standard_library_is_found_without_installed_packages() -> None:
     assert names == sorted(names)
     assert all(name.endswith(".py") and "site-packages" not in name for name in names)
     assert (source.licence, source.version) == ("PSF-2.0", f"Python {sys.version.split()[0]}")
+
+
+def test_a_tokenizer_over_which_the_library_panics_is_told_in_a_sentence(tmp_path: Path) -> None:
+    """Found by tests/fuzz.py: a prefix longer than a merged token makes the Rust library panic."""
+    found = json.loads(train_bpe(["def f(x): return x\n"] * 9, 270).tokenizer.to_str())
+    found["model"]["continuing_subword_prefix"] = "a longer prefix than any token has"
+    (tmp_path / "tokenizer.json").write_text(json.dumps(found))
+    with pytest.raises(DataError, match=r"tokenizer.json is not a tokenizer.json of .*; restore it"):
+        load_tokenizer(str(tmp_path))

@@ -119,7 +119,7 @@ def check_vocabulary(directory: Path, data: TokenDataset) -> None:
     Raises:
         IdentityError: they do not.
     """
-    from sparseray.actors.training.token_data import load_tokenizer
+    from sparseray.actors.training.tokenizer_file import load_tokenizer
 
     path = directory / "tokenizer.json"
     if load_tokenizer(path).get_vocab() != data.tokenizer().get_vocab():

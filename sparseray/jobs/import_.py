@@ -202,7 +202,7 @@ def _check_fp8(folder: HubFolder) -> None:
 
 def _check_tokenizer(path: Path, model: ModelConfig) -> None:
     """See that the model has a row for every id of its tokenizer, which knows the end of a text."""
-    from sparseray.actors.training.token_data import load_tokenizer
+    from sparseray.actors.training.tokenizer_file import load_tokenizer
 
     if not path.is_file():
         raise CheckpointError(

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sparseray.actors.training.mixture import Mixture
-from sparseray.actors.training.token_data import TokenDataset, load_tokenizer
+from sparseray.actors.training.token_data import TokenDataset
+from sparseray.actors.training.tokenizer_file import load_tokenizer
 from sparseray.errors import CheckpointError, ConfigError, IdentityError
 from sparseray.model.config import ModelConfig, MTPConfig
 from sparseray.model.dse_layout import DSELayout

@@ -26,6 +26,7 @@ from sparseray.actors.training.manifest import (
     sha256_of_file,
 )
 from sparseray.actors.training.mixture import Mixture
+from sparseray.actors.training.tokenizer_file import load_tokenizer
 from sparseray.errors import DataError
 
 if TYPE_CHECKING:
@@ -284,20 +285,6 @@ def batch(
         targets_BT=tokens[:, 1:].contiguous(),
         document_starts_BT=torch.from_numpy(np.stack([starts for _, starts in pairs])),
     )
-
-
-def load_tokenizer(path: Path) -> Tokenizer:
-    """Read a tokenizer.json.
-
-    Raises:
-        DataError: it is missing or damaged.
-    """
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises nothing narrower
-        raise DataError(
-            f"{path} cannot be read as a tokenizer ({' '.join(str(error).split())[:200]}); restore it"
-        ) from None
 
 
 def _verify(path: Path, sha256: str) -> None:

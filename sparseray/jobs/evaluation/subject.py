@@ -14,7 +14,7 @@ import torch
 from sparseray.actors.serving.engine import Engine
 from sparseray.actors.serving.paged_engine import PagedEngine
 from sparseray.actors.serving.text_request import GenerationRequest, TokenEvent
-from sparseray.actors.training.token_data import load_tokenizer
+from sparseray.actors.training.tokenizer_file import load_tokenizer
 from sparseray.errors import ConfigError, RunFailedError
 from sparseray.jobs.http.text_stream import Vocabulary
 from sparseray.kernels.ops import ops_for

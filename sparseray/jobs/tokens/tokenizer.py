@@ -13,6 +13,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from sparseray.actors.training import tokenizer_file
 from sparseray.errors import DataError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -97,10 +98,7 @@ def load_tokenizer(name: str) -> TextTokenizer:
         path = path / "tokenizer.json"
     if not path.is_file():
         raise DataError(f"unknown tokenizer {name!r}; use bpe, deepseek, or the path of a tokenizer.json")
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception for a file that it cannot parse
-        raise DataError(f"{path} is not a tokenizer.json of the tokenizers library: {error}") from error
+    tokenizer = tokenizer_file.load_tokenizer(path)
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return _wrap(tokenizer, name if name == "deepseek" else "file", _eos_token(tokenizer, path))
