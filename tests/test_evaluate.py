@@ -126,7 +126,7 @@ def test_held_out_lines_and_spans_are_counted_as_filled_when_they_are(trained: P
         # It never answers; what is asked is enough.
         infilling(Subject(engine=_Silent(asked), vocabulary=real.vocabulary, context=64), split, 8, 1, quiet)  # type: ignore[arg-type]
     half = [request for request in asked if request.request_id.startswith("infilling/")]
-    assert all(len(r.prompt_tokens) + r.max_tokens <= 64 for r in asked)
+    assert len(asked) == 32 and all(len(r.prompt_tokens) + r.max_tokens <= 64 for r in asked)
     told = {r.prompt_tokens: encode(gap.held_out) for r, gap in zip(half, chosen)}
     figures = infilling(knowing(trained, told), split, 8, 1, quiet)
     assert figures["infilling, line"].value == figures["infilling, span"].value == 1.0

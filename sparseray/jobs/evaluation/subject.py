@@ -4,6 +4,7 @@ No Ray and no sockets: weights are read and verified, and the same engine as in 
 It runs on the CPU; what needs a GPU is served, and asked by other programs over HTTP.
 """
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,10 +49,14 @@ class Subject:
         Raises:
             RunFailedError: the model gave no numbers.
         """
-        events: dict[str, list[TokenEvent]] = {request.request_id: [] for request in requests}
-        for request in requests:
-            self.engine.add(request)
-        while self.engine.has_work:
+        events: dict[str, list[TokenEvent]] = {}
+        waiting = deque(requests)
+        while waiting or self.engine.has_work:
+            # Not all at once: an engine looks through its queue for every request that it takes.
+            while waiting and len(events) < 2 * BATCH:
+                request = waiting.popleft()
+                events[request.request_id] = []
+                self.engine.add(request)
             for event in self.engine.step():
                 if event.finish_reason == "error":
                     raise RunFailedError(f"request {event.request_id} failed: {event.error}")
