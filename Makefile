@@ -31,7 +31,7 @@ test-long: $(STAMP)
 clients: $(STAMP)
 	$(PYTHON) -m venv .clients
 	.clients/bin/python -m pip install --quiet --disable-pip-version-check litellm langchain-openai "lm-eval[api]" transformers guidellm openapi-python-client
-	$(BIN)/python -m pytest tests/test_clients.py
+	$(BIN)/python -m pytest tests/test_clients.py tests/test_imported_clients.py
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -21,7 +21,7 @@ from sparseray.kernels.ops import ops_for
 from sparseray.model.moe import LocalExperts
 from sparseray.model.transformer import Transformer, cross_entropy_sum
 from sparseray.platform.config import load_yaml
-from sparseray.platform.trainer import learning_rate
+from sparseray.platform.planning.schedule import learning_rate
 
 ROOT = Path(__file__).resolve().parent.parent
 

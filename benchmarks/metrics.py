@@ -25,8 +25,8 @@ from sparseray.actors.serving.paged_engine import PagedEngine
 from sparseray.actors.serving.text_request import GenerationRequest
 from sparseray.kernels.ops import ops_for
 from sparseray.model import attention, dse
-from sparseray.model.config import preset
 from sparseray.model.moe import LocalExperts
+from sparseray.model.presets import preset
 from sparseray.model.transformer import Transformer
 from sparseray.platform.config import load_yaml
 from sparseray.platform.metrics.exporter import Metrics

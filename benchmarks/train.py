@@ -30,7 +30,7 @@ from sparseray.model.moe import LocalExperts
 from sparseray.model.transformer import Transformer, cross_entropy_sum
 from sparseray.platform.config import ClusterConfig, RunConfig, load_yaml, save_yaml
 from sparseray.platform.opening import build_layout, resolve
-from sparseray.platform.trainer import learning_rate
+from sparseray.platform.planning.schedule import learning_rate
 
 ROOT = Path(__file__).resolve().parent.parent
 PEERS = {

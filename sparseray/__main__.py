@@ -26,6 +26,7 @@ COMMANDS = {
     "publish": ("sparseray.jobs.publish", "have a running server go on with other weights"),
     "import": ("sparseray.jobs.import_", "turn a Hugging Face model (DeepSeek family) into a checkpoint"),
     "export": ("sparseray.jobs.export", "turn a checkpoint into a Hugging Face model"),
+    "evaluate": ("sparseray.jobs.evaluate", "measure a checkpoint: loss, infilling, needles in long texts"),
     "dashboard": (
         "sparseray.jobs.dashboard",
         "show the dashboards as one page; set up Prometheus and Grafana",

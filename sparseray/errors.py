@@ -60,6 +60,10 @@ class StateLostError(UserError):
     """Every replica of some state is gone; the message names it and the checkpoint to resume from."""
 
 
+class OfferGoneError(RuntimeError):
+    """Weights that a training run kept for servers are not there any more."""
+
+
 class FencedError(RuntimeError):
     """Another scheduler has taken over this run's journal; this one must not act any more."""
 

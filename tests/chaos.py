@@ -27,7 +27,7 @@ from processes import interrupt, kill_all, of_mark, start, wait_until
 from sparseray.errors import SchedulerLostError
 from sparseray.platform.config import ClusterConfig, RunConfig, save_yaml
 from sparseray.platform.run import checkpoint
-from sparseray.platform.run.registry import registered_runs
+from sparseray.platform.run.registry import RegisteredRun, registered_runs
 
 ROLES = {"attention": "attention", "expert": "experts", "memory": "memory"}
 ENDLESS = 100_000
@@ -38,10 +38,19 @@ FAULTS = ("kill", "kill", "hang", "two", "scheduler", "scale", "scale", "kill st
 
 @dataclass
 class Watched:
-    """A run of its own process, and a way to ask its scheduler and to hurt it."""
+    """A run of its own process, and a way to ask its scheduler and to hurt it.
+
+    Args:
+        folder: for all that it writes.
+        config: of the run.
+        address: of the platform that it joins; empty for one of its own.
+        state: the user's state folder; None for one of its own.
+    """
 
     folder: Path
     config: RunConfig
+    address: str = ""
+    state: Path | None = None
     mark: str = field(default_factory=lambda: uuid.uuid4().hex)
     process: subprocess.Popen[bytes] | None = None
     scheduler: Any = None
@@ -50,7 +59,7 @@ class Watched:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.run_dir, self.log = self.folder / "run", self.folder / "log.txt"
         self.temporary = Path(tempfile.mkdtemp(prefix="sr-", dir="/tmp"))
-        os.environ["SPARSERAY_STATE_DIR"] = str(self.folder / "state")
+        os.environ["SPARSERAY_STATE_DIR"] = str(self.state or self.folder / "state")
         os.environ["RAY_AUTH_MODE"] = "disabled"
         save_yaml(self.config, self.folder / "run.yaml")
         self.plain = replace(self.config, cluster=ClusterConfig(deadline_s=20.0))
@@ -58,17 +67,34 @@ class Watched:
     def start(self, *options: str) -> None:
         """Start the command, or the same command again."""
         arguments = ["pretrain", "--config", str(self.folder / "run.yaml"), f"--run_dir={self.run_dir}"]
-        state = {"SPARSERAY_STATE_DIR": os.environ["SPARSERAY_STATE_DIR"]}
-        self.process = start(
-            [*arguments, *options], self.log, TMPDIR=str(self.temporary), SPARSERAY_TEST=self.mark, **state
-        )
+        self.command(*arguments, *options)
+
+    def command(self, *arguments: str) -> None:
+        """Start a command as this one's process."""
+        join = [f"--cluster.address={self.address}"] if self.address else []
+        changes = {"TMPDIR": str(self.temporary), "SPARSERAY_TEST": self.mark}
+        state = os.environ["SPARSERAY_STATE_DIR"]
+        self.process = start([*arguments, *join], self.log, **changes, SPARSERAY_STATE_DIR=state)
 
     def attach(self) -> None:
         """Connect this process to the run's cluster."""
-        from sparseray.platform.cluster import attach
+        self.wait(lambda: self.registered() and self.steps() > 0, "the first step")
+        self.find()
 
-        self.wait(lambda: registered_runs() and self.steps() > 0, "the first step")
-        self.scheduler = attach(registered_runs()[0])
+    def registered(self) -> list[RegisteredRun]:
+        """This one among what goes on."""
+        return [run for run in registered_runs() if run.run_dir == str(self.run_dir.absolute())]
+
+    def find(self) -> None:
+        """Find the job; where a platform is shared, this process is connected to it already."""
+        from sparseray.platform.cluster import JobHandle, ask, attach, find_platform
+
+        (found,) = self.registered()
+        if not self.address:
+            self.scheduler = attach(found)
+            return
+        platform = find_platform()
+        self.scheduler = JobHandle(platform=platform, job=ask(platform, "find", found.run_dir))
 
     def detach(self) -> None:
         from sparseray.platform.cluster import detach
@@ -100,7 +126,9 @@ class Watched:
             found.update(self.status())
             full = found.get("replicas", {}).get("actual", 0) >= self.config.cluster.replication
             spare = [s for s in found.get("slots", []) if s["roles"] == ["standby"]]
-            return bool(found.get("settled") and full and len(spare) >= self.config.cluster.standby)
+            # A spare slot is the first that is lent.
+            standby = 0 if found.get("lent") else self.config.cluster.standby
+            return bool(found.get("settled") and full and len(spare) >= standby)
 
         found: dict[str, Any] = {}
         self.wait(there, "all replicas and a standby slot")
@@ -163,10 +191,17 @@ class Watched:
 
 
 class Chaos:
-    """Draws faults from a seed and puts them to a run, with a note of each."""
+    """Draws faults from a seed and puts them to a run, with a note of each.
 
-    def __init__(self, run: Watched, seed: int) -> None:
+    Args:
+        run: that is hurt.
+        seed: of the draws.
+        sizes: least and most slots of the roles that are scaled; None for one to three of each.
+    """
+
+    def __init__(self, run: Watched, seed: int, sizes: dict[str, tuple[int, int]] | None = None) -> None:
         self.run, self.random, self.done = run, random.Random(seed), [f"seed {seed}"]
+        self.sizes = sizes or dict.fromkeys(ROLES.values(), (1, 3))
 
     def strike(self) -> None:
         """Wait until all is well, then do one thing."""
@@ -213,15 +248,19 @@ class Chaos:
     def scale(self, by_role: dict[str, list[dict[str, Any]]]) -> None:
         from sparseray.platform.cluster import ask
 
-        role, count = self.random.choice(list(ROLES.values())), self.random.randint(1, 3)
+        role = self.random.choice(list(self.sizes))
+        count = self.random.randint(*self.sizes[role])
         self.note(f"scale {role} {count}")
         refused = ask(self.run.scheduler, "scale", role, count)
         assert not refused or "not training" in refused, refused
 
     def kill_standby(self, by_role: dict[str, list[dict[str, Any]]]) -> None:
+        if not by_role["standby"]:
+            return self.kill(by_role)
         slot = self._any(by_role, ("standby",))
         self.note(f"SIGKILL slot {slot['slot']} (standby)")
         self.run.signal(slot["pid"])
+        return None
 
 
 def chaos(folder: Path, data: Path, *, seed: int, seconds: float) -> list[str]:

@@ -19,7 +19,9 @@ from pathlib import Path
 import httpx
 from chaos import HANG_S, Chaos, Watched
 from local_cluster import tiny_run, train
-from processes import interrupt, of_mark, start
+from processes import interrupt, of_mark
+
+from sparseray.platform.run.registry import RegisteredRun, registered_runs
 
 STREAMS, TOKENS, SEEDS = 8, 40, 24
 WIDE = {"attention_workers": 2, "expert_shards": 2, "memory_shards": 2, "replication": 2, "standby": 1}
@@ -34,7 +36,7 @@ class WatchedServer(Watched):
     def start(self, *options: str) -> None:
         """Start the command."""
         cluster = dataclasses.asdict(self.config.cluster)
-        roles = [f"--cluster.{name}={cluster[name]}" for name in (*WIDE, "hang_s")]
+        roles = [f"--cluster.{name}={cluster[name]}".lower() for name in (*WIDE, "colocated", "hang_s")]
         arguments = [
             "serve",
             "--checkpoint",
@@ -45,32 +47,26 @@ class WatchedServer(Watched):
             "20",
             *roles,
         ]
-        temporary, state = str(self.temporary), str(self.folder / "state")
-        self.process = start(
-            [*arguments, *options],
-            self.log,
-            TMPDIR=temporary,
-            SPARSERAY_TEST=self.mark,
-            SPARSERAY_STATE_DIR=state,
-        )
+        self.command(*arguments, *options)
         self.answered, self.failures = 0, list[str]()
         self.expected: dict[int, list[int]] = {}
         self.ending = threading.Event()
 
     def attach(self) -> None:
         """Connect to the server's cluster, and learn what its streams say undisturbed."""
-        from sparseray.platform.cluster import attach
-        from sparseray.platform.run.registry import registered_runs
-
         self.wait(lambda: "Ctrl-C stops" in self.log.read_text(), "the server's first word")
         found = re.search(r"at (http://127\.0\.0\.1:\d+) ", self.log.read_text())
         assert found is not None
         self.url = found[1]
-        self.scheduler = attach(registered_runs()[0])
+        self.find()
         self.expected = {seed: self.stream(seed) for seed in range(SEEDS)}
         self.threads = [threading.Thread(target=self._keep, args=(first,)) for first in range(STREAMS)]
         for thread in self.threads:
             thread.start()
+
+    def registered(self) -> list[RegisteredRun]:
+        """The server among what goes on."""
+        return [run for run in registered_runs() if "/servers/" in run.run_dir]
 
     def stream(self, seed: int) -> list[int]:
         """The tokens of one stream, which must end as it should."""

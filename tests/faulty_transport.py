@@ -71,6 +71,9 @@ class FaultyTransport:
         self._live()
         self._inner.connect(peers)
 
+    def reach(self, slot: int, address: str) -> None:
+        self._inner.reach(slot, address)
+
     def send(self, slot: int, frames: Sequence[Any]) -> None:
         self._live()
         header = msgpack.unpackb(frames[0], strict_map_key=False)

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
 
 from sparseray.jobs.import_ import import_model
-from sparseray.jobs.tokens.prepare import quiet
+from sparseray.jobs.tokens.progress import quiet
 from sparseray.kernels.compiled_ops import COMPILED
 from sparseray.model.moe import LocalExperts
 from sparseray.model.transformer import Transformer
@@ -60,6 +60,11 @@ def make(kind: str, **changes: Any) -> Any:
         model: Any = DeepseekV3ForCausalLM(DeepseekV3Config(**SIZES | V3[kind] | changes))
     else:
         model = DeepseekV2ForCausalLM(DeepseekV2Config(**SIZES | V2[kind] | changes))
+    return fill(model).eval()
+
+
+def fill(model: Any) -> Any:
+    """Give a model weights far from their initial ones."""
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for name, p in [*model.named_parameters(), *model.named_buffers()]:
@@ -69,7 +74,7 @@ def make(kind: str, **changes: Any) -> Any:
                 p.copy_(0.1 * torch.randn(p.shape, generator=generator))
             elif p.dim() > 1:
                 p.copy_(torch.randn(p.shape, generator=generator) / p.shape[-1] ** 0.5)
-    return model.eval()
+    return model
 
 
 def save_tokenizer(folder: Path) -> None:

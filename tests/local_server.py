@@ -21,7 +21,9 @@ from sparseray.platform.composition import Run
 from sparseray.platform.config import ClusterConfig, ServeConfig
 from sparseray.platform.fleet.transport import ZmqTransport
 from sparseray.platform.metrics.exporter import Metrics
-from sparseray.platform.opening import open_serving, slots_of
+from sparseray.platform.offers import Offers
+from sparseray.platform.opening import open_followed, open_serving, slots_of
+from sparseray.platform.run.folder import RunFolder
 from sparseray.platform.serving import Served
 
 
@@ -39,39 +41,54 @@ class LocalServer:
 
     Args:
         folder: for the journal and the events.
-        checkpoint: to serve.
+        checkpoint: to serve; None for what the run that is followed offers.
         cluster: roles and replication.
         faults: what goes wrong.
         serve: limits of the engines.
         follows: folder of a run that is followed.
+        offers: of that run, while it trains.
     """
 
     def __init__(
         self,
         folder: Path,
-        checkpoint: Path,
+        checkpoint: Path | None,
         cluster: ClusterConfig,
         faults: Faults | None = None,
         serve: ServeConfig | None = None,
         follows: str = "",
+        offers: Callable[[], Offers | None] = lambda: None,
     ) -> None:
         folder.mkdir(parents=True)
-        config = open_serving(checkpoint, serve or ServeConfig(prefill_chunk=8), cluster)
+        serve, followed, self.offers = serve or ServeConfig(prefill_chunk=8), RunFolder(Path(follows)), offers
+        if checkpoint is None:
+            config = open_followed(followed, serve, cluster)
+        else:
+            config = open_serving(checkpoint, serve, cluster)
         self.config = replace(config, run_dir=str(folder))
         self.sockets = Path(tempfile.mkdtemp(prefix="sr"))
         self.fleet = LocalFleet(uuid.uuid4().hex, self.sockets, faults or Faults())
         transports = (ZmqTransport(name, self.sockets) for name in ("ingress", "ingress-out"))
         self.ingress = Ingress(self.fleet.job, *transports, deadline_s=20.0, places=config.serve.max_batch)
-        self.task = Served(checkpoint=str(checkpoint), ingress=self.ingress.address, run=follows)
+        self.task = Served(
+            checkpoint="" if checkpoint is None else str(checkpoint),
+            ingress=self.ingress.address,
+            run=follows,
+            identity=str(followed.identity) if checkpoint is None else "",
+        )
         self.stopping, self.dying = threading.Event(), threading.Event()
         self.run = self._open()
         self.fleet.start(slots_of(self.config, self.run.generations.workload.inventory))
         self.thread = threading.Thread(target=self._drive, name="scheduler")
         self.thread.start()
-        deadline = time.monotonic() + 20.0
+        # The first engine in a new tree compiles its loops.
+        deadline = time.monotonic() + 60.0
         # Ready is a server with one engine that answers; here requests are to find all of them.
         while self.ingress.reason or self.ingress._life.silent:
-            assert time.monotonic() < deadline, self.ingress.reason
+            if time.monotonic() > deadline:
+                reason = self.ingress.reason
+                self.close()
+                raise AssertionError(reason)
             time.sleep(0.005)
 
     def _open(self) -> Run:
@@ -93,6 +110,7 @@ class LocalServer:
             task=self.task,
             on_record=lambda record: None,
             should_stop=should_stop,
+            offers=self.offers,
         )
 
     def _drive(self) -> None:

@@ -7,7 +7,7 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import httpx
@@ -71,7 +71,8 @@ class Parts:
         return self.model.config.vocab_size
 
 
-def make_parts(ops: Ops = COMPILED) -> Parts:
+def make_parts(ops: Ops = COMPILED, **changes: Any) -> Parts:
+    """Its parts; changes are of the model."""
     torch.set_num_threads(1)
     tokenizer = make_tokenizer()
     config = ModelConfig(
@@ -85,6 +86,7 @@ def make_parts(ops: Ops = COMPILED) -> Parts:
         init_std=0.1,
         dse=DSEConfig(layers=(1,), rows_per_head=512, num_buckets=4, document_end_id=0),
     )
+    config = replace(config, **changes)
     layout = DSELayout.build(config.dse, tokenizer, vocab_size=config.vocab_size)
     model = Transformer(config, layout, seed=3, ops=ops).eval()
     grammars = Grammars(tokenizer.to_str(), vocab_size=config.vocab_size, eos_id=0)

@@ -2,20 +2,13 @@
 
 import json
 import shutil
-import signal
 import socket
-import subprocess
-import sys
-import time
-import uuid
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from conftest import write_corpus
 from local_cluster import tiny_run, train
-from processes import ROOT, environment, of_mark, run, temporary_folder, wait_until
 
 from sparseray.errors import CheckpointError
 from sparseray.jobs import pretrain
@@ -234,61 +227,3 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
-
-
-@pytest.fixture
-def ray_head(request: pytest.FixtureRequest) -> Iterator[tuple[str, Path]]:
-    """A head with 2 CPUs in a folder of its own: (address, temporary folder); stopped by process id."""
-    port, mark = free_port(), uuid.uuid4().hex
-    with temporary_folder() as temporary:
-        log = temporary / "head.log"
-        command = [Path(sys.executable).with_name("ray"), "start", "--head", "--num-cpus=2", f"--port={port}"]
-        options = [f"--temp-dir={temporary}/ray", "--include-dashboard=false", "--node-ip-address=127.0.0.1"]
-        with log.open("wb") as file:
-            head = subprocess.Popen(
-                [*command, *options, "--block"],
-                env=environment(TMPDIR=str(temporary), SPARSERAY_TEST=mark, **request.param),
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                cwd=ROOT,
-            )
-        try:
-            wait_until(lambda: "ray stop" in log.read_text() or head.poll() is not None, "the start of Ray")
-            assert head.poll() is None, log.read_text()
-            yield f"127.0.0.1:{port}", temporary
-        finally:
-            head.send_signal(signal.SIGTERM)
-            head.wait(30)
-            time.sleep(0.5)
-            for process in of_mark(mark):
-                process.kill()
-
-
-def pretrain_on(address: str, temporary: Path, corpus: Path, **changes: str) -> tuple[int, str, Path]:
-    file, log, run_dir = temporary / "run.yaml", temporary / "log.txt", temporary / "run"
-    save_yaml(tiny_run(corpus, steps=2, expert_shards=3, address=address), file)
-    options = ["pretrain", "--config", str(file), f"--run_dir={run_dir}"]
-    code = run(options, log, TMPDIR=str(temporary), **changes)
-    return code, log.read_text(), run_dir
-
-
-@pytest.mark.ray
-@pytest.mark.parametrize("ray_head", [{}], indirect=True)
-def test_too_few_free_cpus_on_an_external_ray_says_what_is_there(
-    ray_head: tuple[str, Path], corpus: Path
-) -> None:
-    code, text, run_dir = pretrain_on(*ray_head, corpus)
-    assert code == 2, text
-    assert "5 slots of 1 CPU ask for 5 CPUs, and 2 of the cluster's 2 are free" in text
-    assert "Traceback" not in text
-    assert not run_dir.exists()
-
-
-@pytest.mark.ray
-@pytest.mark.parametrize("ray_head", [{"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a" * 32}], indirect=True)
-def test_ray_that_refuses_the_token_says_how_to_give_it(ray_head: tuple[str, Path], corpus: Path) -> None:
-    code, text, run_dir = pretrain_on(*ray_head, corpus, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="b" * 32)
-    assert code == 2, text
-    assert "RAY_AUTH_MODE=token" in text.splitlines()[-1]
-    assert "Traceback" not in text
-    assert not run_dir.exists()

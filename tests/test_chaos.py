@@ -1,6 +1,6 @@
-"""Random faults against a real run and a real server, some seconds of them and a minute.
+"""Random faults against a real run, a real server and both on one platform, some seconds of them and a minute.
 
-tests/chaos.py and tests/chaos_serving.py run the same for hours.
+tests/chaos.py, tests/chaos_serving.py and tests/chaos_platform.py run the same for hours.
 """
 
 from collections.abc import Callable
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from chaos import chaos
+from chaos_platform import chaos_platform
 from chaos_serving import chaos_serving
 
 
@@ -54,3 +55,12 @@ def test_a_minute_of_random_faults_changes_no_token(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     check(corpus, tmp_path, monkeypatch, seconds=60.0, least=5, chaos=chaos_serving)
+
+
+@pytest.mark.ray
+@pytest.mark.long
+@pytest.mark.timeout(400)
+def test_a_minute_of_random_faults_on_a_platform_that_trains_and_serves(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check(corpus, tmp_path, monkeypatch, seconds=60.0, least=5, chaos=chaos_platform)

@@ -13,8 +13,8 @@ from sparseray.platform import config as configuration
 from sparseray.platform.checks import check_cluster
 from sparseray.platform.config import RunConfig, load_yaml, to_dict
 from sparseray.platform.opening import training_inventory
+from sparseray.platform.planning.schedule import learning_rate
 from sparseray.platform.settings import keys_of
-from sparseray.platform.trainer import learning_rate
 
 CASES = 1500
 TINY = (ROOT / "configs" / "tiny.yaml").read_text()

@@ -4,17 +4,12 @@ Then one actor of the run is killed: its series must be gone within two seconds,
 rightly empty in health must show the fault.
 """
 
-import contextlib
 import json
 import re
-import shutil
-import subprocess
 import sys
-import tempfile
 import threading
 import time
 import urllib.request
-import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,11 +18,10 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-import yaml
 from background import Background, end_leftovers, environment, free_ports, sparseray
 from browser import CHROMIUM, NO_CHROMIUM, cards, document
 from local_cluster import tiny_run, train
-from watching import MISSING, PROMETHEUS, PROMTOOL, Prometheus, lint
+from watching import MISSING, PROMETHEUS, Prometheus, lint
 
 from sparseray.dashboards.cluster import CLUSTER
 from sparseray.dashboards.generate import EVENTS
@@ -36,7 +30,6 @@ from sparseray.dashboards.rules import ALERTS, RECORDS
 from sparseray.dashboards.serving import SERVING
 from sparseray.dashboards.sparse import SPARSE
 from sparseray.dashboards.training import TRAINING
-from sparseray.jobs import dashboard
 from sparseray.jobs.http.server import App, HttpServer
 from sparseray.jobs.watch.page import PrometheusSource, create_app
 from sparseray.jobs.watch.setup import read_dashboards, write_prometheus
@@ -225,70 +218,6 @@ def test_a_killed_actor_takes_its_series_along_and_the_fault_is_shown(live: Live
     for board in BOARDS:
         assert not unanswered(live, board, "fault", "resize")
     assert live.prometheus.values(EVENTS)
-
-
-@contextlib.contextmanager
-def ray_head(token: Path) -> Iterator[str]:
-    """A real head of a Ray cluster that asks for a token; gives its dashboard's address."""
-    # Ray's sockets lie in its folder, and the path of a socket may have 107 characters.
-    folder = tempfile.mkdtemp(prefix="sr-", dir="/tmp")
-    port, board, agent = free_ports(3)
-    env = environment(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(token), RAY_TMPDIR=folder)
-    command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--num-cpus=1"]
-    command += [f"--port={port}", f"--dashboard-port={board}", f"--metrics-export-port={agent}"]
-    command += ["--disable-usage-stats", "--object-store-memory=100000000", f"--temp-dir={folder}"]
-    head = Background(command, env)
-    url = f"http://127.0.0.1:{board}"
-    headers = {"Authorization": f"Bearer {token.read_text()}"}
-    try:
-        deadline = time.monotonic() + 60.0
-        while True:
-            with contextlib.suppress(httpx.HTTPError):
-                answer = httpx.get(f"{url}/api/prometheus/sd", headers=headers, timeout=5.0)
-                if answer.status_code == 200 and answer.json():
-                    break
-            assert time.monotonic() < deadline, f"no head of a Ray cluster came up:\n{head.output}"
-            time.sleep(0.2)
-        yield url
-    finally:
-        head.terminate(30.0)
-        end_leftovers(env)
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def test_a_real_ray_head_that_asks_for_its_token_is_scraped(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    token = tmp_path / "token"
-    token.write_text(uuid.uuid4().hex)
-    monkeypatch.setenv("SPARSERAY_STATE_DIR", str(tmp_path / "state"))
-    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
-    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
-    write = ["prometheus", "--out", str(tmp_path / "p"), "--ray"]
-    with ray_head(token) as address:
-        assert dashboard.main([*write, address]) == 0
-        ray = yaml.safe_load((tmp_path / "p" / "prometheus.yml").read_text())["scrape_configs"][1]
-        assert ray["http_sd_configs"] == [
-            {
-                "url": f"{address}/api/prometheus/sd",
-                "refresh_interval": "5s",
-                "authorization": {"type": "Bearer", "credentials_file": str(token)},
-            }
-        ]
-        if PROMTOOL is not None:
-            config = str(tmp_path / "p" / "prometheus.yml")
-            assert subprocess.run([PROMTOOL, "check", "config", config], capture_output=True).returncode == 0
-        prometheus = Prometheus(tmp_path / "p" / "prometheus.yml", tmp_path / "data")
-        try:
-            prometheus.wait_for('up{job="ray"} == 1', 60.0)
-            prometheus.wait_for('{job="ray",__name__=~"ray_.+"}', 60.0)
-        finally:
-            prometheus.close()
-        monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "other"))
-        (tmp_path / "other").write_text("wrong")
-        assert dashboard.main([*write, address]) == 2
-        told = capsys.readouterr().err
-        assert "answers 403" in told and "set RAY_AUTH_TOKEN" in told
 
 
 def stream(url: str, max_tokens: int) -> tuple[float, float]:

@@ -43,7 +43,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def prepared(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("prepared") / "data"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sparseray.jobs.tokens.prepare.BATCH_BYTES", 9000)
+        patch.setattr("sparseray.jobs.tokens.encode.BATCH_BYTES", 9000)
         prepare([str(corpus)], out, vocab_size=300, validation_fraction=0.2, shard_tokens=8000)
     return out
 
@@ -110,7 +110,7 @@ def test_same_input_gives_the_same_bytes_whatever_the_number_of_threads(
 ) -> None:
     code = (
         "import sys; from pathlib import Path; from sparseray.jobs.tokens import prepare as work\n"
-        "work.BATCH_BYTES = 9000\n"
+        "from sparseray.jobs.tokens import encode; encode.BATCH_BYTES = 9000\n"
         "out = Path(sys.argv[2])\n"
         "work.prepare([sys.argv[1]], out, vocab_size=300, validation_fraction=0.2, shard_tokens=8000)"
     )
@@ -215,7 +215,8 @@ from sparseray.jobs.tokens import prepare as work
 def die(*_): os.kill(os.getpid(), signal.SIGKILL)
 if sys.argv[3] in ("write_manifest", "_commit"): setattr(work, sys.argv[3], die)
 progress = lambda phase, done, total: die() if phase == sys.argv[3] else None
-work.BATCH_BYTES = 4000
+from sparseray.jobs.tokens import encode
+encode.BATCH_BYTES = 4000
 work.prepare([sys.argv[1]], Path(sys.argv[2]), vocab_size=280, shard_tokens=3000, progress=progress)
 """
 
@@ -373,3 +374,12 @@ def test_standard_library_is_found_without_installed_packages() -> None:
     assert names == sorted(names)
     assert all(name.endswith(".py") and "site-packages" not in name for name in names)
     assert (source.licence, source.version) == ("PSF-2.0", f"Python {sys.version.split()[0]}")
+
+
+def test_a_tokenizer_over_which_the_library_panics_is_told_in_a_sentence(tmp_path: Path) -> None:
+    """Found by tests/fuzz.py: a prefix longer than a merged token makes the Rust library panic."""
+    found = json.loads(train_bpe(["def f(x): return x\n"] * 9, 270).tokenizer.to_str())
+    found["model"]["continuing_subword_prefix"] = "a longer prefix than any token has"
+    (tmp_path / "tokenizer.json").write_text(json.dumps(found))
+    with pytest.raises(DataError, match=r"tokenizer.json is not a tokenizer.json of .*; restore it"):
+        load_tokenizer(str(tmp_path))

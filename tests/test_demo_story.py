@@ -1,48 +1,85 @@
-"""The demo's story against a made-up run: who is killed, what is asked for, and that it ends with the run."""
+"""The demo's story against a made-up run and server: who is killed, when a slot is lent, and that it ends with the run."""
 
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from sparseray.errors import UserError
 from sparseray.jobs import demo_story
+from sparseray.jobs.demo_server import MOST_ENGINES, Heard
 from sparseray.platform import cluster
 from sparseray.platform.run.folder import RunFolder
 
 
+def sleeping() -> "subprocess.Popen[bytes]":
+    return subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+
+
 class Scheduler:
-    """Knows one expert shard, a process that sleeps, and a spare slot."""
+    """Knows one expert shard and one engine, processes that sleep, and a spare slot."""
 
     def __init__(self, folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.victim = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-        self.folder, self.refusal = folder, ""
-        self.asked: list[tuple[str, int]] = []
-        monkeypatch.setattr(cluster, "ask", lambda _, method, *given, **__: getattr(self, method)(*given))
+        self.victim, self.engine = sleeping(), sleeping()
+        self.folder, self.platform, self.engines = folder, object(), 2
+        monkeypatch.setattr(cluster, "ask", lambda who, method, **_: self.answer(who, method))
         folder.path.mkdir(parents=True)
 
     def event(self, kind: str, step: int) -> None:
-        event = {"time": time.time(), "step": step, "kind": kind, "text": f"{kind} text", "attention": 3}
-        self.folder.append_event(event)
+        self.folder.append_event({"time": time.time(), "step": step, "kind": kind, "text": f"{kind} text"})
 
-    def status(self) -> dict[str, Any]:
+    def answer(self, who: Any, method: str) -> Any:
+        if method == "jobs":
+            jobs = [("t", "/run", "training"), ("s", "/servers/s", "serving")]
+            return [dict(zip(("job", "run_dir", "state"), job)) for job in jobs]
+        if who is not self:
+            assert who.job == "s"
+            pids = [self.engine.pid, *range(1, self.engines)]
+            return {"slots": [{"slot": n, "roles": ["attention"], "pid": pid} for n, pid in enumerate(pids)]}
         slots = [{"slot": 4, "roles": ["expert"], "pid": self.victim.pid, "experts": 8}]
         spare = {"slot": 5, "roles": ["standby"], "pid": 0, "experts": 0}
         return {"settled": True, "replicas": {"actual": 2, "target": 2}, "slots": [*slots, spare]}
 
-    def scale(self, role: str, count: int) -> str:
-        self.asked.append((role, count))
-        return self.refusal
+
+class Server:
+    """Answers at once; under load it has one engine more."""
+
+    def __init__(self, scheduler: Scheduler, refusal: str = "") -> None:
+        self.scheduler, self.refusal, self.folder = scheduler, refusal, ""
+
+    def start(self) -> None:
+        if self.refusal:
+            raise UserError(self.refusal)
+
+    def stream(self, *_: Any) -> Heard:
+        return Heard(text="text", gaps_s=[0.01, 0.02], version="step_20-ab")
+
+    def streams(
+        self, prompt: str, tokens: int, seed: int, count: int, at: Callable[[int], None]
+    ) -> list[Heard]:
+        for pieces in range(tokens + 1):
+            at(pieces)
+        return [Heard(text=f"text{'!' * (n == 1)}", gaps_s=[0.01, 0.3], version="") for n in range(count)]
+
+    @contextmanager
+    def load(self) -> Iterator[list[str]]:
+        self.scheduler.event("lent", 40)
+        self.scheduler.engines = MOST_ENGINES
+        yield []
 
 
 @pytest.fixture
 def scheduler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     made = Scheduler(RunFolder(tmp_path / "run"), monkeypatch)
     yield made
-    made.victim.kill()
-    made.victim.wait()
+    for process in (made.victim, made.engine):
+        process.kill()
+        process.wait()
 
 
 def wait_for(lines: list[str], word: str) -> None:
@@ -52,39 +89,44 @@ def wait_for(lines: list[str], word: str) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("refusal", ["", "there is no room"])
-def test_an_expert_shard_is_killed_and_a_worker_asked_for_when_the_steps_are_reached(
+def play(scheduler: Scheduler, server: Server, lines: list[str]) -> Any:
+    return demo_story.story(scheduler, scheduler.folder, server, steps=100, tell=lines.append)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("refusal", ["", "it did not answer"])
+def test_a_shard_dies_a_server_joins_a_slot_is_lent_and_an_engine_dies_in_mid_stream(
     scheduler: Scheduler, refusal: str
 ) -> None:
     lines: list[str] = []
-    scheduler.refusal = refusal
-    with demo_story.story(scheduler, scheduler.folder, steps=100, attention=3, tell=lines.append):
+    with play(scheduler, Server(scheduler, refusal), lines) as story:
         scheduler.event("start", 0)
-        scheduler.folder.append({"step": 29})
+        scheduler.folder.append({"step": 9})
         time.sleep(0.3)
         assert scheduler.victim.poll() is None and not lines
-        scheduler.folder.append({"step": 30})
+        scheduler.folder.append({"step": 10})
         assert scheduler.victim.wait(10.0) == -9
         wait_for(lines, f"slot 4 (pid {scheduler.victim.pid})")
-        scheduler.event("recovered", 31)
+        scheduler.event("recovered", 11)
         wait_for(lines, "no step was lost")
-        assert not scheduler.asked
-        scheduler.folder.append({"step": 55})
-        wait_for(lines, "scale attention 3")
-        scheduler.event("resized", 56)
-        wait_for(lines, "that was refused: there is no room" if refusal else "3 attention workers train now")
-    assert scheduler.asked == [("attention", 3)]
+        wait_for(lines, "did not answer" if refusal else "longest gap 300 ms, 20 ms undisturbed")
+    assert (scheduler.engine.poll() is None) == bool(refusal)
+    if not refusal:
+        assert "3 engines answer" in story.outcome[0] and "; 0 requests failed" in story.outcome[0]
+        # One of the three said something else.
+        assert (
+            "3 streams, one an engine, one engine killed: 2 of them the text from before" in story.outcome[1]
+        )
 
 
 def test_a_run_that_ends_early_or_has_few_steps_left_ends_the_story(scheduler: Scheduler) -> None:
     lines: list[str] = []
-    with demo_story.story(scheduler, scheduler.folder, steps=100, attention=3, tell=lines.append):
+    with play(scheduler, Server(scheduler), lines):
         scheduler.event("start", 0)
     assert not lines
-    with demo_story.story(scheduler, scheduler.folder, steps=100, attention=3, tell=lines.append):
+    with play(scheduler, Server(scheduler), lines):
         scheduler.event("start", 90)
         wait_for(lines, "only 10 steps are left")
-    assert scheduler.victim.poll() is None and not scheduler.asked
+    assert scheduler.victim.poll() is None and scheduler.engine.poll() is None
 
 
 def test_the_summary_says_whether_each_step_stands_there_once(scheduler: Scheduler) -> None:

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from sparseray.jobs.export import export_model
 from sparseray.jobs.hub_folder import dequantized
-from sparseray.jobs.tokens.prepare import quiet
+from sparseray.jobs.tokens.progress import quiet
 from sparseray.model.hub import entries
 from sparseray.platform.run import checkpoint
 

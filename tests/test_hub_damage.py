@@ -16,7 +16,8 @@ from tokenizers import Tokenizer, models
 
 from sparseray.__main__ import main
 from sparseray.jobs import export, hub_folder
-from sparseray.model.config import ModelConfig, preset
+from sparseray.model.config import ModelConfig
+from sparseray.model.presets import preset
 from sparseray.platform.config import RunConfig, to_dict
 from sparseray.platform.run import checkpoint
 

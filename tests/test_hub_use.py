@@ -15,7 +15,8 @@ from sparseray.actors.serving.text_request import GenerationRequest
 from sparseray.errors import CheckpointError, IdentityError
 from sparseray.jobs.export import export_model
 from sparseray.jobs.http.serving_model import read_served
-from sparseray.jobs.tokens.prepare import prepare, quiet
+from sparseray.jobs.tokens.prepare import prepare
+from sparseray.jobs.tokens.progress import quiet
 from sparseray.platform.config import ClusterConfig, RunConfig, ServeConfig, from_dict, load_yaml
 from sparseray.platform.opening import open_serving, open_training
 from sparseray.platform.run import checkpoint
@@ -126,9 +127,9 @@ def test_the_configuration_beside_an_imported_model_is_that_of_its_run(ckpt: Pat
 
 
 def test_data_of_another_tokenizer_is_refused(run: RunConfig, corpus: Path, tmp_path: Path) -> None:
-    model = replace(run.model, vocab_size=300)
+    model = replace(run.model, vocab_size=300, norm_eps=1e-3)
     config = replace(run, run_dir=str(tmp_path / "run"), data=replace(run.data, path=str(corpus)))
-    with pytest.raises(CheckpointError, match=r"model.vocab_size is 272 there and 300 here"):
+    with pytest.raises(CheckpointError, match=r"model.norm_eps is .* there and 0.001 here"):
         open_training(replace(config, model=model))
     prepare([str(corpus.parent / "text")], tmp_path / "small", vocab_size=260, validation_fraction=0.1)
     config = replace(config, data=replace(run.data, path=str(tmp_path / "small")))

@@ -16,6 +16,7 @@ from sparseray.actors.state.experts import ExpertShard
 from sparseray.actors.state.holdings import Holdings
 from sparseray.actors.state.memory import MemoryShard
 from sparseray.actors.training.token_data import TokenDataset, batch
+from sparseray.actors.training.worker import AttentionWorker
 from sparseray.actors.wire.envelope import Body
 from sparseray.actors.wire.messages import FetchRows
 from sparseray.model.buckets import bucket_bounds
@@ -103,6 +104,21 @@ def test_colocated_roles_change_no_bit(
         colocated=True,
     )
     check(train(tmp_path / "run", config, stop_after=SHORT), reference[SHORT])
+
+
+@pytest.mark.parametrize("abreast", [2, 3])
+def test_parts_side_by_side_in_one_slot_change_no_bit(
+    abreast: int, corpus: Path, reference: dict[int, Trained], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_once: list[int] = []
+    run = AttentionWorker._run
+    monkeypatch.setattr(torch, "get_num_threads", lambda: abreast)
+    monkeypatch.setattr(
+        AttentionWorker, "_run", lambda self, calls: (at_once.append(len(calls)), run(self, calls))[1]
+    )
+    config = tiny_run(corpus, steps=STEPS, colocated=True)
+    check(train(tmp_path / "run", config, stop_after=SHORT), reference[SHORT])
+    assert max(at_once) == abreast and sum(at_once) == SHORT * config.train.logical_shards
 
 
 def test_tcp_changes_no_bit(corpus: Path, reference: dict[int, Trained], tmp_path: Path) -> None:

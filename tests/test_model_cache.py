@@ -12,10 +12,11 @@ from torch import Tensor
 
 from sparseray.kernels.compiled_ops import COMPILED
 from sparseray.kernels.ops import REFERENCE, Ops
-from sparseray.model.config import MLAConfig, ModelConfig, MoEConfig, NSAConfig, RopeConfig, preset
+from sparseray.model.config import MLAConfig, ModelConfig, MoEConfig, NSAConfig, RopeConfig
 from sparseray.model.dse import LocalMemory
 from sparseray.model.dse_layout import DSELayout
 from sparseray.model.moe import LocalExperts
+from sparseray.model.presets import preset
 from sparseray.model.transformer import Transformer, cross_entropy_sum
 
 END = 5

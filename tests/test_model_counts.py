@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from sparseray.errors import ConfigError
-from sparseray.model.config import DSEConfig, ModelConfig, MoEConfig, NSAConfig, preset
+from sparseray.model.config import DSEConfig, ModelConfig, MoEConfig, NSAConfig
 from sparseray.model.counts import count_parameters, flops_per_token, keys_per_query
 from sparseray.model.dse import LocalMemory
 from sparseray.model.dse_layout import DSELayout
 from sparseray.model.init import initial_tensor
 from sparseray.model.moe import LocalExperts
+from sparseray.model.presets import preset
 from sparseray.model.transformer import Transformer
 
 TINY = preset("tiny")

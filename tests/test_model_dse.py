@@ -16,11 +16,12 @@ from torch import Tensor
 
 from sparseray.errors import ConfigError, IdentityError
 from sparseray.model.buckets import bucket_bounds
-from sparseray.model.config import DSEConfig, ModelConfig, preset
+from sparseray.model.config import DSEConfig, ModelConfig
 from sparseray.model.dse import DSE, LocalMemory
 from sparseray.model.dse_layout import NO_TOKEN, DSELayout, build_token_map, is_prime
 from sparseray.model.init import initial_dense
 from sparseray.model.layers import Batch
+from sparseray.model.presets import preset
 from sparseray.model.transformer import Transformer
 
 DSE_CONFIG = DSEConfig(layers=(1, 2), rows_per_head=500, head_dim=4, pad_id=3, num_buckets=8)

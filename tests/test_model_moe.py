@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparseray.kernels.ops import REFERENCE
-from sparseray.model.config import DSEConfig, ModelConfig, MoEConfig, preset
+from sparseray.model.config import DSEConfig, ModelConfig, MoEConfig
 from sparseray.model.init import expert_views, initial_dense
 from sparseray.model.layers import Batch
 from sparseray.model.moe import LocalExperts, MoE, balance_loss
+from sparseray.model.presets import preset
 from sparseray.model.transformer import Transformer, cross_entropy_sum
 
 V3 = MoEConfig(

@@ -59,6 +59,8 @@ class Source:
 class InProcess:
     """`Exchange` of experts as modules; it keeps the gradients."""
 
+    abreast = 1
+
     def __init__(self) -> None:
         self.experts, self.found = LocalExperts(CONFIG, seed=0), list[Tensor]()
 
@@ -91,10 +93,12 @@ def test_ignored_targets_do_not_count_and_parts_add_up_to_the_gradient_of_the_wh
     torch.testing.assert_close(sum(exchange.found), gradient, rtol=1e-4, atol=1e-6)
 
 
-def with_parts(model: Transformer, batch: Batch, exchange: Exchange, fetched: Rows) -> Loss:
-    loss = next_token(model, batch, exchange, fetched)
-    first = float(batch.tokens_BT[0, 0])
-    return replace(loss, metrics={"second": loss.weight, "first_token": first})
+def with_parts(
+    model: Transformer, batch: Batch, exchange: Exchange, fetched: Rows, *, step: int | None
+) -> Loss:
+    loss = next_token(model, batch, exchange, fetched, step=step)
+    first = batch.tokens_BT[0, 0].float()
+    return replace(loss, metrics={"second": torch.tensor(loss.weight), "first_token": first})
 
 
 def test_further_losses_are_in_the_record_of_their_step(

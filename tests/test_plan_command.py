@@ -7,8 +7,9 @@ import pytest
 
 from sparseray.jobs import plan as command
 from sparseray.model.buckets import bucket_bounds
-from sparseray.model.config import DSEConfig, preset
+from sparseray.model.config import DSEConfig
 from sparseray.model.counts import count_parameters
+from sparseray.model.presets import preset
 from sparseray.platform import config as configuration
 from sparseray.platform.config import DataConfig, RunConfig
 from sparseray.platform.opening import build_layout, open_data

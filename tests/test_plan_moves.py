@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from test_plan import EXPERTS, LAYERS, change, fresh, size, spread, travelling
 
-from sparseray.model.config import preset
+from sparseray.model.presets import preset
 from sparseray.platform.planning.replan import holdings, moves, piece_bytes
 
 

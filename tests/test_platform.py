@@ -44,11 +44,11 @@ class Platform:
         }
         self.jobs: list[subprocess.Popen[bytes]] = []
 
-    def command(self, *arguments: str) -> tuple[int, str]:
-        """Run a command to its end; its exit code, and all that it said."""
+    def command(self, *arguments: str, **changes: str) -> tuple[int, str]:
+        """Run a command to its end, with changes to its environment; its exit code, and all that it said."""
         done = subprocess.run(
             [sys.executable, "-m", "sparseray", *arguments],
-            env=environment(**self.changes),
+            env={k: v for k, v in environment(**self.changes, **changes).items() if v},
             capture_output=True,
             text=True,
             timeout=200,
@@ -187,18 +187,21 @@ def test_several_jobs_share_a_platform_whose_scheduler_may_die(platform: Platfor
     assert code == 2 and "no platform is up" in said
 
 
-def test_a_run_lends_slots_to_a_server_and_gets_them_back(platform: Platform, corpus: Path) -> None:
+def test_a_run_lends_slots_and_gives_weights_to_a_server_and_gets_the_slots_back(
+    platform: Platform, corpus: Path
+) -> None:
     platform.up()
     wide = {"attention_workers": 2, "expert_shards": 2, "memory_shards": 2, "cpus_per_slot": 2.5}
     platform.pretrain("run", config_of(corpus, **wide, lend=True, lend_return_s=1.0))
     platform.more("run")
     assert platform.status("run")["room"] == 0
     (port,) = free_ports(1)
-    checkpoint = train(platform.folder / "served", config_of(corpus), stop_after=2).folder.newest_checkpoint()
+    # The run has no checkpoint: its slots give the server its weights, before any of them is lent.
     server = platform.start(
         "server",
         "serve",
-        f"--checkpoint={checkpoint}",
+        f"--run={platform.folder / 'run'}",
+        "--serve.follow_every=5",
         f"--port={port}",
         "--cluster.address=auto",
         "--cluster.cpus_per_slot=2.5",
@@ -211,6 +214,9 @@ def test_a_run_lends_slots_to_a_server_and_gets_them_back(platform: Platform, co
     body = {"prompt": "rain", "max_tokens": 4, "model": "sparseray"}
     answer = httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=body, timeout=30.0)
     assert answer.status_code == 200, answer.text
+    assert answer.json()["system_fingerprint"].startswith("step_")
+    assert not list((platform.folder / "run" / "checkpoints").glob("step_*"))
+    wait_until(lambda: "*** published: step_" in (platform.folder / "server.txt").read_text(), "a later step")
     platform.more("run")
     server.send_signal(signal.SIGINT)
     assert server.wait(60) == 0, (platform.folder / "server.txt").read_text()
@@ -218,3 +224,29 @@ def test_a_run_lends_slots_to_a_server_and_gets_them_back(platform: Platform, co
     platform.down()
     platform.check("run", corpus)
     assert "lost" not in platform.events("run") and "returned" in platform.events("run")
+
+
+def test_a_platform_with_a_token_takes_those_who_have_it(platform: Platform, corpus: Path) -> None:
+    home = platform.folder / "home"
+    home.mkdir()
+    own = {"RAY_AUTH_MODE": "token", "HOME": str(home)}
+    code, said = platform.command("up", "--slots=1", "--cpus_per_slot=0.5", "--threads_per_slot=1", **own)
+    assert code == 0 and "--cluster.cpus_per_slot 0.5" in said, said
+    assert len((home / ".ray" / "auth_token").read_text()) >= 32
+    save_yaml(config_of(corpus, cpus_per_slot=0.5, colocated=True), platform.folder / "run.yaml")
+    pretrain = [
+        "pretrain",
+        f"--config={platform.folder}/run.yaml",
+        "--cluster.address=auto",
+        "--train.steps=3",
+    ]
+    # The mode comes with the platform's entry; the token is the user's.
+    token = {"RAY_AUTH_MODE": "", "HOME": str(home)}
+    code, said = platform.command(*pretrain, f"--run_dir={platform.folder}/run", **token)
+    assert code == 0 and "step_3" in said, said
+    other = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "b" * 32, "HOME": str(home)}
+    code, said = platform.command(*pretrain, f"--run_dir={platform.folder}/other", **other)
+    assert code == 2 and "RAY_AUTH_MODE=token" in said.splitlines()[-1], said
+    code, said = platform.command("down", **token)
+    assert code == 0 and "is down" in said, said
+    wait_until(lambda: not of_mark(platform.mark), "the end of all processes", 20.0)

@@ -121,6 +121,8 @@ def test_what_is_given_back_goes_to_who_waits_and_stays_warm(ray: MadeUpRay) -> 
     pool.turn()
     assert ("server", 0) not in jobs.granted, "its slot is not closed yet"
     ray.handles[1].answer("release", True)
+    pool._hear()
+    assert pool.lacking(Kind()) == 0, "it is free, and granted in a moment"
     pool.turn()
     assert jobs.numbers()["server", 0] == 1 and ray.ended == []
     assert set(pool.leased("run")) == {0} and set(pool.leased("server")) == {0}

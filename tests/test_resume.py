@@ -20,8 +20,8 @@ from sparseray.platform.run import checkpoint
 
 pytestmark = pytest.mark.ray
 STEPS, EVERY = 60, 10
-WIDE = ["--cluster.attention_workers=2", "--cluster.expert_shards=2", "--cluster.memory_shards=2"]
-OTHER = ["--cluster.attention_workers=1", "--cluster.expert_shards=3", "--cluster.memory_shards=1"]
+WIDE = ["--cluster.attention_workers=2", "--cluster.expert_shards=2", "--cluster.memory_shards=1"]
+OTHER = ["--cluster.attention_workers=1", "--cluster.expert_shards=1", "--cluster.memory_shards=2"]
 ONE = ["--cluster.colocated=true"]
 
 

@@ -23,11 +23,11 @@ def test_the_kernels_give_the_tokens_of_the_plain_operations() -> None:
     model = Transformer(config, parts.model.layout, seed=3, ops=TRITON).eval()
     experts = LocalExperts(config, seed=3, ops=TRITON)
     engine = PagedEngine(
-        model, experts, parts.memory, max_batch=4, max_model_len=MAX_MODEL_LEN, prefill_chunk=64, page=64
+        model, experts, parts.memory, max_batch=4, max_model_len=MAX_MODEL_LEN, prefill_chunk=32, page=64
     )
     # Over the end of a page, of a chunk and of a compression block, alone and in company.
     requests = [request_of("short", prompt_of(5), max_tokens=4)]
-    requests.append(request_of("long", prompt_of(126, 1), max_tokens=4, temperature=0.0))
+    requests.append(request_of("long", prompt_of(62, 1), max_tokens=4, temperature=0.0))
     for request in requests:
         engine.add(request)
     found = finish(engine)

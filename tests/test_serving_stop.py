@@ -82,7 +82,10 @@ def test_open_streams_end_with_an_error_event_when_the_server_stops(
     texts: list[str] = []
     statuses: list[int] = []
     body = {"prompt": "a", "max_tokens": 180, "ignore_eos": True}
-    with LocalClient(parts.engine(max_batch=2)) as client:
+    engine = parts.engine(max_batch=2)
+    step = engine.step
+    engine.step = lambda: (time.sleep(0.01), step())[1]
+    with LocalClient(engine) as client:
         server = HttpServer(create_app(client, served_by(parts)), drain_s=0.3)
 
         def stream() -> None:

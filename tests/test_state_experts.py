@@ -8,7 +8,8 @@ from torch import Tensor
 
 from sparseray.actors.state.adamw import AdamW
 from sparseray.actors.state.experts import ExpertShard
-from sparseray.model.config import ModelConfig, MoEConfig, preset
+from sparseray.model.config import ModelConfig, MoEConfig
+from sparseray.model.presets import preset
 
 KEYS = [(layer, expert) for layer in range(2) for expert in (5, 0, 3)]
 UPDATE = {"lr": 0.01, "scale": 0.5}

@@ -22,7 +22,8 @@ from sparseray.actors.state.memory import MemoryShard
 from sparseray.actors.state.tables import SharedTable, TableView
 from sparseray.actors.wire.messages import TableHandle
 from sparseray.kernels.dse import cpu
-from sparseray.model.config import DSEConfig, ModelConfig, preset
+from sparseray.model.config import DSEConfig, ModelConfig
+from sparseray.model.presets import preset
 
 UPDATE = {"lr": 0.01, "scale": 1.0}
 

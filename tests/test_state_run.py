@@ -21,6 +21,7 @@ from sparseray.model.dse_layout import DSELayout
 from sparseray.platform.checks import check_cluster
 from sparseray.platform.config import ClusterConfig, RunConfig, ServeConfig, to_dict
 from sparseray.platform.fleet.job import SlotJob
+from sparseray.platform.fleet.weights_port import WeightsPort
 from sparseray.platform.metrics.exporter import Metrics
 from sparseray.platform.opening import open_serving, serving_inventory
 from sparseray.platform.run import checkpoint
@@ -118,7 +119,7 @@ def test_a_serving_slot_reads_and_holds_weights_only(
             serving=serving,
             tokenizer=str(directory / "tokenizer.json"),
         )
-        job = SlotJob(spec, Metrics({}))
+        job = SlotJob(spec, Metrics({}), WeightsPort())
         slot = Slot(Recorder(), lambda _, job=job: job)  # type: ignore[arg-type]
         body = InstallPlan(
             plan=check_cluster(config.cluster, serving_inventory(config)),

@@ -3,6 +3,7 @@
 import shlex
 import shutil
 import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -11,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import yaml
 from background import Background, end_leftovers, environment, free_ports, sparseray
 from local_cluster import tiny_run
-from watching import MISSING, PROMETHEUS, Prometheus
+from watching import MISSING, PROMETHEUS, PROMTOOL, Prometheus
 
 from sparseray.errors import ConfigError
 from sparseray.jobs.submit import ANSWER_S, entrypoint, main, submit
@@ -28,6 +30,7 @@ class Head:
     """A running Ray head: its dashboard, and the environment of those who may use it."""
 
     address: str
+    gcs: str
     env: dict[str, str]
 
 
@@ -49,10 +52,16 @@ def head() -> Iterator[Head]:
         "--block",
     ]
     ray = str(Path(sys.executable).with_name("ray"))
-    process = Background([ray, "start", *options], env | {"RAY_AUTH_MODE": "token"})
+    # Metrics are otherwise reported every ten seconds.
+    own = {"RAY_AUTH_MODE": "token", "RAY_metrics_report_interval_ms": "1000"}
+    process = Background([ray, "start", *options], env | own)
     try:
         process.wait_for("will now block forever", 60.0)
-        yield Head(address=f"http://127.0.0.1:{ports['--dashboard-port']}", env=env)
+        yield Head(
+            address=f"http://127.0.0.1:{ports['--dashboard-port']}",
+            gcs=f"127.0.0.1:{ports['--port']}",
+            env=env,
+        )
     finally:
         process.terminate()
         left = end_leftovers(env)
@@ -158,16 +167,58 @@ def test_a_missing_file_is_found_before_anything_is_submitted(capsys: pytest.Cap
 @pytest.mark.ray
 @pytest.mark.skipif(PROMETHEUS is None, reason=MISSING)
 def test_a_prometheus_of_ours_scrapes_rays_own_targets_with_the_token(head: Head, tmp_path: Path) -> None:
-    env = head.env | {"SPARSERAY_STATE_DIR": str(tmp_path / "state")}
+    token, other = tmp_path / "token", tmp_path / "other"
+    token.write_text(TOKEN)
+    other.write_text("wrong")
+    env = {name: value for name, value in head.env.items() if name != "RAY_AUTH_TOKEN"}
+    env["SPARSERAY_STATE_DIR"] = str(tmp_path / "state")
     command = ["dashboard", "prometheus", "--out", str(tmp_path / "out"), "--ray", head.address]
-    refused = sparseray(
-        *command, env={name: value for name, value in env.items() if name != "RAY_AUTH_TOKEN"}
-    )
+    refused = sparseray(*command, env=env)
     assert refused.returncode == 2 and "answers 401" in refused.stderr, refused.stdout + refused.stderr
-    made = sparseray(*command, env=env)
+    refused = sparseray(*command, env=env | {"RAY_AUTH_TOKEN_PATH": str(other)})
+    assert refused.returncode == 2 and "answers 403" in refused.stderr, refused.stdout + refused.stderr
+    assert "set RAY_AUTH_TOKEN" in refused.stderr
+    made = sparseray(*command, env=env | {"RAY_AUTH_TOKEN_PATH": str(token)})
     assert made.returncode == 0, made.stderr
-    prometheus = Prometheus(tmp_path / "out" / "prometheus.yml", tmp_path / "out" / "data")
+    config = tmp_path / "out" / "prometheus.yml"
+    assert yaml.safe_load(config.read_text())["scrape_configs"][1]["http_sd_configs"] == [
+        {
+            "url": f"{head.address}/api/prometheus/sd",
+            "refresh_interval": "5s",
+            "authorization": {"type": "Bearer", "credentials_file": str(token)},
+        }
+    ]
+    if PROMTOOL is not None:
+        assert subprocess.run([PROMTOOL, "check", "config", str(config)], capture_output=True).returncode == 0
+    prometheus = Prometheus(config, tmp_path / "out" / "data")
     try:
         prometheus.wait_for('up{job="ray"} == 1', 60.0)
+        prometheus.wait_for('{job="ray",__name__=~"ray_.+"}', 60.0)
     finally:
         prometheus.close()
+
+
+def pretrain_on(head: Head, folder: Path, corpus: Path, **changes: str) -> str:
+    """Ask the cluster for more than it has; returns what the command, which fails, says."""
+    save_yaml(tiny_run(corpus, steps=2, expert_shards=3, address=head.gcs), folder / "run.yaml")
+    run_dir = folder / "run"
+    options = ["pretrain", "--config", str(folder / "run.yaml"), "--run_dir", str(run_dir)]
+    found = sparseray(*options, env=head.env | {"RAY_AUTH_MODE": "token"} | changes)
+    said = found.stdout + found.stderr
+    assert found.returncode == 2 and "Traceback" not in said, said
+    assert not run_dir.exists()
+    return said
+
+
+@pytest.mark.ray
+def test_too_few_free_cpus_on_an_external_ray_says_what_is_there(
+    head: Head, corpus: Path, tmp_path: Path
+) -> None:
+    said = pretrain_on(head, tmp_path, corpus)
+    assert "5 slots of 1 CPU ask for 5 CPUs, and 4 of the cluster's 4 are free" in said
+
+
+@pytest.mark.ray
+def test_ray_that_refuses_the_token_says_how_to_give_it(head: Head, corpus: Path, tmp_path: Path) -> None:
+    said = pretrain_on(head, tmp_path, corpus, RAY_AUTH_TOKEN="b" * 32)
+    assert "RAY_AUTH_MODE=token" in said.splitlines()[-1]

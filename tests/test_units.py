@@ -20,13 +20,13 @@ from sparseray.actors.state.assignment import Plan
 from sparseray.actors.state.tree import TreeSum
 from sparseray.actors.wire.codec import from_plain, to_plain
 from sparseray.errors import ConfigError
-from sparseray.model.config import preset
+from sparseray.model.presets import preset
 from sparseray.platform.config import OptimConfig, RunConfig, from_dict, load_yaml, parse, save_yaml, to_dict
 from sparseray.platform.fleet.priority import NICENESS, gently
 from sparseray.platform.planning.inventory import Inventory, Roles, num_slots
 from sparseray.platform.planning.replan import make_plan
+from sparseray.platform.planning.schedule import learning_rate
 from sparseray.platform.run.journal import Journal
-from sparseray.platform.trainer import learning_rate
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -214,7 +214,7 @@ def test_gentle_work_has_a_low_priority_and_leaves_the_callers_as_it_is() -> Non
 def test_a_slots_state_is_built_without_torchs_compiler() -> None:
     # It would cost every slot that starts beside a running job 1.3 s of processor time.
     program = (
-        "import sys; from dataclasses import replace; from sparseray.actors.state.dense import DenseState; from sparseray.model.config import DSEConfig, preset;"
+        "import sys; from dataclasses import replace; from sparseray.actors.state.dense import DenseState; from sparseray.model.config import DSEConfig; from sparseray.model.presets import preset;"
         "config = replace(preset('tiny'), dse=DSEConfig());"
         "state = DenseState(config, None, seed=0, num_parts=1, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1);"
         "print('torch._dynamo' in sys.modules)"

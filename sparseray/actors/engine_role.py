@@ -100,6 +100,8 @@ class EngineRole:
         self.job: Job | None = None
         self.pace = Pace(time.perf_counter())
         self.spoke_s = 0.0
+        self.askers: dict[str, int] = {}
+        """Which ingress each request came from."""
         self.handlers: dict[type[Body], Callable[[Message[Any]], None]] = {
             Generate: self._generate,
             Cancel: self._cancel,
@@ -168,16 +170,32 @@ class EngineRole:
         self.earlier = Seat(exchange=None, step_open=0)
 
     def _give_up(self, seat: Seat, *, stays: bool) -> None:
-        if gone := seat.request_ids:
-            self.mailbox.post(INGRESS, Moved(request_ids=gone, stays=stays))
+        gone = seat.request_ids
+        for asker in {self.askers[request_id] for request_id in gone}:
+            own = tuple(request_id for request_id in gone if self.askers[request_id] == asker)
+            self.mailbox.post(asker, Moved(request_ids=own, stays=stays))
         for request_id in gone:
-            self.pace.left(request_id)
+            self._left(request_id)
+
+    def _left(self, request_id: str) -> None:
+        """Take note that a request is computed here no more."""
+        self.askers.pop(request_id, None)
+        self.pace.left(request_id)
+
+    def _forget_gone(self) -> None:
+        """Give the places of requests free whose ingress has ended: nobody reads them."""
+        # With the first one the server ends.
+        others = {asker for asker in self.askers.values() if asker < INGRESS}
+        gone = set(self.mailbox.transport.gone(others))
+        for request_id in [name for name, asker in self.askers.items() if asker in gone]:
+            self._end(request_id)
 
     def tell_load(self) -> None:
         """Tell the scheduler twice a second what the slot does, in a job that serves."""
         now = time.perf_counter()
         if self.job is None or not self.job.is_serving or not self.pace.is_due(now):
             return
+        self._forget_gone()
         engine = self.engine
         stats, usage = (None, 0.0) if engine is None else (engine.stats, engine.cache_usage)
         num_earlier, version = len(self.earlier.request_ids), self.seat.step_open - 1
@@ -226,9 +244,20 @@ class EngineRole:
             self.pace.stepped(now - started, batch, events, now)
             if seat.exchange is not None:
                 observe_memory(job.observe, seat.exchange)
-        if events or now - self.spoke_s > SPEAK_S:
+        is_due = now - self.spoke_s > SPEAK_S
+        if is_due:
             self.spoke_s = now
-            self.mailbox.post(INGRESS, Tokens(events=tuple(events), version=seat.step_open - 1))
+        if events or is_due:
+            # Those who hear of no token hear that the engine works.
+            for asker in {self.askers[request_id] for request_id in seat.request_ids} | {
+                self.askers[event.request_id] for event in events if event.request_id in self.askers
+            }:
+                own = tuple(event for event in events if self.askers.get(event.request_id) == asker)
+                if own or is_due:
+                    self.mailbox.post(asker, Tokens(events=own, version=seat.step_open - 1))
+            for event in events:
+                if event.finish_reason is not None:
+                    self.askers.pop(event.request_id, None)
 
     def _go_on(self, seat: Seat) -> bool:
         """Enter the plan that came within a step of an engine; False if it leaves that engine no part here."""
@@ -245,8 +274,9 @@ class EngineRole:
     def _generate(self, message: Message[Generate]) -> None:
         request = message.body.request
         if self.engine is None:
-            self.mailbox.post(INGRESS, Moved(request_ids=(request.request_id,)))
+            self.mailbox.post(message.source, Moved(request_ids=(request.request_id,)))
             return
+        self.askers[request.request_id] = message.source
         try:
             self.engine.add(request)
             self.pace.arrived(request.request_id, time.perf_counter(), is_resumed=bool(request.resume_tokens))
@@ -257,15 +287,19 @@ class EngineRole:
                 finish_reason="error",
                 error=str(error),
             )
-            self.mailbox.post(INGRESS, Tokens(events=(event,)))
+            self.askers.pop(request.request_id, None)
+            self.mailbox.post(message.source, Tokens(events=(event,)))
 
     def _drain(self, _: Message[Drain]) -> None:
         left = len(self.seat.request_ids) + len(self.earlier.request_ids)
         self.mailbox.post(SCHEDULER, Draining(num_requests=left))
 
     def _cancel(self, message: Message[Cancel]) -> None:
+        self._end(message.body.request_id)
+
+    def _end(self, request_id: str) -> None:
         for seat in (self.earlier, self.seat):
             if seat.engine is not None and self.job is not None:
-                seat.engine.cancel(message.body.request_id)
+                seat.engine.cancel(request_id)
                 observe_queues(self.job.observe, seat.engine)
-        self.pace.left(message.body.request_id)
+        self._left(request_id)

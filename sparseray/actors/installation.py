@@ -122,8 +122,25 @@ def restore(
         found = read(directory, holdings.names(lacking, with_optimizer=with_optimizer and not begins))
         if begins:
             holdings.initialize(lacking)
-            found = holdings.tensors(lacking) | found
+            found = _grown(holdings.tensors(lacking), found)
         holdings.load(lacking, found, message.step, with_optimizer=with_optimizer)
+
+
+def _grown(own: dict[str, Tensor], read: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What was read, over what was drawn: moments stay at zero, and rows of added tokens as they were drawn.
+
+    Args:
+        own: all tensors of the pieces.
+        read: some of them, perhaps of fewer rows.
+    """
+    found = dict(own)
+    for name, tensor in read.items():
+        if tensor.shape != own[name].shape:
+            grown = own[name].clone()
+            grown[: tensor.shape[0]] = tensor
+            tensor = grown
+        found[name] = tensor
+    return found
 
 
 def pull_missing(

@@ -40,14 +40,14 @@ def observe_memory(observe: Observe, exchange: Exchange) -> None:
 
 
 def observe_biases(observe: Observe, state: DenseState) -> None:
-    """Record the range of the router's biases, by model layer (`layers.3.moe.router_bias` is layer 3).
+    """Record the range of the router's biases, by model layer.
 
     Args:
         observe: metrics of the slot.
         state: dense weights with the routers' biases [E].
     """
-    for name, bias_E in state.biases.items():
-        observe("moe_router_bias_range", float(bias_E.max() - bias_E.min()), layer=name.split(".")[1])
+    for layer, bias_E in zip(state.model.config.moe_layers, state.biases.values(), strict=True):
+        observe("moe_router_bias_range", float(bias_E.max() - bias_E.min()), layer=str(layer))
 
 
 def observe_queues(observe: Observe, engine: Engine) -> None:
@@ -81,6 +81,9 @@ def observe_engine(observe: Observe, engine: Engine, seconds: float) -> int:
     observe_queues(observe, engine)
     for waited in counted.queue_seconds:
         observe("request_queue_seconds", waited)
+    for place, drafted in counted.drafted.items():
+        observe("drafted_tokens_total", drafted, place=str(place))
+        observe("accepted_tokens_total", counted.accepted[place], place=str(place))
     if counted.failed_steps:
         observe("engine_failed_steps_total", counted.failed_steps)
         observe("request_retries_total", counted.retries)

@@ -40,6 +40,8 @@ from sparseray.actors.wire.messages import (
     Evaluate,
     Evaluated,
     Installed,
+    Offer,
+    Offered,
     PartDone,
     RunStep,
     SaveCheckpoint,
@@ -47,8 +49,10 @@ from sparseray.actors.wire.messages import (
     SavedTensor,
     Settled,
     Stale,
+    Withdraw,
 )
 from sparseray.actors.wire.slot_mailbox import SlotMailbox
+from sparseray.errors import OfferGoneError
 from sparseray.log import get_logger
 from sparseray.model.transformer import Transformer
 
@@ -92,6 +96,16 @@ class Job(Protocol):
         """
         ...
 
+    def offer(self, step: int, tensors: dict[str, Tensor]) -> str:
+        """Keep weights where servers can read them, instead of those before; returns where.
+
+        Args:
+            step: that they are of.
+            tensors: by logical name.
+        """
+        ...
+
+    def withdraw(self) -> None: ...
     def observe(self, name: str, value: float, **labels: str) -> None:
         """Record a metric of the slot.
 
@@ -128,7 +142,7 @@ class Roles:
         self.reduction: Reduction | None = None
         self.exchange: Exchange | None = None
         self.worker: AttentionWorker | None = None
-        self.saving = BackgroundSave()
+        self.saving, self.offering = BackgroundSave(), BackgroundSave()
         self.staging = Staging()
         self.earlier: Edition | None = None
         self.patience = Patience()
@@ -139,6 +153,8 @@ class Roles:
             Commit: self._commit,
             Evaluate: self._evaluate,
             SaveCheckpoint: self._checkpoint,
+            Offer: self._offer,
+            Withdraw: self._withdraw,
             Settled: self._settled,
             Stage: self._stage,
             Retire: self._retire,
@@ -164,6 +180,7 @@ class Roles:
         self.mailbox.transport.connect({**plan.addresses, SCHEDULER: body.scheduler, **ingress})
         self.worker, self.exchange, self.reduction, self.plan = None, None, None, None
         self.saving.forget()
+        self.offering.forget()
         self.job = self.job_from(body.job)
         if self.holdings is None:
             self.holdings = self.job.holdings()
@@ -182,7 +199,14 @@ class Roles:
             return
         pull_missing(self.holdings, mine, body, call, with_optimizer=trains)
         if body.source is not None:
-            restore(self.holdings, mine, body, self.job.read, with_optimizer=trains)
+            try:
+                restore(self.holdings, mine, body, self.job.read, with_optimizer=trains)
+            except OfferGoneError as error:
+                log.warning("slot %d cannot read its weights: %s", me, error)
+                self.holdings.clear()
+                self.engine_role.drop()
+                self.mailbox.post(SCHEDULER, Stale(), step=self.committed)
+                return
         self.holdings.assign(plan, me)
         self._take_roles(plan, call)
         self._keep_earlier(plan)
@@ -309,9 +333,14 @@ class Roles:
         """Apply a step's update to every replica held here."""
         assert self.holdings is not None and commit.step == self.committed + 1
         self.saving.wait_until_copied()
-        rows = self.holdings.apply(
-            lr=commit.lr, memory_lr=commit.memory_lr, scale=commit.scale, counts_LE=commit.counts_LE
-        )
+        self.offering.wait_until_copied()
+        rows = 0
+        if commit.is_skipped:
+            self.holdings.pass_over()
+        else:
+            rows = self.holdings.apply(
+                lr=commit.lr, memory_lr=commit.memory_lr, scale=commit.scale, counts_LE=commit.counts_LE
+            )
         self.committed = commit.step
         if rows:
             assert self.holdings.memory is not None
@@ -327,12 +356,7 @@ class Roles:
     def _checkpoint(self, message: Message[SaveCheckpoint]) -> None:
         """Write what is primary here into the checkpoint's folder and report the hashes, now or when that is done."""
         assert self.plan is not None and self.holdings is not None
-        me, directory, plan = self.mailbox.slot, message.body.directory, self.plan
-        pieces: dict[str, list[Piece]] = {
-            "dense": [DENSE] if plan.dense[0] == me else [],
-            "experts": [("expert", *k) for k in plan.experts_of(me) if plan.experts[k[0]][k[1]][0] == me],
-            "memory": [("bucket", *k) for k in plan.buckets_of(me) if plan.buckets[k[0]][k[1]][0] == me],
-        }
+        me, directory, plan, pieces = self.mailbox.slot, message.body.directory, self.plan, self._primary()
         # The generation keeps a slot that was given up and comes back from writing over another's file.
         files = {
             f"{file}_{me}_{plan.generation}": self.holdings.tensors(of) for file, of in pieces.items() if of
@@ -344,3 +368,31 @@ class Roles:
         self.saving.forget()
         entries = {name: entry for file, found in files.items() for name, entry in write(file, found).items()}
         self.mailbox.post(SCHEDULER, Saved(tensors=entries), step=message.step)
+
+    def _primary(self) -> dict[str, list[Piece]]:
+        """The pieces that are primary here, by the kind of file that they are saved in."""
+        assert self.plan is not None
+        me, plan = self.mailbox.slot, self.plan
+        return {
+            "dense": [DENSE] if plan.dense[0] == me else [],
+            "experts": [("expert", *k) for k in plan.experts_of(me) if plan.experts[k[0]][k[1]][0] == me],
+            "memory": [("bucket", *k) for k in plan.buckets_of(me) if plan.buckets[k[0]][k[1]][0] == me],
+        }
+
+    # -- for servers that follow the run -------------------------------------------------------
+
+    def _offer(self, message: Message[Offer]) -> None:
+        """Copy the weights that are primary here beside the next step, and say where they can be read."""
+        assert self.holdings is not None
+        job, step = self.job, self.committed
+        pieces = [piece for of in self._primary().values() for piece in of]
+
+        def keep(_: str, tensors: dict[str, Tensor]) -> dict[str, SavedTensor]:
+            self.mailbox.post(SCHEDULER, Offered(step=step, address=job.offer(step, tensors)), step=step)
+            return {}
+
+        self.offering.start(step, {"": self.holdings.tensors(pieces, with_optimizer=False)}, keep)
+
+    def _withdraw(self, _: Message[Withdraw]) -> None:
+        self.offering.forget()
+        self.job.withdraw()

@@ -67,6 +67,13 @@ ALERTS = (
         severity="page",
     ),
     Alert(
+        name="LossSpike",
+        value=f"sum by (run) (increase({series('train_spikes_total', run=False)}[10m]))",
+        condition="> 0",
+        hold="0s",
+        summary="Steps of {{ $labels.run }} stood out; their updates were left out",
+    ),
+    Alert(
         name="NoStep",
         value=f"max by (run) (changes({series('train_step', run=False)}[10m]))",
         condition="== 0",

@@ -72,6 +72,7 @@ _LOAD = (
         queries=one(f"max by (run, process) ({series('cache_usage_ratio')})", "{{run}} {{process}}"),
     ),
 )
+FIRST = 'place="1"'
 _ENGINE = (
     Panel(
         title="Size of the batch",
@@ -84,6 +85,24 @@ _ENGINE = (
         meaning="One step of the batch, with its experts and memory rows.",
         unit="s",
         queries=quantiles("engine_step_seconds"),
+    ),
+    Panel(
+        title="Accepted drafts",
+        meaning="Of the tokens that the model's own modules drafted, by their place in the draft; nothing where none are.",
+        unit="percentunit",
+        top=1.0,
+        queries=one(
+            f"{rate('accepted_tokens_total', by='run, place')} / {rate('drafted_tokens_total', by='run, place')}",
+            "{{run}} {{place}}",
+        ),
+    ),
+    Panel(
+        title="Tokens of a step and request",
+        meaning="Where tokens are drafted: one, and the drafts that are accepted with it.",
+        unit="none",
+        queries=one(
+            f"1 + {rate('accepted_tokens_total')} / {rate('drafted_tokens_total', FIRST)}",
+        ),
     ),
     Panel(
         title="Failed steps and retries",

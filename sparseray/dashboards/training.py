@@ -76,6 +76,12 @@ _LEARNING = (
         unit="none",
         queries=one(f"max by (run) ({series('train_nonfinite_steps_total')})"),
     ),
+    Panel(
+        title="Loss spikes",
+        meaning="Steps whose loss or gradient norm stood out; their update was left out, as train.spike says.",
+        unit="none",
+        queries=one(f"sum by (run, reaction) ({series('train_spikes_total')})", "{{run}} {{reaction}}"),
+    ),
 )
 _SPEED = (
     Panel(

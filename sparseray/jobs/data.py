@@ -4,6 +4,7 @@ It shows progress on a terminal, plain lines when piped, and says at the end whe
 """
 
 import argparse
+import os
 import sys
 import time
 from pathlib import Path
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 EXAMPLE = """example:
   python -m sparseray data prepare --source stdlib --out data/stdlib
   python -m sparseray data prepare --source docs/ --source notes.txt --tokenizer deepseek --out data/mine
+  python -m sparseray data prepare --source src/ --fim_rate 0.5 --document_bytes 2048 --out data/infilling
+  python -m sparseray data prepare --source code=src/:0.6 --source text=docs/:0.4 --code_filters --out data/mixed
 """
 
 
@@ -32,11 +35,15 @@ def main(argv: list[str]) -> int:
         out = Path(expand_path(arguments.out, "--out"))
         with progress_of_bytes() as progress:
             manifest = tokens.prepare(
-                [expand_path(source, "--source") for source in arguments.source],
+                [_expanded(source) for source in arguments.source],
                 out,
                 tokenizer=expand_path(arguments.tokenizer, "--tokenizer"),
                 vocab_size=arguments.vocab_size,
                 validation_fraction=arguments.validation_fraction,
+                fim_rate=arguments.fim_rate,
+                document_bytes=arguments.document_bytes,
+                code_filters=arguments.code_filters,
+                near_duplicates=arguments.near_duplicates,
                 progress=progress,
                 overwrite=arguments.overwrite,
             )
@@ -54,6 +61,14 @@ def main(argv: list[str]) -> int:
         return 130
     _report(manifest, out, time.perf_counter() - begin)
     return 0
+
+
+def _expanded(source: str) -> str:
+    """Replace `~` and `$NAME` in the path of a source, with or without a name before it."""
+    name, equals, path = source.partition("=")
+    if equals and name.isidentifier() and not os.path.exists(source):
+        return f"{name}={expand_path(path, '--source')}"
+    return expand_path(source, "--source")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -77,8 +92,9 @@ def _parser() -> argparse.ArgumentParser:
         "--source",
         action="append",
         required=True,
-        metavar="stdlib|PATH",
-        help="the interpreter's standard library, a file, or a folder; may be given several times",
+        metavar="[NAME=]stdlib|PATH[:WEIGHT]",
+        help="the interpreter's standard library, a file, or a folder; may be given several times. Named sources are "
+        "kept apart, and mixed in training by their weights (without: by their sizes)",
     )
     command.add_argument("--out", required=True, metavar="DIR", help="folder to make")
     command.add_argument(
@@ -97,8 +113,41 @@ def _parser() -> argparse.ArgumentParser:
         metavar="F",
         help="share of documents to validate on, chosen by hash (default: 0.02)",
     )
+    _add_choices(command)
     command.add_argument("--overwrite", action="store_true", help="replace a finished data set in DIR")
     return parser
+
+
+def _add_choices(command: argparse.ArgumentParser) -> None:
+    """Add the options about which documents are kept, and in which form."""
+    command.add_argument(
+        "--fim_rate",
+        type=float,
+        default=0.0,
+        metavar="F",
+        help="share of training documents rearranged for fill-in-the-middle; sentinels are the tokenizer's own, or "
+        "are added to it (default: 0)",
+    )
+    command.add_argument(
+        "--document_bytes",
+        type=int,
+        default=0,
+        metavar="N",
+        help="longest document; longer files are cut at line ends (default: 256 KiB, less for few files). For "
+        "fill-in-the-middle a document should fit the context",
+    )
+    command.add_argument(
+        "--code_filters",
+        action="store_true",
+        help="leave out code by DeepSeek-Coder-V2's rules: line lengths, share of letters, XML, HTML, JSON and YAML",
+    )
+    command.add_argument(
+        "--near_duplicates",
+        type=float,
+        default=0.0,
+        metavar="S",
+        help="of documents that are alike from this similarity on (try 0.85) keep the first; needs datasketch",
+    )
 
 
 def _report(manifest: "Manifest", out: Path, seconds: float) -> None:
@@ -106,10 +155,14 @@ def _report(manifest: "Manifest", out: Path, seconds: float) -> None:
     num_bytes = sum(counts.bytes for counts in manifest.splits.values())
     for name, counts in manifest.splits.items():
         print(f"{name}: {counts.documents:,} documents, {counts.tokens:,} tokens, {counts.bytes:,} bytes")
+    if manifest.infilling is not None:
+        print(f"fill-in-the-middle: {manifest.infilling.documents:,} training documents rearranged")
     for source in manifest.sources:
         if source.skipped:
             left_out = ", ".join(f"{number} {reason}" for reason, number in source.skipped.items())
-            print(f"{source.source}: files left out: {left_out}")
+            print(f"{source.source}: left out: {left_out}")
+        most = sorted(source.languages.items(), key=lambda item: -item[1])[:8]
+        print(f"{source.source}: {', '.join(f'{number} {language}' for language, number in most)}")
     print(f"{num_bytes / 1e6:.1f} MB in {seconds:.1f} s ({num_bytes / 1e6 / seconds:.1f} MB/s)")
     print(f"token shards, tokenizer ({manifest.vocab_size} ids) and manifest: {out}")
 

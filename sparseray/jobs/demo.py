@@ -1,39 +1,37 @@
-"""The `demo` command: real text, real actors that die and are added, a trained model that answers over HTTP.
+"""The `demo` command: real text, one platform that trains and serves, actors that die and are lent.
 
-Prepares the standard library as a corpus and trains the tiny model with 2 + 2 + 2 actors; meanwhile an
-expert shard is killed and an attention worker is added (jobs/demo_story.py). Then it serves the checkpoint,
-asks for three completions (one streamed), and leaves pictures. Two to three minutes.
+Prepares the standard library as a corpus and trains the tiny model with 2 + 2 + 2 actors; meanwhile an expert shard is
+killed, a server joins the platform, under load training lends it a slot, and an engine is killed in mid-stream
+(jobs/demo_story.py). Then the server goes over to what was learned and is asked, and leaves pictures. Two to three minutes.
 """
 
 import argparse
-import json
-import os
 import shlex
-import signal
-import socket
-import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from sparseray.errors import UserError
+from sparseray.jobs.demo_server import SLOTS, DemoServer
 from sparseray.jobs.output import print_line
-from sparseray.model.config import preset
+from sparseray.model.presets import preset
 from sparseray.platform import config as configuration
 from sparseray.platform.checks import check_cluster, check_folder
 from sparseray.platform.config import ClusterConfig, DataConfig, RunConfig, TrainConfig
+from sparseray.platform.fleet.lease import Kind
+from sparseray.platform.run.registry import RegisteredPlatform
 from sparseray.platform.settings import expand_path
 
 EXAMPLE = """example:
   python -m sparseray demo --out demo
 """
 PROMPTS = ("def __init__(self, ", "import ", "    for i in range(")
-START_DEADLINE_S = 90.0
+VERSION_S = 30.0
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -65,40 +63,44 @@ def demo(out: Path, steps: int) -> int:
     """Run the whole story in `out`; what is already there is not done again."""
     from sparseray.jobs import pretrain
     from sparseray.jobs.demo_story import story, summary
-    from sparseray.platform.opening import training_inventory
+    from sparseray.platform.opening import slots_of, training_inventory
     from sparseray.platform.run.folder import RunFolder
 
     started = time.monotonic()
     data, run = out / "data", out / f"run-{steps}"
     check_folder(out, "--out")
     config = demo_config(data, run, steps)
-    check_cluster(config.cluster, training_inventory(config))
-    if not (data / "manifest.json").exists():
-        say("1/4 preparing the corpus: the Python standard library's own sources")
-        from sparseray.jobs import data as data_command
-
-        code = data_command.main(["prepare", "--source", "stdlib", "--out", str(data)])
-        if code:
-            return code
-    else:
-        say(f"1/4 the corpus is there already: {data}")
-    say(
-        "2/4 training: 2 attention workers, 2 expert shards, 2 memory shards and a spare, each an actor of its own"
-    )
+    inventory = training_inventory(config)
+    check_cluster(config.cluster, inventory)
     folder = RunFolder(run.absolute())
+    outcome: list[str] = []
+    with ExitStack() as stack:
+        # Its slots load while the corpus is prepared.
+        coming = stack.enter_context(platform(slots_of(config, inventory) + SLOTS))
+        if code := prepare(data):
+            return code
+        address = coming.result().address
+        config = replace(config, cluster=replace(config.cluster, address=address))
+        server = DemoServer(folder.path, address, out / "server.txt")
+        stack.callback(server.close)
 
-    def beside(scheduler: Any) -> AbstractContextManager[None]:
-        return story(scheduler, folder, steps=steps, attention=config.cluster.attention_workers + 1, tell=say)
+        @contextmanager
+        def beside(scheduler: Any) -> Iterator[None]:
+            with story(scheduler, folder, server, steps=steps, tell=say) as told:
+                yield
+            outcome.extend(told.outcome)
 
-    code = pretrain.run(config, print_line, beside)
-    if code:
-        return code
-    checkpoint = folder.newest_checkpoint()
-    assert checkpoint is not None, "a finished run has a checkpoint"
-    say("3/4 serving the checkpoint, experts and memory again in actors, and asking it")
-    serve_and_ask(checkpoint)
+        say(
+            "2/4 training: 2 attention workers, 2 expert shards, 2 memory shards and a spare, each an actor of its own"
+        )
+        if code := pretrain.run(config, print_line, beside):
+            return code
+        checkpoint = folder.newest_checkpoint()
+        assert checkpoint is not None, "a finished run has a checkpoint"
+        say("3/4 the server goes over to what was learned, and is asked")
+        ask_trained(server, checkpoint)
     say(f"4/4 done in {time.monotonic() - started:.0f} s")
-    print("\n".join(summary(folder)))
+    print("\n".join([*summary(folder), *outcome]))
     print(
         f"the story:     {folder.report / 'timeline.png'}\n"
         f"loss curve:    {folder.report / 'loss.png'}\n"
@@ -113,104 +115,73 @@ def demo(out: Path, steps: int) -> int:
     return 0
 
 
+def prepare(data: Path) -> int:
+    """Make the corpus, unless it is there; the exit code."""
+    if (data / "manifest.json").exists():
+        say(f"1/4 the corpus is there already: {data}")
+        return 0
+    say("1/4 preparing the corpus: the Python standard library's own sources")
+    from sparseray.jobs import data as data_command
+
+    return data_command.main(["prepare", "--source", "stdlib", "--out", str(data)])
+
+
 def demo_config(data: Path, run: Path, steps: int) -> RunConfig:
-    """The tiny model on six slots and a spare one, every piece of state held twice."""
+    """The tiny model on six slots and a spare one, every piece of state held twice, slots to lend."""
     return RunConfig(
         model=preset("tiny"),
         data=DataConfig(path=str(data)),
-        train=TrainConfig(steps=steps, checkpoint_every=75, eval_every=75),
+        train=TrainConfig(steps=steps, checkpoint_every=max(1, steps // 2), eval_every=max(1, steps // 2)),
         # A machine that is busy with a slot's start must not look like a dead slot: hanging is not in the story.
         cluster=ClusterConfig(
-            attention_workers=2, expert_shards=2, memory_shards=2, replication=2, standby=1, hang_s=5.0
+            attention_workers=2,
+            expert_shards=2,
+            memory_shards=2,
+            replication=2,
+            standby=1,
+            hang_s=5.0,
+            lend=True,
         ),
         run_dir=str(run),
     )
 
 
-def serve_and_ask(checkpoint: Path) -> None:
-    """Start the server as a user would, ask it three times, and stop it.
+@contextmanager
+def platform(slots: int) -> Iterator["Future[RegisteredPlatform]"]:
+    """Have a platform of that many slots, and of no more, started beside the body; it is ended in the end."""
+    from sparseray.jobs.down import down
+    from sparseray.jobs.up import begin
+
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(begin, slots, "", Kind(), max_slots=slots)
+        try:
+            yield coming
+        finally:
+            down(coming.result().address)
+
+
+def ask_trained(server: DemoServer, checkpoint: Path) -> None:
+    """Have the server go over to a checkpoint, and ask it.
+
+    Args:
+        server: that has served the run.
+        checkpoint: its last.
 
     Raises:
-        UserError: the server did not come up.
+        UserError: the server does not take it, or does not answer.
     """
-    port = free_port()
-    command = [
-        sys.executable,
-        "-m",
-        "sparseray",
-        "serve",
-        "--checkpoint",
-        str(checkpoint),
-        "--port",
-        str(port),
-    ]
-    server = subprocess.Popen(command, env=os.environ, start_new_session=True)
-    try:
-        url = f"http://127.0.0.1:{port}"
-        wait_until_ready(url, server)
-        for prompt in PROMPTS[:2]:
-            answer = post(
-                f"{url}/v1/completions", {"prompt": prompt, "max_tokens": 48, "temperature": 0.7, "seed": 1}
-            )
-            print(f"--- {prompt!r} gives\n{prompt}{json.loads(answer)['choices'][0]['text']}", flush=True)
-        print(f"--- {PROMPTS[2]!r}, streamed, gives", flush=True)
-        stream(f"{url}/v1/completions", PROMPTS[2])
-    finally:
-        server.send_signal(signal.SIGINT)
-        try:
-            server.wait(20)
-        except subprocess.TimeoutExpired:
-            os.killpg(server.pid, signal.SIGKILL)
+    from sparseray.jobs.publish import publish
+    from sparseray.platform.cluster import detach
+
+    print(publish(server.folder, str(checkpoint)), flush=True)
+    detach()
+    deadline = time.monotonic() + VERSION_S
+    for number, prompt in enumerate(PROMPTS):
+        heard = server.stream(prompt, 48, number)
+        while not heard.version.startswith(f"{checkpoint.name}-") and time.monotonic() < deadline:
+            heard = server.stream(prompt, 48, number)
+        print(f"--- {heard.version}: {prompt!r} gives\n{prompt}{heard.text}", flush=True)
 
 
-def free_port() -> int:
-    """Return a port on loopback that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def wait_until_ready(url: str, server: "subprocess.Popen[bytes]") -> None:
-    """Wait for `/ready`.
-
-    Raises:
-        UserError: the server ended or did not answer in time.
-    """
-    deadline = time.monotonic() + START_DEADLINE_S
-    while time.monotonic() < deadline:
-        if server.poll() is not None:
-            raise UserError(f"the server ended with status {server.returncode}; its message stands above")
-        try:
-            with urllib.request.urlopen(f"{url}/ready", timeout=2):
-                return
-        except (urllib.error.URLError, TimeoutError, ConnectionError):
-            time.sleep(0.2)
-    raise UserError(f"the server did not answer at {url}/ready within {START_DEADLINE_S:g} s")
-
-
-def _request(url: str, body: dict[str, object]) -> urllib.request.Request:
-    return urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
-
-
-def post(url: str, body: dict[str, object]) -> bytes:
-    """Send JSON and return the answer's bytes."""
-    with urllib.request.urlopen(_request(url, body), timeout=60) as answer:
-        content: bytes = answer.read()
-        return content
-
-
-def stream(url: str, prompt: str) -> None:
-    """Ask for a streamed completion and print the text as it comes."""
-    print(prompt, end="", flush=True)
-    body: dict[str, object] = {
-        "prompt": prompt,
-        "max_tokens": 48,
-        "temperature": 0.7,
-        "seed": 2,
-        "stream": True,
-    }
-    with urllib.request.urlopen(_request(url, body), timeout=60) as answer:
-        for line in answer:
-            if line.startswith(b"data: {"):
-                print(json.loads(line[6:])["choices"][0].get("text", ""), end="", flush=True)
-    print(flush=True)
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

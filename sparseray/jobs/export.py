@@ -25,7 +25,7 @@ from sparseray.platform.settings import expand_path
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from sparseray.jobs.tokens.prepare import Progress
+    from sparseray.jobs.tokens.progress import Progress
     from sparseray.model.hub import Entry
 
 DESCRIPTION = """Turn a checkpoint into a Hugging Face model of the DeepSeek family, for transformers and other servers."""
@@ -128,7 +128,7 @@ def _size(entry: Entry, stored: dict[str, Any], source: Path, dtype: str) -> int
     if entry.name not in stored:
         raise CheckpointError(f"{source} has no tensor {entry.name!r}; use a whole checkpoint")
     kind = _dtype_of(entry, stored[entry.name]["dtype"], dtype)
-    return prod(entry.shape) * int(getattr(torch, kind).itemsize)
+    return prod(entry.shape) * int(getattr(torch, kind).itemsize) * (1 + len(entry.copies))
 
 
 def _dtype_of(entry: Entry, stored: str, wanted: str) -> str:
@@ -157,7 +157,9 @@ def _cut(shard: Sequence[Entry], tensors: dict[str, Tensor], dtype: str) -> dict
     for entry in shard:
         tensor = tensors[entry.name]
         kind = _dtype_of(entry, str(tensor.dtype).removeprefix("torch."), dtype)
-        found |= zip(entry.theirs, tensor.to(getattr(torch, kind)).chunk(len(entry.theirs)))
+        tensor = tensor.to(getattr(torch, kind))
+        found |= zip(entry.theirs, tensor.chunk(len(entry.theirs)))
+        found |= {name: tensor.clone() for name in entry.copies}
     return found
 
 

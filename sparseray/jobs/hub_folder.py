@@ -215,6 +215,27 @@ class HubFolder:
             )
         return tensor
 
+    def check_copies(self, entry: Entry, tensor: Tensor) -> None:
+        """See that what is stored once more under other names is the same, a tensor at a time.
+
+        Args:
+            entry: whose copies are looked at.
+            tensor: of it.
+
+        Raises:
+            CheckpointError: naming the one that is not.
+        """
+        for name in entry.copies:
+            if name not in self.stored:
+                continue
+            self._check_one(name, None, entry)
+            if not torch.equal(self._read_one(name), tensor):
+                raise CheckpointError(
+                    f"{self.path / self.stored[name].file}: {name} is not equal to {entry.theirs[0]}; modules that predict"
+                    f" further tokens share embedding and head here: set num_nextn_predict_layers to 0 in {CONFIG} to leave"
+                    " them out"
+                )
+
     def _read_one(self, name: str) -> Tensor:
         place, part = self._place(name)
         stored = self.stored[place]

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from sparseray.jobs.hub_folder import HubFolder
-    from sparseray.jobs.tokens.prepare import Progress
+    from sparseray.jobs.tokens.progress import Progress
     from sparseray.model.config import ModelConfig
     from sparseray.model.hub import Entry
     from sparseray.platform.config import RunConfig
@@ -83,7 +83,9 @@ def run(source: Path, out: Path) -> int:
     num_bytes, seconds = sum(manifest["files"].values()), time.perf_counter() - begin
     print(f"{num_bytes / 1e6:.1f} MB in {seconds:.1f} s ({num_bytes / 1e6 / seconds:.1f} MB/s)")
     if later := manifest.get("left_out"):
-        print(f"left out: {later} tensors of layers that predict further tokens")
+        print(f"left out: {later} tensors of layers that config.json does not announce")
+    if lacking := manifest.get("lacking"):
+        print(f"config.json announces {lacking} modules that predict further tokens, and no file has one")
     print(f"checkpoint: {out}\nserve it: python -m sparseray serve --checkpoint {out}")
     print(
         f"train it: python -m sparseray pretrain --config {out / RUN_CONFIG} --init_from {out} --data.path DATA"
@@ -114,9 +116,13 @@ def import_model(source: Path, out: Path, progress: Progress) -> dict[str, Any]:
     folder = HubFolder(source)
     model = read_config(folder.config, str(source / "config.json"))
     _check_fp8(folder)
-    later = [name for name in folder.stored if is_of_a_later_layer(name, model.num_layers)]
+    announced = model.mtp.depth
+    if not any(is_of_a_later_layer(name, model.num_layers) for name in folder.stored):
+        model = replace(model, mtp=replace(model.mtp, depth=0))
+    later = [name for name in folder.stored if is_of_a_later_layer(name, model.num_blocks)]
     tied = {"lm_head.weight"} if model.tie_embeddings else set()
-    known = {*later, *tied}
+    copies = {name for entry in entries(model) for name in entry.copies}
+    known = {*later, *tied, *copies}
     folder.check(entries(model), lambda name: name in known or is_ignored(name))
     _check_tokenizer(source / TEXT_FILES[0], model)
     total = sum(prod(e.shape) * folder.dtype(e).itemsize for e in entries(model))
@@ -137,7 +143,7 @@ def import_model(source: Path, out: Path, progress: Progress) -> dict[str, Any]:
         configuration.save_yaml(config, unfinished / RUN_CONFIG)
         manifest = _manifest(unfinished, config, tensors, (*texts, HUB_CONFIG, RUN_CONFIG))
         checkpoint.finish(unfinished, manifest)
-    return manifest | {"left_out": len(later)}
+    return manifest | {"left_out": len(later), "lacking": announced - model.mtp.depth}
 
 
 def check_new(out: Path) -> None:
@@ -196,7 +202,7 @@ def _check_fp8(folder: HubFolder) -> None:
 
 def _check_tokenizer(path: Path, model: ModelConfig) -> None:
     """See that the model has a row for every id of its tokenizer, which knows the end of a text."""
-    from sparseray.actors.training.token_data import load_tokenizer
+    from sparseray.actors.training.tokenizer_file import load_tokenizer
 
     if not path.is_file():
         raise CheckpointError(
@@ -221,6 +227,7 @@ def _groups(folder: HubFolder, wanted: Iterator[Entry]) -> Iterator[dict[str, Te
     size = 0
     for entry in wanted:
         tensor = folder.read(entry)
+        folder.check_copies(entry, tensor)
         if group and size + tensor.nbytes > FILE_BYTES:
             yield group
             group, size = {}, 0

@@ -212,6 +212,8 @@ def describe(record: dict[str, Any], steps: int, started: float, *, first: bool)
         return f"checkpoint {record['checkpoint']} ({record['seconds']:.2f} s)"
     if "eval_loss" in record:
         return f"step {record['step']} | validation {record['eval_loss']:.4f} nats, {record['eval_bits_per_byte']:.4f} bits/byte"
+    if "spike" in record:
+        return f"step {record['step']}/{steps} | left out: {record['why']}"
     left = (steps - record["step"]) * record["seconds"]
     return (
         f"step {record['step']}/{steps} | loss {record['loss']:.4f} | grad {record['grad_norm']:.3f} | "

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sparseray.errors import ConfigError, SchedulerLostError, UserError
-from sparseray.jobs.running import connect, live_runs
+from sparseray.jobs.running import add_job, connect, live_runs, named
 from sparseray.platform import config as configuration
 from sparseray.platform.metrics.discovery import state_directory
 from sparseray.platform.settings import expand_path
@@ -17,6 +17,7 @@ from sparseray.platform.settings import expand_path
 EXAMPLE = """example:
   python -m sparseray publish --checkpoint runs/first/checkpoints/step_200
   python -m sparseray publish
+  python -m sparseray publish sparseray
 """
 
 
@@ -28,18 +29,18 @@ def main(arguments: Sequence[str]) -> int:
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    add_job(parser)
     parser.add_argument(
         "--checkpoint",
         default="",
-        help="folder of the weights; the newest of the run that the server follows",
+        help="folder of the weights; without it, what the run that the server follows has now",
     )
-    parser.add_argument("--server", default="", help="folder of the server; not needed while one alone runs")
     options = parser.parse_args(list(arguments))
     try:
         checkpoint = ""
         if options.checkpoint:
             checkpoint = str(Path(expand_path(options.checkpoint, "--checkpoint")).absolute())
-        print(publish(options.server or only_server(), checkpoint), flush=True)
+        print(publish(named(options) or only_server(), checkpoint), flush=True)
     except UserError as error:
         return configuration.die(error)
     except SchedulerLostError as error:
@@ -52,8 +53,8 @@ def publish(server: str, checkpoint: str) -> str:
     """Have a server go on with other weights, and say what comes of it.
 
     Args:
-        server: its folder.
-        checkpoint: folder of the weights; empty for the newest of the run that it follows.
+        server: its folder, or its name.
+        checkpoint: folder of the weights; empty for what the run that it follows has now.
 
     Raises:
         ConfigError: they are refused; nothing was changed.
@@ -77,7 +78,7 @@ def only_server() -> str:
     if not found:
         raise ConfigError("no server runs; start one with `python -m sparseray serve`")
     if len(found) > 1:
-        raise ConfigError(f"{len(found)} servers run; name one with --server: {', '.join(found)}")
+        raise ConfigError(f"{len(found)} servers run; name one, or give its --run_dir: {', '.join(found)}")
     return found[0]
 
 

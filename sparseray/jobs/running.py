@@ -1,13 +1,15 @@
-"""Finds the job that `scale`, `status` and `top` are about among those of all platforms, and connects to it."""
+"""Finds the job that `scale`, `status`, `top` and `publish` are about among those of all platforms, and connects to it."""
 
 import argparse
 import shlex
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from sparseray.errors import ConfigError
 from sparseray.platform.run.registry import (
+    Entry,
     RegisteredPlatform,
     RegisteredRun,
     adopt_authentication,
@@ -59,24 +61,20 @@ def connect(job: str) -> Any:
 
 def live_platforms() -> list[RegisteredPlatform]:
     """All platforms of `up` whose cluster answers; what killed machines left behind is removed."""
-    alive = []
-    for platform in registered_platforms():
-        if _why_gone(platform.address):
-            forget_platform(platform.platform)
-        else:
-            alive.append(platform)
-    return alive
+    return _alive(registered_platforms(), lambda platform: forget_platform(platform.platform))
 
 
 def live_runs() -> list[RegisteredRun]:
     """All runs whose cluster answers; what killed machines and commands left behind is removed."""
-    alive = []
-    for run in registered_runs():
-        if _why_gone(run.address):
-            forget_run(Path(run.run_dir))
-        else:
-            alive.append(run)
-    return alive
+    return _alive(registered_runs(), lambda run: forget_run(Path(run.run_dir)))
+
+
+def _alive(found: list[Entry], forget: Callable[[Entry], None]) -> list[Entry]:
+    """Those whose cluster answers; the others are forgotten."""
+    gone = [entry for entry in found if _why_gone(entry.address)]
+    for entry in gone:
+        forget(entry)
+    return [entry for entry in found if entry not in gone]
 
 
 def _of_name(job: str) -> RegisteredRun:

@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sparseray.errors import ConfigError, RunFailedError, SchedulerLostError, UserError
 from sparseray.jobs.http.options import NAMES, HttpOptions, add_options, read_options
@@ -25,12 +25,19 @@ from sparseray.platform.config import ClusterConfig, RunConfig, ServeConfig
 from sparseray.platform.fleet.forked_workers import ForkedWorkers, forked_workers
 from sparseray.platform.metrics.discovery import entries, publish, state_directory
 from sparseray.platform.run.progress import Failure, Progress
-from sparseray.platform.run.registry import adopt_platform
+from sparseray.platform.run.registry import adopt_platform, is_going_on
 from sparseray.platform.settings import expand_path, nearest
+
+if TYPE_CHECKING:
+    from sparseray.jobs.http.ingress import Ingress
+    from sparseray.jobs.http.openai_bodies import ServedModel
 
 log = get_logger(__name__)
 
 DESCRIPTION = """Serve a checkpoint, or a run and what it learns meanwhile, over HTTP, OpenAI-compatible.
+
+Where the run trains on the platform that the server joins, its weights come straight from its slots, also before its first
+checkpoint.
 
 example:
   python -m sparseray serve --checkpoint runs/first/checkpoints/step_100 --port 8000
@@ -44,9 +51,7 @@ def main(arguments: Sequence[str]) -> int:
     """Run the command until Ctrl-C; 0 after a clean stop, 2 for a user's mistake, 1 if the slots did not come up."""
     parser = configuration.Parser(prog="sparseray serve", description=DESCRIPTION)
     parser.add_argument("--checkpoint", default="", help="folder such as RUN/checkpoints/step_100")
-    parser.add_argument(
-        "--run", default="", help="run_dir of a run: its newest checkpoint, then those that follow"
-    )
+    parser.add_argument("--run", default="", help="run_dir of a run: what it has learned, then what follows")
     parser.add_argument("--port", type=int, default=ServeConfig.port)
     parser.add_argument("--host", default=ServeConfig.host, help="loopback by default")
     add_options(parser)
@@ -63,7 +68,7 @@ def main(arguments: Sequence[str]) -> int:
         http = read_options(options, serve.host)
         cluster = ClusterConfig(**vars(made.cluster))
         with forked_workers(cluster) as workers:
-            directory, followed = weights_of(options.checkpoint, options.run, serve)
+            directory, followed = weights_of(options.checkpoint, options.run, serve, cluster.address)
             return run(directory, serve, cluster, http, followed, workers)
     except UserError as error:
         return configuration.die(error)
@@ -72,16 +77,18 @@ def main(arguments: Sequence[str]) -> int:
         return 1
 
 
-def weights_of(checkpoint: str, run_dir: str, serve: ServeConfig) -> tuple[Path, str]:
+def weights_of(checkpoint: str, run_dir: str, serve: ServeConfig, address: str) -> tuple[Path | None, str]:
     """The checkpoint to begin with, and the folder of the run to follow; empty for none.
 
     Args:
         checkpoint, run_dir: as given; one of them is empty.
         serve: says how closely a run is followed.
+        address: of the Ray to join; a run that trains there gives its weights before it has a checkpoint: then None.
 
     Raises:
         ConfigError: neither or both were given, or there is nothing to follow.
     """
+    from sparseray.platform.run.folder import RunFolder
     from sparseray.platform.versions import followed, has_ended
 
     if bool(checkpoint) == bool(run_dir):
@@ -89,6 +96,8 @@ def weights_of(checkpoint: str, run_dir: str, serve: ServeConfig) -> tuple[Path,
     if checkpoint:
         return Path(expand_path(checkpoint, "--checkpoint")), ""
     folder = Path(expand_path(run_dir, "--run")).absolute()
+    if address and RunFolder(folder).newest_checkpoint() is None and is_going_on(folder):
+        return None, str(folder)
     newest = followed(folder)
     if has_ended(newest) and serve.follow_every:
         raise ConfigError(
@@ -107,7 +116,7 @@ def _check_keys(arguments: Sequence[str], known: set[str]) -> None:
 
 
 def run(
-    directory: Path,
+    directory: Path | None,
     serve: ServeConfig,
     cluster_config: ClusterConfig,
     http: HttpOptions,
@@ -117,58 +126,94 @@ def run(
     """Check everything, start the slots, and serve.
 
     Args:
-        directory: of the checkpoint.
+        directory: of the checkpoint; None to begin with what the slots of the run that is followed offer.
         serve, cluster_config, http: of the server.
-        followed: folder of the run whose later checkpoints are served too; empty for none.
+        followed: folder of the run whose later steps are served too; empty for none.
         workers: of a Ray of its own.
 
     Raises:
         UserError: checkpoint, port or cluster do not fit.
         RunFailedError: the slots did not come up.
     """
-    from sparseray.platform.opening import open_serving
+    from sparseray.platform.opening import open_followed, open_serving
+    from sparseray.platform.run.folder import RunFolder
 
-    config = open_serving(directory, serve, cluster_config)
-    cluster_config = config.cluster
-    adopt_platform(cluster_config.address)
-    from sparseray.jobs.http.admin import admin_token, create_admin_app
-    from sparseray.jobs.http.server import HttpServer, address_url, create_app, listen
+    if directory is not None:
+        config = open_serving(directory, serve, cluster_config)
+    else:
+        config = open_followed(RunFolder(Path(followed)), serve, cluster_config)
+    adopt_platform(config.cluster.address)
+    from sparseray.jobs.http.ray_ingress import check_options
+    from sparseray.jobs.http.server import listen
     from sparseray.jobs.http.serving_model import read_served
-    from sparseray.platform.cluster import ask
-    from sparseray.platform.metrics.exporter import Metrics
 
+    if serve.ingress == "ray":
+        check_options(http)
     listen(serve.host, serve.port).close()
     if http.admin_port:
         listen("127.0.0.1", http.admin_port).close()
-    served = read_served(directory, config, http.model_names)
+    identity = directory or RunFolder(Path(followed)).identity
+    served = read_served(identity, config, http.model_names)
     print("starting Ray and its slots ...", flush=True)
-    with (
-        engines(directory, config, http.model_names[0], followed, workers) as (client, job, scheduler),
-        ExitStack() as stack,
-    ):
-        metrics = Metrics({}, declare="server")
-        app = create_app(client, served, rules=http.rules, record=metrics.record, metrics=metrics.exposition)
-        server = HttpServer(
-            app,
-            host=serve.host,
-            port=serve.port,
-            drain_s=serve.drain_s,
-            certificate=http.certificate,
-            key=http.key,
-        )
+    what = followed or str(directory)
+    with engines(directory, config, http.model_names[0], followed, workers) as (client, job, scheduler):
+        try:
+            if serve.ingress == "ray":
+                _run_replicas(identity, config, http, job, client, what)
+            else:
+                _run_here(served, serve, http, job, client, scheduler, what)
+        finally:
+            publish(job, [])
+    print("stopped", flush=True)
+    return 0
+
+
+def _run_here(
+    served: "ServedModel",
+    serve: ServeConfig,
+    http: HttpOptions,
+    job: str,
+    client: "Ingress",
+    scheduler: Any,
+    what: str,
+) -> None:
+    from sparseray.jobs.http.admin import admin_token, create_admin_app
+    from sparseray.jobs.http.server import HttpServer, address_url, create_app
+    from sparseray.platform.cluster import ask
+    from sparseray.platform.metrics.exporter import Metrics
+
+    metrics = Metrics({}, declare="server")
+    app = create_app(client, served, rules=http.rules, record=metrics.record, metrics=metrics.exposition)
+    server = HttpServer(
+        app,
+        host=serve.host,
+        port=serve.port,
+        drain_s=serve.drain_s,
+        certificate=http.certificate,
+        key=http.key,
+    )
+    with ExitStack() as stack:
         if http.admin_port is not None:
             token = admin_token(state_directory())
             admin = HttpServer(create_admin_app(app, partial(ask, scheduler), token), port=http.admin_port)
             print(f"admin interface at {stack.enter_context(admin).url}/admin/status", flush=True)
         address = address_url(serve.host, server.port).removeprefix("http://")
         publish(job, entries({"server": address}, http.model_names[0]))
-        hint = _hint(followed or str(directory), http.model_names, server.url)
-        try:
-            server.run(lambda: print(hint, flush=True))
-        finally:
-            publish(job, [])
-    print("stopped", flush=True)
-    return 0
+        hint = _hint(what, http.model_names, server.url)
+        server.run(lambda: print(hint, flush=True))
+
+
+def _run_replicas(
+    identity: Path, config: RunConfig, http: HttpOptions, job: str, client: "Ingress", what: str
+) -> None:
+    from sparseray.jobs.http.ray_ingress import Replica, serve_replicas
+    from sparseray.jobs.http.server import address_url
+
+    serve, names = config.serve, http.model_names
+    url = address_url(serve.host, serve.port, is_tls=http.certificate is not None)
+    publish(job, entries({"server": url.split("//")[1]}, names[0]))
+    replica = Replica(job=job, identity=identity.absolute(), config=config, names=names, rules=http.rules)
+    serve_replicas(replica, http, lambda: print(_hint(what, names, url), flush=True), lambda: client.failure)
 
 
 def _hint(what: str, model_names: Sequence[str], url: str) -> str:
@@ -181,15 +226,19 @@ def _hint(what: str, model_names: Sequence[str], url: str) -> str:
 
 @contextmanager
 def engines(
-    directory: Path, config: RunConfig, name: str, followed: str = "", workers: ForkedWorkers | None = None
+    directory: Path | None,
+    config: RunConfig,
+    name: str,
+    followed: str = "",
+    workers: ForkedWorkers | None = None,
 ) -> Iterator[tuple[Any, str, Any]]:
     """Start slots and scheduler of a server, and end them again; gives ingress, the job's identifier, scheduler.
 
     Args:
-        directory: of the checkpoint.
+        directory: of the checkpoint; None to begin with what the slots of the run that is followed offer.
         config: of its model, with the server's settings.
         name: that the server's metrics are labelled with.
-        followed: folder of the run whose later checkpoints are served too; empty for none.
+        followed: folder of the run whose later steps are served too; empty for none.
         workers: of a Ray of its own.
 
     Raises:
@@ -214,7 +263,7 @@ def engines(
     try:
         folder.mkdir(parents=True)
         task = Served(
-            checkpoint=str(directory.absolute()),
+            checkpoint="" if directory is None else str(directory.absolute()),
             ingress=client.address,
             run=followed,
             identity=str(Path(followed) / "identity") if followed else "",

@@ -5,6 +5,7 @@ run can lend its slots to a server (cluster.lend).
 """
 
 import argparse
+import math
 import os
 import sys
 import time
@@ -15,11 +16,14 @@ from typing import Any
 from sparseray.errors import RunFailedError, SchedulerLostError, UserError
 from sparseray.jobs.running import live_platforms
 from sparseray.platform import config as configuration
+from sparseray.platform.fleet.lease import Kind
 from sparseray.platform.head import start_head, stop_head
+from sparseray.platform.ray_settings import local_cpus
 from sparseray.platform.run.registry import RegisteredPlatform, platform_folder, register_platform
 
 EXAMPLE = """example:
   python -m sparseray up --slots 3
+  python -m sparseray up --slots 2 --cpus_per_slot 4 --threads_per_slot 4
   python -m sparseray pretrain --config configs/tiny.yaml --data.path data/stdlib --cluster.address auto
   python -m sparseray down
 """
@@ -36,13 +40,41 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--slots", type=int, default=0, help="slots to keep warm, default %(default)s")
     parser.add_argument(
+        "--max_slots",
+        type=int,
+        default=0,
+        help="slots that a Ray of its own has room for; without it, twice as many as are kept, and 16 CPUs at least",
+    )
+    parser.add_argument(
         "--address", default="", help="Ray to start it on; without it, one of its own on loopback"
     )
+    parser.add_argument(
+        "--cpus_per_slot",
+        type=float,
+        default=Kind.cpus,
+        help="CPUs that a slot reserves, default %(default)s",
+    )
+    parser.add_argument(
+        "--threads_per_slot",
+        type=int,
+        default=Kind.threads,
+        help="torch threads of a slot, default %(default)s",
+    )
+    parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="cuda: a slot reserves a GPU, default %(default)s",
+    )
     options = parser.parse_args(list(arguments))
-    if options.slots < 0:
-        parser.error(f"--slots {options.slots}: give a number from 0")
+    for name, least in (("slots", 0), ("max_slots", 0), ("cpus_per_slot", 0), ("threads_per_slot", 1)):
+        if (value := getattr(options, name)) < least:
+            parser.error(f"--{name} {value:g}: give a number from {least}")
+    if 0 < options.max_slots < options.slots:
+        parser.error(f"--max_slots {options.max_slots}: give as many as --slots {options.slots} at least")
+    kind = Kind(cpus=options.cpus_per_slot, gpus=options.device == "cuda", threads=options.threads_per_slot)
     try:
-        print(up(options.slots, options.address), flush=True)
+        up(options.slots, options.address, kind, max_slots=options.max_slots)
     except UserError as error:
         return configuration.die(error)
     except (RunFailedError, SchedulerLostError) as error:
@@ -51,41 +83,59 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def up(slots: int, address: str) -> str:
-    """Start a platform, and return what a person should know of it; one that is there already stays as it is.
+def up(slots: int, address: str, kind: Kind, *, max_slots: int) -> None:
+    """Start a platform, unless there is one, and print what a person should know of it.
+
+    Args:
+        slots, address, kind, max_slots: as in `begin`.
+
+    Raises:
+        ClusterError, RunFailedError: as in `begin`.
+    """
+    for found in live_platforms():
+        if not address or found.address == address:
+            since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(found.time))
+            print(f"a platform is up already, since {since}\n{_usage(found.address, kind)}", flush=True)
+            return
+    print("starting Ray and the platform ...", file=sys.stderr, flush=True)
+    found = begin(slots, address, kind, max_slots=max_slots)
+    where = f"the Ray at {address}" if address else f"a Ray of its own at {found.address}"
+    print(
+        f"the platform is up on {where}, with {slots} warm slots\n{_usage(found.address, kind)}", flush=True
+    )
+
+
+def begin(slots: int, address: str, kind: Kind, *, max_slots: int = 0) -> RegisteredPlatform:
+    """Start a platform, whether or not there is another.
 
     Args:
         slots: to keep warm.
         address: of the Ray to start it on; empty for one of its own.
+        kind: of these slots.
+        max_slots: that a Ray of its own has room for; 0 for twice as many as are kept, and some.
 
     Raises:
         ClusterError: Ray cannot be started or reached.
         RunFailedError: the slots do not come up.
     """
-    for found in live_platforms():
-        if not address or found.address == address:
-            since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(found.time))
-            return f"a platform is up already, since {since}\n{_usage(found.address)}"
-    print("starting Ray and the platform ...", file=sys.stderr, flush=True)
-    platform, head, is_own = uuid.uuid4().hex, 0, not address
-    if is_own:
-        address, head = start_head(2 * slots, platform_folder(platform) / "ray.log")
+    platform, head = uuid.uuid4().hex, 0
+    if not address:
+        num_cpus = math.ceil(max_slots * kind.cpus) if max_slots else local_cpus(2 * slots * kind.cpus)
+        address, head = start_head(num_cpus, platform_folder(platform) / "ray.log")
     from sparseray.platform.cluster import connect, detach, start_platform
 
     try:
         connect(address)
-        _wait_until_warm(start_platform(platform, lasts=True, kept=slots), slots)
+        _wait_until_warm(start_platform(platform, lasts=True, kept=slots, kind=kind), slots)
     except BaseException:
         stop_head(head)
         raise
     finally:
         detach()
     auth = os.environ.get("RAY_AUTH_MODE", "")
-    register_platform(
-        RegisteredPlatform(platform=platform, address=address, auth=auth, head=head, time=time.time())
-    )
-    where = "a Ray of its own at" if is_own else "the Ray at"
-    return f"the platform is up on {where} {address}, with {slots} warm slots\n{_usage(address)}"
+    found = RegisteredPlatform(platform=platform, address=address, auth=auth, head=head, time=time.time())
+    register_platform(found)
+    return found
 
 
 def _wait_until_warm(scheduler: Any, slots: int) -> None:
@@ -100,10 +150,19 @@ def _wait_until_warm(scheduler: Any, slots: int) -> None:
         time.sleep(0.1)
 
 
-def _usage(address: str) -> str:
+def _usage(address: str, kind: Kind) -> str:
+    # A lease takes an actor of its own kind alone.
+    own = "".join(
+        f" --cluster.{name} {value:g}"
+        for name, value, usual in (
+            ("cpus_per_slot", kind.cpus, Kind.cpus),
+            ("threads_per_slot", kind.threads, Kind.threads),
+        )
+        if value != usual
+    ) + (" --cluster.device cuda" if kind.gpus else "")
     return (
-        f"  python -m sparseray pretrain --cluster.address {address} ...   trains on it\n"
-        f"  python -m sparseray serve --cluster.address {address} ...      serves on it\n"
+        f"  python -m sparseray pretrain --cluster.address {address}{own} ...   trains on it\n"
+        f"  python -m sparseray serve --cluster.address {address}{own} ...      serves on it\n"
         "  python -m sparseray down                                       ends it"
     )
 

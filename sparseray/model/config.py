@@ -1,13 +1,13 @@
-"""The model's configuration: frozen dataclasses, checked when they are made, and three presets.
+"""The model's configuration: frozen dataclasses, checked when they are made.
 
 Every command starts here: a YAML file becomes a `ModelConfig`, and each part of the network reads its own
 section. Sources of the default choices: arXiv 2502.11089 (NSA), 2401.06066 and 2412.19437 (DeepSeekMoE),
-2601.07372 (DSE), 2405.04434 (MLA), 2309.00071 (YaRN).
+2601.07372 (DSE), 2405.04434 (MLA), 2309.00071 (YaRN), 2412.19437 section 2.2 (MTP).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
 from sparseray.errors import ConfigError
@@ -245,6 +245,30 @@ class DSEConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MTPConfig:
+    """Modules that predict further tokens, one after another (arXiv 2412.19437 section 2.2).
+
+    Args:
+        depth: modules, D: the k-th predicts the token k places after the next one; 0 for none.
+        loss_weight: of the mean of their losses in training, lambda.
+        later_loss_weight: the same from step `later_from` on.
+        later_from: that step; 0 for never.
+    """
+
+    depth: int = count(0, 0, 64)
+    loss_weight: float = within(0.3, 0.0, 1e3)
+    later_loss_weight: float = within(0.1, 0.0, 1e3)
+    later_from: int = count(0, 0)
+
+    def __post_init__(self) -> None:
+        check("model.mtp", self)
+
+    def weight_at(self, step: int) -> float:
+        """Lambda of a step, which are counted from 1."""
+        return self.later_loss_weight if 0 < self.later_from <= step else self.loss_weight
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """A sparse language model.
 
@@ -262,6 +286,8 @@ class ModelConfig:
         rope: positions beyond the trained length.
         nsa, moe, dse: the three sparse parts.
         mla: sizes of the layers with latent attention; they have `num_heads` heads and no other of the sizes above.
+        mtp: modules that predict further tokens. Each has a block like the last layer; module k's is layer
+            num_layers + k - 1 to whoever counts layers.
     """
 
     vocab_size: int = count(2048, 1, 1 << 31)
@@ -283,6 +309,7 @@ class ModelConfig:
     dse: DSEConfig = field(default_factory=DSEConfig)
     rope: RopeConfig = field(default_factory=RopeConfig)
     mla: MLAConfig = field(default_factory=MLAConfig)
+    mtp: MTPConfig = field(default_factory=MTPConfig)
 
     def __post_init__(self) -> None:
         given: object = self.attention
@@ -319,63 +346,23 @@ class ModelConfig:
         return "mla" in self.attention
 
     @property
+    def num_blocks(self) -> int:
+        """Layers, and blocks of the modules that predict further tokens, which are numbered after them."""
+        return self.num_layers + self.mtp.depth
+
+    def like(self, block: int) -> int:
+        """The layer whose kinds of attention and MLP a block has: its own number, or the last layer's."""
+        return min(block, self.num_layers - 1)
+
+    @property
     def moe_layers(self) -> tuple[int, ...]:
-        """0-based layers with routed experts."""
+        """0-based layers with routed experts, blocks of modules among them."""
         if self.moe.router == NO_ROUTER:
             return ()
-        return tuple(range(min(self.moe.leading_dense, self.num_layers), self.num_layers))
+        return tuple(i for i in range(self.num_blocks) if self.like(i) >= self.moe.leading_dense)
 
     def dense_width(self, layer: int) -> int:
         """Inner width of a layer's dense MLP: leading, or instead of experts ("dense" router)."""
-        if layer < self.moe.leading_dense:
+        if self.like(layer) < self.moe.leading_dense:
             return self.ffn_dim
         return (self.moe.num_shared + self.moe.top_k) * self.moe.expert_dim
-
-
-_TINY = ModelConfig(
-    attention=("full", "nsa", "nsa", "nsa"),
-    # Ten times the papers' step: a run of some hundred steps must balance its experts too.
-    moe=MoEConfig(bias_update=0.01),
-    # One eps for all three norms, as when its golden losses were recorded.
-    dse=DSEConfig(layers=(1, 2), num_buckets=16, gate_eps=1e-6, conv_eps=1e-6),
-)
-_SMALL = ModelConfig(
-    vocab_size=32768,
-    hidden=512,
-    num_layers=8,
-    num_heads=16,
-    num_kv_heads=2,
-    head_dim=64,
-    ffn_dim=1408,
-    attention=("full",) + ("nsa",) * 7,
-    max_seq_len=8192,
-    nsa=NSAConfig(block=32, stride=16, select_block=64, num_selected=16, window=512),
-    moe=MoEConfig(num_experts=64, num_shared=1, top_k=6, expert_dim=176),
-    dse=DSEConfig(layers=(1, 4), heads=8, rows_per_head=65536, head_dim=32),
-)
-_1B = replace(
-    _SMALL,
-    vocab_size=129280,
-    hidden=1024,
-    num_layers=16,
-    num_heads=32,
-    num_kv_heads=2,
-    ffn_dim=4096,
-    attention=("full",) + ("nsa",) * 15,
-    max_seq_len=32768,
-    tie_embeddings=False,
-    moe=MoEConfig(num_experts=64, num_shared=2, top_k=6, expert_dim=320, scaling=2.5),
-    dse=DSEConfig(layers=(1, 7), heads=8, rows_per_head=262144, head_dim=80, pad_id=2, document_end_id=1),
-)
-PRESETS = {"tiny": _TINY, "small": _SMALL, "1b": _1B}
-
-
-def preset(name: str) -> ModelConfig:
-    """Return a named configuration: tiny (CPU, seconds), small or 1b.
-
-    Raises:
-        ConfigError: no such preset.
-    """
-    if name not in PRESETS:
-        raise ConfigError(f"model preset {name!r} is unknown; use one of {', '.join(PRESETS)}")
-    return PRESETS[name]

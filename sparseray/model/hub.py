@@ -29,11 +29,14 @@ class Entry:
         shape: ours.
         theirs: names of the tensors whose rows, one after another and equally many of each, are ours; none for what
             only we have, which is zero.
+        copies: further names of the same tensor: every module that predicts further tokens is released with an
+            embedding and a head of its own, equal to the model's. An export has them, an import may.
     """
 
     name: str
     shape: tuple[int, ...]
     theirs: tuple[str, ...]
+    copies: tuple[str, ...] = ()
 
     @property
     def piece(self) -> tuple[int, ...]:
@@ -84,19 +87,35 @@ def is_of_a_later_layer(name: str, num_layers: int) -> bool:
 def entries(config: ModelConfig) -> Iterator[Entry]:
     """Every logical tensor of a model that `hub_config.hub_type` knows, dense weights and experts."""
     V, H = config.vocab_size, config.hidden
-    yield Entry(name="embedding", shape=(V, H), theirs=("model.embed_tokens.weight",))
+    modules = [f"model.layers.{layer}" for layer in range(config.num_layers, config.num_blocks)]
+    embeddings = tuple(f"{module}.embed_tokens.weight" for module in modules)
+    heads = tuple(f"{module}.shared_head.head.weight" for module in modules)
+    copies = embeddings + heads if config.tie_embeddings else embeddings
+    yield Entry(name="embedding", shape=(V, H), theirs=("model.embed_tokens.weight",), copies=copies)
     for layer in range(config.num_layers):
-        ours, theirs = f"layers.{layer}", f"model.layers.{layer}"
-        yield _one(f"{ours}.attention_norm.weight", f"{theirs}.input_layernorm.weight", H)
-        yield from _attention(config, ours, theirs)
-        yield _one(f"{ours}.ffn_norm.weight", f"{theirs}.post_attention_layernorm.weight", H)
-        if layer in config.moe_layers:
-            yield from _moe(config, layer)
-        else:
-            yield from _mlp(config, f"{ours}.ffn", f"{theirs}.mlp", config.dense_width(layer))
+        yield from _block(config, f"layers.{layer}", layer)
     yield _one("final_norm.weight", "model.norm.weight", H)
     if not config.tie_embeddings:
-        yield _one("head", "lm_head.weight", V, H)
+        yield Entry(name="head", shape=(V, H), theirs=("lm_head.weight",), copies=heads)
+    for index, theirs in enumerate(modules):
+        ours = f"mtp.{index}"
+        yield _one(f"{ours}.embedding_norm.weight", f"{theirs}.enorm.weight", H)
+        yield _one(f"{ours}.hidden_norm.weight", f"{theirs}.hnorm.weight", H)
+        yield _one(f"{ours}.projection.weight", f"{theirs}.eh_proj.weight", H, 2 * H)
+        yield from _block(config, f"{ours}.block", config.num_layers + index)
+        yield _one(f"{ours}.final_norm.weight", f"{theirs}.shared_head.norm.weight", H)
+
+
+def _block(config: ModelConfig, ours: str, layer: int) -> Iterator[Entry]:
+    """A layer of the model, or the block of a module, which they number as a layer after the last."""
+    theirs = f"model.layers.{layer}"
+    yield _one(f"{ours}.attention_norm.weight", f"{theirs}.input_layernorm.weight", config.hidden)
+    yield from _attention(config, ours, theirs)
+    yield _one(f"{ours}.ffn_norm.weight", f"{theirs}.post_attention_layernorm.weight", config.hidden)
+    if layer in config.moe_layers:
+        yield from _moe(config, f"{ours}.moe", layer)
+    else:
+        yield from _mlp(config, f"{ours}.ffn", f"{theirs}.mlp", config.dense_width(layer))
 
 
 def _one(ours: str, theirs: str, *shape: int) -> Entry:
@@ -127,8 +146,8 @@ def _mlp(config: ModelConfig, ours: str, theirs: str, inner: int) -> Iterator[En
     yield _one(f"{ours}.down.weight", f"{theirs}.down_proj.weight", config.hidden, inner)
 
 
-def _moe(config: ModelConfig, layer: int) -> Iterator[Entry]:
-    moe, ours, theirs = config.moe, f"layers.{layer}.moe", f"model.layers.{layer}.mlp"
+def _moe(config: ModelConfig, ours: str, layer: int) -> Iterator[Entry]:
+    moe, theirs = config.moe, f"model.layers.{layer}.mlp"
     yield _one(f"{ours}.router.weight", f"{theirs}.gate.weight", moe.num_experts, config.hidden)
     biases = (f"{theirs}.gate.e_score_correction_bias",) if moe.router == "v3" else ()
     yield Entry(name=f"{ours}.router_bias", shape=(moe.num_experts,), theirs=biases)

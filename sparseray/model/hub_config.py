@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from sparseray.errors import ConfigError
-from sparseray.model.config import DSEConfig, MLAConfig, ModelConfig, MoEConfig, RopeConfig
+from sparseray.model.config import DSEConfig, MLAConfig, ModelConfig, MoEConfig, MTPConfig, RopeConfig
 from sparseray.model.yarn import rotary_scale
 
 V2, V3 = "deepseek_v2", "deepseek_v3"
@@ -91,12 +91,21 @@ def read_config(raw: Mapping[str, Any], where: str) -> ModelConfig:
             init_std=float(found["initializer_range"]),
             moe=_moe(kind, found),
             mla=_mla(found),
+            mtp=MTPConfig(depth=_modules(kind, raw)),
             dse=DSEConfig(document_end_id=_end_of_text(found["eos_token_id"])),
             **_rope(raw, where),
         )
     except (ConfigError, TypeError, ValueError) as error:
         text = str(error)
         raise ConfigError(text if text.startswith(where) else f"{where}: {text}") from None
+
+
+def _modules(kind: str, raw: Mapping[str, Any]) -> int:
+    """Modules that predict further tokens, as the released files or as transformers call them."""
+    given = raw.get("num_nextn_predict_layers", raw.get("num_mtp_layers"))
+    default = 1 if kind == V3 else 0
+    found: int = default if given is None else given
+    return found
 
 
 def _end_of_text(given: int | list[int] | None) -> int:
@@ -178,6 +187,10 @@ def _unsayable(config: ModelConfig) -> Iterator[str]:
         yield f"model.dse.layers={list(config.dse.layers)}: it has no conditional memory"
     if moe.router not in ("v2", "v3"):
         yield f"model.moe.router={moe.router!r}: it has v2 and v3"
+    if config.mtp.depth and moe.router == "v2":
+        yield f"model.mtp.depth={config.mtp.depth}: its V2 predicts the next token alone"
+    if config.mtp.depth and moe.leading_dense >= config.num_layers:
+        yield f"model.mtp.depth={config.mtp.depth} with dense layers alone: its modules always have experts"
     if not moe.num_shared:
         yield "model.moe.num_shared=0: it always has a shared expert"
     if moe.router == "v2" and moe.normalize:
@@ -204,6 +217,7 @@ def write_config(config: ModelConfig, base: Mapping[str, Any]) -> dict[str, Any]
         "quantization_config",
         "torch_dtype",
         "num_nextn_predict_layers",
+        "num_mtp_layers",
     }
     found = {key: value for key, value in base.items() if key not in left_out}
     is_v3, is_limited = kind == V3, moe.num_groups > 1
@@ -226,7 +240,7 @@ def write_config(config: ModelConfig, base: Mapping[str, Any]) -> dict[str, Any]
         "topk_method": "noaux_tc" if is_v3 else "group_limited_greedy" if is_limited else "greedy",
         "scoring_func": "sigmoid" if is_v3 else "softmax", "rope_parameters": _rope_parameters(config),
         "eos_token_id": base.get("eos_token_id", ends if ends >= 0 else None),
-    } | ({"num_nextn_predict_layers": 0, "rope_interleave": True} if is_v3 else {})  # fmt: skip
+    } | ({"num_nextn_predict_layers": config.mtp.depth, "rope_interleave": True} if is_v3 else {})  # fmt: skip
 
 
 def _rope_parameters(config: ModelConfig) -> dict[str, Any]:

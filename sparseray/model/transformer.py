@@ -1,7 +1,8 @@
 """The network: embedding, blocks of (memory, attention, experts), final norm and head.
 
 One call of `forward` is the work of one logical shard of a training step, one of `run_paged` a step of serving. Routed experts and memory tables are not parameters of this module: they come in through `experts` and
-`memory`. Pre-norm residual blocks; the memory is added before the attention (arXiv 2601.07372 section 2.3).
+`memory`.
+`predictions` and `predict_paged` are the same of the modules that predict further tokens (mtp.py).
 
 Shapes: B sequences, T tokens, R rows (B*T, or all chunks' tokens padded), H hidden, V vocabulary,
 L MoE layers, E experts, N table rows per token.
@@ -9,6 +10,7 @@ L MoE layers, E experts, N table rows per token.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -16,13 +18,14 @@ from torch import Tensor, nn
 
 from sparseray.errors import ConfigError
 from sparseray.kernels.ops import REFERENCE, Ops
-from sparseray.model.attention import attention_of
+from sparseray.model.block import Block
 from sparseray.model.config import ModelConfig
-from sparseray.model.dse import DSE, Memory, Rows
+from sparseray.model.dse import Memory, Rows
 from sparseray.model.dse_layout import DSELayout
 from sparseray.model.init import initial_dense
-from sparseray.model.layers import Angles, Batch, RMSNorm, Rope, Run, SwiGLU, at_once, recomputed
-from sparseray.model.moe import Experts, MoE
+from sparseray.model.layers import Batch, RMSNorm, Rope, Run, at_once, recomputed
+from sparseray.model.moe import Experts
+from sparseray.model.mtp import Predictor
 from sparseray.model.paged import Paged
 
 
@@ -33,62 +36,12 @@ class Output:
     Args:
         hidden_BTH: hidden states after the final norm.
         aux_loss: fp32 scalar, balance losses of all layers with their coefficients (0 in inference).
-        expert_counts_LE: int64 [MoE layers, experts], tokens sent to each expert.
+        expert_counts_LE: int64 [MoE layers that ran, experts], tokens sent to each expert.
     """
 
     hidden_BTH: Tensor
     aux_loss: Tensor
     expert_counts_LE: Tensor
-
-
-class Block(nn.Module):
-    """One layer."""
-
-    def __init__(self, config: ModelConfig, layer: int, ops: Ops) -> None:
-        super().__init__()
-        self.layer = layer
-        self.dse = DSE(config, layer, ops) if layer in config.dse.layers else None
-        self.attention_norm = RMSNorm(config.hidden, config.norm_eps, ops)
-        self.attention = attention_of(config, layer)(config, layer, ops)
-        self.ffn_norm = RMSNorm(config.hidden, config.norm_eps, ops)
-        self.moe = MoE(config, layer, ops) if layer in config.moe_layers else None
-        self.ffn = None if self.moe else SwiGLU(config.hidden, config.dense_width(layer), ops)
-
-    def _attend(
-        self, h_RH: Tensor, batch: Batch, angles: Angles, values_TND: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Add memory and attention: (the sum after the norm before the MLP, the sum)."""
-        if self.dse is not None:
-            assert values_TND is not None
-            x_RH, h_RH = self.attention_norm.add(self.dse(h_RH, values_TND, batch), h_RH)
-        else:
-            x_RH = self.attention_norm(h_RH)
-        return self.ffn_norm.add(self.attention(x_RH, batch, angles), h_RH)
-
-    def forward(
-        self,
-        h_RH: Tensor,
-        batch: Batch,
-        angles: Angles,
-        experts: Experts,
-        values_TND: Tensor | None,
-        run: Run,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Add memory, attention and experts (or the dense MLP).
-
-        Args:
-            values_TND: table rows of the tokens; None for a layer without memory.
-            run: calls the stretches of the layer that may be recomputed.
-
-        Returns:
-            (hidden states [R, H], balance loss, tokens per expert int64 [E]).
-        """
-        x_RH, h_RH = run(self._attend, h_RH, batch, angles, values_TND)
-        if self.moe is None:
-            assert self.ffn is not None
-            return h_RH + run(self.ffn, x_RH, batch), None, None
-        y_RH, loss, counts_E = self.moe(x_RH, batch, experts, run)
-        return h_RH + y_RH, loss, counts_E
 
 
 class Transformer(nn.Module):
@@ -134,6 +87,9 @@ class Transformer(nn.Module):
         self.head = (
             None if config.tie_embeddings else nn.Parameter(torch.empty(config.vocab_size, config.hidden))
         )
+        self.mtp = nn.ModuleList(
+            Predictor(config, layer, ops) for layer in range(config.num_layers, config.num_blocks)
+        )
         self.rope = Rope(config)
         with torch.no_grad():
             for name, parameter in self.named_parameters():
@@ -149,7 +105,7 @@ class Transformer(nn.Module):
         """Run all layers on the rows: (hidden after the final norm, aux loss, counts)."""
         h_RH = self.ops.embedding(tokens_R, self.embedding)
         angles = self.rope.at(batch.positions_R)
-        run = recomputed if self.recompute and torch.is_grad_enabled() else at_once
+        run = self._run
         losses: list[Tensor] = []
         counts: list[Tensor] = []
         for block in self.layers:
@@ -162,8 +118,12 @@ class Transformer(nn.Module):
             losses += [] if loss is None else [loss]
             counts += [] if counts_E is None else [counts_E]
         aux = torch.stack(losses).sum() if losses else torch.zeros((), device=h_RH.device)
-        empty = torch.zeros(0, self.config.moe.num_experts, dtype=torch.int64, device=h_RH.device)
-        return self.final_norm(h_RH), aux, torch.stack(counts) if counts else empty
+        counts_LE = torch.stack(counts) if counts else self._no_counts(h_RH.device)
+        return self.final_norm(h_RH), aux, counts_LE
+
+    @property
+    def _run(self) -> Run:
+        return recomputed if self.recompute and torch.is_grad_enabled() else at_once
 
     def memory_rows(
         self, tokens_BT: Tensor, document_starts_BT: Tensor | None = None, history_BL: Tensor | None = None
@@ -223,6 +183,67 @@ class Transformer(nn.Module):
         hidden_RH, aux, counts_LE = self._blocks(tokens_BT.reshape(-1), batch, experts, fetched)
         return Output(hidden_BTH=hidden_RH.view(B, T, -1), aux_loss=aux, expert_counts_LE=counts_LE)
 
+    def predictions(self, tokens_BT: Tensor, hidden_BTH: Tensor, experts: Experts) -> Iterator[Output]:
+        """Run the modules that predict further tokens, one after another, on what `forward` gave.
+
+        Args:
+            tokens_BT: as in `forward`.
+            hidden_BTH: of it.
+            experts: as in `forward`.
+
+        Returns:
+            of module k hidden states [B, T - k, H]: a sequence's last k tokens have none, nor have they a part in it.
+        """
+        for index, module in enumerate(self.mtp):
+            ahead_BT, hidden_BTH = tokens_BT[:, index + 1 :], hidden_BTH[:, :-1]
+            B, T = ahead_BT.shape
+            positions_R = torch.arange(T, device=tokens_BT.device).repeat(B)
+            batch = Batch(shape=(B, T), positions_R=positions_R, rows=B * T)
+            hidden_RH, aux, counts_E = module(
+                self.ops.embedding(ahead_BT.reshape(-1), self.embedding),
+                hidden_BTH.reshape(B * T, -1),
+                batch,
+                self.rope.at(positions_R),
+                experts,
+                self._run,
+            )
+            hidden_BTH = hidden_RH.view(B, T, -1)
+            aux = torch.zeros((), device=hidden_RH.device) if aux is None else aux
+            counts_LE = self._no_counts(hidden_RH.device) if counts_E is None else counts_E[None]
+            yield Output(hidden_BTH=hidden_BTH, aux_loss=aux, expert_counts_LE=counts_LE)
+
+    def _no_counts(self, device: torch.device) -> Tensor:
+        return torch.zeros(0, self.config.moe.num_experts, dtype=torch.int64, device=device)
+
+    @torch.no_grad()
+    def predict_paged(
+        self,
+        module: int,
+        tokens_R: Tensor,
+        hidden_RH: Tensor,
+        positions_R: Tensor,
+        paged: Paged,
+        *,
+        rows: int,
+        experts: Experts,
+    ) -> Tensor:
+        """Run one module on the next rows of several sequences, whose caches of its block are appended to.
+
+        Args:
+            module: 0-based.
+            tokens_R: integers, the tokens `module` + 1 places after the rows.
+            hidden_RH: of the network, or of the module before.
+            positions_R, paged, rows, experts: as in `run_paged`.
+
+        Returns:
+            Hidden states [R, H] after the module's norm, for `logits` and the next module.
+        """
+        batch = Batch(shape=(1, rows), positions_R=positions_R, rows=rows, paged=paged)
+        embedded_RH = self.ops.embedding(tokens_R, self.embedding)
+        angles = self.rope.at(positions_R)
+        found: Tensor = self.mtp[module](embedded_RH, hidden_RH, batch, angles, experts, at_once)[0]
+        return found
+
     @torch.no_grad()
     def run_paged(
         self,
@@ -275,9 +296,9 @@ class Transformer(nn.Module):
         if self.config.moe.router != "v3":
             return
         for layer, counts_E in zip(self.config.moe_layers, counts_LE, strict=True):
-            block = self.layers[layer]
-            assert isinstance(block, Block)
-            assert block.moe is not None
+            is_main = layer < self.config.num_layers
+            block = self.layers[layer] if is_main else self.mtp[layer - self.config.num_layers].block
+            assert isinstance(block, Block) and block.moe is not None
             # Whole numbers: sum - E * count has the sign of mean - count, without rounding.
             sign_E = torch.sign(counts_E.sum() - counts_E * counts_E.numel())
             block.moe.router_bias.add_(sign_E.to(torch.float32), alpha=self.config.moe.bias_update)

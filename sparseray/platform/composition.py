@@ -19,6 +19,7 @@ from sparseray.platform.config import RunConfig, to_dict
 from sparseray.platform.fleet.control import Control, Fleet
 from sparseray.platform.generations import Generations
 from sparseray.platform.metrics.exporter import Metrics
+from sparseray.platform.offers import Offers
 from sparseray.platform.opening import Validation
 from sparseray.platform.planning.moves import piece_bytes
 from sparseray.platform.reconciler import Reconciler
@@ -83,6 +84,7 @@ class Run:
         task: Task,
         on_record: Callable[[dict[str, Any]], None],
         should_stop: Callable[[], bool],
+        offers: Callable[[], Offers | None] = lambda: None,
     ) -> "Run":
         """Lead the job's journal and put everything together; nothing is sent yet.
 
@@ -94,6 +96,7 @@ class Run:
             task: what the job is for.
             on_record: told of every step, validation, checkpoint and event.
             should_stop: asked between two steps.
+            offers: of the run that a server follows, while it trains on the same platform.
         """
         folder = RunFolder(Path(config.run_dir))
         journal, history = _lead(folder, mailbox.job)
@@ -102,7 +105,7 @@ class Run:
         spec = _spec(config, identity, layout, is_serving=isinstance(task, Served))
         fleet, ledger = fleet_of(journal, history, spec), Ledger(metrics)
         rows = [] if layout is None else [layout.num_rows(layer) for layer in config.model.dse.layers]
-        workload = _workload(config, spec, folder, journal, task, mailbox)
+        workload = _workload(config, spec, folder, journal, task, mailbox, offers)
         generations = Generations(
             config.cluster,
             Control(mailbox, fleet, config.cluster.deadline_s),
@@ -128,11 +131,7 @@ class Run:
         else:
             driver = Server(config, workload, generations, reconciler, should_stop=should_stop)
         return Run(
-            history=history,
-            folder=folder,
-            generations=generations,
-            reconciler=reconciler,
-            driver=driver,
+            history=history, folder=folder, generations=generations, reconciler=reconciler, driver=driver
         )
 
     def drive(self) -> None:
@@ -171,8 +170,14 @@ def _lead(folder: RunFolder, job: str) -> tuple[Journal, JobHistory]:
 
 
 def _workload(
-    config: RunConfig, spec: JobSpec, folder: RunFolder, journal: Journal, task: Task, mailbox: Mailbox
+    config: RunConfig,
+    spec: JobSpec,
+    folder: RunFolder,
+    journal: Journal,
+    task: Task,
+    mailbox: Mailbox,
+    offers: Callable[[], Offers | None],
 ) -> Training | Serving:
     if isinstance(task, Validation):
         return Training(config, spec, folder, journal)
-    return Serving(config, spec, task, mailbox, journal)
+    return Serving(config, spec, task, mailbox, journal, offers)

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 import jsonargparse
 import yaml
 
+from sparseray.actors.training.mixture import Mixture
 from sparseray.errors import ConfigError
 from sparseray.kernels.settings import Kernels
 from sparseray.model.config import ModelConfig
@@ -27,6 +28,7 @@ from sparseray.platform.plain_values import to_dict as to_dict
 from sparseray.platform.settings import Setting, expand_path, read_file, read_options
 
 Determinism = typing.Literal["bitwise", "fast"]
+InitState = typing.Literal["weights", "optimizer"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,14 +37,19 @@ class DataConfig:
 
     Args:
         path: folder written by `sparseray data prepare`.
+        mixture: weights of its named sources, "code=0.6 text=0.4", and others from a step on, "code=0.2 text=0.8
+            from=500"; empty for those that the data was prepared with.
         verify: check the SHA-256 of every token shard when it is opened.
     """
 
     path: str = ""
+    mixture: tuple[str, ...] = ()
     verify: bool = True
 
     def __post_init__(self) -> None:
         check("data", self)
+        if self.mixture:
+            Mixture.parse(self.mixture)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +59,10 @@ class OptimConfig:
     Args:
         lr: peak learning rate.
         min_lr_ratio: last learning rate over the peak.
-        warmup_steps: steps of linear warm-up before the cosine.
+        warmup_steps: steps of linear warm-up.
+        schedule: after the warm-up. "cosine" falls to the last step; "constant" stays; "wsd" stays, and falls linearly in
+            the last `decay_steps`.
+        decay_steps: of "wsd"; 0 for a tenth of the run.
         beta1, beta2, eps: Adam's.
         weight_decay: on matrices; never on vectors and memory rows.
         clip: limit of the global gradient norm, memory rows included.
@@ -63,6 +73,8 @@ class OptimConfig:
     lr: float = within(2e-3, 0.0, 1e3)
     min_lr_ratio: float = within(0.1, 0.0, 1.0)
     warmup_steps: int = count(20, 0)
+    schedule: typing.Literal["cosine", "constant", "wsd"] = "cosine"
+    decay_steps: int = count(0, 0)
     beta1: float = within(0.9, 0.0, below=1.0)
     beta2: float = within(0.95, 0.0, below=1.0)
     eps: float = within(1e-8, above=0.0, at_most=1.0)
@@ -91,6 +103,11 @@ class TrainConfig:
         eval_batches: validation batches of one logical shard's size.
         dtype: that forward and backward compute in, beside fp32 master weights; bfloat16 where one slot plays all
             roles. Routers, norms' statistics, softmax, loss and the update are fp32 in any case.
+        spike: what is done about a step whose loss or gradient norm stands out upwards or is not finite. "off": one
+            that is not finite ends the run; "skip": its update is left out; "rollback": and the weights become those of
+            the last scheduled checkpoint, so that the data of all steps since is left out.
+        spike_deviations: robust deviations (of the median absolute one) above the median that stand out.
+        spike_window: applied steps that a step is compared with; the first 16 are compared with nothing.
         recompute: run each layer's forward pass again in the backward pass instead of keeping its activations.
     """
 
@@ -105,9 +122,17 @@ class TrainConfig:
     eval_batches: int = count(8)
     dtype: typing.Literal["float32", "bfloat16"] = "float32"
     recompute: bool = False
+    spike: typing.Literal["off", "skip", "rollback"] = "off"
+    spike_deviations: float = within(8.0, above=0.0, at_most=1e9)
+    spike_window: int = count(64, 16, 1 << 16)
 
     def __post_init__(self) -> None:
         check("train", self)
+        if self.spike == "rollback" and not self.checkpoint_every:
+            raise ConfigError(
+                "train.spike=rollback goes back to the last of the checkpoints that train.checkpoint_every=0 makes none "
+                "of; set train.checkpoint_every to 50"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +147,8 @@ class ServeConfig:
         cache_gib: GiB of the caches' pages; 0 for 0.8 of what the weights leave on a GPU, and on a CPU for what
             `max_batch` of the longest requests need.
         dtype: of weights and caches on a GPU; a CPU serves in float32.
+        speculate: "mtp": draft tokens with the model's own modules (`model.mtp`) and judge them together, on a CPU; the
+            texts are the same. "none" does not load the modules.
         max_waiting: requests that may wait beside those in the batches, before new ones get 429.
         drain_s: seconds that open requests get at a stop.
         follow_every: steps of a followed run (`serve --run`) between two versions of the weights; 0 for only those that
@@ -131,6 +158,8 @@ class ServeConfig:
         target_itl_ms: within which nine of ten further tokens shall come; 0 for any time.
         min_engines, max_engines: bounds of the number of engines, which follows the load; max_engines 0: it does not.
         max_expert_shards, max_memory_shards: the same for the shards, whose least numbers are those of `cluster`.
+        ingress: "process": HTTP in the command's own process; "ray": in replicas under Ray Serve (`sparseray[ingress]`).
+        ingress_replicas: how many of these.
         ignore_unknown_fields: leave fields that the server does not know out of a body, instead of refusing it.
     """
 
@@ -141,9 +170,10 @@ class ServeConfig:
     prefill_chunk: int = count(64)
     cache_gib: float = within(0.0, 0.0, 1e6)
     dtype: typing.Literal["float32", "bfloat16"] = "bfloat16"
+    speculate: typing.Literal["none", "mtp"] = "none"
     max_waiting: int = count(256, 1, 1 << 20)
     drain_s: float = within(5.0, 0.0, 3600.0)
-    follow_every: int = count(1, 0)
+    follow_every: int = count(50, 0)
     in_flight: typing.Literal["finish", "switch"] = "finish"
     target_ttft_ms: float = within(0.0, 0.0, 1e9)
     target_itl_ms: float = within(0.0, 0.0, 1e9)
@@ -151,6 +181,8 @@ class ServeConfig:
     max_engines: int = count(0, 0, MOST_SLOTS)
     max_expert_shards: int = count(0, 0, MOST_SLOTS)
     max_memory_shards: int = count(0, 0, MOST_SLOTS)
+    ingress: typing.Literal["process", "ray"] = "process"
+    ingress_replicas: int = count(2, 1, 1024)
     ignore_unknown_fields: bool = False
 
     def __post_init__(self) -> None:
@@ -186,7 +218,9 @@ class RunConfig:
         determinism: "bitwise" (every sum in one order, gradients of the parts along one tree whatever the number of
             workers), or "fast": on a GPU parts are summed in place and full attention takes its fastest backward pass.
         run_dir: folder of the run.
-        init_from: checkpoint whose weights the run begins with, empty for the seed.
+        init_from: checkpoint that the run begins with, empty for the seed.
+        init_state: "weights": moments begin at zero, and steps at 1; "optimizer": the run goes on from the checkpoint's
+            step with its moments.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -200,12 +234,15 @@ class RunConfig:
     determinism: Determinism = "bitwise"
     run_dir: str = "runs/run"
     init_from: str = ""
+    init_state: InitState = "weights"
 
     def __post_init__(self) -> None:
         if problem := complaint(str, Limits(), self.run_dir):
             raise ConfigError(f"run_dir={self.run_dir!r} {problem}")
         if not self.run_dir:
             raise ConfigError("run_dir= is empty; give the folder of the run")
+        if self.init_state == "optimizer" and not self.init_from:
+            raise ConfigError("init_state=optimizer goes on from a checkpoint; give it as init_from")
 
 
 PATHS = ("data.path", "run_dir", "init_from")
@@ -258,8 +295,12 @@ def parser(prog: str, description: str) -> jsonargparse.ArgumentParser:
     found.add_argument(
         "--run_dir", type=str, default=RunConfig.run_dir, help="folder of the run; resumes what it holds"
     )
+    found.add_argument("--init_from", type=str, default="", help="checkpoint that the run begins with")
     found.add_argument(
-        "--init_from", type=str, default="", help="checkpoint whose weights the run begins with"
+        "--init_state",
+        type=InitState,
+        default=RunConfig.init_state,
+        help="of it; weights: steps begin at 1; optimizer: go on from its step, with its moments",
     )
     return found
 

@@ -188,6 +188,20 @@ class Generations:
         self._enter(new, step, restore=None, pulls=pulls)
         return pulls
 
+    def reload(self, step: int, restore: Restore, text: str) -> None:
+        """Throw away all state and load other state in its place, as that of the committed step.
+
+        Args:
+            step: the last committed one.
+            restore: where the state comes from.
+            text: why, for people.
+        """
+        self.tell("restored", step, text)
+        try:
+            self._enter(self.replanned(self.wanted), step, restore=restore, pulls=None)
+        except (SlotsLostError, StalledError) as error:
+            self._settle(error, step, restore=restore)
+
     def replanned(self, roles: Roles) -> Plan:
         """The next plan, from the slots that are there."""
         assert self.plan is not None
@@ -222,7 +236,9 @@ class Generations:
             self._refill()
             new = self.replanned(self.wanted)
             pulls = None
-            if restore is None or not restore.everything:
+            if restore is not None and restore.everything:
+                restore, step = self.workload.renewed(restore, step)
+            else:
                 pulls = moves(self.holders.among(self.fleet.members()), new, self.size)
                 if pulls.missing:
                     found = self.workload.give_back(pulls.missing, step)

@@ -13,17 +13,17 @@ from pathlib import Path
 import psutil
 
 from sparseray.errors import ClusterError
-from sparseray.platform.ray_settings import OBJECT_STORE_BYTES, local_cpus, set_environment
+from sparseray.platform.ray_settings import OBJECT_STORE_BYTES, set_environment
 
 RAY = (sys.executable, "-m", "ray.scripts.scripts")
 START_S, END_S = 60.0, 30.0
 
 
-def start_head(num_slots: int, log: Path) -> tuple[str, int]:
+def start_head(num_cpus: int, log: Path) -> tuple[str, int]:
     """Start a head, and return its address and the id of the process that ends it.
 
     Args:
-        num_slots: that it shall have room for, of one logical CPU each.
+        num_cpus: logical CPUs that slots may reserve.
         log: file for what Ray says.
 
     Raises:
@@ -35,7 +35,7 @@ def start_head(num_slots: int, log: Path) -> tuple[str, int]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [*RAY, "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={port}"]
-    command += [f"--num-cpus={local_cpus(num_slots)}", f"--object-store-memory={OBJECT_STORE_BYTES}"]
+    command += [f"--num-cpus={num_cpus}", f"--object-store-memory={OBJECT_STORE_BYTES}"]
     command += ["--include-dashboard=false", "--disable-usage-stats"]
     log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with log.open("wb") as file:

@@ -33,6 +33,7 @@ from sparseray.platform.fleet.pool import Pool, kind_of
 from sparseray.platform.fleet.ray_fleet import RayFleet
 from sparseray.platform.fleet.transport import ZmqTransport, private_directory, remove_directory
 from sparseray.platform.metrics.exporter import Metrics, write_targets
+from sparseray.platform.offers import Offers
 from sparseray.platform.opening import slots_of
 from sparseray.platform.planning.inventory import Roles, num_slots
 from sparseray.platform.planning.lending import Lender, Loan
@@ -61,6 +62,7 @@ class Job:
         leads: whether this process is the platform's scheduler still.
         on_end: told once it holds nothing any more.
         loan: how many slots of a kind others would lend.
+        offers: of the run that trains in a folder; None where none does.
     """
 
     def __init__(
@@ -73,8 +75,9 @@ class Job:
         leads: Callable[[], bool],
         on_end: Callable[["Job"], None],
         loan: Callable[[Kind], int],
+        offers: Callable[[str], Offers | None],
     ) -> None:
-        self._leads, self._loan = leads, loan
+        self._leads, self._loan, self._offers = leads, loan, offers
         self.job, self.config, self.task, self._pool, self._on_end = job, config, task, pool, on_end
         self.folder = RunFolder(Path(config.run_dir))
         self.run: Run | None = None
@@ -145,7 +148,7 @@ class Job:
         return f"run_dir={self.folder.path} is in use by process {other.get('pid')} on {other.get('host')}; give another"
 
     def _drive(self) -> None:
-        cluster = self.config.cluster
+        cluster, task = self.config.cluster, self.task
         metrics = Metrics({"slot": "scheduler"}, declare="scheduler")
         own = metrics.serve(cluster.bind_host)
         directory = private_directory(self.job) if cluster.transport == "ipc" else None
@@ -177,6 +180,7 @@ class Job:
                 task=self.task,
                 on_record=self._tell,
                 should_stop=self._should_stop,
+                offers=lambda: self._offers(task.run) if isinstance(task, Served) else None,
             )
             self._open_slots(run)
             run.drive()
@@ -273,22 +277,11 @@ class Job:
             return str(error)
         return ""
 
-    def publish(self, checkpoint: str) -> tuple[str, str]:
-        """Have a server go on with other weights.
-
-        Args:
-            checkpoint: their folder; empty for the newest of the run that the server follows.
-
-        Returns:
-            The version's name, and why it is refused; one of them is empty.
-        """
+    @property
+    def server(self) -> Server | None:
+        """What drives a job that serves, while it does."""
         server = self.run.driver if self.run is not None and self.is_running else None
-        if not isinstance(server, Server):
-            return "", "that job is no server, or is not running (yet)"
-        try:
-            return server.publish(checkpoint), ""
-        except UserError as error:
-            return "", str(error)
+        return server if isinstance(server, Server) else None
 
     # -- lending -------------------------------------------------------------------------------
 
@@ -362,7 +355,7 @@ class Job:
             "replicas": {"target": self.config.cluster.replication, "actual": generations.replicas()},
             "goodput": run.reconciler.ledger.goodput,
             "load": run.reconciler.load.tolist(),
-            "versions": run.driver.versions if isinstance(run.driver, Server) else [],
+            "versions": self.server.versions if self.server else [],
             "slots": [
                 {
                     "slot": slot,
@@ -381,9 +374,8 @@ class Job:
 
     def plan(self) -> dict[str, Any] | None:
         """Configuration and plan in force, as plain values; None before there is one."""
-        if self.run is None or self.run.generations.plan is None:
-            return None
-        return {"config": to_dict(self.config), "plan": to_plain(self.run.generations.plan)}
+        plan = None if self.run is None else self.run.generations.plan
+        return None if plan is None else {"config": to_dict(self.config), "plan": to_plain(plan)}
 
     def state(self) -> str:
         """What it does, in a word or with the reason of its failure."""

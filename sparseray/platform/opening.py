@@ -7,9 +7,11 @@ through, the cluster can start; all that a user can have got wrong is said here,
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sparseray.actors.training.token_data import TokenDataset, load_tokenizer
+from sparseray.actors.training.mixture import Mixture
+from sparseray.actors.training.token_data import TokenDataset
+from sparseray.actors.training.tokenizer_file import load_tokenizer
 from sparseray.errors import CheckpointError, ConfigError, IdentityError
-from sparseray.model.config import ModelConfig
+from sparseray.model.config import ModelConfig, MTPConfig
 from sparseray.model.dse_layout import DSELayout
 from sparseray.platform import config as configuration
 from sparseray.platform.checks import check_cluster, check_folder, check_start
@@ -17,11 +19,12 @@ from sparseray.platform.config import ClusterConfig, RunConfig, ServeConfig
 from sparseray.platform.device import resolve_device, resolve_serving_device
 from sparseray.platform.planning.inventory import Inventory, num_slots
 from sparseray.platform.run import checkpoint
-from sparseray.platform.run.folder import RunFolder, flat
+from sparseray.platform.run.folder import Origin, RunFolder, flat
 from sparseray.platform.run.journal import Journal, set_aside_if_damaged
 
 OF_THE_RUN = (
     "max_seq_len", "rope.", "rope_theta", "init_std", "moe.bias_update", "moe.balance_loss", "dse.document_end_id",
+    "mtp.loss_weight", "mtp.later_loss_weight", "mtp.later_from",
 )  # fmt: skip
 """Keys of the model that a run may change of what it begins with."""
 
@@ -50,6 +53,7 @@ class TrainingInputs:
         validation: how they are measured.
         layout: DSE identity, None for a model without memory.
         newest: checkpoint to go on from.
+        origin: what the run began with, or begins with now; None for a seed.
     """
 
     config: RunConfig
@@ -58,6 +62,7 @@ class TrainingInputs:
     validation: Validation
     layout: DSELayout | None
     newest: Path | None
+    origin: Origin | None = None
 
     def create_folder(self) -> list[str]:
         """Write what the run folder lacks, and what has changed since the run began.
@@ -66,7 +71,8 @@ class TrainingInputs:
             what a person should know of it.
         """
         changed = self.folder.changes(self.config)
-        self.folder.open(self.config, self.layout, Path(self.config.data.path) / "tokenizer.json")
+        tokenizer = Path(self.config.data.path) / "tokenizer.json"
+        self.folder.open(self.config, self.layout, tokenizer, self.origin)
         said = []
         if aside := set_aside_if_damaged(self.folder.journal):
             where = f"going on from {self.newest}, which is whole" if self.newest else "starting anew"
@@ -81,23 +87,26 @@ class TrainingInputs:
         return said
 
 
-def check_origin(config: RunConfig, layout: DSELayout | None) -> None:
-    """See that a run can begin with the weights of `init_from`.
+def check_origin(config: RunConfig, layout: DSELayout | None) -> Origin:
+    """See that a run can begin with `init_from`, and say where it goes on from.
 
     Args:
         config: of the run.
         layout: its DSE identity; None for a model without memory.
 
     Raises:
-        CheckpointError: they are damaged, or of another model.
-        IdentityError: their tokens or rows are others.
+        CheckpointError: it is damaged, of another model, or lacks what is asked for.
+        IdentityError: its tokens or rows are others.
+        ConfigError: the run would have no step to make.
     """
     origin = Path(config.init_from)
     manifest = checkpoint.read_manifest(origin)
     checkpoint.check_files(origin, manifest)
     found = configuration.from_dict(RunConfig, manifest["config"])
     old, new = (flat(configuration.to_dict(one)["model"]) for one in (found, config))
-    differing = [k for k in sorted(new) if old.get(k) != new[k] and not k.startswith(OF_THE_RUN)]
+    grows = old["vocab_size"] < new["vocab_size"] and config.init_state == "weights"
+    free = (*OF_THE_RUN, "vocab_size") if grows else OF_THE_RUN
+    differing = [k for k in sorted(new) if old.get(k) != new[k] and not k.startswith(free)]
     if differing:
         key = differing[0]
         raise CheckpointError(
@@ -110,11 +119,23 @@ def check_origin(config: RunConfig, layout: DSELayout | None) -> None:
         )
     tokenizers = [origin / "tokenizer.json", Path(config.data.path) / "tokenizer.json"]
     vocabularies = [load_tokenizer(path).get_vocab() for path in tokenizers]
-    if vocabularies[0] != vocabularies[1]:
+    if not vocabularies[0].items() <= vocabularies[1].items():
         raise IdentityError(
             f"init_from={origin} has another tokenizer than data.path={config.data.path}; prepare the data with"
             f" --tokenizer {tokenizers[0]}"
         )
+    if config.init_state == "weights":
+        return Origin(checkpoint=str(origin), step=manifest["step"], begin=0)
+    if not any("@" in name for name in manifest["tensors"]):
+        raise CheckpointError(
+            f"init_from={origin} holds weights alone, and init_state=optimizer wants moments; use --init_state weights"
+        )
+    if manifest["step"] >= config.train.steps:
+        raise ConfigError(
+            f"init_from={origin} is of step {manifest['step']}, and train.steps={config.train.steps} ends before; set "
+            f"train.steps to {manifest['step'] + config.train.steps}"
+        )
+    return Origin(checkpoint=str(origin), step=manifest["step"], begin=manifest["step"])
 
 
 def training_inventory(config: RunConfig) -> Inventory:
@@ -149,8 +170,9 @@ def open_training(config: RunConfig) -> TrainingInputs:
     check_start(config.cluster)
     check_folder(Path(config.run_dir), "run_dir")
     data = open_data(config)
+    config = resolve(config, data["train"])
     config = replace(
-        resolve(config, data["train"]),
+        config,
         run_dir=str(Path(config.run_dir).absolute()),
         data=replace(config.data, path=str(Path(config.data.path).absolute())),
         init_from=str(Path(config.init_from).absolute()) if config.init_from else "",
@@ -161,8 +183,8 @@ def open_training(config: RunConfig) -> TrainingInputs:
     folder.check_identity(layout)
     folder.check_data(Path(config.data.path))
     newest = folder.check_checkpoint(config, layout)
-    if config.init_from and newest is None:
-        check_origin(config, layout)
+    is_new = config.init_from and newest is None
+    origin = check_origin(config, layout) if is_new else folder.origin()
     windows = data["validation"].num_windows(config.train.seq_len)
     validation = Validation(
         batches=_validation_batches(windows, config), bytes_per_token=data["validation"].bytes_per_token
@@ -174,6 +196,7 @@ def open_training(config: RunConfig) -> TrainingInputs:
         validation=validation,
         layout=layout,
         newest=newest,
+        origin=origin,
     )
 
 
@@ -196,18 +219,44 @@ def open_data(config: RunConfig) -> dict[str, TokenDataset]:
         raise ConfigError(
             f"train.seq_len={config.train.seq_len} exceeds model.max_seq_len={config.model.max_seq_len}; lower the first"
         )
+    if config.train.seq_len <= config.model.mtp.depth:
+        raise ConfigError(
+            f"train.seq_len={config.train.seq_len} must exceed model.mtp.depth={config.model.mtp.depth}: the last module has"
+            " no token to predict; lower the second"
+        )
     return data
 
 
 def resolve(config: RunConfig, data: TokenDataset) -> RunConfig:
-    """Fill in what follows from the data: the token that ends a document, which serving must know too.
+    """Fill in what follows from the data: the token that ends a document, which serving must know too, and the mixture.
 
     Args:
         config: of the run.
         data: its training split.
+
+    Raises:
+        ConfigError: the mixture names other sources than the data has.
     """
     dse = replace(config.model.dse, document_end_id=data.eos_id)
-    return replace(config, model=replace(config.model, dse=dse))
+    mixture = config.data.mixture or _prepared_mixture(data)
+    for name in Mixture.parse(mixture).names if mixture else ():
+        if name not in data.sources:
+            has = f"named sources {', '.join(data.sources)}" if data.sources else "no named sources"
+            raise ConfigError(
+                f"data.mixture names {name!r}, and {data.folder} has {has}; name those, or prepare the data with "
+                f"--source {name}=DIR"
+            )
+        data.num_windows(config.train.seq_len, name)
+    found = replace(config.data, mixture=mixture)
+    return replace(config, model=replace(config.model, dse=dse), data=found)
+
+
+def _prepared_mixture(data: TokenDataset) -> tuple[str, ...]:
+    """The mixture that data was prepared with: by weights, or by numbers of tokens; empty without named sources."""
+    weights = {one.name: one.weight for one in data.manifest.sources if one.name in data.sources}
+    sizes = {name: stop - start for name, (start, stop) in data.sources.items()}
+    words = [f"{name}={weights.get(name) or size!r}" for name, size in sizes.items()]
+    return (" ".join(words),) if words else ()
 
 
 def build_layout(model: ModelConfig, data: TokenDataset) -> DSELayout | None:
@@ -253,14 +302,7 @@ def open_serving(directory: Path, serve: ServeConfig, cluster: ClusterConfig) ->
     """
     manifest = checkpoint.read_manifest(directory)
     checkpoint.check_files(directory, manifest)
-    config = replace(configuration.from_dict(RunConfig, manifest["config"]), serve=serve, cluster=cluster)
-    if serve.max_model_len > config.model.max_seq_len:
-        raise ConfigError(
-            f"serve.max_model_len={serve.max_model_len} exceeds the model's {config.model.max_seq_len} tokens"
-            f" ({directory}: model.max_seq_len); leave it out, or give at most that"
-        )
-    if not (directory / "tokenizer.json").exists():
-        raise CheckpointError(f"{directory} has no tokenizer.json; use a whole checkpoint folder")
+    config = configuration.from_dict(RunConfig, manifest["config"])
     if config.model.dse.layers:
         found = DSELayout.load(directory).sha256
         if found != manifest["dse_layout_sha256"]:
@@ -268,6 +310,53 @@ def open_serving(directory: Path, serve: ServeConfig, cluster: ClusterConfig) ->
                 f"{directory} holds DSE layout {found[:12]}, and its tensors were trained with "
                 f"{manifest['dse_layout_sha256'][:12]}: every row would be addressed wrongly; use the original folder"
             )
-    check_cluster(cluster, serving_inventory(config))
-    check_start(cluster)
-    return resolve_serving_device(config)
+    return _open_served(directory, replace(config, serve=serve, cluster=cluster))
+
+
+def open_followed(folder: RunFolder, serve: ServeConfig, cluster: ClusterConfig) -> RunConfig:
+    """Read the configuration of a run that trains and has no checkpoint yet, and check where it shall be served.
+
+    Args:
+        folder: of the run.
+        serve, cluster: of the server; they replace those of the run.
+
+    Raises:
+        UserError: as `open_serving`.
+    """
+    config = folder.recorded_config()
+    return _open_served(folder.identity, replace(config, serve=serve, cluster=cluster))
+
+
+def _open_served(identity: Path, config: RunConfig) -> RunConfig:
+    """Check what a server needs besides weights, and say on what device it runs."""
+    serve, directory = config.serve, identity
+    if serve.max_model_len > config.model.max_seq_len:
+        raise ConfigError(
+            f"serve.max_model_len={serve.max_model_len} exceeds the model's {config.model.max_seq_len} tokens"
+            f" ({directory}: model.max_seq_len); leave it out, or give at most that"
+        )
+    if not (directory / "tokenizer.json").exists():
+        raise CheckpointError(f"{directory} has no tokenizer.json; use a whole checkpoint folder")
+    config = replace(config, model=_with_drafting(config, directory))
+    check_cluster(config.cluster, serving_inventory(config))
+    check_start(config.cluster)
+    config = resolve_serving_device(config)
+    if serve.speculate == "mtp" and (config.cluster.device != "cpu" or config.kernels != "auto"):
+        raise ConfigError(
+            f"serve.speculate=mtp: drafts are judged by a CPU's compiled operations alone, not with cluster.device="
+            f"{config.cluster.device} and kernels={config.kernels}; leave it at none, or set cluster.device=cpu"
+            + ("" if config.kernels == "auto" else " and kernels=auto")
+        )
+    return config
+
+
+def _with_drafting(config: RunConfig, directory: Path) -> ModelConfig:
+    """The model that is served: without its modules for further tokens where nothing is drafted."""
+    if config.serve.speculate == "none":
+        return replace(config.model, mtp=MTPConfig())
+    if not config.model.mtp.depth:
+        raise ConfigError(
+            f"serve.speculate=mtp: {directory} has no modules that predict further tokens (model.mtp.depth=0); leave it"
+            " at none"
+        )
+    return config.model

@@ -14,6 +14,7 @@ from sparseray.errors import ConfigError, UserError
 from sparseray.log import get_logger
 from sparseray.platform.config import RunConfig
 from sparseray.platform.generations import Generations
+from sparseray.platform.offers import Weights
 from sparseray.platform.reconciler import Reconciler
 from sparseray.platform.versions import Coming, Follower, Version, check_same_model, has_ended
 from sparseray.platform.weights import ServedWeights
@@ -21,6 +22,8 @@ from sparseray.platform.weights import ServedWeights
 log = get_logger(__name__)
 
 RETIRE_EVERY_S = 0.5
+OFFER_S = 20.0
+"""How long a run may take to its next step."""
 
 
 class Publisher:
@@ -30,7 +33,7 @@ class Publisher:
         config: of the server.
         weights: that are served.
         generations, reconciler: by which a version is entered.
-        run: folder of the run that is followed; empty for none.
+        follower: of the run that is followed.
     """
 
     def __init__(
@@ -39,12 +42,13 @@ class Publisher:
         weights: ServedWeights,
         generations: Generations,
         reconciler: Reconciler,
-        run: str,
+        follower: Follower,
     ) -> None:
         self.config, self.weights = config, weights
         self.generations, self.reconciler = generations, reconciler
-        self.follower = Follower(run, config.serve.follow_every)
-        self._asked: Path | None = None
+        self.follower = follower
+        self._asked: Path | Weights | None = None
+        self._is_asking = False
         self._coming: Coming | None = None
         self._finishing: dict[int, int] = {}
         self._turned = self._retired = 0.0
@@ -53,7 +57,8 @@ class Publisher:
         """Take a checkpoint as the next version; called from any thread.
 
         Args:
-            checkpoint: its folder; empty for the newest of the run that is followed.
+            checkpoint: its folder; empty for what the run that is followed has now: a step that its slots offer, where it
+                trains on this platform, or its newest checkpoint.
 
         Returns:
             The name of the version.
@@ -64,6 +69,14 @@ class Publisher:
         if not checkpoint:
             if self.follower.folder is None:
                 raise ConfigError("this server follows no run; name a checkpoint with --checkpoint")
+            self._check_device()
+            self._is_asking = True
+            try:
+                self._asked = weights = self.follower.wait(self.weights.version.step + 1, OFFER_S)
+            finally:
+                self._is_asking = False
+            if weights is not None:
+                return Version.offered(weights, after=self.weights.version.number).name
             newest = self.follower.folder.newest_checkpoint()
             if newest is None:
                 raise ConfigError(f"{self.follower.folder.path} has no checkpoint")
@@ -76,11 +89,14 @@ class Publisher:
         return name
 
     def _check(self, directory: Path) -> None:
+        self._check_device()
+        check_same_model(directory, self.config, self.weights.identity)
+
+    def _check_device(self) -> None:
         if self.config.cluster.device == "cuda":
             raise ConfigError(
                 "the weights of a server on a GPU cannot be changed while it serves; start it again"
             )
-        check_same_model(directory, self.config, self.weights.identity)
 
     def hear(self, message: Message[Body]) -> None:
         """Take note of what a slot says."""
@@ -103,12 +119,17 @@ class Publisher:
             SlotsLostError, StalledError: while a version was entered.
         """
         self._retire(now)
+        self.follower.keep()
         if self._coming is None:
+            if self.follower.holds and not self._is_wanted and self.reconciler.is_settled():
+                self.weights.is_offered = False
+                self.follower.release()
             self._begin(now)
             return
         plan, coming = self.generations.plan, self._coming
         assert plan is not None
-        coming.waiting &= set(plan.addresses)
+        # A slot that was left without a role is in the plan still when it has been given back.
+        coming.waiting &= set(plan.addresses) & set(self.generations.fleet.members())
         if coming.waiting:
             if coming.is_due(now):
                 version = coming.version
@@ -119,27 +140,42 @@ class Publisher:
             if set(plan.attention) <= set(new.attention):
                 self._enter(coming.version, new)
 
+    @property
+    def _is_wanted(self) -> bool:
+        """Whether a user's wish has yet to be begun."""
+        return self._is_asking or self._asked is not None
+
     def _begin(self, now: float) -> None:
+        plan = self.generations.plan
+        assert plan is not None
         asked, self._asked = self._asked, None
         if asked is None:
             asked = self.follower.newest(self.weights.version.step, now)
             if asked is None:
                 return
-        plan = self.generations.plan
-        assert plan is not None
+        after = self.weights.version.number
         try:
-            self._check(asked)
-            version = Version.of(asked, after=self.weights.version.number)
+            if isinstance(asked, Weights):
+                # Of the same run, so of the same model.
+                self._check_device()
+                version = Version.offered(asked, after=after)
+            else:
+                self._check(asked)
+                version = Version.of(asked, after=after)
         except UserError as error:
-            self.follower.refuse(asked)
-            self.generations.tell("refused", self.weights.version.number, str(error))
+            self._give_up(asked, str(error))
             return
         self._coming = Coming(version, plan.addresses)
 
     def _refuse(self, version: Version, why: str) -> None:
         self._coming = None
-        self.follower.refuse(Path(version.checkpoint))
-        self.generations.tell("refused", self.weights.version.number, f"{version.name} cannot be read: {why}")
+        self._give_up(Path(version.checkpoint), f"{version.name} cannot be read: {why}")
+
+    def _give_up(self, asked: Path | Weights, why: str) -> None:
+        self.follower.release()
+        if isinstance(asked, Path):
+            self.follower.refuse(asked)
+        self.generations.tell("refused", self.weights.version.number, why)
 
     def _enter(self, version: Version, new: Plan) -> None:
         """Have all slots serve a version, by a plan that keeps all engines."""
@@ -148,7 +184,11 @@ class Publisher:
         self._coming, self._finishing, self._turned = None, {}, time.monotonic()
         self.weights.turn_to(version, generations.plan, new, keep=self.config.serve.in_flight == "finish")
         text = f"{version.name} follows {before.name}"
-        if has_ended(Path(version.checkpoint)) and self.follower.folder is not None:
+        if (
+            not version.is_offered
+            and has_ended(Path(version.checkpoint))
+            and self.follower.folder is not None
+        ):
             text += "; the run that is followed has ended with it"
         generations.events.metrics.record("serving_versions_total", 1)
         self.reconciler.change("published", text, version.number, new)

@@ -14,7 +14,7 @@ from typing import Any
 
 import ray
 
-from sparseray.errors import SchedulerLostError
+from sparseray.errors import SchedulerLostError, UserError
 from sparseray.log import get_logger
 from sparseray.platform.composition import Task
 from sparseray.platform.config import RunConfig, from_dict
@@ -22,11 +22,13 @@ from sparseray.platform.fleet.lease import Kind
 from sparseray.platform.fleet.pool import NAMESPACE, Pool
 from sparseray.platform.job import Job
 from sparseray.platform.loans import Loans
+from sparseray.platform.offers import Offers
 from sparseray.platform.opening import Validation
 from sparseray.platform.run.journal import Journal
 from sparseray.platform.run.progress import Progress
 from sparseray.platform.run.registry import forget_platform, platform_folder
 from sparseray.platform.serving import Served
+from sparseray.platform.trainer import Trainer
 
 log = get_logger(__name__)
 
@@ -99,6 +101,7 @@ class Scheduler:
             leads=self._journal.leads,
             on_end=self._ended,
             loan=self._to_borrow,
+            offers=self._offers,
         )
         self._jobs[job] = made
         made.start()
@@ -138,6 +141,14 @@ class Scheduler:
 
     def _to_borrow(self, kind: Kind) -> int:
         return self._loans.to_borrow(self._running(), kind)
+
+    def _offers(self, run_dir: str) -> Offers | None:
+        """What the run that trains in a folder offers servers; None where none does."""
+        for job in self._running():
+            trainer = job.run.driver if job.run is not None and job.is_running else None
+            if isinstance(trainer, Trainer) and str(job.folder.path) == run_dir:
+                return trainer.offers
+        return None
 
     # -- jobs --------------------------------------------------------------------------------------
 
@@ -217,12 +228,30 @@ class Scheduler:
         return self._job(job).scale(role, count)
 
     def publish(self, job: str, checkpoint: str) -> tuple[str, str]:
-        """`Job.publish` of a job.
+        """Have a server go on with other weights.
 
         Args:
-            job, checkpoint: which shall go on with what.
+            job, checkpoint: as in `Server.publish`.
+
+        Returns:
+            The version's name, and why it is refused; one of them is empty.
         """
-        return self._job(job).publish(checkpoint)
+        server = self._job(job).server
+        if server is None:
+            return "", "that job is no server, or is not running (yet)"
+        try:
+            return server.publish(checkpoint), ""
+        except UserError as error:
+            return "", str(error)
+
+    def join(self, job: str, address: str) -> int:
+        """`Serving.join` of a server; 0 while it is not there.
+
+        Args:
+            job, address: which, and of the ingress.
+        """
+        server = self._job(job).server
+        return 0 if server is None else server.serving.join(address)
 
     def status(self, job: str) -> dict[str, Any]:
         """`Job.status` of a job."""

@@ -1,9 +1,10 @@
 """Serving as a workload: what its slots and its ingress are told, and the loop that keeps engines alive.
 
-Weights never change here, so a lost piece that no slot has comes from the checkpoint, alone, and the others keep
-what they hold: engines go on with their caches.
+Weights change by versions alone (publishing.py), so a lost piece that no slot has comes from the checkpoint, alone, and
+the others keep what they hold: engines go on with their caches. What a run offered and is on no disk comes anew, whole.
 """
 
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -16,23 +17,24 @@ from sparseray.actors.state.pieces import Piece
 from sparseray.actors.wire.envelope import INGRESS
 from sparseray.actors.wire.mailbox import Mailbox
 from sparseray.actors.wire.messages import Commit, Failed, Silent
-from sparseray.errors import ConfigError, SlotsLostError
+from sparseray.errors import ConfigError, SlotsLostError, StateLostError
 from sparseray.log import get_logger
 from sparseray.platform.autoscaler import EVERY_S, ROLES, Autoscaler, Situation
 from sparseray.platform.config import RunConfig
 from sparseray.platform.fleet.control import StalledError
 from sparseray.platform.generations import Generations
+from sparseray.platform.offers import Offers
 from sparseray.platform.opening import serving_inventory, slots_of
 from sparseray.platform.planning.autoscale import Scaling
 from sparseray.platform.planning.drains import Drains
 from sparseray.platform.planning.inventory import Roles, num_slots
-from sparseray.platform.publishing import Publisher
+from sparseray.platform.publishing import OFFER_S, Publisher
 from sparseray.platform.reconciler import Reconciler
 from sparseray.platform.run.events import describe_pieces
 from sparseray.platform.run.folder import RunFolder
 from sparseray.platform.run.history import JobHistory
 from sparseray.platform.run.journal import Journal
-from sparseray.platform.versions import Version
+from sparseray.platform.versions import Follower, Version
 from sparseray.platform.weights import ServedWeights
 from sparseray.platform.workload import GivenBack
 
@@ -40,6 +42,8 @@ log = get_logger(__name__)
 
 TICK_S = 0.02
 ROUTES_EVERY_S = 1.0
+MOST_INGRESSES = 64
+"""That a new scheduler looks for, the last ones first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,9 +51,9 @@ class Served:
     """What is served, and who answers for it.
 
     Args:
-        checkpoint: folder of the weights, absolute.
-        ingress: address that tokens go to.
-        run: folder of the run whose checkpoints follow; empty for none.
+        checkpoint: folder of the weights, absolute; empty to begin with what the slots of `run` offer.
+        ingress: address of the ingress in the command; others join later.
+        run: folder of the run whose steps follow; empty for none.
         identity: folder of tokenizer and DSE layout; empty for the checkpoint's.
     """
 
@@ -73,20 +77,52 @@ class Serving:
         served: what is served to whom.
         mailbox: the scheduler's.
         journal: of the server.
+        offers: of the run that is followed, while it trains on this platform.
     """
 
     is_settled_by_commit = False
 
     def __init__(
-        self, config: RunConfig, spec: JobSpec, served: Served, mailbox: Mailbox, journal: Journal
+        self,
+        config: RunConfig,
+        spec: JobSpec,
+        served: Served,
+        mailbox: Mailbox,
+        journal: Journal,
+        offers: Callable[[], Offers | None],
     ) -> None:
-        self.spec, self.served, self.mailbox = spec, served, mailbox
+        self.spec, self.served, self.mailbox, self.journal = spec, served, mailbox, journal
+        self._joining = threading.Lock()
         self.ingress = served.ingress
         self.inventory = serving_inventory(config)
         self.commit: Commit | None = None
-        self.state = ServedWeights(served.checkpoint, journal)
+        self.state = ServedWeights(served.checkpoint, served.run, journal)
+        self.follower = Follower(served.run, config.serve.follow_every, mailbox.job, offers)
         self.drains = Drains(config.serve.drain_s)
         self._routes = Routes(generation=0, engines={}, reason="no engine has started yet")
+        # It hears of a plan only once there is one, and before that why there is none.
+        mailbox.transport.reach(INGRESS, served.ingress)
+        self._joined: dict[int, str] = {}
+        for entry in reversed(journal.read("ingress", limit=MOST_INGRESSES)):
+            self._reach(entry["number"], entry["address"])
+
+    def join(self, address: str) -> int:
+        """Give one more ingress a number and, from now on, routes; called from any thread.
+
+        Args:
+            address: of its inbox.
+        """
+        with self._joining:
+            last = self.journal.last("ingress")
+            number: int = (INGRESS if last is None else last["number"]) - 1
+            generation, step = self._routes.generation, self.state.version.number
+            self.journal.append("ingress", generation=generation, step=step, number=number, address=address)
+            self._reach(number, address)
+        return number
+
+    def _reach(self, number: int, address: str) -> None:
+        self.mailbox.transport.reach(number, address)
+        self._joined[number] = address
 
     def give_back(self, missing: Sequence[Piece], step: int) -> GivenBack:
         """Read what nobody has from the checkpoint.
@@ -100,21 +136,54 @@ class Serving:
         return GivenBack(
             restore=replace(restore, everything=self.state.version is not before),
             step=self.state.version.number,
-            text=f"{describe_pieces(missing)} had no holder left and came from {restore.checkpoint}",
+            text=f"{describe_pieces(missing)} had no holder left and came from {self.state.version.name}",
         )
 
     def restore(self) -> Restore:
-        """Where everything can be read; the run's newest checkpoint where it has removed the one that is served."""
-        run = self.served.run
-        if run and not Path(self.weights).exists() and (newest := RunFolder(Path(run)).newest_checkpoint()):
-            version = Version.of(newest.absolute(), after=self.state.version.number)
-            self.state.jump_to(version, self._routes.generation)
-        return Restore(checkpoint=self.weights)
+        """Where everything can be read.
+
+        Where what is served is there no more, the run that is followed gives what it has now: a step that its slots offer,
+        or its newest checkpoint.
+
+        Raises:
+            StateLostError: it has neither.
+        """
+        before = self.state.version
+        if self.served.run and (before.is_offered or not self.state.is_there):
+            version = self._from_run(before)
+            if version.checkpoint != before.checkpoint:
+                self.state.jump_to(version, self._routes.generation)
+            self.state.is_offered = version.is_offered
+        return Restore(checkpoint=self.state.version.checkpoint)
+
+    def _from_run(self, before: Version) -> Version:
+        if (weights := self.follower.wait(0, OFFER_S)) is not None:
+            is_same = weights.source == before.checkpoint
+            return before if is_same else Version.offered(weights, after=before.number)
+        newest = RunFolder(Path(self.served.run)).newest_checkpoint()
+        if newest is None:
+            raise StateLostError(
+                f"the run in {self.served.run} does not train on this platform and has no checkpoint; start it again "
+                "with its `pretrain` command, then the server"
+            )
+        return Version.of(newest.absolute(), after=before.number)
+
+    def renewed(self, restore: Restore, step: int) -> tuple[Restore, int]:
+        """As `Workload.renewed`: what a run offered may be gone since.
+
+        Args:
+            restore, step: of the generation that failed.
+        """
+        if not self.state.version.is_offered:
+            return restore, step
+        again = self.restore()
+        return again, self.state.version.number
 
     @property
     def weights(self) -> str:
-        """Folder of the version in force."""
-        return self.state.version.checkpoint
+        """Where the version in force can be read at any time; empty where it was offered, and is no more."""
+        version = self.state.version
+        return "" if version.is_offered and not self.state.is_offered else version.checkpoint
 
     def earlier_in(self, plan: Plan) -> int:
         """As `ServedWeights.earlier_in`."""
@@ -148,7 +217,10 @@ class Serving:
     def route(self, routes: Routes | None = None) -> None:
         """Send the ingress new routes, or the last ones again."""
         self._routes = replace(routes or self._routes, versions=self.state.names)
-        self.mailbox.post(INGRESS, self._routes)
+        for number in self.mailbox.transport.gone(list(self._joined)):
+            self._joined.pop(number, None)
+        for number in (INGRESS, *list(self._joined)):
+            self.mailbox.post(number, self._routes)
 
 
 class Server:
@@ -172,7 +244,7 @@ class Server:
     ) -> None:
         self.config, self.serving, self.should_stop = config, serving, should_stop
         self.generations, self.reconciler, self.control = generations, reconciler, generations.control
-        self.publisher = Publisher(config, serving.state, generations, reconciler, serving.served.run)
+        self.publisher = Publisher(config, serving.state, generations, reconciler, serving.follower)
         self.autoscaler = Autoscaler(config.serve, config.cluster, serving.inventory)
         self._looked, self._refused = 0.0, ""
 

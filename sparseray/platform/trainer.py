@@ -9,87 +9,43 @@ who holds what are in generations.py. Runs in the scheduler's thread.
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from sparseray.actors.state.assignment import Plan
+from sparseray.actors.training.mixture import Mixture
 from sparseray.actors.wire.codec import to_plain
 from sparseray.actors.wire.envelope import Message
 from sparseray.actors.wire.messages import (
     Commit,
     Evaluate,
     Evaluated,
+    Offered,
     PartDone,
     Prepared,
     RunStep,
     SaveCheckpoint,
     Saved,
-    SavedTensor,
 )
 from sparseray.errors import SlotsLostError, UserError
-from sparseray.platform.config import OptimConfig, RunConfig, to_dict
+from sparseray.platform.config import RunConfig, to_dict
 from sparseray.platform.device import is_whole
 from sparseray.platform.fleet.control import StalledError
 from sparseray.platform.generations import Generations
 from sparseray.platform.metrics.training import StepMetrics
+from sparseray.platform.offers import Offers
 from sparseray.platform.opening import Validation
+from sparseray.platform.planning.schedule import learning_rate
+from sparseray.platform.planning.spikes import Reading
 from sparseray.platform.reconciler import Reconciler
 from sparseray.platform.run import checkpoint
 from sparseray.platform.run.history import JobHistory
+from sparseray.platform.saving import Saving
+from sparseray.platform.spikes import SpikeWatch, rollback_target
 from sparseray.platform.step_reports import StepReports
 from sparseray.platform.training import Training, from_newest
-
-
-def learning_rate(step: int, optim: OptimConfig, steps: int) -> float:
-    """Linear warm-up, then a cosine to `min_lr_ratio`; `step` counts from 1.
-
-    Args:
-        step: from 1.
-        optim: peak rate, warm-up and floor.
-        steps: of the whole run.
-    """
-    if step <= optim.warmup_steps:
-        return optim.lr * step / optim.warmup_steps
-    progress = (step - optim.warmup_steps) / max(1, steps - optim.warmup_steps)
-    floor = optim.lr * optim.min_lr_ratio
-    return floor + (optim.lr - floor) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
-
-
-@dataclass
-class Saving:
-    """A checkpoint that slots are writing.
-
-    Args:
-        step: that it is of.
-        folder: unfinished.
-        waiting: slots that have not answered.
-        tensors: what those that have wrote.
-        started: when it began.
-    """
-
-    step: int
-    folder: Path
-    waiting: set[int]
-    tensors: dict[str, SavedTensor] = field(default_factory=dict)
-    started: float = field(default_factory=time.perf_counter)
-
-    def take(self, message: Message[Saved]) -> bool:
-        """Add an answer; True once all are in.
-
-        Raises:
-            UserError: a slot could not write.
-        """
-        if message.step != self.step + 1:
-            return False  # Of a checkpoint that was given up.
-        if message.body.error:
-            raise UserError(message.body.error)
-        self.tensors |= message.body.tensors
-        self.waiting.discard(message.source)
-        return not self.waiting
 
 
 class Trainer:
@@ -122,6 +78,9 @@ class Trainer:
         self.validation = validation
         self.on_record, self.should_stop = on_record, should_stop
         self.step_metrics = StepMetrics(self.metrics, config)
+        self.offers = Offers(self.control.mailbox.job)
+        self.spikes = SpikeWatch(config.train, config.optim)
+        self._mixture = Mixture.parse(config.data.mixture) if config.data.mixture else None
         self.step = 0
         self._due: list[Callable[[], None]] = []
         self._is_last = False
@@ -136,9 +95,10 @@ class Trainer:
     def start(self) -> None:
         """Give every slot its roles and its state, from the newest checkpoint or from the seed."""
         newest = self.folder.newest_checkpoint()
-        self.step = checkpoint.read_manifest(newest)["step"] if newest else 0
+        self.step = checkpoint.read_manifest(newest)["step"] if newest else self.training.begin
         self.folder.rewind(self.step)
-        self.generations.begin(self.step, from_newest(newest, self.config.init_from))
+        self.spikes.begin(self.folder.records())
+        self.generations.begin(self.step, from_newest(newest, self.training.origin))
 
     def take_over(self, history: JobHistory) -> None:
         """Go on where a scheduler that died had stopped: at the last step in its journal."""
@@ -152,12 +112,14 @@ class Trainer:
                 memory_lr=last.memory_lr,
                 scale=last.scale,
                 counts_LE=torch.tensor(record["expert_load"], dtype=torch.int64),
+                is_skipped="spike" in record,
             )
             # A line that was cut short by the kill would swallow the next one.
             self.folder.rewind(self.step)
             records = self.folder.records()
             if not records or records[-1]["step"] < self.step:
                 self.folder.append(record)
+        self.spikes.begin(self.folder.records())
         self._set_due()
         self.generations.take_over(history.plan, self.step)
 
@@ -171,21 +133,24 @@ class Trainer:
                     self._due.pop(0)
                 else:
                     self.reconciler.reconcile(self.step)
+                    self.offers.look(self.step, self.plan, self.control)
                     self.train_step()
                     self._set_due()
             except (SlotsLostError, StalledError) as error:
                 with self.ledger.state("recovering", failed="recovering"):
                     step = self.generations.recover(error, self.step)
                 self._saving = None
+                self.offers.forget()
                 if step != self.step:
                     self.step, self._due, self._is_last = step, [], False
+                    self.spikes.begin(self.folder.records())
 
     def _set_due(self) -> None:
         """What follows the step that was committed last."""
         train = self.config.train
         # Asked once a step: a stop that comes while a checkpoint is written must find the next one too.
         self._is_last = self.step >= train.steps or self.should_stop()
-        self._due = []
+        self._due = [self.roll_back] if self.spikes.wants_rollback else []
         if self._is_last or (train.eval_every and self.step % train.eval_every == 0):
             self._due.append(self.evaluate)
         if self._is_last or (train.checkpoint_every and self.step % train.checkpoint_every == 0):
@@ -197,46 +162,54 @@ class Trainer:
             started, step = time.perf_counter(), self.step + 1
             self.control.post(self.plan.attention, RunStep(), step=step)
             reports = self._collect(step)
-            lr = learning_rate(step, self.config.optim, self.config.train.steps)
-            norm = math.sqrt(math.fsum(reports.norms.values()))
-            if not math.isfinite(norm):
-                self.step_metrics.refused()
-                raise UserError(
-                    f"the gradient norm of step {step} is {norm}: nothing was applied; the same command with "
-                    f"--optim.lr={self.config.optim.lr / 10:g} goes on from the last checkpoint at a tenth of the rate"
-                )
-            scale = min(1.0, self.config.optim.clip / (norm + 1e-6)) if self.config.optim.clip else 1.0
-            counts = reports.counts_LE
-            record = self._record_of(reports, step, counts, lr, norm, time.perf_counter() - started)
-            memory_lr = lr * self.config.optim.memory_lr_scale
-            commit = Commit(
-                step=step, lr=lr, memory_lr=memory_lr, scale=scale, counts_LE=torch.from_numpy(counts)
-            )
-            self.journal.append(
-                "commit",
-                generation=self.plan.generation,
-                record=record,
-                step=step,
-                lr=lr,
-                memory_lr=memory_lr,
-                scale=scale,
-            )
-            self.control.post(self.plan.addresses, commit, step=step)
+            record = self._decide(reports, step, time.perf_counter() - started)
         self.step = step
         self.folder.append(record)
+        self.spikes.count(record)
         self.on_record(record)
-        self.training.commit = commit
-        self.reconciler.count(commit.counts_LE.numpy())
+        self.reconciler.count(reports.counts_LE)
         self.generations.settled(step)
+        if "spike" in record:
+            self.generations.tell("spike", step, f"{record['why']}; its update was left out")
         self._measure(reports, record)
+
+    def _decide(self, reports: StepReports, step: int, seconds: float) -> dict[str, Any]:
+        """Commit a step, with its update or without; return its record."""
+        optim = self.config.optim
+        lr, counts = (
+            learning_rate(step, optim, self.config.train.steps, self.training.begin),
+            reports.counts_LE,
+        )
+        norm = math.sqrt(math.fsum(reports.norms.values()))
+        record = self._record_of(reports, step, counts, lr, norm, seconds)
+        try:
+            why = self.spikes.look(step, Reading(loss=record["loss"], norm=norm))
+        except UserError:
+            self.step_metrics.refused()
+            raise
+        if why:
+            record |= {"spike": self.config.train.spike, "why": why}
+            # No line of JSON has a number that is none.
+            record |= {k: None for k in ("loss", "aux_loss", "grad_norm") if not math.isfinite(record[k])}
+        scale = min(1.0, optim.clip / (norm + 1e-6)) if optim.clip and not why else 1.0
+        factors = {"lr": lr, "memory_lr": lr * optim.memory_lr_scale, "scale": scale}
+        self.journal.append("commit", generation=self.plan.generation, record=record, step=step, **factors)
+        self.training.commit = commit = Commit(
+            step=step, counts_LE=torch.from_numpy(counts), is_skipped=bool(why), **factors
+        )
+        self.control.post(self.plan.addresses, commit, step=step)
+        return record
 
     def _collect(self, step: int) -> StepReports:
         reports, plan = StepReports(), self.plan
         roles = (("dense", plan.dense), ("expert", plan.expert_holders), ("memory", plan.memory_holders))
         expected = {(slot, role) for role, slots in roles for slot in slots}
-        for message in self.control.messages(PartDone, Prepared, Saved):
+        for message in self.control.messages(PartDone, Prepared, Saved, Offered):
             if isinstance(message.body, Saved):
                 self._saved(message)
+                continue
+            if isinstance(message.body, Offered):
+                self.offers.hear(message)
                 continue
             if message.step != step:
                 continue
@@ -268,12 +241,29 @@ class Trainer:
             "generation": self.plan.generation,
             "time": time.time(),
             **({"losses": reports.losses} if reports.losses else {}),
+            **({"sources": self._tokens_by_source(step)} if self._mixture else {}),
             **({"device_gib": peak / 2**30} if peak else {}),
         }
+
+    def _tokens_by_source(self, step: int) -> dict[str, int]:
+        """Tokens of each named source in a step."""
+        assert self._mixture is not None
+        train = self.config.train
+        counts = self._mixture.counts(step, train.logical_shards * train.sequences_per_shard)
+        return {name: count * train.seq_len for name, count in counts.items()}
 
     def _measure(self, reports: StepReports, record: dict[str, Any]) -> None:
         order = sorted(reports.parts)
         self.step_metrics.step(record, [reports.parts[part].seconds for part in order])
+
+    def roll_back(self) -> None:
+        """Go on from the weights of the last scheduled checkpoint; the steps since then are data left out."""
+        target = rollback_target(self.folder.checkpoints, self.config.train, self.step)
+        if target is None:  # Before the first one a step is left out, and that is all.
+            return
+        with self.ledger.state("recovering"):
+            text = f"weights of {target}, {self.step - checkpoint.step_of(target)} steps back; those are left out"
+            self.generations.reload(self.step, from_newest(target, None), text)
 
     def evaluate(self) -> None:
         """Measure the validation loss; it changes no state."""
@@ -304,7 +294,9 @@ class Trainer:
             UserError: it was the last one of the run.
         """
         # A slot that has everything writes beside the next steps; the last checkpoint is waited for.
-        in_background = is_whole(self.config) and not self._is_last
+        # What a spike goes back to must not depend on how fast a disk is.
+        can_wait = self.config.train.spike != "rollback" and not self._is_last
+        in_background = is_whole(self.config) and can_wait
         if in_background and self._saving is not None:
             text = f"the checkpoint of step {self._saving.step} is still being written"
             self.generations.tell("unsaved", self.step, f"no checkpoint of step {self.step}: {text}")
@@ -376,7 +368,8 @@ class Trainer:
         self.journal.append(
             "checkpoint", generation=self.plan.generation, step=saving.step, digest=manifest["digest"]
         )
-        checkpoint.prune(self.folder.checkpoints, self.config.train.keep_checkpoints)
+        target = rollback_target(self.folder.checkpoints, self.config.train, saving.step + 1)
+        checkpoint.prune(self.folder.checkpoints, self.config.train.keep_checkpoints, target)
         seconds = time.perf_counter() - saving.started
         self.step_metrics.checkpoint(seconds, sum(sizes.values()))
         record = {"step": saving.step, "checkpoint": str(final), "digest": manifest["digest"]}

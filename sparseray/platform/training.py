@@ -12,19 +12,23 @@ from sparseray.platform.config import RunConfig
 from sparseray.platform.opening import training_inventory
 from sparseray.platform.run import checkpoint
 from sparseray.platform.run.events import describe_pieces
-from sparseray.platform.run.folder import RunFolder
+from sparseray.platform.run.folder import Origin, RunFolder
 from sparseray.platform.run.journal import Journal
 from sparseray.platform.workload import GivenBack
 
 
-def from_newest(newest: Path | None, init_from: str) -> Restore:
+def from_newest(newest: Path | None, origin: Origin | None) -> Restore:
     """Where a run's state comes from.
 
     Args:
         newest: its newest checkpoint; None where it has none yet.
-        init_from: checkpoint whose weights it began with, empty for the seed.
+        origin: what it began with; None for the seed.
     """
-    return Restore(checkpoint=str(newest or init_from), weights_only=newest is None)
+    if newest is not None:
+        return Restore(checkpoint=str(newest))
+    if origin is None:
+        return Restore(checkpoint="")
+    return Restore(checkpoint=origin.checkpoint, weights_only=not origin.begin)
 
 
 class Training:
@@ -44,8 +48,13 @@ class Training:
     def __init__(self, config: RunConfig, spec: JobSpec, folder: RunFolder, journal: Journal) -> None:
         self.replication, self.spec = config.cluster.replication, spec
         self.folder, self.journal = folder, journal
-        self.inventory, self.init_from = training_inventory(config), config.init_from
+        self.inventory, self.origin = training_inventory(config), folder.origin()
         self.commit: Commit | None = None
+
+    @property
+    def begin(self) -> int:
+        """Step that the run goes on from, before it has a checkpoint of its own."""
+        return self.origin.begin if self.origin is not None else 0
 
     def give_back(self, missing: Sequence[Piece], step: int) -> GivenBack:
         """Go back to the newest checkpoint, or stop where replicas should have saved that.
@@ -58,9 +67,9 @@ class Training:
             StateLostError: all replicas are gone.
         """
         newest = self.folder.newest_checkpoint()
-        back = checkpoint.read_manifest(newest)["step"] if newest else 0
+        back = checkpoint.read_manifest(newest)["step"] if newest else self.begin
         what = describe_pieces(missing)
-        begun = self.init_from or "its seed"
+        begun = self.origin.checkpoint if self.origin else "its seed"
         where = str(newest) if newest else f"{begun} (no checkpoint was written yet)"
         if self.replication > 1:
             raise StateLostError(
@@ -71,10 +80,18 @@ class Training:
         self.journal.append("restore", generation=0, step=back, checkpoint=str(newest or ""))
         self.commit = None
         return GivenBack(
-            restore=from_newest(newest, self.init_from),
+            restore=from_newest(newest, self.origin),
             step=back,
             text=f"{what} had one holder: going back {step - back} steps to {where}",
         )
+
+    def renewed(self, restore: Restore, step: int) -> tuple[Restore, int]:
+        """The same: a checkpoint stays.
+
+        Args:
+            restore, step: of the generation that failed.
+        """
+        return restore, step
 
     def earlier_in(self, plan: Plan) -> int:
         """None: a step leaves nothing of the one before."""

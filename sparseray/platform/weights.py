@@ -4,6 +4,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from sparseray.actors.state.assignment import Plan
+from sparseray.platform.run.folder import RunFolder
 from sparseray.platform.run.journal import Journal
 from sparseray.platform.versions import Identity, Version, placement
 
@@ -12,14 +13,20 @@ class ServedWeights:
     """The version in force, and the one before while requests of it are open.
 
     Args:
-        checkpoint: that the server began with, absolute.
+        checkpoint: that the server began with, absolute; empty where it begins with what the run offers.
+        run: folder of the run that is followed; empty for none.
         journal: of the server; a version that it names goes on after its scheduler died.
     """
 
-    def __init__(self, checkpoint: str, journal: Journal) -> None:
+    def __init__(self, checkpoint: str, run: str, journal: Journal) -> None:
         self.journal = journal
+        self.is_offered = False
+        """Whether the run still keeps the version in force, which is on no disk."""
         if (last := journal.last("version")) is not None:
             self.version, self.identity = Version(**last["version"]), Identity(**last["identity"])
+        elif not checkpoint:
+            self.version = Version(number=0, checkpoint="", step=0, name="")
+            self.identity = Identity.of_run(RunFolder(Path(run)))
         else:
             # A run that is followed removes its old checkpoints: what is known of this one is kept.
             self.version, self.identity = Version.of(Path(checkpoint)), Identity.of(Path(checkpoint))
@@ -37,7 +44,7 @@ class ServedWeights:
         """
         self._placed = placement(new)
         self.earlier = self.version if keep and placement(plan) == self._placed else None
-        self.version = version
+        self.version, self.is_offered = version, version.is_offered
         self._write(new.generation)
 
     def jump_to(self, version: Version, generation: int) -> None:
@@ -47,8 +54,18 @@ class ServedWeights:
             version: the next.
             generation: in force.
         """
-        self.version, self.earlier = version, None
+        self.version, self.earlier, self.is_offered = version, None, version.is_offered
         self._write(generation)
+
+    @property
+    def is_there(self) -> bool:
+        """Whether the version in force can be read."""
+        version = self.version
+        return (
+            self.is_offered
+            if version.is_offered
+            else bool(version.checkpoint) and Path(version.checkpoint).exists()
+        )
 
     def _write(self, generation: int) -> None:
         found, identity = asdict(self.version), asdict(self.identity)

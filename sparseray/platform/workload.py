@@ -45,6 +45,14 @@ class Workload(Protocol):
         """Folder that pieces of a generation's step can be read from at any time; empty where there is none."""
         ...
 
+    def renewed(self, restore: Restore, step: int) -> tuple[Restore, int]:
+        """Where everything is read, asked again after a generation that was to read it has failed.
+
+        Args:
+            restore, step: of that generation.
+        """
+        ...
+
     def earlier_in(self, plan: Plan) -> int:
         """Version of a server's weights that requests may be finished with in a plan; -1 for none."""
 

@@ -5,6 +5,7 @@ Called by the worker and the engine of a slot that holds and computes everything
 Shapes: T tokens, K experts per token, H hidden, R = T*K rows, N table rows per token, D row width.
 """
 
+import threading
 import time
 from typing import Any
 
@@ -34,17 +35,18 @@ class LocalExchange(Abortable):
         self.state, self.memory, self.reduction = holdings.experts, holdings.memory, reduction
         self.slot, self.observe = slot, observe
         self.index = {layer: index for index, layer in enumerate(self.state.config.moe_layers)}
-        self._part = -1
+        self.abreast = torch.get_num_threads()
+        self._begun = threading.local()
         self._fetches: list[Fetch] = []
 
     def begin(self, step: int, part: int) -> None:
-        """Say what the next calls belong to.
+        """Say what the next calls of this thread belong to.
 
         Args:
             step: whose commit comes next.
             part: of the global batch; -1 for none.
         """
-        self._part = part
+        self._begun.part = part
 
     def experts(self, layer: int, x_TH: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Tensor:
         """Sum over k of weight * expert(x), [T, H].
@@ -70,7 +72,9 @@ class LocalExchange(Abortable):
         started, (T, K) = time.perf_counter(), ids_TK.shape
         order_R, counts_E = group_by_expert(ids_TK, self.state.config.moe.num_experts)
         counts = counts_E.tolist()
-        y_RH = self.state.forward(layer, self._part, x_TH, order_R // K, range(len(counts)), counts, keep)
+        y_RH = self.state.forward(
+            layer, self._begun.part, x_TH, order_R // K, range(len(counts)), counts, keep
+        )
         places_R = torch.empty_like(order_R).scatter_(0, order_R, torch.arange(T * K))
         y_TKH = y_RH.index_select(0, places_R).view(T, K, -1)
         observe_rows(self.observe, "forward", T * K, time.perf_counter() - started)
@@ -87,7 +91,7 @@ class LocalExchange(Abortable):
         """
         self.check()
         started, (T, K), (order_R, places_R) = time.perf_counter(), weights_TK.shape, handle
-        dx_RH = self.state.backward(layer, self._part, dout_TH, weights_TK.reshape(-1)[order_R])
+        dx_RH = self.state.backward(layer, self._begun.part, dout_TH, weights_TK.reshape(-1)[order_R])
         dx_TKH = dx_RH.index_select(0, places_R).view(T, K, -1)
         observe_rows(self.observe, "backward", T * K, time.perf_counter() - started)
         return dx_TKH

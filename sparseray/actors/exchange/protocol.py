@@ -99,7 +99,12 @@ class Fetch:
 
 
 class Exchange(Protocol):
-    """One generation's way to experts, rows and sums. Every call may raise SupersededError once it is aborted."""
+    """One generation's way to experts, rows and sums. Every call may raise SupersededError once it is aborted.
+
+    `abreast` parts may be in it at once, each in a thread of its own that calls `begin` first.
+    """
+
+    abreast: int
 
     def begin(self, step: int, part: int) -> None:
         """Say what the next calls belong to; part -1 for none.
@@ -143,6 +148,8 @@ class Exchange(Protocol):
 
 class Abortable:
     """What ends a step in both exchanges: a flag that the control thread sets and every operation reads."""
+
+    abreast = 1
 
     def __init__(self) -> None:
         self._is_aborted = False

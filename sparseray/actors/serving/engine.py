@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -62,12 +62,16 @@ class StepCounts:
         batch: requests in the last call of the model.
         failed_steps, retries: calls that raised, and requests that were queued again.
         queue_seconds: from its arrival to its place in the batch, of every request that got one.
+        drafted, accepted: tokens that were drafted and judged, and those of them that stand in a text, by their place
+            in the draft, from 1 on.
     """
 
     batch: int = 0
     failed_steps: int = 0
     retries: int = 0
     queue_seconds: list[float] = field(default_factory=list)
+    drafted: Counter[int] = field(default_factory=Counter)
+    accepted: Counter[int] = field(default_factory=Counter)
 
 
 @dataclass(eq=False)
@@ -80,6 +84,10 @@ class Ongoing:
         num_read: of them that are read in chunks; the others one by one, as when they were first computed.
         lease: its pages, while it is in the batch.
         pending: tokens that the device has chosen and not told.
+        drafts: tokens that may follow, to be judged in the next step.
+        unread_TH: hidden states of the newest tokens that the drafting modules have still to read, once they know what
+            follows.
+        share, rest: of its drafts that were accepted lately, and steps that it goes without any.
     """
 
     request: GenerationRequest
@@ -91,6 +99,10 @@ class Ongoing:
     queued_s: float = field(default_factory=time.perf_counter)
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     grammar: GrammarState | None = None
+    drafts: list[int] = field(default_factory=list)
+    unread_TH: Tensor | None = None
+    share: float = 1.0
+    rest: int = 0
 
     @property
     def num_prompt(self) -> int:
@@ -106,9 +118,11 @@ class Ongoing:
         return self.computed < self.num_read
 
     def next_chunk(self, size: int) -> list[int]:
-        """What is read: up to the next multiple of `size`, or where a state is stored; then one token."""
+        """What is read: up to the next multiple of `size`, or where a state is stored; then one token, with drafts."""
         start = self.computed
-        stop = min(self.num_read, (start // size + 1) * size) if self.in_prompt else start + 1
+        if not self.in_prompt:
+            return [*self.tokens[start : start + 1], *self.drafts]
+        stop = min(self.num_read, (start // size + 1) * size)
         if self.lease is not None and start < self.lease.stop < stop:
             stop = self.lease.stop
         return self.tokens[start:stop]

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from sparseray.actors.serving.cache_pool import CachePool
+from sparseray.actors.serving.chunks import Chunk
 from sparseray.actors.serving.device_sampler import FAILED, fits, is_adjusted, sample_rows
 from sparseray.actors.serving.engine import Engine, Ongoing
-from sparseray.actors.serving.paged_model import Chunk, PagedModel, page_bytes
+from sparseray.actors.serving.paged_model import PagedModel, page_bytes
 from sparseray.actors.serving.text_request import GenerationRequest, TokenEvent
 from sparseray.errors import ConfigError
 from sparseray.log import get_logger
@@ -94,13 +95,14 @@ class PagedEngine(Engine):
         if cache_bytes is None and device.type == "cuda":
             cache_bytes = int(torch.cuda.mem_get_info(device)[0] * SHARE_OF_FREE_MEMORY)
         num_pages = full if cache_bytes is None else min(full, cache_bytes // each)
-        kinds = [attention_of(model.config, layer) for layer in range(model.config.num_layers)]
+        kinds = [attention_of(model.config, layer) for layer in range(model.config.num_blocks)]
         self.pool = CachePool(
             num_pages,
             page,
             self.places,
             keeps_state=bool(model.config.dse.layers),
-            overlaps=any(kind.overlaps_pages for kind in kinds),
+            # A module that predicts further tokens has read the next page's first ones.
+            overlaps=bool(model.mtp) or any(kind.overlaps_pages for kind in kinds),
         )
         self.paged = PagedModel(
             model, num_pages=num_pages, page=page, num_slots=self.places, max_len=self.max_model_len
@@ -246,7 +248,8 @@ class PagedEngine(Engine):
 
     def _chunk(self, sequence: Ongoing, count: int) -> Chunk:
         assert sequence.lease is not None
-        return Chunk(lease=sequence.lease, known=sequence.tokens, count=count)
+        known = [*sequence.tokens, *sequence.drafts] if sequence.drafts else sequence.tokens
+        return Chunk(lease=sequence.lease, known=known, count=count)
 
     def _prefill(self, sequences: list[Ongoing]) -> list[Tensor]:
         """Start the next chunk of each; hidden states [T, H]."""
@@ -308,6 +311,7 @@ class PagedEngine(Engine):
         if flight.tokens is not None:
             for sequence, token in zip(flight.sampled, flight.tokens.tolist(), strict=True):
                 if sequence.lease is not None:
+                    sequence.pending -= 1
                     found.append(self._add(sequence, token))
             self._note_tokens(len(found))
         judged = {} if flight.logits is None else dict(zip(map(id, flight.judged), flight.logits.numpy()))
@@ -322,7 +326,6 @@ class PagedEngine(Engine):
     def _add(self, sequence: Ongoing, token: int) -> _Taken:
         """Append a sampled token."""
         request, index = sequence.request, len(sequence.tokens) - sequence.num_prompt
-        sequence.pending -= 1
         if token == FAILED:
             self._end_at(sequence, "error")
             return self._error(sequence, "the model's logits are not finite; its weights or rows are damaged")

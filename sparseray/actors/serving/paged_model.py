@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -20,12 +19,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sparseray.actors.serving.cache_pool import Lease, table_of
+from sparseray.actors.serving.chunks import Chunk, memory_rows
 from sparseray.kernels.moe.reference import group_by_expert
 from sparseray.kernels.ops import Pages, ops_for
 from sparseray.model.attention import attention_of
 from sparseray.model.config import ModelConfig
 from sparseray.model.dse import Memory, Rows
-from sparseray.model.dse_layout import NO_TOKEN
 from sparseray.model.moe import Experts
 from sparseray.model.paged import Paged, new_histories
 from sparseray.model.transformer import Transformer
@@ -49,32 +48,18 @@ def page_bytes(config: ModelConfig, page: int, dtype: torch.dtype) -> int:
         dtype: of keys and values.
     """
     meta = torch.device("meta")
-    pools = [attention_of(config, i).new_pool(config, 1, page, dtype, meta) for i in range(config.num_layers)]
+    pools = [attention_of(config, i).new_pool(config, 1, page, dtype, meta) for i in range(config.num_blocks)]
     return sum(t.numel() * t.element_size() for pool in pools for t in pool.tensors())
 
 
-@dataclass(frozen=True, kw_only=True)
-class Chunk:
-    """What one sequence computes in a step.
+@dataclass(frozen=True)
+class _Placed:
+    """Rows of a call, padded, and where they lie; `bounds` separates those of its sequences."""
 
-    Args:
-        lease: its pages; `length` tokens are there already.
-        known: all of its tokens that the host knows; the one after them may be read from `latest`.
-        count: how many are next.
-    """
-
-    lease: Lease
-    known: Sequence[int]
-    count: int
-
-    @property
-    def tokens(self) -> Sequence[int]:
-        """The next tokens."""
-        return self.known[self.lease.length : self.lease.length + self.count]
-
-    def before(self, count: int) -> list[int]:
-        """The tokens before them, at most so many."""
-        return list(self.known[max(0, self.lease.length - count) : self.lease.length])
+    tokens_R: Tensor
+    positions_R: Tensor
+    paged: Paged
+    bounds: list[int]
 
 
 @dataclass(eq=False)
@@ -122,7 +107,7 @@ class PagedModel:
         dtype = model.embedding.dtype
         self.pools = [
             attention_of(config, layer).new_pool(config, num_pages, page, dtype, device)
-            for layer in range(config.num_layers)
+            for layer in range(config.num_blocks)
         ]
         self.histories = new_histories(config, num_slots + 1, device)
         # The newest token of every slot, as the sampler on the device chose it.
@@ -167,39 +152,6 @@ class PagedModel:
         found = torch.from_numpy(values)
         return found.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else found
 
-    def _rows(self, chunks: Sequence[Chunk]) -> tuple[dict[int, Tensor], NDArray[np.bool_]]:
-        """Addresses of the chunks' table rows by memory layer, and where documents start; on the host."""
-        layout = self.model.layout
-        starts = np.zeros(sum(chunk.count for chunk in chunks), dtype=np.bool_)
-        if layout is None or not self.histories:
-            return {}, starts
-        look_back, end = max(layout.config.orders) - 1, layout.config.document_end_id
-        resets = layout.config.reset_at_document and end >= 0
-        known: list[int] = []
-        keep: list[bool] = []
-        begins: list[bool] = []
-        for chunk in chunks:
-            history, tokens = chunk.before(look_back), chunk.tokens
-            previous = history[-1] if history else NO_TOKEN
-            if resets and end in history:
-                # What comes before a document's end is not seen after it; the end itself is the last token before.
-                at = len(history) - 1 - history[::-1].index(end)
-                begun = history[at + 1 :]
-                history = [NO_TOKEN] * (len(history) - len(begun)) + begun
-            history = [NO_TOKEN] * (look_back - len(history)) + history
-            last = [previous, *tokens[:-1]]
-            known += [*history, *tokens]
-            keep += [False] * look_back + [True] * chunk.count
-            begins += [False] * look_back + [resets and token == end for token in last]
-        kept = np.array(keep)
-        starts = np.array(begins)[kept]
-        tokens_1P = torch.tensor(known)[None]
-        begins_1P = torch.tensor(begins)[None] if resets else None
-        keep_P = torch.from_numpy(kept)
-        rows = partial(layout.rows, tokens_BT=tokens_1P, document_starts=begins_1P, ops=self._hashing)
-        found = {layer: rows(layer)[0, keep_P] for layer in self.histories}
-        return found, starts
-
     def _fetch(self, rows: dict[int, Tensor], memory: Memory | None) -> dict[int, Tensor]:
         """The rows at these addresses, of every memory layer."""
         if not rows:
@@ -222,44 +174,98 @@ class PagedModel:
             experts: answers for experts.
             memory: for table rows; None for a model without them.
         """
-        sizes = np.array([chunk.count for chunk in chunks])
-        lengths = np.array([chunk.lease.length for chunk in chunks])
-        bounds = np.concatenate([[0], sizes.cumsum()])
-        rows = int(bounds[-1])
-        addresses, starts = self._rows(chunks)
+        addresses, starts = memory_rows(chunks, self.model.layout, self._hashing)
         values = {
             layer: found.to(self.device, non_blocking=True)
             for layer, found in self._fetch(addresses, memory).items()
         }
-        inputs = np.zeros((3, self._padded(rows)), dtype=np.int64)
-        for chunk, (start, stop) in zip(chunks, pairwise(bounds)):
-            positions = np.arange(stop - start) + chunk.lease.length
-            inputs[0, start:stop] = chunk.tokens
-            inputs[1, start:stop] = positions
-            place = np.array(chunk.lease.pages)[positions // self.page]
-            inputs[2, start:stop] = place * self.page + positions % self.page
-        tokens_R, positions_R, places_R = self._to_device(inputs)
-        ends = bounds.astype(np.int32)
-        slots = tuple(chunk.lease.slot for chunk in chunks)
-        slots_B = self._to_device(np.array(slots, dtype=np.int32))
-        pages = Pages(
-            page=self.page,
-            table_BW=self.table_SW[slots_B],
-            context_lens_B=self._to_device((lengths + sizes).astype(np.int32)),
-            places_R=places_R,
-            chunks=tuple((int(a), int(b), int(n + b - a)) for (a, b), n in zip(pairwise(bounds), lengths)),
-            cu_seqlens=self._to_device(ends),
-        )
+        placed = self._place([(chunk.lease, chunk.lease.length, chunk.tokens) for chunk in chunks])
         hidden_RH = self.model.run_paged(
-            tokens_R,
-            positions_R,
-            Paged(pages=pages, pools=self.pools, histories=self.histories, slots_B=slots_B, slots=slots),
-            rows=rows,
+            placed.tokens_R,
+            placed.positions_R,
+            placed.paged,
+            rows=placed.bounds[-1],
             experts=experts,
             fetched=lambda layer: values[layer],
             starts_1R=self._to_device(starts)[None] if self._has_starts else None,
         )
-        return [hidden_RH[start:stop] for start, stop in pairwise(bounds)]
+        return [hidden_RH[start:stop] for start, stop in pairwise(placed.bounds)]
+
+    def _place(self, chunks: Sequence[tuple[Lease, int, Sequence[int]]]) -> _Placed:
+        """Where the rows of (lease, first position, tokens) lie."""
+        sizes = np.array([len(tokens) for _, _, tokens in chunks])
+        starts = np.array([start for _, start, _ in chunks])
+        bounds = np.concatenate([[0], sizes.cumsum()])
+        inputs = np.zeros((3, self._padded(int(bounds[-1]))), dtype=np.int64)
+        for (lease, at, tokens), (start, stop) in zip(chunks, pairwise(bounds)):
+            positions = np.arange(stop - start) + at
+            inputs[0, start:stop] = tokens
+            inputs[1, start:stop] = positions
+            place = np.array(lease.pages)[positions // self.page]
+            inputs[2, start:stop] = place * self.page + positions % self.page
+        tokens_R, positions_R, places_R = self._to_device(inputs)
+        slots = tuple(lease.slot for lease, _, _ in chunks)
+        slots_B = self._to_device(np.array(slots, dtype=np.int32))
+        pages = Pages(
+            page=self.page,
+            table_BW=self.table_SW[slots_B],
+            context_lens_B=self._to_device((starts + sizes).astype(np.int32)),
+            places_R=places_R,
+            chunks=tuple((int(a), int(b), int(n + b - a)) for (a, b), n in zip(pairwise(bounds), starts)),
+            cu_seqlens=self._to_device(bounds.astype(np.int32)),
+        )
+        paged = Paged(pages=pages, pools=self.pools, histories=self.histories, slots_B=slots_B, slots=slots)
+        return _Placed(tokens_R, positions_R, paged, bounds.tolist())
+
+    def predict(
+        self,
+        module: int,
+        rows: Sequence[tuple[Lease, int, Sequence[int]]],
+        hidden: Sequence[Tensor],
+        experts: Experts,
+    ) -> list[Tensor]:
+        """Run the next rows of several sequences through a module that predicts further tokens.
+
+        Args:
+            module: 0-based.
+            rows: (lease, first position, tokens `module` + 1 places after the rows) of each sequence.
+            hidden: [T, H] of each sequence's rows, of the network or of the module before.
+            experts: answers for experts.
+
+        Returns:
+            hidden states [T, H] of each, which predict one token further.
+        """
+        placed = self._place(rows)
+        hidden_RH = torch.cat(list(hidden))
+        padding = len(placed.tokens_R) - len(hidden_RH)
+        found_RH = self.model.predict_paged(
+            module,
+            placed.tokens_R,
+            torch.nn.functional.pad(hidden_RH, (0, 0, 0, padding)) if padding else hidden_RH,
+            placed.positions_R,
+            placed.paged,
+            rows=placed.bounds[-1],
+            experts=experts,
+        )
+        return [found_RH[start:stop] for start, stop in pairwise(placed.bounds)]
+
+    def rewind(self, lease: Lease, length: int, ran: int, before: dict[int, Tensor] | None) -> None:
+        """Take a request back into the chunk that it ran last, none of whose tokens begins a document.
+
+        What lies in pages is overwritten later; what the convolutions reach back to is put together again.
+
+        Args:
+            lease: of the request, which has moved on by all of the chunk.
+            length: tokens that remain.
+            ran: tokens of the chunk.
+            before: `state` before it ran.
+        """
+        kept = ran - (lease.length - length)
+        lease.length = length
+        for layer, old_LH in (before or {}).items():
+            now_LH = self.histories[layer][lease.slot]
+            seen = torch.cat([old_LH, now_LH[len(now_LH) - ran :]])
+            now_LH.copy_(seen[kept : kept + len(now_LH)])
 
     def _new_decode(self, size: int) -> _Decode:
         config, rows, is_cuda = self.model.config, self._padded(size), self.device.type == "cuda"
@@ -356,7 +362,7 @@ class PagedModel:
         if size not in self._decodes:
             self._decodes[size] = self._new_decode(size)
         decode = self._decodes[size]
-        addresses, starts = self._rows(chunks)
+        addresses, starts = memory_rows(chunks, self.model.layout, self._hashing)
         decode.staged.reverse()
         staged = decode.staged[0].numpy()
         staged[:] = 0

@@ -92,6 +92,7 @@ class TokenEvent:
         finish_reason: "stop" (a stop token, which is the event's token), "length" or "error" on the last
             event, else None.
         error: what went wrong, with finish_reason "error".
+        accepted, rejected: whether the token had been drafted, and drafted tokens that were dropped with it.
     """
 
     request_id: str
@@ -101,3 +102,5 @@ class TokenEvent:
     prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
     finish_reason: str | None = None
     error: str | None = None
+    accepted: int = 0
+    rejected: int = 0

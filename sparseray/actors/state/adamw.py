@@ -100,6 +100,12 @@ class AdamW:
                 weight_decay=self.weight_decay if decays else 0.0,
             )
 
+    def pass_over(self, parameters: Sequence[Tensor]) -> None:
+        """Count an update that is left out: counts are the step's number, as `load` has it."""
+        for parameter in parameters:
+            self._moments[parameter] = known = self._of(parameter)
+            known[0].add_(1.0)
+
     def clear(self) -> None:
         """Forget all moments."""
         self._moments.clear()

@@ -4,10 +4,11 @@ Stands at both ends of a step: the attention worker reads the weights, and after
 holder applies the same reduced gradient (DESIGN of a step: docs/architecture.md).
 """
 
+import copy
 from zlib import crc32
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparseray.actors.state.adamw import EXP_AVG, EXP_AVG_SQ, AdamW
 from sparseray.actors.state.tree import TreeSum
@@ -15,6 +16,31 @@ from sparseray.kernels.ops import REFERENCE, Ops
 from sparseray.model.config import ModelConfig
 from sparseray.model.dse_layout import DSELayout
 from sparseray.model.transformer import Transformer
+
+
+class Twin:
+    """A replica's weights once more, with gradients of their own: parts beside one another do not meet in them.
+
+    Args:
+        model: whose weights and buffers are shared.
+    """
+
+    def __init__(self, model: Transformer) -> None:
+        shared: dict[int, object] = {id(p): nn.Parameter(p.detach()) for p in model.parameters()}
+        shared |= {id(kept): kept for kept in (*model.buffers(), model.config, model.layout, model.ops)}
+        self.model = copy.deepcopy(model, shared)
+        self.parameters = list(self.model.parameters())
+
+    def take_gradients(self) -> list[Tensor]:
+        """As of `DenseState`."""
+        return _take_gradients(self.parameters)
+
+
+def _take_gradients(parameters: list[nn.Parameter]) -> list[Tensor]:
+    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in parameters])
+    for parameter in parameters:
+        parameter.grad = None
+    return [flat]
 
 
 class DenseState:
@@ -57,12 +83,7 @@ class DenseState:
 
     def take_gradients(self) -> list[Tensor]:
         """Flatten the parameters' gradients of one logical part and clear them; one tensor, fp32 [P]."""
-        flat = torch.cat(
-            [(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in self.parameters]
-        )
-        for parameter in self.parameters:
-            parameter.grad = None
-        return [flat]
+        return _take_gradients(self.parameters)
 
     def norms(self) -> dict[str, float]:
         """Squared norm of the reduced gradient of every parameter, by name."""
@@ -97,6 +118,11 @@ class DenseState:
         self.adamw.step(self.parameters, self._parts(self.reduced_gradient.mul_(scale)), lr=lr)
         if counts_LE.numel():
             self.model.update_router_bias(counts_LE)
+        self.discard()
+
+    def pass_over(self) -> None:
+        """Count a step whose gradient is dropped."""
+        self.adamw.pass_over(self.parameters)
         self.discard()
 
     def discard(self) -> None:

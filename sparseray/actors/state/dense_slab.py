@@ -164,6 +164,11 @@ class DenseSlabs(DenseState):
             self.model.update_router_bias(counts_LE.to(self.device, non_blocking=True))
         self.discard()
 
+    def pass_over(self) -> None:
+        """Count a step whose gradient is dropped."""
+        self.updates += 1
+        self.discard()
+
     def discard(self) -> None:
         """Forget the gradient of the step."""
         self.sum.clear()

@@ -181,7 +181,9 @@ class ExpertShard:
         slab = self.slabs[layer]
         if not keep:
             held = [(slab.rows[expert], count) for expert, count in zip(experts, counts) if count]
-            return self.ops.expert_rows(x_UH, rows_R, held, *slab.compute)
+            # Who asks by message has its own thread's setting, and no bit may depend on who asks.
+            with torch.no_grad():
+                return self.ops.expert_rows(x_UH, rows_R, held, *slab.compute)
         asked = [(expert, count) for expert, count in zip(experts, counts) if count]
         if not asked:
             return torch.empty(0, x_UH.shape[1], device=self.device)
@@ -313,6 +315,11 @@ class ExpertShard:
             self._update(weights, gradients, first, second, counts, lr=lr)
         self.updates += 1
         self._refresh()
+        self.discard()
+
+    def pass_over(self) -> None:
+        """Count a step whose gradients are dropped."""
+        self.updates += 1
         self.discard()
 
     def tensor_names(self, keys: Sequence[Key], *, with_optimizer: bool = True) -> list[str]:

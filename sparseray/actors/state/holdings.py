@@ -168,3 +168,12 @@ class Holdings:
         if self.dense is not None:
             self.dense.apply(lr=lr, scale=scale, counts_LE=counts_LE)
         return 0 if self.memory is None else self.memory.apply(lr=memory_lr, scale=scale)
+
+    def pass_over(self) -> None:
+        """Count a step whose gradients are dropped; no weight changes."""
+        self.trim()
+        self.experts.pass_over()
+        if self.dense is not None:
+            self.dense.pass_over()
+        if self.memory is not None:
+            self.memory.pass_over()

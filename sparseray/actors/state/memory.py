@@ -220,6 +220,12 @@ class MemoryShard:
         self._publish()
         return updated
 
+    def pass_over(self) -> None:
+        """Count a step whose gradients are dropped; rows have counts of their own."""
+        self.updates += 1
+        self.discard()
+        self._publish()
+
     def tensor_names(self, keys: Sequence[Key], *, with_optimizer: bool = True) -> list[str]:
         """Logical names of everything that `tensors` gives.
 

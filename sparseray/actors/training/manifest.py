@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import re
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ class Counts:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardInfo:
-    """One Parquet file: its name, split, size and SHA-256."""
+    """One Parquet file: its name, split, size and SHA-256; source: name of the one its documents are of, if it has one."""
 
     name: str
     split: str
@@ -42,11 +42,15 @@ class ShardInfo:
     tokens: int
     bytes: int
     sha256: str
+    source: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SourceInfo:
-    """One source as it was read; `sha256` covers the names and contents of its documents in order."""
+    """One source as it was read; `sha256` covers the names and contents of its documents in order.
+
+    `languages` counts documents; `name` and `weight` are what the user gave, if anything.
+    """
 
     source: str
     version: str
@@ -56,6 +60,9 @@ class SourceInfo:
     bytes: int
     skipped: dict[str, int]
     sha256: str
+    languages: dict[str, int] = field(default_factory=dict)
+    name: str = ""
+    weight: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +72,17 @@ class TokenizerInfo:
     kind: str
     eos_token: str
     sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class InfillingInfo:
+    """How many training documents were rearranged for fill-in-the-middle, at which rate, with which sentinels."""
+
+    rate: float
+    documents: int
+    prefix_id: int
+    suffix_id: int
+    middle_id: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +98,7 @@ class Manifest:
     sources: tuple[SourceInfo, ...]
     files: tuple[ShardInfo, ...]
     versions: dict[str, str]
+    infilling: InfillingInfo | None = None
     format: str = FORMAT
     format_version: int = FORMAT_VERSION
 
@@ -160,6 +179,8 @@ def _parse(raw: dict[str, Any]) -> Manifest:
     found["splits"] = {name: Counts(**raw["splits"][name]) for name in SPLITS}
     found["sources"] = tuple(SourceInfo(**item) for item in raw["sources"])
     found["files"] = tuple(ShardInfo(**item) for item in raw["files"])
+    if raw.get("infilling") is not None:
+        found["infilling"] = InfillingInfo(**raw["infilling"])
     if found["token_dtype"] not in ("uint16", "uint32"):
         raise ValueError(f"token_dtype {found['token_dtype']!r}")
     manifest = Manifest(**found)
@@ -174,6 +195,8 @@ def _check(manifest: Manifest) -> None:
         ValueError: naming what does not.
     """
     parts: tuple[Any, ...] = (manifest, manifest.tokenizer, *manifest.splits.values(), *manifest.files)
+    if manifest.infilling is not None:
+        parts += (manifest.infilling,)
     for part in parts:
         for item in fields(part):
             value = getattr(part, item.name)

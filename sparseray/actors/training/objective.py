@@ -6,7 +6,7 @@ of the weights of the whole global batch, which the batch source knows before an
 Shapes: B sequences, T tokens, L MoE layers, E experts.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -89,32 +89,44 @@ class Loss:
         weight: sum of the weights.
         aux: fp32 scalar, balance losses with their coefficients; differentiable.
         counts_LE: int64, tokens per moe layer and expert.
-        metrics: further losses by name, for people; means over the part's tokens. The step's record has their mean.
+        further: fp32 scalar, what is trained for beside `sum` and divided like it; differentiable. None for nothing.
+        metrics: further losses by name, fp32 scalars, for people; means over the part's tokens. The step's record has
+            their mean.
     """
 
     sum: Tensor
     weight: float
     aux: Tensor
     counts_LE: Tensor
-    metrics: dict[str, float] = field(default_factory=dict)
+    further: Tensor | None = None
+    metrics: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Objective(Protocol):
     """One forward pass and its loss."""
 
-    def __call__(self, model: Transformer, batch: Batch, exchange: Exchange, fetched: Rows) -> Loss:
-        """Run the model on a batch whose table rows were fetched."""
+    def __call__(
+        self, model: Transformer, batch: Batch, exchange: Exchange, fetched: Rows, *, step: int | None
+    ) -> Loss:
+        """Run the model on a batch whose table rows were fetched.
+
+        Args:
+            model: dense weights.
+            batch: of one part.
+            exchange: answers for experts.
+            fetched: the batch's table rows.
+            step: of training; None in an evaluation, which asks for `sum` and `weight` alone.
+        """
         ...
 
 
-def next_token(model: Transformer, batch: Batch, exchange: Exchange, fetched: Rows) -> Loss:
-    """Cross-entropy of the next token, in nats.
+def next_token(
+    model: Transformer, batch: Batch, exchange: Exchange, fetched: Rows, *, step: int | None
+) -> Loss:
+    """Cross-entropy of the next token, in nats; in training also of further tokens, where the model predicts them.
 
     Args:
-        model: dense weights.
-        batch: of one part.
-        exchange: answers for experts.
-        fetched: the batch's table rows.
+        model, batch, exchange, fetched, step: as in `Objective`.
     """
     out = model(
         batch.tokens_BT,
@@ -124,9 +136,45 @@ def next_token(model: Transformer, batch: Batch, exchange: Exchange, fetched: Ro
         fetched=fetched,
     )
     weights_BT = batch.weights_BT
-    return Loss(
+    loss = Loss(
         sum=cross_entropy_sum(model, out.hidden_BTH, batch.targets_BT, weights_BT),
         weight=float(batch.targets_BT.numel()) if weights_BT is None else float(weights_BT.double().sum()),
         aux=out.aux_loss,
         counts_LE=out.expert_counts_LE,
+    )
+    if step is None or not model.mtp:
+        return loss
+    return _with_further_tokens(loss, model, batch, exchange, out.hidden_BTH, step)
+
+
+def _with_further_tokens(
+    loss: Loss, model: Transformer, batch: Batch, exchange: Exchange, hidden_BTH: Tensor, step: int
+) -> Loss:
+    """Add the losses of the modules that predict further tokens: `mtp_1` is of the token after the next one.
+
+    A place counts where no token that its modules read begins a document: what they go on from knows nothing of it.
+
+    Args:
+        loss: of the next token.
+        model, batch, exchange, step: as in `Objective`.
+        hidden_BTH: of the network.
+
+    Source: arXiv 2412.19437 eq. 24 and 25; the sums are divided by the weight of all next tokens, as T is there.
+    """
+    sums, metrics = [], dict[str, Tensor]()
+    aux, counts = loss.aux, [loss.counts_LE]
+    documents_BT = batch.document_starts_BT.long().cumsum(1)
+    for k, out in enumerate(model.predictions(batch.tokens_BT, hidden_BTH, exchange.experts), 1):
+        is_other_BT = documents_BT[:, k:] != documents_BT[:, :-k]
+        targets_BT = batch.targets_BT[:, k:].masked_fill(is_other_BT, -1)
+        weights_BT = None if batch.weights_BT is None else batch.weights_BT[:, k:]
+        found = cross_entropy_sum(model, out.hidden_BTH, targets_BT, weights_BT)
+        counted_BT = (targets_BT >= 0) * (1.0 if weights_BT is None else weights_BT)
+        sums.append(found)
+        metrics[f"mtp_{k}"] = found.detach() / counted_BT.sum().clamp(min=1e-9)
+        aux = aux + out.aux_loss
+        counts.append(out.expert_counts_LE)
+    factor = model.config.mtp.weight_at(step) / len(sums)
+    return replace(
+        loss, aux=aux, counts_LE=torch.cat(counts), further=torch.stack(sums).sum() * factor, metrics=metrics
     )

@@ -25,6 +25,8 @@ from sparseray.actors.training.manifest import (
     read_manifest,
     sha256_of_file,
 )
+from sparseray.actors.training.mixture import Mixture
+from sparseray.actors.training.tokenizer_file import load_tokenizer
 from sparseray.errors import DataError
 
 if TYPE_CHECKING:
@@ -55,6 +57,7 @@ class TokenDataset:
         if verify:
             _verify(self.folder / TOKENIZER_NAME, self.manifest.tokenizer.sha256)
         self.tokens, self._starts = _load(self.folder, shards, self.manifest, verify)
+        self.sources = _ranges(self.folder, shards)
 
     @property
     def num_tokens(self) -> int:
@@ -86,27 +89,45 @@ class TokenDataset:
         """Id of the end of text after each document."""
         return self.manifest.eos_id
 
+    def document(self, index: int) -> list[int]:
+        """Return the tokens of one document, without its end of text."""
+        stop = self._starts[index + 1] if index + 1 < len(self._starts) else len(self.tokens)
+        found: list[int] = self.tokens[self._starts[index] : stop - 1].tolist()
+        return found
+
     def tokenizer(self) -> Tokenizer:
         """Load the tokenizer that made these tokens."""
         return load_tokenizer(self.folder / TOKENIZER_NAME)
 
-    def num_windows(self, seq_len: int) -> int:
+    def _range(self, source: str) -> tuple[int, int]:
+        """First token of a source and the one after its last; of all of them without a name."""
+        return self.sources[source] if source else (0, self.num_tokens)
+
+    def num_windows(self, seq_len: int, source: str = "") -> int:
         """Return how many windows of `seq_len` inputs and targets fit.
+
+        Args:
+            seq_len: tokens that a window predicts.
+            source: whose tokens; empty for all.
 
         Raises:
             DataError: not even one.
         """
         if seq_len < 1:
             raise DataError(f"seq_len={seq_len} must be at least 1")
-        windows = (self.num_tokens - 1) // seq_len
+        start, stop = self._range(source)
+        windows = (stop - start - 1) // seq_len
         if windows < 1:
+            of = f"source {source!r} of {self.folder}" if source else f"{self.folder}"
             raise DataError(
-                f"{self.folder} {self.split} has {self.num_tokens} tokens, too few for seq_len={seq_len}; "
-                f"use at most {self.num_tokens - 1}, or prepare more text"
+                f"{of} {self.split} has {stop - start} tokens, too few for seq_len={seq_len}; "
+                f"use at most {stop - start - 1}, or prepare more text"
             )
         return windows
 
-    def sequence(self, index: int, seq_len: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+    def sequence(
+        self, index: int, seq_len: int, source: str = ""
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
         """Return window `index`: tokens [seq_len+1] int64, and document_starts [seq_len] bool.
 
         `document_starts` marks the first token of each document and nothing else: a window that begins
@@ -115,15 +136,16 @@ class TokenDataset:
         Args:
             index: of the window, from 0.
             seq_len: tokens that a window predicts.
+            source: whose tokens; empty for all.
 
         Raises:
             IndexError: `index` is outside [0, num_windows).
         """
-        if not 0 <= index < self.num_windows(seq_len):
+        if not 0 <= index < self.num_windows(seq_len, source):
             raise IndexError(
-                f"window {index} is outside [0, {self.num_windows(seq_len)}) at seq_len={seq_len}"
+                f"window {index} is outside [0, {self.num_windows(seq_len, source)}) at seq_len={seq_len}"
             )
-        begin = index * seq_len
+        begin = self._range(source)[0] + index * seq_len
         tokens = self.tokens[begin : begin + seq_len + 1].astype(np.int64)
         marks = np.zeros(seq_len, np.bool_)
         low, high = np.searchsorted(self._starts, [begin, begin + seq_len])
@@ -150,6 +172,7 @@ class TokenBatches:
         seed: of the data order.
         num_parts, sequences_per_part, seq_len: how a step's global batch is cut.
         is_fixed: the same data at every step; part i is (step i // L, part i % L) then.
+        mixture: of the named sources; None takes all tokens as one.
     """
 
     dataset: TokenDataset
@@ -158,6 +181,7 @@ class TokenBatches:
     sequences_per_part: int
     seq_len: int
     is_fixed: bool = False
+    mixture: Mixture | None = None
 
     def __call__(self, step: int, part: int) -> Batch:
         """Return the batch of a part, a pure function of the arguments."""
@@ -171,6 +195,7 @@ class TokenBatches:
             num_parts=self.num_parts,
             sequences_per_part=self.sequences_per_part,
             seq_len=self.seq_len,
+            mixture=self.mixture,
         )
 
     def weight(self, step: int) -> float:
@@ -216,6 +241,7 @@ def batch(
     num_parts: int,
     sequences_per_part: int,
     seq_len: int,
+    mixture: Mixture | None = None,
 ) -> Batch:
     """Return the batch of one part in one step, a pure function of the arguments.
 
@@ -230,6 +256,7 @@ def batch(
         num_parts: that the global batch is cut into.
         sequences_per_part: sequences of a part.
         seq_len: tokens of a sequence.
+        mixture: of the named sources; None takes all tokens as one.
 
     Returns:
         Tensors [sequences_per_part, seq_len] on the CPU; targets are the tokens one position on.
@@ -244,32 +271,20 @@ def batch(
             f"step={step}, part={part}, num_parts={num_parts}, sequences_per_part={sequences_per_part} "
             "is out of range; need step >= 0, 0 <= part < num_parts, sequences_per_part >= 1"
         )
-    windows = dataset.num_windows(seq_len)
     first = (step * num_parts + part) * sequences_per_part
-    pairs = [
-        dataset.sequence(window_at(position, windows, seed), seq_len)
-        for position in range(first, first + sequences_per_part)
-    ]
+    pairs = []
+    for position in range(first, first + sequences_per_part):
+        source, index = "", position
+        if mixture is not None:
+            source, index = mixture.place(position, num_parts * sequences_per_part)
+        window = window_at(index, dataset.num_windows(seq_len, source), seed)
+        pairs.append(dataset.sequence(window, seq_len, source))
     tokens = torch.from_numpy(np.stack([tokens for tokens, _ in pairs]))
     return Batch(
         tokens_BT=tokens[:, :-1].contiguous(),
         targets_BT=tokens[:, 1:].contiguous(),
         document_starts_BT=torch.from_numpy(np.stack([starts for _, starts in pairs])),
     )
-
-
-def load_tokenizer(path: Path) -> Tokenizer:
-    """Read a tokenizer.json.
-
-    Raises:
-        DataError: it is missing or damaged.
-    """
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises nothing narrower
-        raise DataError(
-            f"{path} cannot be read as a tokenizer ({' '.join(str(error).split())[:200]}); restore it"
-        ) from None
 
 
 def _verify(path: Path, sha256: str) -> None:
@@ -285,6 +300,21 @@ def _verify(path: Path, sha256: str) -> None:
             f"{path} was changed: SHA-256 {found[:12]}... is not {sha256[:12]}... of the manifest; "
             "restore it or prepare the data again"
         )
+
+
+def _ranges(folder: Path, shards: list[ShardInfo]) -> dict[str, tuple[int, int]]:
+    """First token of each named source and the one after its last; its shards follow one another."""
+    found: dict[str, tuple[int, int]] = {}
+    end = 0
+    for before, shard in zip((None, *shards), shards):
+        if shard.source:
+            if shard.source in found and (before is None or before.source != shard.source):
+                raise DataError(
+                    f"{folder} has shards of {shard.source!r} in two places; prepare the data again"
+                )
+            found[shard.source] = found.get(shard.source, (end, end))[0], end + shard.tokens
+        end += shard.tokens
+    return found
 
 
 def _load(

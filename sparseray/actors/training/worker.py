@@ -1,4 +1,4 @@
-"""An attention worker: runs its parts of a step, forward and backward, one after another.
+"""An attention worker: runs its parts of a step, forward and backward, as many at once as its exchange allows.
 
 A part's loss and gradients depend on (seed, step, part) and the weights alone; which worker runs
 it, and which slots answer for experts and rows, changes no bit. Called by roles.py once a step.
@@ -6,17 +6,32 @@ it, and which slots answer for experts and rows, changes no bit. Called by roles
 
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import torch
 
 from sparseray.actors.exchange.protocol import Exchange, FetchedRows, PartGradients
-from sparseray.actors.state.dense import DenseState
+from sparseray.actors.state.dense import DenseState, Twin
 from sparseray.actors.training.objective import Batch, BatchSource, Loss, Objective, next_token, on_device
 from sparseray.actors.wire.messages import PartDone
 from sparseray.model.statistics import Noted, collect
 
 SAMPLE_EVERY = {"cpu": 10, "cuda": 100}
 """Of one in so many steps a worker's first part notes statistics, by device; they move slowly, and a GPU waits."""
+
+
+_Call = tuple[DenseState | Twin, int, int, Batch, FetchedRows, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Ran:
+    """What one part gave, and the seconds of its passes."""
+
+    loss: Loss
+    gradients: PartGradients
+    forward_s: float
+    backward_s: float
 
 
 class AttentionWorker:
@@ -33,6 +48,9 @@ class AttentionWorker:
         self.layers = state.model.config.dse.layers
         self.seconds: dict[str, float] = {}
         self.noted: Noted = []
+        self.sampled: int | None = None
+        self.lanes: list[DenseState | Twin] = [state]
+        self.lanes += [Twin(state.model) for _ in range(1, exchange.abreast)]
 
     def run_step(
         self, step: int, parts: Sequence[int], batches: BatchSource, report: Callable[[int, PartDone], None]
@@ -46,22 +64,26 @@ class AttentionWorker:
             report: told (part, what it gave).
         """
         self.seconds = dict.fromkeys(("data", "fetch", "forward", "backward"), 0.0)
+        self.sampled = parts[0] if parts and step % SAMPLE_EVERY[self.state.device.type] == 0 else None
         started = time.perf_counter()
         loaded = [batches(step, part) for part in parts]
         weight = batches.weight(step)
         self._lap("data", started)
         losses: list[Loss] = []
-        for part, batch, rows in zip(parts, loaded, self._fetch(step, loaded)):
-            self.exchange.begin(step, part)
-            if part == parts[0] and step % SAMPLE_EVERY[self.state.device.type] == 0:
-                with collect() as self.noted:
-                    loss, gradients = self._run_part(batch, rows, weight)
-            else:
-                loss, gradients = self._run_part(batch, rows, weight)
-            started = time.perf_counter()
-            self.exchange.reduce(step, part, gradients)
-            self._lap("backward", started)
-            losses.append(loss)
+        rows = self._fetch(step, loaded)
+        for first in range(0, len(parts), len(self.lanes)):
+            side_by_side = range(len(parts))[first : first + len(self.lanes)]
+            calls = [
+                (lane, step, parts[i], loaded[i], rows[i], weight)
+                for lane, i in zip(self.lanes, side_by_side)
+            ]
+            for i, ran in zip(side_by_side, self._run(calls)):
+                self.seconds["forward"] += ran.forward_s / len(calls)
+                self.seconds["backward"] += ran.backward_s / len(calls)
+                started = time.perf_counter()
+                self.exchange.reduce(step, parts[i], ran.gradients)
+                self._lap("backward", started)
+                losses.append(ran.loss)
         if losses:
             for part, done in zip(parts, self._read(loaded, losses)):
                 report(part, done)
@@ -69,17 +91,18 @@ class AttentionWorker:
     def _read(self, batches: Sequence[Batch], losses: Sequence[Loss]) -> list[PartDone]:
         """Bring what the parts gave to the host, all at once: nothing before waits for a device."""
         scalars = torch.stack(
-            [scalar.detach() for loss in losses for scalar in (loss.sum, loss.aux)]
+            [scalar.detach() for loss in losses for scalar in (loss.sum, loss.aux, *loss.metrics.values())]
         ).tolist()
+        each = len(scalars) // len(losses)
         counts = torch.stack([loss.counts_LE for loss in losses]).cpu()
         device = self.state.device
         peak = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0
         return [
             PartDone(
-                loss_sum=scalars[2 * index],
+                loss_sum=scalars[each * index],
                 weight=loss.weight,
-                aux_loss=scalars[2 * index + 1],
-                metrics=loss.metrics,
+                aux_loss=scalars[each * index + 1],
+                metrics=dict(zip(loss.metrics, scalars[each * index + 2 :])),
                 tokens=batch.targets_BT.numel(),
                 seconds=dict(self.seconds),
                 counts_LE=counts[index],
@@ -107,19 +130,35 @@ class AttentionWorker:
         self._lap("fetch", started)
         return fetched.split([b.tokens_BT.numel() for b in batches])
 
-    def _run_part(self, batch: Batch, rows: FetchedRows, weight: float) -> tuple[Loss, PartGradients]:
-        """Forward and backward of one part; `weight` is that of the whole global batch."""
-        started = time.perf_counter()
-        loss = self._loss(batch, rows.differentiable())
-        started = self._lap("forward", started)
-        (loss.sum / weight + loss.aux / self.state.num_parts).backward()
-        gradients = PartGradients(dense=self.state.take_gradients(), rows=rows.gradients())
-        self._lap("backward", started)
-        return loss, gradients
+    def _run(self, calls: Sequence[_Call]) -> list[_Ran]:
+        """Run parts, one in each lane; a lane computes in one thread, whatever the slot has, so its bits are one's."""
+        if len(self.lanes) == 1:
+            return [self._run_part(*call) for call in calls]
+        with ThreadPoolExecutor(len(calls), "part", lambda: torch.set_num_threads(1)) as pool:
+            return list(pool.map(lambda call: self._run_part(*call), calls))
 
-    def _loss(self, batch: Batch, rows: FetchedRows) -> Loss:
-        """Run the objective where the weights are."""
-        return self.objective(self.state.model, on_device(batch, self.state.device), self.exchange, rows)
+    def _run_part(
+        self, lane: DenseState | Twin, step: int, part: int, batch: Batch, rows: FetchedRows, weight: float
+    ) -> _Ran:
+        """Forward and backward of one part; `weight` is that of the whole global batch."""
+        self.exchange.begin(step, part)
+        started = time.perf_counter()
+        if part == self.sampled:
+            with collect() as self.noted:
+                loss = self._loss(lane, batch, rows.differentiable(), step)
+        else:
+            loss = self._loss(lane, batch, rows.differentiable(), step)
+        between = time.perf_counter()
+        total = loss.sum if loss.further is None else loss.sum + loss.further
+        (total / weight + loss.aux / self.state.num_parts).backward()
+        gradients = PartGradients(dense=lane.take_gradients(), rows=rows.gradients())
+        backward_s = time.perf_counter() - between
+        return _Ran(loss=loss, gradients=gradients, forward_s=between - started, backward_s=backward_s)
+
+    def _loss(self, lane: DenseState | Twin, batch: Batch, rows: FetchedRows, step: int | None) -> Loss:
+        """Run the objective where the weights are; without a step for an evaluation."""
+        there = on_device(batch, self.state.device)
+        return self.objective(lane.model, there, self.exchange, rows, step=step)
 
     @torch.no_grad()
     def evaluate(
@@ -136,7 +175,7 @@ class AttentionWorker:
         found: dict[int, tuple[float, float]] = {}
         for part, batch, rows in zip(parts, loaded, self._fetch(step, loaded)):
             self.exchange.begin(step, part)
-            loss = self._loss(batch, rows)
+            loss = self._loss(self.state, batch, rows, None)
             found[part] = (float(loss.sum), loss.weight)
         return found
 

@@ -15,6 +15,7 @@ import msgpack
 from sparseray.actors.wire.codec import pack, unpack
 
 SCHEDULER, INGRESS = -1, -2
+"""Slot ids of those that are no slots; further ingresses count down from the first."""
 MAX_HEADER_BYTES = 16 << 20
 # job, kind; source, generation, sequence, step, part, layer, reply_to; body.
 _HEADER_TYPES = [str, str, *[int] * 7, dict]
@@ -27,6 +28,14 @@ class Transport(Protocol):
 
     def connect(self, peers: dict[int, str]) -> None:
         """Open a way to every slot in `peers` (slot id to address); known ones are kept."""
+
+    def reach(self, slot: int, address: str) -> None:
+        """Open a way to one more, which later calls of `connect` leave alone.
+
+        Args:
+            slot: its id.
+            address: of its inbox.
+        """
 
     def send(self, slot: int, frames: Sequence[Any]) -> None:
         """Queue the frames for a slot without waiting for it.

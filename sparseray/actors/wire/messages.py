@@ -2,8 +2,8 @@
 
 Bodies that carry a value of a higher floor stand there: InstallPlan in actors/installation.py, those of serving in
 actors/serving/messages.py. A part is one of those that the global batch is cut into, whatever the number of workers.
-  scheduler -> slot: InstallPlan, Settled, RunStep, Commit, Evaluate, SaveCheckpoint, Drain, Ping
-  slot -> scheduler: Installed, Stale, PartDone, Prepared, Evaluated, Saved, Draining, Pong, Silent, Failed
+  scheduler -> slot: InstallPlan, Settled, RunStep, Commit, Evaluate, SaveCheckpoint, Offer, Withdraw, Drain, Ping
+  slot -> scheduler: Installed, Stale, PartDone, Prepared, Evaluated, Saved, Offered, Draining, Pong, Silent, Failed
   ingress -> slot:   Generate, Cancel, Ping; slot -> ingress: Tokens, Moved, Pong; scheduler -> ingress: Routes
   slot -> slot:      ExpertForward, ExpertBackward, FetchRows, Pull (answered by ExpertRows, MemoryRows, Pieces);
                      FinishPart, ExpertPart, DenseNodes, DenseReduced, ExpertReduced, RowsReduced
@@ -40,6 +40,7 @@ class Commit(Body):
         lr, memory_lr: learning rates of this step.
         scale: factor on the gradients (clipping).
         counts_LE: int64, tokens per moe layer and expert over the whole global batch.
+        is_skipped: drop the gradients instead; the step counts, and no weight changes.
     """
 
     step: int
@@ -47,6 +48,7 @@ class Commit(Body):
     memory_lr: float
     scale: float
     counts_LE: Tensor
+    is_skipped: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,10 +72,28 @@ class SaveCheckpoint(Body):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ping(Body):
-    """Give a sign of life."""
+class Offer(Body):
+    """Keep the weights that are primary at you aside for servers, as they are now; answered by Offered."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Withdraw(Body):
+    """Forget what you keep for servers."""
 
     is_of_any_generation: ClassVar[bool] = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ping(Body):
+    """Give a sign of life.
+
+    Args:
+        address: to give it to; empty for who is known by the plan.
+    """
+
+    is_of_any_generation: ClassVar[bool] = True
+
+    address: str = ""
 
 
 # -- slot to scheduler ---------------------------------------------------------------------------------
@@ -157,6 +177,19 @@ class Saved(Body):
 
     tensors: dict[str, SavedTensor]
     error: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Offered(Body):
+    """Where servers can read what was to be kept aside.
+
+    Args:
+        step: that it is of.
+        address: of the slot's port for weights.
+    """
+
+    step: int
+    address: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,6 +299,19 @@ class Pull(Body):
     """Give copies of pieces (kind, layer, index); answered by Pieces."""
 
     pieces: tuple[tuple[str, int, int], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TakeWeights(Body):
+    """Give tensors that are offered, by logical name; answered by Pieces, with those that are there.
+
+    Args:
+        step: that they must be of.
+        names: logical names.
+    """
+
+    step: int
+    names: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)

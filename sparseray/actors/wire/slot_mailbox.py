@@ -9,7 +9,7 @@ import queue
 import time
 from collections.abc import Callable
 
-from sparseray.actors.wire.envelope import INGRESS, SCHEDULER, Body, Message, Transport
+from sparseray.actors.wire.envelope import Body, Message, Transport
 from sparseray.actors.wire.mailbox import Mailbox
 from sparseray.actors.wire.messages import Ping, Pong
 from sparseray.errors import SlotLostError, SupersededError
@@ -56,7 +56,9 @@ class SlotMailbox(Mailbox):
         """Sort one message."""
         if isinstance(message.body, Ping):
             # A sign of life is of no generation: the scheduler may have entered one whose plan waits here.
-            if message.source in (SCHEDULER, INGRESS):
+            if message.source < 0:
+                if message.body.address:
+                    self.transport.reach(message.source, message.body.address)
                 self.post(message.source, Pong(), reply_to=message.sequence, generation=message.generation)
         elif message.body.opens_generation and message.generation > self.generation:
             with self._lock:

@@ -16,7 +16,7 @@ from sparseray.actors.serving.text_request import GenerationRequest, TokenEvent
 from sparseray.jobs.http.api_error import GenerationError
 from sparseray.jobs.http.generation_client import GenerationClient
 from sparseray.jobs.http.openai_bodies import ApiRequest
-from sparseray.jobs.http.openai_responses import Choice, Renderer
+from sparseray.jobs.http.openai_responses import Choice, Renderer, Spent
 from sparseray.jobs.http.text_stream import Delta, PromptTokens, TextStream, Vocabulary
 
 
@@ -77,7 +77,7 @@ class Answer:
         self._client, self._request, self._vocabulary = client, request, vocabulary
         self._record, self._arrived_s = record, arrived_s
         self._queue: asyncio.Queue[tuple[int, Delta] | Exception | None] = asyncio.Queue()
-        self.completion_tokens, self.version = 0, ""
+        self.spent, self.version = Spent(), ""
 
     def fail(self, error: Exception) -> None:
         """End the answer early: `deltas` raises the error."""
@@ -144,7 +144,9 @@ class Answer:
     def _read(self, stream: TextStream, request: GenerationRequest, event: TokenEvent) -> Delta:
         if event.finish_reason == "error":
             raise GenerationError(event.error or "the engine failed")
-        self.completion_tokens += event.token_id is not None
+        self.spent.tokens += event.token_id is not None
+        self.spent.accepted += event.accepted
+        self.spent.rejected += event.rejected
         if event.index:
             return stream.push(event.token_id, event.logprobs, event.finish_reason)
         shown = Delta(text="")
@@ -163,4 +165,4 @@ class Answer:
             async for index, delta in deltas:
                 choices[index].add(delta)
         renderer.version = self.version
-        return renderer.response(choices, self.completion_tokens)
+        return renderer.response(choices, self.spent)

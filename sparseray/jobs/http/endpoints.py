@@ -171,12 +171,12 @@ class GenerateEndpoints:
             async with aclosing(answer.deltas()) as deltas:
                 async for index, delta in deltas:
                     renderer.version = answer.version
-                    chunk = renderer.chunk(index, delta, answer.completion_tokens)
+                    chunk = renderer.chunk(index, delta, answer.spent)
                     if chunk is not None:
                         yield sse(chunk)
                         is_started = True
             if parsed.include_usage:
-                yield sse(renderer.usage_chunk(answer.completion_tokens))
+                yield sse(renderer.usage_chunk(answer.spent))
         except Exception as error:
             if not is_started:
                 raise

@@ -103,6 +103,9 @@ def _prompts(limits: ApiLimits) -> dict[str, Field]:
             about="a text, token ids, or a list of either; an empty text starts a document",
             schema=prompts,
         ),
+        "suffix": Field(
+            kind=("string",), on=GENERATE, about="text after a completion: what stands between is written"
+        ),
         "messages": Field(kind=("array",), on=(CHAT, TOKENIZE), about="the conversation", schema=messages),
         "tokens": _ids("token ids to turn into text", (DETOKENIZE,)),
         "add_special_tokens": _neutral(
@@ -238,7 +241,6 @@ def _unused() -> dict[str, Field]:
         "guided_decoding_backend": _ignored("string"),
         "metadata": _ignored("object"),
         "store": _neutral(False),
-        "suffix": _neutral(""),
         "functions": _neutral([]),
         "function_call": _neutral("none"),
         "modalities": _neutral(["text"]),

@@ -67,13 +67,21 @@ class Ingress:
         inbox, outbox: transports of its own; the inbox' address is what slots and scheduler are told.
         deadline_s: seconds without any progress after which a request is given up.
         places: requests that an engine computes at once; what it has beyond waits.
+        number: its slot id; that of one of several is given by the scheduler (`join`).
     """
 
     def __init__(
-        self, job: str, inbox: Transport, outbox: Transport, deadline_s: float, *, places: int
+        self,
+        job: str,
+        inbox: Transport,
+        outbox: Transport,
+        deadline_s: float,
+        *,
+        places: int,
+        number: int = INGRESS,
     ) -> None:
         # ZeroMQ sockets belong to one thread at a time: one mailbox receives in a thread, the other sends under a lock.
-        self._inbox, self._outbox = Mailbox(inbox, INGRESS, job), Mailbox(outbox, INGRESS, job)
+        self._inbox, self._outbox = Mailbox(inbox, number, job), Mailbox(outbox, number, job)
         self._deadline_s, self._places = deadline_s, places
         self._lock = threading.RLock()
         self._open: dict[str, _Open] = {}
@@ -171,7 +179,7 @@ class Ingress:
 
     def _ping(self, now: float) -> None:
         for slot in self._life.look(sorted(self._engines), now):
-            self._outbox.post(slot, Ping())
+            self._outbox.post(slot, Ping(address=self.address))
 
     def _look(self, now: float) -> None:
         """Move what silent engines have to those that answer, and give up what nobody goes on with."""

@@ -118,14 +118,14 @@ def _build(values: Values, model: str, is_chat: bool, served: ServedModel, reque
     n = _num_choices(values, limits)
     ignore_eos = values.get("ignore_eos", False)
     stops = _texts(values, "stop", limits)
-    tools = Tools()
+    tools, suffix = Tools(), _suffix(values, is_chat)
     reader = PromptReader(vocabulary, limits, values.get("truncate_prompt_tokens"))
     if is_chat:
         tools = read_tools(values, limits, template_takes_tools=served.template.takes_tools)
         prompts = [encode_chat(values, tools, served, reader)]
         stops += () if ignore_eos else served.template.stops
     else:
-        prompts = reader.prompts(values.get("prompt"))
+        prompts = reader.prompts(values.get("prompt"), suffix)
     if len(prompts) * n > limits.max_choices:
         message = f"{len(prompts)} prompts with n={n} exceed {limits.max_choices} choices"
         raise ApiError(400, message, param="n")
@@ -172,6 +172,16 @@ def _build(values: Values, model: str, is_chat: bool, served: ServedModel, reque
         include_usage=stream and options[0],
         continuous_usage=stream and options[0] and options[1],
     )
+
+
+def _suffix(values: Values, is_chat: bool) -> str:
+    """The text that comes after a completion; empty for none."""
+    suffix: str = values.get("suffix", "")
+    if suffix and (is_chat or values.get("echo")):
+        where = "suffix" if is_chat else "echo"
+        message = f"suffix is not available {'in a chat' if is_chat else 'with echo'}; leave {where} out"
+        raise ApiError(400, message, param=where, code="unsupported")
+    return suffix
 
 
 def _num_choices(values: Values, limits: ApiLimits) -> int:

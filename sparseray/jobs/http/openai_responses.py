@@ -23,6 +23,15 @@ def sse(body: dict[str, Any]) -> bytes:
     return b"data: " + json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
 
 
+@dataclass(kw_only=True)
+class Spent:
+    """Tokens of an answer so far: of all choices, and drafted ones that stand in them and that do not."""
+
+    tokens: int = 0
+    accepted: int = 0
+    rejected: int = 0
+
+
 @dataclass
 class Choice:
     """What a choice has gathered, for an answer that is not streamed."""
@@ -67,7 +76,7 @@ class Renderer:
         """What every body begins with; it names the weights, where they are known to have a version."""
         return {**self._plain_head, **({"system_fingerprint": self.version} if self.version else {})}
 
-    def response(self, choices: Sequence[Choice], completion_tokens: int) -> dict[str, Any]:
+    def response(self, choices: Sequence[Choice], spent: Spent) -> dict[str, Any]:
         """Return the whole answer."""
         rendered = []
         for index, choice in enumerate(choices):
@@ -96,17 +105,17 @@ class Renderer:
             **self._head,
             "object": kind,
             "choices": rendered,
-            "usage": self.usage(completion_tokens),
+            "usage": self.usage(spent),
             **prompt,
         }
 
-    def chunk(self, index: int, delta: Delta, completion_tokens: int) -> dict[str, Any] | None:
+    def chunk(self, index: int, delta: Delta, spent: Spent) -> dict[str, Any] | None:
         """Return the chunk of a delta; None if it has nothing to say.
 
         Args:
             index: of the choice.
             delta: of its text.
-            completion_tokens: of all choices so far.
+            spent: for all choices so far.
         """
         calls = None
         if self._request.tools.required is not None:
@@ -133,7 +142,7 @@ class Renderer:
         prompt = self._prompt(delta.prompt) if delta.prompt is not None else {}
         if not self._request.is_chat:
             choice |= prompt
-        usage = {"usage": self.usage(completion_tokens)} if self._request.continuous_usage else {}
+        usage = {"usage": self.usage(spent)} if self._request.continuous_usage else {}
         return {
             **self._chunk_head(),
             "choices": [choice],
@@ -141,9 +150,9 @@ class Renderer:
             **(prompt if self._request.is_chat else {}),
         }
 
-    def usage_chunk(self, completion_tokens: int) -> dict[str, Any]:
+    def usage_chunk(self, spent: Spent) -> dict[str, Any]:
         """Return the last chunk of a stream with `include_usage`."""
-        return {**self._chunk_head(), "choices": [], "usage": self.usage(completion_tokens)}
+        return {**self._chunk_head(), "choices": [], "usage": self.usage(spent)}
 
     def _token_ids(self, tokens: Sequence[int]) -> dict[str, Any]:
         return {"token_ids": list(tokens)} if self._request.return_token_ids else {}
@@ -204,13 +213,15 @@ class Renderer:
         """A required call ends with "tool_calls"; one that was named, with "stop", as OpenAI has it."""
         return "tool_calls" if reason == "stop" and self._request.tools.required == "" else reason
 
-    def usage(self, completion_tokens: int) -> dict[str, int]:
-        """Return the token counts."""
+    def usage(self, spent: Spent) -> dict[str, Any]:
+        """Return the token counts; those of drafts where there were any."""
         prompt = self._request.num_prompt_tokens
+        details = {"accepted_prediction_tokens": spent.accepted, "rejected_prediction_tokens": spent.rejected}
         return {
             "prompt_tokens": prompt,
-            "completion_tokens": completion_tokens,
-            "total_tokens": prompt + completion_tokens,
+            "completion_tokens": spent.tokens,
+            "total_tokens": prompt + spent.tokens,
+            **({"completion_tokens_details": details} if any(details.values()) else {}),
         }
 
     def _chunk_head(self) -> dict[str, Any]:

@@ -175,7 +175,16 @@ def _answers() -> dict[str, Any]:
     )
     known = {"system_fingerprint": TEXT}
     return {
-        "Usage": _object(prompt_tokens=INTEGER, completion_tokens=INTEGER, total_tokens=INTEGER),
+        "Usage": _object(
+            {
+                "completion_tokens_details": _object(
+                    accepted_prediction_tokens=INTEGER, rejected_prediction_tokens=INTEGER
+                )
+            },
+            prompt_tokens=INTEGER,
+            completion_tokens=INTEGER,
+            total_tokens=INTEGER,
+        ),
         "Completion": _object(known, object={"const": "text_completion"}, choices=_list(text_choice), **head),
         "ChatCompletion": _object(
             prompt | known, object={"const": "chat.completion"}, choices=_list(chat_choice), **head

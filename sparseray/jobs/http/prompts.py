@@ -32,12 +32,18 @@ class PromptReader:
         self._vocabulary, self._limits = vocabulary, limits
         self._truncate = limits.max_model_len if truncate == -1 else truncate
 
-    def prompts(self, prompt: Any) -> list[tuple[int, ...]]:
+    def prompts(self, prompt: Any, suffix: str = "") -> list[tuple[int, ...]]:
         """Return the prompts of a completion: a text, ids, or a list of either.
 
+        Args:
+            prompt: from the body.
+            suffix: text that comes after the completion; the model fills in what stands between.
+
         Raises:
-            ApiError: 400, of another form, too many, or longer than the context.
+            ApiError: 400, of another form, too many, longer than the context, or a suffix that nothing can be done with.
         """
+        if suffix:
+            return self._around(prompt, suffix)
         if isinstance(prompt, str) or _are_ids(prompt):
             return [self.one(prompt, "prompt")]
         if not isinstance(prompt, list) or not prompt:
@@ -48,6 +54,26 @@ class PromptReader:
             message = f"prompt may hold at most {self._limits.max_choices} prompts"
             raise ApiError(400, message, param="prompt")
         return [self.one(item, "prompt") for item in prompt]
+
+    def _around(self, prompt: Any, suffix: str) -> list[tuple[int, ...]]:
+        """Return prompts that ask for what stands between each prompt and a suffix."""
+        sentinels = self._vocabulary.infilling
+        if sentinels is None:
+            message = (
+                "this model's tokenizer has no fill-in-the-middle tokens, so nothing can be written before a suffix; "
+                "leave suffix out"
+            )
+            raise ApiError(400, message, param="suffix", code="unsupported")
+        if self._truncate is not None:
+            message = "truncate_prompt_tokens is not available with suffix; shorten the prompt"
+            raise ApiError(400, message, param="truncate_prompt_tokens")
+        after = self._vocabulary.encode(self.bounded(suffix, "suffix"))
+        items = [prompt] if isinstance(prompt, str) or _are_ids(prompt) else prompt
+        # An empty text starts no document here: nothing stands before the gap.
+        return [
+            sentinels.prompt(() if item == "" else before, after)
+            for before, item in zip(self.prompts(items), items)
+        ]
 
     def one(self, item: Any, where: str) -> tuple[int, ...]:
         """Return the ids of a text (an empty one starts a document) or of a list of ids."""

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tokenizers import Tokenizer
-
 from sparseray.actors.serving.grammar import Grammars
+from sparseray.actors.training.tokenizer_file import load_tokenizer
 from sparseray.jobs.http.chat import ChatTemplate
 from sparseray.jobs.http.fields import table
 from sparseray.jobs.http.limits import ApiLimits
@@ -36,7 +35,7 @@ def read_served(directory: Path, config: RunConfig, names: tuple[str, ...]) -> S
     )
     return ServedModel(
         names=names,
-        vocabulary=Vocabulary(Tokenizer.from_file(str(path)), eos_id),
+        vocabulary=Vocabulary(load_tokenizer(path), eos_id),
         template=ChatTemplate.load(directory),
         grammars=Grammars.load(path, vocab_size=model.vocab_size, eos_id=eos_id),
         limits=limits,

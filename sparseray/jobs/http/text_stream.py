@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 
 from sparseray.actors.serving.text_request import TokenLogprobs
 from sparseray.errors import ConfigError
+from sparseray.jobs.tokens.infilling import find_sentinels
 
 
 def _byte_of_character() -> dict[str, int]:
@@ -55,7 +56,8 @@ class Vocabulary:
         self._special_ids = {str(one.content): token for token, one in self._added.items() if one.special}
         longest_first = sorted(self._special_ids, key=len, reverse=True)
         self._specials = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
-        ids = tokenizer.get_vocab(with_added_tokens=True).values()
+        names = tokenizer.get_vocab(with_added_tokens=True)
+        self.infilling, ids = find_sentinels(names), names.values()
         # A normalizer may compose characters: three of a decomposed syllable, nine bytes, become one of three.
         factor = 1 if tokenizer.normalizer is None else 4
         self.longest_token_bytes = factor * max(len(self.label_bytes(token)) for token in ids)

@@ -10,6 +10,7 @@ import codecs
 import hashlib
 import os
 import platform
+import re
 import stat
 import sysconfig
 from collections import Counter
@@ -55,6 +56,58 @@ class Source:
     licence: str
     files: tuple[SourceFile, ...]
     left_out: Mapping[str, int]
+    name: str = ""
+    weight: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spec:
+    """What the user wrote: PATH, NAME=PATH or NAME=PATH:WEIGHT; the name is empty and the weight 0 where not given."""
+
+    path: str
+    name: str = ""
+    weight: float = 0.0
+
+    @staticmethod
+    def parse(text: str) -> "Spec":
+        """Read one --source.
+
+        Raises:
+            DataError: the name or the weight cannot be used.
+        """
+        found = (
+            None if os.path.exists(text) else re.fullmatch(r"([^=/]*)=(.*?)(?::([^:/]*))?", text, re.DOTALL)
+        )
+        if found is None:
+            return Spec(path=text)
+        name, path, weight = found[1], found[2], found[3]
+        if not re.fullmatch(r"[A-Za-z]\w{0,31}", name, re.ASCII) or name == "from":
+            raise DataError(
+                f"--source {readable(text)!r}: {name!r} is no name; write letters, as in code=DIR:0.6"
+            )
+        try:
+            number = 0.0 if weight is None else float(weight)
+        except ValueError:
+            number = -1.0
+        if not (weight is None or 0 < number < 1e9):
+            raise DataError(
+                f"--source {readable(text)!r}: {weight!r} is no weight; write one above 0, as in {name}=DIR:0.6"
+            )
+        return Spec(path=path, name=name, weight=number)
+
+
+def _check_specs(specs: Sequence[Spec]) -> None:
+    """Refuse sources of which some have a name or a weight and others not, or two of one name."""
+    names, weights = [spec.name for spec in specs], [spec.weight for spec in specs]
+    if any(names) and not all(names):
+        raise DataError("some sources have a name and others not; name each, as in --source code=DIR:0.6")
+    if any(weights) and not all(weights):
+        raise DataError(
+            "some sources have a weight and others not; weigh each or none, as in --source code=DIR:0.6"
+        )
+    twice = [name for name, count in Counter(names).items() if name and count > 1]
+    if twice:
+        raise DataError(f"two sources are named {twice[0]!r}; give each a name of its own")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +138,7 @@ def find_sources(specs: Sequence[str], exclude: Sequence[Path] = ()) -> tuple[So
     """Resolve what the user gave into sources; a file reached twice belongs to the first one.
 
     Args:
-        specs: `stdlib`, or paths of files and folders.
+        specs: `stdlib`, or paths of files and folders; each with a name and a weight or without (`Spec`).
         exclude: folders never read (the output folder may lie inside a source).
 
     Raises:
@@ -96,7 +149,10 @@ def find_sources(specs: Sequence[str], exclude: Sequence[Path] = ()) -> tuple[So
     seen: set[Path] = set()
     labels: Counter[str] = Counter()
     sources = []
-    for spec in specs:
+    parsed = [Spec.parse(text) for text in specs]
+    _check_specs(parsed)
+    for one in parsed:
+        spec = one.path
         if not spec.strip():
             raise DataError(f"--source {spec!r} is empty; give {STDLIB!r}, a file or a folder")
         root = Path(sysconfig.get_paths()["stdlib"]) if spec == STDLIB else Path(spec)
@@ -117,7 +173,15 @@ def find_sources(specs: Sequence[str], exclude: Sequence[Path] = ()) -> tuple[So
         version = f"Python {platform.python_version()}" if spec == STDLIB else "sha256 of contents"
         licence = "PSF-2.0" if spec == STDLIB else _stated_licence(root)
         sources.append(
-            Source(spec=readable(spec), version=version, licence=licence, files=files, left_out=left_out)
+            Source(
+                spec=readable(spec),
+                version=version,
+                licence=licence,
+                files=files,
+                left_out=left_out,
+                name=one.name,
+                weight=one.weight,
+            )
         )
     return tuple(sources)
 
@@ -139,13 +203,25 @@ def document_limit(sources: Sequence[Source]) -> int:
     return min(MAX_DOCUMENT_BYTES, max(MIN_DOCUMENT_BYTES, share))
 
 
-def iter_documents(source: Source, limit: int, skipped: Counter[str]) -> Iterator[Document]:
+def keep_all(document: Document) -> str:
+    """Leave no document out."""
+    return ""
+
+
+def iter_documents(
+    source: Source,
+    limit: int,
+    skipped: Counter[str],
+    complaint: Callable[[Document], str] = keep_all,
+) -> Iterator[Document]:
     """Yield the documents of a source in file order.
 
     Args:
         source: what `find_sources` returned.
         limit: longest document in bytes; longer files are cut at line ends, else between characters.
-        skipped: counts files left out, by reason (`undecodable`, `unreadable`, `empty`); updated in place.
+        skipped: counts files left out, by reason (`undecodable`, `unreadable`, `empty`), and documents that something
+            is said against; updated in place.
+        complaint: says why a document is left out; empty to keep it.
     """
     for file in source.files:
         try:
@@ -156,7 +232,11 @@ def iter_documents(source: Source, limit: int, skipped: Counter[str]) -> Iterato
             for count, piece in enumerate(_pieces(file.path, limit), 1):
                 name = file.name if count == 1 else f"{file.name}#{count}"
                 digest = hashlib.sha256(piece).digest()
-                yield Document(name=name, text=piece.decode(), num_bytes=len(piece), digest=digest)
+                found = Document(name=name, text=piece.decode(), num_bytes=len(piece), digest=digest)
+                if why := complaint(found):
+                    skipped[why] += 1
+                else:
+                    yield found
             if count == 0:
                 skipped["empty"] += 1
         except OSError:

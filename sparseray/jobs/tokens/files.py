@@ -26,8 +26,8 @@ def token_dtype(vocab_size: int) -> str:
 class ShardWriter:
     """Parquet files of one split: a row is a document, its tokens end with the end of text."""
 
-    def __init__(self, folder: Path, split: str, dtype: str, shard_tokens: int) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, split: str, dtype: str, shard_tokens: int, source: str = "") -> None:
+        self._folder, self._source = folder, source
         self._split = split
         self._dtype = np.dtype(dtype)
         self._shard_tokens = shard_tokens
@@ -68,7 +68,8 @@ class ShardWriter:
                 self._writer.close()
 
     def _path(self) -> Path:
-        return self._folder / f"{self._split}-{len(self._shards):05d}.parquet"
+        of = f"{self._split}-{self._source}" if self._source else self._split
+        return self._folder / f"{of}-{len(self._shards):05d}.parquet"
 
     def _finish(self) -> None:
         self._writer.close()
@@ -83,6 +84,7 @@ class ShardWriter:
                 tokens=counts.tokens,
                 bytes=counts.bytes,
                 sha256=sha256_of_file(path),
+                source=self._source,
             )
         )
         self._counts = Counts()

@@ -6,17 +6,14 @@ and one rename makes `DIR`. A killed preparation leaves only `DIR.partial`, whic
 """
 
 import fcntl
-import hashlib
 import os
 import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import pyarrow as pa
 import tokenizers
@@ -26,6 +23,7 @@ from sparseray.actors.training.manifest import (
     SPLITS,
     TOKENIZER_NAME,
     Counts,
+    InfillingInfo,
     Manifest,
     ShardInfo,
     SourceInfo,
@@ -36,6 +34,7 @@ from sparseray.actors.training.manifest import (
 )
 from sparseray.errors import DataError
 from sparseray.jobs.tokens.corpus import (
+    MAX_DOCUMENT_BYTES,
     Document,
     Source,
     document_limit,
@@ -43,7 +42,11 @@ from sparseray.jobs.tokens.corpus import (
     iter_documents,
     readable,
 )
-from sparseray.jobs.tokens.files import ShardWriter, token_dtype
+from sparseray.jobs.tokens.encode import Encoder, Infilling, Split, write_shards
+from sparseray.jobs.tokens.files import token_dtype
+from sparseray.jobs.tokens.infilling import FAMILIES, with_sentinels
+from sparseray.jobs.tokens.progress import Progress, quiet
+from sparseray.jobs.tokens.selection import Selection
 from sparseray.jobs.tokens.tokenizer import TextTokenizer, check_vocab_size, load_tokenizer, train_bpe
 from sparseray.log import get_logger
 from sparseray.model.limits import Limits, complaint
@@ -52,18 +55,8 @@ from sparseray.platform.checks import check_folder
 log = get_logger(__name__)
 
 LOCK_NAME = ".sparseray-preparing"
-BATCH_BYTES = 1 << 20
 SHARD_TOKENS = 1 << 23
-
-
-class Progress(Protocol):
-    """Called as work goes on: what is being done, bytes done and bytes in all."""
-
-    def __call__(self, phase: str, done_bytes: int, total_bytes: int) -> None: ...
-
-
-def quiet(phase: str, done_bytes: int, total_bytes: int) -> None:
-    """Report nothing."""
+LEAST_DOCUMENT_BYTES = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,19 +67,6 @@ class Survey:
     sample: list[str]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Split:
-    """The rule that sends a document to training or validation; a pure function of its hash."""
-
-    fraction: float
-    min_key: int
-
-    def of(self, document: Document) -> str:
-        """Return `train` or `validation`; the smallest key always validates, so the split is never empty."""
-        chosen = document.split_key < int(self.fraction * 2**64) or document.split_key == self.min_key
-        return "validation" if self.fraction > 0 and chosen else "train"
-
-
 def prepare(
     sources: Sequence[str],
     out: Path,
@@ -94,6 +74,10 @@ def prepare(
     tokenizer: str = "bpe",
     vocab_size: int = 2048,
     validation_fraction: float = 0.02,
+    fim_rate: float = 0.0,
+    document_bytes: int = 0,
+    code_filters: bool = False,
+    near_duplicates: float = 0.0,
     progress: Progress = quiet,
     overwrite: bool = False,
     shard_tokens: int = SHARD_TOKENS,
@@ -106,6 +90,10 @@ def prepare(
         tokenizer: `bpe` (trained on the sources), `deepseek`, or the path of a tokenizer.json.
         vocab_size: ids of a trained BPE.
         validation_fraction: share of documents to validate on, in [0, 1); 0 makes no validation shards.
+        fim_rate: share of training documents rearranged for fill-in-the-middle, in [0, 1].
+        document_bytes: longest document, beyond which a file is cut at line ends; 0 for 256 KiB, less for few files.
+        code_filters: leave out documents of code by DeepSeek-Coder-V2's rules.
+        near_duplicates: similarity from which of alike documents one is kept; 0 keeps all.
         progress: receives (phase, bytes done, bytes in all).
         overwrite: replace a finished data set in `out`.
         shard_tokens: tokens after which a new Parquet file is begun.
@@ -113,8 +101,8 @@ def prepare(
     Raises:
         DataError: missing or empty sources, an unknown tokenizer, or an `out` that is in use.
     """
-    if not 0 <= validation_fraction < 1:
-        raise DataError(f"validation_fraction={validation_fraction} is outside [0, 1); try 0.02")
+    _check_numbers(validation_fraction, fim_rate, document_bytes)
+    selection = Selection(code_filters=code_filters, near_duplicates=near_duplicates)
     out = Path(out)
     _check_target(out, overwrite)
     partial = out.with_name(out.name + ".partial")
@@ -122,25 +110,46 @@ def prepare(
     if loaded is None:
         check_vocab_size(vocab_size)
     corpus = find_sources(sources, exclude=(out, partial, _aside(out)))
-    limit = document_limit(corpus)
+    limit = document_bytes or document_limit(corpus)
     sample_bytes = 0 if loaded else min(64 << 20, max(4 << 20, 2048 * vocab_size))
-    survey = _survey(corpus, limit, validation_fraction, sample_bytes, progress)
+    survey = _survey(corpus, limit, validation_fraction, sample_bytes, progress, selection)
     if loaded is None:
-        sampled = sum(map(len, survey.sample))
-        progress("training the tokenizer", 0, sampled)
-        loaded = train_bpe(survey.sample, vocab_size)
-        progress("training the tokenizer", sampled, sampled)
-        if loaded.vocab_size < vocab_size:
-            log.warning("the sources give %d of the %d token ids wanted", loaded.vocab_size, vocab_size)
+        loaded = _trained(survey.sample, vocab_size, FAMILIES[0] if fim_rate else (), progress)
+    infilling = Infilling(rate=fim_rate, sentinels=with_sentinels(loaded.tokenizer)) if fim_rate else None
     split = Split(fraction=validation_fraction, min_key=survey.min_key)
+    encoder = Encoder(tokenizer=loaded, split=split, infilling=infilling)
     with _partial_folder(partial) as folder:
         loaded.tokenizer.save(str(folder / TOKENIZER_NAME), pretty=False)
         sync(folder / TOKENIZER_NAME)
-        infos, shards = _write_shards(corpus, limit, loaded, split, folder, shard_tokens, progress)
-        manifest = _manifest(loaded, folder, infos, shards, validation_fraction)
+        infos, shards = write_shards(corpus, limit, encoder, folder, shard_tokens, progress, selection)
+        manifest = _manifest(loaded, folder, infos, shards, validation_fraction, encoder.info())
         write_manifest(folder, manifest)
         _commit(folder, out, overwrite)
     return manifest
+
+
+def _trained(
+    sample: Sequence[str], vocab_size: int, specials: Sequence[str], progress: Progress
+) -> TextTokenizer:
+    """Train a tokenizer, and tell of it."""
+    sampled = sum(map(len, sample))
+    progress("training the tokenizer", 0, sampled)
+    found = train_bpe(sample, vocab_size, specials)
+    progress("training the tokenizer", sampled, sampled)
+    if found.vocab_size < vocab_size:
+        log.warning("the sources give %d of the %d token ids wanted", found.vocab_size, vocab_size)
+    return found
+
+
+def _check_numbers(validation_fraction: float, fim_rate: float, document_bytes: int) -> None:
+    if not 0 <= validation_fraction < 1:
+        raise DataError(f"validation_fraction={validation_fraction} is outside [0, 1); try 0.02")
+    if not 0 <= fim_rate <= 1:
+        raise DataError(f"fim_rate={fim_rate} is outside [0, 1]; try 0.5")
+    if document_bytes and not LEAST_DOCUMENT_BYTES <= document_bytes <= MAX_DOCUMENT_BYTES:
+        raise DataError(
+            f"document_bytes={document_bytes} is outside [{LEAST_DOCUMENT_BYTES}, {MAX_DOCUMENT_BYTES}]; try 2048"
+        )
 
 
 def _check_target(out: Path, overwrite: bool) -> None:
@@ -167,7 +176,12 @@ def _aside(out: Path) -> Path:
 
 
 def _survey(
-    corpus: Sequence[Source], limit: int, fraction: float, sample_bytes: int, progress: Progress
+    corpus: Sequence[Source],
+    limit: int,
+    fraction: float,
+    sample_bytes: int,
+    progress: Progress,
+    selection: Selection,
 ) -> Survey:
     """Pass one: check that both splits get documents, and gather the tokenizer's sample."""
     total = sum(file.num_bytes for source in corpus for file in source.files)
@@ -178,7 +192,7 @@ def _survey(
     skipped: Counter[str] = Counter()
     for source in corpus:
         skipped.update(source.left_out)
-        for document in iter_documents(source, limit, skipped):
+        for document in iter_documents(source, limit, skipped, selection.first):
             count += 1
             min_key, max_key = min(min_key, document.split_key), max(max_key, document.split_key)
             # Twice the expected size is never reached by chance; it bounds memory all the same.
@@ -200,102 +214,13 @@ def _survey(
     return Survey(min_key=min_key, sample=[item.text for item in sample if split.of(item) == "train"])
 
 
-def _write_shards(
-    corpus: Sequence[Source],
-    limit: int,
-    tokenizer: TextTokenizer,
-    split: Split,
-    folder: Path,
-    shard_tokens: int,
-    progress: Progress,
-) -> tuple[list[SourceInfo], list[ShardInfo]]:
-    """Pass two: tokenise all documents; one batch is encoded while the one before is written."""
-    total = sum(file.num_bytes for source in corpus for file in source.files)
-    dtype = token_dtype(tokenizer.vocab_size)
-    writers = {name: ShardWriter(folder, name, dtype, shard_tokens) for name in SPLITS}
-    infos: list[SourceInfo] = []
-    done = 0
-    pending: tuple[list[Document], Future[list[list[int]]]] | None = None
-    try:
-        with ThreadPoolExecutor(1) as pool:
-            for batch in _batches(corpus, limit, infos):
-                future = pool.submit(tokenizer.encode_batch, [document.text for document in batch])
-                if pending is not None:
-                    done += _store(*pending, tokenizer.eos_id, split, writers)
-                    progress("tokenising", done, total)
-                pending = (batch, future)
-            if pending is not None:
-                done += _store(*pending, tokenizer.eos_id, split, writers)
-                progress("tokenising", total, total)
-        shards = [shard for name in SPLITS for shard in writers[name].close()]
-    except BaseException:
-        for writer in writers.values():
-            writer.abort()
-        raise
-    if not any(shard.split == "train" for shard in shards):
-        raise DataError(
-            "the sources changed while they were read, and no training text is left; run it again"
-        )
-    return infos, shards
-
-
-def _batches(corpus: Sequence[Source], limit: int, infos: list[SourceInfo]) -> Iterator[list[Document]]:
-    """Group documents to about `BATCH_BYTES`; append each source's record once it has been read."""
-    batch: list[Document] = []
-    held = 0
-    for source in corpus:
-        skipped = Counter(source.left_out)
-        digest = hashlib.sha256()
-        documents = num_bytes = 0
-        for document in iter_documents(source, limit, skipped):
-            documents += 1
-            num_bytes += document.num_bytes
-            digest.update(document.name.encode("utf-8", "surrogateescape") + b"\0" + document.digest)
-            batch.append(document)
-            held += document.num_bytes
-            if held >= BATCH_BYTES:
-                yield batch
-                batch, held = [], 0
-        infos.append(
-            SourceInfo(
-                source=source.spec,
-                version=source.version,
-                licence=source.licence,
-                files=len(source.files),
-                documents=documents,
-                bytes=num_bytes,
-                skipped=dict(sorted(skipped.items())),
-                sha256=digest.hexdigest(),
-            )
-        )
-    if batch:
-        yield batch
-
-
-def _store(
-    batch: list[Document],
-    future: Future[list[list[int]]],
-    eos_id: int,
-    split: Split,
-    writers: dict[str, ShardWriter],
-) -> int:
-    """Write one encoded batch to its splits and return its bytes."""
-    sides: dict[str, list[tuple[Document, list[int]]]] = {name: [] for name in writers}
-    for document, ids in zip(batch, future.result(), strict=True):
-        ids.append(eos_id)
-        sides[split.of(document)].append((document, ids))
-    for name, rows in sides.items():
-        if rows:
-            writers[name].write(rows)
-    return sum(document.num_bytes for document in batch)
-
-
 def _manifest(
     tokenizer: TextTokenizer,
     folder: Path,
     sources: Sequence[SourceInfo],
     shards: Sequence[ShardInfo],
     fraction: float,
+    infilling: InfillingInfo | None,
 ) -> Manifest:
     """Sum the shards up; nothing in it depends on time or place."""
     splits = {
@@ -319,6 +244,7 @@ def _manifest(
         splits=splits,
         sources=tuple(sources),
         files=tuple(shards),
+        infilling=infilling,
         versions={
             "python": ".".join(map(str, sys.version_info[:3])),
             "pyarrow": pa.__version__,

@@ -7,12 +7,13 @@ loaded directly: that package's own encoder disagrees with its file on runs of s
 
 import importlib.util
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from sparseray.actors.training import tokenizer_file
 from sparseray.errors import DataError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -52,12 +53,13 @@ class TextTokenizer:
         return str(self.tokenizer.decode(ids, skip_special_tokens=False))
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int) -> TextTokenizer:
+def train_bpe(texts: Iterable[str], vocab_size: int, specials: Sequence[str] = ()) -> TextTokenizer:
     """Train a byte-level BPE whose end of text is id 0; any text round-trips.
 
     Args:
         texts: the sample to learn merges from.
         vocab_size: ids wanted, at least 257; a small sample may give fewer.
+        specials: further special tokens, with ids from 1.
 
     Raises:
         DataError: `vocab_size` is too small for the 256 bytes.
@@ -69,7 +71,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> TextTokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         min_frequency=2,
-        special_tokens=[END_OF_TEXT],
+        special_tokens=[END_OF_TEXT, *specials],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
@@ -96,10 +98,7 @@ def load_tokenizer(name: str) -> TextTokenizer:
         path = path / "tokenizer.json"
     if not path.is_file():
         raise DataError(f"unknown tokenizer {name!r}; use bpe, deepseek, or the path of a tokenizer.json")
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception for a file that it cannot parse
-        raise DataError(f"{path} is not a tokenizer.json of the tokenizers library: {error}") from error
+    tokenizer = tokenizer_file.load_tokenizer(path)
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return _wrap(tokenizer, name if name == "deepseek" else "file", _eos_token(tokenizer, path))

@@ -116,4 +116,4 @@ class Records:
                 for layer, counts in zip(self._layers, record.get("expert_load", []))
                 for expert, count in enumerate(counts)
             ]
-        return lambda record: [((), float(record[key]))] if key in record else []
+        return lambda record: [((), float(record[key]))] if record.get(key) is not None else []

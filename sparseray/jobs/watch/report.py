@@ -19,7 +19,7 @@ def write_report(folder: RunFolder) -> Path:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    records, events = folder.records(), folder.event_lines()
+    records, events = [r for r in folder.records() if "spike" not in r], folder.event_lines()
     folder.report.mkdir(parents=True, exist_ok=True)
     if events:
         figure = Figure()
@@ -32,7 +32,8 @@ def write_report(folder: RunFolder) -> Path:
     if folder.evaluations.exists():
         evaluations = [json.loads(line) for line in folder.evaluations.read_text().splitlines()]
     figure = Figure(figsize=(9, 4.5), layout="constrained")
-    _draw_loss(figure.subplots(), records, evaluations)
+    earlier, shift = earlier_records(folder)
+    _draw_loss(figure.subplots(), records, evaluations, earlier, shift)
     figure.savefig(folder.report / "loss.png", dpi=110)
     load = np.array([record["expert_load"] for record in records], np.float64)
     if load.size:
@@ -42,16 +43,41 @@ def write_report(folder: RunFolder) -> Path:
     return folder.report
 
 
-def _draw_loss(axes: Any, records: list[dict[str, Any]], evaluations: list[dict[str, Any]]) -> None:
-    steps, losses = [r["step"] for r in records], [r["loss"] for r in records]
+def earlier_records(folder: RunFolder) -> tuple[list[dict[str, Any]], int]:
+    """Records of the run whose checkpoint a run began with, and where on that run's axis its own step 0 lies.
+
+    Nothing, and 0, where it began with a seed, or that run is not there any more.
+    """
+    origin = folder.origin()
+    if origin is None:
+        return [], 0
+    before = RunFolder(Path(origin.checkpoint).parent.parent)
+    return [r for r in before.records() if "spike" not in r], origin.step - origin.begin
+
+
+def _draw_loss(
+    axes: Any,
+    records: list[dict[str, Any]],
+    evaluations: list[dict[str, Any]],
+    earlier: list[dict[str, Any]],
+    shift: int,
+) -> None:
+    """Draw a run's loss; on one axis with that of the run that it goes on from, if there is one."""
+    steps, losses = [shift + r["step"] for r in records], [r["loss"] for r in records]
+    if earlier:
+        axes.plot(
+            [r["step"] for r in earlier],
+            _smoothed([r["loss"] for r in earlier]),
+            color="#8a6d3b",
+            linewidth=2,
+            label="the run that it goes on from, smoothed",
+        )
+        axes.axvline(steps[0] - 1, color="#777777", linewidth=1, linestyle=":")
     axes.plot(steps, losses, color="#b9c7d6", linewidth=1, label="training loss of each step")
-    smooth = np.array(losses, np.float64)
-    for i in range(1, len(smooth)):
-        smooth[i] = 0.9 * smooth[i - 1] + 0.1 * smooth[i]
-    axes.plot(steps, smooth, color="#1f5fa8", linewidth=2, label="smoothed")
+    axes.plot(steps, _smoothed(losses), color="#1f5fa8", linewidth=2, label="smoothed")
     if evaluations:
         axes.plot(
-            [e["step"] for e in evaluations],
+            [shift + e["step"] for e in evaluations],
             [e["eval_loss"] for e in evaluations],
             "o",
             color="#c2452d",
@@ -62,6 +88,13 @@ def _draw_loss(axes: Any, records: list[dict[str, Any]], evaluations: list[dict[
     axes.set_title("Loss")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
+
+
+def _smoothed(losses: list[float]) -> np.ndarray:
+    smooth = np.array(losses, np.float64)
+    for i in range(1, len(smooth)):
+        smooth[i] = 0.9 * smooth[i - 1] + 0.1 * smooth[i]
+    return smooth
 
 
 def _draw_load(figure: Any, steps: list[int], load_SLE: np.ndarray) -> None:

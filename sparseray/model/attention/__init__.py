@@ -15,5 +15,5 @@ ATTENTIONS: dict[str, type[Attention]] = {"full": FullAttention, "nsa": NSAttent
 
 
 def attention_of(config: ModelConfig, layer: int) -> type[Attention]:
-    """The class of a layer's attention."""
-    return ATTENTIONS[config.attention[layer]]
+    """The class of a layer's attention, or of that of a module's block."""
+    return ATTENTIONS[config.attention[config.like(layer)]]

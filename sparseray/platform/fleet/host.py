@@ -19,6 +19,7 @@ from sparseray.platform.fleet.job import SpecJobs
 from sparseray.platform.fleet.priority import gently
 from sparseray.platform.fleet.transport import ZmqTransport, private_directory
 from sparseray.platform.fleet.warming import warm_holdings
+from sparseray.platform.fleet.weights_port import WeightsPort
 from sparseray.platform.metrics.exporter import Metrics
 from sparseray.platform.run.machines import kind_here
 
@@ -49,7 +50,8 @@ class Host:
         self._metrics = Metrics({"slot": str(slot)}, declare="slot")
         self._metrics_address = self._metrics.serve(bind_host)
         mailbox = SlotMailbox(self._transport, slot, job)
-        self._jobs = SpecJobs(self._metrics)
+        self._port = WeightsPort(directory, bind_host)
+        self._jobs = SpecJobs(self._metrics, self._port)
         self._slot = Slot(mailbox, self._jobs)
         self._thread = threading.Thread(target=self._serve, daemon=True, name=f"slot-{slot}")
         self._heartbeats = ""
@@ -104,6 +106,7 @@ class Host:
         if self._thread.is_alive():
             return False
         self._transport.close()
+        self._port.close()
         self._metrics.close()
         return True
 

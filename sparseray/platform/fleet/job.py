@@ -12,12 +12,14 @@ from sparseray.actors.installation import JobSpec
 from sparseray.actors.serving.enduring import Lookups
 from sparseray.actors.serving.engine import Engine
 from sparseray.actors.serving.paged_engine import PagedEngine
+from sparseray.actors.serving.speculative_engine import SpeculativeEngine
 from sparseray.actors.state.dense import DenseState
 from sparseray.actors.state.dense_slab import DenseSlabs
 from sparseray.actors.state.experts import ExpertShard
 from sparseray.actors.state.holdings import Holdings
 from sparseray.actors.state.memory import MemoryShard
 from sparseray.actors.state.whole_experts import WholeExperts
+from sparseray.actors.training.mixture import Mixture
 from sparseray.actors.training.token_data import TokenBatches, TokenDataset
 from sparseray.actors.wire.messages import SavedTensor
 from sparseray.errors import IdentityError
@@ -27,6 +29,7 @@ from sparseray.model.dse_layout import DSELayout
 from sparseray.model.transformer import Transformer
 from sparseray.platform.config import RunConfig, from_dict
 from sparseray.platform.device import is_whole
+from sparseray.platform.fleet.weights_port import WeightsPort, is_offered, read_offered
 from sparseray.platform.metrics.exporter import Metrics
 from sparseray.platform.run import checkpoint
 
@@ -44,9 +47,10 @@ class SlotJob:
     Args:
         spec: of a plan message.
         metrics: the slot's metrics.
+        port: where servers read the weights that it offers.
     """
 
-    def __init__(self, spec: JobSpec, metrics: Metrics) -> None:
+    def __init__(self, spec: JobSpec, metrics: Metrics, port: WeightsPort) -> None:
         self.config = from_dict(RunConfig, json.loads(spec.config))
         self.layout = DSELayout.load(Path(spec.layout)) if spec.layout else None
         if self.layout is not None and self.layout.sha256 != spec.layout_sha256:
@@ -54,7 +58,7 @@ class SlotJob:
                 f"{spec.layout} holds DSE layout {self.layout.sha256[:12]}, and the plan was made for "
                 f"{spec.layout_sha256[:12]}: rows would be addressed wrongly; use the run's own folder"
             )
-        self.metrics = metrics
+        self.metrics, self._port = metrics, port
         self.is_serving = spec.serving
         self._grammars = _load_grammars(spec, self.config.model) if self.is_serving else None
         self.deadline_s = self.config.cluster.deadline_s
@@ -126,15 +130,17 @@ class SlotJob:
             "prefill_chunk": serve.prefill_chunk if self.device.type == "cpu" else PREFILL_ROWS,
             "cache_bytes": int(serve.cache_gib * 2**30) or None,
         }
-        return PagedEngine(model, exchange.experts, memory, **options)
+        kind = SpeculativeEngine if model.mtp else PagedEngine
+        return kind(model, exchange.experts, memory, **options)
 
     def _batches(self, split: str, seed: int, *, is_fixed: bool) -> TokenBatches:
         if split not in self._datasets:
             # The shards were verified once, when the run started.
             self._datasets[split] = TokenDataset(Path(self.config.data.path), split, verify=False)
-        train = self.config.train
+        train, mixture = self.config.train, self.config.data.mixture
         return TokenBatches(
             dataset=self._datasets[split],
+            mixture=Mixture.parse(mixture) if mixture and not is_fixed else None,
             seed=seed,
             num_parts=train.logical_shards,
             sequences_per_part=train.sequences_per_shard,
@@ -151,12 +157,14 @@ class SlotJob:
         return self._batches("validation", 0, is_fixed=True)
 
     def read(self, directory: str, names: Sequence[str]) -> dict[str, torch.Tensor]:
-        """Read tensors of a checkpoint.
+        """Read tensors of a checkpoint, or of what a run offers.
 
         Args:
-            directory: of the checkpoint.
+            directory: of the checkpoint; or what `source_of` gives.
             names: logical names.
         """
+        if is_offered(directory):
+            return read_offered(directory, names)
         return checkpoint.read_tensors(directory, names)
 
     def write(self, directory: str, name: str, tensors: dict[str, torch.Tensor]) -> dict[str, SavedTensor]:
@@ -168,6 +176,18 @@ class SlotJob:
             tensors: by logical name.
         """
         return checkpoint.write_part(directory, name, tensors)
+
+    def offer(self, step: int, tensors: dict[str, torch.Tensor]) -> str:
+        """As `WeightsPort.offer`.
+
+        Args:
+            step, tensors: what is offered.
+        """
+        return self._port.offer(step, tensors)
+
+    def withdraw(self) -> None:
+        """Offer nothing any more."""
+        self._port.withdraw()
 
     def observe(self, name: str, value: float, **labels: str) -> None:
         """Record a metric of this slot.
@@ -197,16 +217,17 @@ class SpecJobs:
 
     Args:
         metrics: the slot's metrics.
+        port: where servers read the weights that it offers.
     """
 
-    def __init__(self, metrics: Metrics) -> None:
-        self._metrics = metrics
+    def __init__(self, metrics: Metrics, port: WeightsPort | None = None) -> None:
+        self._metrics, self._port = metrics, port or WeightsPort()
         self._last: tuple[JobSpec, SlotJob] | None = None
 
     def __call__(self, spec: JobSpec) -> SlotJob:
         """Return the job of a spec."""
         if self._last is None or self._last[0] != spec:
-            self._last = spec, SlotJob(spec, self._metrics)
+            self._last = spec, SlotJob(spec, self._metrics, self._port)
         return self._last[1]
 
 

@@ -209,15 +209,18 @@ class Pool:
             return max(0, free + self._startable(kind) - asked)
 
     def lacking(self, kind: Kind) -> int:
-        """Leases of a kind for which there is no actor, none that is being given back, and no room for one.
+        """Leases of a kind for which there is no actor, none that is or will be free, and no room for one.
 
         Before the cluster's room is known, none.
         """
         with self._lock:
             if not self._counted or self._startable(kind) > 0:
                 return 0
-            leaving = sum(actor.leaving is not None and actor.kind == kind for actor in self._actors.values())
-            return max(0, sum(waiting.kind == kind for waiting in self._waiting) - leaving)
+            coming = sum(
+                actor.kind == kind and (actor.leaving is not None or actor.lease is None)
+                for actor in self._actors.values()
+            )
+            return max(0, sum(waiting.kind == kind for waiting in self._waiting) - coming)
 
     def status(self) -> dict[str, int]:
         """How many actors there are, by what they do, and how many leases wait."""

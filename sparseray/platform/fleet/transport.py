@@ -56,20 +56,39 @@ class ZmqTransport:
         self._outgoing: dict[int, tuple[str, zmq.Socket[bytes]]] = {}
         self._ends: dict[int, zmq.Socket[bytes]] = {}
         self._gone: set[int] = set()
+        self._guests: dict[int, str] = {}
 
     def connect(self, peers: dict[int, str]) -> None:
         """Open a queue to every peer; one whose address changed is replaced, one that left is closed."""
         with self._sending:
+            peers = {**self._guests, **peers}
             for slot in [s for s, (address, _) in self._outgoing.items() if peers.get(s) != address]:
                 self._close(slot, linger=0)
             for slot, address in peers.items():
                 if slot not in self._outgoing:
-                    queue = self._context.socket(zmq.PUSH)
-                    queue.setsockopt(zmq.SNDHWM, 0)
-                    queue.setsockopt(zmq.LINGER, 1000)
-                    self._ends[slot] = queue.get_monitor_socket(_WATCHED)
-                    queue.connect(address)
-                    self._outgoing[slot] = (address, queue)
+                    self._open(slot, address)
+
+    def reach(self, slot: int, address: str) -> None:
+        """Open a queue to one more peer, which `connect` leaves alone.
+
+        Args:
+            slot: its id.
+            address: of its inbox.
+        """
+        with self._sending:
+            self._guests[slot] = address
+            if slot in self._outgoing and self._outgoing[slot][0] != address:
+                self._close(slot, linger=0)
+            if slot not in self._outgoing:
+                self._open(slot, address)
+
+    def _open(self, slot: int, address: str) -> None:
+        queue = self._context.socket(zmq.PUSH)
+        queue.setsockopt(zmq.SNDHWM, 0)
+        queue.setsockopt(zmq.LINGER, 1000)
+        self._ends[slot] = queue.get_monitor_socket(_WATCHED)
+        queue.connect(address)
+        self._outgoing[slot] = (address, queue)
 
     def send(self, slot: int, frames: Sequence[Any]) -> None:
         """Queue frames for a slot; large ones are not copied, so the caller must not change them.

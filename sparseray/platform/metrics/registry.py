@@ -88,6 +88,11 @@ _TRAINING = {
         values={"phase": ("data", "fetch", "forward", "backward", "other")},
     ),
     "train_nonfinite_steps_total": _counter(help="Steps refused because their gradient norm was not finite"),
+    "train_spikes_total": _counter(
+        help="Steps left out because their loss or gradient norm stood out",
+        labels=("reaction",),
+        values={"reaction": ("skip", "rollback")},
+    ),
     "eval_loss": _gauge(unit="nats", help="Validation cross-entropy, nats per token"),
     "eval_bpb": _gauge(help="Validation loss in bits per byte of text"),
     "checkpoint_save_seconds": _histogram(
@@ -172,6 +177,7 @@ _ELASTIC = {
         values={
             "kind": (
                 "unsaved",
+                "spike",
                 "lost",
                 "recovered",
                 "resized",
@@ -273,6 +279,14 @@ _SERVING = {
     ),
     "engine_batch_requests": _histogram(
         source="slot", help="Requests in the batch, once a step", buckets=BATCH_BUCKETS
+    ),
+    "drafted_tokens_total": _counter(
+        source="slot",
+        help="Tokens that were drafted and judged, by their place in the draft",
+        labels=("place",),
+    ),
+    "accepted_tokens_total": _counter(
+        source="slot", help="Drafted tokens that stand in a text", labels=("place",)
     ),
     "engine_failed_steps_total": _counter(source="slot", help="Steps of the serving batch that failed"),
     "serving_version_step": _gauge(help="Step of the weights that a server serves"),

@@ -40,7 +40,10 @@ class StepMetrics:
         """
         metrics = self._metrics
         for name in ("step", "loss", "aux_loss", "grad_norm"):
-            metrics.record(f"train_{name}", record[name])
+            if record[name] is not None:
+                metrics.record(f"train_{name}", record[name])
+        if "spike" in record:
+            metrics.record("train_spikes_total", 1, reaction=record["spike"])
         metrics.record("train_learning_rate", record["lr"])
         metrics.record("train_tokens_total", record["tokens"])
         metrics.record("train_flops_total", record["tokens"] * self._flops)

@@ -67,10 +67,10 @@ def _gradient_bytes(config: RunConfig, element: int) -> int:
 def _activations(config: RunConfig, element: int) -> int:
     model, train = config.model, config.train
     tokens = train.sequences_per_shard * train.seq_len
-    kept = [_layer(model, layer, element) for layer in range(model.num_layers)]
+    kept = [_layer(model, layer, element) for layer in range(model.num_blocks)]
     if train.recompute:
         # Every layer's input and routing; one layer at a time has the rest.
-        kept = [model.hidden * element + 12 * model.moe.top_k] * model.num_layers + [max(kept)]
+        kept = [model.hidden * element + 12 * model.moe.top_k] * model.num_blocks + [max(kept)]
     working = _working(model, element)
     ends = 3 * model.hidden * element
     return tokens * (sum(kept) + working + ends)
@@ -92,7 +92,7 @@ def _layer(model: ModelConfig, layer: int, element: int) -> int:
 
 def _attention(model: ModelConfig, layer: int, element: int) -> int:
     """Of it queries, keys, values, the attention's output and its statistics."""
-    heads, kind = model.num_heads, model.attention[layer % len(model.attention)]
+    heads, kind = model.num_heads, model.attention[model.like(layer)]
     if kind == "mla":
         mla = model.mla
         compressed = 2 * (mla.q_lora_rank or 0) + 2 * mla.cache_width

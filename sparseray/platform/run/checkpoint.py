@@ -128,17 +128,19 @@ def give_up(root: Path, step: int) -> None:
     shutil.rmtree(root / f"step_{step}{UNFINISHED}", ignore_errors=True)
 
 
-def prune(root: Path, keep: int) -> None:
+def prune(root: Path, keep: int, needed: Path | None = None) -> None:
     """Remove all but the newest `keep` checkpoints, and what was never finished.
 
     Args:
         root: folder of the run's checkpoints.
         keep: how many; 1 or more.
+        needed: one that stays in any case.
     """
     for path in root.glob(f"step_*{UNFINISHED}"):
         shutil.rmtree(path, ignore_errors=True)
     for path in list_finished(root)[:-keep]:
-        shutil.rmtree(path, ignore_errors=True)
+        if path != needed:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def list_finished(root: Path) -> list[Path]:
@@ -146,7 +148,12 @@ def list_finished(root: Path) -> list[Path]:
     found = [
         p for p in root.glob("step_*") if p.name.removeprefix("step_").isdigit() and (p / MANIFEST).exists()
     ]
-    return sorted(found, key=lambda p: int(p.name.removeprefix("step_")))
+    return sorted(found, key=step_of)
+
+
+def step_of(path: Path) -> int:
+    """The step that a finished checkpoint is of, by its name."""
+    return int(path.name.removeprefix("step_"))
 
 
 def read_manifest(directory: str | Path) -> dict[str, Any]:

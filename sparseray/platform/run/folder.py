@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 from collections import deque
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import yaml
 from sparseray.errors import CheckpointError, ConfigError, IdentityError
 from sparseray.log import get_logger
 from sparseray.model.dse_layout import DSELayout
-from sparseray.platform.config import RunConfig, save_yaml, to_dict
+from sparseray.platform.config import RunConfig, from_dict, save_yaml, to_dict
 from sparseray.platform.run import checkpoint
 
 log = get_logger(__name__)
@@ -30,6 +31,7 @@ FREE_KEYS = (
     "kernels",
     "determinism",
     "data.path",
+    "data.mixture",
     "data.verify",
     "optim.",
     "train.steps",
@@ -39,11 +41,28 @@ FREE_KEYS = (
     "train.eval_batches",
     "train.dtype",
     "train.recompute",
+    "train.spike",
 )
 
 
+ORIGIN = "origin.json"
 MOST_UNWRITTEN = 100_000
 """Lines that wait for a disk that is full; the oldest go first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """The checkpoint that a run began with.
+
+    Args:
+        checkpoint: its folder.
+        step: that it is of.
+        begin: step that the run goes on from; 0 for one that took the weights alone.
+    """
+
+    checkpoint: str
+    step: int
+    begin: int
 
 
 class RunFolder:
@@ -98,7 +117,7 @@ class RunFolder:
         return [
             f"{key} {old.get(key)!r} -> {new[key]!r}"
             for key in sorted(new)
-            if key.startswith(("optim.", "train.")) and old.get(key) != new[key]
+            if key.startswith(("optim.", "train.", "data.mixture")) and old.get(key) != new[key]
         ]
 
     def _recorded(self) -> dict[str, Any]:
@@ -113,6 +132,14 @@ class RunFolder:
             raise ConfigError(f"{self.config} holds no configuration; restore it, or give another run_dir")
         # What a later version added has its default.
         return flat(to_dict(RunConfig())) | flat(content)
+
+    def recorded_config(self) -> RunConfig:
+        """The configuration that the run was started with.
+
+        Raises:
+            ConfigError: it cannot be read.
+        """
+        return from_dict(RunConfig, yaml.safe_load(self.config.read_text()))
 
     def check_identity(self, layout: DSELayout | None) -> None:
         """Refuse data that would address the table rows in another way than the run's; changes nothing.
@@ -153,13 +180,21 @@ class RunFolder:
             raise IdentityError(f"{newest} addresses its table rows by another DSE identity; {cure}")
         return newest
 
-    def open(self, config: RunConfig, layout: DSELayout | None, tokenizer: Path) -> None:
+    def origin(self) -> Origin | None:
+        """Where the run's weights came from; None for a seed."""
+        path = self.identity / ORIGIN
+        return Origin(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+
+    def open(
+        self, config: RunConfig, layout: DSELayout | None, tokenizer: Path, origin: Origin | None = None
+    ) -> None:
         """Create what is missing; the identity (DSE layout, tokenizer) is written once and checked ever after.
 
         Args:
             config: of the run.
             layout: DSE identity; None for a model without memory.
             tokenizer: file of the data's tokenizer.
+            origin: where a new run's weights come from; None for a seed.
         """
         for path in (self.path, self.checkpoints, self.report):
             path.mkdir(parents=True, exist_ok=True)
@@ -171,6 +206,8 @@ class RunFolder:
             shutil.copyfile(tokenizer.with_name("manifest.json"), unfinished / "data_manifest.json")
             if layout is not None:
                 layout.save(unfinished)
+            if origin is not None:
+                (unfinished / ORIGIN).write_text(json.dumps(asdict(origin), indent=1), encoding="utf-8")
             os.rename(unfinished, self.identity)
         self.check_identity(layout)
         self._write_tokenizer_config(tokenizer, config)

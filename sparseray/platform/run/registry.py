@@ -103,6 +103,11 @@ def forget_run(run_dir: Path) -> None:
     (state_folder() / f"{_key(run_dir)}.json").unlink(missing_ok=True)
 
 
+def is_going_on(run_dir: Path) -> bool:
+    """Whether a run in a folder was not seen to end."""
+    return (state_folder() / f"{_key(run_dir)}.json").exists()
+
+
 def registered_runs() -> list[RegisteredRun]:
     """All runs that were not seen to end, newest first."""
     return _read(state_folder(), "*.json", RegisteredRun)

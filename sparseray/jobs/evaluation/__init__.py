@@ -1,0 +1,1 @@
+"""What `sparseray evaluate` measures of a checkpoint, and with what certainty."""

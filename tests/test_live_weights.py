@@ -1,0 +1,242 @@
+"""A server is fed by the slots of the run that it follows: exact versions, no checkpoint, and no bit of the run differs."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from local_cluster import LocalFleet, Trained, tiny_run, train
+from local_server import Heard, LocalServer
+
+from sparseray.actors.serving.text_request import GenerationRequest
+from sparseray.errors import OfferGoneError
+from sparseray.platform.composition import Run
+from sparseray.platform.config import ClusterConfig, RunConfig, ServeConfig
+from sparseray.platform.fleet.weights_port import WeightsPort, read_offered, source_of
+from sparseray.platform.offers import Offers
+from sparseray.platform.serving import Server
+from sparseray.platform.trainer import Trainer
+
+STEPS, STEP_S, LENGTH = 400, 0.05, 12
+WIDE = {"attention_workers": 2, "expert_shards": 2, "memory_shards": 2, "replication": 2, "standby": 1}
+APART = ClusterConfig(attention_workers=1, expert_shards=2, memory_shards=1, standby=1, deadline_s=8.0)
+ALONE = ClusterConfig(deadline_s=8.0)
+ASKED = ServeConfig(prefill_chunk=8, follow_every=0)
+EVERY_THREE = replace(ASKED, follow_every=3)
+
+
+def config_of(corpus: Path) -> RunConfig:
+    return tiny_run(corpus, steps=STEPS, **WIDE, deadline_s=5.0)
+
+
+class Training:
+    """A run of threads that goes on until it is told to stop."""
+
+    def __init__(self, run_dir: Path, corpus: Path) -> None:
+        self.run_dir, self.corpus, self.run = run_dir, corpus, None
+        self.over, self.fleet = threading.Event(), None
+        self.trained: Trained | None = None
+        self.thread = threading.Thread(target=self._train)
+        self.thread.start()
+        wait_for(lambda: self.step >= 2)
+
+    def _train(self) -> None:
+        self.trained = train(self.run_dir, config_of(self.corpus), at_step=self._at_step)
+
+    def _at_step(self, step: int, run: Run, fleet: LocalFleet) -> None:
+        self.run, self.fleet = run, fleet
+        assert isinstance(run.driver, Trainer)
+        run.driver.should_stop = self.over.is_set
+        time.sleep(STEP_S)
+
+    @property
+    def step(self) -> int:
+        return 0 if self.run is None else self.run.driver.step
+
+    def offers(self) -> Offers | None:
+        driver = None if self.run is None or self.trained is not None else self.run.driver
+        return driver.offers if isinstance(driver, Trainer) else None
+
+    def stop(self) -> Trained:
+        self.over.set()
+        self.thread.join(60.0)
+        assert self.trained is not None
+        return self.trained
+
+
+def wait_for(condition: Callable[[], Any], limit_s: float = 30.0) -> None:
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def training(corpus: Path, tmp_path: Path) -> Iterator[Training]:
+    made = Training(tmp_path / "run", corpus)
+    yield made
+    made.over.set()
+    made.thread.join(60.0)
+
+
+@contextmanager
+def following(
+    training: Training, folder: Path, cluster: ClusterConfig, serve: ServeConfig
+) -> Iterator[LocalServer]:
+    with LocalServer(
+        folder, None, cluster, serve=serve, follows=str(training.run_dir), offers=training.offers
+    ) as server:
+        yield server
+
+
+def requests() -> list[GenerationRequest]:
+    return [
+        GenerationRequest(
+            request_id=f"r{time.monotonic()}{i}",
+            prompt_tokens=tuple(range(5 + i, 25 + i)),
+            max_tokens=LENGTH,
+            seed=i,
+        )
+        for i in range(3)
+    ]
+
+
+def step_of(server: LocalServer) -> int:
+    driver = server.run.driver
+    assert isinstance(driver, Server)
+    return driver.serving.state.version.step
+
+
+def undisturbed(corpus: Path, folder: Path, step: int) -> list[Heard]:
+    """What a server of the checkpoint of a step answers, of a run that nobody asked anything."""
+    trained = train(folder / f"to-{step}", config_of(corpus), stop_after=step)
+    with LocalServer(folder / f"of-{step}", trained.folder.newest_checkpoint(), ALONE, serve=ASKED) as server:
+        return server.ask(requests())
+
+
+@pytest.mark.parametrize("cluster", [ALONE, APART], ids=["one slot", "shards"])
+def test_a_server_begins_with_a_step_that_was_never_on_a_disk_and_goes_over_to_later_ones(
+    cluster: ClusterConfig, training: Training, corpus: Path, tmp_path: Path
+) -> None:
+    with following(training, tmp_path / "s", cluster, ASKED) as server:
+        first, answers = step_of(server), server.ask(requests())
+        assert first >= 2 and server.ingress.version().startswith(f"step_{first}-")
+        assert not list((training.run_dir / "checkpoints").glob("*"))
+        driver = server.run.driver
+        assert isinstance(driver, Server)
+        name = driver.publish("")
+        wait_for(lambda: server.ingress.version() == name)
+        second, later = step_of(server), server.ask(requests())
+        assert second > first
+        wait_for(lambda: training.offers()._ready is None)
+    trained = training.stop()
+    assert answers == undisturbed(corpus, tmp_path, first)
+    assert later == undisturbed(corpus, tmp_path, second)
+    plain = train(tmp_path / "plain", config_of(corpus), stop_after=len(trained.records))
+    assert trained.curve == plain.curve and trained.digest == plain.digest
+
+
+def test_versions_follow_by_themselves_and_the_last_checkpoint_when_the_run_has_ended(
+    training: Training, tmp_path: Path
+) -> None:
+    with following(training, tmp_path / "s", ALONE, EVERY_THREE) as server:
+        first = step_of(server)
+        wait_for(lambda: server.events.count("published") >= 2)
+        assert step_of(server) >= first + 6
+        training.stop()
+        # It stopped before its last step: what is there is a checkpoint like any other.
+        newest = training.trained.folder.newest_checkpoint()
+        due = int(newest.name.removeprefix("step_")) >= step_of(server) + 3
+        if due:
+            wait_for(lambda: server.ingress.version().startswith(f"{newest.name}-"))
+        server.ask(requests())
+        assert "refused" not in server.events
+
+
+def test_what_the_server_has_lost_of_a_step_that_nobody_keeps_comes_anew_and_whole(
+    training: Training, corpus: Path, tmp_path: Path
+) -> None:
+    with following(training, tmp_path / "s", APART, ASKED) as server:
+        first = step_of(server)
+        wait_for(lambda: training.offers()._ready is None)
+        wait_for(lambda: training.step > first + 1)
+        plan = server.run.generations.plan
+        assert plan is not None
+        server.fleet.kill(plan.expert_primaries[0])
+        wait_for(lambda: "restored" in server.events)
+        wait_for(lambda: step_of(server) > first)
+        second, answers = step_of(server), server.ask(requests())
+    training.stop()
+    assert answers == undisturbed(corpus, tmp_path, second)
+
+
+def test_a_slot_of_the_run_that_dies_spoils_no_version(
+    training: Training, corpus: Path, tmp_path: Path
+) -> None:
+    with following(training, tmp_path / "s", ALONE, EVERY_THREE) as server:
+        for _ in range(2):
+            seen = server.events.count("published")
+            plan = training.run.generations.plan
+            training.fleet.kill(plan.expert_primaries[0])
+            training.fleet.start(1)
+            wait_for(lambda seen=seen: server.events.count("published") > seen)
+        last = step_of(server)
+        training.stop()
+        wait_for(lambda: step_of(server) >= last)
+        name, answers = server.ingress.version(), server.ask(requests())
+        step = step_of(server)
+        assert name == server.ingress.version()
+    assert answers == undisturbed(corpus, tmp_path, step)
+
+
+def test_a_port_gives_the_step_that_it_is_asked_for_or_nothing(tmp_path: Path) -> None:
+    first, second = WeightsPort(tmp_path), WeightsPort()
+    tensors = {f"t{i}": torch.full((3, 5), float(i)) for i in range(100)}
+    names = sorted(tensors)
+    halves = [{n: tensors[n] for n in names[:50]}, {n: tensors[n] for n in names[50:]}]
+    source = source_of(7, [first.offer(7, halves[0]), second.offer(7, halves[1])])
+    found = read_offered(source, names)
+    assert all(torch.equal(found[name], tensors[name]) for name in names)
+    second.offer(8, halves[1])
+    with pytest.raises(OfferGoneError, match="of step 7 any more"):
+        read_offered(source, names)
+    wrong = source.replace(source.split("@")[0].split(":")[-1].split(",")[0], "0" * 16)
+    with pytest.raises(OfferGoneError):
+        read_offered(wrong, names[:1])
+    for port in (first, second):
+        port.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_server_that_lost_an_engine_and_gave_a_slot_back_takes_the_last_checkpoint(
+    training: Training, corpus: Path, tmp_path: Path
+) -> None:
+    both = ClusterConfig(
+        attention_workers=2,
+        expert_shards=2,
+        memory_shards=2,
+        replication=2,
+        colocated=True,
+        deadline_s=8.0,
+    )
+    with following(training, tmp_path / "s", both, ASKED) as server:
+        server.run.reconciler.request("attention", 3)
+        generations = server.run.generations
+        wait_for(lambda: len(generations.plan.attention) == 3)
+        server.fleet.kill(generations.plan.attention[0])
+        wait_for(lambda: "recovered" in server.events)
+        server.run.reconciler.request("attention", 2)
+        wait_for(lambda: len(generations.plan.attention) == 2 and len(server.fleet.members()) == 2)
+        newest = training.stop().folder.newest_checkpoint()
+        assert newest is not None
+        driver = server.run.driver
+        assert isinstance(driver, Server)
+        name = driver.publish(str(newest))
+        wait_for(lambda: server.ingress.version() == name)
+        answers = server.ask(requests())
+    assert answers == undisturbed(corpus, tmp_path, int(newest.name.removeprefix("step_")))
