@@ -33,6 +33,7 @@ from sparseray.dashboards.training import TRAINING
 from sparseray.jobs.http.server import App, HttpServer
 from sparseray.jobs.watch.page import PrometheusSource, create_app
 from sparseray.jobs.watch.setup import read_dashboards, write_prometheus
+from sparseray.model.config import MTPConfig
 from sparseray.platform.config import save_yaml
 from sparseray.platform.metrics.registry import PREFIX, REGISTRY
 
@@ -91,8 +92,11 @@ def live(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Liv
     clients = [threading.Thread(target=drive, args=(url, stop, quiet), daemon=True) for _ in range(2)]
     try:
         # While the run starts, a model that has learned to write whole characters.
-        checkpoint = train(folder / "served", tiny_run(corpus, steps=30)).folder.newest_checkpoint()
+        trained = tiny_run(corpus, steps=30)
+        trained = replace(trained, model=replace(trained.model, mtp=MTPConfig(depth=1)))
+        checkpoint = train(folder / "served", trained).folder.newest_checkpoint()
         serve = ["serve", "--checkpoint", str(checkpoint), "--port", str(port), "--model_name", "served"]
+        serve += ["--serve.speculate", "mtp"]
         # Prompts are read token by token, so that a first token takes long enough to compare two clocks.
         processes.append(server := Background([*command, *serve, "--serve.prefill_chunk", "1"], env))
         server.wait_for("Ctrl-C stops", 120.0)
