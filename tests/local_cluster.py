@@ -129,6 +129,12 @@ class LocalFleet:
     def starting(self) -> int:
         return 0
 
+    def waiting(self) -> int:
+        return 0
+
+    def withdraw(self, count: int) -> None:
+        """Nothing waits: slots start at once."""
+
     def ages(self) -> dict[int, float]:
         return dict.fromkeys(self.members(), 0.0)
 

@@ -69,7 +69,7 @@ class LocalServer:
         self.sockets = Path(tempfile.mkdtemp(prefix="sr"))
         self.fleet = LocalFleet(uuid.uuid4().hex, self.sockets, faults or Faults())
         transports = (ZmqTransport(name, self.sockets) for name in ("ingress", "ingress-out"))
-        self.ingress = Ingress(self.fleet.job, *transports, deadline_s=20.0)
+        self.ingress = Ingress(self.fleet.job, *transports, deadline_s=20.0, places=config.serve.max_batch)
         self.task = Served(
             checkpoint="" if checkpoint is None else str(checkpoint),
             ingress=self.ingress.address,

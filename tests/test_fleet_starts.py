@@ -88,6 +88,37 @@ def test_slots_that_die_at_their_start_say_why(
     assert dying.started == 6
 
 
+class FullRay(DyingRay):
+    """A Ray that has room for nobody."""
+
+    def available_resources(self) -> dict[str, float]:
+        return {"CPU": 0.0}
+
+
+def test_slots_that_are_wanted_no_more_do_not_wait_at_the_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise a training run would be asked to lend slots that nobody wants."""
+    full = FullRay(RuntimeError())
+    for module in (ray_fleet, pool, slot_end):
+        monkeypatch.setattr(module, "ray", full)
+    numbers, actors = iter(range(100)), iter(range(100))
+    slots, config = pool.Pool("platform", lambda: next(actors)), ClusterConfig(transport="tcp")
+    spec: JobSpec = None  # type: ignore[assignment]  # nobody reads it
+    fleet = ray_fleet.RayFleet(
+        "job", config, spec, slots, lambda: next(numbers), lambda members: None, lambda: True
+    )
+    try:
+        fleet.start(3)
+        slots.turn()
+        assert (fleet.waiting(), slots.lacking(pool.kind_of(config))) == (3, 3)
+        fleet.withdraw(2)
+        assert (fleet.waiting(), fleet.starting(), slots.lacking(pool.kind_of(config))) == (1, 1, 1)
+        fleet.withdraw(2)
+        assert (fleet.waiting(), slots.lacking(pool.kind_of(config))) == (0, 0)
+    finally:
+        fleet.close()
+        slots.close()
+
+
 def test_training_does_not_load_what_only_answers_need() -> None:
     program = (
         "import sys; import sparseray.platform.fleet.host, sparseray.platform.scheduler, sparseray.jobs.pretrain\n"

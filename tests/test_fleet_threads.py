@@ -17,7 +17,7 @@ found = []
 def look():
     found.extend(re.findall(r"(?:omp|mkl)_get_max_threads\\(\\) : (\\d+)", torch.__config__.parallel_info()))
 
-host = Host(slot=0, job="threads", threads=2, transport="tcp", bind_host="127.0.0.1")
+host = Host(slot=0, job="threads", threads=2, transport="tcp", bind_host="127.0.0.1", node="")
 host._slot.serve_forever = look
 host._thread.start()
 host.wait_for_end()

@@ -16,7 +16,7 @@ from sparseray.actors.wire.messages import Ping, Pong
 from sparseray.errors import SlotLostError
 from sparseray.jobs.http.ingress import Ingress
 
-DEADLINE_S = 1.0
+DEADLINE_S, PLACES = 1.0, 2
 
 
 @dataclass
@@ -81,7 +81,7 @@ def engines() -> Engines:
 
 @pytest.fixture
 def ingress(engines: Engines) -> Iterator[Ingress]:
-    found = Ingress("job", engines, engines, DEADLINE_S)
+    found = Ingress("job", engines, engines, DEADLINE_S, places=PLACES)
     engines.routes(0, 1)
     wait(lambda: not found.reason)
     yield found
@@ -209,3 +209,51 @@ def test_the_end_of_the_job_ends_every_request_with_its_reason(engines: Engines,
 
     asyncio.run(story())
     assert ingress.reason == ingress.failure == "the journal is gone"
+
+
+@pytest.fixture
+def one_engine(engines: Engines) -> Iterator[Ingress]:
+    """A patient ingress that knows engine 0 alone."""
+    found = Ingress("job", engines, engines, 20 * DEADLINE_S, places=PLACES)
+    engines.routes(0)
+    wait(lambda: not found.reason)
+    yield found
+    found.close()
+
+
+def test_what_waits_at_a_full_engine_goes_to_a_new_one_the_latest_first(
+    engines: Engines, one_engine: Ingress
+) -> None:
+    async def story() -> None:
+        open_ = {name: one_engine.generate(request(name)) for name in "abcdef"}
+        streams = {name: asyncio.create_task(take(stream, 1)) for name, stream in open_.items()}
+        await until(lambda: len(engines.given(0)) == 6)
+        engines.tokens(0, "a", 0)
+        engines.tokens(0, "f", 0)
+        await asyncio.wait([streams["a"], streams["f"]])
+        engines.routes(0, 1)
+        await until(lambda: len(engines.given(1)) == 3)
+        # Those that were begun stay, and so does what then has no more than its share in front of it.
+        assert [found.request_id for found in engines.given(1)] == ["e", "d", "c"]
+        assert [body.request_id for to, body in engines.sent if isinstance(body, Cancel)] == ["e", "d", "c"]
+        await asyncio.sleep(0.3)
+        assert len(engines.given(1)) == 3 and len(engines.given(0)) == 6
+        for name in "bcde":
+            engines.tokens(0 if name == "b" else 1, name, 0)
+        await asyncio.gather(*streams.values())
+
+    asyncio.run(story())
+
+
+def test_what_an_engine_has_places_for_stays_there(engines: Engines, one_engine: Ingress) -> None:
+    async def story() -> None:
+        streams = [asyncio.create_task(take(one_engine.generate(request(name)), 1)) for name in "ab"]
+        await until(lambda: len(engines.given(0)) == 2)
+        engines.routes(0, 1)
+        await asyncio.sleep(0.3)
+        assert not engines.given(1)
+        for name in "ab":
+            engines.tokens(0, name, 0)
+        await asyncio.gather(*streams)
+
+    asyncio.run(story())

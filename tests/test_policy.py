@@ -7,7 +7,16 @@ import pytest
 
 from sparseray.actors.state.assignment import Plan
 from sparseray.platform.planning.inventory import Inventory, Roles
-from sparseray.platform.planning.policy import Noop, Rebalance, Resize, Start, View, decide, imbalance
+from sparseray.platform.planning.policy import (
+    Noop,
+    Rebalance,
+    Resize,
+    Start,
+    View,
+    Withdraw,
+    decide,
+    imbalance,
+)
 from sparseray.platform.planning.replan import make_plan, replan
 
 ROLES = Roles(attention=2, experts=2, memory=2)
@@ -54,6 +63,9 @@ def carry_out(seen: View) -> View:
         return replace(
             seen, starting=seen.starting + decision.count, free_slots=seen.free_slots - decision.count
         )
+    if isinstance(decision, Withdraw):
+        left = seen.starting - decision.count
+        return replace(seen, starting=left, waiting=seen.waiting - decision.count)
     if isinstance(decision, Noop):
         return seen
     loads = decision.loads if isinstance(decision, Rebalance) else None
@@ -74,6 +86,15 @@ def test_nothing_to_do_is_noop() -> None:
     assert decide(view()) == Noop()
     assert decide(view(standby=1, ready=(6,))) == Noop()
     assert decide(view(standby=1, starting=1)) == Noop()
+
+
+def test_slots_that_are_wanted_no_more_are_asked_for_no_more() -> None:
+    """A wish that falls while its slots wait takes back what was not given, and leaves what starts already."""
+    seen = view(starting=3, waiting=2)
+    assert decide(seen) == Withdraw(2)
+    assert decide(carry_out(seen)) == Noop()
+    assert decide(view(starting=3, waiting=3, standby=1)) == Withdraw(2)
+    assert decide(view(starting=2, waiting=2, standby=2)) == Noop()
 
 
 def test_a_missing_role_slot_is_filled_from_the_ready_ones() -> None:

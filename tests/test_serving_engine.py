@@ -162,6 +162,23 @@ def test_lower_priorities_enter_the_batch_first_and_equals_in_their_order(parts:
     assert list(finish(engine)) == ["c", "a", "d", "b"]
 
 
+def test_who_had_begun_elsewhere_finds_a_place_in_a_full_batch_and_no_token_differs(parts: Parts) -> None:
+    requests = [request_of(f"r{i}", (1 + i, 2, 3), seed=i, max_tokens=12) for i in range(4)]
+    expected = {request.request_id: tokens_of(alone(parts, request)) for request in requests}
+    engine = parts.engine(max_batch=2)
+    for request in requests[:3]:
+        engine.add(request)
+    engine.step()
+    assert engine.stats.running == 2
+    begun = expected["r3"][:4]
+    engine.add(replace(requests[3], resume_tokens=tuple(begun), priority=-1))
+    first = {event.request_id for event in engine.step()}
+    assert (engine.stats.running, engine.stats.waiting) == (3, 1) and "r3" in first
+    found = finish(engine)
+    assert begun + expected["r3"][4:5] + tokens_of(found["r3"]) == expected["r3"]
+    assert tokens_of(found["r2"]) == expected["r2"]
+
+
 @pytest.mark.parametrize("failed", [False, True])
 def test_a_grammar_is_followed_to_its_end_alone_in_company_and_resumed(parts: Parts, failed: bool) -> None:
     from sparseray.actors.serving.grammar import choice_grammar

@@ -18,6 +18,7 @@ from sparseray.jobs.output import print_line
 from sparseray.jobs.signals import stops_noted
 from sparseray.platform import config as configuration
 from sparseray.platform.config import RunConfig
+from sparseray.platform.fleet.forked_workers import ForkedWorkers, forked_workers
 from sparseray.platform.run import lock
 from sparseray.platform.run.progress import Failure, Progress
 from sparseray.platform.run.registry import adopt_platform
@@ -64,6 +65,11 @@ def run(config: RunConfig, show: Show, beside: Beside = nullcontext) -> int:
     Raises:
         UserError: something in the configuration, data, folder or cluster does not fit; nothing is lost.
     """
+    with forked_workers(config.cluster) as workers:
+        return _run(config, show, beside, workers)
+
+
+def _run(config: RunConfig, show: Show, beside: Beside, workers: ForkedWorkers | None) -> int:
     from sparseray.platform.opening import open_training, slots_of, training_inventory
 
     if not config.cluster.address:
@@ -81,7 +87,8 @@ def run(config: RunConfig, show: Show, beside: Beside = nullcontext) -> int:
     from sparseray.platform.cluster import Cluster
 
     show("starting Ray and its slots ...")
-    cluster = Cluster(config.cluster, slots_of(config, training_inventory(config)), run_dir=folder.path)
+    count = slots_of(config, training_inventory(config))
+    cluster = Cluster(config.cluster, count, run_dir=folder.path, workers=workers)
     is_interrupted = False
     try:
         scheduler = cluster.find_job()

@@ -22,6 +22,7 @@ from sparseray.jobs.http.options import NAMES, HttpOptions, add_options, read_op
 from sparseray.log import get_logger
 from sparseray.platform import config as configuration
 from sparseray.platform.config import ClusterConfig, RunConfig, ServeConfig
+from sparseray.platform.fleet.forked_workers import ForkedWorkers, forked_workers
 from sparseray.platform.metrics.discovery import entries, publish, state_directory
 from sparseray.platform.run.progress import Failure, Progress
 from sparseray.platform.run.registry import adopt_platform, is_going_on
@@ -66,8 +67,9 @@ def main(arguments: Sequence[str]) -> int:
         serve = ServeConfig(**{**vars(made.serve), "host": options.host, "port": options.port})
         http = read_options(options, serve.host)
         cluster = ClusterConfig(**vars(made.cluster))
-        directory, followed = weights_of(options.checkpoint, options.run, serve, cluster.address)
-        return run(directory, serve, cluster, http, followed)
+        with forked_workers(cluster) as workers:
+            directory, followed = weights_of(options.checkpoint, options.run, serve, cluster.address)
+            return run(directory, serve, cluster, http, followed, workers)
     except UserError as error:
         return configuration.die(error)
     except RunFailedError as error:
@@ -119,6 +121,7 @@ def run(
     cluster_config: ClusterConfig,
     http: HttpOptions,
     followed: str = "",
+    workers: ForkedWorkers | None = None,
 ) -> int:
     """Check everything, start the slots, and serve.
 
@@ -126,6 +129,7 @@ def run(
         directory: of the checkpoint; None to begin with what the slots of the run that is followed offer.
         serve, cluster_config, http: of the server.
         followed: folder of the run whose later steps are served too; empty for none.
+        workers: of a Ray of its own.
 
     Raises:
         UserError: checkpoint, port or cluster do not fit.
@@ -152,7 +156,7 @@ def run(
     served = read_served(identity, config, http.model_names)
     print("starting Ray and its slots ...", flush=True)
     what = followed or str(directory)
-    with engines(directory, config, http.model_names[0], followed) as (client, job, scheduler):
+    with engines(directory, config, http.model_names[0], followed, workers) as (client, job, scheduler):
         try:
             if serve.ingress == "ray":
                 _run_replicas(identity, config, http, job, client, what)
@@ -222,7 +226,11 @@ def _hint(what: str, model_names: Sequence[str], url: str) -> str:
 
 @contextmanager
 def engines(
-    directory: Path | None, config: RunConfig, name: str, followed: str = ""
+    directory: Path | None,
+    config: RunConfig,
+    name: str,
+    followed: str = "",
+    workers: ForkedWorkers | None = None,
 ) -> Iterator[tuple[Any, str, Any]]:
     """Start slots and scheduler of a server, and end them again; gives ingress, the job's identifier, scheduler.
 
@@ -231,6 +239,7 @@ def engines(
         config: of its model, with the server's settings.
         name: that the server's metrics are labelled with.
         followed: folder of the run whose later steps are served too; empty for none.
+        workers: of a Ray of its own.
 
     Raises:
         ClusterError: there is no room.
@@ -246,10 +255,11 @@ def engines(
     folder = home / re.sub(r"[^\w.-]", "_", name)
     config = replace(config, run_dir=str(folder.absolute()))
     num_slots = slots_of(config, serving_inventory(config))
-    cluster = Cluster(config.cluster, num_slots, run_dir=folder, may_borrow=True)
+    cluster = Cluster(config.cluster, num_slots, run_dir=folder, may_borrow=True, workers=workers)
     sockets = private_directory(cluster.job) if config.cluster.transport == "ipc" else None
     inbox, outbox = (ZmqTransport(n, sockets, config.cluster.bind_host) for n in ("ingress", "ingress-out"))
-    client = Ingress(cluster.job, inbox, outbox, config.cluster.deadline_s)
+    places = config.serve.max_batch
+    client = Ingress(cluster.job, inbox, outbox, config.cluster.deadline_s, places=places)
     try:
         folder.mkdir(parents=True)
         task = Served(

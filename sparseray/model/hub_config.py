@@ -104,7 +104,8 @@ def _modules(kind: str, raw: Mapping[str, Any]) -> int:
     """Modules that predict further tokens, as the released files or as transformers call them."""
     given = raw.get("num_nextn_predict_layers", raw.get("num_mtp_layers"))
     default = 1 if kind == V3 else 0
-    return default if given is None else given
+    found: int = default if given is None else given
+    return found
 
 
 def _end_of_text(given: int | list[int] | None) -> int:

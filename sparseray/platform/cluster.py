@@ -9,6 +9,7 @@ import contextlib
 import os
 import time
 import uuid
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import ray
 from sparseray.errors import ClusterError, SchedulerLostError
 from sparseray.log import get_logger
 from sparseray.platform.config import ClusterConfig
+from sparseray.platform.fleet.forked_workers import ForkedWorkers
 from sparseray.platform.fleet.lease import Kind
 from sparseray.platform.fleet.pool import NAMESPACE, actor_name, kind_of, start_actor
 from sparseray.platform.fleet.transport import remove_directory
@@ -52,19 +54,27 @@ class Cluster:
         num_slots: slots to start.
         run_dir: of the run or server; where it is going on already in this cluster, no room is needed.
         may_borrow: whether slots count that training runs would lend.
+        workers: that a Ray of its own shall take; None has each load what it needs.
 
     Raises:
         ClusterError: Ray cannot be reached, refuses the token, or has too few free CPUs.
     """
 
     def __init__(
-        self, config: ClusterConfig, num_slots: int, run_dir: Path, *, may_borrow: bool = False
+        self,
+        config: ClusterConfig,
+        num_slots: int,
+        run_dir: Path,
+        *,
+        may_borrow: bool = False,
+        workers: ForkedWorkers | None = None,
     ) -> None:
         self.config, self.num_slots, self._run_dir = config, num_slots, run_dir
         self.job = uuid.uuid4().hex
         self._platform_id = uuid.uuid4().hex
         self.scheduler: JobHandle | None = None
-        _connect(config, num_slots)
+        with nullcontext() if workers is None else workers.started_by_ray():
+            _connect(config, num_slots)
         if not config.address:
             # Processes start and load side by side; the scheduler finds these when it is there.
             self._platform(ahead=num_slots)

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from sparseray.actors.state.assignment import Plan
 from sparseray.platform.generations import Generations
-from sparseray.platform.planning.policy import Rebalance, Resize, Start, View, decide
+from sparseray.platform.planning.policy import Rebalance, Resize, Start, View, Withdraw, decide
 from sparseray.platform.planning.requests import check_request
 from sparseray.platform.run.events import role_holders
 from sparseray.platform.run.history import JobHistory
@@ -86,6 +86,8 @@ class Reconciler:
         decision = decide(self._view())
         if isinstance(decision, Start):
             generations.fleet.start(decision.count)
+        elif isinstance(decision, Withdraw):
+            generations.fleet.withdraw(decision.count)
         elif isinstance(decision, Resize):
             new = generations.replanned(decision.roles)
             if generations.workload.may_enter(self._plan, new):
@@ -146,6 +148,7 @@ class Reconciler:
             roles=generations.wanted,
             ready=tuple(sorted(set(fleet.members()) - role_holders(self._plan))),
             starting=fleet.starting(),
+            waiting=fleet.waiting(),
             free_slots=fleet.room(),
             standby=generations.standby,
             expert_load=self.load.tolist(),

@@ -34,6 +34,8 @@ PAGE, CPU_PAGE = 256, 16
 """Tokens of a page: kernels want long ones; short ones share more of a prefix."""
 
 SHARE_OF_FREE_MEMORY = 0.8
+PLACES_FOR_BEGUN = 2
+"""Batches' worth of requests that a CPU computes at once where those beyond the first had begun elsewhere."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +89,8 @@ class PagedEngine(Engine):
         device = model.embedding.device
         page = page or _page_of(model)
         each = page_bytes(model.config, page, model.embedding.dtype)
+        # Whoever reads a text already is given a place at once; a GPU's graphs are made for full batches.
+        self.places = self.max_batch * (1 if device.type == "cuda" else PLACES_FOR_BEGUN)
         full = 1 + self.max_batch * -(-self.max_model_len // page)
         if cache_bytes is None and device.type == "cuda":
             cache_bytes = int(torch.cuda.mem_get_info(device)[0] * SHARE_OF_FREE_MEMORY)
@@ -95,13 +99,13 @@ class PagedEngine(Engine):
         self.pool = CachePool(
             num_pages,
             page,
-            self.max_batch,
+            self.places,
             keeps_state=bool(model.config.dse.layers),
             # A module that predicts further tokens has read the next page's first ones.
             overlaps=bool(model.mtp) or any(kind.overlaps_pages for kind in kinds),
         )
         self.paged = PagedModel(
-            model, num_pages=num_pages, page=page, num_slots=self.max_batch, max_len=self.max_model_len
+            model, num_pages=num_pages, page=page, num_slots=self.places, max_len=self.max_model_len
         )
         log.info("cache: %d pages of %d tokens, %.2f GiB", num_pages, page, num_pages * each / 2**30)
         self._flight: _Flight | None = None
@@ -175,9 +179,11 @@ class PagedEngine(Engine):
 
     def _admit(self) -> None:
         """Give pages to waiting requests, in the order of `Engine`, until one does not fit."""
-        while self._waiting and len(self._running) < self.max_batch:
+        while self._waiting:
             sequence = min(self._waiting, key=lambda waiting: waiting.request.priority)
             request = sequence.request
+            if len(self._running) >= (self.places if request.resume_tokens else self.max_batch):
+                return
             # A prefix that is not computed has no hidden states to take log probabilities from.
             known = sequence.tokens[: sequence.num_read] if request.prompt_logprobs is None else ()
             lease = self.pool.acquire(known, sequence.num_prompt + request.max_tokens)

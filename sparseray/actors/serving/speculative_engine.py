@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparseray.actors.serving.cache_pool import Lease
 from sparseray.actors.serving.device_sampler import fits, sample_rows
 from sparseray.actors.serving.engine import Ongoing
 from sparseray.actors.serving.paged_engine import PagedEngine
@@ -103,7 +104,7 @@ class SpeculativeEngine(PagedEngine):
             sequence.unread_TH = hidden_TH if unread_TH is None else torch.cat([unread_TH, hidden_TH])
 
     @staticmethod
-    def _lease(sequence: Ongoing) -> Any:
+    def _lease(sequence: Ongoing) -> Lease:
         assert sequence.lease is not None
         return sequence.lease
 

@@ -66,15 +66,23 @@ class Ingress:
         job: identifier of the job.
         inbox, outbox: transports of its own; the inbox' address is what slots and scheduler are told.
         deadline_s: seconds without any progress after which a request is given up.
+        places: requests that an engine computes at once; what it has beyond waits.
         number: its slot id; that of one of several is given by the scheduler (`join`).
     """
 
     def __init__(
-        self, job: str, inbox: Transport, outbox: Transport, deadline_s: float, number: int = INGRESS
+        self,
+        job: str,
+        inbox: Transport,
+        outbox: Transport,
+        deadline_s: float,
+        *,
+        places: int,
+        number: int = INGRESS,
     ) -> None:
         # ZeroMQ sockets belong to one thread at a time: one mailbox receives in a thread, the other sends under a lock.
         self._inbox, self._outbox = Mailbox(inbox, number, job), Mailbox(outbox, number, job)
-        self._deadline_s = deadline_s
+        self._deadline_s, self._places = deadline_s, places
         self._lock = threading.RLock()
         self._open: dict[str, _Open] = {}
         self._load: Counter[int] = Counter()
@@ -181,6 +189,7 @@ class Ingress:
         silent = self._engines & self._life.silent
         if silent and silent != self._engines:
             self._move([o for o in self._open.values() if o.slot in silent])
+        self._level()
         for found in list(self._open.values()):
             worked_s = 0.0 if found.slot is None else self._worked_s.get(found.slot, 0.0)
             # A request that waits for a place in a batch that moves is not lost.
@@ -203,6 +212,16 @@ class Ingress:
         """Engines that requests go to: those that answer and stay, or else whoever there is."""
         answering = self._engines - self._life.silent
         return answering - set(self._routes.draining) or answering or self._engines
+
+    def _level(self) -> None:
+        """Move what waits at an engine to one that has a place or a shorter queue: one that is new, above all."""
+        targets = self._targets()
+        # The latest are the last in their queue.
+        for found in reversed(self._open.values() if targets else ()):
+            if found.slot is not None and not found.tokens:
+                emptiest = min(self._load[slot] for slot in targets)
+                if self._load[found.slot] > max(self._places, emptiest + 1):
+                    self._move([found])
 
     def _move(self, requests: Iterable[_Open], *, without: int | None = None) -> None:
         """Give requests to the engines with the fewest; to none while there is none.

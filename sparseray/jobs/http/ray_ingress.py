@@ -56,7 +56,8 @@ class Replica:
         names = ("ingress", "ingress-out")
         inbox, outbox = (ZmqTransport(name, sockets, cluster.bind_host) for name in names)
         number = _join(self.job, inbox.address)
-        client = Ingress(self.job, inbox, outbox, cluster.deadline_s, number)
+        places = self.config.serve.max_batch
+        client = Ingress(self.job, inbox, outbox, cluster.deadline_s, places=places, number=number)
         deadline = time.monotonic() + READY_S
         while client.reason and time.monotonic() < deadline:
             time.sleep(0.05)

@@ -77,6 +77,9 @@ class Fleet(Protocol):
     def starting(self) -> int:
         """Slots that were asked for and are not warm yet."""
 
+    def waiting(self) -> int:
+        """Slots among them for which there is no process yet."""
+
     def room(self) -> int:
         """How many more slots the cluster can give."""
 
@@ -88,6 +91,13 @@ class Fleet(Protocol):
 
     def start(self, count: int) -> None:
         """Start slots in the background."""
+
+    def withdraw(self, count: int) -> None:
+        """Ask no longer for the latest of those that wait.
+
+        Args:
+            count: how many, at most.
+        """
 
     def retire(self, slot: int) -> None:
         """End a slot that has no role any more; that is no loss."""

@@ -7,7 +7,6 @@ import threading
 import warnings
 
 import msgpack
-import ray
 import torch
 import zmq
 
@@ -37,13 +36,16 @@ class Host:
         threads: torch threads.
         transport: "ipc" or "tcp".
         bind_host: address that TCP sockets and metrics bind to.
+        node: Ray's name of the machine.
     """
 
-    def __init__(self, *, slot: int, job: str, threads: int, transport: str, bind_host: str) -> None:
+    def __init__(
+        self, *, slot: int, job: str, threads: int, transport: str, bind_host: str, node: str
+    ) -> None:
         # Received buffers are read-only by intent; nobody writes through the tensors that view them.
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         directory = private_directory(job) if transport == "ipc" else None
-        self._slot_id, self._job_id, self._threads = slot, job, threads
+        self._slot_id, self._job_id, self._threads, self._node = slot, job, threads, node
         self._transport = ZmqTransport(f"slot{slot}", directory, bind_host)
         self._metrics = Metrics({"slot": str(slot)}, declare="slot")
         self._metrics_address = self._metrics.serve(bind_host)
@@ -83,7 +85,7 @@ class Host:
         member = Member(
             slot=self._slot_id,
             address=self._transport.address,
-            node=ray.get_runtime_context().get_node_id(),
+            node=self._node,
             metrics=self._metrics_address,
             pid=os.getpid(),
             machine=kind_here(),

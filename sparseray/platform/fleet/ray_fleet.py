@@ -98,6 +98,11 @@ class RayFleet:
         with self._lock:
             return len(self._asked) + len(self._starting)
 
+    def waiting(self) -> int:
+        """Slots that were asked for and not given by the pool yet."""
+        with self._lock:
+            return len(self._asked)
+
     def room(self) -> int:
         """How many more slots the pool, the cluster and those who lend can give, as of half a second ago."""
         room = self._pool.room(self._kind) + self.loan()
@@ -126,6 +131,14 @@ class RayFleet:
             self._pool.ask(
                 Waiting(lease=Lease(job=self.job, slot=slot), kind=self._kind, grant=self._granted)
             )
+
+    def withdraw(self, count: int) -> None:
+        """Ask no longer for the latest slots that wait; what the pool gives meanwhile stays."""
+        with self._lock:
+            latest = sorted(self._asked)[-count:]
+            self._asked.difference_update(latest)
+        for slot in latest:
+            self._pool.withdraw(Lease(job=self.job, slot=slot))
 
     def retire(self, slot: int) -> None:
         """End a slot that has no role any more."""

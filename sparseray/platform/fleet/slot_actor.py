@@ -11,6 +11,8 @@ import os
 import threading
 from typing import Any
 
+import ray
+
 from sparseray.platform.fleet.lease import Held, Kind, Lease
 from sparseray.platform.fleet.priority import gently
 
@@ -49,8 +51,9 @@ class SlotActor:
             if self._lease not in (None, lease):
                 raise RuntimeError(f"this process is leased as {self._lease}, not as {lease}")
             if self._host is None:
+                node = ray.get_runtime_context().get_node_id()
                 self._host = self._module.Host(
-                    slot=lease.slot, job=lease.job, threads=self._kind.threads, **host
+                    slot=lease.slot, job=lease.job, threads=self._kind.threads, node=node, **host
                 )
                 self._lease = lease
             found = self._host

@@ -12,7 +12,7 @@ from sparseray.actors.state.dense import DenseState
 from sparseray.actors.state.dense_slab import DenseSlabs
 from sparseray.actors.state.holdings import Holdings
 from sparseray.actors.state.memory import warm_loops
-from sparseray.model.transformer import cross_entropy_sum
+from sparseray.model.transformer import Transformer, cross_entropy_sum
 from sparseray.platform.fleet.job import SlotJob
 
 
@@ -24,6 +24,8 @@ def warm_holdings(job: SlotJob) -> Holdings:
         rehearse(job, dense)
     else:
         job.engine(dense.model, _Stage(dense))
+        if dense.device.type == "cpu":
+            _warm_experts(dense.model)
     if dense.device.type == "cuda":
         torch.cuda.empty_cache()
     warm_loops(job.config.model.dse.row_dtype)
@@ -31,6 +33,14 @@ def warm_holdings(job: SlotJob) -> Holdings:
         tokens_BT = torch.zeros(1, 8, dtype=torch.int64)
         job.layout.rows(job.config.model.dse.layers[0], tokens_BT)
     return holdings
+
+
+def _warm_experts(model: Transformer) -> None:
+    """Compile, or load compiled, what an expert shard answers with: a new one must not do that at its first request."""
+    hidden, inner, dtype = model.config.hidden, model.config.moe.expert_dim, model.embedding.dtype
+    slabs = (torch.zeros(1, *shape, dtype=dtype) for shape in ((2 * inner, hidden), (hidden, inner)))
+    rows_R = torch.zeros(1, dtype=torch.int64)
+    model.ops.expert_rows(torch.zeros(1, hidden), rows_R, [(0, 1)], *slabs)
 
 
 class _Stage:

@@ -24,6 +24,7 @@ class View:
         roles: wanted slots of each role.
         ready: prepared slots without a role.
         starting: slots on their way.
+        waiting: those of them that were asked for and not given yet.
         free_slots: how many more could be started.
         standby: wanted number of spare slots.
         expert_load: moving average of tokens, [moe layers][experts]; empty when there is none yet.
@@ -47,6 +48,7 @@ class View:
     rebalance_every: int
     colocated: bool = True
     parts: int | None = None
+    waiting: int = 0
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,17 @@ class Noop:
 @dataclass(frozen=True)
 class Start:
     """Start slots; they become ready, not part of the plan.
+
+    Args:
+        count: how many.
+    """
+
+    count: int
+
+
+@dataclass(frozen=True)
+class Withdraw:
+    """Ask no longer for slots that have not been given yet.
 
     Args:
         count: how many.
@@ -87,7 +100,7 @@ class Rebalance:
     loads: Sequence[Sequence[float]]
 
 
-Decision = Noop | Start | Resize | Rebalance
+Decision = Noop | Start | Withdraw | Resize | Rebalance
 
 
 def decide(view: View) -> Decision:
@@ -100,6 +113,8 @@ def decide(view: View) -> Decision:
     short = lacking + view.standby - len(view.ready) - view.starting
     if short > 0 and view.free_slots > 0:
         return Start(min(short, view.free_slots))
+    if short < 0 and view.waiting > 0:
+        return Withdraw(min(-short, view.waiting))
     if _is_worth_rebalancing(view):
         return Rebalance(view.expert_load)
     return Noop()
