@@ -153,7 +153,8 @@ def test_a_mutated_message_is_refused_or_is_another_message_of_its_kind(body: Bo
 
 def plain(**changes: Any) -> Any:
     """The plain values of a commit, with changes; None leaves a field out."""
-    values = {"step": 4, "lr": 0.1, "memory_lr": 0.2, "scale": 1.0, "counts_LE": ["int64", [1, 2]], **changes}
+    values = {"step": 4, "lr": 0.1, "memory_lr": 0.2, "scale": 1.0, "counts_LE": ["int64", [1, 2]]}
+    values |= {"is_skipped": False, **changes}
     return {name: value for name, value in values.items() if value is not None}
 
 
