@@ -158,7 +158,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
         lambda f: another_tokenizer(f, 200), ["tokenizer.json", "no id 270", "eos_token_id"],
     ),
     "a tokenizer that is none": (
-        lambda f: (f / "tokenizer.json").write_text("{}"), ["tokenizer.json", "cannot be read"],
+        lambda f: (f / "tokenizer.json").write_text("{}"), ["tokenizer.json", "is not a tokenizer.json"],
     ),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), ["tokenizer.json", "save_pretrained"]),
     "NaN in a weight": (poison(EXPERT, float("nan")), [EXPERT, "NaN", "another copy"]),

@@ -108,8 +108,8 @@ def test_the_model_calls_operations_and_no_kernel_or_reference() -> None:
 
 def test_the_kind_of_attention_is_asked_for_in_one_place() -> None:
     for path in sorted((ROOT / "sparseray" / "model").rglob("*.py")):
-        is_free = path.parent.name == "attention" or path.name in ("config.py", "presets.py")
-        kinds = set() if is_free else {"full", "nsa"}
+        may_name = path.parent.name == "attention" or path.name in ("config.py", "presets.py")
+        kinds = set() if may_name else {"full", "nsa"}
         found = {
             n.value for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Constant)
         } & kinds
