@@ -18,7 +18,8 @@ class ClusterConfig:
         colocated: roles share slots; a call from a slot to itself is a function call.
         device: "cpu", "cuda" (one slot with one GPU plays all roles), or "auto": cuda where the command finds a GPU
             of compute capability 9 or more and the roles share one slot.
-        threads_per_slot: torch threads; part of the bits of a result.
+        threads_per_slot: torch threads, and parts of a step that a slot with all roles runs side by side; part of the
+            bits of a result.
         cpus_per_slot: CPUs that Ray reserves for a slot.
         address: Ray address to join, for example "auto"; empty starts a local Ray.
         transport: "ipc" (Unix sockets, one host) or "tcp".
