@@ -70,6 +70,13 @@ def test_placement_changes_no_bit(
     check(train(tmp_path / "run", config), reference)
 
 
+def test_parts_side_by_side_change_no_bit(
+    corpus: Path, reference: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    check(train(tmp_path / "run", run_of(corpus, colocated=True)), reference)
+
+
 def test_a_killed_expert_shard_changes_no_bit(corpus: Path, reference: Trained, tmp_path: Path) -> None:
     done = []
 
