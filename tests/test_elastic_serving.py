@@ -221,6 +221,8 @@ def test_an_engine_that_is_planned_to_go_finishes_what_it_has(
         # A wish that is taken back lets it stay; one whose time is up moves what is left.
         scale("attention", 2)(server)
         until(lambda: server.events.count("resized") == 2)
+        # Requests that come before the new engine answers all go to the other, and then nobody has to be waited for.
+        until(lambda: server.ingress._engines == {0, 1} and not server.ingress._life.silent)
         changes = {20: scale("attention", 1), 40: scale("attention", 2)}
         with slowed(engines_of(server), 0.05):
             assert server.ask(requests(), at(changes)) == undisturbed
