@@ -17,6 +17,7 @@ from sparseray.actors.serving.text_request import GenerationRequest
 from sparseray.errors import OfferGoneError
 from sparseray.platform.composition import Run
 from sparseray.platform.config import ClusterConfig, RunConfig, ServeConfig
+from sparseray.platform.fleet import weights_port
 from sparseray.platform.fleet.weights_port import WeightsPort, read_offered, source_of
 from sparseray.platform.offers import Offers
 from sparseray.platform.serving import Server
@@ -194,7 +195,9 @@ def test_a_slot_of_the_run_that_dies_spoils_no_version(
     assert answers == undisturbed(corpus, tmp_path, step)
 
 
-def test_a_port_gives_the_step_that_it_is_asked_for_or_nothing(tmp_path: Path) -> None:
+def test_a_port_gives_the_step_that_it_is_asked_for_or_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first, second = WeightsPort(tmp_path), WeightsPort()
     tensors = {f"t{i}": torch.full((3, 5), float(i)) for i in range(100)}
     names = sorted(tensors)
@@ -206,6 +209,7 @@ def test_a_port_gives_the_step_that_it_is_asked_for_or_nothing(tmp_path: Path) -
     with pytest.raises(OfferGoneError, match="of step 7 any more"):
         read_offered(source, names)
     wrong = source.replace(source.split("@")[0].split(":")[-1].split(",")[0], "0" * 16)
+    monkeypatch.setattr(weights_port, "ANSWER_MS", 300)
     with pytest.raises(OfferGoneError):
         read_offered(wrong, names[:1])
     for port in (first, second):
