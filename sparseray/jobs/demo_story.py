@@ -93,8 +93,10 @@ class Story:
             self._lend()
             self._kill_engine()
         except _OverError as error:
-            if error.args:
-                self.tell(str(error))
+            self.tell(
+                str(error)
+                or "training ended before the rest of this could be shown; it needs a less busy machine"
+            )
         except (UserError, OSError) as error:
             self.tell(f"the server did not do its part: {error}; training goes on")
         except SchedulerLostError as error:
