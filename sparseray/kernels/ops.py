@@ -80,17 +80,27 @@ class Ops(PagedOps, Protocol):
         ...
 
     def rotary_split(
-        self, fused_RX: Tensor, heads: tuple[int, int], head_dim: int, cos_RD: Tensor, sin_RD: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self,
+        fused_RX: Tensor,
+        heads: tuple[int, int],
+        head_dim: int,
+        turned: int,
+        rest: Sequence[int],
+        cos_RD: Tensor,
+        sin_RD: Tensor,
+    ) -> tuple[Tensor, ...]:
         """Cut the rows of a fused projection into queries, keys and the rest, queries and keys rotated.
 
         Args:
-            fused_RX: queries, keys, then whatever follows.
-            heads: of queries (Q) and keys (G), `head_dim` channels (D) each.
+            fused_RX: the parts one after another: queries, `turned` parts of keys, one part for each of `rest`.
+            heads: of queries (Q), and of every other part (G).
+            head_dim: channels (D) of a head of queries and keys.
+            turned: how many parts of keys are rotated.
+            rest: channels of a head of each part that is not.
             cos_RD, sin_RD: as in `rotary`.
 
         Returns:
-            (q [R, Q, D], k [R, G, D], rest [R, X - (Q + G) * D]).
+            queries [R, Q, D], keys [R, G, D] of each rotated part, and each other part [R, G, its channels].
         """
         ...
 
@@ -139,6 +149,10 @@ class Ops(PagedOps, Protocol):
 
     def top_k(self, scores_TE: Tensor, k: int) -> Tensor:
         """Ids of the k largest scores, int64 [T, k], largest first, ties to the lower id; no gradient."""
+        ...
+
+    def router_logits(self, x_RH: Tensor, weight_EH: Tensor, *, invariant: bool) -> Tensor:
+        """x @ weight.T in fp32, [R, E]; `invariant` as in `linear`."""
         ...
 
     def route(

@@ -55,11 +55,21 @@ class PlainOps:
         return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
     def rotary_split(
-        self, fused_RX: Tensor, heads: tuple[int, int], head_dim: int, cos_RD: Tensor, sin_RD: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        turned = sum(heads) * head_dim
-        qk = self.rotary(fused_RX[:, :turned].unflatten(-1, (sum(heads), head_dim)), cos_RD, sin_RD)
-        return qk[:, : heads[0]], qk[:, heads[0] :], fused_RX[:, turned:]
+        self,
+        fused_RX: Tensor,
+        heads: tuple[int, int],
+        head_dim: int,
+        turned: int,
+        rest: Sequence[int],
+        cos_RD: Tensor,
+        sin_RD: Tensor,
+    ) -> tuple[Tensor, ...]:
+        Q, G = heads
+        count = Q + turned * G
+        end = count * head_dim
+        qk = self.rotary(fused_RX[:, :end].unflatten(-1, (count, head_dim)), cos_RD, sin_RD)
+        others = fused_RX[:, end:].split([G * width for width in rest], -1)
+        return *qk.split([Q] + [G] * turned, 1), *(other.unflatten(-1, (G, -1)) for other in others)
 
     def swiglu(self, gate_up_RI: Tensor) -> Tensor:
         gate, up = gate_up_RI.chunk(2, dim=-1)
@@ -105,6 +115,9 @@ class PlainOps:
 
     def top_k(self, scores_TE: Tensor, k: int) -> Tensor:
         return stable_topk(scores_TE.detach(), k)
+
+    def router_logits(self, x_RH: Tensor, weight_EH: Tensor, *, invariant: bool) -> Tensor:
+        return self.linear(x_RH.float(), weight_EH.float(), None, invariant=invariant)
 
     def route(
         self,

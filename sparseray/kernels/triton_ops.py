@@ -8,7 +8,6 @@ Paged caches are in paged_triton_ops.py. A method that is in neither is the plai
 | attend | torch's fused attention | |
 | rotary_split where head sizes differ | torch | |
 | memory_gate, memory_conv | torch: the fused kernel takes whole sequences, these are a chunk's pieces in serving | |
-| top_k | torch's, ties in any order: for the balance loss alone | |
 | memory_fusion's backward, ngram_rows of orders with gaps | torch | |
 
 Shapes as in ops.py.
@@ -29,7 +28,7 @@ from sparseray.kernels.dense.adamw import adamw_step
 from sparseray.kernels.dense.embedding import embedding_grad_
 from sparseray.kernels.dense.head_loss import head_loss
 from sparseray.kernels.dense.rms_norm import add_rms_norm, rms_norm
-from sparseray.kernels.dense.rope import rope
+from sparseray.kernels.dense.rope import rope, rope_parts
 from sparseray.kernels.dense.squared_norm import squared_norms
 from sparseray.kernels.dense.swiglu import swiglu
 from sparseray.kernels.dse import fusion as dse_fusion
@@ -37,7 +36,8 @@ from sparseray.kernels.dse import rows as dse_rows
 from sparseray.kernels.dse.reference import Fusion
 from sparseray.kernels.moe.decode import moe_ffn_decode
 from sparseray.kernels.moe.ffn import moe_ffn
-from sparseray.kernels.moe.router import route
+from sparseray.kernels.moe.router import route, top_k
+from sparseray.kernels.moe.router_logits import router_logits
 from sparseray.kernels.nsa.attention import nsa_attention, nsa_selection
 from sparseray.kernels.nsa.compress import compress
 from sparseray.kernels.nsa.reference import BranchKeys, Compression
@@ -105,26 +105,27 @@ class TritonOps(PagedTritonOps):
         return rope(rows, positions_R, cos, sin, heads=(x.shape[-2], 0, 0))[0].view(x.shape)
 
     def rotary_split(
-        self, fused_RX: Tensor, heads: tuple[int, int], head_dim: int, cos_RD: Tensor, sin_RD: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        R, X = fused_RX.shape
-        if X % head_dim:
-            return super().rotary_split(fused_RX, heads, head_dim, cos_RD, sin_RD)
-        rest = X // head_dim - sum(heads)
-        q, k, other = rope(
-            fused_RX.unflatten(-1, (-1, head_dim)),
-            _numbers(R, fused_RX.device),
-            cos_RD,
-            sin_RD,
-            heads=(*heads, rest),
-        )
-        return q, k, other.flatten(1)
+        self,
+        fused_RX: Tensor,
+        heads: tuple[int, int],
+        head_dim: int,
+        turned: int,
+        rest: Sequence[int],
+        cos_RD: Tensor,
+        sin_RD: Tensor,
+    ) -> tuple[Tensor, ...]:
+        if any(width != head_dim for width in rest):
+            return super().rotary_split(fused_RX, heads, head_dim, turned, rest, cos_RD, sin_RD)
+        R, (Q, G) = fused_RX.shape[0], heads
+        fused_RND, numbers_R = fused_RX.unflatten(-1, (-1, head_dim)), _numbers(R, fused_RX.device)
+        counts = (Q, turned * G, len(rest) * G)
+        return rope_parts(fused_RND, numbers_R, cos_RD, sin_RD, heads=counts, group=G)
 
     def swiglu(self, gate_up_RI: Tensor) -> Tensor:
         return swiglu(gate_up_RI)
 
     def top_k(self, scores_TE: Tensor, k: int) -> Tensor:
-        return scores_TE.detach().topk(k).indices
+        return top_k(scores_TE, k)
 
     def expert_counts(self, topk_ids_TK: Tensor, num_experts: int) -> Tensor:
         # Whole numbers: their order is free. bincount would wait for the device.
@@ -173,6 +174,11 @@ class TritonOps(PagedTritonOps):
     ) -> Tensor:
         check("the selection of NSA", q_BTQD, k_cmp)
         return nsa_selection(q_BTQD, k_cmp, num_keys, sizes, q_start=q_start)
+
+    def router_logits(self, x_RH: Tensor, weight_EH: Tensor, *, invariant: bool) -> Tensor:
+        if (x_RH.dtype, weight_EH.dtype) != (torch.bfloat16, torch.float32):
+            return super().router_logits(x_RH, weight_EH, invariant=invariant)
+        return router_logits(x_RH, weight_EH)
 
     def route(
         self,
