@@ -96,7 +96,9 @@ class AheadEngine(ToldEngine):
         return replace(super()._sample(*arguments), done=NoEvent())  # type: ignore[arg-type]
 
 
-def told(parts: Parts, truth: dict[str, list[int]], kind: type[ToldEngine] = ToldEngine, **options: Any) -> Any:
+def told(
+    parts: Parts, truth: dict[str, list[int]], kind: type[ToldEngine] = ToldEngine, **options: Any
+) -> Any:
     options = {"max_batch": 8, "max_model_len": MAX_MODEL_LEN, "prefill_chunk": 16, **options}
     engine = kind(parts.model, parts.experts, None, grammars=parts.grammars, **options)
     engine.truth = truth
@@ -128,7 +130,8 @@ def run(engine: Any, asked: list[GenerationRequest]) -> dict[str, list[TokenEven
 def plain(events: dict[str, list[TokenEvent]]) -> dict[str, list[tuple[Any, ...]]]:
     """What a client sees but for log probabilities, which hold their rounding."""
     return {
-        name: [(e.index, e.token_id, e.finish_reason, e.error) for e in found] for name, found in events.items()
+        name: [(e.index, e.token_id, e.finish_reason, e.error) for e in found]
+        for name, found in events.items()
     }
 
 
@@ -244,7 +247,10 @@ def test_a_shared_prefix_gives_the_same_text(parts: Parts) -> None:
 
 
 def test_drafting_on_the_device_needs_modules_and_no_memory() -> None:
-    for changes, said in (({}, "model.mtp.depth=0"), ({"mtp": MTPConfig(depth=1)}, r"model.dse.layers=\[1\]")):
+    for changes, said in (
+        ({}, "model.mtp.depth=0"),
+        ({"mtp": MTPConfig(depth=1)}, r"model.dse.layers=\[1\]"),
+    ):
         other = make_parts(REFERENCE, **changes)
         with pytest.raises(ConfigError, match=said):
             DraftingEngine(other.model, other.experts, other.memory)

@@ -26,9 +26,7 @@ from sparseray.model.transformer import Transformer
 
 def drafts(request: GenerationRequest) -> bool:
     """Whether a request's tokens are the most probable ones, whatever it has said so far."""
-    is_penalised = (
-        request.repetition_penalty != 1.0 or request.frequency_penalty or request.presence_penalty
-    )
+    is_penalised = request.repetition_penalty != 1.0 or request.frequency_penalty or request.presence_penalty
     is_changed = is_penalised or request.logit_bias or (request.min_tokens and request.stop_token_ids)
     return request.temperature == 0.0 and not is_changed and fits(request)
 

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sparseray.actors.installation import JobSpec
+from sparseray.actors.serving.drafting_engine import DraftingEngine
 from sparseray.actors.serving.enduring import Lookups
 from sparseray.actors.serving.engine import Engine
 from sparseray.actors.serving.paged_engine import PagedEngine
-from sparseray.actors.serving.drafting_engine import DraftingEngine
 from sparseray.actors.serving.speculative_engine import SpeculativeEngine
 from sparseray.actors.state.dense import DenseState
 from sparseray.actors.state.dense_slab import DenseSlabs
