@@ -83,7 +83,8 @@ class Step:
         )
         q, cache = self.q.float().flatten(0, 1), self.caches[0].float()
         found = REFERENCE.paged_latent_attend(q, cache, LATENT, self.scale, pages)
-        return found.unflatten(0, (batch, new))
+        wanted: Tensor = found.unflatten(0, (batch, new))
+        return wanted
 
     def error(self) -> float:
         """Of the first layer against the plain operation."""

@@ -130,7 +130,11 @@ class DraftingModel(PagedModel):
         return step.outcome_B3[:count]
 
     def warm(self, experts: Experts, memory: Memory | None) -> None:
-        """As of `PagedModel`, with the steps that draft."""
+        """As of `PagedModel`, with the steps that draft.
+
+        Args:
+            experts, memory: as there.
+        """
         super().warm(experts, memory)
         if self.device.type == "cuda":
             for size in reversed(self._buckets):

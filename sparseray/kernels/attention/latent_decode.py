@@ -150,7 +150,7 @@ class Form:
     longest: int
 
 
-FORMS = (
+FORMS: tuple[Form, ...] = (
     Form(rows=16, tokens=32, num_warps=4, num_stages=3, programs=2, longest=1024),
     Form(rows=32, tokens=32, num_warps=4, num_stages=3, programs=2, longest=1024),
     Form(rows=64, tokens=32, num_warps=8, num_stages=3, programs=1, longest=2048),
