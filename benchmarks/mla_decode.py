@@ -33,16 +33,17 @@ LATENT, WIDTH, PAGE = 512, 576, 256
 HEADS, BATCHES, CONTEXTS, NEW = (16, 128), (1, 32, 128), (8192, 32768), (1, 2, 4, 8)
 TUNED = ((16, 1), (16, 2), (16, 4), (128, 1), (128, 2))
 VARIANTS = [
-    (rows, Form(rows=rows, tokens=t, num_warps=w, num_stages=s, programs=p, longest=n))
-    for rows, t, w, s, p, n in (
-        (16, 32, 4, 3, 2, 1024), (16, 32, 4, 3, 2, 512), (16, 32, 4, 2, 2, 1024), (16, 32, 4, 2, 3, 512),
-        (16, 32, 4, 4, 1, 2048), (16, 32, 4, 5, 1, 2048), (16, 32, 8, 4, 1, 2048), (16, 32, 8, 3, 2, 1024),
-        (16, 64, 4, 2, 1, 2048), (16, 64, 8, 2, 1, 2048),
-        (32, 32, 4, 3, 2, 1024), (32, 32, 4, 2, 2, 1024), (32, 32, 8, 4, 1, 2048), (32, 64, 4, 2, 1, 2048),
-        (64, 32, 8, 3, 1, 2048), (64, 32, 8, 4, 1, 2048), (64, 64, 8, 2, 1, 2048),
+    Form(rows=rows, tokens=t, num_warps=w, num_stages=s, programs=p, longest=n, rows_first=bool(first))
+    for rows, t, w, s, p, n, first in (
+        (16, 32, 4, 3, 2, 1024, 0), (16, 32, 4, 3, 2, 512, 0), (16, 32, 4, 2, 2, 1024, 0), (16, 32, 4, 4, 1, 2048, 0),
+        (16, 32, 4, 5, 1, 2048, 0), (16, 32, 8, 4, 1, 2048, 0), (16, 32, 8, 3, 2, 1024, 0), (16, 64, 4, 2, 1, 2048, 0),
+        (16, 32, 4, 3, 2, 1024, 1), (16, 64, 4, 2, 2, 1024, 1),
+        (32, 32, 4, 3, 2, 1024, 0), (32, 32, 8, 4, 1, 2048, 0), (32, 64, 4, 2, 1, 2048, 0),
+        (64, 32, 8, 3, 1, 2048, 0), (64, 64, 8, 2, 1, 2048, 0), (64, 32, 8, 3, 1, 2048, 1), (64, 32, 8, 4, 1, 2048, 1),
+        (64, 64, 8, 2, 1, 2048, 1),
     )
 ]  # fmt: skip
-"""Rows of a tile, tokens of one, warps, stages, programs of a multiprocessor, tokens of a part."""
+"""Rows of a tile, tokens of one, warps, stages, programs of a multiprocessor, tokens of a part, rows first."""
 
 
 class Step:
@@ -157,16 +158,16 @@ def tune(rates: tuple[float, float]) -> None:
     def one(heads: int, new: int, form: Form) -> Callable[[], None]:
         def run() -> None:
             step.ask(heads, new)
-            name = f"| {heads} | {new} | {form.rows} | {form.tokens} | {form.num_warps} | {form.num_stages} |"
-            name += f" {form.programs} | {form.longest} |"
+            name = f"| {heads} | {new} | {form.rows} x {form.tokens}, {form.num_warps} warps, {form.num_stages} stages,"
+            name += f" {form.programs} programs, {form.longest}{', rows first' if form.rows_first else ''} |"
             say(f"{name} {step.error():.0e} | {timed(step, rates)}")
 
         return run
 
     try:
         for heads, new in TUNED:
-            for rows, form in VARIANTS:
-                if rows <= max(16, heads * new) and rows * 4 >= min(64, heads * new):
+            for form in VARIANTS:
+                if min(16, heads * new) <= form.rows <= heads * new and form.rows * 4 >= min(64, heads * new):
                     kernel.FORMS = (form,)
                     guarded(str(form), one(heads, new, form))
     finally:
