@@ -149,10 +149,8 @@ def table(rates: tuple[float, float]) -> None:
 
 def tune(rates: tuple[float, float]) -> None:
     """Every variant at batch 32 and 8k tokens, as the only form."""
-    say(
-        "\n| heads | query tokens | rows | tokens | warps | stages | programs | part | error | us | GB/s | of copy |"
-    )
-    say("|---|---|---|---|---|---|---|---|---|---|---|---|")
+    say("\n| heads | query tokens | form | error | us | GB/s | of copy | TFLOP/s | of the bound |")
+    say("|---|---|---|---|---|---|---|---|---|")
     kept, step = kernel.FORMS, Step(HEADS[0], 32, 1, 8192)
 
     def one(heads: int, new: int, form: Form) -> Callable[[], None]:
