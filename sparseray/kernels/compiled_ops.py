@@ -54,7 +54,8 @@ def _places(pages: Pages) -> tuple[Array, Array, Array]:
     found: tuple[Array, Array, Array] | None = pages.scratch.get("compiled")
     if found is None:
         B = pages.num_sequences
-        bounds = np.arange(B + 1, dtype=np.int32) if pages.cu_seqlens is None else pages.cu_seqlens.numpy()
+        decoded = np.arange(B + 1, dtype=np.int32) * np.int32(pages.num_new)
+        bounds = decoded if pages.cu_seqlens is None else pages.cu_seqlens.numpy()
         found = pages.scratch["compiled"] = pages.table_BW.numpy(), bounds, pages.context_lens_B.numpy()
     return found
 

@@ -43,10 +43,13 @@ class Ops(PagedOps, Protocol):
     Attributes:
         chunks_keep_bits: a sequence has the same bits however it is cut into chunks, single tokens among them.
         row_padding: a call in inference has a multiple of so many rows.
+        expands_latents: chunks of prompts attend to keys and values that are made of the latents again, single tokens
+            to the latents themselves.
     """
 
     chunks_keep_bits: bool
     row_padding: int
+    expands_latents: bool
 
     def linear(self, x_RI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, *, invariant: bool) -> Tensor:
         """x @ weight.T + bias.
@@ -54,6 +57,10 @@ class Ops(PagedOps, Protocol):
         Args:
             invariant: a row's bits must not depend on the number of rows, which is a multiple of `ROW_PADDING`.
         """
+        ...
+
+    def linear_by_head(self, x_RQI: Tensor, weight_QOI: Tensor) -> Tensor:
+        """Every head's rows times its own matrix, [R, Q, O]; in inference, as `linear` where it is invariant."""
         ...
 
     def embedding(self, tokens_R: Tensor, weight_VH: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ the scalar remainder of a vector loop, whose exp differs from the vector one. Sh
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -31,11 +31,16 @@ class PlainOps:
 
     chunks_keep_bits = False
     row_padding = ROW_PADDING
+    expands_latents = False
 
     def linear(self, x_RI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, *, invariant: bool) -> Tensor:
         if not invariant or x_RI.shape[0] <= ROW_BLOCK or x_RI.is_cuda:
             return F.linear(x_RI, weight_OI, bias_O)
         return torch.cat([F.linear(block, weight_OI, bias_O) for block in torch.split(x_RI, ROW_BLOCK)])
+
+    def linear_by_head(self, x_RQI: Tensor, weight_QOI: Tensor) -> Tensor:
+        heads = zip(x_RQI.unbind(1), weight_QOI.unbind(0))
+        return torch.stack([self.linear(x, weight, None, invariant=True) for x, weight in heads], 1)
 
     def embedding(self, tokens_R: Tensor, weight_VH: Tensor) -> Tensor:
         return F.embedding(tokens_R, weight_VH)
@@ -318,6 +323,10 @@ class PlainOps:
             k = paged.gather(pool, table_W, 0, context)[None]
             out[rows] = self.attend(q_RQK[rows][None], k, k[..., :latent])[0]
         return out
+
+    def paged_latents(self, pool: Tensor, pages: Pages) -> Iterator[tuple[slice, Tensor]]:
+        for rows, _, context, table_BW in paged.alike(pages):
+            yield rows, pool[table_BW].flatten(1, 2)[:, :context]
 
     def paged_compress(
         self,

@@ -4,7 +4,7 @@ Paged caches are in paged_triton_ops.py. A method that is in neither is the plai
 
 | operation | what runs | until |
 |---|---|---|
-| linear, logits | cuBLAS, with the row's bits as they come | |
+| linear, linear_by_head, logits | cuBLAS, with the row's bits as they come | |
 | attend | torch's fused attention | |
 | rotary_split where head sizes differ | torch | |
 | memory_gate, memory_conv | torch: the fused kernel takes whole sequences, these are a chunk's pieces in serving | |
@@ -85,6 +85,9 @@ class _Embedding(torch.autograd.Function):
 
 class TritonOps(PagedTritonOps):
     """See `Ops` for what each operation does."""
+
+    def linear_by_head(self, x_RQI: Tensor, weight_QOI: Tensor) -> Tensor:
+        return torch.bmm(x_RQI.transpose(0, 1), weight_QOI.transpose(1, 2)).transpose(0, 1)
 
     def embedding(self, tokens_R: Tensor, weight_VH: Tensor) -> Tensor:
         out_RH: Tensor = _Embedding.apply(tokens_R, weight_VH)
