@@ -39,6 +39,7 @@ from sparseray.platform.metrics.registry import PREFIX, REGISTRY
 
 PROMPT = "rain river stone bread light house under winter green north seven learn sparse hold move rain"
 pytestmark = [pytest.mark.ray, pytest.mark.skipif(PROMETHEUS is None, reason=MISSING)]
+RESTED = Path(__file__).parent / "rested_steps"
 BOARDS = (TRAINING, SPARSE, SERVING, CLUSTER)
 
 
@@ -58,7 +59,7 @@ def drive(url: str, stop: threading.Event, quiet: threading.Event) -> None:
     """Ask again and again until told to stop."""
     body = {"model": "served", "prompt": PROMPT, "max_tokens": 12, "ignore_eos": True}
     with httpx.Client(timeout=20) as client:
-        while not stop.wait(0.1):
+        while not stop.wait(0.3):
             if quiet.is_set():
                 continue
             try:
@@ -75,19 +76,21 @@ def live(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Liv
     config = tiny_run(corpus, steps=100_000, colocated=True, **shared)
     config = replace(
         config,
-        train=replace(config.train, checkpoint_every=20, eval_every=20),
+        train=replace(config.train, checkpoint_every=10, eval_every=10),
         cluster=replace(config.cluster, deadline_s=20.0, hang_s=3.0),
         metrics=replace(config.metrics, per_expert=True),
     )
     save_yaml(config, folder / "run.yaml")
     env, (port,) = environment(SPARSERAY_STATE_DIR=str(folder / "state")), free_ports(1)
+    # A run that everybody watches and nobody waits for.
+    rests = {"PYTHONPATH": f"{RESTED}:{env['PYTHONPATH']}", "SPARSERAY_TEST_REST_S": "0.2"}
     command = [sys.executable, "-m", "sparseray"]
     pretrain = ["pretrain", "--config", str(folder / "run.yaml"), "--run_dir", str(folder / "run")]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SPARSERAY_STATE_DIR", str(folder / "state"))
         write_prometheus(folder / "prometheus", [], "")
     prometheus = Prometheus(folder / "prometheus" / "prometheus.yml", folder / "prometheus" / "data")
-    processes = [run := Background([*command, *pretrain], env)]
+    processes = [run := Background([*command, *pretrain], env | rests)]
     stop, quiet, url = threading.Event(), threading.Event(), f"http://127.0.0.1:{port}"
     clients = [threading.Thread(target=drive, args=(url, stop, quiet), daemon=True) for _ in range(2)]
     try:
