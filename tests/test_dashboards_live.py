@@ -21,6 +21,7 @@ import pytest
 from background import Background, end_leftovers, environment, free_ports, sparseray
 from browser import CHROMIUM, NO_CHROMIUM, cards, document
 from local_cluster import tiny_run, train
+from processes import resting
 from watching import MISSING, PROMETHEUS, Prometheus, lint
 
 from sparseray.dashboards.cluster import CLUSTER
@@ -39,7 +40,6 @@ from sparseray.platform.metrics.registry import PREFIX, REGISTRY
 
 PROMPT = "rain river stone bread light house under winter green north seven learn sparse hold move rain"
 pytestmark = [pytest.mark.ray, pytest.mark.skipif(PROMETHEUS is None, reason=MISSING)]
-RESTED = Path(__file__).parent / "rested_steps"
 BOARDS = (TRAINING, SPARSE, SERVING, CLUSTER)
 
 
@@ -82,15 +82,14 @@ def live(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Liv
     )
     save_yaml(config, folder / "run.yaml")
     env, (port,) = environment(SPARSERAY_STATE_DIR=str(folder / "state")), free_ports(1)
-    # A run that everybody watches and nobody waits for.
-    rests = {"PYTHONPATH": f"{RESTED}:{env['PYTHONPATH']}", "SPARSERAY_TEST_REST_S": "0.2"}
     command = [sys.executable, "-m", "sparseray"]
     pretrain = ["pretrain", "--config", str(folder / "run.yaml"), "--run_dir", str(folder / "run")]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SPARSERAY_STATE_DIR", str(folder / "state"))
         write_prometheus(folder / "prometheus", [], "")
     prometheus = Prometheus(folder / "prometheus" / "prometheus.yml", folder / "prometheus" / "data")
-    processes = [run := Background([*command, *pretrain], env | rests)]
+    # Everybody watches the run, and nobody waits for it.
+    processes = [run := Background([*command, *pretrain], env | resting(0.2))]
     stop, quiet, url = threading.Event(), threading.Event(), f"http://127.0.0.1:{port}"
     clients = [threading.Thread(target=drive, args=(url, stop, quiet), daemon=True) for _ in range(2)]
     try:
