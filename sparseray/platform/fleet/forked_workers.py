@@ -15,11 +15,13 @@ from sparseray.platform.config import ClusterConfig
 from sparseray.platform.fleet import launch
 
 SCRIPT = """#!/bin/sh
-case "$1" in
-*/default_worker.py) exec {python} -IS {launch} {address} {python} "$@" ;;
+case "$1 $2" in
+*/default_worker.py\\ *) exec {python} -IS {launch} {address} {python} "$@" ;;
+*/dashboard/agent.py) exec {python} "$@" --listen-port=0 ;;
 *) exec {python} "$@" ;;
 esac
 """
+"""Takes Ray's agent a free port: at its fixed one it waits 3 s for another Ray on the machine to end, and gives up."""
 
 
 class ForkedWorkers:
