@@ -18,6 +18,8 @@ from torch import Tensor
 
 from sparseray.errors import ConfigError
 from sparseray.kernels.dse.reference import Fusion
+from sparseray.kernels.held_ops import HeldOps, HeldRows
+from sparseray.kernels.moe.expert_sum import HeldGradients
 from sparseray.kernels.nsa.reference import BranchKeys, Compression
 from sparseray.kernels.paged import History, KeyValues, Pages
 from sparseray.kernels.paged_ops import PagedOps
@@ -29,6 +31,8 @@ __all__ = [
     "BranchKeys",
     "Compression",
     "Fusion",
+    "HeldGradients",
+    "HeldRows",
     "History",
     "KeyValues",
     "Ops",
@@ -37,7 +41,7 @@ __all__ = [
 ]
 
 
-class Ops(PagedOps, Protocol):
+class Ops(PagedOps, HeldOps, Protocol):
     """The operations of a model; each is differentiable in every floating-point tensor it takes.
 
     Attributes:

@@ -34,8 +34,11 @@ from sparseray.kernels.dense.swiglu import swiglu
 from sparseray.kernels.dse import fusion as dse_fusion
 from sparseray.kernels.dse import rows as dse_rows
 from sparseray.kernels.dse.reference import Fusion
+from sparseray.kernels.held_ops import HeldRows
+from sparseray.kernels.moe import held
 from sparseray.kernels.moe.decode import moe_ffn_decode
-from sparseray.kernels.moe.ffn import moe_ffn
+from sparseray.kernels.moe.expert_sum import HeldGradients
+from sparseray.kernels.moe.ffn import combine_rows, moe_ffn
 from sparseray.kernels.moe.router import route, top_k
 from sparseray.kernels.moe.router_logits import router_logits
 from sparseray.kernels.nsa.attention import nsa_attention, nsa_selection
@@ -227,6 +230,32 @@ class TritonOps(PagedTritonOps):
                 down_EHI,
             )
         return moe_ffn(x_TH, topk_ids_TK, topk_weights_TK, gate_up_E2IH, down_EHI)
+
+    def group_held(self, places_TK: Tensor, num_held: int, like: Tensor) -> HeldRows:
+        plan = held.group_held(places_TK, num_held, like)
+        return HeldRows(order_R=plan.order_R, counts_E=plan.counts_E, plan=plan)
+
+    def held_forward(
+        self, x_TH: Tensor, rows: HeldRows, counts: Sequence[int], gate_up_E2IH: Tensor, down_EHI: Tensor
+    ) -> tuple[Tensor, Any]:
+        check("the experts", x_TH, gate_up_E2IH, down_EHI)
+        return held.held_forward(x_TH, rows.plan, counts, gate_up_E2IH, down_EHI)
+
+    def held_backward(
+        self,
+        dout_TH: Tensor,
+        weights_TK: Tensor,
+        rows: HeldRows,
+        counts: Sequence[int],
+        saved: Any,
+        gate_up_E2IH: Tensor,
+        down_EHI: Tensor,
+    ) -> HeldGradients:
+        return held.held_backward(dout_TH, weights_TK, saved, gate_up_E2IH, down_EHI)
+
+    def combine_slots(self, rows_TKH: Tensor, weights_TK: Tensor | None) -> Tensor:
+        T, K, H = rows_TKH.shape
+        return combine_rows(rows_TKH.reshape(T * K, H), _numbers(T * K, rows_TKH.device), K, weights_TK)
 
     def ngram_rows(
         self,
