@@ -1,8 +1,7 @@
 """`PlainOps`: the operations of `Ops` in plain PyTorch, which `REFERENCE` is and TritonOps falls back to.
 
-What a sequence computes in serving has the same bits whatever else is in the call: matrix products run on blocks
-of 32 to 128 rows, for which CPU libraries sum in one order; everything else is per row, and no element falls into
-the scalar remainder of a vector loop, whose exp differs from the vector one. Shapes as in ops.py.
+What a sequence computes in serving has the same bits whatever else is in the call: products run on blocks of 32 to 128
+rows, which CPU libraries sum in one order; the rest is per row, without scalar remainders of vector loops (as ops.py).
 """
 
 from __future__ import annotations

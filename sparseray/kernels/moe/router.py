@@ -23,6 +23,8 @@ from sparseray.kernels.moe.reference import (
     weighing,
 )
 
+FEW_TOKENS = 512
+
 
 @triton.jit
 def _score(p_logits, o_t, m_t, E: tl.constexpr, BE: tl.constexpr, SIGMOID: tl.constexpr):
@@ -201,7 +203,7 @@ class _Route(torch.autograd.Function):
     def forward(ctx: Any, logits_TE: Tensor, bias_E: Tensor | None, options: dict[str, Any]) -> Any:
         T, E = logits_TE.shape
         K, device = options["top_k"], logits_TE.device
-        bt = block_tokens(E)
+        bt, warps = options["block"]
         num_blocks = max(1, triton.cdiv(T, bt))
         ids = torch.empty(T, K, dtype=torch.int64, device=device)
         weights = torch.empty(T, K, dtype=torch.float32, device=device)
@@ -230,6 +232,7 @@ class _Route(torch.autograd.Function):
             SIGMOID=options["sigmoid"],
             BIAS=bias_E is not None,
             NORMALIZE=options["normalize"],
+            num_warps=warps,
             **sizes,
         )
         ctx.save_for_backward(scores, ids)
@@ -262,16 +265,20 @@ class _Route(torch.autograd.Function):
 
 
 def _routed(
-    logits_TE: Tensor, bias_E: Tensor | None, *, top_k: int, router: str, num_groups: int, topk_groups: int,
+    logits_TE: Tensor, bias_E: Tensor | None, block: tuple[int, int], *, top_k: int, router: str, num_groups: int, topk_groups: int,
     group_scores: int, normalize: bool | None, scaling: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(ids, weights, scores, ranks, counts): what `reference.route` gives, and what `finish_plan` needs."""
+    """(ids, weights, scores, ranks, counts): what `reference.route` gives, and what `finish_plan` needs.
+
+    `block` is the tokens of a program and its warps.
+    """
     E = logits_TE.shape[1]
     check_route(E, top_k=top_k, router=router, num_groups=num_groups, topk_groups=topk_groups)
     summed = scores_of_a_group(router, top_k=top_k, topk_groups=topk_groups, group_scores=group_scores)
     is_divided, factor = weighing(router, normalize=normalize, scaling=scaling)
     options = {
         "top_k": top_k,
+        "block": block,
         "sigmoid": router == "v3",
         "num_groups": num_groups,
         "topk_groups": topk_groups,
@@ -290,8 +297,10 @@ def route(
     scaling: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`reference.route` in one launch; args and result as there."""
+    # Of few tokens a warp takes some alone: it finds a largest score without waiting for other warps.
+    block = (8, 1) if logits_TE.shape[0] <= FEW_TOKENS else (block_tokens(logits_TE.shape[1]), 4)
     return _routed(
-        logits_TE, bias_E, top_k=top_k, router=router, num_groups=num_groups, topk_groups=topk_groups,
+        logits_TE, bias_E, block, top_k=top_k, router=router, num_groups=num_groups, topk_groups=topk_groups,
         group_scores=group_scores, normalize=normalize, scaling=scaling,
     )[:3]  # fmt: skip
 
@@ -323,7 +332,7 @@ def route_and_plan(
         ConfigError: settings that cannot select top_k experts.
     """
     ids, weights, scores, ranks, counts = _routed(
-        logits_TE, bias_E, top_k=top_k, router=router, num_groups=num_groups, topk_groups=topk_groups,
+        logits_TE, bias_E, (block_tokens(logits_TE.shape[1]), 4), top_k=top_k, router=router, num_groups=num_groups, topk_groups=topk_groups,
         group_scores=group_scores, normalize=normalize, scaling=scaling,
     )  # fmt: skip
     plan = finish_plan(ids, ranks, counts, num_experts=logits_TE.shape[1], tile_rows=tile_rows)
