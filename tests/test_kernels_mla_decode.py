@@ -61,10 +61,7 @@ class Case:
         return found.unflatten(0, (batch, new))
 
     def workspace(self, rows: slice = slice(None), longest: int = 300) -> LatentDecodeWorkspace:
-        batch, new, heads, _ = self.q[rows].shape
-        work = LatentDecodeWorkspace.create(
-            batch, new, heads, self.latent, longest, dtype=self.q.dtype, device=DEVICE
-        )
+        work = LatentDecodeWorkspace.create(self.q[rows], self.cache, latent=self.latent, max_context=longest)
         for buffer in (work.part_max, work.part_sum, work.part_out):
             buffer.fill_(torch.nan)
         return work
