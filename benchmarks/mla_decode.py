@@ -34,8 +34,6 @@ LATENT, WIDTH, PAGE = 512, 576, 256
 HEADS, BATCHES, CONTEXTS, NEW = (16, 128), (1, 32, 128), (8192, 32768), (1, 2, 4, 8)
 TUNED = ((16, 1), (16, 2), (16, 4), (128, 1), (128, 2))
 VARIANTS = [
-    *kernel.PIPELINED,
-    *(replace(form, longest=n) for form in kernel.PIPELINED for n in (1024, 4096)),
     *(
         Form(rows=rows, tokens=t, num_warps=w, num_stages=s, programs=p, longest=n, rows_first=bool(first))
         for rows, t, w, s, p, n, first in (
@@ -45,6 +43,8 @@ VARIANTS = [
             (64, 32, 8, 3, 1, 2048, 0), (64, 32, 8, 4, 1, 2048, 1), (64, 64, 8, 2, 1, 2048, 1),
         )
     ),
+    *kernel.PIPELINED,
+    *(replace(form, longest=n) for form in kernel.PIPELINED for n in (1024, 4096)),
 ]  # fmt: skip
 
 
@@ -188,9 +188,14 @@ def main() -> None:
         f"# Latent decoding: {torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}\n"
     )
     say(f"- copy {rates[0]:.0f} GB/s, matrix product {rates[1]:.0f} TFLOP/s; bf16, pages of {PAGE} tokens")
-    guarded("check", check)
     if options.tune:
         tune(rates)
+    try:
+        check()
+    except AssertionError as error:
+        say(f"\nTHE PIPELINED FORMS FAIL ({error}); what follows is by the tiled ones\n")
+        kernel.PIPELINED = kernel.FORMS
+        guarded("check", check)
     table(rates)
     say(f"\n{time.perf_counter() - started:.0f} s in all")
     if options.out is not None:

@@ -173,6 +173,11 @@ class Form:
     rows_first: bool = False
     is_pipelined: bool = False
 
+    @property
+    def num_registers(self) -> int:
+        """Of a thread, where one program has them all; the copying warp gives most of its own away."""
+        return 232 if self.num_warps == 4 else 168
+
 
 FORMS: tuple[Form, ...] = (
     Form(rows=16, tokens=32, num_warps=4, num_stages=3, programs=2, longest=1024),
@@ -281,10 +286,8 @@ def latent_decode(
     }  # fmt: skip
     if form.is_pipelined:
         tiles = sources_of(cache, latent, form.tokens)
-        # All registers are for one program; the copying warp gives most of its own away.
-        most_registers = 168 if form.num_warps == 8 else 232
         launch_kernel(
-            latent_pipelined_kernel, (programs,), q, *tiles, *numbers, W=form.num_warps, maxnreg=most_registers, **sizes
+            latent_pipelined_kernel, (programs,), q, *tiles, *numbers, W=form.num_warps, maxnreg=form.num_registers, **sizes
         )  # fmt: skip
     else:
         launch_kernel(
