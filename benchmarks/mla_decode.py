@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -33,17 +34,18 @@ LATENT, WIDTH, PAGE = 512, 576, 256
 HEADS, BATCHES, CONTEXTS, NEW = (16, 128), (1, 32, 128), (8192, 32768), (1, 2, 4, 8)
 TUNED = ((16, 1), (16, 2), (16, 4), (128, 1), (128, 2))
 VARIANTS = [
-    Form(rows=rows, tokens=t, num_warps=w, num_stages=s, programs=p, longest=n, rows_first=bool(first))
-    for rows, t, w, s, p, n, first in (
-        (16, 32, 4, 3, 2, 1024, 0), (16, 32, 4, 3, 2, 512, 0), (16, 32, 4, 2, 2, 1024, 0), (16, 32, 4, 4, 1, 2048, 0),
-        (16, 32, 4, 5, 1, 2048, 0), (16, 32, 8, 4, 1, 2048, 0), (16, 32, 8, 3, 2, 1024, 0), (16, 64, 4, 2, 1, 2048, 0),
-        (16, 32, 4, 3, 2, 1024, 1), (16, 64, 4, 2, 2, 1024, 1),
-        (32, 32, 4, 3, 2, 1024, 0), (32, 32, 8, 4, 1, 2048, 0), (32, 64, 4, 2, 1, 2048, 0),
-        (64, 32, 8, 3, 1, 2048, 0), (64, 64, 8, 2, 1, 2048, 0), (64, 32, 8, 3, 1, 2048, 1), (64, 32, 8, 4, 1, 2048, 1),
-        (64, 64, 8, 2, 1, 2048, 1),
-    )
+    *(
+        Form(rows=rows, tokens=t, num_warps=w, num_stages=s, programs=p, longest=n, rows_first=bool(first))
+        for rows, t, w, s, p, n, first in (
+            (16, 32, 4, 3, 2, 1024, 0), (16, 32, 4, 2, 2, 1024, 0), (16, 32, 4, 4, 1, 2048, 0), (16, 32, 8, 4, 1, 2048, 0),
+            (16, 32, 8, 3, 2, 1024, 0), (16, 64, 4, 2, 1, 2048, 0), (16, 64, 4, 2, 2, 1024, 1),
+            (32, 32, 4, 3, 2, 1024, 0), (32, 32, 8, 4, 1, 2048, 0),
+            (64, 32, 8, 3, 1, 2048, 0), (64, 32, 8, 4, 1, 2048, 1), (64, 64, 8, 2, 1, 2048, 1),
+        )
+    ),
+    *kernel.PIPELINED,
+    *(replace(form, longest=n) for form in kernel.PIPELINED for n in (1024, 4096)),
 ]  # fmt: skip
-"""Rows of a tile, tokens of one, warps, stages, programs of a multiprocessor, tokens of a part, rows first."""
 
 
 class Step:
@@ -66,7 +68,7 @@ class Step:
         self.q = torch.randn(batch, new, heads, WIDTH, device="cuda", dtype=torch.bfloat16)
         self.out = torch.empty(batch, new, heads, LATENT, device="cuda", dtype=torch.bfloat16)
         self.work = LatentDecodeWorkspace.create(
-            batch, new, heads, LATENT, self.context, dtype=torch.bfloat16, device="cuda"
+            self.q, self.caches[0], latent=LATENT, max_context=self.context
         )
 
     def run(self) -> None:
@@ -151,13 +153,13 @@ def tune(rates: tuple[float, float]) -> None:
     """Every variant at batch 32 and 8k tokens, as the only form."""
     say("\n| heads | query tokens | form | error | us | GB/s | of copy | TFLOP/s | of the bound |")
     say("|---|---|---|---|---|---|---|---|---|")
-    kept, step = kernel.FORMS, Step(HEADS[0], 32, 1, 8192)
+    kept, step = kernel.PIPELINED, Step(HEADS[0], 32, 1, 8192)
 
     def one(heads: int, new: int, form: Form) -> Callable[[], None]:
         def run() -> None:
             step.ask(heads, new)
             name = f"| {heads} | {new} | {form.rows} x {form.tokens}, {form.num_warps} warps, {form.num_stages} stages,"
-            name += f" {form.programs} programs, {form.longest}{', rows first' if form.rows_first else ''} |"
+            name += f" {form.programs} programs, {form.longest}{', rows first' if form.rows_first else ''}{', pipelined' if form.is_pipelined else ''} |"
             say(f"{name} {step.error():.0e} | {timed(step, rates)}")
 
         return run
@@ -166,10 +168,10 @@ def tune(rates: tuple[float, float]) -> None:
         for heads, new in TUNED:
             for form in VARIANTS:
                 if min(16, heads * new) <= form.rows <= heads * new and form.rows * 4 >= min(64, heads * new):
-                    kernel.FORMS = (form,)
+                    kernel.PIPELINED = (form,)
                     guarded(str(form), one(heads, new, form))
     finally:
-        kernel.FORMS = kept
+        kernel.PIPELINED = kept
 
 
 def main() -> None:
@@ -186,9 +188,14 @@ def main() -> None:
         f"# Latent decoding: {torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}\n"
     )
     say(f"- copy {rates[0]:.0f} GB/s, matrix product {rates[1]:.0f} TFLOP/s; bf16, pages of {PAGE} tokens")
-    guarded("check", check)
     if options.tune:
         tune(rates)
+    try:
+        check()
+    except AssertionError as error:
+        say(f"\nTHE PIPELINED FORMS FAIL ({error}); what follows is by the tiled ones\n")
+        kernel.PIPELINED = kernel.FORMS
+        guarded("check", check)
     table(rates)
     say(f"\n{time.perf_counter() - started:.0f} s in all")
     if options.out is not None:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import triton_interpreter  # noqa: F401  (first: it sets the interpreter up where there is no GPU)
@@ -61,10 +66,7 @@ class Case:
         return found.unflatten(0, (batch, new))
 
     def workspace(self, rows: slice = slice(None), longest: int = 300) -> LatentDecodeWorkspace:
-        batch, new, heads, _ = self.q[rows].shape
-        work = LatentDecodeWorkspace.create(
-            batch, new, heads, self.latent, longest, dtype=self.q.dtype, device=DEVICE
-        )
+        work = LatentDecodeWorkspace.create(self.q[rows], self.cache, latent=self.latent, max_context=longest)
         for buffer in (work.part_max, work.part_sum, work.part_out):
             buffer.fill_(torch.nan)
         return work
@@ -128,6 +130,19 @@ def test_bits_of_a_sequence_do_not_depend_on_its_company() -> None:
 def test_queries_that_decoding_does_not_take_are_refused() -> None:
     with pytest.raises(ConfigError, match="1 to 8 query tokens"):
         Case([20], 9, 2, (16, 16), 16).run()
+
+
+def test_the_pipelined_forms_compile_for_hopper() -> None:
+    script = Path(__file__).parent / "hopper_compile.py"
+    settings = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, str(script), "latent"], capture_output=True, text=True, env=settings, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert len(lines) == 6
+    for name, shared, spilled in lines:
+        assert int(shared) <= 227 * 1024 and int(spilled) <= 16, (name, shared, spilled)
 
 
 @pytest.mark.gpu

@@ -77,18 +77,15 @@ class PagedTritonOps(PlainOps):
         if pages.chunks is not None:
             return super().paged_latent_attend(q_RQK, pool, latent, scale, pages)
         check("latent attention over pages", q_RQK, pool)
-        heads, places = q_RQK.shape[1], _places(pages)
+        places = _places(pages)
+        q, out = _new(q_RQK, places), q_RQK.new_empty(*q_RQK.shape[:2], latent)
         workspace = pages.scratch.get("latent")
         if workspace is None:
             longest = pages.table_BW.shape[1] * pages.page
-            workspace = LatentDecodeWorkspace.create(
-                *places, heads, latent, longest, dtype=pool.dtype, device=pool.device
-            )
+            workspace = LatentDecodeWorkspace.create(q, pool, latent=latent, max_context=longest)
             pages.scratch["latent"] = workspace
-        out = q_RQK.new_empty(len(q_RQK), heads, latent)
-        latent_decode(
-            _new(q_RQK, places), pool, pages.table_BW, pages.context_lens_B, workspace, _new(out, places), scale=scale
-        )  # fmt: skip
+        at = (pages.table_BW, pages.context_lens_B)
+        latent_decode(q, pool, *at, workspace, _new(out, places), scale=scale)
         return out
 
     def paged_compress(

@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparseray.errors import ConfigError
+from sparseray.kernels.attention.latent_pipelined import fits, latent_pipelined_kernel, sources_of
 from sparseray.kernels.launch import launch_kernel
 from sparseray.kernels.nsa.range_forward import LOG2E
 from sparseray.kernels.nsa.tiles import next_power_of_2, page_rows, precision
@@ -160,6 +161,7 @@ class Form:
         programs: on a multiprocessor.
         longest: tokens of a part at most, unless a sequence would have too many of them.
         rows_first: rows are the long side of both products instead of tokens.
+        is_pipelined: by warps of different roles.
     """
 
     rows: int
@@ -169,6 +171,12 @@ class Form:
     programs: int
     longest: int
     rows_first: bool = False
+    is_pipelined: bool = False
+
+    @property
+    def num_registers(self) -> int:
+        """Of a thread, where one program has them all; the copying warp gives most of its own away."""
+        return 232 if self.num_warps == 4 else 168
 
 
 FORMS: tuple[Form, ...] = (
@@ -177,6 +185,11 @@ FORMS: tuple[Form, ...] = (
     Form(rows=64, tokens=32, num_warps=8, num_stages=3, programs=1, longest=2048),
 )
 """For 16-bit numbers, by ascending rows; the last serves any number of them."""
+PIPELINED: tuple[Form, ...] = tuple(
+    Form(rows=rows, tokens=64, num_warps=warps, num_stages=2, programs=1, longest=2048, is_pipelined=True)
+    for rows, warps in ((16, 4), (32, 4), (64, 8))
+)
+"""The same, where `latent_pipelined.fits`."""
 EXACT = Form(rows=16, tokens=16, num_warps=4, num_stages=1, programs=2, longest=1024)
 """For fp32."""
 PARTS, MERGE_COLUMNS = 2048, 64
@@ -206,13 +219,17 @@ class LatentDecodeWorkspace:
     part_out: Tensor
 
     @classmethod
-    def create(
-        cls, batch: int, query_len: int, heads: int, latent: int, max_context: int, *, dtype: torch.dtype,
-        device: torch.device | str,
-    ) -> "LatentDecodeWorkspace":  # fmt: skip
-        """Buffers for `batch` sequences of at most `max_context` tokens whose cache has this dtype."""
-        device, rows = torch.device(device), query_len * heads
-        form = next((f for f in FORMS if f.rows >= rows), FORMS[-1]) if dtype.itemsize == 2 else EXACT
+    def create(cls, q: Tensor, cache: Tensor, *, latent: int, max_context: int) -> "LatentDecodeWorkspace":
+        """Buffers for a batch.
+
+        Args:
+            q, cache: like those of the steps.
+            latent: channels of a value.
+            max_context: tokens of the longest sequence.
+        """
+        (batch, query_len, heads, _), device = q.shape, q.device
+        rows, forms = query_len * heads, PIPELINED if fits(cache, latent) else FORMS
+        form = next((f for f in forms if f.rows >= rows), forms[-1]) if q.element_size() == 2 else EXACT
         tiles = triton.cdiv(rows, form.rows)
         least = max(64, min(form.longest, 32 * batch * tiles))
         most = min(
@@ -259,14 +276,24 @@ def latent_decode(
     rows, most = query_len * heads, workspace.part_max.shape[1]
     programs = min(_multiprocessors(q.device) * form.programs, batch * most * triton.cdiv(rows, form.rows))
     columns = min(MERGE_COLUMNS, next_power_of_2(latent))
-    launch_kernel(
-        _parts_kernel, (programs,), q, cache, block_table, context_lens,
-        w.part_max, w.part_sum, w.part_out, batch, query_len, heads, block_table.shape[1], w.least, most,
-        scale * LOG2E,
-        BB=max(128, next_power_of_2(batch)), BR=form.rows, BN=form.tokens, PAGE=page, C=latent, P=width - latent,
-        BC=max(16, next_power_of_2(latent)), BP=max(16, next_power_of_2(width - latent)),
-        IP=precision(q.dtype), STAGES=form.num_stages, ROWS_FIRST=form.rows_first, num_warps=form.num_warps,
+    numbers = (
+        block_table, context_lens, w.part_max, w.part_sum, w.part_out, batch, query_len, heads, block_table.shape[1],
+        w.least, most, scale * LOG2E,
     )  # fmt: skip
+    sizes = {
+        "BB": max(128, next_power_of_2(batch)), "BR": form.rows, "BN": form.tokens, "PAGE": page, "C": latent,
+        "P": width - latent, "STAGES": form.num_stages, "num_warps": form.num_warps,
+    }  # fmt: skip
+    if form.is_pipelined:
+        tiles = sources_of(cache, latent, form.tokens)
+        launch_kernel(
+            latent_pipelined_kernel, (programs,), q, *tiles, *numbers, W=form.num_warps, maxnreg=form.num_registers, **sizes
+        )  # fmt: skip
+    else:
+        launch_kernel(
+            _parts_kernel, (programs,), q, cache, *numbers, BC=max(16, next_power_of_2(latent)),
+            BP=max(16, next_power_of_2(width - latent)), IP=precision(q.dtype), ROWS_FIRST=form.rows_first, **sizes,
+        )  # fmt: skip
     launch_kernel(
         _merge_kernel, (batch * rows, triton.cdiv(latent, columns)),
         w.part_max, w.part_sum, w.part_out, context_lens, out, rows, w.least, most,
