@@ -1,7 +1,7 @@
 """`PlainOps`: the operations of `Ops` in plain PyTorch, which `REFERENCE` is and TritonOps falls back to.
 
 What a sequence computes in serving has the same bits whatever else is in the call: products run on blocks of 32 to 128
-rows, which CPU libraries sum in one order; the rest is per row, without scalar remainders of vector loops (as ops.py).
+rows, which CPU libraries sum in one order; the rest is per row, without scalar remainders of vector loops; shapes as in ops.py.
 """
 
 from __future__ import annotations
