@@ -30,6 +30,7 @@ FLOORS = {
         "run",
         "gpu",
         "device",
+        "reachable",
         "checks",
         "opening",
         "fleet",
