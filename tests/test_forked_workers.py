@@ -72,6 +72,17 @@ def test_one_with_another_environment_than_the_libraries_were_loaded_in_loads_fo
     assert said.split()[0:3:2] == [str(os.getpid()), "False"] and process.returncode == 7
 
 
+def test_rays_agent_takes_a_free_port_whatever_else_runs_on_the_machine(
+    workers: ForkedWorkers, tmp_path: Path
+) -> None:
+    agent = tmp_path / "dashboard" / "agent.py"
+    agent.parent.mkdir()
+    agent.write_text("import sys; print(sys.argv[1:])")
+    with workers.started_by_ray():
+        command = [sys.executable, "-u", str(agent), "--listen-port=52365", "--head"]
+    assert subprocess.check_output(command, text=True).strip().endswith("'--head', '--listen-port=0']")
+
+
 def test_other_programs_are_python_as_before(workers: ForkedWorkers, tmp_path: Path) -> None:
     with workers.started_by_ray():
         command = [sys.executable, "-c", "import sys; print(sys.executable)"]
