@@ -90,6 +90,18 @@ class Ops(PagedOps, HeldOps, Protocol):
         """
         ...
 
+    def rotary_pairs(self, x_RQD: Tensor, start: int, cos_RP: Tensor, sin_RP: Tensor) -> Tensor:
+        """Rotary position encoding of each head's channels from `start` on, of which 2i is paired with 2i + 1.
+
+        In what order they come out is the operations' own affair, and the same for queries and keys: it changes no score.
+
+        Args:
+            x_RQD: heads.
+            start: first channel that turns.
+            cos_RP, sin_RP: fp32, of each row's position and pair.
+        """
+        ...
+
     def rotary_split(
         self,
         fused_RX: Tensor,

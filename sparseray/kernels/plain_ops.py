@@ -60,6 +60,11 @@ class PlainOps:
         cos, sin = cos[:, None, :], sin[:, None, :]
         return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
+    def rotary_pairs(self, x_RQD: Tensor, start: int, cos_RP: Tensor, sin_RP: Tensor) -> Tensor:
+        # Channels 0, 2, 4, ... before 1, 3, 5, ...
+        halves = x_RQD[..., start:].unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+        return torch.cat([x_RQD[..., :start], self.rotary(halves, cos_RP, sin_RP)], -1)
+
     def rotary_split(
         self,
         fused_RX: Tensor,
@@ -341,10 +346,25 @@ class PlainOps:
     def paged_latent_write(self, pool: Tensor, k_R1K: Tensor, pages: Pages) -> None:
         pool.flatten(0, 1).index_copy_(0, pages.places_R.long(), k_R1K.to(pool.dtype))
 
+    def paged_latent_append(
+        self,
+        pool: Tensor,
+        x_RK: Tensor,
+        weight_C: Tensor,
+        eps: float,
+        angles: tuple[Tensor, Tensor],
+        pages: Pages,
+    ) -> None:
+        latent_RC, k_RP = x_RK.tensor_split([weight_C.shape[0]], -1)
+        turned_R1P = self.rotary_pairs(k_RP[:, None], 0, *angles)
+        rows_R1K = torch.cat([self.rms_norm(latent_RC, weight_C, eps)[:, None], turned_R1P], -1)
+        self.paged_latent_write(pool, rows_R1K, pages)
+
     def paged_latent_attend(
-        self, q_RQK: Tensor, pool: Tensor, latent: int, scale: float, pages: Pages
+        self, q_RQC: Tensor, turned_RQP: Tensor, pool: Tensor, scale: float, pages: Pages
     ) -> Tensor:
-        out = q_RQK.new_zeros(*q_RQK.shape[:2], latent)
+        q_RQK, latent = torch.cat([q_RQC, turned_RQP], -1), q_RQC.shape[-1]
+        out = torch.zeros_like(q_RQC)
         # `attend` divides by the root of the width.
         q_RQK = q_RQK * (scale * math.sqrt(q_RQK.shape[-1]))
         for rows, _, context, table_W in paged.sequences(pages):

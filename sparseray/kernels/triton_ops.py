@@ -5,7 +5,7 @@ Paged caches are in paged_triton_ops.py. A method that is in neither is the plai
 | operation | what runs | until |
 |---|---|---|
 | linear, linear_by_head, logits | cuBLAS, with the row's bits as they come | |
-| attend | torch's fused attention | |
+| attend | torch's fused attention; values narrower than keys are padded | |
 | rotary_split where head sizes differ | torch | |
 | memory_gate, memory_conv | torch: the fused kernel takes whole sequences, these are a chunk's pieces in serving | |
 | memory_fusion's backward, ngram_rows of orders with gaps | torch | |
@@ -109,6 +109,11 @@ class TritonOps(PagedTritonOps):
         # Leading axes share the tokens' angles.
         positions_R = _numbers(cos.shape[0], x.device).repeat(rows.shape[0] // max(1, cos.shape[0]))
         return rope(rows, positions_R, cos, sin, heads=(x.shape[-2], 0, 0))[0].view(x.shape)
+
+    def rotary_pairs(self, x_RQD: Tensor, start: int, cos_RP: Tensor, sin_RP: Tensor) -> Tensor:
+        rows, heads = x_RQD.shape[:2]
+        at = _numbers(rows, x_RQD.device)
+        return rope(x_RQD, at, cos_RP, sin_RP, heads=(heads, 0, 0), start=start, is_interleaved=True)[0]
 
     def rotary_split(
         self,
