@@ -29,6 +29,12 @@ def environment(**changes: str) -> dict[str, str]:
     }
 
 
+def resting(seconds: float) -> dict[str, str]:
+    """What makes training in a command rest so long within each step (tests/rested_steps), beside the rest of its environment."""
+    path = f"{ROOT / 'tests' / 'rested_steps'}{os.pathsep}{ROOT}"
+    return {"PYTHONPATH": path, "SPARSERAY_TEST_REST_S": str(seconds)}
+
+
 def start(
     arguments: list[str], log: Path, unset: tuple[str, ...] = (), **changes: str
 ) -> subprocess.Popen[bytes]:

@@ -11,7 +11,7 @@ import psutil
 import pytest
 from chaos import ENDLESS, HANG_S, Watched
 from local_cluster import tiny_run
-from processes import ROOT, of_mark, wait_until
+from processes import of_mark, resting, wait_until
 
 from sparseray.platform.config import RunConfig
 
@@ -26,11 +26,14 @@ def config_of(corpus: Path, **cluster: Any) -> RunConfig:
 
 
 @pytest.fixture
-def run(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Watched]:
+def run(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> Iterator[Watched]:
     # `Watched` sets these for the processes that it starts; they must not reach other tests.
     monkeypatch.setenv("SPARSERAY_STATE_DIR", "")
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    made = Watched(tmp_path / "watched", config_of(corpus, standby=1))
+    sizes = getattr(request, "param", {"standby": 1})
+    made = Watched(tmp_path / "watched", config_of(corpus, **sizes))
     yield made
     made.detach()
     made.close()
@@ -71,8 +74,10 @@ def cluster(run: Watched, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> It
     """Three nodes on this machine; the head keeps its state in RocksDB."""
     from ray.cluster_utils import Cluster
 
+    # Slots load beside the run, each for itself, and the test waits for them: the run leaves them the processors.
+    for name, value in resting(0.4).items():
+        monkeypatch.setenv(name, value)
     for name, value in {
-        "PYTHONPATH": str(ROOT),
         "SPARSERAY_TEST": run.mark,
         "TMPDIR": str(run.temporary),
         "SPARSERAY_STATE_DIR": str(run.folder / "state"),
@@ -91,6 +96,7 @@ def cluster(run: Watched, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> It
         process.kill()
 
 
+@pytest.mark.parametrize("run", [{"attention_workers": 1}], indirect=True, ids=["five slots"])
 def test_a_node_the_head_and_the_driver_die(run: Watched, cluster: Any) -> None:
     address = f"--cluster.address={cluster.address}"
     run.start(address)
@@ -114,6 +120,7 @@ def test_a_node_the_head_and_the_driver_die(run: Watched, cluster: Any) -> None:
     # A new slot can be had again: the policy makes up for one that dies now.
     status = run.settled()
     run.signal(slot_of(status, "memory")["pid"])
+    wait_until(lambda: count(run, "recovered") == 2, "the recovery from a slot's death")
     run.settled()
 
     assert run.process is not None

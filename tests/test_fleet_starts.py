@@ -126,3 +126,10 @@ def test_training_does_not_load_what_only_answers_need() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], env=environment(), capture_output=True, text=True)
     assert done.stdout.splitlines()[-1:] == ["[]"], done.stderr + done.stdout
+
+
+def test_who_only_asks_the_platform_does_not_load_what_trains() -> None:
+    """`scale`, `status`, `top`, `publish`, `down`: two seconds of each of them."""
+    program = "import sys; import sparseray.platform.cluster; sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], env=environment(), check=False)
+    assert done.returncode == 0

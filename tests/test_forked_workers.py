@@ -94,6 +94,25 @@ def test_other_programs_are_python_as_before(workers: ForkedWorkers, tmp_path: P
     assert Path(subprocess.check_output(command, text=True).strip()) == Path(sys.executable)
 
 
+def test_daemons_of_ray_that_a_run_has_no_use_for_only_sleep(workers: ForkedWorkers) -> None:
+    """What they would do is done by nobody: the driver prints no worker's words, and no machine is started."""
+    from ray._private import services
+
+    root = Path(services.RAY_PATH)
+    found = [root / "_private" / "log_monitor.py", *root.glob("autoscaler/*/monitor.py")]
+    assert len(found) >= 2 and all(path.exists() for path in found)
+    for path in found:
+        with workers.started_by_ray():
+            command = [sys.executable, "-u", str(path), "--logs-dir=nowhere"]
+        with subprocess.Popen(command) as process:
+            words = Path(f"/proc/{process.pid}/cmdline")
+            deadline = time.monotonic() + 10.0
+            while not words.read_bytes().startswith(b"sleep"):
+                assert time.monotonic() < deadline and process.poll() is None, words.read_bytes()
+                time.sleep(0.01)
+            process.terminate()
+
+
 def test_neither_a_worker_nor_who_asked_for_it_outlives_the_other(
     workers: ForkedWorkers, worker: Path
 ) -> None:

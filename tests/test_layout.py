@@ -50,6 +50,7 @@ FLOORS = {
         "composition",
         "job",
         "loans",
+        "scheduler_actor",
         "scheduler",
         "ray_settings",
         "cluster",

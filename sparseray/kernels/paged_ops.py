@@ -6,6 +6,7 @@ of a latent with its rotated key, H hidden.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Protocol
 
 from torch import Tensor
@@ -65,6 +66,15 @@ class PagedOps(Protocol):
             scale: of the scores.
 
         Source: arXiv 2405.04434 section 2.1.2, the absorbed form.
+        """
+        ...
+
+    def paged_latents(self, pool: Tensor, pages: Pages) -> Iterator[tuple[slice, Tensor]]:
+        """Rows of chunks and what their sequences have in pages, [B, S, 1, K]: where keys are made of it again.
+
+        Args:
+            pool: [pages, P, 1, K].
+            pages: with chunks; those of B sequences of one shape come together.
         """
         ...
 

@@ -83,36 +83,46 @@ class MLAttention(Attention):
         k_R1P = self.ops.rotary(_in_halves(k_RP[:, None]), angles.cos_RD, angles.sin_RD)
         return self.kv_norm(latent_RC), k_R1P
 
-    def _per_head(self, x_RQI: Tensor, weight_QOI: Tensor) -> Tensor:
-        """Every head's rows times its own matrix, [R, Q, O]; a row's bits do not depend on the others."""
-        heads = zip(x_RQI.unbind(1), weight_QOI.unbind(0))
-        return torch.stack([self.ops.linear(x, weight, None, invariant=True) for x, weight in heads], 1)
+    def _attend(self, q_BTQD: Tensor, latent_RC: Tensor, k_R1P: Tensor, batch: Batch) -> Tensor:
+        """Attend to the keys and values of latents of B sequences, [B, T, Q, V]."""
+        widths = (self.sizes.qk_nope_head_dim, self.sizes.v_head_dim)
+        k_RQN, v_RQV = self.kv_up(latent_RC, batch).unflatten(-1, (self.heads, -1)).split(widths, -1)
+        k = torch.cat([k_RQN, k_R1P.expand(-1, self.heads, -1)], -1)
+        k_BSQD, v_BSQV = (x.unflatten(0, (len(q_BTQD), -1)) for x in (k, v_RQV))
+        # `Ops.attend` divides by the root of the width.
+        return self.ops.attend(q_BTQD * self.magnitude, k_BSQD, v_BSQV)
 
-    def _attend_pages(self, q_RQK: Tensor, k_R1K: Tensor, paged: Paged) -> Tensor:
-        """Append the rows to their pages and attend to the latents there, [R, Q, C]."""
-        pool = paged.pools[self.layer]
+    def _attend_pages(
+        self, q_RQN: Tensor, q_RQP: Tensor, latent_RC: Tensor, k_R1P: Tensor, batch: Batch, paged: Paged
+    ) -> Tensor:
+        """Append the rows to their pages and attend to what is there, [R, Q, V]."""
+        pool, ops, sizes = paged.pools[self.layer], self.ops, self.sizes
         assert isinstance(pool, LatentPool)
-        self.ops.paged_latent_write(pool.pool, k_R1K, paged.pages)
-        latent = self.sizes.kv_lora_rank
-        return self.ops.paged_latent_attend(q_RQK, pool.pool, latent, self.scale, paged.pages)
+        ops.paged_latent_write(pool.pool, torch.cat([latent_RC[:, None], k_R1P], -1), paged.pages)
+        if ops.expands_latents and paged.pages.chunks is not None:
+            q_RQD = torch.cat([q_RQN, q_RQP], -1)
+            o_RQV = q_RQD.new_empty(*q_RQD.shape[:2], sizes.v_head_dim)
+            for rows, latents_BS1K in ops.paged_latents(pool.pool, paged.pages):
+                parts = latents_BS1K.flatten(0, 1).split((sizes.kv_lora_rank, sizes.qk_rope_head_dim), -1)
+                q_BTQD = q_RQD[rows].unflatten(0, (len(latents_BS1K), -1))
+                o_RQV[rows] = self._attend(q_BTQD, parts[0][:, 0], parts[1], batch).flatten(0, 1)
+            return o_RQV
+        widths = (sizes.qk_nope_head_dim, sizes.v_head_dim)
+        up_QNC, up_QVC = self.kv_up.weight.unflatten(0, (self.heads, -1)).split(widths, 1)
+        q_RQK = torch.cat([ops.linear_by_head(q_RQN, up_QNC.transpose(1, 2)), q_RQP], -1)
+        o_RQC = ops.paged_latent_attend(q_RQK, pool.pool, sizes.kv_lora_rank, self.scale, paged.pages)
+        return ops.linear_by_head(o_RQC, up_QVC)
 
     def forward(self, x_RH: Tensor, batch: Batch, angles: Angles) -> Tensor:
         """Attend within each sequence; [R, H]."""
         assert angles.latent is not None
         q_RQN, q_RQP = self._queries(x_RH, batch, angles.latent)
         latent_RC, k_R1P = self._latents(x_RH, batch, angles.latent)
-        widths = (self.sizes.qk_nope_head_dim, self.sizes.v_head_dim)
         if batch.paged is not None:
-            up_QNC, up_QVC = self.kv_up.weight.unflatten(0, (self.heads, -1)).split(widths, 1)
-            q_RQK = torch.cat([self._per_head(q_RQN, up_QNC.transpose(1, 2)), q_RQP], -1)
-            k_R1K = torch.cat([latent_RC[:, None], k_R1P], -1)
-            o_RQV = self._per_head(self._attend_pages(q_RQK, k_R1K, batch.paged), up_QVC)
+            o_RQV = self._attend_pages(q_RQN, q_RQP, latent_RC, k_R1P, batch, batch.paged)
         else:
-            k_RQN, v_RQV = self.kv_up(latent_RC, batch).unflatten(-1, (self.heads, -1)).split(widths, -1)
-            # `Ops.attend` divides by the root of the width.
-            q = torch.cat([q_RQN, q_RQP], -1) * self.magnitude
-            k = torch.cat([k_RQN, k_R1P.expand(-1, self.heads, -1)], -1)
-            o_RQV = self.ops.attend(*(x.unflatten(0, batch.shape) for x in (q, k, v_RQV))).flatten(0, 1)
+            q_BTQD = torch.cat([q_RQN, q_RQP], -1).unflatten(0, batch.shape)
+            o_RQV = self._attend(q_BTQD, latent_RC, k_R1P, batch).flatten(0, 1)
         out: Tensor = self.out(o_RQV.flatten(1), batch)
         return out
 
