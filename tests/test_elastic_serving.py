@@ -160,7 +160,8 @@ def test_engines_are_added_and_taken_away_while_they_answer(
 ) -> None:
     changes = {10: scale("attention", 3), 40: scale("attention", 1), 80: scale("attention", 2)}
     with serve(tmp_path / "server", trained) as server:
-        assert server.ask(requests(), at(changes)) == undisturbed
+        with slowed(engines_of(server), 0.05):
+            assert server.ask(requests(), at(changes)) == undisturbed
         assert server.events.count("resized") >= 2
         with pytest.raises(ConfigError, match="needs an engine"):
             server.run.reconciler.request("attention", 0)

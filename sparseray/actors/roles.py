@@ -20,10 +20,10 @@ from sparseray.actors.exchange.on_device import OnDeviceExchange
 from sparseray.actors.exchange.patience import Patience
 from sparseray.actors.exchange.protocol import Exchange
 from sparseray.actors.exchange.reduction import Reduction
+from sparseray.actors.gathering import Gathering
 from sparseray.actors.installation import Gather, Gathered, InstallPlan, JobSpec, pull_missing, restore
 from sparseray.actors.job import Job
 from sparseray.actors.observation import observe_worker
-from sparseray.actors.serving.gathering import Gathering
 from sparseray.actors.serving.messages import Retire, Stage, Staged
 from sparseray.actors.serving.staging import Edition, Staging
 from sparseray.actors.state.assignment import Plan
