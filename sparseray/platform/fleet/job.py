@@ -116,9 +116,10 @@ class SlotJob:
                 _fix_order(not self.is_serving and self.config.determinism == "bitwise")
             compute = None if dtype == torch.float32 else dtype
             experts = WholeExperts(model, compute_dtype=compute, **self._moments, **self._slabs())
-        return Holdings(self._dense, experts, self._memory(self._table_rows()) if model.dse.layers else None)
+        return Holdings(self._dense, experts, self.memory(self._table_rows()) if model.dse.layers else None)
 
-    def _memory(self, table_rows: list[int]) -> MemoryShard:
+    def memory(self, table_rows: list[int]) -> MemoryShard:
+        """Build a slot's memory, empty, with so many rows in each layer's table."""
         model = self.config.model
         if self._is_whole:
             return StagedMemory(model, table_rows, **self._slabs())
