@@ -135,7 +135,10 @@ def _stop_at_once(process: "subprocess.Popen[bytes]") -> None:
         if process.poll() is None:
             process.send_signal(signal.SIGINT)
             time.sleep(1.0)
-    process.wait(60)
+    try:
+        process.wait(60)
+    except subprocess.TimeoutExpired:
+        process.kill()
 
 
 def teraflops(config: RunConfig, measured: Measured) -> float:
