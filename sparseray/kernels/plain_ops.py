@@ -24,10 +24,11 @@ from sparseray.kernels.moe.reference import expert_rows, group_by_expert, route,
 from sparseray.kernels.nsa.masked import nsa_attention_masked
 from sparseray.kernels.nsa.reference import BranchKeys, Compression, compress_reference, select_reference
 from sparseray.kernels.paged import History, KeyValues, Pages
+from sparseray.kernels.row_ops import PlainRowOps
 from sparseray.kernels.settings import ROW_BLOCK, ROW_PADDING, NSASizes, padded
 
 
-class PlainOps:
+class PlainOps(PlainRowOps):
     """See `Ops` for what each operation does."""
 
     chunks_keep_bits = False

@@ -34,6 +34,7 @@ from sparseray.kernels.dense.swiglu import swiglu
 from sparseray.kernels.dse import fusion as dse_fusion
 from sparseray.kernels.dse import rows as dse_rows
 from sparseray.kernels.dse.reference import Fusion
+from sparseray.kernels.dse.row_update import range_norms, row_adam
 from sparseray.kernels.held_ops import HeldRows
 from sparseray.kernels.moe import held
 from sparseray.kernels.moe.decode import moe_ffn_decode
@@ -310,6 +311,31 @@ class TritonOps(PagedTritonOps):
         h, key, value = (x.unflatten(0, shape) for x in (h_RH, key_RH, value_RH))
         out_BTH = dse_fusion.memory_output(h, key, value, fusion, document_starts_BT=starts_BT)
         return out_BTH.flatten(0, 1)
+
+    def row_sums(self, grads_ND: Tensor, order_N: Tensor, first_U1: Tensor) -> Tensor:
+        return dse_rows.sum_segments(grads_ND, order_N, first_U1)
+
+    def range_norms(self, x_UD: Tensor, first_B1: Tensor) -> Tensor:
+        return range_norms(x_UD, first_B1)
+
+    def row_adam(
+        self,
+        weight_UD: Tensor,
+        m_UD: Tensor,
+        v_U: Tensor,
+        t_U: Tensor,
+        ids_U: Tensor,
+        sums_UD: Tensor,
+        *,
+        scale: float,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        seed: int,
+    ) -> None:
+        row_adam(
+            weight_UD, m_UD, v_U, t_U, ids_U, sums_UD, scale=scale, lr=lr, betas=betas, eps=eps, seed=seed
+        )
 
     def squared_norms(self, tensors: Sequence[Tensor], rows: Sequence[int]) -> Tensor:
         return squared_norms(tensors, rows)
