@@ -16,6 +16,8 @@ FLOORS = {
         "serving",
         "observation",
         "installation",
+        "gathering",
+        "job",
         "engine_role",
         "roles",
         "slot",

@@ -19,6 +19,7 @@ from sparseray.actors.state.dense import DenseState
 from sparseray.actors.state.dense_slab import DenseSlabs
 from sparseray.actors.state.holdings import Holdings
 from sparseray.actors.state.memory import warm_loops
+from sparseray.actors.state.staged_memory import StagedMemory
 from sparseray.model.transformer import Transformer, cross_entropy_sum
 from sparseray.platform.fleet.job import SlotJob
 from sparseray.platform.metrics.discovery import state_directory
@@ -146,6 +147,8 @@ def rehearse(job: SlotJob, dense: DenseState) -> None:
     gradients = dense.take_gradients()
     if isinstance(dense, DenseSlabs) and slabs is not None:
         _rehearse_update(dense, [*gradients, *slabs.tensors])
+        if job.layout is not None:
+            _rehearse_rows(job, dense.dtype)
 
 
 def _pass_through(_layer: int, x_TH: Tensor, _ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
@@ -188,3 +191,22 @@ def _rehearse_update(dense: DenseSlabs, gradients: list[Tensor]) -> None:
             weight_decay=0.0,
             step=1,
         )
+
+
+def _rehearse_rows(job: SlotJob, dtype: torch.dtype) -> None:
+    """Stage, train and write back rows of tiny tables, which are thrown away."""
+    dse, parts = job.config.model.dse, job.config.train.logical_shards
+    memory = job.memory([dse.num_buckets] * len(dse.layers))
+    assert isinstance(memory, StagedMemory)
+    keys = [(index, bucket) for index in range(len(dse.layers)) for bucket in range(dse.num_buckets)]
+    memory.initialize(keys)
+    memory.assign(keys, keys)
+    part = dict.fromkeys(dse.layers, torch.zeros(1, 1, dtype=torch.int64))
+    for step in (1, 2):
+        memory.open_step(step, lambda _: [part] * parts)
+        gradients = [torch.zeros(1, dse.head_dim, dtype=dtype, device=memory.device) for _ in dse.layers]
+        for number in range(parts):
+            memory.add_row_gradients(number, gradients)
+        memory.norms_on_device()
+        memory.apply(lr=0.0, scale=1.0)
+    memory.settle()
