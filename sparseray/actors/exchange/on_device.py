@@ -8,13 +8,14 @@ Shapes: T tokens, K experts per token, H hidden, N table rows per token, D row w
 """
 
 import time
+from collections.abc import Callable
 
 from torch import Tensor
 
 from sparseray.actors.exchange.protocol import Abortable, Fetch, FetchedRows, PartGradients
 from sparseray.actors.state.dense_slab import DenseSlabs
 from sparseray.actors.state.holdings import Holdings
-from sparseray.actors.state.whole_experts import WholeExperts
+from sparseray.actors.state.slab_experts import SlabExperts
 from sparseray.actors.wire.envelope import SCHEDULER
 from sparseray.actors.wire.mailbox import Mailbox
 from sparseray.actors.wire.messages import Prepared
@@ -30,9 +31,7 @@ class OnDeviceExchange(Abortable):
         mailbox: of the slot; the scheduler is told of the step's end.
     """
 
-    def __init__(
-        self, dense: DenseSlabs, experts: WholeExperts, holdings: Holdings, mailbox: Mailbox
-    ) -> None:
+    def __init__(self, dense: DenseSlabs, experts: SlabExperts, holdings: Holdings, mailbox: Mailbox) -> None:
         super().__init__()
         self.dense, self.whole, self.memory, self.mailbox = dense, experts, holdings.memory, mailbox
         self.index = {layer: index for index, layer in enumerate(experts.config.moe_layers)}
@@ -96,19 +95,9 @@ class OnDeviceExchange(Abortable):
 
     def _prepared(self, step: int) -> None:
         """Tell the scheduler of every role's norms, which one copy brings from the device."""
-        dense, experts = self.dense.total, self.whole.sum.total or []
-        E = self.whole.config.moe.num_experts
-        rows = [1] * len(dense) + [E] * len(experts)
-        norms = self.dense.ops.squared_norms([*dense, *experts], rows).tolist()
-        self._post(step, "dense", dict(zip(self.dense.names, norms)))
-        of_experts = norms[len(dense) :]
-        by_expert = {
-            f"expert.{layer}.{expert}": of_experts[2 * layer * E + expert]
-            + of_experts[(2 * layer + 1) * E + expert]
-            for layer in range(len(self.index))
-            for expert in range(E)
-        }
-        self._post(step, "expert", by_expert)
+        of_dense, of_experts = step_norms(self.dense, self.whole, lambda norms: norms.tolist())
+        self._post(step, "dense", of_dense)
+        self._post(step, "expert", of_experts)
         if self.memory is not None:
             self._post(step, "memory", self.memory.norms())
 
@@ -119,3 +108,20 @@ class OnDeviceExchange(Abortable):
         """Return what was fetched since the last call."""
         found, self._fetches = self._fetches, []
         return found
+
+
+def step_norms(
+    dense: DenseSlabs, experts: SlabExperts, read: Callable[[Tensor], list[float]]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Squared norms of the step's gradients, by name: of dense tensors, and of the experts computed here.
+
+    Args:
+        dense, experts: with their gradients; a slot that holds no dense weights has none of those.
+        read: brings them to the host, all in one copy.
+    """
+    of_dense, of_experts = dense.sum.total or [], experts.sum.total or []
+    rows = [1] * len(of_dense) + [gradient.shape[0] for gradient in of_experts if gradient.shape[0]]
+    there = [gradient for gradient in of_experts if gradient.shape[0]]
+    norms = read(dense.ops.squared_norms([*of_dense, *there], rows))
+    count = len(of_dense)
+    return dict(zip(dense.names, norms[:count])), experts.norms_by_expert(norms[count:])
