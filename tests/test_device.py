@@ -112,6 +112,17 @@ def test_the_estimate_counts_what_settings_change() -> None:
     assert fast.gradients == (2 + 4) * count
 
 
+def test_the_estimate_of_several_slots_counts_a_share_of_the_experts_and_what_they_exchange() -> None:
+    one = device_memory(config(train__logical_shards=2, determinism="fast"))
+    roles = {"cluster__attention_workers": 2, "cluster__expert_shards": 2}
+    two = device_memory(config(train__logical_shards=2, determinism="fast", **roles))
+    replicas = device_memory(
+        config(train__logical_shards=2, determinism="fast", cluster__replication=2, **roles)
+    )
+    assert one.exchange == 0 < two.exchange
+    assert replicas.weights == one.weights and 0.5 < two.weights / one.weights < 0.7
+
+
 def test_the_estimate_counts_what_latent_attention_keeps() -> None:
     model = config().model
     narrow, wide = (

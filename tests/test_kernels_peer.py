@@ -25,29 +25,42 @@ def test_rows_come_to_their_places(rows: int, width: int, dtype: torch.dtype) ->
     into = torch.full((2 * rows, width), 7, dtype=dtype, device=DEVICE)
     wanted = into.clone()
     wanted[order.long()] = source
-    peer.put_rows(source, into, order, peer.new_status(DEVICE))
+    peer.put_rows(source, into, order, peer.new_state(DEVICE))
     assert torch.equal(into, wanted)
-    peer.put_rows(source, into[:rows], None, peer.new_status(DEVICE))
+    peer.put_rows(source, into[:rows], None, peer.new_state(DEVICE))
     assert torch.equal(into[:rows], source) and torch.equal(into[rows:], wanted[rows:])
 
 
 def test_single_numbers_come_to_their_places() -> None:
     source, order = torch.randn(700, device=DEVICE), torch.randperm(900, device=DEVICE)[:700].int()
     into = torch.zeros(900, device=DEVICE)
-    peer.put_rows(source, into, order, peer.new_status(DEVICE))
+    peer.put_rows(source, into, order, peer.new_state(DEVICE))
     assert torch.equal(into[order.long()], source) and int((into != 0).sum()) == 700
 
 
 def test_a_wait_ends_when_all_sources_have_come() -> None:
-    flags, status, end = (
+    flags, state, end = (
         torch.zeros(3, dtype=torch.int64, device=DEVICE),
-        peer.new_status(DEVICE),
+        peer.new_state(DEVICE),
         peer.new_end(DEVICE),
     )
-    peer.signal(flags, 0, word(4), status)
-    peer.signal(flags, 2, word(7), status)
-    peer.wait(flags, 0b101, word(4), LATER, status, end, 1.0)
-    assert int(status) == peer.OK and flags.tolist() == [word(4), 0, word(7)]
+    peer.signal(flags, 0, word(4), state)
+    peer.signal(flags, 2, word(7), state)
+    peer.wait(flags, 0b101, word(4), LATER, state, end, 1.0)
+    assert int(state[0]) == peer.OK and flags.tolist() == [word(4), 0, word(7)]
+
+
+def test_words_of_a_graph_that_is_run_again_rise_with_the_count() -> None:
+    flags, state, end = (
+        torch.zeros(1, dtype=torch.int64, device=DEVICE),
+        peer.new_state(DEVICE),
+        peer.new_end(DEVICE),
+    )
+    for _ in range(3):
+        peer.signal(flags, 0, word(1), state)
+        peer.wait(flags, 1, word(1), LATER, state, end, 1.0)
+        state[1] += 1
+    assert int(state[0]) == peer.OK and flags.tolist() == [word(3)]
 
 
 @pytest.mark.parametrize(
@@ -59,13 +72,13 @@ def test_a_wait_that_comes_to_no_end_leaves_a_status_and_nothing_is_put_after_it
 ) -> None:
     """Too late; a later generation; the host; an older generation, however far it came."""
     flags = torch.tensor([0, said], dtype=torch.int64, device=DEVICE)
-    status, end = peer.new_status(DEVICE), peer.new_end(DEVICE)
+    state, end = peer.new_state(DEVICE), peer.new_end(DEVICE)
     end.fill_(ended)
-    peer.wait(flags, 0b10, word(4), LATER, status, end, 200 * peer.POLL_S)
-    assert int(status) == wanted
+    peer.wait(flags, 0b10, word(4), LATER, state, end, 200 * peer.POLL_S)
+    assert int(state[0]) == wanted
     into = torch.zeros(2, 4, device=DEVICE)
-    peer.put_rows(torch.ones(2, 4, device=DEVICE), into, None, status)
-    peer.signal(flags, 0, word(9), status)
+    peer.put_rows(torch.ones(2, 4, device=DEVICE), into, None, state)
+    peer.signal(flags, 0, word(9), state)
     assert not into.any() and int(flags[0]) == 0
-    peer.wait(flags, 0b10, word(1), LATER, status, end, 1.0)
-    assert int(status) == wanted
+    peer.wait(flags, 0b10, word(1), LATER, state, end, 1.0)
+    assert int(state[0]) == wanted

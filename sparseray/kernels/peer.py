@@ -3,7 +3,8 @@
 `put_rows` stores rows at their places over NVLink; `signal` then stores a word there with release order for the whole
 system, and `wait` reads the own words with acquire order until they have come so far. A wait has a bound and an end
 that the host can bring about: it leaves a status instead of trapping, after which nothing more is put or said, so a
-slot that was given up writes to nobody's memory. Each launch is one kernel, so all of it can lie in a CUDA graph.
+slot that was given up writes to nobody's memory. What goes on in a CUDA graph again and again takes its words from a
+count on the device.
 
 Names: p_ pointers, i_ program ids, o_ offsets, m_ masks; R rows, N numbers of a row.
 """
@@ -31,12 +32,16 @@ OK, LATE, ENDED = 0, 1, 2
 
 @triton.jit
 def _put_kernel(
-    p_rows, p_into, p_order, p_status, R, N, ORDERED: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr
+    p_rows, p_into, p_order, p_state, R, N, ORDERED: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr
 ):
-    """Rows i_r * BR and on, columns i_n * BN and on."""
-    if tl.load(p_status) == 0:
-        o_r = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
-        o_n = tl.program_id(1) * BN + tl.arange(0, BN)
+    """Rows i_r * BR and on, columns i_n * BN and on; without an order one row, however long."""
+    if ORDERED:
+        i_r, i_n = tl.program_id(0), tl.program_id(1)
+    else:
+        i_r, i_n = 0, tl.program_id(0)
+    if tl.load(p_state) == 0:
+        o_r = i_r * BR + tl.arange(0, BR).to(tl.int64)
+        o_n = i_n * BN + tl.arange(0, BN)
         m_r = o_r < R
         m = m_r[:, None] & (o_n < N)[None, :]
         b = tl.load(p_rows + o_r[:, None] * N + o_n[None, :], mask=m)
@@ -46,57 +51,58 @@ def _put_kernel(
 
 
 @triton.jit(do_not_specialize=["rank", "word"])
-def _signal_kernel(p_flags, p_status, rank, word):
-    if tl.load(p_status) == 0:
-        tl.atomic_xchg(p_flags + rank, word, sem="release", scope="sys")
+def _signal_kernel(p_flags, p_state, rank, word):
+    if tl.load(p_state) == 0:
+        tl.atomic_xchg(p_flags + rank, word + tl.load(p_state + 1), sem="release", scope="sys")
 
 
 @triton.jit(do_not_specialize=["ranks", "word", "later", "polls"])
-def _wait_kernel(p_flags, p_status, p_end, ranks, word, later, polls, S, LOOK: tl.constexpr):
+def _wait_kernel(p_flags, p_state, p_end, ranks, word, later, polls, S, LOOK: tl.constexpr):
     """Wait for the word of each source whose bit is set in `ranks`; a word from `later` on ends it."""
-    status = tl.load(p_status)
+    status, word = tl.load(p_state), word + tl.load(p_state + 1)
     for rank in range(S):
         if (ranks >> rank) & 1:
             seen = tl.atomic_add(p_flags + rank, tl.zeros([], tl.int64), sem="acquire", scope="sys")
             left = polls
             while (seen < word) & (status == 0):
                 if left % LOOK == 0:
-                    status = tl.load(p_end, volatile=True)
+                    status = tl.load(p_end, volatile=True).to(tl.int64)
                 left -= 1
                 if left <= 0:
                     status = tl.where(status == 0, 1, status)
                 seen = tl.atomic_add(p_flags + rank, tl.zeros([], tl.int64), sem="acquire", scope="sys")
             if seen >= later:
                 status = tl.where(status == 0, 2, status)
-    tl.store(p_status, status)
+    tl.store(p_state, status)
 
 
-def put_rows(rows_RN: Tensor, into_XN: Tensor, order_R: Tensor | None, status: Tensor) -> None:
+def put_rows(rows_RN: Tensor, into_XN: Tensor, order_R: Tensor | None, state: Tensor) -> None:
     """Store rows in another GPU's memory, or the own.
 
     Args:
         rows_RN: contiguous; numbers of one dimension are one row.
         into_XN: contiguous, of the same dtype and row length.
         order_R: integers, the place of each row in `into`; None for one after another.
-        status: int32 scalar; where it is not OK nothing is stored.
+        state: of `new_state`; where it is not OK nothing is stored.
     """
     if not rows_RN.numel():
         return
     if order_R is None:
         # One long run: rows do not matter.
-        rows, width = 1, rows_RN.numel()
-        block = (1, FLAT)
+        rows, width, block = 1, rows_RN.numel(), (1, FLAT)
+        grid: tuple[int, ...] = (triton.cdiv(width, FLAT),)
     else:
         rows, width = order_R.shape[0], rows_RN.numel() // order_R.shape[0]
         columns = min(WIDTH, triton.next_power_of_2(width))
         block = (max(1, WIDTH // columns), columns)
+        grid = (triton.cdiv(rows, block[0]), triton.cdiv(width, columns))
     launch_kernel(
         _put_kernel,
-        (triton.cdiv(rows, block[0]), triton.cdiv(width, block[1])),
+        grid,
         rows_RN,
         into_XN,
-        order_R if order_R is not None else status,
-        status,
+        order_R if order_R is not None else state,
+        state,
         rows,
         width,
         ORDERED=order_R is not None,
@@ -106,20 +112,20 @@ def put_rows(rows_RN: Tensor, into_XN: Tensor, order_R: Tensor | None, status: T
     )
 
 
-def signal(flags_S: Tensor, rank: int, word: int, status: Tensor) -> None:
+def signal(flags_S: Tensor, rank: int, word: int, state: Tensor) -> None:
     """Store a word of another GPU's, after all that was launched before.
 
     Args:
         flags_S: int64, of the other.
         rank: which of its words.
         word: to store.
-        status: int32 scalar; where it is not OK nothing is stored.
+        state: of `new_state`; where it is not OK nothing is stored.
     """
-    launch_kernel(_signal_kernel, (1,), flags_S, status, rank, word, num_warps=1)
+    launch_kernel(_signal_kernel, (1,), flags_S, state, rank, word, num_warps=1)
 
 
 def wait(
-    flags_S: Tensor, ranks: int, word: int, later: int, status: Tensor, end: Tensor, seconds: float
+    flags_S: Tensor, ranks: int, word: int, later: int, state: Tensor, end: Tensor, seconds: float
 ) -> None:
     """Let nothing that is launched after this begin before some words have come so far.
 
@@ -128,7 +134,7 @@ def wait(
         ranks: bit r is set where word r is waited for.
         word: that each must have reached.
         later: words from here on are of another generation.
-        status: int32 scalar, set to LATE or ENDED where they do not.
+        state: of `new_state`, set to LATE or ENDED where they do not.
         end: int32 scalar in pinned host memory; the host ends the wait by setting it to a status.
         seconds: after which it is LATE, at least.
     """
@@ -137,7 +143,7 @@ def wait(
         _wait_kernel,
         (1,),
         flags_S,
-        status,
+        state,
         end,
         ranks,
         word,
@@ -149,9 +155,9 @@ def wait(
     )
 
 
-def new_status(device: torch.device) -> Tensor:
-    """A status that says OK."""
-    return torch.zeros(1, dtype=torch.int32, device=device)
+def new_state(device: torch.device) -> Tensor:
+    """A status that says OK, and a count that is added to every word: int64 [2]."""
+    return torch.zeros(2, dtype=torch.int64, device=device)
 
 
 def new_end(device: torch.device) -> Tensor:

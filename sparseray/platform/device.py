@@ -10,8 +10,7 @@ from dataclasses import replace
 from sparseray.errors import ConfigError
 from sparseray.platform.config import ClusterConfig, RunConfig
 from sparseray.platform.gpu import Driver, driver
-from sparseray.platform.planning.device_memory import DeviceMemory, device_memory
-from sparseray.platform.planning.inventory import Inventory, num_slots
+from sparseray.platform.planning.device_memory import DeviceMemory, device_memory, num_devices
 
 CAPABILITY = (9, 0)
 GIB = 1 << 30
@@ -78,12 +77,6 @@ def _resolved(config: RunConfig, found: Driver | None) -> tuple[RunConfig, Drive
             suits = sum(gpu.capability >= CAPABILITY for gpu in found.gpus)
             device = "cuda" if config.cluster.colocated and suits >= num_devices(config) else "cpu"
     return replace(config, cluster=replace(config.cluster, device=device)), found
-
-
-def num_devices(config: RunConfig) -> int:
-    """Slots with a device each, as the configuration wants them."""
-    roles = Inventory.of(config.model, parts=config.train.logical_shards).roles(config.cluster)
-    return num_slots(roles, colocated=config.cluster.colocated)
 
 
 def _surplus(cluster: ClusterConfig) -> tuple[str, str] | None:
@@ -188,6 +181,7 @@ def describe(memory: DeviceMemory) -> str:
     """The shares of an estimate, for people."""
     shares = (("weights", memory.weights), ("moments", memory.moments), ("gradients", memory.gradients))
     named = [*shares, ("activations", memory.activations), ("CUDA", memory.context)]
+    named += [("exchange", memory.exchange)] if memory.exchange else []
     return ", ".join(f"{name} {size / GIB:.1f}" for name, size in named)
 
 

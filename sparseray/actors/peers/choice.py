@@ -84,13 +84,13 @@ def exchange_of(
     dense = held.dense or held.spare()
     assert isinstance(dense, DenseSlabs) and isinstance(experts, SlabExperts)
     table = peers.introduce(plan, call, dense.device)
-    link = _link(call, dense, table.slots)
+    link = _link(call, peers, table.slots)
     return DeviceExchange(plan, dense, experts, table, link, by_message, part_shape)
 
 
-def _link(call: Caller, dense: DenseSlabs, slots: tuple[int, ...]) -> Link:
-    if dense.device.type == "cpu":
+def _link(call: Caller, peers: Peers, slots: tuple[int, ...]) -> Link:
+    if peers.signs is None:
         return HostLink(call.mailbox, call.serve, call.deadline_s, slots)
     from sparseray.actors.peers.device_link import DeviceLink  # and Triton, which a CPU does without
 
-    return DeviceLink(call.mailbox, call.serve, call.deadline_s, slots, dense.device)
+    return DeviceLink(call.mailbox, call.serve, call.deadline_s, slots, peers.signs)

@@ -28,7 +28,7 @@ class DeviceLink:
         serve: handles what comes.
         deadline_s: seconds after which a silent source is lost.
         slots: of the generation, by rank.
-        device: of the slot.
+        signs: of the slot: its state on the device, and what ends waits.
     """
 
     def __init__(
@@ -37,12 +37,12 @@ class DeviceLink:
         serve: Callable[[Message[Body]], None],
         deadline_s: float,
         slots: Sequence[int],
-        device: torch.device,
+        signs: tuple[Tensor, Tensor],
     ) -> None:
         assert len(slots) <= MOST_SLOTS
         self.mailbox, self.serve, self.deadline_s, self.slots = mailbox, serve, deadline_s, slots
         self.generation = mailbox.generation
-        self._status, self._end = peer.new_status(device), peer.new_end(device)
+        self._state, self._end = signs
 
     def put(self, rows: Tensor, into: Tensor, order_R: Tensor | None = None) -> None:
         """As of `Link`.
@@ -50,7 +50,7 @@ class DeviceLink:
         Args:
             rows, into, order_R: there.
         """
-        peer.put_rows(rows, into, order_R, self._status)
+        peer.put_rows(rows, into, order_R, self._state)
 
     def signal(self, flags_S: Tensor, rank: int, count: int) -> None:
         """As of `Link`.
@@ -58,7 +58,7 @@ class DeviceLink:
         Args:
             flags_S, rank, count: there.
         """
-        peer.signal(flags_S, rank, word_of(self.generation, count), self._status)
+        peer.signal(flags_S, rank, word_of(self.generation, count), self._state)
 
     def wait(self, flags_S: Tensor, ranks: Sequence[int], count: int) -> None:
         """As of `Link`.
@@ -72,15 +72,15 @@ class DeviceLink:
                 sum(1 << rank for rank in ranks),
                 word_of(self.generation, count),
                 (self.generation + 1) << COUNT_BITS,
-                self._status,
+                self._state,
                 self._end,
                 self.deadline_s,
             )
 
     def read(self, values: Tensor) -> list[Any]:
         """As of `Link`."""
-        there = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in (values, self._status)]
-        for host, device in zip(there, (values, self._status)):
+        there = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in (values, self._state)]
+        for host, device in zip(there, (values, self._state)):
             host.copy_(device, non_blocking=True)
         done = torch.cuda.Event()
         done.record()
@@ -90,7 +90,7 @@ class DeviceLink:
         except SupersededError:
             self.abort()
             raise
-        status = int(there[1])
+        status = int(there[1][0])
         if status == peer.LATE:
             raise lost(self.mailbox.slot, [s for s in self.slots if s != self.mailbox.slot], self.deadline_s)
         if status != peer.OK:

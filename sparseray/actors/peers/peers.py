@@ -29,6 +29,8 @@ class Peers:
 
     def __init__(self, me: int) -> None:
         self.me = me
+        self.signs: tuple[Tensor, Tensor] | None = None
+        """Of a slot with a GPU, its state there and what ends waits; they outlive what is launched in a generation."""
         self._sizes: Sizes | None = None
         self._own: Buffer | None = None
         self._mapped: dict[int, tuple[BufferHandle, Tensor]] = {}
@@ -48,12 +50,20 @@ class Peers:
             sizes: of the generation.
             device: of the slot.
         """
-        if device.type == "cuda":
+        is_gpu = device.type == "cuda"
+        if is_gpu:
             torch.cuda.synchronize(device)
-        if self._own is None or device.type == "cpu" or self._own.num_bytes < sizes.num_bytes:
+        if self._own is None or not is_gpu or self._own.num_bytes < sizes.num_bytes:
             self._own = None
             self._own = Buffer(sizes.num_bytes, device)
         self._sizes = sizes
+        if is_gpu:
+            from sparseray.kernels import peer  # and Triton, which a CPU does without
+
+            self.signs = self.signs or (peer.new_state(device), peer.new_end(device))
+            for sign in self.signs:
+                sign.zero_()
+            torch.cuda.synchronize(device)
 
     def introduce(self, plan: Plan, call: Caller, device: torch.device) -> Table:
         """Map the buffers of all others of a plan.
