@@ -71,15 +71,16 @@ def main() -> int:
         ]
         parts += ["|---|---|---|---|---|---|---|---|"]
         for determinism in options.determinism.split(","):
-            one: Measured | None = None
+            found: dict[int, Measured] = {}
             for gpus in map(int, options.gpus.split(",")):
                 extra = options_for(gpus, determinism, options.replication)
-                found = product(config, data, options.steps, options.warmup, extra)
-                if found is None:
-                    continue
-                one = found if gpus == 1 else one
-                parts.append(row(gpus, determinism, found, one))
-                print(f"{config}: {parts[-1]}", flush=True)
+                measured = product(config, data, options.steps, options.warmup, extra)
+                if measured is not None:
+                    found[gpus] = measured
+                    print(f"{config}, {determinism}, {gpus} GPUs: {measured}", flush=True)
+            parts += [
+                row(gpus, determinism, measured, found.get(1)) for gpus, measured in sorted(found.items())
+            ]
         parts.append("")
     print("\n".join(parts), flush=True)
     if options.out:
