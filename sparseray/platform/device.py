@@ -179,9 +179,10 @@ def _check_torch(what: str, found: Driver) -> None:
 
 def describe(memory: DeviceMemory) -> str:
     """The shares of an estimate, for people."""
-    shares = (("weights", memory.weights), ("moments", memory.moments), ("gradients", memory.gradients))
-    named = [*shares, ("activations", memory.activations), ("CUDA", memory.context)]
-    named += [("exchange", memory.exchange)] if memory.exchange else []
+    named = [("weights", memory.weights), ("moments", memory.moments), ("gradients", memory.gradients)]
+    named += [("memory rows", memory.rows), ("exchange", memory.exchange)]
+    named = [share for share in named if share[1]]
+    named += [("activations", memory.activations), ("CUDA", memory.context)]
     return ", ".join(f"{name} {size / GIB:.1f}" for name, size in named)
 
 

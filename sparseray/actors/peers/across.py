@@ -328,7 +328,7 @@ class DeviceExchange(Abortable):
         self.slices.sum_up(self._count + 1)
         self.shares.share(self._count + 3)
         self._count += 4
-        of_dense, of_experts = step_norms(self.dense, self.held, self.link.read)
+        of_dense, of_experts, _ = step_norms(self.dense, self.held, [], self.link.read)
         plan = self.plan
         if self.me in plan.dense:
             is_first = plan.dense[0] == self.me

@@ -13,6 +13,7 @@ from sparseray.actors.state.assignment import Plan
 from sparseray.actors.state.dense_slab import DenseSlabs
 from sparseray.actors.state.holdings import Holdings
 from sparseray.actors.state.slab_experts import SlabExperts
+from sparseray.actors.state.staged_memory import StagedMemory
 
 
 def is_in_step(plan: Plan, held: Holdings, slot: int) -> bool:
@@ -67,7 +68,8 @@ def exchange_of(
     if not plan.parts_of(me) and not in_step:
         return None
     if not in_step and isinstance(held.dense, DenseSlabs) and isinstance(experts, SlabExperts):
-        return OnDeviceExchange(held.dense, experts, held, call.mailbox)
+        assert memory is None or isinstance(memory, StagedMemory)
+        return OnDeviceExchange(held.dense, experts, memory, call.mailbox)
     if not in_step and plan.holders == {me}:
         return LocalExchange(held, reduction, me, observe)
     by_message = MessageExchange(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sparseray.actors.installation import JobSpec
+from sparseray.actors.serving.drafting_engine import DraftingEngine
 from sparseray.actors.serving.enduring import Lookups
 from sparseray.actors.serving.engine import Engine
 from sparseray.actors.serving.paged_engine import PagedEngine
@@ -19,6 +20,7 @@ from sparseray.actors.state.experts import ExpertShard
 from sparseray.actors.state.holdings import Holdings
 from sparseray.actors.state.memory import MemoryShard
 from sparseray.actors.state.slab_experts import SlabExperts
+from sparseray.actors.state.staged_memory import StagedMemory
 from sparseray.actors.training.mixture import Mixture
 from sparseray.actors.training.token_data import TokenBatches, TokenDataset
 from sparseray.actors.wire.messages import SavedTensor
@@ -70,6 +72,10 @@ class SlotJob:
         }
         self._adam: dict[str, Any] = {"betas": (optim.beta1, optim.beta2), "eps": optim.eps}
         self._decay: dict[str, Any] = {"weight_decay": optim.weight_decay, **self._shared, **self._adam}
+        self._moments: dict[str, Any] = {
+            "moments": DTYPES[optim.moments],
+            "weight_decay": optim.weight_decay,
+        }
         self._is_whole = is_whole(self.config)
         self.device = torch.device(
             "cuda" if self._is_whole and self.config.cluster.device == "cuda" else "cpu"
@@ -89,16 +95,18 @@ class SlotJob:
         return {
             "device": self.device,
             "ops": ops_for(config.kernels, self.device),
-            "moments": DTYPES[config.optim.moments],
             "determinism": config.determinism,
-            **self._decay,
+            **self._shared,
+            **self._adam,
         }
 
     def _dense(self) -> DenseState:
         model, train = self.config.model, self.config.train
         if self._is_whole:
             dtype = DTYPES[train.dtype]
-            return DenseSlabs(model, self.layout, dtype=dtype, recompute=train.recompute, **self._slabs())
+            return DenseSlabs(
+                model, self.layout, dtype=dtype, recompute=train.recompute, **self._moments, **self._slabs()
+            )
         return DenseState(model, self.layout, ops=ops_for(self.config.kernels, self.device), **self._decay)
 
     def holdings(self) -> Holdings:
@@ -109,9 +117,15 @@ class SlotJob:
             if self.device.type == "cuda":
                 _fix_order(not self.is_serving and self.config.determinism == "bitwise")
             compute = None if dtype == torch.float32 else dtype
-            experts = SlabExperts(model, compute_dtype=compute, **self._slabs())
-        memory = MemoryShard(model, self._table_rows(), **self._shared, **self._adam)
-        return Holdings(self._dense, experts, memory if model.dse.layers else None)
+            experts = SlabExperts(model, compute_dtype=compute, **self._moments, **self._slabs())
+        return Holdings(self._dense, experts, self.memory(self._table_rows()) if model.dse.layers else None)
+
+    def memory(self, table_rows: list[int]) -> MemoryShard:
+        """Build a slot's memory, empty, with so many rows in each layer's table."""
+        model = self.config.model
+        if self._is_whole:
+            return StagedMemory(model, table_rows, **self._slabs())
+        return MemoryShard(model, table_rows, **self._shared, **self._adam)
 
     def engine(self, model: Transformer, exchange: Lookups) -> Engine | None:
         """Build the serving engine of an attention worker; None in training.
@@ -131,8 +145,12 @@ class SlotJob:
             "prefill_chunk": serve.prefill_chunk if self.device.type == "cpu" else PREFILL_ROWS,
             "cache_bytes": int(serve.cache_gib * 2**30) or None,
         }
-        kind = SpeculativeEngine if model.mtp else PagedEngine
-        return kind(model, exchange.experts, memory, **options)
+        return self._engine_kind(model)(model, exchange.experts, memory, **options)
+
+    def _engine_kind(self, model: Transformer) -> type[PagedEngine]:
+        if not model.mtp:
+            return PagedEngine
+        return DraftingEngine if self.device.type == "cuda" else SpeculativeEngine
 
     def _batches(self, split: str, seed: int, *, is_fixed: bool) -> TokenBatches:
         if split not in self._datasets:
