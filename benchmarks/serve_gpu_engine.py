@@ -11,7 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from sparseray.actors.serving.drafting_engine import DraftingEngine
+from sparseray.actors.serving.drafting_model import DraftingModel
 from sparseray.actors.serving.paged_engine import PagedEngine
 from sparseray.actors.serving.text_request import GenerationRequest
 from sparseray.actors.state.dense_slab import computes_in_fp32
@@ -47,8 +50,8 @@ def drawn(config: ModelConfig, device: torch.device) -> tuple[Transformer, Local
         for name, buffer in module.named_buffers():
             if name.endswith("router_bias"):
                 buffer.zero_()
-    fresh = type(model.rope)(config)
-    model.rope.cos, model.rope.sin = fresh.cos.to(device), fresh.sin.to(device)
+    for name, buffer in type(model.rope)(config).named_buffers():
+        setattr(model.rope, name, buffer.to(device))
     return model.eval(), experts.eval()
 
 
@@ -63,7 +66,7 @@ def engine_of(config: ModelConfig, *, max_batch: int, max_model_len: int) -> Pag
 def request_of(index: int, prompt: int, new: int) -> GenerationRequest:
     """A greedy request with a prompt of its own."""
     tokens = tuple((1 + i * 7919 + index * 104729) % 32000 for i in range(prompt))
-    return GenerationRequest(request_id=str(index), prompt_tokens=tokens, max_tokens=new)
+    return GenerationRequest(request_id=str(index), prompt_tokens=tokens, max_tokens=new, temperature=0.0)
 
 
 def decode_ms(config: ModelConfig, batch: int, context: int, steps: int = 40) -> float:
@@ -125,6 +128,66 @@ def forward_rate(engine: PagedEngine, length: int, rows: int) -> float:
             torch.cuda.synchronize()
             seconds.append(time.perf_counter() - started)
     return rows / min(seconds)
+
+
+class ToldModel(DraftingModel):
+    """Draws a draft by a table of what stands where, so that a model with random weights accepts it; -1: its own."""
+
+    table_SL: Tensor
+
+    def _go_on(self, slots_B: Tensor, found_BN: Tensor, accepted_B: Tensor, draft_B: Tensor) -> None:
+        super()._go_on(slots_B, found_BN, accepted_B, draft_B)
+        if not hasattr(self, "table_SL"):
+            shape = (len(self.latest_S), self.width * self.page + 2)
+            self.table_SL = torch.full(shape, -1, device=self.device)
+        told_B = self.table_SL[slots_B, self.length_S[slots_B] + 1]
+        self.draft_S.index_copy_(0, slots_B.long(), torch.where(told_B < 0, draft_B, told_B).int())
+
+
+class ToldEngine(DraftingEngine):
+    """Drafts by the table."""
+
+    runs_on = ToldModel
+
+
+def drafting(config: ModelConfig, batch: int, prompt: int, new: int) -> dict[str, float]:
+    """Tokens per second of decoding by engine: without drafts, with drafts of which none or all are accepted.
+
+    Args:
+        config: of a model with modules that predict further tokens.
+        batch, prompt, new: requests, tokens of their prompts, and of their answers.
+    """
+    model, experts = drawn(config, torch.device("cuda"))
+    texts: dict[str, list[int]] = {}
+    rates: dict[str, float] = {}
+    options = {"max_batch": batch, "max_model_len": prompt + new, "prefill_chunk": PREFILL_ROWS}
+    for name, kind in (("without", PagedEngine), ("none", ToldEngine), ("all", ToldEngine)):
+        engine = kind(model, experts, None, cache_bytes=8 << 30, **options)
+        for _ in range(3):
+            for index in range(batch):
+                engine.add(request_of(index, prompt, new))
+            events = []
+            while any(s.in_prompt for s in engine._running) or engine._waiting:
+                events += engine.step()
+            if isinstance(engine.paged, ToldModel):
+                for s in engine._running:
+                    text = texts[s.request.request_id] if name == "all" else [32000] * (prompt + new)
+                    assert s.lease is not None
+                    engine.paged.table_SL[s.lease.slot, : len(text)] = torch.tensor(text, device="cuda")
+            torch.cuda.synchronize()
+            started, before = time.perf_counter(), len(events)
+            while engine.has_work:
+                events += engine.step()
+            rate = (len(events) - before) / (time.perf_counter() - started)
+            rates[name] = max(rates.get(name, 0.0), rate)
+            for index in range(batch):
+                said = [e.token_id or 0 for e in events if e.request_id == str(index)]
+                whole = [*request_of(index, prompt, new).prompt_tokens, *said]
+                if texts.setdefault(str(index), whole) != whole:
+                    rates[f"texts that differ, {name}"] = rates.get(f"texts that differ, {name}", 0) + 1
+        del engine
+        torch.cuda.empty_cache()
+    return rates
 
 
 def profile(engine: PagedEngine, steps: int = 20) -> list[str]:

@@ -24,8 +24,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from sparseray.kernels.attention import decode, paged_write
 from sparseray.kernels.dense import adamw, embedding, head_loss, rms_norm, rope, squared_norm, swiglu
 from sparseray.kernels.dse import fusion, row_update, rows
-from sparseray.kernels.moe import expert_map, ffn
-from sparseray.kernels.nsa import compress_step
+from sparseray.kernels.moe import expert_map, ffn, router_logits
+from sparseray.kernels.nsa import compress_step, inverse
 
 TYPES = {
     torch.float32: "fp32",
@@ -132,6 +132,20 @@ def pages() -> None:
             )
 
 
+def routers() -> None:
+    for R, H, E in ((64, 1024, 64), (4096, 2048, 64), (4096, 7168, 256)):
+        logits = router_logits.router_logits(
+            bf16(R, H).requires_grad_(), torch.zeros(E, H, requires_grad=True)
+        )
+        logits.sum().backward()
+
+
+def selection() -> None:
+    starts, table = torch.zeros(4097, dtype=torch.int64), torch.zeros(1, 9000, 6).int()
+    for count in (512, 4096):
+        compile_launch(inverse.parts_kernel, (1,), starts, table, count, 9000, 2048, BR=count, num_warps=16)
+
+
 def experts() -> None:
     for H, I in ((1024, 512), (2048, 1408)):
         T, E, K = 256, 4, 2
@@ -195,6 +209,7 @@ def main() -> None:
         compress_step,
         ffn,
         expert_map,
+        router_logits,
         fusion,
         row_update,
         rows,
@@ -204,6 +219,8 @@ def main() -> None:
     dense()
     attention()
     pages()
+    routers()
+    selection()
     experts()
     memory()
 

@@ -1,6 +1,6 @@
-"""Compile the pipelined NSA kernels for compute capability 9.0 on a machine without a GPU.
+"""Compile the pipelined kernels of attention for compute capability 9.0 on a machine without a GPU.
 
-Run by tests in processes of their own, one a branch (range, window or selected), as Triton's interpreter replaces the
+Run by tests in processes of their own, one a branch (range, window, selected or latent), as Triton's interpreter replaces the
 compiler. Prints a line a kernel: its name, bytes of shared memory, and bytes of registers that are spilled to memory.
 """
 
@@ -20,6 +20,8 @@ from triton.compiler import compile as compile_source
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.experimental.gluon.language import NVMMASharedLayout
 
+from sparseray.kernels.attention.latent_decode import PIPELINED
+from sparseray.kernels.attention.latent_pipelined import latent_pipelined_kernel
 from sparseray.kernels.nsa.range_pipelined import range_pipelined_kernel
 from sparseray.kernels.nsa.range_pipelined_dkdv import range_pipelined_dkdv_kernel
 from sparseray.kernels.nsa.range_pipelined_dq import range_pipelined_dq_kernel
@@ -51,6 +53,7 @@ def kind(name: str, tiles: dict[str, str]) -> str:
     pointers = {
         "p_meta": "*i64",
         "p_q": "*bf16",
+        "p_turned": "*bf16",
         "p_do": "*bf16",
         "p_o": "*bf16",
         "p_o2": "*bf16",
@@ -60,13 +63,17 @@ def kind(name: str, tiles: dict[str, str]) -> str:
     return "*i32" if name in integers else pointers.get(name, "*fp32")
 
 
-def report(kernel: Any, constants: dict[str, Any], tiles: dict[str, str]) -> None:
+def report(
+    kernel: Any, constants: dict[str, Any], tiles: dict[str, str], *, num_warps: int = 4, registers: int = 168
+) -> None:
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     signature = {name: "constexpr" if name in constants else kind(name, tiles) for name in kernel.arg_names}
     places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     source = GluonASTSource(kernel, signature, places)
     compiled = compile_source(
-        source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4, "maxnreg": 168}
+        source,
+        target=GPUTarget("cuda", 90, 32),
+        options={"num_warps": num_warps, "maxnreg": registers},
     )
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(compiled.asm["ptx"])
@@ -107,8 +114,23 @@ def selected() -> None:
     )  # fmt: skip
 
 
+def latent() -> None:
+    """The forms of latent decoding, at the sizes of DeepSeek-V3 and at the narrowest."""
+    for latents, rotated in ((512, 64), (256, 32)):
+        for form in PIPELINED:
+            tiles = {"d_c": descriptor((form.tokens, latents)), "d_r": descriptor((form.tokens, rotated))}
+            sizes = {"BB": 128, "BR": form.rows, "BN": form.tokens, "PAGE": 256, "C": latents, "P": rotated}
+            sizes |= {"STAGES": form.num_stages, "W": form.num_warps}
+            types = tiles | dict.fromkeys(("p_table", "p_lens"), "*i32")
+            report(
+                latent_pipelined_kernel, sizes, types, num_warps=form.num_warps, registers=form.num_registers
+            )
+
+
 def main(branch: str) -> None:
-    if branch == "selected":
+    if branch == "latent":
+        latent()
+    elif branch == "selected":
         selected()
     else:
         ranges(branch, COMPRESSED if branch == "range" else WINDOW)

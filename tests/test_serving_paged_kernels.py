@@ -2,27 +2,46 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import triton_interpreter
 from serving_parts import MAX_MODEL_LEN, alone, finish, make_parts, request_of, tokens_of
 from test_serving_paged import prompt_of
 
+from sparseray.actors.serving.drafting_engine import DraftingEngine
 from sparseray.actors.serving.paged_engine import PagedEngine
 from sparseray.kernels.triton_ops import TRITON
+from sparseray.model.config import DSEConfig, MLAConfig, MTPConfig
 from sparseray.model.moe import LocalExperts
 from sparseray.model.transformer import Transformer
 
 assert triton_interpreter.prepare  # Imported before anything that uses Triton.
 
 
+LATENT: dict[str, Any] = {
+    "attention": ("mla",),
+    "mla": MLAConfig(q_lora_rank=24, kv_lora_rank=24, qk_rope_head_dim=8),
+    "dse": DSEConfig(),
+    "mtp": MTPConfig(depth=1),
+}
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests/test_gpu_serving.py says the same of a GPU")
-def test_the_kernels_give_the_tokens_of_the_plain_operations() -> None:
-    parts = make_parts()
+@pytest.mark.parametrize(
+    ("changes", "kind"),
+    [({}, PagedEngine), (LATENT, PagedEngine), (LATENT, DraftingEngine)],
+    ids=["nsa", "latent", "latent with drafts"],
+)
+def test_the_kernels_give_the_tokens_of_the_plain_operations(
+    changes: dict[str, Any], kind: type[PagedEngine]
+) -> None:
+    parts = make_parts(**changes)
     config = parts.model.config
     model = Transformer(config, parts.model.layout, seed=3, ops=TRITON).eval()
     experts = LocalExperts(config, seed=3, ops=TRITON)
-    engine = PagedEngine(
+    engine = kind(
         model, experts, parts.memory, max_batch=4, max_model_len=MAX_MODEL_LEN, prefill_chunk=32, page=64
     )
     # Over the end of a page, of a chunk and of a compression block, alone and in company.

@@ -54,7 +54,8 @@ def _places(pages: Pages) -> tuple[Array, Array, Array]:
     found: tuple[Array, Array, Array] | None = pages.scratch.get("compiled")
     if found is None:
         B = pages.num_sequences
-        bounds = np.arange(B + 1, dtype=np.int32) if pages.cu_seqlens is None else pages.cu_seqlens.numpy()
+        decoded = np.arange(B + 1, dtype=np.int32) * np.int32(pages.num_new)
+        bounds = decoded if pages.cu_seqlens is None else pages.cu_seqlens.numpy()
         found = pages.scratch["compiled"] = pages.table_BW.numpy(), bounds, pages.context_lens_B.numpy()
     return found
 
@@ -88,14 +89,23 @@ class CompiledOps(PlainOps):
         return y
 
     def rotary_split(
-        self, fused_RX: Tensor, heads: tuple[int, int], head_dim: int, cos_RD: Tensor, sin_RD: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self,
+        fused_RX: Tensor,
+        heads: tuple[int, int],
+        head_dim: int,
+        turned: int,
+        rest: Sequence[int],
+        cos_RD: Tensor,
+        sin_RD: Tensor,
+    ) -> tuple[Tensor, ...]:
         if not _is_taken(fused_RX):
-            return super().rotary_split(fused_RX, heads, head_dim, cos_RD, sin_RD)
+            return super().rotary_split(fused_RX, heads, head_dim, turned, rest, cos_RD, sin_RD)
         rows, (num_q, num_k) = len(fused_RX), heads
-        q, k = torch.empty(rows, num_q, head_dim), torch.empty(rows, num_k, head_dim)
+        q, k = torch.empty(rows, num_q, head_dim), torch.empty(rows, turned * num_k, head_dim)
         dense.rotate_heads(_array(fused_RX), _array(cos_RD), _array(sin_RD), q.numpy(), k.numpy())
-        return q, k, fused_RX[:, (num_q + num_k) * head_dim :]
+        end = (num_q + turned * num_k) * head_dim
+        others = fused_RX[:, end:].split([num_k * width for width in rest], -1)
+        return q, *k.split(num_k, 1), *(other.unflatten(-1, (num_k, -1)) for other in others)
 
     def swiglu(self, gate_up_RI: Tensor) -> Tensor:
         if not _is_taken(gate_up_RI):
@@ -225,9 +235,10 @@ class CompiledOps(PlainOps):
         write_rows(rows, rows, pages.places_R.numpy(), cache, cache)
 
     def paged_latent_attend(
-        self, q_RQK: Tensor, pool: Tensor, latent: int, scale: float, pages: Pages
+        self, q_RQC: Tensor, turned_RQP: Tensor, pool: Tensor, scale: float, pages: Pages
     ) -> Tensor:
-        out, cache = torch.empty(*q_RQK.shape[:2], latent), pool.numpy()
+        q_RQK, latent = torch.cat([q_RQC, turned_RQP], -1), q_RQC.shape[-1]
+        out, cache = torch.empty(q_RQC.shape), pool.numpy()
         attend = full_attention(q_RQK.shape[-1], latent)
         attend(_array(q_RQK), cache, cache, *_places(pages), scale, out.numpy())
         return out

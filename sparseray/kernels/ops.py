@@ -18,6 +18,8 @@ from torch import Tensor
 
 from sparseray.errors import ConfigError
 from sparseray.kernels.dse.reference import Fusion
+from sparseray.kernels.held_ops import HeldOps, HeldRows
+from sparseray.kernels.moe.expert_sum import HeldGradients
 from sparseray.kernels.nsa.reference import BranchKeys, Compression
 from sparseray.kernels.paged import History, KeyValues, Pages
 from sparseray.kernels.paged_ops import PagedOps
@@ -30,6 +32,8 @@ __all__ = [
     "BranchKeys",
     "Compression",
     "Fusion",
+    "HeldGradients",
+    "HeldRows",
     "History",
     "KeyValues",
     "Ops",
@@ -38,16 +42,19 @@ __all__ = [
 ]
 
 
-class Ops(PagedOps, RowOps, Protocol):
+class Ops(PagedOps, HeldOps, RowOps, Protocol):
     """The operations of a model; each is differentiable in every floating-point tensor it takes.
 
     Attributes:
         chunks_keep_bits: a sequence has the same bits however it is cut into chunks, single tokens among them.
         row_padding: a call in inference has a multiple of so many rows.
+        expands_latents: chunks of prompts attend to keys and values that are made of the latents again, single tokens
+            to the latents themselves.
     """
 
     chunks_keep_bits: bool
     row_padding: int
+    expands_latents: bool
 
     def linear(self, x_RI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, *, invariant: bool) -> Tensor:
         """x @ weight.T + bias.
@@ -55,6 +62,10 @@ class Ops(PagedOps, RowOps, Protocol):
         Args:
             invariant: a row's bits must not depend on the number of rows, which is a multiple of `ROW_PADDING`.
         """
+        ...
+
+    def linear_by_head(self, x_RQI: Tensor, weight_QOI: Tensor) -> Tensor:
+        """Every head's rows times its own matrix, [R, Q, O]; in inference, as `linear` where it is invariant."""
         ...
 
     def embedding(self, tokens_R: Tensor, weight_VH: Tensor) -> Tensor:
@@ -80,18 +91,40 @@ class Ops(PagedOps, RowOps, Protocol):
         """
         ...
 
+    def rotary_pairs(self, x_RQD: Tensor, start: int, cos_RP: Tensor, sin_RP: Tensor) -> Tensor:
+        """Rotary position encoding of each head's channels from `start` on, of which 2i is paired with 2i + 1.
+
+        In what order they come out is the operations' own affair, and the same for queries and keys: it changes no score.
+
+        Args:
+            x_RQD: heads.
+            start: first channel that turns.
+            cos_RP, sin_RP: fp32, of each row's position and pair.
+        """
+        ...
+
     def rotary_split(
-        self, fused_RX: Tensor, heads: tuple[int, int], head_dim: int, cos_RD: Tensor, sin_RD: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self,
+        fused_RX: Tensor,
+        heads: tuple[int, int],
+        head_dim: int,
+        turned: int,
+        rest: Sequence[int],
+        cos_RD: Tensor,
+        sin_RD: Tensor,
+    ) -> tuple[Tensor, ...]:
         """Cut the rows of a fused projection into queries, keys and the rest, queries and keys rotated.
 
         Args:
-            fused_RX: queries, keys, then whatever follows.
-            heads: of queries (Q) and keys (G), `head_dim` channels (D) each.
+            fused_RX: the parts one after another: queries, `turned` parts of keys, one part for each of `rest`.
+            heads: of queries (Q), and of every other part (G).
+            head_dim: channels (D) of a head of queries and keys.
+            turned: how many parts of keys are rotated.
+            rest: channels of a head of each part that is not.
             cos_RD, sin_RD: as in `rotary`.
 
         Returns:
-            (q [R, Q, D], k [R, G, D], rest [R, X - (Q + G) * D]).
+            queries [R, Q, D], keys [R, G, D] of each rotated part, and each other part [R, G, its channels].
         """
         ...
 
@@ -140,6 +173,10 @@ class Ops(PagedOps, RowOps, Protocol):
 
     def top_k(self, scores_TE: Tensor, k: int) -> Tensor:
         """Ids of the k largest scores, int64 [T, k], largest first, ties to the lower id; no gradient."""
+        ...
+
+    def router_logits(self, x_RH: Tensor, weight_EH: Tensor, *, invariant: bool) -> Tensor:
+        """x @ weight.T in fp32, [R, E]; `invariant` as in `linear`."""
         ...
 
     def route(

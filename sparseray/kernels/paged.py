@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -35,7 +36,9 @@ class Pages:
         context_lens_B: int32, tokens of every sequence, those of this call included.
         places_R: integers, where each row's keys and values go: page * P + position in the page.
         chunks: (first row, last row + 1, tokens with the chunk) of every sequence, known to the host; None while
-            decoding, where row b is the newest token of sequence b and nothing is known to the host.
+            decoding, where nothing is known to the host.
+        num_new: tokens of every sequence while decoding, whose rows follow one another; more than one not with memory
+            layers.
         cu_seqlens: int32 [B + 1], boundaries of the chunks; None while decoding.
         scratch: what the operations keep for all layers of a call, and of calls with the same buffers.
     """
@@ -45,6 +48,7 @@ class Pages:
     context_lens_B: Tensor
     places_R: Tensor
     chunks: tuple[tuple[int, int, int], ...] | None = None
+    num_new: int = 1
     cu_seqlens: Tensor | None = None
     scratch: dict[Any, Any] = field(default_factory=dict)
 
@@ -57,7 +61,8 @@ class Pages:
         """The chunks; read from the device while decoding."""
         if self.chunks is not None:
             return self.chunks
-        return tuple((b, b + 1, context) for b, context in enumerate(self.context_lens_B.tolist()))
+        new, contexts = self.num_new, self.context_lens_B.tolist()
+        return tuple((b * new, (b + 1) * new, context) for b, context in enumerate(contexts))
 
 
 @dataclass(frozen=True)
@@ -95,6 +100,17 @@ def sequences(pages: Pages) -> Iterator[tuple[slice, int, int, Tensor]]:
     for b, (start, stop, context) in enumerate(pages.spans()):
         if stop > start:
             yield slice(start, stop), context - (stop - start), context, pages.table_BW[b]
+
+
+def alike(pages: Pages) -> Iterator[tuple[slice, int, int, Tensor]]:
+    """(rows, sequences, tokens with the call, pages of each) of chunks of one shape that follow one another."""
+    assert pages.chunks is not None
+    first = 0
+    for (size, context), same in groupby(pages.chunks, lambda chunk: (chunk[1] - chunk[0], chunk[2])):
+        count, start = len(list(same)), pages.chunks[first][0]
+        table = pages.table_BW[first : first + count, : -(-context // pages.page)].long()
+        yield slice(start, start + count * size), count, context, table
+        first += count
 
 
 def compressed_range(sizes: NSASizes, before: int, context: int) -> tuple[int, int]:

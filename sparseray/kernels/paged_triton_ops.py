@@ -1,12 +1,10 @@
 """`PagedTritonOps`: the paged operations of `Ops` by kernels, without a wait for the device; decoding fits a CUDA graph.
 
-Prompts' chunks against pages: full attention gathers the pages of chunks of one shape and lets torch's fused
+Prompts' chunks against pages: full and latent attention gather the pages of chunks of one shape and let torch's fused
 attention read them; NSA reads them where they are. Shapes as in ops.py.
 """
 
 from __future__ import annotations
-
-from itertools import groupby
 
 import torch
 import torch.nn.functional as F
@@ -14,19 +12,32 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
 from sparseray.kernels.attention.decode import PagedDecodeWorkspace, paged_decode
-from sparseray.kernels.attention.paged_write import paged_write
+from sparseray.kernels.attention.latent_decode import LatentDecodeWorkspace, latent_decode
+from sparseray.kernels.attention.paged_write import latent_append, paged_write
 from sparseray.kernels.nsa.compress_step import compress_step
 from sparseray.kernels.nsa.decode import DecodeWorkspace, nsa_decode
 from sparseray.kernels.nsa.prefill import nsa_prefill, prefill_geometry
 from sparseray.kernels.nsa.reference import Compression
-from sparseray.kernels.paged import KeyValues, Pages
+from sparseray.kernels.paged import KeyValues, Pages, alike
 from sparseray.kernels.plain_ops import PlainOps
 from sparseray.kernels.settings import NSASizes
 from sparseray.kernels.takes import check
 
 
+def _places(pages: Pages) -> tuple[int, int]:
+    """Sequences and tokens of each while decoding."""
+    return pages.num_sequences, pages.num_new
+
+
+def _new(rows: Tensor, places: tuple[int, int]) -> Tensor:
+    """The rows of the new tokens, by sequence: without padding, contiguous."""
+    return rows[: places[0] * places[1]].unflatten(0, places).contiguous()
+
+
 class PagedTritonOps(PlainOps):
     """See `Ops` for what each operation does."""
+
+    expands_latents = True
 
     def paged_write(self, pool: KeyValues, k_RGD: Tensor, v_RGV: Tensor, pages: Pages) -> None:
         check("the paged cache", k_RGD, *pool)
@@ -34,36 +45,55 @@ class PagedTritonOps(PlainOps):
 
     def paged_attend(self, q_RQD: Tensor, pool: KeyValues, pages: Pages) -> Tensor:
         if pages.chunks is not None:
-            return self._attend_chunks(q_RQD, pool, pages, pages.chunks)
-        (R, heads, _), B, width = q_RQD.shape, pages.num_sequences, pool[1].shape[-1]
+            return self._attend_chunks(q_RQD, pool, pages)
+        heads, width, places = q_RQD.shape[1], pool[1].shape[-1], _places(pages)
         workspace = pages.scratch.get("attend")
         if workspace is None:
             longest = pages.table_BW.shape[1] * pages.page
-            workspace = PagedDecodeWorkspace.create(B, 1, heads, width, longest, q_RQD.device)
+            workspace = PagedDecodeWorkspace.create(*places, heads, width, longest, q_RQD.device)
             pages.scratch["attend"] = workspace
-        out = q_RQD.new_empty(R, heads, width)
+        out = q_RQD.new_empty(len(q_RQD), heads, width)
         paged_decode(
-            q_RQD[:B].unsqueeze(1).contiguous(),
-            *pool,
-            pages.table_BW,
-            pages.context_lens_B,
-            workspace,
-            out[:B].unsqueeze(1),
+            _new(q_RQD, places), *pool, pages.table_BW, pages.context_lens_B, workspace, _new(out, places)
         )
         return out
 
-    def _attend_chunks(
-        self, q_RQD: Tensor, pool: KeyValues, pages: Pages, chunks: tuple[tuple[int, int, int], ...]
-    ) -> Tensor:
+    def _attend_chunks(self, q_RQD: Tensor, pool: KeyValues, pages: Pages) -> Tensor:
         """Chunks of one length and context that follow one another go through together."""
-        out, first = q_RQD.new_empty(*q_RQD.shape[:2], pool[1].shape[-1]), 0
-        for (size, context), same in groupby(chunks, lambda chunk: (chunk[1] - chunk[0], chunk[2])):
-            count = len(list(same))
-            rows = slice(chunks[first][0], chunks[first][0] + count * size)
-            table = pages.table_BW[first : first + count, : -(-context // pages.page)].long()
+        out = q_RQD.new_empty(*q_RQD.shape[:2], pool[1].shape[-1])
+        for rows, count, context, table in alike(pages):
             k, v = (cache[table].flatten(1, 2)[:, :context] for cache in pool)
-            out[rows] = self.attend(q_RQD[rows].unflatten(0, (count, size)), k, v).flatten(0, 1)
-            first += count
+            out[rows] = self.attend(q_RQD[rows].unflatten(0, (count, -1)), k, v).flatten(0, 1)
+        return out
+
+    def paged_latent_append(
+        self,
+        pool: Tensor,
+        x_RK: Tensor,
+        weight_C: Tensor,
+        eps: float,
+        angles: tuple[Tensor, Tensor],
+        pages: Pages,
+    ) -> None:
+        check("the paged cache of latents", x_RK, pool)
+        latent_append(x_RK, weight_C, eps, *angles, pages.places_R, pool)
+
+    def paged_latent_attend(
+        self, q_RQC: Tensor, turned_RQP: Tensor, pool: Tensor, scale: float, pages: Pages
+    ) -> Tensor:
+        if pages.chunks is not None:
+            return super().paged_latent_attend(q_RQC, turned_RQP, pool, scale, pages)
+        check("latent attention over pages", q_RQC, turned_RQP, pool)
+        places = _places(pages)
+        q, turned = (x[: places[0] * places[1]].unflatten(0, places) for x in (q_RQC, turned_RQP))
+        workspace = pages.scratch.get("latent")
+        if workspace is None:
+            longest = pages.table_BW.shape[1] * pages.page
+            workspace = LatentDecodeWorkspace.create(q, pool, max_context=longest)
+            pages.scratch["latent"] = workspace
+        out = q_RQC.new_empty(q_RQC.shape)
+        at = (pages.table_BW, pages.context_lens_B)
+        latent_decode(q, turned, pool, *at, workspace, _new(out, places), scale=scale)
         return out
 
     def paged_compress(
@@ -81,7 +111,7 @@ class PagedTritonOps(PlainOps):
         bias = pages.scratch.get(key)
         if bias is None:
             bias = pages.scratch[key] = torch.addmv(phi.b1, phi.w1, phi.pos.flatten())
-        chunks = pages.chunks or ((0, 1, 1),)
+        chunks = pages.chunks or ((0, pages.num_new, pages.num_new),)
         compress_step(
             raw,
             pages.table_BW,
@@ -109,9 +139,9 @@ class PagedTritonOps(PlainOps):
         pages: Pages,
     ) -> Tensor:
         check("native sparse attention over pages", q_RQD, *compressed, *selected, *window)
-        (R, heads, _), B, table = q_RQD.shape, pages.num_sequences, pages.table_BW
+        heads, places, table = q_RQD.shape[1], _places(pages), pages.table_BW
         num_kv, width = selected[1].shape[2:]
-        out = q_RQD.new_empty(R, heads, width)
+        out = q_RQD.new_empty(len(q_RQD), heads, width)
         if pages.chunks is not None:
             rows = pages.chunks[-1][1]
             branches = (compressed, selected, window)
@@ -121,12 +151,12 @@ class PagedTritonOps(PlainOps):
         if workspace is None:
             longest = table.shape[1] * pages.page
             workspace = DecodeWorkspace.create(
-                B, 1, heads, num_kv, width, longest, sizes, device=q_RQD.device
+                *places, heads, num_kv, width, longest, sizes, device=q_RQD.device
             )
             pages.scratch["nsa"] = workspace
         nsa_decode(
-            q_RQD[:B].unsqueeze(1).contiguous(),
-            gates_RQ3[:B].unsqueeze(1).contiguous(),
+            _new(q_RQD, places),
+            _new(gates_RQ3, places),
             compressed,
             selected,
             window,
@@ -135,7 +165,7 @@ class PagedTritonOps(PlainOps):
             table,
             pages.context_lens_B,
             workspace,
-            out[:B].unsqueeze(1),
+            _new(out, places),
             sizes,
         )
         return out
@@ -176,7 +206,11 @@ class PagedTritonOps(PlainOps):
         )
 
     def attend(self, q_BTQD: Tensor, k_BSGD: Tensor, v_BSGV: Tensor) -> Tensor:
-        T, S = q_BTQD.shape[1], k_BSGD.shape[1]
+        T, S, narrow = q_BTQD.shape[1], k_BSGD.shape[1], v_BSGV.shape[-1]
+        if q_BTQD.is_cuda and narrow < q_BTQD.shape[-1]:
+            # FlashAttention takes heads of one size; others would sum their gradients in any order, or keep all scores.
+            wide_BSGD = F.pad(v_BSGV, (0, q_BTQD.shape[-1] - narrow))
+            return self.attend(q_BTQD, k_BSGD, wide_BSGD)[..., :narrow]
         if not 1 < T < S or not q_BTQD.is_cuda or torch.is_grad_enabled():
             return super().attend(q_BTQD, k_BSGD, v_BSGV)
         # A chunk after earlier keys: this mask is known to the fused attention and is not built.

@@ -1,14 +1,14 @@
 """`PlainOps`: the operations of `Ops` in plain PyTorch, which `REFERENCE` is and TritonOps falls back to.
 
-What a sequence computes in serving has the same bits whatever else is in the call: matrix products run on blocks
-of 32 to 128 rows, for which CPU libraries sum in one order; everything else is per row, and no element falls into
-the scalar remainder of a vector loop, whose exp differs from the vector one. Shapes as in ops.py.
+What a sequence computes in serving has the same bits whatever else is in the call: products run on blocks of 32 to 128
+rows, which CPU libraries sum in one order; the rest is per row, without scalar remainders of vector loops; shapes as in ops.py.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +18,9 @@ from sparseray.errors import ConfigError
 from sparseray.kernels import paged
 from sparseray.kernels.dense.reference import adamw_reference, squared_norms_reference
 from sparseray.kernels.dse.reference import Fusion, context_gate, ngram_hash, short_conv
-from sparseray.kernels.moe.expert_sum import expert_sum
-from sparseray.kernels.moe.reference import expert_rows, route, stable_topk
+from sparseray.kernels.held_ops import HeldRows
+from sparseray.kernels.moe import expert_sum as sums
+from sparseray.kernels.moe.reference import expert_rows, group_by_expert, route, stable_topk
 from sparseray.kernels.nsa.masked import nsa_attention_masked
 from sparseray.kernels.nsa.reference import BranchKeys, Compression, compress_reference, select_reference
 from sparseray.kernels.paged import History, KeyValues, Pages
@@ -32,11 +33,16 @@ class PlainOps(PlainRowOps):
 
     chunks_keep_bits = False
     row_padding = ROW_PADDING
+    expands_latents = False
 
     def linear(self, x_RI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, *, invariant: bool) -> Tensor:
         if not invariant or x_RI.shape[0] <= ROW_BLOCK or x_RI.is_cuda:
             return F.linear(x_RI, weight_OI, bias_O)
         return torch.cat([F.linear(block, weight_OI, bias_O) for block in torch.split(x_RI, ROW_BLOCK)])
+
+    def linear_by_head(self, x_RQI: Tensor, weight_QOI: Tensor) -> Tensor:
+        heads = zip(x_RQI.unbind(1), weight_QOI.unbind(0))
+        return torch.stack([self.linear(x, weight, None, invariant=True) for x, weight in heads], 1)
 
     def embedding(self, tokens_R: Tensor, weight_VH: Tensor) -> Tensor:
         return F.embedding(tokens_R, weight_VH)
@@ -55,12 +61,27 @@ class PlainOps(PlainRowOps):
         cos, sin = cos[:, None, :], sin[:, None, :]
         return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
+    def rotary_pairs(self, x_RQD: Tensor, start: int, cos_RP: Tensor, sin_RP: Tensor) -> Tensor:
+        # Channels 0, 2, 4, ... before 1, 3, 5, ...
+        halves = x_RQD[..., start:].unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+        return torch.cat([x_RQD[..., :start], self.rotary(halves, cos_RP, sin_RP)], -1)
+
     def rotary_split(
-        self, fused_RX: Tensor, heads: tuple[int, int], head_dim: int, cos_RD: Tensor, sin_RD: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        turned = sum(heads) * head_dim
-        qk = self.rotary(fused_RX[:, :turned].unflatten(-1, (sum(heads), head_dim)), cos_RD, sin_RD)
-        return qk[:, : heads[0]], qk[:, heads[0] :], fused_RX[:, turned:]
+        self,
+        fused_RX: Tensor,
+        heads: tuple[int, int],
+        head_dim: int,
+        turned: int,
+        rest: Sequence[int],
+        cos_RD: Tensor,
+        sin_RD: Tensor,
+    ) -> tuple[Tensor, ...]:
+        Q, G = heads
+        count = Q + turned * G
+        end = count * head_dim
+        qk = self.rotary(fused_RX[:, :end].unflatten(-1, (count, head_dim)), cos_RD, sin_RD)
+        others = fused_RX[:, end:].split([G * width for width in rest], -1)
+        return *qk.split([Q] + [G] * turned, 1), *(other.unflatten(-1, (G, -1)) for other in others)
 
     def swiglu(self, gate_up_RI: Tensor) -> Tensor:
         gate, up = gate_up_RI.chunk(2, dim=-1)
@@ -107,6 +128,9 @@ class PlainOps(PlainRowOps):
     def top_k(self, scores_TE: Tensor, k: int) -> Tensor:
         return stable_topk(scores_TE.detach(), k)
 
+    def router_logits(self, x_RH: Tensor, weight_EH: Tensor, *, invariant: bool) -> Tensor:
+        return self.linear(x_RH.float(), weight_EH.float(), None, invariant=invariant)
+
     def route(
         self,
         logits_TE: Tensor,
@@ -140,7 +164,34 @@ class PlainOps(PlainRowOps):
         gate_up_E2IH: Tensor,
         down_EHI: Tensor,
     ) -> Tensor:
-        return expert_sum(x_TH, topk_ids_TK, topk_weights_TK, gate_up_E2IH, down_EHI)
+        return sums.expert_sum(x_TH, topk_ids_TK, topk_weights_TK, gate_up_E2IH, down_EHI)
+
+    def group_held(self, places_TK: Tensor, num_held: int, like: Tensor) -> HeldRows:
+        order_R, counts_E = group_by_expert(places_TK.long(), num_held + 1)
+        return HeldRows(order_R=order_R, counts_E=counts_E, plan=places_TK.shape[1])
+
+    def held_forward(
+        self, x_TH: Tensor, rows: HeldRows, counts: Sequence[int], gate_up_E2IH: Tensor, down_EHI: Tensor
+    ) -> tuple[Tensor, Any]:
+        order_R = rows.order_R[: sum(counts)]
+        return sums.held_forward(x_TH, order_R, counts, rows.plan, gate_up_E2IH, down_EHI)
+
+    def held_backward(
+        self,
+        dout_TH: Tensor,
+        weights_TK: Tensor,
+        rows: HeldRows,
+        counts: Sequence[int],
+        saved: Any,
+        gate_up_E2IH: Tensor,
+        down_EHI: Tensor,
+    ) -> sums.HeldGradients:
+        order_R = rows.order_R[: sum(counts)]
+        slabs = gate_up_E2IH, down_EHI
+        return sums.held_backward(dout_TH, weights_TK, order_R, counts, saved, *slabs)
+
+    def combine_slots(self, rows_TKH: Tensor, weights_TK: Tensor | None) -> Tensor:
+        return sums.combine_slots(rows_TKH, weights_TK)
 
     def ngram_rows(
         self,
@@ -296,16 +347,35 @@ class PlainOps(PlainRowOps):
     def paged_latent_write(self, pool: Tensor, k_R1K: Tensor, pages: Pages) -> None:
         pool.flatten(0, 1).index_copy_(0, pages.places_R.long(), k_R1K.to(pool.dtype))
 
+    def paged_latent_append(
+        self,
+        pool: Tensor,
+        x_RK: Tensor,
+        weight_C: Tensor,
+        eps: float,
+        angles: tuple[Tensor, Tensor],
+        pages: Pages,
+    ) -> None:
+        latent_RC, k_RP = x_RK.tensor_split([weight_C.shape[0]], -1)
+        turned_R1P = self.rotary_pairs(k_RP[:, None], 0, *angles)
+        rows_R1K = torch.cat([self.rms_norm(latent_RC, weight_C, eps)[:, None], turned_R1P], -1)
+        self.paged_latent_write(pool, rows_R1K, pages)
+
     def paged_latent_attend(
-        self, q_RQK: Tensor, pool: Tensor, latent: int, scale: float, pages: Pages
+        self, q_RQC: Tensor, turned_RQP: Tensor, pool: Tensor, scale: float, pages: Pages
     ) -> Tensor:
-        out = q_RQK.new_zeros(*q_RQK.shape[:2], latent)
+        q_RQK, latent = torch.cat([q_RQC, turned_RQP], -1), q_RQC.shape[-1]
+        out = torch.zeros_like(q_RQC)
         # `attend` divides by the root of the width.
         q_RQK = q_RQK * (scale * math.sqrt(q_RQK.shape[-1]))
         for rows, _, context, table_W in paged.sequences(pages):
             k = paged.gather(pool, table_W, 0, context)[None]
             out[rows] = self.attend(q_RQK[rows][None], k, k[..., :latent])[0]
         return out
+
+    def paged_latents(self, pool: Tensor, pages: Pages) -> Iterator[tuple[slice, Tensor]]:
+        for rows, _, context, table_BW in paged.alike(pages):
+            yield rows, pool[table_BW].flatten(1, 2)[:, :context]
 
     def paged_compress(
         self,

@@ -341,13 +341,28 @@ def _open_served(identity: Path, config: RunConfig) -> RunConfig:
     check_cluster(config.cluster, serving_inventory(config))
     check_start(config.cluster)
     config = resolve_serving_device(config)
-    if serve.speculate == "mtp" and (config.cluster.device != "cpu" or config.kernels != "auto"):
-        raise ConfigError(
-            f"serve.speculate=mtp: drafts are judged by a CPU's compiled operations alone, not with cluster.device="
-            f"{config.cluster.device} and kernels={config.kernels}; leave it at none, or set cluster.device=cpu"
-            + ("" if config.kernels == "auto" else " and kernels=auto")
-        )
+    if serve.speculate == "mtp":
+        check_drafting(config)
     return config
+
+
+def check_drafting(config: RunConfig) -> None:
+    """See that the device can judge drafts.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    is_cpu = config.cluster.device == "cpu"
+    if is_cpu and config.kernels != "auto":
+        raise ConfigError(
+            "serve.speculate=mtp: on a CPU drafts are judged by its compiled operations alone, not with kernels="
+            f"{config.kernels}; leave it at none, or set kernels=auto"
+        )
+    if not is_cpu and config.model.dse.layers:
+        raise ConfigError(
+            "serve.speculate=mtp: a GPU does not draft for a model with memory layers (model.dse.layers="
+            f"{list(config.model.dse.layers)}); leave it at none, or set cluster.device=cpu"
+        )
 
 
 def _with_drafting(config: RunConfig, directory: Path) -> ModelConfig:

@@ -39,7 +39,7 @@ PLACES_FOR_BEGUN = 2
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Flight:
+class Flight:
     """A step that was started.
 
     Args:
@@ -61,12 +61,15 @@ class _Flight:
     may_be_overtaken: bool
 
 
-_Taken = tuple[Ongoing, int, int, str | None] | TokenEvent
+Taken = tuple[Ongoing, int, int, str | None] | TokenEvent
 """A token with its request, index and reason to finish, or a whole event."""
 
 
 class PagedEngine(Engine):
     """Runs many requests on one model and one pool of pages.
+
+    Attributes:
+        runs_on: the kind of model over pages.
 
     Args:
         model, experts, memory, max_batch, max_model_len, max_failures, grammars: as in `Engine`.
@@ -74,6 +77,8 @@ class PagedEngine(Engine):
         cache_bytes: of all pages; None takes what the device has left, and on a CPU what a full batch needs.
         page: tokens of a page; None chooses.
     """
+
+    runs_on: type[PagedModel] = PagedModel
 
     def __init__(
         self,
@@ -104,11 +109,11 @@ class PagedEngine(Engine):
             # A module that predicts further tokens has read the next page's first ones.
             overlaps=bool(model.mtp) or any(kind.overlaps_pages for kind in kinds),
         )
-        self.paged = PagedModel(
+        self.paged = self.runs_on(
             model, num_pages=num_pages, page=page, num_slots=self.places, max_len=self.max_model_len
         )
         log.info("cache: %d pages of %d tokens, %.2f GiB", num_pages, page, num_pages * each / 2**30)
-        self._flight: _Flight | None = None
+        self._flight: Flight | None = None
         self.paged.warm(experts, memory)
 
     @property
@@ -141,14 +146,16 @@ class PagedEngine(Engine):
         """Start the next step and take the tokens of the one before; see `Engine.step`."""
         flight, self._flight = self._flight, None
         events, self._failed = self._failed, []
-        taken: list[_Taken] = []
+        taken: list[Taken] = []
         batch: list[Ongoing] = []
         try:
             if flight is not None and not flight.may_be_overtaken:
                 taken, flight = self._take(flight), None
             self._admit()
             batch = self._select()
-            self._flight = self._launch(batch) if batch else None
+            if batch:
+                self._flight = self._launch(batch)
+                self._note_step(len(batch))
             if flight is not None:
                 taken, flight = self._take(flight), None
             if self._flight is not None and self._flight.done is None:
@@ -161,7 +168,7 @@ class PagedEngine(Engine):
             raise
         return events + [self._event(found) for found in taken]
 
-    def _lose(self, flight: _Flight | None, batch: list[Ongoing], error: Exception) -> None:
+    def _lose(self, flight: Flight | None, batch: list[Ongoing], error: Exception) -> None:
         """Begin again with all requests of the steps that are not taken."""
         self._flight = None
         lost = [*batch, *([] if flight is None else [sequence for sequence, _ in flight.batch])]
@@ -218,7 +225,7 @@ class PagedEngine(Engine):
         return sequence.num_prompt + sequence.request.max_tokens
 
     @torch.no_grad()
-    def _launch(self, batch: list[Ongoing]) -> _Flight:
+    def _launch(self, batch: list[Ongoing]) -> Flight:
         """Start a step: prompts, then decoding, then the sampler.
 
         Where chunks change no bit, single tokens go through with those of prompts.
@@ -240,7 +247,6 @@ class PagedEngine(Engine):
             if known:
                 ready += [decoding[i] for i in known]
                 logits.append(found if len(known) == len(decoding) else _pick(found, known))
-        self._note_step(len(batch))
         wanted = [h if s.request.prompt_logprobs is not None else None for s, h in zip(prompts, hidden)]
         rows: list[tuple[Ongoing, Tensor | None]] = list(zip(prompts, wanted))
         rows += [(s, None) for s in decoding]
@@ -268,7 +274,7 @@ class PagedEngine(Engine):
     @torch.no_grad()
     def _sample(
         self, batch: list[tuple[Ongoing, Tensor | None]], ready: list[Ongoing], logits: list[Tensor]
-    ) -> _Flight:
+    ) -> Flight:
         """Choose tokens where that can be done on the device, and send everything to the host."""
         tokens = judged_logits = done = None
         here = [i for i, s in enumerate(ready) if fits(s.request)]
@@ -281,16 +287,16 @@ class PagedEngine(Engine):
                 known = [s.tokens for s in chosen]
                 positions = [len(s.tokens) + s.pending for s in chosen]
                 found = sample_rows(rows_RV, [s.request for s in chosen], known, positions)
-                tokens = _to_host(found)
+                tokens = to_host(found)
                 self.paged.keep(found, [s.lease for s in chosen if s.lease is not None])
                 for sequence in chosen:
                     sequence.pending += 1
             if there:
-                judged_logits = _to_host(_pick(logits_RV, there).float())
+                judged_logits = to_host(_pick(logits_RV, there).float())
         if self.paged.device.type == "cuda":
             done = torch.cuda.Event()
             done.record()
-        return _Flight(
+        return Flight(
             batch=batch,
             sampled=[ready[i] for i in here],
             tokens=tokens,
@@ -303,11 +309,11 @@ class PagedEngine(Engine):
             and not any(is_adjusted(s.request, s.tokens) for s in ready),
         )
 
-    def _take(self, flight: _Flight) -> list[_Taken]:
+    def _take(self, flight: Flight) -> list[Taken]:
         """Wait for a step; append its tokens, and free the pages of requests that ended."""
         if flight.done is not None:
             flight.done.synchronize()
-        found: list[_Taken] = []
+        found: list[Taken] = []
         if flight.tokens is not None:
             for sequence, token in zip(flight.sampled, flight.tokens.tolist(), strict=True):
                 if sequence.lease is not None:
@@ -323,7 +329,7 @@ class PagedEngine(Engine):
                     self._end_at(sequence, event.finish_reason)
         return found
 
-    def _add(self, sequence: Ongoing, token: int) -> _Taken:
+    def _add(self, sequence: Ongoing, token: int) -> Taken:
         """Append a sampled token."""
         request, index = sequence.request, len(sequence.tokens) - sequence.num_prompt
         if token == FAILED:
@@ -342,7 +348,7 @@ class PagedEngine(Engine):
             self._release(sequence)
 
     @staticmethod
-    def _event(found: _Taken) -> TokenEvent:
+    def _event(found: Taken) -> TokenEvent:
         if isinstance(found, TokenEvent):
             return found
         sequence, token, index, finish = found
@@ -363,7 +369,7 @@ def _pick(rows: Tensor, at: list[int]) -> Tensor:
     return rows[torch.tensor(at).to(rows.device, non_blocking=True)]
 
 
-def _to_host(values: Tensor) -> Tensor:
+def to_host(values: Tensor) -> Tensor:
     """A copy on the host, complete once the stream has come so far."""
     if not values.is_cuda:
         return values

@@ -9,9 +9,11 @@ Shapes: R rows, B sequences, V vocabulary, H hidden.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -77,6 +79,25 @@ class _Decode:
     graph: torch.cuda.CUDAGraph | None = None
 
 
+def captured(run: Callable[[], Tensor], pool: Any) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    """A graph of what runs, and the tensor that a replay fills.
+
+    Args:
+        run: without a wait for the device; called some times first.
+        pool: of memory, which graphs share that run one after another.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        found = run()
+    return graph, found
+
+
 @dataclass(frozen=True)
 class _NoRows:
     """A memory of zeros."""
@@ -115,6 +136,7 @@ class PagedModel:
         self.table_SW = torch.zeros(num_slots + 1, self.width, dtype=torch.int32, device=device)
         self._hashing = ops_for("auto", torch.device("cpu"))
         self._decodes: dict[int, _Decode] = {}
+        self._graphs = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         # A CPU captures nothing, and pays for every row.
         self._buckets = buckets(num_slots) if device.type == "cuda" else range(1, num_slots + 1)
 
@@ -321,18 +343,10 @@ class PagedModel:
         for count in sorted({min(count, self.width * self.page) for count in WARM_PROMPTS}):
             lease = Lease(pages=[0] * self.width, length=0, max_len=count, slot=0)
             self.prefill([Chunk(lease=lease, known=[0] * count, count=count)], experts, memory)
-        shared = torch.cuda.graph_pool_handle()
         for size in reversed(self._buckets):
             decode = self._decodes[size] = self._new_decode(size)
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for _ in range(2):
-                    self._run_decode(decode, experts)
-            torch.cuda.current_stream().wait_stream(stream)
-            decode.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(decode.graph, pool=shared, capture_error_mode="thread_local"):
-                decode.logits_RV = self._run_decode(decode, experts)
+            run = partial(self._run_decode, decode, experts)
+            decode.graph, decode.logits_RV = captured(run, self._graphs)
 
     def _load_loops(self) -> None:
         """Run a token of nobody through everything that is compiled."""

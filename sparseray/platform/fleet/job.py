@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sparseray.actors.installation import JobSpec
+from sparseray.actors.serving.drafting_engine import DraftingEngine
 from sparseray.actors.serving.enduring import Lookups
 from sparseray.actors.serving.engine import Engine
 from sparseray.actors.serving.paged_engine import PagedEngine
@@ -143,8 +144,12 @@ class SlotJob:
             "prefill_chunk": serve.prefill_chunk if self.device.type == "cpu" else PREFILL_ROWS,
             "cache_bytes": int(serve.cache_gib * 2**30) or None,
         }
-        kind = SpeculativeEngine if model.mtp else PagedEngine
-        return kind(model, exchange.experts, memory, **options)
+        return self._engine_kind(model)(model, exchange.experts, memory, **options)
+
+    def _engine_kind(self, model: Transformer) -> type[PagedEngine]:
+        if not model.mtp:
+            return PagedEngine
+        return DraftingEngine if self.device.type == "cuda" else SpeculativeEngine
 
     def _batches(self, split: str, seed: int, *, is_fixed: bool) -> TokenBatches:
         if split not in self._datasets:

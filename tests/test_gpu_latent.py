@@ -1,0 +1,196 @@
+"""Latent attention and drafting on a GPU: training at 192/128, caches of latents, texts with drafts and without; skipped without one."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from local_cluster import train
+from serving_parts import MAX_MODEL_LEN, Parts, finish, make_parts, request_of, tokens_of
+from test_gpu_training import GPU_MODEL, run_on
+from test_serving_paged import prompt_of
+from torch import Tensor
+
+from sparseray.actors.serving.drafting_engine import DraftingEngine
+from sparseray.actors.serving.drafting_model import DraftingModel
+from sparseray.actors.serving.paged_engine import PagedEngine
+from sparseray.actors.serving.paged_model import Chunk
+from sparseray.actors.state.dense_slab import computes_in_fp32
+from sparseray.kernels.ops import REFERENCE, Ops, ops_for
+from sparseray.model.attention.mla import MLAttention
+from sparseray.model.config import DSEConfig, MLAConfig, ModelConfig, MTPConfig
+from sparseray.model.init import initial_dense
+from sparseray.model.layers import Batch, Rope
+from sparseray.model.moe import LocalExperts
+from sparseray.model.transformer import Transformer
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    pytest.mark.timeout(600),
+]
+GPU = torch.device("cuda")
+V3 = MLAConfig(q_lora_rank=128, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128)
+KINDS: dict[str, dict[str, Any]] = {
+    "full and nsa": {},
+    "latent": {"attention": ("mla",), "mla": MLAConfig(q_lora_rank=24, kv_lora_rank=64, qk_rope_head_dim=16)},
+}
+
+
+def layer_gradients(ops: Ops, dtype: torch.dtype) -> list[Tensor]:
+    """Output, and gradients of input and weights, of a layer with heads of 192 and 128."""
+    config = ModelConfig(
+        vocab_size=64, hidden=256, num_layers=1, num_heads=4, attention=("mla",), max_seq_len=512, mla=V3
+    )
+    with torch.device(GPU):
+        layer, rope = MLAttention(config, 0, ops), Rope(config).to(GPU)
+        for name, p in layer.named_parameters():
+            p.data = initial_dense(name, p.shape, seed=3, std=0.06).to(GPU, dtype)
+        generator = torch.Generator(GPU).manual_seed(0)
+        x_RH = torch.randn(600, 256, generator=generator).to(dtype).requires_grad_()
+        positions_R = torch.arange(300).repeat(2)
+        batch = Batch(shape=(2, 300), positions_R=positions_R, rows=600)
+        out_RH = layer(x_RH, batch, rope.at(positions_R))
+        out_RH.backward(torch.randn(600, 256, generator=generator).to(dtype))
+    gradients = [p.grad for p in layer.parameters()]
+    return [found.detach().float() for found in (out_RH, x_RH.grad, *gradients) if found is not None]
+
+
+def test_a_layer_of_heads_of_192_and_128_trains_in_bf16() -> None:
+    ours, exact = (
+        layer_gradients(ops_for("auto", GPU), torch.bfloat16),
+        layer_gradients(REFERENCE, torch.float32),
+    )
+    assert len(ours) == len(exact) == 2 + 8
+    for found, wanted in zip(ours, exact):
+        assert float((found - wanted).norm() / wanted.norm()) < 2e-2
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-3), ("bfloat16", 1e-2)])
+def test_the_curve_of_latent_attention_is_that_of_a_cpu(
+    corpus: Path, tmp_path: Path, dtype: str, tolerance: float
+) -> None:
+    def run(device: str, dtype: str) -> Any:
+        config = run_on(device, corpus, dtype=dtype)
+        model = replace(GPU_MODEL, attention=("mla",), mla=V3, dse=DSEConfig())
+        return train(tmp_path / device, replace(config, model=model))
+
+    ours, theirs = run("cuda", dtype), run("cpu", "float32")
+    for a, b in zip(ours.curve, theirs.curve, strict=True):
+        assert a[0] == pytest.approx(b[0], rel=tolerance)
+
+
+@pytest.fixture(scope="module", params=list(KINDS))
+def parts(request: pytest.FixtureRequest) -> Parts:
+    return make_parts(REFERENCE, mtp=MTPConfig(depth=1), dse=DSEConfig(), **KINDS[request.param])
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def on_gpu(parts: Parts, request: pytest.FixtureRequest) -> tuple[Transformer, LocalExperts]:
+    """The same weights on the GPU."""
+    ops, config = ops_for("auto", GPU), parts.model.config
+    model, experts = Transformer(config, None, ops=ops).eval(), LocalExperts(config, ops=ops)
+    model.load_state_dict(parts.model.state_dict())
+    experts.load_state_dict(parts.experts.state_dict())
+    for module in (model, experts):
+        for name, parameter in module.named_parameters():
+            if request.param == "bfloat16" and not computes_in_fp32(name):
+                parameter.data = parameter.data.bfloat16()
+    return model.to(GPU), experts.to(GPU)
+
+
+class ToldModel(DraftingModel):
+    """Drafts by a table of what stands where; -1 is what the module says."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.table_SL = torch.full((len(self.latest_S), MAX_MODEL_LEN + 2), -1, device=self.device)
+
+    def _go_on(self, slots_B: Tensor, found_BN: Tensor, accepted_B: Tensor, draft_B: Tensor) -> None:
+        super()._go_on(slots_B, found_BN, accepted_B, draft_B)
+        told_B = self.table_SL[slots_B, self.length_S[slots_B] + 1]
+        self.draft_S.index_copy_(0, slots_B.long(), torch.where(told_B < 0, draft_B, told_B).int())
+
+
+class ToldEngine(DraftingEngine):
+    runs_on = ToldModel
+    wrong = 0
+
+    def _admit(self) -> None:
+        super()._admit()
+        assert isinstance(self.paged, ToldModel)
+        for sequence in self._running:
+            text = self.truth.get(sequence.request.request_id, [])
+            told = [(token + self.wrong) % 300 if i % 5 else 7 for i, token in enumerate(text)]
+            assert sequence.lease is not None
+            self.paged.table_SL[sequence.lease.slot, : len(told)] = torch.tensor(told, device=GPU)
+
+    truth: dict[str, list[int]]
+
+
+def engine_of(kind: type[PagedEngine], on_gpu: tuple[Transformer, LocalExperts], **options: Any) -> Any:
+    options = {"max_batch": 8, "max_model_len": MAX_MODEL_LEN, "prefill_chunk": 64, "page": 64, **options}
+    return kind(*on_gpu, None, cache_bytes=64 << 20, **options)
+
+
+def test_cached_decoding_equals_the_full_forward_pass(
+    parts: Parts, on_gpu: tuple[Transformer, LocalExperts]
+) -> None:
+    engine, tokens, rows = engine_of(PagedEngine, on_gpu), list(prompt_of(150, 3)), []
+    lease = engine.pool.acquire(tokens, 150)
+    engine.paged.begin(lease)
+    for start, stop in ((0, 64), (64, 100), *((i, i + 1) for i in range(100, 150))):
+        chunk = Chunk(lease=lease, known=tokens, count=stop - start)
+        if stop - start > 1:
+            (hidden,) = engine.paged.prefill([chunk], engine.experts, None)
+            rows.append(engine.model.logits(hidden))
+        else:
+            rows.append(engine.paged.decode([chunk], engine.experts, None).clone())
+        lease.length = stop
+    out = parts.model(torch.tensor([tokens]), experts=parts.experts, memory=None)
+    found, wanted = torch.cat(rows).float().cpu(), parts.model.logits(out.hidden_BTH)[0]
+    is_exact = on_gpu[0].embedding.dtype == torch.float32
+    assert float((found - wanted).norm() / wanted.norm()) < (2e-3 if is_exact else 5e-2)
+
+
+@pytest.mark.parametrize("wrong", [0, 1], ids=["most are accepted", "none is accepted"])
+def test_greedy_texts_are_the_same_with_drafts_and_without(
+    on_gpu: tuple[Transformer, LocalExperts], wrong: int
+) -> None:
+    """To the token also in bf16: up to 16 requests, both forms compute on the same number of padded rows."""
+    asked = [
+        request_of(f"r{i}", prompt_of(60 + 9 * i, i), temperature=float(i == 3), max_tokens=30 + i) for i in range(5)
+    ]  # fmt: skip
+    plain = engine_of(PagedEngine, on_gpu)
+    for request in asked:
+        plain.add(request)
+    expected = finish(plain)
+    engine = engine_of(ToldEngine, on_gpu)
+    engine.wrong = wrong
+    engine.truth = {r.request_id: [*r.prompt_tokens, *tokens_of(expected[r.request_id])] for r in asked}
+    for request in asked:
+        engine.add(request)
+    found = finish(engine)
+    assert {n: tokens_of(e) for n, e in found.items()} == {n: tokens_of(e) for n, e in expected.items()}
+    accepted = sum(e.accepted for events in found.values() for e in events)
+    assert accepted > 30 if not wrong else accepted < 10
+    assert engine.cache_usage == 0.0
+
+
+def test_a_replayed_step_gives_the_bits_of_the_step_that_it_holds(
+    on_gpu: tuple[Transformer, LocalExperts],
+) -> None:
+    texts = []
+    for is_graph in (True, False):
+        engine = engine_of(DraftingEngine, copy.copy(on_gpu))
+        if not is_graph:
+            for step in engine.paged._drafted.values():
+                step.graph = None
+        for index in range(3):
+            engine.add(request_of(str(index), prompt_of(60 + index, index), temperature=0.0, max_tokens=25))
+        texts.append({name: tokens_of(events) for name, events in finish(engine).items()})
+    assert texts[0] == texts[1]
