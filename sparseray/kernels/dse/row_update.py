@@ -62,19 +62,28 @@ def _mixed(x):
 
 
 @triton.jit
+def _times(x, y):
+    return tl.mul(x, y, sanitize_overflow=False)
+
+
+@triton.jit
+def _plus(x, y):
+    return tl.add(x, y, sanitize_overflow=False)
+
+
+@triton.jit
 def _rounded(b_w, key, o_d):
     """The bits of fp32 numbers as bfloat16, int16: up with the probability of the part that is cut off."""
     low, high = key.to(tl.uint32), (key >> 32).to(tl.uint32)
-    x = low + o_d.to(tl.uint32) * 0x9E3779B9
-    x = (x ^ (x >> 16)) * 0x21F0AAAD
-    x = x ^ high
-    x = (x ^ (x >> 15)) * 0x735A2D97
+    x = _plus(low, _times(o_d.to(tl.uint32), 0x9E3779B9))
+    x = _times(x ^ (x >> 16), 0x21F0AAAD) ^ high
+    x = _times(x ^ (x >> 15), 0x735A2D97)
     x = x ^ (x >> 15)
     bits = b_w.to(tl.uint32, bitcast=True)
     magnitude = bits & 0x7FFFFFFF
     noise = tl.where(magnitude < 0x7F800000, x >> 16, 0)
     not_a_number = tl.where(magnitude > 0x7F800000, 0x40, 0)
-    return (((bits + noise) >> 16) | not_a_number).to(tl.uint16).to(tl.int16, bitcast=True)
+    return ((_plus(bits, noise) >> 16) | not_a_number).to(tl.uint16).to(tl.int16, bitcast=True)
 
 
 @triton.jit
