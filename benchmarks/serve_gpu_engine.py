@@ -66,7 +66,7 @@ def engine_of(config: ModelConfig, *, max_batch: int, max_model_len: int) -> Pag
 def request_of(index: int, prompt: int, new: int) -> GenerationRequest:
     """A greedy request with a prompt of its own."""
     tokens = tuple((1 + i * 7919 + index * 104729) % 32000 for i in range(prompt))
-    return GenerationRequest(request_id=str(index), prompt_tokens=tokens, max_tokens=new)
+    return GenerationRequest(request_id=str(index), prompt_tokens=tokens, max_tokens=new, temperature=0.0)
 
 
 def decode_ms(config: ModelConfig, batch: int, context: int, steps: int = 40) -> float:

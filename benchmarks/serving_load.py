@@ -5,8 +5,10 @@ Plain sockets and few lines, so that a hundred streams cost the machine little.
 
 import asyncio
 import json
+import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 
 PROMPT = "def main(arguments):\n    "
@@ -18,12 +20,14 @@ class Answer:
 
     Args:
         seed: that it was asked with.
+        asked: when, `time.monotonic`.
         tokens: ids.
         times: `time.monotonic` of each token.
         error: why it failed; empty for one that ended as it should.
     """
 
     seed: int
+    asked: float = 0.0
     tokens: list[int] = field(default_factory=list)
     times: list[float] = field(default_factory=list)
     error: str = "it did not end"
@@ -48,14 +52,19 @@ class Load:
     max_tokens: int
     at: Mapping[int, Callable[[], object]] = field(default_factory=dict)
     count: int = 0
+    _happening: list[asyncio.Future[object]] = field(default_factory=list, init=False)
 
     def ask(self, seeds: Sequence[int]) -> list[Answer]:
-        """Answer a stream of each seed, all at once."""
+        """Answer a stream of each seed, all at once.
+
+        Raises:
+            Exception: what was to happen at some token failed.
+        """
 
         async def everything() -> list[Answer]:
             return list(await asyncio.gather(*(self._stream(seed) for seed in seeds)))
 
-        return asyncio.run(everything())
+        return self._run(everything())
 
     def keep(self, streams: int, seeds: Sequence[int], seconds: float) -> list[Answer]:
         """Keep some streams open for a while, each followed by the next.
@@ -74,14 +83,44 @@ class Load:
                 found.append(await self._stream(seeds[turn % len(seeds)]))
                 turn += streams
 
-        async def everything() -> None:
+        async def everything() -> list[Answer]:
             await asyncio.gather(*(one(first) for first in range(streams)))
+            return found
 
-        asyncio.run(everything())
-        return found
+        return self._run(everything())
+
+    def arrive(self, per_s: float, seconds: float, source: random.Random) -> list[Answer]:
+        """Ask at random moments, however many are open by then.
+
+        Args:
+            per_s: requests a second, on average.
+            seconds: in which they come.
+            source: of the moments.
+        """
+
+        async def everything() -> list[Answer]:
+            streams, due = list[asyncio.Task[Answer]](), time.monotonic()
+            end = due + seconds
+            while (due := due + source.expovariate(per_s)) < end:
+                await asyncio.sleep(max(0.0, due - time.monotonic()))
+                streams.append(asyncio.create_task(self._stream(len(streams))))
+            return list(await asyncio.gather(*streams))
+
+        return self._run(everything())
+
+    def _run(self, streams: Coroutine[object, object, list[Answer]]) -> list[Answer]:
+        """Answer streams, and wait for what happened beside them."""
+
+        async def everything() -> list[Answer]:
+            found = await streams
+            await asyncio.gather(*self._happening)
+            return found
+
+        self._happening.clear()
+        return asyncio.run(everything())
 
     async def _stream(self, seed: int) -> Answer:
-        answer = Answer(seed=seed)
+        answer = Answer(seed=seed, asked=time.monotonic())
         body = {
             "prompt": PROMPT + "x = " * (seed % 7),
             "max_tokens": self.max_tokens,
@@ -127,7 +166,8 @@ class Load:
         for _ in tokens:
             self.count += 1
             if self.count in self.at:
-                asyncio.get_running_loop().run_in_executor(None, self.at[self.count])
+                loop = asyncio.get_running_loop()
+                self._happening.append(loop.run_in_executor(None, self.at[self.count]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,3 +207,19 @@ def compare(answers: Sequence[Answer], expected: dict[int, list[int]]) -> Seen:
         worst_gap_s=max(answer.worst_gap_s for answer in answers),
         tokens_per_s=len(times) / max(1e-9, max(times, default=0.0) - min(times, default=0.0)),
     )
+
+
+def held_from(answers: Sequence[Answer], target_s: float, begun: float) -> float:
+    """Seconds from which on nine of ten requests of every second had their first token in time.
+
+    Args:
+        answers: to requests that came one after another.
+        target_s: to the first token.
+        begun: when they began to come, `time.monotonic`.
+    """
+    by_second: dict[int, list[bool]] = defaultdict(list)
+    for answer in answers:
+        first = answer.times[0] if answer.times else float("inf")
+        by_second[int(answer.asked - begun)].append(first - answer.asked <= target_s)
+    missed = [second for second, kept in by_second.items() if sum(kept) < 0.9 * len(kept)]
+    return float(max(missed, default=-1) + 1)

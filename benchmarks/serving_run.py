@@ -9,7 +9,10 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,35 @@ from benchmarks.elastic_run import MARK, ROOT, RunDied
 
 LIMIT_S = 120.0
 SCALED = {"attention": "attention", "expert": "experts", "memory": "memory"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Held:
+    """What a server's processes hold.
+
+    Args:
+        processes, files, sockets: how many; files are descriptors, and sockets those that have a name.
+        memory_mb: of all processes; pages that several share count for each.
+    """
+
+    processes: int
+    files: int
+    sockets: int
+    memory_mb: float
+
+    def is_within(self, before: "Held") -> bool:
+        """Whether it is no more than it was; caches of the interpreter and of the allocator may still fill."""
+        return (
+            self.processes <= before.processes
+            and self.sockets <= before.sockets
+            and self.files <= 1.05 * before.files
+            and self.memory_mb <= 1.1 * before.memory_mb
+        )
+
+    def __str__(self) -> str:
+        return (
+            f"{self.processes} processes, {self.files} files, {self.sockets} sockets, {self.memory_mb:.0f} MB"
+        )
 
 
 class Server:
@@ -54,14 +86,15 @@ class Server:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,
+                process_group=0,
             )
         try:
             self.wait(lambda: "Ctrl-C stops" in self.log.read_text(), "its first word")
-            self.start_s = time.monotonic() - started
             found = re.search(r"at http://127\.0\.0\.1:(\d+) ", self.log.read_text())
             assert found is not None, self.log.read_text()
             self.port = int(found[1])
+            self.wait(self._is_ready, "an engine that answers")
+            self.start_s = time.monotonic() - started
             self._attach()
         except BaseException:
             self._end()
@@ -72,6 +105,13 @@ class Server:
 
     def __exit__(self, *_: object) -> None:
         self._end()
+
+    def _is_ready(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/ready", timeout=10.0) as answer:
+                return bool(answer.status == 200)
+        except urllib.error.HTTPError:
+            return False
 
     def _attach(self) -> None:
         from sparseray.platform.cluster import attach
@@ -133,6 +173,24 @@ class Server:
                 if process.status() != psutil.STATUS_ZOMBIE and process.environ().get(MARK) == self.mark:
                     found.append(process)
         return found
+
+    def sockets(self) -> int:
+        """Unix sockets of slots and scheduler that have a name in the file system."""
+        return sum(path.is_socket() for path in self.temporary.glob("sparseray-*/**/*"))
+
+    def held(self) -> Held:
+        """What all processes hold now."""
+        processes = self.processes()
+        return Held(
+            processes=len(processes),
+            files=sum(process.num_fds() for process in processes),
+            sockets=self.sockets(),
+            memory_mb=sum(process.memory_info().rss for process in processes) / 1e6,
+        )
+
+    def changes(self) -> int:
+        """Changes of plan so far."""
+        return int(self.ask("status")["generation"])
 
     def ask(self, method: str, *arguments: Any) -> Any:
         """Ask the scheduler, or the one that comes after it.

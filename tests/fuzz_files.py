@@ -131,7 +131,9 @@ class Checkpoint:
         self.run = RunFolder(root / "run")
         train(self.run.path, self.config)
         self.folder = checkpoint.list_finished(self.run.checkpoints)[-1]
-        self.served, self.tensors, self.step = self.read()
+        self.served, tensors, self.step = self.read()
+        # What was read may be a view of the file, which is to be damaged.
+        self.tensors = {name: tensor.clone() for name, tensor in tensors.items()}
 
     def read(self) -> tuple[RunConfig, dict[str, torch.Tensor], int]:
         """All that a server, and a run that goes on, take from a checkpoint."""

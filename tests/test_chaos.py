@@ -1,6 +1,6 @@
-"""Random faults against a real run, a real server and both on one platform, some seconds of them and a minute.
+"""Random faults against a real run, a real server and both on one platform: a minute of them, and some seconds for the server.
 
-tests/chaos.py, tests/chaos_serving.py and tests/chaos_platform.py run the same for hours.
+For a run test_elastic_ray.py has the same faults in a fixed order. tests/chaos.py, tests/chaos_serving.py and tests/chaos_platform.py run the same for hours.
 """
 
 from collections.abc import Callable
@@ -25,12 +25,6 @@ def check(
     # A fixed seed: CI must say the same twice. Other seeds are for runs by hand.
     done = chaos(folder, corpus, seed=20261123, seconds=seconds)
     assert len(done) >= least, done
-
-
-@pytest.mark.ray
-@pytest.mark.timeout(280)
-def test_random_faults_change_no_bit(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    check(corpus, tmp_path, monkeypatch, seconds=8.0, least=1)
 
 
 @pytest.mark.ray

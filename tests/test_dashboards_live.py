@@ -21,6 +21,7 @@ import pytest
 from background import Background, end_leftovers, environment, free_ports, sparseray
 from browser import CHROMIUM, NO_CHROMIUM, cards, document
 from local_cluster import tiny_run, train
+from processes import resting
 from watching import MISSING, PROMETHEUS, Prometheus, lint
 
 from sparseray.dashboards.cluster import CLUSTER
@@ -58,7 +59,7 @@ def drive(url: str, stop: threading.Event, quiet: threading.Event) -> None:
     """Ask again and again until told to stop."""
     body = {"model": "served", "prompt": PROMPT, "max_tokens": 12, "ignore_eos": True}
     with httpx.Client(timeout=20) as client:
-        while not stop.wait(0.1):
+        while not stop.wait(0.3):
             if quiet.is_set():
                 continue
             try:
@@ -75,7 +76,7 @@ def live(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Liv
     config = tiny_run(corpus, steps=100_000, colocated=True, **shared)
     config = replace(
         config,
-        train=replace(config.train, checkpoint_every=20, eval_every=20),
+        train=replace(config.train, checkpoint_every=10, eval_every=10),
         cluster=replace(config.cluster, deadline_s=20.0, hang_s=3.0),
         metrics=replace(config.metrics, per_expert=True),
     )
@@ -87,7 +88,8 @@ def live(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Liv
         patch.setenv("SPARSERAY_STATE_DIR", str(folder / "state"))
         write_prometheus(folder / "prometheus", [], "")
     prometheus = Prometheus(folder / "prometheus" / "prometheus.yml", folder / "prometheus" / "data")
-    processes = [run := Background([*command, *pretrain], env)]
+    # Everybody watches the run, and nobody waits for it.
+    processes = [run := Background([*command, *pretrain], env | resting(0.2))]
     stop, quiet, url = threading.Event(), threading.Event(), f"http://127.0.0.1:{port}"
     clients = [threading.Thread(target=drive, args=(url, stop, quiet), daemon=True) for _ in range(2)]
     try:

@@ -11,7 +11,7 @@ import psutil
 import pytest
 from chaos import ENDLESS, HANG_S, Watched
 from local_cluster import tiny_run
-from processes import ROOT, of_mark, wait_until
+from processes import of_mark, resting, wait_until
 
 from sparseray.platform.config import RunConfig
 
@@ -26,11 +26,14 @@ def config_of(corpus: Path, **cluster: Any) -> RunConfig:
 
 
 @pytest.fixture
-def run(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Watched]:
+def run(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> Iterator[Watched]:
     # `Watched` sets these for the processes that it starts; they must not reach other tests.
     monkeypatch.setenv("SPARSERAY_STATE_DIR", "")
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    made = Watched(tmp_path / "watched", config_of(corpus, standby=1))
+    sizes = getattr(request, "param", {"standby": 1})
+    made = Watched(tmp_path / "watched", config_of(corpus, **sizes))
     yield made
     made.detach()
     made.close()
@@ -71,14 +74,18 @@ def cluster(run: Watched, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> It
     """Three nodes on this machine; the head keeps its state in RocksDB."""
     from ray.cluster_utils import Cluster
 
+    # Slots load beside the run, each for itself, and the test waits for them: the run leaves them the processors.
+    for name, value in resting(0.4).items():
+        monkeypatch.setenv(name, value)
     for name, value in {
-        "PYTHONPATH": str(ROOT),
         "SPARSERAY_TEST": run.mark,
         "TMPDIR": str(run.temporary),
         "SPARSERAY_STATE_DIR": str(run.folder / "state"),
         "RAY_gcs_storage": "rocksdb",
         "RAY_gcs_storage_path": str(tmp_path / "gcs"),
         "RAY_worker_niceness": "0",
+        # A node that is gone is known to be after 2.5 s, not 15; one that is only busy has 10 s for each answer.
+        "RAY_health_check_period_ms": "500",
     }.items():
         monkeypatch.setenv(name, value)
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "include_dashboard": False})
@@ -91,6 +98,7 @@ def cluster(run: Watched, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> It
         process.kill()
 
 
+@pytest.mark.parametrize("run", [{"attention_workers": 1}], indirect=True, ids=["five slots"])
 def test_a_node_the_head_and_the_driver_die(run: Watched, cluster: Any) -> None:
     address = f"--cluster.address={cluster.address}"
     run.start(address)
@@ -105,6 +113,10 @@ def test_a_node_the_head_and_the_driver_die(run: Watched, cluster: Any) -> None:
         lambda: any(e["kind"] == "recovered" for e in run.events()), "the recovery from the node's death"
     )
     run.settled()
+    # Else the head would come back with a node that it believes in, and start slots there.
+    import ray
+
+    wait_until(lambda: sum(node["Alive"] for node in ray.nodes()) == 2, "Ray's word of the node's death")
 
     head = cluster.head_node
     head.kill_gcs_server()
@@ -112,8 +124,9 @@ def test_a_node_the_head_and_the_driver_die(run: Watched, cluster: Any) -> None:
     wait_until(lambda: run.steps() >= before + 5, "steps without Ray's head", 30.0)
     head.start_gcs_server()
     # A new slot can be had again: the policy makes up for one that dies now.
-    status = run.settled()
+    status, recovered = run.settled(), count(run, "recovered")
     run.signal(slot_of(status, "memory")["pid"])
+    wait_until(lambda: count(run, "recovered") > recovered, "the recovery from a slot's death")
     run.settled()
 
     assert run.process is not None

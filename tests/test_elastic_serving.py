@@ -17,11 +17,13 @@ from local_cluster import tiny_run, train
 from local_server import Heard, LocalServer
 from serving_parts import app_of
 
+from sparseray.actors.exchange.answers import Answers
 from sparseray.actors.serving.text_request import GenerationRequest
 from sparseray.errors import ConfigError
 from sparseray.jobs.http.server import HttpServer
 from sparseray.platform.composition import Run
 from sparseray.platform.config import ClusterConfig
+from sparseray.platform.fleet.job import SlotJob
 
 REQUESTS, LENGTH = 6, 20
 WIDE = {"attention_workers": 2, "expert_shards": 2, "memory_shards": 2, "replication": 2}
@@ -158,10 +160,35 @@ def test_engines_are_added_and_taken_away_while_they_answer(
 ) -> None:
     changes = {10: scale("attention", 3), 40: scale("attention", 1), 80: scale("attention", 2)}
     with serve(tmp_path / "server", trained) as server:
-        assert server.ask(requests(), at(changes)) == undisturbed
+        with slowed(engines_of(server), 0.05):
+            assert server.ask(requests(), at(changes)) == undisturbed
         assert server.events.count("resized") >= 2
         with pytest.raises(ConfigError, match="needs an engine"):
             server.run.reconciler.request("attention", 0)
+
+
+def test_no_request_waits_for_a_shard_that_is_slow_to_get_what_a_plan_gives_it(
+    trained: Path, undisturbed: list[Heard], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those who have it answer until then, whoever it is read or copied from."""
+
+    def slowly(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *arguments: (time.sleep(0.8), function(*arguments))[1]
+
+    with serve(tmp_path / "server", trained, standby=1) as server:
+        with slowed(engines_of(server), 0.08):
+            plain_s = max(h.gap_s for h in server.ask(requests()))
+        monkeypatch.setattr(SlotJob, "read", slowly(SlotJob.read))
+        monkeypatch.setattr(Answers, "_pull", slowly(Answers._pull))
+        for role, change in (("experts", "2+3+2"), ("memory", "2+3+3")):
+            resized = server.events.count("resized")
+            with slowed(engines_of(server), 0.08):
+                heard = server.ask(requests(), at({10: scale(role, 3)}))
+            assert heard == undisturbed
+            # It came while they were open.
+            assert server.events.count("resized") > resized and server.run.reconciler.sizes() == change
+            assert max(h.gap_s for h in heard) < plain_s + 0.5
+            server.fleet.start(1)
 
 
 def hang(slot: int) -> Callable[[LocalServer], None]:

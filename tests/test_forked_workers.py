@@ -72,10 +72,45 @@ def test_one_with_another_environment_than_the_libraries_were_loaded_in_loads_fo
     assert said.split()[0:3:2] == [str(os.getpid()), "False"] and process.returncode == 7
 
 
+def test_workers_are_in_the_commands_session_and_out_of_reach_of_its_ctrl_c(workers: ForkedWorkers) -> None:
+    pid = workers._process.pid
+    assert os.getsid(pid) == os.getsid(0) and os.getpgid(pid) == pid
+
+
+def test_rays_agent_takes_a_free_port_whatever_else_runs_on_the_machine(
+    workers: ForkedWorkers, tmp_path: Path
+) -> None:
+    agent = tmp_path / "dashboard" / "agent.py"
+    agent.parent.mkdir()
+    agent.write_text("import sys; print(sys.argv[1:])")
+    with workers.started_by_ray():
+        command = [sys.executable, "-u", str(agent), "--listen-port=52365", "--head"]
+    assert subprocess.check_output(command, text=True).strip().endswith("'--head', '--listen-port=0']")
+
+
 def test_other_programs_are_python_as_before(workers: ForkedWorkers, tmp_path: Path) -> None:
     with workers.started_by_ray():
         command = [sys.executable, "-c", "import sys; print(sys.executable)"]
     assert Path(subprocess.check_output(command, text=True).strip()) == Path(sys.executable)
+
+
+def test_daemons_of_ray_that_a_run_has_no_use_for_only_sleep(workers: ForkedWorkers) -> None:
+    """What they would do is done by nobody: the driver prints no worker's words, and no machine is started."""
+    from ray._private import services
+
+    root = Path(services.RAY_PATH)
+    found = [root / "_private" / "log_monitor.py", *root.glob("autoscaler/*/monitor.py")]
+    assert len(found) >= 2 and all(path.exists() for path in found)
+    for path in found:
+        with workers.started_by_ray():
+            command = [sys.executable, "-u", str(path), "--logs-dir=nowhere"]
+        with subprocess.Popen(command) as process:
+            words = Path(f"/proc/{process.pid}/cmdline")
+            deadline = time.monotonic() + 10.0
+            while not words.read_bytes().startswith(b"sleep"):
+                assert time.monotonic() < deadline and process.poll() is None, words.read_bytes()
+                time.sleep(0.01)
+            process.terminate()
 
 
 def test_neither_a_worker_nor_who_asked_for_it_outlives_the_other(

@@ -150,7 +150,7 @@ def test_products_norms_and_activations_are_the_plain_ones_and_each_row_is_compu
         "rms_norm": lambda o, i: o.rms_norm(x[i], weight[0], 1e-6),
         "add_rms_norm": lambda o, i: torch.cat(o.add_rms_norm(x[i], x[i] * 2, weight[0], 1e-6)),
         "rotary": lambda o, i: torch.cat(
-            [y.flatten(1) for y in o.rotary_split(fused[i], (3, 2), 8, cos[i], sin[i])], 1
+            [y.flatten(1) for y in o.rotary_split(fused[i], (3, 1), 8, 2, (5, 2), cos[i], sin[i])], 1
         ),
         "swiglu": lambda o, i: o.swiglu(gate_up[i]),
         "sigmoid": lambda o, i: o.sigmoid(gate_up[i]),

@@ -9,6 +9,7 @@ import triton_interpreter  # Must come before anything that imports Triton.
 # isort: split
 import triton
 import triton.language as tl
+from triton.runtime.errors import InterpreterError
 
 from sparseray.kernels.launch import launch_kernel
 
@@ -49,6 +50,35 @@ def test_each_call_gets_the_kernel_of_its_own_arguments(dtype: torch.dtype) -> N
                 check(x[part], None, factor, 16, False)
             check(x[part], add[part], 0.5, 32, True)
             check(x[part], add[part], 0.5, 32, False)
+
+
+@triton.jit
+def integers_kernel(p_x, p_y, p_out, NAME: tl.constexpr):
+    x, y = tl.load(p_x), tl.load(p_y)
+    if NAME == "add":
+        tl.store(p_out, x + y)
+    elif NAME == "sub":
+        tl.store(p_out, x - y)
+    else:
+        tl.store(p_out, x * y)
+
+
+@pytest.mark.skipif(HAS_GPU, reason="the interpreter looks for overflows, a GPU does not")
+@pytest.mark.parametrize(
+    ("name", "x", "fits", "too_large"),
+    [("add", 2**31 - 4, 3, 4), ("sub", 3 - 2**31, 3, 4), ("mul", 1 << 16, 2**15 - 1, 2**15)],
+)
+def test_the_interpreter_refuses_integers_that_overflow(name: str, x: int, fits: int, too_large: int) -> None:
+    def run(y: int, dtype: torch.dtype) -> int:
+        out = torch.zeros(1, dtype=dtype)
+        integers_kernel[(1,)](torch.tensor([x], dtype=dtype), torch.tensor([y], dtype=dtype), out, NAME=name)
+        return int(out)
+
+    exact = {"add": int.__add__, "sub": int.__sub__, "mul": int.__mul__}[name]
+    assert run(fits, torch.int32) == exact(x, fits)
+    with pytest.raises(InterpreterError, match=f"int32 overflow detected for operation {name}"):
+        run(too_large, torch.int32)
+    assert run(too_large, torch.int64) == exact(x, too_large)
 
 
 @pytest.mark.gpu

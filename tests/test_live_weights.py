@@ -6,15 +6,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from local_cluster import LocalFleet, Trained, tiny_run, train
 from local_server import Heard, LocalServer
 
+from sparseray.actors.serving.speculative_engine import SpeculativeEngine
 from sparseray.actors.serving.text_request import GenerationRequest
 from sparseray.errors import OfferGoneError
+from sparseray.model.config import MTPConfig
 from sparseray.platform.composition import Run
 from sparseray.platform.config import ClusterConfig, RunConfig, ServeConfig
 from sparseray.platform.fleet import weights_port
@@ -31,15 +33,16 @@ ASKED = ServeConfig(prefill_chunk=8, follow_every=0)
 EVERY_THREE = replace(ASKED, follow_every=3)
 
 
-def config_of(corpus: Path) -> RunConfig:
-    return tiny_run(corpus, steps=STEPS, **WIDE, deadline_s=5.0)
+def config_of(corpus: Path, *, depth: int = 0) -> RunConfig:
+    config = tiny_run(corpus, steps=STEPS, **WIDE, deadline_s=5.0)
+    return replace(config, model=replace(config.model, mtp=MTPConfig(depth=depth)))
 
 
 class Training:
     """A run of threads that goes on until it is told to stop."""
 
-    def __init__(self, run_dir: Path, corpus: Path) -> None:
-        self.run_dir, self.corpus, self.run = run_dir, corpus, None
+    def __init__(self, run_dir: Path, config: RunConfig) -> None:
+        self.run_dir, self.config, self.run = run_dir, config, None
         self.over, self.fleet = threading.Event(), None
         self.trained: Trained | None = None
         self.thread = threading.Thread(target=self._train)
@@ -47,7 +50,7 @@ class Training:
         wait_for(lambda: self.step >= 2)
 
     def _train(self) -> None:
-        self.trained = train(self.run_dir, config_of(self.corpus), at_step=self._at_step)
+        self.trained = train(self.run_dir, self.config, at_step=self._at_step)
 
     def _at_step(self, step: int, run: Run, fleet: LocalFleet) -> None:
         self.run, self.fleet = run, fleet
@@ -79,10 +82,18 @@ def wait_for(condition: Callable[[], Any], limit_s: float = 30.0) -> None:
 
 @pytest.fixture
 def training(corpus: Path, tmp_path: Path) -> Iterator[Training]:
-    made = Training(tmp_path / "run", corpus)
-    yield made
-    made.over.set()
-    made.thread.join(60.0)
+    with running(tmp_path, config_of(corpus)) as made:
+        yield made
+
+
+@contextmanager
+def running(folder: Path, config: RunConfig) -> Iterator[Training]:
+    made = Training(folder / "run", config)
+    try:
+        yield made
+    finally:
+        made.over.set()
+        made.thread.join(60.0)
 
 
 @contextmanager
@@ -113,9 +124,9 @@ def step_of(server: LocalServer) -> int:
     return driver.serving.state.version.step
 
 
-def undisturbed(corpus: Path, folder: Path, step: int) -> list[Heard]:
+def undisturbed(corpus: Path, folder: Path, step: int, *, depth: int = 0) -> list[Heard]:
     """What a server of the checkpoint of a step answers, of a run that nobody asked anything."""
-    trained = train(folder / f"to-{step}", config_of(corpus), stop_after=step)
+    trained = train(folder / f"to-{step}", config_of(corpus, depth=depth), stop_after=step)
     with LocalServer(folder / f"of-{step}", trained.folder.newest_checkpoint(), ALONE, serve=ASKED) as server:
         return server.ask(requests())
 
@@ -140,6 +151,29 @@ def test_a_server_begins_with_a_step_that_was_never_on_a_disk_and_goes_over_to_l
     assert later == undisturbed(corpus, tmp_path, second)
     plain = train(tmp_path / "plain", config_of(corpus), stop_after=len(trained.records))
     assert trained.curve == plain.curve and trained.digest == plain.digest
+
+
+@pytest.mark.parametrize("drafts", ["none", "mtp"], ids=["modules left alone", "drafting"])
+def test_a_run_with_modules_for_further_tokens_feeds_a_server_that_drafts_or_does_not(
+    drafts: Literal["none", "mtp"], corpus: Path, tmp_path: Path
+) -> None:
+    serve = replace(ASKED, speculate=drafts)
+    with (
+        running(tmp_path, config_of(corpus, depth=1)) as training,
+        following(training, tmp_path / "s", APART, serve) as server,
+    ):
+        first, answers = step_of(server), server.ask(requests())
+        driver = server.run.driver
+        assert isinstance(driver, Server)
+        name = driver.publish("")
+        wait_for(lambda: server.ingress.version() == name)
+        second, later = step_of(server), server.ask(requests())
+        plan = server.run.generations.plan
+        assert second > first and plan is not None
+        engine = server.fleet.slots[plan.attention[0]].roles.engine_role.engine
+        assert isinstance(engine, SpeculativeEngine) == (drafts == "mtp")
+    assert answers == undisturbed(corpus, tmp_path, first, depth=1)
+    assert later == undisturbed(corpus, tmp_path, second, depth=1)
 
 
 def test_versions_follow_by_themselves_and_the_last_checkpoint_when_the_run_has_ended(

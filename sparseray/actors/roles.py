@@ -6,9 +6,9 @@ A change of plan: InstallPlan -> Pull* -> Installed; it may come at any moment a
 One request: Generate -> (FetchRows, ExpertForward)* -> Tokens, once for every engine step.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
@@ -20,19 +20,19 @@ from sparseray.actors.exchange.on_device import OnDeviceExchange
 from sparseray.actors.exchange.patience import Patience
 from sparseray.actors.exchange.protocol import Exchange
 from sparseray.actors.exchange.reduction import Reduction
-from sparseray.actors.installation import InstallPlan, JobSpec, pull_missing, restore
+from sparseray.actors.gathering import Gathering
+from sparseray.actors.installation import Gather, Gathered, InstallPlan, JobSpec, pull_missing, restore
+from sparseray.actors.job import Job
 from sparseray.actors.observation import observe_worker
-from sparseray.actors.serving.enduring import EnduringExchange
-from sparseray.actors.serving.engine import Engine
 from sparseray.actors.serving.messages import Retire, Stage, Staged
 from sparseray.actors.serving.staging import Edition, Staging
 from sparseray.actors.state.assignment import Plan
 from sparseray.actors.state.dense_slab import DenseSlabs
 from sparseray.actors.state.holdings import Holdings
 from sparseray.actors.state.pieces import DENSE, Piece
+from sparseray.actors.state.staged_memory import StagedMemory
 from sparseray.actors.state.whole_experts import WholeExperts
 from sparseray.actors.training.background_save import BackgroundSave
-from sparseray.actors.training.objective import BatchSource
 from sparseray.actors.training.worker import AttentionWorker
 from sparseray.actors.wire.envelope import INGRESS, SCHEDULER, Body, Message
 from sparseray.actors.wire.messages import (
@@ -54,67 +54,8 @@ from sparseray.actors.wire.messages import (
 from sparseray.actors.wire.slot_mailbox import SlotMailbox
 from sparseray.errors import OfferGoneError
 from sparseray.log import get_logger
-from sparseray.model.transformer import Transformer
 
 log = get_logger(__name__)
-
-
-class Job(Protocol):
-    """What a slot needs to know of its job; platform/fleet/job.py builds it from the run's configuration."""
-
-    deadline_s: float
-    is_serving: bool
-
-    def holdings(self) -> Holdings: ...
-    def engine(self, model: Transformer, exchange: Exchange | EnduringExchange) -> Engine | None:
-        """Make the engine; None for a job that does not serve.
-
-        Args:
-            model: dense weights.
-            exchange: of the plan in force, or one that outlives plans.
-        """
-        ...
-
-    def train_batches(self) -> BatchSource: ...
-    def validation_batches(self) -> BatchSource: ...
-    def read(self, directory: str, names: Sequence[str]) -> dict[str, Tensor]:
-        """Read tensors of a checkpoint.
-
-        Args:
-            directory: its folder.
-            names: logical names.
-        """
-        ...
-
-    def write(self, directory: str, name: str, tensors: dict[str, Tensor]) -> dict[str, SavedTensor]:
-        """Write one file of a checkpoint and say where each tensor is.
-
-        Args:
-            directory: its folder.
-            name: of the file, without its suffix.
-            tensors: by logical name.
-        """
-        ...
-
-    def offer(self, step: int, tensors: dict[str, Tensor]) -> str:
-        """Keep weights where servers can read them, instead of those before; returns where.
-
-        Args:
-            step: that they are of.
-            tensors: by logical name.
-        """
-        ...
-
-    def withdraw(self) -> None: ...
-    def observe(self, name: str, value: float, **labels: str) -> None:
-        """Record a metric of the slot.
-
-        Args:
-            name: in the registry.
-            value: in the metric's unit.
-            labels: of the metric.
-        """
-        ...
 
 
 class Roles:
@@ -143,7 +84,7 @@ class Roles:
         self.exchange: Exchange | None = None
         self.worker: AttentionWorker | None = None
         self.saving, self.offering = BackgroundSave(), BackgroundSave()
-        self.staging = Staging()
+        self.staging, self.gathering = Staging[Holdings](), Gathering()
         self.earlier: Edition | None = None
         self.patience = Patience()
         self.engine_role = EngineRole(mailbox, enter, self.patience)
@@ -156,6 +97,7 @@ class Roles:
             Offer: self._offer,
             Withdraw: self._withdraw,
             Settled: self._settled,
+            Gather: self._gather,
             Stage: self._stage,
             Retire: self._retire,
             **self.engine_role.handlers,
@@ -197,6 +139,7 @@ class Roles:
             self.engine_role.drop()
             self.mailbox.post(SCHEDULER, Stale(), step=self.committed)
             return
+        self.gathering.give(self.holdings, mine, body)
         pull_missing(self.holdings, mine, body, call, with_optimizer=trains)
         if body.source is not None:
             try:
@@ -218,6 +161,18 @@ class Roles:
     def _settled(self, message: Message[Settled]) -> None:
         assert self.holdings is not None
         self.holdings.trim()
+
+    def _gather(self, message: Message[Gather]) -> None:
+        """Read what a plan that is to come gives this slot, in a thread."""
+        body, job = message.body, self.job_from(message.body.job)
+        self.mailbox.transport.reach(SCHEDULER, body.scheduler)
+        if self.holdings is None:
+            self.holdings = job.holdings()
+
+        def tell(error: str) -> None:
+            self.mailbox.post(SCHEDULER, Gathered(pieces=body.pieces))
+
+        self.gathering.start(body, self.holdings, job.read, tell)
 
     # -- versions of a server's weights ----------------------------------------------------------
 
@@ -299,7 +254,8 @@ class Roles:
         me, experts, memory = self.mailbox.slot, held.experts, held.memory
         assert self.reduction is not None
         if isinstance(held.dense, DenseSlabs) and isinstance(experts, WholeExperts):
-            return OnDeviceExchange(held.dense, experts, held, self.mailbox)
+            assert memory is None or isinstance(memory, StagedMemory)
+            return OnDeviceExchange(held.dense, experts, memory, self.mailbox)
         if plan.holders == {me}:
             return LocalExchange(held, self.reduction, me, self.job.observe)
         return MessageExchange(

@@ -27,7 +27,7 @@ from sparseray.kernels.moe.reference import NORMALIZE_EPS, scores_of_a_group, we
 from sparseray.kernels.nsa.cpu import compress, sparse_attention
 from sparseray.kernels.nsa.reference import Compression
 from sparseray.kernels.paged import History, KeyValues, Pages
-from sparseray.kernels.plain_ops import PlainOps
+from sparseray.kernels.paged_plain_ops import PagedPlainOps
 from sparseray.kernels.settings import NSASizes
 
 Array = NDArray[Any]
@@ -60,7 +60,7 @@ def _places(pages: Pages) -> tuple[Array, Array, Array]:
     return found
 
 
-class CompiledOps(PlainOps):
+class CompiledOps(PagedPlainOps):
     """See `Ops` for what each operation does."""
 
     chunks_keep_bits = True
@@ -89,14 +89,23 @@ class CompiledOps(PlainOps):
         return y
 
     def rotary_split(
-        self, fused_RX: Tensor, heads: tuple[int, int], head_dim: int, cos_RD: Tensor, sin_RD: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self,
+        fused_RX: Tensor,
+        heads: tuple[int, int],
+        head_dim: int,
+        turned: int,
+        rest: Sequence[int],
+        cos_RD: Tensor,
+        sin_RD: Tensor,
+    ) -> tuple[Tensor, ...]:
         if not _is_taken(fused_RX):
-            return super().rotary_split(fused_RX, heads, head_dim, cos_RD, sin_RD)
+            return super().rotary_split(fused_RX, heads, head_dim, turned, rest, cos_RD, sin_RD)
         rows, (num_q, num_k) = len(fused_RX), heads
-        q, k = torch.empty(rows, num_q, head_dim), torch.empty(rows, num_k, head_dim)
+        q, k = torch.empty(rows, num_q, head_dim), torch.empty(rows, turned * num_k, head_dim)
         dense.rotate_heads(_array(fused_RX), _array(cos_RD), _array(sin_RD), q.numpy(), k.numpy())
-        return q, k, fused_RX[:, (num_q + num_k) * head_dim :]
+        end = (num_q + turned * num_k) * head_dim
+        others = fused_RX[:, end:].split([num_k * width for width in rest], -1)
+        return q, *k.split(num_k, 1), *(other.unflatten(-1, (num_k, -1)) for other in others)
 
     def swiglu(self, gate_up_RI: Tensor) -> Tensor:
         if not _is_taken(gate_up_RI):

@@ -2,7 +2,7 @@
 
 `REFERENCE` is plain PyTorch and runs anywhere; on a CPU a row's bits do not depend on the other rows of a call.
 The compiled instance (compiled_ops.py) serves on a CPU, the Triton instance (triton_ops.py) runs the kernels of nsa/,
-moe/ and dse/. `ops_for` chooses by the key `kernels` of a run's configuration and the device.
+moe/ and dse/. Those of paged caches are in paged_ops.py, those of staged table rows in row_ops.py. `ops_for` chooses by the key `kernels` of a run's configuration and the device.
 
 Shapes: R rows, T tokens, B sequences, S keys, C compressed tokens, Q query heads, G key/value heads, D and V head
 sizes, H hidden, E experts, K experts per token, I inner width, N table rows per token, L history.
@@ -18,10 +18,13 @@ from torch import Tensor
 
 from sparseray.errors import ConfigError
 from sparseray.kernels.dse.reference import Fusion
+from sparseray.kernels.held_ops import HeldOps, HeldRows
+from sparseray.kernels.moe.expert_sum import HeldGradients
 from sparseray.kernels.nsa.reference import BranchKeys, Compression
 from sparseray.kernels.paged import History, KeyValues, Pages
 from sparseray.kernels.paged_ops import PagedOps
-from sparseray.kernels.plain_ops import PlainOps
+from sparseray.kernels.paged_plain_ops import PagedPlainOps
+from sparseray.kernels.row_ops import RowOps
 from sparseray.kernels.settings import Kernels, NSASizes
 
 __all__ = [
@@ -29,6 +32,8 @@ __all__ = [
     "BranchKeys",
     "Compression",
     "Fusion",
+    "HeldGradients",
+    "HeldRows",
     "History",
     "KeyValues",
     "Ops",
@@ -37,7 +42,7 @@ __all__ = [
 ]
 
 
-class Ops(PagedOps, Protocol):
+class Ops(PagedOps, HeldOps, RowOps, Protocol):
     """The operations of a model; each is differentiable in every floating-point tensor it takes.
 
     Attributes:
@@ -99,17 +104,27 @@ class Ops(PagedOps, Protocol):
         ...
 
     def rotary_split(
-        self, fused_RX: Tensor, heads: tuple[int, int], head_dim: int, cos_RD: Tensor, sin_RD: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self,
+        fused_RX: Tensor,
+        heads: tuple[int, int],
+        head_dim: int,
+        turned: int,
+        rest: Sequence[int],
+        cos_RD: Tensor,
+        sin_RD: Tensor,
+    ) -> tuple[Tensor, ...]:
         """Cut the rows of a fused projection into queries, keys and the rest, queries and keys rotated.
 
         Args:
-            fused_RX: queries, keys, then whatever follows.
-            heads: of queries (Q) and keys (G), `head_dim` channels (D) each.
+            fused_RX: the parts one after another: queries, `turned` parts of keys, one part for each of `rest`.
+            heads: of queries (Q), and of every other part (G).
+            head_dim: channels (D) of a head of queries and keys.
+            turned: how many parts of keys are rotated.
+            rest: channels of a head of each part that is not.
             cos_RD, sin_RD: as in `rotary`.
 
         Returns:
-            (q [R, Q, D], k [R, G, D], rest [R, X - (Q + G) * D]).
+            queries [R, Q, D], keys [R, G, D] of each rotated part, and each other part [R, G, its channels].
         """
         ...
 
@@ -158,6 +173,10 @@ class Ops(PagedOps, Protocol):
 
     def top_k(self, scores_TE: Tensor, k: int) -> Tensor:
         """Ids of the k largest scores, int64 [T, k], largest first, ties to the lower id; no gradient."""
+        ...
+
+    def router_logits(self, x_RH: Tensor, weight_EH: Tensor, *, invariant: bool) -> Tensor:
+        """x @ weight.T in fp32, [R, E]; `invariant` as in `linear`."""
         ...
 
     def route(
@@ -319,7 +338,7 @@ class Ops(PagedOps, Protocol):
         ...
 
 
-REFERENCE: Ops = PlainOps()
+REFERENCE: Ops = PagedPlainOps()
 
 
 def ops_for(kernels: Kernels, device: torch.device) -> Ops:

@@ -1,6 +1,6 @@
 """`TRITON`: the operations of `Ops` by the kernels of dense/, nsa/, moe/ and dse/, in fp32, bf16 or fp16 on one device.
 
-Paged caches are in paged_triton_ops.py. A method that is in neither is the plain one of `PlainOps`, because no kernel of ours does it:
+Paged caches are in paged_triton_ops.py. A method that is in neither is the plain one of `PagedPlainOps`, because no kernel of ours does it:
 
 | operation | what runs | until |
 |---|---|---|
@@ -8,7 +8,6 @@ Paged caches are in paged_triton_ops.py. A method that is in neither is the plai
 | attend | torch's fused attention; values narrower than keys are padded | |
 | rotary_split where head sizes differ | torch | |
 | memory_gate, memory_conv | torch: the fused kernel takes whole sequences, these are a chunk's pieces in serving | |
-| top_k | torch's, ties in any order: for the balance loss alone | |
 | memory_fusion's backward, ngram_rows of orders with gaps | torch | |
 
 Shapes as in ops.py.
@@ -29,15 +28,20 @@ from sparseray.kernels.dense.adamw import adamw_step
 from sparseray.kernels.dense.embedding import embedding_grad_
 from sparseray.kernels.dense.head_loss import head_loss
 from sparseray.kernels.dense.rms_norm import add_rms_norm, rms_norm
-from sparseray.kernels.dense.rope import rope
+from sparseray.kernels.dense.rope import rope, rope_parts
 from sparseray.kernels.dense.squared_norm import squared_norms
 from sparseray.kernels.dense.swiglu import swiglu
 from sparseray.kernels.dse import fusion as dse_fusion
 from sparseray.kernels.dse import rows as dse_rows
 from sparseray.kernels.dse.reference import Fusion
+from sparseray.kernels.dse.row_update import range_norms, row_adam
+from sparseray.kernels.held_ops import HeldRows
+from sparseray.kernels.moe import held
 from sparseray.kernels.moe.decode import moe_ffn_decode
-from sparseray.kernels.moe.ffn import moe_ffn
-from sparseray.kernels.moe.router import route
+from sparseray.kernels.moe.expert_sum import HeldGradients
+from sparseray.kernels.moe.ffn import combine_rows, moe_ffn
+from sparseray.kernels.moe.router import route, top_k
+from sparseray.kernels.moe.router_logits import router_logits
 from sparseray.kernels.nsa.attention import nsa_attention, nsa_selection
 from sparseray.kernels.nsa.compress import compress
 from sparseray.kernels.nsa.reference import BranchKeys, Compression
@@ -113,26 +117,27 @@ class TritonOps(PagedTritonOps):
         return rope(x_RQD, at, cos_RP, sin_RP, heads=(heads, 0, 0), start=start, is_interleaved=True)[0]
 
     def rotary_split(
-        self, fused_RX: Tensor, heads: tuple[int, int], head_dim: int, cos_RD: Tensor, sin_RD: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        R, X = fused_RX.shape
-        if X % head_dim:
-            return super().rotary_split(fused_RX, heads, head_dim, cos_RD, sin_RD)
-        rest = X // head_dim - sum(heads)
-        q, k, other = rope(
-            fused_RX.unflatten(-1, (-1, head_dim)),
-            _numbers(R, fused_RX.device),
-            cos_RD,
-            sin_RD,
-            heads=(*heads, rest),
-        )
-        return q, k, other.flatten(1)
+        self,
+        fused_RX: Tensor,
+        heads: tuple[int, int],
+        head_dim: int,
+        turned: int,
+        rest: Sequence[int],
+        cos_RD: Tensor,
+        sin_RD: Tensor,
+    ) -> tuple[Tensor, ...]:
+        if any(width != head_dim for width in rest):
+            return super().rotary_split(fused_RX, heads, head_dim, turned, rest, cos_RD, sin_RD)
+        R, (Q, G) = fused_RX.shape[0], heads
+        fused_RND, numbers_R = fused_RX.unflatten(-1, (-1, head_dim)), _numbers(R, fused_RX.device)
+        counts = (Q, turned * G, len(rest) * G)
+        return rope_parts(fused_RND, numbers_R, cos_RD, sin_RD, heads=counts, group=G)
 
     def swiglu(self, gate_up_RI: Tensor) -> Tensor:
         return swiglu(gate_up_RI)
 
     def top_k(self, scores_TE: Tensor, k: int) -> Tensor:
-        return scores_TE.detach().topk(k).indices
+        return top_k(scores_TE, k)
 
     def expert_counts(self, topk_ids_TK: Tensor, num_experts: int) -> Tensor:
         # Whole numbers: their order is free. bincount would wait for the device.
@@ -182,6 +187,11 @@ class TritonOps(PagedTritonOps):
         check("the selection of NSA", q_BTQD, k_cmp)
         return nsa_selection(q_BTQD, k_cmp, num_keys, sizes, q_start=q_start)
 
+    def router_logits(self, x_RH: Tensor, weight_EH: Tensor, *, invariant: bool) -> Tensor:
+        if (x_RH.dtype, weight_EH.dtype) != (torch.bfloat16, torch.float32):
+            return super().router_logits(x_RH, weight_EH, invariant=invariant)
+        return router_logits(x_RH, weight_EH)
+
     def route(
         self,
         logits_TE: Tensor,
@@ -226,6 +236,32 @@ class TritonOps(PagedTritonOps):
                 down_EHI,
             )
         return moe_ffn(x_TH, topk_ids_TK, topk_weights_TK, gate_up_E2IH, down_EHI)
+
+    def group_held(self, places_TK: Tensor, num_held: int, like: Tensor) -> HeldRows:
+        plan = held.group_held(places_TK, num_held, like)
+        return HeldRows(order_R=plan.order_R, counts_E=plan.counts_E, plan=plan)
+
+    def held_forward(
+        self, x_TH: Tensor, rows: HeldRows, counts: Sequence[int], gate_up_E2IH: Tensor, down_EHI: Tensor
+    ) -> tuple[Tensor, Any]:
+        check("the experts", x_TH, gate_up_E2IH, down_EHI)
+        return held.held_forward(x_TH, rows.plan, counts, gate_up_E2IH, down_EHI)
+
+    def held_backward(
+        self,
+        dout_TH: Tensor,
+        weights_TK: Tensor,
+        rows: HeldRows,
+        counts: Sequence[int],
+        saved: Any,
+        gate_up_E2IH: Tensor,
+        down_EHI: Tensor,
+    ) -> HeldGradients:
+        return held.held_backward(dout_TH, weights_TK, saved, gate_up_E2IH, down_EHI)
+
+    def combine_slots(self, rows_TKH: Tensor, weights_TK: Tensor | None) -> Tensor:
+        T, K, H = rows_TKH.shape
+        return combine_rows(rows_TKH.reshape(T * K, H), _numbers(T * K, rows_TKH.device), K, weights_TK)
 
     def ngram_rows(
         self,
@@ -275,6 +311,31 @@ class TritonOps(PagedTritonOps):
         h, key, value = (x.unflatten(0, shape) for x in (h_RH, key_RH, value_RH))
         out_BTH = dse_fusion.memory_output(h, key, value, fusion, document_starts_BT=starts_BT)
         return out_BTH.flatten(0, 1)
+
+    def row_sums(self, grads_ND: Tensor, order_N: Tensor, first_U1: Tensor) -> Tensor:
+        return dse_rows.sum_segments(grads_ND, order_N, first_U1)
+
+    def range_norms(self, x_UD: Tensor, first_B1: Tensor) -> Tensor:
+        return range_norms(x_UD, first_B1)
+
+    def row_adam(
+        self,
+        weight_UD: Tensor,
+        m_UD: Tensor,
+        v_U: Tensor,
+        t_U: Tensor,
+        ids_U: Tensor,
+        sums_UD: Tensor,
+        *,
+        scale: float,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        seed: int,
+    ) -> None:
+        row_adam(
+            weight_UD, m_UD, v_U, t_U, ids_U, sums_UD, scale=scale, lr=lr, betas=betas, eps=eps, seed=seed
+        )
 
     def squared_norms(self, tensors: Sequence[Tensor], rows: Sequence[int]) -> Tensor:
         return squared_norms(tensors, rows)

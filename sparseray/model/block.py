@@ -32,12 +32,15 @@ class Block(nn.Module):
         self.ffn = None if self.moe else SwiGLU(config.hidden, config.dense_width(layer), ops)
 
     def _attend(
-        self, h_RH: Tensor, batch: Batch, angles: Angles, values_TND: Tensor | None
+        self, h_RH: Tensor, y_RH: Tensor | None, batch: Batch, angles: Angles, values_TND: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Add memory and attention: (the sum after the norm before the MLP, the sum)."""
+        """Add what the layer before gave, memory and attention: (the sum after the norm before the MLP, the sum)."""
         if self.dse is not None:
             assert values_TND is not None
+            h_RH = h_RH if y_RH is None else h_RH + y_RH
             x_RH, h_RH = self.attention_norm.add(self.dse(h_RH, values_TND, batch), h_RH)
+        elif y_RH is not None:
+            x_RH, h_RH = self.attention_norm.add(y_RH, h_RH)
         else:
             x_RH = self.attention_norm(h_RH)
         return self.ffn_norm.add(self.attention(x_RH, batch, angles), h_RH)
@@ -45,24 +48,28 @@ class Block(nn.Module):
     def forward(
         self,
         h_RH: Tensor,
+        y_RH: Tensor | None,
         batch: Batch,
         angles: Angles,
         experts: Experts,
         values_TND: Tensor | None,
         run: Run,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """Add memory, attention and experts (or the dense MLP).
 
         Args:
+            h_RH, y_RH: their sum enters; the norm adds them in the pass that it makes anyway. y is None before the
+                first layer.
             values_TND: table rows of the tokens; None for a layer without memory.
             run: calls the stretches of the layer that may be recomputed.
 
         Returns:
-            (hidden states [R, H], balance loss, tokens per expert int64 [E]).
+            (hidden states before the MLP [R, H], what it adds [R, H], balance loss, tokens per expert int64 [E]).
         """
-        x_RH, h_RH = run(self._attend, h_RH, batch, angles, values_TND)
+        x_RH, h_RH = run(self._attend, h_RH, y_RH, batch, angles, values_TND)
         if self.moe is None:
             assert self.ffn is not None
-            return h_RH + run(self.ffn, x_RH, batch), None, None
+            return h_RH, run(self.ffn, x_RH, batch), None, None
         y_RH, loss, counts_E = self.moe(x_RH, batch, experts, run)
-        return h_RH + y_RH, loss, counts_E
+        assert y_RH is not None
+        return h_RH, y_RH, loss, counts_E

@@ -93,8 +93,7 @@ class MoE(nn.Module):
             (expert ids [T, K], their weights [T, K], balance loss or None in inference).
         """
         config = self.config
-        router_EH = self.router.weight.float()
-        logits_RE = self.ops.linear(x_RH.float(), router_EH, None, invariant=batch.invariant)
+        logits_RE = self.ops.router_logits(x_RH, self.router.weight, invariant=batch.invariant)
         ids_RK, weights_RK, scores_RE = self.ops.route(
             logits_RE,
             top_k=config.top_k,

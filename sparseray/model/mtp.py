@@ -59,5 +59,6 @@ class Predictor(nn.Module):
         Source: arXiv 2412.19437 eq. 21 and 22.
         """
         both_RX = torch.cat([self.embedding_norm(embedded_RH), self.hidden_norm(hidden_RH)], -1)
-        h_RH, loss, counts_E = self.block(self.projection(both_RX, batch), batch, angles, experts, None, run)
-        return self.final_norm(h_RH), loss, counts_E
+        projected_RH = self.projection(both_RX, batch)
+        h_RH, y_RH, loss, counts_E = self.block(projected_RH, None, batch, angles, experts, None, run)
+        return self.final_norm.add(y_RH, h_RH)[0], loss, counts_E

@@ -103,7 +103,7 @@ class Transformer(nn.Module):
         fetched: Rows | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Run all layers on the rows: (hidden after the final norm, aux loss, counts)."""
-        h_RH = self.ops.embedding(tokens_R, self.embedding)
+        h_RH, y_RH = self.ops.embedding(tokens_R, self.embedding), None
         angles = self.rope.at(batch.positions_R)
         run = self._run
         losses: list[Tensor] = []
@@ -114,12 +114,13 @@ class Transformer(nn.Module):
             if block.dse is not None:
                 assert fetched is not None
                 values_TND = fetched(block.layer)
-            h_RH, loss, counts_E = block(h_RH, batch, angles, experts, values_TND, run)
+            h_RH, y_RH, loss, counts_E = block(h_RH, y_RH, batch, angles, experts, values_TND, run)
             losses += [] if loss is None else [loss]
             counts += [] if counts_E is None else [counts_E]
         aux = torch.stack(losses).sum() if losses else torch.zeros((), device=h_RH.device)
         counts_LE = torch.stack(counts) if counts else self._no_counts(h_RH.device)
-        return self.final_norm(h_RH), aux, counts_LE
+        assert y_RH is not None
+        return self.final_norm.add(y_RH, h_RH)[0], aux, counts_LE
 
     @property
     def _run(self) -> Run:

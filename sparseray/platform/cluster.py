@@ -25,7 +25,7 @@ from sparseray.platform.fleet.pool import NAMESPACE, actor_name, kind_of, start_
 from sparseray.platform.fleet.transport import remove_directory
 from sparseray.platform.ray_settings import OBJECT_STORE_BYTES, local_cpus, set_environment
 from sparseray.platform.run.registry import RegisteredRun, forget_platform, forget_run
-from sparseray.platform.scheduler import PLATFORM, Scheduler
+from sparseray.platform.scheduler_actor import PLATFORM, SchedulerActor
 
 log = get_logger(__name__)
 
@@ -180,7 +180,7 @@ def start_platform(
         ahead: actors that were started ahead of it.
         kind: of those.
     """
-    actor = ray.remote(Scheduler).options(
+    actor = ray.remote(SchedulerActor).options(
         name=PLATFORM,
         namespace=NAMESPACE,
         get_if_exists=True,
@@ -259,7 +259,7 @@ def ask(scheduler: Any, method: str, *arguments: Any, timeout_s: float = 30.0) -
     if isinstance(scheduler, JobHandle):
         scheduler, arguments = scheduler.platform, (scheduler.job, *arguments)
     try:
-        return ray.get(getattr(scheduler, method).remote(*arguments), timeout=timeout_s)
+        return ray.get(scheduler.call.remote(method, *arguments), timeout=timeout_s)
     except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError, SchedulerLostError) as error:
         raise SchedulerLostError(" ".join(str(error).split())[:200]) from None
 

@@ -10,6 +10,9 @@ ENVIRONMENT = {
     "RAY_worker_niceness": "0",
     # A worker for each logical CPU, 16 where there are two, before anyone asks for one.
     "RAY_prestart_worker_first_driver": "0",
+    # The raylet is there before its own object store listens, and tries again after a second; 10 s in all, as usual.
+    "RAY_raylet_client_connect_timeout_milliseconds": "20",
+    "RAY_raylet_client_num_connect_attempts": "500",
 }
 
 

@@ -27,14 +27,13 @@ from sparseray.platform.opening import Validation
 from sparseray.platform.run.journal import Journal
 from sparseray.platform.run.progress import Progress
 from sparseray.platform.run.registry import forget_platform, platform_folder
+from sparseray.platform.scheduler_actor import PLATFORM
 from sparseray.platform.serving import Served
 from sparseray.platform.trainer import Trainer
 
 log = get_logger(__name__)
 
 TASKS: dict[str, type[Validation] | type[Served]] = {kind.__name__: kind for kind in (Validation, Served)}
-PLATFORM = "sparseray-platform"
-"""Ray's name of the scheduler: a cluster has one."""
 KEPT_ENDED = 8
 LINGER_S = 2.0
 """A platform that nobody asked to last waits that long for another job."""

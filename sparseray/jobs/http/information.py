@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.metadata
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+import sparseray
 from sparseray.jobs.http.api_error import ApiError, error_response
 from sparseray.jobs.http.constraints import read_tools
 from sparseray.jobs.http.endpoints import GenerateEndpoints
@@ -20,7 +20,7 @@ from sparseray.jobs.http.openai_bodies import ServedModel, encode_chat
 from sparseray.jobs.http.openapi import describe
 from sparseray.jobs.http.prompts import PromptReader
 
-VERSION = importlib.metadata.version("sparseray")
+VERSION = sparseray.__version__
 
 
 def _state(reason: str) -> Response:

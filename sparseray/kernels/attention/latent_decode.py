@@ -8,7 +8,7 @@ Every sequence is cut into parts of equal length from its start. Programs take t
 unequal lengths are shared out evenly; a second launch puts a row's parts together in their order. A row's bits
 depend on its own context and on the sizes of the launch (sequences, rows of a sequence, longest context). Lengths are
 read on the device and everything a step writes lies in a `LatentDecodeWorkspace`, so a step can be captured in a
-CUDA graph. Oracle: `PlainOps.paged_latent_attend`.
+CUDA graph. Oracle: `PagedPlainOps.paged_latent_attend`.
 """
 
 from dataclasses import dataclass

@@ -1,7 +1,8 @@
 """Rotary position encoding of the queries and keys of a fused projection, in one pass over memory.
 
-The pass that rotates also cuts [R, q + k + v heads, D] into contiguous queries, keys and values; its backward turns
-the other way and puts the three gradients together. A part of each head's channels may be rotated (MLA).
+The pass that rotates also cuts [R, q + k + v heads, D] into contiguous queries, keys and values, of which the keys and
+values may be several parts of `group` heads (the branches of NSA); its backward turns the other way and puts the
+gradients together. A part of each head's channels may be rotated (MLA).
 Oracle: `reference.rope_reference`.
 """
 
@@ -25,12 +26,14 @@ def _copy(p_from, o_from, p_to, o_to, m):
 @triton.jit
 def _rope_kernel(
     p_fused, p_q, p_k, p_v, p_positions, p_cos, p_sin, R,
-    NQ: tl.constexpr, NK: tl.constexpr, NV: tl.constexpr, D: tl.constexpr, C: tl.constexpr, START: tl.constexpr,
+    NQ: tl.constexpr, NK: tl.constexpr, NV: tl.constexpr, GK: tl.constexpr, GV: tl.constexpr, D: tl.constexpr,
+    C: tl.constexpr, START: tl.constexpr,
     INTERLEAVED: tl.constexpr, BACKWARD: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
     BC: tl.constexpr,
 ):  # fmt: skip
-    """BR rows by BN heads of one of the three parts; channels START to START + 2C of queries and keys turn.
+    """BR rows by BN heads of queries, keys or values; channels START to START + 2C of queries and keys turn.
 
+    Keys lie in parts of GK heads, one part after another, values in parts of GV.
     BACKWARD: from the parts' gradients to the fused one, by the opposite angles.
     """
     tiles_q: tl.constexpr = (NQ + BN - 1) // BN
@@ -42,12 +45,14 @@ def _rope_kernel(
     p_part = tl.where(is_v, p_v, tl.where(is_k, p_k, p_q))
     first = tl.where(is_v, NQ + NK, tl.where(is_k, NQ, 0))
     count = tl.where(is_v, NV, tl.where(is_k, NK, NQ))
+    group = tl.where(is_v, GV, tl.where(is_k, GK, NQ))
     i_n -= tl.where(is_v, tiles_q + tiles_k, tl.where(is_k, tiles_q, 0))
     o_r = tl.program_id(0) * BR + tl.arange(0, BR)
     o_n = i_n * BN + tl.arange(0, BN)
     m = ((o_r < R)[:, None] & (o_n < count)[None, :])[:, :, None]
     o_row = o_r[:, None].to(tl.int64)
-    o_part = ((o_row * count + o_n[None, :]) * D)[:, :, None]
+    o_first = (o_n // group)[None, :].to(tl.int64) * R
+    o_part = (((o_first + o_row) * group + (o_n % group)[None, :]) * D)[:, :, None]
     o_fused = ((o_row * (NQ + NK + NV) + first + o_n[None, :]) * D)[:, :, None]
     p_from, o_from, p_to, o_to = p_fused, o_fused, p_part, o_part
     if BACKWARD:
@@ -88,8 +93,9 @@ def _launch(
     fused_RND: Tensor, parts: tuple[Tensor, Tensor, Tensor], angles: tuple[Tensor, Tensor, Tensor],
     start: int, is_interleaved: bool, is_backward: bool,
 ) -> None:  # fmt: skip
+    """Parts are [P, R, heads of one, D]."""
     R, _, D = fused_RND.shape
-    counts = [part.shape[1] for part in parts]
+    counts = [part.shape[0] * part.shape[2] for part in parts]
     columns = triton.next_power_of_2(D)
     heads = min(16, triton.next_power_of_2(max(counts)), max(1, TILE // columns))
     half = angles[1].shape[1]
@@ -97,28 +103,55 @@ def _launch(
     launch_kernel(
         _rope_kernel, (triton.cdiv(R, rows), sum(triton.cdiv(n, heads) for n in counts)),
         fused_RND, *parts, *angles, R,
-        NQ=counts[0], NK=counts[1], NV=counts[2], D=D, C=half, START=start, INTERLEAVED=is_interleaved,
-        BACKWARD=is_backward, BR=rows, BN=heads, BD=columns, BC=triton.next_power_of_2(half), num_warps=4,
+        NQ=counts[0], NK=counts[1], NV=counts[2], GK=max(1, parts[1].shape[2]), GV=max(1, parts[2].shape[2]), D=D,
+        C=half, START=start, INTERLEAVED=is_interleaved, BACKWARD=is_backward, BR=rows, BN=heads, BD=columns,
+        BC=triton.next_power_of_2(half), num_warps=4,
     )  # fmt: skip
+
+
+def _joined(gradients: tuple[Tensor, ...]) -> Tensor:
+    return gradients[0].contiguous()[None] if len(gradients) == 1 else torch.stack(gradients)
 
 
 class _Rope(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, fused_RND: Tensor, angles: tuple[Tensor, Tensor, Tensor], heads: tuple[int, int, int], start: int,
-        is_interleaved: bool,
+        ctx: Any, fused_RND: Tensor, angles: tuple[Tensor, Tensor, Tensor], heads: tuple[int, int, int],
+        groups: tuple[int, int], start: int, is_interleaved: bool,
     ) -> Any:  # fmt: skip
         ctx.angles, ctx.start, ctx.is_interleaved = angles, start, is_interleaved
-        q, k, v = (fused_RND.new_empty(fused_RND.shape[0], n, fused_RND.shape[2]) for n in heads)
+        R, _, D = fused_RND.shape
+        q = fused_RND.new_empty(1, R, heads[0], D)
+        k, v = (fused_RND.new_empty(max(1, n // max(1, g)), R, g, D) for n, g in zip(heads[1:], groups))
         _launch(fused_RND, (q, k, v), angles, start, is_interleaved, False)
-        return q, k, v
+        ctx.keys = len(k)
+        return q[0], *k.unbind(0), *v.unbind(0)
 
     @staticmethod
-    def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> Any:
-        parts = (dq.contiguous(), dk.contiguous(), dv.contiguous())
-        dfused = dq.new_empty(dq.shape[0], dq.shape[1] + dk.shape[1] + dv.shape[1], dq.shape[2])
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        keys = ctx.keys + 1
+        parts = (_joined(grads[:1]), _joined(grads[1:keys]), _joined(grads[keys:]))
+        heads = sum(part.shape[0] * part.shape[2] for part in parts)
+        dfused = grads[0].new_empty(grads[0].shape[0], heads, grads[0].shape[2])
         _launch(dfused, parts, ctx.angles, ctx.start, ctx.is_interleaved, True)
-        return dfused, None, None, None, None
+        return dfused, None, None, None, None, None
+
+
+def _check(fused_RND: Tensor, cos_LC: Tensor, heads: tuple[int, int, int], start: int) -> None:
+    if sum(heads) != fused_RND.shape[1] or start + 2 * cos_LC.shape[1] > fused_RND.shape[2]:
+        raise ValueError(
+            f"rope: heads={heads} and channels {start} to {start + 2 * cos_LC.shape[1]} do not fit {tuple(fused_RND.shape)}"
+        )
+
+
+def rope_parts(
+    fused_RND: Tensor, positions_R: Tensor, cos_LC: Tensor, sin_LC: Tensor, *, heads: tuple[int, int, int], group: int
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """`rope` with keys and values in parts of `group` heads, at least one of each: (q, part, part, ...)."""
+    _check(fused_RND, cos_LC, heads, 0)
+    angles = (positions_R.contiguous(), cos_LC.contiguous(), sin_LC.contiguous())
+    out: tuple[Tensor, ...] = _Rope.apply(fused_RND.contiguous(), angles, heads, (group, group), 0, False)
+    return out
 
 
 def rope(
@@ -144,12 +177,9 @@ def rope(
     Returns:
         q, k, v: [R, heads of each, D].
     """
-    if sum(heads) != fused_RND.shape[1] or start + 2 * cos_LC.shape[1] > fused_RND.shape[2]:
-        raise ValueError(
-            f"rope: heads={heads} and channels {start} to {start + 2 * cos_LC.shape[1]} do not fit {tuple(fused_RND.shape)}"
-        )
+    _check(fused_RND, cos_LC, heads, start)
     angles = (positions_R.contiguous(), cos_LC.contiguous(), sin_LC.contiguous())
     out: tuple[Tensor, Tensor, Tensor] = _Rope.apply(
-        fused_RND.contiguous(), angles, heads, start, is_interleaved
+        fused_RND.contiguous(), angles, heads, heads[1:], start, is_interleaved
     )
     return out

@@ -176,17 +176,23 @@ def plan_few_rows(topk_ids_TK: Tensor, num_experts: int, *, tile_rows: int) -> E
     )
 
 
-def decode_config(rows_per_expert: float) -> LayerConfig:
-    """Narrow tiles that keep many loads of weights in flight; taller ones as experts get more rows."""
+def decode_config(rows_per_expert: float, dtype: torch.dtype) -> LayerConfig:
+    """Narrow tiles that keep many loads of weights in flight; taller ones as experts get more rows.
+
+    Args:
+        rows_per_expert: mean number of rows.
+        dtype: of the weights; tiles of four-byte ones are half as deep, as deep ones overflow the shared memory.
+    """
+    shorten = 1 if dtype.itemsize <= 2 else 2
     if rows_per_expert > 24:
         # One tile of 64 rows for nearly every expert: 32 rows would read the weights of half of them twice.
         m = 64
-        up = TileConfig(n=128, k=64, group=4, warps=8, stages=4)
-        down = TileConfig(n=256, k=64, group=4, warps=8, stages=4)
+        up = TileConfig(n=128, k=64 // shorten, group=4, warps=8, stages=4)
+        down = TileConfig(n=256, k=64 // shorten, group=4, warps=8, stages=4)
     else:
         m = 16 if rows_per_expert <= 8 else 32
-        up = TileConfig(n=64, k=128, group=4, warps=4, stages=3)
-        down = TileConfig(n=128, k=128, group=4, warps=4, stages=3)
+        up = TileConfig(n=64, k=128 // shorten, group=4, warps=4, stages=3)
+        down = TileConfig(n=128, k=128 // shorten, group=4, warps=4, stages=3)
     return LayerConfig(
         m=m, up=up, down=down, act_grad=up, input_grad=down, weight_grad=down, weight_grad_rows=64
     )
@@ -270,7 +276,7 @@ def moe_ffn_decode(
     if config is None and T * K <= PAIRED_ROWS:
         return decode_pairs(x_TH, topk_ids_TK, topk_weights_TK, w_gate_up_E2IH, w_down_EHI)
     num_experts = w_down_EHI.shape[0]
-    config = config or decode_config(T * K / num_experts)
+    config = config or decode_config(T * K / num_experts, w_down_EHI.dtype)
     make_plan = plan_few_rows if T * K <= SORTED_ROWS else plan_experts
     plan = make_plan(topk_ids_TK, num_experts, tile_rows=config.m)
     act_RI, _ = up_project(x_TH, w_gate_up_E2IH, plan, config, save=False)

@@ -1,13 +1,15 @@
-"""All experts of a layer on a CPU: grouped rows, one expert after another, with a backward by hand.
+"""Experts of a layer on a CPU: grouped rows, one expert after another, with a backward by hand.
 
-The plain twin of `ffn.moe_ffn`: the same slabs, the combination in slot order in fp32. It keeps two
-pre-activations a row, and an expert without rows costs nothing. DeepSeekMoE, arXiv 2401.06066.
+The plain twin of `ffn.moe_ffn` (all experts are here: `expert_sum`) and of `held.py` (some are: the functions it is made
+of). The same slabs, the combination in slot order in fp32. DeepSeekMoE, arXiv 2401.06066.
 
-Shapes: T tokens, K experts per token, E experts, R rows, H hidden, I inner.
+Shapes: T tokens, K experts per token, E experts here, R rows here, H hidden, I inner.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,9 +18,109 @@ from torch import Tensor
 from sparseray.kernels.moe.reference import group_by_expert, swiglu_backward, swiglu_forward
 
 
+@dataclass(frozen=True, kw_only=True)
+class HeldGradients:
+    """What the backward pass of some experts' rows gives.
+
+    Attributes:
+        dx_RH: of each row's input, in the dtype of x.
+        dweights_R: fp32, of its routing weight.
+        dgate_up_E2IH, ddown_EHI: of the slabs, in their dtype; zeros for an expert without rows.
+    """
+
+    dx_RH: Tensor
+    dweights_R: Tensor
+    dgate_up_E2IH: Tensor
+    ddown_EHI: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Saved:
+    rows_RH: Tensor
+    y_RH: Tensor
+    activations: list[tuple[Tensor, Tensor]]
+
+
 def _matrices(gate_up_E2IH: Tensor, down_EHI: Tensor, expert: int) -> tuple[Tensor, Tensor, Tensor]:
     inner = down_EHI.shape[2]
     return gate_up_E2IH[expert, :inner], gate_up_E2IH[expert, inner:], down_EHI[expert]
+
+
+def _spans(counts: Sequence[int]) -> list[tuple[int, slice]]:
+    """Each expert that has rows, and where they lie."""
+    found, start = [], 0
+    for expert, count in enumerate(counts):
+        if count:
+            found.append((expert, slice(start, start + count)))
+        start += count
+    return found
+
+
+def held_forward(
+    x_TH: Tensor, order_R: Tensor, counts: Sequence[int], top_k: int, gate_up_E2IH: Tensor, down_EHI: Tensor
+) -> tuple[Tensor, Any]:
+    """Outputs of rows by the experts that are here, [R, H], and what their backward pass needs.
+
+    Args:
+        x_TH: tokens.
+        order_R: int64, t * K + k of every row, by expert.
+        counts: rows of each expert.
+        top_k: K.
+        gate_up_E2IH, down_EHI: slabs.
+    """
+    rows_RH = x_TH[order_R // top_k]
+    y_RH, activations = torch.empty_like(rows_RH), []
+    for expert, rows in _spans(counts):
+        y_RH[rows], kept = swiglu_forward(rows_RH[rows], *_matrices(gate_up_E2IH, down_EHI, expert))
+        activations.append(kept)
+    return y_RH, _Saved(rows_RH=rows_RH, y_RH=y_RH, activations=activations)
+
+
+def held_backward(
+    dout_TH: Tensor,
+    weights_TK: Tensor,
+    order_R: Tensor,
+    counts: Sequence[int],
+    saved: Any,
+    gate_up_E2IH: Tensor,
+    down_EHI: Tensor,
+) -> HeldGradients:
+    """Backward of `held_forward` and of the weighted sum over k.
+
+    Args:
+        dout_TH: gradient of the layer's output.
+        weights_TK: fp32.
+        order_R, counts, saved, gate_up_E2IH, down_EHI: of the forward pass.
+    """
+    tokens_R, rows_RH = order_R // weights_TK.shape[1], saved.rows_RH
+    dout_RH = dout_TH[tokens_R]
+    dweights_R = (saved.y_RH.float() * dout_RH.float()).sum(-1).to(weights_TK.dtype)
+    dy_RH = (dout_RH * weights_TK.reshape(-1)[order_R][:, None]).to(rows_RH.dtype)
+    dx_RH = torch.empty_like(rows_RH)
+    dgate_up_E2IH, ddown_EHI = torch.zeros_like(gate_up_E2IH), torch.zeros_like(down_EHI)
+    for (expert, rows), kept in zip(_spans(counts), saved.activations):
+        matrices = _matrices(gate_up_E2IH, down_EHI, expert)
+        dx_RH[rows], *gradients = swiglu_backward(dy_RH[rows], rows_RH[rows], kept, *matrices)
+        for into, gradient in zip(_matrices(dgate_up_E2IH, ddown_EHI, expert), gradients):
+            into.copy_(gradient)
+    return HeldGradients(dx_RH=dx_RH, dweights_R=dweights_R, dgate_up_E2IH=dgate_up_E2IH, ddown_EHI=ddown_EHI)
+
+
+def combine_slots(rows_TKH: Tensor, weights_TK: Tensor | None) -> Tensor:
+    """Sum over k, in k order, of the rows, [T, H]; times their weights where there are any."""
+    if weights_TK is None:
+        return rows_TKH.sum(1)
+    out_TH = weights_TK[:, 0, None] * rows_TKH[:, 0]
+    for k in range(1, weights_TK.shape[1]):
+        out_TH = out_TH + weights_TK[:, k, None] * rows_TKH[:, k]
+    return out_TH.to(rows_TKH.dtype)
+
+
+def _placed(rows_R: Tensor, order_R: Tensor, like_TK: Tensor) -> Tensor:
+    """Rows at their places, [T, K, ...]."""
+    found = torch.empty_like(rows_R)
+    found[order_R] = rows_R
+    return found.view(*like_TK.shape, *rows_R.shape[1:])
 
 
 class _ExpertSum(torch.autograd.Function):
@@ -26,48 +128,23 @@ class _ExpertSum(torch.autograd.Function):
     def forward(
         ctx: Any, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, gate_up_E2IH: Tensor, down_EHI: Tensor
     ) -> Tensor:
-        T, K = ids_TK.shape
         order_R, counts_E = group_by_expert(ids_TK, down_EHI.shape[0])
-        rows_RH = x_TH[order_R // K]
-        saved: list[Tensor] = []
-        y_RH, start = torch.empty_like(rows_RH), 0
         counts = counts_E.tolist()
-        for expert, count in enumerate(counts):
-            if count:
-                rows = slice(start, start + count)
-                y_RH[rows], kept = swiglu_forward(rows_RH[rows], *_matrices(gate_up_E2IH, down_EHI, expert))
-                saved += kept
-            start += count
-        y_TKH = torch.empty_like(y_RH)
-        y_TKH[order_R] = y_RH
-        y_TKH = y_TKH.view(T, K, -1)
-        out_TH = weights_TK[:, 0, None] * y_TKH[:, 0]
-        for k in range(1, K):
-            out_TH = out_TH + weights_TK[:, k, None] * y_TKH[:, k]
-        ctx.save_for_backward(order_R, weights_TK, y_TKH, rows_RH, gate_up_E2IH, down_EHI, *saved)
+        y_RH, saved = held_forward(x_TH, order_R, counts, ids_TK.shape[1], gate_up_E2IH, down_EHI)
+        kept = [tensor for pair in saved.activations for tensor in pair]
+        ctx.save_for_backward(order_R, weights_TK, saved.rows_RH, saved.y_RH, gate_up_E2IH, down_EHI, *kept)
         ctx.counts = counts
-        return out_TH.to(x_TH.dtype)
+        return combine_slots(_placed(y_RH, order_R, weights_TK), weights_TK)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        order_R, weights_TK, y_TKH, rows_RH, gate_up_E2IH, down_EHI, *saved = ctx.saved_tensors
-        (T, K), (dout_TH,) = weights_TK.shape, grads
-        dweights_TK = (y_TKH.float() * dout_TH[:, None, :].float()).sum(-1).to(weights_TK.dtype)
-        dy_RH = (dout_TH[:, None, :] * weights_TK[..., None]).reshape(T * K, -1)[order_R].to(rows_RH.dtype)
-        dx_RH, start, used = torch.empty_like(rows_RH), 0, 0
-        dgate_up_E2IH, ddown_EHI = torch.zeros_like(gate_up_E2IH), torch.zeros_like(down_EHI)
-        for expert, count in enumerate(ctx.counts):
-            if not count:
-                continue
-            rows, kept = slice(start, start + count), (saved[used], saved[used + 1])
-            matrices = _matrices(gate_up_E2IH, down_EHI, expert)
-            dx_RH[rows], *gradients = swiglu_backward(dy_RH[rows], rows_RH[rows], kept, *matrices)
-            for into, gradient in zip(_matrices(dgate_up_E2IH, ddown_EHI, expert), gradients):
-                into.copy_(gradient)
-            start, used = start + count, used + 2
-        dx_TKH = torch.empty_like(dx_RH)
-        dx_TKH[order_R] = dx_RH
-        return dx_TKH.view(T, K, -1).sum(1), None, dweights_TK, dgate_up_E2IH, ddown_EHI
+        order_R, weights_TK, rows_RH, y_RH, gate_up_E2IH, down_EHI, *kept = ctx.saved_tensors
+        saved = _Saved(rows_RH=rows_RH, y_RH=y_RH, activations=list(zip(kept[::2], kept[1::2])))
+        slabs = gate_up_E2IH, down_EHI
+        found = held_backward(grads[0], weights_TK, order_R, ctx.counts, saved, *slabs)
+        dx_TH = combine_slots(_placed(found.dx_RH, order_R, weights_TK), None)
+        dweights_TK = _placed(found.dweights_R, order_R, weights_TK)
+        return dx_TH, None, dweights_TK, found.dgate_up_E2IH, found.ddown_EHI
 
 
 def expert_sum(

@@ -172,18 +172,23 @@ def project_rows(
 
 def combine(rows_RH: Tensor, plan: ExpertPlan, weights_TK: Tensor | None) -> Tensor:
     """Sum each token's K rows in slot order, weighted if weights are given."""
-    H, T = rows_RH.shape[1], plan.order_R.shape[0] // plan.top_k
+    return combine_rows(rows_RH, plan.inverse_R, plan.top_k, weights_TK)
+
+
+def combine_rows(rows_RH: Tensor, places_R: Tensor, top_k: int, weights_TK: Tensor | None) -> Tensor:
+    """The same where places_R (int32) says where each (token, slot) pair's row lies."""
+    H, T = rows_RH.shape[1], places_R.shape[0] // top_k
     out_TH = rows_RH.new_empty(T, H)
     bh = min(2048, triton.next_power_of_2(H))
     launch_kernel(
         gemm.combine_kernel,
         (T, triton.cdiv(H, bh)),
         rows_RH,
-        plan.inverse_R,
+        places_R,
         weights_TK if weights_TK is not None else rows_RH,
         out_TH,
         H=H,
-        K=plan.top_k,
+        K=top_k,
         WEIGHTED=weights_TK is not None,
         BH=bh,
         num_warps=4,
@@ -199,7 +204,7 @@ def activation_grad(
     plan: ExpertPlan,
     config: LayerConfig,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (gradient of the pre-activations, weighted activations, gradient of the routing weights)."""
+    """Return (gradient of the pre-activations, weighted activations, gradient of each row's routing weight)."""
     R, H, I = pre_RP.shape[0], w_EHI.shape[1], w_EHI.shape[2]
     tile, flat = config.act_grad, w_EHI.view(-1, I)
     num_n = triton.cdiv(I, tile.n)
@@ -229,8 +234,7 @@ def activation_grad(
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
-    dweights_TK = partial_RN.sum(1)[plan.inverse_R.long()].view_as(weights_TK)
-    return dpre_RP, weighted_RI, dweights_TK
+    return dpre_RP, weighted_RI, partial_RN.sum(1)
 
 
 def weight_grad(
@@ -308,7 +312,8 @@ class _MoeFfn(torch.autograd.Function):
         x_TH, weights_TK, w_E2IH, w_EHI, pre_RP = ctx.saved_tensors
         plan, config, dy_TH = ctx.plan, ctx.config, dy_TH.contiguous()
         need_x, need_weights, need_up, need_down = ctx.needs_input_grad[:4]
-        dpre_RP, weighted_RI, dweights_TK = activation_grad(dy_TH, pre_RP, w_EHI, weights_TK, plan, config)
+        dpre_RP, weighted_RI, dweights_R = activation_grad(dy_TH, pre_RP, w_EHI, weights_TK, plan, config)
+        dweights_TK = dweights_R[plan.inverse_R.long()].view_as(weights_TK)
         slabs: GradientSlabs | None = ctx.slabs
         to_down: dict[str, Any] = (
             {} if slabs is None else {"out": slabs.down_EHI, "accumulate": slabs.accumulate}

@@ -23,6 +23,8 @@ from sparseray.kernels.moe.reference import (
     weighing,
 )
 
+FEW_TOKENS = 512
+
 
 @triton.jit
 def _score(p_logits, o_t, m_t, E: tl.constexpr, BE: tl.constexpr, SIGMOID: tl.constexpr):
@@ -167,12 +169,41 @@ def _router_backward_kernel(
     tl.store(p_dlogits + o_te, grad, mask=m)
 
 
+@triton.jit
+def _top_k_kernel(p_scores, p_ids, T, E: tl.constexpr, BE: tl.constexpr, K: tl.constexpr, BT: tl.constexpr):
+    o_t = tl.program_id(0) * BT + tl.arange(0, BT)
+    o_e = tl.arange(0, BE)
+    m_t = o_t < T
+    o = o_t[:, None].to(tl.int64) * E + o_e[None, :]
+    score = tl.load(p_scores + o, mask=m_t[:, None] & (o_e[None, :] < E), other=float("-inf"))
+    for k in tl.static_range(K):
+        at = tl.argmax(score, 1, tie_break_left=True)
+        tl.store(p_ids + o_t * K + k, at.to(tl.int64), mask=m_t)
+        score = tl.where(o_e[None, :] == at[:, None], float("-inf"), score)
+
+
+def top_k(scores_TE: Tensor, k: int) -> Tensor:
+    """Ids of each token's k largest scores, int64 [T, k], largest first, ties to the lower id; no gradient.
+
+    Args:
+        scores_TE: fp32, finite.
+        k: at most E.
+    """
+    (T, E), bt = scores_TE.shape, block_tokens(scores_TE.shape[1])
+    ids_TK = torch.empty(T, k, dtype=torch.int64, device=scores_TE.device)
+    launch_kernel(
+        _top_k_kernel, (max(1, triton.cdiv(T, bt)),), scores_TE.detach().contiguous(), ids_TK, T,
+        E=E, BE=triton.next_power_of_2(E), K=k, BT=bt,
+    )  # fmt: skip
+    return ids_TK
+
+
 class _Route(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits_TE: Tensor, bias_E: Tensor | None, options: dict[str, Any]) -> Any:
         T, E = logits_TE.shape
         K, device = options["top_k"], logits_TE.device
-        bt = block_tokens(E)
+        bt, warps = options["block"]
         num_blocks = max(1, triton.cdiv(T, bt))
         ids = torch.empty(T, K, dtype=torch.int64, device=device)
         weights = torch.empty(T, K, dtype=torch.float32, device=device)
@@ -201,6 +232,7 @@ class _Route(torch.autograd.Function):
             SIGMOID=options["sigmoid"],
             BIAS=bias_E is not None,
             NORMALIZE=options["normalize"],
+            num_warps=warps,
             **sizes,
         )
         ctx.save_for_backward(scores, ids)
@@ -233,16 +265,20 @@ class _Route(torch.autograd.Function):
 
 
 def _routed(
-    logits_TE: Tensor, bias_E: Tensor | None, *, top_k: int, router: str, num_groups: int, topk_groups: int,
+    logits_TE: Tensor, bias_E: Tensor | None, block: tuple[int, int], *, top_k: int, router: str, num_groups: int, topk_groups: int,
     group_scores: int, normalize: bool | None, scaling: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(ids, weights, scores, ranks, counts): what `reference.route` gives, and what `finish_plan` needs."""
+    """(ids, weights, scores, ranks, counts): what `reference.route` gives, and what `finish_plan` needs.
+
+    `block` is the tokens of a program and its warps.
+    """
     E = logits_TE.shape[1]
     check_route(E, top_k=top_k, router=router, num_groups=num_groups, topk_groups=topk_groups)
     summed = scores_of_a_group(router, top_k=top_k, topk_groups=topk_groups, group_scores=group_scores)
     is_divided, factor = weighing(router, normalize=normalize, scaling=scaling)
     options = {
         "top_k": top_k,
+        "block": block,
         "sigmoid": router == "v3",
         "num_groups": num_groups,
         "topk_groups": topk_groups,
@@ -261,8 +297,10 @@ def route(
     scaling: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`reference.route` in one launch; args and result as there."""
+    # Of few tokens a warp takes some alone: it finds a largest score without waiting for other warps.
+    block = (8, 1) if logits_TE.shape[0] <= FEW_TOKENS else (block_tokens(logits_TE.shape[1]), 4)
     return _routed(
-        logits_TE, bias_E, top_k=top_k, router=router, num_groups=num_groups, topk_groups=topk_groups,
+        logits_TE, bias_E, block, top_k=top_k, router=router, num_groups=num_groups, topk_groups=topk_groups,
         group_scores=group_scores, normalize=normalize, scaling=scaling,
     )[:3]  # fmt: skip
 
@@ -294,7 +332,7 @@ def route_and_plan(
         ConfigError: settings that cannot select top_k experts.
     """
     ids, weights, scores, ranks, counts = _routed(
-        logits_TE, bias_E, top_k=top_k, router=router, num_groups=num_groups, topk_groups=topk_groups,
+        logits_TE, bias_E, (block_tokens(logits_TE.shape[1]), 4), top_k=top_k, router=router, num_groups=num_groups, topk_groups=topk_groups,
         group_scores=group_scores, normalize=normalize, scaling=scaling,
     )  # fmt: skip
     plan = finish_plan(ids, ranks, counts, num_experts=logits_TE.shape[1], tile_rows=tile_rows)

@@ -9,8 +9,11 @@ every query: rows longer than `part` entries are cut, so that no program runs mu
 from dataclasses import dataclass
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
+from sparseray.kernels.launch import launch_kernel
 from sparseray.kernels.nsa.geometry import KEYS, Geometry, query_sequences
 
 BY_BLOCK_BELOW = 16
@@ -38,6 +41,31 @@ class Inverse:
     parts: Tensor
     chunk: int
     num_slots: int
+
+
+@triton.jit
+def parts_kernel(p_starts, p_table, rows, programs, part, BR: tl.constexpr):
+    """Cut a chunk's rows into parts of `part` entries and write a line of the table for each."""
+    i_c = tl.program_id(0).to(tl.int64)
+    o = tl.arange(0, BR)
+    m = o < rows
+    p_start = p_starts + i_c * rows + o
+    low = tl.load(p_start, mask=m, other=0)
+    stop = tl.load(p_start + 1, mask=m, other=0)
+    parts = ((stop - low + part - 1) // part).to(tl.int32)
+    p_line = p_table + (i_c * programs + tl.cumsum(parts, 0) - parts) * 6
+    shared = tl.where(parts > 1, parts, 0)
+    slot = tl.cumsum(shared, 0) - shared
+    for j in range(0, tl.max(parts, 0)):
+        m_j = m & (j < parts)
+        p = p_line + j * 6
+        first = low + j * part
+        tl.store(p, o, mask=m_j)
+        tl.store(p + 1, j, mask=m_j)
+        tl.store(p + 2, parts, mask=m_j)
+        tl.store(p + 3, slot, mask=m_j)
+        tl.store(p + 4, first.to(tl.int32), mask=m_j)
+        tl.store(p + 5, tl.minimum(stop, first + part).to(tl.int32), mask=m_j)
 
 
 def pays_by_block(group: int) -> bool:
@@ -72,29 +100,12 @@ def invert_selection(
     head = torch.arange(num_kv, device=device, dtype=torch.int32)[None, :, None] * num_blocks
     keys, order = torch.where(index < 0, chunks * rows, index + base + head).flatten().sort(stable=True)
     starts = torch.searchsorted(keys, torch.arange(chunks * rows + 1, device=device, dtype=torch.int32))
-    starts, stops = starts[:-1].view(chunks, rows), starts[1:].view(chunks, rows)
-    counts = stops - starts
-    parts = (counts + part - 1) // part
-    ends = parts.cumsum(1)
-    shared = torch.where(parts > 1, parts, 0)
-    slots = shared.cumsum(1) - shared
     entries = chunk * num_kv * n
     programs = min(rows, entries) + entries // part
-    ids = torch.arange(programs, device=device).expand(chunks, programs).contiguous()
-    row = torch.searchsorted(ends, ids, right=True)
-    known = row.clamp(max=rows - 1)
-    which = ids - (ends - parts).gather(1, known)
-    low = starts.gather(1, known) + which * part
-    high = torch.minimum(stops.gather(1, known), low + part)
-    columns = [
-        torch.where(row < rows, row, -1),
-        which,
-        parts.gather(1, known),
-        slots.gather(1, known),
-        low,
-        high,
-    ]
-    table = torch.stack(columns, 2).int()
+    table = torch.full((chunks, programs, 6), -1, dtype=torch.int32, device=device)
+    block = triton.next_power_of_2(rows)
+    warps = min(16, max(1, block // 256))
+    launch_kernel(parts_kernel, (chunks,), starts, table, rows, programs, part, BR=block, num_warps=warps)
     return Inverse(
         entries=order.int(), queries=(order // (num_kv * n)).int(), parts=table, chunk=chunk,
         num_slots=2 * (entries // part) + 1,

@@ -44,11 +44,10 @@ class FullAttention(Attention):
 
     def forward(self, x_RH: Tensor, batch: Batch, angles: Angles) -> Tensor:
         """Attend within each sequence; [R, H]."""
-        heads = (self.heads, self.kv_heads)
-        q, k, rest_RX = self.ops.rotary_split(
-            self.qkv(x_RH, batch), heads, self.head_dim, angles.cos_RD, angles.sin_RD
+        heads, widths = (self.heads, self.kv_heads), (self.value_dim,)
+        q, k, v = self.ops.rotary_split(
+            self.qkv(x_RH, batch), heads, self.head_dim, 1, widths, angles.cos_RD, angles.sin_RD
         )
-        v = rest_RX.unflatten(-1, (self.kv_heads, self.value_dim))
         if batch.paged is not None:
             pool, pages = batch.paged.pools[self.layer], batch.paged.pages
             assert isinstance(pool, FullPool)

@@ -124,21 +124,24 @@ class NSAttention(Attention):
     def project(self, x_RH: Tensor, batch: Batch, angles: Angles) -> Branches:
         """Queries, keys and values [R, heads, size] of all rows, and the gates [R, Q, 3]."""
         heads, kv, size = self.heads, self.kv_heads, self.head_dim
-        turned = min(2, self.branches) * kv
+        turned = min(2, self.branches)
+        raw = self.branches - turned
+        widths = (size,) * raw + (self.value_dim,) * self.branches
         qkv = self.qkv(x_RH, batch)
-        q, k, rest_RX = self.ops.rotary_split(qkv, (heads, turned), size, angles.cos_RD, angles.sin_RD)
-        raw = (self.branches * kv - turned) * size
+        q, *parts = self.ops.rotary_split(
+            qkv, (heads, kv), size, turned, widths, angles.cos_RD, angles.sin_RD
+        )
+        values = parts[turned + raw :]
         # Shared keys are read raw too, where they were rotated.
-        k_cmp = rest_RX[:, :raw] if raw else qkv[:, heads * size : (heads + kv) * size]
-        v = rest_RX[:, raw:].unflatten(-1, (self.branches * kv, self.value_dim))
+        shared_RX = qkv[:, heads * size : (heads + kv) * size]
         return Branches(
             q=q,
-            k_slc=k[:, :kv],
-            k_win=k[:, turned - kv :],
-            k_cmp=k_cmp.unflatten(-1, (kv, size)),
-            v_slc=v[:, :kv],
-            v_win=v[:, min(1, self.branches - 1) * kv :][:, :kv],
-            v_cmp=v[:, -kv:],
+            k_slc=parts[0],
+            k_win=parts[turned - 1],
+            k_cmp=parts[turned] if raw else shared_RX.unflatten(-1, (kv, size)),
+            v_slc=values[0],
+            v_win=values[min(1, self.branches - 1)],
+            v_cmp=values[-1],
             gates=self.ops.sigmoid(self.gate(x_RH, batch)).view(-1, heads, 3),
         )
 

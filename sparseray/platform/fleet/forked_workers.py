@@ -15,11 +15,16 @@ from sparseray.platform.config import ClusterConfig
 from sparseray.platform.fleet import launch
 
 SCRIPT = """#!/bin/sh
-case "$1" in
-*/default_worker.py) exec {python} -IS {launch} {address} {python} "$@" ;;
+case "$1 $2" in
+*/default_worker.py\\ *) exec {python} -IS {launch} {address} {python} "$@" ;;
+*/log_monitor.py | */autoscaler/*/monitor.py) exec sleep 2000000000 ;;
+*/dashboard/agent.py) exec {python} "$@" --listen-port=0 ;;
 *) exec {python} "$@" ;;
 esac
 """
+"""What Ray starts as Python. Two of its daemons only sleep: one would print workers' words at the driver, which has
+turned that off, one would start machines, and a Ray on loopback has none. That is 1 s of processor time and 160 MB.
+The agent takes a free port: at its fixed one it waits 3 s for another Ray on the machine to end, and gives up."""
 
 
 class ForkedWorkers:
@@ -46,7 +51,9 @@ class ForkedWorkers:
                 stdin=subprocess.PIPE,
                 pass_fds=[number],
                 env={**os.environ, "OMP_NUM_THREADS": str(threads)},
-                start_new_session=True,
+                # A group of its own is no Ctrl-C's. Not a session: where Linux shares processors by session, an ingress
+                # beside busy slots in another one waited up to half a second for its turn.
+                process_group=0,
             )
 
     @contextmanager
