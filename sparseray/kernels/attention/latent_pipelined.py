@@ -98,38 +98,6 @@ def _load_queries(
 
 
 @gluon.jit
-def _scores(
-    s_c, s_r, s_qc, s_qr, bars, turn, start, n_ctx,
-    BN: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr, W: gl.constexpr, MMA_S: gl.constexpr,
-):  # fmt: skip
-    """Have the scores of the next tile computed, once it is there: two products under way."""
-    BR: gl.constexpr = s_qc.shape[0]
-    stage = turn % STAGES
-    s_tile = s_c.index(stage)
-    mbarrier.wait(bars.index(stage), turn // STAGES & 1)
-    if start + BN > n_ctx:
-        _clear_behind(s_tile, start, n_ctx, BN, C, W)
-    b_zero = gl.zeros([BN, BR], gl.float32, layout=MMA_S)
-    b_s = warpgroup_mma(s_tile, s_qc.permute((1, 0)), b_zero, use_acc=False, is_async=True)
-    return warpgroup_mma(s_r.index(stage), s_qr.permute((1, 0)), b_s, is_async=True)
-
-
-@gluon.jit
-def _softmax(b_s, b_m, b_l, s_p, start, b_t, scale2, BN: gl.constexpr, MMA_S: gl.constexpr):
-    """Put a tile's probabilities to shared memory; running maximum and sums with it, and the factor for what was summed."""
-    o_t = start + gl.arange(0, BN, layout=gl.SliceLayout(1, MMA_S))
-    b_s = gl.where(o_t[:, None] <= b_t[None, :], b_s * scale2, float("-inf"))
-    b_new = gl.maximum(b_m, gl.max(b_s, 0))
-    b_safe = gl.where(b_new == float("-inf"), 0.0, b_new)
-    b_p = gl.exp2(b_s - b_safe[None, :])
-    b_alpha = gl.exp2(b_m - b_safe)
-    s_p.store(b_p.to(s_p.dtype))
-    fence_async_shared()
-    thread_barrier()
-    return b_new, b_l * b_alpha[None, :] + b_p, b_alpha
-
-
-@gluon.jit
 def _attend(
     p_q, p_turned, p_lens, p_m, p_l, p_acc, token_q, head_q, token_turned, head_turned, s_c, s_r, s_qc, s_qr, s_p, bars,
     s_ends, new, heads, tiles, least, most, scale2,
@@ -155,29 +123,33 @@ def _attend(
         b_m = gl.full([BR], float("-inf"), gl.float32, layout=ROW)
         b_l = gl.zeros([BN, BR], gl.float32, layout=MMA_S)
         b_acc = gl.zeros([C, BR], gl.float32, layout=MMA_O)
-        b_s = _scores(s_c, s_r, s_qc, s_qr, bars, turn, lo, n_ctx, BN, C, STAGES, W, MMA_S)
-        b_s = warpgroup_mma_wait(0, deps=[b_s])
-        last = lo + (hi - lo - 1) // BN * BN
-        for start in range(lo, last, BN):
+        for start in range(lo, hi, BN):
             stage = turn % STAGES
-            b_m, b_l, b_alpha = _softmax(b_s, b_m, b_l, s_p, start, b_t, scale2, BN, MMA_S)
+            s_tile = s_c.index(stage)
+            mbarrier.wait(bars.index(stage), turn // STAGES & 1)
+            if start + BN > n_ctx:
+                _clear_behind(s_tile, start, n_ctx, BN, C, W)
+            b_zero = gl.zeros([BN, BR], gl.float32, layout=MMA_S)
+            b_s = warpgroup_mma(s_tile, s_qc.permute((1, 0)), b_zero, use_acc=False, is_async=True)
+            b_s = warpgroup_mma(s_r.index(stage), s_qr.permute((1, 0)), b_s, is_async=True)
+            b_s = warpgroup_mma_wait(0, deps=[b_s])
+            o_t = start + gl.arange(0, BN, layout=gl.SliceLayout(1, MMA_S))
+            b_s = gl.where(o_t[:, None] <= b_t[None, :], b_s * scale2, float("-inf"))
+            b_new = gl.maximum(b_m, gl.max(b_s, 0))
+            b_safe = gl.where(b_new == float("-inf"), 0.0, b_new)
+            b_p = gl.exp2(b_s - b_safe[None, :])
+            b_alpha = gl.exp2(b_m - b_safe)
+            b_l = b_l * b_alpha[None, :] + b_p
+            b_m = b_new
+            s_p.store(b_p.to(s_p.dtype))
+            fence_async_shared()
+            thread_barrier()
             b_acc *= gl.convert_layout(b_alpha, gl.SliceLayout(0, MMA_O))[None, :]
-            b_acc = warpgroup_mma(s_c.index(stage).permute((1, 0)), s_p, b_acc, is_async=True)
-            turn += 1
-            # The next scores follow the output without a pause.
-            b_s = _scores(s_c, s_r, s_qc, s_qr, bars, turn, start + BN, n_ctx, BN, C, STAGES, W, MMA_S)
-            b_acc = warpgroup_mma_wait(2, deps=[b_acc])
+            b_acc = warpgroup_mma(s_tile.permute((1, 0)), s_p, b_acc, is_async=True)
+            b_acc = warpgroup_mma_wait(0, deps=[b_acc])
             thread_barrier()
             mbarrier.arrive(bars.index(STAGES + stage))
-            b_s = warpgroup_mma_wait(0, deps=[b_s])
-        stage = turn % STAGES
-        b_m, b_l, b_alpha = _softmax(b_s, b_m, b_l, s_p, last, b_t, scale2, BN, MMA_S)
-        b_acc *= gl.convert_layout(b_alpha, gl.SliceLayout(0, MMA_O))[None, :]
-        b_acc = warpgroup_mma(s_c.index(stage).permute((1, 0)), s_p, b_acc, is_async=True)
-        b_acc = warpgroup_mma_wait(0, deps=[b_acc])
-        thread_barrier()
-        mbarrier.arrive(bars.index(STAGES + stage))
-        turn += 1
+            turn += 1
         o_part = (i_b * rows + o_m).to(gl.int64) * most + i_s
         gl.store(p_m + o_part, b_m, mask=o_m < rows)
         gl.store(p_l + o_part, gl.sum(b_l, 0), mask=o_m < rows)
