@@ -45,6 +45,7 @@ def requests() -> list[GenerationRequest]:
             max_tokens=LENGTH,
             seed=i,
             temperature=0.0 if i % 2 else 1.0,
+            logprobs=2 if i % 3 else None,
         )
         for i in range(REQUESTS)
     ]
@@ -59,6 +60,7 @@ def undisturbed(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> list
     with serve(tmp_path_factory.mktemp("plain") / "server", trained) as server:
         heard = server.ask(requests())
     assert all(len(h.tokens) == LENGTH and h.finish == "length" for h in heard)
+    assert [len(h.logprobs) for h in heard] == [0, LENGTH, LENGTH, 0, LENGTH, LENGTH]
     return heard
 
 
