@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from sparseray.actors.state.dense_slab import computes_in_fp32
 from sparseray.actors.training.token_data import TokenDataset, batch
 from sparseray.kernels.dense.adamw import adamw_step
 from sparseray.kernels.dense.squared_norm import clip_scale, squared_norm
@@ -27,11 +28,12 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 class Weight:
-    """A bf16 parameter with its fp32 master and moments."""
+    """A parameter in bf16, or in fp32 where the product computes in it, with its fp32 master and moments."""
 
-    def __init__(self, parameter: nn.Parameter, moments: torch.dtype) -> None:
+    def __init__(self, name: str, parameter: nn.Parameter, moments: torch.dtype) -> None:
         self.master = parameter.detach().float()
-        parameter.data = parameter.data.to(torch.bfloat16)
+        if not computes_in_fp32(name):
+            parameter.data = parameter.data.to(torch.bfloat16)
         self.parameter = parameter
         self.first, self.second = (torch.zeros_like(self.master, dtype=moments) for _ in range(2))
         self.decays = parameter.ndim >= 2
@@ -49,8 +51,8 @@ class PlainLoop:
         self.experts = LocalExperts(model, seed=0, ops=ops)
         self.model.to(device)
         self.experts.to(device)
-        parameters = [*self.model.parameters(), *self.experts.parameters()]
-        self.weights = [Weight(parameter, torch.bfloat16) for parameter in parameters]
+        named = [*self.model.named_parameters(), *self.experts.named_parameters()]
+        self.weights = [Weight(name, parameter, torch.bfloat16) for name, parameter in named]
 
     def tokens(self, step: int) -> tuple[Tensor, Tensor]:
         """Batch of a step, on the GPU."""

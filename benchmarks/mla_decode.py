@@ -65,16 +65,16 @@ class Step:
     def ask(self, heads: int, new: int) -> None:
         """Take other queries to the same caches."""
         batch = len(self.lens)
-        self.q = torch.randn(batch, new, heads, WIDTH, device="cuda", dtype=torch.bfloat16)
+        queries = torch.randn(batch, new, heads, WIDTH, device="cuda", dtype=torch.bfloat16)
+        self.q, self.turned = queries.split((LATENT, WIDTH - LATENT), -1)
         self.out = torch.empty(batch, new, heads, LATENT, device="cuda", dtype=torch.bfloat16)
-        self.work = LatentDecodeWorkspace.create(
-            self.q, self.caches[0], latent=LATENT, max_context=self.context
-        )
+        self.work = LatentDecodeWorkspace.create(self.q, self.caches[0], max_context=self.context)
 
     def run(self) -> None:
         """All layers."""
         for cache in self.caches:
-            latent_decode(self.q, cache, self.table, self.lens, self.work, self.out, scale=self.scale)
+            at = (cache, self.table, self.lens)
+            latent_decode(self.q, self.turned, *at, self.work, self.out, scale=self.scale)
 
     def expected(self) -> Tensor:
         """The first layer by the plain operation in fp32; every sequence has more tokens than queries."""
@@ -84,8 +84,8 @@ class Step:
         pages = Pages(
             page=PAGE, table_BW=self.table, context_lens_B=self.lens, places_R=places, chunks=chunks
         )
-        q, cache = self.q.float().flatten(0, 1), self.caches[0].float()
-        found = REFERENCE.paged_latent_attend(q, cache, LATENT, self.scale, pages)
+        q, turned = (x.float().flatten(0, 1) for x in (self.q, self.turned))
+        found = REFERENCE.paged_latent_attend(q, turned, self.caches[0].float(), self.scale, pages)
         wanted: Tensor = found.unflatten(0, (batch, new))
         return wanted
 

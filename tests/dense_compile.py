@@ -23,6 +23,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sparseray.kernels.attention import decode, paged_write
 from sparseray.kernels.dense import adamw, embedding, head_loss, rms_norm, rope, squared_norm, swiglu
+from sparseray.kernels.dse import fusion, row_update, rows
 from sparseray.kernels.moe import expert_map, ffn, router_logits
 from sparseray.kernels.nsa import compress_step, inverse
 
@@ -31,6 +32,8 @@ TYPES = {
     torch.bfloat16: "bf16",
     torch.int32: "i32",
     torch.int64: "i64",
+    torch.int16: "i16",
+    torch.float64: "fp64",
 }
 
 
@@ -139,8 +142,8 @@ def routers() -> None:
 
 def selection() -> None:
     starts, table = torch.zeros(4097, dtype=torch.int64), torch.zeros(1, 9000, 6).int()
-    for rows in (512, 4096):
-        compile_launch(inverse.parts_kernel, (1,), starts, table, rows, 9000, 2048, BR=rows, num_warps=16)
+    for count in (512, 4096):
+        compile_launch(inverse.parts_kernel, (1,), starts, table, count, 9000, 2048, BR=count, num_warps=16)
 
 
 def experts() -> None:
@@ -154,8 +157,8 @@ def experts() -> None:
         ffn.project_rows(act, down, plan, config, config.down, transposed=True)
         dpre, weighted, _ = _activation_grad(x, pre, down, plan, config)
         ffn.project_rows(dpre, up, plan, config, config.input_grad, transposed=False)
-        for rows, out, first in ((dpre, up.float(), True), (weighted, down.float(), False)):
-            ffn.weight_grad(rows, x, plan, config, rows_first=first, out=out, accumulate=True)
+        for grads, out, first in ((dpre, up.float(), True), (weighted, down.float(), False)):
+            ffn.weight_grad(grads, x, plan, config, rows_first=first, out=out, accumulate=True)
 
 
 def _activation_grad(
@@ -164,6 +167,32 @@ def _activation_grad(
     plan.inverse_R.zero_()
     weights = torch.zeros(x.shape[0], plan.top_k)
     return ffn.activation_grad(x, pre, down, weights, plan, config)
+
+
+def memory() -> None:
+    """Staged rows of a table, and their fusion into the hidden state."""
+    U, first = 8, torch.arange(9)
+    for width, dtype in (
+        (16, torch.bfloat16),
+        (64, torch.bfloat16),
+        (80, torch.float32),
+        (512, torch.bfloat16),
+    ):
+        sums = rows.sum_segments(bf16(U, width), first[:-1], first)
+        row_update.range_norms(sums, first)
+        state = torch.zeros(U, width), torch.zeros(U), torch.zeros(U, dtype=torch.int64)
+        row_update.row_adam(
+            torch.zeros(U, width, dtype=dtype), *state, first[:-1], sums,
+            scale=1.0, lr=0.1, betas=(0.9, 0.95), eps=1e-8, seed=3,
+        )  # fmt: skip
+    for hidden in (1024, 2048):
+        h, (k, v) = bf16(2, 64, hidden), bf16(2, 64, 2 * hidden).chunk(2, -1)
+        norm = bf16(hidden)
+        constants = {"dilation": 3, "gate_eps": 1e-6, "conv_eps": 1e-5}
+        learnt = fusion._fusion(constants, (norm, norm, norm, bf16(hidden, 4)))
+        for segment in (None, torch.zeros(2, 64, dtype=torch.int32)):
+            out, gate, scale = fusion._forward(h, k, v, learnt, segment)
+            fusion._backward(out, h, k, v, learnt, (gate, scale, segment))
 
 
 def main() -> None:
@@ -181,6 +210,9 @@ def main() -> None:
         ffn,
         expert_map,
         router_logits,
+        fusion,
+        row_update,
+        rows,
     )
     for module in modules:
         module.launch_kernel = compile_launch
@@ -190,6 +222,7 @@ def main() -> None:
     routers()
     selection()
     experts()
+    memory()
 
 
 if __name__ == "__main__":

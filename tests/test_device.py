@@ -11,7 +11,7 @@ import torch
 from sparseray.errors import ConfigError
 from sparseray.model.config import MLAConfig
 from sparseray.platform.config import RunConfig, load_yaml
-from sparseray.platform.device import is_whole, resolve_device, resolve_serving_device
+from sparseray.platform.device import describe, is_whole, resolve_device, resolve_serving_device
 from sparseray.platform.gpu import Driver, Gpu
 from sparseray.platform.planning.device_memory import device_memory
 
@@ -96,6 +96,17 @@ def test_auto_takes_a_gpu_where_there_is_one_and_the_roles_share_a_slot() -> Non
     old = Driver(cuda=(13, 0), gpus=(replace(H100, capability=(8, 0)),))
     assert resolve_device(auto, old).cluster.device == "cpu"
     assert is_whole(auto) and not is_whole(spread)
+
+
+def test_the_estimate_counts_the_rows_of_three_steps_where_a_memory_has_its_tables_on_the_host() -> None:
+    with_memory = load_yaml(CONFIGS / "1b_memory.yaml")
+    assert device_memory(config()).rows == 0
+    found = device_memory(with_memory).rows
+    addresses, per_row = 2 * 8 * 4096 * 8, 64 * 2 + 64 * 4 + 12
+    assert 3 * addresses * per_row < found < 4.5 * addresses * per_row
+    small = replace(with_memory.model.dse, rows_per_head=4096)
+    assert device_memory(change(with_memory, model__dse=small)).rows < 0.2 * found
+    assert "memory rows" in describe(device_memory(with_memory))
 
 
 def test_the_estimate_counts_what_settings_change() -> None:

@@ -41,7 +41,7 @@ def test_router_logits_repeat_their_bits_and_a_bf16_product_would_not_do() -> No
     assert torch.equal(found, router_logits(x, weight))
     exact = x.double() @ weight.double().T
     rough = x.float() @ weight.bfloat16().float().T
-    assert (found - exact).abs().max() < 1e-4 * (rough - exact).abs().max()
+    assert (found - exact).abs().max() < 1e-3 * (rough - exact).abs().max()
 
 
 def test_rows_of_other_dtypes_take_the_plain_product() -> None:

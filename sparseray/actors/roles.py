@@ -30,6 +30,7 @@ from sparseray.actors.state.assignment import Plan
 from sparseray.actors.state.dense_slab import DenseSlabs
 from sparseray.actors.state.holdings import Holdings
 from sparseray.actors.state.pieces import DENSE, Piece
+from sparseray.actors.state.staged_memory import StagedMemory
 from sparseray.actors.state.whole_experts import WholeExperts
 from sparseray.actors.training.background_save import BackgroundSave
 from sparseray.actors.training.worker import AttentionWorker
@@ -253,7 +254,8 @@ class Roles:
         me, experts, memory = self.mailbox.slot, held.experts, held.memory
         assert self.reduction is not None
         if isinstance(held.dense, DenseSlabs) and isinstance(experts, WholeExperts):
-            return OnDeviceExchange(held.dense, experts, held, self.mailbox)
+            assert memory is None or isinstance(memory, StagedMemory)
+            return OnDeviceExchange(held.dense, experts, memory, self.mailbox)
         if plan.holders == {me}:
             return LocalExchange(held, self.reduction, me, self.job.observe)
         return MessageExchange(

@@ -235,9 +235,10 @@ class CompiledOps(PlainOps):
         write_rows(rows, rows, pages.places_R.numpy(), cache, cache)
 
     def paged_latent_attend(
-        self, q_RQK: Tensor, pool: Tensor, latent: int, scale: float, pages: Pages
+        self, q_RQC: Tensor, turned_RQP: Tensor, pool: Tensor, scale: float, pages: Pages
     ) -> Tensor:
-        out, cache = torch.empty(*q_RQK.shape[:2], latent), pool.numpy()
+        q_RQK, latent = torch.cat([q_RQC, turned_RQP], -1), q_RQC.shape[-1]
+        out, cache = torch.empty(q_RQC.shape), pool.numpy()
         attend = full_attention(q_RQK.shape[-1], latent)
         attend(_array(q_RQK), cache, cache, *_places(pages), scale, out.numpy())
         return out

@@ -24,10 +24,11 @@ from sparseray.kernels.moe.reference import expert_rows, group_by_expert, route,
 from sparseray.kernels.nsa.masked import nsa_attention_masked
 from sparseray.kernels.nsa.reference import BranchKeys, Compression, compress_reference, select_reference
 from sparseray.kernels.paged import History, KeyValues, Pages
+from sparseray.kernels.row_ops import PlainRowOps
 from sparseray.kernels.settings import ROW_BLOCK, ROW_PADDING, NSASizes, padded
 
 
-class PlainOps:
+class PlainOps(PlainRowOps):
     """See `Ops` for what each operation does."""
 
     chunks_keep_bits = False
@@ -59,6 +60,11 @@ class PlainOps:
         first, second = x.float().chunk(2, dim=-1)
         cos, sin = cos[:, None, :], sin[:, None, :]
         return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+
+    def rotary_pairs(self, x_RQD: Tensor, start: int, cos_RP: Tensor, sin_RP: Tensor) -> Tensor:
+        # Channels 0, 2, 4, ... before 1, 3, 5, ...
+        halves = x_RQD[..., start:].unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+        return torch.cat([x_RQD[..., :start], self.rotary(halves, cos_RP, sin_RP)], -1)
 
     def rotary_split(
         self,
@@ -341,10 +347,25 @@ class PlainOps:
     def paged_latent_write(self, pool: Tensor, k_R1K: Tensor, pages: Pages) -> None:
         pool.flatten(0, 1).index_copy_(0, pages.places_R.long(), k_R1K.to(pool.dtype))
 
+    def paged_latent_append(
+        self,
+        pool: Tensor,
+        x_RK: Tensor,
+        weight_C: Tensor,
+        eps: float,
+        angles: tuple[Tensor, Tensor],
+        pages: Pages,
+    ) -> None:
+        latent_RC, k_RP = x_RK.tensor_split([weight_C.shape[0]], -1)
+        turned_R1P = self.rotary_pairs(k_RP[:, None], 0, *angles)
+        rows_R1K = torch.cat([self.rms_norm(latent_RC, weight_C, eps)[:, None], turned_R1P], -1)
+        self.paged_latent_write(pool, rows_R1K, pages)
+
     def paged_latent_attend(
-        self, q_RQK: Tensor, pool: Tensor, latent: int, scale: float, pages: Pages
+        self, q_RQC: Tensor, turned_RQP: Tensor, pool: Tensor, scale: float, pages: Pages
     ) -> Tensor:
-        out = q_RQK.new_zeros(*q_RQK.shape[:2], latent)
+        q_RQK, latent = torch.cat([q_RQC, turned_RQP], -1), q_RQC.shape[-1]
+        out = torch.zeros_like(q_RQC)
         # `attend` divides by the root of the width.
         q_RQK = q_RQK * (scale * math.sqrt(q_RQK.shape[-1]))
         for rows, _, context, table_W in paged.sequences(pages):

@@ -150,7 +150,8 @@ def _check_torch(what: str, found: Driver) -> None:
 def describe(memory: DeviceMemory) -> str:
     """The shares of an estimate, for people."""
     shares = (("weights", memory.weights), ("moments", memory.moments), ("gradients", memory.gradients))
-    named = [*shares, ("activations", memory.activations), ("CUDA", memory.context)]
+    rows = [("memory rows", memory.rows)] if memory.rows else []
+    named = [*shares, ("activations", memory.activations), *rows, ("CUDA", memory.context)]
     return ", ".join(f"{name} {size / GIB:.1f}" for name, size in named)
 
 

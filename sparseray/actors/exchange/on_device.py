@@ -1,24 +1,26 @@
 """All roles in this slot, in slabs on one device: the exchange of a GPU, and of bf16 on a CPU.
 
 A MoE layer is one operation over its slabs, gradients stay where the backward pass leaves them, and nothing is read
-by the host before the step's end: then one copy brings every squared norm. Memory rows come from tables in host
-memory and their gradients go back there. Twin of local.py, whose bits are those of messages.
+by the host before the step's end: then one copy brings every squared norm. Memory rows of a step are staged on the
+device while the one before it computes, and trained there (state/staged_memory.py). Twin of local.py, whose bits are
+those of messages.
 
 Shapes: T tokens, K experts per token, H hidden, N table rows per token, D row width.
 """
 
 import time
+from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 from sparseray.actors.exchange.protocol import Abortable, Fetch, FetchedRows, PartGradients
 from sparseray.actors.state.dense_slab import DenseSlabs
-from sparseray.actors.state.holdings import Holdings
+from sparseray.actors.state.staged_memory import Addresses, StagedMemory
 from sparseray.actors.state.whole_experts import WholeExperts
 from sparseray.actors.wire.envelope import SCHEDULER
 from sparseray.actors.wire.mailbox import Mailbox
 from sparseray.actors.wire.messages import Prepared
-from sparseray.kernels.dse.cpu import segment_sum_rows
 
 
 class OnDeviceExchange(Abortable):
@@ -26,15 +28,15 @@ class OnDeviceExchange(Abortable):
 
     Args:
         dense, experts: all weights.
-        holdings: of the slot, with the memory tables.
+        memory: all tables; None for a model without.
         mailbox: of the slot; the scheduler is told of the step's end.
     """
 
     def __init__(
-        self, dense: DenseSlabs, experts: WholeExperts, holdings: Holdings, mailbox: Mailbox
+        self, dense: DenseSlabs, experts: WholeExperts, memory: StagedMemory | None, mailbox: Mailbox
     ) -> None:
         super().__init__()
-        self.dense, self.whole, self.memory, self.mailbox = dense, experts, holdings.memory, mailbox
+        self.dense, self.whole, self.memory, self.mailbox = dense, experts, memory, mailbox
         self.index = {layer: index for index, layer in enumerate(experts.config.moe_layers)}
         self._fetches: list[Fetch] = []
 
@@ -59,8 +61,8 @@ class OnDeviceExchange(Abortable):
         slabs = self.whole.weights(self.index[layer])
         return self.dense.ops.experts(x_TH, topk_ids_TK, topk_weights_TK, *slabs)
 
-    def prefetch(self, rows: dict[int, Tensor]) -> FetchedRows:
-        """Read rows of all memory layers and send them to the device.
+    def prefetch(self, rows: Addresses) -> FetchedRows:
+        """Read rows of all memory layers as the last commit left them, and send them to the device.
 
         Args:
             rows: int64 [T, N] by 0-based model layer, on the CPU.
@@ -73,9 +75,37 @@ class OnDeviceExchange(Abortable):
             found = self.memory.gather(index, rows_TN.reshape(-1))
             values[layer] = found.to(self.dense.device).to(self.dense.dtype)
         addressed = sum(rows_TN.numel() for rows_TN in rows.values())
-        seconds = time.perf_counter() - started
-        self._fetches.append(Fetch(addressed=addressed, rows_by_tier={"local": addressed}, seconds=seconds))
+        self._note(started, addressed, addressed)
         return FetchedRows(addresses=rows, values=values)
+
+    def fetch(self, step: int, addresses: Callable[[int], Sequence[Addresses]]) -> list[FetchedRows]:
+        """Take the rows of a training step, which were staged during the one before it.
+
+        Args:
+            step: that begins.
+            addresses: of the parts of any step.
+        """
+        self.check()
+        assert self.memory is not None
+        started = time.perf_counter()
+        staged = self.memory.open_step(step, addresses)
+        found = [
+            FetchedRows(
+                addresses=part,
+                values={
+                    layer: rows.weight_UD.index_select(0, rows.places[index]).to(self.dense.dtype)
+                    for layer, rows in zip(part, staged.layers)
+                },
+            )
+            for index, part in enumerate(staged.parts)
+        ]
+        addressed = sum(rows_TN.numel() for part in staged.parts for rows_TN in part.values())
+        self._note(started, addressed, sum(map(len, staged.host_ids)))
+        return found
+
+    def _note(self, started: float, addressed: int, read: int) -> None:
+        seconds = time.perf_counter() - started
+        self._fetches.append(Fetch(addressed=addressed, rows_by_tier={"local": read}, seconds=seconds))
 
     def reduce(self, step: int, part: int, gradients: PartGradients) -> None:
         """Add a part's gradients to the sums that lie here; after the last part, read the norms.
@@ -89,8 +119,7 @@ class OnDeviceExchange(Abortable):
         self.dense.sum.add(part, gradients.dense)
         self.whole.sum.add(part, self.whole.take_gradients())
         if self.memory is not None:
-            sums = [segment_sum_rows(at.numpy(), g.float().cpu().numpy()) for at, g in gradients.rows]
-            self.memory.add_gradients(part, sums)
+            self.memory.add_row_gradients(part, [gradient for _, gradient in gradients.rows])
         if self.dense.is_reduced:
             self._prepared(step)
 
@@ -99,7 +128,9 @@ class OnDeviceExchange(Abortable):
         dense, experts = self.dense.total, self.whole.sum.total or []
         E = self.whole.config.moe.num_experts
         rows = [1] * len(dense) + [E] * len(experts)
-        norms = self.dense.ops.squared_norms([*dense, *experts], rows).tolist()
+        sums = [self.dense.ops.squared_norms([*dense, *experts], rows)]
+        sums += [] if self.memory is None else self.memory.norms_on_device()
+        norms = torch.cat(sums).tolist()
         self._post(step, "dense", dict(zip(self.dense.names, norms)))
         of_experts = norms[len(dense) :]
         by_expert = {
@@ -110,7 +141,9 @@ class OnDeviceExchange(Abortable):
         }
         self._post(step, "expert", by_expert)
         if self.memory is not None:
-            self._post(step, "memory", self.memory.norms())
+            of_buckets = of_experts[2 * len(self.index) * E :]
+            names = (f"bucket.{layer}.{bucket}" for layer, bucket in self.memory.primary)
+            self._post(step, "memory", dict(zip(names, of_buckets, strict=True)))
 
     def _post(self, step: int, role: str, norms: dict[str, float]) -> None:
         self.mailbox.post(SCHEDULER, Prepared(role=role, norms=norms, digests={}), step=step)

@@ -6,13 +6,14 @@ asks the slots of a plan. Which one it is changes no bit.
 Shapes: T tokens, K experts per token, H hidden, N table rows per token, D row width, P dense parameters.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from sparseray.actors.state.staged_memory import Addresses
 from sparseray.errors import SupersededError
 
 
@@ -67,6 +68,19 @@ class FetchedRows:
             assert value.grad is not None, f"no gradient reached the rows of layer {layer}"
             found.append((self.addresses[layer].reshape(-1), value.grad))
         return tuple(found)
+
+
+def fetch_together(
+    prefetch: Callable[[Addresses], FetchedRows], parts: Sequence[Addresses]
+) -> list[FetchedRows]:
+    """Read the rows of several parts by one call.
+
+    Args:
+        prefetch: of an exchange.
+        parts: addresses of each, of the same layers.
+    """
+    together = {layer: torch.cat([part[layer] for part in parts]) for layer in parts[0]}
+    return prefetch(together).split([len(next(iter(part.values()))) for part in parts])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +143,15 @@ class Exchange(Protocol):
         """Read rows of all memory layers: 0-based model layer to int64 [T, N]."""
         ...
 
+    def fetch(self, step: int, addresses: Callable[[int], Sequence[Addresses]]) -> list[FetchedRows]:
+        """Read the rows of all parts of a training step that run here.
+
+        Args:
+            step: that begins.
+            addresses: of those parts in any step; an exchange may ask for the next one's too, in another thread.
+        """
+        ...
+
     def reduce(self, step: int, part: int, gradients: PartGradients) -> None:
         """Send a part's gradients on their way to their sums; ends in `Prepared` of those who hold the sums.
 
@@ -147,7 +170,7 @@ class Exchange(Protocol):
 
 
 class Abortable:
-    """What ends a step in both exchanges: a flag that the control thread sets and every operation reads."""
+    """What exchanges share: a flag that the control thread sets and every operation reads ends a step."""
 
     abreast = 1
 
@@ -162,3 +185,16 @@ class Abortable:
         """Raise SupersededError once it was aborted."""
         if self._is_aborted:
             raise SupersededError
+
+    def prefetch(self, rows: Addresses) -> FetchedRows:
+        """Read rows of all memory layers."""
+        raise NotImplementedError
+
+    def fetch(self, step: int, addresses: Callable[[int], Sequence[Addresses]]) -> list[FetchedRows]:
+        """Read the rows of all parts of a step, once it has begun.
+
+        Args:
+            step: that begins.
+            addresses: of those parts.
+        """
+        return fetch_together(self.prefetch, addresses(step))

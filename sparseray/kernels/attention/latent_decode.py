@@ -52,7 +52,8 @@ def _columns(p, o_row, m_row, WIDTH: tl.constexpr, START: tl.constexpr, SIZE: tl
 
 @triton.jit
 def _parts_kernel(
-    p_q, p_cache, p_table, p_lens, p_m, p_l, p_acc, batch, new, heads, pages, least, most, scale2,
+    p_q, p_turned, p_cache, p_table, p_lens, p_m, p_l, p_acc, token_q, head_q, token_turned, head_turned,
+    batch, new, heads, pages, least, most, scale2,
     BB: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr, PAGE: tl.constexpr, C: tl.constexpr, P: tl.constexpr,
     BC: tl.constexpr, BP: tl.constexpr, IP: tl.constexpr, STAGES: tl.constexpr, ROWS_FIRST: tl.constexpr,
 ):  # fmt: skip
@@ -75,8 +76,9 @@ def _parts_kernel(
         m_m = o_m < new * heads
         b_t = tl.where(m_m, n_ctx - new + o_m // heads, -1)
         o_row = i_b * (new * heads) + o_m
-        b_qc = _columns(p_q, o_row, m_m, C + P, 0, C, BC)
-        b_qr = _columns(p_q, o_row, m_m, C + P, C, P, BP)
+        o_token, o_head = i_b * new + o_m // heads, o_m % heads
+        b_qc = _columns(p_q, o_token * token_q + o_head * head_q, m_m, 1, 0, C, BC)
+        b_qr = _columns(p_turned, o_token * token_turned + o_head * head_turned, m_m, 1, 0, P, BP)
         b_m = tl.full([BR], float("-inf"), tl.float32)
         if ROWS_FIRST:
             b_l = tl.zeros([BR, BN], tl.float32)
@@ -219,15 +221,14 @@ class LatentDecodeWorkspace:
     part_out: Tensor
 
     @classmethod
-    def create(cls, q: Tensor, cache: Tensor, *, latent: int, max_context: int) -> "LatentDecodeWorkspace":
+    def create(cls, q: Tensor, cache: Tensor, *, max_context: int) -> "LatentDecodeWorkspace":
         """Buffers for a batch.
 
         Args:
             q, cache: like those of the steps.
-            latent: channels of a value.
             max_context: tokens of the longest sequence.
         """
-        (batch, query_len, heads, _), device = q.shape, q.device
+        (batch, query_len, heads, latent), device = q.shape, q.device
         rows, forms = query_len * heads, PIPELINED if fits(cache, latent) else FORMS
         form = next((f for f in forms if f.rows >= rows), forms[-1]) if q.element_size() == 2 else EXACT
         tiles = triton.cdiv(rows, form.rows)
@@ -244,8 +245,14 @@ class LatentDecodeWorkspace:
         return cls(form=form, least=least, part_max=part_max, part_sum=part_sum, part_out=part_out)
 
 
+def _apart(q: Tensor) -> tuple[int, int]:
+    """Distances of tokens and heads; that of an axis of one is any number."""
+    return q.stride(1 if q.shape[1] > 1 else 0), q.stride(2)
+
+
 def latent_decode(
     q: Tensor,
+    turned: Tensor,
     cache: Tensor,
     block_table: Tensor,
     context_lens: Tensor,
@@ -257,7 +264,9 @@ def latent_decode(
     """Attend from the last Lq tokens of every sequence to its pages, causally.
 
     Args:
-        q: [B, Lq, HQ, C + P], Lq from 1 to 8, contiguous: queries by the keys' matrix, and rotated ones.
+        q: [B, Lq, HQ, C], Lq from 1 to 8: queries by the keys' matrix; the B * Lq tokens may be any distance apart, and
+            their heads.
+        turned: [B, Lq, HQ, P], rotated ones, likewise.
         cache: [pages, page size, 1, C + P], contiguous: latents and rotated keys, those of the Lq tokens among them.
         block_table: int32 [B, pages of a sequence], the page of every page-sized piece of a sequence.
         context_lens: int32 [B], tokens of every sequence, the Lq new ones included; 0 for a place without a
@@ -269,7 +278,7 @@ def latent_decode(
     Raises:
         ConfigError: Lq outside 1 to 8.
     """
-    (batch, query_len, heads, width), latent, page = q.shape, out.shape[3], cache.shape[1]
+    (batch, query_len, heads, latent), (_, page, _, width) = q.shape, cache.shape
     if not 1 <= query_len <= 8:
         raise ConfigError(f"latent_decode takes 1 to 8 query tokens, got q {tuple(q.shape)}")
     w, form = workspace, workspace.form
@@ -277,8 +286,9 @@ def latent_decode(
     programs = min(_multiprocessors(q.device) * form.programs, batch * most * triton.cdiv(rows, form.rows))
     columns = min(MERGE_COLUMNS, next_power_of_2(latent))
     numbers = (
-        block_table, context_lens, w.part_max, w.part_sum, w.part_out, batch, query_len, heads, block_table.shape[1],
-        w.least, most, scale * LOG2E,
+        block_table, context_lens, w.part_max, w.part_sum, w.part_out,
+        *_apart(q), *_apart(turned), batch, query_len, heads, block_table.shape[1], w.least, most,
+        scale * LOG2E,
     )  # fmt: skip
     sizes = {
         "BB": max(128, next_power_of_2(batch)), "BR": form.rows, "BN": form.tokens, "PAGE": page, "C": latent,
@@ -287,11 +297,11 @@ def latent_decode(
     if form.is_pipelined:
         tiles = sources_of(cache, latent, form.tokens)
         launch_kernel(
-            latent_pipelined_kernel, (programs,), q, *tiles, *numbers, W=form.num_warps, maxnreg=form.num_registers, **sizes
+            latent_pipelined_kernel, (programs,), q, turned, *tiles, *numbers, W=form.num_warps, maxnreg=form.num_registers, **sizes
         )  # fmt: skip
     else:
         launch_kernel(
-            _parts_kernel, (programs,), q, cache, *numbers, BC=max(16, next_power_of_2(latent)),
+            _parts_kernel, (programs,), q, turned, cache, *numbers, BC=max(16, next_power_of_2(latent)),
             BP=max(16, next_power_of_2(width - latent)), IP=precision(q.dtype), ROWS_FIRST=form.rows_first, **sizes,
         )  # fmt: skip
     launch_kernel(

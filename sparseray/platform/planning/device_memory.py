@@ -1,11 +1,13 @@
 """How many bytes of a GPU a training run takes where one slot plays all roles; pure arithmetic on the configuration.
 
 Weights, moments and gradients are exact. Activations are those that the backward pass reads again, counted by layer
-from what the network keeps, and what one layer's backward pass needs beside them.
+from what the network keeps, and what one layer's backward pass needs beside them. Of memory tables the rows of a few steps
+are there, as if no two tokens read the same.
 """
 
 from dataclasses import dataclass
 
+from sparseray.actors.state.pieces import row_bytes
 from sparseray.model.config import ModelConfig
 from sparseray.model.counts import count_parameters
 from sparseray.platform.config import RunConfig
@@ -23,6 +25,7 @@ class DeviceMemory:
         moments: both.
         gradients: of the parts that are being summed.
         activations: of one part.
+        rows: of memory tables, with their moments and the sums of their gradients.
         context: CUDA's own.
     """
 
@@ -30,12 +33,13 @@ class DeviceMemory:
     moments: int
     gradients: int
     activations: int
+    rows: int = 0
     context: int = CONTEXT_BYTES
 
     @property
     def total(self) -> int:
         """All of it."""
-        return self.weights + self.moments + self.gradients + self.activations + self.context
+        return self.weights + self.moments + self.gradients + self.activations + self.rows + self.context
 
 
 def device_memory(config: RunConfig) -> DeviceMemory:
@@ -48,6 +52,7 @@ def device_memory(config: RunConfig) -> DeviceMemory:
         moments=count * 2 * _bytes_of(config.optim.moments),
         gradients=count * _gradient_bytes(config, element),
         activations=_activations(config, element),
+        rows=_rows(config),
     )
 
 
@@ -57,11 +62,23 @@ def _bytes_of(dtype: str) -> int:
 
 def _gradient_bytes(config: RunConfig, element: int) -> int:
     """Of one weight: a part's own gradient, and the fp32 sums that wait for their siblings."""
+    return element if config.train.logical_shards == 1 else element + 4 * _sums(config)
+
+
+def _sums(config: RunConfig) -> int:
+    """Sums over parts that wait for their siblings."""
     parts = config.train.logical_shards
-    if parts == 1:
-        return element
-    sums = 1 if config.determinism == "fast" else max(1, (parts - 1).bit_length())
-    return element + 4 * sums
+    return 1 if config.determinism == "fast" else max(1, (parts - 1).bit_length())
+
+
+def _rows(config: RunConfig) -> int:
+    """Staged for the step before, the open one and the next; addresses are int64, as is where each row's sums begin."""
+    dse, train = config.model.dse, config.train
+    heads = len(dse.orders) * dse.heads
+    addresses = train.logical_shards * train.sequences_per_shard * train.seq_len * heads
+    distinct = min(addresses, heads * dse.rows_per_head)
+    staged = distinct * (row_bytes(dse) + 8 + 8 * train.logical_shards) + addresses * 16
+    return len(dse.layers) * (3 * staged + distinct * dse.head_dim * 4 * _sums(config))
 
 
 def _activations(config: RunConfig, element: int) -> int:
