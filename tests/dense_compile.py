@@ -1,4 +1,4 @@
-"""Compile the dense, attention and expert kernels for compute capability 9.0 on a machine without a GPU.
+"""Compile the dense, attention, expert and peer kernels for compute capability 9.0 on a machine without a GPU.
 
 Run by a test in a process of its own, as Triton's interpreter replaces the compiler. The public functions are called
 with tensors of the CPU at the sizes of a model, and every launch compiles its kernel instead. Prints a line a launch:
@@ -21,6 +21,7 @@ from triton.compiler import ASTSource
 from triton.compiler import compile as compile_source
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from sparseray.kernels import peer
 from sparseray.kernels.attention import decode, paged_write
 from sparseray.kernels.dense import adamw, embedding, head_loss, rms_norm, rope, squared_norm, swiglu
 from sparseray.kernels.dse import fusion, row_update, rows
@@ -45,7 +46,7 @@ def kind(arg: Any) -> str:
         return "*" + TYPES[arg.dtype]
     if arg is None or (isinstance(arg, int) and arg == 1):
         return "constexpr"
-    return "fp32" if isinstance(arg, float) else "i32"
+    return "fp32" if isinstance(arg, float) else "i64" if arg.bit_length() > 31 else "i32"
 
 
 def compile_launch(kernel: Any, grid: tuple[int, ...], *args: Any, **named: Any) -> None:
@@ -133,7 +134,7 @@ def pages() -> None:
 
 
 def routers() -> None:
-    for R, H, E in ((64, 1024, 64), (4096, 2048, 64), (4096, 7168, 256)):
+    for R, H, E in ((64, 1024, 64), (1, 7168, 256), (4096, 2048, 64), (4096, 7168, 256)):
         logits = router_logits.router_logits(
             bf16(R, H).requires_grad_(), torch.zeros(E, H, requires_grad=True)
         )
@@ -159,6 +160,19 @@ def experts() -> None:
         ffn.project_rows(dpre, up, plan, config, config.input_grad, transposed=False)
         for grads, out, first in ((dpre, up.float(), True), (weighted, down.float(), False)):
             ffn.weight_grad(grads, x, plan, config, rows_first=first, out=out, accumulate=True)
+
+
+def peers() -> None:
+    flags, state = torch.zeros(4, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
+    order = torch.zeros(16, dtype=torch.int32)
+    for source, into, places in (
+        (bf16(16, 2048), bf16(32, 2048), order),
+        (torch.zeros(16), torch.zeros(32), order),
+    ):
+        peer.put_rows(source, into, places, state)
+        peer.put_rows(source, into, None, state)
+    peer.signal(flags, 2, 5 << 32, state)
+    peer.wait(flags, 0b101, 5 << 32, 6 << 32, state, order, 20.0)
 
 
 def _activation_grad(
@@ -209,6 +223,7 @@ def main() -> None:
         compress_step,
         ffn,
         expert_map,
+        peer,
         router_logits,
         fusion,
         row_update,
@@ -222,6 +237,7 @@ def main() -> None:
     routers()
     selection()
     experts()
+    peers()
     memory()
 
 

@@ -55,10 +55,10 @@ def cured(config: RunConfig, message: str) -> RunConfig:
         ({}, NONE, "no NVIDIA driver"),
         ({}, Driver(cuda=(13, 0), gpus=()), "no GPU to this process"),
         ({}, Driver(cuda=(13, 0), gpus=(replace(H100, capability=(8, 0)),)), "compute capability 8.0"),
-        ({"train__logical_shards": 2, "cluster__attention_workers": 2}, GOOD, "cluster.attention_workers=2"),
-        ({"cluster__expert_shards": 2}, GOOD, "cluster.expert_shards=2"),
-        ({"cluster__replication": 2}, GOOD, "cluster.replication=2"),
-        ({"cluster__standby": 1}, GOOD, "cluster.standby=1"),
+        ({"train__logical_shards": 2, "cluster__attention_workers": 2}, GOOD, "2 slots and 0 on standby take a GPU each"),
+        ({"cluster__expert_shards": 2}, GOOD, "this machine shows 1"),
+        ({"cluster__expert_shards": 3, "cluster__standby": 1}, replace(GOOD, gpus=(H100, H100)), "this machine shows 2"),
+        ({"cluster__standby": 1}, GOOD, "1 slots and 1 on standby"),
         ({"cluster__colocated": False}, GOOD, "cluster.colocated=false"),
         ({"train__sequences_per_shard": 64}, GOOD, "takes about"),
         ({"train__sequences_per_shard": 1}, replace(GOOD, gpus=(replace(H100, num_bytes=16 << 30),)), "takes about"),
@@ -121,6 +121,17 @@ def test_the_estimate_counts_what_settings_change() -> None:
     assert four.activations == base.activations // 4 and four.gradients == (2 + 4 * 2) * count
     fast = device_memory(config(train__logical_shards=4, determinism="fast"))
     assert fast.gradients == (2 + 4) * count
+
+
+def test_the_estimate_of_several_slots_counts_a_share_of_the_experts_and_what_they_exchange() -> None:
+    one = device_memory(config(train__logical_shards=2, determinism="fast"))
+    roles = {"cluster__attention_workers": 2, "cluster__expert_shards": 2}
+    two = device_memory(config(train__logical_shards=2, determinism="fast", **roles))
+    replicas = device_memory(
+        config(train__logical_shards=2, determinism="fast", cluster__replication=2, **roles)
+    )
+    assert one.exchange == 0 < two.exchange
+    assert replicas.weights == one.weights and 0.5 < two.weights / one.weights < 0.7
 
 
 def test_the_estimate_counts_what_latent_attention_keeps() -> None:

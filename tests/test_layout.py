@@ -12,6 +12,7 @@ FLOORS = {
         "wire",
         "state",
         "exchange",
+        "peers",
         "training",
         "serving",
         "observation",

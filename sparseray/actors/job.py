@@ -19,6 +19,7 @@ class Job(Protocol):
 
     deadline_s: float
     is_serving: bool
+    part_shape: tuple[int, int]
 
     def holdings(self) -> Holdings: ...
     def engine(self, model: Transformer, exchange: Exchange | EnduringExchange) -> Engine | None:

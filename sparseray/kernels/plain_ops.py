@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +17,9 @@ from sparseray.errors import ConfigError
 from sparseray.kernels import paged
 from sparseray.kernels.dense.reference import adamw_reference, squared_norms_reference
 from sparseray.kernels.dse.reference import Fusion, context_gate, ngram_hash, short_conv
-from sparseray.kernels.held_ops import HeldRows
-from sparseray.kernels.moe import expert_sum as sums
-from sparseray.kernels.moe.reference import expert_rows, group_by_expert, route, stable_topk
+from sparseray.kernels.held_ops import PlainHeldOps
+from sparseray.kernels.moe.expert_sum import expert_sum
+from sparseray.kernels.moe.reference import expert_rows, route, stable_topk
 from sparseray.kernels.nsa.masked import nsa_attention_masked
 from sparseray.kernels.nsa.reference import BranchKeys, Compression, compress_reference, select_reference
 from sparseray.kernels.paged import History, KeyValues, Pages
@@ -28,7 +27,7 @@ from sparseray.kernels.row_ops import PlainRowOps
 from sparseray.kernels.settings import ROW_BLOCK, ROW_PADDING, NSASizes, padded
 
 
-class PlainOps(PlainRowOps):
+class PlainOps(PlainRowOps, PlainHeldOps):
     """See `Ops` for what each operation does."""
 
     chunks_keep_bits = False
@@ -164,34 +163,7 @@ class PlainOps(PlainRowOps):
         gate_up_E2IH: Tensor,
         down_EHI: Tensor,
     ) -> Tensor:
-        return sums.expert_sum(x_TH, topk_ids_TK, topk_weights_TK, gate_up_E2IH, down_EHI)
-
-    def group_held(self, places_TK: Tensor, num_held: int, like: Tensor) -> HeldRows:
-        order_R, counts_E = group_by_expert(places_TK.long(), num_held + 1)
-        return HeldRows(order_R=order_R, counts_E=counts_E, plan=places_TK.shape[1])
-
-    def held_forward(
-        self, x_TH: Tensor, rows: HeldRows, counts: Sequence[int], gate_up_E2IH: Tensor, down_EHI: Tensor
-    ) -> tuple[Tensor, Any]:
-        order_R = rows.order_R[: sum(counts)]
-        return sums.held_forward(x_TH, order_R, counts, rows.plan, gate_up_E2IH, down_EHI)
-
-    def held_backward(
-        self,
-        dout_TH: Tensor,
-        weights_TK: Tensor,
-        rows: HeldRows,
-        counts: Sequence[int],
-        saved: Any,
-        gate_up_E2IH: Tensor,
-        down_EHI: Tensor,
-    ) -> sums.HeldGradients:
-        order_R = rows.order_R[: sum(counts)]
-        slabs = gate_up_E2IH, down_EHI
-        return sums.held_backward(dout_TH, weights_TK, order_R, counts, saved, *slabs)
-
-    def combine_slots(self, rows_TKH: Tensor, weights_TK: Tensor | None) -> Tensor:
-        return sums.combine_slots(rows_TKH, weights_TK)
+        return expert_sum(x_TH, topk_ids_TK, topk_weights_TK, gate_up_E2IH, down_EHI)
 
     def ngram_rows(
         self,

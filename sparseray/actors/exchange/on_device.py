@@ -16,8 +16,8 @@ from torch import Tensor
 
 from sparseray.actors.exchange.protocol import Abortable, Fetch, FetchedRows, PartGradients
 from sparseray.actors.state.dense_slab import DenseSlabs
+from sparseray.actors.state.slab_experts import SlabExperts
 from sparseray.actors.state.staged_memory import Addresses, StagedMemory
-from sparseray.actors.state.whole_experts import WholeExperts
 from sparseray.actors.wire.envelope import SCHEDULER
 from sparseray.actors.wire.mailbox import Mailbox
 from sparseray.actors.wire.messages import Prepared
@@ -33,7 +33,7 @@ class OnDeviceExchange(Abortable):
     """
 
     def __init__(
-        self, dense: DenseSlabs, experts: WholeExperts, memory: StagedMemory | None, mailbox: Mailbox
+        self, dense: DenseSlabs, experts: SlabExperts, memory: StagedMemory | None, mailbox: Mailbox
     ) -> None:
         super().__init__()
         self.dense, self.whole, self.memory, self.mailbox = dense, experts, memory, mailbox
@@ -125,23 +125,11 @@ class OnDeviceExchange(Abortable):
 
     def _prepared(self, step: int) -> None:
         """Tell the scheduler of every role's norms, which one copy brings from the device."""
-        dense, experts = self.dense.total, self.whole.sum.total or []
-        E = self.whole.config.moe.num_experts
-        rows = [1] * len(dense) + [E] * len(experts)
-        sums = [self.dense.ops.squared_norms([*dense, *experts], rows)]
-        sums += [] if self.memory is None else self.memory.norms_on_device()
-        norms = torch.cat(sums).tolist()
-        self._post(step, "dense", dict(zip(self.dense.names, norms)))
-        of_experts = norms[len(dense) :]
-        by_expert = {
-            f"expert.{layer}.{expert}": of_experts[2 * layer * E + expert]
-            + of_experts[(2 * layer + 1) * E + expert]
-            for layer in range(len(self.index))
-            for expert in range(E)
-        }
-        self._post(step, "expert", by_expert)
+        of_tables = [] if self.memory is None else self.memory.norms_on_device()
+        of_dense, of_experts, of_buckets = step_norms(self.dense, self.whole, of_tables, Tensor.tolist)
+        self._post(step, "dense", of_dense)
+        self._post(step, "expert", of_experts)
         if self.memory is not None:
-            of_buckets = of_experts[2 * len(self.index) * E :]
             names = (f"bucket.{layer}.{bucket}" for layer, bucket in self.memory.primary)
             self._post(step, "memory", dict(zip(names, of_buckets, strict=True)))
 
@@ -152,3 +140,21 @@ class OnDeviceExchange(Abortable):
         """Return what was fetched since the last call."""
         found, self._fetches = self._fetches, []
         return found
+
+
+def step_norms(
+    dense: DenseSlabs, experts: SlabExperts, further: Sequence[Tensor], read: Callable[[Tensor], list[float]]
+) -> tuple[dict[str, float], dict[str, float], list[float]]:
+    """Squared norms of the step's gradients: of dense tensors and of experts by name, and further ones.
+
+    Args:
+        dense, experts: with their gradients; a slot that holds no dense weights has none of those.
+        further: fp32, of other gradients.
+        read: brings them to the host, all in one copy.
+    """
+    of_dense, of_experts = dense.sum.total or [], experts.sum.total or []
+    there = [gradient for gradient in of_experts if gradient.shape[0]]
+    rows = [1] * len(of_dense) + [gradient.shape[0] for gradient in there]
+    norms = read(torch.cat([dense.ops.squared_norms([*of_dense, *there], rows), *further]))
+    count, end = len(of_dense), sum(rows)
+    return dict(zip(dense.names, norms[:count])), experts.norms_by_expert(norms[count:end]), norms[end:]

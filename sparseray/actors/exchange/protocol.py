@@ -120,6 +120,21 @@ class Exchange(Protocol):
 
     abreast: int
 
+    def expect(self, parts: Sequence[tuple[int, int]], *, trains: bool) -> None:
+        """Say what all slots together will run, for exchanges that they make in step.
+
+        Args:
+            parts: (part, slot) each, in order.
+            trains: forward and backward; otherwise forward alone.
+        """
+
+    def accompany(self, step: int) -> None:
+        """Take part in what others run, once all parts of this slot have run.
+
+        Args:
+            step: that is open.
+        """
+
     def begin(self, step: int, part: int) -> None:
         """Say what the next calls belong to; part -1 for none.
 
@@ -170,7 +185,10 @@ class Exchange(Protocol):
 
 
 class Abortable:
-    """What exchanges share: a flag that the control thread sets and every operation reads ends a step."""
+    """What ends a step in every exchange: a flag that the control thread sets and every operation reads.
+
+    Where slots answer each other at any time, nothing is expected of one, and none accompanies another.
+    """
 
     abreast = 1
 
@@ -180,6 +198,20 @@ class Abortable:
     def abort(self) -> None:
         """End the step at its next operation."""
         self._is_aborted = True
+
+    def expect(self, parts: Sequence[tuple[int, int]], *, trains: bool) -> None:
+        """Nothing.
+
+        Args:
+            parts, trains: as in `Exchange`.
+        """
+
+    def accompany(self, step: int) -> None:
+        """Nothing.
+
+        Args:
+            step: that is open.
+        """
 
     def check(self) -> None:
         """Raise SupersededError once it was aborted."""

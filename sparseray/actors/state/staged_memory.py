@@ -6,6 +6,8 @@ At the commit they are updated on the device, and the thread brings them back in
 in a row read, the later one takes the earlier one's result on the device. Whoever reads the tables waits until what was
 committed has been written back. Update as in memory.py.
 
+With several slots nothing is staged: gradients come by message, as to any shard, and are applied by the same operations.
+
 Shapes: N addresses of a part, U distinct rows of a step, L parts, B buckets, D row width.
 """
 
@@ -98,7 +100,7 @@ class StagedStep:
 
 
 class StagedMemory(MemoryShard):
-    """`MemoryShard` of a slot that holds every bucket and trains the rows on its device.
+    """`MemoryShard` of a slot with a device, which trains the rows there; it stages them where it holds every bucket.
 
     Args:
         config, table_rows, seed, num_parts, betas, eps: as in `MemoryShard`.
@@ -182,7 +184,17 @@ class StagedMemory(MemoryShard):
     @property
     def is_reduced(self) -> bool:
         """Whether the gradients of the step are complete."""
-        return not self.owned or self.sum.total is not None
+        return super().is_reduced if self._open is None else self.sum.total is not None
+
+    def norms(self) -> dict[str, float]:
+        """As in `MemoryShard`, with the bits of `norms_on_device`."""
+        return {
+            f"bucket.{key[0]}.{key[1]}": float(
+                self.ops.range_norms(sums_UD, torch.tensor([0, len(sums_UD)]).to(self.device))
+            )
+            for key in self.primary
+            for sums_UD in [torch.from_numpy(self.reduced[key][1]).to(self.device)]
+        }
 
     def apply(self, *, lr: float, scale: float) -> int:
         """Update the step's rows on the device and begin to write them back; returns how many they are.
@@ -191,6 +203,8 @@ class StagedMemory(MemoryShard):
             lr: learning rate of this step.
             scale: factor on the gradients (global-norm clipping).
         """
+        if self._open is None:
+            return self._apply_received(lr=lr, scale=scale)
         staged, totals = self._open, self.sum.total
         assert staged is not None and totals is not None, "no reduced gradient yet"
         self.settle()
@@ -212,6 +226,38 @@ class StagedMemory(MemoryShard):
         self.discard()
         self._last = staged
         return sum(map(len, staged.host_ids))
+
+    def _apply_received(self, *, lr: float, scale: float) -> int:
+        """Apply what came by message, without having staged anything."""
+        updated = 0
+        for index, layer in enumerate(self.layers):
+            parts = [self.reduced[key] for key in self.owned if key[0] == index]
+            if not parts:
+                continue
+            ids_U, sums_UD = (np.concatenate([part[i] for part in parts]) for i in range(2))
+            columns, table = _columns(self.tables[index]), self.tables[index]
+            rows = [as_tensor(of_all[ids_U]).to(self.device) for of_all in columns]
+            self.ops.row_adam(
+                rows[0],
+                rows[1],
+                rows[2].view(-1),
+                rows[3].view(-1),
+                torch.from_numpy(ids_U).to(self.device),
+                torch.from_numpy(sums_UD).to(self.device),
+                scale=scale,
+                lr=lr,
+                betas=self.betas,
+                eps=self.eps,
+                seed=self.seed + ROUNDING_STEP * layer,
+            )
+            table.change()
+            for of_all, field in zip(columns, rows):
+                scatter_rows(of_all, ids_U, to_numpy(field), self._pool)
+            updated += len(ids_U)
+        self.updates += 1
+        self.discard()
+        self._publish()
+        return updated
 
     def pass_over(self) -> None:
         """Count a step whose gradients are dropped."""

@@ -19,7 +19,10 @@ from sparseray.actors.wire.messages import PartDone
 from sparseray.model.statistics import Noted, collect
 
 SAMPLE_EVERY = {"cpu": 10, "cuda": 100}
-"""Of one in so many steps a worker's first part notes statistics, by device; they move slowly, and a GPU waits."""
+"""Of one in so many steps a worker's first part notes statistics, by device; they move slowly, and a GPU waits.
+
+Layers that are computed again note none: what is noted runs other operations, and both passes must run the same.
+"""
 
 
 _Call = tuple[DenseState | Twin, int, int, Batch, FetchedRows, float]
@@ -65,7 +68,8 @@ class AttentionWorker:
             report: told (part, what it gave).
         """
         self.seconds = dict.fromkeys(("data", "fetch", "forward", "backward"), 0.0)
-        self.sampled = parts[0] if parts and step % SAMPLE_EVERY[self.state.device.type] == 0 else None
+        is_due = step % SAMPLE_EVERY[self.state.device.type] == 0 and not self.state.model.recompute
+        self.sampled = parts[0] if parts and is_due else None
         started = time.perf_counter()
         loaded = [batches(step, part) for part in parts]
         weight = batches.weight(step)

@@ -19,8 +19,8 @@ from sparseray.actors.state.dense_slab import DenseSlabs
 from sparseray.actors.state.experts import ExpertShard
 from sparseray.actors.state.holdings import Holdings
 from sparseray.actors.state.memory import MemoryShard
+from sparseray.actors.state.slab_experts import SlabExperts
 from sparseray.actors.state.staged_memory import StagedMemory
-from sparseray.actors.state.whole_experts import WholeExperts
 from sparseray.actors.training.mixture import Mixture
 from sparseray.actors.training.token_data import TokenBatches, TokenDataset
 from sparseray.actors.wire.messages import SavedTensor
@@ -64,6 +64,7 @@ class SlotJob:
         self.is_serving = spec.serving
         self._grammars = _load_grammars(spec, self.config.model) if self.is_serving else None
         self.deadline_s = self.config.cluster.deadline_s
+        self.part_shape = self.config.train.sequences_per_shard, self.config.train.seq_len
         optim = self.config.optim
         self._shared: dict[str, Any] = {
             "seed": self.config.train.seed,
@@ -116,7 +117,7 @@ class SlotJob:
             if self.device.type == "cuda":
                 _fix_order(not self.is_serving and self.config.determinism == "bitwise")
             compute = None if dtype == torch.float32 else dtype
-            experts = WholeExperts(model, compute_dtype=compute, **self._moments, **self._slabs())
+            experts = SlabExperts(model, compute_dtype=compute, **self._moments, **self._slabs())
         return Holdings(self._dense, experts, self.memory(self._table_rows()) if model.dse.layers else None)
 
     def memory(self, table_rows: list[int]) -> MemoryShard:
