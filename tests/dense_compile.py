@@ -134,7 +134,7 @@ def pages() -> None:
 
 
 def routers() -> None:
-    for R, H, E in ((64, 1024, 64), (4096, 2048, 64), (4096, 7168, 256)):
+    for R, H, E in ((64, 1024, 64), (1, 7168, 256), (4096, 2048, 64), (4096, 7168, 256)):
         logits = router_logits.router_logits(
             bf16(R, H).requires_grad_(), torch.zeros(E, H, requires_grad=True)
         )

@@ -6,6 +6,7 @@ opens. Nothing of it stays but what is slow to make.
 
 import contextlib
 import fcntl
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,7 +33,11 @@ def warm_holdings(job: SlotJob) -> Holdings:
     Where nothing has been compiled before, slots that start together would all compile the same: seven took 70 s on two
     cores, and one with six that wait for what it leaves in the compilers' caches takes 20 s.
     """
-    with first_alone(state_directory() / "warming.lock"):
+    lock = Path(os.devnull)
+    # Of a user without a home; a device can be locked too.
+    with contextlib.suppress(RuntimeError):
+        lock = state_directory() / "warming.lock"
+    with first_alone(lock):
         return _warm_holdings(job)
 
 
