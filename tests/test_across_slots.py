@@ -1,17 +1,22 @@
 """Several slots that compute in slabs, through each other's memory: as on several GPUs, here in bf16 on a CPU."""
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from faulty_transport import Killed
-from local_cluster import LocalFleet, Trained, tiny_run, train
+from local_cluster import MODEL, LocalFleet, Trained, tiny_run, train
 
 from sparseray.actors.peers.across import DeviceExchange
 from sparseray.actors.peers.dense_slices import DenseSlices
 from sparseray.actors.peers.link import HostLink
+from sparseray.actors.state.shared_buffer import Buffer, open_buffer
+from sparseray.errors import UserError
+from sparseray.model.config import DSEConfig, ModelConfig, MoEConfig, MTPConfig
 from sparseray.platform.composition import Run
 from sparseray.platform.config import RunConfig
 from sparseray.platform.planning.inventory import Roles
@@ -56,6 +61,23 @@ def test_slots_with_some_of_the_roles_change_no_bit(
 def test_recomputed_layers_change_no_bit(corpus: Path, one: Trained, tmp_path: Path) -> None:
     config = slabs_run(corpus, slots=3)
     check(train(tmp_path / "run", replace(config, train=replace(config.train, recompute=True))), one)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        # Modules that predict further tokens see fewer of them than the layers before.
+        replace(MODEL, mtp=MTPConfig(depth=2)),
+        replace(MODEL, moe=MoEConfig(router="dense"), dse=DSEConfig(layers=())),
+    ],
+    ids=["further tokens", "no experts"],
+)
+def test_models_with_other_layers_change_no_bit(model: ModelConfig, corpus: Path, tmp_path: Path) -> None:
+    found = []
+    for slots in (1, 3):
+        config = replace(slabs_run(corpus, slots=slots), model=model)
+        found.append(train(tmp_path / str(slots), config, stop_after=4))
+    assert found[0].curve == found[1].curve and found[0].digest == found[1].digest
 
 
 def test_the_fast_order_of_parts_differs_by_rounding(corpus: Path, one: Trained, tmp_path: Path) -> None:
@@ -154,3 +176,44 @@ def test_without_replicas_a_kill_goes_back_to_the_checkpoint_and_comes_to_the_sa
     found = train(tmp_path / "run", slabs_run(corpus, slots=2), at_step=fault.at_step)
     check(found, one)
     assert fault.done and "restored" in found.events
+
+
+def test_a_slot_that_was_given_up_and_lives_writes_to_nobodys_memory(
+    corpus: Path, one: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It stands still in the middle of giving rows back, and goes on while the others are in the next generation."""
+    give_back, seen = DeviceExchange._give_back, dict.fromkeys(("step", "given"), 0)
+    found: dict[str, LocalFleet] = {}
+
+    def at_step(step: int, run: Run, fleet: LocalFleet) -> None:
+        found["fleet"], seen["step"] = fleet, step + 1
+
+    def stands_still(me: DeviceExchange, *args: Any) -> None:
+        if me.me == 1 and seen["step"] == 5 and not seen["given"]:
+            seen["given"] = 1
+            found["fleet"].partition(1)
+            while seen["step"] < 8:
+                time.sleep(0.01)
+            seen["given"] = seen["step"]
+        give_back(me, *args)
+
+    monkeypatch.setattr(DeviceExchange, "_give_back", stands_still)
+    config = slabs_run(corpus, slots=3, replication=2)
+    check(train(tmp_path / "run", config, at_step=at_step), one)
+    assert seen["given"] >= 8
+
+
+def test_a_buffer_of_another_host_is_refused_with_a_cure() -> None:
+    handle = replace(Buffer(64, torch.device("cpu")).handle, namespace="elsewhere")
+    with pytest.raises(UserError, match=r"slot 3 is on another host.*set cluster.attention_workers"):
+        open_buffer(handle, torch.device("cpu"), 3)
+
+
+def test_a_buffer_whose_owner_is_gone_is_no_other_one() -> None:
+    gone = Buffer(64, torch.device("cpu"))
+    handle = gone.handle
+    opened = open_buffer(handle, torch.device("cpu"), 0)
+    opened[5] = 7
+    assert int(gone.bytes[5]) == 7 and not int(opened[6])
+    with pytest.raises(OSError, match="another buffer"):
+        open_buffer(replace(handle, token=handle.token + 1), torch.device("cpu"), 0)

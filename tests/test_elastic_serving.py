@@ -4,6 +4,7 @@ Slots are threads here (tests/local_server.py); tests/test_serving_cluster.py ha
 """
 
 import asyncio
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -45,6 +46,7 @@ def requests() -> list[GenerationRequest]:
             max_tokens=LENGTH,
             seed=i,
             temperature=0.0 if i % 2 else 1.0,
+            logprobs=2 if i % 3 else None,
         )
         for i in range(REQUESTS)
     ]
@@ -59,6 +61,7 @@ def undisturbed(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> list
     with serve(tmp_path_factory.mktemp("plain") / "server", trained) as server:
         heard = server.ask(requests())
     assert all(len(h.tokens) == LENGTH and h.finish == "length" for h in heard)
+    assert [len(h.logprobs) for h in heard] == [0, LENGTH, LENGTH, 0, LENGTH, LENGTH]
     return heard
 
 
@@ -189,6 +192,20 @@ def test_no_request_waits_for_a_shard_that_is_slow_to_get_what_a_plan_gives_it(
             assert server.events.count("resized") > resized and server.run.reconciler.sizes() == change
             assert max(h.gap_s for h in heard) < plain_s + 0.5
             server.fleet.start(1)
+
+
+def test_what_can_be_read_nowhere_comes_from_peers(
+    trained: Path, undisturbed: list[Heard], tmp_path: Path
+) -> None:
+    copy = tmp_path / trained.name
+    shutil.copytree(trained, copy)
+    with serve(tmp_path / "server", copy) as server:
+        for weights in copy.glob("*.safetensors"):
+            weights.unlink()
+        for role in ("experts", "memory", "attention"):
+            scale(role, 3)(server)
+        until(lambda: server.run.reconciler.sizes() == "3+3+3", 30.0)
+        assert server.ask(requests()) == undisturbed
 
 
 def hang(slot: int) -> Callable[[LocalServer], None]:

@@ -13,6 +13,7 @@ from sparseray.actors.state.memory import MemoryShard
 from sparseray.actors.state.staged_memory import StagedMemory
 from sparseray.kernels.dse.cpu import segment_sum_rows
 from sparseray.kernels.ops import ops_for
+from sparseray.kernels.settings import Kernels
 
 ROWS, PARTS, TOKENS, HEADS = 3000, 4, 30, 5
 KEYS = [(0, bucket) for bucket in range(4)]
@@ -106,6 +107,28 @@ def test_rows_are_a_shards_to_the_bit_over_steps_that_share_all_some_or_no_rows(
             # A checkpoint, a move, an evaluation between two steps.
             assert same(fast, slow)
     assert same(fast, slow) and fast.updates == slow.updates == 11
+
+
+@pytest.mark.parametrize(
+    ("row_dtype", "kernels"),
+    # The interpreter refuses the hash of the rounding, which overflows.
+    [("float32", "auto"), ("bfloat16", "auto"), ("float32", "triton")],
+)
+def test_gradients_that_come_by_message_have_the_bits_of_staged_ones(
+    row_dtype: str, kernels: Kernels
+) -> None:
+    """One slot stages its rows, several send their gradients: the number of slots changes no bit."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    one, several = (staged(row_dtype, device.type) for _ in range(2))
+    one.ops = several.ops = ops_for(kernels, device)
+    for step in range(1, 5):
+        parts = addresses_of({}, step)
+        staged_step(one, lambda of: addresses_of({}, of), step)
+        plain_step(several, parts, step)
+        assert several.is_reduced and one.is_reduced
+        assert torch.cat(one.norms_on_device()).tolist() == list(several.norms().values())
+        assert one.apply(lr=0.01, scale=0.5) == several.apply(lr=0.01, scale=0.5)
+        assert same(one, several)
 
 
 def test_readers_wait_for_what_was_committed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -165,8 +165,9 @@ class Roles:
 
     def _gather(self, message: Message[Gather]) -> None:
         """Read what a plan that is to come gives this slot, in a thread."""
-        body, job = message.body, self.job_from(message.body.job)
+        body = message.body
         self.mailbox.transport.reach(SCHEDULER, body.scheduler)
+        job = self.job_from(body.job)
         if self.holdings is None:
             self.holdings = job.holdings()
 

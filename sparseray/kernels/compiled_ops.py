@@ -27,7 +27,7 @@ from sparseray.kernels.moe.reference import NORMALIZE_EPS, scores_of_a_group, we
 from sparseray.kernels.nsa.cpu import compress, sparse_attention
 from sparseray.kernels.nsa.reference import Compression
 from sparseray.kernels.paged import History, KeyValues, Pages
-from sparseray.kernels.plain_ops import PlainOps
+from sparseray.kernels.paged_plain_ops import PagedPlainOps
 from sparseray.kernels.settings import NSASizes
 
 Array = NDArray[Any]
@@ -60,7 +60,7 @@ def _places(pages: Pages) -> tuple[Array, Array, Array]:
     return found
 
 
-class CompiledOps(PlainOps):
+class CompiledOps(PagedPlainOps):
     """See `Ops` for what each operation does."""
 
     chunks_keep_bits = True

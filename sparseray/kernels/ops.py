@@ -23,7 +23,7 @@ from sparseray.kernels.moe.expert_sum import HeldGradients
 from sparseray.kernels.nsa.reference import BranchKeys, Compression
 from sparseray.kernels.paged import History, KeyValues, Pages
 from sparseray.kernels.paged_ops import PagedOps
-from sparseray.kernels.plain_ops import PlainOps
+from sparseray.kernels.paged_plain_ops import PagedPlainOps
 from sparseray.kernels.row_ops import RowOps
 from sparseray.kernels.settings import Kernels, NSASizes
 
@@ -338,7 +338,7 @@ class Ops(PagedOps, HeldOps, RowOps, Protocol):
         ...
 
 
-REFERENCE: Ops = PlainOps()
+REFERENCE: Ops = PagedPlainOps()
 
 
 def ops_for(kernels: Kernels, device: torch.device) -> Ops:

@@ -19,7 +19,7 @@ from sparseray.kernels.nsa.decode import DecodeWorkspace, nsa_decode
 from sparseray.kernels.nsa.prefill import nsa_prefill, prefill_geometry
 from sparseray.kernels.nsa.reference import Compression
 from sparseray.kernels.paged import KeyValues, Pages, alike
-from sparseray.kernels.plain_ops import PlainOps
+from sparseray.kernels.paged_plain_ops import PagedPlainOps
 from sparseray.kernels.settings import NSASizes
 from sparseray.kernels.takes import check
 
@@ -34,7 +34,7 @@ def _new(rows: Tensor, places: tuple[int, int]) -> Tensor:
     return rows[: places[0] * places[1]].unflatten(0, places).contiguous()
 
 
-class PagedTritonOps(PlainOps):
+class PagedTritonOps(PagedPlainOps):
     """See `Ops` for what each operation does."""
 
     expands_latents = True

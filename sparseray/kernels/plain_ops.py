@@ -1,4 +1,4 @@
-"""`PlainOps`: the operations of `Ops` in plain PyTorch, which `REFERENCE` is and TritonOps falls back to.
+"""`PlainOps`: the operations of `Ops` in plain PyTorch but for those over pages (paged_plain_ops.py).
 
 What a sequence computes in serving has the same bits whatever else is in the call: products run on blocks of 32 to 128
 rows, which CPU libraries sum in one order; the rest is per row, without scalar remainders of vector loops; shapes as in ops.py.
@@ -6,15 +6,13 @@ rows, which CPU libraries sum in one order; the rest is per row, without scalar 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from sparseray.errors import ConfigError
-from sparseray.kernels import paged
 from sparseray.kernels.dense.reference import adamw_reference, squared_norms_reference
 from sparseray.kernels.dse.reference import Fusion, context_gate, ngram_hash, short_conv
 from sparseray.kernels.held_ops import PlainHeldOps
@@ -22,7 +20,6 @@ from sparseray.kernels.moe.expert_sum import expert_sum
 from sparseray.kernels.moe.reference import expert_rows, route, stable_topk
 from sparseray.kernels.nsa.masked import nsa_attention_masked
 from sparseray.kernels.nsa.reference import BranchKeys, Compression, compress_reference, select_reference
-from sparseray.kernels.paged import History, KeyValues, Pages
 from sparseray.kernels.row_ops import PlainRowOps
 from sparseray.kernels.settings import ROW_BLOCK, ROW_PADDING, NSASizes, padded
 
@@ -290,104 +287,3 @@ class PlainOps(PlainRowOps, PlainHeldOps):
         down_EHI: Tensor,
     ) -> Tensor:
         return expert_rows(x_UH, rows_R, asked, gate_up_E2IH, down_EHI)
-
-    def paged_memory_fusion(
-        self,
-        h_RH: Tensor,
-        key_value_RH: Tensor,
-        fusion: Fusion,
-        history: History,
-        pages: Pages,
-        starts_R: Tensor | None,
-    ) -> Tensor:
-        key_RH, value_RH = key_value_RH.chunk(2, dim=-1)
-        gated_RH = self.memory_gate(h_RH, key_RH, value_RH, fusion)
-        normed_RH = self.rms_norm(gated_RH, fusion.value_norm_C, fusion.conv_eps)
-        conv_RH = paged.convolve(self.memory_conv, normed_RH, fusion, history, pages, starts_R)
-        return F.silu(conv_RH) + gated_RH
-
-    def paged_write(self, pool: KeyValues, k_RGD: Tensor, v_RGV: Tensor, pages: Pages) -> None:
-        paged.write(pool, k_RGD, v_RGV, pages.places_R)
-
-    def paged_attend(self, q_RQD: Tensor, pool: KeyValues, pages: Pages) -> Tensor:
-        out = q_RQD.new_zeros(*q_RQD.shape[:2], pool[1].shape[-1])
-        for rows, _, context, table_W in paged.sequences(pages):
-            k, v = (paged.gather(cache, table_W, 0, context)[None] for cache in pool)
-            out[rows] = self.attend(q_RQD[rows][None], k, v)[0]
-        return out
-
-    def paged_latent_write(self, pool: Tensor, k_R1K: Tensor, pages: Pages) -> None:
-        pool.flatten(0, 1).index_copy_(0, pages.places_R.long(), k_R1K.to(pool.dtype))
-
-    def paged_latent_append(
-        self,
-        pool: Tensor,
-        x_RK: Tensor,
-        weight_C: Tensor,
-        eps: float,
-        angles: tuple[Tensor, Tensor],
-        pages: Pages,
-    ) -> None:
-        latent_RC, k_RP = x_RK.tensor_split([weight_C.shape[0]], -1)
-        turned_R1P = self.rotary_pairs(k_RP[:, None], 0, *angles)
-        rows_R1K = torch.cat([self.rms_norm(latent_RC, weight_C, eps)[:, None], turned_R1P], -1)
-        self.paged_latent_write(pool, rows_R1K, pages)
-
-    def paged_latent_attend(
-        self, q_RQC: Tensor, turned_RQP: Tensor, pool: Tensor, scale: float, pages: Pages
-    ) -> Tensor:
-        q_RQK, latent = torch.cat([q_RQC, turned_RQP], -1), q_RQC.shape[-1]
-        out = torch.zeros_like(q_RQC)
-        # `attend` divides by the root of the width.
-        q_RQK = q_RQK * (scale * math.sqrt(q_RQK.shape[-1]))
-        for rows, _, context, table_W in paged.sequences(pages):
-            k = paged.gather(pool, table_W, 0, context)[None]
-            out[rows] = self.attend(q_RQK[rows][None], k, k[..., :latent])[0]
-        return out
-
-    def paged_latents(self, pool: Tensor, pages: Pages) -> Iterator[tuple[slice, Tensor]]:
-        for rows, _, context, table_BW in paged.alike(pages):
-            yield rows, pool[table_BW].flatten(1, 2)[:, :context]
-
-    def paged_compress(
-        self,
-        raw: Tensor,
-        compressed: Tensor,
-        phi: Compression,
-        sizes: NSASizes,
-        pages: Pages,
-        angles: tuple[Tensor, Tensor] | None,
-    ) -> None:
-        for _, before, context, table_W in paged.sequences(pages):
-            first, last = paged.compressed_range(sizes, before, context)
-            if first < last:
-                x = paged.gather(raw, table_W, first * sizes.stride, context)
-                new = self.compress(x[None], phi, sizes)[0]
-                if angles is not None:
-                    at = slice(first * sizes.stride, (last - 1) * sizes.stride + 1, sizes.stride)
-                    new = self.rotary(new, angles[0][at], angles[1][at])
-                places = paged.compressed_places(table_W, first, last, compressed.shape[1])
-                compressed.flatten(0, 1).index_copy_(0, places, new)
-
-    def paged_nsa_attention(
-        self,
-        q_RQD: Tensor,
-        gates_RQ3: Tensor,
-        compressed: KeyValues,
-        selected: KeyValues,
-        window: KeyValues,
-        sizes: NSASizes,
-        pages: Pages,
-    ) -> Tensor:
-        out = q_RQD.new_zeros(*q_RQD.shape[:2], selected[1].shape[-1])
-        for rows, before, context, table_W in paged.sequences(pages):
-            start = max(0, before - sizes.window + 1)
-            cmp = [paged.gather(c, table_W, 0, sizes.num_compressed(context))[None] for c in compressed]
-            slc = [paged.gather(c, table_W, 0, context)[None] for c in selected]
-            win = [paged.gather(c, table_W, start, context)[None] for c in window]
-            keys = BranchKeys(
-                k_cmp=cmp[0], v_cmp=cmp[1], k_slc=slc[0], v_slc=slc[1], k_win=win[0], v_win=win[1]
-            )
-            q, gates = q_RQD[rows][None], gates_RQ3[rows][None]
-            out[rows] = self.nsa_attention(q, keys, gates, sizes, q_start=before, win_start=start)[0]
-        return out

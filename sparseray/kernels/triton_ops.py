@@ -1,6 +1,6 @@
 """`TRITON`: the operations of `Ops` by the kernels of dense/, nsa/, moe/ and dse/, in fp32, bf16 or fp16 on one device.
 
-Paged caches are in paged_triton_ops.py. A method that is in neither is the plain one of `PlainOps`, because no kernel of ours does it:
+Paged caches are in paged_triton_ops.py. A method that is in neither is the plain one of `PagedPlainOps`, because no kernel of ours does it:
 
 | operation | what runs | until |
 |---|---|---|
