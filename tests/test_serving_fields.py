@@ -241,10 +241,26 @@ def test_truncated_prompts_keep_their_last_tokens(service: Service) -> None:
         assert (cut["prompt_token_ids"], cut["token_ids"]) == (ids[-20:], whole["token_ids"])
     longest = service.choice(prompt=ids, truncate_prompt_tokens=-1, max_tokens=0, return_token_ids=True)
     assert longest["prompt_token_ids"] == ids[-MAX_MODEL_LEN:]
+    for asked, left in (
+        ({"max_tokens": 5}, 5),
+        ({}, 16),
+        ({"max_tokens": MAX_MODEL_LEN - 1}, MAX_MODEL_LEN - 1),
+    ):
+        body = {"prompt": ids * 9, "truncate_prompt_tokens": -1, "return_token_ids": True, "ignore_eos": True}
+        (fitting,) = service.post({**body, **asked}).json()["choices"]
+        assert fitting["prompt_token_ids"] == (ids * 9)[left - MAX_MODEL_LEN :]
+        assert len(fitting["token_ids"]) == left
     assert service.post({"prompt": ids * 2}).json()["error"]["code"] == "context_length_exceeded"
     messages = [{"role": "user", "content": text}]
     chat = service.post({"messages": messages, "truncate_prompt_tokens": 12, "max_tokens": 1}, CHAT).json()
     assert chat["usage"]["prompt_tokens"] == 12
+    body = {
+        "messages": [{"role": "user", "content": text * 9}],
+        "truncate_prompt_tokens": -1,
+        "ignore_eos": True,
+    }
+    usage = service.post(body, CHAT).json()["usage"]
+    assert (usage["prompt_tokens"], usage["completion_tokens"]) == (MAX_MODEL_LEN - 16, 16)
 
 
 def test_prompt_logprobs_are_given_by_token_id_with_their_ranks(service: Service) -> None:

@@ -163,7 +163,7 @@ def _answers(limits: ApiLimits) -> dict[str, Field]:
         "truncate_prompt_tokens": _integer(
             -1,
             limits.max_model_len,
-            "keep the last tokens of the prompt; -1 for as many as the context holds",
+            "keep the last tokens of the prompt; -1 for as many as fit beside the answer",
         ),
         "prompt_logprobs": _integer(0, limits.max_logprobs, "log probabilities of the prompt's tokens"),
         "logprobs": Field(

@@ -24,6 +24,9 @@ from sparseray.jobs.http.limits import ApiLimits
 from sparseray.jobs.http.prompts import PromptReader, check_text, too_long
 from sparseray.jobs.http.text_stream import Vocabulary
 
+DEFAULT_TOKENS = 16
+"""Of a completion that asks for no number, and what a prompt that is cut to fit leaves to a chat that asks for none."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ServedModel:
@@ -119,7 +122,7 @@ def _build(values: Values, model: str, is_chat: bool, served: ServedModel, reque
     ignore_eos = values.get("ignore_eos", False)
     stops = _texts(values, "stop", limits)
     tools, suffix = Tools(), _suffix(values, is_chat)
-    reader = PromptReader(vocabulary, limits, values.get("truncate_prompt_tokens"))
+    reader = _reader(values, served)
     if is_chat:
         tools = read_tools(values, limits, template_takes_tools=served.template.takes_tools)
         prompts = [encode_chat(values, tools, served, reader)]
@@ -132,10 +135,10 @@ def _build(values: Values, model: str, is_chat: bool, served: ServedModel, reque
     grammar = read_grammar(values, tools, served.grammars, limits)
     logprobs, echo = _logprobs(values, is_chat, limits), values.get("echo", False)
     stream, options = values.get("stream", False), _stream_options(values)
-    asked = values.get("prompt_logprobs")
-    if asked is not None and stream:
+    prompt_logprobs = values.get("prompt_logprobs")
+    if prompt_logprobs is not None and stream:
         raise ApiError(400, "prompt_logprobs is not available with stream", param="prompt_logprobs")
-    wanted = [top for top in (asked, logprobs if echo else None) if top is not None]
+    wanted = [top for top in (prompt_logprobs, logprobs if echo else None) if top is not None]
     # A grammar that is complete leaves nothing but the end of the document, so that always ends the text.
     ends = () if ignore_eos and not grammar else (vocabulary.eos_id,)
     common = _sampling(values, reader, served) | {
@@ -165,13 +168,20 @@ def _build(values: Values, model: str, is_chat: bool, served: ServedModel, reque
         keep_stop=values.get("include_stop_str_in_output", False),
         keep_specials=not values.get("skip_special_tokens", True),
         echo=echo,
-        prompt_logprobs=asked,
+        prompt_logprobs=prompt_logprobs,
         return_token_ids=values.get("return_token_ids", False),
         tools=tools,
         stream=stream,
         include_usage=stream and options[0],
         continuous_usage=stream and options[0] and options[1],
     )
+
+
+def _reader(values: Values, served: ServedModel) -> PromptReader:
+    asked = _asked_tokens(values)
+    num_answer = DEFAULT_TOKENS if asked is None else asked
+    truncate = values.get("truncate_prompt_tokens")
+    return PromptReader(served.vocabulary, served.limits, truncate, num_answer)
 
 
 def _suffix(values: Values, is_chat: bool) -> str:
@@ -315,15 +325,20 @@ def _logprobs(values: Values, is_chat: bool, limits: ApiLimits) -> int | None:
     return None if given is None else int(given)
 
 
+def _asked_tokens(values: Values) -> int | None:
+    found: int | None = values.get("max_completion_tokens", values.get("max_tokens"))
+    return found
+
+
 def _max_tokens(values: Values, is_chat: bool, num_prompt: int, limits: ApiLimits) -> int:
     """What is asked for, else 16 (completions) or the rest of the context (chat)."""
     room, where = limits.max_model_len - num_prompt, "messages" if is_chat else "prompt"
-    asked: int | None = values.get("max_completion_tokens", values.get("max_tokens"))
+    asked = _asked_tokens(values)
     if is_chat and asked == 0:
         raise ApiError(400, "max_tokens must be at least 1", param="max_tokens")
     if room < (0 if asked == 0 else 1) or (asked or 0) > room:
         raise too_long(limits, num_prompt, where, asked=asked)
-    found = asked if asked is not None else room if is_chat else min(16, room)
+    found = asked if asked is not None else room if is_chat else min(DEFAULT_TOKENS, room)
     if values.get("min_tokens", 0) > found:
         raise ApiError(400, f"min_tokens exceeds max_tokens={found}", param="min_tokens")
     return found

@@ -20,17 +20,25 @@ class PromptReader:
         vocabulary: of the model.
         limits: of the server.
         truncate: keep this many last tokens of each prompt, -1 for as many as fit; None to refuse longer ones.
+        num_answer: tokens that the answer needs beside what fits.
 
     Raises:
         ApiError: 400, nothing would be kept.
     """
 
-    def __init__(self, vocabulary: Vocabulary, limits: ApiLimits, truncate: int | None = None) -> None:
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        limits: ApiLimits,
+        truncate: int | None = None,
+        num_answer: int = 0,
+    ) -> None:
         if truncate == 0:
             message = "truncate_prompt_tokens must be -1, or at least 1"
             raise ApiError(400, message, param="truncate_prompt_tokens")
         self._vocabulary, self._limits = vocabulary, limits
-        self._truncate = limits.max_model_len if truncate == -1 else truncate
+        # An answer that leaves no room for any prompt is refused by its length.
+        self._truncate = max(1, limits.max_model_len - num_answer) if truncate == -1 else truncate
 
     def prompts(self, prompt: Any, suffix: str = "") -> list[tuple[int, ...]]:
         """Return the prompts of a completion: a text, ids, or a list of either.
