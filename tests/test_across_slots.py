@@ -168,6 +168,7 @@ def test_a_kill_at_any_moment_changes_no_bit_and_loses_no_step(
     assert "recovered" in found.events and "restored" not in found.events
 
 
+@pytest.mark.long
 def test_without_replicas_a_kill_goes_back_to_the_checkpoint_and_comes_to_the_same_bits(
     corpus: Path, one: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
