@@ -13,7 +13,7 @@ from benchmarks.serving_load import Answer, Seen, compare
 from benchmarks.serving_run import Server
 
 GCS_DOWN_S, AROUND_S = 10.0, 3.0
-CHANGE_EVERY_S = 3.0
+CHANGE_EVERY_S, RESTART_S = 3.0, 10.0
 
 
 def shards(bench: Bench) -> None:
@@ -66,13 +66,14 @@ def _change(server: Server, role: str, counts: Sequence[int]) -> None:
 
 
 def scheduler(bench: Bench) -> None:
-    """The scheduler is killed."""
+    """The scheduler is killed, and another one starts beside the streams."""
     with bench.server() as server:
-        plain = bench.undisturbed(server, bench.streams)
+        bench.undisturbed(server, bench.streams)
+        plain = bench.kept(server, RESTART_S)
         pid = server.ask("pid")
-        load = bench.load(server, {bench.streams * 2: lambda: os.kill(pid, signal.SIGKILL)})
-        seen = compare(load.ask(range(bench.streams)), bench.expected)
+        seen = bench.kept(server, RESTART_S, {bench.streams * 2: lambda: os.kill(pid, signal.SIGKILL)})
         bench.add("scheduler", f"SIGKILL, {bench.streams} streams", seen, plain, 0.1)
+        server.settle()
 
 
 def gcs(bench: Bench) -> None:

@@ -86,7 +86,7 @@ class Server:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,
+                process_group=0,
             )
         try:
             self.wait(lambda: "Ctrl-C stops" in self.log.read_text(), "its first word")

@@ -3,9 +3,11 @@
 Each side runs in a process of its own on the same GPU and real text, one after another: the command
 `python -m sparseray pretrain` (scheduler, journal, two-phase commit, metrics), the loop that one would write around
 our model without a platform (gpu_loop.py), and transformers' DeepseekV3ForCausalLM of the same shape
-(gpu_peers.py). Prints a table as Markdown:
+(gpu_peers.py). The row `memory` is the command alone: a model with memory tables in host memory, against the same one
+without. Prints a table as Markdown:
 
   PYTHONPATH=. python -m benchmarks.train_gpu --data data/stdlib --out benchmarks/results/train_gpu_GPU_DATE.md
+  PYTHONPATH=. python -m benchmarks.train_gpu --data data/stdlib --rows memory
 """
 
 import argparse
@@ -32,6 +34,9 @@ ROWS = {
     "1.24 B, NSA, 1 x 32768": ("1b_nsa", "1b_long"),
     "Moonlight's layers, depth 6, 8 x 4096": ("moonlight_6", "moonlight_6"),
 }
+
+MEMORY = "1.24 B, full attention, 8 x 4096, tables of 10 GB in host memory"
+WITHOUT, WITH = "1b_full", "1b_memory"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +135,10 @@ def _stop_at_once(process: "subprocess.Popen[bytes]") -> None:
         if process.poll() is None:
             process.send_signal(signal.SIGINT)
             time.sleep(1.0)
-    process.wait(60)
+    try:
+        process.wait(60)
+    except subprocess.TimeoutExpired:
+        process.kill()
 
 
 def teraflops(config: RunConfig, measured: Measured) -> float:
@@ -159,11 +167,35 @@ def table(title: str, config: RunConfig, sides: list[Measured]) -> str:
     return "\n".join([*lines, ""])
 
 
+def memory_row(data: Path, steps: int, warmup: int, extra: list[str]) -> str:
+    """Measure the command with and without memory layers, and render the row."""
+    sides = []
+    for config in (WITHOUT, WITH):
+        measured = product(config, data, steps, warmup, extra)
+        if measured is None:
+            return f"## {MEMORY}\n\n{config} failed\n"
+        print(f"{config}: {measured}", flush=True)
+        sides.append(measured)
+    lines = [
+        f"## {MEMORY}",
+        "",
+        "| `pretrain` | ms a step | tokens/s | over that without | peak GiB | last loss |",
+        "|---|---|---|---|---|---|",
+    ]
+    for config, m in zip((WITHOUT, WITH), sides):
+        ratio = m.tokens_per_second / sides[0].tokens_per_second
+        lines.append(
+            f"| {config} | {m.seconds * 1e3:.1f} | {m.tokens_per_second:,.0f} | {ratio:.3f} | {m.gib:.1f}"
+            f" | {m.loss:.3f} |"
+        )
+    return "\n".join([*lines, ""])
+
+
 def main() -> int:
     """Measure the chosen rows and sides in one run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--data", required=True, help="folder of `sparseray data prepare --vocab_size 32768`")
-    parser.add_argument("--rows", default=",".join(config for config, _ in ROWS.values()))
+    parser.add_argument("--rows", default=",".join([*(c for c, _ in ROWS.values()), "memory"]))
     parser.add_argument("--sides", default="transformers,loop,pretrain")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--warmup", type=int, default=5)
@@ -196,6 +228,9 @@ def main() -> int:
                 sides.append(measured)
                 print(f"{title}: {measured}", flush=True)
         parts.append(table(title, load_yaml(ROOT / "configs" / f"{config}.yaml"), sides))
+        print(parts[-1], flush=True)
+    if "memory" in options.rows.split(","):
+        parts.append(memory_row(data, options.steps, options.warmup, options.extra.split()))
         print(parts[-1], flush=True)
     if options.out:
         options.out.write_text("\n".join(parts))

@@ -15,8 +15,9 @@ prepare()
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Nothing may start a Ray of its own by the way: a process that is connected to one ends when that one is gone.
 os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
-# Tests leave nothing in the folder of the user who runs them.
-os.environ.setdefault("SPARSERAY_STATE_DIR", tempfile.mkdtemp(prefix="sparseray-state-"))
+# Tests leave nothing in the folder of the user who runs them, and this one ends with them; workers inherit it.
+OWN_STATE = "" if "SPARSERAY_STATE_DIR" in os.environ else tempfile.mkdtemp(prefix="sparseray-state-")
+os.environ.setdefault("SPARSERAY_STATE_DIR", OWN_STATE)
 
 WORDS = "rain river stone bread light house under winter green north seven learn sparse hold move".split()  # noqa: SIM905
 
@@ -49,6 +50,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("ray"):
             item.add_marker(pytest.mark.xdist_group("clusters"))
+
+
+def pytest_unconfigure() -> None:
+    """Remove the folder of the tests' state."""
+    if OWN_STATE:
+        shutil.rmtree(OWN_STATE, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

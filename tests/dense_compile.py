@@ -1,4 +1,4 @@
-"""Compile the dense, attention and expert kernels for compute capability 9.0 on a machine without a GPU.
+"""Compile the dense, attention, expert and peer kernels for compute capability 9.0 on a machine without a GPU.
 
 Run by a test in a process of its own, as Triton's interpreter replaces the compiler. The public functions are called
 with tensors of the CPU at the sizes of a model, and every launch compiles its kernel instead. Prints a line a launch:
@@ -21,8 +21,10 @@ from triton.compiler import ASTSource
 from triton.compiler import compile as compile_source
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from sparseray.kernels import peer
 from sparseray.kernels.attention import decode, paged_write
 from sparseray.kernels.dense import adamw, embedding, head_loss, rms_norm, rope, squared_norm, swiglu
+from sparseray.kernels.dse import fusion, row_update, rows
 from sparseray.kernels.moe import expert_map, ffn, router_logits
 from sparseray.kernels.nsa import compress_step, inverse
 
@@ -31,6 +33,8 @@ TYPES = {
     torch.bfloat16: "bf16",
     torch.int32: "i32",
     torch.int64: "i64",
+    torch.int16: "i16",
+    torch.float64: "fp64",
 }
 
 
@@ -42,7 +46,7 @@ def kind(arg: Any) -> str:
         return "*" + TYPES[arg.dtype]
     if arg is None or (isinstance(arg, int) and arg == 1):
         return "constexpr"
-    return "fp32" if isinstance(arg, float) else "i32"
+    return "fp32" if isinstance(arg, float) else "i64" if arg.bit_length() > 31 else "i32"
 
 
 def compile_launch(kernel: Any, grid: tuple[int, ...], *args: Any, **named: Any) -> None:
@@ -130,7 +134,7 @@ def pages() -> None:
 
 
 def routers() -> None:
-    for R, H, E in ((64, 1024, 64), (4096, 2048, 64), (4096, 7168, 256)):
+    for R, H, E in ((64, 1024, 64), (1, 7168, 256), (4096, 2048, 64), (4096, 7168, 256)):
         logits = router_logits.router_logits(
             bf16(R, H).requires_grad_(), torch.zeros(E, H, requires_grad=True)
         )
@@ -139,8 +143,8 @@ def routers() -> None:
 
 def selection() -> None:
     starts, table = torch.zeros(4097, dtype=torch.int64), torch.zeros(1, 9000, 6).int()
-    for rows in (512, 4096):
-        compile_launch(inverse.parts_kernel, (1,), starts, table, rows, 9000, 2048, BR=rows, num_warps=16)
+    for count in (512, 4096):
+        compile_launch(inverse.parts_kernel, (1,), starts, table, count, 9000, 2048, BR=count, num_warps=16)
 
 
 def experts() -> None:
@@ -154,8 +158,21 @@ def experts() -> None:
         ffn.project_rows(act, down, plan, config, config.down, transposed=True)
         dpre, weighted, _ = _activation_grad(x, pre, down, plan, config)
         ffn.project_rows(dpre, up, plan, config, config.input_grad, transposed=False)
-        for rows, out, first in ((dpre, up.float(), True), (weighted, down.float(), False)):
-            ffn.weight_grad(rows, x, plan, config, rows_first=first, out=out, accumulate=True)
+        for grads, out, first in ((dpre, up.float(), True), (weighted, down.float(), False)):
+            ffn.weight_grad(grads, x, plan, config, rows_first=first, out=out, accumulate=True)
+
+
+def peers() -> None:
+    flags, state = torch.zeros(4, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
+    order = torch.zeros(16, dtype=torch.int32)
+    for source, into, places in (
+        (bf16(16, 2048), bf16(32, 2048), order),
+        (torch.zeros(16), torch.zeros(32), order),
+    ):
+        peer.put_rows(source, into, places, state)
+        peer.put_rows(source, into, None, state)
+    peer.signal(flags, 2, 5 << 32, state)
+    peer.wait(flags, 0b101, 5 << 32, 6 << 32, state, order, 20.0)
 
 
 def _activation_grad(
@@ -164,6 +181,32 @@ def _activation_grad(
     plan.inverse_R.zero_()
     weights = torch.zeros(x.shape[0], plan.top_k)
     return ffn.activation_grad(x, pre, down, weights, plan, config)
+
+
+def memory() -> None:
+    """Staged rows of a table, and their fusion into the hidden state."""
+    U, first = 8, torch.arange(9)
+    for width, dtype in (
+        (16, torch.bfloat16),
+        (64, torch.bfloat16),
+        (80, torch.float32),
+        (512, torch.bfloat16),
+    ):
+        sums = rows.sum_segments(bf16(U, width), first[:-1], first)
+        row_update.range_norms(sums, first)
+        state = torch.zeros(U, width), torch.zeros(U), torch.zeros(U, dtype=torch.int64)
+        row_update.row_adam(
+            torch.zeros(U, width, dtype=dtype), *state, first[:-1], sums,
+            scale=1.0, lr=0.1, betas=(0.9, 0.95), eps=1e-8, seed=3,
+        )  # fmt: skip
+    for hidden in (1024, 2048):
+        h, (k, v) = bf16(2, 64, hidden), bf16(2, 64, 2 * hidden).chunk(2, -1)
+        norm = bf16(hidden)
+        constants = {"dilation": 3, "gate_eps": 1e-6, "conv_eps": 1e-5}
+        learnt = fusion._fusion(constants, (norm, norm, norm, bf16(hidden, 4)))
+        for segment in (None, torch.zeros(2, 64, dtype=torch.int32)):
+            out, gate, scale = fusion._forward(h, k, v, learnt, segment)
+            fusion._backward(out, h, k, v, learnt, (gate, scale, segment))
 
 
 def main() -> None:
@@ -180,7 +223,11 @@ def main() -> None:
         compress_step,
         ffn,
         expert_map,
+        peer,
         router_logits,
+        fusion,
+        row_update,
+        rows,
     )
     for module in modules:
         module.launch_kernel = compile_launch
@@ -190,6 +237,8 @@ def main() -> None:
     routers()
     selection()
     experts()
+    peers()
+    memory()
 
 
 if __name__ == "__main__":

@@ -162,16 +162,13 @@ class Checkpoint:
 KINDS: dict[str, type[DataSet] | type[Checkpoint]] = {"data": DataSet, "checkpoints": Checkpoint}
 
 
-def files(
-    kind: str, root: pathlib.Path, count: int, first: int = 0, is_late: Callable[[], bool] = lambda: False
-) -> tuple[Counter[str], list[str]]:
+def files(kind: str, root: pathlib.Path, count: int, first: int = 0) -> tuple[Counter[str], list[str]]:
     """Damage a folder in many ways, one after the other.
 
     Args:
         kind: one of `KINDS`.
         root: an empty folder to work in.
         count: of cases; first: the first one's number.
-        is_late: asked before each case; true ends it.
 
     Returns:
         How often each end came, and the faults with their numbers.
@@ -180,8 +177,6 @@ def files(
     ends: Counter[str] = Counter()
     faults: list[str] = []
     for number in range(first, first + count):
-        if is_late():
-            break
         rng = random.Random(number)
         restore = damage_folder(subject.folder, rng)
         try:

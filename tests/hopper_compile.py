@@ -53,6 +53,7 @@ def kind(name: str, tiles: dict[str, str]) -> str:
     pointers = {
         "p_meta": "*i64",
         "p_q": "*bf16",
+        "p_turned": "*bf16",
         "p_do": "*bf16",
         "p_o": "*bf16",
         "p_o2": "*bf16",

@@ -13,7 +13,7 @@ from typing import Any
 
 from local_cluster import Faults, FaultyTransport, Killed, LocalFleet
 
-from sparseray.actors.serving.text_request import GenerationRequest
+from sparseray.actors.serving.text_request import GenerationRequest, TokenLogprobs
 from sparseray.actors.wire.envelope import SCHEDULER
 from sparseray.actors.wire.mailbox import Mailbox
 from sparseray.jobs.http.ingress import Ingress
@@ -29,10 +29,11 @@ from sparseray.platform.serving import Served
 
 @dataclass
 class Heard:
-    """The answer to one request: token ids, how it ended, and the longest wait for a token."""
+    """The answer to one request: token ids and their log probabilities, how it ended, and the longest wait for a token."""
 
     tokens: list[int]
     finish: str | None
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
     gap_s: float = field(default=0.0, compare=False)
 
 
@@ -147,6 +148,7 @@ class LocalServer:
                 if event.token_id is not None:
                     assert event.index == len(heard.tokens), event
                     heard.tokens.append(event.token_id)
+                    heard.logprobs += [event.logprobs] if event.logprobs else []
                     now = time.monotonic()
                     heard.gap_s, last_s = max(heard.gap_s, now - last_s), now
                     count += 1

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import psutil
@@ -38,13 +38,24 @@ def resting(seconds: float) -> dict[str, str]:
 
 
 def start(
-    arguments: list[str], log: Path, unset: tuple[str, ...] = (), **changes: str
+    arguments: list[str],
+    log: Path,
+    unset: tuple[str, ...] = (),
+    inside: Sequence[str] = (),
+    **changes: str,
 ) -> subprocess.Popen[bytes]:
-    """Start `python -m sparseray ARGUMENTS` as a process group of its own, its output in `log`."""
+    """Start `python -m sparseray ARGUMENTS` as a process group of its own, its output in `log`.
+
+    Args:
+        arguments, log: of the command.
+        unset: variables that it shall not have.
+        inside: words of a command that starts it.
+        changes: variables that it shall have.
+    """
     env = {name: value for name, value in environment(**changes).items() if name not in unset}
     with log.open("ab") as file:
         return subprocess.Popen(
-            [sys.executable, "-m", "sparseray", *arguments],
+            [*inside, sys.executable, "-m", "sparseray", *arguments],
             cwd=ROOT,
             env=env,
             stdin=subprocess.DEVNULL,

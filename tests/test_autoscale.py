@@ -24,7 +24,7 @@ def counts(sim: Simulation) -> list[int]:
 @pytest.mark.parametrize("rate", [1.0, 4.0, 9.0, 14.0, 30.0])
 @pytest.mark.parametrize("seed", [1, 2])
 def test_a_steady_load_finds_its_engines_and_then_nothing_swings(rate: float, seed: int) -> None:
-    sim = Simulation(lambda t: rate, SERVE, seed=seed).run(500.0)
+    sim = Simulation(lambda t: rate, SERVE, seed=seed).run(400.0)
     # A queue from the start may have asked for more than the load takes: these go, and none comes back.
     assert all(after < before for at, before, after, _ in sim.changes if at > 60.0), sim.changes
     assert not [change for change in sim.changes if change[0] > 300.0], sim.changes
@@ -33,7 +33,7 @@ def test_a_steady_load_finds_its_engines_and_then_nothing_swings(rate: float, se
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_four_times_the_load_is_held_within_five_seconds_and_then_nothing_changes(seed: int) -> None:
-    sim = Simulation(lambda t: 4.0 if t < 60 else 16.0, SERVE, Service(standby=1), seed=seed).run(660.0)
+    sim = Simulation(lambda t: 4.0 if t < 60 else 16.0, SERVE, Service(standby=1), seed=seed).run(400.0)
     assert sim.held_since(60.0, share=0.02) <= 5.0, sim.changes
     assert not [change for change in sim.changes if change[0] > 75.0], sim.changes
     assert 60.0 < sim.changes[0][0] < 64.0

@@ -11,7 +11,7 @@ import torch
 from sparseray.errors import ConfigError
 from sparseray.model.config import MLAConfig
 from sparseray.platform.config import RunConfig, load_yaml
-from sparseray.platform.device import is_whole, resolve_device, resolve_serving_device
+from sparseray.platform.device import describe, is_whole, resolve_device, resolve_serving_device
 from sparseray.platform.gpu import Driver, Gpu
 from sparseray.platform.planning.device_memory import device_memory
 
@@ -55,10 +55,10 @@ def cured(config: RunConfig, message: str) -> RunConfig:
         ({}, NONE, "no NVIDIA driver"),
         ({}, Driver(cuda=(13, 0), gpus=()), "no GPU to this process"),
         ({}, Driver(cuda=(13, 0), gpus=(replace(H100, capability=(8, 0)),)), "compute capability 8.0"),
-        ({"train__logical_shards": 2, "cluster__attention_workers": 2}, GOOD, "cluster.attention_workers=2"),
-        ({"cluster__expert_shards": 2}, GOOD, "cluster.expert_shards=2"),
-        ({"cluster__replication": 2}, GOOD, "cluster.replication=2"),
-        ({"cluster__standby": 1}, GOOD, "cluster.standby=1"),
+        ({"train__logical_shards": 2, "cluster__attention_workers": 2}, GOOD, "2 slots and 0 on standby take a GPU each"),
+        ({"cluster__expert_shards": 2}, GOOD, "this machine shows 1"),
+        ({"cluster__expert_shards": 3, "cluster__standby": 1}, replace(GOOD, gpus=(H100, H100)), "this machine shows 2"),
+        ({"cluster__standby": 1}, GOOD, "1 slots and 1 on standby"),
         ({"cluster__colocated": False}, GOOD, "cluster.colocated=false"),
         ({"train__sequences_per_shard": 64}, GOOD, "takes about"),
         ({"train__sequences_per_shard": 1}, replace(GOOD, gpus=(replace(H100, num_bytes=16 << 30),)), "takes about"),
@@ -98,6 +98,17 @@ def test_auto_takes_a_gpu_where_there_is_one_and_the_roles_share_a_slot() -> Non
     assert is_whole(auto) and not is_whole(spread)
 
 
+def test_the_estimate_counts_the_rows_of_three_steps_where_a_memory_has_its_tables_on_the_host() -> None:
+    with_memory = load_yaml(CONFIGS / "1b_memory.yaml")
+    assert device_memory(config()).rows == 0
+    found = device_memory(with_memory).rows
+    addresses, per_row = 2 * 8 * 4096 * 8, 64 * 2 + 64 * 4 + 12
+    assert 3 * addresses * per_row < found < 4.5 * addresses * per_row
+    small = replace(with_memory.model.dse, rows_per_head=4096)
+    assert device_memory(change(with_memory, model__dse=small)).rows < 0.2 * found
+    assert "memory rows" in describe(device_memory(with_memory))
+
+
 def test_the_estimate_counts_what_settings_change() -> None:
     base = device_memory(config())
     count = base.weights // 6
@@ -110,6 +121,17 @@ def test_the_estimate_counts_what_settings_change() -> None:
     assert four.activations == base.activations // 4 and four.gradients == (2 + 4 * 2) * count
     fast = device_memory(config(train__logical_shards=4, determinism="fast"))
     assert fast.gradients == (2 + 4) * count
+
+
+def test_the_estimate_of_several_slots_counts_a_share_of_the_experts_and_what_they_exchange() -> None:
+    one = device_memory(config(train__logical_shards=2, determinism="fast"))
+    roles = {"cluster__attention_workers": 2, "cluster__expert_shards": 2}
+    two = device_memory(config(train__logical_shards=2, determinism="fast", **roles))
+    replicas = device_memory(
+        config(train__logical_shards=2, determinism="fast", cluster__replication=2, **roles)
+    )
+    assert one.exchange == 0 < two.exchange
+    assert replicas.weights == one.weights and 0.5 < two.weights / one.weights < 0.7
 
 
 def test_the_estimate_counts_what_latent_attention_keeps() -> None:

@@ -84,6 +84,8 @@ def cluster(run: Watched, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> It
         "RAY_gcs_storage": "rocksdb",
         "RAY_gcs_storage_path": str(tmp_path / "gcs"),
         "RAY_worker_niceness": "0",
+        # A node that is gone is known to be after 2.5 s, not 15; one that is only busy has 10 s for each answer.
+        "RAY_health_check_period_ms": "500",
     }.items():
         monkeypatch.setenv(name, value)
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "include_dashboard": False})
@@ -111,6 +113,10 @@ def test_a_node_the_head_and_the_driver_die(run: Watched, cluster: Any) -> None:
         lambda: any(e["kind"] == "recovered" for e in run.events()), "the recovery from the node's death"
     )
     run.settled()
+    # Else the head would come back with a node that it believes in, and start slots there.
+    import ray
+
+    wait_until(lambda: sum(node["Alive"] for node in ray.nodes()) == 2, "Ray's word of the node's death")
 
     head = cluster.head_node
     head.kill_gcs_server()
@@ -118,9 +124,9 @@ def test_a_node_the_head_and_the_driver_die(run: Watched, cluster: Any) -> None:
     wait_until(lambda: run.steps() >= before + 5, "steps without Ray's head", 30.0)
     head.start_gcs_server()
     # A new slot can be had again: the policy makes up for one that dies now.
-    status = run.settled()
+    status, recovered = run.settled(), count(run, "recovered")
     run.signal(slot_of(status, "memory")["pid"])
-    wait_until(lambda: count(run, "recovered") == 2, "the recovery from a slot's death")
+    wait_until(lambda: count(run, "recovered") > recovered, "the recovery from a slot's death")
     run.settled()
 
     assert run.process is not None

@@ -4,6 +4,7 @@ Slots are threads here (tests/local_server.py); tests/test_serving_cluster.py ha
 """
 
 import asyncio
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -17,11 +18,13 @@ from local_cluster import tiny_run, train
 from local_server import Heard, LocalServer
 from serving_parts import app_of
 
+from sparseray.actors.exchange.answers import Answers
 from sparseray.actors.serving.text_request import GenerationRequest
 from sparseray.errors import ConfigError
 from sparseray.jobs.http.server import HttpServer
 from sparseray.platform.composition import Run
 from sparseray.platform.config import ClusterConfig
+from sparseray.platform.fleet.job import SlotJob
 
 REQUESTS, LENGTH = 6, 20
 WIDE = {"attention_workers": 2, "expert_shards": 2, "memory_shards": 2, "replication": 2}
@@ -43,6 +46,7 @@ def requests() -> list[GenerationRequest]:
             max_tokens=LENGTH,
             seed=i,
             temperature=0.0 if i % 2 else 1.0,
+            logprobs=2 if i % 3 else None,
         )
         for i in range(REQUESTS)
     ]
@@ -57,6 +61,7 @@ def undisturbed(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> list
     with serve(tmp_path_factory.mktemp("plain") / "server", trained) as server:
         heard = server.ask(requests())
     assert all(len(h.tokens) == LENGTH and h.finish == "length" for h in heard)
+    assert [len(h.logprobs) for h in heard] == [0, LENGTH, LENGTH, 0, LENGTH, LENGTH]
     return heard
 
 
@@ -158,10 +163,49 @@ def test_engines_are_added_and_taken_away_while_they_answer(
 ) -> None:
     changes = {10: scale("attention", 3), 40: scale("attention", 1), 80: scale("attention", 2)}
     with serve(tmp_path / "server", trained) as server:
-        assert server.ask(requests(), at(changes)) == undisturbed
+        with slowed(engines_of(server), 0.05):
+            assert server.ask(requests(), at(changes)) == undisturbed
         assert server.events.count("resized") >= 2
         with pytest.raises(ConfigError, match="needs an engine"):
             server.run.reconciler.request("attention", 0)
+
+
+def test_no_request_waits_for_a_shard_that_is_slow_to_get_what_a_plan_gives_it(
+    trained: Path, undisturbed: list[Heard], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those who have it answer until then, whoever it is read or copied from."""
+
+    def slowly(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *arguments: (time.sleep(0.8), function(*arguments))[1]
+
+    with serve(tmp_path / "server", trained, standby=1) as server:
+        with slowed(engines_of(server), 0.08):
+            plain_s = max(h.gap_s for h in server.ask(requests()))
+        monkeypatch.setattr(SlotJob, "read", slowly(SlotJob.read))
+        monkeypatch.setattr(Answers, "_pull", slowly(Answers._pull))
+        for role, change in (("experts", "2+3+2"), ("memory", "2+3+3")):
+            resized = server.events.count("resized")
+            with slowed(engines_of(server), 0.08):
+                heard = server.ask(requests(), at({10: scale(role, 3)}))
+            assert heard == undisturbed
+            # It came while they were open.
+            assert server.events.count("resized") > resized and server.run.reconciler.sizes() == change
+            assert max(h.gap_s for h in heard) < plain_s + 0.5
+            server.fleet.start(1)
+
+
+def test_what_can_be_read_nowhere_comes_from_peers(
+    trained: Path, undisturbed: list[Heard], tmp_path: Path
+) -> None:
+    copy = tmp_path / trained.name
+    shutil.copytree(trained, copy)
+    with serve(tmp_path / "server", copy) as server:
+        for weights in copy.glob("*.safetensors"):
+            weights.unlink()
+        for role in ("experts", "memory", "attention"):
+            scale(role, 3)(server)
+        until(lambda: server.run.reconciler.sizes() == "3+3+3", 30.0)
+        assert server.ask(requests()) == undisturbed
 
 
 def hang(slot: int) -> Callable[[LocalServer], None]:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from local_cluster import tiny_run, train
-from processes import ROOT, environment, kill_all, of_mark, run, temporary_folder, wait_until
+from processes import ROOT, environment, kill_all, of_mark, resting, run, temporary_folder, wait_until
 
 from sparseray.errors import CheckpointError, ConfigError, UserError
 from sparseray.jobs import pretrain
@@ -191,7 +191,7 @@ def test_a_run_outlives_its_reader_keeps_its_folder_and_ends_with_its_terminal_b
         return path.read_text().count("\n") if path.exists() else 0
 
     with temporary_folder() as temporary:
-        changes = {"TMPDIR": str(temporary), "SPARSERAY_TEST": mark}
+        changes = {"TMPDIR": str(temporary), "SPARSERAY_TEST": mark, **resting(0.2)}
         process = subprocess.Popen(
             [sys.executable, "-m", "sparseray", *options], env=environment(**changes), cwd=ROOT,
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,

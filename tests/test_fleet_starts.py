@@ -1,7 +1,11 @@
 """How slots start: what a failure says, and what is loaded."""
 
+import os
 import subprocess
 import sys
+import threading
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +15,7 @@ from sparseray.actors.installation import JobSpec
 from sparseray.errors import ClusterError
 from sparseray.platform.config import ClusterConfig
 from sparseray.platform.fleet import pool, ray_fleet, slot_end
+from sparseray.platform.fleet.warming import first_alone
 
 TEXT = """The actor died because of an error raised in its creation task, ray::SlotActor.__init__() (pid=7, ip=127.0.0.1)
   File "sparseray/platform/fleet/slot_actor.py", line 20, in __init__
@@ -133,3 +138,55 @@ def test_who_only_asks_the_platform_does_not_load_what_trains() -> None:
     program = "import sys; import sparseray.platform.cluster; sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], env=environment(), check=False)
     assert done.returncode == 0
+
+
+def test_the_first_slot_warms_alone_and_those_that_wait_follow_side_by_side(tmp_path: Path) -> None:
+    path, ends, inside = tmp_path / "new" / "lock", threading.Event(), threading.Barrier(3)
+    first_is_in, order = threading.Event(), []
+
+    def first() -> None:
+        with first_alone(path):
+            first_is_in.set()
+            ends.wait(20.0)
+            order.append("first")
+
+    def later() -> None:
+        with first_alone(path):
+            order.append("later")
+            # Neither gets by unless both are in.
+            inside.wait(20.0)
+
+    threads = [threading.Thread(target=first)]
+    threads[0].start()
+    assert first_is_in.wait(20.0)
+    threads += [threading.Thread(target=later) for _ in range(2)]
+    for thread in threads[1:]:
+        thread.start()
+    time.sleep(0.2)
+    assert order == []
+    ends.set()
+    inside.wait(20.0)
+    for thread in threads:
+        thread.join(20.0)
+    assert order == ["first", "later", "later"]
+
+
+def test_nobody_waits_for_a_first_slot_that_is_killed_or_hangs_or_where_no_lock_can_be_had(
+    tmp_path: Path,
+) -> None:
+    program = (
+        "import pathlib, sys, time; from sparseray.platform.fleet.warming import first_alone\n"
+        "with first_alone(pathlib.Path(sys.argv[1])):\n    print('in', flush=True); time.sleep(100)"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "lock")]
+    process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE)
+    assert process.stdout is not None and process.stdout.readline() == b"in\n"
+    with first_alone(tmp_path / "lock", limit_s=0.1):
+        assert process.poll() is None
+    process.kill()
+    process.wait()
+    with first_alone(tmp_path / "lock", limit_s=1e6):
+        pass
+    for path in (Path("/proc/nowhere/lock"), Path(os.devnull)):
+        with first_alone(path, limit_s=1e6):
+            pass

@@ -72,6 +72,11 @@ def test_one_with_another_environment_than_the_libraries_were_loaded_in_loads_fo
     assert said.split()[0:3:2] == [str(os.getpid()), "False"] and process.returncode == 7
 
 
+def test_workers_are_in_the_commands_session_and_out_of_reach_of_its_ctrl_c(workers: ForkedWorkers) -> None:
+    pid = workers._process.pid
+    assert os.getsid(pid) == os.getsid(0) and os.getpgid(pid) == pid
+
+
 def test_rays_agent_takes_a_free_port_whatever_else_runs_on_the_machine(
     workers: ForkedWorkers, tmp_path: Path
 ) -> None:

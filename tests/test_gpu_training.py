@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,8 +35,16 @@ GPU_MODEL = replace(
 )
 
 
-def run_on(device: str, data: Path, *, steps: int = 8, dtype: str = "bfloat16", **keys: object) -> RunConfig:
-    config = tiny_run(data, steps=steps, colocated=True, device=device, deadline_s=60.0)
+def run_on(
+    device: str,
+    data: Path,
+    *,
+    steps: int = 8,
+    dtype: str = "bfloat16",
+    cluster: dict[str, Any] | None = None,
+    **keys: object,
+) -> RunConfig:
+    config = tiny_run(data, steps=steps, colocated=True, device=device, deadline_s=60.0, **(cluster or {}))
     trained = replace(config.train, dtype=dtype, seq_len=64, **keys)
     return replace(config, model=GPU_MODEL, train=trained)
 

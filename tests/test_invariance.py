@@ -26,9 +26,9 @@ from sparseray.model.transformer import Transformer, cross_entropy_sum
 from sparseray.platform.checks import check_cluster
 from sparseray.platform.opening import build_layout, training_inventory
 
-STEPS, SHORT = 30, 5
+STEPS, SHORT = 12, 3
 PLACEMENTS = list(itertools.product((1, 2, 4), (1, 2, 3), (1, 2), (1, 2)))
-# Every pair of values of two of the four numbers occurs here and runs all 30 steps; the rest stop after 8.
+# Every pair of values of two of the four numbers occurs here and runs all steps; the rest stop after a few.
 LONG = [
     (1, 2, 1, 2), (1, 3, 2, 1), (1, 1, 2, 2), (2, 1, 2, 1), (2, 2, 2, 2), (2, 3, 1, 2),
     (2, 2, 1, 1), (4, 1, 1, 2), (4, 2, 2, 1), (4, 3, 2, 2), (4, 3, 1, 1),

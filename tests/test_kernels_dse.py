@@ -277,21 +277,30 @@ def fusion_of(tensors: list[torch.Tensor]) -> reference.Fusion:
     return reference.Fusion(**dict(zip(names, tensors)), dilation=3, gate_eps=0.1, conv_eps=0.4)
 
 
+@pytest.mark.parametrize(("tokens", "channels", "taps"), [(11, 6, 4), (37, 5, 3)])
 @pytest.mark.parametrize("documents", [False, True])
-def test_fused_gate_and_convolution_equal_the_reference(documents: bool) -> None:
+def test_fused_gate_and_convolution_equal_the_reference(
+    documents: bool, tokens: int, channels: int, taps: int
+) -> None:
     torch.manual_seed(0)
-    shapes = [(2, 11, 6)] * 3 + [(6, 4), (6,), (6,), (6,)]
+    shapes = [(2, tokens, channels), (2, tokens, 2 * channels), (channels, taps)] + [(channels,)] * 3
     tensors = [torch.randn(*shape, device=DEVICE) for shape in shapes]
-    starts = torch.rand(2, 11, device=DEVICE) < 0.2 if documents else None
+    # A hidden state whose gate is in the flat part of the signed square root.
+    tensors[0][0, 3] = 0.0
+    starts = torch.rand(2, tokens, device=DEVICE) < 0.2 if documents else None
     plain, fused = ([t.clone().requires_grad_() for t in tensors] for _ in range(2))
-    want = reference.memory_output(*plain[:3], fusion_of(plain[3:]), document_starts_BT=starts)
-    got = fusion.memory_output(*fused[:3], fusion_of(fused[3:]), document_starts_BT=starts)
+
+    def inputs(of: list[torch.Tensor]) -> list[torch.Tensor]:
+        return [of[0], *of[1].chunk(2, dim=-1)]
+
+    want = reference.memory_output(*inputs(plain), fusion_of(plain[2:]), document_starts_BT=starts)
+    got = fusion.memory_output(*inputs(fused), fusion_of(fused[2:]), document_starts_BT=starts)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
     grad = torch.randn_like(want)
     want.backward(grad)
     got.backward(grad)
     for mine, theirs in zip(fused, plain):
-        torch.testing.assert_close(mine.grad, theirs.grad)
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.gpu

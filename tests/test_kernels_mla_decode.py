@@ -32,7 +32,10 @@ class Case:
     ) -> None:  # fmt: skip
         torch.manual_seed(0)
         per, self.latent = -(-max(1, *lens) // page), widths[0]
-        self.q = torch.randn(len(lens), query_len, heads, sum(widths)).to(DEVICE, dtype)
+        both = torch.randn(len(lens), query_len, heads, sum(widths)).to(DEVICE, dtype)
+        # Apart from one another, as a product by heads and a rotated projection leave them.
+        self.q = both[..., : widths[0]].flatten(0, 1).transpose(0, 1).contiguous().transpose(0, 1)
+        self.q, self.turned = self.q.unflatten(0, both.shape[:2]), both[..., widths[0] :]
         self.table = torch.randperm(len(lens) * per).int().view(len(lens), per).to(DEVICE)
         self.cache = torch.randn(len(lens) * per, page, 1, sum(widths), device=DEVICE).to(dtype)
         self.lens = torch.tensor(lens, dtype=torch.int32, device=DEVICE)
@@ -61,22 +64,22 @@ class Case:
             places_R=torch.zeros(batch * new),
             chunks=tuple(chunks),
         )
-        q = self.q.double().flatten(0, 1)
-        found = REFERENCE.paged_latent_attend(q, self.cache.double(), self.latent, self.scale, pages)
+        q, turned = (x.double().flatten(0, 1) for x in (self.q, self.turned))
+        found = REFERENCE.paged_latent_attend(q, turned, self.cache.double(), self.scale, pages)
         return found.unflatten(0, (batch, new))
 
     def workspace(self, rows: slice = slice(None), longest: int = 300) -> LatentDecodeWorkspace:
-        work = LatentDecodeWorkspace.create(self.q[rows], self.cache, latent=self.latent, max_context=longest)
+        work = LatentDecodeWorkspace.create(self.q[rows], self.cache, max_context=longest)
         for buffer in (work.part_max, work.part_sum, work.part_out):
             buffer.fill_(torch.nan)
         return work
 
     def run(self, rows: slice = slice(None), work: LatentDecodeWorkspace | None = None) -> Tensor:
-        q = self.q[rows].contiguous()
+        q, turned = self.q[rows], self.turned[rows]
         work = self.workspace(rows) if work is None else work
         out = torch.full((*q.shape[:3], self.latent), torch.nan, dtype=q.dtype, device=DEVICE)
         table, lens = self.table[rows].contiguous(), self.lens[rows].contiguous()
-        return latent_decode(q, self.cache, table, lens, work, out, scale=self.scale)
+        return latent_decode(q, turned, self.cache, table, lens, work, out, scale=self.scale)
 
 
 def error(found: Tensor, wanted: Tensor) -> float:
@@ -121,7 +124,7 @@ def test_bits_of_a_sequence_do_not_depend_on_its_company() -> None:
     for b in range(4):
         order = [*range(b, 4), *range(b)]
         other = Case([200, 33, 90, 7], 2, 4, (16, 16), 16)
-        other.q, other.table = case.q[order], case.table[order]
+        other.q, other.turned, other.table = case.q[order], case.turned[order], case.table[order]
         other.lens = torch.tensor([case.lens[b], 41, 2, 0], dtype=torch.int32, device=DEVICE)
         other.cache = case.cache.nan_to_num(1.0)
         assert torch.equal(other.run()[0], together[b])
@@ -162,7 +165,7 @@ class TestOnAGPU:
         case.cache.nan_to_num_(1.0)
         full, work = case.lens.clone(), case.workspace(longest=2048)
         out = torch.empty(2, 2, 16, 512, dtype=torch.bfloat16, device=DEVICE)
-        step = (case.q, case.cache, case.table, case.lens, work, out)
+        step = (case.q, case.turned, case.cache, case.table, case.lens, work, out)
         latent_decode(*step, scale=case.scale)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):

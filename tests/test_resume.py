@@ -78,6 +78,10 @@ class Runs:
 
         wait_until(there, what)
 
+    def newest(self) -> Path:
+        """The last checkpoint that is whole."""
+        return checkpoint.list_finished(self.run_dir / "checkpoints")[-1]
+
     def check(self, undisturbed: Trained) -> None:
         """Each step once, all losses and the last checkpoint as they must be, no trace of disturbances."""
         assert self.steps() == list(range(1, STEPS + 1))
@@ -101,43 +105,44 @@ def runs(tmp_path: Path, config: RunConfig) -> Iterator[Runs]:
         assert socket_folders(temporary) == []
 
 
-def test_killed_run_goes_on_with_other_actors_and_ends_with_the_same_bits(
+def test_a_run_that_is_killed_stopped_and_placed_anew_ends_with_the_same_bits(
     runs: Runs, undisturbed: Trained
 ) -> None:
-    first = runs.start(WIDE)
-    runs.reaches(EVERY + 4, first)
-    kill_all(first, runs.mark)
-    assert max(runs.steps()) < STEPS, "killed too late to show anything"
-    last = checkpoint.list_finished(runs.run_dir / "checkpoints")[-1].name
-    held = f"step_{int(last.removeprefix('step_')) + EVERY}"
-
-    # Resumed on other actors, and killed when the next checkpoint is all there but its name.
+    # Killed when its second checkpoint is all there but its name.
     path = f"{ROOT}:{ROOT / 'tests' / 'held_rename'}"
-    second = runs.start(OTHER, PYTHONPATH=path, SPARSERAY_TEST_HOLD=held)
-    runs.wait(second, (runs.run_dir / "checkpoints" / "held").exists, f"the rename to {held}")
-    kill_all(second, runs.mark)
-    assert (runs.run_dir / "checkpoints" / f"{held}.unfinished" / "manifest.json").exists()
-    assert checkpoint.list_finished(runs.run_dir / "checkpoints")[-1].name == last
+    first = runs.start(WIDE, PYTHONPATH=path, SPARSERAY_TEST_HOLD=f"step_{2 * EVERY}")
+    runs.wait(first, (runs.run_dir / "checkpoints" / "held").exists, "the rename of the second checkpoint")
+    kill_all(first, runs.mark)
+    assert (runs.run_dir / "checkpoints" / f"step_{2 * EVERY}.unfinished" / "manifest.json").exists()
+    whole = runs.newest()
+    assert whole.name == f"step_{EVERY}"
 
-    runs.finish(OTHER)
-    assert f"going on from {runs.run_dir / 'checkpoints' / last}" in runs.log.read_text()
+    # Resumed on other actors, and killed in the midst of a step.
+    second = runs.start(OTHER)
+    runs.reaches(2 * EVERY + 4, second)
+    kill_all(second, runs.mark)
+    assert f"going on from {whole}" in runs.log.read_text()
+    assert max(runs.steps()) < STEPS, "killed too late to show anything"
+
+    ctrl_c_leaves_a_checkpoint_and_two_end_at_once(runs, runs.newest())
+    runs.finish(ONE)
     runs.check(undisturbed)
 
 
-def test_ctrl_c_leaves_a_checkpoint_of_the_last_step_and_exit_code_130(
-    runs: Runs, undisturbed: Trained
-) -> None:
+def ctrl_c_leaves_a_checkpoint_and_two_end_at_once(runs: Runs, begin: Path) -> None:
+    """One Ctrl-C: the last step's checkpoint and exit code 130; two: no other checkpoint. Nothing runs on after either."""
+    before = runs.steps()[-1]
     process = runs.start(ONE)
-    runs.reaches(3, process)
+    runs.reaches(before + 3, process)
     interrupt(process)
     assert process.wait(60) == 130, runs.log.read_text()
+    assert f"going on from {begin}" in runs.log.read_text()
     stopped_at = runs.steps()[-1]
     assert stopped_at < STEPS
-    newest = checkpoint.list_finished(runs.run_dir / "checkpoints")[-1]
+    newest = runs.newest()
     assert newest.name == f"step_{stopped_at}"
     assert of_mark(runs.mark) == []
 
-    # Twice: it ends at once, without another checkpoint and with nothing left behind.
     again = runs.start(ONE)
     runs.wait(again, lambda: runs.steps()[-1] > stopped_at, "another step")
     interrupt(again)
@@ -145,7 +150,4 @@ def test_ctrl_c_leaves_a_checkpoint_of_the_last_step_and_exit_code_130(
     interrupt(again)
     assert again.wait(30) != 0, runs.log.read_text()
     wait_until(lambda: not of_mark(runs.mark), "the end of all processes", 20.0)
-
-    runs.finish(ONE)
     assert f"going on from {newest}" in runs.log.read_text()
-    runs.check(undisturbed)

@@ -16,13 +16,13 @@ from sparseray.actors.serving.paged_engine import Flight
 from sparseray.actors.serving.text_request import GenerationRequest, TokenEvent
 from sparseray.errors import ConfigError
 from sparseray.kernels.ops import REFERENCE
-from sparseray.kernels.plain_ops import PlainOps
+from sparseray.kernels.paged_plain_ops import PagedPlainOps
 from sparseray.model.config import DSEConfig, MLAConfig, MTPConfig
 
 PROMPT = tuple(range(20, 57))
 
 
-class ExpandingOps(PlainOps):
+class ExpandingOps(PagedPlainOps):
     """As the kernels do: prompts' chunks attend to keys and values that are made of the latents again."""
 
     expands_latents = True

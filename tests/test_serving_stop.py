@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import threading
@@ -56,7 +57,7 @@ def test_port_in_use_is_a_plain_error(service: Service) -> None:
 @pytest.mark.parametrize("when", ["at its announcement", "while it serves"])
 def test_a_signal_stops_the_server_cleanly_from_its_announcement_on(sent: int, when: str) -> None:
     server = HttpServer(app_of(_BreakingClient()))
-    before = signal.getsignal(sent)
+    before, seen = signal.getsignal(sent), list[int]()
 
     def stop() -> None:
         while when == "while it serves" and httpx.get(f"{server.url}/health").status_code != 200:
@@ -64,7 +65,10 @@ def test_a_signal_stops_the_server_cleanly_from_its_announcement_on(sent: int, w
         os.kill(os.getpid(), sent)
 
     if when == "at its announcement":
-        server.run(stop)
+        collected = gc.get_freeze_count()
+        server.run(lambda: (seen.append(gc.get_freeze_count()), stop())[1])
+        # No collection looks at what was loaded before, and afterwards each does again.
+        assert seen[0] > collected == gc.get_freeze_count()
     else:
         stopper = threading.Thread(target=stop)
         server.run(stopper.start)

@@ -2,6 +2,7 @@
 
 from sparseray.jobs.http.signs_of_life import PING_S, SILENT_S, STALL_S, SignsOfLife
 from sparseray.platform.planning.drains import ASK_S, Drains
+from sparseray.platform.planning.gathers import Gathers
 
 TICK_S = 0.1
 
@@ -64,3 +65,23 @@ def test_a_drain_is_over_once_all_have_finished_or_had_their_time() -> None:
     assert drains.is_over(11.0)
     # Whoever else is to leave gets all the time again.
     assert drains.begin({3}, 20.0) and not drains.is_over(20.0)
+
+
+def test_what_a_plan_gives_is_asked_for_until_it_was_read_or_took_too_long() -> None:
+    gathers, two = Gathers(), (("expert", 0, 1), ("expert", 0, 2))
+    gathers.begin({3: two, 4: two[:1], 5: ()}, 10.0)
+    assert gathers.due(10.0) == {3: two, 4: two[:1]} and gathers.due(10.2) == {}
+    gathers.told(3, two)
+    # Of another wish, and of nobody.
+    gathers.told(4, two)
+    gathers.told(9, two)
+    assert gathers.due(10.6) == {4: two[:1]} and not gathers.is_over(10.6)
+    # The same once more changes nothing; another wish begins anew.
+    gathers.begin({3: two, 4: two[:1]}, 11.0)
+    assert not gathers.is_over(69.0) and gathers.is_over(70.0)
+    gathers.told(4, two[:1])
+    assert gathers.is_over(12.0)
+    gathers.begin({4: two}, 12.0)
+    assert gathers.due(12.0) == {4: two} and not gathers.is_over(71.0)
+    gathers.begin({}, 13.0)
+    assert gathers.is_over(13.0)

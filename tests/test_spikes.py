@@ -17,7 +17,7 @@ from sparseray.platform.config import RunConfig, TrainConfig
 from sparseray.platform.planning.spikes import LEAST, Reading, find_spike
 from sparseray.platform.run import checkpoint
 
-STEPS = 26
+STEPS = 24
 WIDE = {"attention_workers": 2, "expert_shards": 2, "memory_shards": 2, "replication": 2, "standby": 1}
 BAD = {18: 1000.0, 21: math.nan, 22: math.inf}
 """Steps whose batch was planted, and the weight of its tokens."""
@@ -54,6 +54,7 @@ def test_at_the_beginning_only_what_is_not_finite_stands_out() -> None:
 def spiked(data: Path, reaction: str, *, every: int = 0, **cluster: Any) -> RunConfig:
     config = tiny_run(data, steps=STEPS, **cluster)
     found = {"spike": reaction, "spike_deviations": 30.0, "checkpoint_every": every}
+    found |= {"logical_shards": 2, "sequences_per_shard": 1}
     return replace(config, train=replace(config.train, **found))
 
 
@@ -121,7 +122,9 @@ def test_a_step_left_out_changes_no_weight_and_a_rollback_brings_old_ones(
     corpus: Path, tmp_path: Path, planted: dict[int, float]
 ) -> None:
     def digest_after(name: str, reaction: str, stop: int, every: int) -> str:
-        return train(tmp_path / name, spiked(corpus, reaction, every=every), stop_after=stop).digest
+        return train(
+            tmp_path / name, spiked(corpus, reaction, every=every, colocated=True), stop_after=stop
+        ).digest
 
     before, after = (digest_after(f"skip{stop}", "skip", stop, 0) for stop in (17, 18))
     assert before == after
@@ -134,7 +137,7 @@ def test_a_step_left_out_changes_no_weight_and_a_rollback_brings_old_ones(
 def test_the_checkpoint_that_a_rollback_needs_outlives_those_that_stops_leave(
     corpus: Path, tmp_path: Path, planted: dict[int, float]
 ) -> None:
-    config = spiked(corpus, "rollback", every=8)
+    config = spiked(corpus, "rollback", every=8, colocated=True)
     config = replace(config, train=replace(config.train, keep_checkpoints=1))
     straight = train(tmp_path / "straight", config)
     train(tmp_path / "stopped", config, stop_after=17)
@@ -145,8 +148,10 @@ def test_the_checkpoint_that_a_rollback_needs_outlives_those_that_stops_leave(
 def test_before_the_first_checkpoint_a_rollback_leaves_the_step_out(
     corpus: Path, tmp_path: Path, planted: dict[int, float]
 ) -> None:
-    skipped = train(tmp_path / "skip", spiked(corpus, "skip"), stop_after=20)
-    rolled = train(tmp_path / "rollback", spiked(corpus, "rollback", every=1000), stop_after=20)
+    skipped = train(tmp_path / "skip", spiked(corpus, "skip", colocated=True), stop_after=20)
+    rolled = train(
+        tmp_path / "rollback", spiked(corpus, "rollback", every=1000, colocated=True), stop_after=20
+    )
     assert rolled.curve == skipped.curve and rolled.digest == skipped.digest
 
 
@@ -157,8 +162,8 @@ def test_without_a_reaction_what_is_not_finite_ends_the_run_and_the_cure_goes_on
     with pytest.raises(
         UserError, match=r"the loss is nan at step 21.*--train.spike=skip leaves such steps out"
     ):
-        train(tmp_path / "run", spiked(corpus, "off", every=10))
-    cured = train(tmp_path / "run", spiked(corpus, "skip", every=10))
+        train(tmp_path / "run", spiked(corpus, "off", every=10, colocated=True))
+    cured = train(tmp_path / "run", spiked(corpus, "skip", every=10, colocated=True))
     assert cured.records[-1]["step"] == STEPS and left_out(cured) == [21, 22]
 
 

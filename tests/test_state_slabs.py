@@ -8,7 +8,7 @@ from sparseray.actors.state.dense import DenseState
 from sparseray.actors.state.dense_slab import DenseSlabs
 from sparseray.actors.state.experts import ExpertShard
 from sparseray.actors.state.gradient_sum import GradientSum
-from sparseray.actors.state.whole_experts import WholeExperts
+from sparseray.actors.state.slab_experts import SlabExperts
 from sparseray.kernels.ops import REFERENCE
 from sparseray.model.config import DSEConfig
 
@@ -32,8 +32,8 @@ def dense_slabs(dtype: torch.dtype = torch.float32, moments: torch.dtype = torch
     )
 
 
-def whole_experts(dtype: torch.dtype | None = None, moments: torch.dtype = torch.float32) -> WholeExperts:
-    found = WholeExperts(
+def whole_experts(dtype: torch.dtype | None = None, moments: torch.dtype = torch.float32) -> SlabExperts:
+    found = SlabExperts(
         CONFIG,
         seed=3,
         num_parts=1,

@@ -219,6 +219,7 @@ def test_too_few_free_cpus_on_an_external_ray_says_what_is_there(
 
 
 @pytest.mark.ray
+@pytest.mark.long  # Ray's own client tries for twenty seconds.
 def test_ray_that_refuses_the_token_says_how_to_give_it(head: Head, corpus: Path, tmp_path: Path) -> None:
     said = pretrain_on(head, tmp_path, corpus, RAY_AUTH_TOKEN="b" * 32)
     assert "RAY_AUTH_MODE=token" in said.splitlines()[-1]

@@ -1,13 +1,17 @@
 """A run in which one slot plays all roles in slabs, as on a GPU, here in bf16 on a CPU."""
 
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from local_cluster import LocalFleet, Trained, tiny_run, train
 
+from sparseray.platform.composition import Run
 from sparseray.platform.config import RunConfig
 from sparseray.platform.fleet.job import SlotJob
+from sparseray.platform.fleet.weights_port import read_offered
 from sparseray.platform.run import checkpoint
 from sparseray.platform.trainer import Trainer
 
@@ -34,7 +38,8 @@ def test_bfloat16_follows_fp32_and_comes_again_to_the_bit(corpus: Path, tmp_path
 
 
 def test_recomputed_layers_change_no_bit(corpus: Path, tmp_path: Path) -> None:
-    kept, again = (train(tmp_path / str(r), whole_run(corpus, steps=3, recompute=r)) for r in (False, True))
+    # The tenth step is one whose statistics are noted.
+    kept, again = (train(tmp_path / str(r), whole_run(corpus, steps=10, recompute=r)) for r in (False, True))
     assert kept.curve == again.curve and kept.digest == again.digest
 
 
@@ -97,3 +102,40 @@ def test_a_disk_that_is_full_in_the_background_costs_a_checkpoint_and_no_step(
     done = train(tmp_path / "run", config)
     assert len(done.records) == 6 and "unsaved" in done.events
     assert [path.name for path in checkpoint.list_finished(done.folder.checkpoints)][-1] == "step_6"
+
+
+def test_an_evaluation_between_steps_reads_the_rows_of_the_last_commit(corpus: Path, tmp_path: Path) -> None:
+    config = whole_run(corpus, steps=6, eval_every=2)
+    through = train(tmp_path / "through", config)
+    # Where it goes on, the tables are as a checkpoint has them, and nothing is staged.
+    ways = {step: train(tmp_path / "stopped", config, stop_after=step) for step in (1, 2, 3, 4, 6)}
+    assert [ways[step].evaluations[-1] for step in (2, 4, 6)] == through.evaluations
+    stopped = ways[6]
+    quiet = train(tmp_path / "quiet", whole_run(corpus, steps=6))
+    assert quiet.curve == through.curve == stopped.curve
+    assert quiet.digest == through.digest == stopped.digest
+
+
+def test_weights_that_are_copied_for_a_server_are_those_of_one_commit(corpus: Path, tmp_path: Path) -> None:
+    config = whole_run(corpus, steps=8, checkpoint_every=1, keep_checkpoints=100)
+    offered: dict[int, dict[str, torch.Tensor]] = {}
+
+    def look(step: int, run: Run, fleet: LocalFleet) -> None:
+        assert isinstance(run.driver, Trainer)
+        found = run.driver.offers.ask("server", 1)
+        if found is not None and found.step not in offered:
+            names = [f"dse.1.bucket.{bucket}" for bucket in range(config.model.dse.num_buckets)]
+            offered[found.step] = read_offered(found.source, names)
+            run.driver.offers.release("server")
+        time.sleep(0.1)
+
+    trained = train(tmp_path / "run", config, at_step=look)
+    # One that falls due while another is being written is left out.
+    saved = {
+        checkpoint.read_manifest(path)["step"]: path
+        for path in checkpoint.list_finished(trained.folder.checkpoints)
+    }
+    assert len(saved.keys() & offered.keys()) >= 2
+    for step in saved.keys() & offered.keys():
+        wanted = checkpoint.read_tensors(saved[step], list(offered[step]))
+        assert all(torch.equal(tensor, wanted[name]) for name, tensor in offered[step].items()), step

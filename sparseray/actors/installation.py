@@ -94,6 +94,36 @@ class InstallPlan(Body):
         return Restore(checkpoint=self.weights, everything=False)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Gather(Body):
+    """Read what a plan that is to come gives you, beside what you do; answered by Gathered.
+
+    Args:
+        pieces: that are not held yet.
+        job: what to build.
+        scheduler: address of the scheduler's inbox.
+        step: version of a server's weights.
+        weights: folder that they are read from.
+    """
+
+    is_of_any_generation: ClassVar[bool] = True
+
+    pieces: tuple[Piece, ...]
+    job: JobSpec
+    scheduler: str
+    step: int
+    weights: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gathered(Body):
+    """What was to be read is here, or cannot be read: the plan may come."""
+
+    is_of_any_generation: ClassVar[bool] = True
+
+    pieces: tuple[Piece, ...]
+
+
 class Reads(Protocol):
     """Reads tensors of a checkpoint by name."""
 

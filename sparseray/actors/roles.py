@@ -6,33 +6,30 @@ A change of plan: InstallPlan -> Pull* -> Installed; it may come at any moment a
 One request: Generate -> (FetchRows, ExpertForward)* -> Tokens, once for every engine step.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
 from sparseray.actors.engine_role import EngineRole
 from sparseray.actors.exchange.answers import Answers
-from sparseray.actors.exchange.by_message import Caller, MessageExchange
-from sparseray.actors.exchange.local import LocalExchange
-from sparseray.actors.exchange.on_device import OnDeviceExchange
+from sparseray.actors.exchange.by_message import Caller
 from sparseray.actors.exchange.patience import Patience
 from sparseray.actors.exchange.protocol import Exchange
 from sparseray.actors.exchange.reduction import Reduction
-from sparseray.actors.installation import InstallPlan, JobSpec, pull_missing, restore
+from sparseray.actors.gathering import Gathering
+from sparseray.actors.installation import Gather, Gathered, InstallPlan, JobSpec, pull_missing, restore
+from sparseray.actors.job import Job
 from sparseray.actors.observation import observe_worker
-from sparseray.actors.serving.enduring import EnduringExchange
-from sparseray.actors.serving.engine import Engine
+from sparseray.actors.peers.choice import exchange_of, is_in_step, lay_open
+from sparseray.actors.peers.peers import Peers
 from sparseray.actors.serving.messages import Retire, Stage, Staged
 from sparseray.actors.serving.staging import Edition, Staging
 from sparseray.actors.state.assignment import Plan
-from sparseray.actors.state.dense_slab import DenseSlabs
 from sparseray.actors.state.holdings import Holdings
-from sparseray.actors.state.pieces import DENSE, Piece
-from sparseray.actors.state.whole_experts import WholeExperts
+from sparseray.actors.state.slab_experts import SlabExperts
 from sparseray.actors.training.background_save import BackgroundSave
-from sparseray.actors.training.objective import BatchSource
 from sparseray.actors.training.worker import AttentionWorker
 from sparseray.actors.wire.envelope import INGRESS, SCHEDULER, Body, Message
 from sparseray.actors.wire.messages import (
@@ -54,67 +51,8 @@ from sparseray.actors.wire.messages import (
 from sparseray.actors.wire.slot_mailbox import SlotMailbox
 from sparseray.errors import OfferGoneError
 from sparseray.log import get_logger
-from sparseray.model.transformer import Transformer
 
 log = get_logger(__name__)
-
-
-class Job(Protocol):
-    """What a slot needs to know of its job; platform/fleet/job.py builds it from the run's configuration."""
-
-    deadline_s: float
-    is_serving: bool
-
-    def holdings(self) -> Holdings: ...
-    def engine(self, model: Transformer, exchange: Exchange | EnduringExchange) -> Engine | None:
-        """Make the engine; None for a job that does not serve.
-
-        Args:
-            model: dense weights.
-            exchange: of the plan in force, or one that outlives plans.
-        """
-        ...
-
-    def train_batches(self) -> BatchSource: ...
-    def validation_batches(self) -> BatchSource: ...
-    def read(self, directory: str, names: Sequence[str]) -> dict[str, Tensor]:
-        """Read tensors of a checkpoint.
-
-        Args:
-            directory: its folder.
-            names: logical names.
-        """
-        ...
-
-    def write(self, directory: str, name: str, tensors: dict[str, Tensor]) -> dict[str, SavedTensor]:
-        """Write one file of a checkpoint and say where each tensor is.
-
-        Args:
-            directory: its folder.
-            name: of the file, without its suffix.
-            tensors: by logical name.
-        """
-        ...
-
-    def offer(self, step: int, tensors: dict[str, Tensor]) -> str:
-        """Keep weights where servers can read them, instead of those before; returns where.
-
-        Args:
-            step: that they are of.
-            tensors: by logical name.
-        """
-        ...
-
-    def withdraw(self) -> None: ...
-    def observe(self, name: str, value: float, **labels: str) -> None:
-        """Record a metric of the slot.
-
-        Args:
-            name: in the registry.
-            value: in the metric's unit.
-            labels: of the metric.
-        """
-        ...
 
 
 class Roles:
@@ -143,9 +81,9 @@ class Roles:
         self.exchange: Exchange | None = None
         self.worker: AttentionWorker | None = None
         self.saving, self.offering = BackgroundSave(), BackgroundSave()
-        self.staging = Staging()
+        self.staging, self.gathering = Staging[Holdings](), Gathering()
         self.earlier: Edition | None = None
-        self.patience = Patience()
+        self.patience, self.peers = Patience(), Peers(mailbox.slot)
         self.engine_role = EngineRole(mailbox, enter, self.patience)
         self.control: dict[type[Body], Callable[[Message[Any]], None]] = {
             InstallPlan: self._install,
@@ -156,6 +94,7 @@ class Roles:
             Offer: self._offer,
             Withdraw: self._withdraw,
             Settled: self._settled,
+            Gather: self._gather,
             Stage: self._stage,
             Retire: self._retire,
             **self.engine_role.handlers,
@@ -188,7 +127,9 @@ class Roles:
         self.patience.deadline_s = self.job.deadline_s
         if not trains:
             self._turn_to(body)
-        self.answers = Answers(self.holdings, self.job.observe, with_optimizer=trains)
+        self.answers = Answers(
+            self.holdings, self.job.observe, with_optimizer=trains, lays_open=self.peers.handle
+        )
         call = Caller(self.mailbox, self.answers, self.serve, self.job.deadline_s)
         if body.restore is not None and body.restore.everything:
             self.holdings.clear()
@@ -197,6 +138,9 @@ class Roles:
             self.engine_role.drop()
             self.mailbox.post(SCHEDULER, Stale(), step=self.committed)
             return
+        if trains and is_in_step(plan, self.holdings, me):
+            lay_open(self.peers, plan, self.holdings, self.job.part_shape)
+        self.gathering.give(self.holdings, mine, body)
         pull_missing(self.holdings, mine, body, call, with_optimizer=trains)
         if body.source is not None:
             try:
@@ -218,6 +162,19 @@ class Roles:
     def _settled(self, message: Message[Settled]) -> None:
         assert self.holdings is not None
         self.holdings.trim()
+
+    def _gather(self, message: Message[Gather]) -> None:
+        """Read what a plan that is to come gives this slot, in a thread."""
+        body = message.body
+        self.mailbox.transport.reach(SCHEDULER, body.scheduler)
+        job = self.job_from(body.job)
+        if self.holdings is None:
+            self.holdings = job.holdings()
+
+        def tell(error: str) -> None:
+            self.mailbox.post(SCHEDULER, Gathered(pieces=body.pieces))
+
+        self.gathering.start(body, self.holdings, job.read, tell)
 
     # -- versions of a server's weights ----------------------------------------------------------
 
@@ -287,35 +244,34 @@ class Roles:
         assert self.holdings is not None
         me, held = self.mailbox.slot, self.holdings
         dense = held.dense if me in plan.dense else None
-        self.reduction = Reduction(self.mailbox, plan, dense, held.experts, held.memory)
-        if not plan.parts_of(me):
-            return
-        assert dense is not None
+        # What lies in slabs is summed by the exchange itself.
+        in_slabs = isinstance(held.experts, SlabExperts)
+        summed = (None, None) if in_slabs else (dense, held.experts)
+        self.reduction = Reduction(self.mailbox, plan, summed[0], summed[1], held.memory)
+        call.step = self.committed + 1
         self.exchange = self._exchange(plan, held, call)
-        self.worker = AttentionWorker(dense, self.exchange)
+        if plan.parts_of(me):
+            assert dense is not None and self.exchange is not None
+            self.worker = AttentionWorker(dense, self.exchange)
 
-    def _exchange(self, plan: Plan, held: Holdings, call: Caller) -> Exchange:
+    def _exchange(self, plan: Plan, held: Holdings, call: Caller) -> Exchange | None:
         """How this slot reaches experts and rows of what it holds."""
-        me, experts, memory = self.mailbox.slot, held.experts, held.memory
         assert self.reduction is not None
-        if isinstance(held.dense, DenseSlabs) and isinstance(experts, WholeExperts):
-            return OnDeviceExchange(held.dense, experts, held, self.mailbox)
-        if plan.holders == {me}:
-            return LocalExchange(held, self.reduction, me, self.job.observe)
-        return MessageExchange(
+        return exchange_of(
             plan,
+            held,
             call,
             self.reduction,
-            moe_layers=experts.config.moe_layers,
-            memory_layers=() if memory is None else memory.layers,
-            bounds=() if memory is None else memory.bounds,
+            peers=self.peers,
+            part_shape=self.job.part_shape,
+            observe=self.job.observe,
             patience=self.patience if self.job.is_serving else None,
         )
 
     # -- training ------------------------------------------------------------------------------
 
     def _run_step(self, message: Message[RunStep]) -> None:
-        assert self.worker is not None and self.plan is not None
+        assert self.exchange is not None and self.plan is not None
         me, step = self.mailbox.slot, message.step
         if (saved := self.saving.take()) is not None:
             self.mailbox.post(SCHEDULER, saved[1], step=saved[0])
@@ -323,6 +279,10 @@ class Roles:
         def report(part: int, done: PartDone) -> None:
             self.mailbox.post(SCHEDULER, done, step=step, part=part)
 
+        self.exchange.expect(list(enumerate(self.plan.part_owners)), trains=True)
+        if self.worker is None:
+            self.exchange.accompany(step)
+            return
         self.worker.run_step(step, self.plan.parts_of(me), self.job.train_batches(), report)
         observe_worker(self.job.observe, self.worker)
 
@@ -348,18 +308,24 @@ class Roles:
             self.job.observe("dse_table_bytes", self.holdings.memory.num_bytes)
 
     def _evaluate(self, message: Message[Evaluate]) -> None:
-        assert self.worker is not None
+        assert self.exchange is not None
+        self.exchange.expect(message.body.batches, trains=False)
         mine = [index for index, owner in message.body.batches if owner == self.mailbox.slot]
-        found = self.worker.evaluate(message.step, mine, self.job.validation_batches())
+        found = {}
+        if self.worker is not None:
+            found = self.worker.evaluate(message.step, mine, self.job.validation_batches())
+        self.exchange.accompany(message.step)
         self.mailbox.post(SCHEDULER, Evaluated(losses=found), step=message.step)
 
     def _checkpoint(self, message: Message[SaveCheckpoint]) -> None:
         """Write what is primary here into the checkpoint's folder and report the hashes, now or when that is done."""
         assert self.plan is not None and self.holdings is not None
-        me, directory, plan, pieces = self.mailbox.slot, message.body.directory, self.plan, self._primary()
+        me, directory, plan = self.mailbox.slot, message.body.directory, self.plan
         # The generation keeps a slot that was given up and comes back from writing over another's file.
         files = {
-            f"{file}_{me}_{plan.generation}": self.holdings.tensors(of) for file, of in pieces.items() if of
+            f"{file}_{me}_{plan.generation}": self.holdings.tensors(of)
+            for file, of in plan.primary_of(me).items()
+            if of
         }
         write = partial(self.job.write, directory)
         if message.body.in_background:
@@ -369,23 +335,13 @@ class Roles:
         entries = {name: entry for file, found in files.items() for name, entry in write(file, found).items()}
         self.mailbox.post(SCHEDULER, Saved(tensors=entries), step=message.step)
 
-    def _primary(self) -> dict[str, list[Piece]]:
-        """The pieces that are primary here, by the kind of file that they are saved in."""
-        assert self.plan is not None
-        me, plan = self.mailbox.slot, self.plan
-        return {
-            "dense": [DENSE] if plan.dense[0] == me else [],
-            "experts": [("expert", *k) for k in plan.experts_of(me) if plan.experts[k[0]][k[1]][0] == me],
-            "memory": [("bucket", *k) for k in plan.buckets_of(me) if plan.buckets[k[0]][k[1]][0] == me],
-        }
-
     # -- for servers that follow the run -------------------------------------------------------
 
     def _offer(self, message: Message[Offer]) -> None:
         """Copy the weights that are primary here beside the next step, and say where they can be read."""
-        assert self.holdings is not None
+        assert self.holdings is not None and self.plan is not None
         job, step = self.job, self.committed
-        pieces = [piece for of in self._primary().values() for piece in of]
+        pieces = [piece for of in self.plan.primary_of(self.mailbox.slot).values() for piece in of]
 
         def keep(_: str, tensors: dict[str, Tensor]) -> dict[str, SavedTensor]:
             self.mailbox.post(SCHEDULER, Offered(step=step, address=job.offer(step, tensors)), step=step)

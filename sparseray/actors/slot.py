@@ -13,8 +13,9 @@ from collections import deque
 from collections.abc import Callable
 
 from sparseray.actors.exchange.answers import Answers
-from sparseray.actors.installation import InstallPlan, JobSpec
-from sparseray.actors.roles import Job, Roles
+from sparseray.actors.installation import Gather, InstallPlan, JobSpec
+from sparseray.actors.job import Job
+from sparseray.actors.roles import Roles
 from sparseray.actors.serving.messages import Cancel, Drain, Generate
 from sparseray.actors.wire.envelope import SCHEDULER, Body, Message
 from sparseray.actors.wire.messages import Commit, ExpertForward, Failed, FetchRows, Silent
@@ -25,7 +26,7 @@ from sparseray.log import get_logger
 log = get_logger(__name__)
 
 IDLE_S = 0.5
-_UNORDERED = (InstallPlan, Generate, Cancel, Drain)
+_UNORDERED = (InstallPlan, Gather, Generate, Cancel, Drain)
 _OF_ANY_VERSION = (ExpertForward, FetchRows)
 
 

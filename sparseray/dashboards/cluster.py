@@ -16,6 +16,12 @@ _WHO = (
         queries=one(f"max by (run, role) ({series('elastic_slots')})", "{{run}} {{role}}"),
     ),
     Panel(
+        title="Slots lent",
+        meaning="Slots that a training run does without while they serve (`cluster.lend`). They come back when the load has fallen.",
+        unit="none",
+        queries=one(f"max by (run) ({series('elastic_lent_slots')})"),
+    ),
+    Panel(
         title="Replicas, wanted and there",
         meaning="When actual is below target, the next loss may cost a restart from a checkpoint.",
         unit="none",

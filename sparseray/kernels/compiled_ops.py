@@ -27,7 +27,7 @@ from sparseray.kernels.moe.reference import NORMALIZE_EPS, scores_of_a_group, we
 from sparseray.kernels.nsa.cpu import compress, sparse_attention
 from sparseray.kernels.nsa.reference import Compression
 from sparseray.kernels.paged import History, KeyValues, Pages
-from sparseray.kernels.plain_ops import PlainOps
+from sparseray.kernels.paged_plain_ops import PagedPlainOps
 from sparseray.kernels.settings import NSASizes
 
 Array = NDArray[Any]
@@ -60,7 +60,7 @@ def _places(pages: Pages) -> tuple[Array, Array, Array]:
     return found
 
 
-class CompiledOps(PlainOps):
+class CompiledOps(PagedPlainOps):
     """See `Ops` for what each operation does."""
 
     chunks_keep_bits = True
@@ -235,9 +235,10 @@ class CompiledOps(PlainOps):
         write_rows(rows, rows, pages.places_R.numpy(), cache, cache)
 
     def paged_latent_attend(
-        self, q_RQK: Tensor, pool: Tensor, latent: int, scale: float, pages: Pages
+        self, q_RQC: Tensor, turned_RQP: Tensor, pool: Tensor, scale: float, pages: Pages
     ) -> Tensor:
-        out, cache = torch.empty(*q_RQK.shape[:2], latent), pool.numpy()
+        q_RQK, latent = torch.cat([q_RQC, turned_RQP], -1), q_RQC.shape[-1]
+        out, cache = torch.empty(q_RQC.shape), pool.numpy()
         attend = full_attention(q_RQK.shape[-1], latent)
         attend(_array(q_RQK), cache, cache, *_places(pages), scale, out.numpy())
         return out

@@ -1,4 +1,4 @@
-"""`HeldOps`: the operations of `Ops` on the experts of a layer that one of several devices holds.
+"""`HeldOps`: the operations of `Ops` on the experts of a layer that one of several devices holds; and their plain form.
 
 A slot gives its tokens to all that hold experts; each computes the rows of those that it holds, and gives them back
 unweighted. `group_held`, `held_forward` and `combine_slots` together have the bits of `experts`, wherever experts are.
@@ -14,7 +14,9 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from sparseray.kernels.moe import expert_sum as sums
 from sparseray.kernels.moe.expert_sum import HeldGradients
+from sparseray.kernels.moe.reference import group_by_expert
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,3 +82,34 @@ class HeldOps(Protocol):
     def combine_slots(self, rows_TKH: Tensor, weights_TK: Tensor | None) -> Tensor:
         """Sum over k, in k order, of the rows, times their weights where there are any, [T, H]."""
         ...
+
+
+class PlainHeldOps:
+    """See `HeldOps`."""
+
+    def group_held(self, places_TK: Tensor, num_held: int, like: Tensor) -> HeldRows:
+        order_R, counts_E = group_by_expert(places_TK.long(), num_held + 1)
+        return HeldRows(order_R=order_R, counts_E=counts_E, plan=places_TK.shape[1])
+
+    def held_forward(
+        self, x_TH: Tensor, rows: HeldRows, counts: Sequence[int], gate_up_E2IH: Tensor, down_EHI: Tensor
+    ) -> tuple[Tensor, Any]:
+        order_R = rows.order_R[: sum(counts)]
+        return sums.held_forward(x_TH, order_R, counts, rows.plan, gate_up_E2IH, down_EHI)
+
+    def held_backward(
+        self,
+        dout_TH: Tensor,
+        weights_TK: Tensor,
+        rows: HeldRows,
+        counts: Sequence[int],
+        saved: Any,
+        gate_up_E2IH: Tensor,
+        down_EHI: Tensor,
+    ) -> HeldGradients:
+        order_R = rows.order_R[: sum(counts)]
+        slabs = gate_up_E2IH, down_EHI
+        return sums.held_backward(dout_TH, weights_TK, order_R, counts, saved, *slabs)
+
+    def combine_slots(self, rows_TKH: Tensor, weights_TK: Tensor | None) -> Tensor:
+        return sums.combine_slots(rows_TKH, weights_TK)

@@ -2,7 +2,7 @@
 
 `REFERENCE` is plain PyTorch and runs anywhere; on a CPU a row's bits do not depend on the other rows of a call.
 The compiled instance (compiled_ops.py) serves on a CPU, the Triton instance (triton_ops.py) runs the kernels of nsa/,
-moe/ and dse/. `ops_for` chooses by the key `kernels` of a run's configuration and the device.
+moe/ and dse/. Those of paged caches are in paged_ops.py, those of staged table rows in row_ops.py. `ops_for` chooses by the key `kernels` of a run's configuration and the device.
 
 Shapes: R rows, T tokens, B sequences, S keys, C compressed tokens, Q query heads, G key/value heads, D and V head
 sizes, H hidden, E experts, K experts per token, I inner width, N table rows per token, L history.
@@ -23,7 +23,8 @@ from sparseray.kernels.moe.expert_sum import HeldGradients
 from sparseray.kernels.nsa.reference import BranchKeys, Compression
 from sparseray.kernels.paged import History, KeyValues, Pages
 from sparseray.kernels.paged_ops import PagedOps
-from sparseray.kernels.plain_ops import PlainOps
+from sparseray.kernels.paged_plain_ops import PagedPlainOps
+from sparseray.kernels.row_ops import RowOps
 from sparseray.kernels.settings import Kernels, NSASizes
 
 __all__ = [
@@ -41,7 +42,7 @@ __all__ = [
 ]
 
 
-class Ops(PagedOps, HeldOps, Protocol):
+class Ops(PagedOps, HeldOps, RowOps, Protocol):
     """The operations of a model; each is differentiable in every floating-point tensor it takes.
 
     Attributes:
@@ -87,6 +88,18 @@ class Ops(PagedOps, HeldOps, Protocol):
         Args:
             x: [..., tokens, heads, D].
             cos, sin: fp32 [tokens, D / 2] at the tokens' positions.
+        """
+        ...
+
+    def rotary_pairs(self, x_RQD: Tensor, start: int, cos_RP: Tensor, sin_RP: Tensor) -> Tensor:
+        """Rotary position encoding of each head's channels from `start` on, of which 2i is paired with 2i + 1.
+
+        In what order they come out is the operations' own affair, and the same for queries and keys: it changes no score.
+
+        Args:
+            x_RQD: heads.
+            start: first channel that turns.
+            cos_RP, sin_RP: fp32, of each row's position and pair.
         """
         ...
 
@@ -325,7 +338,7 @@ class Ops(PagedOps, HeldOps, Protocol):
         ...
 
 
-REFERENCE: Ops = PlainOps()
+REFERENCE: Ops = PagedPlainOps()
 
 
 def ops_for(kernels: Kernels, device: torch.device) -> Ops:

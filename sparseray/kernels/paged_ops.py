@@ -50,19 +50,33 @@ class PagedOps(Protocol):
         """
         ...
 
-    def paged_latent_write(self, pool: Tensor, k_R1K: Tensor, pages: Pages) -> None:
-        """Put the rows' latents and rotated keys into their pages, [pages, P, 1, K]."""
+    def paged_latent_append(
+        self,
+        pool: Tensor,
+        x_RK: Tensor,
+        weight_C: Tensor,
+        eps: float,
+        angles: tuple[Tensor, Tensor],
+        pages: Pages,
+    ) -> None:
+        """Norm the rows' latents, rotate their keys as `rotary_pairs` does, and put both into their pages.
+
+        Args:
+            pool: [pages, P, 1, K].
+            x_RK: latents with the keys behind them, as projected.
+            weight_C, eps: of the latents' root-mean-square norm.
+            angles: fp32 cosines and sines of each row's position and pair.
+        """
         ...
 
     def paged_latent_attend(
-        self, q_RQK: Tensor, pool: Tensor, latent: int, scale: float, pages: Pages
+        self, q_RQC: Tensor, turned_RQP: Tensor, pool: Tensor, scale: float, pages: Pages
     ) -> Tensor:
-        """`paged_attend` of all heads to one key, whose first channels are its value, [R, Q, latent].
+        """`paged_attend` of all heads to one key, whose first C channels are its value, [R, Q, C].
 
         Args:
-            q_RQK: queries, as wide as the keys.
+            q_RQC, turned_RQP: queries of a key's two parts.
             pool: [pages, P, 1, K], with those of the rows themselves.
-            latent: channels of a value.
             scale: of the scores.
 
         Source: arXiv 2405.04434 section 2.1.2, the absorbed form.

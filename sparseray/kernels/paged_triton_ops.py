@@ -13,13 +13,13 @@ from torch.nn.attention.bias import causal_lower_right
 
 from sparseray.kernels.attention.decode import PagedDecodeWorkspace, paged_decode
 from sparseray.kernels.attention.latent_decode import LatentDecodeWorkspace, latent_decode
-from sparseray.kernels.attention.paged_write import paged_write
+from sparseray.kernels.attention.paged_write import latent_append, paged_write
 from sparseray.kernels.nsa.compress_step import compress_step
 from sparseray.kernels.nsa.decode import DecodeWorkspace, nsa_decode
 from sparseray.kernels.nsa.prefill import nsa_prefill, prefill_geometry
 from sparseray.kernels.nsa.reference import Compression
 from sparseray.kernels.paged import KeyValues, Pages, alike
-from sparseray.kernels.plain_ops import PlainOps
+from sparseray.kernels.paged_plain_ops import PagedPlainOps
 from sparseray.kernels.settings import NSASizes
 from sparseray.kernels.takes import check
 
@@ -34,7 +34,7 @@ def _new(rows: Tensor, places: tuple[int, int]) -> Tensor:
     return rows[: places[0] * places[1]].unflatten(0, places).contiguous()
 
 
-class PagedTritonOps(PlainOps):
+class PagedTritonOps(PagedPlainOps):
     """See `Ops` for what each operation does."""
 
     expands_latents = True
@@ -66,26 +66,34 @@ class PagedTritonOps(PlainOps):
             out[rows] = self.attend(q_RQD[rows].unflatten(0, (count, -1)), k, v).flatten(0, 1)
         return out
 
-    def paged_latent_write(self, pool: Tensor, k_R1K: Tensor, pages: Pages) -> None:
-        check("the paged cache of latents", k_R1K, pool)
-        # Keys and values are the same: what is written twice is equal.
-        paged_write(k_R1K, k_R1K, pages.places_R, pool, pool)
+    def paged_latent_append(
+        self,
+        pool: Tensor,
+        x_RK: Tensor,
+        weight_C: Tensor,
+        eps: float,
+        angles: tuple[Tensor, Tensor],
+        pages: Pages,
+    ) -> None:
+        check("the paged cache of latents", x_RK, pool)
+        latent_append(x_RK, weight_C, eps, *angles, pages.places_R, pool)
 
     def paged_latent_attend(
-        self, q_RQK: Tensor, pool: Tensor, latent: int, scale: float, pages: Pages
+        self, q_RQC: Tensor, turned_RQP: Tensor, pool: Tensor, scale: float, pages: Pages
     ) -> Tensor:
         if pages.chunks is not None:
-            return super().paged_latent_attend(q_RQK, pool, latent, scale, pages)
-        check("latent attention over pages", q_RQK, pool)
+            return super().paged_latent_attend(q_RQC, turned_RQP, pool, scale, pages)
+        check("latent attention over pages", q_RQC, turned_RQP, pool)
         places = _places(pages)
-        q, out = _new(q_RQK, places), q_RQK.new_empty(*q_RQK.shape[:2], latent)
+        q, turned = (x[: places[0] * places[1]].unflatten(0, places) for x in (q_RQC, turned_RQP))
         workspace = pages.scratch.get("latent")
         if workspace is None:
             longest = pages.table_BW.shape[1] * pages.page
-            workspace = LatentDecodeWorkspace.create(q, pool, latent=latent, max_context=longest)
+            workspace = LatentDecodeWorkspace.create(q, pool, max_context=longest)
             pages.scratch["latent"] = workspace
+        out = q_RQC.new_empty(q_RQC.shape)
         at = (pages.table_BW, pages.context_lens_B)
-        latent_decode(q, pool, *at, workspace, _new(out, places), scale=scale)
+        latent_decode(q, turned, pool, *at, workspace, _new(out, places), scale=scale)
         return out
 
     def paged_compress(
@@ -198,7 +206,11 @@ class PagedTritonOps(PlainOps):
         )
 
     def attend(self, q_BTQD: Tensor, k_BSGD: Tensor, v_BSGV: Tensor) -> Tensor:
-        T, S = q_BTQD.shape[1], k_BSGD.shape[1]
+        T, S, narrow = q_BTQD.shape[1], k_BSGD.shape[1], v_BSGV.shape[-1]
+        if q_BTQD.is_cuda and narrow < q_BTQD.shape[-1]:
+            # FlashAttention takes heads of one size; others would sum their gradients in any order, or keep all scores.
+            wide_BSGD = F.pad(v_BSGV, (0, q_BTQD.shape[-1] - narrow))
+            return self.attend(q_BTQD, k_BSGD, wide_BSGD)[..., :narrow]
         if not 1 < T < S or not q_BTQD.is_cuda or torch.is_grad_enabled():
             return super().attend(q_BTQD, k_BSGD, v_BSGV)
         # A chunk after earlier keys: this mask is known to the fused attention and is not built.

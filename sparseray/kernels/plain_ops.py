@@ -1,4 +1,4 @@
-"""`PlainOps`: the operations of `Ops` in plain PyTorch, which `REFERENCE` is and TritonOps falls back to.
+"""`PlainOps`: the operations of `Ops` in plain PyTorch but for those over pages (paged_plain_ops.py).
 
 What a sequence computes in serving has the same bits whatever else is in the call: products run on blocks of 32 to 128
 rows, which CPU libraries sum in one order; the rest is per row, without scalar remainders of vector loops; shapes as in ops.py.
@@ -6,28 +6,25 @@ rows, which CPU libraries sum in one order; the rest is per row, without scalar 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from sparseray.errors import ConfigError
-from sparseray.kernels import paged
 from sparseray.kernels.dense.reference import adamw_reference, squared_norms_reference
 from sparseray.kernels.dse.reference import Fusion, context_gate, ngram_hash, short_conv
-from sparseray.kernels.held_ops import HeldRows
-from sparseray.kernels.moe import expert_sum as sums
-from sparseray.kernels.moe.reference import expert_rows, group_by_expert, route, stable_topk
+from sparseray.kernels.held_ops import PlainHeldOps
+from sparseray.kernels.moe.expert_sum import expert_sum
+from sparseray.kernels.moe.reference import expert_rows, route, stable_topk
 from sparseray.kernels.nsa.masked import nsa_attention_masked
 from sparseray.kernels.nsa.reference import BranchKeys, Compression, compress_reference, select_reference
-from sparseray.kernels.paged import History, KeyValues, Pages
+from sparseray.kernels.row_ops import PlainRowOps
 from sparseray.kernels.settings import ROW_BLOCK, ROW_PADDING, NSASizes, padded
 
 
-class PlainOps:
+class PlainOps(PlainRowOps, PlainHeldOps):
     """See `Ops` for what each operation does."""
 
     chunks_keep_bits = False
@@ -59,6 +56,11 @@ class PlainOps:
         first, second = x.float().chunk(2, dim=-1)
         cos, sin = cos[:, None, :], sin[:, None, :]
         return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+
+    def rotary_pairs(self, x_RQD: Tensor, start: int, cos_RP: Tensor, sin_RP: Tensor) -> Tensor:
+        # Channels 0, 2, 4, ... before 1, 3, 5, ...
+        halves = x_RQD[..., start:].unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+        return torch.cat([x_RQD[..., :start], self.rotary(halves, cos_RP, sin_RP)], -1)
 
     def rotary_split(
         self,
@@ -158,34 +160,7 @@ class PlainOps:
         gate_up_E2IH: Tensor,
         down_EHI: Tensor,
     ) -> Tensor:
-        return sums.expert_sum(x_TH, topk_ids_TK, topk_weights_TK, gate_up_E2IH, down_EHI)
-
-    def group_held(self, places_TK: Tensor, num_held: int, like: Tensor) -> HeldRows:
-        order_R, counts_E = group_by_expert(places_TK.long(), num_held + 1)
-        return HeldRows(order_R=order_R, counts_E=counts_E, plan=places_TK.shape[1])
-
-    def held_forward(
-        self, x_TH: Tensor, rows: HeldRows, counts: Sequence[int], gate_up_E2IH: Tensor, down_EHI: Tensor
-    ) -> tuple[Tensor, Any]:
-        order_R = rows.order_R[: sum(counts)]
-        return sums.held_forward(x_TH, order_R, counts, rows.plan, gate_up_E2IH, down_EHI)
-
-    def held_backward(
-        self,
-        dout_TH: Tensor,
-        weights_TK: Tensor,
-        rows: HeldRows,
-        counts: Sequence[int],
-        saved: Any,
-        gate_up_E2IH: Tensor,
-        down_EHI: Tensor,
-    ) -> sums.HeldGradients:
-        order_R = rows.order_R[: sum(counts)]
-        slabs = gate_up_E2IH, down_EHI
-        return sums.held_backward(dout_TH, weights_TK, order_R, counts, saved, *slabs)
-
-    def combine_slots(self, rows_TKH: Tensor, weights_TK: Tensor | None) -> Tensor:
-        return sums.combine_slots(rows_TKH, weights_TK)
+        return expert_sum(x_TH, topk_ids_TK, topk_weights_TK, gate_up_E2IH, down_EHI)
 
     def ngram_rows(
         self,
@@ -312,89 +287,3 @@ class PlainOps:
         down_EHI: Tensor,
     ) -> Tensor:
         return expert_rows(x_UH, rows_R, asked, gate_up_E2IH, down_EHI)
-
-    def paged_memory_fusion(
-        self,
-        h_RH: Tensor,
-        key_value_RH: Tensor,
-        fusion: Fusion,
-        history: History,
-        pages: Pages,
-        starts_R: Tensor | None,
-    ) -> Tensor:
-        key_RH, value_RH = key_value_RH.chunk(2, dim=-1)
-        gated_RH = self.memory_gate(h_RH, key_RH, value_RH, fusion)
-        normed_RH = self.rms_norm(gated_RH, fusion.value_norm_C, fusion.conv_eps)
-        conv_RH = paged.convolve(self.memory_conv, normed_RH, fusion, history, pages, starts_R)
-        return F.silu(conv_RH) + gated_RH
-
-    def paged_write(self, pool: KeyValues, k_RGD: Tensor, v_RGV: Tensor, pages: Pages) -> None:
-        paged.write(pool, k_RGD, v_RGV, pages.places_R)
-
-    def paged_attend(self, q_RQD: Tensor, pool: KeyValues, pages: Pages) -> Tensor:
-        out = q_RQD.new_zeros(*q_RQD.shape[:2], pool[1].shape[-1])
-        for rows, _, context, table_W in paged.sequences(pages):
-            k, v = (paged.gather(cache, table_W, 0, context)[None] for cache in pool)
-            out[rows] = self.attend(q_RQD[rows][None], k, v)[0]
-        return out
-
-    def paged_latent_write(self, pool: Tensor, k_R1K: Tensor, pages: Pages) -> None:
-        pool.flatten(0, 1).index_copy_(0, pages.places_R.long(), k_R1K.to(pool.dtype))
-
-    def paged_latent_attend(
-        self, q_RQK: Tensor, pool: Tensor, latent: int, scale: float, pages: Pages
-    ) -> Tensor:
-        out = q_RQK.new_zeros(*q_RQK.shape[:2], latent)
-        # `attend` divides by the root of the width.
-        q_RQK = q_RQK * (scale * math.sqrt(q_RQK.shape[-1]))
-        for rows, _, context, table_W in paged.sequences(pages):
-            k = paged.gather(pool, table_W, 0, context)[None]
-            out[rows] = self.attend(q_RQK[rows][None], k, k[..., :latent])[0]
-        return out
-
-    def paged_latents(self, pool: Tensor, pages: Pages) -> Iterator[tuple[slice, Tensor]]:
-        for rows, _, context, table_BW in paged.alike(pages):
-            yield rows, pool[table_BW].flatten(1, 2)[:, :context]
-
-    def paged_compress(
-        self,
-        raw: Tensor,
-        compressed: Tensor,
-        phi: Compression,
-        sizes: NSASizes,
-        pages: Pages,
-        angles: tuple[Tensor, Tensor] | None,
-    ) -> None:
-        for _, before, context, table_W in paged.sequences(pages):
-            first, last = paged.compressed_range(sizes, before, context)
-            if first < last:
-                x = paged.gather(raw, table_W, first * sizes.stride, context)
-                new = self.compress(x[None], phi, sizes)[0]
-                if angles is not None:
-                    at = slice(first * sizes.stride, (last - 1) * sizes.stride + 1, sizes.stride)
-                    new = self.rotary(new, angles[0][at], angles[1][at])
-                places = paged.compressed_places(table_W, first, last, compressed.shape[1])
-                compressed.flatten(0, 1).index_copy_(0, places, new)
-
-    def paged_nsa_attention(
-        self,
-        q_RQD: Tensor,
-        gates_RQ3: Tensor,
-        compressed: KeyValues,
-        selected: KeyValues,
-        window: KeyValues,
-        sizes: NSASizes,
-        pages: Pages,
-    ) -> Tensor:
-        out = q_RQD.new_zeros(*q_RQD.shape[:2], selected[1].shape[-1])
-        for rows, before, context, table_W in paged.sequences(pages):
-            start = max(0, before - sizes.window + 1)
-            cmp = [paged.gather(c, table_W, 0, sizes.num_compressed(context))[None] for c in compressed]
-            slc = [paged.gather(c, table_W, 0, context)[None] for c in selected]
-            win = [paged.gather(c, table_W, start, context)[None] for c in window]
-            keys = BranchKeys(
-                k_cmp=cmp[0], v_cmp=cmp[1], k_slc=slc[0], v_slc=slc[1], k_win=win[0], v_win=win[1]
-            )
-            q, gates = q_RQD[rows][None], gates_RQ3[rows][None]
-            out[rows] = self.nsa_attention(q, keys, gates, sizes, q_start=before, win_start=start)[0]
-        return out

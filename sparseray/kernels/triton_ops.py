@@ -1,11 +1,11 @@
 """`TRITON`: the operations of `Ops` by the kernels of dense/, nsa/, moe/ and dse/, in fp32, bf16 or fp16 on one device.
 
-Paged caches are in paged_triton_ops.py. A method that is in neither is the plain one of `PlainOps`, because no kernel of ours does it:
+Paged caches are in paged_triton_ops.py. A method that is in neither is the plain one of `PagedPlainOps`, because no kernel of ours does it:
 
 | operation | what runs | until |
 |---|---|---|
 | linear, linear_by_head, logits | cuBLAS, with the row's bits as they come | |
-| attend | torch's fused attention | |
+| attend | torch's fused attention; values narrower than keys are padded | |
 | rotary_split where head sizes differ | torch | |
 | memory_gate, memory_conv | torch: the fused kernel takes whole sequences, these are a chunk's pieces in serving | |
 | memory_fusion's backward, ngram_rows of orders with gaps | torch | |
@@ -34,6 +34,7 @@ from sparseray.kernels.dense.swiglu import swiglu
 from sparseray.kernels.dse import fusion as dse_fusion
 from sparseray.kernels.dse import rows as dse_rows
 from sparseray.kernels.dse.reference import Fusion
+from sparseray.kernels.dse.row_update import range_norms, row_adam
 from sparseray.kernels.held_ops import HeldRows
 from sparseray.kernels.moe import held
 from sparseray.kernels.moe.decode import moe_ffn_decode
@@ -109,6 +110,11 @@ class TritonOps(PagedTritonOps):
         # Leading axes share the tokens' angles.
         positions_R = _numbers(cos.shape[0], x.device).repeat(rows.shape[0] // max(1, cos.shape[0]))
         return rope(rows, positions_R, cos, sin, heads=(x.shape[-2], 0, 0))[0].view(x.shape)
+
+    def rotary_pairs(self, x_RQD: Tensor, start: int, cos_RP: Tensor, sin_RP: Tensor) -> Tensor:
+        rows, heads = x_RQD.shape[:2]
+        at = _numbers(rows, x_RQD.device)
+        return rope(x_RQD, at, cos_RP, sin_RP, heads=(heads, 0, 0), start=start, is_interleaved=True)[0]
 
     def rotary_split(
         self,
@@ -305,6 +311,31 @@ class TritonOps(PagedTritonOps):
         h, key, value = (x.unflatten(0, shape) for x in (h_RH, key_RH, value_RH))
         out_BTH = dse_fusion.memory_output(h, key, value, fusion, document_starts_BT=starts_BT)
         return out_BTH.flatten(0, 1)
+
+    def row_sums(self, grads_ND: Tensor, order_N: Tensor, first_U1: Tensor) -> Tensor:
+        return dse_rows.sum_segments(grads_ND, order_N, first_U1)
+
+    def range_norms(self, x_UD: Tensor, first_B1: Tensor) -> Tensor:
+        return range_norms(x_UD, first_B1)
+
+    def row_adam(
+        self,
+        weight_UD: Tensor,
+        m_UD: Tensor,
+        v_U: Tensor,
+        t_U: Tensor,
+        ids_U: Tensor,
+        sums_UD: Tensor,
+        *,
+        scale: float,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        seed: int,
+    ) -> None:
+        row_adam(
+            weight_UD, m_UD, v_U, t_U, ids_U, sums_UD, scale=scale, lr=lr, betas=betas, eps=eps, seed=seed
+        )
 
     def squared_norms(self, tensors: Sequence[Tensor], rows: Sequence[int]) -> Tensor:
         return squared_norms(tensors, rows)

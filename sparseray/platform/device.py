@@ -1,7 +1,8 @@
 """On what device a run computes, and whether it can: said in one sentence before anything is started.
 
-`cluster.device: cuda` is one slot with one GPU that plays all roles; tensors stay there and no message is made.
-The same way of working on a CPU is what `train.dtype: bfloat16` asks for without a GPU.
+`cluster.device: cuda` is slots with a GPU each that share all roles: of one, tensors stay there and no message is made;
+several of one host exchange through each other's memory. The same way of working on a CPU is what `train.dtype:
+bfloat16` asks for without a GPU.
 """
 
 from dataclasses import replace
@@ -9,14 +10,14 @@ from dataclasses import replace
 from sparseray.errors import ConfigError
 from sparseray.platform.config import ClusterConfig, RunConfig
 from sparseray.platform.gpu import Driver, driver
-from sparseray.platform.planning.device_memory import DeviceMemory, device_memory
+from sparseray.platform.planning.device_memory import DeviceMemory, device_memory, num_devices
 
 CAPABILITY = (9, 0)
 GIB = 1 << 30
 
 
 def is_whole(config: RunConfig) -> bool:
-    """Whether one slot holds and computes everything in slabs on its device."""
+    """Whether slots compute in slabs on their devices, and in step where they are several."""
     return config.cluster.device == "cuda" or config.train.dtype == "bfloat16"
 
 
@@ -32,7 +33,7 @@ def resolve_device(config: RunConfig, found: Driver | None = None) -> RunConfig:
     """
     config, found = _resolved(config, found)
     if is_whole(config):
-        _check_whole(config)
+        _check_in_step(config)
     else:
         _check_by_message(config)
     if config.cluster.device == "cuda":
@@ -73,8 +74,8 @@ def _resolved(config: RunConfig, found: Driver | None) -> tuple[RunConfig, Drive
     if device != "cpu":
         found = driver() if found is None else found
         if device == "auto":
-            suits = any(gpu.capability >= CAPABILITY for gpu in found.gpus)
-            device = "cuda" if suits and _surplus(config.cluster) is None else "cpu"
+            suits = sum(gpu.capability >= CAPABILITY for gpu in found.gpus)
+            device = "cuda" if config.cluster.colocated and suits >= num_devices(config) else "cpu"
     return replace(config, cluster=replace(config.cluster, device=device)), found
 
 
@@ -92,11 +93,22 @@ def _check_whole(config: RunConfig) -> None:
     surplus = _surplus(config.cluster)
     if surplus is not None:
         cause = "cluster.device=cuda" if config.cluster.device == "cuda" else "train.dtype=bfloat16"
-        raise ConfigError(f"{surplus[0]} does not fit {cause}, where one slot plays all roles; {surplus[1]}")
+        raise ConfigError(
+            f"{surplus[0]} does not fit {cause} in serving, where one slot plays all roles; {surplus[1]}"
+        )
+
+
+def _check_in_step(config: RunConfig) -> None:
+    cluster = config.cluster
+    cause = "cluster.device=cuda" if cluster.device == "cuda" else "train.dtype=bfloat16"
+    if not cluster.colocated:
+        raise ConfigError(
+            f"cluster.colocated=false does not fit {cause}, where slots share all roles; set cluster.colocated=true"
+        )
 
 
 def _check_by_message(config: RunConfig) -> None:
-    needs = "needs one slot that plays all roles (cluster.device=cuda, or train.dtype=bfloat16)"
+    needs = "needs slots that share all roles (cluster.device=cuda, or train.dtype=bfloat16)"
     if config.optim.moments != "float32":
         raise ConfigError(f"optim.moments={config.optim.moments} {needs}; set optim.moments=float32")
     if config.train.recompute:
@@ -118,7 +130,25 @@ def _check_gpu(config: RunConfig, found: Driver) -> None:
             f"{what}: {gpu.name} has compute capability {_dotted(gpu.capability)} and the kernels need"
             f" {_dotted(CAPABILITY)}; set cluster.device=cpu, or kernels=reference"
         )
+    _check_number(config, len(found.gpus))
     _check_torch(what, found)
+
+
+def _check_number(config: RunConfig, gpus: int) -> None:
+    """See that there is a GPU for each slot; those of other machines are counted by Ray."""
+    cluster, slots = config.cluster, num_devices(config)
+    if cluster.address or slots + cluster.standby <= gpus:
+        return
+    wanted = {
+        role: min(getattr(cluster, role), gpus)
+        for role in ("attention_workers", "expert_shards", "memory_shards")
+    }
+    wanted["standby"] = min(cluster.standby, gpus - min(slots, gpus))
+    cure = " ".join(f"cluster.{k}={v}" for k, v in wanted.items() if v != getattr(cluster, k))
+    raise ConfigError(
+        f"cluster.device=cuda: {slots} slots and {cluster.standby} on standby take a GPU each, and this machine shows"
+        f" {gpus}; set {cure}, or cluster.device=cpu"
+    )
 
 
 def _check_memory(config: RunConfig, found: Driver) -> None:
@@ -149,8 +179,10 @@ def _check_torch(what: str, found: Driver) -> None:
 
 def describe(memory: DeviceMemory) -> str:
     """The shares of an estimate, for people."""
-    shares = (("weights", memory.weights), ("moments", memory.moments), ("gradients", memory.gradients))
-    named = [*shares, ("activations", memory.activations), ("CUDA", memory.context)]
+    named = [("weights", memory.weights), ("moments", memory.moments), ("gradients", memory.gradients)]
+    named += [("memory rows", memory.rows), ("exchange", memory.exchange)]
+    named = [share for share in named if share[1]]
+    named += [("activations", memory.activations), ("CUDA", memory.context)]
     return ", ".join(f"{name} {size / GIB:.1f}" for name, size in named)
 
 

@@ -373,6 +373,7 @@ class Generations:
         """Show the plan in force as metrics."""
         assert self.plan is not None
         self.events.gauges(self.plan, set(self.fleet.members()), self.replicas())
+        self.events.metrics.record("elastic_lent_slots", self.lent_slots)
 
     def _tell_losses(self, error: SlotsLostError, step: int) -> None:
         assert self.plan is not None

@@ -342,11 +342,11 @@ def _open_served(identity: Path, config: RunConfig) -> RunConfig:
     check_start(config.cluster)
     config = resolve_serving_device(config)
     if serve.speculate == "mtp":
-        _check_drafting(config)
+        check_drafting(config)
     return config
 
 
-def _check_drafting(config: RunConfig) -> None:
+def check_drafting(config: RunConfig) -> None:
     """See that the device can judge drafts.
 
     Raises:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sparseray.actors.installation import JobSpec, Restore
+from sparseray.actors.installation import Gather, Gathered, JobSpec, Restore
 from sparseray.actors.serving.messages import Drain, Draining, Load, Routes
 from sparseray.actors.state.assignment import Plan
 from sparseray.actors.state.pieces import Piece
@@ -27,6 +27,7 @@ from sparseray.platform.offers import Offers
 from sparseray.platform.opening import serving_inventory, slots_of
 from sparseray.platform.planning.autoscale import Scaling
 from sparseray.platform.planning.drains import Drains
+from sparseray.platform.planning.gathers import Gathers
 from sparseray.platform.planning.inventory import Roles, num_slots
 from sparseray.platform.publishing import OFFER_S, Publisher
 from sparseray.platform.reconciler import Reconciler
@@ -98,7 +99,7 @@ class Serving:
         self.commit: Commit | None = None
         self.state = ServedWeights(served.checkpoint, served.run, journal)
         self.follower = Follower(served.run, config.serve.follow_every, mailbox.job, offers)
-        self.drains = Drains(config.serve.drain_s)
+        self.drains, self.gathers = Drains(config.serve.drain_s), Gathers()
         self._routes = Routes(generation=0, engines={}, reason="no engine has started yet")
         # It hears of a plan only once there is one, and before that why there is none.
         mailbox.transport.reach(INGRESS, served.ingress)
@@ -190,18 +191,38 @@ class Serving:
         return self.state.earlier_in(plan)
 
     def may_enter(self, old: Plan, new: Plan) -> bool:
-        """Once the engines that leave have finished what they have, or had their time for it.
+        """Once slots have what they get, and engines that leave have finished; or both had their time.
 
         Args:
             old, new: the plan in force, and the next one.
         """
         now = time.monotonic()
+        has_gathered = self._has_gathered(old, new, now)
         if self.drains.begin(set(old.attention) - set(new.attention), now):
             self.route(replace(self._routes, draining=self.drains.leaving))
         if self.drains.is_due(now):
             for slot in self.drains.leaving:
                 self.mailbox.post(slot, Drain())
-        return self.drains.is_over(now)
+        return has_gathered and self.drains.is_over(now)
+
+    def _has_gathered(self, old: Plan, new: Plan, now: float) -> bool:
+        """Whether all have read what a plan gives them; what can be read nowhere they get with the plan, from peers."""
+        gathers, weights = self.gathers, self.weights
+        before = {slot: set(old.pieces_of(slot)) for slot in new.addresses}
+        wanted = {slot: [p for p in new.pieces_of(slot) if p not in held] for slot, held in before.items()}
+        gathers.begin(wanted if weights else {}, now)
+        if due := gathers.due(now):
+            self.mailbox.transport.connect({**old.addresses, **new.addresses})
+        for slot, pieces in due.items():
+            body = Gather(
+                pieces=pieces,
+                job=self.spec,
+                scheduler=self.mailbox.transport.address,
+                step=self.state.version.number,
+                weights=weights,
+            )
+            self.mailbox.post(slot, body)
+        return gathers.is_over(now)
 
     def stay(self) -> None:
         """Let engines that were to leave go on."""
@@ -211,6 +232,7 @@ class Serving:
     def entered(self, plan: Plan) -> None:
         """Tell the ingress who answers now."""
         self.drains.begin((), time.monotonic())
+        self.gathers.begin({}, time.monotonic())
         engines = {slot: plan.addresses[slot] for slot in plan.attention}
         self.route(Routes(generation=plan.generation, engines=engines))
 
@@ -298,6 +320,8 @@ class Server:
             self.autoscaler.hear(message.source, message.body, now)
         elif message is not None and isinstance(message.body, Draining):
             self.serving.drains.told(message.source, message.body.num_requests)
+        elif message is not None and isinstance(message.body, Gathered):
+            self.serving.gathers.told(message.source, message.body.pieces)
         if message is not None:
             self.publisher.hear(message)
         if now - self._looked > EVERY_S:

@@ -92,6 +92,11 @@ class Trainer:
         assert self.generations.plan is not None
         return self.generations.plan
 
+    @property
+    def _in_step(self) -> tuple[int, ...]:
+        """Slots that are told what runs: where all compute in step, those without parts too."""
+        return self.plan.peers if is_whole(self.config) else self.plan.attention
+
     def start(self) -> None:
         """Give every slot its roles and its state, from the newest checkpoint or from the seed."""
         newest = self.folder.newest_checkpoint()
@@ -160,7 +165,7 @@ class Trainer:
         """Run one step and commit it."""
         with self.ledger.state("productive"):
             started, step = time.perf_counter(), self.step + 1
-            self.control.post(self.plan.attention, RunStep(), step=step)
+            self.control.post(self._in_step, RunStep(), step=step)
             reports = self._collect(step)
             record = self._decide(reports, step, time.perf_counter() - started)
         self.step = step
@@ -273,7 +278,7 @@ class Trainer:
         )
         found: dict[int, tuple[float, float]] = {}
         with self.ledger.state("evaluating"):
-            self.control.post(self.plan.attention, Evaluate(batches=batches), step=self.step + 1)
+            self.control.post(self._in_step, Evaluate(batches=batches), step=self.step + 1)
             for message in self.control.messages(Evaluated):
                 found |= message.body.losses
                 if len(found) == len(batches):

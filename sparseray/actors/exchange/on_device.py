@@ -1,24 +1,26 @@
 """All roles in this slot, in slabs on one device: the exchange of a GPU, and of bf16 on a CPU.
 
 A MoE layer is one operation over its slabs, gradients stay where the backward pass leaves them, and nothing is read
-by the host before the step's end: then one copy brings every squared norm. Memory rows come from tables in host
-memory and their gradients go back there. Twin of local.py, whose bits are those of messages.
+by the host before the step's end: then one copy brings every squared norm. Memory rows of a step are staged on the
+device while the one before it computes, and trained there (state/staged_memory.py). Twin of local.py, whose bits are
+those of messages.
 
 Shapes: T tokens, K experts per token, H hidden, N table rows per token, D row width.
 """
 
 import time
+from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 from sparseray.actors.exchange.protocol import Abortable, Fetch, FetchedRows, PartGradients
 from sparseray.actors.state.dense_slab import DenseSlabs
-from sparseray.actors.state.holdings import Holdings
-from sparseray.actors.state.whole_experts import WholeExperts
+from sparseray.actors.state.slab_experts import SlabExperts
+from sparseray.actors.state.staged_memory import Addresses, StagedMemory
 from sparseray.actors.wire.envelope import SCHEDULER
 from sparseray.actors.wire.mailbox import Mailbox
 from sparseray.actors.wire.messages import Prepared
-from sparseray.kernels.dse.cpu import segment_sum_rows
 
 
 class OnDeviceExchange(Abortable):
@@ -26,15 +28,15 @@ class OnDeviceExchange(Abortable):
 
     Args:
         dense, experts: all weights.
-        holdings: of the slot, with the memory tables.
+        memory: all tables; None for a model without.
         mailbox: of the slot; the scheduler is told of the step's end.
     """
 
     def __init__(
-        self, dense: DenseSlabs, experts: WholeExperts, holdings: Holdings, mailbox: Mailbox
+        self, dense: DenseSlabs, experts: SlabExperts, memory: StagedMemory | None, mailbox: Mailbox
     ) -> None:
         super().__init__()
-        self.dense, self.whole, self.memory, self.mailbox = dense, experts, holdings.memory, mailbox
+        self.dense, self.whole, self.memory, self.mailbox = dense, experts, memory, mailbox
         self.index = {layer: index for index, layer in enumerate(experts.config.moe_layers)}
         self._fetches: list[Fetch] = []
 
@@ -59,8 +61,8 @@ class OnDeviceExchange(Abortable):
         slabs = self.whole.weights(self.index[layer])
         return self.dense.ops.experts(x_TH, topk_ids_TK, topk_weights_TK, *slabs)
 
-    def prefetch(self, rows: dict[int, Tensor]) -> FetchedRows:
-        """Read rows of all memory layers and send them to the device.
+    def prefetch(self, rows: Addresses) -> FetchedRows:
+        """Read rows of all memory layers as the last commit left them, and send them to the device.
 
         Args:
             rows: int64 [T, N] by 0-based model layer, on the CPU.
@@ -73,9 +75,37 @@ class OnDeviceExchange(Abortable):
             found = self.memory.gather(index, rows_TN.reshape(-1))
             values[layer] = found.to(self.dense.device).to(self.dense.dtype)
         addressed = sum(rows_TN.numel() for rows_TN in rows.values())
-        seconds = time.perf_counter() - started
-        self._fetches.append(Fetch(addressed=addressed, rows_by_tier={"local": addressed}, seconds=seconds))
+        self._note(started, addressed, addressed)
         return FetchedRows(addresses=rows, values=values)
+
+    def fetch(self, step: int, addresses: Callable[[int], Sequence[Addresses]]) -> list[FetchedRows]:
+        """Take the rows of a training step, which were staged during the one before it.
+
+        Args:
+            step: that begins.
+            addresses: of the parts of any step.
+        """
+        self.check()
+        assert self.memory is not None
+        started = time.perf_counter()
+        staged = self.memory.open_step(step, addresses)
+        found = [
+            FetchedRows(
+                addresses=part,
+                values={
+                    layer: rows.weight_UD.index_select(0, rows.places[index]).to(self.dense.dtype)
+                    for layer, rows in zip(part, staged.layers)
+                },
+            )
+            for index, part in enumerate(staged.parts)
+        ]
+        addressed = sum(rows_TN.numel() for part in staged.parts for rows_TN in part.values())
+        self._note(started, addressed, sum(map(len, staged.host_ids)))
+        return found
+
+    def _note(self, started: float, addressed: int, read: int) -> None:
+        seconds = time.perf_counter() - started
+        self._fetches.append(Fetch(addressed=addressed, rows_by_tier={"local": read}, seconds=seconds))
 
     def reduce(self, step: int, part: int, gradients: PartGradients) -> None:
         """Add a part's gradients to the sums that lie here; after the last part, read the norms.
@@ -89,28 +119,19 @@ class OnDeviceExchange(Abortable):
         self.dense.sum.add(part, gradients.dense)
         self.whole.sum.add(part, self.whole.take_gradients())
         if self.memory is not None:
-            sums = [segment_sum_rows(at.numpy(), g.float().cpu().numpy()) for at, g in gradients.rows]
-            self.memory.add_gradients(part, sums)
+            self.memory.add_row_gradients(part, [gradient for _, gradient in gradients.rows])
         if self.dense.is_reduced:
             self._prepared(step)
 
     def _prepared(self, step: int) -> None:
         """Tell the scheduler of every role's norms, which one copy brings from the device."""
-        dense, experts = self.dense.total, self.whole.sum.total or []
-        E = self.whole.config.moe.num_experts
-        rows = [1] * len(dense) + [E] * len(experts)
-        norms = self.dense.ops.squared_norms([*dense, *experts], rows).tolist()
-        self._post(step, "dense", dict(zip(self.dense.names, norms)))
-        of_experts = norms[len(dense) :]
-        by_expert = {
-            f"expert.{layer}.{expert}": of_experts[2 * layer * E + expert]
-            + of_experts[(2 * layer + 1) * E + expert]
-            for layer in range(len(self.index))
-            for expert in range(E)
-        }
-        self._post(step, "expert", by_expert)
+        of_tables = [] if self.memory is None else self.memory.norms_on_device()
+        of_dense, of_experts, of_buckets = step_norms(self.dense, self.whole, of_tables, Tensor.tolist)
+        self._post(step, "dense", of_dense)
+        self._post(step, "expert", of_experts)
         if self.memory is not None:
-            self._post(step, "memory", self.memory.norms())
+            names = (f"bucket.{layer}.{bucket}" for layer, bucket in self.memory.primary)
+            self._post(step, "memory", dict(zip(names, of_buckets, strict=True)))
 
     def _post(self, step: int, role: str, norms: dict[str, float]) -> None:
         self.mailbox.post(SCHEDULER, Prepared(role=role, norms=norms, digests={}), step=step)
@@ -119,3 +140,21 @@ class OnDeviceExchange(Abortable):
         """Return what was fetched since the last call."""
         found, self._fetches = self._fetches, []
         return found
+
+
+def step_norms(
+    dense: DenseSlabs, experts: SlabExperts, further: Sequence[Tensor], read: Callable[[Tensor], list[float]]
+) -> tuple[dict[str, float], dict[str, float], list[float]]:
+    """Squared norms of the step's gradients: of dense tensors and of experts by name, and further ones.
+
+    Args:
+        dense, experts: with their gradients; a slot that holds no dense weights has none of those.
+        further: fp32, of other gradients.
+        read: brings them to the host, all in one copy.
+    """
+    of_dense, of_experts = dense.sum.total or [], experts.sum.total or []
+    there = [gradient for gradient in of_experts if gradient.shape[0]]
+    rows = [1] * len(of_dense) + [gradient.shape[0] for gradient in there]
+    norms = read(torch.cat([dense.ops.squared_norms([*of_dense, *there], rows), *further]))
+    count, end = len(of_dense), sum(rows)
+    return dict(zip(dense.names, norms[:count])), experts.norms_by_expert(norms[count:end]), norms[end:]

@@ -6,13 +6,14 @@ asks the slots of a plan. Which one it is changes no bit.
 Shapes: T tokens, K experts per token, H hidden, N table rows per token, D row width, P dense parameters.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from sparseray.actors.state.staged_memory import Addresses
 from sparseray.errors import SupersededError
 
 
@@ -69,6 +70,19 @@ class FetchedRows:
         return tuple(found)
 
 
+def fetch_together(
+    prefetch: Callable[[Addresses], FetchedRows], parts: Sequence[Addresses]
+) -> list[FetchedRows]:
+    """Read the rows of several parts by one call.
+
+    Args:
+        prefetch: of an exchange.
+        parts: addresses of each, of the same layers.
+    """
+    together = {layer: torch.cat([part[layer] for part in parts]) for layer in parts[0]}
+    return prefetch(together).split([len(next(iter(part.values()))) for part in parts])
+
+
 @dataclass(frozen=True, kw_only=True)
 class PartGradients:
     """Gradients of one part of a step.
@@ -106,6 +120,21 @@ class Exchange(Protocol):
 
     abreast: int
 
+    def expect(self, parts: Sequence[tuple[int, int]], *, trains: bool) -> None:
+        """Say what all slots together will run, for exchanges that they make in step.
+
+        Args:
+            parts: (part, slot) each, in order.
+            trains: forward and backward; otherwise forward alone.
+        """
+
+    def accompany(self, step: int) -> None:
+        """Take part in what others run, once all parts of this slot have run.
+
+        Args:
+            step: that is open.
+        """
+
     def begin(self, step: int, part: int) -> None:
         """Say what the next calls belong to; part -1 for none.
 
@@ -129,6 +158,15 @@ class Exchange(Protocol):
         """Read rows of all memory layers: 0-based model layer to int64 [T, N]."""
         ...
 
+    def fetch(self, step: int, addresses: Callable[[int], Sequence[Addresses]]) -> list[FetchedRows]:
+        """Read the rows of all parts of a training step that run here.
+
+        Args:
+            step: that begins.
+            addresses: of those parts in any step; an exchange may ask for the next one's too, in another thread.
+        """
+        ...
+
     def reduce(self, step: int, part: int, gradients: PartGradients) -> None:
         """Send a part's gradients on their way to their sums; ends in `Prepared` of those who hold the sums.
 
@@ -147,7 +185,10 @@ class Exchange(Protocol):
 
 
 class Abortable:
-    """What ends a step in both exchanges: a flag that the control thread sets and every operation reads."""
+    """What ends a step in every exchange: a flag that the control thread sets and every operation reads.
+
+    Where slots answer each other at any time, nothing is expected of one, and none accompanies another.
+    """
 
     abreast = 1
 
@@ -158,7 +199,34 @@ class Abortable:
         """End the step at its next operation."""
         self._is_aborted = True
 
+    def expect(self, parts: Sequence[tuple[int, int]], *, trains: bool) -> None:
+        """Nothing.
+
+        Args:
+            parts, trains: as in `Exchange`.
+        """
+
+    def accompany(self, step: int) -> None:
+        """Nothing.
+
+        Args:
+            step: that is open.
+        """
+
     def check(self) -> None:
         """Raise SupersededError once it was aborted."""
         if self._is_aborted:
             raise SupersededError
+
+    def prefetch(self, rows: Addresses) -> FetchedRows:
+        """Read rows of all memory layers."""
+        raise NotImplementedError
+
+    def fetch(self, step: int, addresses: Callable[[int], Sequence[Addresses]]) -> list[FetchedRows]:
+        """Read the rows of all parts of a step, once it has begun.
+
+        Args:
+            step: that begins.
+            addresses: of those parts.
+        """
+        return fetch_together(self.prefetch, addresses(step))

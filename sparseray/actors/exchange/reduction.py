@@ -83,7 +83,7 @@ class Reduction:
         gradients: PartGradients,
         owner_of: Callable[[int, np.ndarray], np.ndarray],
     ) -> None:
-        """At an attention worker: send a finished part's row gradients, and word of its end, to all holders.
+        """At an attention worker: keep a finished part's dense gradient, and send the rest to all holders.
 
         Args:
             step, part: what was finished.
@@ -91,6 +91,20 @@ class Reduction:
             owner_of: slot that answers for each row of a memory layer.
         """
         self.add_dense(part, gradients)
+        self.send_rows(step, part, gradients, owner_of)
+
+    def send_rows(
+        self,
+        step: int,
+        part: int,
+        gradients: PartGradients,
+        owner_of: Callable[[int, np.ndarray], np.ndarray],
+    ) -> None:
+        """At an attention worker: send a finished part's row gradients, and word of its end, to all holders.
+
+        Args:
+            step, part, gradients, owner_of: as in `send_part`.
+        """
         sums = [sum_rows(addresses, values) for addresses, values in gradients.rows]
         owners = [owner_of(layer, rows) for layer, (rows, _) in enumerate(sums)]
         memory_slots = self.plan.memory_primaries

@@ -5,8 +5,9 @@ A slot that is told of a version reads its pieces in a thread; the plan that bri
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from sparseray.actors.exchange.answers import Answers
 from sparseray.actors.exchange.protocol import Exchange
@@ -15,6 +16,8 @@ from sparseray.log import get_logger
 from sparseray.model.transformer import Transformer
 
 log = get_logger(__name__)
+
+R = TypeVar("R")
 
 
 @dataclass(kw_only=True)
@@ -39,19 +42,19 @@ class Edition:
         return None if self.holdings.dense is None else self.holdings.dense.model
 
 
-class Staging:
-    """Reads one version at a time in a thread of its own."""
+class Staging(Generic[R]):
+    """Reads one thing at a time in a thread of its own: a version, or pieces of one."""
 
     def __init__(self) -> None:
-        self._what: tuple[int, str] | None = None
+        self._what: Hashable = None
         self._thread: threading.Thread | None = None
-        self._read: Holdings | None = None
+        self._read: R | None = None
 
-    def start(self, what: tuple[int, str], read: Callable[[], Holdings], tell: Callable[[str], None]) -> None:
-        """Read a version; one that is being read already goes on.
+    def start(self, what: Hashable, read: Callable[[], R], tell: Callable[[str], None]) -> None:
+        """Read something; what is being read already goes on.
 
         Args:
-            what: number and folder of the version.
+            what: it is: number and folder of a version, and perhaps pieces.
             read: reads it.
             tell: called with what went wrong, or with nothing.
         """
@@ -67,7 +70,7 @@ class Staging:
             try:
                 self._read = read()
             except Exception as failure:
-                log.warning("%s cannot be read: %s", what[1], failure)
+                log.warning("%s cannot be read: %s", what, failure)
                 error = f"{type(failure).__name__}: {failure}"
                 self._what = None
             tell(error)
@@ -75,8 +78,8 @@ class Staging:
         self._thread = threading.Thread(target=run, daemon=True, name="staging")
         self._thread.start()
 
-    def take(self, what: tuple[int, str]) -> Holdings | None:
-        """Return what was read of a version, waiting for the rest; None where nothing was."""
+    def take(self, what: Hashable) -> R | None:
+        """Return what was read, waiting for the rest; None where nothing was."""
         if what != self._what:
             return None
         self._join()

@@ -73,6 +73,11 @@ class Plan:
         return _slots(slot for layer in self.buckets for holders in layer for slot in holders)
 
     @property
+    def peers(self) -> tuple[int, ...]:
+        """Slots that compute or hold what is computed with, in ascending order: all but those with tables alone."""
+        return _slots([*self.part_owners, *self.dense, *self.expert_holders])
+
+    @property
     def holders(self) -> set[int]:
         """Slots that hold or run anything."""
         return {*self.part_owners, *self.dense, *self.expert_holders, *self.memory_holders}
@@ -104,6 +109,14 @@ class Plan:
         dense: list[Piece] = [DENSE] if slot in self.dense else []
         experts: list[Piece] = [("expert", *key) for key in self.experts_of(slot)]
         return dense + experts + [("bucket", *key) for key in self.buckets_of(slot)]
+
+    def primary_of(self, slot: int) -> dict[str, list[Piece]]:
+        """The pieces whose primary is the slot, by the kind of file that they are saved in."""
+        return {
+            "dense": [DENSE] if self.dense[0] == slot else [],
+            "experts": [("expert", *k) for k in self.experts_of(slot) if self.experts[k[0]][k[1]][0] == slot],
+            "memory": [("bucket", *k) for k in self.buckets_of(slot) if self.buckets[k[0]][k[1]][0] == slot],
+        }
 
     def roles_of(self, slot: int) -> list[str]:
         """Names of the roles that a slot plays, for people to read."""

@@ -89,7 +89,7 @@ class DenseState:
         """Squared norm of the reduced gradient of every parameter, by name."""
         return {
             name: float(torch.linalg.vector_norm(part)) ** 2
-            for name, part in zip(self.names, self._parts(self.reduced_gradient))
+            for name, part in zip(self.names, self.cut(self.reduced_gradient))
         }
 
     def digest(self) -> int:
@@ -115,7 +115,7 @@ class DenseState:
             scale: factor on the gradient (global-norm clipping).
             counts_LE: int64, tokens per expert over the whole global batch.
         """
-        self.adamw.step(self.parameters, self._parts(self.reduced_gradient.mul_(scale)), lr=lr)
+        self.adamw.step(self.parameters, self.cut(self.reduced_gradient.mul_(scale)), lr=lr)
         if counts_LE.numel():
             self.model.update_router_bias(counts_LE)
         self.discard()
@@ -131,7 +131,8 @@ class DenseState:
         for parameter in self.parameters:
             parameter.grad = None
 
-    def _parts(self, flat: Tensor) -> list[Tensor]:
+    def cut(self, flat: Tensor) -> list[Tensor]:
+        """Views of all parameters' shapes, one after another."""
         parts = torch.split(flat, [p.numel() for p in self.parameters])
         return [part.view_as(p) for part, p in zip(parts, self.parameters)]
 

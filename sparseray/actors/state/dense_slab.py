@@ -117,6 +117,11 @@ class DenseSlabs(DenseState):
         return found
 
     @property
+    def num_elements(self) -> int:
+        """Parameters in all."""
+        return sum(parameter.numel() for parameter in self.parameters)
+
+    @property
     def total(self) -> Sequence[Tensor]:
         """The gradients summed over all parts."""
         assert self.sum.total is not None, "no reduced gradient yet"

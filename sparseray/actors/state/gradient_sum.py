@@ -1,4 +1,4 @@
-"""Sums of whole slabs' gradients over the parts of a step, on the device where they lie.
+"""Sums of slabs' gradients over the parts of a step, on the device where they lie.
 
 A part's gradients come as autograd leaves them, in the weights' dtype; with one part they are the sum. Otherwise the
 sum is fp32, along the aligned tree of tree.py ("bitwise": the bits do not depend on how parts are spread over
@@ -29,18 +29,19 @@ class GradientSum:
     """Adds up one slot's gradients of all parts.
 
     Args:
-        num_parts: of a step; all of them run here.
+        num_parts: of a step; where some run elsewhere, `complete` tells their sum.
         determinism: the order of the sum.
     """
 
     def __init__(self, num_parts: int, determinism: Determinism) -> None:
-        self._num_parts, self._determinism = num_parts, determinism
+        self._num_parts, self.determinism = num_parts, determinism
         self.clear()
 
     def clear(self) -> None:
         """Forget the sum."""
         self._tree: TreeSum[Gradients] = TreeSum(self._num_parts, _add)
         self._running: Gradients | None = None
+        self._whole: Gradients | None = None
         self._left = self._num_parts
 
     def add(self, part: int, gradients: Sequence[Tensor]) -> None:
@@ -51,16 +52,30 @@ class GradientSum:
             gradients: always of the same shapes, in the same order.
         """
         self._left -= 1
-        if self._determinism == "bitwise":
+        if self.determinism == "bitwise":
             self._tree.add(0, part, list(gradients))
         elif self._running is None:
             self._running = list(gradients)
         else:
             self._running = _add(self._running, list(gradients))
 
+    def nodes(self) -> list[tuple[int, int, Gradients]]:
+        """What there is of the sum so far: (level, index, sum) of the tree, or the one sum of all parts here."""
+        if self.determinism == "bitwise":
+            return self._tree.nodes()
+        return [] if self._running is None else [(0, 0, self._running)]
+
+    def complete(self, total: Gradients) -> None:
+        """Take over the sum over all parts.
+
+        Args:
+            total: what `total` gives from now on.
+        """
+        self._whole = total
+
     @property
     def total(self) -> Gradients | None:
         """The sum over all parts; None while some are missing."""
-        if self._left:
-            return None
-        return self._tree.root if self._determinism == "bitwise" else self._running
+        if self._whole is not None or self._left:
+            return self._whole
+        return self._tree.root if self.determinism == "bitwise" else self._running

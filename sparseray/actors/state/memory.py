@@ -5,7 +5,9 @@ the whole range and has pages for its own buckets only, so an address needs no t
 DSE / Engram, arXiv 2601.07372; the update is row-wise Adam.
 """
 
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from zlib import crc32
 
 import numpy as np
@@ -72,13 +74,18 @@ class MemoryShard:
     def initialize(self, keys: Sequence[Key]) -> None:
         """Draw the first rows of `keys` from the seed; their moments are zero."""
         self._change(keys, 0)
-        for key in keys:
-            start, stop = self._range(key)
-            shape = (stop - start, self.config.head_dim)
-            rows, *moments = self._fields(key)
-            rows.copy_(initial_tensor(self.name(key), shape, seed=self.seed, std=self.init_std))
-            for moment in moments:
-                moment.zero_()
+        # A generator draws in one thread, and every bucket has its own.
+        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+            for _ in pool.map(self._draw, keys):
+                pass
+
+    def _draw(self, key: Key) -> None:
+        start, stop = self._range(key)
+        shape = (stop - start, self.config.head_dim)
+        rows, *moments = self._fields(key)
+        rows.copy_(initial_tensor(self.name(key), shape, seed=self.seed, std=self.init_std))
+        for moment in moments:
+            moment.zero_()
 
     def _change(self, keys: Sequence[Key], updates: int) -> None:
         """Expect rows of buckets that have seen so many updates; `assign` lets others read them."""

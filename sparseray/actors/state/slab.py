@@ -19,7 +19,7 @@ MOMENTS = (EXP_AVG, EXP_AVG_SQ)
 
 
 class ExpertSlab:
-    """Rows of experts that come and go; a slab is never longer than what it holds.
+    """Rows of experts that come and go, in the experts' order; a slab is never longer than what it holds.
 
     Args:
         inner, hidden: widths of an expert.
@@ -85,8 +85,8 @@ class ExpertSlab:
     def _resize(self, experts: Sequence[int]) -> None:
         """Copy each field once into tensors for exactly `experts`."""
         old = self.rows
-        self.rows = {expert: row for row, expert in enumerate(experts)}
-        common = [expert for expert in experts if expert in old]
+        self.rows = {expert: row for row, expert in enumerate(sorted(experts))}
+        common = [expert for expert in self.rows if expert in old]
         if not common:
             # Of moments nothing is left; they come back when somebody asks for them.
             self._fields = {"": self._fields[""]}

@@ -55,10 +55,10 @@ def _pages(num_bytes: int) -> int:
     return -(-num_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
-def _anonymous_file(size: int) -> int:
+def anonymous_file(size: int) -> int:
     """Open a file of `size` bytes without a name and, until it is written, without memory."""
     if hasattr(os, "memfd_create"):
-        descriptor = os.memfd_create("sparseray-table", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        descriptor = os.memfd_create("sparseray", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.fchmod(descriptor, 0o600)
         os.ftruncate(descriptor, size)
         # A reader that maps the file can rely on its length.
@@ -70,7 +70,7 @@ def _anonymous_file(size: int) -> int:
     if room < size:
         folder = None
         log.warning(
-            "%s has room for %d of %d bytes: a memory table lies in %s",
+            "%s has room for %d of %d bytes: shared memory lies in %s",
             SHARED_MEMORY,
             room,
             size,
@@ -103,7 +103,7 @@ class SharedTable:
         self._starts = [mmap.PAGESIZE]
         for row_bytes in self._row_bytes:
             self._starts.append(self._starts[-1] + _pages(row_bytes * num_rows))
-        self._descriptor = _anonymous_file(self._starts[-1])
+        self._descriptor = anonymous_file(self._starts[-1])
         self._map = mmap.mmap(self._descriptor, self._starts[-1])
         self._words = np.frombuffer(self._map, np.int64, 2)
         self._words[TOKEN] = secrets.randbits(62)

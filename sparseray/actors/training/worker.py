@@ -11,14 +11,18 @@ from dataclasses import dataclass
 
 import torch
 
-from sparseray.actors.exchange.protocol import Exchange, FetchedRows, PartGradients
+from sparseray.actors.exchange.protocol import Exchange, FetchedRows, PartGradients, fetch_together
 from sparseray.actors.state.dense import DenseState, Twin
+from sparseray.actors.state.staged_memory import Addresses
 from sparseray.actors.training.objective import Batch, BatchSource, Loss, Objective, next_token, on_device
 from sparseray.actors.wire.messages import PartDone
 from sparseray.model.statistics import Noted, collect
 
 SAMPLE_EVERY = {"cpu": 10, "cuda": 100}
-"""Of one in so many steps a worker's first part notes statistics, by device; they move slowly, and a GPU waits."""
+"""Of one in so many steps a worker's first part notes statistics, by device; they move slowly, and a GPU waits.
+
+Layers that are computed again note none: what is noted runs other operations, and both passes must run the same.
+"""
 
 
 _Call = tuple[DenseState | Twin, int, int, Batch, FetchedRows, float]
@@ -64,13 +68,18 @@ class AttentionWorker:
             report: told (part, what it gave).
         """
         self.seconds = dict.fromkeys(("data", "fetch", "forward", "backward"), 0.0)
-        self.sampled = parts[0] if parts and step % SAMPLE_EVERY[self.state.device.type] == 0 else None
+        is_due = step % SAMPLE_EVERY[self.state.device.type] == 0 and not self.state.model.recompute
+        self.sampled = parts[0] if parts and is_due else None
         started = time.perf_counter()
         loaded = [batches(step, part) for part in parts]
         weight = batches.weight(step)
         self._lap("data", started)
         losses: list[Loss] = []
-        rows = self._fetch(step, loaded)
+
+        def addresses(of: int) -> list[Addresses]:
+            return [self._addresses(b) for b in (loaded if of == step else [batches(of, p) for p in parts])]
+
+        rows = self._fetch(step, loaded, lambda: self.exchange.fetch(step, addresses))
         for first in range(0, len(parts), len(self.lanes)):
             side_by_side = range(len(parts))[first : first + len(self.lanes)]
             calls = [
@@ -111,24 +120,26 @@ class AttentionWorker:
             for index, (batch, loss) in enumerate(zip(batches, losses))
         ]
 
-    def _fetch(self, step: int, batches: Sequence[Batch]) -> list[FetchedRows]:
-        """Hash the tokens of all batches and fetch their memory rows at once."""
+    def _fetch(
+        self, step: int, batches: Sequence[Batch], fetch: Callable[[], list[FetchedRows]]
+    ) -> list[FetchedRows]:
+        """Fetch the memory rows of all batches at once, if there is a memory."""
         started = time.perf_counter()
         if not self.layers or not batches:
             return [FetchedRows(addresses={}, values={}) for _ in batches]
         self.exchange.begin(step, -1)
+        fetched = fetch()
+        self._lap("fetch", started)
+        return fetched
+
+    def _addresses(self, batch: Batch) -> Addresses:
+        """Hash the tokens of a batch on the CPU, where they and the tables are."""
         layout = self.state.model.layout
         assert layout is not None
-        # On the CPU, where tokens and tables are.
-        hashed = {
-            layer: torch.cat(
-                [layout.rows(layer, b.tokens_BT, None, b.document_starts_BT).flatten(0, 1) for b in batches]
-            )
+        return {
+            layer: layout.rows(layer, batch.tokens_BT, None, batch.document_starts_BT).flatten(0, 1)
             for layer in self.layers
         }
-        fetched = self.exchange.prefetch(hashed)
-        self._lap("fetch", started)
-        return fetched.split([b.tokens_BT.numel() for b in batches])
 
     def _run(self, calls: Sequence[_Call]) -> list[_Ran]:
         """Run parts, one in each lane; a lane computes in one thread, whatever the slot has, so its bits are one's."""
@@ -173,7 +184,11 @@ class AttentionWorker:
         """
         loaded = [batches(step, part) for part in parts]
         found: dict[int, tuple[float, float]] = {}
-        for part, batch, rows in zip(parts, loaded, self._fetch(step, loaded)):
+
+        def fetch() -> list[FetchedRows]:
+            return fetch_together(self.exchange.prefetch, list(map(self._addresses, loaded)))
+
+        for part, batch, rows in zip(parts, loaded, self._fetch(step, loaded, fetch)):
             self.exchange.begin(step, part)
             loss = self._loss(self.state, batch, rows, None)
             found[part] = (float(loss.sum), loss.weight)

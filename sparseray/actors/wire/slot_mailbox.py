@@ -155,6 +155,36 @@ class SlotMailbox(Mailbox):
                     raise SlotLostError(text, silent)
         return replies
 
+    def serve_until(
+        self,
+        is_done: Callable[[], bool],
+        deadline_s: float,
+        serve: Callable[[Message[Body]], None],
+        *,
+        poll_s: float,
+    ) -> bool:
+        """Serve what comes until something has happened that no message tells of; False where it does not.
+
+        Args:
+            is_done: whether it has.
+            deadline_s: seconds to wait for it.
+            serve: handles messages.
+            poll_s: seconds between two looks; 0 looks all the time.
+
+        Raises:
+            SupersededError: a plan of a later generation came; `next` gives it.
+        """
+        deadline = time.monotonic() + deadline_s
+        while not is_done():
+            if self.is_superseded:
+                raise SupersededError
+            message = self._pop(poll_s)
+            if message is not None:
+                serve(message)
+            elif time.monotonic() > deadline:
+                return False
+        return True
+
     def close(self) -> None:
         """Let `read` end."""
         self._is_open = False

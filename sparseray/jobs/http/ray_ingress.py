@@ -4,6 +4,7 @@
 requests to engines itself; what one had is lost with it, and nothing of the others. Ray Serve replaces it.
 """
 
+import gc
 import importlib.util
 import threading
 import time
@@ -64,6 +65,8 @@ class Replica:
         served = read_served(self.identity, self.config, self.names)
         metrics = Metrics({"ingress": str(-number)}, declare="server")
         app = create_app(client, served, rules=self.rules, record=metrics.record, metrics=metrics.exposition)
+        # As `HttpServer.run` does.
+        gc.freeze()
         return app.asgi
 
 

@@ -8,7 +8,7 @@ Every sequence is cut into parts of equal length from its start. Programs take t
 unequal lengths are shared out evenly; a second launch puts a row's parts together in their order. A row's bits
 depend on its own context and on the sizes of the launch (sequences, rows of a sequence, longest context). Lengths are
 read on the device and everything a step writes lies in a `LatentDecodeWorkspace`, so a step can be captured in a
-CUDA graph. Oracle: `PlainOps.paged_latent_attend`.
+CUDA graph. Oracle: `PagedPlainOps.paged_latent_attend`.
 """
 
 from dataclasses import dataclass
@@ -52,9 +52,10 @@ def _columns(p, o_row, m_row, WIDTH: tl.constexpr, START: tl.constexpr, SIZE: tl
 
 @triton.jit
 def _parts_kernel(
-    p_q, p_cache, p_table, p_lens, p_m, p_l, p_acc, batch, new, heads, pages, least, most, scale2,
+    p_q, p_turned, p_cache, p_table, p_lens, p_m, p_l, p_acc, token_q, head_q, token_turned, head_turned,
+    batch, new, heads, pages, least, most, scale2,
     BB: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr, PAGE: tl.constexpr, C: tl.constexpr, P: tl.constexpr,
-    BC: tl.constexpr, BP: tl.constexpr, IP: tl.constexpr, STAGES: tl.constexpr, ROWS_FIRST: tl.constexpr,
+    BC: tl.constexpr, BP: tl.constexpr, IP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Every num_programs(0)-th (part of a sequence, tile of its rows): its softmax, not yet divided."""
     tiles = (new * heads + BR - 1) // BR
@@ -75,15 +76,12 @@ def _parts_kernel(
         m_m = o_m < new * heads
         b_t = tl.where(m_m, n_ctx - new + o_m // heads, -1)
         o_row = i_b * (new * heads) + o_m
-        b_qc = _columns(p_q, o_row, m_m, C + P, 0, C, BC)
-        b_qr = _columns(p_q, o_row, m_m, C + P, C, P, BP)
+        o_token, o_head = i_b * new + o_m // heads, o_m % heads
+        b_qc = _columns(p_q, o_token * token_q + o_head * head_q, m_m, 1, 0, C, BC)
+        b_qr = _columns(p_turned, o_token * token_turned + o_head * head_turned, m_m, 1, 0, P, BP)
         b_m = tl.full([BR], float("-inf"), tl.float32)
-        if ROWS_FIRST:
-            b_l = tl.zeros([BR, BN], tl.float32)
-            b_acc = tl.zeros([BR, BC], tl.float32)
-        else:
-            b_l = tl.zeros([BN, BR], tl.float32)
-            b_acc = tl.zeros([BC, BR], tl.float32)
+        b_l = tl.zeros([BN, BR], tl.float32)
+        b_acc = tl.zeros([BC, BR], tl.float32)
         page = tl.load(p_row + lo // PAGE)
         for start in tl.range(lo, hi, BN, num_stages=STAGES):
             o_t = start + o_n
@@ -96,36 +94,21 @@ def _parts_kernel(
                 o_key = page_rows(p_row, o_t, m_t, PAGE)
             b_c = _columns(p_cache, o_key, m_t, C + P, 0, C, BC)
             b_r = _columns(p_cache, o_key, m_t, C + P, C, P, BP)
-            if ROWS_FIRST:
-                b_s = tl.dot(b_qc, tl.trans(b_c), input_precision=IP)
-                b_s = tl.dot(b_qr, tl.trans(b_r), b_s, input_precision=IP)
-                b_s = tl.where(o_t[None, :] <= b_t[:, None], b_s * scale2, float("-inf"))
-                b_new = tl.maximum(b_m, tl.max(b_s, 1))
-                b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)
-                b_p = tl.exp2(b_s - b_safe[:, None])
-                b_alpha = tl.exp2(b_m - b_safe)
-                b_l = b_l * b_alpha[:, None] + b_p
-                b_acc = tl.dot(b_p.to(b_c.dtype), b_c, b_acc * b_alpha[:, None], input_precision=IP)
-            else:
-                b_s = tl.dot(b_c, tl.trans(b_qc), input_precision=IP)
-                b_s = tl.dot(b_r, tl.trans(b_qr), b_s, input_precision=IP)
-                b_s = tl.where(o_t[:, None] <= b_t[None, :], b_s * scale2, float("-inf"))
-                b_new = tl.maximum(b_m, tl.max(b_s, 0))
-                b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)
-                b_p = tl.exp2(b_s - b_safe[None, :])
-                b_alpha = tl.exp2(b_m - b_safe)
-                b_l = b_l * b_alpha[None, :] + b_p
-                b_acc = tl.dot(tl.trans(b_c), b_p.to(b_c.dtype), b_acc * b_alpha[None, :], input_precision=IP)
+            b_s = tl.dot(b_c, tl.trans(b_qc), input_precision=IP)
+            b_s = tl.dot(b_r, tl.trans(b_qr), b_s, input_precision=IP)
+            b_s = tl.where(o_t[:, None] <= b_t[None, :], b_s * scale2, float("-inf"))
+            b_new = tl.maximum(b_m, tl.max(b_s, 0))
+            b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)
+            b_p = tl.exp2(b_s - b_safe[None, :])
+            b_alpha = tl.exp2(b_m - b_safe)
+            b_l = b_l * b_alpha[None, :] + b_p
+            b_acc = tl.dot(tl.trans(b_c), b_p.to(b_c.dtype), b_acc * b_alpha[None, :], input_precision=IP)
             b_m = b_new
         o_part = o_row.to(tl.int64) * most + i_s
         tl.store(p_m + o_part, b_m, mask=m_m)
-        tl.store(p_l + o_part, tl.sum(b_l, 1 if ROWS_FIRST else 0), mask=m_m)
+        tl.store(p_l + o_part, tl.sum(b_l, 0), mask=m_m)
         o_c = tl.arange(0, BC)
-        if ROWS_FIRST:
-            p_out, m_out = p_acc + o_part[:, None] * C + o_c[None, :], m_m[:, None] & (o_c < C)[None, :]
-        else:
-            p_out, m_out = p_acc + o_part[None, :] * C + o_c[:, None], m_m[None, :] & (o_c < C)[:, None]
-        tl.store(p_out, b_acc, mask=m_out)
+        tl.store(p_acc + o_part[None, :] * C + o_c[:, None], b_acc, mask=m_m[None, :] & (o_c < C)[:, None])
 
 
 @triton.jit
@@ -160,7 +143,6 @@ class Form:
         num_warps, num_stages: of a program.
         programs: on a multiprocessor.
         longest: tokens of a part at most, unless a sequence would have too many of them.
-        rows_first: rows are the long side of both products instead of tokens.
         is_pipelined: by warps of different roles.
     """
 
@@ -170,7 +152,6 @@ class Form:
     num_stages: int
     programs: int
     longest: int
-    rows_first: bool = False
     is_pipelined: bool = False
 
     @property
@@ -186,8 +167,8 @@ FORMS: tuple[Form, ...] = (
 )
 """For 16-bit numbers, by ascending rows; the last serves any number of them."""
 PIPELINED: tuple[Form, ...] = tuple(
-    Form(rows=rows, tokens=64, num_warps=warps, num_stages=2, programs=1, longest=2048, is_pipelined=True)
-    for rows, warps in ((16, 4), (32, 4), (64, 8))
+    Form(rows=rows, tokens=64, num_warps=warps, num_stages=2, programs=1, longest=longest, is_pipelined=True)
+    for rows, warps, longest in ((16, 4, 2048), (32, 4, 2048), (64, 8, 4096))
 )
 """The same, where `latent_pipelined.fits`."""
 EXACT = Form(rows=16, tokens=16, num_warps=4, num_stages=1, programs=2, longest=1024)
@@ -219,15 +200,14 @@ class LatentDecodeWorkspace:
     part_out: Tensor
 
     @classmethod
-    def create(cls, q: Tensor, cache: Tensor, *, latent: int, max_context: int) -> "LatentDecodeWorkspace":
+    def create(cls, q: Tensor, cache: Tensor, *, max_context: int) -> "LatentDecodeWorkspace":
         """Buffers for a batch.
 
         Args:
             q, cache: like those of the steps.
-            latent: channels of a value.
             max_context: tokens of the longest sequence.
         """
-        (batch, query_len, heads, _), device = q.shape, q.device
+        (batch, query_len, heads, latent), device = q.shape, q.device
         rows, forms = query_len * heads, PIPELINED if fits(cache, latent) else FORMS
         form = next((f for f in forms if f.rows >= rows), forms[-1]) if q.element_size() == 2 else EXACT
         tiles = triton.cdiv(rows, form.rows)
@@ -244,8 +224,14 @@ class LatentDecodeWorkspace:
         return cls(form=form, least=least, part_max=part_max, part_sum=part_sum, part_out=part_out)
 
 
+def _apart(q: Tensor) -> tuple[int, int]:
+    """Distances of tokens and heads; that of an axis of one is any number."""
+    return q.stride(1 if q.shape[1] > 1 else 0), q.stride(2)
+
+
 def latent_decode(
     q: Tensor,
+    turned: Tensor,
     cache: Tensor,
     block_table: Tensor,
     context_lens: Tensor,
@@ -257,7 +243,9 @@ def latent_decode(
     """Attend from the last Lq tokens of every sequence to its pages, causally.
 
     Args:
-        q: [B, Lq, HQ, C + P], Lq from 1 to 8, contiguous: queries by the keys' matrix, and rotated ones.
+        q: [B, Lq, HQ, C], Lq from 1 to 8: queries by the keys' matrix; the B * Lq tokens may be any distance apart, and
+            their heads.
+        turned: [B, Lq, HQ, P], rotated ones, likewise.
         cache: [pages, page size, 1, C + P], contiguous: latents and rotated keys, those of the Lq tokens among them.
         block_table: int32 [B, pages of a sequence], the page of every page-sized piece of a sequence.
         context_lens: int32 [B], tokens of every sequence, the Lq new ones included; 0 for a place without a
@@ -269,7 +257,7 @@ def latent_decode(
     Raises:
         ConfigError: Lq outside 1 to 8.
     """
-    (batch, query_len, heads, width), latent, page = q.shape, out.shape[3], cache.shape[1]
+    (batch, query_len, heads, latent), (_, page, _, width) = q.shape, cache.shape
     if not 1 <= query_len <= 8:
         raise ConfigError(f"latent_decode takes 1 to 8 query tokens, got q {tuple(q.shape)}")
     w, form = workspace, workspace.form
@@ -277,8 +265,9 @@ def latent_decode(
     programs = min(_multiprocessors(q.device) * form.programs, batch * most * triton.cdiv(rows, form.rows))
     columns = min(MERGE_COLUMNS, next_power_of_2(latent))
     numbers = (
-        block_table, context_lens, w.part_max, w.part_sum, w.part_out, batch, query_len, heads, block_table.shape[1],
-        w.least, most, scale * LOG2E,
+        block_table, context_lens, w.part_max, w.part_sum, w.part_out,
+        *_apart(q), *_apart(turned), batch, query_len, heads, block_table.shape[1], w.least, most,
+        scale * LOG2E,
     )  # fmt: skip
     sizes = {
         "BB": max(128, next_power_of_2(batch)), "BR": form.rows, "BN": form.tokens, "PAGE": page, "C": latent,
@@ -287,12 +276,12 @@ def latent_decode(
     if form.is_pipelined:
         tiles = sources_of(cache, latent, form.tokens)
         launch_kernel(
-            latent_pipelined_kernel, (programs,), q, *tiles, *numbers, W=form.num_warps, maxnreg=form.num_registers, **sizes
+            latent_pipelined_kernel, (programs,), q, turned, *tiles, *numbers, W=form.num_warps, maxnreg=form.num_registers, **sizes
         )  # fmt: skip
     else:
         launch_kernel(
-            _parts_kernel, (programs,), q, cache, *numbers, BC=max(16, next_power_of_2(latent)),
-            BP=max(16, next_power_of_2(width - latent)), IP=precision(q.dtype), ROWS_FIRST=form.rows_first, **sizes,
+            _parts_kernel, (programs,), q, turned, cache, *numbers, BC=max(16, next_power_of_2(latent)),
+            BP=max(16, next_power_of_2(width - latent)), IP=precision(q.dtype), **sizes,
         )  # fmt: skip
     launch_kernel(
         _merge_kernel, (batch * rows, triton.cdiv(latent, columns)),

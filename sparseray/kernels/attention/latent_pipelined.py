@@ -77,18 +77,20 @@ def _clear_behind(s_tile, start, n_ctx, BN: gl.constexpr, C: gl.constexpr, W: gl
 
 @gluon.jit
 def _load_queries(
-    p_q, s_qc, s_qr, o_first, rows, i_m, BR: gl.constexpr, C: gl.constexpr, P: gl.constexpr, W: gl.constexpr
-):
+    p_q, p_turned, s_qc, s_qr, token_q, head_q, token_turned, head_turned, first, heads, rows, i_m,
+    BR: gl.constexpr, C: gl.constexpr, P: gl.constexpr, W: gl.constexpr,
+):  # fmt: skip
     """A tile of a sequence's rows to shared memory."""
     WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // P, P // 8], [W, 1], [1, 0])
     o_m = i_m * BR + gl.arange(0, BR, layout=gl.SliceLayout(1, WIDE))
     o_d = gl.arange(0, P, layout=gl.SliceLayout(0, WIDE))
-    p_tile = p_q + (o_first + o_m)[:, None] * (C + P) + o_d[None, :]
-    s_qr.store(gl.load(p_tile + C, mask=(o_m < rows)[:, None], other=0.0))
+    o_row = (first + o_m // heads) * token_turned + o_m % heads * head_turned
+    s_qr.store(gl.load(p_turned + o_row[:, None] + o_d[None, :], mask=(o_m < rows)[:, None], other=0.0))
     LONG: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [W, 1], [1, 0])
     o_m = i_m * BR + gl.arange(0, BR, layout=gl.SliceLayout(1, LONG))
     o_d = gl.arange(0, 64, layout=gl.SliceLayout(0, LONG))
-    p_tile = p_q + (o_first + o_m)[:, None] * (C + P) + o_d[None, :]
+    o_row = (first + o_m // heads) * token_q + o_m % heads * head_q
+    p_tile = p_q + o_row[:, None] + o_d[None, :]
     for i in gl.static_range(C // 64):
         s_qc.slice(i * 64, 64, dim=1).store(gl.load(p_tile + i * 64, mask=(o_m < rows)[:, None], other=0.0))
     fence_async_shared()
@@ -97,7 +99,8 @@ def _load_queries(
 
 @gluon.jit
 def _attend(
-    p_q, p_lens, p_m, p_l, p_acc, s_c, s_r, s_qc, s_qr, s_p, bars, s_ends, new, heads, tiles, least, most, scale2,
+    p_q, p_turned, p_lens, p_m, p_l, p_acc, token_q, head_q, token_turned, head_turned, s_c, s_r, s_qc, s_qr, s_p, bars,
+    s_ends, new, heads, tiles, least, most, scale2,
     BR: gl.constexpr, BN: gl.constexpr, C: gl.constexpr, P: gl.constexpr, STAGES: gl.constexpr, W: gl.constexpr,
 ):  # fmt: skip
     """The softmax of every part, not yet divided."""
@@ -111,7 +114,10 @@ def _attend(
     turn = 0
     for item in range(gl.program_id(0), total, gl.num_programs(0)):
         i_b, i_s, i_m, n_ctx, lo, hi = _part_of(item, tiles, s_ends, p_lens, least, most, BN, ENDS)
-        _load_queries(p_q, s_qc, s_qr, i_b * rows, rows, i_m, BR, C, P, W)
+        _load_queries(
+            p_q, p_turned, s_qc, s_qr, token_q, head_q, token_turned, head_turned, i_b * new, heads, rows, i_m,
+            BR, C, P, W,
+        )  # fmt: skip
         o_m = i_m * BR + gl.arange(0, BR, layout=ROW)
         b_t = gl.where(o_m < rows, n_ctx - new + o_m // heads, -1)
         b_m = gl.full([BR], float("-inf"), gl.float32, layout=ROW)
@@ -155,7 +161,8 @@ def _attend(
 
 @gluon.jit
 def latent_pipelined_kernel(
-    p_q, d_c, d_r, p_table, p_lens, p_m, p_l, p_acc, batch, new, heads, pages, least, most, scale2,
+    p_q, p_turned, d_c, d_r, p_table, p_lens, p_m, p_l, p_acc, token_q, head_q, token_turned, head_turned,
+    batch, new, heads, pages, least, most, scale2,
     BB: gl.constexpr, BR: gl.constexpr, BN: gl.constexpr, PAGE: gl.constexpr, C: gl.constexpr, P: gl.constexpr,
     STAGES: gl.constexpr, W: gl.constexpr,
 ):  # fmt: skip
@@ -180,8 +187,9 @@ def latent_pipelined_kernel(
     tiles = (new * heads + BR - 1) // BR
     gl.warp_specialize(
         [
-            (_attend, (p_q, p_lens, p_m, p_l, p_acc, s_c, s_r, s_qc, s_qr, s_p, bars, s_ends, new, heads, tiles, least,
-                       most, scale2, BR, BN, C, P, STAGES, W)),
+            (_attend, (p_q, p_turned, p_lens, p_m, p_l, p_acc, token_q, head_q, token_turned, head_turned,
+                       s_c, s_r, s_qc, s_qr, s_p, bars, s_ends, new, heads, tiles, least, most, scale2,
+                       BR, BN, C, P, STAGES, W)),
             (_copy_tiles, (d_c, d_r, s_c, s_r, bars, s_ends, p_table, p_lens, pages, tiles, least, most,
                            BN, PAGE, C, STAGES)),
         ],

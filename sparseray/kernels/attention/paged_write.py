@@ -1,4 +1,6 @@
-"""`paged_write`: the keys and values of a step's rows into their pages, in one launch that a CUDA graph can hold."""
+"""The keys and values of a step's rows into their pages, in one launch that a CUDA graph can hold: `paged_write`, and
+`latent_append` for latent attention, which norms and rotates them on the way.
+"""
 
 import triton
 import triton.language as tl
@@ -21,6 +23,53 @@ def _write_kernel(
     o_v = tl.arange(0, BV)
     b_v = tl.load(p_v + i_r * stride_v + o_v, mask=o_v < NV, other=0.0)
     tl.store(p_v_pool + place * NV + o_v, b_v, mask=o_v < NV)
+
+
+@triton.jit
+def _append_kernel(
+    p_x, p_weight, p_cos, p_sin, p_places, p_pool, stride_x, eps,
+    C: tl.constexpr, P: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
+):  # fmt: skip
+    """One program a row."""
+    i_r = tl.program_id(0).to(tl.int64)
+    p_out = p_pool + tl.load(p_places + i_r).to(tl.int64) * (C + P)
+    p_x += i_r * stride_x
+    o_c = tl.arange(0, BC)
+    b = tl.load(p_x + o_c, mask=o_c < C, other=0.0).to(tl.float32)
+    b_w = tl.load(p_weight + o_c, mask=o_c < C, other=0.0).to(tl.float32)
+    b = b * tl.rsqrt(tl.sum(b * b, 0) / C + eps) * b_w
+    tl.store(p_out + o_c, b.to(p_pool.dtype.element_ty), mask=o_c < C)
+    o_p = tl.arange(0, BP)
+    m_p = o_p < P // 2
+    b_first = tl.load(p_x + C + 2 * o_p, mask=m_p, other=0.0).to(tl.float32)
+    b_second = tl.load(p_x + C + 2 * o_p + 1, mask=m_p, other=0.0).to(tl.float32)
+    b_cos = tl.load(p_cos + i_r * (P // 2) + o_p, mask=m_p, other=0.0)
+    b_sin = tl.load(p_sin + i_r * (P // 2) + o_p, mask=m_p, other=0.0)
+    tl.store(p_out + C + 2 * o_p, (b_first * b_cos - b_second * b_sin).to(p_pool.dtype.element_ty), mask=m_p)
+    tl.store(
+        p_out + C + 2 * o_p + 1, (b_second * b_cos + b_first * b_sin).to(p_pool.dtype.element_ty), mask=m_p
+    )
+
+
+def latent_append(
+    x_RK: Tensor, weight_C: Tensor, eps: float, cos_RP: Tensor, sin_RP: Tensor, places_R: Tensor, pool: Tensor
+) -> None:
+    """Write every row's normed latent and rotated key to its place.
+
+    Args:
+        x_RK: latents, then keys whose channels 2i and 2i + 1 turn together; rows may be apart.
+        weight_C, eps: of the root-mean-square norm.
+        cos_RP, sin_RP: fp32, contiguous, of each row's position and pair.
+        places_R: as of `paged_write`.
+        pool: [pages, page size, 1, K], contiguous.
+    """
+    width, latent = x_RK.shape[1], weight_C.shape[0]
+    launch_kernel(
+        _append_kernel, (x_RK.shape[0],),
+        x_RK, weight_C, cos_RP, sin_RP, places_R, pool, x_RK.stride(0), eps,
+        C=latent, P=width - latent, BC=triton.next_power_of_2(latent),
+        BP=triton.next_power_of_2((width - latent) // 2), num_warps=4,
+    )  # fmt: skip
 
 
 def paged_write(k_RGD: Tensor, v_RGV: Tensor, places_R: Tensor, k_pool: Tensor, v_pool: Tensor) -> None:

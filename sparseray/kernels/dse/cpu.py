@@ -110,7 +110,7 @@ def ngram_hash(
 
 
 @numba.njit(cache=True, nogil=True)
-def _stable_order(rows):
+def stable_order(rows):
     """Positions in stable rising order of row, by a least-significant-digit radix sort."""
     count = rows.shape[0]
     lowest, highest = rows[0], rows[0]
@@ -139,7 +139,7 @@ def _stable_order(rows):
 @numba.njit(cache=True, nogil=True)
 def _segment_sum(rows, grads):
     count, width = grads.shape
-    order = _stable_order(rows)
+    order = stable_order(rows)
     num_unique = 1
     for i in range(1, count):
         num_unique += rows[order[i]] != rows[order[i - 1]]
@@ -294,7 +294,7 @@ def _round_row(bits, key, weight, row):
 
 
 @numba.njit(cache=True, nogil=True)
-def _adam_rows_bfloat16(weight, m, v, t, rows, grads, lr, beta1, beta2, eps, seed):
+def _adam_rows_bfloat16(weight, m, v, t, rows, ids, grads, lr, beta1, beta2, eps, seed):
     """As `_adam_rows`, on rows that are stored as bfloat16 and computed in fp32."""
     keep1, new1 = np.float32(beta1), np.float32(1 - beta1)
     width = weight.shape[1]
@@ -312,7 +312,7 @@ def _adam_rows_bfloat16(weight, m, v, t, rows, grads, lr, beta1, beta2, eps, see
             first = keep1 * m[row, d] + new1 * grads[u, d]
             m[row, d] = first
             exact[d] -= rate * first
-        key = _mixed(_mixed(seed + np.uint64(row) * GOLDEN) + np.uint64(t[row]) * GOLDEN)
+        key = _mixed(_mixed(seed + np.uint64(ids[u]) * GOLDEN) + np.uint64(t[row]) * GOLDEN)
         _round_row(bits, key, weight, row)
     return -1
 
@@ -337,6 +337,7 @@ def rowwise_adam_(
     beta2: float = 0.95,
     eps: float = 1e-8,
     seed: int = 0,
+    ids_U: Ints | None = None,
 ) -> None:
     """Apply row-wise Adam in place to the given rows; see `reference.rowwise_adam_`.
 
@@ -350,13 +351,17 @@ def rowwise_adam_(
         rows_U: int64 unique rows; grads_UD: fp32, their summed gradients.
         lr, beta1, beta2, eps: as in Adam; no weight decay.
         seed: of the rounding of bfloat16 rows, below 2^63.
+        ids_U: int64, what the rounding takes for the rows' numbers; None for rows_U.
 
     Raises:
         IndexError: a row lies outside the table (rows before it have been updated).
     """
     numbers = (float(lr), float(beta1), float(beta2), float(eps))
     if weight_RD.dtype == np.uint16:
-        bad = _adam_rows_bfloat16(weight_RD, m_RD, v_R, t_R, rows_U, grads_UD, *numbers, np.uint64(seed))
+        ids_U = rows_U if ids_U is None else ids_U
+        bad = _adam_rows_bfloat16(
+            weight_RD, m_RD, v_R, t_R, rows_U, ids_U, grads_UD, *numbers, np.uint64(seed)
+        )
     else:
         bad = _adam_rows(weight_RD, m_RD, v_R, t_R, rows_U, grads_UD, *numbers)
     if bad >= 0:

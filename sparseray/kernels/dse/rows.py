@@ -244,14 +244,14 @@ def register_host(table: Tensor) -> Tensor:
 def _segment_kernel(
     p_grads, p_first, p_out, D: tl.constexpr, BD: tl.constexpr, MANY: tl.constexpr, FEW: tl.constexpr
 ):
-    """Add one segment's rows, which lie behind one another, in order; MANY loads are in flight at once."""
+    """Add one segment's rows, which lie behind one another, in order; MANY loads are in flight at once. None give 0."""
     i_u = tl.program_id(0)
     o_d = tl.program_id(1) * BD + tl.arange(0, BD)
     m_d = o_d < D
     first = tl.load(p_first + i_u)
     last = tl.load(p_first + i_u + 1)
     p = p_grads + o_d
-    acc = tl.load(p + first * D, mask=m_d, other=0.0).to(tl.float32)
+    acc = tl.load(p + first * D, mask=m_d & (first < last), other=0.0).to(tl.float32)
     start = first + 1
     while start + MANY <= last:
         for i in tl.static_range(MANY):
@@ -280,14 +280,24 @@ def segment_sum_rows(rows_N: Tensor, grads_ND: Tensor) -> tuple[Tensor, Tensor]:
     """
     ordered_N, order_N = torch.sort(rows_N, stable=True)
     unique_U, counts_U = torch.unique_consecutive(ordered_N, return_counts=True)
-    U, D = unique_U.numel(), grads_ND.shape[1]
+    return unique_U, sum_segments(grads_ND, order_N, torch.nn.functional.pad(counts_U.cumsum(0), (1, 0)))
+
+
+def sum_segments(grads_ND: Tensor, order_N: Tensor, first_U1: Tensor) -> Tensor:
+    """Sum gradients by segment, each one's terms in order: fp32 [U, D], 0 for an empty segment.
+
+    Args:
+        grads_ND: fp32 or bf16, contiguous.
+        order_N: int64, positions of the gradients, segment after segment.
+        first_U1: int64, where in it each segment begins, and where the last one ends.
+    """
+    U, D = first_U1.numel() - 1, grads_ND.shape[1]
     sums_UD = torch.empty(U, D, dtype=torch.float32, device=grads_ND.device)
-    first_U1 = torch.nn.functional.pad(counts_U.cumsum(0), (1, 0))
     if U:
         launch_kernel(
             _segment_kernel,
             (U, triton.cdiv(D, SEGMENT_COLUMNS)),
-            grads_ND[order_N],
+            grads_ND.index_select(0, order_N),
             first_U1,
             sums_UD,
             D=D,
@@ -296,4 +306,4 @@ def segment_sum_rows(rows_N: Tensor, grads_ND: Tensor) -> tuple[Tensor, Tensor]:
             FEW=4,
             num_warps=1,
         )
-    return unique_U, sums_UD
+    return sums_UD

@@ -18,8 +18,8 @@ from torch import Tensor
 from sparseray.kernels.launch import launch_kernel
 from sparseray.kernels.takes import is_interpreted
 
-MOST_PARTS, FEW_ROWS = 32, 1024
-"""Parts of the rows whose weight gradients are added in order; rows up to which small tiles fill the device better."""
+MOST_PARTS, FEW_ROWS = 32, 64
+"""Parts of the rows whose weight gradients are added in order; rows up to which each is multiplied by itself."""
 
 
 @triton.jit
@@ -53,6 +53,22 @@ def logits_kernel(
         acc = tl.dot(b_x, tl.trans(b_2), acc)
         acc = tl.dot(b_x, tl.trans(b_1), acc)
     tl.store(p_out + o_r[:, None].to(tl.int64) * E + o_e[None, :], acc, mask=m_r & (o_e[None, :] < E))
+
+
+@triton.jit
+def few_logits_kernel(
+    p_x, p_w, p_out, H: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, BH: tl.constexpr
+):  # fmt: skip
+    """One row by BE experts, in fp32: with few rows a loop of products waits longer than it computes."""
+    i_r = tl.program_id(0)
+    o_e = (tl.program_id(1) * BE + tl.arange(0, BE))[:, None]
+    acc = tl.zeros([BE, BH], tl.float32)
+    for h in tl.static_range(0, H, BH):
+        o_h = h + tl.arange(0, BH)
+        b_x = tl.load(p_x + i_r * H + o_h, mask=o_h < H, other=0.0).to(tl.float32)[None, :]
+        acc += b_x * tl.load(p_w + o_e * H + o_h[None, :], mask=(o_e < E) & (o_h < H)[None, :], other=0.0)
+    o_out = tl.program_id(1) * BE + tl.arange(0, BE)
+    tl.store(p_out + i_r * E + o_out, tl.sum(acc, 1), mask=o_out < E)
 
 
 @triton.jit
@@ -120,13 +136,17 @@ class _RouterLogits(torch.autograd.Function):
     def forward(ctx: Any, x_RH: Tensor, weight_EH: Tensor) -> Tensor:
         (R, H), E = x_RH.shape, weight_EH.shape[0]
         out_RE = torch.empty(R, E, dtype=torch.float32, device=x_RH.device)
-        few = R <= FEW_ROWS
-        br, be = (16, 16) if few else (64, _columns(E))
-        launch_kernel(
-            logits_kernel, (triton.cdiv(R, br), triton.cdiv(E, be)), x_RH, weight_EH, out_RE, R,
-            H=H, E=E, BR=br, BE=be, BH=128 if few else 64, STAGES=4 if few else 3, FACTOR=_factor(),
-            num_warps=4,
-        )  # fmt: skip
+        if R <= FEW_ROWS:
+            launch_kernel(
+                few_logits_kernel, (R, triton.cdiv(E, 4)), x_RH, weight_EH, out_RE,
+                H=H, E=E, BE=4, BH=min(1024, triton.next_power_of_2(H)), num_warps=4,
+            )  # fmt: skip
+        else:
+            be = _columns(E)
+            launch_kernel(
+                logits_kernel, (triton.cdiv(R, 64), triton.cdiv(E, be)), x_RH, weight_EH, out_RE, R,
+                H=H, E=E, BR=64, BE=be, BH=64, STAGES=3, FACTOR=_factor(), num_warps=4,
+            )  # fmt: skip
         ctx.save_for_backward(x_RH, weight_EH)
         return out_RE
 

@@ -40,12 +40,6 @@ class LatentPool:
         return [self.pool]
 
 
-def _in_halves(x: Tensor) -> Tensor:
-    """Put channels 0, 2, 4, ... before 1, 3, 5, ...; what queries and keys both undergo changes no score."""
-    halves: Tensor = x.unflatten(-1, (-1, 2)).transpose(-1, -2)
-    return halves.flatten(-2)
-
-
 class MLAttention(Attention):
     """Latent attention with decoupled rotary positions."""
 
@@ -66,22 +60,14 @@ class MLAttention(Attention):
         self.magnitude = score_scale(config.rope)
         self.scale = self.magnitude / math.sqrt(mla.qk_head_dim)
 
-    def _queries(self, x_RH: Tensor, batch: Batch, angles: Angles) -> tuple[Tensor, Tensor]:
-        """Queries without position [R, Q, N] and with, rotated [R, Q, P]."""
+    def _queries(self, x_RH: Tensor, batch: Batch, angles: Angles) -> Tensor:
+        """Queries whose last channels are rotated, [R, Q, N + P]."""
         if self.sizes.q_lora_rank is None:
             q_RX = self.q(x_RH, batch)
         else:
             q_RX = self.q_up(self.q_norm(self.q_down(x_RH, batch)), batch)
-        widths = (self.sizes.qk_nope_head_dim, self.sizes.qk_rope_head_dim)
-        q_RQN, q_RQP = q_RX.unflatten(-1, (self.heads, -1)).split(widths, -1)
-        return q_RQN, self.ops.rotary(_in_halves(q_RQP), angles.cos_RD, angles.sin_RD)
-
-    def _latents(self, x_RH: Tensor, batch: Batch, angles: Angles) -> tuple[Tensor, Tensor]:
-        """Latents [R, C] and the keys' part with position [R, 1, P]."""
-        widths = (self.sizes.kv_lora_rank, self.sizes.qk_rope_head_dim)
-        latent_RC, k_RP = self.kv_down(x_RH, batch).split(widths, -1)
-        k_R1P = self.ops.rotary(_in_halves(k_RP[:, None]), angles.cos_RD, angles.sin_RD)
-        return self.kv_norm(latent_RC), k_R1P
+        q_RQD = q_RX.unflatten(-1, (self.heads, -1))
+        return self.ops.rotary_pairs(q_RQD, self.sizes.qk_nope_head_dim, angles.cos_RD, angles.sin_RD)
 
     def _attend(self, q_BTQD: Tensor, latent_RC: Tensor, k_R1P: Tensor, batch: Batch) -> Tensor:
         """Attend to the keys and values of latents of B sequences, [B, T, Q, V]."""
@@ -93,36 +79,39 @@ class MLAttention(Attention):
         return self.ops.attend(q_BTQD * self.magnitude, k_BSQD, v_BSQV)
 
     def _attend_pages(
-        self, q_RQN: Tensor, q_RQP: Tensor, latent_RC: Tensor, k_R1P: Tensor, batch: Batch, paged: Paged
+        self, q_RQD: Tensor, x_RK: Tensor, batch: Batch, angles: Angles, paged: Paged
     ) -> Tensor:
         """Append the rows to their pages and attend to what is there, [R, Q, V]."""
-        pool, ops, sizes = paged.pools[self.layer], self.ops, self.sizes
+        pool, pages, ops, sizes = paged.pools[self.layer], paged.pages, self.ops, self.sizes
         assert isinstance(pool, LatentPool)
-        ops.paged_latent_write(pool.pool, torch.cat([latent_RC[:, None], k_R1P], -1), paged.pages)
-        if ops.expands_latents and paged.pages.chunks is not None:
-            q_RQD = torch.cat([q_RQN, q_RQP], -1)
+        turns = angles.cos_RD, angles.sin_RD
+        ops.paged_latent_append(pool.pool, x_RK, self.kv_norm.weight, LATENT_EPS, turns, pages)
+        if ops.expands_latents and pages.chunks is not None:
             o_RQV = q_RQD.new_empty(*q_RQD.shape[:2], sizes.v_head_dim)
-            for rows, latents_BS1K in ops.paged_latents(pool.pool, paged.pages):
+            for rows, latents_BS1K in ops.paged_latents(pool.pool, pages):
                 parts = latents_BS1K.flatten(0, 1).split((sizes.kv_lora_rank, sizes.qk_rope_head_dim), -1)
                 q_BTQD = q_RQD[rows].unflatten(0, (len(latents_BS1K), -1))
                 o_RQV[rows] = self._attend(q_BTQD, parts[0][:, 0], parts[1], batch).flatten(0, 1)
             return o_RQV
+        q_RQN, q_RQP = q_RQD.split((sizes.qk_nope_head_dim, sizes.qk_rope_head_dim), -1)
         widths = (sizes.qk_nope_head_dim, sizes.v_head_dim)
         up_QNC, up_QVC = self.kv_up.weight.unflatten(0, (self.heads, -1)).split(widths, 1)
-        q_RQK = torch.cat([ops.linear_by_head(q_RQN, up_QNC.transpose(1, 2)), q_RQP], -1)
-        o_RQC = ops.paged_latent_attend(q_RQK, pool.pool, sizes.kv_lora_rank, self.scale, paged.pages)
+        q_RQC = ops.linear_by_head(q_RQN, up_QNC.transpose(1, 2))
+        o_RQC = ops.paged_latent_attend(q_RQC, q_RQP, pool.pool, self.scale, pages)
         return ops.linear_by_head(o_RQC, up_QVC)
 
     def forward(self, x_RH: Tensor, batch: Batch, angles: Angles) -> Tensor:
         """Attend within each sequence; [R, H]."""
         assert angles.latent is not None
-        q_RQN, q_RQP = self._queries(x_RH, batch, angles.latent)
-        latent_RC, k_R1P = self._latents(x_RH, batch, angles.latent)
+        turns, sizes = angles.latent, self.sizes
+        q_RQD, x_RK = self._queries(x_RH, batch, turns), self.kv_down(x_RH, batch)
         if batch.paged is not None:
-            o_RQV = self._attend_pages(q_RQN, q_RQP, latent_RC, k_R1P, batch, batch.paged)
+            o_RQV = self._attend_pages(q_RQD, x_RK, batch, turns, batch.paged)
         else:
-            q_BTQD = torch.cat([q_RQN, q_RQP], -1).unflatten(0, batch.shape)
-            o_RQV = self._attend(q_BTQD, latent_RC, k_R1P, batch).flatten(0, 1)
+            latent_RC, k_RP = x_RK.split((sizes.kv_lora_rank, sizes.qk_rope_head_dim), -1)
+            k_R1P = self.ops.rotary_pairs(k_RP[:, None], 0, turns.cos_RD, turns.sin_RD)
+            q_BTQD = q_RQD.unflatten(0, batch.shape)
+            o_RQV = self._attend(q_BTQD, self.kv_norm(latent_RC), k_R1P, batch).flatten(0, 1)
         out: Tensor = self.out(o_RQV.flatten(1), batch)
         return out
 

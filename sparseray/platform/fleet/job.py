@@ -19,7 +19,8 @@ from sparseray.actors.state.dense_slab import DenseSlabs
 from sparseray.actors.state.experts import ExpertShard
 from sparseray.actors.state.holdings import Holdings
 from sparseray.actors.state.memory import MemoryShard
-from sparseray.actors.state.whole_experts import WholeExperts
+from sparseray.actors.state.slab_experts import SlabExperts
+from sparseray.actors.state.staged_memory import StagedMemory
 from sparseray.actors.training.mixture import Mixture
 from sparseray.actors.training.token_data import TokenBatches, TokenDataset
 from sparseray.actors.wire.messages import SavedTensor
@@ -63,6 +64,7 @@ class SlotJob:
         self.is_serving = spec.serving
         self._grammars = _load_grammars(spec, self.config.model) if self.is_serving else None
         self.deadline_s = self.config.cluster.deadline_s
+        self.part_shape = self.config.train.sequences_per_shard, self.config.train.seq_len
         optim = self.config.optim
         self._shared: dict[str, Any] = {
             "seed": self.config.train.seed,
@@ -70,6 +72,10 @@ class SlotJob:
         }
         self._adam: dict[str, Any] = {"betas": (optim.beta1, optim.beta2), "eps": optim.eps}
         self._decay: dict[str, Any] = {"weight_decay": optim.weight_decay, **self._shared, **self._adam}
+        self._moments: dict[str, Any] = {
+            "moments": DTYPES[optim.moments],
+            "weight_decay": optim.weight_decay,
+        }
         self._is_whole = is_whole(self.config)
         self.device = torch.device(
             "cuda" if self._is_whole and self.config.cluster.device == "cuda" else "cpu"
@@ -89,16 +95,18 @@ class SlotJob:
         return {
             "device": self.device,
             "ops": ops_for(config.kernels, self.device),
-            "moments": DTYPES[config.optim.moments],
             "determinism": config.determinism,
-            **self._decay,
+            **self._shared,
+            **self._adam,
         }
 
     def _dense(self) -> DenseState:
         model, train = self.config.model, self.config.train
         if self._is_whole:
             dtype = DTYPES[train.dtype]
-            return DenseSlabs(model, self.layout, dtype=dtype, recompute=train.recompute, **self._slabs())
+            return DenseSlabs(
+                model, self.layout, dtype=dtype, recompute=train.recompute, **self._moments, **self._slabs()
+            )
         return DenseState(model, self.layout, ops=ops_for(self.config.kernels, self.device), **self._decay)
 
     def holdings(self) -> Holdings:
@@ -109,9 +117,15 @@ class SlotJob:
             if self.device.type == "cuda":
                 _fix_order(not self.is_serving and self.config.determinism == "bitwise")
             compute = None if dtype == torch.float32 else dtype
-            experts = WholeExperts(model, compute_dtype=compute, **self._slabs())
-        memory = MemoryShard(model, self._table_rows(), **self._shared, **self._adam)
-        return Holdings(self._dense, experts, memory if model.dse.layers else None)
+            experts = SlabExperts(model, compute_dtype=compute, **self._moments, **self._slabs())
+        return Holdings(self._dense, experts, self.memory(self._table_rows()) if model.dse.layers else None)
+
+    def memory(self, table_rows: list[int]) -> MemoryShard:
+        """Build a slot's memory, empty, with so many rows in each layer's table."""
+        model = self.config.model
+        if self._is_whole:
+            return StagedMemory(model, table_rows, **self._slabs())
+        return MemoryShard(model, table_rows, **self._shared, **self._adam)
 
     def engine(self, model: Transformer, exchange: Lookups) -> Engine | None:
         """Build the serving engine of an attention worker; None in training.

@@ -4,6 +4,13 @@ Weights are allocated, data is opened, autograd starts, loops and kernels are co
 opens. Nothing of it stays but what is slow to make.
 """
 
+import contextlib
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
@@ -12,12 +19,57 @@ from sparseray.actors.state.dense import DenseState
 from sparseray.actors.state.dense_slab import DenseSlabs
 from sparseray.actors.state.holdings import Holdings
 from sparseray.actors.state.memory import warm_loops
+from sparseray.actors.state.staged_memory import StagedMemory
 from sparseray.model.transformer import Transformer, cross_entropy_sum
 from sparseray.platform.fleet.job import SlotJob
+from sparseray.platform.metrics.discovery import state_directory
+
+TURN_S = 60.0
 
 
 def warm_holdings(job: SlotJob) -> Holdings:
-    """Build a slot's state, empty, and touch once what is slow the first time: dense weights, autograd, compiled loops."""
+    """Build a slot's state, empty, and touch once what is slow the first time: dense weights, autograd, compiled loops.
+
+    Where nothing has been compiled before, slots that start together would all compile the same: seven took 70 s on two
+    cores, and one with six that wait for what it leaves in the compilers' caches takes 20 s.
+    """
+    lock = Path(os.devnull)
+    # Of a user without a home; a device can be locked too.
+    with contextlib.suppress(RuntimeError):
+        lock = state_directory() / "warming.lock"
+    with first_alone(lock):
+        return _warm_holdings(job)
+
+
+@contextlib.contextmanager
+def first_alone(path: Path, limit_s: float = TURN_S) -> Iterator[None]:
+    """Do something while nobody else of this machine does; those who come meanwhile do it when the first is done, all at once.
+
+    Args:
+        path: of a lock file; where none can be made, nobody waits.
+        limit_s: seconds to wait at most for a first one that hangs.
+    """
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            file = stack.enter_context(path.open("w"))
+            if not _locked(file.fileno(), fcntl.LOCK_EX):
+                deadline = time.monotonic() + limit_s
+                while not _locked(file.fileno(), fcntl.LOCK_SH) and time.monotonic() < deadline:
+                    time.sleep(0.02)
+                file.close()
+        yield
+
+
+def _locked(file: int, kind: int) -> bool:
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _warm_holdings(job: SlotJob) -> Holdings:
     holdings = job.holdings()
     dense = holdings.spare()
     if not job.is_serving:
@@ -95,6 +147,8 @@ def rehearse(job: SlotJob, dense: DenseState) -> None:
     gradients = dense.take_gradients()
     if isinstance(dense, DenseSlabs) and slabs is not None:
         _rehearse_update(dense, [*gradients, *slabs.tensors])
+        if job.layout is not None:
+            _rehearse_rows(job, dense.dtype)
 
 
 def _pass_through(_layer: int, x_TH: Tensor, _ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
@@ -137,3 +191,22 @@ def _rehearse_update(dense: DenseSlabs, gradients: list[Tensor]) -> None:
             weight_decay=0.0,
             step=1,
         )
+
+
+def _rehearse_rows(job: SlotJob, dtype: torch.dtype) -> None:
+    """Stage, train and write back rows of tiny tables, which are thrown away."""
+    dse, parts = job.config.model.dse, job.config.train.logical_shards
+    memory = job.memory([dse.num_buckets] * len(dse.layers))
+    assert isinstance(memory, StagedMemory)
+    keys = [(index, bucket) for index in range(len(dse.layers)) for bucket in range(dse.num_buckets)]
+    memory.initialize(keys)
+    memory.assign(keys, keys)
+    part = dict.fromkeys(dse.layers, torch.zeros(1, 1, dtype=torch.int64))
+    for step in (1, 2):
+        memory.open_step(step, lambda _: [part] * parts)
+        gradients = [torch.zeros(1, dse.head_dim, dtype=dtype, device=memory.device) for _ in dse.layers]
+        for number in range(parts):
+            memory.add_row_gradients(number, gradients)
+        memory.norms_on_device()
+        memory.apply(lr=0.0, scale=1.0)
+    memory.settle()

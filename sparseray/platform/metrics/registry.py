@@ -171,6 +171,7 @@ _ELASTIC = {
     "elastic_generation": _gauge(help="Generation of the plan in force"),
     "elastic_slots": _gauge(help="Slots by role", labels=("role",)),
     "elastic_replicas": _gauge(help="Replicas of the state, wanted and present", labels=("state",)),
+    "elastic_lent_slots": _gauge(help="Slots that a run does without while they serve"),
     "elastic_events_total": _counter(
         help="Changes of the run's slots",
         labels=("kind",),

@@ -1,14 +1,18 @@
-"""How many bytes of a GPU a training run takes where one slot plays all roles; pure arithmetic on the configuration.
+"""How many bytes of each GPU a training run takes; pure arithmetic on the configuration.
 
-Weights, moments and gradients are exact. Activations are those that the backward pass reads again, counted by layer
-from what the network keeps, and what one layer's backward pass needs beside them.
+Weights, moments and gradients are exact, of several slots for the one that holds most. Activations are those that the
+backward pass reads again, counted by layer from what the network keeps, and what one layer's backward pass needs beside
+them; of experts in other slots, as many rows come as go. Of memory tables the rows of a few steps are there, as if no
+two tokens read the same.
 """
 
 from dataclasses import dataclass
 
+from sparseray.actors.state.pieces import row_bytes
 from sparseray.model.config import ModelConfig
 from sparseray.model.counts import count_parameters
 from sparseray.platform.config import RunConfig
+from sparseray.platform.planning.inventory import Inventory, num_slots
 
 CONTEXT_BYTES = 700 << 20
 """CUDA's context with compiled kernels and the workspaces of its libraries."""
@@ -23,6 +27,8 @@ class DeviceMemory:
         moments: both.
         gradients: of the parts that are being summed.
         activations: of one part.
+        exchange: what several slots lay open to each other, and keep of each other's tokens.
+        rows: of memory tables, with their moments and the sums of their gradients.
         context: CUDA's own.
     """
 
@@ -30,25 +36,50 @@ class DeviceMemory:
     moments: int
     gradients: int
     activations: int
+    exchange: int = 0
+    rows: int = 0
     context: int = CONTEXT_BYTES
 
     @property
     def total(self) -> int:
         """All of it."""
-        return self.weights + self.moments + self.gradients + self.activations + self.context
+        held = self.weights + self.moments + self.gradients
+        return held + self.activations + self.exchange + self.rows + self.context
 
 
 def device_memory(config: RunConfig) -> DeviceMemory:
     """Estimate the bytes that a run takes on its GPU."""
-    parameters = count_parameters(config.model)
-    count, element = parameters["dense"] + parameters["experts"], _bytes_of(config.train.dtype)
-    copies = element if element < 4 else 0
+    parameters, element = count_parameters(config.model), _bytes_of(config.train.dtype)
+    cluster, experts = config.cluster, parameters["experts"]
+    slots = num_devices(config)
+    if slots > 1:
+        each = -(-config.model.moe.num_experts // cluster.expert_shards) * min(cluster.replication, slots)
+        experts = experts * min(each, config.model.moe.num_experts) // config.model.moe.num_experts
+    count, copies = parameters["dense"] + experts, element if element < 4 else 0
     return DeviceMemory(
         weights=count * (4 + copies),
         moments=count * 2 * _bytes_of(config.optim.moments),
         gradients=count * _gradient_bytes(config, element),
         activations=_activations(config, element),
+        exchange=_exchange(config, element, slots, parameters["dense"]) if slots > 1 else 0,
+        rows=_rows(config),
     )
+
+
+def num_devices(config: RunConfig) -> int:
+    """Slots with a device each, as the configuration wants them."""
+    roles = Inventory.of(config.model, parts=config.train.logical_shards).roles(config.cluster)
+    return num_slots(roles, colocated=config.cluster.colocated)
+
+
+def _exchange(config: RunConfig, element: int, slots: int, dense: int) -> int:
+    """Regions for tokens and rows (actors/peers/regions.py), the dense sum, and others' tokens in each MoE layer."""
+    model, train = config.model, config.train
+    tokens, top_k = train.sequences_per_shard * train.seq_len, model.moe.top_k
+    of_tokens = slots * (element * model.hidden + 8 * top_k) + top_k * (element * model.hidden + 4)
+    kept = (slots - 1) * element * model.hidden * len(model.moe_layers)
+    # Each slot's nodes are cut in slices, and flat before that.
+    return tokens * (of_tokens + kept) + 4 * 3 * dense
 
 
 def _bytes_of(dtype: str) -> int:
@@ -57,11 +88,23 @@ def _bytes_of(dtype: str) -> int:
 
 def _gradient_bytes(config: RunConfig, element: int) -> int:
     """Of one weight: a part's own gradient, and the fp32 sums that wait for their siblings."""
+    return element if config.train.logical_shards == 1 else element + 4 * _sums(config)
+
+
+def _sums(config: RunConfig) -> int:
+    """Sums over parts that wait for their siblings."""
     parts = config.train.logical_shards
-    if parts == 1:
-        return element
-    sums = 1 if config.determinism == "fast" else max(1, (parts - 1).bit_length())
-    return element + 4 * sums
+    return 1 if config.determinism == "fast" else max(1, (parts - 1).bit_length())
+
+
+def _rows(config: RunConfig) -> int:
+    """Staged for the step before, the open one and the next; addresses are int64, as is where each row's sums begin."""
+    dse, train = config.model.dse, config.train
+    heads = len(dse.orders) * dse.heads
+    addresses = train.logical_shards * train.sequences_per_shard * train.seq_len * heads
+    distinct = min(addresses, heads * dse.rows_per_head)
+    staged = distinct * (row_bytes(dse) + 8 + 8 * train.logical_shards) + addresses * 16
+    return len(dse.layers) * (3 * staged + distinct * dse.head_dim * 4 * _sums(config))
 
 
 def _activations(config: RunConfig, element: int) -> int:

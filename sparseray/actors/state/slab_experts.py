@@ -1,7 +1,8 @@
-"""All routed experts in one slot and on one device: a layer's slabs go to the operation as they lie.
+"""The routed experts of a slot that computes in slabs on one device: a layer goes to the operation as it lies.
 
 The twin of an expert shard that answers rows for others: same weights, names and checkpoints, but a layer is one
-call of `Ops.experts`, its gradients are two tensors, and an update reads and writes each slab once.
+call, its gradients are two tensors, and an update reads and writes each slab once. Where one slot holds all experts,
+autograd finds the gradients (exchange/on_device.py), elsewhere the exchange gives them (peers/across.py).
 DeepSeekMoE, arXiv 2401.06066.
 """
 
@@ -17,8 +18,8 @@ from sparseray.kernels.ops import Ops
 from sparseray.model.config import ModelConfig
 
 
-class WholeExperts(ExpertShard):
-    """`ExpertShard` of a slot that holds and computes every expert.
+class SlabExperts(ExpertShard):
+    """`ExpertShard` whose gradients are those of whole slabs.
 
     Args:
         config, seed, num_parts, betas, eps, weight_decay, device, compute_dtype, moments: as in `ExpertShard`.
@@ -60,29 +61,52 @@ class WholeExperts(ExpertShard):
     def assign(
         self, owned: Sequence[Key], primary: Sequence[Key], computed: Sequence[Key] | None = None
     ) -> None:
-        """Follow the updates of all experts, or of none.
+        """Follow the updates of some experts.
 
         Args:
             owned: (MoE layer, expert) pairs that follow the updates.
-            primary, computed: those of them that answer here; all of them, or none.
+            primary, computed: those of them whose rows are computed here.
         """
-        super().assign(owned, primary, computed)
-        every = [(layer, e) for layer in range(len(self.slabs)) for e in range(self.config.moe.num_experts)]
-        assert not owned or list(owned) == every, "one slot has every expert here"
+        super().assign(owned, primary, primary)
         self._leaves = []
-        if owned:
-            self._leaves = [self._differentiable(layer) for layer in range(len(self.slabs))]
 
-    def _differentiable(self, layer: int) -> tuple[Tensor, Tensor]:
-        """What the operation reads, in the experts' order, as leaves of the graph."""
-        slab = self.slabs[layer]
-        assert list(slab.rows) == list(range(self.config.moe.num_experts))
-        gate_up, down = (tensor.detach().requires_grad_() for tensor in slab.compute)
-        return gate_up, down
+    def trim(self) -> None:
+        """Forget experts that are held and not assigned; the gradients of the others stay."""
+        before, total = [slab.rows for slab in self.slabs], self.sum.total
+        super().trim()
+        if total is None or all(slab.rows is old for slab, old in zip(self.slabs, before)):
+            return
+        kept = [[old[expert] for expert in slab.rows] for slab, old in zip(self.slabs, before)]
+        self.sum.complete([gradient[kept[index // 2]] for index, gradient in enumerate(total)])
 
     def weights(self, layer: int) -> tuple[Tensor, Tensor]:
-        """(gate_up_E2IH, down_EHI) of the MoE layer with index `layer`, for `Ops.experts`."""
+        """(gate_up_E2IH, down_EHI) of all experts of a layer as leaves of the graph, for `Ops.experts`.
+
+        Args:
+            layer: index among the MoE layers.
+        """
+        if not self._leaves:
+            every = list(range(self.config.moe.num_experts))
+            assert all(list(slab.rows) == every for slab in self.slabs), "not every expert is here"
+            self._leaves = [
+                (gate_up.detach().requires_grad_(), down.detach().requires_grad_())
+                for gate_up, down in (slab.compute for slab in self.slabs)
+            ]
         return self._leaves[layer]
+
+    def norms_by_expert(self, norms: Sequence[float]) -> dict[str, float]:
+        """Squared norms of the experts' gradients, by name.
+
+        Args:
+            norms: of every row of every gradient, in their order.
+        """
+        found, start = {}, 0
+        for layer, slab in enumerate(self.slabs):
+            count = len(slab.rows)
+            for expert, row in slab.rows.items():
+                found[f"expert.{layer}.{expert}"] = norms[start + row] + norms[start + count + row]
+            start += 2 * count
+        return found
 
     def take_gradients(self) -> list[Tensor]:
         """Take the gradients that the last backward pass left: gate_up and down of every layer."""
@@ -121,6 +145,8 @@ class WholeExperts(ExpertShard):
 
     def _update_slabs(self, gradients: Sequence[Tensor], lr: float, scale: Tensor) -> None:
         for layer, slab in enumerate(self.slabs):
+            if not slab.rows:
+                continue
             first, second = slab.moments()
             for matrix in range(2):
                 master, copy = slab.weights[matrix], slab.compute[matrix]

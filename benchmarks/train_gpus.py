@@ -1,0 +1,92 @@
+"""Tokens per second of training on 1, 2 and 4 GPUs of one host, the same tokens for each GPU.
+
+Through `python -m sparseray pretrain` on real text: data parallel dense weights and expert parallel experts, a logical
+part for each GPU. Prints a table as Markdown:
+
+  PYTHONPATH=. python -m benchmarks.train_gpus --data data/stdlib --gpus 1,2 --out benchmarks/results/train_gpus_GPU_DATE.md
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from benchmarks.train_gpu import Measured, product
+
+CONFIGS = ("1b_full", "moonlight_6")
+
+
+def options_for(gpus: int, determinism: str, replication: int) -> list[str]:
+    """Settings that spread a configuration over GPUs.
+
+    Args:
+        gpus: how many.
+        determinism: order of sums.
+        replication: holders of every expert.
+    """
+    return [
+        f"--cluster.attention_workers={gpus}",
+        f"--cluster.expert_shards={gpus}",
+        f"--cluster.replication={min(gpus, replication)}",
+        f"--train.logical_shards={gpus}",
+        f"--determinism={determinism}",
+    ]
+
+
+def row(gpus: int, determinism: str, found: Measured, one: Measured | None) -> str:
+    """A line of the table; `one` is the same on one GPU."""
+    each = found.tokens_per_second / gpus
+    ratio = f"{each / one.tokens_per_second:.3f}" if one is not None else "-"
+    return (
+        f"| {gpus} | {determinism} | {found.seconds * 1e3:.1f} | {found.tokens_per_second:,.0f} | {each:,.0f} | {ratio} |"
+        f" {found.gib:.1f} | {found.loss:.3f} |"
+    )
+
+
+def main() -> int:
+    """Measure the chosen configurations one after another."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--data", required=True, help="folder of `sparseray data prepare --vocab_size 32768`")
+    parser.add_argument("--configs", default=",".join(CONFIGS))
+    parser.add_argument("--gpus", default="1,2,4")
+    parser.add_argument("--determinism", default="fast", help="one or both of fast,bitwise")
+    parser.add_argument("--replication", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--warmup", type=int, default=5)
+    parser.add_argument("--out", type=Path, help="file to write the table to")
+    options = parser.parse_args()
+    data = Path(options.data).absolute()
+    parts = [
+        "# Training on several GPUs of one host",
+        "",
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, bf16, real text (Python's standard library), "
+        f"{options.steps} steps of which the first {options.warmup} do not count, replication {options.replication}.",
+        "",
+    ]
+    for config in options.configs.split(","):
+        parts += [
+            f"## {config}",
+            "",
+            "| GPUs | order | ms a step | tokens/s | of each GPU | of one alone | peak GiB | last loss |",
+        ]
+        parts += ["|---|---|---|---|---|---|---|---|"]
+        for determinism in options.determinism.split(","):
+            found: dict[int, Measured] = {}
+            for gpus in map(int, options.gpus.split(",")):
+                extra = options_for(gpus, determinism, options.replication)
+                measured = product(config, data, options.steps, options.warmup, extra)
+                if measured is not None:
+                    found[gpus] = measured
+                    print(f"{config}, {determinism}, {gpus} GPUs: {measured}", flush=True)
+            parts += [
+                row(gpus, determinism, measured, found.get(1)) for gpus, measured in sorted(found.items())
+            ]
+        parts.append("")
+    print("\n".join(parts), flush=True)
+    if options.out:
+        options.out.write_text("\n".join(parts))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

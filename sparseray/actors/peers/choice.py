@@ -1,0 +1,98 @@
+"""Which exchange a slot has in a generation: it follows from what it holds, and from who else there is."""
+
+from sparseray.actors.exchange.by_message import Caller, MessageExchange
+from sparseray.actors.exchange.local import LocalExchange
+from sparseray.actors.exchange.on_device import OnDeviceExchange
+from sparseray.actors.exchange.patience import Patience
+from sparseray.actors.exchange.protocol import Exchange, Observe
+from sparseray.actors.exchange.reduction import Reduction
+from sparseray.actors.peers.across import DeviceExchange
+from sparseray.actors.peers.link import HostLink, Link
+from sparseray.actors.peers.peers import Peers, sizes_of
+from sparseray.actors.state.assignment import Plan
+from sparseray.actors.state.dense_slab import DenseSlabs
+from sparseray.actors.state.holdings import Holdings
+from sparseray.actors.state.slab_experts import SlabExperts
+from sparseray.actors.state.staged_memory import StagedMemory
+
+
+def is_in_step(plan: Plan, held: Holdings, slot: int) -> bool:
+    """Whether a slot exchanges in step with others: all of them compute in slabs, and it has not everything itself.
+
+    Args:
+        plan: of the generation.
+        held: by the slot.
+        slot: its id.
+    """
+    return isinstance(held.experts, SlabExperts) and slot in plan.peers and plan.holders != {slot}
+
+
+def lay_open(peers: Peers, plan: Plan, held: Holdings, part_shape: tuple[int, int]) -> None:
+    """Have the memory ready that a plan's slots write to here, before one of them asks for it.
+
+    Args:
+        peers: of the slot.
+        plan: of the generation.
+        held: by the slot.
+        part_shape: sequences of a part, and tokens of each.
+    """
+    dense = held.dense or held.spare()
+    assert isinstance(dense, DenseSlabs)
+    peers.prepare(sizes_of(plan, dense, part_shape[0] * part_shape[1]), dense.device)
+
+
+def exchange_of(
+    plan: Plan,
+    held: Holdings,
+    call: Caller,
+    reduction: Reduction,
+    *,
+    peers: Peers,
+    part_shape: tuple[int, int],
+    observe: Observe,
+    patience: Patience | None,
+) -> Exchange | None:
+    """How a slot reaches experts and rows of what it holds; None where it answers others and asks for nothing.
+
+    Args:
+        plan: of the generation.
+        held: by the slot.
+        call: asks other slots.
+        reduction: of the gradients that meet here.
+        peers, part_shape: as in `lay_open`.
+        observe: metrics of the slot.
+        patience: with peers whose answers change no state.
+    """
+    me, experts, memory = call.mailbox.slot, held.experts, held.memory
+    in_step = is_in_step(plan, held, me)
+    if not plan.parts_of(me) and not in_step:
+        return None
+    if not in_step and isinstance(held.dense, DenseSlabs) and isinstance(experts, SlabExperts):
+        assert memory is None or isinstance(memory, StagedMemory)
+        return OnDeviceExchange(held.dense, experts, memory, call.mailbox)
+    if not in_step and plan.holders == {me}:
+        return LocalExchange(held, reduction, me, observe)
+    by_message = MessageExchange(
+        plan,
+        call,
+        reduction,
+        moe_layers=experts.config.moe_layers,
+        memory_layers=() if memory is None else memory.layers,
+        bounds=() if memory is None else memory.bounds,
+        patience=patience,
+    )
+    if not in_step:
+        return by_message
+    dense = held.dense or held.spare()
+    assert isinstance(dense, DenseSlabs) and isinstance(experts, SlabExperts)
+    table = peers.introduce(plan, call, dense.device)
+    link = _link(call, peers, table.slots)
+    return DeviceExchange(plan, dense, experts, table, link, by_message, part_shape)
+
+
+def _link(call: Caller, peers: Peers, slots: tuple[int, ...]) -> Link:
+    if peers.signs is None:
+        return HostLink(call.mailbox, call.serve, call.deadline_s, slots)
+    from sparseray.actors.peers.device_link import DeviceLink  # and Triton, which a CPU does without
+
+    return DeviceLink(call.mailbox, call.serve, call.deadline_s, slots, peers.signs)

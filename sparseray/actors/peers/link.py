@@ -1,0 +1,143 @@
+"""How a slot writes to the buffers of others, and how it learns what they have written to its own.
+
+Words (int64, one for each source) say how far a source has come: what it wrote before is there when its word is. A word
+is a generation and, below it, a count that rises; so words are never reset, one of an older generation counts for nothing,
+and one of a later generation ends a wait. `HostLink` is the plain twin of `DeviceLink` (device_link.py).
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from sparseray.actors.wire.envelope import Body, Message
+from sparseray.actors.wire.slot_mailbox import SlotMailbox
+from sparseray.errors import SlotLostError
+from sparseray.kernels.dse.gather import read_word, write_word
+
+COUNT_BITS = 32
+POLL_S = 2e-4
+
+
+def word_of(generation: int, count: int) -> int:
+    """What a word says; greater words are later.
+
+    Args:
+        generation: below 2^31.
+        count: of what was written in it, below 2^32.
+    """
+    return generation << COUNT_BITS | count
+
+
+class Link(Protocol):
+    """One slot's way to the others' memory, in one generation; what is asked for happens in the order of the calls."""
+
+    def put(self, rows: Tensor, into: Tensor, order_R: Tensor | None = None) -> None:
+        """Write rows to another's memory, or to the own.
+
+        Args:
+            rows: contiguous.
+            into: where, of the same dtype and of rows of the same length.
+            order_R: integers, the place of each row in `into`; None for one after another.
+        """
+
+    def signal(self, flags_S: Tensor, rank: int, count: int) -> None:
+        """Say there that all that was put before can be read.
+
+        Args:
+            flags_S: of the other slot.
+            rank: own place among the sources.
+            count: of the word.
+        """
+
+    def wait(self, flags_S: Tensor, ranks: Sequence[int], count: int) -> None:
+        """Let nothing that follows begin before some sources have come so far.
+
+        Args:
+            flags_S: own.
+            ranks: of the sources.
+            count: that they must have reached.
+
+        Raises:
+            SlotLostError: one does not, in time; a device says so at the next `read`.
+            SupersededError: a later plan came.
+        """
+
+    def read(self, values: Tensor) -> list[Any]:
+        """Bring numbers to the host, when all that was asked for before has happened; raises as `wait` does."""
+        ...
+
+    def abort(self) -> None:
+        """End every wait; called by the control thread."""
+
+
+class HostLink:
+    """`Link` over shared memory of the host, for slots that compute on a CPU.
+
+    Args:
+        mailbox: of the slot; what comes for it is served while it waits.
+        serve: handles what comes.
+        deadline_s: seconds after which a silent source is lost.
+        slots: of the generation, by rank.
+    """
+
+    def __init__(
+        self,
+        mailbox: SlotMailbox,
+        serve: Callable[[Message[Body]], None],
+        deadline_s: float,
+        slots: Sequence[int],
+    ) -> None:
+        self.mailbox, self.serve, self.deadline_s, self.slots = mailbox, serve, deadline_s, slots
+
+    def put(self, rows: Tensor, into: Tensor, order_R: Tensor | None = None) -> None:
+        """As of `Link`.
+
+        Args:
+            rows, into, order_R: there.
+        """
+        if order_R is None:
+            into.copy_(rows)
+        else:
+            into[order_R] = rows
+
+    def signal(self, flags_S: Tensor, rank: int, count: int) -> None:
+        """As of `Link`.
+
+        Args:
+            flags_S, rank, count: there.
+        """
+        write_word(flags_S.numpy(), rank, word_of(self.mailbox.generation, count))
+
+    def wait(self, flags_S: Tensor, ranks: Sequence[int], count: int) -> None:
+        """As of `Link`.
+
+        Args:
+            flags_S, ranks, count: there.
+        """
+        words, wanted = flags_S.numpy(), word_of(self.mailbox.generation, count)
+
+        def late() -> list[int]:
+            return [self.slots[rank] for rank in ranks if read_word(words, rank) < wanted]
+
+        if not self.mailbox.serve_until(lambda: not late(), self.deadline_s, self.serve, poll_s=POLL_S):
+            raise lost(self.mailbox.slot, late(), self.deadline_s)
+
+    def read(self, values: Tensor) -> list[Any]:
+        """As of `Link`."""
+        found: list[Any] = values.tolist()
+        return found
+
+    def abort(self) -> None:
+        """The mailbox knows."""
+
+
+def lost(slot: int, silent: list[int], seconds: float) -> SlotLostError:
+    """What is raised where others do not come.
+
+    Args:
+        slot: that waited.
+        silent: for whom.
+        seconds: how long.
+    """
+    return SlotLostError(f"slot {slot} got nothing from slots {silent} within {seconds:.3g} s", silent)

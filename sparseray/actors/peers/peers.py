@@ -1,0 +1,114 @@
+"""The own buffer and those of the others, from one generation to the next.
+
+A slot keeps one of these over all generations. Entering one takes a message to each other slot and no group: what was
+mapped before stays mapped.
+"""
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from sparseray.actors.exchange.by_message import Caller
+from sparseray.actors.peers.dense_slices import num_nodes, slice_bounds
+from sparseray.actors.peers.expert_shares import num_shared
+from sparseray.actors.peers.regions import Sizes
+from sparseray.actors.peers.table import Table
+from sparseray.actors.state.assignment import Plan
+from sparseray.actors.state.dense_slab import DenseSlabs
+from sparseray.actors.state.shared_buffer import Buffer, BufferHandle, Introduce, Introduced, open_buffer
+from sparseray.errors import SlotLostError
+
+
+class Peers:
+    """What one slot knows of the memory of the others.
+
+    Args:
+        me: own slot id.
+    """
+
+    def __init__(self, me: int) -> None:
+        self.me = me
+        self.signs: tuple[Tensor, Tensor] | None = None
+        """Of a slot with a GPU, its state there and what ends waits; they outlive what is launched in a generation."""
+        self._sizes: Sizes | None = None
+        self._own: Buffer | None = None
+        self._mapped: dict[int, tuple[BufferHandle, Tensor]] = {}
+
+    def handle(self) -> BufferHandle:
+        """How the own buffer is opened."""
+        assert self._own is not None
+        return self._own.handle
+
+    def prepare(self, sizes: Sizes, device: torch.device) -> None:
+        """Have a buffer for the next generation, which nobody of an older one writes to.
+
+        The host's memory is made anew: who was given up and lives may still write to the old one. A GPU's stays, for
+        what its peers have mapped it cannot give back; what they launched ends with their processes, or at a wait.
+
+        Args:
+            sizes: of the generation.
+            device: of the slot.
+        """
+        is_gpu = device.type == "cuda"
+        if is_gpu:
+            torch.cuda.synchronize(device)
+        if self._own is None or not is_gpu or self._own.num_bytes < sizes.num_bytes:
+            self._own = None
+            self._own = Buffer(sizes.num_bytes, device)
+        self._sizes = sizes
+        if is_gpu:
+            from sparseray.kernels import peer  # and Triton, which a CPU does without
+
+            self.signs = self.signs or (peer.new_state(device), peer.new_end(device))
+            for sign in self.signs:
+                sign.zero_()
+            torch.cuda.synchronize(device)
+
+    def introduce(self, plan: Plan, call: Caller, device: torch.device) -> Table:
+        """Map the buffers of all others of a plan.
+
+        Args:
+            plan: of the generation.
+            call: asks them.
+            device: of the slot.
+
+        Raises:
+            SlotLostError: one of them is gone.
+        """
+        assert self._own is not None and self._sizes is not None
+        slots = plan.peers
+        others = [slot for slot in slots if slot != self.me]
+        self._mapped = {slot: found for slot, found in self._mapped.items() if slot in others}
+        for slot, reply in zip(others, call([(slot, Introduce()) for slot in others], Introduced)):
+            if slot not in self._mapped or self._mapped[slot][0] != reply.handle:
+                self._mapped.pop(slot, None)
+                try:
+                    self._mapped[slot] = reply.handle, open_buffer(reply.handle, device, slot)
+                except OSError as error:
+                    raise SlotLostError(f"the memory of slot {slot} is gone: {error}", [slot]) from None
+        regions = {slot: self._sizes.cut(self._mapped[slot][1]) for slot in others}
+        return Table(slots=slots, regions={**regions, self.me: self._sizes.cut(self._own.bytes)})
+
+
+def sizes_of(plan: Plan, dense: DenseSlabs, part_tokens: int) -> Sizes:
+    """What the buffers of a plan are cut into.
+
+    Args:
+        plan: of the generation.
+        dense: weights of any of its slots.
+        part_tokens: tokens of a part.
+    """
+    config, count = dense.model.config, dense.num_elements
+    bounds = slice_bounds(count, len(plan.dense))
+    return Sizes(
+        slots=len(plan.peers),
+        tokens=part_tokens,
+        top_k=config.moe.top_k,
+        hidden=config.hidden,
+        dtype=dense.dtype,
+        nodes=num_nodes(plan, dense.sum.determinism),
+        dense=count,
+        dense_slice=max(b - a for a, b in pairwise(bounds)),
+        shares=num_shared(plan) * 3 * config.moe.expert_dim * config.hidden,
+    )

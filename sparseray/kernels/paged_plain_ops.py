@@ -1,0 +1,126 @@
+"""`PagedPlainOps`: all operations of `Ops` in plain PyTorch, which `REFERENCE` is and TritonOps falls back to.
+
+Those over pages take one sequence after another (paged.py); on a CPU its bits are those of contiguous keys. Shapes as in
+paged_ops.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparseray.kernels import paged
+from sparseray.kernels.dse.reference import Fusion
+from sparseray.kernels.nsa.reference import BranchKeys, Compression
+from sparseray.kernels.paged import History, KeyValues, Pages
+from sparseray.kernels.plain_ops import PlainOps
+from sparseray.kernels.settings import NSASizes
+
+
+class PagedPlainOps(PlainOps):
+    """See `Ops` for what each operation does."""
+
+    def paged_memory_fusion(
+        self,
+        h_RH: Tensor,
+        key_value_RH: Tensor,
+        fusion: Fusion,
+        history: History,
+        pages: Pages,
+        starts_R: Tensor | None,
+    ) -> Tensor:
+        key_RH, value_RH = key_value_RH.chunk(2, dim=-1)
+        gated_RH = self.memory_gate(h_RH, key_RH, value_RH, fusion)
+        normed_RH = self.rms_norm(gated_RH, fusion.value_norm_C, fusion.conv_eps)
+        conv_RH = paged.convolve(self.memory_conv, normed_RH, fusion, history, pages, starts_R)
+        return F.silu(conv_RH) + gated_RH
+
+    def paged_write(self, pool: KeyValues, k_RGD: Tensor, v_RGV: Tensor, pages: Pages) -> None:
+        paged.write(pool, k_RGD, v_RGV, pages.places_R)
+
+    def paged_attend(self, q_RQD: Tensor, pool: KeyValues, pages: Pages) -> Tensor:
+        out = q_RQD.new_zeros(*q_RQD.shape[:2], pool[1].shape[-1])
+        for rows, _, context, table_W in paged.sequences(pages):
+            k, v = (paged.gather(cache, table_W, 0, context)[None] for cache in pool)
+            out[rows] = self.attend(q_RQD[rows][None], k, v)[0]
+        return out
+
+    def paged_latent_write(self, pool: Tensor, k_R1K: Tensor, pages: Pages) -> None:
+        pool.flatten(0, 1).index_copy_(0, pages.places_R.long(), k_R1K.to(pool.dtype))
+
+    def paged_latent_append(
+        self,
+        pool: Tensor,
+        x_RK: Tensor,
+        weight_C: Tensor,
+        eps: float,
+        angles: tuple[Tensor, Tensor],
+        pages: Pages,
+    ) -> None:
+        latent_RC, k_RP = x_RK.tensor_split([weight_C.shape[0]], -1)
+        turned_R1P = self.rotary_pairs(k_RP[:, None], 0, *angles)
+        rows_R1K = torch.cat([self.rms_norm(latent_RC, weight_C, eps)[:, None], turned_R1P], -1)
+        self.paged_latent_write(pool, rows_R1K, pages)
+
+    def paged_latent_attend(
+        self, q_RQC: Tensor, turned_RQP: Tensor, pool: Tensor, scale: float, pages: Pages
+    ) -> Tensor:
+        q_RQK, latent = torch.cat([q_RQC, turned_RQP], -1), q_RQC.shape[-1]
+        out = torch.zeros_like(q_RQC)
+        # `attend` divides by the root of the width.
+        q_RQK = q_RQK * (scale * math.sqrt(q_RQK.shape[-1]))
+        for rows, _, context, table_W in paged.sequences(pages):
+            k = paged.gather(pool, table_W, 0, context)[None]
+            out[rows] = self.attend(q_RQK[rows][None], k, k[..., :latent])[0]
+        return out
+
+    def paged_latents(self, pool: Tensor, pages: Pages) -> Iterator[tuple[slice, Tensor]]:
+        for rows, _, context, table_BW in paged.alike(pages):
+            yield rows, pool[table_BW].flatten(1, 2)[:, :context]
+
+    def paged_compress(
+        self,
+        raw: Tensor,
+        compressed: Tensor,
+        phi: Compression,
+        sizes: NSASizes,
+        pages: Pages,
+        angles: tuple[Tensor, Tensor] | None,
+    ) -> None:
+        for _, before, context, table_W in paged.sequences(pages):
+            first, last = paged.compressed_range(sizes, before, context)
+            if first < last:
+                x = paged.gather(raw, table_W, first * sizes.stride, context)
+                new = self.compress(x[None], phi, sizes)[0]
+                if angles is not None:
+                    at = slice(first * sizes.stride, (last - 1) * sizes.stride + 1, sizes.stride)
+                    new = self.rotary(new, angles[0][at], angles[1][at])
+                places = paged.compressed_places(table_W, first, last, compressed.shape[1])
+                compressed.flatten(0, 1).index_copy_(0, places, new)
+
+    def paged_nsa_attention(
+        self,
+        q_RQD: Tensor,
+        gates_RQ3: Tensor,
+        compressed: KeyValues,
+        selected: KeyValues,
+        window: KeyValues,
+        sizes: NSASizes,
+        pages: Pages,
+    ) -> Tensor:
+        out = q_RQD.new_zeros(*q_RQD.shape[:2], selected[1].shape[-1])
+        for rows, before, context, table_W in paged.sequences(pages):
+            start = max(0, before - sizes.window + 1)
+            cmp = [paged.gather(c, table_W, 0, sizes.num_compressed(context))[None] for c in compressed]
+            slc = [paged.gather(c, table_W, 0, context)[None] for c in selected]
+            win = [paged.gather(c, table_W, start, context)[None] for c in window]
+            keys = BranchKeys(
+                k_cmp=cmp[0], v_cmp=cmp[1], k_slc=slc[0], v_slc=slc[1], k_win=win[0], v_win=win[1]
+            )
+            q, gates = q_RQD[rows][None], gates_RQ3[rows][None]
+            out[rows] = self.nsa_attention(q, keys, gates, sizes, q_start=before, win_start=start)[0]
+        return out

@@ -1,0 +1,98 @@
+"""A run of several slots in processes of their own, one of which is killed and comes again, and the same of one slot."""
+
+import json
+import os
+import signal
+import subprocess
+import uuid
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from local_cluster import train
+from processes import ROOT, kill_all, of_mark, start, wait_until
+
+from sparseray.platform.config import RunConfig, save_yaml
+from sparseray.platform.run import checkpoint
+
+LIMIT_S = 240.0
+
+
+class Story:
+    """The command on its way.
+
+    Args:
+        config: of the run.
+        folder: for everything.
+        temporary: folder of sockets and Ray.
+    """
+
+    def __init__(self, config: RunConfig, folder: Path, temporary: Path) -> None:
+        self.run_dir, self.mark = folder / "run", uuid.uuid4().hex
+        save_yaml(config, folder / "run.yaml")
+        options = ["pretrain", "--config", str(folder / "run.yaml"), f"--run_dir={self.run_dir}"]
+        paths = f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"
+        environment = {"TMPDIR": str(temporary), "SPARSERAY_TEST": self.mark, "PYTHONPATH": paths}
+        self.log = folder / "log.txt"
+        self.process: subprocess.Popen[bytes] = start(options, self.log, **environment)
+
+    def lines(self, name: str) -> list[dict[str, Any]]:
+        """Lines of a file of records; the last one may be on its way."""
+        path = self.run_dir / name
+        text = path.read_text() if path.exists() else ""
+        return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+    def step(self) -> int:
+        """The last committed one."""
+        return len(self.lines("metrics.jsonl"))
+
+    def events(self) -> list[str]:
+        """Kinds of what has happened."""
+        return [event["kind"] for event in self.lines("events.jsonl")]
+
+    def wait_for(self, condition: Any, what: str) -> None:
+        """Wait, as long as the command runs."""
+
+        def is_there() -> bool:
+            assert self.process.poll() is None, self.log.read_text()[-3000:]
+            return bool(condition())
+
+        wait_until(is_there, what, LIMIT_S)
+
+    def wait_steps(self, count: int) -> None:
+        """Wait for so many more steps."""
+        wanted = self.step() + count
+        self.wait_for(lambda: self.step() >= wanted, f"step {wanted}")
+
+    def slots(self) -> list[int]:
+        """Processes of slots: the workers whose title Ray sets to their class."""
+        return sorted(p.pid for p in of_mark(self.mark) if "SlotActor" in " ".join(p.cmdline()))
+
+
+def live(config: RunConfig, folder: Path, temporary: Path) -> None:
+    """Train, lose a slot, go on, get one again, go on, stop; and compare all of it with one slot that nothing happens to.
+
+    Args:
+        config: of several slots with replicas.
+        folder, temporary: as in `Story`.
+    """
+    story = Story(config, folder, temporary)
+    try:
+        story.wait_for(lambda: story.step() >= 10, "step 10")
+        os.kill(story.slots()[-1], signal.SIGKILL)
+        story.wait_for(lambda: "recovered" in story.events(), "the next generation")
+        story.wait_steps(5)
+        story.wait_for(lambda: "resized" in story.events(), "another slot")
+        story.wait_steps(5)
+        story.process.send_signal(signal.SIGINT)
+        assert story.process.wait(LIMIT_S) == 130, story.log.read_text()[-3000:]
+    finally:
+        kill_all(story.process, story.mark)
+    records, steps = story.lines("metrics.jsonl"), story.step()
+    print(f"{steps} steps; events: {story.lines('events.jsonl')}")
+    one = replace(config.cluster, attention_workers=1, expert_shards=1, memory_shards=1, replication=1)
+    alone = train(folder / "alone", replace(config, cluster=one), stop_after=steps)
+    assert [(r["loss"], r["aux_loss"], r["grad_norm"]) for r in records] == alone.curve
+    newest = checkpoint.list_finished(story.run_dir / "checkpoints")[-1]
+    assert checkpoint.read_manifest(newest)["digest"] == alone.digest
+    assert "restored" not in story.events()

@@ -1,0 +1,220 @@
+"""Several slots that compute in slabs, through each other's memory: as on several GPUs, here in bf16 on a CPU."""
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from faulty_transport import Killed
+from local_cluster import MODEL, LocalFleet, Trained, tiny_run, train
+
+from sparseray.actors.peers.across import DeviceExchange
+from sparseray.actors.peers.dense_slices import DenseSlices
+from sparseray.actors.peers.link import HostLink
+from sparseray.actors.state.shared_buffer import Buffer, open_buffer
+from sparseray.errors import UserError
+from sparseray.model.config import DSEConfig, ModelConfig, MoEConfig, MTPConfig
+from sparseray.platform.composition import Run
+from sparseray.platform.config import RunConfig
+from sparseray.platform.planning.inventory import Roles
+
+STEPS = 10
+
+
+def slabs_run(data: Path, *, slots: int = 1, **cluster: Any) -> RunConfig:
+    roles = dict.fromkeys(("attention_workers", "expert_shards", "memory_shards"), slots)
+    config = tiny_run(data, steps=STEPS, **{"colocated": True, "deadline_s": 3.0, **roles, **cluster})
+    return replace(config, train=replace(config.train, dtype="bfloat16", checkpoint_every=4))
+
+
+@pytest.fixture(scope="module")
+def one(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """One slot that has everything, undisturbed."""
+    return train(tmp_path_factory.mktemp("one") / "run", slabs_run(corpus))
+
+
+def check(found: Trained, wanted: Trained) -> None:
+    assert [r["step"] for r in found.records] == list(range(1, STEPS + 1))
+    assert found.curve == wanted.curve
+    assert found.evaluations == wanted.evaluations
+    assert found.digest == wanted.digest
+
+
+@pytest.mark.parametrize(("slots", "replication"), [(2, 1), (3, 1), (4, 1), (2, 2), (3, 2), (4, 3)])
+def test_the_number_of_slots_changes_no_bit(
+    slots: int, replication: int, corpus: Path, one: Trained, tmp_path: Path
+) -> None:
+    check(train(tmp_path / "run", slabs_run(corpus, slots=slots, replication=replication)), one)
+
+
+@pytest.mark.parametrize(("attention", "experts", "memory"), [(1, 2, 1), (3, 2, 1), (1, 1, 2), (2, 4, 3)])
+def test_slots_with_some_of_the_roles_change_no_bit(
+    attention: int, experts: int, memory: int, corpus: Path, one: Trained, tmp_path: Path
+) -> None:
+    roles = {"attention_workers": attention, "expert_shards": experts, "memory_shards": memory}
+    check(train(tmp_path / "run", slabs_run(corpus, **roles)), one)
+
+
+def test_recomputed_layers_change_no_bit(corpus: Path, one: Trained, tmp_path: Path) -> None:
+    config = slabs_run(corpus, slots=3)
+    check(train(tmp_path / "run", replace(config, train=replace(config.train, recompute=True))), one)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        # Modules that predict further tokens see fewer of them than the layers before.
+        replace(MODEL, mtp=MTPConfig(depth=2)),
+        replace(MODEL, moe=MoEConfig(router="dense"), dse=DSEConfig(layers=())),
+    ],
+    ids=["further tokens", "no experts"],
+)
+def test_models_with_other_layers_change_no_bit(model: ModelConfig, corpus: Path, tmp_path: Path) -> None:
+    found = []
+    for slots in (1, 3):
+        config = replace(slabs_run(corpus, slots=slots), model=model)
+        found.append(train(tmp_path / str(slots), config, stop_after=4))
+    assert found[0].curve == found[1].curve and found[0].digest == found[1].digest
+
+
+def test_the_fast_order_of_parts_differs_by_rounding(corpus: Path, one: Trained, tmp_path: Path) -> None:
+    found = train(tmp_path / "run", replace(slabs_run(corpus, slots=3), determinism="fast"))
+    assert found.digest != one.digest
+    for a, b in zip(found.curve, one.curve, strict=True):
+        assert a[0] == pytest.approx(b[0], rel=1e-3)
+
+
+def resize_at(slots: dict[int, int]) -> Callable[[int, Run, LocalFleet], None]:
+    """Want so many slots of every role after some steps."""
+
+    def at_step(step: int, run: Run, fleet: LocalFleet) -> None:
+        if step in slots:
+            count = slots[step]
+            run.generations.ask(roles=Roles(attention=count, experts=count, memory=count))
+
+    return at_step
+
+
+@pytest.mark.parametrize("replication", [1, 2])
+def test_slots_come_and_go_while_training_goes_on(
+    replication: int, corpus: Path, one: Trained, tmp_path: Path
+) -> None:
+    changes = resize_at({1: 2, 3: 4, 5: 3, 7: 2} | ({9: 1} if replication == 1 else {}))
+    config = slabs_run(corpus, slots=replication, replication=replication)
+    found = train(tmp_path / "run", config, at_step=changes)
+    check(found, one)
+    assert found.events.count("resized") >= 3 and "restored" not in found.events
+
+
+class Dies:
+    """Ends a slot as SIGKILL does, in its n-th call of a method in a step.
+
+    Args:
+        of, method: whose call.
+        slot, step, call: in which.
+    """
+
+    def __init__(self, of: type, method: str, *, slot: int, step: int, call: int) -> None:
+        self.of, self.method, self.slot, self.step, self.call = of, method, slot, step, call
+        self.fleet: LocalFleet | None = None
+        self.now, self.calls, self.done = 0, 0, False
+
+    def at_step(self, step: int, run: Run, fleet: LocalFleet) -> None:
+        self.fleet, self.now = fleet, step + 1
+
+    def patch(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        original = getattr(self.of, self.method)
+
+        def call(me: Any, *args: Any, **named: Any) -> Any:
+            slot = me.mailbox.slot if hasattr(me, "mailbox") else me.me
+            if self.now == self.step and slot == self.slot and not self.done:
+                self.calls += 1
+                if self.calls == self.call:
+                    self.done = True
+                    assert self.fleet is not None
+                    self.fleet.kill(slot)
+                    raise Killed
+            return original(me, *args, **named)
+
+        monkeypatch.setattr(self.of, self.method, call)
+
+
+MOMENTS = {
+    "forward": (DeviceExchange, "_serve_forward", 2),
+    "forward, rows half given": (DeviceExchange, "_give_back", 2),
+    "between put and signal": (HostLink, "signal", 3),
+    "backward": (DeviceExchange, "_serve_backward", 2),
+    "dense sum": (DenseSlices, "_add_up", 1),
+    "before prepared": (DeviceExchange, "_post", 1),
+}
+
+
+@pytest.mark.parametrize("slot", [0, 2])
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_kill_at_any_moment_changes_no_bit_and_loses_no_step(
+    moment: str, slot: int, corpus: Path, one: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of, method, call = MOMENTS[moment]
+    fault = Dies(of, method, slot=slot, step=6, call=call)
+    fault.patch(monkeypatch)
+    found = train(
+        tmp_path / "run", slabs_run(corpus, slots=3, replication=2, standby=slot % 2), at_step=fault.at_step
+    )
+    assert fault.done
+    check(found, one)
+    assert "recovered" in found.events and "restored" not in found.events
+
+
+@pytest.mark.long
+def test_without_replicas_a_kill_goes_back_to_the_checkpoint_and_comes_to_the_same_bits(
+    corpus: Path, one: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fault = Dies(DeviceExchange, "_serve_backward", slot=1, step=7, call=3)
+    fault.patch(monkeypatch)
+    found = train(tmp_path / "run", slabs_run(corpus, slots=2), at_step=fault.at_step)
+    check(found, one)
+    assert fault.done and "restored" in found.events
+
+
+def test_a_slot_that_was_given_up_and_lives_writes_to_nobodys_memory(
+    corpus: Path, one: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It stands still in the middle of giving rows back, and goes on while the others are in the next generation."""
+    give_back, seen = DeviceExchange._give_back, dict.fromkeys(("step", "given"), 0)
+    found: dict[str, LocalFleet] = {}
+
+    def at_step(step: int, run: Run, fleet: LocalFleet) -> None:
+        found["fleet"], seen["step"] = fleet, step + 1
+
+    def stands_still(me: DeviceExchange, *args: Any) -> None:
+        if me.me == 1 and seen["step"] == 5 and not seen["given"]:
+            seen["given"] = 1
+            found["fleet"].partition(1)
+            while seen["step"] < 8:
+                time.sleep(0.01)
+            seen["given"] = seen["step"]
+        give_back(me, *args)
+
+    monkeypatch.setattr(DeviceExchange, "_give_back", stands_still)
+    config = slabs_run(corpus, slots=3, replication=2)
+    check(train(tmp_path / "run", config, at_step=at_step), one)
+    assert seen["given"] >= 8
+
+
+def test_a_buffer_of_another_host_is_refused_with_a_cure() -> None:
+    handle = replace(Buffer(64, torch.device("cpu")).handle, namespace="elsewhere")
+    with pytest.raises(UserError, match=r"slot 3 is on another host.*set cluster.attention_workers"):
+        open_buffer(handle, torch.device("cpu"), 3)
+
+
+def test_a_buffer_whose_owner_is_gone_is_no_other_one() -> None:
+    gone = Buffer(64, torch.device("cpu"))
+    handle = gone.handle
+    opened = open_buffer(handle, torch.device("cpu"), 0)
+    opened[5] = 7
+    assert int(gone.bytes[5]) == 7 and not int(opened[6])
+    with pytest.raises(OSError, match="another buffer"):
+        open_buffer(replace(handle, token=handle.token + 1), torch.device("cpu"), 0)

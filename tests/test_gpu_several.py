@@ -1,0 +1,30 @@
+"""Training on two GPUs through the command: one is killed and comes again, and the bits are those of one GPU."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from across_story import live
+from processes import temporary_folder
+from test_gpu_training import run_on
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.ray,
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
+    pytest.mark.timeout(600),
+]
+
+
+@pytest.fixture
+def temporary() -> Iterator[Path]:
+    with temporary_folder() as folder:
+        yield folder
+
+
+def test_a_killed_gpu_slot_comes_again_and_no_bit_differs(
+    corpus: Path, tmp_path: Path, temporary: Path
+) -> None:
+    roles = {"attention_workers": 2, "expert_shards": 2, "memory_shards": 2, "replication": 2}
+    live(run_on("cuda", corpus, steps=100000, cluster=roles), tmp_path, temporary)

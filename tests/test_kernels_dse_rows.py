@@ -1,0 +1,102 @@
+"""A step's memory rows: which they are, their sums, norms and update on a device, and their way back into a table."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+import triton_interpreter  # noqa: F401  (first: it sets the interpreter up where there is no GPU)
+
+from sparseray.kernels.dse import cpu, staging
+from sparseray.kernels.row_ops import PlainRowOps
+from sparseray.kernels.triton_ops import TRITON
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+PLAIN = PlainRowOps()
+ADAM = {"scale": 0.7, "lr": 0.01, "betas": (0.9, 0.95), "eps": 1e-8, "seed": 7}
+
+
+def addresses(count: int) -> np.ndarray:
+    rng = np.random.default_rng(count)
+    return rng.integers(5, 2**40, 60)[rng.integers(0, 60, count)]
+
+
+@pytest.mark.parametrize("count", [1, 7, 5000])
+def test_distinct_rows_are_rising_and_every_address_finds_its_own(count: int) -> None:
+    wanted = addresses(count)
+    rows, places = staging.distinct(wanted)
+    np.testing.assert_array_equal(rows, np.unique(wanted))
+    np.testing.assert_array_equal(rows[places], wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sums_have_the_bits_of_a_shards_and_absent_rows_have_none(dtype: torch.dtype) -> None:
+    wanted, grads = addresses(900), torch.randn(900, 13).to(dtype)
+    rows, places = staging.distinct(wanted)
+    # Rows 1 and 2 are read by another part of the step.
+    places += (places > 0) * 2
+    order, first = map(torch.from_numpy, staging.segments(places, len(rows) + 2))
+    _, sums = cpu.segment_sum_rows(wanted, grads.float().numpy())
+    expected = np.insert(sums, [1, 1], 0.0, axis=0)
+    np.testing.assert_array_equal(PLAIN.row_sums(grads, order, first).numpy(), expected)
+    found = TRITON.row_sums(grads.to(DEVICE), order.to(DEVICE), first.to(DEVICE))
+    np.testing.assert_array_equal(found.cpu().numpy(), expected)
+
+
+def test_norms_of_ranges_are_those_of_their_rows() -> None:
+    x, first = torch.randn(700, 11), torch.tensor([0, 3, 3, 650, 700])
+    expected = torch.stack(
+        [x[a:b].double().square().sum() for a, b in ((0, 3), (3, 3), (3, 650), (650, 700))]
+    )
+    for found in (PLAIN.range_norms(x, first), TRITON.range_norms(x.to(DEVICE), first.to(DEVICE))):
+        torch.testing.assert_close(found.cpu(), expected.float())
+
+
+@pytest.mark.parametrize(
+    ("width", "dtype"),
+    [(5, torch.bfloat16), (16, torch.bfloat16), (33, torch.float32), (300, torch.bfloat16)],
+)
+def test_the_update_is_that_of_a_shard_and_rounds_by_the_same_noise(width: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(1)
+    rows = torch.from_numpy(staging.distinct(addresses(90))[0])
+    count = len(rows)
+    sums = torch.randn(count, width)
+    state = [
+        torch.randn(count, width).to(dtype),
+        0.1 * torch.randn(count, width),
+        torch.rand(count),
+        torch.randint(0, 9, (count,)),
+    ]
+    plain, kernel = [x.clone() for x in state], [x.to(DEVICE, copy=True) for x in state]
+    PLAIN.row_adam(*plain, rows, sums, **ADAM)
+    TRITON.row_adam(*kernel, rows.to(DEVICE), sums.to(DEVICE), **ADAM)
+    for mine, theirs in zip(kernel[1:], plain[1:]):
+        torch.testing.assert_close(mine.cpu(), theirs)
+    if dtype == torch.float32:
+        torch.testing.assert_close(kernel[0].cpu(), plain[0])
+    else:
+        # With other noise a third of them would be one of the other two neighbours.
+        assert (kernel[0].cpu() != plain[0]).float().mean() < 0.005
+        assert (plain[0] != state[0]).any()
+
+
+def test_what_is_no_number_stays_so_and_what_is_infinite_is_not_rounded() -> None:
+    weight = torch.tensor(
+        [[float("inf"), -float("inf"), float("nan"), 1.0]], dtype=torch.bfloat16, device=DEVICE
+    )
+    m, v, t, ids = (torch.zeros(*s, device=DEVICE) for s in ((1, 4), (1,), (1,), (1,)))
+    TRITON.row_adam(weight, m, v, t.long(), ids.long(), torch.zeros_like(m), **ADAM)
+    assert weight[0, [0, 1, 3]].tolist() == [float("inf"), -float("inf"), 1.0] and weight[0, 2].isnan()
+
+
+@pytest.mark.parametrize("width", [1, 24])
+def test_rows_go_back_to_their_places_alone(width: int) -> None:
+    table = np.zeros((20_000, width), np.float32)
+    rows = np.random.default_rng(0).permutation(20_000)[:9000]
+    values = np.random.default_rng(1).standard_normal((9000, width), dtype=np.float32)
+    with ThreadPoolExecutor(3) as pool:
+        staging.scatter_rows(table, rows, values, pool)
+    np.testing.assert_array_equal(table[rows], values)
+    assert not np.delete(table, rows, axis=0).any()

@@ -1,0 +1,84 @@
+"""Kernels that write to another GPU's memory and wait for what others say; here all of it is one process's memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import triton_interpreter  # noqa: F401  (first: it sets the interpreter up where there is no GPU)
+
+from sparseray.kernels import peer
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+GENERATION = 5
+LATER = (GENERATION + 1) << 32
+
+
+def word(count: int) -> int:
+    return GENERATION << 32 | count
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.int32])
+@pytest.mark.parametrize(("rows", "width"), [(1, 8), (5, 33), (37, 1024), (3, 2500)])
+def test_rows_come_to_their_places(rows: int, width: int, dtype: torch.dtype) -> None:
+    source = torch.randint(-99, 99, (rows, width), device=DEVICE).to(dtype)
+    order = torch.randperm(2 * rows, device=DEVICE)[:rows].int()
+    into = torch.full((2 * rows, width), 7, dtype=dtype, device=DEVICE)
+    wanted = into.clone()
+    wanted[order.long()] = source
+    peer.put_rows(source, into, order, peer.new_state(DEVICE))
+    assert torch.equal(into, wanted)
+    peer.put_rows(source, into[:rows], None, peer.new_state(DEVICE))
+    assert torch.equal(into[:rows], source) and torch.equal(into[rows:], wanted[rows:])
+
+
+def test_single_numbers_come_to_their_places() -> None:
+    source, order = torch.randn(700, device=DEVICE), torch.randperm(900, device=DEVICE)[:700].int()
+    into = torch.zeros(900, device=DEVICE)
+    peer.put_rows(source, into, order, peer.new_state(DEVICE))
+    assert torch.equal(into[order.long()], source) and int((into != 0).sum()) == 700
+
+
+def test_a_wait_ends_when_all_sources_have_come() -> None:
+    flags, state, end = (
+        torch.zeros(3, dtype=torch.int64, device=DEVICE),
+        peer.new_state(DEVICE),
+        peer.new_end(DEVICE),
+    )
+    peer.signal(flags, 0, word(4), state)
+    peer.signal(flags, 2, word(7), state)
+    peer.wait(flags, 0b101, word(4), LATER, state, end, 1.0)
+    assert int(state[0]) == peer.OK and flags.tolist() == [word(4), 0, word(7)]
+
+
+def test_words_of_a_graph_that_is_run_again_rise_with_the_count() -> None:
+    flags, state, end = (
+        torch.zeros(1, dtype=torch.int64, device=DEVICE),
+        peer.new_state(DEVICE),
+        peer.new_end(DEVICE),
+    )
+    for _ in range(3):
+        peer.signal(flags, 0, word(1), state)
+        peer.wait(flags, 1, word(1), LATER, state, end, 1.0)
+        state[1] += 1
+    assert int(state[0]) == peer.OK and flags.tolist() == [word(3)]
+
+
+@pytest.mark.parametrize(
+    ("said", "ended", "wanted"),
+    [(word(3), 0, peer.LATE), (LATER | 1, 0, peer.ENDED), (word(3), peer.ENDED, peer.ENDED), (4 << 32 | 9, 0, peer.LATE)],
+)  # fmt: skip
+def test_a_wait_that_comes_to_no_end_leaves_a_status_and_nothing_is_put_after_it(
+    said: int, ended: int, wanted: int
+) -> None:
+    """Too late; a later generation; the host; an older generation, however far it came."""
+    flags = torch.tensor([0, said], dtype=torch.int64, device=DEVICE)
+    state, end = peer.new_state(DEVICE), peer.new_end(DEVICE)
+    end.fill_(ended)
+    peer.wait(flags, 0b10, word(4), LATER, state, end, 200 * peer.POLL_S)
+    assert int(state[0]) == wanted
+    into = torch.zeros(2, 4, device=DEVICE)
+    peer.put_rows(torch.ones(2, 4, device=DEVICE), into, None, state)
+    peer.signal(flags, 0, word(9), state)
+    assert not into.any() and int(flags[0]) == 0
+    peer.wait(flags, 0b10, word(1), LATER, state, end, 1.0)
+    assert int(state[0]) == wanted
