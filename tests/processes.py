@@ -4,9 +4,11 @@ import contextlib
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -115,3 +117,24 @@ def temporary_folder() -> Iterator[Path]:
         yield path
     finally:
         shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def answering(said: bytes) -> Iterator[int]:
+    """A port at which somebody says this to all who connect, and nothing more."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        links: list[socket.socket] = []
+
+        def take() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    links.append(listening.accept()[0])
+                    links[-1].sendall(said)
+
+        thread = threading.Thread(target=take, daemon=True)
+        thread.start()
+        yield int(listening.getsockname()[1])
+        listening.shutdown(socket.SHUT_RDWR)
+        thread.join()
+        for link in links:
+            link.close()

@@ -2,7 +2,6 @@
 
 import re
 import shlex
-import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from background import ROOT, environment, free_ports, sparseray
+from processes import answering
 
 from sparseray import __version__
 from sparseray.__main__ import COMMANDS, main
@@ -24,6 +24,7 @@ from sparseray.jobs import (
     plan,
     pretrain,
     publish,
+    running,
     scale,
     serve,
     status,
@@ -32,6 +33,8 @@ from sparseray.jobs import (
     up,
 )
 from sparseray.platform.config import load_yaml
+from sparseray.platform.reachable import SETTINGS
+from sparseray.platform.run import lock
 from sparseray.platform.run.registry import register_run, registered_runs
 
 HELPS = [[name] for name in COMMANDS] + [["data", "prepare"]]
@@ -196,14 +199,22 @@ def test_a_command_about_a_running_job_says_which_there_are(
         code, out, err = cli(*command)
         assert (code, out, err.count("\n")) == (2, "", 1)
         assert "no run is going on" in err and not registered_runs()
-    with socket.create_server(("127.0.0.1", 0)) as listening:
+    with answering(SETTINGS) as port:
         for run in runs:
-            register_run(run, f"127.0.0.1:{listening.getsockname()[1]}")
+            register_run(run, f"127.0.0.1:{port}")
         code, out, err = cli(*command, "--run_dir", str(tmp_path / "third"))
         assert (code, out, err.count("\n")) == (2, "", 1)
         assert all(word in err for word in (str(tmp_path / "third"), str(runs[0]), str(runs[1]))), err
         code, out, err = cli(*command)
         assert "2 runs are going on" in err and "--run_dir" in err
+        # One that holds its folder is going on, and one that does not was killed.
+        asked: list[str] = []
+        monkeypatch.setattr("sparseray.jobs.running._attach", lambda run: asked.append(run.run_dir))
+        runs[1].mkdir()
+        held = lock.hold(runs[1])
+        running.connect("")
+        assert held is not None and asked == [str(runs[1])]
+        held.close()
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,7 @@ FLOORS = {
         "run",
         "gpu",
         "device",
+        "reachable",
         "checks",
         "opening",
         "fleet",

@@ -12,12 +12,15 @@ from pathlib import Path
 
 import pytest
 from local_cluster import tiny_run
-from processes import kill_all, start
+from processes import answering, kill_all, start
 
 from sparseray.errors import ConfigError
-from sparseray.jobs import places
+from sparseray.jobs import places, up
+from sparseray.platform import checks
 from sparseray.platform.checks import check_start
 from sparseray.platform.config import ClusterConfig, save_yaml
+from sparseray.platform.fleet.lease import Kind
+from sparseray.platform.reachable import SETTINGS
 from sparseray.platform.settings import expand_path
 
 NOWHERE = "/proc/nowhere"
@@ -109,6 +112,20 @@ def test_a_cluster_that_does_not_answer_is_told_at_once() -> None:
     with pytest.raises(ConfigError, match=r"cluster.address=127.0.0.1:1 does not answer.*leave it out"):
         check_start(ClusterConfig(address="127.0.0.1:1"))
     assert time.monotonic() - begin < 10.0
+
+
+@pytest.mark.parametrize("said", [b"", b"HTTP/1.1 404 Not Found\r\n\r\n", b"SSH-2.0-x\r\n"])
+def test_an_address_at_which_somebody_else_listens_is_told_before_ray_is_asked(
+    said: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checks, "ANSWER_S", 0.3)
+    with answering(said) as port:
+        with pytest.raises(ConfigError, match=f"cluster.address=127.0.0.1:{port} does not answer"):
+            check_start(ClusterConfig(address=f"127.0.0.1:{port}"))
+        with pytest.raises(ConfigError, match="does not answer"):
+            up.up(0, f"127.0.0.1:{port}", Kind(), max_slots=0)
+    with answering(SETTINGS) as port:
+        check_start(ClusterConfig(address=f"127.0.0.1:{port}"))
 
 
 def with_little_shared_memory() -> list[str]:

@@ -2,12 +2,13 @@
 
 import argparse
 import shlex
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from sparseray.errors import ConfigError
+from sparseray.platform.reachable import why_silent
+from sparseray.platform.run import lock
 from sparseray.platform.run.registry import (
     Entry,
     RegisteredPlatform,
@@ -49,6 +50,9 @@ def connect(job: str) -> Any:
     if job:
         return _attach(_of_name(job))
     runs = live_runs()
+    if len(runs) > 1:
+        # One that was killed on a cluster that lives has let go of its folder.
+        runs = [run for run in runs if lock.holder(Path(run.run_dir))] or runs
     if len(runs) != 1:
         many = (
             f"{len(runs)} runs are going on; name one, or give its --run_dir: "
@@ -71,7 +75,7 @@ def live_runs() -> list[RegisteredRun]:
 
 def _alive(found: list[Entry], forget: Callable[[Entry], None]) -> list[Entry]:
     """Those whose cluster answers; the others are forgotten."""
-    gone = [entry for entry in found if _why_gone(entry.address)]
+    gone = [entry for entry in found if why_silent(entry.address, ANSWER_S)]
     for entry in gone:
         forget(entry)
     return [entry for entry in found if entry not in gone]
@@ -81,7 +85,7 @@ def _of_name(job: str) -> RegisteredRun:
     wanted = str(Path(expand_path(job, "--run_dir")).absolute())
     all_ = registered_runs()
     found = [run for run in all_ if run.run_dir == wanted] or [r for r in all_ if Path(r.run_dir).name == job]
-    error = _why_gone(found[0].address) if found else ""
+    error = why_silent(found[0].address, ANSWER_S) if found else ""
     runs = live_runs()
     if error:
         raise ConfigError(
@@ -100,19 +104,6 @@ def _attach(run: RegisteredRun) -> Any:
     from sparseray.platform.cluster import attach
 
     return attach(run)
-
-
-def _why_gone(address: str) -> str:
-    """Why nobody answers at the address of a Ray, empty if somebody does.
-
-    Ray itself tries for many minutes to reach a cluster that is gone, and fills the terminal meanwhile.
-    """
-    host, _, port = address.rpartition(":")
-    try:
-        socket.create_connection((host, int(port)), timeout=ANSWER_S).close()
-    except (OSError, ValueError) as error:
-        return str(error)
-    return ""
 
 
 def _known(runs: list[RegisteredRun]) -> str:

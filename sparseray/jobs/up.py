@@ -16,6 +16,7 @@ from typing import Any
 from sparseray.errors import RunFailedError, SchedulerLostError, UserError
 from sparseray.jobs.running import live_platforms
 from sparseray.platform import config as configuration
+from sparseray.platform.cluster_config import ClusterConfig
 from sparseray.platform.fleet.lease import Kind
 from sparseray.platform.head import start_head, stop_head
 from sparseray.platform.ray_settings import local_cpus
@@ -97,6 +98,10 @@ def up(slots: int, address: str, kind: Kind, *, max_slots: int) -> None:
             since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(found.time))
             print(f"a platform is up already, since {since}\n{_usage(found.address, kind)}", flush=True)
             return
+    if address not in ("", "auto"):
+        from sparseray.platform.checks import check_start
+
+        check_start(ClusterConfig(address=address))
     print("starting Ray and the platform ...", file=sys.stderr, flush=True)
     found = begin(slots, address, kind, max_slots=max_slots)
     where = f"the Ray at {address}" if address else f"a Ray of its own at {found.address}"

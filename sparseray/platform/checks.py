@@ -15,6 +15,7 @@ from sparseray.errors import ConfigError
 from sparseray.platform.config import ClusterConfig
 from sparseray.platform.planning.inventory import Inventory, num_slots
 from sparseray.platform.planning.replan import make_plan
+from sparseray.platform.reachable import why_silent
 
 ANSWER_S = 8.0
 
@@ -54,14 +55,11 @@ def check_start(cluster: ClusterConfig) -> None:
         ConfigError: the address is not this machine's, or nobody answers there.
     """
     host, _, port = cluster.address.rpartition(":")
-    if host and port.isdigit() and "/" not in host:
-        try:
-            socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_S).close()
-        except (OSError, OverflowError) as error:
-            raise ConfigError(
-                f"cluster.address={cluster.address} does not answer ({error}); give the address of a running Ray head, "
-                'such as HOST:6379 or "auto" on its machine, or leave it out for a Ray of the run\'s own'
-            ) from None
+    if host and port.isdigit() and "/" not in host and (reason := why_silent(cluster.address, ANSWER_S)):
+        raise ConfigError(
+            f"cluster.address={cluster.address} does not answer ({reason}); give the address of a running Ray head, "
+            'such as HOST:6379 or "auto" on its machine, or leave it out for a Ray of the run\'s own'
+        )
     if not cluster.address:
         check_address(cluster.bind_host, 0, f"cluster.bind_host={cluster.bind_host}")
 

@@ -229,6 +229,7 @@ def attach(run: RegisteredRun) -> JobHandle:
         platform = find_platform()
         if platform is not None and (job := ask(platform, "find", run.run_dir)):
             return JobHandle(platform=platform, job=job)
+        forget_run(Path(run.run_dir))
     # Ray says with a bare Exception that nobody answers.
     except Exception as error:
         why = " ".join(str(error).split())[:160]
