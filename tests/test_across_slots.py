@@ -43,7 +43,10 @@ def check(found: Trained, wanted: Trained) -> None:
     assert found.digest == wanted.digest
 
 
-@pytest.mark.parametrize(("slots", "replication"), [(2, 1), (3, 1), (4, 1), (2, 2), (3, 2), (4, 3)])
+@pytest.mark.parametrize(
+    ("slots", "replication"),
+    [(2, 1), (4, 1), (2, 2), (4, 3), *(pytest.param(3, r, marks=pytest.mark.long) for r in (1, 2))],
+)
 def test_the_number_of_slots_changes_no_bit(
     slots: int, replication: int, corpus: Path, one: Trained, tmp_path: Path
 ) -> None:
@@ -152,7 +155,7 @@ MOMENTS = {
 }
 
 
-@pytest.mark.parametrize("slot", [0, 2])
+@pytest.mark.parametrize("slot", [0, pytest.param(2, marks=pytest.mark.long)])
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_a_kill_at_any_moment_changes_no_bit_and_loses_no_step(
     moment: str, slot: int, corpus: Path, one: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

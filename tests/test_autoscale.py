@@ -22,7 +22,7 @@ def counts(sim: Simulation) -> list[int]:
 
 
 @pytest.mark.parametrize("rate", [1.0, 4.0, 9.0, 14.0, 30.0])
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_a_steady_load_finds_its_engines_and_then_nothing_swings(rate: float, seed: int) -> None:
     sim = Simulation(lambda t: rate, SERVE, seed=seed).run(400.0)
     # A queue from the start may have asked for more than the load takes: these go, and none comes back.
@@ -31,7 +31,7 @@ def test_a_steady_load_finds_its_engines_and_then_nothing_swings(rate: float, se
     assert sim.held_since(60.0, share=0.02) == 0.0
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("seed", [1, *(pytest.param(seed, marks=pytest.mark.long) for seed in (2, 3))])
 def test_four_times_the_load_is_held_within_five_seconds_and_then_nothing_changes(seed: int) -> None:
     sim = Simulation(lambda t: 4.0 if t < 60 else 16.0, SERVE, Service(standby=1), seed=seed).run(400.0)
     assert sim.held_since(60.0, share=0.02) <= 5.0, sim.changes

@@ -80,11 +80,17 @@ MOMENTS = {
 }
 
 
-# Without a standby slot survivors take over: another plan, after the same notice; one moment of each role shows it.
-ALONE = ("attention, backward", "expert, reply", "memory, rows", "two different ones")
+# Without a standby slot survivors take over: another plan, after the same notice; one moment shows it, one of each role
+# by hand.
+ALONE = [
+    pytest.param(m, 0, marks=pytest.mark.long)
+    for m in ("attention, backward", "expert, reply", "memory, rows")
+]
 
 
-@pytest.mark.parametrize(("moment", "standby"), [(m, 1) for m in MOMENTS] + [(m, 0) for m in ALONE])
+@pytest.mark.parametrize(
+    ("moment", "standby"), [*((m, 1) for m in MOMENTS), ("two different ones", 0), *ALONE]
+)
 def test_a_kill_at_any_moment_changes_no_bit_and_loses_no_step(
     moment: str, standby: int, corpus: Path, undisturbed: Trained, tmp_path: Path
 ) -> None:

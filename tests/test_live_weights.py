@@ -131,7 +131,9 @@ def undisturbed(corpus: Path, folder: Path, step: int, *, depth: int = 0) -> lis
         return server.ask(requests())
 
 
-@pytest.mark.parametrize("cluster", [ALONE, APART], ids=["one slot", "shards"])
+@pytest.mark.parametrize(
+    "cluster", [pytest.param(ALONE, marks=pytest.mark.long), APART], ids=["one slot", "shards"]
+)
 def test_a_server_begins_with_a_step_that_was_never_on_a_disk_and_goes_over_to_later_ones(
     cluster: ClusterConfig, training: Training, corpus: Path, tmp_path: Path
 ) -> None:
@@ -153,7 +155,9 @@ def test_a_server_begins_with_a_step_that_was_never_on_a_disk_and_goes_over_to_l
     assert trained.curve == plain.curve and trained.digest == plain.digest
 
 
-@pytest.mark.parametrize("drafts", ["none", "mtp"], ids=["modules left alone", "drafting"])
+@pytest.mark.parametrize(
+    "drafts", [pytest.param("none", marks=pytest.mark.long), "mtp"], ids=["modules left alone", "drafting"]
+)
 def test_a_run_with_modules_for_further_tokens_feeds_a_server_that_drafts_or_does_not(
     drafts: Literal["none", "mtp"], corpus: Path, tmp_path: Path
 ) -> None:

@@ -213,6 +213,7 @@ def test_what_cannot_be_served_is_told_in_one_line(
         (["--serve.max_model_len", "-2"], ["serve.max_model_len=-2"]),
         (["--tls_certificate", "/nowhere"], ["/nowhere"]),
         (["--root_path", "x"], ["--root_path"]),
+        (["--serve.ignore_unknown_fields", "no"], ["ignore_unknown_fields must be true or false", "'no'"]),
     ],
 )
 def test_what_cannot_be_started_is_told_before_ray(

@@ -156,6 +156,30 @@ def test_unknown_fields_can_be_left_out_and_unsupported_ones_never(service: Serv
         assert lenient.post({**body, "suffix": "x"}).json()["error"]["param"] == "suffix"
 
 
+@pytest.mark.parametrize(
+    ("extra", "named"),
+    [
+        ({"messages": [{"role": "user", "content": "a", "foo": 1}]}, "messages[0].foo"),
+        ({"messages": [{"role": "assistant", "content": "a", "refusal": "no"}]}, "messages[0].refusal"),
+        ({"response_format": {"type": "text", "strict": True}}, "response_format.strict"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {}, "schemes": {}}}},
+            "response_format.json_schema.schemes",
+        ),
+    ],
+)
+def test_unknown_members_of_a_field_are_refused_by_name_or_left_out(
+    service: Service, extra: dict[str, Any], named: str
+) -> None:
+    given_back = {"role": "assistant", "content": "a", "refusal": None, "annotations": []}
+    body = {"messages": [given_back, {"role": "user", "content": "b"}], "max_tokens": 1}
+    assert service.post(body, CHAT).status_code == 200
+    error = service.post({**body, **extra}, CHAT).json()["error"]
+    assert error["code"] == "unknown_field" and named in error["message"]
+    with serving(service.parts, ignore_unknown=True) as lenient:
+        assert lenient.post({**body, **extra}, CHAT).status_code == 200
+
+
 def test_null_stands_for_an_absent_field_and_a_byte_order_mark_is_no_part_of_a_body(service: Service) -> None:
     nulls = dict.fromkeys(
         ("seed", "stop", "logit_bias", "tools", "response_format", "top_k", "suffix", "user")

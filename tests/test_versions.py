@@ -105,7 +105,9 @@ def wait_for(server: LocalServer, condition: Callable[[], bool]) -> None:
     raise AssertionError(server.events)
 
 
-@pytest.mark.parametrize("cluster", [ALONE, WIDE], ids=["one slot", "shards and replicas"])
+@pytest.mark.parametrize(
+    "cluster", [pytest.param(ALONE, marks=pytest.mark.long), WIDE], ids=["one slot", "shards and replicas"]
+)
 @pytest.mark.usefixtures("slowly")
 def test_open_requests_finish_with_their_version_and_new_ones_get_the_next(
     cluster: ClusterConfig, run: RunFolder, undisturbed: dict[int, list[Heard]], tmp_path: Path
@@ -122,7 +124,9 @@ def test_open_requests_finish_with_their_version_and_new_ones_get_the_next(
         wait_for(server, lambda: all(slot.roles.earlier is None for slot in server.fleet.slots.values()))
 
 
-@pytest.mark.parametrize("cluster", [ALONE, WIDE], ids=["one slot", "shards and replicas"])
+@pytest.mark.parametrize(
+    "cluster", [pytest.param(ALONE, marks=pytest.mark.long), WIDE], ids=["one slot", "shards and replicas"]
+)
 @pytest.mark.usefixtures("slowly")
 def test_open_requests_go_on_with_the_new_version_where_that_is_wanted(
     cluster: ClusterConfig, run: RunFolder, undisturbed: dict[int, list[Heard]], tmp_path: Path

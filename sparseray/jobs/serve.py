@@ -108,11 +108,17 @@ def weights_of(checkpoint: str, run_dir: str, serve: ServeConfig, address: str) 
 
 
 def _check_keys(arguments: Sequence[str], known: set[str]) -> None:
-    """See that options are known; the parser would name none that is near."""
-    for argument in arguments:
-        name = argument[2:].split("=")[0]
+    """See that options are known and switches true or false; the parser names none that is near, and takes words."""
+    made = {"serve": ServeConfig(), "cluster": ClusterConfig()}
+    switches = {f"{section}.{name}": v for section, of in made.items() for name, v in vars(of).items()}
+    for argument, following in zip(arguments, [*arguments[1:], ""]):
+        name, _, value = argument[2:].partition("=")
         if argument.startswith("--") and argument != "--help" and name not in known:
             raise ConfigError(f"unknown option --{name}; {nearest(name, known)}")
+        value = value or following
+        if isinstance(switches.get(name), bool) and value.lower() not in ("true", "false"):
+            default = str(switches[name]).lower()
+            raise ConfigError(f"--{name} must be true or false, not {value!r} (default: {default})")
 
 
 def run(

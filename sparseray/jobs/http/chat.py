@@ -24,12 +24,16 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from sparseray.errors import CheckpointError
 from sparseray.jobs.http.api_error import ApiError
+from sparseray.jobs.http.fields import Values, check_members
 from sparseray.jobs.http.prompts import check_text
 from sparseray.jobs.http.text_stream import Vocabulary
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 CHAT_STOP = "\nuser:"
 _TURN = re.compile(rf"(?im)^(?=({'|'.join(ROLES)})[ \t]*:)")
+MEMBERS = ("role", "content", "name", "tool_calls", "tool_call_id")
+EMPTY_MEMBERS = ("refusal", "annotations", "audio", "function_call", "reasoning", "reasoning_content")
+"""Members of a message that are read, and those that an answer given back may have where nothing is in them."""
 Message = dict[str, Any]
 
 
@@ -141,21 +145,27 @@ class ChatTemplate:
         return text, mark
 
 
-def read_messages(messages: Any, limit: int, template: ChatTemplate) -> list[Message]:
+def read_messages(values: Values, limit: int, template: ChatTemplate) -> list[Message]:
     """Check a conversation and return its messages, contents as one text each.
 
     Args:
-        messages: of a body.
+        values: of a body with messages.
         limit: most messages.
         template: that will write them.
 
     Raises:
         ApiError: 400, messages of another form.
     """
+    messages = values.get("messages")
     if not isinstance(messages, list) or not messages:
         raise ApiError(400, "messages must be a non-empty list", param="messages")
     if len(messages) > limit:
         raise ApiError(400, f"messages must be at most {limit}", param="messages")
+    if not values.ignores_unknown:
+        for index, message in enumerate(messages):
+            if isinstance(message, dict):
+                given = {name: part for name, part in message.items() if part or name not in EMPTY_MEMBERS}
+                check_members(given, MEMBERS, f"messages[{index}]")
     return [_message(message, f"messages[{index}]", template) for index, message in enumerate(messages)]
 
 

@@ -20,7 +20,7 @@ from sparseray.actors.serving.grammar import (
 )
 from sparseray.errors import ConfigError
 from sparseray.jobs.http.api_error import ApiError
-from sparseray.jobs.http.fields import Values
+from sparseray.jobs.http.fields import Values, check_members
 from sparseray.jobs.http.limits import ApiLimits
 from sparseray.jobs.http.prompts import check_text
 
@@ -136,12 +136,17 @@ def _structured(values: Values) -> list[Stated]:
 
 def _format(values: Values) -> list[Stated]:
     given = values.get("response_format", {})
-    kind = given.get("type", "text")
+    kind, wrapped = given.get("type", "text"), given.get("json_schema")
+    if not values.ignores_unknown:
+        is_schema = kind == "json_schema"
+        check_members(given, ("type", "json_schema") if is_schema else ("type",), "response_format")
+        if is_schema and isinstance(wrapped, dict):
+            known = ("name", "description", "schema", "strict")
+            check_members(wrapped, known, "response_format.json_schema")
     if kind == "text":
         return []
     if kind == "json_object":
         return [("response_format", "json_object", True)]
-    wrapped = given.get("json_schema")
     schema = wrapped.get("schema") if isinstance(wrapped, dict) else None
     if kind == "json_schema" and isinstance(schema, dict):
         return [("response_format", "json", schema)]

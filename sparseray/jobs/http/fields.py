@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -268,9 +268,15 @@ def _unused() -> dict[str, Field]:
 
 @dataclass(frozen=True)
 class Values:
-    """The fields of a body whose types and ranges were checked; null stands for an absent field."""
+    """The fields of a body whose types and ranges were checked; null stands for an absent field.
+
+    Attributes:
+        body: the fields by name.
+        ignores_unknown: members of a field that nobody knows are left out instead of refused.
+    """
 
     body: Mapping[str, Any]
+    ignores_unknown: bool = False
 
     def get(self, name: str, default: Any = None) -> Any:
         """Return a field's value, or the default."""
@@ -306,7 +312,24 @@ def read_fields(
         if value is not None:
             _check(name, field, value)
             known[name] = value
-    return Values(known)
+    return Values(known, ignore_unknown)
+
+
+def check_members(given: Mapping[str, Any], known: Collection[str], where: str) -> None:
+    """See that an object has no member that nobody reads.
+
+    Args:
+        given: the object.
+        known: its members that are read.
+        where: the field, for the message.
+
+    Raises:
+        ApiError: 400, names the first that is not known.
+    """
+    for name in given:
+        if name not in known:
+            message = f"{where}.{name[:64]} is not known; leave it out, or give one of {', '.join(known)}"
+            raise ApiError(400, message, param=where, code="unknown_field")
 
 
 def _check(name: str, field: Field, value: Any) -> None:

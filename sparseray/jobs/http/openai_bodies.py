@@ -215,7 +215,7 @@ def encode_chat(values: Values, tools: Tools, served: ServedModel, reader: Promp
     Raises:
         ApiError: 400, of another form or too long.
     """
-    messages = read_messages(values.get("messages"), served.limits.max_messages, served.template)
+    messages = read_messages(values, served.limits.max_messages, served.template)
     # What cannot fit is refused before it is written, and again before it is tokenised.
     reader.bounded("".join(message["content"] or "" for message in messages), "messages")
     go_on = values.get("continue_final_message", False)
