@@ -28,7 +28,7 @@ from sparseray.kernels.dense.adamw import adamw_step
 from sparseray.kernels.dense.embedding import embedding_grad_
 from sparseray.kernels.dense.head_loss import head_loss
 from sparseray.kernels.dense.rms_norm import add_rms_norm, rms_norm
-from sparseray.kernels.dense.rope import rope, rope_parts
+from sparseray.kernels.dense.rope import rope
 from sparseray.kernels.dense.squared_norm import squared_norms
 from sparseray.kernels.dense.swiglu import swiglu
 from sparseray.kernels.dse import fusion as dse_fusion
@@ -97,13 +97,8 @@ class TritonOps(PagedTritonOps):
         out_RH: Tensor = _Embedding.apply(tokens_R, weight_VH)
         return out_RH
 
-    def rms_norm(self, x: Tensor, weight_H: Tensor, eps: float) -> Tensor:
-        return rms_norm(x, weight_H, eps)
-
-    def add_rms_norm(
-        self, x: Tensor, residual: Tensor, weight_H: Tensor, eps: float
-    ) -> tuple[Tensor, Tensor]:
-        return add_rms_norm(x, residual, weight_H, eps)
+    rms_norm = staticmethod(rms_norm)
+    add_rms_norm = staticmethod(add_rms_norm)
 
     def rotary(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         rows = x.reshape(-1, *x.shape[-2:])
@@ -131,13 +126,12 @@ class TritonOps(PagedTritonOps):
         R, (Q, G) = fused_RX.shape[0], heads
         fused_RND, numbers_R = fused_RX.unflatten(-1, (-1, head_dim)), _numbers(R, fused_RX.device)
         counts = (Q, turned * G, len(rest) * G)
-        return rope_parts(fused_RND, numbers_R, cos_RD, sin_RD, heads=counts, group=G)
+        return rope(fused_RND, numbers_R, cos_RD, sin_RD, heads=counts, group=G)
 
     def swiglu(self, gate_up_RI: Tensor) -> Tensor:
         return swiglu(gate_up_RI)
 
-    def top_k(self, scores_TE: Tensor, k: int) -> Tensor:
-        return top_k(scores_TE, k)
+    top_k = staticmethod(top_k)
 
     def expert_counts(self, topk_ids_TK: Tensor, num_experts: int) -> Tensor:
         # Whole numbers: their order is free. bincount would wait for the device.
@@ -315,59 +309,11 @@ class TritonOps(PagedTritonOps):
     def row_sums(self, grads_ND: Tensor, order_N: Tensor, first_U1: Tensor) -> Tensor:
         return dse_rows.sum_segments(grads_ND, order_N, first_U1)
 
-    def range_norms(self, x_UD: Tensor, first_B1: Tensor) -> Tensor:
-        return range_norms(x_UD, first_B1)
+    range_norms = staticmethod(range_norms)
+    row_adam = staticmethod(row_adam)
 
-    def row_adam(
-        self,
-        weight_UD: Tensor,
-        m_UD: Tensor,
-        v_U: Tensor,
-        t_U: Tensor,
-        ids_U: Tensor,
-        sums_UD: Tensor,
-        *,
-        scale: float,
-        lr: float,
-        betas: tuple[float, float],
-        eps: float,
-        seed: int,
-    ) -> None:
-        row_adam(
-            weight_UD, m_UD, v_U, t_U, ids_U, sums_UD, scale=scale, lr=lr, betas=betas, eps=eps, seed=seed
-        )
-
-    def squared_norms(self, tensors: Sequence[Tensor], rows: Sequence[int]) -> Tensor:
-        return squared_norms(tensors, rows)
-
-    def adamw_step(
-        self,
-        master: Tensor,
-        first: Tensor,
-        second: Tensor,
-        gradient: Tensor,
-        *,
-        copy: Tensor | None,
-        scale: Tensor,
-        lr: float,
-        betas: tuple[float, float],
-        eps: float,
-        weight_decay: float,
-        step: int,
-    ) -> None:
-        adamw_step(
-            master,
-            first,
-            second,
-            gradient,
-            copy=copy,
-            scale=scale,
-            lr=lr,
-            betas=betas,
-            eps=eps,
-            weight_decay=weight_decay,
-            step=step,
-        )
+    squared_norms = staticmethod(squared_norms)
+    adamw_step = staticmethod(adamw_step)
 
 
 TRITON = TritonOps()

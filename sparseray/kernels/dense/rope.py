@@ -137,23 +137,6 @@ class _Rope(torch.autograd.Function):
         return dfused, None, None, None, None, None
 
 
-def _check(fused_RND: Tensor, cos_LC: Tensor, heads: tuple[int, int, int], start: int) -> None:
-    if sum(heads) != fused_RND.shape[1] or start + 2 * cos_LC.shape[1] > fused_RND.shape[2]:
-        raise ValueError(
-            f"rope: heads={heads} and channels {start} to {start + 2 * cos_LC.shape[1]} do not fit {tuple(fused_RND.shape)}"
-        )
-
-
-def rope_parts(
-    fused_RND: Tensor, positions_R: Tensor, cos_LC: Tensor, sin_LC: Tensor, *, heads: tuple[int, int, int], group: int
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """`rope` with keys and values in parts of `group` heads, at least one of each: (q, part, part, ...)."""
-    _check(fused_RND, cos_LC, heads, 0)
-    angles = (positions_R.contiguous(), cos_LC.contiguous(), sin_LC.contiguous())
-    out: tuple[Tensor, ...] = _Rope.apply(fused_RND.contiguous(), angles, heads, (group, group), 0, False)
-    return out
-
-
 def rope(
     fused_RND: Tensor,
     positions_R: Tensor,
@@ -161,9 +144,10 @@ def rope(
     sin_LC: Tensor,
     *,
     heads: tuple[int, int, int],
+    group: int | None = None,
     start: int = 0,
     is_interleaved: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Rotate the queries and keys of a fused projection; return contiguous (q, k, v), differentiable.
 
     Args:
@@ -171,15 +155,20 @@ def rope(
         positions_R: integer rows of the tables, below L (unchecked).
         cos_LC, sin_LC: fp32 tables; 2C channels of a head turn.
         heads: how many of each; keys and values may be 0 (a part without its own rotation, as in MLA).
+        group: heads of each part that keys and values are cut into; None for one part of each.
         start: first channel that turns; the others are copied.
         is_interleaved: channel 2i is paired with 2i + 1 (MLA), otherwise i with i + C (`ops.Ops.rotary`).
 
     Returns:
-        q, k, v: [R, heads of each, D].
+        q, k, v: [R, heads of each, D]; with `group` q, every part of k, and every part of v.
     """
-    _check(fused_RND, cos_LC, heads, start)
+    if sum(heads) != fused_RND.shape[1] or start + 2 * cos_LC.shape[1] > fused_RND.shape[2]:
+        raise ValueError(
+            f"rope: heads={heads} and channels {start} to {start + 2 * cos_LC.shape[1]} do not fit {tuple(fused_RND.shape)}"
+        )
+    groups = heads[1:] if group is None else (group, group)
     angles = (positions_R.contiguous(), cos_LC.contiguous(), sin_LC.contiguous())
-    out: tuple[Tensor, Tensor, Tensor] = _Rope.apply(
-        fused_RND.contiguous(), angles, heads, heads[1:], start, is_interleaved
+    out: tuple[Tensor, ...] = _Rope.apply(
+        fused_RND.contiguous(), angles, heads, groups, start, is_interleaved
     )
     return out

@@ -130,15 +130,7 @@ def row_adam(
     eps: float,
     seed: int,
 ) -> None:
-    """`cpu.rowwise_adam_` of all rows of contiguous tensors, in place; nothing is copied to the host.
-
-    Args:
-        weight_UD: fp32 or bf16. m_UD: fp32. v_U: fp32. t_U: int64 updates seen.
-        ids_U: int64, the rows' numbers in their table, for the rounding.
-        sums_UD: fp32, summed gradients.
-        scale: factor on the gradients.
-        lr, betas, eps, seed: as there.
-    """
+    """`RowOps.row_adam` of contiguous tensors; nothing is copied to the host."""
     U, D = weight_UD.shape
     steps_U = t_U.add_(1).double()
     is_rounded = weight_UD.dtype == torch.bfloat16
