@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -104,6 +104,51 @@ def finish(engine: Engine) -> dict[str, list[TokenEvent]]:
         for event in engine.step():
             events.setdefault(event.request_id, []).append(event)
     return events
+
+
+def run(engine: Any, asked: Sequence[GenerationRequest]) -> dict[str, list[TokenEvent]]:
+    """The events of requests that are added together."""
+    for request in asked:
+        engine.add(request)
+    return finish(engine)
+
+
+def run_failing(engine: Any, asked: Sequence[GenerationRequest]) -> dict[str, list[TokenEvent]]:
+    """The same where an expert shard is lost three times in the middle of steps."""
+    experts, calls, failed = engine.experts, 0, 0
+
+    def failing(*arguments: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls in (9, 31, 60):
+            raise ConnectionError("an expert shard is lost")
+        found: torch.Tensor = experts(*arguments)
+        return found
+
+    engine.experts = failing
+    for request in asked:
+        engine.add(request)
+    events: dict[str, list[TokenEvent]] = {}
+    while engine.has_work:
+        try:
+            for event in engine.step():
+                events.setdefault(event.request_id, []).append(event)
+        except ConnectionError:
+            failed += 1
+    assert failed == 3
+    return events
+
+
+def moved_after(
+    cut: int, asked: Sequence[GenerationRequest], expected: dict[str, list[TokenEvent]]
+) -> list[GenerationRequest]:
+    """Those requests that get more than `cut` tokens, as another engine is asked to go on with them."""
+    told = {r.request_id: tokens_of(expected[r.request_id]) for r in asked}
+    return [
+        replace(r, resume_tokens=tuple(told[r.request_id][:cut]))
+        for r in asked
+        if len(told[r.request_id]) > cut and r.prompt_logprobs is None
+    ]
 
 
 def tokens_of(events: list[TokenEvent]) -> list[int]:

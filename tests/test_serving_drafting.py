@@ -8,7 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from serving_parts import MAX_MODEL_LEN, Parts, finish, make_parts, request_of, tokens_of
+from serving_parts import (
+    MAX_MODEL_LEN,
+    Parts,
+    finish,
+    make_parts,
+    moved_after,
+    request_of,
+    run,
+    run_failing,
+    tokens_of,
+)
 
 from sparseray.actors.serving.drafting_engine import DraftingEngine
 from sparseray.actors.serving.drafting_model import DraftingModel
@@ -121,12 +131,6 @@ def requests() -> list[GenerationRequest]:
     ]  # fmt: skip
 
 
-def run(engine: Any, asked: list[GenerationRequest]) -> dict[str, list[TokenEvent]]:
-    for request in asked:
-        engine.add(request)
-    return finish(engine)
-
-
 def plain(events: dict[str, list[TokenEvent]]) -> dict[str, list[tuple[Any, ...]]]:
     """What a client sees but for log probabilities, which hold their rounding."""
     return {
@@ -197,11 +201,7 @@ def test_a_request_that_moves_goes_on_with_its_tokens(
     parts: Parts, expected: dict[str, list[TokenEvent]]
 ) -> None:
     for cut in (1, 2, 7):
-        moved = [
-            replace(r, resume_tokens=tuple(tokens_of(expected[r.request_id])[:cut]))
-            for r in requests()
-            if len(tokens_of(expected[r.request_id])) > cut and r.prompt_logprobs is None
-        ]
+        moved = moved_after(cut, requests(), expected)
         found = run(told(parts, whole(expected)), moved)
         for request in moved:
             name = request.request_id
@@ -212,27 +212,7 @@ def test_a_request_that_moves_goes_on_with_its_tokens(
 def test_a_step_that_fails_loses_no_token(
     parts: Parts, expected: dict[str, list[TokenEvent]], kind: type[ToldEngine]
 ) -> None:
-    engine, calls, failed = told(parts, whole(expected), kind, max_failures=9), 0, 0
-    experts = engine.experts
-
-    def failing(*arguments: Any) -> torch.Tensor:
-        nonlocal calls
-        calls += 1
-        if calls in (9, 31, 60):
-            raise ConnectionError("an expert shard is lost")
-        return experts(*arguments)
-
-    engine.experts = failing
-    for request in requests():
-        engine.add(request)
-    events: dict[str, list[TokenEvent]] = {}
-    while engine.has_work:
-        try:
-            for event in engine.step():
-                events.setdefault(event.request_id, []).append(event)
-        except ConnectionError:
-            failed += 1
-    assert failed == 3
+    events = run_failing(told(parts, whole(expected), kind, max_failures=9), requests())
     for name, found in expected.items():
         assert tokens_of(events[name]) == tokens_of(found)
 

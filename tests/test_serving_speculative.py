@@ -10,7 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from serving_parts import MAX_MODEL_LEN, Parts, Recorded, finish, make_parts, request_of, tokens_of
+from serving_parts import (
+    MAX_MODEL_LEN,
+    Parts,
+    Recorded,
+    make_parts,
+    moved_after,
+    request_of,
+    run,
+    run_failing,
+    tokens_of,
+)
 
 from sparseray.actors.observation import observe_engine
 from sparseray.actors.serving.engine import Ongoing
@@ -78,12 +88,6 @@ def requests() -> list[GenerationRequest]:
         request_of("none", PROMPT[:5], max_tokens=0, prompt_logprobs=2),
         request_of("across", (*PROMPT[:6], 0, 30, 31), temperature=1.0, seed=8, logit_bias=((0, 6.0),), **long),
     ]  # fmt: skip
-
-
-def run(engine: Any, asked: list[GenerationRequest]) -> dict[str, list[TokenEvent]]:
-    for request in asked:
-        engine.add(request)
-    return finish(engine)
 
 
 def plain(events: dict[str, list[TokenEvent]]) -> dict[str, list[TokenEvent]]:
@@ -173,39 +177,14 @@ def test_a_request_that_moves_goes_on_with_the_tokens_that_it_would_have_had(
     parts: Parts, expected: dict[str, list[TokenEvent]]
 ) -> None:
     for cut in (1, 2, 7):
-        moved = [
-            replace(r, resume_tokens=tuple(tokens_of(expected[r.request_id])[:cut]))
-            for r in requests()
-            if len(tokens_of(expected[r.request_id])) > cut and r.prompt_logprobs is None
-        ]
+        moved = moved_after(cut, requests(), expected)
         found = run(told(parts, whole(expected)), moved)
         for request in moved:
             assert plain(found)[request.request_id] == expected[request.request_id][cut:]
 
 
 def test_a_step_that_fails_loses_no_token(parts: Parts, expected: dict[str, list[TokenEvent]]) -> None:
-    engine, calls = told(parts, whole(expected), max_failures=9), 0
-    experts = engine.experts
-
-    def failing(*arguments: Any) -> torch.Tensor:
-        nonlocal calls
-        calls += 1
-        if calls in (9, 31, 60):
-            raise ConnectionError("an expert shard is lost")
-        return experts(*arguments)
-
-    engine.experts = failing
-    for request in requests():
-        engine.add(request)
-    events: dict[str, list[TokenEvent]] = {}
-    failed = 0
-    while engine.has_work:
-        try:
-            for event in engine.step():
-                events.setdefault(event.request_id, []).append(event)
-        except ConnectionError:
-            failed += 1
-    assert failed == 3
+    events = run_failing(told(parts, whole(expected), max_failures=9), requests())
     for name, found in expected.items():
         assert tokens_of(events[name]) == tokens_of(found)
 
