@@ -127,10 +127,7 @@ def _older(values: Values) -> list[Stated]:
 
 def _structured(values: Values) -> list[Stated]:
     given = values.get("structured_outputs", {})
-    unknown = sorted(set(given) - set(KINDS))
-    if unknown:
-        where = f"structured_outputs.{unknown[0][:64]}"
-        raise ApiError(400, f"{where} is not supported; give one of {', '.join(KINDS)}", param=where)
+    check_members(given, KINDS, "structured_outputs")
     return [(f"structured_outputs.{kind}", kind, value) for kind, value in given.items() if value is not None]
 
 

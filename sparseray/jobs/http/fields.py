@@ -326,10 +326,11 @@ def check_members(given: Mapping[str, Any], known: Collection[str], where: str) 
     Raises:
         ApiError: 400, names the first that is not known.
     """
-    for name in given:
-        if name not in known:
-            message = f"{where}.{name[:64]} is not known; leave it out, or give one of {', '.join(known)}"
-            raise ApiError(400, message, param=where, code="unknown_field")
+    unknown = next((name for name in given if name not in known), None)
+    if unknown is not None:
+        member = f"{where}.{unknown[:64]}"
+        message = f"{member} is not known; leave it out, or give one of {', '.join(known)}"
+        raise ApiError(400, message, param=member, code="unknown_field")
 
 
 def _check(name: str, field: Field, value: Any) -> None:
