@@ -120,3 +120,12 @@ def test_the_embeddings_gradient_is_torchs() -> None:
         (ops.embedding(tokens, weight) * torch.arange(200.0, device=DEVICE)[:, None]).sum().backward()
         grads.append(weight.grad)
     torch.testing.assert_close(*grads)
+
+
+def test_a_product_is_added_to_what_is_given_away() -> None:
+    y, x, weight = (rand(*shape).requires_grad_() for shape in ((7, 5), (7, 3), (5, 3)))
+    wanted = REFERENCE.add_linear(y, x, weight, invariant=False)
+    found = TRITON.add_linear(y.clone(), x, weight, invariant=False)
+    torch.testing.assert_close(found, wanted)
+    grads = [torch.autograd.grad(out.square().sum(), (y, x, weight)) for out in (found, wanted)]
+    torch.testing.assert_close(*grads)

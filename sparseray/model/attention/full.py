@@ -5,6 +5,8 @@ Shapes: R rows, S positions, T tokens, G key/value heads, D and V head sizes, H 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -42,11 +44,11 @@ class FullAttention(Attention):
         self.qkv = Linear(config.hidden, _qkv_width(config), ops)
         self.out = Linear(self.heads * self.value_dim, config.hidden, ops)
 
-    def forward(self, x_RH: Tensor, batch: Batch, angles: Angles) -> Tensor:
+    def forward(self, xs_RH: Sequence[Tensor], batch: Batch, angles: Angles) -> Tensor:
         """Attend within each sequence; [R, H]."""
         heads, widths = (self.heads, self.kv_heads), (self.value_dim,)
         q, k, v = self.ops.rotary_split(
-            self.qkv(x_RH, batch), heads, self.head_dim, 1, widths, angles.cos_RD, angles.sin_RD
+            self.qkv(xs_RH[0], batch), heads, self.head_dim, 1, widths, angles.cos_RD, angles.sin_RD
         )
         if batch.paged is not None:
             pool, pages = batch.paged.pools[self.layer], batch.paged.pages
