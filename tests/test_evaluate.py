@@ -206,6 +206,11 @@ def test_the_command_prints_a_table_and_writes_json_and_the_same_again(
         (["--out", "."], "name a file in it"),
         (["--checkpoint", "/nowhere"], "is not a checkpoint"),
         (["--data", "/nowhere"], "does not exist"),
+        pytest.param(
+            ["--device", "cuda"],
+            "set --device cpu",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
     ],
 )
 def test_what_cannot_be_measured_is_one_line(
@@ -259,3 +264,25 @@ def test_held_out_texts_are_scored_where_they_stand(trained: Path, data: Path) -
             nats -= float(logp.gather(-1, tokens[0, len(prompt) :, None]).sum())
             count += len(wanted)
     assert figures["infilling, line, nats"].value == pytest.approx(nats / count, rel=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_measures_what_a_cpu_does(data: Path, tmp_path: Path) -> None:
+    from test_gpu_training import run_on
+
+    newest = train(tmp_path / "run", run_on("cpu", data, dtype="float32")).folder.newest_checkpoint()
+    assert newest is not None
+    split, found = TokenDataset(data, "validation"), []
+    for device in ("cpu", "cuda"):
+        subject = open_subject(newest, 0, device)
+        assert subject.device == device
+        found.append(
+            losses(subject, split, 12, 0, quiet)
+            | infilling(subject, split, 12, 0, quiet)
+            | needles(subject, split, 4, 0, quiet)
+        )
+    assert found[0].keys() == found[1].keys()
+    for name, one in found[0].items():
+        if one.interval == "bootstrap":
+            assert found[1][name].value == pytest.approx(one.value, rel=1e-2), name
