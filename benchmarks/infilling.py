@@ -12,7 +12,6 @@ where the first of two lines of random names can be known from the second, so fr
 import argparse
 import fcntl
 import importlib.util
-import json
 import os
 import random
 import signal

@@ -15,6 +15,7 @@ from sparseray.actors.serving.text_request import GenerationRequest, TokenEvent
 from sparseray.actors.training.token_data import TokenDataset
 from sparseray.jobs import evaluate
 from sparseray.jobs.evaluation.intervals import ratio, share
+from sparseray.jobs.evaluation.needle import draw_needle
 from sparseray.jobs.evaluation.subject import Subject, open_subject
 from sparseray.jobs.evaluation.tasks import Gap, gaps, infilling, losses, needles
 from sparseray.jobs.tokens.prepare import prepare
@@ -162,7 +163,7 @@ def test_needles_lie_at_all_depths_and_the_prompt_fills_its_length(trained: Path
         def add(self, request: GenerationRequest) -> None:
             asked.append(request)
             text = real.vocabulary.token_text(request.prompt_tokens)
-            number = text.split("The secret number is ")[1][:6]
+            number = text.split("The secret number is")[1][:7]
             self.answers[request.prompt_tokens] = real.vocabulary.encode(number)
             super().add(request)
 
@@ -177,6 +178,15 @@ def test_needles_lie_at_all_depths_and_the_prompt_fills_its_length(trained: Path
         round(real.vocabulary.token_text(r.prompt_tokens).index("The secret") / 600, 1) for r in asked[-10:]
     }
     assert len(where) >= 4
+
+
+def test_a_needle_is_answered_with_the_tokens_that_stand_in_the_text(trained: Path) -> None:
+    encode = open_subject(trained, 0).vocabulary.encode
+    draw = random.Random(4)
+    for _ in range(50):
+        needle = draw_needle(draw)
+        asked = (*encode(needle.question), *encode(needle.answer))
+        assert encode(needle.sentence)[: len(asked)] == asked == encode(needle.question + needle.answer)
 
 
 def command(trained: Path, data: Path, *more: str) -> list[str]:
