@@ -118,6 +118,11 @@ class PartGraph:
         self._key: tuple[object, ...] = ()
         self._recording: _Recording | None = None
 
+    @property
+    def is_recorded(self) -> bool:
+        """Whether the next part that is like the last one is replayed."""
+        return self._recording is not None
+
     def __call__(self, batch: Batch, rows: FetchedRows, weight: float) -> Loss:
         """Run one part forward and backward; its gradients are left at the leaves and the rows.
 

@@ -159,7 +159,7 @@ class AttentionWorker:
         if part == self.sampled:
             # A replay notes nothing: where there is a graph a forward pass of its own does.
             with collect() as self.noted, torch.set_grad_enabled(self.graph is None):
-                loss = self._loss(lane, batch, rows if self.graph else rows.differentiable(), step)
+                loss = self._loss(lane, batch, rows.differentiable() if self.graph is None else rows, step)
         elif self.graph is None:
             loss = self._loss(lane, batch, rows.differentiable(), step)
         between = time.perf_counter()
