@@ -81,7 +81,7 @@ class Alone:
             launched.append(time.perf_counter() - began)
             reduce(*arguments)  # type: ignore[arg-type]
 
-        self.exchange.reduce = timed  # type: ignore[method-assign]
+        self.exchange.reduce = timed  # type: ignore[method-assign, assignment]
         for step in range(1, count + 1):
             done: dict[int, PartDone] = {}
             launched: list[float] = []

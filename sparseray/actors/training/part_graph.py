@@ -77,10 +77,14 @@ class CudaRecorder:
             run, beside: as in `Recorder`.
         """
         gc.collect()
-        graph = torch.cuda.CUDAGraph()
-        # Other threads stage rows and copy checkpoints meanwhile.
-        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
-            found = run()
+        graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
+        try:
+            # Other threads stage rows and copy checkpoints meanwhile.
+            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+                found = run()
+        finally:
+            # A recording that failed leaves its stream behind as the current one.
+            torch.cuda.set_stream(here)
         free = torch.cuda.mem_get_info(self.device)[0]
         if free < beside:
             raise torch.OutOfMemoryError(
@@ -154,6 +158,7 @@ class PartGraph:
     ) -> list[Tensor]:
         """Loss, balance loss and counts, and the gradients of leaves and rows."""
         rows = rows.differentiable()
+        # Of what is computed here only further tokens would depend on the step.
         loss = next_token(self.dense.model, batch, self.exchange, rows, step=None)
         loss.backward(weight, self.dense.num_parts)
         found = [loss.sum.detach(), loss.aux.detach(), loss.counts_LE]
