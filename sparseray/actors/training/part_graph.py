@@ -63,6 +63,8 @@ class CudaRecorder:
 
     def first(self, run: Run) -> list[Tensor]:
         """Run it on the stream of the recording: autograd's nodes keep the stream that they were made on."""
+        # What torch keeps for one stream is of no use to another.
+        torch.cuda.empty_cache()
         here = torch.cuda.current_stream(self.device)
         self._stream.wait_stream(here)
         with torch.cuda.stream(self._stream):
@@ -71,7 +73,7 @@ class CudaRecorder:
         return found
 
     def record(self, run: Run, beside: int) -> tuple[Callable[[], object], list[Tensor]]:
-        """As in `Recorder`. What torch keeps for later goes back to the device first, so the peak hardly grows.
+        """As in `Recorder`. What torch keeps for later goes back to the device first, so that the peak hardly grows.
 
         Args:
             run, beside: as in `Recorder`.
