@@ -224,6 +224,7 @@ def main() -> None:
         swiglu,
         decode,
         paged_write,
+        prefill,
         compress_step,
         ffn,
         expert_map,

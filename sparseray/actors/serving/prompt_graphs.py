@@ -167,7 +167,12 @@ class PromptGraphs:
             self._made.insert(0, graph)
 
     def of(self, rows: int, chunks: int) -> PromptGraph | None:
-        """The smallest that holds so many rows of so many chunks."""
+        """The smallest that holds some chunks, if there is one.
+
+        Args:
+            rows: of all chunks together.
+            chunks: how many there are.
+        """
         if chunks > MOST_CHUNKS:
             return None
         return next((graph for graph in self._made if graph.rows >= rows), None)
