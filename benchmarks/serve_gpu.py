@@ -146,6 +146,7 @@ def generation(checkpoint: Path | None) -> list[str]:
             f"| {batch} | {peer:.0f} | {through:.0f} | {through / peer:.1f} | {alone:.0f} | {alone / peer:.1f} |"
         )
     here.prompt_seconds(engine, 1, 8192, 5)
+    short = min(here.prompt_seconds(engine, 1, PROMPT, 400000 + turn) for turn in range(5))
     first = min(here.prompt_seconds(engine, 1, 8192, 10 + turn) for turn in range(3))
     many = min(here.prompt_seconds(engine, 32, 512, 100 * turn + 300000) for turn in range(3))
     forward = here.forward_rate(engine, 8192, 8192)
@@ -153,9 +154,15 @@ def generation(checkpoint: Path | None) -> list[str]:
         "",
         f"- first token of a prompt of 8,192 tokens: {first * 1e3:.1f} ms, {8192 / first:,.0f} tokens/s,"
         f" {8192 / first / forward:.2f} of the forward pass of training on the same sequence ({forward:,.0f} tokens/s)",
+        f"- first token of a prompt of {PROMPT} tokens: {short * 1e3:.1f} ms",
         f"- 32 prompts of 512 tokens: {32 * 512 / many:,.0f} tokens/s",
         "",
     ]
+    for index in range(16):
+        engine.add(here.request_of(600000 + index, PROMPT, 1))
+    lines += ["reading 16 prompts:", "", *[f"    {line}" for line in here.profile(engine, 1)], ""]
+    while engine.has_work:
+        engine.step()
     for batch in BATCHES:
         for index in range(batch):
             engine.add(here.request_of(700000 + 1000 * batch + index, PROMPT, NEW))
@@ -175,18 +182,21 @@ def long_context(context: int = 65000) -> list[str]:
         "| key/value heads | batch | full ms | NSA ms | ratio |",
         "|---|---|---|---|---|",
     ]
+    profiles: list[str] = []
     for kv_heads, batch in ((16, 1), (4, 1), (4, 16), (1, 16)):
         found = {}
         for kind in ("full", "nsa"):
             config = here.model_of(
                 "1b_full", attention=(kind,) * 12, num_kv_heads=kv_heads, max_seq_len=1 << 17
             )
-            found[kind] = here.decode_ms(config, batch, context)
+            found[kind], shares = here.decode_ms(config, batch, context)
+            profiles += [f"{kind}, {kv_heads} key/value heads, batch {batch}:", ""]
+            profiles += [*[f"    {line}" for line in shares], ""]
             torch.cuda.empty_cache()
         full, nsa = found["full"], found["nsa"]
         lines.append(f"| {kv_heads} | {batch} | {full:.2f} | {nsa:.2f} | {full / nsa:.2f} |")
         print(lines[-1], flush=True)
-    return [*lines, ""]
+    return [*lines, "", *profiles]
 
 
 def drafts() -> list[str]:
