@@ -143,7 +143,8 @@ class LocalServer:
         async def one(request: GenerationRequest) -> Heard:
             nonlocal count
             heard, last_s = Heard([], None), time.monotonic()
-            async for event in self.ingress.generate(request):
+            events = (event async for run in self.ingress.generate(request) for event in run)
+            async for event in events:
                 heard.finish = event.finish_reason
                 if event.token_id is not None:
                     assert event.index == len(heard.tokens), event
