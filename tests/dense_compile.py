@@ -22,7 +22,7 @@ from triton.compiler import compile as compile_source
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sparseray.kernels import peer
-from sparseray.kernels.attention import decode, paged_write
+from sparseray.kernels.attention import decode, paged_write, prefill
 from sparseray.kernels.dense import adamw, embedding, head_loss, rms_norm, rope, squared_norm, swiglu
 from sparseray.kernels.dse import fusion, row_update, rows
 from sparseray.kernels.moe import expert_map, ffn, router_logits
@@ -114,6 +114,10 @@ def attention() -> None:
         q, cache = bf16(2, new, heads, width), bf16(4, 64, num_kv, width)
         work = decode.PagedDecodeWorkspace.create(2, new, heads, width, 1024, "cpu")
         decode.paged_decode(q, cache, cache, table, lens, work, torch.empty_like(q))
+    for heads, num_kv, width in ((16, 16, 64), (64, 4, 128)):
+        q, cache = bf16(512, heads, width), bf16(4, 256, num_kv, width)
+        bounds = torch.zeros(3, dtype=torch.int32)
+        prefill.paged_prefill(q, cache, cache, table, bounds, lens, torch.empty_like(q))
 
 
 def pages() -> None:
@@ -220,6 +224,7 @@ def main() -> None:
         swiglu,
         decode,
         paged_write,
+        prefill,
         compress_step,
         ffn,
         expert_map,
