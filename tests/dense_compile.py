@@ -200,13 +200,13 @@ def memory() -> None:
             scale=1.0, lr=0.1, betas=(0.9, 0.95), eps=1e-8, seed=3,
         )  # fmt: skip
     for hidden in (1024, 2048):
-        h, (k, v) = bf16(2, 64, hidden), bf16(2, 64, 2 * hidden).chunk(2, -1)
+        h, kv, taps = bf16(2, 64, hidden), bf16(2, 64, 2 * hidden), bf16(4, hidden)
         norm = bf16(hidden)
         constants = {"dilation": 3, "gate_eps": 1e-6, "conv_eps": 1e-5}
         learnt = fusion._fusion(constants, (norm, norm, norm, bf16(hidden, 4)))
         for segment in (None, torch.zeros(2, 64, dtype=torch.int32)):
-            out, gate, scale = fusion._forward(h, k, v, learnt, segment)
-            fusion._backward(out, h, k, v, learnt, (gate, scale, segment))
+            out, kept = fusion._forward(h, kv, taps, learnt, segment)
+            fusion._backward(out, h, kv, taps, learnt, kept, segment)
 
 
 def main() -> None:
