@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparseray.actors.state.staged_memory import Addresses, LayerRows, StagedMemory, StagedStep, _refresh
+from sparseray.actors.state.staged_memory import Addresses, LayerRows, StagedMemory, StagedStep
 from sparseray.kernels.dse.fusion import memory_output
 from sparseray.kernels.dse.reference import Fusion
 from sparseray.kernels.dse.reference import memory_output as plain_output
@@ -99,7 +99,7 @@ def device_pieces(memory: StagedMemory, one: StagedStep, two: StagedStep) -> Non
         return lambda: [function(rows, grad) for rows, grad in zip(one.layers, grads)]
 
     ops = memory.ops
-    on_device("rows of the tokens", both(lambda r, _: r.weight_UD.index_select(0, r.places[0])))
+    on_device("rows of the tokens", both(lambda r, _: ops.take_rows(r.weight_UD, r.places[0])))
     on_device("sums of gradients", both(lambda r, g: ops.row_sums(g, r.orders[0], r.firsts[0])))
     sums = [ops.row_sums(g, r.orders[0], r.firsts[0]) for r, g in zip(one.layers, grads)]
     on_device("norms by bucket", lambda: [ops.range_norms(s, r.buckets_B1) for s, r in zip(sums, one.layers)])
@@ -110,7 +110,7 @@ def device_pieces(memory: StagedMemory, one: StagedStep, two: StagedStep) -> Non
 
     def refresh() -> None:
         for older, newer in zip(two.layers, one.layers):
-            _refresh(older, newer)
+            ops.take_newer(older.fields, older.ids_U, newer.fields, newer.ids_U)
 
     on_device("update", update)
     on_device("refresh", refresh)

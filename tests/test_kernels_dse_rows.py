@@ -100,3 +100,39 @@ def test_rows_go_back_to_their_places_alone(width: int) -> None:
         staging.scatter_rows(table, rows, values, pool)
     np.testing.assert_array_equal(table[rows], values)
     assert not np.delete(table, rows, axis=0).any()
+
+
+@pytest.mark.parametrize(("width", "dtype"), [(16, torch.bfloat16), (5, torch.float32)])
+def test_tokens_read_their_rows(width: int, dtype: torch.dtype) -> None:
+    rows, places = torch.randn(37, width).to(dtype), torch.randint(0, 37, (101,), dtype=torch.int32)
+    found = TRITON.take_rows(rows.to(DEVICE), places.to(DEVICE))
+    assert torch.equal(found.cpu(), rows[places]) and torch.equal(PLAIN.take_rows(rows, places), rows[places])
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [(50, 70), (33, 1), (1, 40), (64, 64)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_rows_of_a_later_commit_are_taken_over_and_no_others(
+    ours: int, theirs: int, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(ours)
+
+    def listed(count: int) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        ids = torch.randperm(100)[:count].sort().values + 2**33
+        return ids, (
+            torch.randn(count, 12).to(dtype),
+            torch.randn(count, 12),
+            torch.rand(count),
+            torch.arange(count),
+        )
+
+    (own_ids, own), (new_ids, new) = listed(ours), listed(theirs)
+    wanted = [field.clone() for field in own]
+    for here, row in enumerate(own_ids.tolist()):
+        for there in (new_ids == row).nonzero().flatten().tolist():
+            for field, newer in zip(wanted, new):
+                field[here] = newer[there]
+    for ops, device in ((PLAIN, "cpu"), (TRITON, DEVICE)):
+        fields, newer = (tuple(x.to(device, copy=True) for x in of) for of in (own, new))
+        ops.take_newer(fields, own_ids.to(device), newer, new_ids.to(device))
+        for field, want in zip(fields, wanted):
+            assert torch.equal(field.cpu(), want)

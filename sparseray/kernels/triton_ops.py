@@ -35,6 +35,7 @@ from sparseray.kernels.dse import fusion as dse_fusion
 from sparseray.kernels.dse import rows as dse_rows
 from sparseray.kernels.dse.reference import Fusion
 from sparseray.kernels.dse.row_update import range_norms, row_adam
+from sparseray.kernels.dse.staged_rows import take_newer, take_rows
 from sparseray.kernels.held_ops import HeldRows
 from sparseray.kernels.moe import held
 from sparseray.kernels.moe.decode import moe_ffn_decode
@@ -308,6 +309,8 @@ class TritonOps(PagedTritonOps):
     def row_sums(self, grads_ND: Tensor, order_N: Tensor, first_U1: Tensor) -> Tensor:
         return dse_rows.sum_segments(grads_ND, order_N, first_U1)
 
+    take_rows = staticmethod(take_rows)
+    take_newer = staticmethod(take_newer)
     range_norms = staticmethod(range_norms)
     row_adam = staticmethod(row_adam)
 

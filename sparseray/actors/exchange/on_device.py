@@ -93,7 +93,7 @@ class OnDeviceExchange(Abortable):
             FetchedRows(
                 addresses=part,
                 values={
-                    layer: rows.weight_UD.index_select(0, rows.places[index]).to(self.dense.dtype)
+                    layer: self.dense.ops.take_rows(rows.weight_UD, rows.places[index]).to(self.dense.dtype)
                     for layer, rows in zip(part, staged.layers)
                 },
             )

@@ -155,7 +155,7 @@ class StagedMemory(MemoryShard):
                 rows.record_stream(stream)
         if self._last is not None:
             for rows, newer in zip(staged.layers, self._last.layers):
-                _refresh(rows, newer)
+                self.ops.take_newer(rows.fields, rows.ids_U, newer.fields, newer.ids_U)
         self._open = staged
         return staged
 
@@ -372,12 +372,3 @@ def _columns(table: SharedTable) -> list[np.ndarray]:
 
 def _to_host(tensor: Tensor) -> Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
-
-
-def _refresh(rows: LayerRows, newer: LayerRows) -> None:
-    """Take over the rows that a later commit has changed, without asking the device which they are."""
-    at_U = torch.searchsorted(newer.ids_U, rows.ids_U).clamp_(max=len(newer.ids_U) - 1)
-    is_newer_U = newer.ids_U.index_select(0, at_U) == rows.ids_U
-    for own, other in zip(rows.fields, newer.fields):
-        mask = is_newer_U if own.ndim == 1 else is_newer_U[:, None]
-        own.copy_(torch.where(mask, other.index_select(0, at_U), own))
