@@ -197,9 +197,7 @@ def memory() -> None:
         row_update.range_norms(sums, first)
         state = torch.zeros(U, width), torch.zeros(U), torch.zeros(U, dtype=torch.int64)
         fields = torch.zeros(U, width, dtype=dtype), *state
-        row_update.row_adam(
-            *fields, first[:-1], sums, scale=1.0, lr=0.1, betas=(0.9, 0.95), eps=1e-8, seed=3
-        )
+        row_update.row_adam(*fields, first[:-1], sums, scale=1.0, lr=0.1, betas=(0.9, 0.95), eps=1e-8, seed=3)
         staged_rows.take_rows(fields[0], small[:-1])
         staged_rows.take_newer(fields, first[:-1], fields, first[:-1])
     for hidden in (1024, 2048):

@@ -281,7 +281,12 @@ def fusion_of(tensors: list[torch.Tensor]) -> reference.Fusion:
 @pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize("is_shared_out", [False, True])
 def test_fused_gate_and_convolution_equal_the_reference(
-    is_shared_out: bool, documents: bool, tokens: int, channels: int, taps: int, monkeypatch: pytest.MonkeyPatch
+    is_shared_out: bool,
+    documents: bool,
+    tokens: int,
+    channels: int,
+    taps: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     torch.manual_seed(0)
     if is_shared_out:

@@ -50,8 +50,8 @@ class RowOps(Protocol):
 
         Args:
             grads_ND: fp32 or bf16, contiguous.
-            order_N: int64, positions of the gradients, row after row.
-            first_U1: int64, where in it each row's begin, and where the last one's end.
+            order_N: int32 or int64, positions of the gradients, row after row.
+            first_U1: of the same dtype, where in it each row's begin, and where the last one's end.
         """
         ...
 

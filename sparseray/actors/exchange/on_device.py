@@ -100,7 +100,7 @@ class OnDeviceExchange(Abortable):
             for index, part in enumerate(staged.parts)
         ]
         addressed = sum(rows_TN.numel() for part in staged.parts for rows_TN in part.values())
-        self._note(started, addressed, sum(map(len, staged.host_ids)))
+        self._note(started, addressed, staged.num_rows)
         return found
 
     def _note(self, started: float, addressed: int, read: int) -> None:

@@ -95,7 +95,9 @@ def _conv_kernel(
     acc = tl.zeros([BT, BC], tl.float32)
     gated = tl.zeros([BT, BC], tl.float32)
     for j in tl.static_range(K):
-        x, by_norm = _earlier(p_v, p_kept, p_segment, segment, first, o_t, o_c, j * DILATION, T, rows, C, SEGMENTS)
+        x, by_norm = _earlier(
+            p_v, p_kept, p_segment, segment, first, o_t, o_c, j * DILATION, T, rows, C, SEGMENTS
+        )
         if j == 0:
             gated = x
         weight = norm * tl.load(p_taps + (K - 1 - j) * C + o_c, mask=m_c, other=0.0).to(tl.float32)
@@ -118,7 +120,7 @@ def _conv_backward_kernel(
     norm = tl.load(p_v_norm + o_c, mask=m_c, other=0.0).to(tl.float32)
     sums = ()
     for _ in tl.static_range(K):
-        sums = sums + (tl.zeros([BT, BC], tl.float32),)
+        sums = sums + (tl.zeros([BT, BC], tl.float32),)  # noqa: RUF005  (Triton unpacks none)
     for start in range(0, ROWS, BT):
         o_t = tl.program_id(0) * ROWS + start + tl.arange(0, BT)
         o = (first + o_t)[:, None] * C + o_c[None, :]
@@ -133,14 +135,14 @@ def _conv_backward_kernel(
                 p_v, p_kept, p_segment, segment, first, o_t, o_c, j * DILATION, T, rows, C, SEGMENTS
             )
             weight = norm * tl.load(p_taps + (K - 1 - j) * C + o_c, mask=m_c, other=0.0).to(tl.float32)
-            normed = normed + (x * by_norm,)
+            normed = normed + (x * by_norm,)  # noqa: RUF005  (Triton unpacks none)
             acc += normed[j] * weight[None, :]
         share = 1.0 / (1.0 + tl.exp(-acc))
         dy = dout * share * (1.0 + acc * (1.0 - share))
         tl.store(p_dy + o, dy.to(p_dy.dtype.element_ty), mask=m)
         added = ()
         for j in tl.static_range(K):
-            added = added + (sums[j] + dy * normed[j],)
+            added = added + (sums[j] + dy * normed[j],)  # noqa: RUF005  (Triton unpacks none)
         sums = added
     p = p_sums + (tl.program_id(2).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * K * C + o_c
     for j in tl.static_range(K):
@@ -165,7 +167,9 @@ def _tokens_backward_kernel(
             is_there = place + j * DILATION < T
             if SEGMENTS:
                 own = tl.load(p_segment + i_t)
-                is_there = is_there & (tl.load(p_segment + i_t + j * DILATION, mask=is_there, other=-1) == own)
+                is_there = is_there & (
+                    tl.load(p_segment + i_t + j * DILATION, mask=is_there, other=-1) == own
+                )
             dy = tl.load(p_dy + (i_t + j * DILATION) * C + o_c, mask=m_c & is_there, other=0.0)
             weight = tl.load(p_taps + (K - 1 - j) * C + o_c, mask=m_c, other=0.0)
             dn += weight.to(tl.float32) * dy.to(tl.float32)
