@@ -1,6 +1,6 @@
 """Time of one whole MoE layer over several GPUs of one host, forward and backward, against the same tokens on one.
 
-A process for each GPU runs what a slot runs in training (actors/peers/expert_rows.py): tokens go to all GPUs, each computes
+A process for each GPU runs what a slot runs in training (actors/peers/token_exchange.py): tokens go to all GPUs, each computes
 the rows of its experts, rows or their sums come back, and the gradients the same way. Prints a line for each model and
 order: milliseconds of the device and of the host's launches, and, with --profile, what they are of.
 
@@ -19,9 +19,9 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from sparseray.actors.peers.device_link import DeviceLink
-from sparseray.actors.peers.expert_rows import ExpertRows
 from sparseray.actors.peers.regions import Regions, Sizes
 from sparseray.actors.peers.table import Table
+from sparseray.actors.peers.token_exchange import TokenExchange
 from sparseray.actors.state.shared_buffer import Buffer, open_buffer
 from sparseray.kernels import peer
 from sparseray.kernels.triton_ops import TRITON
@@ -85,16 +85,14 @@ class Layer:
         self.weights_TK = torch.rand(TOKENS, TOP_K, device=device)
         slab = SimpleNamespace(rows={e: i for i, e in enumerate(own)}, compute=self.slabs)
         moe = SimpleNamespace(top_k=TOP_K, num_experts=EXPERTS)
-        held = SimpleNamespace(
-            slabs=[slab], computed={(0, e) for e in own}, config=SimpleNamespace(moe=moe)
-        )
+        held = SimpleNamespace(slabs=[slab], computed={(0, e) for e in own}, config=SimpleNamespace(moe=moe))
         dense = SimpleNamespace(ops=TRITON, sum=SimpleNamespace(determinism=determinism), device=device)
         self.slots = tuple(regions)
         link = DeviceLink(
             Mailbox(rank), None, LIMIT_S, self.slots, (peer.new_state(device), peer.new_end(device))
         )
         plan: Any = SimpleNamespace(expert_primaries=self.slots)
-        self.exchange = ExpertRows(plan, dense, held, Table(slots=self.slots, regions=regions), rank, link)
+        self.exchange = TokenExchange(plan, dense, held, Table(slots=self.slots, regions=regions), rank, link)
 
     def forward(self) -> Tensor:
         """Tokens out, rows back."""
@@ -188,9 +186,7 @@ def run(rank: int, gpus: int, handles: Any, barrier: Any, is_profiled: bool) -> 
         for determinism in ("fast", "bitwise"):
             for is_counted in (True, False):
                 barrier.wait()
-                regions = {
-                    slot: _sizes(gpus, shape.hidden).cut(bytes_) for slot, bytes_ in memory.items()
-                }
+                regions = {slot: _sizes(gpus, shape.hidden).cut(bytes_) for slot, bytes_ in memory.items()}
                 regions[rank].flags_S.zero_()
                 torch.cuda.synchronize()
                 barrier.wait()

@@ -163,7 +163,7 @@ def experts() -> None:
 
 
 def peers() -> None:
-    flags, state = torch.zeros(4, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
+    flags, state = torch.zeros(4, dtype=torch.int64), torch.zeros(3, dtype=torch.int64)
     order = torch.zeros(16, dtype=torch.int32)
     for source, into, places in (
         (bf16(16, 2048), bf16(32, 2048), order),

@@ -13,8 +13,8 @@ from local_cluster import MODEL, LocalFleet, Trained, tiny_run, train
 
 from sparseray.actors.peers.across import DeviceExchange
 from sparseray.actors.peers.dense_slices import DenseSlices
-from sparseray.actors.peers.expert_rows import ExpertRows
 from sparseray.actors.peers.link import HostLink
+from sparseray.actors.peers.token_exchange import TokenExchange
 from sparseray.actors.state.shared_buffer import Buffer, open_buffer
 from sparseray.errors import UserError
 from sparseray.model.config import DSEConfig, ModelConfig, MoEConfig, MTPConfig
@@ -148,7 +148,7 @@ class Dies:
 
 MOMENTS = {
     "forward": (DeviceExchange, "_forward", 2),
-    "forward, rows half given": (ExpertRows, "_give_back", 2),
+    "forward, rows half given": (TokenExchange, "_give_back", 2),
     "between put and signal": (HostLink, "signal", 3),
     "backward": (DeviceExchange, "_backward", 2),
     "dense sum": (DenseSlices, "_add_up", 1),
@@ -187,13 +187,13 @@ def test_a_slot_that_was_given_up_and_lives_writes_to_nobodys_memory(
     corpus: Path, one: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It stands still in the middle of giving rows back, and goes on while the others are in the next generation."""
-    give_back, seen = ExpertRows._give_back, dict.fromkeys(("step", "given"), 0)
+    give_back, seen = TokenExchange._give_back, dict.fromkeys(("step", "given"), 0)
     found: dict[str, LocalFleet] = {}
 
     def at_step(step: int, run: Run, fleet: LocalFleet) -> None:
         found["fleet"], seen["step"] = fleet, step + 1
 
-    def stands_still(me: ExpertRows, *args: Any, **named: Any) -> None:
+    def stands_still(me: TokenExchange, *args: Any, **named: Any) -> None:
         if me.me == 1 and seen["step"] == 5 and not seen["given"]:
             seen["given"] = 1
             found["fleet"].partition(1)
@@ -202,7 +202,7 @@ def test_a_slot_that_was_given_up_and_lives_writes_to_nobodys_memory(
             seen["given"] = seen["step"]
         give_back(me, *args, **named)
 
-    monkeypatch.setattr(ExpertRows, "_give_back", stands_still)
+    monkeypatch.setattr(TokenExchange, "_give_back", stands_still)
     config = slabs_run(corpus, slots=3, replication=2)
     check(train(tmp_path / "run", config, at_step=at_step), one)
     assert seen["given"] >= 8

@@ -112,7 +112,9 @@ def test_rows_and_sums_of_rows_come_to_their_sources(is_weighted: bool) -> None:
     rows[num:] = torch.nan
     weights, state = torch.rand(S, T, K, device=DEVICE), peer.new_state(DEVICE)
     for values in (rows, weights.flatten()):
-        into = [torch.full((T * K, *values.shape[1:]), 7.0, dtype=values.dtype, device=DEVICE) for _ in range(S)]
+        into = [
+            torch.full((T * K, *values.shape[1:]), 7.0, dtype=values.dtype, device=DEVICE) for _ in range(S)
+        ]
         wanted = torch.full((S * T * K, *values.shape[1:]), 7.0, dtype=values.dtype, device=DEVICE)
         wanted[order[:num].long()] = values[:num]
         peer.give_rows(values, order, held, peer.table_of(into, DEVICE), T * K, into[0].stride(0), state)

@@ -1,7 +1,7 @@
 """Experts and gradients of several slots on one host, each with a device: the exchange of several GPUs.
 
 Every slot gives its tokens to all that hold experts, each computes the rows of those that it holds and puts them back
-where the tokens are (expert_rows.py). All slots of a generation make the same exchanges in the same order: in each
+where the tokens are (token_exchange.py). All slots of a generation make the same exchanges in the same order: in each
 round every slot runs one part, or none, and those that run none compute for the others. Gradients are summed in
 the order of one slot, so the number of slots changes no bit. Twin of on_device.py, where one slot has everything; table
 rows go by message, as their tables lie in the host's memory.
@@ -21,11 +21,11 @@ from sparseray.actors.exchange.by_message import MessageExchange
 from sparseray.actors.exchange.on_device import step_norms
 from sparseray.actors.exchange.protocol import Abortable, Fetch, FetchedRows, PartGradients
 from sparseray.actors.peers.dense_slices import DenseSlices
-from sparseray.actors.peers.expert_rows import ExpertRows
 from sparseray.actors.peers.expert_shares import ExpertShares
 from sparseray.actors.peers.link import Link
 from sparseray.actors.peers.rounds import Round, Turn, rounds_of
 from sparseray.actors.peers.table import Table
+from sparseray.actors.peers.token_exchange import TokenExchange
 from sparseray.actors.state.assignment import Plan
 from sparseray.actors.state.dense_slab import DenseSlabs
 from sparseray.actors.state.pieces import Key
@@ -63,7 +63,7 @@ class DeviceExchange(Abortable):
         self.part_shape, self.ops = part_shape, dense.ops
         self._recomputes = dense.model.recompute
         self.layers = list(experts.config.moe_layers)
-        self.across = ExpertRows(plan, dense, experts, table, self.me, link)
+        self.across = TokenExchange(plan, dense, experts, table, self.me, link)
         self.slices = DenseSlices(plan, dense, table, self.me, link)
         self.shares = ExpertShares(plan, experts, table, self.me, link)
         self._turn = Turn()

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from sparseray.actors.exchange.by_message import Caller
 from sparseray.actors.peers.dense_slices import num_nodes, slice_bounds
-from sparseray.actors.peers.expert_rows import num_returned
 from sparseray.actors.peers.expert_shares import num_shared
 from sparseray.actors.peers.regions import Sizes
 from sparseray.actors.peers.table import Table
+from sparseray.actors.peers.token_exchange import num_returned
 from sparseray.actors.state.assignment import Plan
 from sparseray.actors.state.dense_slab import DenseSlabs
 from sparseray.actors.state.shared_buffer import Buffer, BufferHandle, Introduce, Introduced, open_buffer

@@ -48,7 +48,7 @@ class _Kept:
     saved: Any
 
 
-class ExpertRows:
+class TokenExchange:
     """The exchange of tokens and rows in one generation.
 
     Args:
