@@ -167,7 +167,7 @@ def experts() -> None:
 
 
 def peers() -> None:
-    flags, state = torch.zeros(4, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
+    flags, state = torch.zeros(4, dtype=torch.int64), torch.zeros(3, dtype=torch.int64)
     order = torch.zeros(16, dtype=torch.int32)
     for source, into, places in (
         (bf16(16, 2048), bf16(32, 2048), order),
@@ -175,6 +175,10 @@ def peers() -> None:
     ):
         peer.put_rows(source, into, places, state)
         peer.put_rows(source, into, None, state)
+        peer.put_all(source, flags, state)
+        peer.give_rows(source, places, order, flags, 8, 2048, state)
+    peer.give_sums(bf16(16, 2048), order, torch.zeros(16), order, flags, (4, 2, 2), 8192, state)
+    peer.signal_all(flags, 2, 5 << 32, state)
     peer.signal(flags, 2, 5 << 32, state)
     peer.wait(flags, 0b101, 5 << 32, 6 << 32, state, order, 20.0)
 
