@@ -139,7 +139,15 @@ def test_sigkill_of_the_gpu_slot_through_ray(corpus: Path, tmp_path: Path, tempo
     process = start(options, tmp_path / "log.txt", TMPDIR=str(temporary), SPARSERAY_TEST=mark)
     try:
         metrics = run_dir / "metrics.jsonl"
-        wait_until(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 25, "step 25", 300.0)
+        wait_until(
+            lambda: (
+                process.poll() is not None
+                or (metrics.exists() and len(metrics.read_text().splitlines()) > 25)
+            ),
+            "step 25",
+            300.0,
+        )
+        assert process.poll() is None, (tmp_path / "log.txt").read_text()[-3000:]
         os.kill(_slot_pid(mark), signal.SIGKILL)
         assert process.wait(300.0) == 0
     finally:
