@@ -219,7 +219,8 @@ def fusion() -> None:
     grad, found = torch.randn_like(h), []
 
     def plain_output(h: Tensor, both: Tensor, learnt: Fusion, *, document_starts_BT: Tensor) -> Tensor:
-        return plain(h, *both.chunk(2, -1), learnt, document_starts_BT=document_starts_BT)
+        key, value = both.chunk(2, -1)
+        return plain(h, key, value, learnt, document_starts_BT=document_starts_BT)
 
     for name, function in (("kernels", memory_output), ("plain operations", plain_output)):
 
