@@ -50,9 +50,7 @@ class PagedTritonOps(PagedPlainOps):
         if pages.cu_seqlens is not None:
             # Rows of padding go on to the experts, so they must be numbers.
             out = q_RQD.new_zeros(*q_RQD.shape[:2], pool[1].shape[-1])
-            return paged_prefill(
-                q_RQD, *pool, pages.table_BW, pages.cu_seqlens, pages.context_lens_B, out
-            )
+            return paged_prefill(q_RQD, *pool, pages.table_BW, pages.cu_seqlens, pages.context_lens_B, out)
         heads, width, places = q_RQD.shape[1], pool[1].shape[-1], _places(pages)
         workspace = pages.scratch.get("attend")
         if workspace is None:
