@@ -29,6 +29,8 @@ from sparseray.model.config import MLAConfig, MTPConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT, NEW, BATCHES = 512, 128, (1, 64)
+LONG = ((16, 1), (4, 1), (4, 16), (1, 16))
+"""Key/value heads and batch of what decodes at a long context."""
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.environ.get("PYTHONPATH", "") + f":{ROOT}"}
 
 
@@ -76,7 +78,7 @@ def rate_of(port: int, first: int, batch: int) -> float:
     found = [json.loads(answer) for answer in answers]
     if wrong := [answer for answer in found if "usage" not in answer]:
         raise SystemExit(f"serve answered {wrong[0]}")
-    return sum(answer["usage"]["completion_tokens"] for answer in found) / seconds
+    return float(sum(answer["usage"]["completion_tokens"] for answer in found) / seconds)
 
 
 def served(checkpoint: Path) -> dict[int, float]:
@@ -183,8 +185,8 @@ def long_context(context: int = 65000) -> list[str]:
         "|---|---|---|---|---|",
     ]
     profiles: list[str] = []
-    for kv_heads, batch in ((16, 1), (4, 1), (4, 16), (1, 16)):
-        found = {}
+    for kv_heads, batch in LONG:
+        found = dict[str, float]()
         for kind in ("full", "nsa"):
             config = here.model_of(
                 "1b_full", attention=(kind,) * 12, num_kv_heads=kv_heads, max_seq_len=1 << 17

@@ -21,12 +21,13 @@ from triton.compiler import ASTSource
 from triton.compiler import compile as compile_source
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from sparseray.kernels import peer
+from sparseray.kernels import drafts, peer
 from sparseray.kernels.attention import decode, paged_write, prefill
 from sparseray.kernels.dense import adamw, embedding, head_loss, rms_norm, rope, squared_norm, swiglu
 from sparseray.kernels.dse import fusion, row_update, rows
 from sparseray.kernels.moe import expert_map, ffn, router_logits
 from sparseray.kernels.nsa import compress_step, inverse
+from sparseray.kernels.paged import Pages
 
 TYPES = {
     torch.float32: "fp32",
@@ -118,6 +119,18 @@ def attention() -> None:
         q, cache = bf16(512, heads, width), bf16(4, 256, num_kv, width)
         bounds = torch.zeros(3, dtype=torch.int32)
         prefill.paged_prefill(q, cache, cache, table, bounds, lens, torch.empty_like(q))
+
+
+def drafting() -> None:
+    """What a step with drafts computes between two passes of the network."""
+    places = [torch.zeros(4, dtype=torch.int32) for _ in range(7)]
+    state = drafts.DraftState(latest_S=places[0], draft_S=places[1], length_S=places[2])
+    table = torch.zeros(4, 9, dtype=torch.int32)
+    found = Pages(page=256, table_BW=table, context_lens_B=places[3], places_R=places[4], num_new=2)
+    drafts.draft_rows(state, places[5], table, found, places[6], places[6])
+    for logits in (bf16(8, 32000), torch.zeros(8, 32000)):
+        drafts.judge_drafts(logits, state, places[5], table, places[6])
+        drafts.next_drafts(logits, table, state, places[5])
 
 
 def pages() -> None:
@@ -225,6 +238,7 @@ def main() -> None:
         decode,
         paged_write,
         prefill,
+        drafts,
         compress_step,
         ffn,
         expert_map,
@@ -238,6 +252,7 @@ def main() -> None:
         module.launch_kernel = compile_launch
     dense()
     attention()
+    drafting()
     pages()
     routers()
     selection()

@@ -1,7 +1,7 @@
 """`PagedOps`: the operations of `Ops` whose sequences have their caches in pages; for inference alone.
 
 Shapes: R rows, P tokens of a page, C compressed tokens, Q query heads, G key/value heads, D and V head sizes, K width
-of a latent with its rotated key, H hidden.
+of a latent with its rotated key, H hidden; with drafts S slots, B sequences, W pages of one, V vocabulary.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from sparseray.kernels.drafts import DraftState
 from sparseray.kernels.dse.reference import Fusion
 from sparseray.kernels.nsa.reference import Compression
 from sparseray.kernels.paged import History, KeyValues, Pages
@@ -121,4 +122,49 @@ class PagedOps(Protocol):
         pages: Pages,
     ) -> Tensor:
         """`nsa_attention` of every sequence's rows to its pages, [R, Q, V]; padding rows are undefined."""
+        ...
+
+    def draft_rows(
+        self,
+        state: DraftState,
+        slots_B: Tensor,
+        table_SW: Tensor,
+        pages: Pages,
+        tokens_R: Tensor,
+        positions_R: Tensor,
+    ) -> None:
+        """Place the newest token and the draft of some slots, two rows each; beyond these nothing is written.
+
+        Args:
+            state: of all slots.
+            slots_B: int32.
+            table_SW: int32, the pages of every slot.
+            pages: its table, lengths (with both tokens) and places are written.
+            tokens_R, positions_R: int32, written.
+        """
+        ...
+
+    def judge_drafts(
+        self, logits_RV: Tensor, state: DraftState, slots_B: Tensor, outcome_B3: Tensor, tokens_R: Tensor
+    ) -> None:
+        """Find the most probable token after each of the rows, and whether it is the draft.
+
+        Args:
+            logits_RV: of two rows of each sequence.
+            state, slots_B: as of `draft_rows`.
+            outcome_B3: int32, written: the token after the newest one and that after the draft, `NO_TOKEN` where
+                logits are not finite, and whether the draft stands.
+            tokens_R: int32, written: what follows each row, 0 for none.
+        """
+        ...
+
+    def next_drafts(self, logits_RV: Tensor, outcome_B3: Tensor, state: DraftState, slots_B: Tensor) -> None:
+        """Move the slots on by one token or two, and draft again.
+
+        Args:
+            logits_RV: of the module that drafts, of two rows of each sequence; the second counts where the draft stood.
+            outcome_B3: of `judge_drafts`.
+            state: written.
+            slots_B: of the sequences; slot 0 stays at no tokens.
+        """
         ...

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparseray.kernels import paged
+from sparseray.kernels.drafts import NO_TOKEN, DraftState
 from sparseray.kernels.dse.reference import Fusion
 from sparseray.kernels.nsa.reference import BranchKeys, Compression
 from sparseray.kernels.paged import History, KeyValues, Pages
@@ -124,3 +125,43 @@ class PagedPlainOps(PlainOps):
             q, gates = q_RQD[rows][None], gates_RQ3[rows][None]
             out[rows] = self.nsa_attention(q, keys, gates, sizes, q_start=before, win_start=start)[0]
         return out
+
+    def draft_rows(
+        self,
+        state: DraftState,
+        slots_B: Tensor,
+        table_SW: Tensor,
+        pages: Pages,
+        tokens_R: Tensor,
+        positions_R: Tensor,
+    ) -> None:
+        count, page = 2 * len(slots_B), pages.page
+        lengths_B = state.length_S[slots_B]
+        positions_BN = lengths_B[:, None] + torch.arange(2, device=slots_B.device, dtype=torch.int32)
+        torch.index_select(table_SW, 0, slots_B, out=pages.table_BW)
+        torch.add(lengths_B, 2, out=pages.context_lens_B)
+        page_BN = pages.table_BW.gather(1, (positions_BN // page).long())
+        pages.places_R[:count] = (page_BN * page + positions_BN % page).flatten()
+        tokens_R[:count] = torch.stack([state.latest_S[slots_B], state.draft_S[slots_B]], 1).flatten()
+        positions_R[:count] = positions_BN.flatten()
+
+    def judge_drafts(
+        self, logits_RV: Tensor, state: DraftState, slots_B: Tensor, outcome_B3: Tensor, tokens_R: Tensor
+    ) -> None:
+        best_R, found_R = logits_RV.max(-1)
+        found_R = torch.where(best_R.isfinite(), found_R, NO_TOKEN).int()
+        outcome_B3[:, :2] = found_R.view(-1, 2)
+        outcome_B3[:, 2] = outcome_B3[:, 0] == state.draft_S[slots_B]
+        tokens_R[: len(found_R)] = found_R.clamp_min(0)
+
+    def next_drafts(self, logits_RV: Tensor, outcome_B3: Tensor, state: DraftState, slots_B: Tensor) -> None:
+        first_B, second_B, accepted_B = outcome_B3.unbind(1)
+        draft_BN = logits_RV.argmax(-1).view(-1, 2)
+        at_B, stands_B = slots_B.long(), accepted_B > 0
+        length_B = torch.where(slots_B > 0, state.length_S[slots_B] + 1 + accepted_B, 0)
+        for values_S, value_B in (
+            (state.latest_S, torch.where(stands_B, second_B, first_B).clamp_min(0)),
+            (state.draft_S, torch.where(stands_B, draft_BN[:, 1], draft_BN[:, 0])),
+            (state.length_S, length_B),
+        ):
+            values_S.index_copy_(0, at_B, value_B.int())

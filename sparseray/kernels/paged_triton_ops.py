@@ -15,6 +15,7 @@ from sparseray.kernels.attention.decode import PagedDecodeWorkspace, paged_decod
 from sparseray.kernels.attention.latent_decode import LatentDecodeWorkspace, latent_decode
 from sparseray.kernels.attention.paged_write import latent_append, paged_write
 from sparseray.kernels.attention.prefill import paged_prefill
+from sparseray.kernels.drafts import draft_rows, judge_drafts, next_drafts
 from sparseray.kernels.nsa.compress_step import compress_step
 from sparseray.kernels.nsa.decode import DecodeWorkspace, nsa_decode
 from sparseray.kernels.nsa.prefill import nsa_prefill, prefill_geometry
@@ -39,6 +40,10 @@ class PagedTritonOps(PagedPlainOps):
     """See `Ops` for what each operation does."""
 
     expands_latents = True
+
+    draft_rows = staticmethod(draft_rows)
+    judge_drafts = staticmethod(judge_drafts)
+    next_drafts = staticmethod(next_drafts)
 
     def paged_write(self, pool: KeyValues, k_RGD: Tensor, v_RGV: Tensor, pages: Pages) -> None:
         check("the paged cache", k_RGD, *pool)
