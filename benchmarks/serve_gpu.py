@@ -163,16 +163,14 @@ def generation(checkpoint: Path | None) -> list[str]:
     for index in range(16):
         engine.add(here.request_of(600000 + index, PROMPT, 1))
     lines += ["reading 16 prompts:", "", *[f"    {line}" for line in here.profile(engine, 1)], ""]
-    while engine.has_work:
-        engine.step()
+    here.finish(engine)
     for batch in BATCHES:
         for index in range(batch):
             engine.add(here.request_of(700000 + 1000 * batch + index, PROMPT, NEW))
         for _ in range(40):
             engine.step()
         lines += [f"decoding, batch {batch}:", "", *[f"    {line}" for line in here.profile(engine)], ""]
-        while engine.has_work:
-            engine.step()
+        here.finish(engine)
     return lines
 
 

@@ -96,14 +96,19 @@ def decode_ms(config: ModelConfig, batch: int, context: int, steps: int = 40) ->
     return statistics.median(seconds[5:]) * 1e3, profile(engine)
 
 
+def finish(engine: PagedEngine) -> None:
+    """Compute until nothing is left."""
+    while engine.has_work:
+        engine.step()
+
+
 def prompt_seconds(engine: PagedEngine, count: int, prompt: int, offset: int) -> float:
     """Seconds until each of `count` requests has its first token."""
     for index in range(count):
         engine.add(request_of(offset + index, prompt, 1))
     torch.cuda.synchronize()
     started = time.perf_counter()
-    while engine.has_work:
-        engine.step()
+    finish(engine)
     return time.perf_counter() - started
 
 
@@ -113,8 +118,7 @@ def generate_rate(engine: PagedEngine, batch: int, prompt: int, new: int, offset
         engine.add(request_of(offset + index, prompt, new))
     torch.cuda.synchronize()
     started = time.perf_counter()
-    while engine.has_work:
-        engine.step()
+    finish(engine)
     return batch * new / (time.perf_counter() - started)
 
 

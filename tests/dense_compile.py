@@ -23,11 +23,20 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sparseray.kernels import drafts, peer
 from sparseray.kernels.attention import decode, paged_write, prefill
-from sparseray.kernels.dense import adamw, embedding, head_loss, rms_norm, rope, squared_norm, swiglu
+from sparseray.kernels.dense import (
+    adamw,
+    embedding,
+    head_loss,
+    most_probable,
+    rms_norm,
+    rope,
+    squared_norm,
+    swiglu,
+)
 from sparseray.kernels.dse import fusion, row_update, rows
 from sparseray.kernels.moe import expert_map, ffn, router_logits
 from sparseray.kernels.nsa import compress_step, inverse
-from sparseray.kernels.paged import Pages
+from sparseray.kernels.paged import DraftState, Pages
 
 TYPES = {
     torch.float32: "fp32",
@@ -124,11 +133,12 @@ def attention() -> None:
 def drafting() -> None:
     """What a step with drafts computes between two passes of the network."""
     places = [torch.zeros(4, dtype=torch.int32) for _ in range(7)]
-    state = drafts.DraftState(latest_S=places[0], draft_S=places[1], length_S=places[2])
+    state = DraftState(latest_S=places[0], draft_S=places[1], length_S=places[2])
     table = torch.zeros(4, 9, dtype=torch.int32)
     found = Pages(page=256, table_BW=table, context_lens_B=places[3], places_R=places[4], num_new=2)
     drafts.draft_rows(state, places[5], table, found, places[6], places[6])
     for logits in (bf16(8, 32000), torch.zeros(8, 32000)):
+        most_probable.most_probable(logits)
         drafts.judge_drafts(logits, state, places[5], table, places[6])
         drafts.next_drafts(logits, table, state, places[5])
 
@@ -143,6 +153,8 @@ def pages() -> None:
     for num_kv, width in ((1, 64), (4, 128)):
         cache, compressed = bf16(4, 256, num_kv, width), bf16(4, 16, num_kv, width)
         paged_write.paged_write(bf16(2, num_kv, width), bf16(2, num_kv, width), places, cache, cache)
+        rows = bf16(2, num_kv, width), bf16(2, num_kv, width)
+        paged_write.paged_write_three([rows] * 3, places, [(cache, cache)] * 3)
         weights = bf16(2 * width, 32 * width), bf16(2 * width), bf16(width, 2 * width), bf16(width)
         for angles in (None, (torch.zeros(64, width // 2), torch.zeros(64, width // 2))):
             compress_step.compress_step(
@@ -239,6 +251,7 @@ def main() -> None:
         paged_write,
         prefill,
         drafts,
+        most_probable,
         compress_step,
         ffn,
         expert_map,

@@ -8,8 +8,8 @@ import pytest
 import torch
 import triton_interpreter  # noqa: F401  (first: it sets the interpreter up where there is no GPU)
 
-from sparseray.kernels.drafts import NO_TOKEN, DraftState
 from sparseray.kernels.ops import REFERENCE, Pages
+from sparseray.kernels.paged import NO_TOKEN, DraftState
 from sparseray.kernels.triton_ops import TRITON
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -21,6 +21,20 @@ def state_of() -> DraftState:
     length_S = torch.tensor([0, 31, 15, 16, 60, 3], dtype=torch.int32)
     latest_S, draft_S, length_S = (x.to(DEVICE) for x in (*values, length_S))
     return DraftState(latest_S=latest_S.clone(), draft_S=draft_S.clone(), length_S=length_S)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_first_of_equal_logits_is_the_most_probable_token(dtype: torch.dtype) -> None:
+    logits_RV = torch.randint(-3, 4, (6, 5000)).to(DEVICE, dtype)
+    logits_RV[1, 7], logits_RV[2, 9], logits_RV[3, 4], logits_RV[4] = (
+        torch.nan,
+        torch.inf,
+        -torch.inf,
+        -torch.inf,
+    )
+    found_R = TRITON.most_probable(logits_RV)
+    assert torch.equal(found_R, REFERENCE.most_probable(logits_RV))
+    assert [int(token) == NO_TOKEN for token in found_R] == [False, True, True, False, True, False]
 
 
 @pytest.mark.parametrize("vocab", [40, 5000])

@@ -7,32 +7,13 @@ where single operations of torch would be fifty. The plain twins are in paged_pl
 Shapes: S slots, B sequences, R rows, W pages of a sequence, V vocabulary.
 """
 
-from dataclasses import dataclass
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparseray.kernels.dense.most_probable import first_best, row_tile
 from sparseray.kernels.launch import launch_kernel
-from sparseray.kernels.paged import Pages
-
-NO_TOKEN = -1
-"""Instead of a token where the logits are not finite."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DraftState:
-    """What a step goes on from, int32 [S] each; slot 0 is nobody's.
-
-    Args:
-        latest_S: newest token of every slot, which no page has yet.
-        draft_S: what probably follows it.
-        length_S: tokens in pages.
-    """
-
-    latest_S: Tensor
-    draft_S: Tensor
-    length_S: Tensor
+from sparseray.kernels.paged import DraftState, Pages
 
 
 @triton.jit
@@ -59,32 +40,14 @@ def _rows_kernel(
 
 
 @triton.jit
-def _best(p_row, V: tl.constexpr, BV: tl.constexpr, STAGES: tl.constexpr):
-    """The first of a row's largest values, and NO_TOKEN (-1) where one is no number or infinite."""
-    o_v = tl.arange(0, BV)
-    best = tl.full([BV], float("-inf"), tl.float32)
-    where = o_v
-    wrong = tl.zeros([BV], tl.int32)
-    for start in tl.range(0, V, BV, num_stages=STAGES):
-        x = tl.load(p_row + start + o_v, mask=o_v < V - start, other=float("-inf")).to(tl.float32)
-        wrong += (x != x).to(tl.int32)
-        where = tl.where(x > best, start + o_v, where)
-        best = tl.where(x > best, x, best)
-    top = tl.max(best, 0)
-    first = tl.min(tl.where(best == top, where, V), 0)
-    is_finite = (tl.sum(wrong, 0) == 0) & (top < float("inf")) & (top > float("-inf"))
-    return tl.where(is_finite, first, -1)
-
-
-@triton.jit
 def _judge_kernel(
     p_logits, p_slots, p_draft, p_outcome, p_tokens, V: tl.constexpr, BV: tl.constexpr, STAGES: tl.constexpr
 ):
     """One program a sequence."""
     i_b = tl.program_id(0)
     p_row = p_logits + i_b.to(tl.int64) * 2 * V
-    first = _best(p_row, V, BV, STAGES)
-    second = _best(p_row + V, V, BV, STAGES)
+    first = first_best(p_row, V, BV, STAGES)
+    second = first_best(p_row + V, V, BV, STAGES)
     draft = tl.load(p_draft + tl.load(p_slots + i_b))
     tl.store(p_outcome + 3 * i_b, first)
     tl.store(p_outcome + 3 * i_b + 1, second)
@@ -101,15 +64,11 @@ def _next_kernel(
     i_b = tl.program_id(0)
     slot = tl.load(p_slots + i_b)
     accepted = tl.load(p_outcome + 3 * i_b + 2)
-    draft = _best(p_logits + (2 * i_b + accepted).to(tl.int64) * V, V, BV, STAGES)
+    draft = first_best(p_logits + (2 * i_b + accepted).to(tl.int64) * V, V, BV, STAGES)
     length = tl.load(p_length + slot) + 1 + accepted
     tl.store(p_draft + slot, tl.maximum(draft, 0))
     tl.store(p_latest + slot, tl.maximum(tl.load(p_outcome + 3 * i_b + accepted), 0))
     tl.store(p_length + slot, tl.where(slot > 0, length, 0))
-
-
-def _tile(vocab: int) -> dict[str, int]:
-    return {"V": vocab, "BV": min(4096, triton.next_power_of_2(vocab)), "STAGES": 3, "num_warps": 8}
 
 
 def draft_rows(
@@ -129,7 +88,7 @@ def judge_drafts(
     """As `PagedOps.judge_drafts`, in one launch; the arguments as there, contiguous."""
     launch_kernel(
         _judge_kernel, (len(slots_B),), logits_RV, slots_B, state.draft_S, outcome_B3, tokens_R,
-        **_tile(logits_RV.shape[1]),
+        **row_tile(logits_RV.shape[1]),
     )  # fmt: skip
 
 
@@ -137,5 +96,5 @@ def next_drafts(logits_RV: Tensor, outcome_B3: Tensor, state: DraftState, slots_
     """As `PagedOps.next_drafts`, in one launch; the arguments as there, contiguous."""
     launch_kernel(
         _next_kernel, (len(slots_B),), logits_RV, slots_B, outcome_B3, state.latest_S, state.draft_S, state.length_S,
-        **_tile(logits_RV.shape[1]),
+        **row_tile(logits_RV.shape[1]),
     )  # fmt: skip

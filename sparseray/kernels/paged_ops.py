@@ -6,15 +6,14 @@ of a latent with its rotated key, H hidden; with drafts S slots, B sequences, W 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from torch import Tensor
 
-from sparseray.kernels.drafts import DraftState
 from sparseray.kernels.dse.reference import Fusion
 from sparseray.kernels.nsa.reference import Compression
-from sparseray.kernels.paged import History, KeyValues, Pages
+from sparseray.kernels.paged import DraftState, History, KeyValues, Pages
 from sparseray.kernels.settings import NSASizes
 
 
@@ -40,6 +39,18 @@ class PagedOps(Protocol):
 
     def paged_write(self, pool: KeyValues, k_RGD: Tensor, v_RGV: Tensor, pages: Pages) -> None:
         """Put the rows' keys and values at `pages.places_R`."""
+        ...
+
+    def paged_write_branches(
+        self, pools: Sequence[KeyValues], rows: Sequence[tuple[Tensor, Tensor]], pages: Pages
+    ) -> None:
+        """`paged_write` of the keys and values of three branches, which have the same places.
+
+        Args:
+            pools: of the branches.
+            rows: keys [R, G, D] and values [R, G, V] of each.
+            pages: whose `places_R` say where.
+        """
         ...
 
     def paged_attend(self, q_RQD: Tensor, pool: KeyValues, pages: Pages) -> Tensor:
@@ -122,6 +133,10 @@ class PagedOps(Protocol):
         pages: Pages,
     ) -> Tensor:
         """`nsa_attention` of every sequence's rows to its pages, [R, Q, V]; padding rows are undefined."""
+        ...
+
+    def most_probable(self, logits_RV: Tensor) -> Tensor:
+        """Tokens, int64 [R], the first of equal ones; `NO_TOKEN` where the largest logit is no finite number."""
         ...
 
     def draft_rows(

@@ -7,17 +7,16 @@ paged_ops.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from sparseray.kernels import paged
-from sparseray.kernels.drafts import NO_TOKEN, DraftState
 from sparseray.kernels.dse.reference import Fusion
 from sparseray.kernels.nsa.reference import BranchKeys, Compression
-from sparseray.kernels.paged import History, KeyValues, Pages
+from sparseray.kernels.paged import NO_TOKEN, DraftState, History, KeyValues, Pages
 from sparseray.kernels.plain_ops import PlainOps
 from sparseray.kernels.settings import NSASizes
 
@@ -42,6 +41,12 @@ class PagedPlainOps(PlainOps):
 
     def paged_write(self, pool: KeyValues, k_RGD: Tensor, v_RGV: Tensor, pages: Pages) -> None:
         paged.write(pool, k_RGD, v_RGV, pages.places_R)
+
+    def paged_write_branches(
+        self, pools: Sequence[KeyValues], rows: Sequence[tuple[Tensor, Tensor]], pages: Pages
+    ) -> None:
+        for pool, (k_RGD, v_RGV) in zip(pools, rows, strict=True):
+            self.paged_write(pool, k_RGD, v_RGV, pages)
 
     def paged_attend(self, q_RQD: Tensor, pool: KeyValues, pages: Pages) -> Tensor:
         out = q_RQD.new_zeros(*q_RQD.shape[:2], pool[1].shape[-1])
@@ -126,6 +131,10 @@ class PagedPlainOps(PlainOps):
             out[rows] = self.nsa_attention(q, keys, gates, sizes, q_start=before, win_start=start)[0]
         return out
 
+    def most_probable(self, logits_RV: Tensor) -> Tensor:
+        best_R, token_R = logits_RV.max(-1)
+        return torch.where(best_R.isfinite(), token_R, NO_TOKEN)
+
     def draft_rows(
         self,
         state: DraftState,
@@ -148,8 +157,7 @@ class PagedPlainOps(PlainOps):
     def judge_drafts(
         self, logits_RV: Tensor, state: DraftState, slots_B: Tensor, outcome_B3: Tensor, tokens_R: Tensor
     ) -> None:
-        best_R, found_R = logits_RV.max(-1)
-        found_R = torch.where(best_R.isfinite(), found_R, NO_TOKEN).int()
+        found_R = self.most_probable(logits_RV).int()
         outcome_B3[:, :2] = found_R.view(-1, 2)
         outcome_B3[:, 2] = outcome_B3[:, 0] == state.draft_S[slots_B]
         tokens_R[: len(found_R)] = found_R.clamp_min(0)

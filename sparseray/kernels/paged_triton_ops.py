@@ -6,6 +6,8 @@ attention read them; in a graph full attention reads them where they are, as NSA
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,8 +15,9 @@ from torch.nn.attention.bias import causal_lower_right
 
 from sparseray.kernels.attention.decode import PagedDecodeWorkspace, paged_decode
 from sparseray.kernels.attention.latent_decode import LatentDecodeWorkspace, latent_decode
-from sparseray.kernels.attention.paged_write import latent_append, paged_write
+from sparseray.kernels.attention.paged_write import latent_append, paged_write, paged_write_three
 from sparseray.kernels.attention.prefill import paged_prefill
+from sparseray.kernels.dense.most_probable import most_probable
 from sparseray.kernels.drafts import draft_rows, judge_drafts, next_drafts
 from sparseray.kernels.nsa.compress_step import compress_step
 from sparseray.kernels.nsa.decode import DecodeWorkspace, nsa_decode
@@ -41,6 +44,7 @@ class PagedTritonOps(PagedPlainOps):
 
     expands_latents = True
 
+    most_probable = staticmethod(most_probable)
     draft_rows = staticmethod(draft_rows)
     judge_drafts = staticmethod(judge_drafts)
     next_drafts = staticmethod(next_drafts)
@@ -48,6 +52,12 @@ class PagedTritonOps(PagedPlainOps):
     def paged_write(self, pool: KeyValues, k_RGD: Tensor, v_RGV: Tensor, pages: Pages) -> None:
         check("the paged cache", k_RGD, *pool)
         paged_write(k_RGD, v_RGV, pages.places_R, *pool)
+
+    def paged_write_branches(
+        self, pools: Sequence[KeyValues], rows: Sequence[tuple[Tensor, Tensor]], pages: Pages
+    ) -> None:
+        check("the paged cache", *(x for pair in (*pools, *rows) for x in pair))
+        paged_write_three(rows, pages.places_R, pools)
 
     def paged_attend(self, q_RQD: Tensor, pool: KeyValues, pages: Pages) -> Tensor:
         if pages.chunks is not None:

@@ -24,8 +24,8 @@ from torch import Tensor
 from sparseray.actors.serving.cache_pool import Lease
 from sparseray.actors.serving.paged_model import PagedModel
 from sparseray.actors.serving.prompt_graphs import captured
-from sparseray.kernels.drafts import DraftState
 from sparseray.kernels.ops import Pages
+from sparseray.kernels.paged import DraftState
 from sparseray.model.dse import Memory
 from sparseray.model.moe import Experts
 from sparseray.model.paged import Paged
