@@ -154,6 +154,9 @@ def pages() -> None:
         cache, compressed = bf16(4, 256, num_kv, width), bf16(4, 16, num_kv, width)
         paged_write.paged_write(bf16(2, num_kv, width), bf16(2, num_kv, width), places, cache, cache)
         rows = bf16(2, num_kv, width), bf16(2, num_kv, width)
+        angle = torch.zeros(2, width // 2)
+        fused = bf16(2, (16 + 2 * num_kv) * width)
+        paged_write.rotary_write(fused, 16, angle, angle, places, cache, cache)
         paged_write.paged_write_three([rows] * 3, places, [(cache, cache)] * 3)
         weights = bf16(2 * width, 32 * width), bf16(2 * width), bf16(width, 2 * width), bf16(width)
         for angles in (None, (torch.zeros(64, width // 2), torch.zeros(64, width // 2))):

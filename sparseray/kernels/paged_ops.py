@@ -41,6 +41,25 @@ class PagedOps(Protocol):
         """Put the rows' keys and values at `pages.places_R`."""
         ...
 
+    def paged_rotary_write(
+        self,
+        pool: KeyValues,
+        fused_RX: Tensor,
+        heads: tuple[int, int],
+        angles: tuple[Tensor, Tensor],
+        pages: Pages,
+    ) -> Tensor:
+        """`rotary_split` of queries, keys and values, and `paged_write` of the latter; the rotated queries [R, Q, D].
+
+        Args:
+            pool: written.
+            fused_RX: query, key and value heads of every row.
+            heads: Q and G.
+            angles: fp32 cosines and sines of the rows' positions.
+            pages: as of `paged_write`.
+        """
+        ...
+
     def paged_write_branches(
         self, pools: Sequence[KeyValues], rows: Sequence[tuple[Tensor, Tensor]], pages: Pages
     ) -> None:

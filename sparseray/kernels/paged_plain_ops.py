@@ -42,6 +42,19 @@ class PagedPlainOps(PlainOps):
     def paged_write(self, pool: KeyValues, k_RGD: Tensor, v_RGV: Tensor, pages: Pages) -> None:
         paged.write(pool, k_RGD, v_RGV, pages.places_R)
 
+    def paged_rotary_write(
+        self,
+        pool: KeyValues,
+        fused_RX: Tensor,
+        heads: tuple[int, int],
+        angles: tuple[Tensor, Tensor],
+        pages: Pages,
+    ) -> Tensor:
+        widths = (pool[1].shape[-1],)
+        q, k, v = self.rotary_split(fused_RX, heads, pool[0].shape[-1], 1, widths, *angles)
+        self.paged_write(pool, k, v, pages)
+        return q
+
     def paged_write_branches(
         self, pools: Sequence[KeyValues], rows: Sequence[tuple[Tensor, Tensor]], pages: Pages
     ) -> None:

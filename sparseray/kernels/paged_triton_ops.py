@@ -15,7 +15,12 @@ from torch.nn.attention.bias import causal_lower_right
 
 from sparseray.kernels.attention.decode import PagedDecodeWorkspace, paged_decode
 from sparseray.kernels.attention.latent_decode import LatentDecodeWorkspace, latent_decode
-from sparseray.kernels.attention.paged_write import latent_append, paged_write, paged_write_three
+from sparseray.kernels.attention.paged_write import (
+    latent_append,
+    paged_write,
+    paged_write_three,
+    rotary_write,
+)
 from sparseray.kernels.attention.prefill import paged_prefill
 from sparseray.kernels.dense.most_probable import most_probable
 from sparseray.kernels.drafts import draft_rows, judge_drafts, next_drafts
@@ -52,6 +57,17 @@ class PagedTritonOps(PagedPlainOps):
     def paged_write(self, pool: KeyValues, k_RGD: Tensor, v_RGV: Tensor, pages: Pages) -> None:
         check("the paged cache", k_RGD, *pool)
         paged_write(k_RGD, v_RGV, pages.places_R, *pool)
+
+    def paged_rotary_write(
+        self,
+        pool: KeyValues,
+        fused_RX: Tensor,
+        heads: tuple[int, int],
+        angles: tuple[Tensor, Tensor],
+        pages: Pages,
+    ) -> Tensor:
+        check("the paged cache", fused_RX, *pool)
+        return rotary_write(fused_RX, heads[0], *angles, pages.places_R, *pool)
 
     def paged_write_branches(
         self, pools: Sequence[KeyValues], rows: Sequence[tuple[Tensor, Tensor]], pages: Pages
