@@ -161,6 +161,16 @@ def test_a_server_computes_in_its_own_dtype_on_a_gpu_and_in_float32_on_a_cpu() -
     assert is_whole(exact) and exact.train.dtype == "float32"
     on_cpu = resolve_serving_device(change(trained, cluster__device="auto"), NONE)
     assert (on_cpu.cluster.device, on_cpu.train.dtype) == ("cpu", "float32") and not is_whole(on_cpu)
-    spread = change(trained, cluster__device="cuda", cluster__attention_workers=2)
-    with pytest.raises(ConfigError, match="attention_workers=1"):
-        resolve_serving_device(spread, GOOD)
+
+
+def test_engines_on_gpus_hold_everything_each_and_nothing_is_asked_for_beside_them() -> None:
+    two = Driver(cuda=GOOD.cuda, gpus=GOOD.gpus * 2)
+    engines = change(config(), cluster__device="cuda", cluster__attention_workers=2)
+    assert resolve_serving_device(engines, two).cluster.attention_workers == 2
+    with pytest.raises(ConfigError, match="this machine shows 1") as refused:
+        resolve_serving_device(engines, GOOD)
+    assert resolve_serving_device(cured(engines, str(refused.value)), GOOD).cluster.attention_workers == 1
+    for wrong in ({"cluster__expert_shards": 2}, {"cluster__colocated": False}):
+        with pytest.raises(ConfigError) as refused:
+            resolve_serving_device(change(engines, **wrong), two)
+        assert resolve_serving_device(cured(change(engines, **wrong), str(refused.value)), two)

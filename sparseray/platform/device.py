@@ -61,7 +61,8 @@ def resolve_serving_device(config: RunConfig, found: Driver | None = None) -> Ru
                 "cluster.device=cuda: latent attention (model.attention: mla) has no paged kernel for a GPU yet, it is"
                 " served on a CPU; set cluster.device=cpu"
             )
-        _check_whole(config)
+        _check_in_step(config)
+        _check_engines(config.cluster)
         _check_gpu(config, found)
     return config
 
@@ -77,23 +78,14 @@ def _resolved(config: RunConfig, found: Driver | None) -> tuple[RunConfig, Drive
     return replace(config, cluster=replace(config.cluster, device=device)), found
 
 
-def _surplus(cluster: ClusterConfig) -> tuple[str, str] | None:
-    """The setting that asks for more than one slot with all roles, and its cure."""
-    for role in ("attention_workers", "expert_shards", "memory_shards", "replication"):
+def _check_engines(cluster: ClusterConfig) -> None:
+    """See that nothing is asked for beside engines, each of which has everything."""
+    for role in ("expert_shards", "memory_shards"):
         if getattr(cluster, role) > 1:
-            return f"cluster.{role}={getattr(cluster, role)}", f"set cluster.{role}=1"
-    if cluster.standby:
-        return f"cluster.standby={cluster.standby}", "set cluster.standby=0"
-    return ("cluster.colocated=false", "set cluster.colocated=true") if not cluster.colocated else None
-
-
-def _check_whole(config: RunConfig) -> None:
-    surplus = _surplus(config.cluster)
-    if surplus is not None:
-        cause = "cluster.device=cuda" if config.cluster.device == "cuda" else "train.dtype=bfloat16"
-        raise ConfigError(
-            f"{surplus[0]} does not fit {cause} in serving, where one slot plays all roles; {surplus[1]}"
-        )
+            raise ConfigError(
+                f"cluster.{role}={getattr(cluster, role)} does not fit cluster.device=cuda in serving, where every engine"
+                f" (cluster.attention_workers) holds everything; set cluster.{role}=1"
+            )
 
 
 def _check_by_message(config: RunConfig) -> None:

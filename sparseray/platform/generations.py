@@ -82,7 +82,7 @@ class Generations:
     @property
     def wanted(self) -> Roles:
         """Slots of each role that plans shall have."""
-        return self.wish.lent.left_of(self.wish.roles)
+        return self.workload.inventory.shared(self.wish.lent.left_of(self.wish.roles))
 
     @property
     def standby(self) -> int:
@@ -118,7 +118,7 @@ class Generations:
         self.plan = make_plan(
             generation=self.generation + 1,
             addresses={slot: m.address for slot, m in members.items()},
-            replication=self.cluster.replication,
+            replication=self.workload.inventory.replicas(self.wanted, self.cluster.replication),
             colocated=self.cluster.colocated,
             nodes={slot: m.node for slot, m in members.items()},
             inventory=self.workload.inventory,
@@ -214,7 +214,7 @@ class Generations:
             generation=self.generation + 1,
             addresses={slot: m.address for slot, m in members.items()},
             roles=roles,
-            replication=self.cluster.replication,
+            replication=self.workload.inventory.replicas(roles, self.cluster.replication),
             colocated=self.cluster.colocated,
             nodes={slot: m.node for slot, m in members.items()},
             loads=self.wish.packed_by,

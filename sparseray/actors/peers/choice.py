@@ -16,15 +16,18 @@ from sparseray.actors.state.slab_experts import SlabExperts
 from sparseray.actors.state.staged_memory import StagedMemory
 
 
-def is_in_step(plan: Plan, held: Holdings, slot: int) -> bool:
-    """Whether a slot exchanges in step with others: all of them compute in slabs, and it has not everything itself.
+def is_in_step(plan: Plan, held: Holdings, slot: int, *, trains: bool) -> bool:
+    """Whether a slot exchanges in step with others: all of them compute in slabs, and need each other.
+
+    Who trains needs others that hold the same, for gradients meet; an engine needs those who have what it has not.
 
     Args:
         plan: of the generation.
         held: by the slot.
         slot: its id.
+        trains: whether gradients are summed.
     """
-    return isinstance(held.experts, SlabExperts) and slot in plan.peers and plan.holders != {slot}
+    return isinstance(held.experts, SlabExperts) and trains and slot in plan.peers and plan.holders != {slot}
 
 
 def lay_open(peers: Peers, plan: Plan, held: Holdings, part_shape: tuple[int, int]) -> None:
@@ -51,6 +54,7 @@ def exchange_of(
     part_shape: tuple[int, int],
     observe: Observe,
     patience: Patience | None,
+    trains: bool,
 ) -> Exchange | None:
     """How a slot reaches experts and rows of what it holds; None where it answers others and asks for nothing.
 
@@ -62,9 +66,10 @@ def exchange_of(
         peers, part_shape: as in `lay_open`.
         observe: metrics of the slot.
         patience: with peers whose answers change no state.
+        trains: as in `is_in_step`.
     """
     me, experts, memory = call.mailbox.slot, held.experts, held.memory
-    in_step = is_in_step(plan, held, me)
+    in_step = is_in_step(plan, held, me, trains=trains)
     if not plan.parts_of(me) and not in_step:
         return None
     if not in_step and isinstance(held.dense, DenseSlabs) and isinstance(experts, SlabExperts):

@@ -28,6 +28,7 @@ class Inventory:
             them is an engine of its own.
         moe_layers, experts: layers with routed experts, and experts of each.
         dse_layers, buckets: layers with a memory table, and buckets of each.
+        is_whole: every engine holds everything, and none asks another.
     """
 
     parts: int
@@ -35,14 +36,16 @@ class Inventory:
     experts: int
     dse_layers: int
     buckets: int
+    is_whole: bool = False
 
     @staticmethod
-    def of(model: ModelConfig, *, parts: int) -> "Inventory":
+    def of(model: ModelConfig, *, parts: int, is_whole: bool = False) -> "Inventory":
         """The pieces of a model.
 
         Args:
             model: its configuration.
             parts: logical shards of the global batch; 0 in serving.
+            is_whole: every engine holds everything.
         """
         return Inventory(
             parts=parts,
@@ -50,15 +53,38 @@ class Inventory:
             experts=model.moe.num_experts,
             dse_layers=len(model.dse.layers),
             buckets=model.dse.num_buckets,
+            is_whole=is_whole,
         )
 
     def roles(self, cluster: ClusterConfig) -> Roles:
         """The roles that a configuration asks for, without those that the model has no work for."""
-        return Roles(
-            attention=cluster.attention_workers,
-            experts=cluster.expert_shards if self.moe_layers else 0,
-            memory=cluster.memory_shards if self.dse_layers else 0,
+        return self.shared(
+            Roles(
+                attention=cluster.attention_workers,
+                experts=cluster.expert_shards if self.moe_layers else 0,
+                memory=cluster.memory_shards if self.dse_layers else 0,
+            )
         )
+
+    def shared(self, roles: Roles) -> Roles:
+        """What roles come to: where every engine holds everything, each has all of them."""
+        if not self.is_whole:
+            return roles
+        count = roles.attention
+        return Roles(
+            attention=count,
+            experts=count if self.moe_layers else 0,
+            memory=count if self.dse_layers else 0,
+        )
+
+    def replicas(self, roles: Roles, replication: int) -> int:
+        """Holders that every piece shall have.
+
+        Args:
+            roles: wanted slots of each role.
+            replication: what the configuration says.
+        """
+        return roles.attention if self.is_whole else replication
 
     def parts_for(self, roles: Roles) -> int:
         """What attention workers share when these roles are played: an engine shares nothing."""
