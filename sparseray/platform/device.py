@@ -21,6 +21,11 @@ def is_whole(config: RunConfig) -> bool:
     return config.cluster.device == "cuda" or config.train.dtype == "bfloat16"
 
 
+def spreads_experts(config: RunConfig) -> bool:
+    """Whether a server's engines have some of the experts each, and compute in rounds."""
+    return is_whole(config) and config.cluster.expert_shards > 1
+
+
 def resolve_device(config: RunConfig, found: Driver | None = None) -> RunConfig:
     """Replace `cluster.device: auto` by the device that it stands for, and see that the run fits it.
 

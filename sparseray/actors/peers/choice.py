@@ -7,6 +7,7 @@ from sparseray.actors.exchange.patience import Patience
 from sparseray.actors.exchange.protocol import Exchange, Observe
 from sparseray.actors.exchange.reduction import Reduction
 from sparseray.actors.peers.across import DeviceExchange
+from sparseray.actors.peers.in_rounds import HostLayers, RoundsExchange, is_in_rounds, round_sizes
 from sparseray.actors.peers.link import HostLink, Link
 from sparseray.actors.peers.peers import Peers, sizes_of
 from sparseray.actors.state.assignment import Plan
@@ -27,10 +28,13 @@ def is_in_step(plan: Plan, held: Holdings, slot: int, *, trains: bool) -> bool:
         slot: its id.
         trains: whether gradients are summed.
     """
-    return isinstance(held.experts, SlabExperts) and trains and slot in plan.peers and plan.holders != {slot}
+    needs = plan.holders != {slot} if trains else is_in_rounds(plan)
+    return isinstance(held.experts, SlabExperts) and slot in plan.peers and needs
 
 
-def lay_open(peers: Peers, plan: Plan, held: Holdings, part_shape: tuple[int, int]) -> None:
+def lay_open(
+    peers: Peers, plan: Plan, held: Holdings, part_shape: tuple[int, int], *, trains: bool
+) -> None:
     """Have the memory ready that a plan's slots write to here, before one of them asks for it.
 
     Args:
@@ -38,7 +42,11 @@ def lay_open(peers: Peers, plan: Plan, held: Holdings, part_shape: tuple[int, in
         plan: of the generation.
         held: by the slot.
         part_shape: sequences of a part, and tokens of each.
+        trains: whether gradients are summed.
     """
+    if not trains:
+        peers.prepare(round_sizes(held.experts, part_shape[0] * part_shape[1]), held.experts.device)
+        return
     dense = held.dense or held.spare()
     assert isinstance(dense, DenseSlabs)
     peers.prepare(sizes_of(plan, dense, part_shape[0] * part_shape[1]), dense.device)
@@ -72,6 +80,11 @@ def exchange_of(
     in_step = is_in_step(plan, held, me, trains=trains)
     if not plan.parts_of(me) and not in_step:
         return None
+    if in_step and not trains:
+        assert isinstance(experts, SlabExperts) and memory is None
+        table = peers.introduce(plan, call, experts.device)
+        layers = HostLayers(plan, experts, table, _link(call, peers, table.slots), me, experts.ops)
+        return RoundsExchange(layers, experts, call.mailbox, [s for s in table.slots if s != me], experts.ops)
     if not in_step and isinstance(held.dense, DenseSlabs) and isinstance(experts, SlabExperts):
         assert memory is None or isinstance(memory, StagedMemory)
         return OnDeviceExchange(held.dense, experts, memory, call.mailbox)

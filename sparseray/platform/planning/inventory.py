@@ -29,6 +29,7 @@ class Inventory:
         moe_layers, experts: layers with routed experts, and experts of each.
         dse_layers, buckets: layers with a memory table, and buckets of each.
         is_whole: every engine holds everything, and none asks another.
+        in_slabs: pieces lie on devices and take long to read: after a loss those who are left go on with what they have.
     """
 
     parts: int
@@ -37,15 +38,19 @@ class Inventory:
     dse_layers: int
     buckets: int
     is_whole: bool = False
+    in_slabs: bool = False
 
     @staticmethod
-    def of(model: ModelConfig, *, parts: int, is_whole: bool = False) -> "Inventory":
+    def of(
+        model: ModelConfig, *, parts: int, is_whole: bool = False, in_slabs: bool = False
+    ) -> "Inventory":
         """The pieces of a model.
 
         Args:
             model: its configuration.
             parts: logical shards of the global batch; 0 in serving.
             is_whole: every engine holds everything.
+            in_slabs: they lie on devices, in serving.
         """
         return Inventory(
             parts=parts,
@@ -54,6 +59,7 @@ class Inventory:
             dse_layers=len(model.dse.layers),
             buckets=model.dse.num_buckets,
             is_whole=is_whole,
+            in_slabs=in_slabs,
         )
 
     def roles(self, cluster: ClusterConfig) -> Roles:

@@ -1,0 +1,121 @@
+"""`RoundsEngine`: an engine whose experts lie in several slots, each of whose passes over the network is a round of all.
+
+What it asks of the exchange outlives plans (`InRounds`). A plan that comes within a round ends it, and the step with it:
+requests that decode go on from the tokens that the host knows, with their caches, and those that read their prompt
+begin again (`PagedEngine`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from sparseray.actors.exchange.protocol import Exchange, FetchedRows
+from sparseray.actors.peers.in_rounds import RoundsExchange
+from sparseray.actors.serving.chunks import Chunk
+from sparseray.actors.serving.paged_engine import PagedEngine
+from sparseray.actors.serving.paged_model import PagedModel
+from sparseray.model.dse import Memory
+from sparseray.model.moe import Experts
+from sparseray.model.transformer import Transformer
+
+
+class Place(Protocol):
+    """Where an engine stands."""
+
+    step_open: int
+
+    def current(self) -> Exchange:
+        """The exchange of the plan in force; where an engine has everything it is on its own."""
+        ...
+
+
+class InRounds:
+    """What a model asks of an exchange, over changes of plan.
+
+    Args:
+        place: of the engine.
+    """
+
+    def __init__(self, place: Place) -> None:
+        self._place, self._current = place, place.current
+
+    def open_round(self) -> None:
+        """Begin a pass over the network, with all others."""
+        exchange = self._current()
+        if isinstance(exchange, RoundsExchange):
+            exchange.open_round(self._place.step_open)
+
+    def experts(self, layer: int, x_TH: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Tensor:
+        """As `Exchange.experts`.
+
+        Args:
+            layer, x_TH, topk_ids_TK, topk_weights_TK: as there.
+        """
+        return self._current().experts(layer, x_TH, topk_ids_TK, topk_weights_TK)
+
+    def prefetch(self, rows: dict[int, Tensor]) -> FetchedRows:
+        """As `Exchange.prefetch`."""
+        return self._current().prefetch(rows)
+
+
+class RoundsModel(PagedModel):
+    """`PagedModel` whose passes are rounds.
+
+    Args:
+        model: the dense part.
+        rounds: begins them.
+        sizes: as of `PagedModel`.
+    """
+
+    def __init__(self, model: Transformer, *, rounds: InRounds, **sizes: int) -> None:
+        self._rounds, self._is_warm = rounds, False
+        super().__init__(model, **sizes)
+
+    def warm(self, experts: Experts, memory: Memory | None) -> None:
+        """As of `PagedModel`; others take no part.
+
+        Args:
+            experts, memory: there.
+        """
+        super().warm(experts, memory)
+        self._is_warm = True
+
+    def _open_round(self) -> None:
+        if self._is_warm:
+            self._rounds.open_round()
+
+    def prefill(self, chunks: Sequence[Chunk], experts: Experts, memory: Memory | None) -> list[Tensor]:
+        """As of `PagedModel`.
+
+        Args:
+            chunks, experts, memory: there.
+        """
+        self._open_round()
+        return super().prefill(chunks, experts, memory)
+
+    def decode(self, chunks: Sequence[Chunk], experts: Experts, memory: Memory | None) -> Tensor:
+        """As of `PagedModel`.
+
+        Args:
+            chunks, experts, memory: there.
+        """
+        self._open_round()
+        return super().decode(chunks, experts, memory)
+
+
+class RoundsEngine(PagedEngine):
+    """Runs many requests, in step with the engines of other slots.
+
+    Args:
+        model: dense weights.
+        rounds: to the experts.
+        options: as of `PagedEngine`.
+    """
+
+    def __init__(self, model: Transformer, rounds: InRounds, **options: Any) -> None:
+        self.runs_on = partial(RoundsModel, rounds=rounds)
+        super().__init__(model, rounds.experts, None, **options)
