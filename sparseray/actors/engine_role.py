@@ -257,7 +257,8 @@ class EngineRole:
             raise
         except Exception as error:
             if isinstance(error, SlotLostError) and isinstance(seat.exchange, RoundsExchange):
-                # There is no replica to ask before the next plan.
+                # There is no replica to ask, and no further round, before the next plan.
+                seat.exchange.abort()
                 raise
             # The engine has put the batch back; it gives up on a request after some failures.
             log.warning("slot %d: a serving step failed, trying again: %s", self.mailbox.slot, error)

@@ -92,9 +92,7 @@ def _await_kernel(p_flags, p_who, p_state, p_end, count, polls, S, FIELD: tl.con
 
 
 @triton.jit
-def _answer_kernel(
-    p_y, p_order, p_count, p_table, p_state, R, H, BH: tl.constexpr, BR: tl.constexpr
-):
+def _answer_kernel(p_y, p_order, p_count, p_table, p_state, R, H, BH: tl.constexpr, BR: tl.constexpr):
     """Rows i_r * BR and on of those computed here to their places with the peers whose tokens they are of."""
     i_r, i_h = tl.program_id(0), tl.program_id(1)
     count = tl.load(p_count)
@@ -179,9 +177,7 @@ def wait(
     )
 
 
-def answer(
-    y_RH: Tensor, order_R: Tensor, count: Tensor, pairs: int, table: Tensor, state: Tensor
-) -> None:
+def answer(y_RH: Tensor, order_R: Tensor, count: Tensor, pairs: int, table: Tensor, state: Tensor) -> None:
     """Put rows that were computed here back to the peers whose tokens they are of.
 
     Args:

@@ -10,6 +10,7 @@ Shapes: T tokens, K experts per token, R rows, H hidden.
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -27,7 +28,7 @@ from sparseray.actors.wire.envelope import Body
 from sparseray.actors.wire.mailbox import Mailbox
 from sparseray.kernels.ops import Ops
 
-MOST_SLOTS = 8
+MOST_SLOTS = 4
 """That serve in rounds together: regions lie where they do, however many there are."""
 NOBODY = -1
 """Expert of a place without a token."""
@@ -91,6 +92,28 @@ class Layers(Protocol):
     def abort(self) -> None:
         """End every wait; called by the control thread."""
 
+    @property
+    def state(self) -> Tensor | None:
+        """On a device, int64: what a round leaves there first says how it ended; None where that is raised."""
+        ...
+
+    def check(self, status: int) -> None:
+        """Judge the first number of `state`.
+
+        Raises:
+            SlotLostError: somebody took no part in a round.
+            SupersededError: a later plan ended it.
+        """
+
+    @property
+    def key(self) -> tuple[int, ...]:
+        """What captured rounds depend on; where it is another one, they are captured again."""
+        ...
+
+    def rehearsed(self) -> AbstractContextManager[None]:
+        """Meanwhile nothing is put, said or waited for, whatever runs on a device."""
+        ...
+
 
 class HostLayers:
     """`Layers` of slots that compute on a CPU.
@@ -103,9 +126,7 @@ class HostLayers:
         ops: what computes.
     """
 
-    def __init__(
-        self, plan: Plan, experts: SlabExperts, table: Table, link: Link, me: int, ops: Ops
-    ) -> None:
+    def __init__(self, plan: Plan, experts: SlabExperts, table: Table, link: Link, me: int, ops: Ops) -> None:
         self.held, self.table, self.link, self.me, self.ops = experts, table, link, me, ops
         self.owners = plan.expert_primaries
         self.others = [slot for slot in table.slots if slot != me]
@@ -138,7 +159,7 @@ class HostLayers:
         theirs = self.table.regions[slot]
         ids_TK = theirs.ids_STK[rank]
         T = 0 if tokens is None else tokens[0].shape[0]
-        assert T <= ids_TK.shape[0], f"{T} tokens in a round for {ids_TK.shape[0]}"
+        assert ids_TK.shape[0] >= T, f"{T} tokens in a round for {ids_TK.shape[0]}"
         if tokens is not None:
             self.link.put(tokens[0], theirs.x_STH[rank, :T])
             self.link.put(tokens[1], ids_TK[:T])
@@ -162,6 +183,15 @@ class HostLayers:
         self.link.put(y_RH, theirs.rows_RH, rows.order_R[: sum(counts)])
         if slot != self.me:
             self.link.signal(theirs.flags_S, self.table.rank(self.me), self._count + 2)
+
+    state, key = None, ()
+
+    def check(self, status: int) -> None:
+        """Nothing is left."""
+
+    def rehearsed(self) -> AbstractContextManager[None]:
+        """Loops are loaded without it."""
+        return nullcontext()
 
     def end(self) -> None:
         """Words go on rising from round to round."""

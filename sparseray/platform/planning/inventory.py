@@ -5,6 +5,7 @@ Made once from the configuration; plans, the policy and a user's requests are ch
 
 from dataclasses import dataclass
 
+from sparseray.actors.peers.in_rounds import MOST_SLOTS
 from sparseray.errors import ConfigError
 from sparseray.model.config import ModelConfig
 from sparseray.platform.config import ClusterConfig
@@ -41,9 +42,7 @@ class Inventory:
     in_slabs: bool = False
 
     @staticmethod
-    def of(
-        model: ModelConfig, *, parts: int, is_whole: bool = False, in_slabs: bool = False
-    ) -> "Inventory":
+    def of(model: ModelConfig, *, parts: int, is_whole: bool = False, in_slabs: bool = False) -> "Inventory":
         """The pieces of a model.
 
         Args:
@@ -102,6 +101,12 @@ class Inventory:
         Raises:
             ConfigError: naming the setting, its value and its range.
         """
+        if self.in_slabs and not self.is_whole and max(roles.attention, roles.experts) > MOST_SLOTS:
+            raise ConfigError(
+                f"{max(roles.attention, roles.experts)} slots are to share experts on devices, and {MOST_SLOTS} can; set"
+                f" cluster.attention_workers={min(roles.attention, MOST_SLOTS)} and"
+                f" cluster.expert_shards={min(roles.experts, MOST_SLOTS)}"
+            )
         if not self.parts and roles.attention < 1:
             raise ConfigError(
                 f"cluster.attention_workers={roles.attention}: each is an engine that answers requests; give it at least 1"
