@@ -69,8 +69,10 @@ def request_of(index: int, prompt: int, new: int) -> GenerationRequest:
     return GenerationRequest(request_id=str(index), prompt_tokens=tokens, max_tokens=new, temperature=0.0)
 
 
-def decode_ms(config: ModelConfig, batch: int, context: int, steps: int = 40) -> float:
-    """Median milliseconds of an engine's step that adds a token to `batch` requests of `context` tokens.
+def decode_ms(
+    config: ModelConfig, batch: int, context: int, steps: int = 40
+) -> tuple[float, list[str]]:
+    """Median milliseconds of an engine's step that adds a token to `batch` requests of `context` tokens, and `profile`.
 
     The caches hold random keys and values: what is in them does not change the time.
     """
@@ -80,7 +82,7 @@ def decode_ms(config: ModelConfig, batch: int, context: int, steps: int = 40) ->
             for page in tensor.split(64):
                 page.normal_()
     for index in range(batch):
-        engine.add(request_of(index, context, 3 * steps))
+        engine.add(request_of(index, context, 4 * steps))
     engine._admit()
     for sequence in engine._running:
         assert sequence.lease is not None
@@ -90,7 +92,7 @@ def decode_ms(config: ModelConfig, batch: int, context: int, steps: int = 40) ->
         started = time.perf_counter()
         engine.step()
         seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds[5:]) * 1e3
+    return statistics.median(seconds[5:]) * 1e3, profile(engine)
 
 
 def prompt_seconds(engine: PagedEngine, count: int, prompt: int, offset: int) -> float:
@@ -191,7 +193,7 @@ def drafting(config: ModelConfig, batch: int, prompt: int, new: int) -> dict[str
 
 
 def profile(engine: PagedEngine, steps: int = 20) -> list[str]:
-    """Share of decoding by kernel, the ten largest."""
+    """Share of the next steps by kernel, the ten largest."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
         for _ in range(steps):
             engine.step()

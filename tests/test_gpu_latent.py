@@ -46,10 +46,11 @@ def layer_gradients(ops: Ops, dtype: torch.dtype) -> list[Tensor]:
     config = ModelConfig(
         vocab_size=64, hidden=256, num_layers=1, num_heads=4, attention=("mla",), max_seq_len=512, mla=V3
     )
+    layer, rope = MLAttention(config, 0, ops), Rope(config).to(GPU)
+    for name, p in layer.named_parameters():
+        # Drawn on the host.
+        p.data = initial_dense(name, p.shape, seed=3, std=0.06).to(GPU, dtype)
     with torch.device(GPU):
-        layer, rope = MLAttention(config, 0, ops), Rope(config).to(GPU)
-        for name, p in layer.named_parameters():
-            p.data = initial_dense(name, p.shape, seed=3, std=0.06).to(GPU, dtype)
         generator = torch.Generator(GPU).manual_seed(0)
         x_RH = torch.randn(600, 256, generator=generator).to(dtype).requires_grad_()
         positions_R = torch.arange(300).repeat(2)

@@ -279,7 +279,7 @@ class EngineRole:
             }:
                 own = tuple(event for event in events if self.askers.get(event.request_id) == asker)
                 if own or is_due:
-                    self.mailbox.post(asker, Tokens(events=own, version=seat.step_open - 1))
+                    self.mailbox.post(asker, Tokens.of(own, seat.step_open - 1))
             for event in events:
                 if event.finish_reason is not None:
                     self.askers.pop(event.request_id, None)
@@ -313,7 +313,7 @@ class EngineRole:
                 error=str(error),
             )
             self.askers.pop(request.request_id, None)
-            self.mailbox.post(message.source, Tokens(events=(event,)))
+            self.mailbox.post(message.source, Tokens.of((event,)))
 
     def _round(self, message: Message[Round]) -> None:
         if (rounds := self._rounds) is not None:

@@ -1,7 +1,7 @@
 """`PagedTritonOps`: the paged operations of `Ops` by kernels, without a wait for the device; decoding fits a CUDA graph.
 
 Prompts' chunks against pages: full and latent attention gather the pages of chunks of one shape and let torch's fused
-attention read them; NSA reads them where they are. Shapes as in ops.py.
+attention read them; in a graph full attention reads them where they are, as NSA does anywhere. Shapes as in ops.py.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch.nn.attention.bias import causal_lower_right
 from sparseray.kernels.attention.decode import PagedDecodeWorkspace, paged_decode
 from sparseray.kernels.attention.latent_decode import LatentDecodeWorkspace, latent_decode
 from sparseray.kernels.attention.paged_write import latent_append, paged_write
+from sparseray.kernels.attention.prefill import paged_prefill
 from sparseray.kernels.nsa.compress_step import compress_step
 from sparseray.kernels.nsa.decode import DecodeWorkspace, nsa_decode
 from sparseray.kernels.nsa.prefill import nsa_prefill, prefill_geometry
@@ -46,6 +47,12 @@ class PagedTritonOps(PagedPlainOps):
     def paged_attend(self, q_RQD: Tensor, pool: KeyValues, pages: Pages) -> Tensor:
         if pages.chunks is not None:
             return self._attend_chunks(q_RQD, pool, pages)
+        if pages.cu_seqlens is not None:
+            # Rows of padding go on to the experts, so they must be numbers.
+            out = q_RQD.new_zeros(*q_RQD.shape[:2], pool[1].shape[-1])
+            return paged_prefill(
+                q_RQD, *pool, pages.table_BW, pages.cu_seqlens, pages.context_lens_B, out
+            )
         heads, width, places = q_RQD.shape[1], pool[1].shape[-1], _places(pages)
         workspace = pages.scratch.get("attend")
         if workspace is None:

@@ -119,6 +119,11 @@ class MoE(nn.Module):
             ids_TK, weights_TK: of `_route`.
         """
         y_TH = experts(self.layer, x_RH[: batch.rows], ids_TK, weights_TK)
+        if self.shared is not None and batch.invariant:
+            # Nobody reads what the rows of padding get; a decode step saves two launches a layer.
+            shared_RH: Tensor = self.shared(x_RH, batch)
+            shared_RH[: batch.rows] += y_TH
+            return shared_RH
         if y_TH.shape[0] < x_RH.shape[0]:
             y_TH = torch.nn.functional.pad(y_TH, (0, 0, 0, x_RH.shape[0] - y_TH.shape[0]))
         if self.shared is not None:

@@ -17,6 +17,7 @@ from sparseray.actors.peers.dense_slices import num_nodes, slice_bounds
 from sparseray.actors.peers.expert_shares import num_shared
 from sparseray.actors.peers.regions import Regions, Sizes
 from sparseray.actors.peers.table import Table
+from sparseray.actors.peers.token_exchange import num_returned
 from sparseray.actors.state.assignment import Plan
 from sparseray.actors.state.dense_slab import DenseSlabs
 from sparseray.actors.state.shared_buffer import Buffer, BufferHandle, Introduce, Introduced, open_buffer
@@ -120,6 +121,7 @@ def sizes_of(plan: Plan, dense: DenseSlabs, part_tokens: int) -> Sizes:
         tokens=part_tokens,
         top_k=config.moe.top_k,
         hidden=config.hidden,
+        returned=num_returned(plan, config.moe.top_k, dense.sum.determinism),
         dtype=dense.dtype,
         nodes=num_nodes(plan, dense.sum.determinism),
         dense=count,

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from sparseray.actors.serving.cache_pool import Lease
 from sparseray.actors.serving.device_sampler import FAILED
-from sparseray.actors.serving.paged_model import PagedModel, captured
+from sparseray.actors.serving.paged_model import PagedModel
+from sparseray.actors.serving.prompt_graphs import captured
 from sparseray.kernels.ops import Pages
 from sparseray.model.dse import Memory
 from sparseray.model.moe import Experts

@@ -111,7 +111,12 @@ class PagedEngine(Engine):
             overlaps=bool(model.mtp) or any(kind.overlaps_pages for kind in kinds),
         )
         self.paged = self.runs_on(
-            model, num_pages=num_pages, page=page, num_slots=self.places, max_len=self.max_model_len
+            model,
+            num_pages=num_pages,
+            page=page,
+            num_slots=self.places,
+            max_len=self.max_model_len,
+            prompt_rows=self.prefill_chunk,
         )
         log.info("cache: %d pages of %d tokens, %.2f GiB", num_pages, page, num_pages * each / 2**30)
         self._flight: Flight | None = None

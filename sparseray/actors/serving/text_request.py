@@ -104,3 +104,10 @@ class TokenEvent:
     error: str | None = None
     accepted: int = 0
     rejected: int = 0
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether there is nothing to it but its token."""
+        return not (self.finish_reason or self.accepted or self.rejected or self.error) and (
+            self.logprobs is self.prompt_logprobs is None
+        )

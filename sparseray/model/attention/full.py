@@ -35,6 +35,8 @@ def _qkv_width(config: ModelConfig) -> int:
 class FullAttention(Attention):
     """Grouped-query attention with rotary positions."""
 
+    takes_bounds = True
+
     def __init__(self, config: ModelConfig, layer: int, ops: Ops = REFERENCE) -> None:
         super().__init__(config, layer, ops)
         self.heads, self.kv_heads = config.num_heads, config.num_kv_heads
