@@ -170,7 +170,7 @@ def test_engines_on_gpus_hold_everything_each_and_nothing_is_asked_for_beside_th
     with pytest.raises(ConfigError, match="this machine shows 1") as refused:
         resolve_serving_device(engines, GOOD)
     assert resolve_serving_device(cured(engines, str(refused.value)), GOOD).cluster.attention_workers == 1
-    for wrong in ({"cluster__expert_shards": 2}, {"cluster__colocated": False}):
+    for wrong in ({"cluster__memory_shards": 2}, {"cluster__colocated": False}):
         with pytest.raises(ConfigError) as refused:
             resolve_serving_device(change(engines, **wrong), two)
         assert resolve_serving_device(cured(change(engines, **wrong), str(refused.value)), two)

@@ -27,6 +27,7 @@ from sparseray.platform.installing import install
 from sparseray.platform.planning.holders import Holders
 from sparseray.platform.planning.inventory import Roles, num_slots
 from sparseray.platform.planning.replan import Moves, make_plan, moves, replan, role_slots
+from sparseray.platform.planning.shrink import after_loss
 from sparseray.platform.run.events import Change, Events, role_holders
 from sparseray.platform.run.history import JobHistory, Wish
 from sparseray.platform.run.journal import Journal
@@ -241,7 +242,8 @@ class Generations:
                 self.holders.forget({loss.slot for loss in error.losses})
             started = time.monotonic()
             self._refill()
-            new = self.replanned(self.wanted)
+            left = after_loss(self.plan, self.fleet.members(), self.workload.inventory, self.generation + 1)
+            new = left or self.replanned(self.wanted)
             pulls = None
             if restore is not None and restore.everything:
                 restore, step = self.workload.renewed(restore, step)
