@@ -52,6 +52,8 @@ class Attention(nn.Module, ABC):
     """Whether what a page of `new_pool` keeps depends on the first tokens of the next page too."""
     num_readers = 1
     """Matrices that the normed hidden states are multiplied with."""
+    takes_bounds = False
+    """Whether chunks of prompts may have bounds that the device alone knows (`Pages`)."""
 
     def __init__(self, config: ModelConfig, layer: int, ops: Ops) -> None:
         super().__init__()
