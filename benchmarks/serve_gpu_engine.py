@@ -69,9 +69,7 @@ def request_of(index: int, prompt: int, new: int) -> GenerationRequest:
     return GenerationRequest(request_id=str(index), prompt_tokens=tokens, max_tokens=new, temperature=0.0)
 
 
-def decode_ms(
-    config: ModelConfig, batch: int, context: int, steps: int = 40
-) -> tuple[float, list[str]]:
+def decode_ms(config: ModelConfig, batch: int, context: int, steps: int = 40) -> tuple[float, list[str]]:
     """Median milliseconds of an engine's step that adds a token to `batch` requests of `context` tokens, and `profile`.
 
     The caches hold random keys and values: what is in them does not change the time.
