@@ -21,12 +21,22 @@ from triton.compiler import ASTSource
 from triton.compiler import compile as compile_source
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from sparseray.kernels import peer
+from sparseray.kernels import drafts, peer
 from sparseray.kernels.attention import decode, paged_write, prefill
-from sparseray.kernels.dense import adamw, embedding, head_loss, rms_norm, rope, squared_norm, swiglu
-from sparseray.kernels.dse import fusion, row_update, rows
+from sparseray.kernels.dense import (
+    adamw,
+    embedding,
+    head_loss,
+    most_probable,
+    rms_norm,
+    rope,
+    squared_norm,
+    swiglu,
+)
+from sparseray.kernels.dse import fusion, row_update, rows, staged_rows
 from sparseray.kernels.moe import expert_map, ffn, router_logits
 from sparseray.kernels.nsa import compress_step, inverse
+from sparseray.kernels.paged import DraftState, Pages
 
 TYPES = {
     torch.float32: "fp32",
@@ -120,6 +130,19 @@ def attention() -> None:
         prefill.paged_prefill(q, cache, cache, table, bounds, lens, torch.empty_like(q))
 
 
+def drafting() -> None:
+    """What a step with drafts computes between two passes of the network."""
+    places = [torch.zeros(4, dtype=torch.int32) for _ in range(7)]
+    state = DraftState(latest_S=places[0], draft_S=places[1], length_S=places[2])
+    table = torch.zeros(4, 9, dtype=torch.int32)
+    found = Pages(page=256, table_BW=table, context_lens_B=places[3], places_R=places[4], num_new=2)
+    drafts.draft_rows(state, places[5], table, found, places[6], places[6])
+    for logits in (bf16(8, 32000), torch.zeros(8, 32000)):
+        most_probable.most_probable(logits)
+        drafts.judge_drafts(logits, state, places[5], table, places[6])
+        drafts.next_drafts(logits, table, state, places[5])
+
+
 def pages() -> None:
     """What is written into the pages of a served sequence."""
     lens, table, places = (
@@ -130,6 +153,11 @@ def pages() -> None:
     for num_kv, width in ((1, 64), (4, 128)):
         cache, compressed = bf16(4, 256, num_kv, width), bf16(4, 16, num_kv, width)
         paged_write.paged_write(bf16(2, num_kv, width), bf16(2, num_kv, width), places, cache, cache)
+        rows = bf16(2, num_kv, width), bf16(2, num_kv, width)
+        angle = torch.zeros(2, width // 2)
+        fused = bf16(2, (16 + 2 * num_kv) * width)
+        paged_write.rotary_write(fused, 16, angle, angle, places, cache, cache)
+        paged_write.paged_write_three([rows] * 3, places, [(cache, cache)] * 3)
         weights = bf16(2 * width, 32 * width), bf16(2 * width), bf16(width, 2 * width), bf16(width)
         for angles in (None, (torch.zeros(64, width // 2), torch.zeros(64, width // 2))):
             compress_step.compress_step(
@@ -167,7 +195,7 @@ def experts() -> None:
 
 
 def peers() -> None:
-    flags, state = torch.zeros(4, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
+    flags, state = torch.zeros(4, dtype=torch.int64), torch.zeros(3, dtype=torch.int64)
     order = torch.zeros(16, dtype=torch.int32)
     for source, into, places in (
         (bf16(16, 2048), bf16(32, 2048), order),
@@ -175,6 +203,10 @@ def peers() -> None:
     ):
         peer.put_rows(source, into, places, state)
         peer.put_rows(source, into, None, state)
+        peer.put_all(source, flags, state)
+        peer.give_rows(source, places, order, flags, 8, 2048, state)
+    peer.give_sums(bf16(16, 2048), order, torch.zeros(16), order, flags, (4, 2, 2), 8192, state)
+    peer.signal_all(flags, 2, 5 << 32, state)
     peer.signal(flags, 2, 5 << 32, state)
     peer.wait(flags, 0b101, 5 << 32, 6 << 32, state, order, 20.0)
 
@@ -190,27 +222,28 @@ def _activation_grad(
 def memory() -> None:
     """Staged rows of a table, and their fusion into the hidden state."""
     U, first = 8, torch.arange(9)
+    small = first.int()
     for width, dtype in (
         (16, torch.bfloat16),
         (64, torch.bfloat16),
         (80, torch.float32),
         (512, torch.bfloat16),
     ):
-        sums = rows.sum_segments(bf16(U, width), first[:-1], first)
+        sums = rows.sum_segments(bf16(U, width), small[:-1], small)
         row_update.range_norms(sums, first)
         state = torch.zeros(U, width), torch.zeros(U), torch.zeros(U, dtype=torch.int64)
-        row_update.row_adam(
-            torch.zeros(U, width, dtype=dtype), *state, first[:-1], sums,
-            scale=1.0, lr=0.1, betas=(0.9, 0.95), eps=1e-8, seed=3,
-        )  # fmt: skip
+        fields = torch.zeros(U, width, dtype=dtype), *state
+        row_update.row_adam(*fields, first[:-1], sums, scale=1.0, lr=0.1, betas=(0.9, 0.95), eps=1e-8, seed=3)
+        staged_rows.take_rows(fields[0], small[:-1])
+        staged_rows.take_newer(fields, first[:-1], fields, first[:-1])
     for hidden in (1024, 2048):
-        h, (k, v) = bf16(2, 64, hidden), bf16(2, 64, 2 * hidden).chunk(2, -1)
+        h, kv, taps = bf16(2, 64, hidden), bf16(2, 64, 2 * hidden), bf16(4, hidden)
         norm = bf16(hidden)
         constants = {"dilation": 3, "gate_eps": 1e-6, "conv_eps": 1e-5}
         learnt = fusion._fusion(constants, (norm, norm, norm, bf16(hidden, 4)))
         for segment in (None, torch.zeros(2, 64, dtype=torch.int32)):
-            out, gate, scale = fusion._forward(h, k, v, learnt, segment)
-            fusion._backward(out, h, k, v, learnt, (gate, scale, segment))
+            out, kept = fusion._forward(h, kv, taps, learnt, segment)
+            fusion._backward(out, h, kv, taps, learnt, kept, segment)
 
 
 def main() -> None:
@@ -225,6 +258,8 @@ def main() -> None:
         decode,
         paged_write,
         prefill,
+        drafts,
+        most_probable,
         compress_step,
         ffn,
         expert_map,
@@ -233,11 +268,13 @@ def main() -> None:
         fusion,
         row_update,
         rows,
+        staged_rows,
     )
     for module in modules:
         module.launch_kernel = compile_launch
     dense()
     attention()
+    drafting()
     pages()
     routers()
     selection()
