@@ -66,7 +66,7 @@ class Side:
         self._signal(2)
         peer.put_rows(self.y_RH, self.own.rows_RH, self.places_R, self.state)
         self._wait(2)
-        self.state[1:] += 2
+        self.state[1] += 2
         return TRITON.combine_slots(self.own.rows_RH[: T * TOP_K].view(T, TOP_K, HIDDEN), self.weights_TK)
 
 
@@ -78,7 +78,7 @@ def tokens_of(rank: int, tokens: int, device: torch.device) -> Tensor:
 
 def sizes_of(tokens: int) -> Sizes:
     """Two slots' regions for so many tokens."""
-    small = {"nodes": 1, "dense": 1, "dense_slice": 1, "shares": 1}
+    small = {"returned": TOP_K, "nodes": 1, "dense": 1, "dense_slice": 1, "shares": 1}
     return Sizes(slots=2, tokens=tokens, top_k=TOP_K, hidden=HIDDEN, dtype=torch.bfloat16, **small)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from local_cluster import train
-from processes import ROOT, kill_all, of_mark, start, wait_until
+from processes import kill_all, of_mark, start, wait_until
 
 from sparseray.platform.config import RunConfig, save_yaml
 from sparseray.platform.run import checkpoint
@@ -31,8 +31,7 @@ class Story:
         self.run_dir, self.mark = folder / "run", uuid.uuid4().hex
         save_yaml(config, folder / "run.yaml")
         options = ["pretrain", "--config", str(folder / "run.yaml"), f"--run_dir={self.run_dir}"]
-        paths = f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"
-        environment = {"TMPDIR": str(temporary), "SPARSERAY_TEST": self.mark, "PYTHONPATH": paths}
+        environment = {"TMPDIR": str(temporary), "SPARSERAY_TEST": self.mark}
         self.log = folder / "log.txt"
         self.process: subprocess.Popen[bytes] = start(options, self.log, **environment)
 

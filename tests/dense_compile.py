@@ -33,7 +33,7 @@ from sparseray.kernels.dense import (
     squared_norm,
     swiglu,
 )
-from sparseray.kernels.dse import fusion, row_update, rows
+from sparseray.kernels.dse import fusion, row_update, rows, staged_rows
 from sparseray.kernels.moe import expert_map, ffn, router_logits
 from sparseray.kernels.nsa import compress_step, inverse
 from sparseray.kernels.paged import DraftState, Pages
@@ -195,7 +195,7 @@ def experts() -> None:
 
 
 def peers() -> None:
-    flags, state = torch.zeros(4, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
+    flags, state = torch.zeros(4, dtype=torch.int64), torch.zeros(3, dtype=torch.int64)
     order = torch.zeros(16, dtype=torch.int32)
     for source, into, places in (
         (bf16(16, 2048), bf16(32, 2048), order),
@@ -203,6 +203,10 @@ def peers() -> None:
     ):
         peer.put_rows(source, into, places, state)
         peer.put_rows(source, into, None, state)
+        peer.put_all(source, flags, state)
+        peer.give_rows(source, places, order, flags, 8, 2048, state)
+    peer.give_sums(bf16(16, 2048), order, torch.zeros(16), order, flags, (4, 2, 2), 8192, state)
+    peer.signal_all(flags, 2, 5 << 32, state)
     peer.signal(flags, 2, 5 << 32, state)
     peer.wait(flags, 0b101, 5 << 32, 6 << 32, state, order, 20.0)
 
@@ -218,27 +222,28 @@ def _activation_grad(
 def memory() -> None:
     """Staged rows of a table, and their fusion into the hidden state."""
     U, first = 8, torch.arange(9)
+    small = first.int()
     for width, dtype in (
         (16, torch.bfloat16),
         (64, torch.bfloat16),
         (80, torch.float32),
         (512, torch.bfloat16),
     ):
-        sums = rows.sum_segments(bf16(U, width), first[:-1], first)
+        sums = rows.sum_segments(bf16(U, width), small[:-1], small)
         row_update.range_norms(sums, first)
         state = torch.zeros(U, width), torch.zeros(U), torch.zeros(U, dtype=torch.int64)
-        row_update.row_adam(
-            torch.zeros(U, width, dtype=dtype), *state, first[:-1], sums,
-            scale=1.0, lr=0.1, betas=(0.9, 0.95), eps=1e-8, seed=3,
-        )  # fmt: skip
+        fields = torch.zeros(U, width, dtype=dtype), *state
+        row_update.row_adam(*fields, first[:-1], sums, scale=1.0, lr=0.1, betas=(0.9, 0.95), eps=1e-8, seed=3)
+        staged_rows.take_rows(fields[0], small[:-1])
+        staged_rows.take_newer(fields, first[:-1], fields, first[:-1])
     for hidden in (1024, 2048):
-        h, (k, v) = bf16(2, 64, hidden), bf16(2, 64, 2 * hidden).chunk(2, -1)
+        h, kv, taps = bf16(2, 64, hidden), bf16(2, 64, 2 * hidden), bf16(4, hidden)
         norm = bf16(hidden)
         constants = {"dilation": 3, "gate_eps": 1e-6, "conv_eps": 1e-5}
         learnt = fusion._fusion(constants, (norm, norm, norm, bf16(hidden, 4)))
         for segment in (None, torch.zeros(2, 64, dtype=torch.int32)):
-            out, gate, scale = fusion._forward(h, k, v, learnt, segment)
-            fusion._backward(out, h, k, v, learnt, (gate, scale, segment))
+            out, kept = fusion._forward(h, kv, taps, learnt, segment)
+            fusion._backward(out, h, kv, taps, learnt, kept, segment)
 
 
 def main() -> None:
@@ -263,6 +268,7 @@ def main() -> None:
         fusion,
         row_update,
         rows,
+        staged_rows,
     )
     for module in modules:
         module.launch_kernel = compile_launch

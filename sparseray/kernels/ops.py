@@ -232,8 +232,7 @@ class Ops(PagedOps, HeldOps, RowOps, Protocol):
     def memory_fusion(
         self,
         h_RH: Tensor,
-        key_RH: Tensor,
-        value_RH: Tensor,
+        key_value_RH: Tensor,
         fusion: Fusion,
         shape: tuple[int, int],
         starts_BT: Tensor | None,
@@ -242,6 +241,7 @@ class Ops(PagedOps, HeldOps, RowOps, Protocol):
 
         Args:
             h_RH: hidden states before the layer.
+            key_value_RH: [R, 2 * H], keys, then values.
             shape: (B, T) with B * T = R.
             starts_BT: bool, documents' first tokens, which the convolution does not reach before; None: it does.
         """

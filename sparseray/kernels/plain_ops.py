@@ -188,13 +188,13 @@ class PlainOps(PlainRowOps, PlainHeldOps):
     def memory_fusion(
         self,
         h_RH: Tensor,
-        key_RH: Tensor,
-        value_RH: Tensor,
+        key_value_RH: Tensor,
         fusion: Fusion,
         shape: tuple[int, int],
         starts_BT: Tensor | None,
     ) -> Tensor:
         # Without a view of h in between: autograd would add up its gradients in another order.
+        key_RH, value_RH = key_value_RH.chunk(2, dim=-1)
         gated_RH = self.memory_gate(h_RH, key_RH, value_RH, fusion)
         normed_RH = self.rms_norm(gated_RH, fusion.value_norm_C, fusion.conv_eps)
         conv_BTH = short_conv(

@@ -61,6 +61,11 @@ class OnDeviceExchange(Abortable):
         slabs = self.whole.weights(self.index[layer])
         return self.dense.ops.experts(x_TH, topk_ids_TK, topk_weights_TK, *slabs)
 
+    def leaves(self) -> list[Tensor]:
+        """What a backward pass leaves gradients at: every dense parameter, then both slabs of every MoE layer."""
+        slabs = [slab for index in self.index.values() for slab in self.whole.weights(index)]
+        return [*self.dense.parameters, *slabs]
+
     def prefetch(self, rows: Addresses) -> FetchedRows:
         """Read rows of all memory layers as the last commit left them, and send them to the device.
 
@@ -93,14 +98,14 @@ class OnDeviceExchange(Abortable):
             FetchedRows(
                 addresses=part,
                 values={
-                    layer: rows.weight_UD.index_select(0, rows.places[index]).to(self.dense.dtype)
+                    layer: self.dense.ops.take_rows(rows.weight_UD, rows.places[index]).to(self.dense.dtype)
                     for layer, rows in zip(part, staged.layers)
                 },
             )
             for index, part in enumerate(staged.parts)
         ]
         addressed = sum(rows_TN.numel() for part in staged.parts for rows_TN in part.values())
-        self._note(started, addressed, sum(map(len, staged.host_ids)))
+        self._note(started, addressed, staged.num_rows)
         return found
 
     def _note(self, started: float, addressed: int, read: int) -> None:

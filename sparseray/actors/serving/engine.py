@@ -258,8 +258,12 @@ class Engine(ABC):
         """
 
     def _num_read(self, request: GenerationRequest, tokens: list[int]) -> int:
-        """How many of a request's tokens are read in chunks: all, where that gives the bits of one by one."""
-        return len(tokens) if self.model.ops.chunks_keep_bits else len(request.prompt_tokens)
+        """How many of a request's tokens are read in chunks: all, where that gives the bits of one by one.
+
+        A GPU's bits depend on the company anyway, and one by one a request that has moved would wait for seconds.
+        """
+        in_chunks = self.model.ops.chunks_keep_bits or self.model.embedding.is_cuda
+        return len(tokens) if in_chunks else len(request.prompt_tokens)
 
     def _note_admitted(self, sequence: Ongoing) -> None:
         self._counts.queue_seconds.append(time.perf_counter() - sequence.queued_s)

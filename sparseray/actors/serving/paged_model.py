@@ -347,7 +347,7 @@ class PagedModel:
             inner, hidden = config.moe.expert_dim, config.hidden
             slabs = x_TH.new_zeros(1, 2 * inner, hidden), x_TH.new_zeros(1, hidden, inner)
             rows_R, _ = group_by_expert(topk_ids_TK, config.moe.num_experts)
-            return self.model.ops.expert_rows(x_TH, rows_R[:1] * 0, [(0, 1)], *slabs)
+            return self.model.ops.expert_rows(x_TH, rows_R[:1] * 0, [(0, 1)], *slabs).to(x_TH.dtype)
 
         lease = Lease(pages=[0] * self.width, length=0, max_len=1, slot=0)
         chunk = Chunk(lease=lease, known=[0], count=1)

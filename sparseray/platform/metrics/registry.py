@@ -182,6 +182,8 @@ _ELASTIC = {
                 "lost",
                 "recovered",
                 "resized",
+                "draining",
+                "drained",
                 "rebalanced",
                 "autoscaled",
                 "published",
