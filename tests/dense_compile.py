@@ -34,7 +34,7 @@ from sparseray.kernels.dense import (
     swiglu,
 )
 from sparseray.kernels.dse import fusion, row_update, rows, staged_rows
-from sparseray.kernels.moe import decode as decode_experts
+from sparseray.kernels.moe import decode as moe_decode
 from sparseray.kernels.moe import expert_map, ffn, router, router_logits
 from sparseray.kernels.nsa import compress_step, inverse
 from sparseray.kernels.nsa import decode as nsa_decode
@@ -182,11 +182,10 @@ def selection() -> None:
         compile_launch(inverse.parts_kernel, (1,), starts, table, count, 9000, 2048, BR=count, num_warps=16)
 
 
-def decoding() -> None:
-    """Routing, and rows by expert, of a few tokens; native sparse attention from them to pages."""
+def few_rows() -> None:
+    """Routing of a few tokens, and native sparse attention from them to pages."""
     for T, E in ((1, 64), (64, 64), (64, 256)):
-        ids, _, _ = router.route(torch.zeros(T, E), top_k=6)
-        decode_experts.plan_few_rows(ids, E, tile_rows=16)
+        router.route(torch.zeros(T, E), top_k=6)
     sizes = NSASizes(block=32, stride=16, select_block=64, num_selected=16, window=512)
     for batch, heads, num_kv, page in ((16, 16, 4, 256), (1, 16, 16, 1024)):
         pools = [(bf16(4, rows, num_kv, 64), bf16(4, rows, num_kv, 64)) for rows in (page // 16, page, page)]
@@ -212,6 +211,21 @@ def experts() -> None:
         ffn.project_rows(dpre, up, plan, config, config.input_grad, transposed=False)
         for grads, out, first in ((dpre, up.float(), True), (weighted, down.float(), False)):
             ffn.weight_grad(grads, x, plan, config, rows_first=first, out=out, accumulate=True)
+
+
+def decoding() -> None:
+    """The experts of few rows: pairs of one or two, and the map of more in one launch."""
+    for tokens, dtype, E, H, I, K in (
+        (1, torch.bfloat16, 64, 1024, 512, 6),
+        (2, torch.float32, 8, 128, 64, 2),
+        (5, torch.bfloat16, 8, 128, 64, 2),
+        (64, torch.bfloat16, 64, 1024, 512, 6),
+        (64, torch.float32, 64, 2048, 1408, 6),
+    ):
+        x, ids = torch.zeros(tokens, H, dtype=dtype), torch.zeros(tokens, K, dtype=torch.int64)
+        up, down = torch.zeros(E, 2 * I, H, dtype=dtype), torch.zeros(E, H, I, dtype=dtype)
+        moe_decode.moe_ffn_decode(x, ids, torch.zeros(tokens, K), up, down)
+    moe_decode.plan_few_rows(torch.zeros(256, 6, dtype=torch.int64), 16, tile_rows=16)
 
 
 def peers() -> None:
@@ -282,9 +296,9 @@ def main() -> None:
         most_probable,
         compress_step,
         ffn,
+        moe_decode,
         expert_map,
         router,
-        decode_experts,
         nsa_decode,
         peer,
         router_logits,
@@ -301,8 +315,9 @@ def main() -> None:
     pages()
     routers()
     selection()
-    decoding()
+    few_rows()
     experts()
+    decoding()
     peers()
     memory()
 
