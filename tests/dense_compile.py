@@ -220,7 +220,7 @@ def decoding() -> None:
         (2, torch.float32, 8, 128, 64, 2),
         (5, torch.bfloat16, 8, 128, 64, 2),
         (64, torch.bfloat16, 64, 1024, 512, 6),
-        (64, torch.float32, 64, 2048, 1408, 6),
+        (64, torch.bfloat16, 64, 2048, 1408, 6),
     ):
         x, ids = torch.zeros(tokens, H, dtype=dtype), torch.zeros(tokens, K, dtype=torch.int64)
         up, down = torch.zeros(E, 2 * I, H, dtype=dtype), torch.zeros(E, H, I, dtype=dtype)
