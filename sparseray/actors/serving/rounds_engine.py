@@ -83,7 +83,8 @@ class RoundsModel(PagedModel):
     def __init__(self, model: Transformer, *, rounds: InRounds, **sizes: int) -> None:
         self._rounds, self._is_warm = rounds, False
         self._key: tuple[int, ...] | None = None
-        super().__init__(model, **sizes)
+        # A chunk of a round has rows of the others beside it; its prompts are launched.
+        super().__init__(model, **{**sizes, "prompt_rows": 0})
 
     def warm(self, experts: Experts, memory: Memory | None) -> None:
         """As of `PagedModel`; others take no part.
