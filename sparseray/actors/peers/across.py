@@ -19,10 +19,11 @@ from torch import Tensor
 
 from sparseray.actors.exchange.by_message import MessageExchange
 from sparseray.actors.exchange.on_device import step_norms
-from sparseray.actors.exchange.protocol import Abortable, Fetch, FetchedRows, PartGradients
+from sparseray.actors.exchange.protocol import Abortable, Fetch, FetchedRows, Observe, PartGradients
 from sparseray.actors.peers.dense_slices import DenseSlices
 from sparseray.actors.peers.expert_shares import ExpertShares
 from sparseray.actors.peers.link import Link
+from sparseray.actors.peers.meter import Meter
 from sparseray.actors.peers.rounds import Round, Turn, rounds_of
 from sparseray.actors.peers.table import Table
 from sparseray.actors.peers.token_exchange import TokenExchange
@@ -45,6 +46,7 @@ class DeviceExchange(Abortable):
         link: to it.
         rows: table rows, and the way of their gradients.
         part_shape: sequences of a part, and tokens of each.
+        observe: metrics of the slot.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class DeviceExchange(Abortable):
         link: Link,
         rows: MessageExchange,
         part_shape: tuple[int, int],
+        observe: Observe,
     ) -> None:
         super().__init__()
         self.plan, self.dense, self.held, self.table, self.link = plan, dense, experts, table, link
@@ -63,7 +66,8 @@ class DeviceExchange(Abortable):
         self.part_shape, self.ops = part_shape, dense.ops
         self._recomputes = dense.model.recompute
         self.layers = list(experts.config.moe_layers)
-        self.across = TokenExchange(plan, dense, experts, table, self.me, link)
+        self.meter = Meter(link, observe)
+        self.across = TokenExchange(plan, dense, experts, table, self.me, link, self.meter)
         self.slices = DenseSlices(plan, dense, table, self.me, link)
         self.shares = ExpertShares(plan, experts, table, self.me, link)
         self._turn = Turn()
@@ -78,6 +82,7 @@ class DeviceExchange(Abortable):
             trains: forward and backward; otherwise forward alone.
         """
         self._turn = Turn(rounds_of(parts), trains)
+        self.meter.forget()
         self.across.clear()
 
     def begin(self, step: int, part: int) -> None:
@@ -236,6 +241,7 @@ class DeviceExchange(Abortable):
         self.shares.share(self.across.count + 3)
         self.across.count += 4
         of_dense, of_experts, _ = step_norms(self.dense, self.held, [], self.link.read)
+        self.meter.tell()
         self.across.settle(max(map(len, self._turn.rounds)), self.part_shape[0] * self.part_shape[1])
         plan = self.plan
         if self.me in plan.dense:

@@ -92,7 +92,7 @@ def exchange_of(
     assert isinstance(dense, DenseSlabs) and isinstance(experts, SlabExperts)
     table = peers.introduce(plan, call, dense.device)
     link = _link(call, peers, table.slots)
-    return DeviceExchange(plan, dense, experts, table, link, by_message, part_shape)
+    return DeviceExchange(plan, dense, experts, table, link, by_message, part_shape, observe)
 
 
 def _link(call: Caller, peers: Peers, slots: tuple[int, ...]) -> Link:

@@ -44,7 +44,22 @@ class DeviceLink(Link):
         self.mailbox, self.serve, self.deadline_s, self.slots = mailbox, serve, deadline_s, slots
         self.generation = mailbox.generation
         self._state, self._end = signs
+        self.waited_s = 0.0
         self._tables: dict[tuple[int, ...], Tensor] = {}
+
+    def mark(self) -> torch.cuda.Event:
+        """As of `Link`."""
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self, begin: torch.cuda.Event, end: torch.cuda.Event) -> float:
+        """As of `Link`.
+
+        Args:
+            begin, end: there.
+        """
+        return float(begin.elapsed_time(end)) / 1e3
 
     def put(self, rows: Tensor, into: Tensor, order_R: Tensor | None = None) -> None:
         """As of `Link`.
@@ -145,7 +160,7 @@ class DeviceLink(Link):
         except SupersededError:
             self.abort()
             raise
-        status = int(there[1][0])
+        status, self.waited_s = int(there[1][0]), int(there[1][2]) / 1e9
         if status == peer.LATE:
             raise lost(self.mailbox.slot, [s for s in self.slots if s != self.mailbox.slot], self.deadline_s)
         if status != peer.OK:
