@@ -61,7 +61,6 @@ def resolve_serving_device(config: RunConfig, found: Driver | None = None) -> Ru
                 "cluster.device=cuda: latent attention (model.attention: mla) has no paged kernel for a GPU yet, it is"
                 " served on a CPU; set cluster.device=cpu"
             )
-        _check_in_step(config)
         _check_engines(config.cluster)
         _check_gpu(config, found)
     return config
@@ -80,6 +79,11 @@ def _resolved(config: RunConfig, found: Driver | None) -> tuple[RunConfig, Drive
 
 def _check_engines(cluster: ClusterConfig) -> None:
     """See that nothing is asked for beside engines, each of which has everything."""
+    if not cluster.colocated:
+        raise ConfigError(
+            "cluster.colocated=false does not fit cluster.device=cuda in serving, where every engine holds everything; set"
+            " cluster.colocated=true"
+        )
     for role in ("expert_shards", "memory_shards"):
         if getattr(cluster, role) > 1:
             raise ConfigError(
@@ -125,7 +129,8 @@ def _check_number(config: RunConfig, gpus: int) -> None:
         for role in ("attention_workers", "expert_shards", "memory_shards")
     }
     wanted["standby"] = min(cluster.standby, gpus - min(slots, gpus))
-    cure = " ".join(f"cluster.{k}={v}" for k, v in wanted.items() if v != getattr(cluster, k))
+    changes = [f"cluster.{k}={v}" for k, v in wanted.items() if v != getattr(cluster, k)]
+    cure = " ".join(changes if cluster.colocated else [*changes, "cluster.colocated=true"])
     raise ConfigError(
         f"cluster.device=cuda: {slots} slots and {cluster.standby} on standby take a GPU each, and this machine shows"
         f" {gpus}; set {cure}, or cluster.device=cpu"
