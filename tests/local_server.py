@@ -49,6 +49,7 @@ class LocalServer:
         follows: folder of a run that is followed.
         offers: of that run, while it trains.
         is_in_slabs: engines compute in bf16 in slabs, as on GPUs.
+        nodes: of the slots, by id.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class LocalServer:
         follows: str = "",
         offers: Callable[[], Offers | None] = lambda: None,
         is_in_slabs: bool = False,
+        nodes: dict[int, str] | None = None,
     ) -> None:
         folder.mkdir(parents=True)
         serve, followed, self.offers = serve or ServeConfig(prefill_chunk=8), RunFolder(Path(follows)), offers
@@ -73,7 +75,7 @@ class LocalServer:
             config = replace(config, train=train, kernels="reference")
         self.config = replace(config, run_dir=str(folder))
         self.sockets = Path(tempfile.mkdtemp(prefix="sr"))
-        self.fleet = LocalFleet(uuid.uuid4().hex, self.sockets, faults or Faults())
+        self.fleet = LocalFleet(uuid.uuid4().hex, self.sockets, faults or Faults(), nodes=nodes or {})
         transports = (ZmqTransport(name, self.sockets) for name in ("ingress", "ingress-out"))
         self.ingress = Ingress(self.fleet.job, *transports, deadline_s=20.0, places=config.serve.max_batch)
         self.task = Served(

@@ -1,4 +1,4 @@
-"""Serving on two GPUs through the command: one engine's process is killed under load, and no answer is another."""
+"""Serving on several GPUs through the command: one slot's process is killed under load, and no answer is another."""
 
 import json
 import os
@@ -20,6 +20,8 @@ from local_cluster import train
 from processes import ROOT, kill_all, of_mark, start, temporary_folder, wait_until
 from test_gpu_training import GPU_MODEL, run_on
 
+from sparseray.model.config import DSEConfig
+
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.ray,
@@ -33,7 +35,7 @@ LENGTH, KILL_AT, LIMIT_S = 1500, 600, 240.0
 @pytest.fixture(scope="module")
 def checkpoint(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = run_on("cuda", corpus, steps=2)
-    config = replace(config, model=replace(GPU_MODEL, max_seq_len=2048))
+    config = replace(config, model=replace(GPU_MODEL, max_seq_len=2048, dse=DSEConfig(layers=())))
     newest = train(tmp_path_factory.mktemp("served") / "run", config).folder.newest_checkpoint()
     torch.cuda.empty_cache()
     assert newest is not None
@@ -42,11 +44,12 @@ def checkpoint(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @dataclass(frozen=True)
 class Answer:
-    """A text, how it ended, and the longest wait between two pieces of it."""
+    """A text, how it ended, the longest wait between two pieces of it, and the time of all."""
 
     text: str
     finish: str | None
     gap_s: float
+    seconds: float
 
 
 class Served:
@@ -84,7 +87,7 @@ class Served:
         request = urllib.request.Request(
             f"{self.url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
-        text, finish, gap_s, last_s = "", None, 0.0, 0.0
+        text, finish, gap_s, last_s, started = "", None, 0.0, 0.0, time.monotonic()
         with urllib.request.urlopen(request, timeout=LIMIT_S) as response:
             for line in response:
                 if not line.startswith(b"data: {"):
@@ -96,7 +99,7 @@ class Served:
                 for choice in piece["choices"]:
                     text, finish = text + choice["text"], choice["finish_reason"] or finish
                 heard()
-        return Answer(text, finish, gap_s)
+        return Answer(text, finish, gap_s, time.monotonic() - started)
 
     def ask(self, at: Callable[[int], None] = lambda count: None) -> list[Answer]:
         """All prompts side by side.
@@ -140,27 +143,49 @@ def served(checkpoint: Path, folder: Path, **options: str) -> Iterator[Served]:
             kill_all(process, mark)
 
 
-def test_a_killed_engine_fails_no_request_and_another_comes_in_its_place(
+def story(server: Served, slots: int) -> None:
+    """Answers; the same while a slot is killed; and again once another has come in its place."""
+    assert len(server.slots()) == slots
+    undisturbed = server.ask()
+    again = server.ask()
+    assert [a.text for a in again] == [a.text for a in undisturbed]
+
+    def kill(count: int) -> None:
+        if count == KILL_AT:
+            os.kill(server.slots()[-1], signal.SIGKILL)
+
+    answers = server.ask(kill)
+    tokens = LENGTH * len(PROMPTS)
+    print(f"{slots} slots: {tokens / max(a.seconds for a in again):.0f} tokens/s of {len(PROMPTS)} streams; longest waits"
+          f" {max(a.gap_s for a in again):.3f} s, with a kill {max(a.gap_s for a in answers):.3f} s")  # fmt: skip
+    print("\n".join(line for line in server.log.read_text().splitlines() if line.startswith("***")))
+    assert all(a.finish == "length" for a in answers)
+    assert [a.text for a in answers] == [a.text for a in undisturbed]
+    server.wait_for("*** resized")
+    assert [a.text for a in server.ask()] == [a.text for a in undisturbed]
+
+
+def test_a_killed_engine_with_all_experts_fails_no_request_and_another_comes(
     checkpoint: Path, tmp_path: Path
 ) -> None:
     with served(checkpoint, tmp_path) as server:
-        slots = server.slots()
-        assert len(slots) == 2
-        undisturbed = server.ask()
-        again = server.ask()
-        assert [a.text for a in again] == [a.text for a in undisturbed]
+        story(server, 2)
 
-        def kill(count: int) -> None:
-            if count == KILL_AT:
-                os.kill(slots[1], signal.SIGKILL)
 
-        answers = server.ask(kill)
-        print(
-            f"longest waits: {max(a.gap_s for a in again):.3f} s, with a kill {max(a.gap_s for a in answers):.3f} s"
-        )
-        assert all(a.finish == "length" for a in answers)
-        different = [i for i, (a, b) in enumerate(zip(answers, undisturbed)) if a.text != b.text]
-        assert not different
-        server.wait_for("*** resized")
-        assert [a.text for a in server.ask()] == [a.text for a in undisturbed]
-        print(server.log.read_text()[-1500:])
+def test_a_killed_engine_with_half_of_the_experts_fails_no_request_and_another_comes(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    """Without replicas: the other one reads what it lacks from the checkpoint."""
+    with served(checkpoint, tmp_path, **{"cluster.expert_shards": "2"}) as server:
+        story(server, 2)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 3, reason="needs three GPUs")
+def test_replicas_go_on_for_a_killed_engine_with_a_third_of_the_experts(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    roles = {"attention_workers": "3", "expert_shards": "3", "replication": "2"}
+    with served(
+        checkpoint, tmp_path, **{f"cluster.{name}": value for name, value in roles.items()}
+    ) as server:
+        story(server, 3)

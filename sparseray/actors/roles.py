@@ -139,7 +139,7 @@ class Roles:
             self.mailbox.post(SCHEDULER, Stale(), step=self.committed)
             return
         if is_in_step(plan, self.holdings, me, trains=trains):
-            lay_open(self.peers, plan, self.holdings, self.job.part_shape)
+            lay_open(self.peers, plan, self.holdings, self.job.part_shape, trains=trains)
         self.gathering.give(self.holdings, mine, body)
         if trains or body.source is None or not isinstance(self.holdings.experts, SlabExperts):
             # An engine that sent all its weights from a device would serve nobody meanwhile.

@@ -8,7 +8,7 @@ bfloat16` asks for without a GPU.
 from dataclasses import replace
 
 from sparseray.errors import ConfigError
-from sparseray.platform.config import ClusterConfig, RunConfig
+from sparseray.platform.config import RunConfig
 from sparseray.platform.gpu import Driver, driver
 from sparseray.platform.planning.device_memory import DeviceMemory, device_memory, num_devices
 
@@ -19,6 +19,11 @@ GIB = 1 << 30
 def is_whole(config: RunConfig) -> bool:
     """Whether slots compute in slabs on their devices, and in step where they are several."""
     return config.cluster.device == "cuda" or config.train.dtype == "bfloat16"
+
+
+def spreads_experts(config: RunConfig) -> bool:
+    """Whether a server's engines have some of the experts each, and compute in rounds."""
+    return is_whole(config) and config.cluster.expert_shards > 1
 
 
 def resolve_device(config: RunConfig, found: Driver | None = None) -> RunConfig:
@@ -56,12 +61,7 @@ def resolve_serving_device(config: RunConfig, found: Driver | None = None) -> Ru
     config = replace(config, train=replace(config.train, dtype=dtype))
     if config.cluster.device == "cuda":
         assert found is not None
-        if config.model.has_latent_layers:
-            raise ConfigError(
-                "cluster.device=cuda: latent attention (model.attention: mla) has no paged kernel for a GPU yet, it is"
-                " served on a CPU; set cluster.device=cpu"
-            )
-        _check_engines(config.cluster)
+        _check_engines(config)
         _check_gpu(config, found)
     return config
 
@@ -77,19 +77,29 @@ def _resolved(config: RunConfig, found: Driver | None) -> tuple[RunConfig, Drive
     return replace(config, cluster=replace(config.cluster, device=device)), found
 
 
-def _check_engines(cluster: ClusterConfig) -> None:
-    """See that nothing is asked for beside engines, each of which has everything."""
+def _check_engines(config: RunConfig) -> None:
+    """See that nothing is asked for beside engines, each of which has everything, or some of the experts."""
+    cluster, shards = config.cluster, f"cluster.expert_shards={config.cluster.expert_shards}"
     if not cluster.colocated:
         raise ConfigError(
-            "cluster.colocated=false does not fit cluster.device=cuda in serving, where every engine holds everything; set"
-            " cluster.colocated=true"
+            "cluster.colocated=false does not fit cluster.device=cuda in serving, where an engine's slot has all roles;"
+            " set cluster.colocated=true"
         )
-    for role in ("expert_shards", "memory_shards"):
-        if getattr(cluster, role) > 1:
-            raise ConfigError(
-                f"cluster.{role}={getattr(cluster, role)} does not fit cluster.device=cuda in serving, where every engine"
-                f" (cluster.attention_workers) holds everything; set cluster.{role}=1"
-            )
+    if cluster.memory_shards > 1:
+        raise ConfigError(
+            f"cluster.memory_shards={cluster.memory_shards} does not fit cluster.device=cuda in serving, where every"
+            " engine (cluster.attention_workers) has all tables; set cluster.memory_shards=1"
+        )
+    if cluster.expert_shards > 1 and config.model.dse.layers:
+        raise ConfigError(
+            f"{shards}: on GPUs a model with memory layers (model.dse.layers={list(config.model.dse.layers)}) is served"
+            " with all experts in every engine; set cluster.expert_shards=1"
+        )
+    if cluster.expert_shards > 1 and config.serve.speculate != "none":
+        raise ConfigError(
+            f"serve.speculate={config.serve.speculate}: engines that share experts ({shards}) do not draft; set"
+            " serve.speculate=none"
+        )
 
 
 def _check_by_message(config: RunConfig) -> None:
@@ -129,8 +139,9 @@ def _check_number(config: RunConfig, gpus: int) -> None:
         for role in ("attention_workers", "expert_shards", "memory_shards")
     }
     wanted["standby"] = min(cluster.standby, gpus - min(slots, gpus))
-    changes = [f"cluster.{k}={v}" for k, v in wanted.items() if v != getattr(cluster, k)]
-    cure = " ".join(changes if cluster.colocated else [*changes, "cluster.colocated=true"])
+    cure = " ".join(f"cluster.{k}={v}" for k, v in wanted.items() if v != getattr(cluster, k))
+    if not cluster.colocated:
+        cure = f"cluster.colocated=true {cure}".rstrip()
     raise ConfigError(
         f"cluster.device=cuda: {slots} slots and {cluster.standby} on standby take a GPU each, and this machine shows"
         f" {gpus}; set {cure}, or cluster.device=cpu"

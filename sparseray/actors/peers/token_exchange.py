@@ -219,7 +219,7 @@ class TokenExchange:
         sets = 1 if self.is_summed else S
         groups_SE = self._groups_of(layer, sets).expand(S, -1)
         groups_TK = groups_SE.gather(1, ids_STK.view(S, T * K).long()).view(S * T, K)
-        return self.ops.group_held(groups_TK, sets, num_held, like)
+        return self.ops.group_held(groups_TK, num_held, like, sets)
 
     def _groups_of(self, layer: int, sets: int) -> Tensor:
         """Group of each expert that is computed here, int32 [sets, experts]; the number of groups for all others."""

@@ -83,6 +83,9 @@ class Fleet(Protocol):
     def room(self) -> int:
         """How many more slots the cluster can give."""
 
+    def draining(self) -> dict[int, float]:
+        """Members on nodes that are to be drained, and seconds until these are gone; infinite where nobody says."""
+
     def losses(self) -> list[Loss]:
         """Losses since the last call."""
 

@@ -196,6 +196,8 @@ _ELASTIC = {
                 "lost",
                 "recovered",
                 "resized",
+                "draining",
+                "drained",
                 "rebalanced",
                 "autoscaled",
                 "published",

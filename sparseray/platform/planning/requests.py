@@ -53,6 +53,8 @@ def check_request(
             f"{role} {count}: every engine on a GPU holds all of it; ask for engines (attention)"
         )
     new = inventory.shared(replace(wanted, **{role: count}))
+    if inventory.in_slabs:
+        inventory.check(new)
     total = num_slots(new, colocated=cluster.colocated)
     if total < cluster.replication:
         raise ConfigError(
