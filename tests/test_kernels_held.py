@@ -35,7 +35,7 @@ def spread(
         places_E = torch.full((E,), len(experts), device=ids.device)
         places_E[experts] = torch.arange(len(experts), device=ids.device)
         own = [slab[experts].contiguous() for slab in slabs]
-        rows = ops.group_held(places_E[ids].int(), len(experts), x)
+        rows = ops.group_held(places_E[ids].int(), 1, len(experts), x)
         counts = rows.counts_E.tolist()[:-1]
         order_R = rows.order_R[: sum(counts)].long()
         y_RH[order_R], saved = ops.held_forward(x, rows, counts, *own)
@@ -80,7 +80,7 @@ def test_rows_of_several_sources_at_once_have_the_bits_of_one_after_the_other(
         places_E[held] = torch.arange(len(held), device=ids.device)
         groups = places_E[ids[of]].view(sets, -1)
         groups += (groups < len(held)) * torch.arange(sets, device=ids.device)[:, None] * len(held)
-        rows = ops.group_held(groups.view(-1, K).int(), len(held), x, sets)
+        rows = ops.group_held(groups.view(-1, K).int(), sets, len(held), x)
         counts = rows.counts_E.tolist()[:-1]
         y_RH, saved = ops.held_forward(x[of], rows, counts if is_counted else None, *own)
         found = ops.held_backward(dout[of], weights[of], rows, counts if is_counted else None, saved, *own)

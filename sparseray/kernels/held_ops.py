@@ -45,14 +45,14 @@ class HeldRows:
 class HeldOps(Protocol):
     """What `Ops` has of them; gradients are asked for, not recorded."""
 
-    def group_held(self, groups_TK: Tensor, num_held: int, like: Tensor, num_sets: int = 1) -> HeldRows:
+    def group_held(self, groups_TK: Tensor, num_sets: int, num_held: int, like: Tensor) -> HeldRows:
         """Sort the (token, k) pairs by group, stably; nothing is brought to the host.
 
         Args:
             groups_TK: integers, set * E + the expert's row of the slabs; G * E where it is not here.
+            num_sets: G.
             num_held: E.
             like: of the tokens' dtype and device.
-            num_sets: G.
         """
         ...
 
@@ -102,7 +102,7 @@ class HeldOps(Protocol):
 class PlainHeldOps:
     """See `HeldOps`."""
 
-    def group_held(self, groups_TK: Tensor, num_held: int, like: Tensor, num_sets: int = 1) -> HeldRows:
+    def group_held(self, groups_TK: Tensor, num_sets: int, num_held: int, like: Tensor) -> HeldRows:
         order_R, counts_E = group_by_expert(groups_TK.long(), num_sets * num_held + 1)
         inverse_R = torch.empty_like(order_R).scatter_(0, order_R, torch.arange(len(order_R)))
         held, top_k = counts_E[:-1].sum(), groups_TK.shape[-1]

@@ -232,7 +232,7 @@ class TritonOps(PagedTritonOps):
             )
         return moe_ffn(x_TH, topk_ids_TK, topk_weights_TK, gate_up_E2IH, down_EHI)
 
-    def group_held(self, groups_TK: Tensor, num_held: int, like: Tensor, num_sets: int = 1) -> HeldRows:
+    def group_held(self, groups_TK: Tensor, num_sets: int, num_held: int, like: Tensor) -> HeldRows:
         plan = held.group_held(groups_TK, num_sets * num_held, num_held, like)
         return HeldRows(
             order_R=plan.order_R,

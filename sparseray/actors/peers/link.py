@@ -7,6 +7,7 @@ and one of a later generation ends a wait. `HostLink` is the plain twin of `Devi
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -57,6 +58,13 @@ class Link(Protocol):
             into: where, of the same dtype and of rows of the same length.
             order_R: integers, the place of each row in `into`; None for one after another.
         """
+
+    def aside(self) -> AbstractContextManager[None]:
+        """What is asked for in the block begins after what was before, and goes on beside what comes after."""
+        ...
+
+    def join(self) -> None:
+        """Let nothing that follows begin before all that was asked for aside has happened."""
 
     def put_all(self, numbers: Tensor, intos: Sequence[Tensor]) -> None:
         """Write the same numbers to several places.
@@ -171,6 +179,13 @@ class HostLink(Link):
             into.copy_(rows)
         else:
             into[order_R] = rows
+
+    def aside(self) -> AbstractContextManager[None]:
+        """Everything happens at once."""
+        return nullcontext()
+
+    def join(self) -> None:
+        """It has happened."""
 
     def put_all(self, numbers: Tensor, intos: Sequence[Tensor]) -> None:
         """As of `Link`.

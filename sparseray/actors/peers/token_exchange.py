@@ -85,6 +85,8 @@ class TokenExchange:
         self._is_settled = False
         self._groups: dict[tuple[int, int], tuple[dict[int, int], Tensor]] = {}
         self._kept: dict[int, _Kept] = {}
+        self._sending: list[Tensor] = []
+        """What is on its way: its memory is used for nothing else meanwhile."""
         self._gradients: Gradients = []
 
     def clear(self) -> None:
@@ -118,7 +120,7 @@ class TokenExchange:
     # -- of the own tokens -----------------------------------------------------------------------------
 
     def send(self, tokens_TH: Tensor, chosen: tuple[Tensor, Tensor] | None) -> None:
-        """Give all that hold experts the tokens of this slot.
+        """Give all that hold experts the tokens of this slot, beside what is computed before they are waited for.
 
         Args:
             tokens_TH: tokens, or gradients of their outputs.
@@ -128,10 +130,13 @@ class TokenExchange:
         theirs = [self.table.regions[slot] for slot in self.owners]
         others = [self.table.regions[slot].flags_S for slot in self.owners if slot != self.me]
         sent = [tokens_TH, *(chosen or ())]
-        with self.meter.phase("dispatch", len(others) * sum(t.numel() * t.element_size() for t in sent)):
-            for numbers, name in zip(sent, ("x_STH", "ids_STK", "weights_STK")):
-                self.link.put_all(numbers, [r.of_sources(name, T)[rank] for r in theirs])
-        self.link.signal_all(others, rank, self.count + 1)
+        num_bytes = len(others) * sum(t.numel() * t.element_size() for t in sent)
+        self._sending = sent
+        with self.link.aside():
+            with self.meter.phase("dispatch", num_bytes):
+                for numbers, name in zip(sent, ("x_STH", "ids_STK", "weights_STK")):
+                    self.link.put_all(numbers, [r.of_sources(name, T)[rank] for r in theirs])
+            self.link.signal_all(others, rank, self.count + 1)
 
     def returned(self, tokens: int) -> Tensor:
         """What came back, [T, rows of a token, H]; it lies there until the next exchange.
@@ -219,7 +224,7 @@ class TokenExchange:
         sets = 1 if self.is_summed else S
         groups_SE = self._groups_of(layer, sets).expand(S, -1)
         groups_TK = groups_SE.gather(1, ids_STK.view(S, T * K).long()).view(S * T, K)
-        return self.ops.group_held(groups_TK, num_held, like, sets)
+        return self.ops.group_held(groups_TK, sets, num_held, like)
 
     def _groups_of(self, layer: int, sets: int) -> Tensor:
         """Group of each expert that is computed here, int32 [sets, experts]; the number of groups for all others."""
@@ -264,6 +269,8 @@ class TokenExchange:
     def _collect(self, sources: Sequence[int]) -> None:
         """End an exchange: the rows of the own tokens are here."""
         if self.me in sources:
+            self.link.join()
+            self._sending = []
             others = [slot for slot in self.owners if slot != self.me]
             self.link.wait(self.table.regions[self.me].flags_S, self.table.ranks(others), self.count + 2)
         self.count += 2
