@@ -207,7 +207,8 @@ class TokenExchange:
         self._collect(sources)
 
     def _await(self, sources: Sequence[int]) -> None:
-        """Let what follows begin when the tokens of others are here."""
+        """Let what follows begin when the tokens of all are here; the own ones go aside."""
+        self.link.join()
         others = [slot for slot in sources if slot != self.me]
         self.link.wait(self.table.regions[self.me].flags_S, self.table.ranks(others), self.count + 1)
 
