@@ -117,7 +117,7 @@ def exchange_of(
     assert isinstance(dense, DenseSlabs) and isinstance(experts, SlabExperts)
     table = peers.introduce(plan, call, dense.device)
     link = _link(call, peers, table.slots)
-    return DeviceExchange(plan, dense, experts, table, link, by_message, part_shape)
+    return DeviceExchange(plan, dense, experts, table, link, by_message, part_shape, observe)
 
 
 def _layers(plan: Plan, call: Caller, experts: SlabExperts, peers: Peers, table: Table) -> Layers:

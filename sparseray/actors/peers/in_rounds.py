@@ -177,7 +177,7 @@ class HostLayers:
         places_E = torch.full((self.held.config.moe.num_experts,), num, dtype=torch.int64)
         here = [expert for expert in slab.rows if (index, expert) in self.held.computed]
         places_E[here] = torch.tensor([slab.rows[expert] for expert in here], dtype=torch.int64)
-        rows = self.ops.group_held(places_E[ids_TK[:T].long()], num, slab.compute[0])
+        rows = self.ops.group_held(places_E[ids_TK[:T].long()], 1, num, slab.compute[0])
         counts = rows.counts_E[:num].tolist()
         y_RH, _ = self.ops.held_forward(mine.x_STH[rank, :T], rows, counts, *slab.compute)
         self.link.put(y_RH, theirs.rows_RH, rows.order_R[: sum(counts)])
