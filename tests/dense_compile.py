@@ -21,7 +21,7 @@ from triton.compiler import ASTSource
 from triton.compiler import compile as compile_source
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from sparseray.kernels import peer
+from sparseray.kernels import peer, peer_rounds
 from sparseray.kernels.attention import decode, paged_write, prefill
 from sparseray.kernels.dense import adamw, embedding, head_loss, rms_norm, rope, squared_norm, swiglu
 from sparseray.kernels.dse import fusion, row_update, rows, staged_rows
@@ -181,6 +181,14 @@ def peers() -> None:
     peer.signal_all(flags, 2, 5 << 32, state)
     peer.signal(flags, 2, 5 << 32, state)
     peer.wait(flags, 0b101, 5 << 32, 6 << 32, state, order, 20.0)
+    table, who = torch.zeros(4, 4, dtype=torch.int64), torch.zeros(3, dtype=torch.int64)
+    for tokens in (0, 1, 8, 33):
+        ids = torch.zeros(tokens, 6, dtype=torch.int32)
+        peer_rounds.give(bf16(tokens, 2048), ids, 512, table, who, state)
+    for field in (peer_rounds.OTHERS, peer_rounds.OWNERS):
+        peer_rounds.say(7, field, table, who, state)
+        peer_rounds.wait(7, field, flags, who, state, order, 20.0)
+    peer_rounds.answer(bf16(16, 2048), order, order, 512 * 6, table, state)
 
 
 def _activation_grad(
@@ -234,6 +242,7 @@ def main() -> None:
         ffn,
         expert_map,
         peer,
+        peer_rounds,
         router_logits,
         fusion,
         row_update,

@@ -1,11 +1,12 @@
-"""Engines with some of the experts each, which compute in rounds: as on several GPUs, here in bf16 on a CPU."""
+"""Engines with some of the experts each, which compute in rounds: as on several GPUs, here in slabs on a CPU."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from local_cluster import MODEL, tiny_run, train
-from local_server import Heard, LocalServer
+from local_server import Heard, LocalServer, slabs_in_fp32
 from processes import wait_until
 from test_elastic_serving import at, kill, requests, scale
 
@@ -14,6 +15,12 @@ from sparseray.actors.state.assignment import Plan
 from sparseray.errors import ConfigError
 from sparseray.model.config import DSEConfig
 from sparseray.platform.config import ClusterConfig
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _in_fp32() -> Iterator[None]:
+    with slabs_in_fp32():
+        yield
 
 
 @pytest.fixture(scope="module")

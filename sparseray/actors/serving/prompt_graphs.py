@@ -160,7 +160,7 @@ class PromptGraphs:
         Args:
             experts: that they will call.
         """
-        pool = torch.cuda.graph_pool_handle() if self._new else None
+        pool, self._made = torch.cuda.graph_pool_handle() if self._new else None, []
         for new in reversed(self._new):
             graph = new()
             graph.capture(experts, pool)
