@@ -12,6 +12,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -108,10 +109,13 @@ def staging() -> None:
 def beside(
     memory: StagedMemory, known: list[list[Addresses]], one: StagedStep, done: torch.cuda.Event | None
 ) -> None:
-    """Small operations a second, and the longest time without one, in this thread while another stages steps."""
+    """How long this thread sleeps, and how many small operations it makes, while another stages steps without end.
+
+    A thread that has work sleeps only for the interpreter's lock; that it waits for a core does not count.
+    """
     x = torch.zeros(1)
 
-    def operations(work: Callable[[int], object] | None) -> tuple[float, float, float]:
+    def operations(work: Callable[[int], object] | None) -> tuple[float, float, float, int]:
         stop, rounds = threading.Event(), [0]
 
         def repeat() -> None:
@@ -121,15 +125,17 @@ def beside(
 
         thread = threading.Thread(target=repeat)
         thread.start()
-        count, longest, begun = 0, 0.0, time.perf_counter()
+        count, longest, begun, scheduled = 0, 0.0, time.perf_counter(), scheduled_s()
         last = begun
         while last < begun + SECONDS:
             x.add_(1)
             now = time.perf_counter()
             count, longest, last = count + 1, max(longest, now - last), now
+        asleep = last - begun - (scheduled_s() - scheduled)
+        done = rounds[0]
         stop.set()
         thread.join()
-        return count / SECONDS, 1e3 * longest, rounds[0] / SECONDS
+        return count, 1e3 * asleep, 1e3 * longest, done
 
     def both(n: int) -> None:
         memory._stage(known.__getitem__, n % len(known))
@@ -137,13 +143,23 @@ def beside(
 
     pairs = [(operations(None), operations(both)) for _ in range(5)]
     share = statistics.median(busy[0] / free[0] for free, busy in pairs)
-    longest, rounds = (statistics.median(busy[i] for _, busy in pairs) for i in (1, 2))
-    lost = 1e3 * (1 - share) / rounds
+    asleep, longest = (
+        statistics.median(busy[i] / (busy[3] if i == 1 else 1) for _, busy in pairs) for i in (1, 2)
+    )
     print(
-        f"host    beside staging without end ({rounds:.0f} steps/s): {share:.3f} of the operations of a thread alone, "
-        f"{lost:.1f} ms lost a step, longest pause {longest:.1f} ms",
+        f"host    beside staging ({sum(busy[3] for _, busy in pairs) / 5 / SECONDS:.0f} steps/s) another thread waits "
+        f"{asleep:.2f} ms a step for the interpreter, at most {longest:.1f} ms, and makes {share:.3f} of its operations",
         flush=True,
     )
+
+
+def scheduled_s() -> float:
+    """Seconds for which this thread ran or waited for a core."""
+    try:
+        ran, waited, _ = Path("/proc/thread-self/schedstat").read_text().split()
+    except OSError:
+        return time.thread_time()
+    return (int(ran) + int(waited)) / 1e9
 
 
 def device_pieces(memory: StagedMemory, one: StagedStep, two: StagedStep) -> None:
@@ -203,7 +219,8 @@ def fusion() -> None:
     grad, found = torch.randn_like(h), []
 
     def plain_output(h: Tensor, both: Tensor, learnt: Fusion, *, document_starts_BT: Tensor) -> Tensor:
-        return plain(h, *both.chunk(2, -1), learnt, document_starts_BT=document_starts_BT)
+        key, value = both.chunk(2, -1)
+        return plain(h, key, value, learnt, document_starts_BT=document_starts_BT)
 
     for name, function in (("kernels", memory_output), ("plain operations", plain_output)):
 

@@ -46,6 +46,11 @@ SHAPES = (
 )
 
 
+def noise(*shape: int, device: torch.device) -> Tensor:
+    """Normal bf16 numbers."""
+    return torch.randn(shape, device=device, dtype=torch.bfloat16)
+
+
 class Mailbox:
     """Of a slot that gets no message."""
 
@@ -74,23 +79,23 @@ class Layer:
         device, count = torch.device("cuda", rank), EXPERTS // len(regions)
         torch.manual_seed(rank)
         own = range(rank * count, rank * count + count)
-        kind = {"device": device, "dtype": torch.bfloat16}
         self.slabs = (
-            torch.randn(count, 2 * shape.inner, shape.hidden, **kind) * 0.02,
-            torch.randn(count, shape.hidden, shape.inner, **kind) * 0.02,
+            noise(count, 2 * shape.inner, shape.hidden, device=device) * 0.02,
+            noise(count, shape.hidden, shape.inner, device=device) * 0.02,
         )
-        self.x_TH = torch.randn(TOKENS, shape.hidden, **kind)
-        self.dout_TH = torch.randn(TOKENS, shape.hidden, **kind)
+        self.x_TH = noise(TOKENS, shape.hidden, device=device)
+        self.dout_TH = noise(TOKENS, shape.hidden, device=device)
         self.ids_TK = torch.rand(TOKENS, EXPERTS, device=device).topk(TOP_K).indices.int()
         self.weights_TK = torch.rand(TOKENS, TOP_K, device=device)
-        slab = SimpleNamespace(rows={e: i for i, e in enumerate(own)}, compute=self.slabs)
+        slab: Any = SimpleNamespace(rows={e: i for i, e in enumerate(own)}, compute=self.slabs)
         moe = SimpleNamespace(top_k=TOP_K, num_experts=EXPERTS)
-        held = SimpleNamespace(slabs=[slab], computed={(0, e) for e in own}, config=SimpleNamespace(moe=moe))
-        dense = SimpleNamespace(ops=TRITON, sum=SimpleNamespace(determinism=determinism), device=device)
-        self.slots = tuple(regions)
-        link = DeviceLink(
-            Mailbox(rank), None, LIMIT_S, self.slots, (peer.new_state(device), peer.new_end(device))
+        held: Any = SimpleNamespace(
+            slabs=[slab], computed={(0, e) for e in own}, config=SimpleNamespace(moe=moe)
         )
+        dense: Any = SimpleNamespace(ops=TRITON, sum=SimpleNamespace(determinism=determinism), device=device)
+        self.slots = tuple(regions)
+        mailbox: Any = Mailbox(rank)
+        link = DeviceLink(mailbox, print, LIMIT_S, self.slots, (peer.new_state(device), peer.new_end(device)))
         plan: Any = SimpleNamespace(expert_primaries=self.slots)
         self.exchange = TokenExchange(plan, dense, held, Table(slots=self.slots, regions=regions), rank, link)
 
@@ -114,15 +119,14 @@ class Alone:
     """All experts on one GPU."""
 
     def __init__(self, shape: Shape, device: torch.device) -> None:
-        kind = {"device": device, "dtype": torch.bfloat16}
-        self.x_TH = torch.randn(TOKENS, shape.hidden, **kind).requires_grad_()
+        self.x_TH = noise(TOKENS, shape.hidden, device=device).requires_grad_()
         self.ids_TK = torch.rand(TOKENS, EXPERTS, device=device).topk(TOP_K).indices
         self.weights_TK = torch.rand(TOKENS, TOP_K, device=device).requires_grad_()
         self.slabs = [
-            (torch.randn(EXPERTS, *each, **kind) * 0.02).requires_grad_()
+            (noise(EXPERTS, *each, device=device) * 0.02).requires_grad_()
             for each in ((2 * shape.inner, shape.hidden), (shape.hidden, shape.inner))
         ]
-        self.dout_TH = torch.randn(TOKENS, shape.hidden, **kind)
+        self.dout_TH = noise(TOKENS, shape.hidden, device=device)
 
     def run(self) -> None:
         """Forward and backward."""

@@ -29,6 +29,8 @@ from sparseray.model.config import MLAConfig, MTPConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT, NEW, BATCHES = 512, 128, (1, 64)
+LONG = ((16, 1), (4, 1), (4, 16), (1, 16))
+"""Key/value heads and batch of what decodes at a long context."""
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.environ.get("PYTHONPATH", "") + f":{ROOT}"}
 
 
@@ -76,7 +78,7 @@ def rate_of(port: int, first: int, batch: int) -> float:
     found = [json.loads(answer) for answer in answers]
     if wrong := [answer for answer in found if "usage" not in answer]:
         raise SystemExit(f"serve answered {wrong[0]}")
-    return sum(answer["usage"]["completion_tokens"] for answer in found) / seconds
+    return float(sum(answer["usage"]["completion_tokens"] for answer in found) / seconds)
 
 
 def served(checkpoint: Path) -> dict[int, float]:
@@ -161,16 +163,14 @@ def generation(checkpoint: Path | None) -> list[str]:
     for index in range(16):
         engine.add(here.request_of(600000 + index, PROMPT, 1))
     lines += ["reading 16 prompts:", "", *[f"    {line}" for line in here.profile(engine, 1)], ""]
-    while engine.has_work:
-        engine.step()
+    here.finish(engine)
     for batch in BATCHES:
         for index in range(batch):
             engine.add(here.request_of(700000 + 1000 * batch + index, PROMPT, NEW))
         for _ in range(40):
             engine.step()
         lines += [f"decoding, batch {batch}:", "", *[f"    {line}" for line in here.profile(engine)], ""]
-        while engine.has_work:
-            engine.step()
+        here.finish(engine)
     return lines
 
 
@@ -183,8 +183,8 @@ def long_context(context: int = 65000) -> list[str]:
         "|---|---|---|---|---|",
     ]
     profiles: list[str] = []
-    for kv_heads, batch in ((16, 1), (4, 1), (4, 16), (1, 16)):
-        found = {}
+    for kv_heads, batch in LONG:
+        found = dict[str, float]()
         for kind in ("full", "nsa"):
             config = here.model_of(
                 "1b_full", attention=(kind,) * 12, num_kv_heads=kv_heads, max_seq_len=1 << 17

@@ -11,6 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from sparseray.actors.serving.drafting_engine import DraftingEngine
@@ -18,6 +20,7 @@ from sparseray.actors.serving.drafting_model import DraftingModel
 from sparseray.actors.serving.paged_engine import PagedEngine
 from sparseray.actors.serving.text_request import GenerationRequest
 from sparseray.actors.state.dense_slab import computes_in_fp32
+from sparseray.kernels.launch import launch_kernel
 from sparseray.kernels.ops import Ops, ops_for
 from sparseray.model.config import ModelConfig
 from sparseray.model.moe import LocalExperts
@@ -69,9 +72,7 @@ def request_of(index: int, prompt: int, new: int) -> GenerationRequest:
     return GenerationRequest(request_id=str(index), prompt_tokens=tokens, max_tokens=new, temperature=0.0)
 
 
-def decode_ms(
-    config: ModelConfig, batch: int, context: int, steps: int = 40
-) -> tuple[float, list[str]]:
+def decode_ms(config: ModelConfig, batch: int, context: int, steps: int = 40) -> tuple[float, list[str]]:
     """Median milliseconds of an engine's step that adds a token to `batch` requests of `context` tokens, and `profile`.
 
     The caches hold random keys and values: what is in them does not change the time.
@@ -95,14 +96,19 @@ def decode_ms(
     return statistics.median(seconds[5:]) * 1e3, profile(engine)
 
 
+def finish(engine: PagedEngine) -> None:
+    """Compute until nothing is left."""
+    while engine.has_work:
+        engine.step()
+
+
 def prompt_seconds(engine: PagedEngine, count: int, prompt: int, offset: int) -> float:
     """Seconds until each of `count` requests has its first token."""
     for index in range(count):
         engine.add(request_of(offset + index, prompt, 1))
     torch.cuda.synchronize()
     started = time.perf_counter()
-    while engine.has_work:
-        engine.step()
+    finish(engine)
     return time.perf_counter() - started
 
 
@@ -112,8 +118,7 @@ def generate_rate(engine: PagedEngine, batch: int, prompt: int, new: int, offset
         engine.add(request_of(offset + index, prompt, new))
     torch.cuda.synchronize()
     started = time.perf_counter()
-    while engine.has_work:
-        engine.step()
+    finish(engine)
     return batch * new / (time.perf_counter() - started)
 
 
@@ -132,18 +137,25 @@ def forward_rate(engine: PagedEngine, length: int, rows: int) -> float:
     return rows / min(seconds)
 
 
+@triton.jit
+def _told_kernel(p_slots, p_length, p_draft, p_table, width):  # type: ignore[no-untyped-def]
+    slot = tl.load(p_slots + tl.program_id(0))
+    tl.store(p_draft + slot, tl.load(p_table + slot * width + tl.load(p_length + slot) + 1))
+
+
 class ToldModel(DraftingModel):
-    """Draws a draft by a table of what stands where, so that a model with random weights accepts it; -1: its own."""
+    """Has drafts from a table of what stands where, so that a model with random weights accepts them."""
 
     table_SL: Tensor
 
-    def _go_on(self, slots_B: Tensor, found_BN: Tensor, accepted_B: Tensor, draft_B: Tensor) -> None:
-        super()._go_on(slots_B, found_BN, accepted_B, draft_B)
+    def _drafted_anew(self, slots_B: Tensor) -> None:
+        """One small launch, which the step would not have."""
         if not hasattr(self, "table_SL"):
             shape = (len(self.latest_S), self.width * self.page + 2)
-            self.table_SL = torch.full(shape, -1, device=self.device)
-        told_B = self.table_SL[slots_B, self.length_S[slots_B] + 1]
-        self.draft_S.index_copy_(0, slots_B.long(), torch.where(told_B < 0, draft_B, told_B).int())
+            self.table_SL = torch.zeros(shape, dtype=torch.int32, device=self.device)
+        state = self.state_S
+        at = (slots_B, state.length_S, state.draft_S, self.table_SL, self.table_SL.shape[1])
+        launch_kernel(_told_kernel, (len(slots_B),), *at, num_warps=1)
 
 
 class ToldEngine(DraftingEngine):
@@ -175,7 +187,8 @@ def drafting(config: ModelConfig, batch: int, prompt: int, new: int) -> dict[str
                 for s in engine._running:
                     text = texts[s.request.request_id] if name == "all" else [32000] * (prompt + new)
                     assert s.lease is not None
-                    engine.paged.table_SL[s.lease.slot, : len(text)] = torch.tensor(text, device="cuda")
+                    told = torch.tensor(text, dtype=torch.int32, device="cuda")
+                    engine.paged.table_SL[s.lease.slot, : len(text)] = told
             torch.cuda.synchronize()
             started, before = time.perf_counter(), len(events)
             while engine.has_work:

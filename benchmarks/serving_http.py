@@ -40,7 +40,9 @@ class AtOnce:
         """Yield all tokens at once, so many together."""
         name, last = request.request_id, request.max_tokens - 1
         events = [
-            TokenEvent(request_id=name, index=index, token_id=65, finish_reason="length" if index == last else None)
+            TokenEvent(
+                request_id=name, index=index, token_id=65, finish_reason="length" if index == last else None
+            )
             for index in range(request.max_tokens)
         ]
         for start in range(0, len(events), patience):

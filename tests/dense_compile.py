@@ -21,12 +21,22 @@ from triton.compiler import ASTSource
 from triton.compiler import compile as compile_source
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from sparseray.kernels import peer, peer_rounds
+from sparseray.kernels import drafts, peer, peer_rounds
 from sparseray.kernels.attention import decode, paged_write, prefill
-from sparseray.kernels.dense import adamw, embedding, head_loss, rms_norm, rope, squared_norm, swiglu
+from sparseray.kernels.dense import (
+    adamw,
+    embedding,
+    head_loss,
+    most_probable,
+    rms_norm,
+    rope,
+    squared_norm,
+    swiglu,
+)
 from sparseray.kernels.dse import fusion, row_update, rows, staged_rows
 from sparseray.kernels.moe import expert_map, ffn, router_logits
 from sparseray.kernels.nsa import compress_step, inverse
+from sparseray.kernels.paged import DraftState, Pages
 
 TYPES = {
     torch.float32: "fp32",
@@ -120,6 +130,19 @@ def attention() -> None:
         prefill.paged_prefill(q, cache, cache, table, bounds, lens, torch.empty_like(q))
 
 
+def drafting() -> None:
+    """What a step with drafts computes between two passes of the network."""
+    places = [torch.zeros(4, dtype=torch.int32) for _ in range(7)]
+    state = DraftState(latest_S=places[0], draft_S=places[1], length_S=places[2])
+    table = torch.zeros(4, 9, dtype=torch.int32)
+    found = Pages(page=256, table_BW=table, context_lens_B=places[3], places_R=places[4], num_new=2)
+    drafts.draft_rows(state, places[5], table, found, places[6], places[6])
+    for logits in (bf16(8, 32000), torch.zeros(8, 32000)):
+        most_probable.most_probable(logits)
+        drafts.judge_drafts(logits, state, places[5], table, places[6])
+        drafts.next_drafts(logits, table, state, places[5])
+
+
 def pages() -> None:
     """What is written into the pages of a served sequence."""
     lens, table, places = (
@@ -130,6 +153,11 @@ def pages() -> None:
     for num_kv, width in ((1, 64), (4, 128)):
         cache, compressed = bf16(4, 256, num_kv, width), bf16(4, 16, num_kv, width)
         paged_write.paged_write(bf16(2, num_kv, width), bf16(2, num_kv, width), places, cache, cache)
+        rows = bf16(2, num_kv, width), bf16(2, num_kv, width)
+        angle = torch.zeros(2, width // 2)
+        fused = bf16(2, (16 + 2 * num_kv) * width)
+        paged_write.rotary_write(fused, 16, angle, angle, places, cache, cache)
+        paged_write.paged_write_three([rows] * 3, places, [(cache, cache)] * 3)
         weights = bf16(2 * width, 32 * width), bf16(2 * width), bf16(width, 2 * width), bf16(width)
         for angles in (None, (torch.zeros(64, width // 2), torch.zeros(64, width // 2))):
             compress_step.compress_step(
@@ -238,6 +266,8 @@ def main() -> None:
         decode,
         paged_write,
         prefill,
+        drafts,
+        most_probable,
         compress_step,
         ffn,
         expert_map,
@@ -253,6 +283,7 @@ def main() -> None:
         module.launch_kernel = compile_launch
     dense()
     attention()
+    drafting()
     pages()
     routers()
     selection()

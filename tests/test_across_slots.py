@@ -62,6 +62,16 @@ def test_slots_with_some_of_the_roles_change_no_bit(
     check(train(tmp_path / "run", slabs_run(corpus, **roles)), one)
 
 
+@pytest.mark.parametrize(
+    ("attention", "experts"), [(1, 1), (3, 1), pytest.param(2, 2, marks=pytest.mark.long)]
+)
+def test_roles_in_slots_of_their_own_change_no_bit(
+    attention: int, experts: int, corpus: Path, one: Trained, tmp_path: Path
+) -> None:
+    roles = {"attention_workers": attention, "expert_shards": experts, "colocated": False}
+    check(train(tmp_path / "run", slabs_run(corpus, **roles)), one)
+
+
 def test_recomputed_layers_change_no_bit(corpus: Path, one: Trained, tmp_path: Path) -> None:
     config = slabs_run(corpus, slots=3)
     check(train(tmp_path / "run", replace(config, train=replace(config.train, recompute=True))), one)

@@ -111,10 +111,10 @@ class ToldModel(DraftingModel):
         super().__init__(*arguments, **options)
         self.table_SL = torch.full((len(self.latest_S), MAX_MODEL_LEN + 2), -1, device=self.device)
 
-    def _go_on(self, slots_B: Tensor, found_BN: Tensor, accepted_B: Tensor, draft_B: Tensor) -> None:
-        super()._go_on(slots_B, found_BN, accepted_B, draft_B)
-        told_B = self.table_SL[slots_B, self.length_S[slots_B] + 1]
-        self.draft_S.index_copy_(0, slots_B.long(), torch.where(told_B < 0, draft_B, told_B).int())
+    def _drafted_anew(self, slots_B: Tensor) -> None:
+        drafts_S = self.state_S.draft_S
+        told_B = self.table_SL[slots_B, self.state_S.length_S[slots_B] + 1]
+        drafts_S.index_copy_(0, slots_B.long(), torch.where(told_B < 0, drafts_S[slots_B], told_B).int())
 
 
 class ToldEngine(DraftingEngine):

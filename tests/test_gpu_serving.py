@@ -54,9 +54,7 @@ def engine_of(parts: Parts, on_gpu: tuple[Transformer, LocalExperts], **options:
     options = {"max_batch": 16, "max_model_len": MAX_MODEL_LEN, "prefill_chunk": 64, "page": 64, **options}
     model, experts = on_gpu
     memory = HostMemory(parts.memory) if parts.model.config.dse.layers else None
-    return PagedEngine(
-        model, experts, memory, grammars=parts.grammars, cache_bytes=64 << 20, **options
-    )
+    return PagedEngine(model, experts, memory, grammars=parts.grammars, cache_bytes=64 << 20, **options)
 
 
 def test_a_checkpoint_of_a_cpu_gives_its_tokens_on_the_gpu(

@@ -17,7 +17,7 @@ from processes import kill_all, start, temporary_folder, wait_until
 from sparseray.actors.training import worker
 from sparseray.actors.training.part_graph import PartGraph, graph_of
 from sparseray.actors.training.worker import SAMPLE_EVERY
-from sparseray.model.config import DSEConfig, MoEConfig, NSAConfig
+from sparseray.model.config import DSEConfig, MoEConfig, MTPConfig, NSAConfig
 from sparseray.platform.config import RunConfig, save_yaml
 from sparseray.platform.run import checkpoint
 from sparseray.platform.trainer import Trainer
@@ -70,7 +70,7 @@ def test_the_curve_is_that_of_a_cpu(corpus: Path, tmp_path: Path, dtype: str, to
 
 @pytest.mark.parametrize(
     "keys",
-    [{}, {"logical_shards": 1}, {"recompute": True}, {"logical_shards": 1, "dtype": "float32"}],
+    [{}, {"logical_shards": 1}, {"recompute": True}, {"logical_shards": 1, "dtype": "float32"}, {"mtp": 1}],
     ids=str,
 )
 def test_replayed_parts_change_no_bit(
@@ -78,7 +78,10 @@ def test_replayed_parts_change_no_bit(
 ) -> None:
     """With memory rows, checkpoints beside the steps, evaluations between them, and a step that notes statistics."""
     monkeypatch.setitem(SAMPLE_EVERY, "cuda", 5)
+    keys = dict(keys)
+    mtp = MTPConfig(depth=keys.pop("mtp", 0))
     config = run_on("cuda", corpus, steps=11, checkpoint_every=2, eval_every=3, **keys)
+    config = replace(config, model=replace(config.model, mtp=mtp))
     made: list[PartGraph] = []
 
     def graph(*arguments: Any) -> PartGraph | None:

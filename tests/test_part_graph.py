@@ -17,6 +17,7 @@ from sparseray.actors.exchange.protocol import FetchedRows
 from sparseray.actors.training import part_graph
 from sparseray.actors.training.objective import DeviceBatch, next_token
 from sparseray.actors.training.part_graph import PartGraph, graph_of
+from sparseray.model.config import DSEConfig, MTPConfig
 from sparseray.platform.config import RunConfig
 from sparseray.platform.trainer import Trainer
 
@@ -74,6 +75,21 @@ def test_replayed_parts_change_no_bit(
     assert replayed.evaluations == plain.evaluations
 
 
+def test_modules_of_further_tokens_are_replayed_until_their_weight_changes(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = whole_run(corpus, steps=6, parts=2)
+    mtp = MTPConfig(depth=2, loss_weight=0.3, later_loss_weight=0.1, later_from=4)
+    config = replace(config, model=replace(config.model, dse=DSEConfig(layers=()), mtp=mtp))
+    plain = train(tmp_path / "plain", config)
+    recorder = Recorded()
+    monkeypatch.setattr(part_graph, "recorder_of", lambda device: recorder)
+    replayed = train(tmp_path / "replayed", config)
+    assert (recorder.firsts, recorder.records, recorder.replays) == (2, 2, 10)
+    assert replayed.curve == plain.curve and replayed.digest == plain.digest
+    assert [r["losses"] for r in replayed.records] == [r["losses"] for r in plain.records]
+
+
 def test_a_killed_slot_records_again_and_comes_to_the_same_bits(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -129,7 +145,7 @@ NO_ROWS = FetchedRows(addresses={}, values={})
 
 def gradients(graph: PartGraph, part: DeviceBatch, weight: float = 64.0) -> list[Tensor]:
     """Loss and gradients of a part, taken as the exchange takes them."""
-    loss = graph(part, NO_ROWS, weight)
+    loss = graph(part, NO_ROWS, step=1, weight=weight)
     found = [*graph.dense.take_gradients(), *graph.exchange.whole.take_gradients()]
     return [x.clone() for x in (loss.sum, loss.aux, loss.counts_LE, *found)]
 
@@ -179,5 +195,3 @@ def test_there_is_a_graph_where_one_slot_has_everything_on_a_gpu(monkeypatch: py
     monkeypatch.setattr(part_graph, "recorder_of", lambda device: Recorded())
     assert graph_of(here.dense, here, next_token) is not None
     assert graph_of(here.dense, here, lambda *args, **keys: next_token(*args, **keys)) is None
-    here.dense.model.mtp.append(torch.nn.Identity())
-    assert graph_of(here.dense, here, next_token) is None

@@ -25,7 +25,9 @@ class _BreakingClient:
     async def generate(self, request: GenerationRequest, *, patience: int = 1) -> Any:
         if request.max_tokens > 1:
             yield [TokenEvent(request_id=request.request_id, index=0, token_id=66)]
-        yield [TokenEvent(request_id=request.request_id, index=1, finish_reason="error", error="secret detail")]
+        yield [
+            TokenEvent(request_id=request.request_id, index=1, finish_reason="error", error="secret detail")
+        ]
 
     reason = failure = ""
 

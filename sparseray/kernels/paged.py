@@ -5,7 +5,7 @@ compressed tokens has page / stride rows a page, so the block of a token lies on
 sequence's bits are those of the same operations on contiguous keys.
 
 Shapes: R rows, B sequences, W pages of a sequence, P tokens of a page, Q query heads, G key/value heads, D and V
-head sizes.
+head sizes, S slots.
 """
 
 from __future__ import annotations
@@ -81,6 +81,25 @@ class History:
     rows_SLH: Tensor
     slots_B: Tensor
     slots: tuple[int, ...]
+
+
+NO_TOKEN = -1
+"""Instead of a token where the logits are not finite."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DraftState:
+    """What a step goes on from, int32 [S] each; slot 0 is nobody's.
+
+    Args:
+        latest_S: newest token of every slot, which no page has yet.
+        draft_S: what probably follows it.
+        length_S: tokens in pages.
+    """
+
+    latest_S: Tensor
+    draft_S: Tensor
+    length_S: Tensor
 
 
 def write(pool: KeyValues, k_RGD: Tensor, v_RGV: Tensor, places_R: Tensor) -> None:

@@ -194,7 +194,8 @@ class PlainOps(PlainRowOps, PlainHeldOps):
         starts_BT: Tensor | None,
     ) -> Tensor:
         # Without a view of h in between: autograd would add up its gradients in another order.
-        gated_RH = self.memory_gate(h_RH, *key_value_RH.chunk(2, dim=-1), fusion)
+        key_RH, value_RH = key_value_RH.chunk(2, dim=-1)
+        gated_RH = self.memory_gate(h_RH, key_RH, value_RH, fusion)
         normed_RH = self.rms_norm(gated_RH, fusion.value_norm_C, fusion.conv_eps)
         conv_BTH = short_conv(
             normed_RH.unflatten(0, shape),

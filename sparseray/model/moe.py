@@ -105,8 +105,9 @@ class MoE(nn.Module):
             normalize=config.normalize,
             scaling=config.scaling,
         )
-        rows = batch.rows
-        ids_TK, weights_TK = ids_RK[:rows], weights_RK[:rows]
+        ids_TK, weights_TK, rows = ids_RK, weights_RK, batch.rows
+        if rows < x_RH.shape[0]:
+            ids_TK, weights_TK = ids_RK[:rows], weights_RK[:rows]
         loss = None if batch.invariant else balance_loss(config, scores_RE, ids_TK, batch.shape, self.ops)
         return ids_TK, weights_TK, loss
 
@@ -118,14 +119,15 @@ class MoE(nn.Module):
         Args:
             ids_TK, weights_TK: of `_route`.
         """
-        y_TH = experts(self.layer, x_RH[: batch.rows], ids_TK, weights_TK)
+        padding = x_RH.shape[0] - batch.rows
+        y_TH = experts(self.layer, x_RH[: batch.rows] if padding else x_RH, ids_TK, weights_TK)
         if self.shared is not None and batch.invariant:
             # Nobody reads what the rows of padding get; a decode step saves two launches a layer.
             shared_RH: Tensor = self.shared(x_RH, batch)
             shared_RH[: batch.rows] += y_TH
             return shared_RH
-        if y_TH.shape[0] < x_RH.shape[0]:
-            y_TH = torch.nn.functional.pad(y_TH, (0, 0, 0, x_RH.shape[0] - y_TH.shape[0]))
+        if padding:
+            y_TH = torch.nn.functional.pad(y_TH, (0, 0, 0, padding))
         if self.shared is not None:
             y_TH = y_TH + self.shared(x_RH, batch)
         return y_TH

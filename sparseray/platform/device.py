@@ -1,7 +1,7 @@
 """On what device a run computes, and whether it can: said in one sentence before anything is started.
 
-`cluster.device: cuda` is slots with a GPU each that share all roles: of one, tensors stay there and no message is made;
-several of one host exchange through each other's memory. The same way of working on a CPU is what `train.dtype:
+`cluster.device: cuda` is slots with a GPU each: of one that has all roles, tensors stay there and no message is made;
+several of one host, whose roles may be apart, exchange through each other's memory. The same way of working on a CPU is what `train.dtype:
 bfloat16` asks for without a GPU.
 """
 
@@ -37,9 +37,7 @@ def resolve_device(config: RunConfig, found: Driver | None = None) -> RunConfig:
         ConfigError: what does not fit, where, and what to change.
     """
     config, found = _resolved(config, found)
-    if is_whole(config):
-        _check_in_step(config)
-    else:
+    if not is_whole(config):
         _check_by_message(config)
     if config.cluster.device == "cuda":
         assert found is not None
@@ -68,7 +66,6 @@ def resolve_serving_device(config: RunConfig, found: Driver | None = None) -> Ru
                 "cluster.device=cuda: latent attention (model.attention: mla) has no paged kernel for a GPU yet, it is"
                 " served on a CPU; set cluster.device=cpu"
             )
-        _check_in_step(config)
         _check_engines(config)
         _check_gpu(config, found)
     return config
@@ -88,6 +85,11 @@ def _resolved(config: RunConfig, found: Driver | None) -> tuple[RunConfig, Drive
 def _check_engines(config: RunConfig) -> None:
     """See that nothing is asked for beside engines, each of which has everything, or some of the experts."""
     cluster, shards = config.cluster, f"cluster.expert_shards={config.cluster.expert_shards}"
+    if not cluster.colocated:
+        raise ConfigError(
+            "cluster.colocated=false does not fit cluster.device=cuda in serving, where slots share all roles; set"
+            " cluster.colocated=true"
+        )
     if cluster.memory_shards > 1:
         raise ConfigError(
             f"cluster.memory_shards={cluster.memory_shards} does not fit cluster.device=cuda in serving, where every"
@@ -105,17 +107,8 @@ def _check_engines(config: RunConfig) -> None:
         )
 
 
-def _check_in_step(config: RunConfig) -> None:
-    cluster = config.cluster
-    cause = "cluster.device=cuda" if cluster.device == "cuda" else "train.dtype=bfloat16"
-    if not cluster.colocated:
-        raise ConfigError(
-            f"cluster.colocated=false does not fit {cause}, where slots share all roles; set cluster.colocated=true"
-        )
-
-
 def _check_by_message(config: RunConfig) -> None:
-    needs = "needs slots that share all roles (cluster.device=cuda, or train.dtype=bfloat16)"
+    needs = "needs slots that compute in slabs (cluster.device=cuda, or train.dtype=bfloat16)"
     if config.optim.moments != "float32":
         raise ConfigError(f"optim.moments={config.optim.moments} {needs}; set optim.moments=float32")
     if config.train.recompute:

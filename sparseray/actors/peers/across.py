@@ -236,6 +236,7 @@ class DeviceExchange(Abortable):
         self.shares.share(self.across.count + 3)
         self.across.count += 4
         of_dense, of_experts, _ = step_norms(self.dense, self.held, [], self.link.read)
+        self.across.settle(max(map(len, self._turn.rounds)), self.part_shape[0] * self.part_shape[1])
         plan = self.plan
         if self.me in plan.dense:
             is_first = plan.dense[0] == self.me

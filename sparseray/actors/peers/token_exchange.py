@@ -72,6 +72,7 @@ class TokenExchange:
         """Of the words of all exchanges; those who make others in between raise it."""
         self.counts_rows = True
         """Whether the host learns of how many rows there are; where there is room for all, it does not wait for that."""
+        self._is_settled = False
         self._groups: dict[tuple[int, int], tuple[dict[int, int], Tensor]] = {}
         self._kept: dict[int, _Kept] = {}
         self._gradients: Gradients = []
@@ -80,6 +81,24 @@ class TokenExchange:
         """Forget what a step left."""
         self._kept.clear()
         self._gradients.clear()
+
+    def settle(self, sources: int, tokens: int) -> None:
+        """After the first step, when its memory is known: do without counts where all rows would have room.
+
+        Args:
+            sources: slots that send tokens at the same time, at most.
+            tokens: of each.
+        """
+        if self._is_settled or self.device.type != "cuda" or not self.held.slabs:
+            return
+        self._is_settled = True
+        slab, layers = self.held.slabs[0], len(self.held.slabs)
+        # Kept of a row are both pre-activations; in passing there are activations, their gradients, and rows.
+        each = slab.compute[0].element_size() * (2 * layers * slab.inner + 4 * slab.inner + 2 * slab.hidden)
+        more = (sources - 1) * tokens * self.held.config.moe.top_k * each
+        free, total = torch.cuda.mem_get_info(self.device)
+        free += torch.cuda.memory_reserved(self.device) - torch.cuda.max_memory_allocated(self.device)
+        self.counts_rows = free - more < total // 16
 
     def take_gradients(self) -> Gradients:
         """Take the experts' gradients of a round: of each source's part, or the sum of all."""

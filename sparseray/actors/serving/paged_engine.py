@@ -292,7 +292,7 @@ class PagedEngine(Engine):
                 chosen = [ready[i] for i in here]
                 known = [s.tokens for s in chosen]
                 positions = [len(s.tokens) + s.pending for s in chosen]
-                found = sample_rows(rows_RV, [s.request for s in chosen], known, positions)
+                found = sample_rows(rows_RV, [s.request for s in chosen], known, positions, self.model.ops)
                 tokens = to_host(found)
                 self.paged.keep(found, [s.lease for s in chosen if s.lease is not None])
                 for sequence in chosen:

@@ -108,6 +108,5 @@ class TokenEvent:
     @property
     def is_plain(self) -> bool:
         """Whether there is nothing to it but its token."""
-        return not (self.finish_reason or self.accepted or self.rejected or self.error) and (
-            self.logprobs is self.prompt_logprobs is None
-        )
+        more = self.finish_reason or self.error or self.accepted or self.rejected
+        return not more and self.logprobs is None and self.prompt_logprobs is None

@@ -123,58 +123,63 @@ class PartGraph:
         self._recorder: Recorder | None = recorder
         self._key: tuple[object, ...] = ()
         self._recording: _Recording | None = None
+        self._metrics: list[str] = []
 
     @property
     def is_recorded(self) -> bool:
         """Whether the next part that is like the last one is replayed."""
         return self._recording is not None
 
-    def __call__(self, batch: Batch, rows: FetchedRows, weight: float) -> Loss:
+    def __call__(self, batch: Batch, rows: FetchedRows, *, step: int, weight: float) -> Loss:
         """Run one part forward and backward; its gradients are left at the leaves and the rows.
 
         Args:
             batch: on the CPU.
             rows: of its tokens.
+            step: that it is of.
             weight: of the whole global batch.
         """
-        leaves = self.exchange.leaves()
-        # What a recording has built in: the sizes, the divisor, and where everything lies that it reads.
-        lies = [tensor.data_ptr() for tensor in (*leaves, *self.dense.model.buffers())]
-        key = (batch.tokens_BT.shape, weight, *lies)
+        model, leaves = self.dense.model, self.exchange.leaves()
         there = on_device(batch, self.dense.device)
+
+        def run(batch: DeviceBatch, rows: FetchedRows) -> list[Tensor]:
+            return self._passes(leaves, batch, rows, step, weight)
+
+        # What a recording has built in: the sizes, factors of the loss, and where everything lies that it reads.
+        lies = [tensor.data_ptr() for tensor in (*leaves, *model.buffers())]
+        key = (batch.tokens_BT.shape, weight, model.config.mtp.weight_at(step), *lies)
         if self._recorder is None or batch.weights_BT is not None:
-            found = self._passes(leaves, there, rows, weight)
+            found = run(there, rows)
         elif key != self._key:
             self._key, self._recording = key, None
-            found = self._recorder.first(lambda: self._passes(leaves, there, rows, weight))
+            found = self._recorder.first(lambda: run(there, rows))
+        elif self._recording is None and not self._record(run, there, rows, leaves):
+            found = run(there, rows)
         else:
-            found = self._replayed(leaves, there, rows, weight)
-        loss_sum, aux, counts_LE, *gradients = found
-        for leaf, gradient in zip((*leaves, *rows.values.values()), gradients, strict=True):
+            found = self._replayed(there, rows)
+        loss_sum, aux, counts_LE, *rest = found
+        metrics = dict(zip(self._metrics, rest))
+        for leaf, gradient in zip((*leaves, *rows.values.values()), rest[len(metrics) :], strict=True):
             leaf.grad = gradient
         counted = batch.targets_BT.numel() if batch.weights_BT is None else batch.weights_BT.double().sum()
-        return Loss(sum=loss_sum, weight=float(counted), aux=aux, counts_LE=counts_LE)
+        return Loss(sum=loss_sum, weight=float(counted), aux=aux, counts_LE=counts_LE, metrics=metrics)
 
     def _passes(
-        self, leaves: list[Tensor], batch: DeviceBatch, rows: FetchedRows, weight: float
+        self, leaves: list[Tensor], batch: DeviceBatch, rows: FetchedRows, step: int, weight: float
     ) -> list[Tensor]:
-        """Loss, balance loss and counts, and the gradients of leaves and rows."""
+        """Loss, balance loss, counts and further losses, then the gradients of leaves and rows."""
         rows = rows.differentiable()
-        # Of what is computed here only further tokens would depend on the step.
-        loss = next_token(self.dense.model, batch, self.exchange, rows, step=None)
+        loss = next_token(self.dense.model, batch, self.exchange, rows, step=step)
         loss.backward(weight, self.dense.num_parts)
-        found = [loss.sum.detach(), loss.aux.detach(), loss.counts_LE]
+        self._metrics = list(loss.metrics)
+        found = [loss.sum.detach(), loss.aux.detach(), loss.counts_LE, *loss.metrics.values()]
         for leaf in (*leaves, *rows.values.values()):
             found.append(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad)
             leaf.grad = None
         return found
 
-    def _replayed(
-        self, leaves: list[Tensor], batch: DeviceBatch, rows: FetchedRows, weight: float
-    ) -> list[Tensor]:
-        """What `_passes` gives, from the recording, which is made if there is none."""
-        if self._recording is None and not self._record(leaves, batch, rows, weight):
-            return self._passes(leaves, batch, rows, weight)
+    def _replayed(self, batch: DeviceBatch, rows: FetchedRows) -> list[Tensor]:
+        """What `_passes` gives, from the recording."""
         recording = self._recording
         assert recording is not None
         with torch.no_grad():
@@ -185,8 +190,14 @@ class PartGraph:
         several = self.dense.num_parts > 1
         return [tensor.clone() for tensor in recording.found] if several else recording.found
 
-    def _record(self, leaves: list[Tensor], batch: DeviceBatch, rows: FetchedRows, weight: float) -> bool:
-        """Make the recording; without it parts are launched by the host, as before."""
+    def _record(
+        self,
+        run: Callable[[DeviceBatch, FetchedRows], list[Tensor]],
+        batch: DeviceBatch,
+        rows: FetchedRows,
+        leaves: list[Tensor],
+    ) -> bool:
+        """Make the recording; where that fails, parts are launched by the host from now on."""
         own = DeviceBatch(
             tokens_BT=batch.tokens_BT.clone(),
             targets_BT=batch.targets_BT.clone(),
@@ -198,9 +209,7 @@ class PartGraph:
         )
         assert self._recorder is not None
         try:
-            replay, found = self._recorder.record(
-                lambda: self._passes(leaves, own, kept, weight), self._beside(leaves)
-            )
+            replay, found = self._recorder.record(lambda: run(own, kept), self._beside(leaves))
         except RuntimeError as error:
             is_full = isinstance(error, torch.OutOfMemoryError)
             log.warning("parts run without a CUDA graph: %s", error, exc_info=None if is_full else error)
@@ -208,6 +217,7 @@ class PartGraph:
             for leaf in leaves:
                 leaf.grad = None
             return False
+        log.info("parts run as one CUDA graph from now on")
         self._recording = _Recording(batch=own, rows=kept, replay=replay, found=found)
         return True
 
@@ -228,16 +238,16 @@ def _inputs(batch: DeviceBatch, rows: FetchedRows) -> list[Tensor]:
 def graph_of(state: DenseState, exchange: Exchange, objective: Objective) -> PartGraph | None:
     """The graph of a worker's parts; None where the host must launch them.
 
-    There is one on a GPU whose slot has all roles, for the plain objective: with several slots the host waits inside a
-    layer, and what further tokens count depends on the step. What a batch with weights of its own and a step's
-    statistics need is told where they are met: `PartGraph` launches the first, and worker.py notes the second.
+    There is one on a GPU whose slot has all roles, for the objective that is known to wait for nothing: with several slots
+    the host waits inside a layer. Batches with weights of their own are launched by `PartGraph` all the same, as their
+    sum is read by the host, and so are parts that could not be recorded.
 
     Args:
         state: dense weights of the slot.
         exchange: of the generation.
         objective: what to train for.
     """
-    if not isinstance(exchange, OnDeviceExchange) or objective is not next_token or state.model.mtp:
+    if not isinstance(exchange, OnDeviceExchange) or objective is not next_token:
         return None
     recorder = recorder_of(state.device)
     return None if recorder is None else PartGraph(exchange, recorder)

@@ -166,7 +166,7 @@ class AttentionWorker:
         if self.graph is None:
             loss.backward(weight, self.state.num_parts)
         else:
-            loss = self.graph(batch, rows, weight)
+            loss = self.graph(batch, rows, step=step, weight=weight)
         gradients = PartGradients(dense=lane.take_gradients(), rows=rows.gradients())
         backward_s = time.perf_counter() - between
         return _Ran(loss=loss, gradients=gradients, forward_s=between - started, backward_s=backward_s)

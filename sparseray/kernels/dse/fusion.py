@@ -108,6 +108,11 @@ def _conv_kernel(
 
 
 @triton.jit
+def _append(tensors, x):
+    return tensors + (x,)  # noqa: RUF005  (Triton unpacks none)
+
+
+@triton.jit
 def _conv_backward_kernel(
     p_v, p_kept, p_segment, p_taps, p_v_norm, p_dout, p_dy, p_sums, T, rows,
     C: tl.constexpr, K: tl.constexpr, DILATION: tl.constexpr, SEGMENTS: tl.constexpr,
@@ -120,7 +125,7 @@ def _conv_backward_kernel(
     norm = tl.load(p_v_norm + o_c, mask=m_c, other=0.0).to(tl.float32)
     sums = ()
     for _ in tl.static_range(K):
-        sums = sums + (tl.zeros([BT, BC], tl.float32),)  # noqa: RUF005  (Triton unpacks none)
+        sums = _append(sums, tl.zeros([BT, BC], tl.float32))
     for start in range(0, ROWS, BT):
         o_t = tl.program_id(0) * ROWS + start + tl.arange(0, BT)
         o = (first + o_t)[:, None] * C + o_c[None, :]
@@ -135,14 +140,14 @@ def _conv_backward_kernel(
                 p_v, p_kept, p_segment, segment, first, o_t, o_c, j * DILATION, T, rows, C, SEGMENTS
             )
             weight = norm * tl.load(p_taps + (K - 1 - j) * C + o_c, mask=m_c, other=0.0).to(tl.float32)
-            normed = normed + (x * by_norm,)  # noqa: RUF005  (Triton unpacks none)
+            normed = _append(normed, x * by_norm)
             acc += normed[j] * weight[None, :]
         share = 1.0 / (1.0 + tl.exp(-acc))
         dy = dout * share * (1.0 + acc * (1.0 - share))
         tl.store(p_dy + o, dy.to(p_dy.dtype.element_ty), mask=m)
         added = ()
         for j in tl.static_range(K):
-            added = added + (sums[j] + dy * normed[j],)  # noqa: RUF005  (Triton unpacks none)
+            added = _append(added, sums[j] + dy * normed[j])
         sums = added
     p = p_sums + (tl.program_id(2).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * K * C + o_c
     for j in tl.static_range(K):

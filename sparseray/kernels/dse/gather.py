@@ -101,7 +101,7 @@ def _block_mover(streaming: bool) -> Any:
     return move
 
 
-_move = _block_mover(streaming=False)
+move_block = _block_mover(streaming=False)
 _stream = _block_mover(streaming=True)
 
 
@@ -183,7 +183,7 @@ def copy_rows(table, rows, out, first, last, how):
                 _stream(table, row, out, i, block * BLOCK_BYTES)
         else:
             for block in range(blocks):
-                _move(table, row, out, i, block * BLOCK_BYTES)
+                move_block(table, row, out, i, block * BLOCK_BYTES)
         for d in range(rest, width):
             out[i, d] = table[row, d]
     if streaming:

@@ -22,7 +22,16 @@ from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from sparseray.kernels.dse.cpu import PREFETCH_DISTANCE, Floats, Ints
-from sparseray.kernels.dse.gather import CHUNK_ROWS, check_rows, copy_rows, fetch_add, plan_copy, prefetch
+from sparseray.kernels.dse.gather import (
+    BLOCK_BYTES,
+    CHUNK_ROWS,
+    check_rows,
+    copy_rows,
+    fetch_add,
+    move_block,
+    plan_copy,
+    prefetch,
+)
 
 WORD_BITS, WORD_MASK = 6, 63
 
@@ -66,7 +75,7 @@ def _mark(rows, num_rows, words, groups):
 @numba.njit(cache=True, nogil=True)
 def _count(words, groups, before):
     """How many bits are set, and into `before` how many are before each word that has any."""
-    total, one = 0, np.uint64(1)
+    total, one = np.int64(0), np.uint64(1)
     for group in range(groups.shape[0]):
         left = groups[group]
         while left:
@@ -214,27 +223,32 @@ def _gather(rows, w, w_out, w_how, m, m_out, m_how, v, v_out, v_how, t, t_out, t
 
 
 @numba.njit(cache=True, nogil=True)
-def _write(table, rows, values, first, last):
+def _write(values, table, how, rows, first, last):
+    """Write rows [first, last), block after block; element by element it takes twice as long."""
+    blocks, row_bytes = how[0], table.shape[1] * table.itemsize
+    rest = blocks * BLOCK_BYTES // table.itemsize
     for u in range(first, last):
         if u + PREFETCH_DISTANCE < last:
-            for offset in range(0, table.shape[1] * table.itemsize, 64):
+            for offset in range(0, row_bytes, 64):
                 prefetch(table, rows[u + PREFETCH_DISTANCE], offset)
-        for d in range(table.shape[1]):
+        for block in range(blocks):
+            move_block(values, u, table, rows[u], block * BLOCK_BYTES)
+        for d in range(rest, table.shape[1]):
             table[rows[u], d] = values[u, d]
 
 
 @numba.njit(cache=True, nogil=True)
-def _scatter(rows, w, w_in, m, m_in, v, v_in, t, t_in, counter):
+def _scatter(rows, w_in, w, w_how, m_in, m, m_how, v_in, v, v_how, t_in, t, t_how, counter):
     """Write chunks of rows with all their fields until none are left."""
     while True:
         first = fetch_add(counter, 0, CHUNK_ROWS)
         if first >= rows.shape[0]:
             return
         last = min(first + CHUNK_ROWS, rows.shape[0])
-        _write(w, rows, w_in, first, last)
-        _write(m, rows, m_in, first, last)
-        _write(v, rows, v_in, first, last)
-        _write(t, rows, t_in, first, last)
+        _write(w_in, w, w_how, rows, first, last)
+        _write(m_in, m, m_how, rows, first, last)
+        _write(v_in, v, v_how, rows, first, last)
+        _write(t_in, t, t_how, rows, first, last)
 
 
 Move = tuple[Ints, Sequence[Array], Sequence[Array]]
@@ -265,8 +279,8 @@ def scatter_fields(moves: Sequence[Move], *, threads: int, pool: Executor) -> No
     """
     calls = []
     for rows_U, table, values in moves:
-        pairs = [field for pair in zip(table, values) for field in pair]
-        calls.append((_scatter, (rows_U, *pairs, np.zeros(1, np.int64))))
+        plans = [plan for pair in zip(values, table) for plan in plan_copy(*pair)]
+        calls.append((_scatter, (rows_U, *plans, np.zeros(1, np.int64))))
     _share_out(calls, threads, pool)
 
 

@@ -207,9 +207,7 @@ def decode_config(rows_per_expert: float, dtype: torch.dtype) -> LayerConfig:
         m = 16 if rows_per_expert <= 8 else 32
         up = TileConfig(n=64, k=128 // shorten, group=4, warps=4, stages=3)
         down = TileConfig(n=128, k=128 // shorten, group=4, warps=4, stages=3)
-    return LayerConfig(
-        m=m, up=up, down=down, act_grad=up, input_grad=down, weight_grad=down, weight_grad_rows=64
-    )
+    return LayerConfig(m=m, up=up, down=down, act_grad=up, input_grad=down)
 
 
 @dataclass(frozen=True, kw_only=True)
