@@ -190,7 +190,8 @@ class RoundsEngine(PagedEngine):
                 continue
             sequence.pending = 0
             if len(sequence.tokens) > sequence.num_read:
-                sequence.lease.length = len(sequence.tokens) - 1
+                # One that has moved here may still be computing tokens that it had.
+                sequence.lease.length = min(sequence.lease.length, len(sequence.tokens) - 1)
                 continue
             self.pool.forget(sequence.lease)
             self._release(sequence)
