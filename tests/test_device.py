@@ -146,11 +146,9 @@ def test_the_estimate_counts_what_latent_attention_keeps() -> None:
     assert kept == tokens * model.num_heads * 2 * 32 * 2
 
 
-def test_latent_attention_is_served_on_a_cpu_as_the_message_says() -> None:
+def test_latent_attention_is_served_on_a_gpu() -> None:
     latent = config(model=replace(config().model, attention=("mla",)))
-    with pytest.raises(ConfigError, match="no paged kernel for a GPU") as refused:
-        resolve_serving_device(latent, GOOD)
-    assert resolve_serving_device(cured(latent, str(refused.value))).cluster.device == "cpu"
+    assert resolve_serving_device(latent, GOOD).cluster.device == "cuda"
 
 
 def test_a_server_computes_in_its_own_dtype_on_a_gpu_and_in_float32_on_a_cpu() -> None:

@@ -61,11 +61,6 @@ def resolve_serving_device(config: RunConfig, found: Driver | None = None) -> Ru
     config = replace(config, train=replace(config.train, dtype=dtype))
     if config.cluster.device == "cuda":
         assert found is not None
-        if config.model.has_latent_layers:
-            raise ConfigError(
-                "cluster.device=cuda: latent attention (model.attention: mla) has no paged kernel for a GPU yet, it is"
-                " served on a CPU; set cluster.device=cpu"
-            )
         _check_engines(config)
         _check_gpu(config, found)
     return config
@@ -87,8 +82,8 @@ def _check_engines(config: RunConfig) -> None:
     cluster, shards = config.cluster, f"cluster.expert_shards={config.cluster.expert_shards}"
     if not cluster.colocated:
         raise ConfigError(
-            "cluster.colocated=false does not fit cluster.device=cuda in serving, where slots share all roles; set"
-            " cluster.colocated=true"
+            "cluster.colocated=false does not fit cluster.device=cuda in serving, where an engine's slot has all roles;"
+            " set cluster.colocated=true"
         )
     if cluster.memory_shards > 1:
         raise ConfigError(
@@ -145,6 +140,8 @@ def _check_number(config: RunConfig, gpus: int) -> None:
     }
     wanted["standby"] = min(cluster.standby, gpus - min(slots, gpus))
     cure = " ".join(f"cluster.{k}={v}" for k, v in wanted.items() if v != getattr(cluster, k))
+    if not cluster.colocated:
+        cure = f"cluster.colocated=true {cure}".rstrip()
     raise ConfigError(
         f"cluster.device=cuda: {slots} slots and {cluster.standby} on standby take a GPU each, and this machine shows"
         f" {gpus}; set {cure}, or cluster.device=cpu"
