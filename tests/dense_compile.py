@@ -35,6 +35,7 @@ from sparseray.kernels.dense import (
 )
 from sparseray.kernels.dse import fusion, row_update, rows, staged_rows
 from sparseray.kernels.moe import expert_map, ffn, router_logits
+from sparseray.kernels.moe.held_rounds import rows_of_held
 from sparseray.kernels.nsa import compress_step, inverse
 from sparseray.kernels.paged import DraftState, Pages
 
@@ -217,6 +218,8 @@ def peers() -> None:
         peer_rounds.say(7, field, table, who, state)
         peer_rounds.wait(7, field, flags, who, state, order, 20.0)
     peer_rounds.answer(bf16(16, 2048), order, order, 512 * 6, table, state)
+    places = torch.zeros(2048, 6, dtype=torch.int32)
+    rows_of_held(bf16(2048, 2048), places, bf16(32, 2816, 2048), bf16(32, 2048, 1408))
 
 
 def _activation_grad(
