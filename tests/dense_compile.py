@@ -34,10 +34,13 @@ from sparseray.kernels.dense import (
     swiglu,
 )
 from sparseray.kernels.dse import fusion, row_update, rows, staged_rows
-from sparseray.kernels.moe import expert_map, ffn, router_logits
+from sparseray.kernels.moe import decode as decode_experts
+from sparseray.kernels.moe import expert_map, ffn, router, router_logits
 from sparseray.kernels.moe.held_rounds import rows_of_held
 from sparseray.kernels.nsa import compress_step, inverse
+from sparseray.kernels.nsa import decode as nsa_decode
 from sparseray.kernels.paged import DraftState, Pages
+from sparseray.kernels.settings import NSASizes
 
 TYPES = {
     torch.float32: "fp32",
@@ -180,6 +183,23 @@ def selection() -> None:
         compile_launch(inverse.parts_kernel, (1,), starts, table, count, 9000, 2048, BR=count, num_warps=16)
 
 
+def decoding() -> None:
+    """Routing, and rows by expert, of a few tokens; native sparse attention from them to pages."""
+    for T, E in ((1, 64), (64, 64), (64, 256)):
+        ids, _, _ = router.route(torch.zeros(T, E), top_k=6)
+        decode_experts.plan_few_rows(ids, E, tile_rows=16)
+    sizes = NSASizes(block=32, stride=16, select_block=64, num_selected=16, window=512)
+    for batch, heads, num_kv, page in ((16, 16, 4, 256), (1, 16, 16, 1024)):
+        pools = [(bf16(4, rows, num_kv, 64), bf16(4, rows, num_kv, 64)) for rows in (page // 16, page, page)]
+        table, lens = (
+            torch.zeros(batch, 65536 // page, dtype=torch.int32),
+            torch.zeros(batch, dtype=torch.int32),
+        )
+        work = nsa_decode.DecodeWorkspace.create(batch, 1, heads, num_kv, 64, 65000, sizes, device="cpu")
+        q, gates = bf16(batch, 1, heads, 64), bf16(batch, 1, heads, 3)
+        nsa_decode.nsa_decode(q, gates, *pools, table, table, table, lens, work, torch.empty_like(q), sizes)
+
+
 def experts() -> None:
     for H, I in ((1024, 512), (2048, 1408)):
         T, E, K = 256, 4, 2
@@ -274,6 +294,9 @@ def main() -> None:
         compress_step,
         ffn,
         expert_map,
+        router,
+        decode_experts,
+        nsa_decode,
         peer,
         peer_rounds,
         router_logits,
@@ -290,6 +313,7 @@ def main() -> None:
     pages()
     routers()
     selection()
+    decoding()
     experts()
     peers()
     memory()

@@ -160,7 +160,8 @@ class PromptGraphs:
         Args:
             experts: that they will call.
         """
-        pool, self._made = torch.cuda.graph_pool_handle() if self._new else None, []
+        pool = torch.cuda.graph_pool_handle() if self._new else None
+        self._made.clear()
         for new in reversed(self._new):
             graph = new()
             graph.capture(experts, pool)

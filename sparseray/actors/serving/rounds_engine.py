@@ -87,7 +87,8 @@ class RoundsModel(PagedModel):
     def __init__(self, model: Transformer, *, rounds: InRounds, **sizes: int) -> None:
         self._rounds, self._is_warm = rounds, False
         self._key: tuple[int, ...] | None = None
-        super().__init__(model, **sizes)
+        # Prompts are launched: whoever enters makes the others wait for its graphs.
+        super().__init__(model, **{**sizes, "prompt_rows": 0})
 
     def warm(self, experts: Experts, memory: Memory | None) -> None:
         """As of `PagedModel`; others take no part.
