@@ -215,6 +215,21 @@ def experts() -> None:
             ffn.weight_grad(grads, x, plan, config, rows_first=first, out=out, accumulate=True)
 
 
+def few_tokens() -> None:
+    """The experts of few rows: pairs of one or two, and the map of more in one launch."""
+    for tokens, dtype, E, H, I, K in (
+        (1, torch.bfloat16, 64, 1024, 512, 6),
+        (2, torch.float32, 8, 128, 64, 2),
+        (5, torch.bfloat16, 8, 128, 64, 2),
+        (64, torch.bfloat16, 64, 1024, 512, 6),
+        (64, torch.float32, 64, 2048, 1408, 6),
+    ):
+        x, ids = torch.zeros(tokens, H, dtype=dtype), torch.zeros(tokens, K, dtype=torch.int64)
+        up, down = torch.zeros(E, 2 * I, H, dtype=dtype), torch.zeros(E, H, I, dtype=dtype)
+        decode_experts.moe_ffn_decode(x, ids, torch.zeros(tokens, K), up, down)
+    decode_experts.plan_few_rows(torch.zeros(256, 6, dtype=torch.int64), 16, tile_rows=16)
+
+
 def peers() -> None:
     flags, state = torch.zeros(4, dtype=torch.int64), torch.zeros(3, dtype=torch.int64)
     order = torch.zeros(16, dtype=torch.int32)
@@ -315,6 +330,7 @@ def main() -> None:
     selection()
     decoding()
     experts()
+    few_tokens()
     peers()
     memory()
 
