@@ -24,8 +24,8 @@ from sparseray.kernels.launch import launch_kernel
 
 TILE_ROWS, TILE_CHANNELS = 16, 256
 """Of the convolution."""
-WALK_ROWS, WALK_STEP = 64, 4
-"""Tokens that one program of its backward pass goes over, and how many of them at a time: one a warp."""
+WALK_ROWS = 64
+"""Tokens that one program of its backward pass goes over: a warp, one after another."""
 TOKEN_PROGRAMS = 132 * 14
 """Programs that share the tokens of the backward pass: what an H100 holds at a time."""
 WARP_CHANNELS = 1024
@@ -289,7 +289,7 @@ def _backward(
         _conv_backward_kernel,
         (walks, triton.cdiv(C, min(TILE_CHANNELS, bc)), B),
         kv[..., C:], kept, places, taps_KC, fusion.value_norm_C, dout, dy, of_taps, T, B * T,
-        **sizes, BT=WALK_STEP, BC=min(TILE_CHANNELS, bc), ROWS=WALK_ROWS, num_warps=4,
+        **sizes, BT=1, BC=min(TILE_CHANNELS, bc), ROWS=WALK_ROWS, num_warps=1,
     )  # fmt: skip
     dh, dkv, programs = torch.empty_like(h), torch.empty_like(kv), min(TOKEN_PROGRAMS, B * T)
     of_dot = torch.empty(programs, C, dtype=torch.float32, device=h.device)
