@@ -104,6 +104,7 @@ class LocalFleet:
         faults: what goes wrong.
         most: slots that may live at once.
         nodes, machines: of the slots, by id.
+        drained: nodes that are to be drained, and seconds until they are gone.
     """
 
     job: str
@@ -112,6 +113,7 @@ class LocalFleet:
     most: int = 12
     nodes: dict[int, str] = field(default_factory=dict)
     machines: dict[int, str] = field(default_factory=dict)
+    drained: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
@@ -140,6 +142,9 @@ class LocalFleet:
 
     def room(self) -> int:
         return self.most - len(self.members())
+
+    def draining(self) -> dict[int, float]:
+        return {s: self.drained[m.node] for s, m in self.members().items() if m.node in self.drained}
 
     def losses(self) -> list[Loss]:
         with self._lock:

@@ -48,6 +48,8 @@ class LocalServer:
         serve: limits of the engines.
         follows: folder of a run that is followed.
         offers: of that run, while it trains.
+        is_in_slabs: engines compute in bf16 in slabs, as on GPUs.
+        nodes: of the slots, by id.
     """
 
     def __init__(
@@ -59,6 +61,8 @@ class LocalServer:
         serve: ServeConfig | None = None,
         follows: str = "",
         offers: Callable[[], Offers | None] = lambda: None,
+        is_in_slabs: bool = False,
+        nodes: dict[int, str] | None = None,
     ) -> None:
         folder.mkdir(parents=True)
         serve, followed, self.offers = serve or ServeConfig(prefill_chunk=8), RunFolder(Path(follows)), offers
@@ -66,9 +70,12 @@ class LocalServer:
             config = open_followed(followed, serve, cluster)
         else:
             config = open_serving(checkpoint, serve, cluster)
+        if is_in_slabs:
+            train = replace(config.train, dtype="bfloat16")
+            config = replace(config, train=train, kernels="reference")
         self.config = replace(config, run_dir=str(folder))
         self.sockets = Path(tempfile.mkdtemp(prefix="sr"))
-        self.fleet = LocalFleet(uuid.uuid4().hex, self.sockets, faults or Faults())
+        self.fleet = LocalFleet(uuid.uuid4().hex, self.sockets, faults or Faults(), nodes=nodes or {})
         transports = (ZmqTransport(name, self.sockets) for name in ("ingress", "ingress-out"))
         self.ingress = Ingress(self.fleet.job, *transports, deadline_s=20.0, places=config.serve.max_batch)
         self.task = Served(
@@ -143,7 +150,8 @@ class LocalServer:
         async def one(request: GenerationRequest) -> Heard:
             nonlocal count
             heard, last_s = Heard([], None), time.monotonic()
-            async for event in self.ingress.generate(request):
+            events = (event async for run in self.ingress.generate(request) for event in run)
+            async for event in events:
                 heard.finish = event.finish_reason
                 if event.token_id is not None:
                     assert event.index == len(heard.tokens), event

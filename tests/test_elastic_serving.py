@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,11 @@ def requests() -> list[GenerationRequest]:
     ]
 
 
-def serve(folder: Path, checkpoint: Path, **cluster: object) -> LocalServer:
-    return LocalServer(folder, checkpoint, ClusterConfig(**{**WIDE, "deadline_s": 5.0, **cluster}))  # type: ignore[arg-type]
+def serve(
+    folder: Path, checkpoint: Path, nodes: dict[int, str] | None = None, **cluster: object
+) -> LocalServer:
+    config = ClusterConfig(**{**WIDE, "deadline_s": 5.0, **cluster})  # type: ignore[arg-type]
+    return LocalServer(folder, checkpoint, config, nodes=nodes)
 
 
 @pytest.fixture(scope="module")
@@ -277,11 +281,40 @@ def test_an_engine_that_is_planned_to_go_finishes_what_it_has(
         until(lambda: server.events.count("resized") == 3)
 
 
+@pytest.mark.parametrize(
+    ("left_s", "most"),
+    [
+        pytest.param(60.0, 12, id="time and room"),
+        pytest.param(inf, 6, id="no room"),
+        pytest.param(0.5, 12, id="no time"),
+    ],
+)
+def test_engines_on_a_node_that_is_drained_finish_what_they_have(
+    left_s: float, most: int, trained: Path, undisturbed: list[Heard], tmp_path: Path
+) -> None:
+    nodes = {slot: "ab"[slot % 2] for slot in range(6)}
+    with serve(tmp_path / "server", trained, nodes=nodes) as server:
+        engines = engines_of(server)
+
+        def drain(server: LocalServer) -> None:
+            server.fleet.drained["a"], server.fleet.most = left_s, most
+
+        with slowed(engines, 0.03):
+            assert server.ask(requests(), at({30: drain})) == undisturbed
+        until(lambda: "drained" in server.events)
+        until(lambda: not {0, 2, 4} & set(server.fleet.members()))
+        read = sum(engine.stats.prompt_tokens for engine in engines)
+        # Who moves to another engine is read there once more; with no time left that is what happens.
+        assert (read > sum(len(r.prompt_tokens) for r in requests())) == (left_s < 1.0)
+        assert server.ask(requests()) == undisturbed
+        assert not {"lost", "recovered"} & set(server.events)
+
+
 def test_a_client_that_goes_away_frees_its_place_at_once(trained: Path, tmp_path: Path) -> None:
     async def leave(server: LocalServer) -> None:
         stream = server.ingress.generate(replace(requests()[0], max_tokens=40))
-        async for event in stream:
-            if event.index == 3:
+        async for run in stream:
+            if run[-1].index >= 3:
                 break
         await stream.aclose()
 

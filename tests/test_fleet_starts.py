@@ -14,7 +14,7 @@ from processes import environment
 from sparseray.actors.installation import JobSpec
 from sparseray.errors import ClusterError
 from sparseray.platform.config import ClusterConfig
-from sparseray.platform.fleet import pool, ray_fleet, slot_end
+from sparseray.platform.fleet import nodes, pool, pool_actor, ray_fleet, slot_end
 from sparseray.platform.fleet.warming import first_alone
 
 TEXT = """The actor died because of an error raised in its creation task, ray::SlotActor.__init__() (pid=7, ip=127.0.0.1)
@@ -49,8 +49,8 @@ class DyingRay:
     def kill(self, *_: Any, **__: Any) -> None:
         """It is dead already."""
 
-    def available_resources(self) -> dict[str, float]:
-        return {"CPU": 8.0}
+    def look(self) -> nodes.Nodes:
+        return nodes.Nodes(free={"CPU": 8.0})
 
 
 def with_cause() -> Exception:
@@ -74,6 +74,7 @@ def test_slots_that_die_at_their_start_say_why(
     dying = DyingRay(error)
     for module in (ray_fleet, pool, slot_end):
         monkeypatch.setattr(module, "ray", dying)
+    monkeypatch.setattr(nodes, "look", dying.look)
     monkeypatch.setattr(pool, "start_actor", dying.start_actor)
     numbers, actors = iter(range(100)), iter(range(100))
     slots = pool.Pool("platform", lambda: next(actors))
@@ -96,8 +97,8 @@ def test_slots_that_die_at_their_start_say_why(
 class FullRay(DyingRay):
     """A Ray that has room for nobody."""
 
-    def available_resources(self) -> dict[str, float]:
-        return {"CPU": 0.0}
+    def look(self) -> nodes.Nodes:
+        return nodes.Nodes(free={"CPU": 0.0})
 
 
 def test_slots_that_are_wanted_no_more_do_not_wait_at_the_pool(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,6 +106,7 @@ def test_slots_that_are_wanted_no_more_do_not_wait_at_the_pool(monkeypatch: pyte
     full = FullRay(RuntimeError())
     for module in (ray_fleet, pool, slot_end):
         monkeypatch.setattr(module, "ray", full)
+    monkeypatch.setattr(nodes, "look", full.look)
     numbers, actors = iter(range(100)), iter(range(100))
     slots, config = pool.Pool("platform", lambda: next(actors)), ClusterConfig(transport="tcp")
     spec: JobSpec = None  # type: ignore[assignment]  # nobody reads it
@@ -114,11 +116,11 @@ def test_slots_that_are_wanted_no_more_do_not_wait_at_the_pool(monkeypatch: pyte
     try:
         fleet.start(3)
         slots.turn()
-        assert (fleet.waiting(), slots.lacking(pool.kind_of(config))) == (3, 3)
+        assert (fleet.waiting(), slots.lacking(pool_actor.kind_of(config))) == (3, 3)
         fleet.withdraw(2)
-        assert (fleet.waiting(), fleet.starting(), slots.lacking(pool.kind_of(config))) == (1, 1, 1)
+        assert (fleet.waiting(), fleet.starting(), slots.lacking(pool_actor.kind_of(config))) == (1, 1, 1)
         fleet.withdraw(2)
-        assert (fleet.waiting(), slots.lacking(pool.kind_of(config))) == (0, 0)
+        assert (fleet.waiting(), slots.lacking(pool_actor.kind_of(config))) == (0, 0)
     finally:
         fleet.close()
         slots.close()

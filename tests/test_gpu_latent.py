@@ -46,10 +46,11 @@ def layer_gradients(ops: Ops, dtype: torch.dtype) -> list[Tensor]:
     config = ModelConfig(
         vocab_size=64, hidden=256, num_layers=1, num_heads=4, attention=("mla",), max_seq_len=512, mla=V3
     )
+    layer, rope = MLAttention(config, 0, ops), Rope(config).to(GPU)
+    for name, p in layer.named_parameters():
+        # Drawn on the host.
+        p.data = initial_dense(name, p.shape, seed=3, std=0.06).to(GPU, dtype)
     with torch.device(GPU):
-        layer, rope = MLAttention(config, 0, ops), Rope(config).to(GPU)
-        for name, p in layer.named_parameters():
-            p.data = initial_dense(name, p.shape, seed=3, std=0.06).to(GPU, dtype)
         generator = torch.Generator(GPU).manual_seed(0)
         x_RH = torch.randn(600, 256, generator=generator).to(dtype).requires_grad_()
         positions_R = torch.arange(300).repeat(2)
@@ -110,10 +111,10 @@ class ToldModel(DraftingModel):
         super().__init__(*arguments, **options)
         self.table_SL = torch.full((len(self.latest_S), MAX_MODEL_LEN + 2), -1, device=self.device)
 
-    def _go_on(self, slots_B: Tensor, found_BN: Tensor, accepted_B: Tensor, draft_B: Tensor) -> None:
-        super()._go_on(slots_B, found_BN, accepted_B, draft_B)
-        told_B = self.table_SL[slots_B, self.length_S[slots_B] + 1]
-        self.draft_S.index_copy_(0, slots_B.long(), torch.where(told_B < 0, draft_B, told_B).int())
+    def _drafted_anew(self, slots_B: Tensor) -> None:
+        drafts_S = self.state_S.draft_S
+        told_B = self.table_SL[slots_B, self.state_S.length_S[slots_B] + 1]
+        drafts_S.index_copy_(0, slots_B.long(), torch.where(told_B < 0, drafts_S[slots_B], told_B).int())
 
 
 class ToldEngine(DraftingEngine):

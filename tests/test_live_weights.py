@@ -22,7 +22,7 @@ from sparseray.platform.config import ClusterConfig, RunConfig, ServeConfig
 from sparseray.platform.fleet import weights_port
 from sparseray.platform.fleet.weights_port import WeightsPort, read_offered, source_of
 from sparseray.platform.offers import Offers
-from sparseray.platform.serving import Server
+from sparseray.platform.server import Server
 from sparseray.platform.trainer import Trainer
 
 STEPS, STEP_S, LENGTH = 400, 0.05, 12

@@ -77,6 +77,7 @@ def carry_out(seen: View) -> View:
         roles=roles,
         replication=2,
         loads=loads,
+        avoid=decision.without if isinstance(decision, Resize) else (),
     )
     used = {*new.attention, *new.expert_primaries, *new.memory_primaries}
     return replace(seen, plan=new, ready=tuple(s for s in seen.ready if s not in used), steps_since_change=0)

@@ -4,9 +4,11 @@ from typing import Any
 
 import pytest
 
+from sparseray.platform.fleet import nodes
 from sparseray.platform.fleet import pool as pool_module
 from sparseray.platform.fleet.lease import Held, Kind, Lease
-from sparseray.platform.fleet.pool import Actor, Pool, Waiting
+from sparseray.platform.fleet.pool import Pool, Waiting
+from sparseray.platform.fleet.pool_actor import Actor
 
 
 class Call:
@@ -38,14 +40,15 @@ class MadeUpRay:
 
     def __init__(self, cpus: float) -> None:
         self.cpus, self.handles, self.ended = cpus, dict[int, Handle](), list[int]()
+        self.draining = dict[str, float]()
 
     def start_actor(self, _platform: str, number: int, kind: Kind) -> Handle:
         self.cpus -= kind.cpus
         self.handles[number] = Handle(number)
         return self.handles[number]
 
-    def available_resources(self) -> dict[str, float]:
-        return {"CPU": self.cpus}
+    def look(self) -> nodes.Nodes:
+        return nodes.Nodes(free={"CPU": self.cpus}, draining=self.draining)
 
     def wait(self, calls: list[Call], **_: Any) -> tuple[list[Call], list[Call]]:
         return [c for c in calls if c.is_done], [c for c in calls if not c.is_done]
@@ -64,6 +67,7 @@ class MadeUpRay:
 def ray(monkeypatch: pytest.MonkeyPatch) -> MadeUpRay:
     made = MadeUpRay(2.0)
     monkeypatch.setattr(pool_module, "ray", made)
+    monkeypatch.setattr(nodes, "look", made.look)
     monkeypatch.setattr(pool_module, "start_actor", made.start_actor)
     monkeypatch.setattr(pool_module, "end_slot", made.end)
     # What was started counts as scheduled at once, and room is looked at in every turn.
@@ -152,7 +156,7 @@ def test_so_many_actors_are_kept_warm_whoever_has_them(ray: MadeUpRay) -> None:
     pool, jobs = made(kept=2)
     pool.turn()
     for number in (0, 1):
-        ray.handles[number].answer("held", Held(kind=Kind(), lease=None, pid=0, namespace=""))
+        ray.handles[number].answer("held", Held(kind=Kind(), lease=None, pid=0, namespace="", node="b"))
     pool.turn()
     assert pool.status() == {"leased": 0, "free": 2, "starting": 0, "waiting": 0, "kept": 2}
     jobs.ask("run", 0)
@@ -200,3 +204,28 @@ def test_a_lease_that_is_withdrawn_or_refused_takes_nothing(ray: MadeUpRay) -> N
     pool.ask(Waiting(lease=Lease(job="run", slot=1), kind=Kind(), grant=lambda lease, actor: False))
     pool.turn()
     assert jobs.granted == {} and pool.status()["leased"] == 0
+
+
+def test_nothing_is_leased_kept_or_started_on_a_node_that_is_to_be_drained(ray: MadeUpRay) -> None:
+    pool, jobs = made(kept=2)
+    pool.turn()
+    for number, node in enumerate("ab"):
+        ray.handles[number].answer("held", Held(kind=Kind(), lease=None, pid=0, namespace="", node=node))
+    pool.turn()
+    jobs.ask("run", 0)
+    assert jobs.numbers() == {("run", 0): 0}
+    ray.draining, ray.cpus = {"a": 100.0, "b": 100.0}, 1.0
+    pool.turn()
+    pool._ends.submit(lambda: None).result()
+    assert ray.ended == [1], "the free one ends, the leased one is its job's to leave"
+    assert sorted(ray.handles) == [0, 1, 2], "another is kept in the place of each, where there is room"
+    ray.handles[2].answer("held", Held(kind=Kind(), lease=None, pid=0, namespace="", node="c"))
+    pool.turn()
+    end = pool.give_back(jobs.granted["run", 0])
+    assert end is not None, "it does not stay warm"
+    end.result()
+    jobs.ask("run", 1)
+    assert jobs.numbers()["run", 1] == 2
+    pool.turn()
+    assert pool.draining == {"a": 100.0, "b": 100.0}
+    pool.close()

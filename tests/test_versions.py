@@ -18,7 +18,7 @@ from sparseray.jobs.serve import main
 from sparseray.platform.config import ClusterConfig, ServeConfig
 from sparseray.platform.publishing import Publisher
 from sparseray.platform.run.folder import RunFolder
-from sparseray.platform.serving import Server
+from sparseray.platform.server import Server
 
 LENGTH, REQUESTS, STEP_S = 30, 4, 0.03
 WIDE = ClusterConfig(attention_workers=2, expert_shards=2, memory_shards=2, replication=2, deadline_s=8.0)

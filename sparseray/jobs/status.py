@@ -25,6 +25,8 @@ STYLES = {
     "lost": "red",
     "recovered": "green",
     "resized": "cyan",
+    "draining": "yellow",
+    "drained": "cyan",
     "rebalanced": "cyan",
     "autoscaled": "cyan",
     "published": "green",
@@ -88,6 +90,8 @@ def head(found: dict[str, Any]) -> Text:
             lines += [
                 f"          {name}, whose requests are being finished" for name in found["versions"][:-1]
             ]
+    if draining := found.get("draining"):
+        lines.append(f"draining  {_leaving(draining)}")
     if found.get("lent"):
         lines.append(f"lent      {found['lent']} slots to serving; they come back when it does not need them")
     if pool := found.get("pool"):
@@ -96,6 +100,14 @@ def head(found: dict[str, Any]) -> Text:
             f"pool      {pool['leased']} leased, {pool['free']} free, {pool['starting']} starting{waiting}"
         )
     return Text("\n".join(lines))
+
+
+def _leaving(draining: dict[str, int | None]) -> str:
+    """Slots on nodes that are to be drained, and the time that is left to them."""
+    known = [left_s for left_s in draining.values() if left_s is not None]
+    when = f", the first is gone in {max(0, min(known))} s" if known else ""
+    slots = f"slot {next(iter(draining))} is" if len(draining) == 1 else f"slots {', '.join(draining)} are"
+    return f"{slots} on a node that Ray drains{when}"
 
 
 def slots(found: dict[str, Any]) -> RenderableType:

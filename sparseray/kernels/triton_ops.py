@@ -232,12 +232,24 @@ class TritonOps(PagedTritonOps):
             )
         return moe_ffn(x_TH, topk_ids_TK, topk_weights_TK, gate_up_E2IH, down_EHI)
 
-    def group_held(self, places_TK: Tensor, num_held: int, like: Tensor) -> HeldRows:
-        plan = held.group_held(places_TK, num_held, like)
-        return HeldRows(order_R=plan.order_R, counts_E=plan.counts_E, plan=plan)
+    def group_held(self, groups_TK: Tensor, num_sets: int, num_held: int, like: Tensor) -> HeldRows:
+        plan = held.group_held(groups_TK, num_sets * num_held, num_held, like)
+        return HeldRows(
+            order_R=plan.order_R,
+            inverse_R=plan.inverse_R,
+            counts_E=plan.counts_E,
+            held=plan.offsets_E[num_sets * num_held],
+            num_sets=num_sets,
+            plan=plan,
+        )
 
     def held_forward(
-        self, x_TH: Tensor, rows: HeldRows, counts: Sequence[int], gate_up_E2IH: Tensor, down_EHI: Tensor
+        self,
+        x_TH: Tensor,
+        rows: HeldRows,
+        counts: Sequence[int] | None,
+        gate_up_E2IH: Tensor,
+        down_EHI: Tensor,
     ) -> tuple[Tensor, Any]:
         check("the experts", x_TH, gate_up_E2IH, down_EHI)
         return held.held_forward(x_TH, rows.plan, counts, gate_up_E2IH, down_EHI)
@@ -247,12 +259,13 @@ class TritonOps(PagedTritonOps):
         dout_TH: Tensor,
         weights_TK: Tensor,
         rows: HeldRows,
-        counts: Sequence[int],
+        counts: Sequence[int] | None,
         saved: Any,
         gate_up_E2IH: Tensor,
         down_EHI: Tensor,
     ) -> HeldGradients:
-        return held.held_backward(dout_TH, weights_TK, saved, gate_up_E2IH, down_EHI)
+        slabs = gate_up_E2IH, down_EHI
+        return held.held_backward(dout_TH, weights_TK, saved, *slabs, rows.num_sets)
 
     def combine_slots(self, rows_TKH: Tensor, weights_TK: Tensor | None) -> Tensor:
         T, K, H = rows_TKH.shape

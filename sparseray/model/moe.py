@@ -10,7 +10,7 @@ Shapes: R rows, T tokens, K experts per token, E experts, H hidden, I inner.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,27 @@ class Experts(Protocol):
 
         Returns:
             [T, H] in the dtype of x.
+        """
+        ...
+
+
+@runtime_checkable
+class ExpertsBeside(Experts, Protocol):
+    """Routed experts elsewhere: something else may be computed while tokens travel."""
+
+    def beside(
+        self,
+        layer: int,
+        x_TH: Tensor,
+        topk_ids_TK: Tensor,
+        topk_weights_TK: Tensor,
+        other: Callable[[], Tensor],
+    ) -> Tensor:
+        """The experts' sum plus what `other` gives.
+
+        Args:
+            layer, x_TH, topk_ids_TK, topk_weights_TK: as in `Experts`.
+            other: [T, H].
         """
         ...
 
@@ -105,8 +126,9 @@ class MoE(nn.Module):
             normalize=config.normalize,
             scaling=config.scaling,
         )
-        rows = batch.rows
-        ids_TK, weights_TK = ids_RK[:rows], weights_RK[:rows]
+        ids_TK, weights_TK, rows = ids_RK, weights_RK, batch.rows
+        if rows < x_RH.shape[0]:
+            ids_TK, weights_TK = ids_RK[:rows], weights_RK[:rows]
         loss = None if batch.invariant else balance_loss(config, scores_RE, ids_TK, batch.shape, self.ops)
         return ids_TK, weights_TK, loss
 
@@ -118,9 +140,17 @@ class MoE(nn.Module):
         Args:
             ids_TK, weights_TK: of `_route`.
         """
-        y_TH = experts(self.layer, x_RH[: batch.rows], ids_TK, weights_TK)
-        if y_TH.shape[0] < x_RH.shape[0]:
-            y_TH = torch.nn.functional.pad(y_TH, (0, 0, 0, x_RH.shape[0] - y_TH.shape[0]))
+        padding, shared = x_RH.shape[0] - batch.rows, self.shared
+        if shared is not None and isinstance(experts, ExpertsBeside) and not (padding or batch.invariant):
+            return experts.beside(self.layer, x_RH, ids_TK, weights_TK, lambda: shared(x_RH, batch))
+        y_TH = experts(self.layer, x_RH[: batch.rows] if padding else x_RH, ids_TK, weights_TK)
+        if self.shared is not None and batch.invariant:
+            # Nobody reads what the rows of padding get; a decode step saves two launches a layer.
+            shared_RH: Tensor = self.shared(x_RH, batch)
+            shared_RH[: batch.rows] += y_TH
+            return shared_RH
+        if padding:
+            y_TH = torch.nn.functional.pad(y_TH, (0, 0, 0, padding))
         if self.shared is not None:
             y_TH = y_TH + self.shared(x_RH, batch)
         return y_TH

@@ -21,7 +21,7 @@ from sparseray.log import get_logger
 from sparseray.platform.config import ClusterConfig
 from sparseray.platform.fleet.forked_workers import ForkedWorkers
 from sparseray.platform.fleet.lease import Kind
-from sparseray.platform.fleet.pool import NAMESPACE, actor_name, kind_of, start_actor
+from sparseray.platform.fleet.pool_actor import NAMESPACE, actor_name, kind_of, start_actor
 from sparseray.platform.fleet.transport import remove_directory
 from sparseray.platform.ray_settings import OBJECT_STORE_BYTES, local_cpus, set_environment
 from sparseray.platform.run.registry import RegisteredRun, forget_platform, forget_run

@@ -29,7 +29,8 @@ from sparseray.platform.run.history import JobHistory, read_job
 from sparseray.platform.run.journal import Journal
 from sparseray.platform.run.ledger import Ledger
 from sparseray.platform.run.machines import Machines
-from sparseray.platform.serving import Served, Server, Serving
+from sparseray.platform.server import Server
+from sparseray.platform.serving import Served, Serving
 from sparseray.platform.trainer import Trainer
 from sparseray.platform.training import Training
 

@@ -13,19 +13,21 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from sparseray.actors.installation import InstallPlan, PullFrom, Restore
+from sparseray.actors.installation import Restore
 from sparseray.actors.state.assignment import Plan
 from sparseray.actors.state.pieces import Piece
 from sparseray.actors.wire.codec import to_plain
 from sparseray.actors.wire.envelope import INGRESS
-from sparseray.actors.wire.messages import Installed, Settled, Stale
+from sparseray.actors.wire.messages import Settled
 from sparseray.errors import SlotsLostError, StateLostError
 from sparseray.log import get_logger
 from sparseray.platform.config import ClusterConfig
 from sparseray.platform.fleet.control import Control, Fleet, Loss, StalledError
+from sparseray.platform.installing import install
 from sparseray.platform.planning.holders import Holders
 from sparseray.platform.planning.inventory import Roles, num_slots
 from sparseray.platform.planning.replan import Moves, make_plan, moves, replan, role_slots
+from sparseray.platform.planning.shrink import after_loss
 from sparseray.platform.run.events import Change, Events, role_holders
 from sparseray.platform.run.history import JobHistory, Wish
 from sparseray.platform.run.journal import Journal
@@ -33,9 +35,7 @@ from sparseray.platform.workload import Workload
 
 log = get_logger(__name__)
 
-RESEND_S = 1.0
 REFILL_S = 0.02
-INSTALL_DEADLINE_S = 120.0
 MOST_STALLS = 5
 
 
@@ -82,7 +82,7 @@ class Generations:
     @property
     def wanted(self) -> Roles:
         """Slots of each role that plans shall have."""
-        return self.wish.lent.left_of(self.wish.roles)
+        return self.workload.inventory.shared(self.wish.lent.left_of(self.wish.roles))
 
     @property
     def standby(self) -> int:
@@ -118,7 +118,7 @@ class Generations:
         self.plan = make_plan(
             generation=self.generation + 1,
             addresses={slot: m.address for slot, m in members.items()},
-            replication=self.cluster.replication,
+            replication=self.workload.inventory.replicas(self.wanted, self.cluster.replication),
             colocated=self.cluster.colocated,
             nodes={slot: m.node for slot, m in members.items()},
             inventory=self.workload.inventory,
@@ -202,8 +202,13 @@ class Generations:
         except (SlotsLostError, StalledError) as error:
             self._settle(error, step, restore=restore)
 
-    def replanned(self, roles: Roles) -> Plan:
-        """The next plan, from the slots that are there."""
+    def replanned(self, roles: Roles, without: Collection[int] = ()) -> Plan:
+        """The next plan, from the slots that are there.
+
+        Args:
+            roles: wanted slots of each role.
+            without: slots that shall have none; those that have none on a node which is to be drained get none, either.
+        """
         assert self.plan is not None
         members = self.fleet.members()
         if not members:
@@ -214,16 +219,19 @@ class Generations:
             generation=self.generation + 1,
             addresses={slot: m.address for slot, m in members.items()},
             roles=roles,
-            replication=self.cluster.replication,
+            replication=self.workload.inventory.replicas(roles, self.cluster.replication),
             colocated=self.cluster.colocated,
             nodes={slot: m.node for slot, m in members.items()},
             loads=self.wish.packed_by,
             parts=self.workload.inventory.parts_for(roles),
         )
-        plan = again()
+        leaving = {*without, *(set(self.fleet.draining()) - self.plan.holders)}
+        leaving = leaving if set(members) - leaving else set()
+        plan = again(avoid=leaving)
         # A slot that has lost its role to a loan would be kept as a backup, and never be free to go.
-        idle = set(members).difference(*role_slots(plan).values()) if self.lent_slots else set()
-        return again(avoid=idle) if idle and len(members) - len(idle) >= self.cluster.replication else plan
+        idle = set(members).difference(*role_slots(plan).values(), leaving) if self.lent_slots else set()
+        is_enough = len(members) - len(idle | leaving) >= self.cluster.replication
+        return again(avoid=idle | leaving) if idle and is_enough else plan
 
     # -- entering ------------------------------------------------------------------------------------
 
@@ -234,7 +242,8 @@ class Generations:
                 self.holders.forget({loss.slot for loss in error.losses})
             started = time.monotonic()
             self._refill()
-            new = self.replanned(self.wanted)
+            left = after_loss(self.plan, self.fleet.members(), self.workload.inventory, self.generation + 1)
+            new = left or self.replanned(self.wanted)
             pulls = None
             if restore is not None and restore.everything:
                 restore, step = self.workload.renewed(restore, step)
@@ -275,27 +284,7 @@ class Generations:
         mailbox.transport.connect({**new.addresses, **({INGRESS: ingress} if ingress else {})})
         sources = {source for listed in (pulls.pulls.values() if pulls else ()) for source in listed}
         self.control.needed = role_holders(new) | sources
-        earlier = self.workload.earlier_in(new)
-
-        def send(slots: Collection[int]) -> None:
-            for slot in slots:
-                own = pulls.pulls.get(slot, {}) if pulls else {}
-                body = InstallPlan(
-                    plan=new,
-                    job=self.workload.spec,
-                    scheduler=mailbox.transport.address,
-                    step=step,
-                    restore=restore,
-                    commit=self.workload.commit,
-                    pulls=tuple(PullFrom(source=source, pieces=tuple(p)) for source, p in own.items()),
-                    ingress=ingress,
-                    weights=self.workload.weights,
-                    earlier=earlier,
-                )
-                self.control.post([slot], body, step=step)
-
-        send(new.addresses)
-        self._wait_until_installed(set(new.addresses), send, step)
+        install(self.control, self.workload, new, step, restore=restore, pulls=pulls)
         self.journal.append("active", generation=new.generation, step=step)
         self._entered(new, step, pulls, others_keep=restore is None or not restore.everything)
         if self._pending is not None:
@@ -317,30 +306,6 @@ class Generations:
         self.show()
         log.info("generation %d follows %s", new.generation, old.generation if old else "none")
         self.workload.entered(new)
-
-    def _wait_until_installed(
-        self, waiting: set[int], send: Callable[[Collection[int]], None], step: int
-    ) -> None:
-        deadline, sent = time.monotonic() + INSTALL_DEADLINE_S, time.monotonic()
-        while waiting:
-            try:
-                message = next(self.control.messages(Installed, Stale, deadline_s=RESEND_S))
-            except StalledError:
-                if time.monotonic() > deadline:
-                    raise
-                send(waiting)
-                continue
-            if isinstance(message.body, Stale):
-                # It lives, but what it holds is of another step: it starts empty in the next generation.
-                loss = Loss(
-                    slot=message.source, cause=f"its state is not of step {step}", noticed=time.monotonic()
-                )
-                raise SlotsLostError([loss])
-            waiting.discard(message.source)
-            waiting &= set(self.fleet.members())
-            if time.monotonic() - sent > RESEND_S:
-                send(waiting)
-                sent = time.monotonic()
 
     def settled(self, step: int) -> None:
         """Take note that the generation works: it ends a change for good. Called after every commit."""

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
+from math import inf
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -29,7 +30,8 @@ from sparseray.platform.composition import Run, Task
 from sparseray.platform.config import RunConfig, to_dict
 from sparseray.platform.fleet.control import Member
 from sparseray.platform.fleet.lease import Kind
-from sparseray.platform.fleet.pool import Pool, kind_of
+from sparseray.platform.fleet.pool import Pool
+from sparseray.platform.fleet.pool_actor import kind_of
 from sparseray.platform.fleet.ray_fleet import RayFleet
 from sparseray.platform.fleet.transport import ZmqTransport, private_directory, remove_directory
 from sparseray.platform.metrics.exporter import Metrics, write_targets
@@ -43,7 +45,8 @@ from sparseray.platform.run.history import JobHistory
 from sparseray.platform.run.journal import Journal
 from sparseray.platform.run.progress import Failure, Progress
 from sparseray.platform.run.registry import forget_run, register_run
-from sparseray.platform.serving import Served, Server
+from sparseray.platform.server import Server
+from sparseray.platform.serving import Served
 
 log = get_logger(__name__)
 
@@ -313,7 +316,7 @@ class Job:
             return 0
         generations, colocated = self.run.generations, self.config.cluster.colocated
         wanted = num_slots(generations.wanted, colocated=colocated) + generations.standby
-        return wanted - len(generations.fleet.members())
+        return wanted - (len(generations.fleet.members()) - len(generations.fleet.draining()))
 
     def lend(self, loan: Loan, why: str) -> None:
         """Do without more slots from now on, or less; the change goes on from the next step.
@@ -350,6 +353,9 @@ class Job:
             "sizes": run.reconciler.sizes(),
             "wanted": asdict(generations.wanted),
             "lent": generations.lent_slots,
+            "draining": {
+                slot: None if left == inf else round(left) for slot, left in fleet.draining().items()
+            },
             "starting": fleet.starting(),
             "room": fleet.room(),
             "replicas": {"target": self.config.cluster.replication, "actual": generations.replicas()},

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from sparseray.errors import FencedError, UserError
 from sparseray.log import get_logger
 from sparseray.platform.fleet.lease import Kind
-from sparseray.platform.fleet.pool import Pool, kind_of
+from sparseray.platform.fleet.pool import Pool
+from sparseray.platform.fleet.pool_actor import kind_of
 from sparseray.platform.job import Job
 from sparseray.platform.planning.lending import Loan, View, decide, to_spare
 

@@ -4,13 +4,23 @@ Asked between two steps of training, and all the time in serving: observe (what 
 """
 
 import time
+from collections.abc import Collection
+from math import inf
 
 import numpy as np
 import numpy.typing as npt
 
 from sparseray.actors.state.assignment import Plan
 from sparseray.platform.generations import Generations
-from sparseray.platform.planning.policy import Rebalance, Resize, Start, View, Withdraw, decide
+from sparseray.platform.planning.policy import (
+    Rebalance,
+    Resize,
+    Start,
+    View,
+    Withdraw,
+    decide,
+    leaving_slots,
+)
 from sparseray.platform.planning.requests import check_request
 from sparseray.platform.run.events import role_holders
 from sparseray.platform.run.history import JobHistory
@@ -34,6 +44,7 @@ class Reconciler:
         self, generations: Generations, ledger: Ledger, machines: Machines, history: JobHistory
     ) -> None:
         self.generations, self.ledger, self.machines = generations, ledger, machines
+        self._draining: set[int] = set()
         self.load: npt.NDArray[np.float64] = np.zeros((0, 0))
         for counts in history.counts:
             self.count(np.array(counts, np.int64))
@@ -63,7 +74,7 @@ class Reconciler:
             generations.wish.roles,
             generations.workload.inventory,
             generations.cluster,
-            slots=len(fleet.members()) + fleet.starting() + generations.lent_slots,
+            slots=len(fleet.members()) - len(fleet.draining()) + fleet.starting() + generations.lent_slots,
             room=fleet.room(),
         )
         generations.ask(roles=roles)
@@ -81,6 +92,7 @@ class Reconciler:
             generations.tell("lost", step, f"slot {loss.slot} (standby): {loss.cause}")
         control.idle_losses.clear()
         self._welcome(step)
+        self._tell_drains(step)
         if text := self.machines.news(member.machine for member in generations.fleet.members().values()):
             generations.tell("machine", step, text)
         decision = decide(self._view())
@@ -89,9 +101,14 @@ class Reconciler:
         elif isinstance(decision, Withdraw):
             generations.fleet.withdraw(decision.count)
         elif isinstance(decision, Resize):
-            new = generations.replanned(decision.roles)
-            if generations.workload.may_enter(self._plan, new):
-                self.change("resized", f"{self.sizes()} to", step, new)
+            new = generations.replanned(decision.roles, decision.without)
+            draining = generations.fleet.draining()
+            left_s = min((draining.get(slot, 0.0) for slot in decision.without), default=inf)
+            if generations.workload.may_enter(self._plan, new, left_s):
+                if decision.without:
+                    self.change("drained", f"slot {_listed(decision.without)} left", step, new)
+                else:
+                    self.change("resized", f"{self.sizes()} to", step, new)
         elif isinstance(decision, Rebalance):
             # From now on every plan is packed by these loads: counting again would move the experts back.
             packed_by = tuple(tuple(row) for row in decision.loads)
@@ -106,7 +123,17 @@ class Reconciler:
         new = set(self.generations.fleet.members()) - self.generations.known
         self.generations.known |= new
         if new:
-            self.generations.tell("ready", step, f"slot {', '.join(map(str, sorted(new)))} is warm")
+            self.generations.tell("ready", step, f"slot {_listed(new)} is warm")
+
+    def _tell_drains(self, step: int) -> None:
+        """Tell of slots whose node is to be drained, once."""
+        draining = self.generations.fleet.draining()
+        new, self._draining = set(draining) - self._draining, set(draining)
+        if new:
+            left_s = min(draining[slot] for slot in new)
+            when = "" if left_s == inf else f", which is gone in {max(0.0, left_s):.0f} s"
+            text = f"slot {_listed(new)} must leave: Ray drains the node{when}"
+            self.generations.tell("draining", step, text)
 
     def change(self, kind: str, text: str, step: int, new: Plan) -> None:
         """Enter a plan and tell how long that took.
@@ -131,22 +158,23 @@ class Reconciler:
         )
 
     def _retire_idle(self) -> None:
-        """End slots beyond the wanted standby ones; only once no state is left with them."""
-        if self._is_short():
-            return
+        """End slots beyond the wanted standby ones, and those whose node is drained, once no state is left with them."""
         fleet = self.generations.fleet
-        idle = sorted(set(fleet.members()) - role_holders(self._plan))
-        for slot in idle[self.generations.standby :]:
+        idle = set(fleet.members()) - role_holders(self._plan)
+        leaving = idle & set(fleet.draining())
+        surplus = [] if self._is_short() else sorted(idle - leaving)[self.generations.standby :]
+        for slot in (*leaving, *surplus):
             fleet.retire(slot)
             self.generations.show()
 
     def _view(self) -> View:
         generations, c = self.generations, self.generations.cluster
         fleet = generations.fleet
+        draining = fleet.draining()
         return View(
             plan=self._plan,
             roles=generations.wanted,
-            ready=tuple(sorted(set(fleet.members()) - role_holders(self._plan))),
+            ready=tuple(sorted(set(fleet.members()) - role_holders(self._plan) - set(draining))),
             starting=fleet.starting(),
             waiting=fleet.waiting(),
             free_slots=fleet.room(),
@@ -157,6 +185,7 @@ class Reconciler:
             rebalance_every=c.rebalance_every,
             colocated=c.colocated,
             parts=generations.workload.inventory.parts_for(generations.wanted),
+            draining=draining,
         )
 
     @property
@@ -167,7 +196,9 @@ class Reconciler:
     def is_settled(self) -> bool:
         """Whether the plan is as wanted and no change is under way."""
         generations = self.generations
-        return generations.plan is not None and not self._is_short() and generations.since_change > 0
+        if generations.plan is None or leaving_slots(generations.plan, generations.fleet.draining()):
+            return False
+        return not self._is_short() and generations.since_change > 0
 
     def _is_short(self) -> bool:
         plan, wanted = self._plan, self.generations.wanted
@@ -184,3 +215,7 @@ class Reconciler:
         spent = ", ".join(f"{s} {seconds:.1f} s" for s, seconds in self.ledger.seconds.items() if seconds)
         goodput = self.ledger.goodput
         self.generations.tell("end", step, f"goodput {goodput:.3f} ({spent})", goodput=goodput)
+
+
+def _listed(slots: Collection[int]) -> str:
+    return ", ".join(map(str, sorted(slots)))

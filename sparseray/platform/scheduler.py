@@ -19,7 +19,8 @@ from sparseray.log import get_logger
 from sparseray.platform.composition import Task
 from sparseray.platform.config import RunConfig, from_dict
 from sparseray.platform.fleet.lease import Kind
-from sparseray.platform.fleet.pool import NAMESPACE, Pool
+from sparseray.platform.fleet.pool import Pool
+from sparseray.platform.fleet.pool_actor import NAMESPACE
 from sparseray.platform.job import Job
 from sparseray.platform.loans import Loans
 from sparseray.platform.offers import Offers

@@ -1,4 +1,4 @@
-"""Serving as a workload: what its slots and its ingress are told, and the loop that keeps engines alive.
+"""Serving as a workload: what its slots and its ingress are told.
 
 Weights change by versions alone (publishing.py), so a lost piece that no slot has comes from the checkpoint, alone, and
 the others keep what they hold: engines go on with their caches. What a run offered and is on no disk comes anew, whole.
@@ -6,43 +6,33 @@ the others keep what they hold: engines go on with their caches. What a run offe
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sparseray.actors.installation import Gather, Gathered, JobSpec, Restore
-from sparseray.actors.serving.messages import Drain, Draining, Load, Routes
+from sparseray.actors.installation import Gather, JobSpec, Restore
+from sparseray.actors.serving.messages import Drain, Routes
 from sparseray.actors.state.assignment import Plan
 from sparseray.actors.state.pieces import Piece
 from sparseray.actors.wire.envelope import INGRESS
 from sparseray.actors.wire.mailbox import Mailbox
-from sparseray.actors.wire.messages import Commit, Failed, Silent
-from sparseray.errors import ConfigError, SlotsLostError, StateLostError
-from sparseray.log import get_logger
-from sparseray.platform.autoscaler import EVERY_S, ROLES, Autoscaler, Situation
+from sparseray.actors.wire.messages import Commit
+from sparseray.errors import StateLostError
 from sparseray.platform.config import RunConfig
-from sparseray.platform.fleet.control import StalledError
-from sparseray.platform.generations import Generations
 from sparseray.platform.offers import Offers
-from sparseray.platform.opening import serving_inventory, slots_of
-from sparseray.platform.planning.autoscale import Scaling
+from sparseray.platform.opening import serving_inventory
 from sparseray.platform.planning.drains import Drains
 from sparseray.platform.planning.gathers import Gathers
-from sparseray.platform.planning.inventory import Roles, num_slots
-from sparseray.platform.publishing import OFFER_S, Publisher
-from sparseray.platform.reconciler import Reconciler
+from sparseray.platform.publishing import OFFER_S
 from sparseray.platform.run.events import describe_pieces
 from sparseray.platform.run.folder import RunFolder
-from sparseray.platform.run.history import JobHistory
 from sparseray.platform.run.journal import Journal
 from sparseray.platform.versions import Follower, Version
 from sparseray.platform.weights import ServedWeights
 from sparseray.platform.workload import GivenBack
 
-log = get_logger(__name__)
-
-TICK_S = 0.02
-ROUTES_EVERY_S = 1.0
+LAST_S = 2.0
+"""Before a node is gone: what has not finished there goes on elsewhere, as if its engine had died."""
 MOST_INGRESSES = 64
 """That a new scheduler looks for, the last ones first."""
 
@@ -100,6 +90,7 @@ class Serving:
         self.state = ServedWeights(served.checkpoint, served.run, journal)
         self.follower = Follower(served.run, config.serve.follow_every, mailbox.job, offers)
         self.drains, self.gathers = Drains(config.serve.drain_s), Gathers()
+        self._avoided: set[int] = set()
         self._routes = Routes(generation=0, engines={}, reason="no engine has started yet")
         # It hears of a plan only once there is one, and before that why there is none.
         mailbox.transport.reach(INGRESS, served.ingress)
@@ -190,20 +181,31 @@ class Serving:
         """As `ServedWeights.earlier_in`."""
         return self.state.earlier_in(plan)
 
-    def may_enter(self, old: Plan, new: Plan) -> bool:
+    def may_enter(self, old: Plan, new: Plan, left_s: float) -> bool:
         """Once slots have what they get, and engines that leave have finished; or both had their time.
 
         Args:
             old, new: the plan in force, and the next one.
+            left_s: seconds until slots that leave are gone in any case.
         """
         now = time.monotonic()
         has_gathered = self._has_gathered(old, new, now)
         if self.drains.begin(set(old.attention) - set(new.attention), now):
-            self.route(replace(self._routes, draining=self.drains.leaving))
+            self.route()
         if self.drains.is_due(now):
             for slot in self.drains.leaving:
                 self.mailbox.post(slot, Drain())
-        return has_gathered and self.drains.is_over(now)
+        return (has_gathered and self.drains.is_over(now)) or left_s < LAST_S
+
+    def avoid(self, slots: Collection[int]) -> None:
+        """Have engines finish what they have and get nothing new, long before a plan without them comes.
+
+        Args:
+            slots: on nodes that are to be drained.
+        """
+        if set(slots) != self._avoided:
+            self._avoided = set(slots)
+            self.route()
 
     def _has_gathered(self, old: Plan, new: Plan, now: float) -> bool:
         """Whether all have read what a plan gives them; what can be read nowhere they get with the plan, from peers."""
@@ -227,7 +229,7 @@ class Serving:
     def stay(self) -> None:
         """Let engines that were to leave go on."""
         if self.drains.begin((), time.monotonic()):
-            self.route(replace(self._routes, draining=()))
+            self.route()
 
     def entered(self, plan: Plan) -> None:
         """Tell the ingress who answers now."""
@@ -238,154 +240,10 @@ class Serving:
 
     def route(self, routes: Routes | None = None) -> None:
         """Send the ingress new routes, or the last ones again."""
-        self._routes = replace(routes or self._routes, versions=self.state.names)
+        routes = routes or self._routes
+        draining = {*self.drains.leaving, *self._avoided} & set(routes.engines)
+        self._routes = replace(routes, versions=self.state.names, draining=tuple(sorted(draining)))
         for number in self.mailbox.transport.gone(list(self._joined)):
             self._joined.pop(number, None)
         for number in (INGRESS, *list(self._joined)):
             self.mailbox.post(number, self._routes)
-
-
-class Server:
-    """Keeps a server's plan as it is wanted, whatever happens to its slots.
-
-    Args:
-        config: of the model, with the server's settings.
-        serving: what is served.
-        generations, reconciler: who holds what, and what is wanted.
-        should_stop: asked all the time.
-    """
-
-    def __init__(
-        self,
-        config: RunConfig,
-        serving: Serving,
-        generations: Generations,
-        reconciler: Reconciler,
-        *,
-        should_stop: Callable[[], bool],
-    ) -> None:
-        self.config, self.serving, self.should_stop = config, serving, should_stop
-        self.generations, self.reconciler, self.control = generations, reconciler, generations.control
-        self.publisher = Publisher(config, serving.state, generations, reconciler, serving.follower)
-        self.autoscaler = Autoscaler(config.serve, config.cluster, serving.inventory)
-        self._looked, self._refused = 0.0, ""
-
-    @property
-    def step(self) -> int:
-        """Number of the version in force: in messages it stands where training has its last step."""
-        return self.serving.state.version.number
-
-    @property
-    def versions(self) -> list[str]:
-        """Names of the versions that may answer; the one in force is last."""
-        return list(self.serving.state.names.values())
-
-    def publish(self, checkpoint: str) -> str:
-        """As `Publisher.publish`."""
-        return self.publisher.publish(checkpoint)
-
-    def start(self) -> None:
-        """Give every slot its roles and its weights."""
-        restore = self.serving.restore()
-        self.generations.begin(self.step, restore)
-
-    def take_over(self, history: JobHistory) -> None:
-        """Go on with the slots of a scheduler that died."""
-        assert history.plan is not None
-        if self.control.fleet.members():
-            self.generations.take_over(history.plan, self.step)
-        else:
-            self._start_again("all slots are gone")
-
-    def run(self) -> None:
-        """Serve until asked to stop."""
-        routed = 0.0
-        while not self.should_stop():
-            try:
-                self._turn()
-            except (SlotsLostError, StalledError) as error:
-                self._recover(error)
-            if time.monotonic() - routed > ROUTES_EVERY_S:
-                self.serving.route()
-                routed = time.monotonic()
-
-    def _turn(self) -> None:
-        message = self.control.mailbox.next(TICK_S)
-        now = time.monotonic()
-        if message is not None and isinstance(message.body, Failed):
-            log.error("slot %d failed: %s", message.source, message.body.error)
-        elif message is not None and isinstance(message.body, Silent):
-            self.control.probe(message.body.error)
-        elif message is not None and isinstance(message.body, Load):
-            self.autoscaler.hear(message.source, message.body, now)
-        elif message is not None and isinstance(message.body, Draining):
-            self.serving.drains.told(message.source, message.body.num_requests)
-        elif message is not None and isinstance(message.body, Gathered):
-            self.serving.gathers.told(message.source, message.body.pieces)
-        if message is not None:
-            self.publisher.hear(message)
-        if now - self._looked > EVERY_S:
-            self._looked = now
-            self._autoscale(self._situation(), now)
-        self.publisher.look(now)
-        self.reconciler.reconcile(self.step)
-        if self.serving.drains.leaving and self.reconciler.is_settled():
-            self.serving.stay()
-
-    def _situation(self) -> Situation:
-        generations, fleet = self.generations, self.generations.fleet
-        plan, wanted = generations.plan, generations.wanted
-        assert plan is not None
-        colocated = self.config.cluster.colocated
-        slots = len(fleet.members()) + fleet.starting() + fleet.room()
-        spare = slots - num_slots(wanted, colocated=colocated)
-        now = (len(plan.attention), len(plan.expert_primaries), len(plan.memory_primaries))
-        most = (slots if colocated else getattr(wanted, role) + spare for role in ROLES)
-        return Situation(
-            now=Roles(**dict(zip(ROLES, now))), wanted=wanted, room=Roles(**dict(zip(ROLES, most)))
-        )
-
-    def _autoscale(self, there: Situation, now: float) -> None:
-        """Ask for other numbers of slots where the policy wants them, and show what it sees."""
-        for role, scaling in self.autoscaler.decide(there, now).items():
-            if scaling.count != getattr(there.wanted, role):
-                self._ask(role, getattr(there.wanted, role), scaling)
-        record = self.generations.events.metrics.record
-        self.autoscaler.show(there, now, record)
-        record("serving_version_step", self.serving.state.version.step)
-
-    def _ask(self, role: str, before: int, scaling: Scaling) -> None:
-        try:
-            self.reconciler.request(role, scaling.count)
-        except ConfigError as error:
-            # The policy will ask again; a person need read it once.
-            if str(error) != self._refused:
-                log.warning("not scaled: %s", error)
-            self._refused = str(error)
-            return
-        self._refused = ""
-        direction = "up" if scaling.count > before else "down"
-        self.generations.events.metrics.record("autoscale_changes_total", 1, role=role, direction=direction)
-        text = f"{role} {before} to {scaling.count}: {scaling.reason}"
-        self.generations.tell("autoscaled", self.step, text)
-
-    def _recover(self, error: Exception) -> None:
-        with self.reconciler.ledger.state("recovering", failed="recovering"):
-            if self.control.fleet.members():
-                self.generations.recover(error, self.step)
-            else:
-                self._start_again(str(error))
-
-    def _start_again(self, why: str) -> None:
-        """No slot is left: start others, which read the checkpoint."""
-        generation = self.generations.generation
-        self.serving.route(Routes(generation=generation, engines={}, reason=f"every slot was lost: {why}"))
-        fleet, count = self.control.fleet, slots_of(self.config, self.serving.inventory)
-        while len(fleet.members()) < count and not self.should_stop():
-            lacking = count - len(fleet.members()) - fleet.starting()
-            if lacking > 0:
-                fleet.start(lacking)
-            time.sleep(TICK_S)
-        fleet.losses()
-        if not self.should_stop():
-            self.start()

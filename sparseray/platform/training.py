@@ -97,11 +97,11 @@ class Training:
         """None: a step leaves nothing of the one before."""
         return -1
 
-    def may_enter(self, old: Plan, new: Plan) -> bool:
-        """Always: a step is cut off and runs again.
+    def may_enter(self, old: Plan, new: Plan, left_s: float) -> bool:
+        """Always: it is between two steps.
 
         Args:
-            old, new: plans.
+            old, new, left_s: plans, and time.
         """
         return True
 

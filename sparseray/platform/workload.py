@@ -67,11 +67,12 @@ class Workload(Protocol):
             StateLostError: nothing can be restored without the user.
         """
 
-    def may_enter(self, old: Plan, new: Plan) -> bool:
+    def may_enter(self, old: Plan, new: Plan, left_s: float) -> bool:
         """Whether a plan that was wished for may come now; otherwise it is asked again in a moment.
 
         Args:
             old, new: the plan in force, and the next one.
+            left_s: seconds until slots that leave are gone in any case.
         """
 
     def entered(self, plan: Plan) -> None:

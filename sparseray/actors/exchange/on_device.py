@@ -61,6 +61,11 @@ class OnDeviceExchange(Abortable):
         slabs = self.whole.weights(self.index[layer])
         return self.dense.ops.experts(x_TH, topk_ids_TK, topk_weights_TK, *slabs)
 
+    def leaves(self) -> list[Tensor]:
+        """What a backward pass leaves gradients at: every dense parameter, then both slabs of every MoE layer."""
+        slabs = [slab for index in self.index.values() for slab in self.whole.weights(index)]
+        return [*self.dense.parameters, *slabs]
+
     def prefetch(self, rows: Addresses) -> FetchedRows:
         """Read rows of all memory layers as the last commit left them, and send them to the device.
 

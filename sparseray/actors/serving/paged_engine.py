@@ -9,6 +9,7 @@ so. On a CPU a step has ended when its call returns.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,7 +22,7 @@ from sparseray.actors.serving.device_sampler import FAILED, fits, is_adjusted, s
 from sparseray.actors.serving.engine import Engine, Ongoing
 from sparseray.actors.serving.paged_model import PagedModel, page_bytes
 from sparseray.actors.serving.text_request import GenerationRequest, TokenEvent
-from sparseray.errors import ConfigError
+from sparseray.errors import ConfigError, SlotLostError, SupersededError
 from sparseray.log import get_logger
 from sparseray.model.attention import attention_of
 from sparseray.model.dse import Memory
@@ -78,7 +79,7 @@ class PagedEngine(Engine):
         page: tokens of a page; None chooses.
     """
 
-    runs_on: type[PagedModel] = PagedModel
+    runs_on: Callable[..., PagedModel] = PagedModel
 
     def __init__(
         self,
@@ -110,7 +111,12 @@ class PagedEngine(Engine):
             overlaps=bool(model.mtp) or any(kind.overlaps_pages for kind in kinds),
         )
         self.paged = self.runs_on(
-            model, num_pages=num_pages, page=page, num_slots=self.places, max_len=self.max_model_len
+            model,
+            num_pages=num_pages,
+            page=page,
+            num_slots=self.places,
+            max_len=self.max_model_len,
+            prompt_rows=self.prefill_chunk,
         )
         log.info("cache: %d pages of %d tokens, %.2f GiB", num_pages, page, num_pages * each / 2**30)
         self._flight: Flight | None = None
@@ -172,7 +178,27 @@ class PagedEngine(Engine):
         """Begin again with all requests of the steps that are not taken."""
         self._flight = None
         lost = [*batch, *([] if flight is None else [sequence for sequence, _ in flight.batch])]
-        self._restart([s for s in dict.fromkeys(lost) if s.lease is not None], error)
+        lost = [s for s in dict.fromkeys(lost) if s.lease is not None]
+        if isinstance(error, SupersededError | SlotLostError):
+            # No fault of theirs: those that decode keep their caches, which end before the tokens that are not told.
+            for sequence in [s for s in lost if len(s.tokens) > s.num_read]:
+                assert sequence.lease is not None
+                sequence.lease.length, sequence.pending = len(sequence.tokens) - 1, 0
+                lost.remove(sequence)
+            self._begin_again(lost)
+        else:
+            self._restart(lost, error)
+
+    def _begin_again(self, batch: list[Ongoing]) -> None:
+        """Put requests that read their prompt back, and nobody takes what was read for their prefix."""
+        for sequence in reversed(batch):
+            assert sequence.lease is not None
+            self.pool.forget(sequence.lease)
+            self._release(sequence)
+            self._running.remove(sequence)
+            sequence.prompt_logprobs, sequence.pending = [], 0
+            sequence.num_read = self._num_read(sequence.request, sequence.tokens)
+            self._waiting.appendleft(sequence)
 
     def _release(self, sequence: Ongoing) -> None:
         if sequence.lease is not None:
@@ -286,7 +312,7 @@ class PagedEngine(Engine):
                 chosen = [ready[i] for i in here]
                 known = [s.tokens for s in chosen]
                 positions = [len(s.tokens) + s.pending for s in chosen]
-                found = sample_rows(rows_RV, [s.request for s in chosen], known, positions)
+                found = sample_rows(rows_RV, [s.request for s in chosen], known, positions, self.model.ops)
                 tokens = to_host(found)
                 self.paged.keep(found, [s.lease for s in chosen if s.lease is not None])
                 for sequence in chosen:

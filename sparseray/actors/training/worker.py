@@ -15,6 +15,7 @@ from sparseray.actors.exchange.protocol import Exchange, FetchedRows, PartGradie
 from sparseray.actors.state.dense import DenseState, Twin
 from sparseray.actors.state.staged_memory import Addresses
 from sparseray.actors.training.objective import Batch, BatchSource, Loss, Objective, next_token, on_device
+from sparseray.actors.training.part_graph import graph_of
 from sparseray.actors.wire.messages import PartDone
 from sparseray.model.statistics import Noted, collect
 
@@ -55,6 +56,7 @@ class AttentionWorker:
         self.sampled: int | None = None
         self.lanes: list[DenseState | Twin] = [state]
         self.lanes += [Twin(state.model) for _ in range(1, exchange.abreast)]
+        self.graph = graph_of(state, exchange, objective)
 
     def run_step(
         self, step: int, parts: Sequence[int], batches: BatchSource, report: Callable[[int, PartDone], None]
@@ -155,13 +157,16 @@ class AttentionWorker:
         self.exchange.begin(step, part)
         started = time.perf_counter()
         if part == self.sampled:
-            with collect() as self.noted:
-                loss = self._loss(lane, batch, rows.differentiable(), step)
-        else:
+            # A replay notes nothing: where there is a graph a forward pass of its own does.
+            with collect() as self.noted, torch.set_grad_enabled(self.graph is None):
+                loss = self._loss(lane, batch, rows.differentiable() if self.graph is None else rows, step)
+        elif self.graph is None:
             loss = self._loss(lane, batch, rows.differentiable(), step)
         between = time.perf_counter()
-        total = loss.sum if loss.further is None else loss.sum + loss.further
-        (total / weight + loss.aux / self.state.num_parts).backward()
+        if self.graph is None:
+            loss.backward(weight, self.state.num_parts)
+        else:
+            loss = self.graph(batch, rows, step=step, weight=weight)
         gradients = PartGradients(dense=lane.take_gradients(), rows=rows.gradients())
         backward_s = time.perf_counter() - between
         return _Ran(loss=loss, gradients=gradients, forward_s=between - started, backward_s=backward_s)

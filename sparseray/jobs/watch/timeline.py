@@ -16,6 +16,8 @@ COLOURS = {
     "lost": "#c2352b",
     "recovered": "#2f8f4e",
     "resized": "#1f5fa8",
+    "draining": "#c77f12",
+    "drained": "#1f5fa8",
     "rebalanced": "#7a4fa3",
     "restored": "#c77f12",
     "scheduler": "#c2352b",

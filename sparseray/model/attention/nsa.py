@@ -165,9 +165,8 @@ class NSAttention(Attention):
         """Append the rows to their pages and attend to them, [R, Q, V]."""
         pool, pages, ops = paged.pools[self.layer], paged.pages, self.ops
         assert isinstance(pool, NSAPool)
-        ops.paged_write(pool.selected, b.k_slc, b.v_slc, pages)
-        ops.paged_write(pool.window, b.k_win, b.v_win, pages)
-        ops.paged_write(pool.raw, b.k_cmp, b.v_cmp, pages)
+        rows = ((b.k_slc, b.v_slc), (b.k_win, b.v_win), (b.k_cmp, b.v_cmp))
+        ops.paged_write_branches((pool.selected, pool.window, pool.raw), rows, pages)
         turns = (angles.cos_PD, angles.sin_PD)
         ops.paged_compress(pool.raw[0], pool.compressed[0], self.compress_k.phi, self.sizes, pages, turns)
         ops.paged_compress(pool.raw[1], pool.compressed[1], self.compress_v.phi, self.sizes, pages, None)

@@ -49,6 +49,8 @@ class Attention(nn.Module, ABC):
 
     overlaps_pages = False
     """Whether what a page of `new_pool` keeps depends on the first tokens of the next page too."""
+    takes_bounds = False
+    """Whether chunks of prompts may have bounds that the device alone knows (`Pages`)."""
 
     def __init__(self, config: ModelConfig, layer: int, ops: Ops) -> None:
         super().__init__()

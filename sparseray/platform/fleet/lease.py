@@ -40,9 +40,11 @@ class Held:
         lease: that it has; None while it is free.
         pid: of its process.
         namespace: set of processes within which that means the same.
+        node: of the cluster.
     """
 
     kind: Kind
     lease: Lease | None
     pid: int
     namespace: str
+    node: str

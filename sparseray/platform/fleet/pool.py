@@ -5,10 +5,9 @@ lease waits, and whoever is given back goes to it first. Actors belong to no pro
 started them, and its successor finds them by name and asks each whose it is.
 """
 
-import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -16,14 +15,13 @@ from typing import Any
 import ray
 
 from sparseray.log import get_logger
-from sparseray.platform.config import ClusterConfig
+from sparseray.platform.fleet import nodes
 from sparseray.platform.fleet.lease import Held, Kind, Lease
-from sparseray.platform.fleet.slot_actor import SlotActor
+from sparseray.platform.fleet.pool_actor import NAMESPACE, Actor, actor_name, start_actor
 from sparseray.platform.fleet.slot_end import end_slot
 
 log = get_logger(__name__)
 
-NAMESPACE = "sparseray"
 TICK_S = 0.05
 COUNT_EVERY_S = 0.5
 SCHEDULED_S = 0.2
@@ -35,31 +33,6 @@ NEW_S = 60.0
 """How long an actor that was started ahead may wait for its first job."""
 UNBOUNDED = 64
 """Room of a cluster for actors that reserve nothing."""
-
-
-@dataclass(kw_only=True)
-class Actor:
-    """A process of the pool.
-
-    Args:
-        number: part of its name; never used twice in a platform.
-        handle: Ray's.
-        kind: what it reserves.
-        lease: that it has; None while it is free.
-        started: when it was asked for, `time.monotonic`.
-        is_new: whether no job has had it yet.
-        is_warm: whether it has loaded what every job needs.
-        leaving: since when it closes the slot of an ended lease, None if it does not.
-    """
-
-    number: int
-    handle: Any
-    kind: Kind
-    lease: Lease | None = None
-    started: float = 0.0
-    is_new: bool = True
-    is_warm: bool = False
-    leaving: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,47 +48,6 @@ class Waiting:
     lease: Lease
     kind: Kind
     grant: Callable[[Lease, Actor], bool]
-
-
-def kind_of(config: ClusterConfig) -> Kind:
-    """What a slot of a configuration reserves."""
-    gpus = 1 if config.device == "cuda" else 0
-    return Kind(cpus=config.cpus_per_slot, gpus=gpus, threads=config.threads_per_slot)
-
-
-def actor_name(platform: str, number: int) -> str:
-    """Ray's name of an actor.
-
-    Args:
-        platform, number: their identifiers.
-    """
-    return f"sparseray-{platform[:12]}-slot-{number}"
-
-
-def start_actor(platform: str, number: int, kind: Kind) -> Any:
-    """Start a slot actor; Ray shows it the GPU that it reserves, and no other.
-
-    Args:
-        platform, number: its name's.
-        kind: what it reserves.
-    """
-    # A process with an environment of its own waits for one more of Ray's daemons.
-    own = {"OMP_NUM_THREADS": str(kind.threads)}
-    runtime = {"env_vars": own} if not own.items() <= os.environ.items() else None
-    return (
-        ray.remote(SlotActor)
-        .options(
-            num_cpus=kind.cpus,
-            num_gpus=kind.gpus,
-            max_concurrency=8,
-            name=actor_name(platform, number),
-            namespace=NAMESPACE,
-            lifetime="detached",
-            scheduling_strategy="SPREAD",
-            runtime_env=runtime,
-        )
-        .remote(kind)
-    )
 
 
 class Pool:
@@ -139,7 +71,7 @@ class Pool:
         self._actors: dict[int, Actor] = {}
         self._waiting: list[Waiting] = []
         self._words: dict[Any, tuple[str, int]] = {}
-        self._free: dict[str, float] = {}
+        self._nodes = nodes.Nodes()
         self._counted = 0.0
         self._wake, self._running = threading.Event(), True
         self._ends = ThreadPoolExecutor(4, thread_name_prefix="end")
@@ -174,7 +106,7 @@ class Pool:
             what ends with it; None where it stays.
         """
         with self._lock:
-            if actor.number not in self._actors or not self._is_wanted(actor.kind):
+            if actor.number not in self._actors or self._must_go(actor) or not self._is_wanted(actor.kind):
                 return self.end(actor, pid)
             actor.leaving = time.monotonic()
             self._words[actor.handle.release.remote(actor.lease)] = "released", actor.number
@@ -204,7 +136,7 @@ class Pool:
     def room(self, kind: Kind) -> int:
         """How many more leases of a kind could be granted now."""
         with self._lock:
-            free = sum(a.lease is None and a.kind == kind for a in self._actors.values())
+            free = len(self._free(kind))
             asked = sum(waiting.kind == kind for waiting in self._waiting)
             return max(0, free + self._startable(kind) - asked)
 
@@ -217,10 +149,14 @@ class Pool:
             if not self._counted or self._startable(kind) > 0:
                 return 0
             coming = sum(
-                actor.kind == kind and (actor.leaving is not None or actor.lease is None)
-                for actor in self._actors.values()
-            )
+                actor.kind == kind and actor.leaving is not None for actor in self._actors.values()
+            ) + len(self._free(kind))
             return max(0, sum(waiting.kind == kind for waiting in self._waiting) - coming)
+
+    @property
+    def draining(self) -> Mapping[str, float]:
+        """Nodes that are to be drained, and the Unix time by which they are gone, as of half a second ago."""
+        return self._nodes.draining
 
     def status(self) -> dict[str, int]:
         """How many actors there are, by what they do, and how many leases wait."""
@@ -261,6 +197,7 @@ class Pool:
                     lease=held.lease,
                     is_new=False,
                     is_warm=True,
+                    node=held.node,
                 )
             )
         for reference in silent:
@@ -322,7 +259,7 @@ class Pool:
         self._wake.clear()
         self._hear()
         if is_asked or time.monotonic() - self._counted > COUNT_EVERY_S:
-            self._free, self._counted = ray.available_resources(), time.monotonic()
+            self._nodes, self._counted = nodes.look(), time.monotonic()
         with self._lock:
             self._serve(may_start=True)
             self._fit()
@@ -345,7 +282,7 @@ class Pool:
                     # Whoever leases it hears of its death from Ray, too.
                     self.end(actor, 0)
                 elif word == "warm":
-                    actor.is_warm = True
+                    actor.is_warm, actor.node = True, said.node
                 elif word == "released":
                     actor.lease = actor.leaving = None
         with self._lock:
@@ -360,7 +297,7 @@ class Pool:
         """Grant what waits, first come, first served."""
         waiting, self._waiting = self._waiting, []
         for one in waiting:
-            free = [a for a in self._actors.values() if a.lease is None and a.kind == one.kind]
+            free = self._free(one.kind)
             if not free and (not may_start or self._startable(one.kind) < 1):
                 self._waiting.append(one)
                 continue
@@ -371,14 +308,29 @@ class Pool:
                 actor.lease = None
 
     def _fit(self) -> None:
-        """Have as many actors as are kept, and no free ones beyond."""
-        while len(self._actors) < self.kept and self._startable(self._kind) > 0:
-            self._start(self._kind, None)
-        free = [actor for actor in self._actors.values() if actor.lease is None]
-        leased = len(self._actors) - len(free)
+        """Have as many actors as are kept, and no free ones beyond; none on a node that is to be drained counts."""
+        staying = [actor for actor in self._actors.values() if not self._must_go(actor)]
+        for actor in list(self._actors.values()):
+            if actor.lease is None and self._must_go(actor):
+                self.end(actor, 0)
+        while len(staying) < self.kept and self._startable(self._kind) > 0:
+            staying.append(self._start(self._kind, None))
+        free = [actor for actor in staying if actor.lease is None]
+        leased = len(staying) - len(free)
         for actor in free[max(0, self.kept - leased, self.owed) :]:
             if not (actor.is_new and time.monotonic() - actor.started < NEW_S):
                 self.end(actor, 0)
+
+    def _must_go(self, actor: Actor) -> bool:
+        return actor.node in self._nodes.draining
+
+    def _free(self, kind: Kind) -> list[Actor]:
+        """Actors of a kind that a lease may have."""
+        return [
+            actor
+            for actor in self._actors.values()
+            if actor.lease is None and actor.kind == kind and not self._must_go(actor)
+        ]
 
     def _is_wanted(self, kind: Kind) -> bool:
         return (
@@ -396,5 +348,5 @@ class Pool:
             ("GPU", kind.gpus, sum(k.gpus for k in since)),
         ):
             if each:
-                counts.append(int((self._free.get(name, 0.0) - taken) / each + 1e-6))
+                counts.append(int((self._nodes.free.get(name, 0.0) - taken) / each + 1e-6))
         return max(0, min(counts))

@@ -21,7 +21,8 @@ from sparseray.log import get_logger
 from sparseray.platform.config import ClusterConfig
 from sparseray.platform.fleet.control import Loss, Member
 from sparseray.platform.fleet.lease import Lease
-from sparseray.platform.fleet.pool import Actor, Pool, Waiting, kind_of
+from sparseray.platform.fleet.pool import Pool, Waiting
+from sparseray.platform.fleet.pool_actor import Actor, kind_of
 from sparseray.platform.fleet.slot_end import cause_of, kill_process
 from sparseray.platform.fleet.transport import ZmqTransport, private_directory
 
@@ -109,6 +110,11 @@ class RayFleet:
         with self._lock:
             held = len(self._asked) + len(self._actors)
         return min(room, self.config.max_slots - held) if self.config.max_slots else room
+
+    def draining(self) -> dict[int, float]:
+        """Members on nodes that are to be drained, and seconds until these are gone, as of half a second ago."""
+        nodes, now = self._pool.draining, time.time()
+        return {slot: nodes[m.node] - now for slot, m in self.members().items() if m.node in nodes}
 
     def losses(self) -> list[Loss]:
         """Losses since the last call.

@@ -26,6 +26,7 @@ class SlotActor:
 
     def __init__(self, kind: Kind) -> None:
         self._kind, self._module = kind, gently(_load)
+        self._node = ray.get_runtime_context().get_node_id()
         self._lock = threading.Lock()
         self._lease: Lease | None = None
         self._host: Any = None
@@ -33,7 +34,7 @@ class SlotActor:
     def held(self) -> Held:
         """Say what this is, and whose."""
         namespace: str = self._module.process_namespace()
-        return Held(kind=self._kind, lease=self._lease, pid=os.getpid(), namespace=namespace)
+        return Held(kind=self._kind, lease=self._lease, pid=os.getpid(), namespace=namespace, node=self._node)
 
     def prepare(self, lease: Lease, spec: Any, heartbeats: str, **host: Any) -> Any:
         """`host.Host.prepare` of a lease, with the host that is made for it; what it takes is not imported here.
@@ -51,9 +52,8 @@ class SlotActor:
             if self._lease not in (None, lease):
                 raise RuntimeError(f"this process is leased as {self._lease}, not as {lease}")
             if self._host is None:
-                node = ray.get_runtime_context().get_node_id()
                 self._host = self._module.Host(
-                    slot=lease.slot, job=lease.job, threads=self._kind.threads, node=node, **host
+                    slot=lease.slot, job=lease.job, threads=self._kind.threads, node=self._node, **host
                 )
                 self._lease = lease
             found = self._host

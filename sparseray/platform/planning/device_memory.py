@@ -77,7 +77,7 @@ def _exchange(config: RunConfig, element: int, slots: int, dense: int) -> int:
     model, train = config.model, config.train
     tokens, top_k = train.sequences_per_shard * train.seq_len, model.moe.top_k
     of_tokens = slots * (element * model.hidden + 8 * top_k) + top_k * (element * model.hidden + 4)
-    kept = (slots - 1) * element * model.hidden * len(model.moe_layers)
+    kept = slots * element * model.hidden * len(model.moe_layers)
     # Each slot's nodes are cut in slices, and flat before that.
     return tokens * (of_tokens + kept) + 4 * 3 * dense
 

@@ -1,16 +1,19 @@
 """What the scheduler should do next, as a function of what it sees; pure: no Ray, no time, no randomness.
 
-The order is: repair or fit the roles with what is ready, then start what is missing, then even out loads.
+The order is: leave nodes that are to be drained, once there are slots elsewhere; repair or fit the roles with what is
+ready; start what is missing; even out loads.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from sparseray.actors.state.assignment import Plan
 from sparseray.platform.planning.inventory import Roles
 from sparseray.platform.planning.replan import fitting, loads_when_packed, role_slots
 from sparseray.platform.planning.spread import slot_loads
 
+HURRY_S = 10.0
+"""Before a node is gone: what it has goes to the slots that there are then, whether or not others are starting."""
 LEAST_GAIN = 0.1
 """Part of the imbalance that a rebalancing must take away to be worth its transfers."""
 
@@ -34,6 +37,7 @@ class View:
         colocated: roles share slots on purpose. False: a slot that took over a second role in need gives it up
             again, as soon as there is a slot for it.
         parts: what attention workers share; None for as many as in the plan.
+        draining: slots on nodes that are to be drained, and seconds until these are gone; none of them is `ready`.
     """
 
     plan: Plan
@@ -49,6 +53,7 @@ class View:
     colocated: bool = True
     parts: int | None = None
     waiting: int = 0
+    draining: Mapping[int, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -84,9 +89,11 @@ class Resize:
 
     Args:
         roles: wanted slots of each role.
+        without: slots that shall have none, as their node is to be drained.
     """
 
     roles: Roles
+    without: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -105,12 +112,15 @@ Decision = Noop | Start | Withdraw | Resize | Rebalance
 
 def decide(view: View) -> Decision:
     """Decide on one thing to do; once it is done, the next call decides on the next or on `Noop`."""
-    lacking, surplus = _difference(view, is_shared=view.colocated)
-    if not view.colocated:
-        lacking += _shared(view.plan)
+    slots, leaving = role_slots(view.plan), leaving_slots(view.plan, view.draining)
+    lacking, surplus = _difference(view, slots)
+    staying = {role: tuple(slot for slot in own if slot not in leaving) for role, own in slots.items()}
+    needed, _ = _difference(view, staying)
+    if leaving and _may_leave(view, leaving, needed):
+        return Resize(view.roles, leaving)
     if surplus or (lacking and view.ready):
         return Resize(view.roles)
-    short = lacking + view.standby - len(view.ready) - view.starting
+    short = needed + view.standby - len(view.ready) - view.starting
     if short > 0 and view.free_slots > 0:
         return Start(min(short, view.free_slots))
     if short < 0 and view.waiting > 0:
@@ -146,22 +156,44 @@ def _imbalance(layers: Sequence[dict[int, float]]) -> float:
     return peaks / means if means else 1.0
 
 
-def _difference(view: View, *, is_shared: bool) -> tuple[int, int]:
-    """Slots that roles lack, and slots that they have too many; where roles share slots one can fill several."""
-    wanted, slots = fitting(view.plan, view.roles, view.parts), role_slots(view.plan)
+def leaving_slots(plan: Plan, draining: Mapping[int, float]) -> tuple[int, ...]:
+    """Slots that play or hold something and are on nodes that are to be drained.
+
+    Args:
+        plan: in force.
+        draining: slots there, and seconds until their nodes are gone.
+    """
+    return tuple(sorted(plan.holders & set(draining)))
+
+
+def _may_leave(view: View, leaving: Sequence[int], needed: int) -> bool:
+    """Whether slots leave now: others are ready in their place, none will be, or there is no time left to wait."""
+    if not (view.plan.holders | set(view.ready)) - set(view.draining):
+        return False
+    is_coming = view.free_slots > 0 or view.starting > view.waiting
+    is_late = min(view.draining[slot] for slot in leaving) < HURRY_S
+    return needed <= len(view.ready) or not is_coming or is_late
+
+
+def _difference(view: View, slots: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
+    """Slots that roles lack, and slots that they have too many; where roles share slots one can fill several.
+
+    Args:
+        view: what is wanted.
+        slots: that play each role.
+    """
+    wanted = fitting(view.plan, view.roles, view.parts)
     differences = [
         wanted.attention - len(slots["attention"]),
         wanted.experts - len(slots["experts"]),
         wanted.memory - len(slots["memory"]),
     ]
     lacking, surplus = [d for d in differences if d > 0], [-d for d in differences if d < 0]
-    return max(lacking, default=0) if is_shared else sum(lacking), sum(surplus)
-
-
-def _shared(plan: Plan) -> int:
-    """Slots that would be needed more if no slot had two roles."""
-    slots = [slot for slots in role_slots(plan).values() for slot in slots]
-    return len(slots) - len(set(slots))
+    if view.colocated:
+        return max(lacking, default=0), sum(surplus)
+    # Slots would be needed more if none had two roles.
+    playing = [slot for own in slots.values() for slot in own]
+    return sum(lacking) + len(playing) - len(set(playing)), sum(surplus)
 
 
 def _is_worth_rebalancing(view: View) -> bool:

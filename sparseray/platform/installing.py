@@ -1,0 +1,78 @@
+"""Sends a plan to its slots and waits until every one of them has its roles and its state."""
+
+import time
+from collections.abc import Collection
+
+from sparseray.actors.installation import InstallPlan, PullFrom, Restore
+from sparseray.actors.state.assignment import Plan
+from sparseray.actors.wire.messages import Installed, Stale
+from sparseray.errors import SlotsLostError
+from sparseray.platform.fleet.control import Control, Loss, StalledError
+from sparseray.platform.planning.moves import Moves
+from sparseray.platform.workload import Workload
+
+RESEND_S = 1.0
+INSTALL_DEADLINE_S = 120.0
+
+
+def install(
+    control: Control,
+    workload: Workload,
+    new: Plan,
+    step: int,
+    *,
+    restore: Restore | None,
+    pulls: Moves | None,
+) -> None:
+    """Have all slots of a plan install it.
+
+    Args:
+        control: conversation with the slots.
+        workload: what runs.
+        new: the plan.
+        step: that is committed.
+        restore: where state comes from that no slot has.
+        pulls: where the rest comes from.
+
+    Raises:
+        SlotsLostError, StalledError: on the way.
+    """
+    earlier = workload.earlier_in(new)
+
+    def send(slots: Collection[int]) -> None:
+        for slot in slots:
+            own = pulls.pulls.get(slot, {}) if pulls else {}
+            body = InstallPlan(
+                plan=new,
+                job=workload.spec,
+                scheduler=control.mailbox.transport.address,
+                step=step,
+                restore=restore,
+                commit=workload.commit,
+                pulls=tuple(PullFrom(source=source, pieces=tuple(p)) for source, p in own.items()),
+                ingress=workload.ingress,
+                weights=workload.weights,
+                earlier=earlier,
+            )
+            control.post([slot], body, step=step)
+
+    send(new.addresses)
+    waiting = set(new.addresses)
+    deadline, sent = time.monotonic() + INSTALL_DEADLINE_S, time.monotonic()
+    while waiting:
+        try:
+            message = next(control.messages(Installed, Stale, deadline_s=RESEND_S))
+        except StalledError:
+            if time.monotonic() > deadline:
+                raise
+            send(waiting)
+            continue
+        if isinstance(message.body, Stale):
+            # It lives, but what it holds is of another step: it starts empty in the next generation.
+            cause = f"its state is not of step {step}"
+            raise SlotsLostError([Loss(slot=message.source, cause=cause, noticed=time.monotonic())])
+        waiting.discard(message.source)
+        waiting &= set(control.fleet.members())
+        if time.monotonic() - sent > RESEND_S:
+            send(waiting)
+            sent = time.monotonic()
