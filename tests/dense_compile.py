@@ -282,13 +282,13 @@ def memory() -> None:
         staged_rows.take_rows(fields[0], small[:-1])
         staged_rows.take_newer(fields, first[:-1], fields, first[:-1])
     for hidden in (1024, 2048):
-        h, kv, taps = bf16(2, 64, hidden), bf16(2, 64, 2 * hidden), bf16(4, hidden)
+        h, kv = bf16(2, 64, hidden), bf16(2, 64, 2 * hidden)
         norm = bf16(hidden)
         constants = {"dilation": 3, "gate_eps": 1e-6, "conv_eps": 1e-5}
         learnt = fusion._fusion(constants, (norm, norm, norm, bf16(hidden, 4)))
         for segment in (None, torch.zeros(2, 64, dtype=torch.int32)):
-            out, kept = fusion._forward(h, kv, taps, learnt, segment)
-            fusion._backward(out, h, kv, taps, learnt, kept, segment)
+            out, kept, folded = fusion._forward(h, kv, learnt, segment)
+            fusion._backward(out, h, kv, learnt, kept, folded, segment)
 
 
 def main() -> None:
