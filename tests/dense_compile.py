@@ -34,6 +34,7 @@ from sparseray.kernels.dense import (
     swiglu,
 )
 from sparseray.kernels.dse import fusion, row_update, rows, staged_rows
+from sparseray.kernels.moe import decode as moe_decode
 from sparseray.kernels.moe import expert_map, ffn, router_logits
 from sparseray.kernels.nsa import compress_step, inverse
 from sparseray.kernels.paged import DraftState, Pages
@@ -194,6 +195,21 @@ def experts() -> None:
             ffn.weight_grad(grads, x, plan, config, rows_first=first, out=out, accumulate=True)
 
 
+def decoding() -> None:
+    """The experts of few rows: pairs of one or two, and the map of more in one launch."""
+    for tokens, dtype, E, H, I, K in (
+        (1, torch.bfloat16, 64, 1024, 512, 6),
+        (2, torch.float32, 8, 128, 64, 2),
+        (5, torch.bfloat16, 8, 128, 64, 2),
+        (64, torch.bfloat16, 64, 1024, 512, 6),
+        (64, torch.float32, 64, 2048, 1408, 6),
+    ):
+        x, ids = torch.zeros(tokens, H, dtype=dtype), torch.zeros(tokens, K, dtype=torch.int64)
+        up, down = torch.zeros(E, 2 * I, H, dtype=dtype), torch.zeros(E, H, I, dtype=dtype)
+        moe_decode.moe_ffn_decode(x, ids, torch.zeros(tokens, K), up, down)
+    moe_decode.plan_few_rows(torch.zeros(256, 6, dtype=torch.int64), 16, tile_rows=16)
+
+
 def peers() -> None:
     flags, state = torch.zeros(4, dtype=torch.int64), torch.zeros(3, dtype=torch.int64)
     order = torch.zeros(16, dtype=torch.int32)
@@ -262,6 +278,7 @@ def main() -> None:
         most_probable,
         compress_step,
         ffn,
+        moe_decode,
         expert_map,
         peer,
         router_logits,
@@ -279,6 +296,7 @@ def main() -> None:
     routers()
     selection()
     experts()
+    decoding()
     peers()
     memory()
 
