@@ -281,6 +281,11 @@ class Job:
         return ""
 
     @property
+    def is_leaving(self) -> bool:
+        """Whether it has slots on a node that is to be drained."""
+        return self._fleet is not None and bool(self._fleet.draining())
+
+    @property
     def server(self) -> Server | None:
         """What drives a job that serves, while it does."""
         server = self.run.driver if self.run is not None and self.is_running else None
