@@ -29,6 +29,7 @@ from sparseray.platform.run.journal import Journal
 from sparseray.platform.run.progress import Progress
 from sparseray.platform.run.registry import forget_platform, platform_folder
 from sparseray.platform.scheduler_actor import PLATFORM
+from sparseray.platform.server import Server
 from sparseray.platform.serving import Served
 from sparseray.platform.trainer import Trainer
 
@@ -156,12 +157,15 @@ class Scheduler:
     def _to_borrow(self, kind: Kind) -> int:
         return self._loans.to_borrow(self._running(), kind)
 
-    def _offers(self, run_dir: str) -> Offers | None:
-        """What the run that trains in a folder offers servers; None where none does."""
+    def _offers(self, asker: Job) -> Offers | None:
+        """What another job offers one: a run that trains to the server that follows it, and that server to the run."""
         for job in self._running():
-            trainer = job.run.driver if job.run is not None and job.is_running else None
-            if isinstance(trainer, Trainer) and str(job.folder.path) == run_dir:
-                return trainer.offers
+            driver = job.run.driver if job.run is not None and job.is_running else None
+            if isinstance(asker.task, Served):
+                if isinstance(driver, Trainer) and str(job.folder.path) == asker.task.run:
+                    return driver.offers
+            elif isinstance(driver, Server) and driver.can_give(asker.config.model, str(asker.folder.path)):
+                return driver.offers
         return None
 
     # -- jobs --------------------------------------------------------------------------------------
