@@ -55,7 +55,7 @@ def layer_gradients(ops: Ops, dtype: torch.dtype) -> list[Tensor]:
         x_RH = torch.randn(600, 256, generator=generator).to(dtype).requires_grad_()
         positions_R = torch.arange(300).repeat(2)
         batch = Batch(shape=(2, 300), positions_R=positions_R, rows=600)
-        out_RH = layer(x_RH, batch, rope.at(positions_R))
+        out_RH = layer((x_RH, x_RH), batch, rope.at(positions_R))
         out_RH.backward(torch.randn(600, 256, generator=generator).to(dtype))
     gradients = [p.grad for p in layer.parameters()]
     return [found.detach().float() for found in (out_RH, x_RH.grad, *gradients) if found is not None]
