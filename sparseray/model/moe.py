@@ -10,7 +10,7 @@ Shapes: R rows, T tokens, K experts per token, E experts, H hidden, I inner.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,27 @@ class Experts(Protocol):
 
         Returns:
             [T, H] in the dtype of x.
+        """
+        ...
+
+
+@runtime_checkable
+class ExpertsBeside(Experts, Protocol):
+    """Routed experts elsewhere: something else may be computed while tokens travel."""
+
+    def beside(
+        self,
+        layer: int,
+        x_TH: Tensor,
+        topk_ids_TK: Tensor,
+        topk_weights_TK: Tensor,
+        other: Callable[[], Tensor],
+    ) -> Tensor:
+        """The experts' sum plus what `other` gives.
+
+        Args:
+            layer, x_TH, topk_ids_TK, topk_weights_TK: as in `Experts`.
+            other: [T, H].
         """
         ...
 
@@ -119,8 +140,10 @@ class MoE(nn.Module):
             xs_RH: the rows for the former, and for the latter.
             ids_TK, weights_TK: of `_route`.
         """
-        x_RH = xs_RH[0]
+        x_RH, shared = xs_RH[0], self.shared
         padding = x_RH.shape[0] - batch.rows
+        if shared is not None and isinstance(experts, ExpertsBeside) and not (padding or batch.invariant):
+            return experts.beside(self.layer, x_RH, ids_TK, weights_TK, lambda: shared(xs_RH[1], batch))
         y_TH = experts(self.layer, x_RH[: batch.rows] if padding else x_RH, ids_TK, weights_TK)
         if self.shared is not None and batch.invariant:
             # Nobody reads what the rows of padding get; a decode step saves two launches a layer.
