@@ -63,9 +63,8 @@ def cases(tokens: int, sizes: tuple[int, int, int]) -> dict[str, Callable[[], ob
     def rand(n: int, h: int) -> torch.Tensor:
         return torch.randn(n, h, width, device=device, dtype=dtype)
 
-    q, k, v, kc, vc, do = (rand(tokens, heads), rand(tokens, num_kv), rand(tokens, num_kv), rand(count,
-    num_kv),
-                           rand(count, num_kv), rand(tokens, heads))  # fmt: skip
+    q, do = rand(tokens, heads), rand(tokens, heads)
+    k, v, kc, vc = (rand(n, num_kv) for n in (tokens, tokens, count, count))
     gates = torch.rand(tokens, heads, 3, device=device, dtype=dtype)
     cmp = {"kind": COMPRESSED, "block": 32, "stride": 16, "window": 0, "scale": scale}
     win = {"kind": WINDOW, "block": 1, "stride": 1, "window": 512, "scale": scale}
