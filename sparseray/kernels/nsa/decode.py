@@ -198,7 +198,6 @@ def nsa_decode(
         BN=max(16, next_power_of_2(select_block)), WIN=sizes.window, CMP_PAGE=cmp_cache[0].shape[1],
         SLC_PAGE=slc_cache[0].shape[1], WIN_PAGE=win_cache[0].shape[1], INITIAL=sizes.num_initial, LOCAL=sizes.num_local,
         DQ=width, D0=d0, D1=d1, DV=value_dim, DVP=max(16, next_power_of_2(value_dim)), IP=precision(q.dtype),
-        SPIN=q.is_cuda, CMP_STAGES=launch["num_stages"], SLC_STAGES=launch["selected_stages"],
-        num_warps=launch["num_warps"],
+        SPIN=q.is_cuda, CMP_STAGES=launch["num_stages"], SLC_STAGES=launch["selected_stages"], num_warps=launch["num_warps"],
     )  # fmt: skip
     return out
