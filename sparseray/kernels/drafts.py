@@ -43,17 +43,14 @@ def _rows_kernel(
 def _judge_kernel(
     p_logits, p_slots, p_draft, p_outcome, p_tokens, V: tl.constexpr, BV: tl.constexpr, STAGES: tl.constexpr
 ):
-    """One program a sequence."""
-    i_b = tl.program_id(0)
-    p_row = p_logits + i_b.to(tl.int64) * 2 * V
-    first = first_best(p_row, V, BV, STAGES)
-    second = first_best(p_row + V, V, BV, STAGES)
-    draft = tl.load(p_draft + tl.load(p_slots + i_b))
-    tl.store(p_outcome + 3 * i_b, first)
-    tl.store(p_outcome + 3 * i_b + 1, second)
-    tl.store(p_outcome + 3 * i_b + 2, (first == draft).to(tl.int32))
-    tl.store(p_tokens + 2 * i_b, tl.maximum(first, 0))
-    tl.store(p_tokens + 2 * i_b + 1, tl.maximum(second, 0))
+    """One program a row."""
+    i_b, i_n = tl.program_id(0), tl.program_id(1)
+    token = first_best(p_logits + (2 * i_b + i_n).to(tl.int64) * V, V, BV, STAGES)
+    tl.store(p_outcome + 3 * i_b + i_n, token)
+    tl.store(p_tokens + 2 * i_b + i_n, tl.maximum(token, 0))
+    if i_n == 0:
+        draft = tl.load(p_draft + tl.load(p_slots + i_b))
+        tl.store(p_outcome + 3 * i_b + 2, (token == draft).to(tl.int32))
 
 
 @triton.jit
@@ -87,7 +84,7 @@ def judge_drafts(
 ) -> None:
     """As `PagedOps.judge_drafts`, in one launch; the arguments as there, contiguous."""
     launch_kernel(
-        _judge_kernel, (len(slots_B),), logits_RV, slots_B, state.draft_S, outcome_B3, tokens_R,
+        _judge_kernel, (len(slots_B), 2), logits_RV, slots_B, state.draft_S, outcome_B3, tokens_R,
         **row_tile(logits_RV.shape[1]),
     )  # fmt: skip
 

@@ -217,7 +217,8 @@ class Engine(ABC):
             token for word in request.bad_words for token in word
         ]
         named += [*request.allowed_token_ids, *request.stop_token_ids]
-        if not all(0 <= token < vocab for token in [*tokens, *named]):
+        asked = [*tokens, *named]
+        if not 0 <= min(asked) <= max(asked) < vocab:
             raise ConfigError(f"request {request.request_id}: a token id is outside 0..{vocab - 1}")
         if request.max_tokens < len(request.resume_tokens) + (request.max_tokens > 0):
             raise ConfigError(

@@ -101,6 +101,8 @@ class PagedModel:
         prompt_rows: tokens of prompts that a call reads at most, where graphs are wanted for them.
     """
 
+    warm_prompts: tuple[int, ...] = WARM_PROMPTS
+
     def __init__(
         self,
         model: Transformer,
@@ -123,6 +125,8 @@ class PagedModel:
         # The newest token of every slot, as the sampler on the device chose it.
         self.latest_S = torch.zeros(num_slots + 1, dtype=torch.int32, device=device)
         self.table_SW = torch.zeros(num_slots + 1, self.width, dtype=torch.int32, device=device)
+        # Of no use to a model without memory layers.
+        self._layout = model.layout if config.dse.layers else None
         self._hashing = ops_for("auto", torch.device("cpu"))
         self._decodes: dict[int, _Decode] = {}
         self._graphs = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
@@ -174,7 +178,7 @@ class PagedModel:
 
     @property
     def _has_starts(self) -> bool:
-        layout = self.model.layout
+        layout = self._layout
         return layout is not None and layout.config.reset_at_document and layout.config.document_end_id >= 0
 
     @torch.no_grad()
@@ -193,7 +197,7 @@ class PagedModel:
         graph = self._prompts.of(sum(chunk.count for chunk in chunks), len(chunks))
         if graph is not None:
             return graph.replay(pieces)
-        addresses, starts = memory_rows(chunks, self.model.layout, self._hashing)
+        addresses, starts = memory_rows(chunks, self._layout, self._hashing)
         values = {
             layer: found.to(self.device, non_blocking=True)
             for layer, found in self._fetch(addresses, memory).items()
@@ -300,7 +304,7 @@ class PagedModel:
 
     @property
     def _rows_per_token(self) -> int:
-        layout = self.model.layout
+        layout = self._layout
         return 0 if layout is None else sum(len(heads) for heads in layout.primes[0])
 
     @torch.no_grad()
@@ -328,7 +332,7 @@ class PagedModel:
         """
         if self.device.type != "cuda":
             return self._load_loops()
-        for count in sorted({min(count, self.width * self.page) for count in WARM_PROMPTS}):
+        for count in sorted({min(count, self.width * self.page) for count in self.warm_prompts}):
             lease = Lease(pages=[0] * self.width, length=0, max_len=count, slot=0)
             self.prefill([Chunk(lease=lease, known=[0] * count, count=count)], experts, memory)
         self._prompts.capture(experts)
@@ -365,7 +369,7 @@ class PagedModel:
         if size not in self._decodes:
             self._decodes[size] = self._new_decode(size)
         decode = self._decodes[size]
-        addresses, starts = memory_rows(chunks, self.model.layout, self._hashing)
+        addresses, starts = memory_rows(chunks, self._layout, self._hashing)
         decode.staged.reverse()
         staged = decode.staged[0].numpy()
         staged[:] = 0

@@ -161,6 +161,7 @@ class PromptGraphs:
             experts: that they will call.
         """
         pool = torch.cuda.graph_pool_handle() if self._new else None
+        self._made.clear()
         for new in reversed(self._new):
             graph = new()
             graph.capture(experts, pool)

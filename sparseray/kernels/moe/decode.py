@@ -136,10 +136,10 @@ def _sort_kernel(
     for start in range(0, num_tiles, TILES):
         o_i = start + tl.arange(0, TILES)
         expert = tl.sum((last[None, :] <= o_i[:, None]).to(tl.int32), 1)
-        hot = o_e[None, :] == expert[:, None]
-        first_tile = tl.sum(tl.where(hot, (last - tiles)[None, :], 0), 1)
-        end = tl.sum(tl.where(hot, last_row[None, :], 0), 1)
-        first_row = end - tl.sum(tl.where(hot, counts[None, :], 0), 1)
+        own = o_e[None, :] == expert[:, None]
+        first_tile = tl.sum(tl.where(own, (last - tiles)[None, :], 0), 1)
+        end = tl.sum(tl.where(own, last_row[None, :], 0), 1)
+        first_row = end - tl.sum(tl.where(own, counts[None, :], 0), 1)
         m_i = o_i < num_tiles
         tl.store(p_tile_expert + o_i, tl.where(expert < E, expert, -1), mask=m_i)
         tl.store(p_tile_row + o_i, first_row + (o_i - first_tile) * BM, mask=m_i)
