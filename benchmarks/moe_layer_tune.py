@@ -31,10 +31,9 @@ TILES: dict[str, list[tuple[int, ...]]] = {
     "up": [(128, 64, 8, 4), (128, 64, 8, 3), (64, 64, 4, 3), (64, 64, 8, 3, 128)],
     "down": [(256, 64, 8, 4), (128, 64, 4, 3), (128, 64, 8, 3, 128)],
     "act_grad": [(256, 64, 8, 4), (256, 64, 8, 3), (128, 64, 8, 3, 128), (128, 64, 4, 3), (128, 32, 4, 4), (128, 64, 4, 2, 168)],
-    "prefetched": [(256, 64, 8, 4), (256, 64, 8, 3), (128, 64, 8, 3, 128), (128, 64, 4, 3), (128, 32, 4, 4), (128, 64, 4, 2, 168)],
     "input_grad": [(256, 64, 8, 3), (256, 64, 8, 4), (128, 64, 8, 3, 128)],
 }  # fmt: skip
-"""Columns, depth, warps, stages, registers; "prefetched" is the activation gradient that asks for its pre-activations."""
+"""Columns, depth, warps, stages, registers."""
 GRADIENT_TILES = [
     (256, 128, 64, 8, 4), (256, 128, 64, 8, 3), (128, 256, 64, 8, 4), (128, 128, 64, 4, 2, 168), (128, 128, 64, 4, 3),
     (128, 128, 32, 4, 4), (256, 128, 32, 8, 6), (128, 128, 64, 8, 3, 128),
@@ -74,8 +73,7 @@ class Case:
             tile: TileConfig = GradientTile(group=8, **dict(zip(("rows", *keys), numbers)))
         else:
             tile = TileConfig(group=8, **dict(zip(keys, numbers)))
-        field = {"prefetched": "act_grad", "up_slab": "up_weights"}.get(name, name)
-        chosen: dict[str, Any] = {field: tile, "prefetch": name == "prefetched"}
+        chosen: dict[str, Any] = {"up_weights" if name == "up_slab" else name: tile}
         config, plan = replace(HOPPER, **chosen), self.plan
         gradient = (self.x, self.pre, self.down, self.weights, plan, config)
         into_slab: dict[str, Any] = {"out": self.slab, "accumulate": True}
@@ -83,7 +81,6 @@ class Case:
             "up": (lambda: up_project(self.x, self.up, plan, config, save=True), 2),
             "down": (lambda: project_rows(self.act, self.down, plan, config, tile, transposed=True), 1),
             "act_grad": (lambda: activation_grad(*gradient), 1),
-            "prefetched": (lambda: activation_grad(*gradient), 1),
             "input_grad": (lambda: project_rows(self.pre, self.up, plan, config, tile, transposed=False), 2),
             "up_weights": (lambda: weight_grad(self.pre, self.x, plan, config, rows_first=True), 2),
             "down_weights": (lambda: weight_grad(self.act, self.x, plan, config, rows_first=False), 1),

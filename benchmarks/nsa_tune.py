@@ -1,6 +1,6 @@
 """Times every NSA kernel at several launch parameters, to choose those in sparseray/kernels/nsa/tuning.py.
 
-Run: `python -m benchmarks.nsa_tune [--tokens 65536] [kernel ...]`. Compiles in parallel first, then times one
+Run: `python -m benchmarks.nsa_tune [--tokens 65536] [--heads 64 4 128] [kernel ...]`. Compiles in parallel first, then times one
 kernel after the other; a variant that does not compile or does not fit is reported and passed over.
 """
 
@@ -23,7 +23,10 @@ from sparseray.kernels.nsa.top_n import select_blocks
 from sparseray.kernels.nsa.tuning import LAUNCH
 from sparseray.kernels.settings import num_compressed
 
-TILES = [(128, 64, 8, 2), (128, 64, 4, 2), (256, 64, 8, 2), (128, 128, 8, 2), (64, 64, 4, 2), (64, 128, 4, 2)]
+TILES = [
+    (128, 64, 8, 2), (128, 64, 4, 2), (256, 64, 8, 2), (128, 128, 8, 2), (64, 64, 4, 2), (64, 128, 4, 2),
+    (128, 64, 4, 3), (128, 128, 4, 2), (64, 128, 4, 3), (64, 256, 4, 2), (128, 128, 8, 3), (256, 128, 8, 2),
+]  # fmt: skip
 KEYS = [(128, 2), (64, 4), (64, 3), (64, 2)]
 GATHERS = [(32, 1, 2), (32, 1, 3), (32, 1, 5), (32, 2, 3), (64, 1, 3), (64, 1, 5), (16, 1, 5)]
 
@@ -48,9 +51,11 @@ VARIANTS: dict[str, list[dict[str, int]]] = {
 }
 
 
-def cases(tokens: int) -> dict[str, Callable[[], object]]:
-    """One call per kernel at the standard shape; backward cases time dq and dk/dv together."""
-    heads, num_kv, width, scale = 64, 4, 128, 128**-0.5
+def cases(tokens: int, sizes: tuple[int, int, int]) -> dict[str, Callable[[], object]]:
+    """One call per kernel for so many tokens, and query heads, key heads and channels; backward cases time dq and dk/dv
+    together."""
+    heads, num_kv, width = sizes
+    scale = width**-0.5
     device, dtype = torch.device("cuda"), torch.bfloat16
     count = num_compressed(tokens, 32, 16)
     geometry = uniform(1, tokens, count, tokens, tokens, 0, 0, device)
@@ -58,9 +63,8 @@ def cases(tokens: int) -> dict[str, Callable[[], object]]:
     def rand(n: int, h: int) -> torch.Tensor:
         return torch.randn(n, h, width, device=device, dtype=dtype)
 
-    q, k, v, kc, vc, do = (rand(tokens, heads), rand(tokens, num_kv), rand(tokens, num_kv), rand(count,
-    num_kv),
-                           rand(count, num_kv), rand(tokens, heads))  # fmt: skip
+    q, do = rand(tokens, heads), rand(tokens, heads)
+    k, v, kc, vc = (rand(n, num_kv) for n in (tokens, tokens, count, count))
     gates = torch.rand(tokens, heads, 3, device=device, dtype=dtype)
     cmp = {"kind": COMPRESSED, "block": 32, "stride": 16, "window": 0, "scale": scale}
     win = {"kind": WINDOW, "block": 1, "stride": 1, "window": 512, "scale": scale}
@@ -126,24 +130,27 @@ def try_variant(name: str, call: Callable[[], object], variant: dict[str, int], 
         LAUNCH[name].update(saved)
 
 
-def compile_all(job: tuple[str, int, int]) -> None:
+def compile_all(job: tuple[str, int, int, tuple[int, int, int]]) -> None:
     """Fill the compile cache with one variant."""
-    name, number, tokens = job
-    try_variant(name, cases(tokens)[name], VARIANTS[name][number], time=False)
+    name, number, tokens, sizes = job
+    try_variant(name, cases(tokens, sizes)[name], VARIANTS[name][number], time=False)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, default=65536)
+    parser.add_argument("--heads", type=int, nargs=3, default=(64, 4, 128))
     parser.add_argument("--workers", type=int, default=14)
     parser.add_argument("kernels", nargs="*", default=list(VARIANTS))
     args = parser.parse_args()
-    jobs = [(name, i, args.tokens) for name in args.kernels for i in range(len(VARIANTS[name]))]
-    cases(args.tokens)
+    heads, num_kv, width = args.heads
+    sizes = (heads, num_kv, width)
+    jobs = [(name, i, args.tokens, sizes) for name in args.kernels for i in range(len(VARIANTS[name]))]
+    cases(args.tokens, sizes)
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(args.workers, mp_context=context) as pool:
         list(pool.map(compile_all, jobs))
-    calls = cases(args.tokens)
+    calls = cases(args.tokens, sizes)
     for name in args.kernels:
         for variant in VARIANTS[name]:
             result = try_variant(name, calls[name], variant, time=True)

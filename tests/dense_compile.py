@@ -34,8 +34,8 @@ from sparseray.kernels.dense import (
     swiglu,
 )
 from sparseray.kernels.dse import fusion, row_update, rows, staged_rows
+from sparseray.kernels.moe import balance, expert_map, ffn, router, router_logits
 from sparseray.kernels.moe import decode as decode_experts
-from sparseray.kernels.moe import expert_map, ffn, router, router_logits
 from sparseray.kernels.moe.held_rounds import rows_of_held
 from sparseray.kernels.nsa import compress_step, inverse
 from sparseray.kernels.nsa import decode as nsa_decode
@@ -211,6 +211,10 @@ def experts() -> None:
         ffn.project_rows(act, down, plan, config, config.down, transposed=True)
         dpre, weighted, _ = _activation_grad(x, pre, down, plan, config)
         ffn.project_rows(dpre, up, plan, config, config.input_grad, transposed=False)
+        expert_map.count_experts(ids, E)
+        balance._Balance.apply(torch.zeros(T, E, requires_grad=True), K, 1)[1].sum().backward()
+        few = decode_experts.decode_config(16, x.dtype)
+        ffn.up_project(x, up, expert_map.plan_experts(ids, E, tile_rows=few.m), few, save=False)
         for grads, out, first in ((dpre, up.float(), True), (weighted, down.float(), False)):
             ffn.weight_grad(grads, x, plan, config, rows_first=first, out=out, accumulate=True)
 
@@ -310,6 +314,7 @@ def main() -> None:
         ffn,
         decode_experts,
         expert_map,
+        balance,
         router,
         nsa_decode,
         peer,

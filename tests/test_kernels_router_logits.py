@@ -1,12 +1,10 @@
-"""Logits of the router from bf16 rows, the unbiased top-k, and the cut of a fused projection into NSA's parts."""
+"""Logits of the router from bf16 rows, its balance and counts, and the cut of a fused projection into NSA's parts."""
 
 import pytest
 import torch
 import triton_interpreter  # noqa: F401  (first: it sets the interpreter up where there is no GPU)
 from torch import Tensor
 
-from sparseray.kernels.moe.reference import stable_topk
-from sparseray.kernels.moe.router import top_k
 from sparseray.kernels.moe.router_logits import router_logits
 from sparseray.kernels.ops import REFERENCE
 from sparseray.kernels.triton_ops import TRITON
@@ -49,11 +47,33 @@ def test_rows_of_other_dtypes_take_the_plain_product() -> None:
     assert torch.equal(TRITON.router_logits(x, weight, invariant=False), x @ weight.T)
 
 
-@pytest.mark.parametrize(("T", "E", "k"), [(1, 3, 3), (37, 10, 4), (70, 130, 6)])
-def test_top_k_gives_ties_to_the_lower_id(T: int, E: int, k: int) -> None:
+@pytest.mark.parametrize(("tokens", "groups", "E", "k"), [(1, 1, 3, 3), (37, 3, 10, 4), (300, 2, 130, 6)])
+def test_what_the_balance_loss_is_made_of_equals_the_plain_one(
+    tokens: int, groups: int, E: int, k: int
+) -> None:
+    torch.manual_seed(tokens)
+    scores = torch.randint(1, 7, (tokens * groups, E), device=DEVICE).float()  # with ties
+    weights = torch.randn(groups, E, device=DEVICE)
+    found = []
+    for ops in (REFERENCE, TRITON):
+        leaf = scores.clone().requires_grad_()
+        shares, means = ops.balance(leaf, k, groups)
+        (means * weights).sum().backward()
+        found.append((shares, means.detach(), leaf.grad))
+    for wanted, part in zip(*found, strict=True):
+        torch.testing.assert_close(part, wanted, rtol=1e-5, atol=1e-7)
+    repeated = TRITON.balance(scores, k, groups)
+    assert torch.equal(repeated[0], found[1][0])
+    assert torch.equal(repeated[1], found[1][1])
+
+
+@pytest.mark.parametrize(("T", "E", "K"), [(1, 4, 1), (37, 12, 3), (70, 5, 2)])
+def test_experts_are_counted(T: int, E: int, K: int) -> None:
     torch.manual_seed(T)
-    scores = torch.randint(0, 6, (T, E), device=DEVICE).float()
-    assert torch.equal(top_k(scores, k), stable_topk(scores, k))
+    ids = torch.randint(0, E - 1, (T, K), device=DEVICE)
+    found = TRITON.expert_counts(ids, E)
+    assert found.dtype == torch.int64
+    assert torch.equal(found, torch.bincount(ids.reshape(-1), minlength=E))
 
 
 @pytest.mark.parametrize(("queries", "group", "turned", "rest"), [(6, 2, 2, 4), (3, 1, 1, 1), (4, 2, 1, 1)])

@@ -179,8 +179,15 @@ class Ops(PagedOps, HeldOps, RowOps, Protocol):
         """The blocks that `nsa_attention` selects, int32 [B, T, G, num_selected], -1 for none; no gradient."""
         ...
 
-    def top_k(self, scores_TE: Tensor, k: int) -> Tensor:
-        """Ids of the k largest scores, int64 [T, k], largest first, ties to the lower id; no gradient."""
+    def balance(self, scores_TE: Tensor, choices: Tensor | int, groups: int) -> tuple[Tensor, Tensor]:
+        """Of each expert the share of choices that fell on it, times E, and its mean score; both fp32 [groups, E].
+
+        Args:
+            scores_TE: fp32, positive; only the mean has a gradient.
+            choices: the chosen experts [T, K], all different; or K for each token's best, ties to the lower id, and scores
+                that are divided by the token's sum.
+            groups: sequences of equal length, one after another.
+        """
         ...
 
     def router_logits(self, x_RH: Tensor, weight_EH: Tensor, *, invariant: bool) -> Tensor:

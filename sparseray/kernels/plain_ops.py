@@ -17,7 +17,7 @@ from sparseray.kernels.dense.reference import adamw_reference, squared_norms_ref
 from sparseray.kernels.dse.reference import Fusion, context_gate, ngram_hash, short_conv
 from sparseray.kernels.held_ops import PlainHeldOps
 from sparseray.kernels.moe.expert_sum import expert_sum
-from sparseray.kernels.moe.reference import expert_rows, route, stable_topk
+from sparseray.kernels.moe.reference import expert_rows, route, shares_and_means, stable_topk
 from sparseray.kernels.nsa.masked import nsa_attention_masked
 from sparseray.kernels.nsa.reference import BranchKeys, Compression, compress_reference, select_reference
 from sparseray.kernels.row_ops import PlainRowOps
@@ -124,8 +124,11 @@ class PlainOps(PlainRowOps, PlainHeldOps):
     ) -> Tensor:
         return select_reference(q_BTQD, k_cmp, k_cmp, num_keys, sizes, q_start=q_start)[1]
 
-    def top_k(self, scores_TE: Tensor, k: int) -> Tensor:
-        return stable_topk(scores_TE.detach(), k)
+    def balance(self, scores_TE: Tensor, choices: Tensor | int, groups: int) -> tuple[Tensor, Tensor]:
+        if isinstance(choices, Tensor):
+            return shares_and_means(scores_TE, choices, groups)
+        ids_TK = stable_topk(scores_TE.detach(), choices)
+        return shares_and_means(scores_TE / scores_TE.sum(-1, keepdim=True), ids_TK, groups)
 
     def router_logits(self, x_RH: Tensor, weight_EH: Tensor, *, invariant: bool) -> Tensor:
         return self.linear(x_RH.float(), weight_EH.float(), None, invariant=invariant)

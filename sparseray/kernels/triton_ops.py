@@ -38,10 +38,12 @@ from sparseray.kernels.dse.row_update import range_norms, row_adam
 from sparseray.kernels.dse.staged_rows import take_newer, take_rows
 from sparseray.kernels.held_ops import HeldRows
 from sparseray.kernels.moe import held
+from sparseray.kernels.moe.balance import balance_of_best
 from sparseray.kernels.moe.decode import moe_ffn_decode
+from sparseray.kernels.moe.expert_map import count_experts
 from sparseray.kernels.moe.expert_sum import HeldGradients
 from sparseray.kernels.moe.ffn import combine_rows, moe_ffn
-from sparseray.kernels.moe.router import route, top_k
+from sparseray.kernels.moe.router import route
 from sparseray.kernels.moe.router_logits import router_logits
 from sparseray.kernels.nsa.attention import nsa_attention, nsa_selection
 from sparseray.kernels.nsa.compress import compress
@@ -135,13 +137,13 @@ class TritonOps(PagedTritonOps):
     def swiglu(self, gate_up_RI: Tensor) -> Tensor:
         return swiglu(gate_up_RI)
 
-    top_k = staticmethod(top_k)
+    def balance(self, scores_TE: Tensor, choices: Tensor | int, groups: int) -> tuple[Tensor, Tensor]:
+        if isinstance(choices, Tensor):
+            return super().balance(scores_TE, choices, groups)
+        return balance_of_best(scores_TE, choices, groups)
 
     def expert_counts(self, topk_ids_TK: Tensor, num_experts: int) -> Tensor:
-        # Whole numbers: their order is free. bincount would wait for the device.
-        ids = topk_ids_TK.reshape(-1).long()
-        counts_E = torch.zeros(num_experts, dtype=torch.int64, device=ids.device)
-        return counts_E.scatter_add_(0, ids, torch.ones_like(ids))
+        return count_experts(topk_ids_TK, num_experts)
 
     def head_loss(
         self, hidden_RH: Tensor, weight_VH: Tensor, targets_R: Tensor, weights_R: Tensor | None = None

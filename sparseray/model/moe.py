@@ -75,23 +75,16 @@ def balance_loss(
         scores_TE: fp32 scores.
         topk_ids_TK: the chosen experts.
         shape: (B, T) of the call.
-        ops: chooses v3's unbiased top-k.
+        ops: counts v3's unbiased top-k.
 
     Source: arXiv 2405.04434 eq. 23-25; 2412.19437 eq. 17-20; GShard algorithm 1; Switch eq. 4-6.
     """
-    E = scores_TE.shape[1]
-    ids_TK, groups = topk_ids_TK, shape[0]
-    if config.router == "v3":
-        ids_TK = ops.top_k(scores_TE, config.top_k)
-        scores_TE = scores_TE / scores_TE.sum(-1, keepdim=True)
-    elif config.router in ("gshard", "switch"):
-        ids_TK, groups = topk_ids_TK[:, :1], 1
-    chosen_TE = torch.zeros_like(scores_TE).scatter_(1, ids_TK, 1.0)
-    tokens = scores_TE.shape[0] // groups
-    f_BE = chosen_TE.reshape(groups, tokens, E).sum(1) * (E / (ids_TK.shape[1] * tokens))
-    p_BE = scores_TE.reshape(groups, tokens, E).mean(1)
+    groups, choices = shape[0], topk_ids_TK
+    if config.router in ("gshard", "switch"):
+        groups, choices = 1, topk_ids_TK[:, :1]
+    f_BE, p_BE = ops.balance(scores_TE, config.top_k if config.router == "v3" else choices, groups)
     loss = config.balance_loss * (f_BE * p_BE).sum() / groups
-    return loss / E**2 if config.router == "gshard" else loss
+    return loss / scores_TE.shape[1] ** 2 if config.router == "gshard" else loss
 
 
 class MoE(nn.Module):

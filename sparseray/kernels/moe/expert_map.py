@@ -206,6 +206,30 @@ def finish_plan(
     )
 
 
+def _ranks(topk_ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """Of each pair its rank among those of its expert in its block of tokens, and the counts of the blocks."""
+    T, K = topk_ids_TK.shape
+    bt = block_tokens(num_experts)
+    num_blocks = max(1, triton.cdiv(T, bt))
+    ranks = torch.empty(T, K, dtype=torch.int32, device=topk_ids_TK.device)
+    counts = torch.empty(num_blocks, num_experts, dtype=torch.int32, device=topk_ids_TK.device)
+    launch_kernel(
+        _rank_kernel, (num_blocks,), topk_ids_TK, ranks, counts, T, E=num_experts,
+        BE=triton.next_power_of_2(num_experts), K=K, BT=bt,
+    )  # fmt: skip
+    return ranks, counts
+
+
+def count_experts(topk_ids_TK: Tensor, num_experts: int) -> Tensor:
+    """How many pairs chose each expert, int64; without atomics, which wait for each other on so few addresses.
+
+    Args:
+        topk_ids_TK: integer expert ids.
+        num_experts: E.
+    """
+    return _ranks(topk_ids_TK.contiguous(), num_experts)[1].sum(0)
+
+
 def plan_experts(topk_ids_TK: Tensor, num_experts: int, *, tile_rows: int = TILE_ROWS) -> ExpertPlan:
     """Sort the (token, slot) pairs by expert, stably, and cut the experts' rows into tiles.
 
@@ -218,21 +242,5 @@ def plan_experts(topk_ids_TK: Tensor, num_experts: int, *, tile_rows: int = TILE
         The plan; nothing is copied to the host.
     """
     topk_ids_TK = topk_ids_TK.contiguous()
-    T, K = topk_ids_TK.shape
-    bt = block_tokens(num_experts)
-    num_blocks = max(1, triton.cdiv(T, bt))
-    ranks = torch.empty(T, K, dtype=torch.int32, device=topk_ids_TK.device)
-    counts = torch.empty(num_blocks, num_experts, dtype=torch.int32, device=topk_ids_TK.device)
-    launch_kernel(
-        _rank_kernel,
-        (num_blocks,),
-        topk_ids_TK,
-        ranks,
-        counts,
-        T,
-        E=num_experts,
-        BE=triton.next_power_of_2(num_experts),
-        K=K,
-        BT=bt,
-    )
+    ranks, counts = _ranks(topk_ids_TK, num_experts)
     return finish_plan(topk_ids_TK, ranks, counts, num_experts=num_experts, tile_rows=tile_rows)

@@ -45,10 +45,7 @@ _SMALL_GRADIENT = GradientTile(rows=32, n=32, k=32, group=4, warps=4, stages=2)
 
 @dataclass(frozen=True, kw_only=True)
 class LayerConfig:
-    """Tiles of the six products; `m` is the rows of a tile and `tma` whether descriptors may be used.
-
-    `prefetch`: the activation gradient asks for its pre-activations before its product.
-    """
+    """Tiles of the six products; `m` is the rows of a tile and `tma` whether descriptors may be used."""
 
     m: int
     up: TileConfig
@@ -58,7 +55,6 @@ class LayerConfig:
     up_weights: GradientTile = _SMALL_GRADIENT
     down_weights: GradientTile = _SMALL_GRADIENT
     tma: bool = True
-    prefetch: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,9 +77,8 @@ HOPPER = LayerConfig(
     down=TileConfig(n=256, k=64, group=8, warps=8, stages=4),
     act_grad=TileConfig(n=256, k=64, group=8, warps=8, stages=4),
     input_grad=TileConfig(n=256, k=64, group=8, warps=8, stages=3),
-    up_weights=GradientTile(rows=256, n=128, k=64, group=8, warps=8, stages=4),
-    down_weights=GradientTile(rows=256, n=128, k=64, group=8, warps=8, stages=4),
-    prefetch=True,
+    up_weights=GradientTile(rows=256, n=128, k=64, group=8, warps=8, stages=3),
+    down_weights=GradientTile(rows=256, n=128, k=64, group=8, warps=8, stages=3),
 )
 """bf16 and fp16 on compute capability 9.0; measured in benchmarks/results."""
 
@@ -241,7 +236,6 @@ def activation_grad(
         I=I,
         K=plan.top_k,
         TMA=tma,
-        PREFETCH=config.prefetch and I % tile.n == 0,
         BM=config.m,
         BN=tile.n,
         BK=tile.k,

@@ -149,16 +149,6 @@ def rows_kernel(
 
 
 @triton.jit
-def _prefetch_rows(p, o_r, WIDTH: tl.constexpr, SIZE: tl.constexpr):
-    """Ask for SIZE 16-bit values of each row to come to the L2 cache, line by line; nobody waits for them."""
-    o_s = tl.arange(0, SIZE // 64) * 64
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [p + o_r[:, None].to(tl.int64) * WIDTH + o_s[None, :]],
-        dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@triton.jit
 def _store_act_grad(da, weight, p_pre, p_dpre, p_weighted, o_r, m_r, o_n, I: tl.constexpr):
     """SwiGLU's backward for some columns; returns each row's sum of da * act over them."""
     m = m_r[:, None] & (o_n < I)[None, :]
@@ -195,7 +185,6 @@ def act_grad_kernel(
     I: tl.constexpr,
     K: tl.constexpr,
     TMA: tl.constexpr,
-    PREFETCH: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -214,11 +203,6 @@ def act_grad_kernel(
     o_r = tl.load(p_tile_row + i_m) + tl.arange(0, BM)
     m_r = o_r < tl.load(p_tile_end + i_m)
     flat = tl.load(p_order + o_r, mask=m_r, other=0)
-    if PREFETCH:
-        # The epilogue reads as much as it writes, and the memory is idle during the product.
-        o_p = tl.minimum(tl.load(p_tile_row + i_m) + tl.arange(0, BM), tl.load(p_tile_end + i_m) - 1)
-        _prefetch_rows(p_pre + i_n * BN, o_p, 2 * I, BN)
-        _prefetch_rows(p_pre + I + i_n * BN, o_p, 2 * I, BN)
     o_k = tl.arange(0, BK)
     o_n = i_n * BN + tl.arange(0, BN)
     p_a = p_dy + (flat // K)[:, None].to(tl.int64) * H + o_k[None, :]

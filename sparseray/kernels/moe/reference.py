@@ -64,6 +64,21 @@ def limit_groups(biased_TE: Tensor, *, num_groups: int, topk_groups: int, group_
     return grouped_TGS.masked_fill(~kept_TG[..., None], float("-inf")).reshape(T, E)
 
 
+def shares_and_means(scores_TE: Tensor, topk_ids_TK: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Of each expert the share of choices that fell on it, times E, and its mean score, both [groups, E].
+
+    Args:
+        scores_TE: fp32; only the mean has a gradient.
+        topk_ids_TK: each token's choices, all different.
+        groups: sequences of equal length, one after another.
+    """
+    (T, E), k = scores_TE.shape, topk_ids_TK.shape[1]
+    tokens = T // groups
+    chosen_TE = torch.zeros_like(scores_TE).scatter_(1, topk_ids_TK, 1.0)
+    shares_BE = chosen_TE.reshape(groups, tokens, E).sum(1) * (E / (k * tokens))
+    return shares_BE, scores_TE.reshape(groups, tokens, E).mean(1)
+
+
 def scores_of_a_group(router: str, *, top_k: int, topk_groups: int, group_scores: int) -> int:
     """How many of its largest scores make a group's score.
 

@@ -171,35 +171,6 @@ def _router_backward_kernel(
     tl.store(p_dlogits + o_te, grad, mask=m)
 
 
-@triton.jit
-def _top_k_kernel(p_scores, p_ids, T, E: tl.constexpr, BE: tl.constexpr, K: tl.constexpr, BT: tl.constexpr):
-    o_t = tl.program_id(0) * BT + tl.arange(0, BT)
-    o_e = tl.arange(0, BE)
-    m_t = o_t < T
-    o = o_t[:, None].to(tl.int64) * E + o_e[None, :]
-    score = tl.load(p_scores + o, mask=m_t[:, None] & (o_e[None, :] < E), other=float("-inf"))
-    for k in tl.static_range(K):
-        at = tl.argmax(score, 1, tie_break_left=True)
-        tl.store(p_ids + o_t * K + k, at.to(tl.int64), mask=m_t)
-        score = tl.where(o_e[None, :] == at[:, None], float("-inf"), score)
-
-
-def top_k(scores_TE: Tensor, k: int) -> Tensor:
-    """Ids of each token's k largest scores, int64 [T, k], largest first, ties to the lower id; no gradient.
-
-    Args:
-        scores_TE: fp32, finite.
-        k: at most E.
-    """
-    (T, E), bt = scores_TE.shape, block_tokens(scores_TE.shape[1])
-    ids_TK = torch.empty(T, k, dtype=torch.int64, device=scores_TE.device)
-    launch_kernel(
-        _top_k_kernel, (max(1, triton.cdiv(T, bt)),), scores_TE.detach().contiguous(), ids_TK, T,
-        E=E, BE=triton.next_power_of_2(E), K=k, BT=bt,
-    )  # fmt: skip
-    return ids_TK
-
-
 class _Route(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits_TE: Tensor, bias_E: Tensor | None, options: dict[str, Any]) -> Any:
