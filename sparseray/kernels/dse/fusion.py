@@ -1,8 +1,8 @@
 """DSE's context gate and short convolution, in one autograd node (Triton); oracle: `reference.memory_output`.
 
-Forward is two launches: one warp a token finds the gate and the norms' factors, which are kept, five numbers a token; the
-second makes the convolution's inputs from them and the value as it goes, so neither the gated nor the normed value is
-stored. Backward is three: the gradient of the convolution's output, with the sums over tokens that the taps and the last
+Forward, one warp a token finds the gate and the norms' factors, which are kept, five numbers a token; another launch
+makes the convolution's inputs from them and the value as it goes, so neither the gated nor the normed value is
+stored. Backward is three launches: the gradient of the convolution's output, with the sums over tokens that the taps and the last
 norm need, held in registers while a program goes down a sequence; then all gradients of a token by one warp, which needs no
 barrier for its two sums; then the programs' sums are added, in one order.
 
