@@ -245,7 +245,10 @@ class DeviceExchange(Abortable):
         self.slices.sum_up(self.across.count + 1)
         self.shares.share(self.across.count + 3)
         self.across.count += 4
-        of_dense, of_experts, _ = step_norms(self.dense, self.held, [], self.link.read)
+        dense, experts, _ = step_norms(self.dense, self.held, [], self.link.read)
+        of_dense = dict(zip(self.dense.names, dense))
+        held = [(layer, expert) for layer, slab in enumerate(self.held.slabs) for expert in slab.rows]
+        of_experts = dict(zip(map(_name, held), experts, strict=True))
         self.meter.tell()
         self.across.settle(max(map(len, self._turn.rounds)), self.part_shape[0] * self.part_shape[1])
         plan = self.plan

@@ -21,15 +21,13 @@ from sparseray.actors.exchange.protocol import Abortable, Fetch, FetchedRows, Pa
 from sparseray.actors.peers.link import Link
 from sparseray.actors.peers.regions import Sizes
 from sparseray.actors.peers.table import Table
-from sparseray.actors.state.assignment import Plan
+from sparseray.actors.state.assignment import MOST_IN_ROUNDS, Plan
 from sparseray.actors.state.experts import ExpertShard
 from sparseray.actors.state.slab_experts import SlabExperts
 from sparseray.actors.wire.envelope import Body
 from sparseray.actors.wire.mailbox import Mailbox
 from sparseray.kernels.ops import Ops
 
-MOST_SLOTS = 4
-"""That serve in rounds together: regions lie where they do, however many there are."""
 NOBODY = -1
 """Expert of a place without a token."""
 
@@ -59,10 +57,11 @@ def round_sizes(experts: ExpertShard, tokens: int) -> Sizes:
     """
     config = experts.config
     return Sizes(
-        slots=MOST_SLOTS,
+        slots=MOST_IN_ROUNDS,
         tokens=tokens,
         top_k=config.moe.top_k,
         hidden=config.hidden,
+        returned=config.moe.top_k,
         dtype=experts.slabs[0].compute_dtype or torch.float32,
         nodes=0,
         dense=0,
@@ -88,6 +87,9 @@ class Layers(Protocol):
 
     def end(self) -> None:
         """End a round."""
+
+    def accompany(self) -> None:
+        """Take part in a whole round without own tokens."""
 
     def abort(self) -> None:
         """End every wait; called by the control thread."""
@@ -193,6 +195,11 @@ class HostLayers:
         """Loops are loaded without it."""
         return nullcontext()
 
+    def accompany(self) -> None:
+        """As of `Layers`."""
+        for index in range(len(self.held.slabs)):
+            self.run(index, None)
+
     def end(self) -> None:
         """Words go on rising from round to round."""
 
@@ -263,9 +270,7 @@ class RoundsExchange(Abortable):
             step: that is open.
         """
         self.open_round(step)
-        for index in self._index.values():
-            self.layers.run(index, None)
-        self.layers.end()
+        self.layers.accompany()
 
     # -- of Exchange -------------------------------------------------------------------------------
 
