@@ -78,7 +78,7 @@ def tokens_of(rank: int, tokens: int, device: torch.device) -> Tensor:
 
 def sizes_of(tokens: int) -> Sizes:
     """Two slots' regions for so many tokens."""
-    small = {"returned": TOP_K, "nodes": 1, "dense": 1, "dense_slice": 1, "shares": 1}
+    small = {"nodes": 1, "dense": 1, "dense_slice": 1, "shares": 1}
     return Sizes(slots=2, tokens=tokens, top_k=TOP_K, hidden=HIDDEN, dtype=torch.bfloat16, **small)
 
 

@@ -31,8 +31,8 @@ NAMES = tuple(first + second for first in "bdfgklmn" for second in "aeiou")
 OF_TORCH = ("_inductor", "_dynamo", "distributed", "nn", "ao", "fx", "testing", "utils")
 APART_S = 3.0
 """Between the starts of a lane's runs: each brings a cluster up."""
-GRACE_S = 60.0
-"""That a run which is told to stop has for its checkpoint."""
+START_S, GRACE_S = 100.0, 60.0
+"""That a run has for its first step, and one that is told to stop for its checkpoint."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ class Plan:
     Args:
         device: "cpu" or "cuda".
         steps: of training.
-        seconds: after which training is stopped; its last scheduled checkpoint counts then.
+        seconds: after the first step when training is stopped; its last scheduled checkpoint counts then.
         samples: of each task.
     """
 
@@ -125,13 +125,14 @@ def sources(folder: Path, text: str) -> list[str]:
     return ["stdlib", *(str(torch / name) for name in OF_TORCH)]
 
 
-def sparseray(*arguments: str, log: Path, seconds: float = 3600.0) -> None:
+def sparseray(*arguments: str, log: Path, seconds: float = 3600.0, begun: Path | None = None) -> None:
     """Run one command of the product, and ask it to stop when its time is over.
 
     Args:
         arguments: of it.
         log: that its output is added to.
         seconds: that it has.
+        begun: file from whose appearance on they count.
 
     Raises:
         CalledProcessError: it failed.
@@ -142,6 +143,10 @@ def sparseray(*arguments: str, log: Path, seconds: float = 3600.0) -> None:
     with log.open("a") as out:
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT)
         try:
+            while begun is not None and not begun.exists() and process.poll() is None:
+                if time.perf_counter() > started + START_S:
+                    raise subprocess.TimeoutExpired(command, START_S)
+                time.sleep(0.2)
             code = process.wait(seconds)
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGINT)
@@ -196,7 +201,7 @@ def run(folder: Path, one: Run, plan: Plan) -> None:
         **plan.keys(),
     }
     options = [f"--{key}={value}" for key, value in keys.items()]
-    sparseray("pretrain", *options, log=log, seconds=plan.seconds)
+    sparseray("pretrain", *options, log=log, seconds=plan.seconds, begun=run_dir / "metrics.jsonl")
     steps = [int(path.name.removeprefix("step_")) for path in (run_dir / "checkpoints").glob("step_*")]
     scheduled = [step for step in steps if step % plan.every == 0 or step == plan.steps]
     newest = run_dir / "checkpoints" / f"step_{max(scheduled or steps)}"

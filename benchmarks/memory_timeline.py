@@ -8,6 +8,7 @@ the main stream, and how long and before which kernels it had nothing to do.
 """
 
 import argparse
+import gc
 import json
 import statistics
 import tempfile
@@ -199,6 +200,7 @@ def main() -> int:
                 )
                 spent.append(timeline(mode, step, folder))
             del step
+            gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
     bare_us, whole_us = spent[:2]

@@ -19,6 +19,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from sparseray.actors.peers.device_link import DeviceLink
+from sparseray.actors.peers.meter import Meter
 from sparseray.actors.peers.regions import Regions, Sizes
 from sparseray.actors.peers.table import Table
 from sparseray.actors.peers.token_exchange import TokenExchange
@@ -49,6 +50,10 @@ SHAPES = (
 def noise(*shape: int, device: torch.device) -> Tensor:
     """Normal bf16 numbers."""
     return torch.randn(shape, device=device, dtype=torch.bfloat16)
+
+
+def nothing(name: str, value: float, **labels: str) -> None:
+    """Records no metric."""
 
 
 class Mailbox:
@@ -97,7 +102,9 @@ class Layer:
         mailbox: Any = Mailbox(rank)
         link = DeviceLink(mailbox, print, LIMIT_S, self.slots, (peer.new_state(device), peer.new_end(device)))
         plan: Any = SimpleNamespace(expert_primaries=self.slots)
-        self.exchange = TokenExchange(plan, dense, held, Table(slots=self.slots, regions=regions), rank, link)
+        self.exchange = TokenExchange(
+            plan, dense, held, Table(slots=self.slots, regions=regions), rank, link, Meter(link, nothing)
+        )
 
     def forward(self) -> Tensor:
         """Tokens out, rows back."""
@@ -113,6 +120,7 @@ class Layer:
         self.exchange.backward(0, self.slots, TOKENS)
         TRITON.combine_slots(self.exchange.returned(TOKENS), None)
         self.exchange.take_gradients()
+        self.exchange.meter.forget()
 
 
 class Alone:

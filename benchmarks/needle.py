@@ -158,13 +158,14 @@ class Course:
         Args:
             name: of the run.
             keys: beside those of all runs.
-            seconds: of the command, its start included.
+            seconds: from the first step on.
         """
         run_dir = self.folder / name
         shared = {"data.path": self.folder / "data", "run_dir": run_dir, **MODEL, **self.size.keys}
         options = [f"--{key}={value}" for key, value in (shared | keys).items()]
         if not run_dir.exists():
-            sparseray("pretrain", *options, log=self.folder / f"{name}.log", seconds=seconds)
+            begun, log = run_dir / "metrics.jsonl", self.folder / f"{name}.log"
+            sparseray("pretrain", *options, log=log, seconds=seconds, begun=begun)
         found = sorted((run_dir / "checkpoints").glob("step_*"), key=lambda p: int(p.name.split("_")[1]))
         return found[-1]
 
@@ -293,7 +294,7 @@ def main() -> int:
     say("--folder", type=Path, required=True)
     say("--out", type=Path, required=True)
     say("--size", choices=tuple(SIZES), default="gpu")
-    say("--seconds", type=float, nargs=2, default=(170.0, 80.0), metavar=("SHORT", "LONG"))
+    say("--seconds", type=float, nargs=2, default=(150.0, 60.0), metavar=("SHORT", "LONG"))
     say("--samples", type=int, default=200)
     options = parser.parse_args()
     folder, size, begin = options.folder.absolute(), SIZES[options.size], time.perf_counter()

@@ -7,6 +7,7 @@ the median step, the time until the host has launched it, and the peak of the me
 """
 
 import argparse
+import gc
 import json
 import statistics
 import time
@@ -117,6 +118,7 @@ def compare(name: str, config: RunConfig, steps: int, warmup: int) -> None:
             flush=True,
         )
         losses.append(found.losses)
+        gc.collect()
         torch.cuda.empty_cache()
     print(f"{name}: the losses are {'the same' if losses[0] == losses[1] else 'others'}", flush=True)
 

@@ -21,7 +21,7 @@ from triton.compiler import ASTSource
 from triton.compiler import compile as compile_source
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from sparseray.kernels import drafts, peer
+from sparseray.kernels import drafts, peer, peer_rounds
 from sparseray.kernels.attention import decode, paged_write, prefill
 from sparseray.kernels.dense import (
     adamw,
@@ -34,8 +34,9 @@ from sparseray.kernels.dense import (
     swiglu,
 )
 from sparseray.kernels.dse import fusion, row_update, rows, staged_rows
-from sparseray.kernels.moe import decode as moe_decode
+from sparseray.kernels.moe import decode as decode_experts
 from sparseray.kernels.moe import expert_map, ffn, router, router_logits
+from sparseray.kernels.moe.held_rounds import rows_of_held
 from sparseray.kernels.nsa import compress_step, inverse
 from sparseray.kernels.nsa import decode as nsa_decode
 from sparseray.kernels.paged import DraftState, Pages
@@ -103,7 +104,8 @@ def dense() -> None:
     for width in (128, H, 2048, 7168):
         x, weight = bf16(R, width), torch.ones(width)
         out, total, rstd = rms_norm._forward(x, x, weight, 1e-6)
-        rms_norm._backward(out, x, total, weight, rstd)
+        for readers in (1, rms_norm.MOST_READERS):
+            rms_norm._backward([out] * readers, x, total, weight, rstd)
     swiglu._launch(bf16(R, 2 * I), None, bf16(R, I))
     swiglu._launch(bf16(R, 2 * I), bf16(R, I), bf16(R, 2 * I))
     angles = (targets, torch.zeros(4096, 32), torch.zeros(4096, 32))
@@ -213,7 +215,7 @@ def experts() -> None:
             ffn.weight_grad(grads, x, plan, config, rows_first=first, out=out, accumulate=True)
 
 
-def decoding() -> None:
+def few_tokens() -> None:
     """The experts of few rows: pairs of one or two, and the map of more in one launch."""
     for tokens, dtype, E, H, I, K in (
         (1, torch.bfloat16, 64, 1024, 512, 6),
@@ -224,8 +226,8 @@ def decoding() -> None:
     ):
         x, ids = torch.zeros(tokens, H, dtype=dtype), torch.zeros(tokens, K, dtype=torch.int64)
         up, down = torch.zeros(E, 2 * I, H, dtype=dtype), torch.zeros(E, H, I, dtype=dtype)
-        moe_decode.moe_ffn_decode(x, ids, torch.zeros(tokens, K), up, down)
-    moe_decode.plan_few_rows(torch.zeros(256, 6, dtype=torch.int64), 16, tile_rows=16)
+        decode_experts.moe_ffn_decode(x, ids, torch.zeros(tokens, K), up, down)
+    decode_experts.plan_few_rows(torch.zeros(256, 6, dtype=torch.int64), 16, tile_rows=16)
 
 
 def peers() -> None:
@@ -243,6 +245,16 @@ def peers() -> None:
     peer.signal_all(flags, 2, 5 << 32, state)
     peer.signal(flags, 2, 5 << 32, state)
     peer.wait(flags, 0b101, 5 << 32, 6 << 32, state, order, 20.0)
+    table, who = torch.zeros(4, 4, dtype=torch.int64), torch.zeros(3, dtype=torch.int64)
+    for tokens in (0, 1, 8, 33):
+        ids = torch.zeros(tokens, 6, dtype=torch.int32)
+        peer_rounds.give(bf16(tokens, 2048), ids, 512, table, who, state)
+    for field in (peer_rounds.OTHERS, peer_rounds.OWNERS):
+        peer_rounds.say(7, field, table, who, state)
+        peer_rounds.wait(7, field, flags, who, state, order, 20.0)
+    peer_rounds.answer(bf16(16, 2048), order, order, 512 * 6, table, state)
+    places = torch.zeros(2048, 6, dtype=torch.int32)
+    rows_of_held(bf16(2048, 2048), places, bf16(32, 2816, 2048), bf16(32, 2048, 1408))
 
 
 def _activation_grad(
@@ -271,13 +283,13 @@ def memory() -> None:
         staged_rows.take_rows(fields[0], small[:-1])
         staged_rows.take_newer(fields, first[:-1], fields, first[:-1])
     for hidden in (1024, 2048):
-        h, kv, taps = bf16(2, 64, hidden), bf16(2, 64, 2 * hidden), bf16(4, hidden)
+        h, kv = bf16(2, 64, hidden), bf16(2, 64, 2 * hidden)
         norm = bf16(hidden)
         constants = {"dilation": 3, "gate_eps": 1e-6, "conv_eps": 1e-5}
         learnt = fusion._fusion(constants, (norm, norm, norm, bf16(hidden, 4)))
         for segment in (None, torch.zeros(2, 64, dtype=torch.int32)):
-            out, kept = fusion._forward(h, kv, taps, learnt, segment)
-            fusion._backward(out, h, kv, taps, learnt, kept, segment)
+            out, kept, folded = fusion._forward(h, kv, learnt, segment)
+            fusion._backward(out, h, kv, learnt, kept, folded, segment)
 
 
 def main() -> None:
@@ -296,11 +308,12 @@ def main() -> None:
         most_probable,
         compress_step,
         ffn,
-        moe_decode,
+        decode_experts,
         expert_map,
         router,
         nsa_decode,
         peer,
+        peer_rounds,
         router_logits,
         fusion,
         row_update,
@@ -317,7 +330,7 @@ def main() -> None:
     selection()
     few_rows()
     experts()
-    decoding()
+    few_tokens()
     peers()
     memory()
 

@@ -35,6 +35,7 @@ from sparseray.platform.fleet.control import Loss, Member
 from sparseray.platform.fleet.job import SpecJobs
 from sparseray.platform.fleet.transport import ZmqTransport
 from sparseray.platform.metrics.exporter import Metrics
+from sparseray.platform.offers import Offers
 from sparseray.platform.opening import TrainingInputs, open_training, slots_of
 from sparseray.platform.run import checkpoint
 from sparseray.platform.run.folder import RunFolder
@@ -223,6 +224,7 @@ class Schedulers:
         at_step: called after every committed step.
         dying: steps whose commit is a scheduler's last deed.
         stop_after: step after which to stop.
+        offers: of a server that follows the run.
     """
 
     def __init__(
@@ -232,7 +234,9 @@ class Schedulers:
         at_step: Callable[[int, Run, LocalFleet], None],
         dying: list[int],
         stop_after: int,
+        offers: Callable[[], Offers | None],
     ) -> None:
+        self.offers = offers
         self.inputs, self.fleet, self.at_step = inputs, fleet, at_step
         self.dying, self.stop_after = dying, stop_after
         self.seen: list[dict[str, Any]] = []
@@ -249,6 +253,7 @@ class Schedulers:
             task=self.inputs.validation,
             on_record=self._note,
             should_stop=lambda: self.run.driver.step >= self.stop_after,
+            offers=self.offers,
         )
 
     def _note(self, record: dict[str, Any]) -> None:
@@ -282,6 +287,7 @@ def train(
     nodes: dict[int, str] | None = None,
     machines: dict[int, str] | None = None,
     scheduler_dies: Sequence[int] = (),
+    offers: Callable[[], Offers | None] = lambda: None,
 ) -> Trained:
     """Train `config` in `run_dir` with every slot as a thread; resumes what the folder holds.
 
@@ -294,6 +300,7 @@ def train(
         at_step: called after every committed step.
         nodes, machines: of the slots, by id.
         scheduler_dies: steps whose commit is a scheduler's last deed; another one goes on.
+        offers: of a server that follows the run.
     """
     inputs = open_training(replace(config, run_dir=str(run_dir)))
     inputs.create_folder()
@@ -301,7 +308,7 @@ def train(
     fleet = LocalFleet(
         uuid.uuid4().hex, sockets, faults or Faults(), nodes=nodes or {}, machines=machines or {}
     )
-    schedulers = Schedulers(inputs, fleet, at_step, list(scheduler_dies), stop_after)
+    schedulers = Schedulers(inputs, fleet, at_step, list(scheduler_dies), stop_after, offers)
     try:
         schedulers.drive()
     finally:

@@ -6,11 +6,14 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
 from local_cluster import Faults, FaultyTransport, Killed, LocalFleet
 
 from sparseray.actors.serving.text_request import GenerationRequest, TokenLogprobs
@@ -19,12 +22,21 @@ from sparseray.actors.wire.mailbox import Mailbox
 from sparseray.jobs.http.ingress import Ingress
 from sparseray.platform.composition import Run
 from sparseray.platform.config import ClusterConfig, ServeConfig
+from sparseray.platform.fleet import job
 from sparseray.platform.fleet.transport import ZmqTransport
 from sparseray.platform.metrics.exporter import Metrics
 from sparseray.platform.offers import Offers
 from sparseray.platform.opening import open_followed, open_serving, slots_of
 from sparseray.platform.run.folder import RunFolder
 from sparseray.platform.serving import Served
+
+
+@contextmanager
+def slabs_in_fp32() -> Iterator[None]:
+    """Slots that compute in slabs do so in fp32: only then are a row's bits the same in any company on a CPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(job.DTYPES, "bfloat16", torch.float32)
+        yield
 
 
 @dataclass
@@ -48,7 +60,7 @@ class LocalServer:
         serve: limits of the engines.
         follows: folder of a run that is followed.
         offers: of that run, while it trains.
-        is_in_slabs: engines compute in bf16 in slabs, as on GPUs.
+        is_in_slabs: engines compute in slabs, as on GPUs.
         nodes: of the slots, by id.
     """
 

@@ -37,6 +37,12 @@ def resting(seconds: float) -> dict[str, str]:
     return {"PYTHONPATH": path, "SPARSERAY_TEST_REST_S": str(seconds)}
 
 
+def failing(faults: str) -> dict[str, str]:
+    """What makes slots of a command fail (tests/faulty_slots), beside the rest of its environment."""
+    path = f"{ROOT / 'tests' / 'faulty_slots'}{os.pathsep}{environment()['PYTHONPATH']}"
+    return {"PYTHONPATH": path, "SPARSERAY_TEST_FAULTS": faults}
+
+
 def start(
     arguments: list[str],
     log: Path,

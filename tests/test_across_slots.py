@@ -72,6 +72,18 @@ def test_roles_in_slots_of_their_own_change_no_bit(
     check(train(tmp_path / "run", slabs_run(corpus, **roles)), one)
 
 
+def test_a_host_that_does_not_learn_the_counts_of_rows_changes_no_bit(
+    corpus: Path, one: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU after the first step, where all rows have room."""
+
+    def settle(me: TokenExchange, *_: int) -> None:
+        me.counts_rows = False
+
+    monkeypatch.setattr(TokenExchange, "settle", settle)
+    check(train(tmp_path / "run", slabs_run(corpus, slots=3)), one)
+
+
 def test_recomputed_layers_change_no_bit(corpus: Path, one: Trained, tmp_path: Path) -> None:
     config = slabs_run(corpus, slots=3)
     check(train(tmp_path / "run", replace(config, train=replace(config.train, recompute=True))), one)

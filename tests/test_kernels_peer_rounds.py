@@ -89,6 +89,17 @@ def test_a_wait_is_for_the_generation_that_the_state_names(
         assert all((p.x == 99).all() and (p.rows == 77).all() and p.flags[0] == 0 for p in peers)
 
 
+def test_tokens_of_a_slot_that_is_gone_are_answered_to_nobody() -> None:
+    peers = [Peer() for _ in range(S)]
+    table, _, state = tables(peers, 0, 0b111)
+    table[2] = 0
+    order = torch.tensor([2 * C * K, 3, C * K], dtype=torch.int32, device=DEVICE)
+    y = torch.randn(3, H, device=DEVICE).to(DTYPE)
+    rounds.answer(y, order, torch.full((1,), 3, device=DEVICE).int(), C * K, table, state)
+    assert torch.equal(peers[0].rows[3], y[1]) and torch.equal(peers[1].rows[0], y[2])
+    assert (peers[2].rows == 77).all()
+
+
 @pytest.mark.parametrize("counts", [(12, 0, 5), (0, 0, 0), (1, 1, 1)])
 def test_rows_of_all_slots_come_back_to_their_places(counts: tuple[int, ...]) -> None:
     torch.manual_seed(0)

@@ -1,5 +1,6 @@
 """A server is fed by the slots of the run that it follows: exact versions, no checkpoint, and no bit of the run differs."""
 
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,12 +17,13 @@ from local_server import Heard, LocalServer
 from sparseray.actors.serving.speculative_engine import SpeculativeEngine
 from sparseray.actors.serving.text_request import GenerationRequest
 from sparseray.errors import OfferGoneError
-from sparseray.model.config import MTPConfig
+from sparseray.model.config import ModelConfig, MTPConfig
 from sparseray.platform.composition import Run
 from sparseray.platform.config import ClusterConfig, RunConfig, ServeConfig
 from sparseray.platform.fleet import weights_port
 from sparseray.platform.fleet.weights_port import WeightsPort, read_offered, source_of
 from sparseray.platform.offers import Offers
+from sparseray.platform.run.folder import RunFolder
 from sparseray.platform.server import Server
 from sparseray.platform.trainer import Trainer
 
@@ -44,13 +46,14 @@ class Training:
     def __init__(self, run_dir: Path, config: RunConfig) -> None:
         self.run_dir, self.config, self.run = run_dir, config, None
         self.over, self.fleet = threading.Event(), None
+        self.server: LocalServer | None = None
         self.trained: Trained | None = None
         self.thread = threading.Thread(target=self._train)
         self.thread.start()
         wait_for(lambda: self.step >= 2)
 
     def _train(self) -> None:
-        self.trained = train(self.run_dir, self.config, at_step=self._at_step)
+        self.trained = train(self.run_dir, self.config, at_step=self._at_step, offers=self.engines)
 
     def _at_step(self, step: int, run: Run, fleet: LocalFleet) -> None:
         self.run, self.fleet = run, fleet
@@ -65,6 +68,17 @@ class Training:
     def offers(self) -> Offers | None:
         driver = None if self.run is None or self.trained is not None else self.run.driver
         return driver.offers if isinstance(driver, Trainer) else None
+
+    @property
+    def model(self) -> ModelConfig:
+        """With what follows from the data."""
+        return RunFolder(self.run_dir).recorded_config().model
+
+    def engines(self) -> Offers | None:
+        """As the platform's scheduler finds them."""
+        driver = None if self.server is None else self.server.run.driver
+        model, folder = self.model, str(self.run_dir)
+        return driver.offers if isinstance(driver, Server) and driver.can_give(model, folder) else None
 
     def stop(self) -> Trained:
         self.over.set()
@@ -282,3 +296,78 @@ def test_a_server_that_lost_an_engine_and_gave_a_slot_back_takes_the_last_checkp
         wait_for(lambda: server.ingress.version() == name)
         answers = server.ask(requests())
     assert answers == undisturbed(corpus, tmp_path, int(newest.name.removeprefix("step_")))
+
+
+def from_engines(corpus: Path) -> RunConfig:
+    config = config_of(corpus)
+    return replace(config, train=replace(config.train, restore_from="engines"))
+
+
+@pytest.mark.parametrize(
+    "role",
+    [
+        "expert_primaries",
+        pytest.param("memory_primaries", marks=pytest.mark.long),
+        pytest.param("dense", marks=pytest.mark.long),
+    ],
+)
+def test_a_run_that_lost_all_replicas_goes_on_with_the_weights_of_engines(
+    role: str, corpus: Path, tmp_path: Path
+) -> None:
+    with (
+        running(tmp_path, from_engines(corpus)) as training,
+        following(training, tmp_path / "s", APART, ASKED) as server,
+    ):
+        served = step_of(server)
+        training.server = server
+        # The offer that the server read is withdrawn; what it gives back is its own.
+        wait_for(lambda: training.offers()._ready is None)
+        wait_for(lambda: training.step > served + 3)
+        plan = training.run.generations.plan
+        for slot in getattr(plan, role):
+            training.fleet.kill(slot)
+        training.fleet.start(2)
+        wait_for(lambda: "restored" in [e["kind"] for e in training.run.folder.event_lines()])
+        wait_for(lambda: training.step > served + 6)
+        answers = server.ask(requests())
+        trained = training.stop()
+    (told,) = [e for e in trained.folder.event_lines() if e["kind"] == "restored"]
+    assert told["step"] == served and "bits differ from here on" in told["text"], told
+    assert [r["step"] for r in trained.records] == list(range(1, len(trained.records) + 1))
+    plain = train(tmp_path / "plain", config_of(corpus), stop_after=served + 3)
+    # The first step after it sees just the weights of the step that was served, and no moments.
+    assert trained.curve[: served + 1] == plain.curve[: served + 1]
+    assert trained.curve[served + 1] != plain.curve[served + 1]
+    assert answers == undisturbed(corpus, tmp_path, served), "the server noticed nothing"
+
+
+def test_a_run_that_starts_again_takes_what_engines_have_and_its_checkpoint_has_not(
+    corpus: Path, tmp_path: Path
+) -> None:
+    with (
+        running(tmp_path, from_engines(corpus)) as training,
+        following(training, tmp_path / "s", APART, ASKED) as server,
+    ):
+        served = step_of(server)
+        newest = training.stop().folder.newest_checkpoint()
+        assert newest is not None
+        training.server = server
+        engines = training.engines
+        # A checkpoint that is newer than what is served wins, to the bit.
+        later = train(
+            training.run_dir,
+            from_engines(corpus),
+            stop_after=len(training.trained.records) + 1,
+            offers=engines,
+        )
+        assert "restored" not in later.events
+        for folder in newest.parent.iterdir():
+            shutil.rmtree(folder)
+        again = train(training.run_dir, from_engines(corpus), stop_after=served + 2, offers=engines)
+        driver = server.run.driver
+        assert isinstance(driver, Server) and driver.can_give(training.model, str(training.run_dir))
+        assert not driver.can_give(training.model, str(tmp_path / "other"))
+        assert not driver.can_give(replace(training.model, vocab_size=301), str(training.run_dir))
+    assert again.events.count("restored") == 1 and len(again.records) == served + 2
+    plain = train(tmp_path / "plain", config_of(corpus), stop_after=served + 2)
+    assert again.curve[: served + 1] == plain.curve[: served + 1] and again.curve != plain.curve

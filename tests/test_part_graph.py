@@ -5,6 +5,7 @@ import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from sparseray.actors.exchange.protocol import FetchedRows
 from sparseray.actors.training import part_graph
 from sparseray.actors.training.objective import DeviceBatch, next_token
 from sparseray.actors.training.part_graph import PartGraph, graph_of
+from sparseray.actors.training.worker import AttentionWorker
 from sparseray.model.config import DSEConfig, MTPConfig
 from sparseray.platform.config import RunConfig
 from sparseray.platform.trainer import Trainer
@@ -127,7 +129,7 @@ def test_where_nothing_can_be_recorded_the_host_goes_on_launching(
 
 
 def exchange() -> OnDeviceExchange:
-    return OnDeviceExchange(dense_slabs(), whole_experts(), None, None)
+    return OnDeviceExchange(dense_slabs(), whole_experts(), None, SimpleNamespace(post=lambda *a, **k: None))
 
 
 def batch(seed: int, weights_BT: Tensor | None = None) -> DeviceBatch:
@@ -176,6 +178,33 @@ def test_a_recording_follows_weights_that_change_where_they_lie_and_is_thrown_aw
     same(5)
     same(6, weight=32.0)
     assert (recorder.firsts, recorder.records, recorder.replays) == (3, 2, 4)
+
+
+class Source:
+    """One part a step."""
+
+    def __call__(self, step: int, part: int) -> DeviceBatch:
+        return batch(step)
+
+    def weight(self, step: int) -> float:
+        return 64.0
+
+
+def test_the_step_that_notes_statistics_is_replayed_and_notes_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recorder, noted = Recorded(), []
+    for made in (None, recorder):
+        monkeypatch.setattr(part_graph, "recorder_of", lambda device, made=made: made)
+        here = exchange()
+        worker = AttentionWorker(here.dense, here)
+        for step in (8, 9, 10):
+            worker.run_step(step, [0], Source(), lambda part, done: None)
+            here.dense.discard()
+            here.whole.discard()
+        noted.append(worker.noted)
+    assert (recorder.firsts, recorder.records, recorder.replays) == (1, 1, 2)
+    assert noted[0] and noted[1] == noted[0]
 
 
 def test_batches_with_weights_of_their_own_are_launched_beside_a_recording() -> None:

@@ -1,18 +1,22 @@
 """The `plan` command: what it shows is the plan that `pretrain` would start with, and it starts nothing."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from sparseray.actors.wire.codec import to_plain
 from sparseray.jobs import plan as command
 from sparseray.model.buckets import bucket_bounds
 from sparseray.model.config import DSEConfig
 from sparseray.model.counts import count_parameters
 from sparseray.model.presets import preset
+from sparseray.platform import cluster
 from sparseray.platform import config as configuration
+from sparseray.platform.checks import check_cluster
 from sparseray.platform.config import DataConfig, RunConfig
-from sparseray.platform.opening import build_layout, open_data
+from sparseray.platform.opening import build_layout, open_data, training_inventory
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--config", str(ROOT / "configs" / "tiny.yaml")]
@@ -134,3 +138,21 @@ def test_it_starts_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     ray_before = "ray" in sys.modules
     assert run(capsys, *TINY)[0] == 0
     assert ray_before or "ray" not in sys.modules
+
+
+def test_the_plan_of_a_job_that_goes_on_is_shown_by_its_name(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configuration.parse(TWO_EACH, prog="plan", description="")
+    plan = replace(check_cluster(config.cluster, training_inventory(config)), generation=7)
+    answers = [{"config": configuration.to_dict(config), "plan": to_plain(plan)}, None]
+    monkeypatch.setattr(command, "connect", lambda job: job)
+    monkeypatch.setattr(
+        cluster, "ask", lambda job, what: answers.pop(0) if (job, what) == ("first", "plan") else 0
+    )
+    code, out, err = run(capsys, "first")
+    assert (code, err) == (0, "") and out.startswith("generation 7\n")
+    _, beginning, _ = run(capsys, *TWO_EACH)
+    assert table(out.split("\n", 1)[1]) == table(beginning)
+    code, out, err = run(capsys, "first")
+    assert (code, out) == (2, "") and "first has no plan yet" in err

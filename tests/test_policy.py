@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 
 from sparseray.actors.state.assignment import Plan
+from sparseray.errors import ConfigError
+from sparseray.platform.config import ClusterConfig
 from sparseray.platform.planning.inventory import Inventory, Roles
 from sparseray.platform.planning.policy import (
     Noop,
@@ -18,6 +20,7 @@ from sparseray.platform.planning.policy import (
     imbalance,
 )
 from sparseray.platform.planning.replan import make_plan, replan
+from sparseray.platform.planning.requests import check_request
 
 ROLES = Roles(attention=2, experts=2, memory=2)
 EVEN = [[10.0] * 8] * 2
@@ -198,3 +201,18 @@ def test_every_decision_ends_its_reason() -> None:
             seen = replace(carry_out(seen), steps_since_change=1000)
     assert decide(seen) == Noop()
     assert (len(seen.plan.attention), len(seen.plan.expert_primaries), len(seen.ready)) == (2, 2, 1)
+
+
+def test_fewer_slots_than_replicas_are_refused_with_the_number_that_can_be() -> None:
+    inventory = Inventory(parts=0, moe_layers=2, experts=8, dse_layers=1, buckets=8)
+    cluster = ClusterConfig(colocated=True, replication=2, attention_workers=2)
+    wanted = Roles(attention=2, experts=1, memory=1)
+
+    def ask(count: int) -> Roles:
+        return check_request("attention", count, wanted, inventory, cluster, slots=2, room=1)
+
+    with pytest.raises(ConfigError, match=r"1 slots cannot hold 2 replicas.*ask for at least 2"):
+        ask(1)
+    assert ask(2) == wanted and ask(3).attention == 3
+    with pytest.raises(ConfigError, match="has room for 1"):
+        ask(4)

@@ -227,5 +227,5 @@ def test_nothing_is_leased_kept_or_started_on_a_node_that_is_to_be_drained(ray: 
     jobs.ask("run", 1)
     assert jobs.numbers()["run", 1] == 2
     pool.turn()
-    assert pool.draining == {"a": 100.0, "b": 100.0}
+    assert pool.nodes.draining == {"a": 100.0, "b": 100.0}
     pool.close()

@@ -1,19 +1,30 @@
-"""Engines with some of the experts each, which compute in rounds: as on several GPUs, here in bf16 on a CPU."""
+"""Engines with some of the experts each, which compute in rounds: as on several GPUs, here in slabs on a CPU."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from local_cluster import MODEL, tiny_run, train
-from local_server import Heard, LocalServer
+from local_server import Heard, LocalServer, slabs_in_fp32
 from processes import wait_until
 from test_elastic_serving import at, kill, requests, scale
 
-from sparseray.actors.peers.in_rounds import RoundsExchange
+from sparseray.actors.peers.in_rounds import RoundsExchange, is_in_rounds
 from sparseray.actors.state.assignment import Plan
 from sparseray.errors import ConfigError
 from sparseray.model.config import DSEConfig
 from sparseray.platform.config import ClusterConfig
+from sparseray.platform.planning.inventory import Inventory
+from sparseray.platform.planning.replan import make_plan
+from sparseray.platform.planning.shrink import after_loss
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _in_fp32() -> Iterator[None]:
+    with slabs_in_fp32():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -126,3 +137,27 @@ def test_a_killed_engine_without_replicas_is_made_up_for_from_the_checkpoint(
     with serve(tmp_path / "server", trained, attention_workers=2, expert_shards=2) as server:
         assert [h.tokens for h in server.ask(requests(), at({40: kill(1)}))] == [h.tokens for h in one]
         assert "restored" in server.events
+
+
+def test_the_plan_after_a_loss_gives_nobody_anything_and_shares_out_what_was_computed() -> None:
+    inventory = Inventory(parts=0, moe_layers=2, experts=8, dse_layers=0, buckets=0, in_slabs=True)
+    cluster = ClusterConfig(attention_workers=3, expert_shards=3, replication=2, colocated=True)
+    addresses = dict.fromkeys(range(3), "")
+    plan = make_plan(
+        generation=1,
+        addresses=addresses,
+        inventory=inventory,
+        roles=inventory.roles(cluster),
+        replication=2,
+        colocated=True,
+    )
+    left = {slot: SimpleNamespace(address="") for slot in (0, 2)}
+    found = after_loss(plan, left, inventory, 2)
+    assert found is not None and (found.generation, found.attention, found.dense) == (2, (0, 2), (0, 2))
+    for slot in left:
+        assert found.pieces_of(slot) == plan.pieces_of(slot)
+        assert 3 <= sum(holders[0] == slot for holders in found.experts[0]) <= 5
+    assert is_in_rounds(plan) and is_in_rounds(found)
+    # Nobody has what both had; and on CPUs, where reading is quick, a loss is made up for at once.
+    assert after_loss(found, {0: left[0]}, inventory, 3) is None
+    assert after_loss(plan, left, replace(inventory, in_slabs=False), 2) is None

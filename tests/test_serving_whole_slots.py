@@ -1,17 +1,24 @@
-"""Engines that hold everything each, as on several GPUs, here in bf16 on a CPU: one is killed, others come and go."""
+"""Engines that hold everything each, as on several GPUs, here in slabs on a CPU: one is killed, others come and go."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from local_cluster import MODEL, tiny_run, train
-from local_server import Heard, LocalServer
+from local_server import Heard, LocalServer, slabs_in_fp32
 from test_elastic_serving import at, kill, requests, scale
 
 from sparseray.model.config import DSEConfig
 from sparseray.platform.config import ClusterConfig
 from sparseray.platform.planning.inventory import Inventory, Roles
 from sparseray.platform.planning.replan import make_plan, replan
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _in_fp32() -> Iterator[None]:
+    with slabs_in_fp32():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +53,7 @@ def whole(server: LocalServer) -> list[int]:
 
 
 @pytest.mark.parametrize("standby", [0, 1])
-def test_a_killed_engine_fails_no_request_and_changes_no_greedy_token(
+def test_a_killed_engine_fails_no_request_and_changes_no_token(
     standby: int, trained: Path, one: list[Heard], tmp_path: Path
 ) -> None:
     with serve(tmp_path / "server", trained, 2, standby=standby) as server:

@@ -67,3 +67,23 @@ def test_figures_alone_are_shown_while_there_are_any(capsys: pytest.CaptureFixtu
     looks = Looks(3)
     assert top.watch(None, looks, every_s=0.0, is_once=False) == 0
     assert looks.left == -1 and "the job" not in capsys.readouterr().out
+
+
+def test_decisions_of_the_autoscaler_and_nodes_that_are_drained_are_lines_of_the_screen(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reason = "attention 1 to 2: nine of ten first tokens would take 812 ms and shall take 300 ms"
+    events = [
+        {"time": 0.0, "step": 7, "kind": "autoscaled", "text": reason},
+        {"time": 1.0, "step": 7, "kind": "drained", "text": "slot 3 left, 0.10 MB moved in 9 ms"},
+    ]
+    found = STATUS | {"state": "serving", "events": events, "draining": {"4": 28}}
+    monkeypatch.setattr(cluster, "ask", lambda *_, **__: found)
+    monkeypatch.setenv("COLUMNS", "200")
+    assert top.watch("scheduler", Looks(9), every_s=0.0, is_once=True) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.endswith(f"autoscaled {reason}") for line in lines)
+    assert any("drained    slot 3 left" in line for line in lines)
+    assert any(
+        "draining  slot 4 is on a node that Ray drains, the first is gone in 28 s" in line for line in lines
+    )

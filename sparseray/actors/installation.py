@@ -151,7 +151,7 @@ def restore(
         begins = with_optimizer and message.source.weights_only
         found = read(directory, holdings.names(lacking, with_optimizer=with_optimizer and not begins))
         if begins:
-            holdings.initialize(lacking)
+            holdings.initialize(lacking, message.step)
             found = _grown(holdings.tensors(lacking), found)
         holdings.load(lacking, found, message.step, with_optimizer=with_optimizer)
 

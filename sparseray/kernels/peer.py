@@ -27,6 +27,8 @@ WIDTH = 1024
 FLAT = 4096
 MOST_PROGRAMS = 528
 """Of one that stores in several places: four for each multiprocessor, each with many numbers."""
+BESIDE_PROGRAMS = 32
+"""As many multiprocessors at most then store, and the others compute."""
 LOOK_EVERY = 32
 """Polls between two looks at the host's word, which take longer than one."""
 POLL_S = 1.5e-6
@@ -212,25 +214,27 @@ def table_of(places: Sequence[Tensor], device: torch.device) -> Tensor:
     return torch.tensor(addresses, dtype=torch.int64).to(device)
 
 
-def put_all(numbers: Tensor, table: Tensor, state: Tensor) -> None:
+def put_all(numbers: Tensor, table: Tensor, state: Tensor, *, beside: bool = False) -> None:
     """Store the same numbers in several places; they are read once.
 
     Args:
         numbers: contiguous.
         table: of `table_of`; contiguous places of the same dtype and size.
         state: of `new_state`; where it is not OK nothing is stored.
+        beside: something else computes meanwhile; then few programs store, many numbers at once each.
     """
     count = numbers.numel()
+    programs, block, warps = (BESIDE_PROGRAMS, 4 * FLAT, 16) if beside else (MOST_PROGRAMS, FLAT, 4)
     launch_kernel(
         _put_all_kernel,
-        (min(MOST_PROGRAMS, triton.cdiv(count, FLAT)),),
+        (min(programs, triton.cdiv(count, block)),),
         numbers,
         table,
         state,
         count,
         COUNT=len(table),
-        BN=FLAT,
-        num_warps=4,
+        BN=block,
+        num_warps=warps,
     )
 
 

@@ -101,6 +101,8 @@ def _answer_kernel(p_y, p_order, p_count, p_table, p_state, R, H, BH: tl.constex
         m_r = o_r < count
         pair = tl.load(p_order + o_r, mask=m_r, other=0)
         p_rows = tl.load(p_table + (pair // R).to(tl.int64) * 4 + 2, mask=m_r, other=0)
+        # A slot that is gone may have left tokens where nobody is now.
+        m_r = m_r & (p_rows != 0)
         m = m_r[:, None] & (o_h < H)[None, :]
         b = tl.load(p_y + o_r.to(tl.int64)[:, None] * H + o_h[None, :], mask=m)
         p_to = p_rows.to(tl.pointer_type(p_y.dtype.element_ty))

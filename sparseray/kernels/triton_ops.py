@@ -91,6 +91,9 @@ class _Embedding(torch.autograd.Function):
 class TritonOps(PagedTritonOps):
     """See `Ops` for what each operation does."""
 
+    def add_linear(self, y_RO: Tensor, x_RI: Tensor, weight_OI: Tensor, *, invariant: bool) -> Tensor:
+        return y_RO.addmm_(x_RI, weight_OI.t())
+
     def linear_by_head(self, x_RQI: Tensor, weight_QOI: Tensor) -> Tensor:
         return torch.bmm(x_RQI.transpose(0, 1), weight_QOI.transpose(1, 2)).transpose(0, 1)
 

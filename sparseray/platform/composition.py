@@ -97,7 +97,7 @@ class Run:
             task: what the job is for.
             on_record: told of every step, validation, checkpoint and event.
             should_stop: asked between two steps.
-            offers: of the run that a server follows, while it trains on the same platform.
+            offers: on the same platform, of the run that a server follows, or of a server that follows the run.
         """
         folder = RunFolder(Path(config.run_dir))
         journal, history = _lead(folder, mailbox.job)
@@ -180,5 +180,5 @@ def _workload(
     offers: Callable[[], Offers | None],
 ) -> Training | Serving:
     if isinstance(task, Validation):
-        return Training(config, spec, folder, journal)
+        return Training(config, spec, folder, journal, offers)
     return Serving(config, spec, task, mailbox, journal, offers)

@@ -109,6 +109,9 @@ class TrainConfig:
         spike_deviations: robust deviations (of the median absolute one) above the median that stand out.
         spike_window: applied steps that a step is compared with; the first 16 are compared with nothing.
         recompute: run each layer's forward pass again in the backward pass instead of keeping its activations.
+        restore_from: where a run goes on that has lost state for good. "checkpoint": at its newest one, to the same bits;
+            "engines": with the weights of a server that follows it on its platform, where these are of a later step;
+            moments begin at zero then, and bits differ from there on.
     """
 
     steps: int = count(100)
@@ -125,6 +128,7 @@ class TrainConfig:
     spike: typing.Literal["off", "skip", "rollback"] = "off"
     spike_deviations: float = within(8.0, above=0.0, at_most=1e9)
     spike_window: int = count(64, 16, 1 << 16)
+    restore_from: typing.Literal["checkpoint", "engines"] = "checkpoint"
 
     def __post_init__(self) -> None:
         check("train", self)

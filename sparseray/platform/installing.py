@@ -1,7 +1,7 @@
 """Sends a plan to its slots and waits until every one of them has its roles and its state."""
 
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 from sparseray.actors.installation import InstallPlan, PullFrom, Restore
 from sparseray.actors.state.assignment import Plan
@@ -56,8 +56,13 @@ def install(
             )
             control.post([slot], body, step=step)
 
-    send(new.addresses)
-    waiting = set(new.addresses)
+    _until_installed(control, set(new.addresses), send, step)
+
+
+def _until_installed(
+    control: Control, waiting: set[int], send: Callable[[Collection[int]], None], step: int
+) -> None:
+    send(waiting)
     deadline, sent = time.monotonic() + INSTALL_DEADLINE_S, time.monotonic()
     while waiting:
         try:

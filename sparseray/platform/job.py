@@ -65,7 +65,7 @@ class Job:
         leads: whether this process is the platform's scheduler still.
         on_end: told once it holds nothing any more.
         loan: how many slots of a kind others would lend.
-        offers: of the run that trains in a folder; None where none does.
+        offers: what another job offers this one; None where none does.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Job:
         leads: Callable[[], bool],
         on_end: Callable[["Job"], None],
         loan: Callable[[Kind], int],
-        offers: Callable[[str], Offers | None],
+        offers: Callable[["Job"], Offers | None],
     ) -> None:
         self._leads, self._loan, self._offers = leads, loan, offers
         self.job, self.config, self.task, self._pool, self._on_end = job, config, task, pool, on_end
@@ -151,7 +151,7 @@ class Job:
         return f"run_dir={self.folder.path} is in use by process {other.get('pid')} on {other.get('host')}; give another"
 
     def _drive(self) -> None:
-        cluster, task = self.config.cluster, self.task
+        cluster = self.config.cluster
         metrics = Metrics({"slot": "scheduler"}, declare="scheduler")
         own = metrics.serve(cluster.bind_host)
         directory = private_directory(self.job) if cluster.transport == "ipc" else None
@@ -183,7 +183,7 @@ class Job:
                 task=self.task,
                 on_record=self._tell,
                 should_stop=self._should_stop,
-                offers=lambda: self._offers(task.run) if isinstance(task, Served) else None,
+                offers=lambda: self._offers(self),
             )
             self._open_slots(run)
             run.drive()
@@ -279,6 +279,11 @@ class Job:
         except (UserError, FencedError) as error:
             return str(error)
         return ""
+
+    @property
+    def is_leaving(self) -> bool:
+        """Whether it has slots on a node that is to be drained."""
+        return self._fleet is not None and bool(self._fleet.draining())
 
     @property
     def server(self) -> Server | None:

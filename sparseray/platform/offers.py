@@ -1,4 +1,5 @@
-"""Weights of committed steps that a training run keeps aside, in its slots' memory, for servers that follow it.
+"""Weights of committed steps that a job's slots keep aside in their memory: a training run for servers that follow it, and
+such a server for a run that has lost its own.
 
 Servers ask from threads of their own; the run's thread looks between two steps whether somebody waits (trainer.py). Every
 slot copies what is primary there as part of one open step, so all pieces are of the commit before it; while a server
@@ -11,11 +12,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from sparseray.actors.state.assignment import Plan
-from sparseray.actors.wire.envelope import Message
 from sparseray.actors.wire.messages import Offer, Offered, Withdraw
 from sparseray.platform.fleet.control import Control
 from sparseray.platform.fleet.weights_port import source_of
 
+OFFER_S = 20.0
 HELD_S = 60.0
 """A server that has not asked for so long is gone."""
 AGAIN_S = 5.0
@@ -46,7 +47,8 @@ class Offers:
     """
 
     def __init__(self, run: str) -> None:
-        self.run = run
+        self.run, self.newest = run, -1
+        """The last step that could be offered."""
         self._lock = threading.Lock()
         self._ready: Weights | None = None
         self._wanted: dict[str, int] = {}
@@ -109,7 +111,7 @@ class Offers:
             plan: in force.
             control: of the slots.
         """
-        now = time.monotonic()
+        now, self.newest = time.monotonic(), step
         with self._lock:
             self._held = {who: at for who, at in self._held.items() if now - at < HELD_S}
             is_idle = self._ready is not None and not self._held
@@ -128,14 +130,19 @@ class Offers:
         elif is_idle:
             control.post(sorted(plan.addresses), Withdraw(), step=step + 1)
 
-    def hear(self, message: Message[Offered]) -> None:
-        """Take note that a slot has copied its part."""
+    def hear(self, slot: int, body: Offered) -> None:
+        """Take note that a slot has copied its part.
+
+        Args:
+            slot: which.
+            body: what it says.
+        """
         with self._lock:
-            if self._begun is None or message.body.step != self._begun[0]:
+            if self._begun is None or body.step != self._begun[0]:
                 return
-            if message.source in self._waiting:
-                self._waiting.discard(message.source)
-                self._addresses.append(message.body.address)
+            if slot in self._waiting:
+                self._waiting.discard(slot)
+                self._addresses.append(body.address)
             if not self._waiting:
                 step, self._begun = self._begun[0], None
                 source = source_of(step, self._addresses)

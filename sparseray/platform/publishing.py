@@ -14,7 +14,7 @@ from sparseray.errors import ConfigError, UserError
 from sparseray.log import get_logger
 from sparseray.platform.config import RunConfig
 from sparseray.platform.generations import Generations
-from sparseray.platform.offers import Weights
+from sparseray.platform.offers import OFFER_S, Weights
 from sparseray.platform.reconciler import Reconciler
 from sparseray.platform.versions import Coming, Follower, Version, check_same_model, has_ended
 from sparseray.platform.weights import ServedWeights
@@ -22,7 +22,6 @@ from sparseray.platform.weights import ServedWeights
 log = get_logger(__name__)
 
 RETIRE_EVERY_S = 0.5
-OFFER_S = 20.0
 """How long a run may take to its next step."""
 
 

@@ -29,6 +29,7 @@ from sparseray.platform.run.journal import Journal
 from sparseray.platform.run.progress import Progress
 from sparseray.platform.run.registry import forget_platform, platform_folder
 from sparseray.platform.scheduler_actor import PLATFORM
+from sparseray.platform.server import Server
 from sparseray.platform.serving import Served
 from sparseray.platform.trainer import Trainer
 
@@ -40,6 +41,8 @@ LINGER_S = 2.0
 """A platform that nobody asked to last waits that long for another job."""
 STOP_S = 60.0
 LEND_EVERY_S = 0.05
+LEAVE_S = 5.0
+"""Before its node is gone: it leaves, whoever is there still."""
 
 
 class Scheduler:
@@ -57,6 +60,7 @@ class Scheduler:
         folder = platform_folder(platform)
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._platform, self._lasts = platform, lasts
+        self._node = ray.get_runtime_context().get_node_id()
         self._journal = Journal(folder / "journal.sqlite")
         self._journal.lead()
         self._lock = threading.RLock()
@@ -127,13 +131,24 @@ class Scheduler:
         ray.kill(ray.get_actor(PLATFORM, namespace=NAMESPACE))
 
     def _lend(self) -> None:
-        """Look for loans, as long as this process lives."""
+        """Look for loans, and whether to leave, as long as this process lives."""
         while True:
             time.sleep(LEND_EVERY_S)
             try:
                 self._loans.turn(self._running())
+                self._leave()
             except Exception as error:
                 log.error("lending: %s: %s", type(error).__name__, error)
+
+    def _leave(self) -> None:
+        """On a node that is to be drained: end after the jobs' slots have left, and let Ray start the next one elsewhere."""
+        nodes = self._pool.nodes
+        if self._node not in nodes.draining or not nodes.num_staying:
+            return
+        is_late = nodes.draining[self._node] - time.time() < LEAVE_S
+        if is_late or not any(job.is_leaving for job in self._running()):
+            log.warning("this node is drained: the scheduler goes on at another one")
+            os._exit(1)
 
     def _running(self) -> list[Job]:
         with self._lock:
@@ -142,12 +157,15 @@ class Scheduler:
     def _to_borrow(self, kind: Kind) -> int:
         return self._loans.to_borrow(self._running(), kind)
 
-    def _offers(self, run_dir: str) -> Offers | None:
-        """What the run that trains in a folder offers servers; None where none does."""
+    def _offers(self, asker: Job) -> Offers | None:
+        """What another job offers one: a run that trains to the server that follows it, and that server to the run."""
         for job in self._running():
-            trainer = job.run.driver if job.run is not None and job.is_running else None
-            if isinstance(trainer, Trainer) and str(job.folder.path) == run_dir:
-                return trainer.offers
+            driver = job.run.driver if job.run is not None and job.is_running else None
+            if isinstance(asker.task, Served):
+                if isinstance(driver, Trainer) and str(job.folder.path) == asker.task.run:
+                    return driver.offers
+            elif isinstance(driver, Server) and driver.can_give(asker.config.model, str(asker.folder.path)):
+                return driver.offers
         return None
 
     # -- jobs --------------------------------------------------------------------------------------

@@ -2,16 +2,19 @@
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from sparseray.actors.installation import Gathered
 from sparseray.actors.serving.messages import Draining, Load, Routes
-from sparseray.actors.wire.messages import Failed, Silent
+from sparseray.actors.wire.messages import Failed, Offered, Silent
 from sparseray.errors import ConfigError, SlotsLostError
 from sparseray.log import get_logger
+from sparseray.model.config import ModelConfig
 from sparseray.platform.autoscaler import EVERY_S, ROLES, Autoscaler, Situation
 from sparseray.platform.config import RunConfig
 from sparseray.platform.fleet.control import StalledError
 from sparseray.platform.generations import Generations
+from sparseray.platform.offers import Offers
 from sparseray.platform.opening import slots_of
 from sparseray.platform.planning.autoscale import Scaling
 from sparseray.platform.planning.inventory import Roles, num_slots
@@ -49,6 +52,7 @@ class Server:
         self.generations, self.reconciler, self.control = generations, reconciler, generations.control
         self.publisher = Publisher(config, serving.state, generations, reconciler, serving.follower)
         self.autoscaler = Autoscaler(config.serve, config.cluster, serving.inventory)
+        self.offers = Offers(self.control.mailbox.job)
         self._looked, self._refused = 0.0, ""
 
     @property
@@ -64,6 +68,18 @@ class Server:
     def publish(self, checkpoint: str) -> str:
         """As `Publisher.publish`."""
         return self.publisher.publish(checkpoint)
+
+    def can_give(self, model: ModelConfig, run: str) -> bool:
+        """Whether its slots have all weights of a step of a run, which it follows, to their last bit.
+
+        Args:
+            model: of the run.
+            run: its folder.
+        """
+        version, is_cpu = self.serving.state.version, self.config.cluster.device != "cuda"
+        is_of_run = version.is_offered or Path(version.checkpoint).is_relative_to(run)
+        is_step = is_of_run and version.number == version.step
+        return self.serving.served.run == run and is_step and is_cpu and self.config.model == model
 
     def start(self) -> None:
         """Give every slot its roles and its weights."""
@@ -101,6 +117,8 @@ class Server:
             self.autoscaler.hear(message.source, message.body, now)
         elif message is not None and isinstance(message.body, Draining):
             self.serving.drains.told(message.source, message.body.num_requests)
+        elif message is not None and isinstance(message.body, Offered):
+            self.offers.hear(message.source, message.body)
         elif message is not None and isinstance(message.body, Gathered):
             self.serving.gathers.told(message.source, message.body.pieces)
         if message is not None:
@@ -111,6 +129,8 @@ class Server:
         self.publisher.look(now)
         self.serving.avoid(self.control.fleet.draining())
         self.reconciler.reconcile(self.step)
+        assert self.generations.plan is not None
+        self.offers.look(self.step, self.generations.plan, self.control)
         if self.serving.drains.leaving and self.reconciler.is_settled():
             self.serving.stay()
 
@@ -152,6 +172,7 @@ class Server:
         self.generations.tell("autoscaled", self.step, text)
 
     def _recover(self, error: Exception) -> None:
+        self.offers.forget()
         with self.reconciler.ledger.state("recovering", failed="recovering"):
             if self.control.fleet.members():
                 self.generations.recover(error, self.step)

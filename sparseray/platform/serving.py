@@ -19,11 +19,10 @@ from sparseray.actors.wire.mailbox import Mailbox
 from sparseray.actors.wire.messages import Commit
 from sparseray.errors import StateLostError
 from sparseray.platform.config import RunConfig
-from sparseray.platform.offers import Offers
+from sparseray.platform.offers import OFFER_S, Offers
 from sparseray.platform.opening import serving_inventory
 from sparseray.platform.planning.drains import Drains
 from sparseray.platform.planning.gathers import Gathers
-from sparseray.platform.publishing import OFFER_S
 from sparseray.platform.run.events import describe_pieces
 from sparseray.platform.run.folder import RunFolder
 from sparseray.platform.run.journal import Journal

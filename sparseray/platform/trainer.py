@@ -33,6 +33,7 @@ from sparseray.errors import SlotsLostError, UserError
 from sparseray.platform.config import RunConfig, to_dict
 from sparseray.platform.device import is_whole
 from sparseray.platform.fleet.control import StalledError
+from sparseray.platform.fleet.weights_port import is_offered
 from sparseray.platform.generations import Generations
 from sparseray.platform.metrics.training import StepMetrics
 from sparseray.platform.offers import Offers
@@ -99,11 +100,13 @@ class Trainer:
 
     def start(self) -> None:
         """Give every slot its roles and its state, from the newest checkpoint or from the seed."""
-        newest = self.folder.newest_checkpoint()
-        self.step = checkpoint.read_manifest(newest)["step"] if newest else self.training.begin
+        found = self.training.newest()
+        self.step = found.step
         self.folder.rewind(self.step)
         self.spikes.begin(self.folder.records())
-        self.generations.begin(self.step, from_newest(newest, self.training.origin))
+        self.generations.begin(self.step, found.restore)
+        if is_offered(found.restore.checkpoint):
+            self.generations.tell("restored", self.step, f"going on with {found.text}")
 
     def take_over(self, history: JobHistory) -> None:
         """Go on where a scheduler that died had stopped: at the last step in its journal."""
@@ -214,7 +217,7 @@ class Trainer:
                 self._saved(message)
                 continue
             if isinstance(message.body, Offered):
-                self.offers.hear(message)
+                self.offers.hear(message.source, message.body)
                 continue
             if message.step != step:
                 continue

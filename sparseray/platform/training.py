@@ -1,6 +1,7 @@
 """Training as a workload: what its slots are told, and where state comes from that all of them have lost."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from sparseray.actors.installation import JobSpec, Restore
@@ -9,6 +10,8 @@ from sparseray.actors.state.pieces import Piece
 from sparseray.actors.wire.messages import Commit
 from sparseray.errors import StateLostError
 from sparseray.platform.config import RunConfig
+from sparseray.platform.fleet.weights_port import is_offered
+from sparseray.platform.offers import OFFER_S, Offers, Weights
 from sparseray.platform.opening import training_inventory
 from sparseray.platform.run import checkpoint
 from sparseray.platform.run.events import describe_pieces
@@ -39,13 +42,23 @@ class Training:
         spec: what slots build.
         folder: whose newest checkpoint a run without replicas goes back to.
         journal: where that is written before it is done.
+        offers: of a server that follows the run on the same platform; None where there is none.
     """
 
     ingress = ""
     is_settled_by_commit = True
     weights = ""
 
-    def __init__(self, config: RunConfig, spec: JobSpec, folder: RunFolder, journal: Journal) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        spec: JobSpec,
+        folder: RunFolder,
+        journal: Journal,
+        offers: Callable[[], Offers | None],
+    ) -> None:
+        self.restores_from_engines, self.offers = config.train.restore_from == "engines", offers
+        self._given: Offers | None = None
         self.replication, self.spec = config.cluster.replication, spec
         self.folder, self.journal = folder, journal
         self.inventory, self.origin = training_inventory(config), folder.origin()
@@ -57,7 +70,7 @@ class Training:
         return self.origin.begin if self.origin is not None else 0
 
     def give_back(self, missing: Sequence[Piece], step: int) -> GivenBack:
-        """Go back to the newest checkpoint, or stop where replicas should have saved that.
+        """Go back to the newest checkpoint or to what engines have, or stop where replicas should have saved that.
 
         Args:
             missing: pieces that nobody holds any more.
@@ -66,32 +79,55 @@ class Training:
         Raises:
             StateLostError: all replicas are gone.
         """
-        newest = self.folder.newest_checkpoint()
-        back = checkpoint.read_manifest(newest)["step"] if newest else self.begin
-        what = describe_pieces(missing)
-        begun = self.origin.checkpoint if self.origin else "its seed"
-        where = str(newest) if newest else f"{begun} (no checkpoint was written yet)"
-        if self.replication > 1:
+        found, what = self.newest(), describe_pieces(missing)
+        if self.replication > 1 and not is_offered(found.restore.checkpoint):
             raise StateLostError(
                 f"all {self.replication} replicas of {what} are gone after step {step}; the same "
-                f"command resumes from {where}, {step - back} steps back"
+                f"command resumes from {found.text}, {step - found.step} steps back"
             )
-        self.folder.rewind(back)
-        self.journal.append("restore", generation=0, step=back, checkpoint=str(newest or ""))
-        self.commit = None
-        return GivenBack(
-            restore=from_newest(newest, self.origin),
-            step=back,
-            text=f"{what} had one holder: going back {step - back} steps to {where}",
+        self._go_back(found)
+        return replace(
+            found, text=f"{what} had no holder left: going back {step - found.step} steps to {found.text}"
         )
 
+    def newest(self) -> GivenBack:
+        """The latest step that all state can be had of, and where from; the text names that."""
+        newest = self.folder.newest_checkpoint()
+        back = checkpoint.read_manifest(newest)["step"] if newest else self.begin
+        if self.restores_from_engines and (weights := self._of_engines(back + 1)) is not None:
+            return GivenBack(
+                restore=Restore(checkpoint=weights.source, weights_only=True),
+                step=weights.step,
+                text="the weights of engines that serve it, with moments of zero: bits differ from here on",
+            )
+        begun = self.origin.checkpoint if self.origin else "its seed"
+        text = str(newest) if newest else f"{begun} (no checkpoint was written yet)"
+        return GivenBack(restore=from_newest(newest, self.origin), step=back, text=text)
+
+    def _of_engines(self, least: int) -> Weights | None:
+        offers = self.offers()
+        if offers is None or offers.newest < least:
+            return None
+        self._given = offers
+        return offers.wait(self.folder.path.name, least, OFFER_S, lambda: self.offers() is not offers)
+
+    def _go_back(self, found: GivenBack) -> None:
+        self.folder.rewind(found.step)
+        source = found.restore.checkpoint
+        self.journal.append("restore", generation=0, step=found.step, checkpoint=source)
+        self.commit = None
+
     def renewed(self, restore: Restore, step: int) -> tuple[Restore, int]:
-        """The same: a checkpoint stays.
+        """The same, as a checkpoint stays; what engines offered may be gone since.
 
         Args:
             restore, step: of the generation that failed.
         """
-        return restore, step
+        if not is_offered(restore.checkpoint):
+            return restore, step
+        found = self.newest()
+        self._go_back(found)
+        return found.restore, found.step
 
     def earlier_in(self, plan: Plan) -> int:
         """None: a step leaves nothing of the one before."""
@@ -106,4 +142,7 @@ class Training:
         return True
 
     def entered(self, plan: Plan) -> None:
-        """Nobody else need know."""
+        """Let go of what engines gave; all slots have read it."""
+        if self._given is not None:
+            self._given.release(self.folder.path.name)
+            self._given = None

@@ -9,7 +9,7 @@ rows go by message, as their tables lie in the host's memory.
 Shapes: T tokens, K experts per token, R rows, H hidden, E experts.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 from zlib import crc32
 
@@ -19,10 +19,11 @@ from torch import Tensor
 
 from sparseray.actors.exchange.by_message import MessageExchange
 from sparseray.actors.exchange.on_device import step_norms
-from sparseray.actors.exchange.protocol import Abortable, Fetch, FetchedRows, PartGradients
+from sparseray.actors.exchange.protocol import Abortable, Fetch, FetchedRows, Observe, PartGradients
 from sparseray.actors.peers.dense_slices import DenseSlices
 from sparseray.actors.peers.expert_shares import ExpertShares
 from sparseray.actors.peers.link import Link
+from sparseray.actors.peers.meter import Meter
 from sparseray.actors.peers.rounds import Round, Turn, rounds_of
 from sparseray.actors.peers.table import Table
 from sparseray.actors.peers.token_exchange import TokenExchange
@@ -45,6 +46,7 @@ class DeviceExchange(Abortable):
         link: to it.
         rows: table rows, and the way of their gradients.
         part_shape: sequences of a part, and tokens of each.
+        observe: metrics of the slot.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class DeviceExchange(Abortable):
         link: Link,
         rows: MessageExchange,
         part_shape: tuple[int, int],
+        observe: Observe,
     ) -> None:
         super().__init__()
         self.plan, self.dense, self.held, self.table, self.link = plan, dense, experts, table, link
@@ -63,10 +66,13 @@ class DeviceExchange(Abortable):
         self.part_shape, self.ops = part_shape, dense.ops
         self._recomputes = dense.model.recompute
         self.layers = list(experts.config.moe_layers)
-        self.across = TokenExchange(plan, dense, experts, table, self.me, link)
+        self.meter = Meter(link, observe)
+        self.across = TokenExchange(plan, dense, experts, table, self.me, link, self.meter)
         self.slices = DenseSlices(plan, dense, table, self.me, link)
         self.shares = ExpertShares(plan, experts, table, self.me, link)
         self._turn = Turn()
+        self.nothing = torch.zeros((), device=dense.device)
+        self._routed = _Routed(self)
 
     # -- what runs -----------------------------------------------------------------------------------
 
@@ -78,6 +84,7 @@ class DeviceExchange(Abortable):
             trains: forward and backward; otherwise forward alone.
         """
         self._turn = Turn(rounds_of(parts), trains)
+        self.meter.forget()
         self.across.clear()
 
     def begin(self, step: int, part: int) -> None:
@@ -123,21 +130,13 @@ class DeviceExchange(Abortable):
 
     # -- experts ---------------------------------------------------------------------------------------
 
-    def experts(self, layer: int, x_TH: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Tensor:
-        """Sum over k of weight * expert(x), [T, H].
+    @property
+    def experts(self) -> "_Routed":
+        """The routed experts, as the model calls them."""
+        return self._routed
 
-        Args:
-            layer: 0-based model layer.
-            x_TH: inputs, in the slabs' dtype.
-            topk_ids_TK: int64, chosen experts.
-            topk_weights_TK: fp32, their weights.
-        """
-        index = self.layers.index(layer)
-        out_TH: Tensor = _Exchanged.apply(x_TH, topk_weights_TK, topk_ids_TK, self, index)
-        return out_TH
-
-    def forward_rows(self, layer: int, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        """The weighted sum of the chosen experts' outputs, [T, H].
+    def send_rows(self, layer: int, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> None:
+        """Let tokens go to the slots of their experts.
 
         Args:
             layer: index among the MoE layers.
@@ -147,22 +146,33 @@ class DeviceExchange(Abortable):
         """
         self.check()
         self.across.send(x_TH, (ids_TK, weights_TK))
-        self._forward(layer)
-        weights = None if self.across.is_summed else weights_TK
-        return self.ops.combine_slots(self.across.returned(len(x_TH)), weights)
 
-    def backward_rows(self, layer: int, dout_TH: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients of the inputs, [T, H], and of the routing weights, [T, K].
+    def forward_rows(self, layer: int, weights_TK: Tensor) -> Tensor:
+        """The weighted sum of the chosen experts' outputs, [T, H], of the tokens that were sent last.
 
         Args:
             layer: index among the MoE layers.
-            dout_TH: gradient of the layer's output, contiguous.
+            weights_TK: as there.
         """
+        self._forward(layer)
+        weights = None if self.across.is_summed else weights_TK
+        return self.ops.combine_slots(self.across.returned(len(weights_TK)), weights)
+
+    def send_gradient(self, dout_TH: Tensor) -> None:
+        """Let the gradient of a layer's output, contiguous, go the same way."""
         self.check()
         self.across.send(dout_TH, None)
+
+    def backward_rows(self, layer: int, tokens: int) -> tuple[Tensor, Tensor]:
+        """Gradients of the inputs, [T, H], and of the routing weights, [T, K], after `send_gradient`.
+
+        Args:
+            layer: index among the MoE layers.
+            tokens: T.
+        """
         self._backward(layer)
-        dx_TH = self.ops.combine_slots(self.across.returned(len(dout_TH)), None)
-        return dx_TH, self.across.returned_weights(len(dout_TH)).clone()
+        dx_TH = self.ops.combine_slots(self.across.returned(tokens), None)
+        return dx_TH, self.across.returned_weights(tokens).clone()
 
     def _tokens(self, layer: int) -> int:
         """Tokens of a part that a layer sees: a module k places ahead has no token for the last k."""
@@ -235,7 +245,11 @@ class DeviceExchange(Abortable):
         self.slices.sum_up(self.across.count + 1)
         self.shares.share(self.across.count + 3)
         self.across.count += 4
-        of_dense, of_experts, _ = step_norms(self.dense, self.held, [], self.link.read)
+        dense, experts, _ = step_norms(self.dense, self.held, [], self.link.read)
+        of_dense = dict(zip(self.dense.names, dense))
+        held = [(layer, expert) for layer, slab in enumerate(self.held.slabs) for expert in slab.rows]
+        of_experts = dict(zip(map(_name, held), experts, strict=True))
+        self.meter.tell()
         self.across.settle(max(map(len, self._turn.rounds)), self.part_shape[0] * self.part_shape[1])
         plan = self.plan
         if self.me in plan.dense:
@@ -265,18 +279,81 @@ def _digest(norms: Iterable[float]) -> int:
     return crc32(np.array(list(norms)).tobytes())
 
 
-class _Exchanged(torch.autograd.Function):
-    """The sum of a token's experts: rows go out and come back, in each direction."""
+class _Routed:
+    """`ExpertsBeside` of the model.
+
+    Args:
+        exchange: in which tokens travel.
+    """
+
+    def __init__(self, exchange: DeviceExchange) -> None:
+        self._exchange = exchange
+
+    def __call__(self, layer: int, x_TH: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Tensor:
+        """As of `Exchange.experts`.
+
+        Args:
+            layer, x_TH, topk_ids_TK, topk_weights_TK: there.
+        """
+        return self._run(layer, x_TH, topk_ids_TK, topk_weights_TK, None)
+
+    def beside(
+        self,
+        layer: int,
+        x_TH: Tensor,
+        topk_ids_TK: Tensor,
+        topk_weights_TK: Tensor,
+        other: Callable[[], Tensor],
+    ) -> Tensor:
+        """The sum of both; in the backward pass, too, gradients travel while those of `other` are computed.
+
+        Args:
+            layer, x_TH, topk_ids_TK, topk_weights_TK: as of `Exchange.experts`.
+            other: computes [T, H].
+        """
+        return self._run(layer, x_TH, topk_ids_TK, topk_weights_TK, other)
+
+    def _run(
+        self, layer: int, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, other: Callable[[], Tensor] | None
+    ) -> Tensor:
+        exchange = self._exchange
+        index, weights_TK = exchange.layers.index(layer), weights_TK.contiguous()
+        on_way = _Sent.apply(x_TH, weights_TK, ids_TK, exchange, index)
+        beside_TH = None if other is None else other()
+        out_TH: Tensor = _Returned.apply(on_way, weights_TK.detach(), exchange, index)
+        return out_TH if beside_TH is None else out_TH + beside_TH
+
+
+class _Sent(torch.autograd.Function):
+    """Tokens go out; backward, their gradients come back. What it returns stands for them in the graph."""
 
     @staticmethod
     def forward(
         ctx: Any, x_TH: Tensor, weights_TK: Tensor, ids_TK: Tensor, exchange: DeviceExchange, layer: int
     ) -> Tensor:
-        ctx.exchange, ctx.layer = exchange, layer
+        ctx.exchange, ctx.layer, ctx.tokens = exchange, layer, len(x_TH)
         x_TH, ids_TK = x_TH.detach().contiguous(), ids_TK.int().contiguous()
-        return exchange.forward_rows(layer, x_TH, ids_TK, weights_TK.detach().contiguous())
+        exchange.send_rows(layer, x_TH, ids_TK, weights_TK.detach())
+        return exchange.nothing.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:
+        dx_TH, dweights_TK = ctx.exchange.backward_rows(ctx.layer, ctx.tokens)
+        return dx_TH, dweights_TK, None, None, None
+
+
+class _Returned(torch.autograd.Function):
+    """Rows come back; backward, their gradients go out, before what was computed since the tokens were sent."""
+
+    @staticmethod
+    def forward(ctx: Any, on_way: Tensor, weights_TK: Tensor, exchange: DeviceExchange, layer: int) -> Tensor:
+        ctx.exchange = exchange
+        # Asking for it below has all be computed again that is, before gradients go out.
+        ctx.save_for_backward(weights_TK)
+        return exchange.forward_rows(layer, weights_TK)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        dx_TH, dweights_TK = ctx.exchange.backward_rows(ctx.layer, grads[0].contiguous())
-        return dx_TH, dweights_TK, None, None, None
+        assert ctx.saved_tensors
+        ctx.exchange.send_gradient(grads[0].contiguous())
+        return ctx.exchange.nothing, None, None, None

@@ -117,7 +117,7 @@ def exchange_of(
     assert isinstance(dense, DenseSlabs) and isinstance(experts, SlabExperts)
     table = peers.introduce(plan, call, dense.device)
     link = _link(call, peers, table.slots)
-    return DeviceExchange(plan, dense, experts, table, link, by_message, part_shape)
+    return DeviceExchange(plan, dense, experts, table, link, by_message, part_shape, observe)
 
 
 def _layers(plan: Plan, call: Caller, experts: SlabExperts, peers: Peers, table: Table) -> Layers:
@@ -129,7 +129,9 @@ def _layers(plan: Plan, call: Caller, experts: SlabExperts, peers: Peers, table:
     peers.tables = peers.tables or RoundTables(experts, peers.signs)
     peers.tables.enter(plan, experts, table, me, call.mailbox.generation)
     is_owner = me in plan.expert_primaries
-    return DeviceLayers(experts, peers.tables, table, me, is_owner=is_owner, deadline_s=call.deadline_s)
+    layers = DeviceLayers(experts, peers.tables, table, me, is_owner=is_owner, deadline_s=call.deadline_s)
+    layers.capture()
+    return layers
 
 
 def _link(call: Caller, peers: Peers, slots: tuple[int, ...]) -> Link:

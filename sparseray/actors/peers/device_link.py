@@ -4,7 +4,8 @@ A wait that comes to no end leaves a status on the device; `read` brings it to t
 for. So a lost neighbour costs no context, and the slot goes on in the next generation. Twin of link.py's `HostLink`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -44,7 +45,23 @@ class DeviceLink(Link):
         self.mailbox, self.serve, self.deadline_s, self.slots = mailbox, serve, deadline_s, slots
         self.generation = mailbox.generation
         self._state, self._end = signs
+        self.waited_s = 0.0
+        self._side = torch.cuda.Stream(self._state.device)
         self._tables: dict[tuple[int, ...], Tensor] = {}
+
+    def mark(self) -> torch.cuda.Event:
+        """As of `Link`."""
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self, begin: torch.cuda.Event, end: torch.cuda.Event) -> float:
+        """As of `Link`.
+
+        Args:
+            begin, end: there.
+        """
+        return float(begin.elapsed_time(end)) / 1e3
 
     def put(self, rows: Tensor, into: Tensor, order_R: Tensor | None = None) -> None:
         """As of `Link`.
@@ -54,6 +71,17 @@ class DeviceLink(Link):
         """
         peer.put_rows(rows, into, order_R, self._state)
 
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """As of `Link`."""
+        self._side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._side):
+            yield
+
+    def join(self) -> None:
+        """As of `Link`."""
+        torch.cuda.current_stream().wait_stream(self._side)
+
     def put_all(self, numbers: Tensor, intos: Sequence[Tensor]) -> None:
         """As of `Link`.
 
@@ -61,7 +89,8 @@ class DeviceLink(Link):
             numbers, intos: there.
         """
         if intos:
-            peer.put_all(numbers, self._table(intos), self._state)
+            is_aside = torch.cuda.current_stream() == self._side
+            peer.put_all(numbers, self._table(intos), self._state, beside=is_aside)
 
     def give_rows(self, rows_RN: Tensor, held: HeldRows, intos: Sequence[Tensor]) -> None:
         """As of `Link`.
@@ -145,7 +174,7 @@ class DeviceLink(Link):
         except SupersededError:
             self.abort()
             raise
-        status = int(there[1][0])
+        status, self.waited_s = int(there[1][0]), int(there[1][2]) / 1e9
         if status == peer.LATE:
             raise lost(self.mailbox.slot, [s for s in self.slots if s != self.mailbox.slot], self.deadline_s)
         if status != peer.OK:

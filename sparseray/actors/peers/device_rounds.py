@@ -13,10 +13,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from sparseray.actors.peers.in_rounds import MOST_SLOTS
 from sparseray.actors.peers.link import COUNT_BITS, lost
 from sparseray.actors.peers.table import Table
-from sparseray.actors.state.assignment import Plan
+from sparseray.actors.state.assignment import MOST_IN_ROUNDS, Plan
 from sparseray.actors.state.slab_experts import SlabExperts
 from sparseray.errors import SupersededError
 from sparseray.kernels import peer, peer_rounds
@@ -33,10 +32,12 @@ class RoundTables:
 
     def __init__(self, experts: SlabExperts, signs: tuple[Tensor, Tensor]) -> None:
         self.state, self.end = signs
-        self.table, self.who = peer_rounds.new_table(MOST_SLOTS, experts.device)
+        self.table, self.who = peer_rounds.new_table(MOST_IN_ROUNDS, experts.device)
         shape = len(experts.slabs), experts.config.moe.num_experts + 1
         # The last place is that of no token's expert.
         self.places_LE = torch.zeros(shape, dtype=torch.int32, device=experts.device)
+        self.idle: tuple[tuple[int, ...], torch.cuda.CUDAGraph] | None = None
+        """A round without own tokens, and what it was captured for."""
 
     def enter(self, plan: Plan, experts: SlabExperts, table: Table, me: int, generation: int) -> None:
         """Fill everything for a generation.
@@ -47,7 +48,7 @@ class RoundTables:
             table: the slots' memory.
             me: own slot.
         """
-        rank, rows = table.rank(me), [[0] * peer_rounds.FIELDS for _ in range(MOST_SLOTS)]
+        rank, rows = table.rank(me), [[0] * peer_rounds.FIELDS for _ in range(MOST_IN_ROUNDS)]
         for index, slot in enumerate(table.slots):
             theirs = table.regions[slot]
             found = theirs.x_STH[rank], theirs.ids_STK[rank], theirs.rows_RH, theirs.flags_S
@@ -57,7 +58,7 @@ class RoundTables:
         others = (1 << len(table.slots)) - 1 & ~(1 << rank)
         self.who.copy_(torch.tensor([others, owners, rank]))
         self.places_LE.copy_(_places(experts))
-        self.state.copy_(torch.tensor([peer.OK, generation << COUNT_BITS]))
+        self.state[:2] = torch.tensor([peer.OK, generation << COUNT_BITS])
 
 
 def _places(experts: SlabExperts) -> Tensor:
@@ -125,6 +126,30 @@ class DeviceLayers:
         self._wait(count + 2, peer_rounds.OWNERS)
         return mine.rows_RH[: T * K].view(T, K, -1) if T else None
 
+    def accompany(self) -> None:
+        """As of `Layers`; a graph, as it takes the host longer than the device otherwise."""
+        self.capture().replay()
+
+    @torch.no_grad()
+    def capture(self) -> torch.cuda.CUDAGraph:
+        """The graph of a round without own tokens, made where there is none."""
+        key, idle = self.key, self.tables.idle
+        if idle is not None and idle[0] == key:
+            return idle[1]
+        with self.rehearsed():
+            self._pass()
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self._pass()
+        self.tables.idle = key, graph
+        return graph
+
+    def _pass(self) -> None:
+        for index in range(len(self.held.slabs)):
+            self.run(index, None)
+        self.end()
+
     def _wait(self, count: int, field: int) -> None:
         t = self.tables
         peer_rounds.wait(count, field, self.mine.flags_S, t.who, t.state, t.end, self.deadline_s)
@@ -139,7 +164,7 @@ class DeviceLayers:
 
     def end(self) -> None:
         """Words of the next round follow those of this one."""
-        self.tables.state[1:] += 2 * len(self.held.slabs)
+        self.tables.state[1:2] += 2 * len(self.held.slabs)
 
     def abort(self) -> None:
         """As of `Layers`."""

@@ -21,15 +21,13 @@ from sparseray.actors.exchange.protocol import Abortable, Fetch, FetchedRows, Pa
 from sparseray.actors.peers.link import Link
 from sparseray.actors.peers.regions import Sizes
 from sparseray.actors.peers.table import Table
-from sparseray.actors.state.assignment import Plan
+from sparseray.actors.state.assignment import MOST_IN_ROUNDS, Plan
 from sparseray.actors.state.experts import ExpertShard
 from sparseray.actors.state.slab_experts import SlabExperts
 from sparseray.actors.wire.envelope import Body
 from sparseray.actors.wire.mailbox import Mailbox
 from sparseray.kernels.ops import Ops
 
-MOST_SLOTS = 4
-"""That serve in rounds together: regions lie where they do, however many there are."""
 NOBODY = -1
 """Expert of a place without a token."""
 
@@ -59,10 +57,11 @@ def round_sizes(experts: ExpertShard, tokens: int) -> Sizes:
     """
     config = experts.config
     return Sizes(
-        slots=MOST_SLOTS,
+        slots=MOST_IN_ROUNDS,
         tokens=tokens,
         top_k=config.moe.top_k,
         hidden=config.hidden,
+        returned=config.moe.top_k,
         dtype=experts.slabs[0].compute_dtype or torch.float32,
         nodes=0,
         dense=0,
@@ -88,6 +87,9 @@ class Layers(Protocol):
 
     def end(self) -> None:
         """End a round."""
+
+    def accompany(self) -> None:
+        """Take part in a whole round without own tokens."""
 
     def abort(self) -> None:
         """End every wait; called by the control thread."""
@@ -177,7 +179,7 @@ class HostLayers:
         places_E = torch.full((self.held.config.moe.num_experts,), num, dtype=torch.int64)
         here = [expert for expert in slab.rows if (index, expert) in self.held.computed]
         places_E[here] = torch.tensor([slab.rows[expert] for expert in here], dtype=torch.int64)
-        rows = self.ops.group_held(places_E[ids_TK[:T].long()], num, slab.compute[0])
+        rows = self.ops.group_held(places_E[ids_TK[:T].long()], 1, num, slab.compute[0])
         counts = rows.counts_E[:num].tolist()
         y_RH, _ = self.ops.held_forward(mine.x_STH[rank, :T], rows, counts, *slab.compute)
         self.link.put(y_RH, theirs.rows_RH, rows.order_R[: sum(counts)])
@@ -192,6 +194,11 @@ class HostLayers:
     def rehearsed(self) -> AbstractContextManager[None]:
         """Loops are loaded without it."""
         return nullcontext()
+
+    def accompany(self) -> None:
+        """As of `Layers`."""
+        for index in range(len(self.held.slabs)):
+            self.run(index, None)
 
     def end(self) -> None:
         """Words go on rising from round to round."""
@@ -263,9 +270,7 @@ class RoundsExchange(Abortable):
             step: that is open.
         """
         self.open_round(step)
-        for index in self._index.values():
-            self.layers.run(index, None)
-        self.layers.end()
+        self.layers.accompany()
 
     # -- of Exchange -------------------------------------------------------------------------------
 

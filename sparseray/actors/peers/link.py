@@ -5,7 +5,9 @@ is a generation and, below it, a count that rises; so words are never reset, one
 and one of a later generation ends a wait. `HostLink` is the plain twin of `DeviceLink` (device_link.py).
 """
 
+import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -34,6 +36,20 @@ def word_of(generation: int, count: int) -> int:
 class Link(Protocol):
     """One slot's way to the others' memory, in one generation; what is asked for happens in the order of the calls."""
 
+    waited_s: float
+    """Seconds spent in waits for others, as far as the last `read` tells."""
+
+    def mark(self) -> Any:
+        """A moment in what is asked for."""
+
+    def seconds(self, begin: Any, end: Any) -> float:
+        """Seconds between two marks, when a `read` after them is over.
+
+        Args:
+            begin, end: of `mark`.
+        """
+        ...
+
     def put(self, rows: Tensor, into: Tensor, order_R: Tensor | None = None) -> None:
         """Write rows to another's memory, or to the own.
 
@@ -42,6 +58,13 @@ class Link(Protocol):
             into: where, of the same dtype and of rows of the same length.
             order_R: integers, the place of each row in `into`; None for one after another.
         """
+
+    def aside(self) -> AbstractContextManager[None]:
+        """What is asked for in the block begins after what was before, and goes on beside what comes after."""
+        ...
+
+    def join(self) -> None:
+        """Let nothing that follows begin before all that was asked for aside has happened."""
 
     def put_all(self, numbers: Tensor, intos: Sequence[Tensor]) -> None:
         """Write the same numbers to several places.
@@ -132,6 +155,19 @@ class HostLink(Link):
         slots: Sequence[int],
     ) -> None:
         self.mailbox, self.serve, self.deadline_s, self.slots = mailbox, serve, deadline_s, slots
+        self.waited_s = 0.0
+
+    def mark(self) -> float:
+        """As of `Link`."""
+        return time.perf_counter()
+
+    def seconds(self, begin: float, end: float) -> float:
+        """As of `Link`.
+
+        Args:
+            begin, end: there.
+        """
+        return end - begin
 
     def put(self, rows: Tensor, into: Tensor, order_R: Tensor | None = None) -> None:
         """As of `Link`.
@@ -143,6 +179,13 @@ class HostLink(Link):
             into.copy_(rows)
         else:
             into[order_R] = rows
+
+    def aside(self) -> AbstractContextManager[None]:
+        """Everything happens at once."""
+        return nullcontext()
+
+    def join(self) -> None:
+        """It has happened."""
 
     def put_all(self, numbers: Tensor, intos: Sequence[Tensor]) -> None:
         """As of `Link`.
@@ -206,7 +249,10 @@ class HostLink(Link):
         def late() -> list[int]:
             return [self.slots[rank] for rank in ranks if read_word(words, rank) < wanted]
 
-        if not self.mailbox.serve_until(lambda: not late(), self.deadline_s, self.serve, poll_s=POLL_S):
+        started = time.perf_counter()
+        is_there = self.mailbox.serve_until(lambda: not late(), self.deadline_s, self.serve, poll_s=POLL_S)
+        self.waited_s += time.perf_counter() - started
+        if not is_there:
             raise lost(self.mailbox.slot, late(), self.deadline_s)
 
     def start_read(self, values: Tensor) -> Callable[[], list[Any]]:

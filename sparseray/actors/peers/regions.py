@@ -60,7 +60,7 @@ class Sizes:
     Args:
         slots: S.
         tokens, top_k, hidden: T, K and H.
-        returned: rows that come back for a token.
+        returned: rows that come back for a token; None for one for each of its k.
         dtype: of tokens and rows.
         nodes: N.
         dense: P.
@@ -72,7 +72,7 @@ class Sizes:
     tokens: int
     top_k: int
     hidden: int
-    returned: int
+    returned: int | None = None
     dtype: torch.dtype
     nodes: int
     dense: int
@@ -86,7 +86,7 @@ class Sizes:
             "x_STH": (self.dtype, (S, T, H)),
             "ids_STK": (torch.int32, (S, T, K)),
             "weights_STK": (torch.float32, (S, T, K)),
-            "rows_RH": (self.dtype, (T * self.returned, H)),
+            "rows_RH": (self.dtype, (T * (self.returned or K), H)),
             "row_weights_R": (torch.float32, (T * K,)),
             "nodes_NP": (torch.float32, (self.nodes, self.dense_slice)),
             "dense_P": (torch.float32, (self.dense,)),

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sparseray.actors.peers.link import Link
+from sparseray.actors.peers.meter import Meter
 from sparseray.actors.peers.table import Table
 from sparseray.actors.state.assignment import Plan
 from sparseray.actors.state.dense_slab import DenseSlabs
@@ -58,12 +59,21 @@ class TokenExchange:
         table: the slots and their memory.
         me: own slot id.
         link: to the others' memory.
+        meter: of what this costs.
     """
 
     def __init__(
-        self, plan: Plan, dense: DenseSlabs, experts: SlabExperts, table: Table, me: int, link: Link
+        self,
+        plan: Plan,
+        dense: DenseSlabs,
+        experts: SlabExperts,
+        table: Table,
+        me: int,
+        link: Link,
+        meter: Meter,
     ) -> None:
         self.held, self.table, self.me, self.link, self.ops = experts, table, me, link, dense.ops
+        self.meter = meter
         self.owners = plan.expert_primaries
         self.is_owner = me in self.owners
         self.is_summed = dense.sum.determinism == "fast"
@@ -75,6 +85,8 @@ class TokenExchange:
         self._is_settled = False
         self._groups: dict[tuple[int, int], tuple[dict[int, int], Tensor]] = {}
         self._kept: dict[int, _Kept] = {}
+        self._sending: list[Tensor] = []
+        """What is on its way: its memory is used for nothing else meanwhile."""
         self._gradients: Gradients = []
 
     def clear(self) -> None:
@@ -108,7 +120,7 @@ class TokenExchange:
     # -- of the own tokens -----------------------------------------------------------------------------
 
     def send(self, tokens_TH: Tensor, chosen: tuple[Tensor, Tensor] | None) -> None:
-        """Give all that hold experts the tokens of this slot.
+        """Give all that hold experts the tokens of this slot, beside what is computed before they are waited for.
 
         Args:
             tokens_TH: tokens, or gradients of their outputs.
@@ -116,12 +128,15 @@ class TokenExchange:
         """
         T, rank = tokens_TH.shape[0], self.table.rank(self.me)
         theirs = [self.table.regions[slot] for slot in self.owners]
-        if chosen is not None:
-            self.link.put_all(chosen[0], [r.of_sources("ids_STK", T)[rank] for r in theirs])
-            self.link.put_all(chosen[1], [r.of_sources("weights_STK", T)[rank] for r in theirs])
-        self.link.put_all(tokens_TH, [r.of_sources("x_STH", T)[rank] for r in theirs])
         others = [self.table.regions[slot].flags_S for slot in self.owners if slot != self.me]
-        self.link.signal_all(others, rank, self.count + 1)
+        sent = [tokens_TH, *(chosen or ())]
+        num_bytes = len(others) * sum(t.numel() * t.element_size() for t in sent)
+        self._sending = sent
+        with self.link.aside():
+            with self.meter.phase("dispatch", num_bytes):
+                for numbers, name in zip(sent, ("x_STH", "ids_STK", "weights_STK")):
+                    self.link.put_all(numbers, [r.of_sources(name, T)[rank] for r in theirs])
+            self.link.signal_all(others, rank, self.count + 1)
 
     def returned(self, tokens: int) -> Tensor:
         """What came back, [T, rows of a token, H]; it lies there until the next exchange.
@@ -192,7 +207,8 @@ class TokenExchange:
         self._collect(sources)
 
     def _await(self, sources: Sequence[int]) -> None:
-        """Let what follows begin when the tokens of others are here."""
+        """Let what follows begin when the tokens of all are here; the own ones go aside."""
+        self.link.join()
         others = [slot for slot in sources if slot != self.me]
         self.link.wait(self.table.regions[self.me].flags_S, self.table.ranks(others), self.count + 1)
 
@@ -236,12 +252,16 @@ class TokenExchange:
     ) -> None:
         """Put rows, or their sums, where the sources expect them."""
         (_, T, K), theirs = weights_STK.shape, [self.table.regions[slot].rows_RH for slot in sources]
+        others, width = sum(slot != self.me for slot in sources), rows_RH.shape[1] * rows_RH.element_size()
         if self.is_summed:
             holders, own = len(self.owners), self.owners.index(self.me)
             into = [rows[: T * holders].view(T, holders, -1)[:, own] for rows in theirs]
-            self.link.give_sums(rows_RH, held, weights_STK, into, weighted=weighted)
+            with self.meter.phase("combine", others * T * width):
+                self.link.give_sums(rows_RH, held, weights_STK, into, weighted=weighted)
         else:
-            self.link.give_rows(rows_RH, held, [rows[: T * K] for rows in theirs])
+            # How many rows of each source there are is known on the device alone: as many as of any other, about.
+            with self.meter.phase("combine", others * T * K * width // len(self.owners)):
+                self.link.give_rows(rows_RH, held, [rows[: T * K] for rows in theirs])
 
     def _signal(self, sources: Sequence[int]) -> None:
         others = [self.table.regions[slot].flags_S for slot in sources if slot != self.me]
@@ -250,6 +270,8 @@ class TokenExchange:
     def _collect(self, sources: Sequence[int]) -> None:
         """End an exchange: the rows of the own tokens are here."""
         if self.me in sources:
+            self.link.join()
+            self._sending = []
             others = [slot for slot in self.owners if slot != self.me]
             self.link.wait(self.table.regions[self.me].flags_S, self.table.ranks(others), self.count + 2)
         self.count += 2

@@ -22,7 +22,7 @@ from sparseray.actors.serving.device_sampler import FAILED, fits, is_adjusted, s
 from sparseray.actors.serving.engine import Engine, Ongoing
 from sparseray.actors.serving.paged_model import PagedModel, page_bytes
 from sparseray.actors.serving.text_request import GenerationRequest, TokenEvent
-from sparseray.errors import ConfigError, SlotLostError, SupersededError
+from sparseray.errors import ConfigError
 from sparseray.log import get_logger
 from sparseray.model.attention import attention_of
 from sparseray.model.dse import Memory
@@ -173,27 +173,7 @@ class PagedEngine(Engine):
         """Begin again with all requests of the steps that are not taken."""
         self._flight = None
         lost = [*batch, *([] if flight is None else [sequence for sequence, _ in flight.batch])]
-        lost = [s for s in dict.fromkeys(lost) if s.lease is not None]
-        if isinstance(error, SupersededError | SlotLostError):
-            # No fault of theirs: those that decode keep their caches, which end before the tokens that are not told.
-            for sequence in [s for s in lost if len(s.tokens) > s.num_read]:
-                assert sequence.lease is not None
-                sequence.lease.length, sequence.pending = len(sequence.tokens) - 1, 0
-                lost.remove(sequence)
-            self._begin_again(lost)
-        else:
-            self._restart(lost, error)
-
-    def _begin_again(self, batch: list[Ongoing]) -> None:
-        """Put requests that read their prompt back, and nobody takes what was read for their prefix."""
-        for sequence in reversed(batch):
-            assert sequence.lease is not None
-            self.pool.forget(sequence.lease)
-            self._release(sequence)
-            self._running.remove(sequence)
-            sequence.prompt_logprobs, sequence.pending = [], 0
-            sequence.num_read = self._num_read(sequence.request, sequence.tokens)
-            self._waiting.appendleft(sequence)
+        self._restart([s for s in dict.fromkeys(lost) if s.lease is not None], error)
 
     def _release(self, sequence: Ongoing) -> None:
         if sequence.lease is not None:

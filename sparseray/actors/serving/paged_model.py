@@ -101,6 +101,8 @@ class PagedModel:
         prompt_rows: tokens of prompts that a call reads at most, where graphs are wanted for them.
     """
 
+    warm_prompts: tuple[int, ...] = WARM_PROMPTS
+
     def __init__(
         self,
         model: Transformer,
@@ -330,7 +332,7 @@ class PagedModel:
         """
         if self.device.type != "cuda":
             return self._load_loops()
-        for count in sorted({min(count, self.width * self.page) for count in WARM_PROMPTS}):
+        for count in sorted({min(count, self.width * self.page) for count in self.warm_prompts}):
             lease = Lease(pages=[0] * self.width, length=0, max_len=count, slot=0)
             self.prefill([Chunk(lease=lease, known=[0] * count, count=count)], experts, memory)
         self._prompts.capture(experts)

@@ -22,6 +22,7 @@ from sparseray.actors.serving.chunks import Chunk
 from sparseray.actors.serving.engine import Ongoing
 from sparseray.actors.serving.paged_engine import Flight, PagedEngine, Taken, to_host
 from sparseray.actors.serving.paged_model import PagedModel
+from sparseray.errors import SlotLostError, SupersededError
 from sparseray.model.dse import Memory
 from sparseray.model.moe import Experts
 from sparseray.model.transformer import Transformer
@@ -80,10 +81,13 @@ class RoundsModel(PagedModel):
         sizes: as of `PagedModel`.
     """
 
+    # Of which any round has room for.
+    warm_prompts = (32,)
+
     def __init__(self, model: Transformer, *, rounds: InRounds, **sizes: int) -> None:
         self._rounds, self._is_warm = rounds, False
         self._key: tuple[int, ...] | None = None
-        # A chunk of a round has rows of the others beside it; its prompts are launched.
+        # Prompts are launched: whoever enters makes the others wait for its graphs.
         super().__init__(model, **{**sizes, "prompt_rows": 0})
 
     def warm(self, experts: Experts, memory: Memory | None) -> None:
@@ -101,9 +105,12 @@ class RoundsModel(PagedModel):
         rounds = self._rounds.rounds
         return None if rounds is None else rounds.layers.key
 
-    def _open_round(self) -> None:
-        if self._is_warm:
-            self._rounds.open_round()
+    def _open_round(self, experts: Experts, memory: Memory | None) -> None:
+        if not self._is_warm:
+            return
+        if self._key != self._captured_for():
+            self.warm(experts, memory)
+        self._rounds.open_round()
 
     def prefill(self, chunks: Sequence[Chunk], experts: Experts, memory: Memory | None) -> list[Tensor]:
         """As of `PagedModel`.
@@ -111,7 +118,7 @@ class RoundsModel(PagedModel):
         Args:
             chunks, experts, memory: there.
         """
-        self._open_round()
+        self._open_round(experts, memory)
         return super().prefill(chunks, experts, memory)
 
     def decode(self, chunks: Sequence[Chunk], experts: Experts, memory: Memory | None) -> Tensor:
@@ -120,9 +127,7 @@ class RoundsModel(PagedModel):
         Args:
             chunks, experts, memory: there.
         """
-        if self._is_warm and self._key != self._captured_for():
-            self.warm(experts, memory)
-        self._open_round()
+        self._open_round(experts, memory)
         return super().decode(chunks, experts, memory)
 
 
@@ -166,6 +171,34 @@ class RoundsEngine(PagedEngine):
         state, done = to_host(rounds.layers.state), torch.cuda.Event()
         done.record()
         return RoundsFlight(**{**vars(flight), "done": done}, layers=rounds.layers, state=state)
+
+    def _lose(self, flight: Flight | None, batch: list[Ongoing], error: Exception) -> None:
+        """As of `PagedEngine`, unless a round came to no end, which is no request's fault.
+
+        Those that decode keep their caches, which end before the tokens that have not been told; those that read their
+        prompt begin again, and nobody takes what was read for their prefix.
+
+        Args:
+            flight, batch, error: there.
+        """
+        if not isinstance(error, SupersededError | SlotLostError):
+            super()._lose(flight, batch, error)
+            return
+        self._flight = None
+        lost = [*batch, *([] if flight is None else [sequence for sequence, _ in flight.batch])]
+        for sequence in reversed(list(dict.fromkeys(lost))):
+            if sequence.lease is None:
+                continue
+            sequence.pending = 0
+            if len(sequence.tokens) > sequence.num_read:
+                # One that has moved here may still be computing tokens that it had.
+                sequence.lease.length = min(sequence.lease.length, len(sequence.tokens) - 1)
+                continue
+            self.pool.forget(sequence.lease)
+            self._release(sequence)
+            self._running.remove(sequence)
+            sequence.prompt_logprobs = []
+            self._waiting.appendleft(sequence)
 
     def _take(self, flight: Flight) -> list[Taken]:
         """As of `PagedEngine`; raises where a round came to no end."""

@@ -103,9 +103,14 @@ class ExpertShard:
         layer = self.config.moe_layers[key[0]]
         return [expert_name(layer, key[1], part) for part in EXPERT_PARTS]
 
-    def initialize(self, keys: Sequence[Key]) -> None:
-        """Draw the first weights of `keys` from the seed."""
-        self._take(keys, 0)
+    def initialize(self, keys: Sequence[Key], step: int = 0) -> None:
+        """Draw the first weights of experts from the seed.
+
+        Args:
+            keys: which.
+            step: that they shall count as of.
+        """
+        self._take(keys, step)
 
         def draw(key: Key) -> None:
             slab, layer = self.slabs[key[0]], self.config.moe_layers[key[0]]
@@ -145,8 +150,11 @@ class ExpertShard:
 
     def trim(self) -> None:
         """Forget replicas that are held and not assigned, and give their memory back."""
-        for layer, slab in enumerate(self.slabs):
-            slab.keep(expert for of, expert in self.owned if of == layer)
+        kept: list[list[int]] = [[] for _ in self.slabs]
+        for layer, expert in self.owned:
+            kept[layer].append(expert)
+        for slab, experts in zip(self.slabs, kept):
+            slab.keep(experts)
 
     def discard(self) -> None:
         """Forget saved activations and gradients of the step; the weights stay."""

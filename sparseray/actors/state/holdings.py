@@ -56,15 +56,20 @@ class Holdings:
             self.memory.assign([], [])
             self.memory.trim()
 
-    def initialize(self, pieces: Sequence[Piece]) -> None:
-        """Make pieces from the seed."""
+    def initialize(self, pieces: Sequence[Piece], step: int = 0) -> None:
+        """Make pieces from the seed.
+
+        Args:
+            pieces: which.
+            step: that they shall count as of.
+        """
         if DENSE in pieces:
             # Not beside another: they may be as large as the device.
             self.dense = self._spare = None
             self.dense = self._new_dense()
-        self.experts.initialize(keys_of(pieces, "expert"))
+        self.experts.initialize(keys_of(pieces, "expert"), step)
         if self.memory is not None:
-            self.memory.initialize(keys_of(pieces, "bucket"))
+            self.memory.initialize(keys_of(pieces, "bucket"), step)
 
     def names(self, pieces: Sequence[Piece], *, with_optimizer: bool = True) -> list[str]:
         """Logical names of all tensors of `pieces`.

@@ -71,9 +71,14 @@ class MemoryShard:
         """What other processes of this host open the layers' tables by (`TableView`)."""
         return tuple(table.handle for table in self.tables)
 
-    def initialize(self, keys: Sequence[Key]) -> None:
-        """Draw the first rows of `keys` from the seed; their moments are zero."""
-        self._change(keys, 0)
+    def initialize(self, keys: Sequence[Key], step: int = 0) -> None:
+        """Draw the first rows of buckets from the seed; their moments are zero.
+
+        Args:
+            keys: which.
+            step: that they shall count as of.
+        """
+        self._change(keys, step)
         # A generator draws in one thread, and every bucket has its own.
         with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
             for _ in pool.map(self._draw, keys):

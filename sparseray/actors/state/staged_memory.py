@@ -32,8 +32,8 @@ from sparseray.kernels.ops import Ops
 from sparseray.kernels.row_ops import to_numpy
 from sparseray.model.config import ModelConfig
 
-MOST_THREADS = 8
-"""That gather or write rows at once; more of them wait for the same memory."""
+MOST_THREADS = 4
+"""That move rows at once; each asks for the interpreter twice a step, which the thread that launches kernels needs."""
 
 Addresses = dict[int, Tensor]
 """Rows int64 [T, N] that a part's tokens read, by 0-based model layer; on the CPU."""

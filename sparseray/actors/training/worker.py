@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from sparseray.actors.exchange.protocol import Exchange, FetchedRows, PartGradients, fetch_together
 from sparseray.actors.state.dense import DenseState, Twin
@@ -37,6 +38,32 @@ class _Ran:
     gradients: PartGradients
     forward_s: float
     backward_s: float
+
+
+class _Found:
+    """Losses and counts of all parts on their way to the host, behind what computes them and before the last sums.
+
+    Whoever then waits for the sums has waited for these.
+
+    Args:
+        losses: of the parts.
+        device: where they are.
+    """
+
+    def __init__(self, losses: Sequence[Loss], device: torch.device) -> None:
+        scalars = [s.detach() for loss in losses for s in (loss.sum, loss.aux, *loss.metrics.values())]
+        self._scalars = torch.stack(scalars).to("cpu", non_blocking=True)
+        self._counts = torch.stack([loss.counts_LE for loss in losses]).to("cpu", non_blocking=True)
+        on_gpu = device.type == "cuda"
+        self._sent = torch.cuda.current_stream(device).record_event() if on_gpu else None
+        # Asking takes the host a while, and it has time now.
+        self.peak = torch.cuda.max_memory_reserved(device) if on_gpu else 0
+
+    def read(self) -> tuple[list[float], Tensor]:
+        """The losses one after another, and the counts."""
+        if self._sent is not None:
+            self._sent.synchronize()
+        return self._scalars.tolist(), self._counts
 
 
 class AttentionWorker:
@@ -92,22 +119,19 @@ class AttentionWorker:
                 self.seconds["forward"] += ran.forward_s / len(calls)
                 self.seconds["backward"] += ran.backward_s / len(calls)
                 started = time.perf_counter()
+                losses.append(ran.loss)
+                if len(losses) == len(parts):
+                    found = _Found(losses, self.state.device)
                 self.exchange.reduce(step, parts[i], ran.gradients)
                 self._lap("backward", started)
-                losses.append(ran.loss)
         if losses:
-            for part, done in zip(parts, self._read(loaded, losses)):
+            for part, done in zip(parts, self._read(loaded, losses, found)):
                 report(part, done)
 
-    def _read(self, batches: Sequence[Batch], losses: Sequence[Loss]) -> list[PartDone]:
-        """Bring what the parts gave to the host, all at once: nothing before waits for a device."""
-        scalars = torch.stack(
-            [scalar.detach() for loss in losses for scalar in (loss.sum, loss.aux, *loss.metrics.values())]
-        ).tolist()
+    def _read(self, batches: Sequence[Batch], losses: Sequence[Loss], found: "_Found") -> list[PartDone]:
+        """What the parts gave, in the order of the step."""
+        scalars, counts = found.read()
         each = len(scalars) // len(losses)
-        counts = torch.stack([loss.counts_LE for loss in losses]).cpu()
-        device = self.state.device
-        peak = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0
         return [
             PartDone(
                 loss_sum=scalars[each * index],
@@ -117,7 +141,7 @@ class AttentionWorker:
                 tokens=batch.targets_BT.numel(),
                 seconds=dict(self.seconds),
                 counts_LE=counts[index],
-                device_bytes=peak,
+                device_bytes=found.peak,
             )
             for index, (batch, loss) in enumerate(zip(batches, losses))
         ]

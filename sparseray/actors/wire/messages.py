@@ -206,10 +206,11 @@ class Silent(Body):
 
 @dataclass(frozen=True, kw_only=True)
 class Failed(Body):
-    """Something cannot be done here; `user` says whether it is a user's mistake."""
+    """Something cannot be done here: `user` by a user's mistake; `lost` because no process can use its GPU after that error."""
 
     error: str
     user: bool
+    lost: bool = False
 
 
 # -- slot to slot: requests and their replies ----------------------------------------------------------

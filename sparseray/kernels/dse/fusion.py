@@ -22,11 +22,11 @@ from torch import Tensor
 from sparseray.kernels.dse.reference import Fusion
 from sparseray.kernels.launch import launch_kernel
 
-TILE_ROWS, TILE_CHANNELS = 16, 256
-"""Of the convolution."""
-WALK_ROWS, WALK_STEP = 64, 4
-"""Tokens that one program of its backward pass goes over, and how many of them at a time: one a warp."""
-TOKEN_PROGRAMS = 132 * 14
+TILE_ROWS, TILE_CHANNELS = 4, 256
+"""Of the convolution: what one warp has, whose weights need no barrier to come to the lanes that multiply by them."""
+WALK_ROWS = 64
+"""Tokens that one program of its backward pass goes over: a warp, one after another."""
+TOKEN_PROGRAMS = 132 * 12
 """Programs that share the tokens of the backward pass: what an H100 holds at a time."""
 WARP_CHANNELS = 1024
 """Channels of a token that one warp holds."""
@@ -66,7 +66,7 @@ def _gate_kernel(
 def _earlier(
     p_v, p_kept, p_segment, segment, first, o_t, o_c, distance, T, rows, C: tl.constexpr, SEGMENTS: tl.constexpr
 ):  # fmt: skip
-    """(gated values of the tokens so far back, 0 before the beginning; what makes norms of them)."""
+    """(values of the tokens so far back, their gates, what makes norms of gated values); 0 before the beginning."""
     o_p = o_t - distance
     m_p = (o_t < T) & (o_p >= 0)
     if SEGMENTS:
@@ -74,37 +74,19 @@ def _earlier(
     gate = tl.load(p_kept + GATE * rows + first + o_p, mask=m_p, other=0.0)
     by_norm = tl.load(p_kept + BY_NORM * rows + first + o_p, mask=m_p, other=0.0)
     p = p_v + (first + o_p)[:, None] * (2 * C) + o_c[None, :]
-    x = tl.load(p, mask=m_p[:, None] & (o_c < C)[None, :], other=0.0).to(tl.float32)
-    return x * gate[:, None], by_norm[:, None]
+    x = tl.load(p, mask=m_p[:, None] & (o_c < C)[None, :], other=0.0)
+    return x, gate[:, None], by_norm[:, None]
 
 
 @triton.jit
-def _conv_kernel(
-    p_v, p_kept, p_segment, p_taps, p_v_norm, p_out, T, rows,
-    C: tl.constexpr, K: tl.constexpr, DILATION: tl.constexpr, SEGMENTS: tl.constexpr,
-    BT: tl.constexpr, BC: tl.constexpr,
-):  # fmt: skip
-    o_t = tl.program_id(0) * BT + tl.arange(0, BT)
-    o_c = tl.program_id(1) * BC + tl.arange(0, BC)
-    first = tl.program_id(2).to(tl.int64) * T
+def _fold_kernel(p_conv, p_v_norm, p_folded, C: tl.constexpr, K: tl.constexpr, BC: tl.constexpr):
+    """The convolution's weights times the norm's, fp32, a tap's in a row."""
+    o_c = tl.program_id(0) * BC + tl.arange(0, BC)
     m_c = o_c < C
     norm = tl.load(p_v_norm + o_c, mask=m_c, other=0.0).to(tl.float32)
-    segment = o_t
-    if SEGMENTS:
-        segment = tl.load(p_segment + first + o_t, mask=o_t < T, other=0)
-    acc = tl.zeros([BT, BC], tl.float32)
-    gated = tl.zeros([BT, BC], tl.float32)
-    for j in tl.static_range(K):
-        x, by_norm = _earlier(
-            p_v, p_kept, p_segment, segment, first, o_t, o_c, j * DILATION, T, rows, C, SEGMENTS
-        )
-        if j == 0:
-            gated = x
-        weight = norm * tl.load(p_taps + (K - 1 - j) * C + o_c, mask=m_c, other=0.0).to(tl.float32)
-        acc += x * by_norm * weight[None, :]
-    out = acc / (1.0 + tl.exp(-acc)) + gated
-    p = p_out + (first + o_t)[:, None] * C + o_c[None, :]
-    tl.store(p, out.to(p_out.dtype.element_ty), mask=(o_t < T)[:, None] & m_c[None, :])
+    for tap in tl.static_range(K):
+        weight = tl.load(p_conv + o_c * K + tap, mask=m_c, other=0.0).to(tl.float32)
+        tl.store(p_folded + tap * C + o_c, weight * norm, mask=m_c)
 
 
 @triton.jit
@@ -113,8 +95,37 @@ def _append(tensors, x):
 
 
 @triton.jit
+def _conv_kernel(
+    p_v, p_kept, p_segment, p_folded, p_out, T, rows,
+    C: tl.constexpr, K: tl.constexpr, DILATION: tl.constexpr, SEGMENTS: tl.constexpr,
+    BT: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    o_t = tl.program_id(0) * BT + tl.arange(0, BT)
+    o_c = tl.program_id(1) * BC + tl.arange(0, BC)
+    first = tl.program_id(2).to(tl.int64) * T
+    m_c = o_c < C
+    segment = o_t
+    if SEGMENTS:
+        segment = tl.load(p_segment + first + o_t, mask=o_t < T, other=0)
+    values, factors, gates = (), (), ()
+    for j in tl.static_range(K):
+        x, gate, by_norm = _earlier(
+            p_v, p_kept, p_segment, segment, first, o_t, o_c, j * DILATION, T, rows, C, SEGMENTS
+        )
+        values, gates = _append(values, x), _append(gates, gate)
+        factors = _append(factors, gate * by_norm)
+    acc = tl.zeros([BT, BC], tl.float32)
+    for j in tl.static_range(K):
+        weight = tl.load(p_folded + (K - 1 - j) * C + o_c, mask=m_c, other=0.0)
+        acc += values[j].to(tl.float32) * factors[j] * weight[None, :]
+    out = acc / (1.0 + tl.exp(-acc)) + values[0].to(tl.float32) * gates[0]
+    p = p_out + (first + o_t)[:, None] * C + o_c[None, :]
+    tl.store(p, out.to(p_out.dtype.element_ty), mask=(o_t < T)[:, None] & m_c[None, :])
+
+
+@triton.jit
 def _conv_backward_kernel(
-    p_v, p_kept, p_segment, p_taps, p_v_norm, p_dout, p_dy, p_sums, T, rows,
+    p_v, p_kept, p_segment, p_folded, p_dout, p_dy, p_sums, T, rows,
     C: tl.constexpr, K: tl.constexpr, DILATION: tl.constexpr, SEGMENTS: tl.constexpr,
     BT: tl.constexpr, BC: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -122,7 +133,6 @@ def _conv_backward_kernel(
     o_c = tl.program_id(1) * BC + tl.arange(0, BC)
     first = tl.program_id(2).to(tl.int64) * T
     m_c = o_c < C
-    norm = tl.load(p_v_norm + o_c, mask=m_c, other=0.0).to(tl.float32)
     sums = ()
     for _ in tl.static_range(K):
         sums = _append(sums, tl.zeros([BT, BC], tl.float32))
@@ -130,20 +140,23 @@ def _conv_backward_kernel(
         o_t = tl.program_id(0) * ROWS + start + tl.arange(0, BT)
         o = (first + o_t)[:, None] * C + o_c[None, :]
         m = (o_t < T)[:, None] & m_c[None, :]
-        dout = tl.load(p_dout + o, mask=m, other=0.0).to(tl.float32)
+        dout = tl.load(p_dout + o, mask=m, other=0.0)
         segment = o_t
         if SEGMENTS:
             segment = tl.load(p_segment + first + o_t, mask=o_t < T, other=0)
-        acc, normed = tl.zeros([BT, BC], tl.float32), ()
+        values, factors = (), ()
         for j in tl.static_range(K):
-            x, by_norm = _earlier(
+            x, gate, by_norm = _earlier(
                 p_v, p_kept, p_segment, segment, first, o_t, o_c, j * DILATION, T, rows, C, SEGMENTS
             )
-            weight = norm * tl.load(p_taps + (K - 1 - j) * C + o_c, mask=m_c, other=0.0).to(tl.float32)
-            normed = _append(normed, x * by_norm)
+            values, factors = _append(values, x), _append(factors, gate * by_norm)
+        acc, normed = tl.zeros([BT, BC], tl.float32), ()
+        for j in tl.static_range(K):
+            weight = tl.load(p_folded + (K - 1 - j) * C + o_c, mask=m_c, other=0.0)
+            normed = _append(normed, values[j].to(tl.float32) * factors[j])
             acc += normed[j] * weight[None, :]
         share = 1.0 / (1.0 + tl.exp(-acc))
-        dy = dout * share * (1.0 + acc * (1.0 - share))
+        dy = dout.to(tl.float32) * share * (1.0 + acc * (1.0 - share))
         tl.store(p_dy + o, dy.to(p_dy.dtype.element_ty), mask=m)
         added = ()
         for j in tl.static_range(K):
@@ -156,7 +169,7 @@ def _conv_backward_kernel(
 
 @triton.jit
 def _tokens_backward_kernel(
-    p_h, p_kv, p_h_norm, p_k_norm, p_v_norm, p_taps, p_kept, p_segment, p_dout, p_dy, p_dh, p_dkv, p_sums,
+    p_h, p_kv, p_h_norm, p_k_norm, p_folded, p_kept, p_segment, p_dout, p_dy, p_dh, p_dkv, p_sums,
     T, rows, conv_eps, scale,
     C: tl.constexpr, K: tl.constexpr, DILATION: tl.constexpr, SEGMENTS: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
@@ -167,7 +180,11 @@ def _tokens_backward_kernel(
     i_t = tl.program_id(0).to(tl.int64)
     while i_t < rows:
         place = i_t.to(tl.int32) % T
-        dn = tl.zeros([BC], tl.float32)
+        p_k = p_kv + i_t * 2 * C + o_c
+        v = tl.load(p_k + C, mask=m_c, other=0.0)
+        dout = tl.load(p_dout + i_t * C + o_c, mask=m_c, other=0.0)
+        gate, by_norm = tl.load(p_kept + GATE * rows + i_t), tl.load(p_kept + BY_NORM * rows + i_t)
+        later = ()
         for j in tl.static_range(K):
             is_there = place + j * DILATION < T
             if SEGMENTS:
@@ -175,24 +192,25 @@ def _tokens_backward_kernel(
                 is_there = is_there & (
                     tl.load(p_segment + i_t + j * DILATION, mask=is_there, other=-1) == own
                 )
-            dy = tl.load(p_dy + (i_t + j * DILATION) * C + o_c, mask=m_c & is_there, other=0.0)
-            weight = tl.load(p_taps + (K - 1 - j) * C + o_c, mask=m_c, other=0.0)
-            dn += weight.to(tl.float32) * dy.to(tl.float32)
-        p_k = p_kv + i_t * 2 * C + o_c
-        v = tl.load(p_k + C, mask=m_c, other=0.0).to(tl.float32)
-        dout = tl.load(p_dout + i_t * C + o_c, mask=m_c, other=0.0).to(tl.float32)
-        gate, by_norm = tl.load(p_kept + GATE * rows + i_t), tl.load(p_kept + BY_NORM * rows + i_t)
-        dn *= tl.load(p_v_norm + o_c, mask=m_c, other=0.0).to(tl.float32)
+            p = p_dy + (i_t + j * DILATION) * C + o_c
+            later = _append(later, tl.load(p, mask=m_c & is_there, other=0.0))
+        dn = tl.zeros([BC], tl.float32)
+        for j in tl.static_range(K):
+            weight = tl.load(p_folded + (K - 1 - j) * C + o_c, mask=m_c, other=0.0)
+            dn += weight * later[j].to(tl.float32)
+        # On their way while sums are made.
+        h = tl.load(p_h + i_t * C + o_c, mask=m_c, other=0.0)
+        k = tl.load(p_k, mask=m_c, other=0.0)
+        by_h, by_k = tl.load(p_kept + BY_H * rows + i_t), tl.load(p_kept + BY_K * rows + i_t)
+        x = tl.load(p_kept + SCORE * rows + i_t)
+        v, dout = v.to(tl.float32), dout.to(tl.float32)
         along = tl.sum(dn * v, 0)
         # What the norm passes on to its input's length is the share that eps has in it.
         dgate = tl.sum(dout * v, 0) + along * conv_eps * by_norm * by_norm * by_norm
         dgated = dout + by_norm * (dn - along * gate * gate * by_norm * by_norm / C * v)
         p_dk = p_dkv + i_t * 2 * C + o_c
         tl.store(p_dk + C, (dgated * gate).to(p_dkv.dtype.element_ty), mask=m_c)
-        h = tl.load(p_h + i_t * C + o_c, mask=m_c, other=0.0).to(tl.float32)
-        k = tl.load(p_k, mask=m_c, other=0.0).to(tl.float32)
-        by_h, by_k = tl.load(p_kept + BY_H * rows + i_t), tl.load(p_kept + BY_K * rows + i_t)
-        x = tl.load(p_kept + SCORE * rows + i_t)
+        h, k = h.to(tl.float32), k.to(tl.float32)
         # Of the signed square root; it is flat where it is cut off.
         slope = tl.where(tl.abs(x) > 1e-6, 0.5 / tl.sqrt(tl.maximum(tl.abs(x), 1e-6)), 0.0)
         dx = dgate * gate * (1.0 - gate) * slope
@@ -221,7 +239,7 @@ def _column_sums(p_x, count, stride, o_c, m_c, ROWS: tl.constexpr, BC: tl.conste
 
 @triton.jit
 def _weights_backward_kernel(
-    p_of_dot, p_of_taps, p_h_norm, p_k_norm, p_v_norm, p_taps, p_dh_norm, p_dk_norm, p_dv_norm, p_dconv,
+    p_of_dot, p_of_taps, p_h_norm, p_k_norm, p_v_norm, p_conv, p_dh_norm, p_dk_norm, p_dv_norm, p_dconv,
     programs, walks, C: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """Gradients of what is learnt, from the sums of the programs before."""
@@ -236,7 +254,7 @@ def _weights_backward_kernel(
     of_norm = tl.zeros([BC], tl.float32)
     for tap in tl.static_range(K):
         of_tap = _column_sums(p_of_taps + tap * C, walks, K * C, o_c, m_c, ROWS, BC)
-        of_norm += of_tap * tl.load(p_taps + tap * C + o_c, mask=m_c, other=0.0).to(tl.float32)
+        of_norm += of_tap * tl.load(p_conv + o_c * K + tap, mask=m_c, other=0.0).to(tl.float32)
         tl.store(p_dconv + o_c * K + tap, (of_tap * v_norm).to(p_dconv.dtype.element_ty), mask=m_c)
     tl.store(p_dv_norm + o_c, of_norm.to(p_dv_norm.dtype.element_ty), mask=m_c)
 
@@ -245,9 +263,9 @@ def _segments(starts: Tensor | None) -> Tensor | None:
     return None if starts is None else starts.cumsum(1, dtype=torch.int32)
 
 
-def _sizes(taps_KC: Tensor, fusion: Fusion, segment: Tensor | None) -> dict[str, Any]:
+def _sizes(fusion: Fusion, segment: Tensor | None) -> dict[str, Any]:
     """Compile-time arguments of the kernels that convolve."""
-    K, C = taps_KC.shape
+    C, K = fusion.conv_CK.shape
     return {"C": C, "K": K, "DILATION": fusion.dilation, "SEGMENTS": segment is not None}
 
 
@@ -255,11 +273,9 @@ def _warps(C: int) -> int:
     return max(1, triton.next_power_of_2(C) // WARP_CHANNELS)
 
 
-def _forward(
-    h: Tensor, kv: Tensor, taps_KC: Tensor, fusion: Fusion, segment: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """(output, what is kept of each token: fp32 [5, R])."""
-    B, T, C = h.shape
+def _forward(h: Tensor, kv: Tensor, fusion: Fusion, segment: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """(output, what is kept of each token: fp32 [5, R], the folded weights: fp32 [K, C])."""
+    (B, T, C), K = h.shape, fusion.conv_CK.shape[1]
     kept, out = torch.empty(5, B * T, dtype=torch.float32, device=h.device), torch.empty_like(h)
     launch_kernel(
         _gate_kernel,
@@ -268,28 +284,34 @@ def _forward(
         C=C, BC=triton.next_power_of_2(C), num_warps=_warps(C),
     )  # fmt: skip
     bc = min(TILE_CHANNELS, triton.next_power_of_2(C))
+    folded = torch.empty(K, C, dtype=torch.float32, device=h.device)
+    launch_kernel(
+        _fold_kernel,
+        (triton.cdiv(C, bc),),
+        fusion.conv_CK, fusion.value_norm_C, folded, C=C, K=K, BC=bc, num_warps=1,
+    )  # fmt: skip
     launch_kernel(
         _conv_kernel,
         (triton.cdiv(T, TILE_ROWS), triton.cdiv(C, bc), B),
-        kv[..., C:], kept, kept if segment is None else segment, taps_KC, fusion.value_norm_C, out, T, B * T,
-        **_sizes(taps_KC, fusion, segment), BT=TILE_ROWS, BC=bc, num_warps=8,
+        kv[..., C:], kept, kept if segment is None else segment, folded, out, T, B * T,
+        **_sizes(fusion, segment), BT=TILE_ROWS, BC=bc, num_warps=1,
     )  # fmt: skip
-    return out, kept
+    return out, kept, folded
 
 
 def _backward(
-    dout: Tensor, h: Tensor, kv: Tensor, taps_KC: Tensor, fusion: Fusion, kept: Tensor, segment: Tensor | None
+    dout: Tensor, h: Tensor, kv: Tensor, fusion: Fusion, kept: Tensor, folded: Tensor, segment: Tensor | None
 ) -> tuple[Tensor, ...]:
     """Gradients of h, kv and of the weights in the order of LEARNT."""
-    (B, T, C), K, sizes = h.shape, taps_KC.shape[0], _sizes(taps_KC, fusion, segment)
+    (B, T, C), K, sizes = h.shape, folded.shape[0], _sizes(fusion, segment)
     dy, bc, walks = torch.empty_like(dout), triton.next_power_of_2(C), triton.cdiv(T, WALK_ROWS)
     places = kept if segment is None else segment
     of_taps = torch.empty(B * walks, K, C, dtype=torch.float32, device=h.device)
     launch_kernel(
         _conv_backward_kernel,
         (walks, triton.cdiv(C, min(TILE_CHANNELS, bc)), B),
-        kv[..., C:], kept, places, taps_KC, fusion.value_norm_C, dout, dy, of_taps, T, B * T,
-        **sizes, BT=WALK_STEP, BC=min(TILE_CHANNELS, bc), ROWS=WALK_ROWS, num_warps=4,
+        kv[..., C:], kept, places, folded, dout, dy, of_taps, T, B * T,
+        **sizes, BT=1, BC=min(TILE_CHANNELS, bc), ROWS=WALK_ROWS, num_warps=1,
     )  # fmt: skip
     dh, dkv, programs = torch.empty_like(h), torch.empty_like(kv), min(TOKEN_PROGRAMS, B * T)
     of_dot = torch.empty(programs, C, dtype=torch.float32, device=h.device)
@@ -297,14 +319,14 @@ def _backward(
     launch_kernel(
         _tokens_backward_kernel,
         (programs,),
-        h, kv, *norms, taps_KC, kept, places, dout, dy, dh, dkv, of_dot, T, B * T, fusion.conv_eps, C**-0.5,
+        h, kv, *norms[:2], folded, kept, places, dout, dy, dh, dkv, of_dot, T, B * T, fusion.conv_eps, C**-0.5,
         **sizes, BC=bc, num_warps=_warps(C),
     )  # fmt: skip
     learnt = [torch.empty_like(x) for x in (*norms, fusion.conv_CK)]
     launch_kernel(
         _weights_backward_kernel,
         (triton.cdiv(C, SUM_CHANNELS),),
-        of_dot, of_taps, *norms, taps_KC, *learnt, programs, B * walks,
+        of_dot, of_taps, *norms, fusion.conv_CK, *learnt, programs, B * walks,
         C=C, K=K, ROWS=SUM_ROWS, BC=SUM_CHANNELS, num_warps=4,
     )  # fmt: skip
     return dh, dkv, *learnt
@@ -319,17 +341,17 @@ class _MemoryOutput(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, constants: dict[str, Any], starts: Tensor | None, *tensors: Tensor) -> Tensor:
         h, kv, *learnt = tensors
-        segment, taps_KC = _segments(starts), learnt[-1].T.contiguous()
-        out, kept = _forward(h, kv, taps_KC, _fusion(constants, learnt), segment)
-        ctx.save_for_backward(kept, segment, taps_KC, *tensors)
+        segment = _segments(starts)
+        out, kept, folded = _forward(h, kv, _fusion(constants, learnt), segment)
+        ctx.save_for_backward(kept, folded, segment, *tensors)
         ctx.constants = constants
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        kept, segment, taps_KC, h, kv, *learnt = ctx.saved_tensors
+        kept, folded, segment, h, kv, *learnt = ctx.saved_tensors
         fusion = _fusion(ctx.constants, learnt)
-        return None, None, *_backward(grad.contiguous(), h, kv, taps_KC, fusion, kept, segment)
+        return None, None, *_backward(grad.contiguous(), h, kv, fusion, kept, folded, segment)
 
 
 def memory_output(

@@ -17,7 +17,9 @@ from torch import Tensor
 from sparseray.kernels.launch import launch_kernel
 
 SEGMENTS, SEGMENT_COLUMNS, SHORT_SEGMENT = 8, 64, 16
-"""A warp adds up that many short segments side by side, and a longer one by itself."""
+"""A warp adds up that many short segments side by side."""
+SEARCHED = 256
+"""Segments of which one program adds up the longer ones."""
 
 SEGMENT_LOADS = 32
 """Rows of a long segment whose loads are in flight at once: its sum is a chain of dependent additions."""
@@ -244,45 +246,63 @@ def register_host(table: Tensor) -> Tensor:
 
 
 @triton.jit
+def _append(tensors, x):
+    return tensors + (x,)  # noqa: RUF005  (Triton unpacks none)
+
+
+@triton.jit
 def _ordered_terms(acc, m_acc, p_grads, p_order, start, last, o_d, m_d, D: tl.constexpr, COUNT: tl.constexpr):
-    """Add COUNT terms to sums, in order; `m_acc` says which sums have one yet. All loads are in flight at once."""
+    """Add COUNT terms to sums, in order; `m_acc` says which sums have one yet.
+
+    All positions are asked for before the first term, and all terms before the first sum: a compiler that sees one
+    after another leaves few of them in flight.
+    """
+    places, terms = (), ()
     for i in tl.static_range(COUNT):
-        m = start + i < last
-        position = tl.load(p_order + start + i, mask=m, other=0).to(tl.int64)
-        x = tl.load(p_grads + position[:, None] * D + o_d, mask=m[:, None] & m_d, other=0.0).to(tl.float32)
+        places = _append(places, tl.load(p_order + start + i, mask=start + i < last, other=0).to(tl.int64))
+    for i in tl.static_range(COUNT):
+        m = (start + i < last)[:, None] & m_d
+        terms = _append(terms, tl.load(p_grads + places[i][:, None] * D + o_d, mask=m, other=0.0))
+    for i in tl.static_range(COUNT):
+        m, x = start + i < last, terms[i].to(tl.float32)
         acc = tl.where(m[:, None], tl.where(m_acc[:, None], acc + x, x), acc)
         m_acc = m_acc | m
     return acc, m_acc
 
 
 @triton.jit
-def _long_segment(
-    p_grads, p_order, p_first, p_out, u, o_d, m_d,
-    D: tl.constexpr, BD: tl.constexpr, MANY: tl.constexpr, LIMIT: tl.constexpr,
+def _long_segments(
+    p_grads, p_order, p_first, p_out, U, u, o_d, m_d,
+    D: tl.constexpr, BD: tl.constexpr, MANY: tl.constexpr, LIMIT: tl.constexpr, SEARCHED: tl.constexpr,
 ):  # fmt: skip
-    """The sum of a segment's terms if it has more than LIMIT."""
-    o_u = u + tl.arange(0, 1)
-    start, last = tl.load(p_first + o_u), tl.load(p_first + o_u + 1)
-    rest = tl.max(last - start, 0)
-    if rest > LIMIT:
+    """Sums of those of SEARCHED segments that have more than LIMIT terms, the longest first."""
+    o_s = tl.arange(0, SEARCHED)
+    m_s = u + o_s < U
+    count = tl.load(p_first + u + o_s + 1, mask=m_s, other=0) - tl.load(p_first + u + o_s, mask=m_s, other=0)
+    count = tl.where(count > LIMIT, count, 0)
+    rest = tl.max(count, 0)
+    while rest > 0:
+        s = tl.argmax(count, 0)
+        count = tl.where(o_s == s, 0, count)
+        o_u = u + s + tl.arange(0, 1)
+        start, last = tl.load(p_first + o_u), tl.load(p_first + o_u + 1)
         acc, m_acc = tl.zeros([1, BD], tl.float32), o_u < 0
         while rest > 0:
             acc, m_acc = _ordered_terms(acc, m_acc, p_grads, p_order, start, last, o_d, m_d, D, MANY)
             start += MANY
             rest -= MANY
         tl.store(p_out + o_u.to(tl.int64)[:, None] * D + o_d, acc, mask=m_d)
+        rest = tl.max(count, 0)
 
 
-@triton.jit(do_not_specialize=["U"])
-def _segment_kernel(
-    p_grads, p_order, p_first, p_out, U,
-    D: tl.constexpr, BU: tl.constexpr, BD: tl.constexpr, FEW: tl.constexpr, MANY: tl.constexpr, LIMIT: tl.constexpr,
+@triton.jit
+def _short_segments(
+    p_grads, p_order, p_first, p_out, U, u, o_d, m_d,
+    D: tl.constexpr, BU: tl.constexpr, BD: tl.constexpr, FEW: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
-    """Sums of the terms of BU segments, in order; none give 0. A segment of more than LIMIT is added up by itself."""
-    u = tl.program_id(0) * BU
+    """Sums of those of BU segments that have at most LIMIT terms, side by side; none give 0."""
     o_u = u + tl.arange(0, BU)
-    o_d = tl.program_id(1) * BD + tl.arange(0, BD)[None, :]
-    m_u, m_d = o_u < U, o_d < D
+    m_u = o_u < U
     first = tl.load(p_first + o_u, mask=m_u, other=0)
     last = tl.load(p_first + o_u + 1, mask=m_u, other=0)
     is_short = last - first <= LIMIT
@@ -295,8 +315,24 @@ def _segment_kernel(
         done += FEW
     p = p_out + o_u.to(tl.int64)[:, None] * D + o_d
     tl.store(p, acc, mask=(m_u & is_short)[:, None] & m_d)
-    for one in range(u, tl.minimum(u + BU, U)):
-        _long_segment(p_grads, p_order, p_first, p_out, one, o_d, m_d, D, BD, MANY, LIMIT)
+
+
+@triton.jit(do_not_specialize=["U", "searches"])
+def _segment_kernel(
+    p_grads, p_order, p_first, p_out, U, searches,
+    D: tl.constexpr, BU: tl.constexpr, BD: tl.constexpr, FEW: tl.constexpr, MANY: tl.constexpr,
+    LIMIT: tl.constexpr, SEARCHED: tl.constexpr,
+):  # fmt: skip
+    """Sums of the terms of all segments, in order: long ones first, which take longest, by the first programs."""
+    o_d = tl.program_id(1) * BD + tl.arange(0, BD)[None, :]
+    m_d = o_d < D
+    i = tl.program_id(0)
+    if i < searches:
+        u = i * SEARCHED
+        _long_segments(p_grads, p_order, p_first, p_out, U, u, o_d, m_d, D, BD, MANY, LIMIT, SEARCHED)
+    else:
+        u = (i - searches) * BU
+        _short_segments(p_grads, p_order, p_first, p_out, U, u, o_d, m_d, D, BU, BD, FEW, LIMIT)
 
 
 def segment_sum_rows(rows_N: Tensor, grads_ND: Tensor) -> tuple[Tensor, Tensor]:
@@ -323,22 +359,24 @@ def sum_segments(grads_ND: Tensor, order_N: Tensor, first_U1: Tensor) -> Tensor:
     """
     U, D = first_U1.numel() - 1, grads_ND.shape[1]
     sums_UD = torch.empty(U, D, dtype=torch.float32, device=grads_ND.device)
-    columns = min(SEGMENT_COLUMNS, triton.next_power_of_2(D))
+    columns, searches = min(SEGMENT_COLUMNS, triton.next_power_of_2(D)), triton.cdiv(U, SEARCHED)
     if U:
         launch_kernel(
             _segment_kernel,
-            (triton.cdiv(U, SEGMENTS), triton.cdiv(D, columns)),
+            (searches + triton.cdiv(U, SEGMENTS), triton.cdiv(D, columns)),
             grads_ND,
             order_N,
             first_U1,
             sums_UD,
             U,
+            searches,
             D=D,
             BU=SEGMENTS,
             BD=columns,
             FEW=4,
             MANY=SEGMENT_LOADS,
             LIMIT=SHORT_SEGMENT,
+            SEARCHED=SEARCHED,
             num_warps=1,
         )
     return sums_UD

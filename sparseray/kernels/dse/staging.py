@@ -210,16 +210,15 @@ def sum_segments(grads_ND: Floats, order_N: Array, first_U1: Array) -> Floats:
 @numba.njit(cache=True, nogil=True)
 def _gather(rows, w, w_out, w_how, m, m_out, m_how, v, v_out, v_how, t, t_out, t_how, counter):
     """Copy chunks of rows with all their fields until none are left."""
-    bad = -1
     while True:
         first = fetch_add(counter, 0, CHUNK_ROWS)
         if first >= rows.shape[0]:
-            return bad
+            return
         last = min(first + CHUNK_ROWS, rows.shape[0])
-        bad = max(bad, copy_rows(w, rows, w_out, first, last, w_how))
-        bad = max(bad, copy_rows(m, rows, m_out, first, last, m_how))
-        bad = max(bad, copy_rows(v, rows, v_out, first, last, v_how))
-        bad = max(bad, copy_rows(t, rows, t_out, first, last, t_how))
+        copy_rows(w, rows, w_out, first, last, w_how)
+        copy_rows(m, rows, m_out, first, last, m_how)
+        copy_rows(v, rows, v_out, first, last, v_how)
+        copy_rows(t, rows, t_out, first, last, t_how)
 
 
 @numba.njit(cache=True, nogil=True)

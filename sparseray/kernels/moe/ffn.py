@@ -103,8 +103,8 @@ def default_config(x: Tensor) -> LayerConfig:
     return HOPPER if x.is_cuda and x.element_size() == 2 else SMALL
 
 
-def _operand(matrix: Tensor, block: tuple[int, int], tma: bool) -> Tensor | TensorDescriptor:
-    """The 2-D matrix as a descriptor of the given block, or itself."""
+def _operand(matrix: Tensor, block: tuple[int, ...], tma: bool) -> Tensor | TensorDescriptor:
+    """The matrix as a descriptor of the given block, or itself."""
     return TensorDescriptor.from_tensor(matrix, list(block)) if tma else matrix
 
 
@@ -124,14 +124,14 @@ def up_project(
     H, I, R = x_TH.shape[1], w_E2IH.shape[1] // 2, plan.order_R.shape[0]
     act_RI = x_TH.new_empty(R, I)
     pre_RP = x_TH.new_empty(R, 2 * I) if save else act_RI
-    tile, flat = config.up, w_E2IH.view(-1, H)
-    tma = _may_use_tma(config, flat)
+    tile, halves = config.up, w_E2IH.view(-1, I, H)
+    tma = _may_use_tma(config, halves)
     launch_kernel(
         gemm.up_kernel,
         (plan.tile_expert_M.shape[0] * triton.cdiv(I, tile.n),),
         x_TH,
         plan.order_R,
-        _operand(flat, (tile.n, tile.k), tma),
+        _operand(halves, (2, tile.n, tile.k), tma),
         act_RI,
         pre_RP,
         *_tiles(plan),

@@ -25,6 +25,13 @@ def _tile(num_m, num_n, GROUP: tl.constexpr):
 
 
 @triton.jit
+def _halves(x):
+    """The left and the right half of a block's columns, so that an epilogue holds fewer registers."""
+    parts = tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2))
+    return tl.split(tl.permute(parts, (0, 2, 1)))
+
+
+@triton.jit
 def _silu_parts(g):
     sig = 1.0 / (1.0 + tl.exp(-g))
     return sig, g * sig
@@ -63,22 +70,22 @@ def up_kernel(
     o_k = tl.arange(0, BK)
     o_n = i_n * BN + tl.arange(0, BN)
     p_a = p_x + token[:, None].to(tl.int64) * H + o_k[None, :]
-    acc_g = tl.zeros([BM, BN], tl.float32)
-    acc_u = tl.zeros([BM, BN], tl.float32)
+    # Gate and up are one operand: two products of half the width would read shared memory more often than it answers.
+    o_w = tl.arange(0, 2 * BN)
+    o_w = o_w // BN * I + (i_n * BN + o_w % BN) % I
+    acc = tl.zeros([BM, 2 * BN], tl.float32)
     for k in range(0, H, BK):
         if H % BK == 0:
             a = tl.load(p_a + k)  # [BM, BK]
         else:
             a = tl.load(p_a + k, mask=(o_k < H - k)[None, :], other=0.0)
         if TMA:
-            g = d_w.load([e * 2 * I + i_n * BN, k]).T  # [BK, BN]
-            u = d_w.load([e * 2 * I + I + i_n * BN, k]).T
+            w = tl.reshape(d_w.load([e * 2, i_n * BN, k]), [2 * BN, BK]).T  # [BK, 2 BN]
         else:
-            p_g = d_w + e.to(tl.int64) * (2 * I * H) + (o_n % I)[None, :] * H + (k + o_k)[:, None]
-            g = tl.load(p_g, mask=(o_k < H - k)[:, None], other=0.0)
-            u = tl.load(p_g + I * H, mask=(o_k < H - k)[:, None], other=0.0)
-        acc_g = tl.dot(a, g, acc_g, input_precision="ieee")
-        acc_u = tl.dot(a, u, acc_u, input_precision="ieee")
+            p_w = d_w + e.to(tl.int64) * (2 * I * H) + o_w[None, :] * H + (k + o_k)[:, None]
+            w = tl.load(p_w, mask=(o_k < H - k)[:, None], other=0.0)
+        acc = tl.dot(a, w, acc, input_precision="ieee")
+    acc_g, acc_u = _halves(acc)
     m = m_r[:, None] & (o_n < I)[None, :]
     element = p_act.dtype.element_ty
     if SAVE:
@@ -139,13 +146,6 @@ def rows_kernel(
         acc = tl.dot(a, w, acc, input_precision="ieee")
     p = p_out + o_r[:, None].to(tl.int64) * N + o_n[None, :]
     tl.store(p, acc.to(p_out.dtype.element_ty), mask=m_r[:, None] & (o_n < N)[None, :])
-
-
-@triton.jit
-def _halves(x):
-    """The left and the right half of a block's columns, so that an epilogue holds fewer registers."""
-    parts = tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2))
-    return tl.split(tl.permute(parts, (0, 2, 1)))
 
 
 @triton.jit

@@ -5,6 +5,8 @@ Shapes: R rows, S positions, T tokens, G key/value heads, D and V head sizes, H 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -44,12 +46,12 @@ class FullAttention(Attention):
         self.qkv = Linear(config.hidden, _qkv_width(config), ops)
         self.out = Linear(self.heads * self.value_dim, config.hidden, ops)
 
-    def forward(self, x_RH: Tensor, batch: Batch, angles: Angles) -> Tensor:
+    def forward(self, xs_RH: Sequence[Tensor], batch: Batch, angles: Angles) -> Tensor:
         """Attend within each sequence; [R, H]."""
         heads, turns, fused_RX = (
             (self.heads, self.kv_heads),
             (angles.cos_RD, angles.sin_RD),
-            self.qkv(x_RH, batch),
+            self.qkv(xs_RH[0], batch),
         )
         if batch.paged is not None:
             pool, pages = batch.paged.pools[self.layer], batch.paged.pages

@@ -20,10 +20,12 @@ class Nodes:
     Args:
         free: of each resource, on nodes that stay.
         draining: Unix time by which each node that is to be drained is gone; infinite where nobody says.
+        num_staying: nodes that stay.
     """
 
     free: Mapping[str, float] = field(default_factory=dict)
     draining: Mapping[str, float] = field(default_factory=dict)
+    num_staying: int = 0
 
 
 def look() -> Nodes:
@@ -32,8 +34,9 @@ def look() -> Nodes:
         node: deadline_ms / 1e3 if deadline_ms else inf
         for node, deadline_ms in state.get_draining_nodes().items()
     }
+    known = state.available_resources_per_node()
+    staying = [resources for node, resources in known.items() if node not in draining]
     free: Counter[str] = Counter()
-    for node, resources in state.available_resources_per_node().items():
-        if node not in draining:
-            free.update(resources)
-    return Nodes(free=free, draining=draining)
+    for resources in staying:
+        free.update(resources)
+    return Nodes(free=free, draining=draining, num_staying=len(staying))

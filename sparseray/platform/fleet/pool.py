@@ -7,7 +7,7 @@ started them, and its successor finds them by name and asks each whose it is.
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -71,7 +71,8 @@ class Pool:
         self._actors: dict[int, Actor] = {}
         self._waiting: list[Waiting] = []
         self._words: dict[Any, tuple[str, int]] = {}
-        self._nodes = nodes.Nodes()
+        self.nodes = nodes.Nodes()
+        """As of half a second ago."""
         self._counted = 0.0
         self._wake, self._running = threading.Event(), True
         self._ends = ThreadPoolExecutor(4, thread_name_prefix="end")
@@ -152,11 +153,6 @@ class Pool:
                 actor.kind == kind and actor.leaving is not None for actor in self._actors.values()
             ) + len(self._free(kind))
             return max(0, sum(waiting.kind == kind for waiting in self._waiting) - coming)
-
-    @property
-    def draining(self) -> Mapping[str, float]:
-        """Nodes that are to be drained, and the Unix time by which they are gone, as of half a second ago."""
-        return self._nodes.draining
 
     def status(self) -> dict[str, int]:
         """How many actors there are, by what they do, and how many leases wait."""
@@ -259,7 +255,7 @@ class Pool:
         self._wake.clear()
         self._hear()
         if is_asked or time.monotonic() - self._counted > COUNT_EVERY_S:
-            self._nodes, self._counted = nodes.look(), time.monotonic()
+            self.nodes, self._counted = nodes.look(), time.monotonic()
         with self._lock:
             self._serve(may_start=True)
             self._fit()
@@ -322,7 +318,7 @@ class Pool:
                 self.end(actor, 0)
 
     def _must_go(self, actor: Actor) -> bool:
-        return actor.node in self._nodes.draining
+        return actor.node in self.nodes.draining
 
     def _free(self, kind: Kind) -> list[Actor]:
         """Actors of a kind that a lease may have."""
@@ -348,5 +344,5 @@ class Pool:
             ("GPU", kind.gpus, sum(k.gpus for k in since)),
         ):
             if each:
-                counts.append(int((self._nodes.free.get(name, 0.0) - taken) / each + 1e-6))
+                counts.append(int((self.nodes.free.get(name, 0.0) - taken) / each + 1e-6))
         return max(0, min(counts))

@@ -113,7 +113,7 @@ class RayFleet:
 
     def draining(self) -> dict[int, float]:
         """Members on nodes that are to be drained, and seconds until these are gone, as of half a second ago."""
-        nodes, now = self._pool.draining, time.time()
+        nodes, now = self._pool.nodes.draining, time.time()
         return {slot: nodes[m.node] - now for slot, m in self.members().items() if m.node in nodes}
 
     def losses(self) -> list[Loss]:

@@ -98,12 +98,12 @@ def _sums(config: RunConfig) -> int:
 
 
 def _rows(config: RunConfig) -> int:
-    """Staged for the step before, the open one and the next; addresses are int64, as is where each row's sums begin."""
+    """Staged for the step before, the open one and the next; places and where sums begin are int32, the rest int64."""
     dse, train = config.model.dse, config.train
     heads = len(dse.orders) * dse.heads
     addresses = train.logical_shards * train.sequences_per_shard * train.seq_len * heads
     distinct = min(addresses, heads * dse.rows_per_head)
-    staged = distinct * (row_bytes(dse) + 8 + 8 * train.logical_shards) + addresses * 16
+    staged = distinct * (row_bytes(dse) + 8 + 4 * train.logical_shards) + addresses * 8
     return len(dse.layers) * (3 * staged + distinct * dse.head_dim * 4 * _sums(config))
 
 

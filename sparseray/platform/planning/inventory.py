@@ -5,7 +5,7 @@ Made once from the configuration; plans, the policy and a user's requests are ch
 
 from dataclasses import dataclass
 
-from sparseray.actors.peers.in_rounds import MOST_SLOTS
+from sparseray.actors.state.assignment import MOST_IN_ROUNDS
 from sparseray.errors import ConfigError
 from sparseray.model.config import ModelConfig
 from sparseray.platform.config import ClusterConfig
@@ -101,11 +101,11 @@ class Inventory:
         Raises:
             ConfigError: naming the setting, its value and its range.
         """
-        if self.in_slabs and not self.is_whole and max(roles.attention, roles.experts) > MOST_SLOTS:
+        if self.in_slabs and not self.is_whole and max(roles.attention, roles.experts) > MOST_IN_ROUNDS:
             raise ConfigError(
-                f"{max(roles.attention, roles.experts)} slots are to share experts on devices, and {MOST_SLOTS} can; set"
-                f" cluster.attention_workers={min(roles.attention, MOST_SLOTS)} and"
-                f" cluster.expert_shards={min(roles.experts, MOST_SLOTS)}"
+                f"{max(roles.attention, roles.experts)} slots are to share experts on devices, and {MOST_IN_ROUNDS} can; set"
+                f" cluster.attention_workers={min(roles.attention, MOST_IN_ROUNDS)} and"
+                f" cluster.expert_shards={min(roles.experts, MOST_IN_ROUNDS)}"
             )
         if not self.parts and roles.attention < 1:
             raise ConfigError(

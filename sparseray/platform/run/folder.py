@@ -37,6 +37,7 @@ FREE_KEYS = (
     "train.steps",
     "train.checkpoint_every",
     "train.keep_checkpoints",
+    "train.restore_from",
     "train.eval_every",
     "train.eval_batches",
     "train.dtype",
