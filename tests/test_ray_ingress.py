@@ -1,5 +1,6 @@
 """The ingress as a Ray Serve deployment: requests are shared out, and a replica that is killed takes no other's with it."""
 
+import contextlib
 import json
 import os
 import re
@@ -34,7 +35,13 @@ class Served:
         self.process, self.url, self.mark = process, url, mark
 
     def replicas(self) -> list[psutil.Process]:
-        return [p for p in of_mark(self.mark) if "ServeReplica" in " ".join(p.cmdline())]
+        found = []
+        for process in of_mark(self.mark):
+            # HAProxy starts and ends processes of its own all the time.
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if "ServeReplica" in " ".join(process.cmdline()):
+                    found.append(process)
+        return found
 
     def stream(self, seed: int) -> list[int]:
         """The tokens of one stream; fewer where its connection broke."""
@@ -56,7 +63,8 @@ class Served:
 
 
 @pytest.fixture
-def served(corpus: Path, tmp_path: Path) -> Iterator[Served]:
+def served(corpus: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Served]:
+    """A server behind the proxy that the parameter names: Ray's own, or HAProxy."""
     pytest.importorskip("fastapi", reason="needs `pip install 'sparseray[ingress]'`")
     checkpoint = train(tmp_path / "run", tiny_run(corpus, steps=2)).folder.newest_checkpoint()
     (port,), mark, log = free_ports(1), uuid.uuid4().hex, tmp_path / "log.txt"
@@ -67,8 +75,8 @@ def served(corpus: Path, tmp_path: Path) -> Iterator[Served]:
             "SPARSERAY_TEST": mark,
             "SPARSERAY_STATE_DIR": str(tmp_path / "state"),
         }
-        if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY"):
-            changes["RAY_SERVE_ENABLE_HA_PROXY"] = os.environ["RAY_SERVE_ENABLE_HA_PROXY"]
+        if request.param == "haproxy":
+            changes["RAY_SERVE_ENABLE_HA_PROXY"] = "1"
         process = start([*arguments, "--cluster.attention_workers=2", "--cluster.hang_s=5"], log, **changes)
 
         def ready() -> bool:
@@ -79,6 +87,9 @@ def served(corpus: Path, tmp_path: Path) -> Iterator[Served]:
             wait_until(ready, "the server", 110.0)
             found = re.search(r"at (http://127\.0\.0\.1:\d+) ", log.read_text())
             assert found is not None
+            assert ("haproxy" in {process.name() for process in of_mark(mark)}) == (
+                request.param == "haproxy"
+            )
             yield Served(process, found[1], mark)
             interrupt(process)
             assert process.wait(90) == 0, log.read_text()
@@ -89,6 +100,9 @@ def served(corpus: Path, tmp_path: Path) -> Iterator[Served]:
 
 @pytest.mark.ray
 @pytest.mark.timeout(290)
+@pytest.mark.parametrize(
+    "served", ["own", pytest.param("haproxy", marks=pytest.mark.long)], indirect=True, ids=str
+)
 def test_a_replica_that_is_killed_takes_no_other_ones_requests_with_it(served: Served) -> None:
     wait_until(lambda: len(served.replicas()) == 2, "two replicas")
     plain = {seed: served.stream(seed) for seed in range(STREAMS)}
@@ -105,10 +119,8 @@ def test_a_replica_that_is_killed_takes_no_other_ones_requests_with_it(served: S
     threads = [threading.Thread(target=keep, args=(seed,)) for seed in range(STREAMS)]
     for thread in threads:
         thread.start()
-    loads: list[int] = []
-    for _ in range(10):
-        time.sleep(0.1)
-        loads.append(served.load())
+    # Who is asked for its load has some of them, and by far not all: so both have.
+    wait_until(lambda: 0 < served.load() < STREAMS * 3 // 4, "streams at both replicas", 30.0)
     before = {replica.pid for replica in served.replicas()}
     killed = time.monotonic()
     os.kill(min(before), signal.SIGKILL)
@@ -118,8 +130,7 @@ def test_a_replica_that_is_killed_takes_no_other_ones_requests_with_it(served: S
         thread.join(60.0)
     open_ = [(seed, tokens) for begun, ended, seed, tokens in heard if begun < killed < ended]
     broken = [seed for seed, tokens in open_ if len(tokens) < TOKENS]
-    # Both had some of them, and who was asked for its load had not all.
-    assert 0 < len(broken) < len(open_) and max(loads) < STREAMS
+    assert 0 < len(broken) < len(open_), (broken, len(open_))
     for _, _, seed, tokens in heard:
         assert tokens == plain[seed][: len(tokens)]
     # Another one comes, and what nobody reads any more frees its place in the batch.
