@@ -253,14 +253,15 @@ def fused() -> None:
 
     say("\n| fused operation | ours ms | plain torch ms | ratio |")
     say("|---|---|---|---|")
-    h, k, v = (torch.randn(4, 4096, 2560, device="cuda").bfloat16() for _ in range(3))
+    h, key_value = (torch.randn(4, 4096, n * 2560, device="cuda").bfloat16() for n in (1, 2))
     weight, ones = torch.randn(2560, 4, device="cuda"), torch.ones(2560, device="cuda")
     learnt = reference.Fusion(
         query_norm_C=ones, key_norm_C=ones, value_norm_C=ones, conv_CK=weight, dilation=3,
         gate_eps=1.1920929e-07, conv_eps=1e-5,
     )  # fmt: skip
-    ours = milliseconds(lambda: fusion.memory_output(h, k, v, learnt))
-    plain = milliseconds(lambda: reference.memory_output(h, k, v, learnt))
+    ours = milliseconds(lambda: fusion.memory_output(h, key_value, learnt))
+    key, value = key_value.chunk(2, -1)
+    plain = milliseconds(lambda: reference.memory_output(h, key, value, learnt))
     say(f"| gate and convolution, 16,384 x 2560 (forward) | {ours:.3f} | {plain:.3f} | {plain / ours:.1f} |")
     constants = layout()
     tokens = torch.randint(0, 99092, (4, 65536), device="cuda")

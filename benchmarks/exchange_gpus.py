@@ -66,7 +66,7 @@ class Side:
         self._signal(2)
         peer.put_rows(self.y_RH, self.own.rows_RH, self.places_R, self.state)
         self._wait(2)
-        self.state[1:] += 2
+        self.state[1] += 2
         return TRITON.combine_slots(self.own.rows_RH[: T * TOP_K].view(T, TOP_K, HIDDEN), self.weights_TK)
 
 

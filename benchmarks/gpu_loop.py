@@ -15,28 +15,63 @@ import torch
 from torch import Tensor, nn
 
 from sparseray.actors.state.dense_slab import computes_in_fp32
+from sparseray.actors.state.flat_tensors import FlatTensors
 from sparseray.actors.training.token_data import TokenDataset, batch
 from sparseray.kernels.dense.adamw import adamw_step
 from sparseray.kernels.dense.squared_norm import clip_scale, squared_norm
 from sparseray.kernels.ops import ops_for
 from sparseray.model.moe import LocalExperts
 from sparseray.model.transformer import Transformer, cross_entropy_sum
-from sparseray.platform.config import load_yaml
+from sparseray.platform.config import OptimConfig, load_yaml
 from sparseray.platform.planning.schedule import learning_rate
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-class Weight:
-    """A parameter in bf16, or in fp32 where the product computes in it, with its fp32 master and moments."""
+class Weights:
+    """Parameters in bf16, or in fp32 where the product computes in it, with fp32 masters and bf16 moments, all in slabs.
 
-    def __init__(self, name: str, parameter: nn.Parameter, moments: torch.dtype) -> None:
-        self.master = parameter.detach().float()
-        if not computes_in_fp32(name):
-            parameter.data = parameter.data.to(torch.bfloat16)
-        self.parameter = parameter
-        self.first, self.second = (torch.zeros_like(self.master, dtype=moments) for _ in range(2))
-        self.decays = parameter.ndim >= 2
+    Args:
+        named: parameters by name, on the GPU.
+    """
+
+    def __init__(self, named: list[tuple[str, nn.Parameter]]) -> None:
+        self.parameters = [parameter for _, parameter in named]
+        in_fp32 = [computes_in_fp32(name) for name, _ in named]
+        kinds = [(parameter.ndim >= 2, whole) for parameter, whole in zip(self.parameters, in_fp32)]
+        self.flat = FlatTensors([parameter.shape for parameter in self.parameters], kinds)
+        device, dtype = self.parameters[0].device, torch.bfloat16
+        self.master, self.copy = self.flat.slab(torch.float32, device), self.flat.slab(dtype, device)
+        self.first, self.second = self.flat.slab(dtype, device), self.flat.slab(dtype, device)
+        views = zip(self.parameters, self.flat.views(self.master), self.flat.views(self.copy), in_fp32)
+        for parameter, master, copy, whole in views:
+            master.copy_(parameter.detach())
+            copy.copy_(master)
+            parameter.data = master if whole else copy
+        self.kinds = kinds
+
+    def update(self, scale: Tensor, lr: float, optim: OptimConfig, step: int) -> None:
+        """AdamW on every run of tensors; forgets the gradients."""
+        gradients = [
+            p.grad.contiguous() if p.grad is not None else torch.zeros_like(p) for p in self.parameters
+        ]
+        for run in self.flat.runs:
+            decays, whole = self.kinds[run.members[0]]
+            adamw_step(
+                run.of(self.master),
+                run.of(self.first),
+                run.of(self.second),
+                self.flat.gather(run, gradients),
+                copy=None if whole else run.of(self.copy),
+                scale=scale,
+                lr=lr,
+                betas=(optim.beta1, optim.beta2),
+                eps=optim.eps,
+                weight_decay=optim.weight_decay if decays else 0.0,
+                step=step,
+            )
+        for parameter in self.parameters:
+            parameter.grad = None
 
 
 class PlainLoop:
@@ -52,7 +87,7 @@ class PlainLoop:
         self.model.to(device)
         self.experts.to(device)
         named = [*self.model.named_parameters(), *self.experts.named_parameters()]
-        self.weights = [Weight(name, parameter, torch.bfloat16) for name, parameter in named]
+        self.weights = Weights(named)
 
     def tokens(self, step: int) -> tuple[Tensor, Tensor]:
         """Batch of a step, on the GPU."""
@@ -76,24 +111,9 @@ class PlainLoop:
         loss = cross_entropy_sum(self.model, out.hidden_BTH, targets_BT, weights)
         (loss + out.aux_loss).backward()
         optim = self.config.optim
-        gradients = [w.parameter.grad for w in self.weights]
-        scale = clip_scale(squared_norm([g for g in gradients if g is not None]), optim.clip)
-        for weight, gradient in zip(self.weights, gradients):
-            if gradient is not None:
-                adamw_step(
-                    weight.master,
-                    weight.first,
-                    weight.second,
-                    gradient.contiguous(),
-                    copy=weight.parameter.data,
-                    scale=scale,
-                    lr=learning_rate(step, optim, self.config.train.steps),
-                    betas=(optim.beta1, optim.beta2),
-                    eps=optim.eps,
-                    weight_decay=optim.weight_decay if weight.decays else 0.0,
-                    step=step,
-                )
-            weight.parameter.grad = None
+        gradients = [p.grad for p in self.weights.parameters if p.grad is not None]
+        scale = clip_scale(squared_norm(gradients), optim.clip)
+        self.weights.update(scale, learning_rate(step, optim, self.config.train.steps), optim, step)
         self.model.update_router_bias(out.expert_counts_LE)
         return loss.detach()
 

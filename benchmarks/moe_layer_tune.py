@@ -1,7 +1,7 @@
-"""Times the five grouped products of the expert layer with several tiles, to choose those of a shape in kernels/moe/ffn.py.
+"""Times the six grouped products of the expert layer with several tiles, to choose those of a shape in kernels/moe/ffn.py.
 
 Run: `python -m benchmarks.moe_layer_tune [--shape 32768 64 6 1024 512] [--workers 14]` on a GPU. Compiles in parallel
-first; a tile that does not fit is reported. Weight gradients are added to fp32 slabs.
+first; a tile that does not fit is reported. `up_slab` is the gradient of up and gate added to an fp32 slab.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from benchmarks.moe import milliseconds
 from sparseray.kernels.moe.expert_map import plan_experts
 from sparseray.kernels.moe.ffn import (
     HOPPER,
+    GradientTile,
     TileConfig,
     activation_grad,
     project_rows,
@@ -26,17 +27,25 @@ from sparseray.kernels.moe.ffn import (
     weight_grad,
 )
 
-TILES: dict[str, list[tuple[int, int, int, int]]] = {
-    "up": [(128, 64, 8, 4), (128, 64, 8, 3), (64, 64, 4, 4), (64, 64, 4, 3), (64, 64, 8, 3), (64, 128, 8, 3)],
-    "down": [(256, 64, 8, 4), (256, 64, 8, 3), (128, 64, 4, 4), (128, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 3)],
-    "act_grad": [(256, 64, 8, 4), (256, 64, 8, 3), (128, 64, 8, 4), (128, 64, 8, 3), (128, 64, 4, 3), (64, 64, 4, 4)],
-    "input_grad": [(256, 64, 8, 3), (256, 64, 8, 4), (128, 64, 4, 4), (128, 64, 4, 3), (128, 64, 8, 3)],
-    "weight_grad": [(128, 64, 4, 4), (128, 64, 4, 3), (128, 64, 8, 4), (256, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 4)],
+TILES: dict[str, list[tuple[int, ...]]] = {
+    "up": [(128, 64, 8, 4), (128, 64, 8, 3), (64, 64, 4, 3), (64, 64, 8, 3, 128)],
+    "down": [(256, 64, 8, 4), (128, 64, 4, 3), (128, 64, 8, 3, 128)],
+    "act_grad": [(256, 64, 8, 4), (256, 64, 8, 3), (128, 64, 8, 3, 128), (128, 64, 4, 3), (128, 32, 4, 4), (128, 64, 4, 2, 168)],
+    "prefetched": [(256, 64, 8, 4), (256, 64, 8, 3), (128, 64, 8, 3, 128), (128, 64, 4, 3), (128, 32, 4, 4), (128, 64, 4, 2, 168)],
+    "input_grad": [(256, 64, 8, 3), (256, 64, 8, 4), (128, 64, 8, 3, 128)],
 }  # fmt: skip
-"""Columns, depth, warps, stages."""
+"""Columns, depth, warps, stages, registers; "prefetched" is the activation gradient that asks for its pre-activations."""
+GRADIENT_TILES = [
+    (256, 128, 64, 8, 4), (256, 128, 64, 8, 3), (128, 256, 64, 8, 4), (128, 128, 64, 4, 2, 168), (128, 128, 64, 4, 3),
+    (128, 128, 32, 4, 4), (256, 128, 32, 8, 6), (128, 128, 64, 8, 3, 128),
+]  # fmt: skip
+"""Of the weight gradients: columns of the sorted rows, columns of the tokens, depth, warps, stages, registers."""
 
-Variant = tuple[str, tuple[int, int, int, int]]
-VARIANTS: list[Variant] = [(name, tile) for name, tiles in TILES.items() for tile in tiles]
+Variant = tuple[str, tuple[int, ...]]
+GRADIENTS = ("up_weights", "down_weights", "up_slab")
+VARIANTS: list[Variant] = [(name, tile) for name, tiles in TILES.items() for tile in tiles] + [
+    (name, tile) for name in GRADIENTS for tile in GRADIENT_TILES
+]
 Shape = tuple[int, int, int, int, int]
 
 
@@ -59,20 +68,27 @@ class Case:
 
     def product(self, variant: Variant) -> tuple[Callable[[], Any], int]:
         """The product with this tile, and its operations."""
-        name, (n, k, warps, stages) = variant
-        tile = TileConfig(n=n, k=k, group=8, warps=warps, stages=stages)
-        chosen: dict[str, Any] = {name: tile}
+        name, numbers = variant
+        keys = ("n", "k", "warps", "stages", "registers")
+        if name in GRADIENTS:
+            tile: TileConfig = GradientTile(group=8, **dict(zip(("rows", *keys), numbers)))
+        else:
+            tile = TileConfig(group=8, **dict(zip(keys, numbers)))
+        field = {"prefetched": "act_grad", "up_slab": "up_weights"}.get(name, name)
+        chosen: dict[str, Any] = {field: tile, "prefetch": name == "prefetched"}
         config, plan = replace(HOPPER, **chosen), self.plan
+        gradient = (self.x, self.pre, self.down, self.weights, plan, config)
+        into_slab: dict[str, Any] = {"out": self.slab, "accumulate": True}
         forms: dict[str, tuple[Callable[[], Any], int]] = {
             "up": (lambda: up_project(self.x, self.up, plan, config, save=True), 2),
             "down": (lambda: project_rows(self.act, self.down, plan, config, tile, transposed=True), 1),
-            "act_grad": (lambda: activation_grad(self.x, self.pre, self.down, self.weights, plan, config), 1),
+            "act_grad": (lambda: activation_grad(*gradient), 1),
+            "prefetched": (lambda: activation_grad(*gradient), 1),
             "input_grad": (lambda: project_rows(self.pre, self.up, plan, config, tile, transposed=False), 2),
-            "weight_grad": (
-                lambda: weight_grad(self.pre, self.x, plan, config, rows_first=True, out=self.slab, accumulate=True),
-                2,
-            ),
-        }  # fmt: skip
+            "up_weights": (lambda: weight_grad(self.pre, self.x, plan, config, rows_first=True), 2),
+            "down_weights": (lambda: weight_grad(self.act, self.x, plan, config, rows_first=False), 1),
+            "up_slab": (lambda: weight_grad(self.pre, self.x, plan, config, rows_first=True, **into_slab), 2),
+        }
         form, products = forms[name]
         return form, products * self.work
 

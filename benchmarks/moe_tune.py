@@ -79,15 +79,7 @@ def one_product(case: Case, variant: Variant) -> Callable[[], None]:
     """One grouped product of every layer with the variant's tile."""
     name, rows, (n, k, warps, stages) = variant
     tile = TileConfig(n=n, k=k, group=4, warps=warps, stages=stages)
-    config = LayerConfig(
-        m=rows,
-        up=tile,
-        down=tile,
-        act_grad=tile,
-        input_grad=tile,
-        weight_grad=tile,
-        weight_grad_rows=rows,
-    )
+    config = LayerConfig(m=rows, up=tile, down=tile, act_grad=tile, input_grad=tile)
     plans = [case.plan(ids, rows) for ids in case.ids]
 
     def run() -> None:

@@ -10,7 +10,6 @@ transformers alone are compared.
 """
 
 import argparse
-import concurrent.futures
 import http.client
 import json
 import os
@@ -30,6 +29,8 @@ from sparseray.model.config import MLAConfig, MTPConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT, NEW, BATCHES = 512, 128, (1, 64)
+LONG = ((16, 1), (4, 1), (4, 16), (1, 16))
+"""Key/value heads and batch of what decodes at a long context."""
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.environ.get("PYTHONPATH", "") + f":{ROOT}"}
 
 
@@ -58,18 +59,26 @@ def make_checkpoint(data: Path, folder: Path) -> Path:
     return folder / "run" / "checkpoints" / "step_1"
 
 
-def complete(port: int, index: int, new: int) -> tuple[int, float]:
-    """One completion over HTTP: (tokens, seconds)."""
-    prompt = list(here.request_of(index, PROMPT, new).prompt_tokens)
-    body = {"prompt": prompt, "max_tokens": new, "temperature": 0, "ignore_eos": True}
+def rate_of(port: int, first: int, batch: int) -> float:
+    """Tokens per second of completions over HTTP that are asked for together, over connections that stand already."""
+    bodies = []
+    for index in range(first, first + batch):
+        prompt = here.request_of(index, PROMPT, NEW).prompt_tokens
+        bodies.append(json.dumps({"prompt": prompt, "max_tokens": NEW, "temperature": 0, "ignore_eos": True}))
+    connections = [http.client.HTTPConnection("127.0.0.1", port, timeout=120) for _ in bodies]
+    for connection in connections:
+        connection.connect()
     started = time.perf_counter()
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
-    connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
-    answer = json.loads(connection.getresponse().read())
-    connection.close()
-    if "usage" not in answer:
-        raise SystemExit(f"serve answered {answer}")
-    return int(answer["usage"]["completion_tokens"]), time.perf_counter() - started
+    for connection, body in zip(connections, bodies):
+        connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
+    answers = [connection.getresponse().read() for connection in connections]
+    seconds = time.perf_counter() - started
+    for connection in connections:
+        connection.close()
+    found = [json.loads(answer) for answer in answers]
+    if wrong := [answer for answer in found if "usage" not in answer]:
+        raise SystemExit(f"serve answered {wrong[0]}")
+    return float(sum(answer["usage"]["completion_tokens"] for answer in found) / seconds)
 
 
 def served(checkpoint: Path) -> dict[int, float]:
@@ -106,15 +115,10 @@ def served(checkpoint: Path) -> dict[int, float]:
         threading.Thread(target=process.stdout.read, daemon=True).start()
         print(f"serve was ready after {time.perf_counter() - started:.0f} s", flush=True)
         rates: dict[int, float] = {}
-        with concurrent.futures.ThreadPoolExecutor(BATCHES[-1]) as pool:
-            for batch in BATCHES:
-                for turn in range(3):
-                    first = 1000 * batch + 100 * turn
-                    started = time.perf_counter()
-                    done = list(pool.map(lambda i: complete(port, i, NEW), range(first, first + batch)))
-                    seconds = time.perf_counter() - started
-                    rate = sum(tokens for tokens, _ in done) / seconds
-                    rates[batch] = max(rates.get(batch, 0.0), rate)
+        for batch in BATCHES:
+            for turn in range(4):
+                rate = rate_of(port, 1000 * batch + 100 * turn, batch)
+                rates[batch] = max(rates.get(batch, 0.0), rate)
         return rates
     finally:
         os.killpg(process.pid, signal.SIGINT)
@@ -144,6 +148,7 @@ def generation(checkpoint: Path | None) -> list[str]:
             f"| {batch} | {peer:.0f} | {through:.0f} | {through / peer:.1f} | {alone:.0f} | {alone / peer:.1f} |"
         )
     here.prompt_seconds(engine, 1, 8192, 5)
+    short = min(here.prompt_seconds(engine, 1, PROMPT, 400000 + turn) for turn in range(5))
     first = min(here.prompt_seconds(engine, 1, 8192, 10 + turn) for turn in range(3))
     many = min(here.prompt_seconds(engine, 32, 512, 100 * turn + 300000) for turn in range(3))
     forward = here.forward_rate(engine, 8192, 8192)
@@ -151,17 +156,21 @@ def generation(checkpoint: Path | None) -> list[str]:
         "",
         f"- first token of a prompt of 8,192 tokens: {first * 1e3:.1f} ms, {8192 / first:,.0f} tokens/s,"
         f" {8192 / first / forward:.2f} of the forward pass of training on the same sequence ({forward:,.0f} tokens/s)",
+        f"- first token of a prompt of {PROMPT} tokens: {short * 1e3:.1f} ms",
         f"- 32 prompts of 512 tokens: {32 * 512 / many:,.0f} tokens/s",
         "",
     ]
+    for index in range(16):
+        engine.add(here.request_of(600000 + index, PROMPT, 1))
+    lines += ["reading 16 prompts:", "", *[f"    {line}" for line in here.profile(engine, 1)], ""]
+    here.finish(engine)
     for batch in BATCHES:
         for index in range(batch):
             engine.add(here.request_of(700000 + 1000 * batch + index, PROMPT, NEW))
         for _ in range(40):
             engine.step()
         lines += [f"decoding, batch {batch}:", "", *[f"    {line}" for line in here.profile(engine)], ""]
-        while engine.has_work:
-            engine.step()
+        here.finish(engine)
     return lines
 
 
@@ -173,18 +182,21 @@ def long_context(context: int = 65000) -> list[str]:
         "| key/value heads | batch | full ms | NSA ms | ratio |",
         "|---|---|---|---|---|",
     ]
-    for kv_heads, batch in ((16, 1), (4, 1), (4, 16), (1, 16)):
-        found = {}
+    profiles: list[str] = []
+    for kv_heads, batch in LONG:
+        found = dict[str, float]()
         for kind in ("full", "nsa"):
             config = here.model_of(
                 "1b_full", attention=(kind,) * 12, num_kv_heads=kv_heads, max_seq_len=1 << 17
             )
-            found[kind] = here.decode_ms(config, batch, context)
+            found[kind], shares = here.decode_ms(config, batch, context)
+            profiles += [f"{kind}, {kv_heads} key/value heads, batch {batch}:", ""]
+            profiles += [*[f"    {line}" for line in shares], ""]
             torch.cuda.empty_cache()
         full, nsa = found["full"], found["nsa"]
         lines.append(f"| {kv_heads} | {batch} | {full:.2f} | {nsa:.2f} | {full / nsa:.2f} |")
         print(lines[-1], flush=True)
-    return [*lines, ""]
+    return [*lines, "", *profiles]
 
 
 def drafts() -> list[str]:

@@ -11,6 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from sparseray.actors.serving.drafting_engine import DraftingEngine
@@ -18,6 +20,7 @@ from sparseray.actors.serving.drafting_model import DraftingModel
 from sparseray.actors.serving.paged_engine import PagedEngine
 from sparseray.actors.serving.text_request import GenerationRequest
 from sparseray.actors.state.dense_slab import computes_in_fp32
+from sparseray.kernels.launch import launch_kernel
 from sparseray.kernels.ops import Ops, ops_for
 from sparseray.model.config import ModelConfig
 from sparseray.model.moe import LocalExperts
@@ -69,8 +72,8 @@ def request_of(index: int, prompt: int, new: int) -> GenerationRequest:
     return GenerationRequest(request_id=str(index), prompt_tokens=tokens, max_tokens=new, temperature=0.0)
 
 
-def decode_ms(config: ModelConfig, batch: int, context: int, steps: int = 40) -> float:
-    """Median milliseconds of an engine's step that adds a token to `batch` requests of `context` tokens.
+def decode_ms(config: ModelConfig, batch: int, context: int, steps: int = 40) -> tuple[float, list[str]]:
+    """Median milliseconds of an engine's step that adds a token to `batch` requests of `context` tokens, and `profile`.
 
     The caches hold random keys and values: what is in them does not change the time.
     """
@@ -80,7 +83,7 @@ def decode_ms(config: ModelConfig, batch: int, context: int, steps: int = 40) ->
             for page in tensor.split(64):
                 page.normal_()
     for index in range(batch):
-        engine.add(request_of(index, context, 3 * steps))
+        engine.add(request_of(index, context, 4 * steps))
     engine._admit()
     for sequence in engine._running:
         assert sequence.lease is not None
@@ -90,7 +93,13 @@ def decode_ms(config: ModelConfig, batch: int, context: int, steps: int = 40) ->
         started = time.perf_counter()
         engine.step()
         seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds[5:]) * 1e3
+    return statistics.median(seconds[5:]) * 1e3, profile(engine)
+
+
+def finish(engine: PagedEngine) -> None:
+    """Compute until nothing is left."""
+    while engine.has_work:
+        engine.step()
 
 
 def prompt_seconds(engine: PagedEngine, count: int, prompt: int, offset: int) -> float:
@@ -99,8 +108,7 @@ def prompt_seconds(engine: PagedEngine, count: int, prompt: int, offset: int) ->
         engine.add(request_of(offset + index, prompt, 1))
     torch.cuda.synchronize()
     started = time.perf_counter()
-    while engine.has_work:
-        engine.step()
+    finish(engine)
     return time.perf_counter() - started
 
 
@@ -110,8 +118,7 @@ def generate_rate(engine: PagedEngine, batch: int, prompt: int, new: int, offset
         engine.add(request_of(offset + index, prompt, new))
     torch.cuda.synchronize()
     started = time.perf_counter()
-    while engine.has_work:
-        engine.step()
+    finish(engine)
     return batch * new / (time.perf_counter() - started)
 
 
@@ -130,18 +137,25 @@ def forward_rate(engine: PagedEngine, length: int, rows: int) -> float:
     return rows / min(seconds)
 
 
+@triton.jit
+def _told_kernel(p_slots, p_length, p_draft, p_table, width):  # type: ignore[no-untyped-def]
+    slot = tl.load(p_slots + tl.program_id(0))
+    tl.store(p_draft + slot, tl.load(p_table + slot * width + tl.load(p_length + slot) + 1))
+
+
 class ToldModel(DraftingModel):
-    """Draws a draft by a table of what stands where, so that a model with random weights accepts it; -1: its own."""
+    """Has drafts from a table of what stands where, so that a model with random weights accepts them."""
 
     table_SL: Tensor
 
-    def _go_on(self, slots_B: Tensor, found_BN: Tensor, accepted_B: Tensor, draft_B: Tensor) -> None:
-        super()._go_on(slots_B, found_BN, accepted_B, draft_B)
+    def _drafted_anew(self, slots_B: Tensor) -> None:
+        """One small launch, which the step would not have."""
         if not hasattr(self, "table_SL"):
             shape = (len(self.latest_S), self.width * self.page + 2)
-            self.table_SL = torch.full(shape, -1, device=self.device)
-        told_B = self.table_SL[slots_B, self.length_S[slots_B] + 1]
-        self.draft_S.index_copy_(0, slots_B.long(), torch.where(told_B < 0, draft_B, told_B).int())
+            self.table_SL = torch.zeros(shape, dtype=torch.int32, device=self.device)
+        state = self.state_S
+        at = (slots_B, state.length_S, state.draft_S, self.table_SL, self.table_SL.shape[1])
+        launch_kernel(_told_kernel, (len(slots_B),), *at, num_warps=1)
 
 
 class ToldEngine(DraftingEngine):
@@ -173,7 +187,8 @@ def drafting(config: ModelConfig, batch: int, prompt: int, new: int) -> dict[str
                 for s in engine._running:
                     text = texts[s.request.request_id] if name == "all" else [32000] * (prompt + new)
                     assert s.lease is not None
-                    engine.paged.table_SL[s.lease.slot, : len(text)] = torch.tensor(text, device="cuda")
+                    told = torch.tensor(text, dtype=torch.int32, device="cuda")
+                    engine.paged.table_SL[s.lease.slot, : len(text)] = told
             torch.cuda.synchronize()
             started, before = time.perf_counter(), len(events)
             while engine.has_work:
@@ -191,7 +206,7 @@ def drafting(config: ModelConfig, batch: int, prompt: int, new: int) -> dict[str
 
 
 def profile(engine: PagedEngine, steps: int = 20) -> list[str]:
-    """Share of decoding by kernel, the ten largest."""
+    """Share of the next steps by kernel, the ten largest."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
         for _ in range(steps):
             engine.step()

@@ -34,14 +34,19 @@ class AtOnce:
 
     reason = failure = ""
 
-    async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenEvent, None]:
-        """Yield all tokens at once."""
-        for index in range(request.max_tokens):
-            is_last = index + 1 == request.max_tokens
-            name = request.request_id
-            yield TokenEvent(
-                request_id=name, index=index, token_id=65, finish_reason="length" if is_last else None
+    async def generate(
+        self, request: GenerationRequest, *, patience: int = 1
+    ) -> AsyncGenerator[list[TokenEvent], None]:
+        """Yield all tokens at once, so many together."""
+        name, last = request.request_id, request.max_tokens - 1
+        events = [
+            TokenEvent(
+                request_id=name, index=index, token_id=65, finish_reason="length" if index == last else None
             )
+            for index in range(request.max_tokens)
+        ]
+        for start in range(0, len(events), patience):
+            yield events[start : start + patience]
 
     def version(self, request_id: str = "") -> str:
         """There are no weights."""

@@ -5,12 +5,14 @@ import os
 import signal
 import subprocess
 import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from local_cluster import train
-from processes import ROOT, kill_all, of_mark, start, wait_until
+from processes import failing, kill_all, of_mark, start, wait_until
 
 from sparseray.platform.config import RunConfig, save_yaml
 from sparseray.platform.run import checkpoint
@@ -25,14 +27,16 @@ class Story:
         config: of the run.
         folder: for everything.
         temporary: folder of sockets and Ray.
+        faults: of its slots, as tests/faulty_slots takes them.
     """
 
-    def __init__(self, config: RunConfig, folder: Path, temporary: Path) -> None:
+    def __init__(self, config: RunConfig, folder: Path, temporary: Path, faults: str = "") -> None:
         self.run_dir, self.mark = folder / "run", uuid.uuid4().hex
         save_yaml(config, folder / "run.yaml")
         options = ["pretrain", "--config", str(folder / "run.yaml"), f"--run_dir={self.run_dir}"]
-        paths = f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"
-        environment = {"TMPDIR": str(temporary), "SPARSERAY_TEST": self.mark, "PYTHONPATH": paths}
+        environment = {"TMPDIR": str(temporary), "SPARSERAY_TEST": self.mark}
+        if faults:
+            environment |= failing(faults)
         self.log = folder / "log.txt"
         self.process: subprocess.Popen[bytes] = start(options, self.log, **environment)
 
@@ -64,6 +68,10 @@ class Story:
         wanted = self.step() + count
         self.wait_for(lambda: self.step() >= wanted, f"step {wanted}")
 
+    def wait_events(self, kind: str, count: int, what: str) -> None:
+        """Wait until so many events of a kind have happened."""
+        self.wait_for(lambda: self.events().count(kind) >= count, what)
+
     def slots(self) -> list[int]:
         """Processes of slots: the workers whose title Ray sets to their class."""
         return sorted(p.pid for p in of_mark(self.mark) if "SlotActor" in " ".join(p.cmdline()))
@@ -76,14 +84,41 @@ def live(config: RunConfig, folder: Path, temporary: Path) -> None:
         config: of several slots with replicas.
         folder, temporary: as in `Story`.
     """
-    story = Story(config, folder, temporary)
-    try:
+    with told(config, folder, temporary) as story:
         story.wait_for(lambda: story.step() >= 10, "step 10")
         os.kill(story.slots()[-1], signal.SIGKILL)
         story.wait_for(lambda: "recovered" in story.events(), "the next generation")
         story.wait_steps(5)
         story.wait_for(lambda: "resized" in story.events(), "another slot")
         story.wait_steps(5)
+
+
+def fail(config: RunConfig, folder: Path, temporary: Path, faults: Sequence[str]) -> None:
+    """Train while one slot after another fails, each in the place of the one before; and compare as `live` does.
+
+    Args:
+        config: of two slots with replicas.
+        folder, temporary: as in `Story`.
+        faults: moment, call and kind each, as tests/faulty_slots takes them.
+    """
+    text = " ".join(f"{index}:{fault}" for index, fault in enumerate(faults, start=1))
+    with told(config, folder, temporary, text) as story:
+        for count, fault in enumerate(faults, start=1):
+            story.wait_events("recovered", count, f"what follows {fault}")
+            story.wait_events("resized", count, f"a slot after {fault}")
+        story.wait_steps(5)
+
+
+@contextmanager
+def told(config: RunConfig, folder: Path, temporary: Path, faults: str = "") -> Iterator[Story]:
+    """A story that goes on while the block runs, and then is stopped and compared with that of one slot.
+
+    Args:
+        config, folder, temporary, faults: as in `Story`.
+    """
+    story = Story(config, folder, temporary, faults)
+    try:
+        yield story
         story.process.send_signal(signal.SIGINT)
         assert story.process.wait(LIMIT_S) == 130, story.log.read_text()[-3000:]
     finally:

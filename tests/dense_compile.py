@@ -21,12 +21,26 @@ from triton.compiler import ASTSource
 from triton.compiler import compile as compile_source
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from sparseray.kernels import peer
-from sparseray.kernels.attention import decode, paged_write
-from sparseray.kernels.dense import adamw, embedding, head_loss, rms_norm, rope, squared_norm, swiglu
-from sparseray.kernels.dse import fusion, row_update, rows
-from sparseray.kernels.moe import expert_map, ffn, router_logits
+from sparseray.kernels import drafts, peer, peer_rounds
+from sparseray.kernels.attention import decode, paged_write, prefill
+from sparseray.kernels.dense import (
+    adamw,
+    embedding,
+    head_loss,
+    most_probable,
+    rms_norm,
+    rope,
+    squared_norm,
+    swiglu,
+)
+from sparseray.kernels.dse import fusion, row_update, rows, staged_rows
+from sparseray.kernels.moe import decode as decode_experts
+from sparseray.kernels.moe import expert_map, ffn, router, router_logits
+from sparseray.kernels.moe.held_rounds import rows_of_held
 from sparseray.kernels.nsa import compress_step, inverse
+from sparseray.kernels.nsa import decode as nsa_decode
+from sparseray.kernels.paged import DraftState, Pages
+from sparseray.kernels.settings import NSASizes
 
 TYPES = {
     torch.float32: "fp32",
@@ -90,7 +104,8 @@ def dense() -> None:
     for width in (128, H, 2048, 7168):
         x, weight = bf16(R, width), torch.ones(width)
         out, total, rstd = rms_norm._forward(x, x, weight, 1e-6)
-        rms_norm._backward(out, x, total, weight, rstd)
+        for readers in (1, rms_norm.MOST_READERS):
+            rms_norm._backward([out] * readers, x, total, weight, rstd)
     swiglu._launch(bf16(R, 2 * I), None, bf16(R, I))
     swiglu._launch(bf16(R, 2 * I), bf16(R, I), bf16(R, 2 * I))
     angles = (targets, torch.zeros(4096, 32), torch.zeros(4096, 32))
@@ -114,6 +129,23 @@ def attention() -> None:
         q, cache = bf16(2, new, heads, width), bf16(4, 64, num_kv, width)
         work = decode.PagedDecodeWorkspace.create(2, new, heads, width, 1024, "cpu")
         decode.paged_decode(q, cache, cache, table, lens, work, torch.empty_like(q))
+    for heads, num_kv, width in ((16, 16, 64), (64, 4, 128)):
+        q, cache = bf16(512, heads, width), bf16(4, 256, num_kv, width)
+        bounds = torch.zeros(3, dtype=torch.int32)
+        prefill.paged_prefill(q, cache, cache, table, bounds, lens, torch.empty_like(q))
+
+
+def drafting() -> None:
+    """What a step with drafts computes between two passes of the network."""
+    places = [torch.zeros(4, dtype=torch.int32) for _ in range(7)]
+    state = DraftState(latest_S=places[0], draft_S=places[1], length_S=places[2])
+    table = torch.zeros(4, 9, dtype=torch.int32)
+    found = Pages(page=256, table_BW=table, context_lens_B=places[3], places_R=places[4], num_new=2)
+    drafts.draft_rows(state, places[5], table, found, places[6], places[6])
+    for logits in (bf16(8, 32000), torch.zeros(8, 32000)):
+        most_probable.most_probable(logits)
+        drafts.judge_drafts(logits, state, places[5], table, places[6])
+        drafts.next_drafts(logits, table, state, places[5])
 
 
 def pages() -> None:
@@ -126,6 +158,11 @@ def pages() -> None:
     for num_kv, width in ((1, 64), (4, 128)):
         cache, compressed = bf16(4, 256, num_kv, width), bf16(4, 16, num_kv, width)
         paged_write.paged_write(bf16(2, num_kv, width), bf16(2, num_kv, width), places, cache, cache)
+        rows = bf16(2, num_kv, width), bf16(2, num_kv, width)
+        angle = torch.zeros(2, width // 2)
+        fused = bf16(2, (16 + 2 * num_kv) * width)
+        paged_write.rotary_write(fused, 16, angle, angle, places, cache, cache)
+        paged_write.paged_write_three([rows] * 3, places, [(cache, cache)] * 3)
         weights = bf16(2 * width, 32 * width), bf16(2 * width), bf16(width, 2 * width), bf16(width)
         for angles in (None, (torch.zeros(64, width // 2), torch.zeros(64, width // 2))):
             compress_step.compress_step(
@@ -147,6 +184,22 @@ def selection() -> None:
         compile_launch(inverse.parts_kernel, (1,), starts, table, count, 9000, 2048, BR=count, num_warps=16)
 
 
+def few_rows() -> None:
+    """Routing of a few tokens, and native sparse attention from them to pages."""
+    for T, E in ((1, 64), (64, 64), (64, 256)):
+        router.route(torch.zeros(T, E), top_k=6)
+    sizes = NSASizes(block=32, stride=16, select_block=64, num_selected=16, window=512)
+    for batch, heads, num_kv, page in ((16, 16, 4, 256), (1, 16, 16, 1024)):
+        pools = [(bf16(4, rows, num_kv, 64), bf16(4, rows, num_kv, 64)) for rows in (page // 16, page, page)]
+        table, lens = (
+            torch.zeros(batch, 65536 // page, dtype=torch.int32),
+            torch.zeros(batch, dtype=torch.int32),
+        )
+        work = nsa_decode.DecodeWorkspace.create(batch, 1, heads, num_kv, 64, 65000, sizes, device="cpu")
+        q, gates = bf16(batch, 1, heads, 64), bf16(batch, 1, heads, 3)
+        nsa_decode.nsa_decode(q, gates, *pools, table, table, table, lens, work, torch.empty_like(q), sizes)
+
+
 def experts() -> None:
     for H, I in ((1024, 512), (2048, 1408)):
         T, E, K = 256, 4, 2
@@ -162,8 +215,23 @@ def experts() -> None:
             ffn.weight_grad(grads, x, plan, config, rows_first=first, out=out, accumulate=True)
 
 
+def few_tokens() -> None:
+    """The experts of few rows: pairs of one or two, and the map of more in one launch."""
+    for tokens, dtype, E, H, I, K in (
+        (1, torch.bfloat16, 64, 1024, 512, 6),
+        (2, torch.float32, 8, 128, 64, 2),
+        (5, torch.bfloat16, 8, 128, 64, 2),
+        (64, torch.bfloat16, 64, 1024, 512, 6),
+        (64, torch.bfloat16, 64, 2048, 1408, 6),
+    ):
+        x, ids = torch.zeros(tokens, H, dtype=dtype), torch.zeros(tokens, K, dtype=torch.int64)
+        up, down = torch.zeros(E, 2 * I, H, dtype=dtype), torch.zeros(E, H, I, dtype=dtype)
+        decode_experts.moe_ffn_decode(x, ids, torch.zeros(tokens, K), up, down)
+    decode_experts.plan_few_rows(torch.zeros(256, 6, dtype=torch.int64), 16, tile_rows=16)
+
+
 def peers() -> None:
-    flags, state = torch.zeros(4, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
+    flags, state = torch.zeros(4, dtype=torch.int64), torch.zeros(3, dtype=torch.int64)
     order = torch.zeros(16, dtype=torch.int32)
     for source, into, places in (
         (bf16(16, 2048), bf16(32, 2048), order),
@@ -171,8 +239,22 @@ def peers() -> None:
     ):
         peer.put_rows(source, into, places, state)
         peer.put_rows(source, into, None, state)
+        peer.put_all(source, flags, state)
+        peer.give_rows(source, places, order, flags, 8, 2048, state)
+    peer.give_sums(bf16(16, 2048), order, torch.zeros(16), order, flags, (4, 2, 2), 8192, state)
+    peer.signal_all(flags, 2, 5 << 32, state)
     peer.signal(flags, 2, 5 << 32, state)
     peer.wait(flags, 0b101, 5 << 32, 6 << 32, state, order, 20.0)
+    table, who = torch.zeros(4, 4, dtype=torch.int64), torch.zeros(3, dtype=torch.int64)
+    for tokens in (0, 1, 8, 33):
+        ids = torch.zeros(tokens, 6, dtype=torch.int32)
+        peer_rounds.give(bf16(tokens, 2048), ids, 512, table, who, state)
+    for field in (peer_rounds.OTHERS, peer_rounds.OWNERS):
+        peer_rounds.say(7, field, table, who, state)
+        peer_rounds.wait(7, field, flags, who, state, order, 20.0)
+    peer_rounds.answer(bf16(16, 2048), order, order, 512 * 6, table, state)
+    places = torch.zeros(2048, 6, dtype=torch.int32)
+    rows_of_held(bf16(2048, 2048), places, bf16(32, 2816, 2048), bf16(32, 2048, 1408))
 
 
 def _activation_grad(
@@ -186,27 +268,28 @@ def _activation_grad(
 def memory() -> None:
     """Staged rows of a table, and their fusion into the hidden state."""
     U, first = 8, torch.arange(9)
+    small = first.int()
     for width, dtype in (
         (16, torch.bfloat16),
         (64, torch.bfloat16),
         (80, torch.float32),
         (512, torch.bfloat16),
     ):
-        sums = rows.sum_segments(bf16(U, width), first[:-1], first)
+        sums = rows.sum_segments(bf16(U, width), small[:-1], small)
         row_update.range_norms(sums, first)
         state = torch.zeros(U, width), torch.zeros(U), torch.zeros(U, dtype=torch.int64)
-        row_update.row_adam(
-            torch.zeros(U, width, dtype=dtype), *state, first[:-1], sums,
-            scale=1.0, lr=0.1, betas=(0.9, 0.95), eps=1e-8, seed=3,
-        )  # fmt: skip
+        fields = torch.zeros(U, width, dtype=dtype), *state
+        row_update.row_adam(*fields, first[:-1], sums, scale=1.0, lr=0.1, betas=(0.9, 0.95), eps=1e-8, seed=3)
+        staged_rows.take_rows(fields[0], small[:-1])
+        staged_rows.take_newer(fields, first[:-1], fields, first[:-1])
     for hidden in (1024, 2048):
-        h, (k, v) = bf16(2, 64, hidden), bf16(2, 64, 2 * hidden).chunk(2, -1)
+        h, kv = bf16(2, 64, hidden), bf16(2, 64, 2 * hidden)
         norm = bf16(hidden)
         constants = {"dilation": 3, "gate_eps": 1e-6, "conv_eps": 1e-5}
         learnt = fusion._fusion(constants, (norm, norm, norm, bf16(hidden, 4)))
         for segment in (None, torch.zeros(2, 64, dtype=torch.int32)):
-            out, gate, scale = fusion._forward(h, k, v, learnt, segment)
-            fusion._backward(out, h, k, v, learnt, (gate, scale, segment))
+            out, kept, folded = fusion._forward(h, kv, learnt, segment)
+            fusion._backward(out, h, kv, learnt, kept, folded, segment)
 
 
 def main() -> None:
@@ -220,23 +303,34 @@ def main() -> None:
         swiglu,
         decode,
         paged_write,
+        prefill,
+        drafts,
+        most_probable,
         compress_step,
         ffn,
+        decode_experts,
         expert_map,
+        router,
+        nsa_decode,
         peer,
+        peer_rounds,
         router_logits,
         fusion,
         row_update,
         rows,
+        staged_rows,
     )
     for module in modules:
         module.launch_kernel = compile_launch
     dense()
     attention()
+    drafting()
     pages()
     routers()
     selection()
+    few_rows()
     experts()
+    few_tokens()
     peers()
     memory()
 

@@ -6,11 +6,14 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
 from local_cluster import Faults, FaultyTransport, Killed, LocalFleet
 
 from sparseray.actors.serving.text_request import GenerationRequest, TokenLogprobs
@@ -19,12 +22,21 @@ from sparseray.actors.wire.mailbox import Mailbox
 from sparseray.jobs.http.ingress import Ingress
 from sparseray.platform.composition import Run
 from sparseray.platform.config import ClusterConfig, ServeConfig
+from sparseray.platform.fleet import job
 from sparseray.platform.fleet.transport import ZmqTransport
 from sparseray.platform.metrics.exporter import Metrics
 from sparseray.platform.offers import Offers
 from sparseray.platform.opening import open_followed, open_serving, slots_of
 from sparseray.platform.run.folder import RunFolder
 from sparseray.platform.serving import Served
+
+
+@contextmanager
+def slabs_in_fp32() -> Iterator[None]:
+    """Slots that compute in slabs do so in fp32: only then are a row's bits the same in any company on a CPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(job.DTYPES, "bfloat16", torch.float32)
+        yield
 
 
 @dataclass
@@ -48,6 +60,7 @@ class LocalServer:
         serve: limits of the engines.
         follows: folder of a run that is followed.
         offers: of that run, while it trains.
+        is_in_slabs: engines compute in slabs, as on GPUs.
         nodes: of the slots, by id.
     """
 
@@ -60,6 +73,7 @@ class LocalServer:
         serve: ServeConfig | None = None,
         follows: str = "",
         offers: Callable[[], Offers | None] = lambda: None,
+        is_in_slabs: bool = False,
         nodes: dict[int, str] | None = None,
     ) -> None:
         folder.mkdir(parents=True)
@@ -68,6 +82,9 @@ class LocalServer:
             config = open_followed(followed, serve, cluster)
         else:
             config = open_serving(checkpoint, serve, cluster)
+        if is_in_slabs:
+            train = replace(config.train, dtype="bfloat16")
+            config = replace(config, train=train, kernels="reference")
         self.config = replace(config, run_dir=str(folder))
         self.sockets = Path(tempfile.mkdtemp(prefix="sr"))
         self.fleet = LocalFleet(uuid.uuid4().hex, self.sockets, faults or Faults(), nodes=nodes or {})
@@ -145,7 +162,8 @@ class LocalServer:
         async def one(request: GenerationRequest) -> Heard:
             nonlocal count
             heard, last_s = Heard([], None), time.monotonic()
-            async for event in self.ingress.generate(request):
+            events = (event async for run in self.ingress.generate(request) for event in run)
+            async for event in events:
                 heard.finish = event.finish_reason
                 if event.token_id is not None:
                     assert event.index == len(heard.tokens), event

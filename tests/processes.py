@@ -23,7 +23,7 @@ def environment(**changes: str) -> dict[str, str]:
     """The environment of a command: token authentication off unless asked for, one thread."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     return kept | {
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
         "OMP_NUM_THREADS": "1",
         "RAY_AUTH_MODE": "disabled",
         "RAY_USAGE_STATS_ENABLED": "0",
@@ -33,8 +33,14 @@ def environment(**changes: str) -> dict[str, str]:
 
 def resting(seconds: float) -> dict[str, str]:
     """What makes training in a command rest so long within each step (tests/rested_steps), beside the rest of its environment."""
-    path = f"{ROOT / 'tests' / 'rested_steps'}{os.pathsep}{ROOT}"
+    path = f"{ROOT / 'tests' / 'rested_steps'}{os.pathsep}{environment()['PYTHONPATH']}"
     return {"PYTHONPATH": path, "SPARSERAY_TEST_REST_S": str(seconds)}
+
+
+def failing(faults: str) -> dict[str, str]:
+    """What makes slots of a command fail (tests/faulty_slots), beside the rest of its environment."""
+    path = f"{ROOT / 'tests' / 'faulty_slots'}{os.pathsep}{environment()['PYTHONPATH']}"
+    return {"PYTHONPATH": path, "SPARSERAY_TEST_FAULTS": faults}
 
 
 def start(

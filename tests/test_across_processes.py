@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from across_story import live
+from across_story import fail, live
 from local_cluster import tiny_run
 from processes import temporary_folder
 
@@ -24,3 +24,11 @@ def test_a_killed_process_comes_again_and_no_bit_differs(
 ) -> None:
     config = tiny_run(corpus, steps=100000, colocated=True, **ROLES)
     live(replace(config, train=replace(config.train, dtype="bfloat16")), tmp_path, temporary)
+
+
+def test_processes_that_stand_still_or_lose_their_device_change_no_bit(
+    corpus: Path, tmp_path: Path, temporary: Path
+) -> None:
+    config = tiny_run(corpus, steps=100000, colocated=True, **ROLES)
+    faults = ["forward:40:raise", "backward:30:stop", "commit:8:raise"]
+    fail(replace(config, train=replace(config.train, dtype="bfloat16")), tmp_path, temporary, faults)

@@ -14,6 +14,7 @@ from local_cluster import MODEL, LocalFleet, Trained, tiny_run, train
 from sparseray.actors.peers.across import DeviceExchange
 from sparseray.actors.peers.dense_slices import DenseSlices
 from sparseray.actors.peers.link import HostLink
+from sparseray.actors.peers.token_exchange import TokenExchange
 from sparseray.actors.state.shared_buffer import Buffer, open_buffer
 from sparseray.errors import UserError
 from sparseray.model.config import DSEConfig, ModelConfig, MoEConfig, MTPConfig
@@ -59,6 +60,28 @@ def test_slots_with_some_of_the_roles_change_no_bit(
 ) -> None:
     roles = {"attention_workers": attention, "expert_shards": experts, "memory_shards": memory}
     check(train(tmp_path / "run", slabs_run(corpus, **roles)), one)
+
+
+@pytest.mark.parametrize(
+    ("attention", "experts"), [(1, 1), (3, 1), pytest.param(2, 2, marks=pytest.mark.long)]
+)
+def test_roles_in_slots_of_their_own_change_no_bit(
+    attention: int, experts: int, corpus: Path, one: Trained, tmp_path: Path
+) -> None:
+    roles = {"attention_workers": attention, "expert_shards": experts, "colocated": False}
+    check(train(tmp_path / "run", slabs_run(corpus, **roles)), one)
+
+
+def test_a_host_that_does_not_learn_the_counts_of_rows_changes_no_bit(
+    corpus: Path, one: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU after the first step, where all rows have room."""
+
+    def settle(me: TokenExchange, *_: int) -> None:
+        me.counts_rows = False
+
+    monkeypatch.setattr(TokenExchange, "settle", settle)
+    check(train(tmp_path / "run", slabs_run(corpus, slots=3)), one)
 
 
 def test_recomputed_layers_change_no_bit(corpus: Path, one: Trained, tmp_path: Path) -> None:
@@ -146,10 +169,10 @@ class Dies:
 
 
 MOMENTS = {
-    "forward": (DeviceExchange, "_serve_forward", 2),
-    "forward, rows half given": (DeviceExchange, "_give_back", 2),
+    "forward": (DeviceExchange, "_forward", 2),
+    "forward, rows half given": (TokenExchange, "_give_back", 2),
     "between put and signal": (HostLink, "signal", 3),
-    "backward": (DeviceExchange, "_serve_backward", 2),
+    "backward": (DeviceExchange, "_backward", 2),
     "dense sum": (DenseSlices, "_add_up", 1),
     "before prepared": (DeviceExchange, "_post", 1),
 }
@@ -175,7 +198,7 @@ def test_a_kill_at_any_moment_changes_no_bit_and_loses_no_step(
 def test_without_replicas_a_kill_goes_back_to_the_checkpoint_and_comes_to_the_same_bits(
     corpus: Path, one: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fault = Dies(DeviceExchange, "_serve_backward", slot=1, step=7, call=3)
+    fault = Dies(DeviceExchange, "_backward", slot=1, step=7, call=3)
     fault.patch(monkeypatch)
     found = train(tmp_path / "run", slabs_run(corpus, slots=2), at_step=fault.at_step)
     check(found, one)
@@ -186,22 +209,22 @@ def test_a_slot_that_was_given_up_and_lives_writes_to_nobodys_memory(
     corpus: Path, one: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It stands still in the middle of giving rows back, and goes on while the others are in the next generation."""
-    give_back, seen = DeviceExchange._give_back, dict.fromkeys(("step", "given"), 0)
+    give_back, seen = TokenExchange._give_back, dict.fromkeys(("step", "given"), 0)
     found: dict[str, LocalFleet] = {}
 
     def at_step(step: int, run: Run, fleet: LocalFleet) -> None:
         found["fleet"], seen["step"] = fleet, step + 1
 
-    def stands_still(me: DeviceExchange, *args: Any) -> None:
+    def stands_still(me: TokenExchange, *args: Any, **named: Any) -> None:
         if me.me == 1 and seen["step"] == 5 and not seen["given"]:
             seen["given"] = 1
             found["fleet"].partition(1)
             while seen["step"] < 8:
                 time.sleep(0.01)
             seen["given"] = seen["step"]
-        give_back(me, *args)
+        give_back(me, *args, **named)
 
-    monkeypatch.setattr(DeviceExchange, "_give_back", stands_still)
+    monkeypatch.setattr(TokenExchange, "_give_back", stands_still)
     config = slabs_run(corpus, slots=3, replication=2)
     check(train(tmp_path / "run", config, at_step=at_step), one)
     assert seen["given"] >= 8

@@ -11,7 +11,7 @@ from serving_simulator import Service, Simulation
 
 from sparseray.errors import ConfigError
 from sparseray.platform.config import ServeConfig
-from sparseray.platform.planning.autoscale import EngineView, ShardView, Speed, engines, shards
+from sparseray.platform.planning.autoscale import EngineView, ShardView, Speed, engines, shards, waiting_s
 
 SERVE = ServeConfig(target_ttft_ms=200, target_itl_ms=40, max_engines=8, max_batch=16)
 # One engine keeps to 40 ms a token up to 15 requests in its batch: 375 rows a second, some twelve requests.
@@ -169,3 +169,12 @@ def test_shards_scale_by_the_share_of_their_time_that_they_answer() -> None:
 def test_bounds_that_exclude_each_other_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"serve\.min_engines=3 is above serve\.max_engines=2"):
         ServeConfig(min_engines=3, max_engines=2)
+
+
+def test_waiting_for_a_place_is_erlangs() -> None:
+    # One place is M/M/1: nine of ten wait less than ln(10 load) / (1 - load) stays.
+    assert waiting_s(1, 0.5, 2.0) == pytest.approx(2.0 * math.log(5.0) / 0.5)
+    # Two places, 1.6 taken: somebody waits in 71 of 100 cases (tables of Erlang's C).
+    assert waiting_s(2, 1.6, 1.0) == pytest.approx(math.log(7.111) / 0.4, rel=1e-3)
+    assert waiting_s(64, 20.0, 1.0) == 0.0
+    assert waiting_s(2, 2.0, 1.0) == math.inf

@@ -37,7 +37,8 @@ def load(server: LocalServer, per_s: float, seconds: float, name: str) -> list[t
         request = GenerationRequest(
             request_id=f"{name}{number}", prompt_tokens=tuple(range(5, 18)), max_tokens=LENGTH, seed=number
         )
-        async for event in server.ingress.generate(request):
+        events = (event async for run in server.ingress.generate(request) for event in run)
+        async for event in events:
             assert event.finish_reason != "error", event.error
             first = first or time.monotonic()
             tokens += event.token_id is not None

@@ -59,7 +59,7 @@ def cured(config: RunConfig, message: str) -> RunConfig:
         ({"cluster__expert_shards": 2}, GOOD, "this machine shows 1"),
         ({"cluster__expert_shards": 3, "cluster__standby": 1}, replace(GOOD, gpus=(H100, H100)), "this machine shows 2"),
         ({"cluster__standby": 1}, GOOD, "1 slots and 1 on standby"),
-        ({"cluster__colocated": False}, GOOD, "cluster.colocated=false"),
+        ({"cluster__colocated": False}, GOOD, "this machine shows 1"),
         ({"train__sequences_per_shard": 64}, GOOD, "takes about"),
         ({"train__sequences_per_shard": 1}, replace(GOOD, gpus=(replace(H100, num_bytes=16 << 30),)), "takes about"),
         ({"cluster__device": "cpu", "train__dtype": "float32"}, NONE, "optim.moments=bfloat16"),
@@ -146,11 +146,9 @@ def test_the_estimate_counts_what_latent_attention_keeps() -> None:
     assert kept == tokens * model.num_heads * 2 * 32 * 2
 
 
-def test_latent_attention_is_served_on_a_cpu_as_the_message_says() -> None:
+def test_latent_attention_is_served_on_a_gpu() -> None:
     latent = config(model=replace(config().model, attention=("mla",)))
-    with pytest.raises(ConfigError, match="no paged kernel for a GPU") as refused:
-        resolve_serving_device(latent, GOOD)
-    assert resolve_serving_device(cured(latent, str(refused.value))).cluster.device == "cpu"
+    assert resolve_serving_device(latent, GOOD).cluster.device == "cuda"
 
 
 def test_a_server_computes_in_its_own_dtype_on_a_gpu_and_in_float32_on_a_cpu() -> None:
@@ -161,6 +159,16 @@ def test_a_server_computes_in_its_own_dtype_on_a_gpu_and_in_float32_on_a_cpu() -
     assert is_whole(exact) and exact.train.dtype == "float32"
     on_cpu = resolve_serving_device(change(trained, cluster__device="auto"), NONE)
     assert (on_cpu.cluster.device, on_cpu.train.dtype) == ("cpu", "float32") and not is_whole(on_cpu)
-    spread = change(trained, cluster__device="cuda", cluster__attention_workers=2)
-    with pytest.raises(ConfigError, match="attention_workers=1"):
-        resolve_serving_device(spread, GOOD)
+
+
+def test_engines_on_gpus_hold_everything_each_and_nothing_is_asked_for_beside_them() -> None:
+    two = Driver(cuda=GOOD.cuda, gpus=GOOD.gpus * 2)
+    engines = change(config(), cluster__device="cuda", cluster__attention_workers=2)
+    assert resolve_serving_device(engines, two).cluster.attention_workers == 2
+    with pytest.raises(ConfigError, match="this machine shows 1") as refused:
+        resolve_serving_device(engines, GOOD)
+    assert resolve_serving_device(cured(engines, str(refused.value)), GOOD).cluster.attention_workers == 1
+    for wrong in ({"cluster__memory_shards": 2}, {"cluster__colocated": False}):
+        with pytest.raises(ConfigError) as refused:
+            resolve_serving_device(change(engines, **wrong), two)
+        assert resolve_serving_device(cured(change(engines, **wrong), str(refused.value)), two)

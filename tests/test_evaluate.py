@@ -15,6 +15,7 @@ from sparseray.actors.serving.text_request import GenerationRequest, TokenEvent
 from sparseray.actors.training.token_data import TokenDataset
 from sparseray.jobs import evaluate
 from sparseray.jobs.evaluation.intervals import ratio, share
+from sparseray.jobs.evaluation.needle import draw_needle
 from sparseray.jobs.evaluation.subject import Subject, open_subject
 from sparseray.jobs.evaluation.tasks import Gap, gaps, infilling, losses, needles
 from sparseray.jobs.tokens.prepare import prepare
@@ -162,7 +163,7 @@ def test_needles_lie_at_all_depths_and_the_prompt_fills_its_length(trained: Path
         def add(self, request: GenerationRequest) -> None:
             asked.append(request)
             text = real.vocabulary.token_text(request.prompt_tokens)
-            number = text.split("The secret number is ")[1][:6]
+            number = text.split("The secret number is")[1][:7]
             self.answers[request.prompt_tokens] = real.vocabulary.encode(number)
             super().add(request)
 
@@ -177,6 +178,15 @@ def test_needles_lie_at_all_depths_and_the_prompt_fills_its_length(trained: Path
         round(real.vocabulary.token_text(r.prompt_tokens).index("The secret") / 600, 1) for r in asked[-10:]
     }
     assert len(where) >= 4
+
+
+def test_a_needle_is_answered_with_the_tokens_that_stand_in_the_text(trained: Path) -> None:
+    encode = open_subject(trained, 0).vocabulary.encode
+    draw = random.Random(4)
+    for _ in range(50):
+        needle = draw_needle(draw)
+        asked = (*encode(needle.question), *encode(needle.answer))
+        assert encode(needle.sentence)[: len(asked)] == asked == encode(needle.question + needle.answer)
 
 
 def command(trained: Path, data: Path, *more: str) -> list[str]:
@@ -206,6 +216,11 @@ def test_the_command_prints_a_table_and_writes_json_and_the_same_again(
         (["--out", "."], "name a file in it"),
         (["--checkpoint", "/nowhere"], "is not a checkpoint"),
         (["--data", "/nowhere"], "does not exist"),
+        pytest.param(
+            ["--device", "cuda"],
+            "set --device cpu",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
     ],
 )
 def test_what_cannot_be_measured_is_one_line(
@@ -259,3 +274,25 @@ def test_held_out_texts_are_scored_where_they_stand(trained: Path, data: Path) -
             nats -= float(logp.gather(-1, tokens[0, len(prompt) :, None]).sum())
             count += len(wanted)
     assert figures["infilling, line, nats"].value == pytest.approx(nats / count, rel=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_measures_what_a_cpu_does(data: Path, tmp_path: Path) -> None:
+    from test_gpu_training import run_on
+
+    newest = train(tmp_path / "run", run_on("cpu", data, dtype="float32")).folder.newest_checkpoint()
+    assert newest is not None
+    split, found = TokenDataset(data, "validation"), []
+    for device in ("cpu", "cuda"):
+        subject = open_subject(newest, 0, device)
+        assert subject.device == device
+        found.append(
+            losses(subject, split, 12, 0, quiet)
+            | infilling(subject, split, 12, 0, quiet)
+            | needles(subject, split, 4, 0, quiet)
+        )
+    assert found[0].keys() == found[1].keys()
+    for name, one in found[0].items():
+        if one.interval == "bootstrap":
+            assert found[1][name].value == pytest.approx(one.value, rel=1e-2), name

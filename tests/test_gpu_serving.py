@@ -14,6 +14,7 @@ from sparseray.actors.serving.cache_pool import Lease
 from sparseray.actors.serving.paged_engine import PagedEngine
 from sparseray.actors.serving.paged_model import Chunk
 from sparseray.kernels.ops import ops_for
+from sparseray.model.config import DSEConfig
 from sparseray.model.dse import LocalMemory
 from sparseray.model.moe import LocalExperts
 from sparseray.model.transformer import Transformer
@@ -52,9 +53,8 @@ def on_gpu(parts: Parts) -> tuple[Transformer, LocalExperts]:
 def engine_of(parts: Parts, on_gpu: tuple[Transformer, LocalExperts], **options: Any) -> PagedEngine:
     options = {"max_batch": 16, "max_model_len": MAX_MODEL_LEN, "prefill_chunk": 64, "page": 64, **options}
     model, experts = on_gpu
-    return PagedEngine(
-        model, experts, HostMemory(parts.memory), grammars=parts.grammars, cache_bytes=64 << 20, **options
-    )
+    memory = HostMemory(parts.memory) if parts.model.config.dse.layers else None
+    return PagedEngine(model, experts, memory, grammars=parts.grammars, cache_bytes=64 << 20, **options)
 
 
 def test_a_checkpoint_of_a_cpu_gives_its_tokens_on_the_gpu(
@@ -101,6 +101,26 @@ def test_tokens_do_not_depend_on_the_company(parts: Parts, on_gpu: tuple[Transfo
             engine.add(request_of(str(index), prompt_of(7 * index + 3, index), temperature=1.0, seed=index))
         engine.add(request)
         assert tokens_of(finish(engine)["a"]) == alone
+
+
+def test_prompts_that_graphs_read_give_the_texts_of_prompts_read_without() -> None:
+    plain = make_parts(attention=("full",), dse=DSEConfig())
+    ops, config, texts = ops_for("auto", GPU), plain.model.config, []
+    model, experts = Transformer(config, None, ops=ops).eval(), LocalExperts(config, ops=ops)
+    model.load_state_dict(plain.model.state_dict())
+    experts.load_state_dict(plain.experts.state_dict())
+    for is_graph in (True, False):
+        engine = engine_of(plain, (model.to(GPU), experts.to(GPU)), prefill_chunk=96)
+        assert [graph.rows for graph in engine.paged._prompts._made] == [96]
+        if not is_graph:
+            engine.paged._prompts._made.clear()
+        for index, count in enumerate((150, 3, 40, 96, 5, 64)):
+            engine.add(request_of(str(index), prompt_of(count, index), temperature=0.0, max_tokens=9))
+        texts.append({name: tokens_of(events) for name, events in finish(engine).items()})
+        # The first page of the first prompt is known by now.
+        engine.add(request_of("again", prompt_of(150, 0), temperature=0.0, max_tokens=9))
+        assert tokens_of(finish(engine)["again"]) == texts[-1]["0"]
+    assert texts[0] == texts[1]
 
 
 def test_a_replayed_graph_gives_the_bits_of_the_step_that_it_holds(

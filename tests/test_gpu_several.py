@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from across_story import live
+from across_story import fail, live
 from processes import temporary_folder
 from test_gpu_training import run_on
 
@@ -28,3 +28,19 @@ def test_a_killed_gpu_slot_comes_again_and_no_bit_differs(
 ) -> None:
     roles = {"attention_workers": 2, "expert_shards": 2, "memory_shards": 2, "replication": 2}
     live(run_on("cuda", corpus, steps=100000, cluster=roles), tmp_path, temporary)
+
+
+@pytest.mark.parametrize(
+    "faults",
+    [
+        ["forward:40:illegal", "backward:30:stop", "commit:8:illegal"],
+        ["backward:30:illegal", "forward:40:stop", "commit:8:stop"],
+    ],
+    ids=["illegal first", "stopped last"],
+)
+def test_gpu_slots_that_stand_still_or_write_to_nobodys_memory_change_no_bit(
+    faults: list[str], corpus: Path, tmp_path: Path, temporary: Path
+) -> None:
+    """A kernel's illegal access ends its process's use of the GPU: the others go on, and another slot comes."""
+    roles = {"attention_workers": 2, "expert_shards": 2, "memory_shards": 2, "replication": 2}
+    fail(run_on("cuda", corpus, steps=100000, cluster=roles), tmp_path, temporary, faults)

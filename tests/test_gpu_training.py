@@ -14,7 +14,10 @@ import torch
 from local_cluster import MODEL, LocalFleet, tiny_run, train
 from processes import kill_all, start, temporary_folder, wait_until
 
-from sparseray.model.config import DSEConfig, MoEConfig, NSAConfig
+from sparseray.actors.training import worker
+from sparseray.actors.training.part_graph import PartGraph, graph_of
+from sparseray.actors.training.worker import SAMPLE_EVERY
+from sparseray.model.config import DSEConfig, MoEConfig, MTPConfig, NSAConfig
 from sparseray.platform.config import RunConfig, save_yaml
 from sparseray.platform.run import checkpoint
 from sparseray.platform.trainer import Trainer
@@ -65,6 +68,35 @@ def test_the_curve_is_that_of_a_cpu(corpus: Path, tmp_path: Path, dtype: str, to
         assert a[2] == pytest.approx(b[2], rel=20 * tolerance)
 
 
+@pytest.mark.parametrize(
+    "keys",
+    [{}, {"logical_shards": 1}, {"recompute": True}, {"logical_shards": 1, "dtype": "float32"}, {"mtp": 1}],
+    ids=str,
+)
+def test_replayed_parts_change_no_bit(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keys: dict[str, Any]
+) -> None:
+    """With memory rows, checkpoints beside the steps, evaluations between them, and a step that notes statistics."""
+    monkeypatch.setitem(SAMPLE_EVERY, "cuda", 5)
+    keys = dict(keys)
+    mtp = MTPConfig(depth=keys.pop("mtp", 0))
+    config = run_on("cuda", corpus, steps=11, checkpoint_every=2, eval_every=3, **keys)
+    config = replace(config, model=replace(config.model, mtp=mtp))
+    made: list[PartGraph] = []
+
+    def graph(*arguments: Any) -> PartGraph | None:
+        made.append(graph_of(*arguments))
+        return made[-1]
+
+    monkeypatch.setattr(worker, "graph_of", graph)
+    replayed = train(tmp_path / "replayed", config)
+    assert [g is not None and g.is_recorded for g in made] == [True]
+    monkeypatch.setattr(worker, "graph_of", lambda *arguments: None)
+    launched = train(tmp_path / "launched", config)
+    assert replayed.curve == launched.curve and replayed.digest == launched.digest
+    assert replayed.evaluations == launched.evaluations
+
+
 def test_recomputed_layers_change_no_bit(corpus: Path, tmp_path: Path) -> None:
     kept, again = (train(tmp_path / str(r), run_on("cuda", corpus, recompute=r)) for r in (False, True))
     assert kept.curve == again.curve and kept.digest == again.digest
@@ -110,7 +142,15 @@ def test_sigkill_of_the_gpu_slot_through_ray(corpus: Path, tmp_path: Path, tempo
     process = start(options, tmp_path / "log.txt", TMPDIR=str(temporary), SPARSERAY_TEST=mark)
     try:
         metrics = run_dir / "metrics.jsonl"
-        wait_until(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 25, "step 25", 300.0)
+        wait_until(
+            lambda: (
+                process.poll() is not None
+                or (metrics.exists() and len(metrics.read_text().splitlines()) > 25)
+            ),
+            "step 25",
+            300.0,
+        )
+        assert process.poll() is None, (tmp_path / "log.txt").read_text()[-3000:]
         os.kill(_slot_pid(mark), signal.SIGKILL)
         assert process.wait(300.0) == 0
     finally:

@@ -63,7 +63,7 @@ class Engines:
         """Tokens of a request, each ten times its index."""
         events = [TokenEvent(request_id=name, index=i, token_id=10 * i) for i in indices]
         events += [TokenEvent(request_id=name, index=indices[-1] + 1, finish_reason="length")] if end else []
-        self.say(slot, Tokens(events=tuple(events)))
+        self.say(slot, Tokens.of(events))
 
     def routes(self, *slots: int, draining: tuple[int, ...] = ()) -> None:
         engines = {slot: f"fake://{slot}" for slot in slots}
@@ -99,8 +99,12 @@ def request(name: str = "a") -> GenerationRequest:
     return GenerationRequest(request_id=name, prompt_tokens=(1, 2), max_tokens=20, priority=3)
 
 
-async def take(stream: AsyncGenerator[TokenEvent, None], count: int) -> list[int | None]:
-    return [(await asyncio.wait_for(anext(stream), 10.0)).token_id for _ in range(count)]
+async def take(stream: AsyncGenerator[list[TokenEvent], None], count: int) -> list[int | None]:
+    found: list[TokenEvent] = []
+    while len(found) < count:
+        found += await asyncio.wait_for(anext(stream), 10.0)
+    assert len(found) == count
+    return [event.token_id for event in found]
 
 
 async def until(condition: Any) -> None:
@@ -192,11 +196,38 @@ def test_steps_without_a_token_are_progress(engines: Engines, ingress: Ingress) 
         await until(lambda: engines.given(0))
         for _ in range(10):
             await asyncio.sleep(DEADLINE_S / 5)
-            engines.say(0, Tokens(events=()))
+            engines.say(0, Tokens())
         engines.tokens(0, "a", 0, end=True)
         return await rest
 
     assert asyncio.run(story()) == [0, None]
+
+
+def test_a_patient_reader_gets_the_first_token_at_once_and_the_others_together(
+    engines: Engines, ingress: Ingress
+) -> None:
+    async def story() -> list[list[int]]:
+        stream, runs = ingress.generate(request(), patience=3), list[list[int]]()
+
+        async def read() -> None:
+            async for run in stream:
+                runs.append([event.index for event in run])
+
+        reader = asyncio.create_task(read())
+        await until(lambda: engines.given(0))
+        engines.tokens(0, "a", 0)
+        await until(lambda: len(runs) == 1)
+        for index in (1, 2):
+            engines.tokens(0, "a", index)
+        await asyncio.sleep(0.1)
+        assert len(runs) == 1
+        engines.tokens(0, "a", 3)
+        await until(lambda: len(runs) == 2)
+        engines.tokens(0, "a", 4, end=True)
+        await asyncio.wait_for(reader, 10.0)
+        return runs
+
+    assert asyncio.run(story()) == [[0], [1, 2, 3], [4, 5]]
 
 
 def test_the_end_of_the_job_ends_every_request_with_its_reason(engines: Engines, ingress: Ingress) -> None:

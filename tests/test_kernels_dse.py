@@ -279,10 +279,20 @@ def fusion_of(tensors: list[torch.Tensor]) -> reference.Fusion:
 
 @pytest.mark.parametrize(("tokens", "channels", "taps"), [(11, 6, 4), (37, 5, 3)])
 @pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("is_shared_out", [False, True])
 def test_fused_gate_and_convolution_equal_the_reference(
-    documents: bool, tokens: int, channels: int, taps: int
+    is_shared_out: bool,
+    documents: bool,
+    tokens: int,
+    channels: int,
+    taps: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     torch.manual_seed(0)
+    if is_shared_out:
+        # Every program goes over several tokens or walks, as it does with many of them.
+        for name, size in (("TOKEN_PROGRAMS", 7), ("WALK_ROWS", 8), ("SUM_ROWS", 4)):
+            monkeypatch.setattr(fusion, name, size)
     shapes = [(2, tokens, channels), (2, tokens, 2 * channels), (channels, taps)] + [(channels,)] * 3
     tensors = [torch.randn(*shape, device=DEVICE) for shape in shapes]
     # A hidden state whose gate is in the flat part of the signed square root.
@@ -290,11 +300,9 @@ def test_fused_gate_and_convolution_equal_the_reference(
     starts = torch.rand(2, tokens, device=DEVICE) < 0.2 if documents else None
     plain, fused = ([t.clone().requires_grad_() for t in tensors] for _ in range(2))
 
-    def inputs(of: list[torch.Tensor]) -> list[torch.Tensor]:
-        return [of[0], *of[1].chunk(2, dim=-1)]
-
-    want = reference.memory_output(*inputs(plain), fusion_of(plain[2:]), document_starts_BT=starts)
-    got = fusion.memory_output(*inputs(fused), fusion_of(fused[2:]), document_starts_BT=starts)
+    key, value = plain[1].chunk(2, dim=-1)
+    want = reference.memory_output(plain[0], key, value, fusion_of(plain[2:]), document_starts_BT=starts)
+    got = fusion.memory_output(*fused[:2], fusion_of(fused[2:]), document_starts_BT=starts)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
     grad = torch.randn_like(want)
     want.backward(grad)

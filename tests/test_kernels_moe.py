@@ -16,7 +16,13 @@ from sparseray.kernels.moe.router import route_and_plan
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TILE = ffn.TileConfig(n=16, k=16, group=2, warps=4, stages=2)
 TINY = ffn.LayerConfig(
-    m=16, up=TILE, down=TILE, act_grad=TILE, input_grad=TILE, weight_grad=TILE, weight_grad_rows=16
+    m=16,
+    up=TILE,
+    down=TILE,
+    act_grad=TILE,
+    input_grad=TILE,
+    up_weights=ffn.GradientTile(rows=32, n=16, k=16, group=2, warps=4, stages=2),
+    down_weights=ffn.GradientTile(rows=16, n=16, k=16, group=2, warps=4, stages=2),
 )
 ROUTES = [
     ("v3", 3, {"num_groups": 4, "topk_groups": 2, "scaling": 2.5}),

@@ -9,6 +9,7 @@ import torch
 import triton_interpreter  # noqa: F401  (first: it sets the interpreter up where there is no GPU)
 from torch import Tensor
 
+from sparseray.kernels.dense import squared_norm as squared_norm_module
 from sparseray.kernels.dense.adamw import adamw_step
 from sparseray.kernels.dense.reference import adamw_reference, squared_norms_reference
 from sparseray.kernels.dense.squared_norm import PIECE, clip_scale, squared_norm, squared_norms
@@ -90,8 +91,9 @@ def test_tensors_that_do_not_match_the_slab_are_refused() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_squared_norm_of_tensors_large_and_small(dtype: torch.dtype) -> None:
+def test_squared_norm_of_tensors_large_and_small(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
+    monkeypatch.setattr(squared_norm_module, "SMALL", PIECE)
     tensors = [rand(n).to(dtype) for n in (1, 0, PIECE, 2 * PIECE + 5, 4097)]
     wanted = sum(x.double().square().sum() for x in tensors)
     found = squared_norm(tensors)
@@ -103,9 +105,11 @@ def test_squared_norm_of_tensors_large_and_small(dtype: torch.dtype) -> None:
 
 def test_squared_norms_of_rows() -> None:
     tensors = [
-        torch.randn(shape, device=DEVICE) for shape in ((3, PIECE + 5), (7,), (2, 4, 6), (1, 2 * PIECE))
+        torch.randn(shape, device=DEVICE)
+        for shape in ((3, PIECE + 5), (7,), (2, 4, 6), (1, 2 * PIECE), (5, 5))
     ]
-    rows = [3, 1, 2, 1]
+    tensors.append(tensors[1].bfloat16())
+    rows = [3, 1, 2, 1, 1, 1]
     found = squared_norms(tensors, rows)
     torch.testing.assert_close(found, squared_norms_reference(tensors, rows))
     assert torch.equal(squared_norms(tensors, rows), found)
@@ -119,4 +123,13 @@ def test_the_embeddings_gradient_is_torchs() -> None:
         weight = torch.ones(11, 24, device=DEVICE, requires_grad=True)
         (ops.embedding(tokens, weight) * torch.arange(200.0, device=DEVICE)[:, None]).sum().backward()
         grads.append(weight.grad)
+    torch.testing.assert_close(*grads)
+
+
+def test_a_product_is_added_to_what_is_given_away() -> None:
+    y, x, weight = (rand(*shape).requires_grad_() for shape in ((7, 5), (7, 3), (5, 3)))
+    wanted = REFERENCE.add_linear(y, x, weight, invariant=False)
+    found = TRITON.add_linear(y.clone(), x, weight, invariant=False)
+    torch.testing.assert_close(found, wanted)
+    grads = [torch.autograd.grad(out.square().sum(), (y, x, weight)) for out in (found, wanted)]
     torch.testing.assert_close(*grads)

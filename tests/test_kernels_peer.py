@@ -82,3 +82,49 @@ def test_a_wait_that_comes_to_no_end_leaves_a_status_and_nothing_is_put_after_it
     assert not into.any() and int(flags[0]) == 0
     peer.wait(flags, 0b10, word(1), LATER, state, end, 1.0)
     assert int(state[0]) == wanted
+
+
+def regions(sources: int, *shape: int) -> list[torch.Tensor]:
+    return [torch.full(shape, 7.0, device=DEVICE).bfloat16() for _ in range(sources)]
+
+
+def test_numbers_come_to_several_places_and_a_word_after_them() -> None:
+    state, numbers = peer.new_state(DEVICE), torch.randn(5000, device=DEVICE).bfloat16()
+    into, flags = regions(3, 5000), [torch.zeros(4, dtype=torch.int64, device=DEVICE) for _ in range(2)]
+    peer.put_all(numbers, peer.table_of(into, DEVICE), state)
+    peer.signal_all(peer.table_of(flags, DEVICE), 2, word(3), state)
+    assert all(torch.equal(place, numbers) for place in into)
+    assert all(words.tolist() == [0, 0, word(3), 0] for words in flags)
+    state[0] = peer.LATE
+    peer.put_all(numbers + 1, peer.table_of(into, DEVICE), state)
+    peer.signal_all(peer.table_of(flags, DEVICE), 2, word(4), state)
+    assert torch.equal(into[0], numbers) and int(flags[0][2]) == word(3)
+
+
+@pytest.mark.parametrize("is_weighted", [True, False])
+def test_rows_and_sums_of_rows_come_to_their_sources(is_weighted: bool) -> None:
+    torch.manual_seed(0)
+    S, T, K, H, num = 2, 11, 3, 40, 25
+    order = torch.randperm(S * T * K, device=DEVICE).int()
+    inverse = torch.empty_like(order)
+    inverse[order.long()] = torch.arange(S * T * K, device=DEVICE).int()
+    held, rows = torch.tensor(num, device=DEVICE).int(), torch.randn(S * T * K, H, device=DEVICE).bfloat16()
+    rows[num:] = torch.nan
+    weights, state = torch.rand(S, T, K, device=DEVICE), peer.new_state(DEVICE)
+    for values in (rows, weights.flatten()):
+        into = [
+            torch.full((T * K, *values.shape[1:]), 7.0, dtype=values.dtype, device=DEVICE) for _ in range(S)
+        ]
+        wanted = torch.full((S * T * K, *values.shape[1:]), 7.0, dtype=values.dtype, device=DEVICE)
+        wanted[order[:num].long()] = values[:num]
+        peer.give_rows(values, order, held, peer.table_of(into, DEVICE), T * K, into[0].stride(0), state)
+        assert torch.equal(torch.cat(into), wanted)
+    placed = torch.zeros(S * T * K, H, device=DEVICE)
+    placed[order[:num].long()] = rows[:num].float()
+    factors = weights if is_weighted else torch.ones_like(weights)
+    wanted = (placed.view(S, T, K, H) * factors[..., None]).sum(2)
+    into = [region[:, 1] for region in regions(S, T, 2, H)]
+    table = peer.table_of(into, DEVICE)
+    peer.give_sums(rows, inverse, weights if is_weighted else None, held, table, (S, T, K), 2 * H, state)
+    for place, values in zip(into, wanted):
+        assert torch.allclose(place.float(), values, atol=0.05)

@@ -83,10 +83,11 @@ EXAMPLES: list[Body] = [
         pulls=(PullFrom(source=7, pieces=(("bucket", 0, 1),)),),
     ),
     Generate(request=GenerationRequest(request_id="r", prompt_tokens=(1, 2), max_tokens=3, seed=2**64 - 1)),
-    Tokens(
-        events=(
+    Tokens.of(
+        [
+            TokenEvent(request_id="r", index=0, token_id=4),
             TokenEvent(request_id="r", index=0, token_id=4, logprobs=LOGPROBS, prompt_logprobs=(LOGPROBS,)),
-        )
+        ]
     ),
 ]
 
@@ -109,6 +110,20 @@ def same(left: Any, right: Any) -> bool:
             same(getattr(left, f.name), getattr(right, f.name)) for f in fields(left)
         )
     return bool(left == right)
+
+
+def test_events_of_a_step_come_in_their_order() -> None:
+    plain = [TokenEvent(request_id=name, index=3, token_id=7) for name in "abc"]
+    events = [
+        TokenEvent(request_id="d", index=1, token_id=2, accepted=1),
+        *plain[:2],
+        TokenEvent(request_id="d", index=2, token_id=2, finish_reason="length"),
+        plain[2],
+        TokenEvent(request_id="e", index=0, finish_reason="stop"),
+    ]
+    sent = Tokens.of(events, 4)
+    assert sent.events() == events
+    assert (sent.request_ids, sent.version) == (("a", "b", "c"), 4)
 
 
 # -- what travels ----------------------------------------------------------------------------------

@@ -133,7 +133,7 @@ def test_nsa_layer_equals_the_papers_equations_at_every_token(T: int, shared: bo
     fill(layer)
     x_TH = torch.randn(T, 32, generator=torch.Generator().manual_seed(T))
     with torch.no_grad():
-        fast = layer(x_TH, batch_of(1, T), rope.at(torch.arange(T)))
+        fast = layer([x_TH] * layer.num_readers, batch_of(1, T), rope.at(torch.arange(T)))
         slow = slow_nsa(layer, config, x_TH)
     torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-5)
 
@@ -180,7 +180,9 @@ def test_every_nsa_parameter_gets_a_gradient() -> None:
     layer, rope = NSAttention(CONFIG, 0), Rope(CONFIG)
     fill(layer)
     x = torch.randn(80, 32, generator=torch.Generator().manual_seed(0))
-    layer(x, batch_of(2, 40), rope.at(torch.arange(40).repeat(2))).square().sum().backward()
+    layer(
+        [x] * layer.num_readers, batch_of(2, 40), rope.at(torch.arange(40).repeat(2))
+    ).square().sum().backward()
     for name, p in layer.named_parameters():
         assert p.grad is not None, name
         assert p.grad.abs().max() > 0, name
@@ -192,7 +194,7 @@ def test_full_attention_equals_causal_softmax_and_sequences_do_not_mix() -> None
     fill(layer)
     x = torch.randn(2 * 9, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        got = layer(x, batch_of(2, 9), rope.at(torch.arange(9).repeat(2))).unflatten(0, (2, 9))
+        got = layer([x], batch_of(2, 9), rope.at(torch.arange(9).repeat(2))).unflatten(0, (2, 9))
         qkv = (x @ layer.qkv.weight.T).unflatten(0, (2, 9))
         for b in range(2):
             qk, v = qkv[b, :, :48].unflatten(-1, (6, 8)), qkv[b, :, 48:].unflatten(-1, (2, 12))
@@ -216,7 +218,7 @@ def test_later_tokens_do_not_change_earlier_ones(kind: str) -> None:
     y = x.clone()
     y[41:] += 1.0
     with torch.no_grad():
-        a, b = (layer(z, batch_of(1, 60), rope.at(torch.arange(60))) for z in (x, y))
+        a, b = (layer([z] * layer.num_readers, batch_of(1, 60), rope.at(torch.arange(60))) for z in (x, y))
     torch.testing.assert_close(a[:41], b[:41], rtol=1e-5, atol=1e-6)
     assert not torch.allclose(a[41:], b[41:], atol=1e-3)
 

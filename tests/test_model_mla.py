@@ -79,7 +79,7 @@ def test_the_layer_equals_the_papers_equations_at_every_token(
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1)) * 0.1)
         x_TH = torch.randn(19, 32, generator=torch.Generator().manual_seed(0))
         batch = Batch(shape=(1, 19), positions_R=torch.arange(19), rows=19)
-        fast = layer(x_TH, batch, Rope(config).at(batch.positions_R))
+        fast = layer([x_TH] * layer.num_readers, batch, Rope(config).at(batch.positions_R))
         torch.testing.assert_close(fast, slow_mla(layer, config, x_TH), rtol=1e-4, atol=1e-5)
 
 

@@ -70,7 +70,7 @@ def test_layer_equals_the_weighted_sum_of_its_experts(setting: str) -> None:
         layer.router_bias.copy_(torch.randn(moe.num_experts, generator=g) * 0.3)
     x = torch.randn(20, 10, generator=g)
     batch = Batch(shape=(2, 10), positions_R=torch.arange(20), rows=20)
-    y, loss, counts = layer(x, batch, experts)
+    y, loss, counts = layer([x] * layer.num_readers, batch, experts)
     weights = experts.tensors()
     assert layer.shared is not None
     gate, up = layer.shared.gate_up.weight.detach().chunk(2)
@@ -175,7 +175,11 @@ def test_v2_weights_are_divided_by_their_sum_only_where_asked(normalize: bool | 
         found.append(weights_TK.sum(-1))
         return x_TH
 
-    layer(torch.ones(5, 10), Batch(shape=(1, 5), positions_R=torch.arange(5), rows=5), experts)
+    layer(
+        [torch.ones(5, 10)] * layer.num_readers,
+        Batch(shape=(1, 5), positions_R=torch.arange(5), rows=5),
+        experts,
+    )
     torch.testing.assert_close(found[0], torch.full((5,), total))
 
 
@@ -186,7 +190,7 @@ def test_ties_go_to_the_lower_expert() -> None:
         for p in layer.parameters():
             p.zero_()
     batch = Batch(shape=(1, 5), positions_R=torch.arange(5), rows=5)
-    counts = layer(torch.ones(5, 10), batch, experts)[2]
+    counts = layer([torch.ones(5, 10)] * layer.num_readers, batch, experts)[2]
     assert counts.tolist() == [5, 5, 5, 0, 0, 0, 0, 0]
 
 

@@ -63,7 +63,7 @@ class ToldModel(DraftingModel):
         self.drafted: dict[tuple[int, int], int] = {}
 
     def _told(self, slot: int, draft: int) -> int:
-        place = int(self.length_S[slot]) + 1
+        place = int(self.state_S.length_S[slot]) + 1
         self.drafted[slot, place] = draft
         whole = self.truth.get(slot, [])
         return whole[place] if place < len(whole) and self.coin.random() < self.share else draft
@@ -71,12 +71,15 @@ class ToldModel(DraftingModel):
     def read(self, reads: Any, experts: Any) -> None:
         super().read(reads, experts)
         for slot in [r.lease.slot for r in reads if r.is_last]:
-            self.draft_S[slot] = self._told(slot, int(self.draft_S[slot]))
+            self._tell(slot)
 
-    def _go_on(self, slots_B: Any, found_BN: Any, accepted_B: Any, draft_B: Any) -> None:
-        super()._go_on(slots_B, found_BN, accepted_B, draft_B)
-        for slot, draft in zip(slots_B.tolist(), draft_B.tolist()):
-            self.draft_S[slot] = self._told(slot, draft)
+    def _tell(self, slot: int) -> None:
+        drafts_S = self.state_S.draft_S
+        drafts_S[slot] = self._told(slot, int(drafts_S[slot]))
+
+    def _drafted_anew(self, slots_B: Any) -> None:
+        for slot in slots_B.tolist():
+            self._tell(slot)
 
 
 class ToldEngine(DraftingEngine):

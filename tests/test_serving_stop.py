@@ -22,10 +22,12 @@ from sparseray.jobs.http.server import HttpServer, create_app
 class _BreakingClient:
     """Gives one token, then fails."""
 
-    async def generate(self, request: GenerationRequest) -> Any:
+    async def generate(self, request: GenerationRequest, *, patience: int = 1) -> Any:
         if request.max_tokens > 1:
-            yield TokenEvent(request_id=request.request_id, index=0, token_id=66)
-        yield TokenEvent(request_id=request.request_id, index=1, finish_reason="error", error="secret detail")
+            yield [TokenEvent(request_id=request.request_id, index=0, token_id=66)]
+        yield [
+            TokenEvent(request_id=request.request_id, index=1, finish_reason="error", error="secret detail")
+        ]
 
     reason = failure = ""
 

@@ -37,6 +37,18 @@ def test_only_whole_characters_are_streamed() -> None:
     assert "".join(broken) == "\ufffd"
 
 
+@pytest.mark.parametrize("size", [1, 3, 7])
+def test_tokens_that_are_added_together_give_the_text_of_one_by_one(size: int) -> None:
+    vocabulary = Vocabulary(make_tokenizer(), 0)
+    text = "🦊 über 東京, and more"
+    *tokens, last = vocabulary.encode(text)
+    stream = TextStream(vocabulary)
+    deltas = [stream.extend(tokens[i : i + size]) for i in range(0, len(tokens), size)]
+    deltas.append(stream.push(last, None, "length"))
+    assert "".join(delta.text for delta in deltas) == text
+    assert [token for delta in deltas for token in delta.tokens] == [*tokens, last]
+
+
 @pytest.mark.parametrize(
     ("text", "stops", "kept"),
     [

@@ -133,13 +133,13 @@ def test_gradients_that_come_by_message_have_the_bits_of_staged_ones(
 
 def test_readers_wait_for_what_was_committed(monkeypatch: pytest.MonkeyPatch) -> None:
     slow, fast = plain(), staged()
-    scatter = staged_memory.scatter_rows
+    scatter = staged_memory.scatter_fields
 
-    def slowly(*arguments: object) -> None:
+    def slowly(*arguments: object, **options: object) -> None:
         time.sleep(0.1)
-        scatter(*arguments)  # type: ignore[arg-type]
+        scatter(*arguments, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(staged_memory, "scatter_rows", slowly)
+    monkeypatch.setattr(staged_memory, "scatter_fields", slowly)
     version = fast.tables[0]._words[1]
     for step, read in enumerate((lambda s: s.tensors(KEYS), lambda s: s.gather(0, torch.arange(ROWS))), 1):
         parts = addresses_of({}, step)

@@ -1,9 +1,13 @@
 """Slabs of one slot that has everything: the same names, updates and checkpoints as the states they stand for."""
 
+import math
+import random
+
 import pytest
 import torch
 from local_cluster import MODEL
 
+from sparseray.actors.exchange.on_device import exact_sum
 from sparseray.actors.state.dense import DenseState
 from sparseray.actors.state.dense_slab import DenseSlabs
 from sparseray.actors.state.experts import ExpertShard
@@ -142,3 +146,15 @@ def test_the_order_of_a_sum() -> None:
             assert total.total is None
             total.add(part, [leaf.clone()])
         assert total.total is not None and torch.equal(total.total[0], expected), determinism
+
+
+def test_norms_that_travel_as_a_few_numbers_are_rounded_once() -> None:
+    generator = random.Random(5)
+    for _ in range(50):
+        values = [generator.random() * 2.0 ** generator.randint(-150, 120) for _ in range(900)]
+        cut = generator.randint(0, 900)
+        few = [exact_sum(values[:cut]), exact_sum(values[cut:])]
+        assert sum(map(len, few)) < 20
+        assert math.fsum(few[0] + few[1]) == math.fsum(values)
+    assert exact_sum([]) == [] and exact_sum([1.0, math.inf]) == [math.inf]
+    assert math.isnan(exact_sum([1.0, math.inf, math.nan])[0])

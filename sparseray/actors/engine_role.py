@@ -12,16 +12,18 @@ from typing import Any, Protocol
 from sparseray.actors.exchange.patience import Patience
 from sparseray.actors.exchange.protocol import Exchange
 from sparseray.actors.observation import observe_engine, observe_memory, observe_no_engine, observe_queues
+from sparseray.actors.peers.in_rounds import Round, RoundsExchange
 from sparseray.actors.serving.enduring import EnduringExchange
 from sparseray.actors.serving.engine import Engine
 from sparseray.actors.serving.messages import Cancel, Drain, Draining, Generate, Moved, Tokens
 from sparseray.actors.serving.pace import Pace
+from sparseray.actors.serving.rounds_engine import InRounds
 from sparseray.actors.serving.staging import Edition
 from sparseray.actors.serving.text_request import TokenEvent
 from sparseray.actors.wire.envelope import INGRESS, SCHEDULER, Body, Message
 from sparseray.actors.wire.messages import ExpertForward, FetchRows
 from sparseray.actors.wire.slot_mailbox import SlotMailbox
-from sparseray.errors import SupersededError, UserError
+from sparseray.errors import SlotLostError, SupersededError, UserError
 from sparseray.log import get_logger
 from sparseray.model.transformer import Transformer
 
@@ -36,13 +38,14 @@ class Job(Protocol):
     """What it takes to make an engine."""
 
     is_serving: bool
+    is_in_rounds: bool
 
-    def engine(self, model: Transformer, exchange: Exchange | EnduringExchange) -> Engine | None:
+    def engine(self, model: Transformer, exchange: EnduringExchange | InRounds) -> Engine | None:
         """Make the engine; None for a job that does not serve.
 
         Args:
             model: dense weights.
-            exchange: of the plan in force, or one that outlives plans.
+            exchange: that outlives plans.
         """
         ...
 
@@ -106,6 +109,7 @@ class EngineRole:
             Generate: self._generate,
             Cancel: self._cancel,
             Drain: self._drain,
+            Round: self._round,
         }
 
     @property
@@ -116,7 +120,18 @@ class EngineRole:
     @property
     def has_work(self) -> bool:
         """Whether `step` has something to do."""
-        return any(seat.engine is not None and seat.engine.has_work for seat in (self.earlier, self.seat))
+        rounds = self._rounds
+        if rounds is not None and rounds.is_over:
+            return False
+        is_behind = rounds is not None and rounds.is_behind
+        return is_behind or any(
+            seat.engine is not None and seat.engine.has_work for seat in (self.earlier, self.seat)
+        )
+
+    @property
+    def _rounds(self) -> RoundsExchange | None:
+        """The exchange, where it is one in rounds."""
+        return self.seat.exchange if isinstance(self.seat.exchange, RoundsExchange) else None
 
     def take(
         self,
@@ -149,7 +164,8 @@ class EngineRole:
             self.earlier.exchange = earlier.exchange
         self.seat.exchange, self.seat.step_open = exchange, committed + 1
         if self.engine is None and model is not None:
-            self.seat.engine = job.engine(model, self._enduring(self.seat))
+            lookups = InRounds(self.seat) if job.is_in_rounds else self._enduring(self.seat)
+            self.seat.engine = job.engine(model, lookups)
             self.pace.new_engine()
 
     def _enduring(self, seat: Seat) -> EnduringExchange:
@@ -216,12 +232,17 @@ class EngineRole:
         """Run one step of each batch and send its tokens on.
 
         Raises:
-            SupersededError: a plan came that leaves no engine here; it has been entered.
+            SupersededError: a plan came that leaves no engine here; it has been entered. Or it ends a round, and waits.
+            SlotLostError: a slot takes no part in a round.
         """
+        rounds = self._rounds
+        begun = 0 if rounds is None else rounds.begun
         for seat in (self.earlier, self.seat):
             # A plan that came within the first step may have ended the second.
             if self._is_here(seat) and seat.engine is not None and seat.engine.has_work:
                 self._step(seat, seat.engine)
+        if rounds is not None and rounds.begun == begun and rounds.is_behind:
+            rounds.join(self.seat.step_open)
 
     def _is_here(self, seat: Seat) -> bool:
         return seat is self.earlier or seat is self.seat
@@ -235,6 +256,10 @@ class EngineRole:
         except SupersededError:
             raise
         except Exception as error:
+            if isinstance(error, SlotLostError) and isinstance(seat.exchange, RoundsExchange):
+                # There is no replica to ask, and no further round, before the next plan.
+                seat.exchange.abort()
+                raise
             # The engine has put the batch back; it gives up on a request after some failures.
             log.warning("slot %d: a serving step failed, trying again: %s", self.mailbox.slot, error)
             return
@@ -254,7 +279,7 @@ class EngineRole:
             }:
                 own = tuple(event for event in events if self.askers.get(event.request_id) == asker)
                 if own or is_due:
-                    self.mailbox.post(asker, Tokens(events=own, version=seat.step_open - 1))
+                    self.mailbox.post(asker, Tokens.of(own, seat.step_open - 1))
             for event in events:
                 if event.finish_reason is not None:
                     self.askers.pop(event.request_id, None)
@@ -288,7 +313,11 @@ class EngineRole:
                 error=str(error),
             )
             self.askers.pop(request.request_id, None)
-            self.mailbox.post(message.source, Tokens(events=(event,)))
+            self.mailbox.post(message.source, Tokens.of((event,)))
+
+    def _round(self, message: Message[Round]) -> None:
+        if (rounds := self._rounds) is not None:
+            rounds.heard(message.body.number)
 
     def _drain(self, _: Message[Drain]) -> None:
         left = len(self.seat.request_ids) + len(self.earlier.request_ids)

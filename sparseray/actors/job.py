@@ -5,9 +5,9 @@ from typing import Protocol
 
 from torch import Tensor
 
-from sparseray.actors.exchange.protocol import Exchange
 from sparseray.actors.serving.enduring import EnduringExchange
 from sparseray.actors.serving.engine import Engine
+from sparseray.actors.serving.rounds_engine import InRounds
 from sparseray.actors.state.holdings import Holdings
 from sparseray.actors.training.objective import BatchSource
 from sparseray.actors.wire.messages import SavedTensor
@@ -19,15 +19,16 @@ class Job(Protocol):
 
     deadline_s: float
     is_serving: bool
+    is_in_rounds: bool
     part_shape: tuple[int, int]
 
     def holdings(self) -> Holdings: ...
-    def engine(self, model: Transformer, exchange: Exchange | EnduringExchange) -> Engine | None:
+    def engine(self, model: Transformer, exchange: EnduringExchange | InRounds) -> Engine | None:
         """Make the engine; None for a job that does not serve.
 
         Args:
             model: dense weights.
-            exchange: of the plan in force, or one that outlives plans.
+            exchange: that outlives plans.
         """
         ...
 

@@ -138,10 +138,12 @@ class Roles:
             self.engine_role.drop()
             self.mailbox.post(SCHEDULER, Stale(), step=self.committed)
             return
-        if trains and is_in_step(plan, self.holdings, me):
-            lay_open(self.peers, plan, self.holdings, self.job.part_shape)
+        if is_in_step(plan, self.holdings, me, trains=trains):
+            lay_open(self.peers, plan, self.holdings, self.job.part_shape, trains=trains)
         self.gathering.give(self.holdings, mine, body)
-        pull_missing(self.holdings, mine, body, call, with_optimizer=trains)
+        if trains or body.source is None or not isinstance(self.holdings.experts, SlabExperts):
+            # An engine that sent all its weights from a device would serve nobody meanwhile.
+            pull_missing(self.holdings, mine, body, call, with_optimizer=trains)
         if body.source is not None:
             try:
                 restore(self.holdings, mine, body, self.job.read, with_optimizer=trains)
@@ -266,6 +268,7 @@ class Roles:
             part_shape=self.job.part_shape,
             observe=self.job.observe,
             patience=self.patience if self.job.is_serving else None,
+            trains=not self.job.is_serving,
         )
 
     # -- training ------------------------------------------------------------------------------

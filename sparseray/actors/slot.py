@@ -12,6 +12,8 @@ import traceback
 from collections import deque
 from collections.abc import Callable
 
+import torch
+
 from sparseray.actors.exchange.answers import Answers
 from sparseray.actors.installation import Gather, InstallPlan, JobSpec
 from sparseray.actors.job import Job
@@ -28,6 +30,17 @@ log = get_logger(__name__)
 IDLE_S = 0.5
 _UNORDERED = (InstallPlan, Gather, Generate, Cancel, Drain)
 _OF_ANY_VERSION = (ExpertForward, FetchRows)
+
+
+def is_device_lost() -> bool:
+    """Whether this process can use its GPU no more, as after an illegal access: every call of the driver says so."""
+    if not torch.cuda.is_initialized():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
 
 
 class Slot:
@@ -83,7 +96,7 @@ class Slot:
         except Exception as error:
             log.error("slot %d failed on %s:\n%s", self.mailbox.slot, what, traceback.format_exc())
             text = f"{type(error).__name__}: {error}"
-            self._tell(Failed(error=text, user=isinstance(error, UserError)))
+            self._tell(Failed(error=text, user=isinstance(error, UserError), lost=is_device_lost()))
 
     def _tell(self, body: Body) -> None:
         self.mailbox.post(SCHEDULER, body, step=self.roles.committed)

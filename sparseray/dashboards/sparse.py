@@ -65,6 +65,21 @@ _EXPERTS = (
         unit="percentunit",
         queries=one(rate("expert_seconds_total", by="run, process"), "{{run}} {{process}}"),
     ),
+    Panel(
+        title="Share of exchange with other slots",
+        meaning="Of slots that exchange through each other's memory: tokens out, rows back, waiting. The one that waits least"
+        " is the straggler.",
+        unit="percentunit",
+        queries=one(
+            rate("exchange_seconds_total", by="run, process, phase"), "{{run}} {{process}} {{phase}}"
+        ),
+    ),
+    Panel(
+        title="Bytes exchanged with other slots",
+        meaning="Tokens (dispatch) and rows (combine), by the slot that writes them.",
+        unit="Bps",
+        queries=one(rate("exchange_bytes_total", by="run, process, phase"), "{{run}} {{process}} {{phase}}"),
+    ),
 )
 _ATTENTION = (
     Panel(

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from sparseray.jobs.evaluation.subject import Subject
 
 DESCRIPTION = """Measure a checkpoint on validation documents: left-to-right loss and bits per byte, infilling (exact match
-of a held-out line, and of a span of tokens), and needles hidden in long texts. It runs on the CPU, in one process.
-Intervals hold 95 %: Wilson's for shares, a bootstrap over documents for losses."""
+of a held-out line, and of a span of tokens), and needles hidden in long texts. It runs in one process, on one GPU or
+on the CPU. Intervals hold 95 %: Wilson's for shares, a bootstrap over documents for losses."""
 EXAMPLE = """example:
   python -m sparseray evaluate --checkpoint runs/first/checkpoints/step_100 --data data/stdlib --out results.json
 """
@@ -60,6 +60,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="T",
         help="tokens of prompt and answer (default: the model's)",
     )
+    say(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="that computes: the CPU in float32, a GPU in bfloat16 (default: a GPU where there is one)",
+    )
     say("--seed", type=int, default=0, metavar="S", help="chooses documents, gaps and needles (default: 0)")
     say(
         "--tasks",
@@ -90,7 +96,7 @@ def run(options: argparse.Namespace) -> int:
     from sparseray.jobs.evaluation.tasks import TASKS
 
     data = TokenDataset(Path(expand_path(options.data, "--data")), "validation")
-    subject, begin = open_subject(directory, options.context), time.perf_counter()
+    subject, begin = open_subject(directory, options.context, options.device), time.perf_counter()
     check_vocabulary(directory, data)
     figures: dict[str, Any] = {}
     with progress_of_counts() as tell:
@@ -102,7 +108,7 @@ def run(options: argparse.Namespace) -> int:
         print(
             "the tokenizer has no fill-in-the-middle tokens: gaps were asked for from what is before them alone"
         )
-    print(f"{time.perf_counter() - begin:.1f} s, context {subject.context} tokens")
+    print(f"{time.perf_counter() - begin:.1f} s, context {subject.context} tokens, {subject.device}")
     if out is not None:
         write(out, {**_origin(directory, data, options, subject), "figures": figures})
         print(f"figures: {out}")
@@ -161,6 +167,7 @@ def _origin(
         "samples": options.samples,
         "seed": options.seed,
         "context": subject.context,
+        "device": subject.device,
     }
 
 

@@ -144,12 +144,27 @@ def run(config: RunConfig, show: Callable[[str], None]) -> int:
         f"step: {tokens_per_step(config):,} tokens in {config.train.logical_shards} logical shards of "
         f"{config.train.sequences_per_shard} x {config.train.seq_len}"
     )
+    if config.cluster.device == "cuda":
+        show(_step_times(config))
     show(data_line)
     show(
         f"slots: {len(shares)}{' that share roles' if config.cluster.colocated else ''}, "
         f"{len(shares) * config.cluster.cpus_per_slot:g} CPUs"
     )
     return 0
+
+
+def _step_times(config: RunConfig) -> str:
+    """What a step would take with each placement of as many GPUs, the best one first."""
+    from sparseray.platform.planning.device_memory import num_devices
+    from sparseray.platform.planning.step_time import placements, step_seconds
+
+    gpus = num_devices(config)
+    found = sorted(
+        (step_seconds(config, each), str(each)) for each in placements(gpus, config.train.logical_shards)
+    )
+    each = ", ".join(f"{name}: {seconds * 1e3:.0f} ms" for seconds, name in found)
+    return f"time: about {each} (attention + experts, {gpus} GPUs of one host); best: {found[0][1]}"
 
 
 def _show_shares(shares: Sequence[Share], show: Callable[[str], None]) -> None:

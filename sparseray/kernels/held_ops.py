@@ -1,9 +1,10 @@
 """`HeldOps`: the operations of `Ops` on the experts of a layer that one of several devices holds; and their plain form.
 
-A slot gives its tokens to all that hold experts; each computes the rows of those that it holds, and gives them back
-unweighted. `group_held`, `held_forward` and `combine_slots` together have the bits of `experts`, wherever experts are.
+A slot gives its tokens to all that hold experts; each computes the rows of those that it holds, and gives them back.
+Rows are sorted by group: an expert, or, where gradients of several sets of tokens are kept apart, an expert of one set.
+`group_held`, `held_forward` and `combine_slots` together have the bits of `experts`, wherever experts are.
 
-Shapes: T tokens, K experts per token, E experts held, R rows of those, H hidden, I inner.
+Shapes: T tokens, K experts per token, E experts held, G sets, R rows of those, H hidden, I inner.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from sparseray.kernels.moe import expert_sum as sums
@@ -24,38 +26,51 @@ class HeldRows:
     """Which rows of some tokens have their expert here.
 
     Attributes:
-        order_R: integers, t * K + k of every pair, by expert held; pairs whose expert is elsewhere come last.
-        counts_E: rows of each expert held, and after them those that are elsewhere: E + 1.
+        order_R: integers, t * K + k of every pair, by group; pairs whose expert is elsewhere come last.
+        inverse_R: where each pair's row lies.
+        counts_E: rows of each group, and after them those that are elsewhere: G * E + 1.
+        held: scalar, the number of rows that are here.
+        num_sets: G.
         plan: what the operation itself needs.
     """
 
     order_R: Tensor
+    inverse_R: Tensor
     counts_E: Tensor
+    held: Tensor
+    num_sets: int
     plan: Any
 
 
 class HeldOps(Protocol):
     """What `Ops` has of them; gradients are asked for, not recorded."""
 
-    def group_held(self, places_TK: Tensor, num_held: int, like: Tensor) -> HeldRows:
-        """Sort the (token, k) pairs by the place of their expert, stably; nothing is brought to the host.
+    def group_held(self, groups_TK: Tensor, num_sets: int, num_held: int, like: Tensor) -> HeldRows:
+        """Sort the (token, k) pairs by group, stably; nothing is brought to the host.
 
         Args:
-            places_TK: integers, the expert's row of the slabs; `num_held` where it is not here.
+            groups_TK: integers, set * E + the expert's row of the slabs; G * E where it is not here.
+            num_sets: G.
             num_held: E.
             like: of the tokens' dtype and device.
         """
         ...
 
     def held_forward(
-        self, x_TH: Tensor, rows: HeldRows, counts: Sequence[int], gate_up_E2IH: Tensor, down_EHI: Tensor
+        self,
+        x_TH: Tensor,
+        rows: HeldRows,
+        counts: Sequence[int] | None,
+        gate_up_E2IH: Tensor,
+        down_EHI: Tensor,
     ) -> tuple[Tensor, Any]:
         """Outputs [R, H] of the rows that are here, unweighted, and what their backward pass needs.
 
         Args:
             x_TH: tokens; kept for the backward pass.
             rows: of `group_held`.
-            counts: of each expert held, on the host.
+            counts: of each group, on the host; None where a device does without: then R is the number of all pairs, and
+                rows from `held` on are not written.
             gate_up_E2IH, down_EHI: slabs in the dtype of x.
         """
         ...
@@ -65,7 +80,7 @@ class HeldOps(Protocol):
         dout_TH: Tensor,
         weights_TK: Tensor,
         rows: HeldRows,
-        counts: Sequence[int],
+        counts: Sequence[int] | None,
         saved: Any,
         gate_up_E2IH: Tensor,
         down_EHI: Tensor,
@@ -87,13 +102,28 @@ class HeldOps(Protocol):
 class PlainHeldOps:
     """See `HeldOps`."""
 
-    def group_held(self, places_TK: Tensor, num_held: int, like: Tensor) -> HeldRows:
-        order_R, counts_E = group_by_expert(places_TK.long(), num_held + 1)
-        return HeldRows(order_R=order_R, counts_E=counts_E, plan=places_TK.shape[1])
+    def group_held(self, groups_TK: Tensor, num_sets: int, num_held: int, like: Tensor) -> HeldRows:
+        order_R, counts_E = group_by_expert(groups_TK.long(), num_sets * num_held + 1)
+        inverse_R = torch.empty_like(order_R).scatter_(0, order_R, torch.arange(len(order_R)))
+        held, top_k = counts_E[:-1].sum(), groups_TK.shape[-1]
+        return HeldRows(
+            order_R=order_R,
+            inverse_R=inverse_R,
+            counts_E=counts_E,
+            held=held,
+            num_sets=num_sets,
+            plan=top_k,
+        )
 
     def held_forward(
-        self, x_TH: Tensor, rows: HeldRows, counts: Sequence[int], gate_up_E2IH: Tensor, down_EHI: Tensor
+        self,
+        x_TH: Tensor,
+        rows: HeldRows,
+        counts: Sequence[int] | None,
+        gate_up_E2IH: Tensor,
+        down_EHI: Tensor,
     ) -> tuple[Tensor, Any]:
+        counts = rows.counts_E[:-1].tolist() if counts is None else counts
         order_R = rows.order_R[: sum(counts)]
         return sums.held_forward(x_TH, order_R, counts, rows.plan, gate_up_E2IH, down_EHI)
 
@@ -102,14 +132,15 @@ class PlainHeldOps:
         dout_TH: Tensor,
         weights_TK: Tensor,
         rows: HeldRows,
-        counts: Sequence[int],
+        counts: Sequence[int] | None,
         saved: Any,
         gate_up_E2IH: Tensor,
         down_EHI: Tensor,
     ) -> HeldGradients:
+        counts = rows.counts_E[:-1].tolist() if counts is None else counts
         order_R = rows.order_R[: sum(counts)]
         slabs = gate_up_E2IH, down_EHI
-        return sums.held_backward(dout_TH, weights_TK, order_R, counts, saved, *slabs)
+        return sums.held_backward(dout_TH, weights_TK, order_R, counts, saved, *slabs, rows.num_sets)
 
     def combine_slots(self, rows_TKH: Tensor, weights_TK: Tensor | None) -> Tensor:
         return sums.combine_slots(rows_TKH, weights_TK)

@@ -64,6 +64,10 @@ class Ops(PagedOps, HeldOps, RowOps, Protocol):
         """
         ...
 
+    def add_linear(self, y_RO: Tensor, x_RI: Tensor, weight_OI: Tensor, *, invariant: bool) -> Tensor:
+        """y + x @ weight.T, perhaps in the place of y, which nobody else may need."""
+        ...
+
     def linear_by_head(self, x_RQI: Tensor, weight_QOI: Tensor) -> Tensor:
         """Every head's rows times its own matrix, [R, Q, O]; in inference, as `linear` where it is invariant."""
         ...
@@ -77,9 +81,13 @@ class Ops(PagedOps, HeldOps, RowOps, Protocol):
         ...
 
     def add_rms_norm(
-        self, x: Tensor, residual: Tensor, weight_H: Tensor, eps: float
-    ) -> tuple[Tensor, Tensor]:
-        """(norm of residual + x, residual + x)."""
+        self, x: Tensor, residual: Tensor, weight_H: Tensor, eps: float, readers: int = 1
+    ) -> tuple[Tensor, ...]:
+        """(norm of residual + x, residual + x).
+
+        Args:
+            readers: 1 to 3; the norm comes once for each, and the gradients of all meet in the norm's own pass.
+        """
         ...
 
     def rotary(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -232,8 +240,7 @@ class Ops(PagedOps, HeldOps, RowOps, Protocol):
     def memory_fusion(
         self,
         h_RH: Tensor,
-        key_RH: Tensor,
-        value_RH: Tensor,
+        key_value_RH: Tensor,
         fusion: Fusion,
         shape: tuple[int, int],
         starts_BT: Tensor | None,
@@ -242,6 +249,7 @@ class Ops(PagedOps, HeldOps, RowOps, Protocol):
 
         Args:
             h_RH: hidden states before the layer.
+            key_value_RH: [R, 2 * H], keys, then values.
             shape: (B, T) with B * T = R.
             starts_BT: bool, documents' first tokens, which the convolution does not reach before; None: it does.
         """

@@ -5,14 +5,14 @@ compressed tokens has page / stride rows a page, so the block of a token lies on
 sequence's bits are those of the same operations on contiguous keys.
 
 Shapes: R rows, B sequences, W pages of a sequence, P tokens of a page, Q query heads, G key/value heads, D and V
-head sizes.
+head sizes, S slots.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any
 
 import torch
@@ -35,11 +35,12 @@ class Pages:
         table_BW: int32, the page of every P tokens of a sequence.
         context_lens_B: int32, tokens of every sequence, those of this call included.
         places_R: integers, where each row's keys and values go: page * P + position in the page.
-        chunks: (first row, last row + 1, tokens with the chunk) of every sequence, known to the host; None while
-            decoding, where nothing is known to the host.
+        chunks: (first row, last row + 1, tokens with the chunk) of every sequence, known to the host; None in what a
+            graph holds, where nothing is known to the host.
         num_new: tokens of every sequence while decoding, whose rows follow one another; more than one not with memory
             layers.
-        cu_seqlens: int32 [B + 1], boundaries of the chunks; None while decoding.
+        cu_seqlens: int32 [B + 1], boundaries of the chunks, after the last of which rows are padding; None while
+            decoding.
         scratch: what the operations keep for all layers of a call, and of calls with the same buffers.
     """
 
@@ -58,10 +59,12 @@ class Pages:
         return self.table_BW.shape[0]
 
     def spans(self) -> tuple[tuple[int, int, int], ...]:
-        """The chunks; read from the device while decoding."""
+        """The chunks; read from the device where the host does not know them."""
         if self.chunks is not None:
             return self.chunks
         new, contexts = self.num_new, self.context_lens_B.tolist()
+        if self.cu_seqlens is not None:
+            return tuple((a, b, n) for (a, b), n in zip(pairwise(self.cu_seqlens.tolist()), contexts))
         return tuple((b * new, (b + 1) * new, context) for b, context in enumerate(contexts))
 
 
@@ -78,6 +81,25 @@ class History:
     rows_SLH: Tensor
     slots_B: Tensor
     slots: tuple[int, ...]
+
+
+NO_TOKEN = -1
+"""Instead of a token where the logits are not finite."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DraftState:
+    """What a step goes on from, int32 [S] each; slot 0 is nobody's.
+
+    Args:
+        latest_S: newest token of every slot, which no page has yet.
+        draft_S: what probably follows it.
+        length_S: tokens in pages.
+    """
+
+    latest_S: Tensor
+    draft_S: Tensor
+    length_S: Tensor
 
 
 def write(pool: KeyValues, k_RGD: Tensor, v_RGV: Tensor, places_R: Tensor) -> None:

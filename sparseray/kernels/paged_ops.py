@@ -1,19 +1,19 @@
 """`PagedOps`: the operations of `Ops` whose sequences have their caches in pages; for inference alone.
 
 Shapes: R rows, P tokens of a page, C compressed tokens, Q query heads, G key/value heads, D and V head sizes, K width
-of a latent with its rotated key, H hidden.
+of a latent with its rotated key, H hidden; with drafts S slots, B sequences, W pages of one, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from torch import Tensor
 
 from sparseray.kernels.dse.reference import Fusion
 from sparseray.kernels.nsa.reference import Compression
-from sparseray.kernels.paged import History, KeyValues, Pages
+from sparseray.kernels.paged import DraftState, History, KeyValues, Pages
 from sparseray.kernels.settings import NSASizes
 
 
@@ -39,6 +39,37 @@ class PagedOps(Protocol):
 
     def paged_write(self, pool: KeyValues, k_RGD: Tensor, v_RGV: Tensor, pages: Pages) -> None:
         """Put the rows' keys and values at `pages.places_R`."""
+        ...
+
+    def paged_rotary_write(
+        self,
+        pool: KeyValues,
+        fused_RX: Tensor,
+        heads: tuple[int, int],
+        angles: tuple[Tensor, Tensor],
+        pages: Pages,
+    ) -> Tensor:
+        """`rotary_split` of queries, keys and values, and `paged_write` of the latter; the rotated queries [R, Q, D].
+
+        Args:
+            pool: written.
+            fused_RX: query, key and value heads of every row.
+            heads: Q and G.
+            angles: fp32 cosines and sines of the rows' positions.
+            pages: as of `paged_write`.
+        """
+        ...
+
+    def paged_write_branches(
+        self, pools: Sequence[KeyValues], rows: Sequence[tuple[Tensor, Tensor]], pages: Pages
+    ) -> None:
+        """`paged_write` of the keys and values of three branches, which have the same places.
+
+        Args:
+            pools: of the branches.
+            rows: keys [R, G, D] and values [R, G, V] of each.
+            pages: whose `places_R` say where.
+        """
         ...
 
     def paged_attend(self, q_RQD: Tensor, pool: KeyValues, pages: Pages) -> Tensor:
@@ -121,4 +152,53 @@ class PagedOps(Protocol):
         pages: Pages,
     ) -> Tensor:
         """`nsa_attention` of every sequence's rows to its pages, [R, Q, V]; padding rows are undefined."""
+        ...
+
+    def most_probable(self, logits_RV: Tensor) -> Tensor:
+        """Tokens, int64 [R], the first of equal ones; `NO_TOKEN` where the largest logit is no finite number."""
+        ...
+
+    def draft_rows(
+        self,
+        state: DraftState,
+        slots_B: Tensor,
+        table_SW: Tensor,
+        pages: Pages,
+        tokens_R: Tensor,
+        positions_R: Tensor,
+    ) -> None:
+        """Place the newest token and the draft of some slots, two rows each; beyond these nothing is written.
+
+        Args:
+            state: of all slots.
+            slots_B: int32.
+            table_SW: int32, the pages of every slot.
+            pages: its table, lengths (with both tokens) and places are written.
+            tokens_R, positions_R: int32, written.
+        """
+        ...
+
+    def judge_drafts(
+        self, logits_RV: Tensor, state: DraftState, slots_B: Tensor, outcome_B3: Tensor, tokens_R: Tensor
+    ) -> None:
+        """Find the most probable token after each of the rows, and whether it is the draft.
+
+        Args:
+            logits_RV: of two rows of each sequence.
+            state, slots_B: as of `draft_rows`.
+            outcome_B3: int32, written: the token after the newest one and that after the draft, `NO_TOKEN` where
+                logits are not finite, and whether the draft stands.
+            tokens_R: int32, written: what follows each row, 0 for none.
+        """
+        ...
+
+    def next_drafts(self, logits_RV: Tensor, outcome_B3: Tensor, state: DraftState, slots_B: Tensor) -> None:
+        """Move the slots on by one token or two, and draft again.
+
+        Args:
+            logits_RV: of the module that drafts, of two rows of each sequence; the second counts where the draft stood.
+            outcome_B3: of `judge_drafts`.
+            state: written.
+            slots_B: of the sequences; slot 0 stays at no tokens.
+        """
         ...

@@ -7,7 +7,7 @@ paged_ops.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from torch import Tensor
 from sparseray.kernels import paged
 from sparseray.kernels.dse.reference import Fusion
 from sparseray.kernels.nsa.reference import BranchKeys, Compression
-from sparseray.kernels.paged import History, KeyValues, Pages
+from sparseray.kernels.paged import NO_TOKEN, DraftState, History, KeyValues, Pages
 from sparseray.kernels.plain_ops import PlainOps
 from sparseray.kernels.settings import NSASizes
 
@@ -41,6 +41,25 @@ class PagedPlainOps(PlainOps):
 
     def paged_write(self, pool: KeyValues, k_RGD: Tensor, v_RGV: Tensor, pages: Pages) -> None:
         paged.write(pool, k_RGD, v_RGV, pages.places_R)
+
+    def paged_rotary_write(
+        self,
+        pool: KeyValues,
+        fused_RX: Tensor,
+        heads: tuple[int, int],
+        angles: tuple[Tensor, Tensor],
+        pages: Pages,
+    ) -> Tensor:
+        widths = (pool[1].shape[-1],)
+        q, k, v = self.rotary_split(fused_RX, heads, pool[0].shape[-1], 1, widths, *angles)
+        self.paged_write(pool, k, v, pages)
+        return q
+
+    def paged_write_branches(
+        self, pools: Sequence[KeyValues], rows: Sequence[tuple[Tensor, Tensor]], pages: Pages
+    ) -> None:
+        for pool, (k_RGD, v_RGV) in zip(pools, rows, strict=True):
+            self.paged_write(pool, k_RGD, v_RGV, pages)
 
     def paged_attend(self, q_RQD: Tensor, pool: KeyValues, pages: Pages) -> Tensor:
         out = q_RQD.new_zeros(*q_RQD.shape[:2], pool[1].shape[-1])
@@ -124,3 +143,46 @@ class PagedPlainOps(PlainOps):
             q, gates = q_RQD[rows][None], gates_RQ3[rows][None]
             out[rows] = self.nsa_attention(q, keys, gates, sizes, q_start=before, win_start=start)[0]
         return out
+
+    def most_probable(self, logits_RV: Tensor) -> Tensor:
+        best_R, token_R = logits_RV.max(-1)
+        return torch.where(best_R.isfinite(), token_R, NO_TOKEN)
+
+    def draft_rows(
+        self,
+        state: DraftState,
+        slots_B: Tensor,
+        table_SW: Tensor,
+        pages: Pages,
+        tokens_R: Tensor,
+        positions_R: Tensor,
+    ) -> None:
+        count, page = 2 * len(slots_B), pages.page
+        lengths_B = state.length_S[slots_B]
+        positions_BN = lengths_B[:, None] + torch.arange(2, device=slots_B.device, dtype=torch.int32)
+        torch.index_select(table_SW, 0, slots_B, out=pages.table_BW)
+        torch.add(lengths_B, 2, out=pages.context_lens_B)
+        page_BN = pages.table_BW.gather(1, (positions_BN // page).long())
+        pages.places_R[:count] = (page_BN * page + positions_BN % page).flatten()
+        tokens_R[:count] = torch.stack([state.latest_S[slots_B], state.draft_S[slots_B]], 1).flatten()
+        positions_R[:count] = positions_BN.flatten()
+
+    def judge_drafts(
+        self, logits_RV: Tensor, state: DraftState, slots_B: Tensor, outcome_B3: Tensor, tokens_R: Tensor
+    ) -> None:
+        found_R = self.most_probable(logits_RV).int()
+        outcome_B3[:, :2] = found_R.view(-1, 2)
+        outcome_B3[:, 2] = outcome_B3[:, 0] == state.draft_S[slots_B]
+        tokens_R[: len(found_R)] = found_R.clamp_min(0)
+
+    def next_drafts(self, logits_RV: Tensor, outcome_B3: Tensor, state: DraftState, slots_B: Tensor) -> None:
+        first_B, second_B, accepted_B = outcome_B3.unbind(1)
+        draft_BN = logits_RV.argmax(-1).view(-1, 2)
+        at_B, stands_B = slots_B.long(), accepted_B > 0
+        length_B = torch.where(slots_B > 0, state.length_S[slots_B] + 1 + accepted_B, 0)
+        for values_S, value_B in (
+            (state.latest_S, torch.where(stands_B, second_B, first_B).clamp_min(0)),
+            (state.draft_S, torch.where(stands_B, draft_BN[:, 1], draft_BN[:, 0])),
+            (state.length_S, length_B),
+        ):
+            values_S.index_copy_(0, at_B, value_B.int())

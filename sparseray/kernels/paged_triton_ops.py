@@ -1,10 +1,12 @@
 """`PagedTritonOps`: the paged operations of `Ops` by kernels, without a wait for the device; decoding fits a CUDA graph.
 
 Prompts' chunks against pages: full and latent attention gather the pages of chunks of one shape and let torch's fused
-attention read them; NSA reads them where they are. Shapes as in ops.py.
+attention read them; in a graph full attention reads them where they are, as NSA does anywhere. Shapes as in ops.py.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +15,15 @@ from torch.nn.attention.bias import causal_lower_right
 
 from sparseray.kernels.attention.decode import PagedDecodeWorkspace, paged_decode
 from sparseray.kernels.attention.latent_decode import LatentDecodeWorkspace, latent_decode
-from sparseray.kernels.attention.paged_write import latent_append, paged_write
+from sparseray.kernels.attention.paged_write import (
+    latent_append,
+    paged_write,
+    paged_write_three,
+    rotary_write,
+)
+from sparseray.kernels.attention.prefill import paged_prefill
+from sparseray.kernels.dense.most_probable import most_probable
+from sparseray.kernels.drafts import draft_rows, judge_drafts, next_drafts
 from sparseray.kernels.nsa.compress_step import compress_step
 from sparseray.kernels.nsa.decode import DecodeWorkspace, nsa_decode
 from sparseray.kernels.nsa.prefill import nsa_prefill, prefill_geometry
@@ -39,13 +49,39 @@ class PagedTritonOps(PagedPlainOps):
 
     expands_latents = True
 
+    most_probable = staticmethod(most_probable)
+    draft_rows = staticmethod(draft_rows)
+    judge_drafts = staticmethod(judge_drafts)
+    next_drafts = staticmethod(next_drafts)
+
     def paged_write(self, pool: KeyValues, k_RGD: Tensor, v_RGV: Tensor, pages: Pages) -> None:
         check("the paged cache", k_RGD, *pool)
         paged_write(k_RGD, v_RGV, pages.places_R, *pool)
 
+    def paged_rotary_write(
+        self,
+        pool: KeyValues,
+        fused_RX: Tensor,
+        heads: tuple[int, int],
+        angles: tuple[Tensor, Tensor],
+        pages: Pages,
+    ) -> Tensor:
+        check("the paged cache", fused_RX, *pool)
+        return rotary_write(fused_RX, heads[0], *angles, pages.places_R, *pool)
+
+    def paged_write_branches(
+        self, pools: Sequence[KeyValues], rows: Sequence[tuple[Tensor, Tensor]], pages: Pages
+    ) -> None:
+        check("the paged cache", *(x for pair in (*pools, *rows) for x in pair))
+        paged_write_three(rows, pages.places_R, pools)
+
     def paged_attend(self, q_RQD: Tensor, pool: KeyValues, pages: Pages) -> Tensor:
         if pages.chunks is not None:
             return self._attend_chunks(q_RQD, pool, pages)
+        if pages.cu_seqlens is not None:
+            # Rows of padding go on to the experts, so they must be numbers.
+            out = q_RQD.new_zeros(*q_RQD.shape[:2], pool[1].shape[-1])
+            return paged_prefill(q_RQD, *pool, pages.table_BW, pages.cu_seqlens, pages.context_lens_B, out)
         heads, width, places = q_RQD.shape[1], pool[1].shape[-1], _places(pages)
         workspace = pages.scratch.get("attend")
         if workspace is None:

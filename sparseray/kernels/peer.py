@@ -11,16 +11,24 @@ Names: p_ pointers, i_ program ids, o_ offsets, m_ masks; R rows, N numbers of a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import globaltimer
+from triton.runtime.jit import JITFunction
 
 from sparseray.kernels.launch import launch_kernel
 
 WIDTH = 1024
 """Numbers of a row that one program moves at once."""
 FLAT = 4096
+MOST_PROGRAMS = 528
+"""Of one that stores in several places: four for each multiprocessor, each with many numbers."""
+BESIDE_PROGRAMS = 32
+"""As many multiprocessors at most then store, and the others compute."""
 LOOK_EVERY = 32
 """Polls between two looks at the host's word, which take longer than one."""
 POLL_S = 1.5e-6
@@ -50,15 +58,95 @@ def _put_kernel(
         tl.store(p_into + o_r[:, None] * N + o_n[None, :], b, mask=m)
 
 
+@triton.jit
+def _of_table(p_table, o, p_like):
+    """Pointers that lie in a table as numbers; every region begins at a multiple of 16 bytes."""
+    return tl.multiple_of(tl.load(p_table + o).to(p_like.dtype), 16)
+
+
+@triton.jit
+def _put_all_kernel(p_from, p_table, p_state, N, COUNT: tl.constexpr, BN: tl.constexpr):
+    """Numbers i * BN and on, and those as many programs further, to each of COUNT places."""
+    if tl.load(p_state) == 0:
+        for first in range(tl.program_id(0) * BN, N, tl.num_programs(0) * BN):
+            o_n = first + tl.arange(0, BN)
+            b = tl.load(p_from + o_n, mask=o_n < N)
+            for i in tl.static_range(COUNT):
+                tl.store(_of_table(p_table, i, p_from) + o_n, b, mask=o_n < N)
+
+
+@triton.jit
+def _give_rows_kernel(
+    p_rows, p_table, p_order, p_held, p_state, R, SPAN, N, STRIDE, BN: tl.constexpr, BR: tl.constexpr
+):
+    """Rows i_r * BR and on, as far as they are held, to the places that their order says, of SPAN for each source."""
+    i_r, i_n = tl.program_id(0), tl.program_id(1)
+    held = tl.minimum(R, tl.load(p_held))
+    if (tl.load(p_state) == 0) & (i_r * BR < held):
+        o_r = i_r * BR + tl.arange(0, BR).to(tl.int64)
+        o_n = i_n * BN + tl.arange(0, BN)
+        m_r = o_r < held
+        m = m_r[:, None] & (o_n < N)[None, :]
+        b = tl.load(p_rows + o_r[:, None] * N + o_n[None, :], mask=m)
+        order = tl.load(p_order + o_r, mask=m_r, other=0)
+        p_into = _of_table(p_table, order // SPAN, p_rows)
+        tl.store(p_into[:, None] + (order % SPAN).to(tl.int64)[:, None] * STRIDE + o_n[None, :], b, mask=m)
+
+
+@triton.jit
+def _give_sums_kernel(
+    p_rows,
+    p_table,
+    p_inverse,
+    p_weights,
+    p_held,
+    p_state,
+    T,
+    STRIDE,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    BH: tl.constexpr,
+):
+    """One token of one source: the sum over those of its k whose rows are held, in fp32."""
+    i_t, i_s = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    if tl.load(p_state) == 0:
+        held = tl.load(p_held)
+        p_into = _of_table(p_table, i_s, p_rows) + i_t * STRIDE
+        first = (i_s * T + i_t) * K
+        for start in range(0, H, BH):
+            o_h = start + tl.arange(0, BH)
+            acc = tl.zeros([BH], tl.float32)
+            for k in tl.static_range(K):
+                row = tl.load(p_inverse + first + k).to(tl.int64)
+                m = (row < held) & (o_h < H)
+                x = tl.load(p_rows + row * H + o_h, mask=m, other=0.0).to(tl.float32)
+                if WEIGHTED:
+                    x = x * tl.load(p_weights + first + k)
+                acc += x
+            tl.store(p_into + o_h, acc.to(p_rows.dtype.element_ty), mask=o_h < H)
+
+
 @triton.jit(do_not_specialize=["rank", "word"])
 def _signal_kernel(p_flags, p_state, rank, word):
     if tl.load(p_state) == 0:
         tl.atomic_xchg(p_flags + rank, word + tl.load(p_state + 1), sem="release", scope="sys")
 
 
+@triton.jit(do_not_specialize=["rank", "word"])
+def _signal_all_kernel(p_table, p_state, rank, word):
+    if tl.load(p_state) == 0:
+        p_flags = tl.load(p_table + tl.program_id(0)).to(p_table.dtype)
+        tl.atomic_xchg(p_flags + rank, word + tl.load(p_state + 1), sem="release", scope="sys")
+
+
 @triton.jit(do_not_specialize=["ranks", "word", "later", "polls"])
-def _wait_kernel(p_flags, p_state, p_end, ranks, word, later, polls, S, LOOK: tl.constexpr):
+def _wait_kernel(
+    p_flags, p_state, p_end, ranks, word, later, polls, S, LOOK: tl.constexpr, IS_TIMED: tl.constexpr
+):
     """Wait for the word of each source whose bit is set in `ranks`; a word from `later` on ends it."""
+    if IS_TIMED:
+        began = globaltimer()
     status, word = tl.load(p_state), word + tl.load(p_state + 1)
     for rank in range(S):
         if (ranks >> rank) & 1:
@@ -74,6 +162,8 @@ def _wait_kernel(p_flags, p_state, p_end, ranks, word, later, polls, S, LOOK: tl
             if seen >= later:
                 status = tl.where(status == 0, 2, status)
     tl.store(p_state, status)
+    if IS_TIMED:
+        tl.store(p_state + 2, tl.load(p_state + 2) + globaltimer() - began)
 
 
 def put_rows(rows_RN: Tensor, into_XN: Tensor, order_R: Tensor | None, state: Tensor) -> None:
@@ -110,6 +200,133 @@ def put_rows(rows_RN: Tensor, into_XN: Tensor, order_R: Tensor | None, state: Te
         BR=block[0],
         num_warps=4,
     )
+
+
+def table_of(places: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Where some tensors lie, as numbers on a device: int64, one for each.
+
+    Args:
+        places: of any device whose memory the other one may write to; each begins at a multiple of 16 bytes.
+        device: of the kernels that are given the table.
+    """
+    addresses = [place.data_ptr() for place in places]
+    assert not any(address % 16 for address in addresses)
+    return torch.tensor(addresses, dtype=torch.int64).to(device)
+
+
+def put_all(numbers: Tensor, table: Tensor, state: Tensor, *, beside: bool = False) -> None:
+    """Store the same numbers in several places; they are read once.
+
+    Args:
+        numbers: contiguous.
+        table: of `table_of`; contiguous places of the same dtype and size.
+        state: of `new_state`; where it is not OK nothing is stored.
+        beside: something else computes meanwhile; then few programs store, many numbers at once each.
+    """
+    count = numbers.numel()
+    programs, block, warps = (BESIDE_PROGRAMS, 4 * FLAT, 16) if beside else (MOST_PROGRAMS, FLAT, 4)
+    launch_kernel(
+        _put_all_kernel,
+        (min(programs, triton.cdiv(count, block)),),
+        numbers,
+        table,
+        state,
+        count,
+        COUNT=len(table),
+        BN=block,
+        num_warps=warps,
+    )
+
+
+def give_rows(
+    rows_RN: Tensor, order_R: Tensor, held: Tensor, table: Tensor, span: int, stride: int, state: Tensor
+) -> None:
+    """Store each row where its source wants it.
+
+    Args:
+        rows_RN: contiguous; numbers of one dimension are rows of one.
+        order_R: int32; row r belongs to source order // span, at place order % span.
+        held: int32 scalar, how many rows there are, if fewer.
+        table: of `table_of`; a place for each source.
+        span: places of a source.
+        stride: numbers from one place to the next.
+        state: of `new_state`; where it is not OK nothing is stored.
+    """
+    R, width = order_R.shape[0], rows_RN[0].numel() if len(rows_RN) else 0
+    if not R:
+        return
+    columns = min(WIDTH, triton.next_power_of_2(width))
+    height = max(1, WIDTH // columns)
+    launch_kernel(
+        _give_rows_kernel,
+        (triton.cdiv(R, height), triton.cdiv(width, columns)),
+        rows_RN,
+        table,
+        order_R,
+        held,
+        state,
+        R,
+        span,
+        width,
+        stride,
+        BN=columns,
+        BR=height,
+        num_warps=4,
+    )
+
+
+def give_sums(
+    rows_RH: Tensor,
+    inverse_SR: Tensor,
+    weights_STK: Tensor | None,
+    held: Tensor,
+    table: Tensor,
+    shape: tuple[int, int, int],
+    stride: int,
+    state: Tensor,
+) -> None:
+    """Store, for every token of every source, the sum of its rows that are held; zeros where none is.
+
+    Args:
+        rows_RH: contiguous.
+        inverse_SR: int32, the row of each (source, token, k); from `held` on where it is not here.
+        weights_STK: fp32, factors of the rows; None for 1.
+        held: int32 scalar, rows that are here.
+        table: of `table_of`; where the first token's sum of each source goes.
+        shape: S, T and K.
+        stride: numbers from one token's sum to the next one's.
+        state: of `new_state`; where it is not OK nothing is stored.
+    """
+    (S, T, K), H = shape, rows_RH.shape[1]
+    launch_kernel(
+        _give_sums_kernel,
+        (T, S),
+        rows_RH,
+        table,
+        inverse_SR,
+        inverse_SR if weights_STK is None else weights_STK,
+        held,
+        state,
+        T,
+        stride,
+        H=H,
+        K=K,
+        WEIGHTED=weights_STK is not None,
+        BH=min(2048, triton.next_power_of_2(H)),
+        num_warps=4,
+    )
+
+
+def signal_all(table: Tensor, rank: int, word: int, state: Tensor) -> None:
+    """Store a word of several other GPUs', after all that was launched before.
+
+    Args:
+        table: of `table_of`; their words.
+        rank: which of the words.
+        word: to store.
+        state: of `new_state`; where it is not OK nothing is stored.
+    """
+    launch_kernel(_signal_all_kernel, (len(table),), table, state, rank, word, num_warps=1)
 
 
 def signal(flags_S: Tensor, rank: int, word: int, state: Tensor) -> None:
@@ -151,13 +368,15 @@ def wait(
         polls,
         flags_S.shape[0],
         LOOK=LOOK_EVERY,
+        # The interpreter has no clock.
+        IS_TIMED=isinstance(_wait_kernel, JITFunction),
         num_warps=1,
     )
 
 
 def new_state(device: torch.device) -> Tensor:
-    """A status that says OK, and a count that is added to every word: int64 [2]."""
-    return torch.zeros(2, dtype=torch.int64, device=device)
+    """A status that says OK, a count that is added to every word, and nanoseconds spent in waits: int64 [3]."""
+    return torch.zeros(3, dtype=torch.int64, device=device)
 
 
 def new_end(device: torch.device) -> Tensor:

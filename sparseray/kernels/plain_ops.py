@@ -36,6 +36,9 @@ class PlainOps(PlainRowOps, PlainHeldOps):
             return F.linear(x_RI, weight_OI, bias_O)
         return torch.cat([F.linear(block, weight_OI, bias_O) for block in torch.split(x_RI, ROW_BLOCK)])
 
+    def add_linear(self, y_RO: Tensor, x_RI: Tensor, weight_OI: Tensor, *, invariant: bool) -> Tensor:
+        return y_RO + self.linear(x_RI, weight_OI, None, invariant=invariant)
+
     def linear_by_head(self, x_RQI: Tensor, weight_QOI: Tensor) -> Tensor:
         heads = zip(x_RQI.unbind(1), weight_QOI.unbind(0))
         return torch.stack([self.linear(x, weight, None, invariant=True) for x, weight in heads], 1)
@@ -47,10 +50,10 @@ class PlainOps(PlainRowOps, PlainHeldOps):
         return F.rms_norm(x.float(), weight_H.shape, weight_H.float(), eps).to(x.dtype)
 
     def add_rms_norm(
-        self, x: Tensor, residual: Tensor, weight_H: Tensor, eps: float
-    ) -> tuple[Tensor, Tensor]:
+        self, x: Tensor, residual: Tensor, weight_H: Tensor, eps: float, readers: int = 1
+    ) -> tuple[Tensor, ...]:
         total = residual + x
-        return self.rms_norm(total, weight_H, eps), total
+        return *(self.rms_norm(total, weight_H, eps),) * readers, total
 
     def rotary(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         first, second = x.float().chunk(2, dim=-1)
@@ -188,13 +191,13 @@ class PlainOps(PlainRowOps, PlainHeldOps):
     def memory_fusion(
         self,
         h_RH: Tensor,
-        key_RH: Tensor,
-        value_RH: Tensor,
+        key_value_RH: Tensor,
         fusion: Fusion,
         shape: tuple[int, int],
         starts_BT: Tensor | None,
     ) -> Tensor:
         # Without a view of h in between: autograd would add up its gradients in another order.
+        key_RH, value_RH = key_value_RH.chunk(2, dim=-1)
         gated_RH = self.memory_gate(h_RH, key_RH, value_RH, fusion)
         normed_RH = self.rms_norm(gated_RH, fusion.value_norm_C, fusion.conv_eps)
         conv_BTH = short_conv(

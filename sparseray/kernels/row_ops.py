@@ -23,13 +23,35 @@ from sparseray.kernels.dse.staging import sum_segments
 class RowOps(Protocol):
     """What `Ops` has of them; none is differentiable, and of all sums the order is fixed."""
 
+    def take_rows(self, x_UD: Tensor, places_N: Tensor) -> Tensor:
+        """x[places], in x's dtype: [N, D].
+
+        Args:
+            x_UD: contiguous.
+            places_N: int32 or int64, below U.
+        """
+        ...
+
+    def take_newer(
+        self, fields: tuple[Tensor, ...], ids_U: Tensor, newer: tuple[Tensor, ...], newer_ids_V: Tensor
+    ) -> None:
+        """Overwrite the rows that are in both lists by the other's, in place, without asking a device which they are.
+
+        Args:
+            fields: weight [U, D], m [U, D], v [U] and t [U], contiguous.
+            ids_U: int64, rising.
+            newer: the same of the other list.
+            newer_ids_V: int64, rising.
+        """
+        ...
+
     def row_sums(self, grads_ND: Tensor, order_N: Tensor, first_U1: Tensor) -> Tensor:
         """Sum the gradients of equal rows in order of position: fp32 [U, D], 0 for a row without any.
 
         Args:
             grads_ND: fp32 or bf16, contiguous.
-            order_N: int64, positions of the gradients, row after row.
-            first_U1: int64, where in it each row's begin, and where the last one's end.
+            order_N: int32 or int64, positions of the gradients, row after row.
+            first_U1: of the same dtype, where in it each row's begin, and where the last one's end.
         """
         ...
 
@@ -77,7 +99,19 @@ def to_numpy(tensor: Tensor) -> NDArray[Any]:
 
 
 class PlainRowOps:
-    """See `RowOps`; what lies on a device comes to the host and goes back."""
+    """See `RowOps`; what lies on a device comes to the host and goes back for sums and update."""
+
+    def take_rows(self, x_UD: Tensor, places_N: Tensor) -> Tensor:
+        return x_UD.index_select(0, places_N)
+
+    def take_newer(
+        self, fields: tuple[Tensor, ...], ids_U: Tensor, newer: tuple[Tensor, ...], newer_ids_V: Tensor
+    ) -> None:
+        at_U = torch.searchsorted(newer_ids_V, ids_U).clamp_(max=len(newer_ids_V) - 1)
+        is_newer_U = newer_ids_V.index_select(0, at_U) == ids_U
+        for own, other in zip(fields, newer):
+            mask = is_newer_U if own.ndim == 1 else is_newer_U[:, None]
+            own.copy_(torch.where(mask, other.index_select(0, at_U), own))
 
     def row_sums(self, grads_ND: Tensor, order_N: Tensor, first_U1: Tensor) -> Tensor:
         sums_UD = sum_segments(to_numpy(grads_ND.float()), to_numpy(order_N), to_numpy(first_U1))

@@ -8,7 +8,7 @@ Paged caches are in paged_triton_ops.py. A method that is in neither is the plai
 | attend | torch's fused attention; values narrower than keys are padded | |
 | rotary_split where head sizes differ | torch | |
 | memory_gate, memory_conv | torch: the fused kernel takes whole sequences, these are a chunk's pieces in serving | |
-| memory_fusion's backward, ngram_rows of orders with gaps | torch | |
+| ngram_rows of orders with gaps | torch | |
 
 Shapes as in ops.py.
 """
@@ -35,6 +35,7 @@ from sparseray.kernels.dse import fusion as dse_fusion
 from sparseray.kernels.dse import rows as dse_rows
 from sparseray.kernels.dse.reference import Fusion
 from sparseray.kernels.dse.row_update import range_norms, row_adam
+from sparseray.kernels.dse.staged_rows import take_newer, take_rows
 from sparseray.kernels.held_ops import HeldRows
 from sparseray.kernels.moe import held
 from sparseray.kernels.moe.decode import moe_ffn_decode
@@ -89,6 +90,9 @@ class _Embedding(torch.autograd.Function):
 
 class TritonOps(PagedTritonOps):
     """See `Ops` for what each operation does."""
+
+    def add_linear(self, y_RO: Tensor, x_RI: Tensor, weight_OI: Tensor, *, invariant: bool) -> Tensor:
+        return y_RO.addmm_(x_RI, weight_OI.t())
 
     def linear_by_head(self, x_RQI: Tensor, weight_QOI: Tensor) -> Tensor:
         return torch.bmm(x_RQI.transpose(0, 1), weight_QOI.transpose(1, 2)).transpose(0, 1)
@@ -231,12 +235,24 @@ class TritonOps(PagedTritonOps):
             )
         return moe_ffn(x_TH, topk_ids_TK, topk_weights_TK, gate_up_E2IH, down_EHI)
 
-    def group_held(self, places_TK: Tensor, num_held: int, like: Tensor) -> HeldRows:
-        plan = held.group_held(places_TK, num_held, like)
-        return HeldRows(order_R=plan.order_R, counts_E=plan.counts_E, plan=plan)
+    def group_held(self, groups_TK: Tensor, num_sets: int, num_held: int, like: Tensor) -> HeldRows:
+        plan = held.group_held(groups_TK, num_sets * num_held, num_held, like)
+        return HeldRows(
+            order_R=plan.order_R,
+            inverse_R=plan.inverse_R,
+            counts_E=plan.counts_E,
+            held=plan.offsets_E[num_sets * num_held],
+            num_sets=num_sets,
+            plan=plan,
+        )
 
     def held_forward(
-        self, x_TH: Tensor, rows: HeldRows, counts: Sequence[int], gate_up_E2IH: Tensor, down_EHI: Tensor
+        self,
+        x_TH: Tensor,
+        rows: HeldRows,
+        counts: Sequence[int] | None,
+        gate_up_E2IH: Tensor,
+        down_EHI: Tensor,
     ) -> tuple[Tensor, Any]:
         check("the experts", x_TH, gate_up_E2IH, down_EHI)
         return held.held_forward(x_TH, rows.plan, counts, gate_up_E2IH, down_EHI)
@@ -246,12 +262,13 @@ class TritonOps(PagedTritonOps):
         dout_TH: Tensor,
         weights_TK: Tensor,
         rows: HeldRows,
-        counts: Sequence[int],
+        counts: Sequence[int] | None,
         saved: Any,
         gate_up_E2IH: Tensor,
         down_EHI: Tensor,
     ) -> HeldGradients:
-        return held.held_backward(dout_TH, weights_TK, saved, gate_up_E2IH, down_EHI)
+        slabs = gate_up_E2IH, down_EHI
+        return held.held_backward(dout_TH, weights_TK, saved, *slabs, rows.num_sets)
 
     def combine_slots(self, rows_TKH: Tensor, weights_TK: Tensor | None) -> Tensor:
         T, K, H = rows_TKH.shape
@@ -295,20 +312,21 @@ class TritonOps(PagedTritonOps):
     def memory_fusion(
         self,
         h_RH: Tensor,
-        key_RH: Tensor,
-        value_RH: Tensor,
+        key_value_RH: Tensor,
         fusion: Fusion,
         shape: tuple[int, int],
         starts_BT: Tensor | None,
     ) -> Tensor:
-        check("the memory's fusion", h_RH, key_RH, value_RH)
-        h, key, value = (x.unflatten(0, shape) for x in (h_RH, key_RH, value_RH))
-        out_BTH = dse_fusion.memory_output(h, key, value, fusion, document_starts_BT=starts_BT)
+        check("the memory's fusion", h_RH, key_value_RH)
+        h, key_value = (x.unflatten(0, shape) for x in (h_RH, key_value_RH))
+        out_BTH = dse_fusion.memory_output(h, key_value, fusion, document_starts_BT=starts_BT)
         return out_BTH.flatten(0, 1)
 
     def row_sums(self, grads_ND: Tensor, order_N: Tensor, first_U1: Tensor) -> Tensor:
         return dse_rows.sum_segments(grads_ND, order_N, first_U1)
 
+    take_rows = staticmethod(take_rows)
+    take_newer = staticmethod(take_newer)
     range_norms = staticmethod(range_norms)
     row_adam = staticmethod(row_adam)
 

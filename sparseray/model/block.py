@@ -33,17 +33,20 @@ class Block(nn.Module):
 
     def _attend(
         self, h_RH: Tensor, y_RH: Tensor | None, batch: Batch, angles: Angles, values_TND: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Add what the layer before gave, memory and attention: (the sum after the norm before the MLP, the sum)."""
+    ) -> tuple[Tensor, ...]:
+        """Add what the layer before gave, memory and attention: (the sum after the norm before the MLP, once for each of
+        its readers, the sum)."""
+        readers = self.attention.num_readers
         if self.dse is not None:
             assert values_TND is not None
             h_RH = h_RH if y_RH is None else h_RH + y_RH
-            x_RH, h_RH = self.attention_norm.add(self.dse(h_RH, values_TND, batch), h_RH)
+            *xs_RH, h_RH = self.attention_norm.add(self.dse(h_RH, values_TND, batch), h_RH, readers)
         elif y_RH is not None:
-            x_RH, h_RH = self.attention_norm.add(y_RH, h_RH)
+            *xs_RH, h_RH = self.attention_norm.add(y_RH, h_RH, readers)
         else:
-            x_RH = self.attention_norm(h_RH)
-        return self.ffn_norm.add(self.attention(x_RH, batch, angles), h_RH)
+            xs_RH = [self.attention_norm(h_RH)] * readers
+        attended_RH = self.attention(xs_RH, batch, angles)
+        return self.ffn_norm.add(attended_RH, h_RH, 1 if self.moe is None else self.moe.num_readers)
 
     def forward(
         self,
@@ -66,10 +69,10 @@ class Block(nn.Module):
         Returns:
             (hidden states before the MLP [R, H], what it adds [R, H], balance loss, tokens per expert int64 [E]).
         """
-        x_RH, h_RH = run(self._attend, h_RH, y_RH, batch, angles, values_TND)
+        *xs_RH, h_RH = run(self._attend, h_RH, y_RH, batch, angles, values_TND)
         if self.moe is None:
             assert self.ffn is not None
-            return h_RH, run(self.ffn, x_RH, batch), None, None
-        y_RH, loss, counts_E = self.moe(x_RH, batch, experts, run)
+            return h_RH, run(self.ffn, xs_RH[0], batch), None, None
+        y_RH, loss, counts_E = self.moe(xs_RH, batch, experts, run)
         assert y_RH is not None
         return h_RH, y_RH, loss, counts_E

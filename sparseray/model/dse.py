@@ -82,8 +82,8 @@ class DSE(nn.Module):
         if e_RE.shape[0] < h_RH.shape[0]:
             e_RE = F.pad(e_RE, (0, 0, 0, h_RH.shape[0] - e_RE.shape[0]))
         key_value_RH = self.key_value(e_RE, batch)
-        key_RH, value_RH = key_value_RH.chunk(2, dim=-1)
         if is_collecting():
+            key_RH, value_RH = key_value_RH.chunk(2, dim=-1)
             gated_RH = self.ops.memory_gate(h_RH, key_RH, value_RH, self.fusion())
             note_memory(self.layer, value_RH[: batch.rows], gated_RH[: batch.rows])
         starts_BT = batch.starts_BT if self.config.reset_at_document else None
@@ -97,7 +97,7 @@ class DSE(nn.Module):
                 paged.pages,
                 None if starts_BT is None else starts_BT[0],
             )
-        return self.ops.memory_fusion(h_RH, key_RH, value_RH, self.fusion(), batch.shape, starts_BT)
+        return self.ops.memory_fusion(h_RH, key_value_RH, self.fusion(), batch.shape, starts_BT)
 
 
 class LocalMemory(nn.Module):

@@ -93,9 +93,9 @@ class RMSNorm(nn.Module):
         """Normalise the last axis."""
         return self.ops.rms_norm(x, self.weight, self.eps)
 
-    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """(norm of residual + x, residual + x)."""
-        return self.ops.add_rms_norm(x, residual, self.weight, self.eps)
+    def add(self, x: Tensor, residual: Tensor, readers: int = 1) -> tuple[Tensor, ...]:
+        """(norm of residual + x, once for each of its readers, residual + x)."""
+        return self.ops.add_rms_norm(x, residual, self.weight, self.eps, readers)
 
 
 class SwiGLU(nn.Module):
@@ -107,10 +107,18 @@ class SwiGLU(nn.Module):
         self.gate_up = Linear(hidden, 2 * inner, ops)
         self.down = Linear(inner, hidden, ops)
 
+    def _inner(self, x_RH: Tensor, batch: Batch) -> Tensor:
+        return self.ops.swiglu(self.gate_up(x_RH, batch))
+
     def forward(self, x_RH: Tensor, batch: Batch) -> Tensor:
         """Return [R, H]."""
-        out: Tensor = self.down(self.ops.swiglu(self.gate_up(x_RH, batch)), batch)
+        out: Tensor = self.down(self._inner(x_RH, batch), batch)
         return out
+
+    def add_to(self, y_RH: Tensor, x_RH: Tensor, batch: Batch) -> Tensor:
+        """Return y, which is given away, with the result added."""
+        inner_RI = self._inner(x_RH, batch)
+        return self.ops.add_linear(y_RH, inner_RI, self.down.weight, invariant=batch.invariant)
 
 
 def rope_tables(

@@ -9,8 +9,8 @@ Shapes: R rows, T tokens, K experts per token, E experts, H hidden, I inner.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,27 @@ class Experts(Protocol):
 
         Returns:
             [T, H] in the dtype of x.
+        """
+        ...
+
+
+@runtime_checkable
+class ExpertsBeside(Experts, Protocol):
+    """Routed experts elsewhere: something else may be computed while tokens travel."""
+
+    def beside(
+        self,
+        layer: int,
+        x_TH: Tensor,
+        topk_ids_TK: Tensor,
+        topk_weights_TK: Tensor,
+        other: Callable[[], Tensor],
+    ) -> Tensor:
+        """The experts' sum plus what `other` gives.
+
+        Args:
+            layer, x_TH, topk_ids_TK, topk_weights_TK: as in `Experts`.
+            other: [T, H].
         """
         ...
 
@@ -85,6 +106,7 @@ class MoE(nn.Module):
         self.register_buffer("router_bias", torch.zeros(config.moe.num_experts, dtype=torch.float32))
         inner = config.moe.num_shared * config.moe.expert_dim
         self.shared = SwiGLU(config.hidden, inner, ops) if inner else None
+        self.num_readers = 3 if inner else 2
 
     def _route(self, x_RH: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
         """Choose the experts of every token.
@@ -105,39 +127,56 @@ class MoE(nn.Module):
             normalize=config.normalize,
             scaling=config.scaling,
         )
-        rows = batch.rows
-        ids_TK, weights_TK = ids_RK[:rows], weights_RK[:rows]
+        ids_TK, weights_TK, rows = ids_RK, weights_RK, batch.rows
+        if rows < x_RH.shape[0]:
+            ids_TK, weights_TK = ids_RK[:rows], weights_RK[:rows]
         loss = None if batch.invariant else balance_loss(config, scores_RE, ids_TK, batch.shape, self.ops)
         return ids_TK, weights_TK, loss
 
     def _mix(
-        self, x_RH: Tensor, ids_TK: Tensor, weights_TK: Tensor, batch: Batch, experts: Experts
+        self,
+        xs_RH: Sequence[Tensor],
+        ids_TK: Tensor,
+        weights_TK: Tensor,
+        batch: Batch,
+        experts: Experts,
     ) -> Tensor:
         """Return the sum of the chosen experts and the shared ones, [R, H].
 
         Args:
+            xs_RH: the rows for the former, and for the latter.
             ids_TK, weights_TK: of `_route`.
         """
-        y_TH = experts(self.layer, x_RH[: batch.rows], ids_TK, weights_TK)
-        if y_TH.shape[0] < x_RH.shape[0]:
-            y_TH = torch.nn.functional.pad(y_TH, (0, 0, 0, x_RH.shape[0] - y_TH.shape[0]))
+        x_RH, shared = xs_RH[0], self.shared
+        padding = x_RH.shape[0] - batch.rows
+        if shared is not None and isinstance(experts, ExpertsBeside) and not (padding or batch.invariant):
+            return experts.beside(self.layer, x_RH, ids_TK, weights_TK, lambda: shared(xs_RH[1], batch))
+        y_TH = experts(self.layer, x_RH[: batch.rows] if padding else x_RH, ids_TK, weights_TK)
+        if self.shared is not None and batch.invariant:
+            # Nobody reads what the rows of padding get; a decode step saves two launches a layer.
+            shared_RH: Tensor = self.shared(x_RH, batch)
+            shared_RH[: batch.rows] += y_TH
+            return shared_RH
+        if padding:
+            y_TH = torch.nn.functional.pad(y_TH, (0, 0, 0, padding))
         if self.shared is not None:
-            y_TH = y_TH + self.shared(x_RH, batch)
+            y_TH = self.shared.add_to(y_TH, xs_RH[1], batch)
         return y_TH
 
     def forward(
-        self, x_RH: Tensor, batch: Batch, experts: Experts, run: Run = at_once
+        self, xs_RH: Sequence[Tensor], batch: Batch, experts: Experts, run: Run = at_once
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Apply the layer.
 
         Args:
+            xs_RH: the rows, `num_readers` times.
             run: calls what may be recomputed. Routing is not: a second one could choose other experts.
 
         Returns:
             (y_RH, balance loss, tokens per expert int64 [E]); the last two are None in inference.
         """
-        ids_TK, weights_TK, loss = self._route(x_RH, batch)
-        y_RH = run(self._mix, x_RH, ids_TK, weights_TK, batch, experts)
+        ids_TK, weights_TK, loss = self._route(xs_RH[0], batch)
+        y_RH = run(self._mix, xs_RH[1:], ids_TK, weights_TK, batch, experts)
         counts_E = None if batch.invariant else self.ops.expert_counts(ids_TK, self.config.num_experts)
         return y_RH, loss, counts_E
 

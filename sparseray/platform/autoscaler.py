@@ -35,8 +35,8 @@ FORGET_S = 1800.0
 FEWEST_TOKENS, FEWEST_STEPS = 8, 30
 COMPARED = 2.0
 """Engines with a larger mean batch than that are all at work, and show whether they hinder each other."""
-SURELY, SURELY_NOT = 3.0, 2.0
-"""Standard deviations by which what came by chance is below, and above, what is taken for a load."""
+SURELY, WITH_QUEUE, SURELY_NOT = 3.0, 2.0, 2.0
+"""Standard deviations by which what came by chance is below what is taken for a load, or below where requests wait too; above."""
 SHARE = 0.9
 
 
@@ -159,7 +159,8 @@ class Autoscaler:
         warm = self._engine(min(SHORT_S, since), now, is_warm=True)
         steps, rows = sum(e.steps for e in warm), sum(e.rows for e in warm)
         per_request, prefill_steps = self._sizes(now)
-        at_least, at_most = self._arrivals(now)
+        waiting = sum(e.waiting for e in latest)
+        at_least, at_most = self._arrivals(now, WITH_QUEUE if waiting else SURELY)
         return EngineView(
             now=count,
             wanted=there.wanted.attention,
@@ -168,7 +169,7 @@ class Autoscaler:
             max_batch=serve.max_batch,
             target_ttft_s=serve.target_ttft_ms / 1000,
             target_itl_s=serve.target_itl_ms / 1000,
-            waiting=sum(e.waiting for e in latest),
+            waiting=waiting,
             running=sum(e.running for e in latest),
             cache_per_request=max((e.cache_usage / e.running for e in latest if e.running), default=0.0),
             ttft_s=_nine_of_ten([e.ttft for e in warm]),
@@ -220,8 +221,13 @@ class Autoscaler:
         last = {heard.slot: heard for heard in self._heard if now - heard.at <= SILENT_S}
         return [heard.load.engine for heard in last.values() if heard.load.engine is not None]
 
-    def _arrivals(self, now: float) -> tuple[float, float]:
-        """Requests a second that surely come, and that are surely not exceeded."""
+    def _arrivals(self, now: float, surely: float) -> tuple[float, float]:
+        """Requests a second that surely come, and that are surely not exceeded.
+
+        Args:
+            now: time.
+            surely: standard deviations by which chance may have added to what came.
+        """
         at_least, at_most = 0.0, 0.0
         started = self._heard[0].at if self._heard else now
         for window_s in (SUDDEN_S, SHORT_S, KEPT_S):
@@ -229,7 +235,7 @@ class Autoscaler:
             arrived = sum(e.arrived for e in self._engine(window_s, now))
             spread = math.sqrt(arrived)
             if window_s < KEPT_S:
-                at_least = max(at_least, (arrived - SURELY * spread) / seconds)
+                at_least = max(at_least, (arrived - surely * spread) / seconds)
             if window_s > SUDDEN_S:
                 at_most = max(at_most, (arrived + SURELY_NOT * spread) / seconds)
         return at_least, at_most

@@ -37,7 +37,7 @@ def check_cluster(cluster: ClusterConfig, inventory: Inventory) -> Plan:
         addresses=dict.fromkeys(range(count), ""),
         inventory=inventory,
         roles=roles,
-        replication=cluster.replication,
+        replication=inventory.replicas(roles, cluster.replication),
         colocated=cluster.colocated,
     )
     if cluster.max_slots and cluster.max_slots < count + cluster.standby:

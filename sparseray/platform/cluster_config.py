@@ -16,8 +16,8 @@ class ClusterConfig:
         attention_workers, expert_shards, memory_shards: slots of each role.
         replication: holders of every piece of state.
         colocated: roles share slots; a call from a slot to itself is a function call.
-        device: "cpu", "cuda" (one slot with one GPU plays all roles), or "auto": cuda where the command finds a GPU
-            of compute capability 9 or more and the roles share one slot.
+        device: "cpu", "cuda" (a GPU for each slot, and slots share all roles), or "auto": cuda where the command finds as
+            many GPUs of compute capability 9 or more and the roles share slots.
         threads_per_slot: torch threads, and parts of a step that a slot with all roles runs side by side; part of the
             bits of a result.
         cpus_per_slot: CPUs that Ray reserves for a slot.

@@ -1,14 +1,14 @@
 """On what device a run computes, and whether it can: said in one sentence before anything is started.
 
-`cluster.device: cuda` is slots with a GPU each that share all roles: of one, tensors stay there and no message is made;
-several of one host exchange through each other's memory. The same way of working on a CPU is what `train.dtype:
+`cluster.device: cuda` is slots with a GPU each: of one that has all roles, tensors stay there and no message is made;
+several of one host, whose roles may be apart, exchange through each other's memory. The same way of working on a CPU is what `train.dtype:
 bfloat16` asks for without a GPU.
 """
 
 from dataclasses import replace
 
 from sparseray.errors import ConfigError
-from sparseray.platform.config import ClusterConfig, RunConfig
+from sparseray.platform.config import RunConfig
 from sparseray.platform.gpu import Driver, driver
 from sparseray.platform.planning.device_memory import DeviceMemory, device_memory, num_devices
 
@@ -19,6 +19,11 @@ GIB = 1 << 30
 def is_whole(config: RunConfig) -> bool:
     """Whether slots compute in slabs on their devices, and in step where they are several."""
     return config.cluster.device == "cuda" or config.train.dtype == "bfloat16"
+
+
+def spreads_experts(config: RunConfig) -> bool:
+    """Whether a server's engines have some of the experts each, and compute in rounds."""
+    return is_whole(config) and config.cluster.expert_shards > 1
 
 
 def resolve_device(config: RunConfig, found: Driver | None = None) -> RunConfig:
@@ -32,9 +37,7 @@ def resolve_device(config: RunConfig, found: Driver | None = None) -> RunConfig:
         ConfigError: what does not fit, where, and what to change.
     """
     config, found = _resolved(config, found)
-    if is_whole(config):
-        _check_in_step(config)
-    else:
+    if not is_whole(config):
         _check_by_message(config)
     if config.cluster.device == "cuda":
         assert found is not None
@@ -58,12 +61,7 @@ def resolve_serving_device(config: RunConfig, found: Driver | None = None) -> Ru
     config = replace(config, train=replace(config.train, dtype=dtype))
     if config.cluster.device == "cuda":
         assert found is not None
-        if config.model.has_latent_layers:
-            raise ConfigError(
-                "cluster.device=cuda: latent attention (model.attention: mla) has no paged kernel for a GPU yet, it is"
-                " served on a CPU; set cluster.device=cpu"
-            )
-        _check_whole(config)
+        _check_engines(config)
         _check_gpu(config, found)
     return config
 
@@ -79,36 +77,33 @@ def _resolved(config: RunConfig, found: Driver | None) -> tuple[RunConfig, Drive
     return replace(config, cluster=replace(config.cluster, device=device)), found
 
 
-def _surplus(cluster: ClusterConfig) -> tuple[str, str] | None:
-    """The setting that asks for more than one slot with all roles, and its cure."""
-    for role in ("attention_workers", "expert_shards", "memory_shards", "replication"):
-        if getattr(cluster, role) > 1:
-            return f"cluster.{role}={getattr(cluster, role)}", f"set cluster.{role}=1"
-    if cluster.standby:
-        return f"cluster.standby={cluster.standby}", "set cluster.standby=0"
-    return ("cluster.colocated=false", "set cluster.colocated=true") if not cluster.colocated else None
-
-
-def _check_whole(config: RunConfig) -> None:
-    surplus = _surplus(config.cluster)
-    if surplus is not None:
-        cause = "cluster.device=cuda" if config.cluster.device == "cuda" else "train.dtype=bfloat16"
-        raise ConfigError(
-            f"{surplus[0]} does not fit {cause} in serving, where one slot plays all roles; {surplus[1]}"
-        )
-
-
-def _check_in_step(config: RunConfig) -> None:
-    cluster = config.cluster
-    cause = "cluster.device=cuda" if cluster.device == "cuda" else "train.dtype=bfloat16"
+def _check_engines(config: RunConfig) -> None:
+    """See that nothing is asked for beside engines, each of which has everything, or some of the experts."""
+    cluster, shards = config.cluster, f"cluster.expert_shards={config.cluster.expert_shards}"
     if not cluster.colocated:
         raise ConfigError(
-            f"cluster.colocated=false does not fit {cause}, where slots share all roles; set cluster.colocated=true"
+            "cluster.colocated=false does not fit cluster.device=cuda in serving, where an engine's slot has all roles;"
+            " set cluster.colocated=true"
+        )
+    if cluster.memory_shards > 1:
+        raise ConfigError(
+            f"cluster.memory_shards={cluster.memory_shards} does not fit cluster.device=cuda in serving, where every"
+            " engine (cluster.attention_workers) has all tables; set cluster.memory_shards=1"
+        )
+    if cluster.expert_shards > 1 and config.model.dse.layers:
+        raise ConfigError(
+            f"{shards}: on GPUs a model with memory layers (model.dse.layers={list(config.model.dse.layers)}) is served"
+            " with all experts in every engine; set cluster.expert_shards=1"
+        )
+    if cluster.expert_shards > 1 and config.serve.speculate != "none":
+        raise ConfigError(
+            f"serve.speculate={config.serve.speculate}: engines that share experts ({shards}) do not draft; set"
+            " serve.speculate=none"
         )
 
 
 def _check_by_message(config: RunConfig) -> None:
-    needs = "needs slots that share all roles (cluster.device=cuda, or train.dtype=bfloat16)"
+    needs = "needs slots that compute in slabs (cluster.device=cuda, or train.dtype=bfloat16)"
     if config.optim.moments != "float32":
         raise ConfigError(f"optim.moments={config.optim.moments} {needs}; set optim.moments=float32")
     if config.train.recompute:
@@ -145,6 +140,8 @@ def _check_number(config: RunConfig, gpus: int) -> None:
     }
     wanted["standby"] = min(cluster.standby, gpus - min(slots, gpus))
     cure = " ".join(f"cluster.{k}={v}" for k, v in wanted.items() if v != getattr(cluster, k))
+    if not cluster.colocated:
+        cure = f"cluster.colocated=true {cure}".rstrip()
     raise ConfigError(
         f"cluster.device=cuda: {slots} slots and {cluster.standby} on standby take a GPU each, and this machine shows"
         f" {gpus}; set {cure}, or cluster.device=cpu"

@@ -27,6 +27,7 @@ from sparseray.platform.installing import install
 from sparseray.platform.planning.holders import Holders
 from sparseray.platform.planning.inventory import Roles, num_slots
 from sparseray.platform.planning.replan import Moves, make_plan, moves, replan, role_slots
+from sparseray.platform.planning.shrink import after_loss
 from sparseray.platform.run.events import Change, Events, role_holders
 from sparseray.platform.run.history import JobHistory, Wish
 from sparseray.platform.run.journal import Journal
@@ -81,7 +82,7 @@ class Generations:
     @property
     def wanted(self) -> Roles:
         """Slots of each role that plans shall have."""
-        return self.wish.lent.left_of(self.wish.roles)
+        return self.workload.inventory.shared(self.wish.lent.left_of(self.wish.roles))
 
     @property
     def standby(self) -> int:
@@ -117,7 +118,7 @@ class Generations:
         self.plan = make_plan(
             generation=self.generation + 1,
             addresses={slot: m.address for slot, m in members.items()},
-            replication=self.cluster.replication,
+            replication=self.workload.inventory.replicas(self.wanted, self.cluster.replication),
             colocated=self.cluster.colocated,
             nodes={slot: m.node for slot, m in members.items()},
             inventory=self.workload.inventory,
@@ -218,7 +219,7 @@ class Generations:
             generation=self.generation + 1,
             addresses={slot: m.address for slot, m in members.items()},
             roles=roles,
-            replication=self.cluster.replication,
+            replication=self.workload.inventory.replicas(roles, self.cluster.replication),
             colocated=self.cluster.colocated,
             nodes={slot: m.node for slot, m in members.items()},
             loads=self.wish.packed_by,
@@ -241,7 +242,8 @@ class Generations:
                 self.holders.forget({loss.slot for loss in error.losses})
             started = time.monotonic()
             self._refill()
-            new = self.replanned(self.wanted)
+            left = after_loss(self.plan, self.fleet.members(), self.workload.inventory, self.generation + 1)
+            new = left or self.replanned(self.wanted)
             pulls = None
             if restore is not None and restore.everything:
                 restore, step = self.workload.renewed(restore, step)

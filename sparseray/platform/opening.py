@@ -16,7 +16,7 @@ from sparseray.model.dse_layout import DSELayout
 from sparseray.platform import config as configuration
 from sparseray.platform.checks import check_cluster, check_folder, check_start
 from sparseray.platform.config import ClusterConfig, RunConfig, ServeConfig
-from sparseray.platform.device import resolve_device, resolve_serving_device
+from sparseray.platform.device import is_whole, resolve_device, resolve_serving_device, spreads_experts
 from sparseray.platform.planning.inventory import Inventory, num_slots
 from sparseray.platform.run import checkpoint
 from sparseray.platform.run.folder import Origin, RunFolder, flat
@@ -144,8 +144,14 @@ def training_inventory(config: RunConfig) -> Inventory:
 
 
 def serving_inventory(config: RunConfig) -> Inventory:
-    """What a server has to place: engines share nothing, whatever the run's logical shards were."""
-    return Inventory.of(config.model, parts=0)
+    """What a server has to place: engines share nothing, whatever the run's logical shards were.
+
+    On devices each of them holds everything, unless experts are to lie on several.
+    """
+    in_slabs = is_whole(config)
+    return Inventory.of(
+        config.model, parts=0, is_whole=in_slabs and not spreads_experts(config), in_slabs=in_slabs
+    )
 
 
 def slots_of(config: RunConfig, inventory: Inventory) -> int:
@@ -338,9 +344,9 @@ def _open_served(identity: Path, config: RunConfig) -> RunConfig:
     if not (directory / "tokenizer.json").exists():
         raise CheckpointError(f"{directory} has no tokenizer.json; use a whole checkpoint folder")
     config = replace(config, model=_with_drafting(config, directory))
+    config = resolve_serving_device(config)
     check_cluster(config.cluster, serving_inventory(config))
     check_start(config.cluster)
-    config = resolve_serving_device(config)
     if serve.speculate == "mtp":
         check_drafting(config)
     return config

@@ -8,6 +8,7 @@ those of messages.
 Shapes: T tokens, K experts per token, H hidden, N table rows per token, D row width.
 """
 
+import math
 import time
 from collections.abc import Callable, Sequence
 
@@ -61,6 +62,11 @@ class OnDeviceExchange(Abortable):
         slabs = self.whole.weights(self.index[layer])
         return self.dense.ops.experts(x_TH, topk_ids_TK, topk_weights_TK, *slabs)
 
+    def leaves(self) -> list[Tensor]:
+        """What a backward pass leaves gradients at: every dense parameter, then both slabs of every MoE layer."""
+        slabs = [slab for index in self.index.values() for slab in self.whole.weights(index)]
+        return [*self.dense.parameters, *slabs]
+
     def prefetch(self, rows: Addresses) -> FetchedRows:
         """Read rows of all memory layers as the last commit left them, and send them to the device.
 
@@ -93,14 +99,14 @@ class OnDeviceExchange(Abortable):
             FetchedRows(
                 addresses=part,
                 values={
-                    layer: rows.weight_UD.index_select(0, rows.places[index]).to(self.dense.dtype)
+                    layer: self.dense.ops.take_rows(rows.weight_UD, rows.places[index]).to(self.dense.dtype)
                     for layer, rows in zip(part, staged.layers)
                 },
             )
             for index, part in enumerate(staged.parts)
         ]
         addressed = sum(rows_TN.numel() for part in staged.parts for rows_TN in part.values())
-        self._note(started, addressed, sum(map(len, staged.host_ids)))
+        self._note(started, addressed, staged.num_rows)
         return found
 
     def _note(self, started: float, addressed: int, read: int) -> None:
@@ -126,15 +132,12 @@ class OnDeviceExchange(Abortable):
     def _prepared(self, step: int) -> None:
         """Tell the scheduler of every role's norms, which one copy brings from the device."""
         of_tables = [] if self.memory is None else self.memory.norms_on_device()
-        of_dense, of_experts, of_buckets = step_norms(self.dense, self.whole, of_tables, Tensor.tolist)
-        self._post(step, "dense", of_dense)
-        self._post(step, "expert", of_experts)
-        if self.memory is not None:
-            names = (f"bucket.{layer}.{bucket}" for layer, bucket in self.memory.primary)
-            self._post(step, "memory", dict(zip(names, of_buckets, strict=True)))
-
-    def _post(self, step: int, role: str, norms: dict[str, float]) -> None:
-        self.mailbox.post(SCHEDULER, Prepared(role=role, norms=norms, digests={}), step=step)
+        of_roles = step_norms(self.dense, self.whole, of_tables, Tensor.tolist)
+        for role, found in zip(("dense", "expert", "memory"), of_roles):
+            if role != "memory" or self.memory is not None:
+                # A thousand names would take longer to travel than the device takes for a layer, and it waits.
+                norms = {f"{role}.{i}": value for i, value in enumerate(exact_sum(found))}
+                self.mailbox.post(SCHEDULER, Prepared(role=role, norms=norms, digests={}), step=step)
 
     def take_fetches(self) -> list[Fetch]:
         """Return what was fetched since the last call."""
@@ -144,8 +147,8 @@ class OnDeviceExchange(Abortable):
 
 def step_norms(
     dense: DenseSlabs, experts: SlabExperts, further: Sequence[Tensor], read: Callable[[Tensor], list[float]]
-) -> tuple[dict[str, float], dict[str, float], list[float]]:
-    """Squared norms of the step's gradients: of dense tensors and of experts by name, and further ones.
+) -> tuple[list[float], list[float], list[float]]:
+    """Squared norms of the step's gradients: of dense tensors, of the experts that are held, and further ones.
 
     Args:
         dense, experts: with their gradients; a slot that holds no dense weights has none of those.
@@ -157,4 +160,20 @@ def step_norms(
     rows = [1] * len(of_dense) + [gradient.shape[0] for gradient in there]
     norms = read(torch.cat([dense.ops.squared_norms([*of_dense, *there], rows), *further]))
     count, end = len(of_dense), sum(rows)
-    return dict(zip(dense.names, norms[:count])), experts.norms_by_expert(norms[count:end]), norms[end:]
+    return norms[:count], experts.expert_norms(norms[count:end]), norms[end:]
+
+
+def exact_sum(values: Sequence[float]) -> list[float]:
+    """A few numbers whose sum is that of the values to the last bit: summed with others they are rounded but once.
+
+    Args:
+        values: any; where the sum is no finite number, it is all that comes back.
+
+    Source: Shewchuk 1997, whose expansions `math.fsum` rounds at the end; each round here is what the last one left.
+    """
+    found: list[float] = []
+    while rest := math.fsum([*values, *(-value for value in found)]):
+        found.append(rest)
+        if not math.isfinite(rest):
+            break
+    return found

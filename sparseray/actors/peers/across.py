@@ -1,7 +1,7 @@
 """Experts and gradients of several slots on one host, each with a device: the exchange of several GPUs.
 
 Every slot gives its tokens to all that hold experts, each computes the rows of those that it holds and puts them back
-where the tokens are (kernels/held_ops.py). All slots of a generation make the same exchanges in the same order: in each
+where the tokens are (token_exchange.py). All slots of a generation make the same exchanges in the same order: in each
 round every slot runs one part, or none, and those that run none compute for the others. Gradients are summed in
 the order of one slot, so the number of slots changes no bit. Twin of on_device.py, where one slot has everything; table
 rows go by message, as their tables lie in the host's memory.
@@ -9,8 +9,7 @@ rows go by message, as their tables lie in the host's memory.
 Shapes: T tokens, K experts per token, R rows, H hidden, E experts.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 from zlib import crc32
 
@@ -20,28 +19,20 @@ from torch import Tensor
 
 from sparseray.actors.exchange.by_message import MessageExchange
 from sparseray.actors.exchange.on_device import step_norms
-from sparseray.actors.exchange.protocol import Abortable, Fetch, FetchedRows, PartGradients
+from sparseray.actors.exchange.protocol import Abortable, Fetch, FetchedRows, Observe, PartGradients
 from sparseray.actors.peers.dense_slices import DenseSlices
 from sparseray.actors.peers.expert_shares import ExpertShares
 from sparseray.actors.peers.link import Link
+from sparseray.actors.peers.meter import Meter
 from sparseray.actors.peers.rounds import Round, Turn, rounds_of
 from sparseray.actors.peers.table import Table
+from sparseray.actors.peers.token_exchange import TokenExchange
 from sparseray.actors.state.assignment import Plan
 from sparseray.actors.state.dense_slab import DenseSlabs
 from sparseray.actors.state.pieces import Key
 from sparseray.actors.state.slab_experts import SlabExperts
 from sparseray.actors.wire.envelope import SCHEDULER
 from sparseray.actors.wire.messages import Prepared
-from sparseray.kernels.ops import HeldRows
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Kept:
-    """What the backward pass of one source's rows needs."""
-
-    rows: HeldRows
-    counts: list[int]
-    saved: Any
 
 
 class DeviceExchange(Abortable):
@@ -55,6 +46,7 @@ class DeviceExchange(Abortable):
         link: to it.
         rows: table rows, and the way of their gradients.
         part_shape: sequences of a part, and tokens of each.
+        observe: metrics of the slot.
     """
 
     def __init__(
@@ -66,6 +58,7 @@ class DeviceExchange(Abortable):
         link: Link,
         rows: MessageExchange,
         part_shape: tuple[int, int],
+        observe: Observe,
     ) -> None:
         super().__init__()
         self.plan, self.dense, self.held, self.table, self.link = plan, dense, experts, table, link
@@ -73,13 +66,13 @@ class DeviceExchange(Abortable):
         self.part_shape, self.ops = part_shape, dense.ops
         self._recomputes = dense.model.recompute
         self.layers = list(experts.config.moe_layers)
-        self.owners = plan.expert_primaries
+        self.meter = Meter(link, observe)
+        self.across = TokenExchange(plan, dense, experts, table, self.me, link, self.meter)
         self.slices = DenseSlices(plan, dense, table, self.me, link)
         self.shares = ExpertShares(plan, experts, table, self.me, link)
-        self._turn, self._count = Turn(), 0
-        self._places: dict[int, tuple[dict[int, int], Tensor]] = {}
-        self._kept: dict[tuple[int, int], _Kept] = {}
-        self._gradients: dict[int, list[Tensor]] = {}
+        self._turn = Turn()
+        self.nothing = torch.zeros((), device=dense.device)
+        self._routed = _Routed(self)
 
     # -- what runs -----------------------------------------------------------------------------------
 
@@ -91,8 +84,8 @@ class DeviceExchange(Abortable):
             trains: forward and backward; otherwise forward alone.
         """
         self._turn = Turn(rounds_of(parts), trains)
-        self._kept.clear()
-        self._gradients.clear()
+        self.meter.forget()
+        self.across.clear()
 
     def begin(self, step: int, part: int) -> None:
         """Say what the next calls belong to.
@@ -121,12 +114,12 @@ class DeviceExchange(Abortable):
         for index in range(own, len(turn.rounds)):
             turn.index = index
             for layer in layers:
-                self._serve_forward(layer, None)
+                self._forward(layer)
             if turn.trains:
                 for layer in reversed(layers):
                     if self._recomputes:
-                        self._serve_forward(layer, None)
-                    self._serve_backward(layer, None)
+                        self._forward(layer)
+                    self._backward(layer)
                 self._end_round()
         if turn.trains:
             self._finish(step)
@@ -137,69 +130,49 @@ class DeviceExchange(Abortable):
 
     # -- experts ---------------------------------------------------------------------------------------
 
-    def experts(self, layer: int, x_TH: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Tensor:
-        """Sum over k of weight * expert(x), [T, H].
+    @property
+    def experts(self) -> "_Routed":
+        """The routed experts, as the model calls them."""
+        return self._routed
 
-        Args:
-            layer: 0-based model layer.
-            x_TH: inputs, in the slabs' dtype.
-            topk_ids_TK: int64, chosen experts.
-            topk_weights_TK: fp32, their weights.
-        """
-        index = self.layers.index(layer)
-        out_TH: Tensor = _Exchanged.apply(x_TH, topk_weights_TK, topk_ids_TK, self, index)
-        return out_TH
-
-    def forward_rows(self, layer: int, x_TH: Tensor, ids_TK: Tensor) -> Tensor:
-        """Outputs [T, K, H] of every chosen expert; they lie there until the next call.
+    def send_rows(self, layer: int, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> None:
+        """Let tokens go to the slots of their experts.
 
         Args:
             layer: index among the MoE layers.
             x_TH: inputs, contiguous.
-            ids_TK: int32, chosen experts.
+            ids_TK: int32, chosen experts, contiguous.
+            weights_TK: fp32, their weights, contiguous.
         """
-        self._dispatch(x_TH, ids_TK, "ids_STK")
-        self._serve_forward(layer, (x_TH, ids_TK))
-        return self._returned(*ids_TK.shape)
+        self.check()
+        self.across.send(x_TH, (ids_TK, weights_TK))
 
-    def backward_rows(self, layer: int, dout_TH: Tensor, weights_TK: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients of the inputs [T, K, H] and of the routing weights [T, K].
+    def forward_rows(self, layer: int, weights_TK: Tensor) -> Tensor:
+        """The weighted sum of the chosen experts' outputs, [T, H], of the tokens that were sent last.
 
         Args:
             layer: index among the MoE layers.
-            dout_TH: gradient of the layer's output, contiguous.
-            weights_TK: fp32, contiguous.
+            weights_TK: as there.
         """
-        self._dispatch(dout_TH, weights_TK, "weights_STK")
-        self._serve_backward(layer, (dout_TH, weights_TK))
-        dweights_R = self.table.regions[self.me].row_weights_R[: weights_TK.numel()]
-        return self._returned(*weights_TK.shape), dweights_R.view_as(weights_TK)
+        self._forward(layer)
+        weights = None if self.across.is_summed else weights_TK
+        return self.ops.combine_slots(self.across.returned(len(weights_TK)), weights)
 
-    def _dispatch(self, tokens_TH: Tensor, chosen_TK: Tensor, name: str) -> None:
-        """Give all that hold experts the tokens of this slot, and which experts or which weights they have."""
+    def send_gradient(self, dout_TH: Tensor) -> None:
+        """Let the gradient of a layer's output, contiguous, go the same way."""
         self.check()
-        T, rank = tokens_TH.shape[0], self.table.rank(self.me)
-        for slot in self.owners:
-            if slot != self.me:
-                theirs = self.table.regions[slot]
-                self.link.put(tokens_TH, theirs.x_STH[rank, :T])
-                self.link.put(chosen_TK, getattr(theirs, name)[rank, :T])
-                self.link.signal(theirs.flags_S, rank, self._count + 1)
+        self.across.send(dout_TH, None)
 
-    def _returned(self, T: int, K: int) -> Tensor:
-        return self.table.regions[self.me].rows_RH[: T * K].view(T, K, -1)
+    def backward_rows(self, layer: int, tokens: int) -> tuple[Tensor, Tensor]:
+        """Gradients of the inputs, [T, H], and of the routing weights, [T, K], after `send_gradient`.
 
-    def _arrived(
-        self, layer: int, own: tuple[Tensor, Tensor] | None, name: str
-    ) -> dict[int, tuple[Tensor, Tensor]]:
-        """What every slot that runs a part has sent, the own last: nobody else waits for that."""
-        mine, others = self.table.regions[self.me], [slot for slot in self._running if slot != self.me]
-        self.link.wait(mine.flags_S, self.table.ranks(others), self._count + 1)
-        T, found = self._tokens(layer), {}
-        for slot in others:
-            rank = self.table.rank(slot)
-            found[slot] = mine.x_STH[rank, :T], getattr(mine, name)[rank, :T]
-        return found if own is None else found | {self.me: own}
+        Args:
+            layer: index among the MoE layers.
+            tokens: T.
+        """
+        self._backward(layer)
+        dx_TH = self.ops.combine_slots(self.across.returned(tokens), None)
+        return dx_TH, self.across.returned_weights(tokens).clone()
 
     def _tokens(self, layer: int) -> int:
         """Tokens of a part that a layer sees: a module k places ahead has no token for the last k."""
@@ -207,77 +180,19 @@ class DeviceExchange(Abortable):
         ahead = max(0, self.layers[layer] - self.held.config.num_layers + 1)
         return sequences * (length - ahead)
 
-    def _serve_forward(self, layer: int, own: tuple[Tensor, Tensor] | None) -> None:
-        """Compute the rows of all slots whose experts are here, and give them back."""
+    def _forward(self, layer: int) -> None:
+        """Compute what all slots have sent whose experts are here."""
         self.check()
         turn = self._turn
         # What is computed again is kept only then.
         keep = turn.trains and (not self._recomputes or layer in turn.passed)
         turn.passed.add(layer)
-        if self.me in self.owners:
-            arrived, slab = self._arrived(layer, own, "ids_STK"), self.held.slabs[layer]
-            num, places_E = len(slab.rows), self._places_of(layer)
-            like = slab.compute[0]
-            grouped = {
-                s: self.ops.group_held(places_E[ids.long()], num, like) for s, (_, ids) in arrived.items()
-            }
-            counts = self._read_counts(grouped, num)
-            for slot, (x_TH, _) in arrived.items():
-                if keep and slot != self.me:
-                    x_TH = x_TH.clone()
-                rows, of_slot = grouped[slot], counts[slot]
-                y_RH, saved = self.ops.held_forward(x_TH, rows, of_slot, *slab.compute)
-                if keep:
-                    self._kept[(layer, slot)] = _Kept(rows=rows, counts=of_slot, saved=saved)
-                self._give_back(slot, rows.order_R[: sum(of_slot)], y_RH, None)
-        self._collected(own is not None)
+        self.across.forward(layer, list(self._running), self._tokens(layer), keep=keep)
 
-    def _read_counts(self, grouped: dict[int, HeldRows], num: int) -> dict[int, list[int]]:
-        """Rows of every expert here, by source: the one thing that the host waits for."""
-        if not grouped:
-            return {}
-        found = self.link.read(torch.stack([rows.counts_E for rows in grouped.values()]))
-        return {slot: counts[:num] for slot, counts in zip(grouped, found)}
-
-    def _serve_backward(self, layer: int, own: tuple[Tensor, Tensor] | None) -> None:
-        """Give back the input gradients of what was computed here, and keep the experts' own."""
+    def _backward(self, layer: int) -> None:
+        """Give back the input gradients of what was computed here."""
         self.check()
-        if self.me in self.owners:
-            slab = self.held.slabs[layer].compute
-            for slot, (dout_TH, weights_TK) in self._arrived(layer, own, "weights_STK").items():
-                kept = self._kept.pop((layer, slot))
-                found = self.ops.held_backward(dout_TH, weights_TK, kept.rows, kept.counts, kept.saved, *slab)
-                self._give_back(slot, kept.rows.order_R[: sum(kept.counts)], found.dx_RH, found.dweights_R)
-                into = self._gradients.setdefault(slot, [torch.empty(0)] * (2 * len(self.layers)))
-                into[2 * layer : 2 * layer + 2] = found.dgate_up_E2IH, found.ddown_EHI
-        self._collected(own is not None)
-
-    def _give_back(self, slot: int, order_R: Tensor, rows_RH: Tensor, weights_R: Tensor | None) -> None:
-        """Put rows at their places in the memory of the slot whose tokens they are of."""
-        theirs = self.table.regions[slot]
-        self.link.put(rows_RH, theirs.rows_RH, order_R)
-        if weights_R is not None:
-            self.link.put(weights_R, theirs.row_weights_R, order_R)
-        if slot != self.me:
-            self.link.signal(theirs.flags_S, self.table.rank(self.me), self._count + 2)
-
-    def _collected(self, runs: bool) -> None:
-        """End an exchange: the rows of the own tokens are here."""
-        if runs:
-            others = [slot for slot in self.owners if slot != self.me]
-            flags_S = self.table.regions[self.me].flags_S
-            self.link.wait(flags_S, self.table.ranks(others), self._count + 2)
-        self._count += 2
-
-    def _places_of(self, layer: int) -> Tensor:
-        """Row of the slabs of each expert that is computed here, int32 [E]; the number of rows for all others."""
-        rows = self.held.slabs[layer].rows
-        if layer not in self._places or self._places[layer][0] is not rows:
-            computed = [e for e in rows if (layer, e) in self.held.computed]
-            places_E = torch.full((self.held.config.moe.num_experts,), len(rows), dtype=torch.int32)
-            places_E[computed] = torch.tensor([rows[e] for e in computed], dtype=torch.int32)
-            self._places[layer] = rows, places_E.to(self.dense.device)
-        return self._places[layer][1]
+        self.across.backward(layer, list(self._running), self._tokens(layer))
 
     # -- rows ------------------------------------------------------------------------------------------
 
@@ -319,16 +234,23 @@ class DeviceExchange(Abortable):
     def _end_round(self) -> None:
         """Add the experts' gradients of all parts of a round to their sums."""
         self._turn.passed.clear()
-        if self.me in self.owners:
-            for slot, part in self._running.items():
-                self.held.sum.add(part, self._gradients.pop(slot))
+        if not self.across.is_owner:
+            return
+        parts, gradients = list(self._running.values()), self.across.take_gradients()
+        for part, of_part in zip(parts, gradients, strict=not self.across.is_summed):
+            self.held.sum.add(part, of_part, len(parts) // len(gradients))
 
     def _finish(self, step: int) -> None:
         """Sum what lies in several slots, and tell the scheduler of every role's norms."""
-        self.slices.sum_up(self._count + 1)
-        self.shares.share(self._count + 3)
-        self._count += 4
-        of_dense, of_experts, _ = step_norms(self.dense, self.held, [], self.link.read)
+        self.slices.sum_up(self.across.count + 1)
+        self.shares.share(self.across.count + 3)
+        self.across.count += 4
+        dense, experts, _ = step_norms(self.dense, self.held, [], self.link.read)
+        of_dense = dict(zip(self.dense.names, dense))
+        held = [(layer, expert) for layer, slab in enumerate(self.held.slabs) for expert in slab.rows]
+        of_experts = dict(zip(map(_name, held), experts, strict=True))
+        self.meter.tell()
+        self.across.settle(max(map(len, self._turn.rounds)), self.part_shape[0] * self.part_shape[1])
         plan = self.plan
         if self.me in plan.dense:
             is_first = plan.dense[0] == self.me
@@ -357,22 +279,81 @@ def _digest(norms: Iterable[float]) -> int:
     return crc32(np.array(list(norms)).tobytes())
 
 
-class _Exchanged(torch.autograd.Function):
-    """The sum of a token's experts: rows go out and come back, in each direction."""
+class _Routed:
+    """`ExpertsBeside` of the model.
+
+    Args:
+        exchange: in which tokens travel.
+    """
+
+    def __init__(self, exchange: DeviceExchange) -> None:
+        self._exchange = exchange
+
+    def __call__(self, layer: int, x_TH: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Tensor:
+        """As of `Exchange.experts`.
+
+        Args:
+            layer, x_TH, topk_ids_TK, topk_weights_TK: there.
+        """
+        return self._run(layer, x_TH, topk_ids_TK, topk_weights_TK, None)
+
+    def beside(
+        self,
+        layer: int,
+        x_TH: Tensor,
+        topk_ids_TK: Tensor,
+        topk_weights_TK: Tensor,
+        other: Callable[[], Tensor],
+    ) -> Tensor:
+        """The sum of both; in the backward pass, too, gradients travel while those of `other` are computed.
+
+        Args:
+            layer, x_TH, topk_ids_TK, topk_weights_TK: as of `Exchange.experts`.
+            other: computes [T, H].
+        """
+        return self._run(layer, x_TH, topk_ids_TK, topk_weights_TK, other)
+
+    def _run(
+        self, layer: int, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, other: Callable[[], Tensor] | None
+    ) -> Tensor:
+        exchange = self._exchange
+        index, weights_TK = exchange.layers.index(layer), weights_TK.contiguous()
+        on_way = _Sent.apply(x_TH, weights_TK, ids_TK, exchange, index)
+        beside_TH = None if other is None else other()
+        out_TH: Tensor = _Returned.apply(on_way, weights_TK.detach(), exchange, index)
+        return out_TH if beside_TH is None else out_TH + beside_TH
+
+
+class _Sent(torch.autograd.Function):
+    """Tokens go out; backward, their gradients come back. What it returns stands for them in the graph."""
 
     @staticmethod
     def forward(
         ctx: Any, x_TH: Tensor, weights_TK: Tensor, ids_TK: Tensor, exchange: DeviceExchange, layer: int
     ) -> Tensor:
-        weights_TK = weights_TK.detach().contiguous()
+        ctx.exchange, ctx.layer, ctx.tokens = exchange, layer, len(x_TH)
         x_TH, ids_TK = x_TH.detach().contiguous(), ids_TK.int().contiguous()
-        rows_TKH = exchange.forward_rows(layer, x_TH, ids_TK)
-        ctx.exchange, ctx.layer = exchange, layer
+        exchange.send_rows(layer, x_TH, ids_TK, weights_TK.detach())
+        return exchange.nothing.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:
+        dx_TH, dweights_TK = ctx.exchange.backward_rows(ctx.layer, ctx.tokens)
+        return dx_TH, dweights_TK, None, None, None
+
+
+class _Returned(torch.autograd.Function):
+    """Rows come back; backward, their gradients go out, before what was computed since the tokens were sent."""
+
+    @staticmethod
+    def forward(ctx: Any, on_way: Tensor, weights_TK: Tensor, exchange: DeviceExchange, layer: int) -> Tensor:
+        ctx.exchange = exchange
+        # Asking for it below has all be computed again that is, before gradients go out.
         ctx.save_for_backward(weights_TK)
-        return exchange.ops.combine_slots(rows_TKH, weights_TK)
+        return exchange.forward_rows(layer, weights_TK)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (weights_TK,) = ctx.saved_tensors
-        dx_TKH, dweights_TK = ctx.exchange.backward_rows(ctx.layer, grads[0].contiguous(), weights_TK)
-        return ctx.exchange.ops.combine_slots(dx_TKH, None), dweights_TK.clone(), None, None, None
+        assert ctx.saved_tensors
+        ctx.exchange.send_gradient(grads[0].contiguous())
+        return ctx.exchange.nothing, None, None, None

@@ -5,7 +5,9 @@ is a generation and, below it, a count that rises; so words are never reset, one
 and one of a later generation ends a wait. `HostLink` is the plain twin of `DeviceLink` (device_link.py).
 """
 
+import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -14,6 +16,8 @@ from sparseray.actors.wire.envelope import Body, Message
 from sparseray.actors.wire.slot_mailbox import SlotMailbox
 from sparseray.errors import SlotLostError
 from sparseray.kernels.dse.gather import read_word, write_word
+from sparseray.kernels.moe.expert_sum import combine_slots
+from sparseray.kernels.ops import HeldRows
 
 COUNT_BITS = 32
 POLL_S = 2e-4
@@ -32,6 +36,20 @@ def word_of(generation: int, count: int) -> int:
 class Link(Protocol):
     """One slot's way to the others' memory, in one generation; what is asked for happens in the order of the calls."""
 
+    waited_s: float
+    """Seconds spent in waits for others, as far as the last `read` tells."""
+
+    def mark(self) -> Any:
+        """A moment in what is asked for."""
+
+    def seconds(self, begin: Any, end: Any) -> float:
+        """Seconds between two marks, when a `read` after them is over.
+
+        Args:
+            begin, end: of `mark`.
+        """
+        ...
+
     def put(self, rows: Tensor, into: Tensor, order_R: Tensor | None = None) -> None:
         """Write rows to another's memory, or to the own.
 
@@ -39,6 +57,50 @@ class Link(Protocol):
             rows: contiguous.
             into: where, of the same dtype and of rows of the same length.
             order_R: integers, the place of each row in `into`; None for one after another.
+        """
+
+    def aside(self) -> AbstractContextManager[None]:
+        """What is asked for in the block begins after what was before, and goes on beside what comes after."""
+        ...
+
+    def join(self) -> None:
+        """Let nothing that follows begin before all that was asked for aside has happened."""
+
+    def put_all(self, numbers: Tensor, intos: Sequence[Tensor]) -> None:
+        """Write the same numbers to several places.
+
+        Args:
+            numbers: contiguous.
+            intos: contiguous, of the same dtype and size.
+        """
+
+    def give_rows(self, rows_RN: Tensor, held: HeldRows, intos: Sequence[Tensor]) -> None:
+        """Write each row that is held to the place of its (token, k) pair.
+
+        Args:
+            rows_RN: in the order of `held`; numbers alone are rows of one.
+            held: whose rows they are, of the tokens of several sources, which have the same number.
+            intos: [T * K, N] or [T * K] of each source, contiguous.
+        """
+
+    def give_sums(
+        self, rows_RH: Tensor, held: HeldRows, weights_STK: Tensor, intos: Sequence[Tensor], *, weighted: bool
+    ) -> None:
+        """Write the sum of each token's rows that are held; zeros for one that has none.
+
+        Args:
+            rows_RH, held: as in `give_rows`.
+            weights_STK: fp32, of the rows.
+            intos: [T, H] of each source, of any stride.
+            weighted: whether rows are multiplied by their weights.
+        """
+
+    def signal_all(self, flags: Sequence[Tensor], rank: int, count: int) -> None:
+        """`signal` to several slots.
+
+        Args:
+            flags: of each.
+            rank, count: as there.
         """
 
     def signal(self, flags_S: Tensor, rank: int, count: int) -> None:
@@ -65,13 +127,17 @@ class Link(Protocol):
 
     def read(self, values: Tensor) -> list[Any]:
         """Bring numbers to the host, when all that was asked for before has happened; raises as `wait` does."""
+        return self.start_read(values)()
+
+    def start_read(self, values: Tensor) -> Callable[[], list[Any]]:
+        """As `read`, when what is returned is called: what is asked for between does not hold it up."""
         ...
 
     def abort(self) -> None:
         """End every wait; called by the control thread."""
 
 
-class HostLink:
+class HostLink(Link):
     """`Link` over shared memory of the host, for slots that compute on a CPU.
 
     Args:
@@ -89,6 +155,19 @@ class HostLink:
         slots: Sequence[int],
     ) -> None:
         self.mailbox, self.serve, self.deadline_s, self.slots = mailbox, serve, deadline_s, slots
+        self.waited_s = 0.0
+
+    def mark(self) -> float:
+        """As of `Link`."""
+        return time.perf_counter()
+
+    def seconds(self, begin: float, end: float) -> float:
+        """As of `Link`.
+
+        Args:
+            begin, end: there.
+        """
+        return end - begin
 
     def put(self, rows: Tensor, into: Tensor, order_R: Tensor | None = None) -> None:
         """As of `Link`.
@@ -100,6 +179,56 @@ class HostLink:
             into.copy_(rows)
         else:
             into[order_R] = rows
+
+    def aside(self) -> AbstractContextManager[None]:
+        """Everything happens at once."""
+        return nullcontext()
+
+    def join(self) -> None:
+        """It has happened."""
+
+    def put_all(self, numbers: Tensor, intos: Sequence[Tensor]) -> None:
+        """As of `Link`.
+
+        Args:
+            numbers, intos: there.
+        """
+        for into in intos:
+            into.copy_(numbers)
+
+    def give_rows(self, rows_RN: Tensor, held: HeldRows, intos: Sequence[Tensor]) -> None:
+        """As of `Link`.
+
+        Args:
+            rows_RN, held, intos: there.
+        """
+        order_R = held.order_R[: int(held.held)]
+        for source, into in enumerate(intos):
+            is_its = order_R // len(into) == source
+            into[order_R[is_its] % len(into)] = rows_RN[: len(order_R)][is_its]
+
+    def give_sums(
+        self, rows_RH: Tensor, held: HeldRows, weights_STK: Tensor, intos: Sequence[Tensor], *, weighted: bool
+    ) -> None:
+        """As of `Link`.
+
+        Args:
+            rows_RH, held, weights_STK, intos, weighted: there.
+        """
+        count, shape = int(held.held), weights_STK.shape
+        rows = rows_RH.new_zeros(weights_STK.numel(), rows_RH.shape[1])
+        rows[held.order_R[:count]] = rows_RH[:count]
+        for of_source, weights_TK, into in zip(rows.view(*shape, -1), weights_STK, intos):
+            into.copy_(combine_slots(of_source, weights_TK if weighted else None))
+
+    def signal_all(self, flags: Sequence[Tensor], rank: int, count: int) -> None:
+        """As of `Link`.
+
+        Args:
+            flags, rank, count: there.
+        """
+        for flags_S in flags:
+            self.signal(flags_S, rank, count)
 
     def signal(self, flags_S: Tensor, rank: int, count: int) -> None:
         """As of `Link`.
@@ -120,13 +249,16 @@ class HostLink:
         def late() -> list[int]:
             return [self.slots[rank] for rank in ranks if read_word(words, rank) < wanted]
 
-        if not self.mailbox.serve_until(lambda: not late(), self.deadline_s, self.serve, poll_s=POLL_S):
+        started = time.perf_counter()
+        is_there = self.mailbox.serve_until(lambda: not late(), self.deadline_s, self.serve, poll_s=POLL_S)
+        self.waited_s += time.perf_counter() - started
+        if not is_there:
             raise lost(self.mailbox.slot, late(), self.deadline_s)
 
-    def read(self, values: Tensor) -> list[Any]:
+    def start_read(self, values: Tensor) -> Callable[[], list[Any]]:
         """As of `Link`."""
         found: list[Any] = values.tolist()
-        return found
+        return lambda: found
 
     def abort(self) -> None:
         """The mailbox knows."""

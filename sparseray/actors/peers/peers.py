@@ -4,7 +4,10 @@ A slot keeps one of these over all generations. Entering one takes a message to 
 mapped before stays mapped.
 """
 
+from __future__ import annotations
+
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,12 +15,16 @@ from torch import Tensor
 from sparseray.actors.exchange.by_message import Caller
 from sparseray.actors.peers.dense_slices import num_nodes, slice_bounds
 from sparseray.actors.peers.expert_shares import num_shared
-from sparseray.actors.peers.regions import Sizes
+from sparseray.actors.peers.regions import Regions, Sizes
 from sparseray.actors.peers.table import Table
+from sparseray.actors.peers.token_exchange import num_returned
 from sparseray.actors.state.assignment import Plan
 from sparseray.actors.state.dense_slab import DenseSlabs
 from sparseray.actors.state.shared_buffer import Buffer, BufferHandle, Introduce, Introduced, open_buffer
 from sparseray.errors import SlotLostError
+
+if TYPE_CHECKING:
+    from sparseray.actors.peers.device_rounds import RoundTables
 
 
 class Peers:
@@ -31,6 +38,8 @@ class Peers:
         self.me = me
         self.signs: tuple[Tensor, Tensor] | None = None
         """Of a slot with a GPU, its state there and what ends waits; they outlive what is launched in a generation."""
+        self.tables: RoundTables | None = None
+        """Of a slot with a GPU that serves in rounds."""
         self._sizes: Sizes | None = None
         self._own: Buffer | None = None
         self._mapped: dict[int, tuple[BufferHandle, Tensor]] = {}
@@ -39,6 +48,12 @@ class Peers:
         """How the own buffer is opened."""
         assert self._own is not None
         return self._own.handle
+
+    @property
+    def own(self) -> Regions:
+        """The own buffer, cut."""
+        assert self._own is not None and self._sizes is not None
+        return self._sizes.cut(self._own.bytes)
 
     def prepare(self, sizes: Sizes, device: torch.device) -> None:
         """Have a buffer for the next generation, which nobody of an older one writes to.
@@ -88,7 +103,7 @@ class Peers:
                 except OSError as error:
                     raise SlotLostError(f"the memory of slot {slot} is gone: {error}", [slot]) from None
         regions = {slot: self._sizes.cut(self._mapped[slot][1]) for slot in others}
-        return Table(slots=slots, regions={**regions, self.me: self._sizes.cut(self._own.bytes)})
+        return Table(slots=slots, regions={**regions, self.me: self.own})
 
 
 def sizes_of(plan: Plan, dense: DenseSlabs, part_tokens: int) -> Sizes:
@@ -106,6 +121,7 @@ def sizes_of(plan: Plan, dense: DenseSlabs, part_tokens: int) -> Sizes:
         tokens=part_tokens,
         top_k=config.moe.top_k,
         hidden=config.hidden,
+        returned=num_returned(plan, config.moe.top_k, dense.sum.determinism),
         dtype=dense.dtype,
         nodes=num_nodes(plan, dense.sum.determinism),
         dense=count,

@@ -23,8 +23,9 @@ class Regions:
         x_STH: a source's tokens, or the gradients of their outputs.
         ids_STK: int32, their experts.
         weights_STK: fp32, their routing weights.
-        rows_RH: outputs, or input gradients, of the own tokens' (token, k) pairs, R = T * K.
-        row_weights_R: fp32, gradients of their routing weights.
+        rows_RH: outputs, or input gradients, of the own tokens: a row for each (token, k), or, where holders sum theirs, for
+            each (token, holder).
+        row_weights_R: fp32, gradients of the routing weights, of each (token, k).
         nodes_NP: fp32, the own slice of dense gradients of others' parts.
         dense_P: fp32, the sum over all parts.
         shares_N: fp32, gradients of experts that are backed up here.
@@ -40,6 +41,17 @@ class Regions:
     dense_P: Tensor
     shares_N: Tensor
 
+    def of_sources(self, name: str, tokens: int) -> Tensor:
+        """What sources write, [S, T, ...], where they have fewer tokens than a part.
+
+        Args:
+            name: of the region.
+            tokens: of each source.
+        """
+        region: Tensor = getattr(self, name)
+        S, _, width = region.shape
+        return region.view(-1)[: S * tokens * width].view(S, tokens, width)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
@@ -48,6 +60,7 @@ class Sizes:
     Args:
         slots: S.
         tokens, top_k, hidden: T, K and H.
+        returned: rows that come back for a token; None for one for each of its k.
         dtype: of tokens and rows.
         nodes: N.
         dense: P.
@@ -59,6 +72,7 @@ class Sizes:
     tokens: int
     top_k: int
     hidden: int
+    returned: int | None = None
     dtype: torch.dtype
     nodes: int
     dense: int
@@ -72,7 +86,7 @@ class Sizes:
             "x_STH": (self.dtype, (S, T, H)),
             "ids_STK": (torch.int32, (S, T, K)),
             "weights_STK": (torch.float32, (S, T, K)),
-            "rows_RH": (self.dtype, (T * K, H)),
+            "rows_RH": (self.dtype, (T * (self.returned or K), H)),
             "row_weights_R": (torch.float32, (T * K,)),
             "nodes_NP": (torch.float32, (self.nodes, self.dense_slice)),
             "dense_P": (torch.float32, (self.dense,)),

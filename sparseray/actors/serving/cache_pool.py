@@ -176,6 +176,14 @@ class CachePool:
             last = self._by_key[lease.keys[filled - 1]]
             self._states[last] = state
 
+    def forget(self, lease: Lease) -> None:
+        """Let nobody find a request's pages any more: what they shall hold has not been computed."""
+        for page in lease.pages:
+            key = self._key_of.pop(page, None)
+            if key is not None:
+                del self._by_key[key]
+            self._states.pop(page, None)
+
     def release(self, lease: Lease) -> None:
         """Take a request's pages and slot back."""
         # The end of a prefix is given away before its beginning.

@@ -1,8 +1,8 @@
-"""The tokens that sequences compute in a step, and the memory rows that these address.
+"""The tokens that sequences compute in a step, where they lie, and the memory rows that these address.
 
 Between the engine, which says how many of a sequence's tokens are next, and paged_model.py, which runs them.
 
-Shapes: P tokens with those that they look back to, N table rows per token.
+Shapes: R rows of a call, B sequences, P tokens with those that they look back to, N table rows per token.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -43,6 +44,48 @@ class Chunk:
     def before(self, count: int) -> list[int]:
         """The tokens before them, at most so many."""
         return list(self.known[max(0, self.lease.length - count) : self.lease.length])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placing:
+    """Where the rows of a call lie, on the host; integers throughout.
+
+    Args:
+        rows_3R: token, position and place (page * page size + position in the page) of every row; zeros after the last.
+        slots_B: of the sequences.
+        contexts_B: tokens of each, those of the call included.
+        bounds: first row of each sequence, and where the last one's end.
+    """
+
+    rows_3R: NDArray[np.int64]
+    slots_B: NDArray[np.int32]
+    contexts_B: NDArray[np.int32]
+    bounds: NDArray[np.int32]
+
+
+def placing(pieces: Sequence[tuple[Lease, int, Sequence[int]]], page: int, rows: int) -> Placing:
+    """Place some sequences' next tokens.
+
+    Args:
+        pieces: (lease, first position, tokens) of each.
+        page: tokens of a page.
+        rows: R, with padding.
+    """
+    sizes = np.array([len(tokens) for _, _, tokens in pieces])
+    starts = np.array([start for _, start, _ in pieces])
+    bounds = np.concatenate([[0], sizes.cumsum()])
+    rows_3R = np.zeros((3, rows), dtype=np.int64)
+    for (lease, at, tokens), (start, stop) in zip(pieces, pairwise(bounds)):
+        positions = np.arange(stop - start) + at
+        rows_3R[0, start:stop] = tokens
+        rows_3R[1, start:stop] = positions
+        rows_3R[2, start:stop] = np.array(lease.pages)[positions // page] * page + positions % page
+    return Placing(
+        rows_3R=rows_3R,
+        slots_B=np.array([lease.slot for lease, _, _ in pieces], dtype=np.int32),
+        contexts_B=(starts + sizes).astype(np.int32),
+        bounds=bounds.astype(np.int32),
+    )
 
 
 def memory_rows(

@@ -18,10 +18,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sparseray.actors.serving.text_request import GenerationRequest
+from sparseray.kernels.ops import REFERENCE
+from sparseray.kernels.paged import NO_TOKEN
+from sparseray.kernels.paged_ops import PagedOps
 from sparseray.kernels.philox import philox
 
-FAILED = -1
-"""Instead of a token where the logits are not finite."""
+FAILED = NO_TOKEN
 
 
 def uniforms(seeds: Sequence[int], positions: Sequence[int]) -> NDArray[np.float64]:
@@ -113,6 +115,7 @@ def sample_rows(
     requests: Sequence[GenerationRequest],
     tokens: Sequence[Sequence[int]],
     positions: Sequence[int],
+    ops: PagedOps = REFERENCE,
 ) -> Tensor:
     """Choose the next token of every row, without waiting for the device.
 
@@ -121,13 +124,13 @@ def sample_rows(
         requests: that `fits`.
         tokens: of each request, its prompt and what was added.
         positions: of the new tokens in their sequences, prompts included.
+        ops: finds the most probable tokens.
 
     Returns:
         int64 [R] on the device; `FAILED` where the logits are not finite.
     """
     if all(r.temperature == 0.0 and not is_adjusted(r, t) for r, t in zip(requests, tokens)):
-        best_R, token_R = logits_RV.max(-1)
-        return torch.where(best_R.isfinite(), token_R, FAILED)
+        return ops.most_probable(logits_RV)
     scores_RV = logits_RV.double()
     is_finite_R = scores_RV.isfinite().all(-1)
     _adjust(scores_RV, requests, tokens)

@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 
 from sparseray.actors.serving.cache_pool import Lease
-from sparseray.actors.serving.device_sampler import FAILED
-from sparseray.actors.serving.paged_model import PagedModel, captured
+from sparseray.actors.serving.paged_model import PagedModel
+from sparseray.actors.serving.prompt_graphs import captured
 from sparseray.kernels.ops import Pages
+from sparseray.kernels.paged import DraftState
 from sparseray.model.dse import Memory
 from sparseray.model.moe import Experts
 from sparseray.model.paged import Paged
@@ -39,8 +40,10 @@ class _Drafted:
 
     staged: list[Tensor]
     slots_B: Tensor
+    tokens_R: Tensor
+    positions_R: Tensor
+    outcome_B3: Tensor
     paged: Paged
-    outcome_B3: Tensor | None = None
     graph: torch.cuda.CUDAGraph | None = None
 
 
@@ -68,7 +71,8 @@ class DraftingModel(PagedModel):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self.draft_S, self.length_S = (torch.zeros_like(self.latest_S) for _ in range(2))
+        draft_S, length_S = (torch.zeros_like(self.latest_S) for _ in range(2))
+        self.state_S = DraftState(latest_S=self.latest_S, draft_S=draft_S, length_S=length_S)
         self._drafted: dict[int, _Drafted] = {}
 
     @torch.no_grad()
@@ -99,8 +103,8 @@ class DraftingModel(PagedModel):
             at = np.array([[r.lease.slot, stop - 1, r.start + len(r.following)] for r, stop in ends])
             slots_B, last_B, lengths_B = self._to_device(at.T.copy())
             drafts_B = self.model.logits(found_RH[last_B]).argmax(-1)
-            self.draft_S.index_copy_(0, slots_B, drafts_B.int())
-            self.length_S.index_copy_(0, slots_B, lengths_B.int())
+            self.state_S.draft_S.index_copy_(0, slots_B, drafts_B.int())
+            self.state_S.length_S.index_copy_(0, slots_B, lengths_B.int())
 
     def decode_drafted(self, leases: Sequence[Lease], experts: Experts) -> Tensor:
         """Run a step; int32 [B, 3] on the device, overwritten by the next call.
@@ -124,8 +128,7 @@ class DraftingModel(PagedModel):
         staged[:count] = [lease.slot for lease in leases]
         step.slots_B.copy_(step.staged[0], non_blocking=True)
         if step.graph is None:
-            return self._run_drafted(step, experts)[:count]
-        assert step.outcome_B3 is not None
+            return self._run_drafted(step, experts)[:count].clone()
         step.graph.replay()
         return step.outcome_B3[:count]
 
@@ -140,7 +143,7 @@ class DraftingModel(PagedModel):
             for size in reversed(self._buckets):
                 step = self._drafted[size] = self._new_drafted(size)
                 run = partial(self._run_drafted, step, experts)
-                step.graph, step.outcome_B3 = captured(run, self._graphs)
+                step.graph, _ = captured(run, self._graphs)
 
     def _new_drafted(self, size: int) -> _Drafted:
         rows, is_cuda = self._padded(NEW * size), self.device.type == "cuda"
@@ -155,47 +158,28 @@ class DraftingModel(PagedModel):
             num_new=NEW,
         )
         paged = Paged(pages=pages, pools=self.pools, histories=self.histories, slots_B=slots_B)
-        return _Drafted(staged, slots_B, paged)
+        # Rows of padding stay what they are: token 0 at position 0.
+        tokens_R, positions_R = (torch.zeros_like(pages.places_R) for _ in range(2))
+        return _Drafted(staged, slots_B, tokens_R, positions_R, slots_B.new_zeros(size, NEW + 1), paged)
 
     @torch.no_grad()
     def _run_drafted(self, step: _Drafted, experts: Experts) -> Tensor:
         """The outcome [B, 3] of what lies in the buffers."""
-        model, pages, slots_B = self.model, step.paged.pages, step.slots_B
-        count, rows = NEW * len(slots_B), len(pages.places_R)
-        lengths_B, draft_B = self.length_S[slots_B], self.draft_S[slots_B]
-        positions_BN = lengths_B[:, None] + torch.arange(NEW, device=self.device, dtype=torch.int32)
-        torch.index_select(self.table_SW, 0, slots_B, out=pages.table_BW)
-        torch.add(lengths_B, NEW, out=pages.context_lens_B)
-        page_BN = pages.table_BW.gather(1, (positions_BN // self.page).long())
-        pages.places_R[:count] = (page_BN * self.page + positions_BN % self.page).flatten()
-        tokens_BN = torch.stack([self.latest_S[slots_B], draft_B], 1)
-        tokens_R, positions_R = (_padded(x.flatten(), rows) for x in (tokens_BN, positions_BN))
+        model, ops, slots_B, count = self.model, self.model.ops, step.slots_B, NEW * len(step.slots_B)
+        ops.draft_rows(
+            self.state_S, slots_B, self.table_SW, step.paged.pages, step.tokens_R, step.positions_R
+        )
         hidden_RH = model.run_paged(
-            tokens_R, positions_R, step.paged, rows=count, experts=experts, fetched=None, starts_1R=None
-        )
-        best_R, found_R = model.logits(hidden_RH[:count]).max(-1)
-        found_BN = torch.where(best_R.isfinite(), found_R, FAILED).int().view(-1, NEW)
-        accepted_B = found_BN[:, 0] == draft_B
-        following_R = _padded(found_BN.flatten().clamp_min(0), rows)
+            step.tokens_R, step.positions_R, step.paged, rows=count, experts=experts, fetched=None, starts_1R=None
+        )  # fmt: skip
+        outcome_B3 = step.outcome_B3
+        ops.judge_drafts(model.logits(hidden_RH[:count]), self.state_S, slots_B, outcome_B3, step.tokens_R)
         further_RH = model.predict_paged(
-            0, following_R, hidden_RH, positions_R, step.paged, rows=count, experts=experts
+            0, step.tokens_R, hidden_RH, step.positions_R, step.paged, rows=count, experts=experts
         )
-        further_BNH = further_RH[:count].unflatten(0, (-1, NEW))
-        last_BH = torch.where(accepted_B[:, None], further_BNH[:, 1], further_BNH[:, 0])
-        self._go_on(slots_B, found_BN, accepted_B, model.logits(last_BH).argmax(-1))
-        return torch.cat([found_BN, accepted_B[:, None].int()], 1)
+        ops.next_drafts(model.logits(further_RH[:count]), outcome_B3, self.state_S, slots_B)
+        self._drafted_anew(slots_B)
+        return outcome_B3
 
-    def _go_on(self, slots_B: Tensor, found_BN: Tensor, accepted_B: Tensor, draft_B: Tensor) -> None:
-        """Note of every slot its newest token, its draft and its length; those of nobody stay at none."""
-        newest_B = torch.where(accepted_B, found_BN[:, 1], found_BN[:, 0])
-        length_B = torch.where(slots_B > 0, self.length_S[slots_B] + 1 + accepted_B, 0)
-        for values_S, value_B in (
-            (self.latest_S, newest_B.clamp_min(0)),
-            (self.draft_S, draft_B),
-            (self.length_S, length_B),
-        ):
-            values_S.index_copy_(0, slots_B.long(), value_B.int())
-
-
-def _padded(values: Tensor, rows: int) -> Tensor:
-    return torch.nn.functional.pad(values, (0, rows - len(values)))
+    def _drafted_anew(self, slots_B: Tensor) -> None:
+        """The end of a step, for whoever knows better drafts."""

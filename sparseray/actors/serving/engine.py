@@ -217,7 +217,8 @@ class Engine(ABC):
             token for word in request.bad_words for token in word
         ]
         named += [*request.allowed_token_ids, *request.stop_token_ids]
-        if not all(0 <= token < vocab for token in [*tokens, *named]):
+        asked = [*tokens, *named]
+        if not 0 <= min(asked) <= max(asked) < vocab:
             raise ConfigError(f"request {request.request_id}: a token id is outside 0..{vocab - 1}")
         if request.max_tokens < len(request.resume_tokens) + (request.max_tokens > 0):
             raise ConfigError(
@@ -257,8 +258,12 @@ class Engine(ABC):
         """
 
     def _num_read(self, request: GenerationRequest, tokens: list[int]) -> int:
-        """How many of a request's tokens are read in chunks: all, where that gives the bits of one by one."""
-        return len(tokens) if self.model.ops.chunks_keep_bits else len(request.prompt_tokens)
+        """How many of a request's tokens are read in chunks: all, where that gives the bits of one by one.
+
+        A GPU's bits depend on the company anyway, and one by one a request that has moved would wait for seconds.
+        """
+        in_chunks = self.model.ops.chunks_keep_bits or self.model.embedding.is_cuda
+        return len(tokens) if in_chunks else len(request.prompt_tokens)
 
     def _note_admitted(self, sequence: Ongoing) -> None:
         self._counts.queue_seconds.append(time.perf_counter() - sequence.queued_s)

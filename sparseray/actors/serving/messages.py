@@ -4,6 +4,7 @@ None of it belongs to a generation: a request outlives the plans that change whi
 engine that has no part in it any more is told by its sender and by the index of its token.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -24,15 +25,46 @@ class Generate(Body):
 class Tokens(Body):
     """What one engine step gave, for one or several requests; without any, the sign that steps go on.
 
+    Most events are a token and nothing else: these travel as columns, which costs a tenth.
+
     Args:
-        events: of the requests.
+        request_ids, indices, token_ids: of the events that are no more than these, in order.
+        others: the other events, and the place of each among all.
         version: of the weights that gave them.
     """
 
     is_of_any_generation: ClassVar[bool] = True
 
-    events: tuple[TokenEvent, ...]
+    request_ids: tuple[str, ...] = ()
+    indices: tuple[int, ...] = ()
+    token_ids: tuple[int, ...] = ()
+    others: tuple[tuple[int, TokenEvent], ...] = ()
     version: int = -1
+
+    @classmethod
+    def of(cls, events: Sequence[TokenEvent], version: int = -1) -> "Tokens":
+        """The message that tells some events.
+
+        Args:
+            events: in order.
+            version: of the weights that gave them.
+        """
+        plain = [(e.request_id, e.index, e.token_id) for e in events if e.token_id is not None and e.is_plain]
+        request_ids, indices, token_ids = zip(*plain) if plain else ((), (), ())
+        others = tuple((i, e) for i, e in enumerate(events) if e.token_id is None or not e.is_plain)
+        return cls(
+            request_ids=request_ids, indices=indices, token_ids=token_ids, others=others, version=version
+        )
+
+    def events(self) -> list[TokenEvent]:
+        """All events, in order."""
+        found = [
+            TokenEvent(request_id=name, index=index, token_id=token)
+            for name, index, token in zip(self.request_ids, self.indices, self.token_ids)
+        ]
+        for place, event in self.others:
+            found.insert(place, event)
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)

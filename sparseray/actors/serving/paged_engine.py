@@ -9,6 +9,7 @@ so. On a CPU a step has ended when its call returns.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -78,7 +79,7 @@ class PagedEngine(Engine):
         page: tokens of a page; None chooses.
     """
 
-    runs_on: type[PagedModel] = PagedModel
+    runs_on: Callable[..., PagedModel] = PagedModel
 
     def __init__(
         self,
@@ -110,7 +111,12 @@ class PagedEngine(Engine):
             overlaps=bool(model.mtp) or any(kind.overlaps_pages for kind in kinds),
         )
         self.paged = self.runs_on(
-            model, num_pages=num_pages, page=page, num_slots=self.places, max_len=self.max_model_len
+            model,
+            num_pages=num_pages,
+            page=page,
+            num_slots=self.places,
+            max_len=self.max_model_len,
+            prompt_rows=self.prefill_chunk,
         )
         log.info("cache: %d pages of %d tokens, %.2f GiB", num_pages, page, num_pages * each / 2**30)
         self._flight: Flight | None = None
@@ -286,7 +292,7 @@ class PagedEngine(Engine):
                 chosen = [ready[i] for i in here]
                 known = [s.tokens for s in chosen]
                 positions = [len(s.tokens) + s.pending for s in chosen]
-                found = sample_rows(rows_RV, [s.request for s in chosen], known, positions)
+                found = sample_rows(rows_RV, [s.request for s in chosen], known, positions, self.model.ops)
                 tokens = to_host(found)
                 self.paged.keep(found, [s.lease for s in chosen if s.lease is not None])
                 for sequence in chosen:

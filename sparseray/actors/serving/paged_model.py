@@ -9,11 +9,10 @@ Shapes: R rows, B sequences, V vocabulary, H hidden.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +20,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sparseray.actors.serving.cache_pool import Lease, table_of
-from sparseray.actors.serving.chunks import Chunk, memory_rows
+from sparseray.actors.serving.chunks import Chunk, memory_rows, placing
+from sparseray.actors.serving.prompt_graphs import PromptGraphs, captured
 from sparseray.kernels.moe.reference import group_by_expert
 from sparseray.kernels.ops import Pages, ops_for
 from sparseray.model.attention import attention_of
@@ -79,25 +79,6 @@ class _Decode:
     graph: torch.cuda.CUDAGraph | None = None
 
 
-def captured(run: Callable[[], Tensor], pool: Any) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-    """A graph of what runs, and the tensor that a replay fills.
-
-    Args:
-        run: without a wait for the device; called some times first.
-        pool: of memory, which graphs share that run one after another.
-    """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-        found = run()
-    return graph, found
-
-
 @dataclass(frozen=True)
 class _NoRows:
     """A memory of zeros."""
@@ -117,10 +98,20 @@ class PagedModel:
         num_pages, page: of the pools; tokens of a page are a multiple of the selection blocks.
         num_slots: requests at a time.
         max_len: tokens of the longest request.
+        prompt_rows: tokens of prompts that a call reads at most, where graphs are wanted for them.
     """
 
+    warm_prompts: tuple[int, ...] = WARM_PROMPTS
+
     def __init__(
-        self, model: Transformer, *, num_pages: int, page: int, num_slots: int, max_len: int
+        self,
+        model: Transformer,
+        *,
+        num_pages: int,
+        page: int,
+        num_slots: int,
+        max_len: int,
+        prompt_rows: int = 0,
     ) -> None:
         config, device = model.config, model.embedding.device
         self.model, self.page, self.device = model, page, device
@@ -134,9 +125,12 @@ class PagedModel:
         # The newest token of every slot, as the sampler on the device chose it.
         self.latest_S = torch.zeros(num_slots + 1, dtype=torch.int32, device=device)
         self.table_SW = torch.zeros(num_slots + 1, self.width, dtype=torch.int32, device=device)
+        # Of no use to a model without memory layers.
+        self._layout = model.layout if config.dse.layers else None
         self._hashing = ops_for("auto", torch.device("cpu"))
         self._decodes: dict[int, _Decode] = {}
         self._graphs = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        self._prompts = PromptGraphs(model, self.pools, self.table_SW, page, self._padded(prompt_rows))
         # A CPU captures nothing, and pays for every row.
         self._buckets = buckets(num_slots) if device.type == "cuda" else range(1, num_slots + 1)
 
@@ -184,7 +178,7 @@ class PagedModel:
 
     @property
     def _has_starts(self) -> bool:
-        layout = self.model.layout
+        layout = self._layout
         return layout is not None and layout.config.reset_at_document and layout.config.document_end_id >= 0
 
     @torch.no_grad()
@@ -195,13 +189,20 @@ class PagedModel:
             chunks: tokens of each prompt and where they lie.
             experts: answers for experts.
             memory: for table rows; None for a model without them.
+
+        Returns:
+            views that the next call may overwrite.
         """
-        addresses, starts = memory_rows(chunks, self.model.layout, self._hashing)
+        pieces = [(chunk.lease, chunk.lease.length, chunk.tokens) for chunk in chunks]
+        graph = self._prompts.of(sum(chunk.count for chunk in chunks), len(chunks))
+        if graph is not None:
+            return graph.replay(pieces)
+        addresses, starts = memory_rows(chunks, self._layout, self._hashing)
         values = {
             layer: found.to(self.device, non_blocking=True)
             for layer, found in self._fetch(addresses, memory).items()
         }
-        placed = self._place([(chunk.lease, chunk.lease.length, chunk.tokens) for chunk in chunks])
+        placed = self._place(pieces)
         hidden_RH = self.model.run_paged(
             placed.tokens_R,
             placed.positions_R,
@@ -213,31 +214,22 @@ class PagedModel:
         )
         return [hidden_RH[start:stop] for start, stop in pairwise(placed.bounds)]
 
-    def _place(self, chunks: Sequence[tuple[Lease, int, Sequence[int]]]) -> _Placed:
+    def _place(self, pieces: Sequence[tuple[Lease, int, Sequence[int]]]) -> _Placed:
         """Where the rows of (lease, first position, tokens) lie."""
-        sizes = np.array([len(tokens) for _, _, tokens in chunks])
-        starts = np.array([start for _, start, _ in chunks])
-        bounds = np.concatenate([[0], sizes.cumsum()])
-        inputs = np.zeros((3, self._padded(int(bounds[-1]))), dtype=np.int64)
-        for (lease, at, tokens), (start, stop) in zip(chunks, pairwise(bounds)):
-            positions = np.arange(stop - start) + at
-            inputs[0, start:stop] = tokens
-            inputs[1, start:stop] = positions
-            place = np.array(lease.pages)[positions // self.page]
-            inputs[2, start:stop] = place * self.page + positions % self.page
-        tokens_R, positions_R, places_R = self._to_device(inputs)
-        slots = tuple(lease.slot for lease, _, _ in chunks)
-        slots_B = self._to_device(np.array(slots, dtype=np.int32))
+        at = placing(pieces, self.page, self._padded(sum(len(tokens) for _, _, tokens in pieces)))
+        tokens_R, positions_R, places_R = self._to_device(at.rows_3R)
+        slots_B, bounds = self._to_device(at.slots_B), at.bounds.tolist()
         pages = Pages(
             page=self.page,
             table_BW=self.table_SW[slots_B],
-            context_lens_B=self._to_device((starts + sizes).astype(np.int32)),
+            context_lens_B=self._to_device(at.contexts_B),
             places_R=places_R,
-            chunks=tuple((int(a), int(b), int(n + b - a)) for (a, b), n in zip(pairwise(bounds), starts)),
-            cu_seqlens=self._to_device(bounds.astype(np.int32)),
+            chunks=tuple((a, b, n) for (a, b), n in zip(pairwise(bounds), at.contexts_B.tolist())),
+            cu_seqlens=self._to_device(at.bounds),
         )
+        slots = tuple(at.slots_B.tolist())
         paged = Paged(pages=pages, pools=self.pools, histories=self.histories, slots_B=slots_B, slots=slots)
-        return _Placed(tokens_R, positions_R, paged, bounds.tolist())
+        return _Placed(tokens_R, positions_R, paged, bounds)
 
     def predict(
         self,
@@ -312,7 +304,7 @@ class PagedModel:
 
     @property
     def _rows_per_token(self) -> int:
-        layout = self.model.layout
+        layout = self._layout
         return 0 if layout is None else sum(len(heads) for heads in layout.primes[0])
 
     @torch.no_grad()
@@ -340,9 +332,10 @@ class PagedModel:
         """
         if self.device.type != "cuda":
             return self._load_loops()
-        for count in sorted({min(count, self.width * self.page) for count in WARM_PROMPTS}):
+        for count in sorted({min(count, self.width * self.page) for count in self.warm_prompts}):
             lease = Lease(pages=[0] * self.width, length=0, max_len=count, slot=0)
             self.prefill([Chunk(lease=lease, known=[0] * count, count=count)], experts, memory)
+        self._prompts.capture(experts)
         for size in reversed(self._buckets):
             decode = self._decodes[size] = self._new_decode(size)
             run = partial(self._run_decode, decode, experts)
@@ -356,7 +349,7 @@ class PagedModel:
             inner, hidden = config.moe.expert_dim, config.hidden
             slabs = x_TH.new_zeros(1, 2 * inner, hidden), x_TH.new_zeros(1, hidden, inner)
             rows_R, _ = group_by_expert(topk_ids_TK, config.moe.num_experts)
-            return self.model.ops.expert_rows(x_TH, rows_R[:1] * 0, [(0, 1)], *slabs)
+            return self.model.ops.expert_rows(x_TH, rows_R[:1] * 0, [(0, 1)], *slabs).to(x_TH.dtype)
 
         lease = Lease(pages=[0] * self.width, length=0, max_len=1, slot=0)
         chunk = Chunk(lease=lease, known=[0], count=1)
@@ -376,7 +369,7 @@ class PagedModel:
         if size not in self._decodes:
             self._decodes[size] = self._new_decode(size)
         decode = self._decodes[size]
-        addresses, starts = memory_rows(chunks, self.model.layout, self._hashing)
+        addresses, starts = memory_rows(chunks, self._layout, self._hashing)
         decode.staged.reverse()
         staged = decode.staged[0].numpy()
         staged[:] = 0

@@ -104,3 +104,9 @@ class TokenEvent:
     error: str | None = None
     accepted: int = 0
     rejected: int = 0
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether there is nothing to it but its token."""
+        more = self.finish_reason or self.error or self.accepted or self.rejected
+        return not more and self.logprobs is None and self.prompt_logprobs is None

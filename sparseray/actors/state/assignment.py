@@ -8,6 +8,9 @@ from dataclasses import dataclass
 
 from sparseray.actors.state.pieces import DENSE, Piece
 
+MOST_IN_ROUNDS = 4
+"""Slots of a server that may share experts on devices: regions lie where they do, however many there are."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:

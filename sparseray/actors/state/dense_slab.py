@@ -3,11 +3,9 @@
 The network computes with views of a copy in `dtype`; fp32 masters and moments lie behind one another in slabs of
 their own, and an update reads and writes each of them once. Names and checkpoints are those of dense.py. Routers
 compute in fp32, from their masters, and so do biases of theirs.
-
-Shapes: P parameters, each tensor's first one on a boundary of ALIGNMENT.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from zlib import crc32
 
 import torch
@@ -15,13 +13,11 @@ from torch import Tensor
 
 from sparseray.actors.state.adamw import EXP_AVG, EXP_AVG_SQ
 from sparseray.actors.state.dense import DenseState
+from sparseray.actors.state.flat_tensors import FlatTensors
 from sparseray.actors.state.gradient_sum import Determinism, GradientSum
 from sparseray.kernels.ops import Ops
 from sparseray.model.config import ModelConfig
 from sparseray.model.dse_layout import DSELayout
-
-ALIGNMENT = 128
-"""Elements; what descriptors and vector loads of any dtype ask for."""
 
 
 def computes_in_fp32(name: str) -> bool:
@@ -70,24 +66,17 @@ class DenseSlabs(DenseState):
         )
         self.device, self.dtype, self.ops, self.updates = device, dtype, ops, 0
         self.sum = GradientSum(num_parts, determinism)
-        starts, end = [], 0
-        for parameter in self.parameters:
-            starts.append(end)
-            end += -(-parameter.numel() // ALIGNMENT) * ALIGNMENT
-        shapes = [parameter.shape for parameter in self.parameters]
-
-        def views(of: torch.dtype) -> list[Tensor]:
-            slab = torch.zeros(end, dtype=of, device=device)
-            return [slab[s : s + shape.numel()].view(shape) for s, shape in zip(starts, shapes)]
-
-        self.masters, copies = views(torch.float32), views(dtype) if dtype != torch.float32 else None
+        in_fp32 = [dtype == torch.float32 or computes_in_fp32(name) for name in self.names]
+        kinds = [(parameter.ndim >= 2, whole) for parameter, whole in zip(self.parameters, in_fp32)]
+        self.flat = FlatTensors([parameter.shape for parameter in self.parameters], kinds)
+        self._in_fp32, self.moments_dtype = in_fp32, moments
+        self._master = self.flat.slab(torch.float32, device)
+        self._copy = self.flat.slab(dtype, device) if dtype != torch.float32 else self._master
+        self._first_second: tuple[Tensor, Tensor] | None = None
+        self.masters = self.flat.views(self._master)
         self.copies: list[Tensor | None] = [
-            None if copies is None or computes_in_fp32(name) else copies[i]
-            for i, name in enumerate(self.names)
+            None if whole else copy for whole, copy in zip(in_fp32, self.flat.views(self._copy))
         ]
-        self.moments_dtype = moments
-        self._new_moments: Callable[[], list[Tensor]] = lambda: views(moments)
-        self._moments: tuple[list[Tensor], list[Tensor]] | None = None
         with torch.no_grad():
             for parameter, master, copy in zip(self.parameters, self.masters, self.copies):
                 master.copy_(parameter)
@@ -103,11 +92,17 @@ class DenseSlabs(DenseState):
             if copy is not None:
                 copy.copy_(master)
 
+    def _moments(self) -> tuple[Tensor, Tensor]:
+        """Slabs of both moments; zeros before the first step."""
+        if self._first_second is None:
+            first, second = (self.flat.slab(self.moments_dtype, self.device) for _ in range(2))
+            self._first_second = first, second
+        return self._first_second
+
     def moments(self) -> tuple[list[Tensor], list[Tensor]]:
         """First and second moments, one of each for every parameter; zeros before the first step."""
-        if self._moments is None:
-            self._moments = self._new_moments(), self._new_moments()
-        return self._moments
+        first, second = self._moments()
+        return self.flat.views(first), self.flat.views(second)
 
     def take_gradients(self) -> list[Tensor]:
         """Take the gradients that the last backward pass left, one for every parameter."""
@@ -149,20 +144,20 @@ class DenseSlabs(DenseState):
         """
         self.updates += 1
         scale_ = torch.full((), scale, device=self.device)
-        first, second = self.moments()
-        for index, gradient in enumerate(self.total):
-            master = self.masters[index]
+        first, second = self._moments()
+        for run in self.flat.runs:
+            member = run.members[0]
             self.ops.adamw_step(
-                master,
-                first[index],
-                second[index],
-                gradient,
-                copy=self.copies[index],
+                run.of(self._master),
+                run.of(first),
+                run.of(second),
+                self.flat.gather(run, self.total),
+                copy=None if self._in_fp32[member] else run.of(self._copy),
                 scale=scale_,
                 lr=lr,
                 betas=self.adamw.betas,
                 eps=self.adamw.eps,
-                weight_decay=self.adamw.weight_decay if master.ndim >= 2 else 0.0,
+                weight_decay=self.adamw.weight_decay if self.masters[member].ndim >= 2 else 0.0,
                 step=self.updates,
             )
         if counts_LE.numel():
@@ -200,5 +195,5 @@ class DenseSlabs(DenseState):
             own.copy_(tensors[name])
         self.updates = step
         if not with_optimizer:
-            self._moments = None
+            self._first_second = None
         self._refresh()

@@ -150,8 +150,11 @@ class ExpertShard:
 
     def trim(self) -> None:
         """Forget replicas that are held and not assigned, and give their memory back."""
-        for layer, slab in enumerate(self.slabs):
-            slab.keep(expert for of, expert in self.owned if of == layer)
+        kept: list[list[int]] = [[] for _ in self.slabs]
+        for layer, expert in self.owned:
+            kept[layer].append(expert)
+        for slab, experts in zip(self.slabs, kept):
+            slab.keep(experts)
 
     def discard(self) -> None:
         """Forget saved activations and gradients of the step; the weights stay."""

@@ -44,14 +44,15 @@ class GradientSum:
         self._whole: Gradients | None = None
         self._left = self._num_parts
 
-    def add(self, part: int, gradients: Sequence[Tensor]) -> None:
+    def add(self, part: int, gradients: Sequence[Tensor], parts: int = 1) -> None:
         """Add a part's gradients, which are given away.
 
         Args:
             part: logical part of the step; each once.
             gradients: always of the same shapes, in the same order.
+            parts: that they are the sum of, that one first; in the order of "fast" alone.
         """
-        self._left -= 1
+        self._left -= parts
         if self.determinism == "bitwise":
             self._tree.add(0, part, list(gradients))
         elif self._running is None:

@@ -6,6 +6,7 @@ autograd finds the gradients (exchange/on_device.py), elsewhere the exchange giv
 DeepSeekMoE, arXiv 2401.06066.
 """
 
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -94,18 +95,17 @@ class SlabExperts(ExpertShard):
             ]
         return self._leaves[layer]
 
-    def norms_by_expert(self, norms: Sequence[float]) -> dict[str, float]:
-        """Squared norms of the experts' gradients, by name.
+    def expert_norms(self, norms: Sequence[float]) -> list[float]:
+        """Squared norms of the experts' gradients, of one layer after another in the order of their rows.
 
         Args:
             norms: of every row of every gradient, in their order.
         """
-        found, start = {}, 0
-        for layer, slab in enumerate(self.slabs):
-            count = len(slab.rows)
-            for expert, row in slab.rows.items():
-                found[f"expert.{layer}.{expert}"] = norms[start + row] + norms[start + count + row]
-            start += 2 * count
+        found, start = list[float](), 0
+        for slab in self.slabs:
+            middle, end = start + len(slab.rows), start + 2 * len(slab.rows)
+            found += map(operator.add, norms[start:middle], norms[middle:end])
+            start = end
         return found
 
     def take_gradients(self) -> list[Tensor]:

@@ -8,7 +8,7 @@ committed has been written back. Update as in memory.py.
 
 With several slots nothing is staged: gradients come by message, as to any shard, and are applied by the same operations.
 
-Shapes: N addresses of a part, U distinct rows of a step, L parts, B buckets, D row width.
+Shapes: N addresses of a part, U distinct rows of a step, B buckets, D row width.
 """
 
 import os
@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import numpy as np
 import torch
@@ -25,61 +25,18 @@ from torch import Tensor
 from sparseray.actors.state.gradient_sum import Determinism, GradientSum
 from sparseray.actors.state.memory import ROUNDING_STEP, MemoryShard, as_tensor
 from sparseray.actors.state.pieces import Key
+from sparseray.actors.state.row_block import LayerRows, RowLayout
 from sparseray.actors.state.tables import SharedTable, version_of
-from sparseray.kernels.dse.gather import gather_rows
-from sparseray.kernels.dse.staging import distinct, scatter_rows, segments
+from sparseray.kernels.dse.staging import Move, RowSet, gather_fields, scatter_fields
 from sparseray.kernels.ops import Ops
 from sparseray.kernels.row_ops import to_numpy
 from sparseray.model.config import ModelConfig
 
-MOST_THREADS = 8
-"""That gather or write rows at once; more of them wait for the same memory."""
+MOST_THREADS = 4
+"""That move rows at once; each asks for the interpreter twice a step, which the thread that launches kernels needs."""
 
 Addresses = dict[int, Tensor]
 """Rows int64 [T, N] that a part's tokens read, by 0-based model layer; on the CPU."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerRows:
-    """One layer's rows of a step: in host memory as they are gathered, then on the device.
-
-    Args:
-        ids_U: int64, rising; where the rows lie in the table.
-        weight_UD, m_UD, v_U, t_U: the rows with their moments and updates.
-        places: int64 [N] of each part, the row of each address.
-        orders, firsts: of each part, the order of its gradients' sums (`Ops.row_sums`).
-        buckets_B1: int64, the first row of each bucket, and their number.
-    """
-
-    ids_U: Tensor
-    weight_UD: Tensor
-    m_UD: Tensor
-    v_U: Tensor
-    t_U: Tensor
-    places: tuple[Tensor, ...]
-    orders: tuple[Tensor, ...]
-    firsts: tuple[Tensor, ...]
-    buckets_B1: Tensor
-
-    @property
-    def fields(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What an update changes, in the table's order."""
-        return self.weight_UD, self.m_UD, self.v_U, self.t_U
-
-    def to(self, device: torch.device) -> "LayerRows":
-        """Send all of it on its way."""
-        sent: dict[str, Any] = {
-            name: tuple(x.to(device, non_blocking=True) for x in value)
-            if isinstance(value, tuple)
-            else value.to(device, non_blocking=True)
-            for name, value in vars(self).items()
-        }
-        return LayerRows(**sent)
-
-    def record_stream(self, stream: torch.cuda.Stream) -> None:
-        """Let nothing else take the memory before what a stream has to do by now is done."""
-        for tensor in (self.ids_U, *self.fields, *self.places, *self.orders, *self.firsts, self.buckets_B1):
-            tensor.record_stream(stream)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,15 +45,20 @@ class StagedStep:
 
     Args:
         parts: addresses of each part.
-        host_ids: int64 [U] of each layer.
+        host: the rows of each layer as they were gathered; they come back to the same memory.
         layers: on the device.
         sent: when they are there; None without a GPU.
     """
 
     parts: Sequence[Addresses]
-    host_ids: list[np.ndarray]
+    host: list[LayerRows]
     layers: list[LayerRows]
     sent: torch.cuda.Event | None
+
+    @property
+    def num_rows(self) -> int:
+        """Distinct rows of all layers."""
+        return sum(rows.layout.num_rows for rows in self.layers)
 
 
 class StagedMemory(MemoryShard):
@@ -131,6 +93,7 @@ class StagedMemory(MemoryShard):
         self._work = ThreadPoolExecutor(1, "staging", lambda: torch.set_num_threads(1))
         self._written: Future[None] | None = None
         self._ahead: tuple[int, Future[StagedStep]] | None = None
+        self._sets = [RowSet(rows) for rows in table_rows]
         self._open: StagedStep | None = None
         self._last: StagedStep | None = None
         super().__init__(config, table_rows, seed=seed, num_parts=num_parts, betas=betas, eps=eps)
@@ -152,10 +115,11 @@ class StagedMemory(MemoryShard):
             stream = torch.cuda.current_stream(self.device)
             stream.wait_event(staged.sent)
             for rows in staged.layers:
-                rows.record_stream(stream)
+                # Nothing else may take the memory before what the stream has to do by now is done.
+                rows.block.record_stream(stream)
         if self._last is not None:
             for rows, newer in zip(staged.layers, self._last.layers):
-                _refresh(rows, newer)
+                self.ops.take_newer(rows.fields, rows.ids_U, newer.fields, newer.ids_U)
         self._open = staged
         return staged
 
@@ -225,7 +189,7 @@ class StagedMemory(MemoryShard):
         self._written = self._work.submit(self._write_back, staged, done, version)
         self.discard()
         self._last = staged
-        return sum(map(len, staged.host_ids))
+        return staged.num_rows
 
     def _apply_received(self, *, lr: float, scale: float) -> int:
         """Apply what came by message, without having staged anything."""
@@ -251,8 +215,8 @@ class StagedMemory(MemoryShard):
                 seed=self.seed + ROUNDING_STEP * layer,
             )
             table.change()
-            for of_all, field in zip(columns, rows):
-                scatter_rows(of_all, ids_U, to_numpy(field), self._pool)
+            fields = [to_numpy(field) for field in rows]
+            scatter_fields([(ids_U, columns, fields)], threads=self._threads, pool=self._pool)
             updated += len(ids_U)
         self.updates += 1
         self.discard()
@@ -309,75 +273,58 @@ class StagedMemory(MemoryShard):
 
     def _stage(self, addresses: Callable[[int], Sequence[Addresses]], step: int) -> StagedStep:
         """Gather the rows of a step as they are in the tables, and send them on their way."""
-        parts, host_ids, layers = addresses(step), [], []
-        for index, layer in enumerate(self.layers):
-            per_part = [part[layer].reshape(-1).numpy() for part in parts]
-            ids_U, places = distinct(np.concatenate(per_part))
-            host_ids.append(ids_U)
-            ends = np.cumsum([len(part) for part in per_part])[:-1]
-            gathered = self._gather(index, ids_U, np.split(places, ends))
-            with torch.cuda.stream(self._stream) if self._stream is not None else nullcontext():
-                layers.append(gathered.to(self.device))
+        parts = addresses(step)
+        host = list(self._pool.map(partial(self._find, parts), range(len(self.layers))))
+        moves = [self._move(index, rows) for index, rows in enumerate(host)]
+        gather_fields(moves, threads=self._threads, pool=self._pool)
+        with torch.cuda.stream(self._stream) if self._stream is not None else nullcontext():
+            layers = [rows.to(self.device) for rows in host]
         sent = self._stream.record_event() if self._stream is not None else None
-        return StagedStep(parts=parts, host_ids=host_ids, layers=layers, sent=sent)
+        return StagedStep(parts=parts, host=host, layers=layers, sent=sent)
 
-    def _gather(self, index: int, ids_U: np.ndarray, places: Sequence[np.ndarray]) -> LayerRows:
-        """Rows with their moments in host memory that a copy engine can read."""
-        fields = []
-        for of_all in _columns(self.tables[index]):
-            shape, dtype = (len(ids_U), of_all.shape[1]), as_tensor(of_all[:0]).dtype
-            found = torch.empty(shape, dtype=dtype, pin_memory=self._stream is not None)
-            gather_rows(of_all, ids_U, to_numpy(found), threads=self._threads, pool=self._pool)
-            fields.append(found)
-        weight_UD, m_UD, v_U1, t_U1 = fields
-        orders, firsts = zip(*(segments(of_part, len(ids_U)) for of_part in places))
-        send = [self._host(torch.from_numpy(x)) for x in (*places, *orders, *firsts)]
-        count = len(places)
-        return LayerRows(
-            ids_U=self._host(torch.from_numpy(ids_U)),
-            weight_UD=weight_UD,
-            m_UD=m_UD,
-            v_U=v_U1.view(-1),
-            t_U=t_U1.view(-1),
-            places=tuple(send[:count]),
-            orders=tuple(send[count : 2 * count]),
-            firsts=tuple(send[2 * count :]),
-            buckets_B1=self._host(torch.from_numpy(np.searchsorted(ids_U, self.bounds[index]))),
-        )
+    def _find(self, parts: Sequence[Addresses], index: int) -> LayerRows:
+        """Which rows a step reads of a layer, in host memory that a copy engine can read; without their fields yet."""
+        per_part = [part[self.layers[index]].reshape(-1).numpy() for part in parts]
+        found, table, bounds = self._sets[index], self.tables[index], self.bounds[index]
+        try:
+            layout = RowLayout(
+                num_rows=found.open(per_part),
+                width=table.width,
+                row_dtype=as_tensor(table.weight[:0]).dtype,
+                addresses=tuple(map(len, per_part)),
+                num_buckets=len(bounds) - 1,
+            )
+            block = torch.empty(layout.num_bytes, dtype=torch.uint8, pin_memory=self._stream is not None)
+            rows = layout.rows(block)
+            found.list(rows.ids_U.numpy())
+            for rows_N, *of_part in zip(per_part, rows.places, rows.orders, rows.firsts):
+                found.segments(rows_N, *(x.numpy() for x in of_part))
+        finally:
+            found.close()
+        rows.buckets_B1.numpy()[:] = np.searchsorted(rows.ids_U.numpy(), bounds)
+        return rows
 
-    def _host(self, tensor: Tensor) -> Tensor:
-        return tensor.pin_memory() if self._stream is not None else tensor
+    def _move(self, index: int, rows: LayerRows) -> Move:
+        """A layer's rows in host memory, and where in its table they belong."""
+        fields = [to_numpy(field.view(rows.layout.num_rows, -1)) for field in rows.fields]
+        return rows.ids_U.numpy(), _columns(self.tables[index]), fields
 
     def _write_back(self, staged: StagedStep, done: torch.cuda.Event | None, version: int) -> None:
         """Bring a step's rows into the tables once they are updated."""
-        layers = staged.layers
         if self._stream is not None and done is not None:
             self._stream.wait_event(done)
             with torch.cuda.stream(self._stream):
-                fetched = [[_to_host(field) for field in rows.fields] for rows in layers]
+                for rows, device_rows in zip(staged.host, staged.layers):
+                    rows.fetch_fields(device_rows)
             self._stream.synchronize()
-        else:
-            fetched = [list(rows.fields) for rows in layers]
-        for table, ids_U, fields in zip(self.tables, staged.host_ids, fetched):
+        for table in self.tables:
             table.change()
-            for of_all, field in zip(_columns(table), fields):
-                scatter_rows(of_all, ids_U, to_numpy(field.view(len(ids_U), -1)), self._pool)
+        moves = [self._move(index, rows) for index, rows in enumerate(staged.host)]
+        scatter_fields(moves, threads=self._threads, pool=self._pool)
+        for table in self.tables:
             table.publish(version)
 
 
 def _columns(table: SharedTable) -> list[np.ndarray]:
     """Fields of a table, each with its rows' elements in a second axis."""
     return [table.weight, table.m, table.v.reshape(-1, 1), table.t.reshape(-1, 1)]
-
-
-def _to_host(tensor: Tensor) -> Tensor:
-    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
-
-
-def _refresh(rows: LayerRows, newer: LayerRows) -> None:
-    """Take over the rows that a later commit has changed, without asking the device which they are."""
-    at_U = torch.searchsorted(newer.ids_U, rows.ids_U).clamp_(max=len(newer.ids_U) - 1)
-    is_newer_U = newer.ids_U.index_select(0, at_U) == rows.ids_U
-    for own, other in zip(rows.fields, newer.fields):
-        mask = is_newer_U if own.ndim == 1 else is_newer_U[:, None]
-        own.copy_(torch.where(mask, other.index_select(0, at_U), own))

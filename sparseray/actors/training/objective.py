@@ -101,6 +101,16 @@ class Loss:
     further: Tensor | None = None
     metrics: dict[str, Tensor] = field(default_factory=dict)
 
+    def backward(self, weight: float, num_parts: int) -> None:
+        """Run the backward pass of this part's share in the step's loss.
+
+        Args:
+            weight: of the whole global batch.
+            num_parts: of the step.
+        """
+        total = self.sum if self.further is None else self.sum + self.further
+        (total / weight + self.aux / num_parts).backward()
+
 
 class Objective(Protocol):
     """One forward pass and its loss."""

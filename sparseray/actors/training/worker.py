@@ -10,11 +10,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from sparseray.actors.exchange.protocol import Exchange, FetchedRows, PartGradients, fetch_together
 from sparseray.actors.state.dense import DenseState, Twin
 from sparseray.actors.state.staged_memory import Addresses
 from sparseray.actors.training.objective import Batch, BatchSource, Loss, Objective, next_token, on_device
+from sparseray.actors.training.part_graph import graph_of
 from sparseray.actors.wire.messages import PartDone
 from sparseray.model.statistics import Noted, collect
 
@@ -38,6 +40,32 @@ class _Ran:
     backward_s: float
 
 
+class _Found:
+    """Losses and counts of all parts on their way to the host, behind what computes them and before the last sums.
+
+    Whoever then waits for the sums has waited for these.
+
+    Args:
+        losses: of the parts.
+        device: where they are.
+    """
+
+    def __init__(self, losses: Sequence[Loss], device: torch.device) -> None:
+        scalars = [s.detach() for loss in losses for s in (loss.sum, loss.aux, *loss.metrics.values())]
+        self._scalars = torch.stack(scalars).to("cpu", non_blocking=True)
+        self._counts = torch.stack([loss.counts_LE for loss in losses]).to("cpu", non_blocking=True)
+        on_gpu = device.type == "cuda"
+        self._sent = torch.cuda.current_stream(device).record_event() if on_gpu else None
+        # Asking takes the host a while, and it has time now.
+        self.peak = torch.cuda.max_memory_reserved(device) if on_gpu else 0
+
+    def read(self) -> tuple[list[float], Tensor]:
+        """The losses one after another, and the counts."""
+        if self._sent is not None:
+            self._sent.synchronize()
+        return self._scalars.tolist(), self._counts
+
+
 class AttentionWorker:
     """Runs parts with the dense weights of one slot.
 
@@ -55,6 +83,7 @@ class AttentionWorker:
         self.sampled: int | None = None
         self.lanes: list[DenseState | Twin] = [state]
         self.lanes += [Twin(state.model) for _ in range(1, exchange.abreast)]
+        self.graph = graph_of(state, exchange, objective)
 
     def run_step(
         self, step: int, parts: Sequence[int], batches: BatchSource, report: Callable[[int, PartDone], None]
@@ -90,22 +119,19 @@ class AttentionWorker:
                 self.seconds["forward"] += ran.forward_s / len(calls)
                 self.seconds["backward"] += ran.backward_s / len(calls)
                 started = time.perf_counter()
+                losses.append(ran.loss)
+                if len(losses) == len(parts):
+                    found = _Found(losses, self.state.device)
                 self.exchange.reduce(step, parts[i], ran.gradients)
                 self._lap("backward", started)
-                losses.append(ran.loss)
         if losses:
-            for part, done in zip(parts, self._read(loaded, losses)):
+            for part, done in zip(parts, self._read(loaded, losses, found)):
                 report(part, done)
 
-    def _read(self, batches: Sequence[Batch], losses: Sequence[Loss]) -> list[PartDone]:
-        """Bring what the parts gave to the host, all at once: nothing before waits for a device."""
-        scalars = torch.stack(
-            [scalar.detach() for loss in losses for scalar in (loss.sum, loss.aux, *loss.metrics.values())]
-        ).tolist()
+    def _read(self, batches: Sequence[Batch], losses: Sequence[Loss], found: "_Found") -> list[PartDone]:
+        """What the parts gave, in the order of the step."""
+        scalars, counts = found.read()
         each = len(scalars) // len(losses)
-        counts = torch.stack([loss.counts_LE for loss in losses]).cpu()
-        device = self.state.device
-        peak = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0
         return [
             PartDone(
                 loss_sum=scalars[each * index],
@@ -115,7 +141,7 @@ class AttentionWorker:
                 tokens=batch.targets_BT.numel(),
                 seconds=dict(self.seconds),
                 counts_LE=counts[index],
-                device_bytes=peak,
+                device_bytes=found.peak,
             )
             for index, (batch, loss) in enumerate(zip(batches, losses))
         ]
@@ -155,13 +181,16 @@ class AttentionWorker:
         self.exchange.begin(step, part)
         started = time.perf_counter()
         if part == self.sampled:
-            with collect() as self.noted:
-                loss = self._loss(lane, batch, rows.differentiable(), step)
-        else:
+            # A replay notes nothing: where there is a graph a forward pass of its own does.
+            with collect() as self.noted, torch.set_grad_enabled(self.graph is None):
+                loss = self._loss(lane, batch, rows.differentiable() if self.graph is None else rows, step)
+        elif self.graph is None:
             loss = self._loss(lane, batch, rows.differentiable(), step)
         between = time.perf_counter()
-        total = loss.sum if loss.further is None else loss.sum + loss.further
-        (total / weight + loss.aux / self.state.num_parts).backward()
+        if self.graph is None:
+            loss.backward(weight, self.state.num_parts)
+        else:
+            loss = self.graph(batch, rows, step=step, weight=weight)
         gradients = PartGradients(dense=lane.take_gradients(), rows=rows.gradients())
         backward_s = time.perf_counter() - between
         return _Ran(loss=loss, gradients=gradients, forward_s=between - started, backward_s=backward_s)

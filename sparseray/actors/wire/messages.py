@@ -140,7 +140,8 @@ class Prepared(Body):
 
     Args:
         role: dense, expert or memory.
-        norms: squared norm of the gradient of each logical tensor that is primary here.
+        norms: squared norm of the gradient of each logical tensor that is primary here; or, where nobody else has
+            any, a few numbers of the same exact sum.
         digests: CRC-32 of each gradient that has replicas.
     """
 
@@ -206,10 +207,11 @@ class Silent(Body):
 
 @dataclass(frozen=True, kw_only=True)
 class Failed(Body):
-    """Something cannot be done here; `user` says whether it is a user's mistake."""
+    """Something cannot be done here: `user` by a user's mistake; `lost` because no process can use its GPU after that error."""
 
     error: str
     user: bool
+    lost: bool = False
 
 
 # -- slot to slot: requests and their replies ----------------------------------------------------------

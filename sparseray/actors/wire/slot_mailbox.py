@@ -27,7 +27,8 @@ class SlotMailbox(Mailbox):
 
     def __init__(self, transport: Transport, slot: int, job: str) -> None:
         super().__init__(transport, slot, job)
-        self._handed: queue.SimpleQueue[Message[Body] | None] = queue.SimpleQueue()
+        # Not a SimpleQueue: in CPython 3.11 its `get` waits for ever where it is interrupted for longer than its timeout.
+        self._handed: queue.Queue[Message[Body] | None] = queue.Queue()
         self._plan: Message[Body] | None = None
         self._failure: BaseException | None = None
         self._is_open, self.is_stopped = True, False

@@ -16,11 +16,23 @@ class Needle:
     answer: str
 
 
-def draw_needle(draw: random.Random) -> Needle:
-    """Return a needle with a number of six digits."""
-    number = str(draw.randrange(100_000, 1_000_000))
+def needle_of(key: str, number: int) -> Needle:
+    """Return the needle of a key. The space belongs to the answer: tokenizers put it with what follows it.
+
+    Args:
+        key: what the number is, such as "secret number".
+        number: of six digits.
+    """
     return Needle(
-        sentence=f"\nThe secret number is {number}. Remember it.\n",
-        question="\nThe secret number is ",
-        answer=number,
+        sentence=f"\nThe {key} is {number}. Remember it.\n", question=f"\nThe {key} is", answer=f" {number}"
     )
+
+
+def draw_number(draw: random.Random) -> int:
+    """Return a number of six digits."""
+    return draw.randrange(100_000, 1_000_000)
+
+
+def draw_needle(draw: random.Random) -> Needle:
+    """Return a needle with a number of its own."""
+    return needle_of("secret number", draw_number(draw))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
 from typing import Any, Protocol
 
@@ -18,6 +18,9 @@ from sparseray.jobs.http.generation_client import GenerationClient
 from sparseray.jobs.http.openai_bodies import ApiRequest
 from sparseray.jobs.http.openai_responses import Choice, Renderer, Spent
 from sparseray.jobs.http.text_stream import Delta, PromptTokens, TextStream, Vocabulary
+
+PATIENCE = 16
+"""Tokens of an answer that is not streamed which are read together."""
 
 
 class Record(Protocol):
@@ -37,14 +40,17 @@ class ChoiceTimes:
     def __init__(self, record: Record, arrived_s: float) -> None:
         self._record, self._arrived_s, self._last_s = record, arrived_s, 0.0
 
-    def token(self) -> None:
-        """Note a token that has come."""
+    def tokens(self, count: int) -> None:
+        """Note tokens that have come together, at equal distances from those before."""
+        if not count:
+            return
         now = time.perf_counter()
-        if self._last_s:
-            self._record("inter_token_latency_seconds", now - self._last_s)
-        else:
+        self._record("generation_tokens_total", count)
+        if not self._last_s:
             self._record("time_to_first_token_seconds", now - self._arrived_s)
-        self._record("generation_tokens_total", 1)
+            self._last_s, count = now, count - 1
+        for _ in range(count):
+            self._record("inter_token_latency_seconds", (now - self._last_s) / count)
         self._last_s = now
 
     def end(self, reason: str) -> None:
@@ -119,16 +125,19 @@ class Answer:
         )
         times, reason = ChoiceTimes(self._record, self._arrived_s), "cancelled"
         self._record("prompt_tokens_total", len(request.prompt_tokens))
+        # A stop string ends the computation, so it is looked for at once.
+        patience = 1 if asked.stream or asked.stops else PATIENCE
         try:
-            async with aclosing(self._client.generate(request)) as events:
-                async for event in events:
+            async with aclosing(self._client.generate(request, patience=patience)) as runs:
+                async for events in runs:
                     self.version = self._client.version(request.request_id)
-                    if event.token_id is not None:
-                        times.token()
-                    delta = self._read(stream, request, event)
-                    self._queue.put_nowait((index, delta))
-                    if delta.finish_reason is not None:
-                        reason = delta.finish_reason
+                    times.tokens(sum(event.token_id is not None for event in events))
+                    for delta in self._read_run(stream, request, events):
+                        self._queue.put_nowait((index, delta))
+                        if delta.finish_reason is not None:
+                            reason = delta.finish_reason
+                            break
+                    if reason != "cancelled":
                         break
             if reason == "cancelled":
                 raise GenerationError("the engine ended the request early")
@@ -141,12 +150,31 @@ class Answer:
             times.end(reason)
             await self._client.cancel(request.request_id)
 
-    def _read(self, stream: TextStream, request: GenerationRequest, event: TokenEvent) -> Delta:
-        if event.finish_reason == "error":
-            raise GenerationError(event.error or "the engine failed")
+    def _read_run(
+        self, stream: TextStream, request: GenerationRequest, events: Sequence[TokenEvent]
+    ) -> Iterator[Delta]:
+        """The deltas of events that came together; tokens that nobody looks at one by one are one delta."""
+        is_whole = not (self._request.stream or self._request.stops or request.logprobs is not None)
+        first, last = 0, len(events) - 1
+        if is_whole and events[0].index and last:
+            plain = [event.token_id for event in events[:last] if event.token_id is not None]
+            if len(plain) == last:
+                for event in events[:last]:
+                    self._count(event)
+                yield stream.extend(plain)
+                first = last
+        for event in events[first:]:
+            yield self._read(stream, request, event)
+
+    def _count(self, event: TokenEvent) -> None:
         self.spent.tokens += event.token_id is not None
         self.spent.accepted += event.accepted
         self.spent.rejected += event.rejected
+
+    def _read(self, stream: TextStream, request: GenerationRequest, event: TokenEvent) -> Delta:
+        if event.finish_reason == "error":
+            raise GenerationError(event.error or "the engine failed")
+        self._count(event)
         if event.index:
             return stream.push(event.token_id, event.logprobs, event.finish_reason)
         shown = Delta(text="")

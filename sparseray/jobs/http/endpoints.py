@@ -34,7 +34,8 @@ from sparseray.jobs.http.openai_bodies import ApiRequest, ServedModel, parse_req
 from sparseray.jobs.http.openai_responses import DONE, Renderer, sse
 
 Read = TypeVar("Read")
-SMALL_BODY_BYTES = 2048
+SMALL_BODY_BYTES, SMALL_IDS_BYTES = 2048, 32768
+"""Bodies up to which a thread costs more than it saves: with texts, which are tokenised, and with a list of ids."""
 
 
 class GenerateEndpoints:
@@ -122,12 +123,16 @@ class GenerateEndpoints:
         def read(body: Mapping[str, Any]) -> ApiRequest:
             return parse_request(body, is_chat=is_chat, served=self._served, request_id=number)
 
-        if len(data) <= SMALL_BODY_BYTES:
-            body = parse_json(data)
-            if not body.keys() & COMPILED_FIELDS:
+        body = parse_json(data) if len(data) <= SMALL_IDS_BYTES else None
+        if body is not None and not body.keys() & COMPILED_FIELDS:
+            prompt = body.get("prompt")
+            are_ids = isinstance(prompt, list) and bool(prompt) and type(prompt[0]) is int
+            if are_ids or len(data) <= SMALL_BODY_BYTES:
                 return read(body)
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._threads, lambda: read(parse_json(data)))
+        return await loop.run_in_executor(
+            self._threads, lambda: read(parse_json(data) if body is None else body)
+        )
 
     async def _answer(self, request: Request, data: bytes, is_chat: bool, arrived_s: float) -> Response:
         number = secrets.token_hex(12)

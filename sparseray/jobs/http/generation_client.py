@@ -39,8 +39,14 @@ class GenerationClient(Protocol):
         """Name of the weights that gave a request's last token, or of those in force; empty where it is not known."""
         ...
 
-    def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenEvent, None]:
-        """Compute a request; the last event has a finish_reason. Closing the iterator cancels.
+    def generate(
+        self, request: GenerationRequest, *, patience: int = 1
+    ) -> AsyncGenerator[list[TokenEvent], None]:
+        """Compute a request, event after event; the last has a finish_reason. Closing the iterator cancels.
+
+        Args:
+            request: what to compute.
+            patience: between the first event and the last they may be kept until so many have come together.
 
         Raises (on the first event):
             UserError: the engine cannot compute this request.
@@ -103,7 +109,9 @@ class LocalClient:
         """See `GenerationClient.version`."""
         return ""
 
-    async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenEvent, None]:
+    async def generate(
+        self, request: GenerationRequest, *, patience: int = 1
+    ) -> AsyncGenerator[list[TokenEvent], None]:
         """See `GenerationClient.generate`."""
         stream = _Stream(asyncio.get_running_loop())
         with self._wake:
@@ -121,7 +129,7 @@ class LocalClient:
                     return
                 if isinstance(event, BaseException):
                     raise event
-                yield event
+                yield [event]
                 if event.finish_reason is not None:
                     return
         finally:

@@ -25,17 +25,22 @@ from sparseray.log import get_logger
 log = get_logger(__name__)
 
 LOOK_S = 0.05
-Events = asyncio.Queue[TokenEvent | SlotLostError]
 
 
 @dataclass(kw_only=True, eq=False)
 class _Open:
-    """A request that is being answered: which engine has it (None while there is none), and its tokens so far."""
+    """A request that is being answered: which engine has it (None while there is none), and its tokens so far.
+
+    `due` and `wake` belong to the event loop.
+    """
 
     request: GenerationRequest
     loop: asyncio.AbstractEventLoop
     since_s: float
-    events: Events = field(default_factory=asyncio.Queue)
+    patience: int
+    due: list[TokenEvent | SlotLostError] = field(default_factory=list)
+    wake: asyncio.Event = field(default_factory=asyncio.Event)
+    has_begun: bool = False
     slot: int | None = None
     tokens: list[int] = field(default_factory=list)
     version: str = ""
@@ -48,15 +53,23 @@ class _Open:
         done, priority = (*self.request.resume_tokens, *self.tokens), self.request.priority - 1
         return replace(self.request, resume_tokens=done, prompt_logprobs=None, priority=priority)
 
+    def put(self, found: TokenEvent | SlotLostError) -> None:
+        """Keep what has come; the first event, the last and an error wake who waits, the others do together."""
+        self.due.append(found)
+        is_plain = isinstance(found, TokenEvent) and found.finish_reason is None and self.has_begun
+        if not is_plain or len(self.due) >= self.patience:
+            self.has_begun = True
+            self.wake.set()
+
     def fail(self, error: SlotLostError) -> None:
         """Hand an error to who waits for tokens, in another thread."""
-        self.loop.call_soon_threadsafe(self.events.put_nowait, error)
+        self.loop.call_soon_threadsafe(self.put, error)
 
 
-def _give(due: list[tuple[Events, TokenEvent]]) -> None:
+def _give(due: list[tuple[_Open, TokenEvent]]) -> None:
     """Hand events to those who wait for them."""
-    for events, event in due:
-        events.put_nowait(event)
+    for found, event in due:
+        found.put(event)
 
 
 class Ingress:
@@ -146,10 +159,10 @@ class Ingress:
         if isinstance(body, Tokens):
             self._worked_s[source] = now
             version = self._routes.versions.get(body.version, "")
-            due = [(o, e) for e in body.events if (o := self._taker(source, e, version, now)) is not None]
+            due = [(o, e) for e in body.events() if (o := self._taker(source, e, version, now)) is not None]
             for loop in {found.loop for found, _ in due}:
                 # An event loop is woken once for all of a step's tokens.
-                loop.call_soon_threadsafe(_give, [(o.events, event) for o, event in due if o.loop is loop])
+                loop.call_soon_threadsafe(_give, [found for found in due if found[0].loop is loop])
         elif isinstance(body, Moved):
             # Until the scheduler says otherwise, it is no engine.
             if not body.stays:
@@ -252,24 +265,35 @@ class Ingress:
             self._load[slot] += 1
         found.slot = slot
 
-    async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenEvent, None]:
+    async def generate(
+        self, request: GenerationRequest, *, patience: int = 1
+    ) -> AsyncGenerator[list[TokenEvent], None]:
         """Yield a request's tokens as they come; closing the generator cancels it.
+
+        Args:
+            request, patience: as of `GenerationClient`.
 
         Raises:
             SlotLostError: no engine answers.
         """
-        found = _Open(request=request, loop=asyncio.get_running_loop(), since_s=time.monotonic())
+        loop = asyncio.get_running_loop()
+        found = _Open(request=request, loop=loop, since_s=time.monotonic(), patience=patience)
         with self._lock:
             self._open[request.request_id] = found
             self._move([found])
         is_ended = False
         try:
             while not is_ended:
-                event = await found.events.get()
-                if isinstance(event, SlotLostError):
-                    raise event
-                is_ended = event.finish_reason not in (None, "error")
-                yield event
+                await found.wake.wait()
+                found.wake.clear()
+                due, found.due = found.due, []
+                events = [event for event in due if isinstance(event, TokenEvent)]
+                is_ended = any(event.finish_reason not in (None, "error") for event in events)
+                if events:
+                    yield events
+                for error in due:
+                    if isinstance(error, SlotLostError) and not is_ended:
+                        raise error
         finally:
             with self._lock:
                 self._open.pop(request.request_id, None)

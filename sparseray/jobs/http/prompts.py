@@ -95,7 +95,7 @@ class PromptReader:
 
     def ids(self, item: list[int], where: str) -> tuple[int, ...]:
         """Return token ids once they are known to be the vocabulary's."""
-        if not all(0 <= token < self._limits.vocab_size for token in item):
+        if not 0 <= min(item, default=0) <= max(item, default=0) < self._limits.vocab_size:
             message = f"{where}: token ids must be from 0 to {self._limits.vocab_size - 1}"
             raise ApiError(400, message, param=where)
         return tuple(item)
@@ -151,4 +151,4 @@ def check_text(text: str, where: str) -> str:
 
 
 def _are_ids(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(type(token) is int for token in value)
+    return isinstance(value, list) and bool(value) and set(map(type, value)) == {int}

@@ -60,7 +60,8 @@ class Vocabulary:
         self.infilling, ids = find_sentinels(names), names.values()
         # A normalizer may compose characters: three of a decomposed syllable, nine bytes, become one of three.
         factor = 1 if tokenizer.normalizer is None else 4
-        self.longest_token_bytes = factor * max(len(self.label_bytes(token)) for token in ids)
+        self._bytes = {token: self._read_bytes(token) for token in ids}
+        self.longest_token_bytes = factor * max(map(len, self._bytes.values()))
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Return the token ids of a text, without special tokens."""
@@ -96,6 +97,9 @@ class Vocabulary:
 
     def label_bytes(self, token_id: int) -> bytes:
         """Return a token's own bytes, special tokens written out."""
+        return self._bytes.get(token_id, b"")
+
+    def _read_bytes(self, token_id: int) -> bytes:
         added = self._added.get(token_id)
         if added is not None:
             return bytes(added.content.encode())
@@ -240,6 +244,14 @@ class TextStream:
             finish_reason=finish_reason,
             stop_reason=stop_reason,
         )
+
+    def extend(self, tokens: Sequence[int]) -> Delta:
+        """Add tokens none of which is the last, where there are neither stop strings nor log probabilities."""
+        assert not self._stops
+        text = self._decoder.decode(b"".join(map(self._bytes, tokens)))
+        self._num_tokens += len(tokens)
+        self._released += len(text)
+        return Delta(text=text, tokens=tuple(tokens))
 
     def _find_stop(self) -> tuple[int, str] | None:
         """Where the text ends, and the stop string that occurs first."""

@@ -1,12 +1,21 @@
-"""The keys and values of a step's rows into their pages, in one launch that a CUDA graph can hold: `paged_write`, and
-`latent_append` for latent attention, which norms and rotates them on the way.
+"""The keys and values of a step's rows into their pages, in one launch that a CUDA graph can hold: `paged_write`,
+`rotary_write`, which takes them from the fused projection and rotates keys and queries on the way, and `latent_append`
+for latent attention, which norms and rotates.
 """
+
+from collections.abc import Sequence
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from sparseray.kernels.launch import launch_kernel
+
+
+@triton.jit
+def _copy(p_rows, p_pool, i_r, place, stride, N: tl.constexpr, BN: tl.constexpr):
+    o = tl.arange(0, BN)
+    tl.store(p_pool + place * N + o, tl.load(p_rows + i_r * stride + o, mask=o < N, other=0.0), mask=o < N)
 
 
 @triton.jit
@@ -17,12 +26,59 @@ def _write_kernel(
     """One program a row."""
     i_r = tl.program_id(0).to(tl.int64)
     place = tl.load(p_places + i_r).to(tl.int64)
-    o_k = tl.arange(0, BK)
-    b_k = tl.load(p_k + i_r * stride_k + o_k, mask=o_k < NK, other=0.0)
-    tl.store(p_k_pool + place * NK + o_k, b_k, mask=o_k < NK)
-    o_v = tl.arange(0, BV)
-    b_v = tl.load(p_v + i_r * stride_v + o_v, mask=o_v < NV, other=0.0)
-    tl.store(p_v_pool + place * NV + o_v, b_v, mask=o_v < NV)
+    _copy(p_k, p_k_pool, i_r, place, stride_k, NK, BK)
+    _copy(p_v, p_v_pool, i_r, place, stride_v, NV, BV)
+
+
+@triton.jit
+def _write_three_kernel(
+    p_k0, p_v0, p_k1, p_v1, p_k2, p_v2, p_places, p_k_pool0, p_v_pool0, p_k_pool1, p_v_pool1, p_k_pool2, p_v_pool2,
+    stride_k0, stride_v0, stride_k1, stride_v1, stride_k2, stride_v2,
+    NK: tl.constexpr, NV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """One program a row and pool."""
+    i_r = tl.program_id(0).to(tl.int64)
+    place = tl.load(p_places + i_r).to(tl.int64)
+    if tl.program_id(1) == 0:
+        _copy(p_k0, p_k_pool0, i_r, place, stride_k0, NK, BK)
+        _copy(p_v0, p_v_pool0, i_r, place, stride_v0, NV, BV)
+    elif tl.program_id(1) == 1:
+        _copy(p_k1, p_k_pool1, i_r, place, stride_k1, NK, BK)
+        _copy(p_v1, p_v_pool1, i_r, place, stride_v1, NV, BV)
+    else:
+        _copy(p_k2, p_k_pool2, i_r, place, stride_k2, NK, BK)
+        _copy(p_v2, p_v_pool2, i_r, place, stride_v2, NV, BV)
+
+
+@triton.jit
+def _rotary_write_kernel(
+    p_fused, p_cos, p_sin, p_places, p_q, p_k_pool, p_v_pool,
+    Q: tl.constexpr, G: tl.constexpr, D: tl.constexpr, NV: tl.constexpr, BH: tl.constexpr, BC: tl.constexpr,
+    BV: tl.constexpr,
+):  # fmt: skip
+    """One program a row."""
+    C: tl.constexpr = D // 2
+    i_r = tl.program_id(0).to(tl.int64)
+    place = tl.load(p_places + i_r).to(tl.int64)
+    p_fused += i_r * ((Q + G) * D + NV)
+    o_h = tl.arange(0, BH)[:, None]
+    o_c = tl.arange(0, BC)[None, :]
+    m = (o_h < Q + G) & (o_c < C)
+    o = o_h * D + o_c
+    b_first = tl.load(p_fused + o, mask=m, other=0.0).to(tl.float32)  # [BH, BC]
+    b_second = tl.load(p_fused + o + C, mask=m, other=0.0).to(tl.float32)
+    b_cos = tl.load(p_cos + i_r * C + o_c, mask=o_c < C, other=0.0)
+    b_sin = tl.load(p_sin + i_r * C + o_c, mask=o_c < C, other=0.0)
+    element = p_q.dtype.element_ty
+    b_low = (b_first * b_cos - b_second * b_sin).to(element)
+    b_high = (b_second * b_cos + b_first * b_sin).to(element)
+    p_own = p_q + i_r * (Q * D) + o
+    tl.store(p_own, b_low, mask=m & (o_h < Q))
+    tl.store(p_own + C, b_high, mask=m & (o_h < Q))
+    p_key = p_k_pool + place * (G * D) + o - Q * D
+    tl.store(p_key, b_low, mask=m & (o_h >= Q))
+    tl.store(p_key + C, b_high, mask=m & (o_h >= Q))
+    _copy(p_fused + (Q + G) * D, p_v_pool, 0, place, 0, NV, BV)
 
 
 @triton.jit
@@ -88,3 +144,51 @@ def paged_write(k_RGD: Tensor, v_RGV: Tensor, places_R: Tensor, k_pool: Tensor, 
         k_RGD, v_RGV, places_R, k_pool, v_pool, k_RGD.stride(0), v_RGV.stride(0),
         NK=nk, NV=nv, BK=triton.next_power_of_2(nk), BV=triton.next_power_of_2(nv), num_warps=4,
     )  # fmt: skip
+
+
+def paged_write_three(
+    rows: Sequence[tuple[Tensor, Tensor]], places_R: Tensor, pools: Sequence[tuple[Tensor, Tensor]]
+) -> None:
+    """`paged_write` into three pools at the same places.
+
+    Args:
+        rows: keys and values for each pool, of one shape each.
+        places_R: as of `paged_write`.
+        pools: keys and values.
+    """
+    (k_RGD, v_RGV), flat = rows[0], [x for pair in rows for x in pair]
+    flat = [x if x[0].is_contiguous() else x.contiguous() for x in flat]
+    nk, nv = k_RGD[0].numel(), v_RGV[0].numel()
+    launch_kernel(
+        _write_three_kernel, (k_RGD.shape[0], 3),
+        *flat, places_R, *(cache for pool in pools for cache in pool), *(x.stride(0) for x in flat),
+        NK=nk, NV=nv, BK=triton.next_power_of_2(nk), BV=triton.next_power_of_2(nv), num_warps=4,
+    )  # fmt: skip
+
+
+def rotary_write(
+    fused_RX: Tensor,
+    num_queries: int,
+    cos_RC: Tensor,
+    sin_RC: Tensor,
+    places_R: Tensor,
+    k_pool: Tensor,
+    v_pool: Tensor,
+) -> Tensor:
+    """Write every row's rotated keys and its values to its place; the rotated queries, [R, Q, D].
+
+    Args:
+        fused_RX: query heads, key heads and value heads of a row, contiguous.
+        num_queries: Q.
+        cos_RC, sin_RC: fp32, contiguous, of each row's position; channel i is paired with i + C, D = 2C.
+        places_R, k_pool, v_pool: as of `paged_write`.
+    """
+    rows, (num_kv, width) = len(fused_RX), k_pool.shape[2:]
+    nv = v_pool.shape[2] * v_pool.shape[3]
+    q_RQD = fused_RX.new_empty(rows, num_queries, width)
+    launch_kernel(
+        _rotary_write_kernel, (rows,), fused_RX, cos_RC, sin_RC, places_R, q_RQD, k_pool, v_pool,
+        Q=num_queries, G=num_kv, D=width, NV=nv, BH=triton.next_power_of_2(num_queries + num_kv),
+        BC=triton.next_power_of_2(width // 2), BV=triton.next_power_of_2(nv), num_warps=4,
+    )  # fmt: skip
+    return q_RQD

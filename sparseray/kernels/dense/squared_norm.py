@@ -1,6 +1,7 @@
 """Squared norms of many tensors, summed in an order that depends on their sizes alone, and the scale that clips by one.
 
-Each program adds up one piece of a row; the last launch adds each sum's pieces in order, in fp64.
+Each program adds up one piece of a row; the last launch adds each sum's pieces in order, in fp64. Many small tensors are
+one piece each, by torch's norm of a list, which takes a few launches for all of them.
 Oracle: `reference.squared_norms_reference`.
 """
 
@@ -15,7 +16,8 @@ from torch import Tensor
 
 from sparseray.kernels.launch import launch_kernel
 
-PIECE, TILE = 1 << 16, 8192
+PIECE, TILE, SMALL = 1 << 16, 8192, 1 << 22
+"""Values of a piece, of a step in it, and of a tensor that is one piece."""
 
 
 @triton.jit
@@ -49,19 +51,39 @@ def _first(counts: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor([0, *accumulate(counts)], dtype=torch.int32, device=device)
 
 
+@lru_cache(maxsize=8)
+def _places(places: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(places, dtype=torch.int64, device=device)
+
+
+def _small_tensors(tensors: Sequence[Tensor], places: Sequence[int], sums: Tensor) -> None:
+    """Write the squared norm of each tensor, of one dtype, to its place in sums."""
+    norms = torch.stack(torch._foreach_norm(list(tensors), 2.0, dtype=torch.float64))
+    sums.index_copy_(0, _places(tuple(places), sums.device), norms.square().float())
+
+
 def _pieces(tensors: Sequence[Tensor], rows: Sequence[int]) -> tuple[Tensor, list[int]]:
     """Sums of all pieces, and how many each of a tensor's rows has."""
-    counts = [triton.cdiv(x.numel() // max(1, r), PIECE) for x, r in zip(tensors, rows)]
-    sizes = [count * r for count, r in zip(counts, rows)]
-    sums = torch.empty(sum(sizes), dtype=torch.float32, device=tensors[0].device)
-    for x, r, count, part in zip(tensors, rows, counts, sums.split(sizes)):
+    is_small = [r == 1 and 0 < x.numel() <= SMALL for x, r in zip(tensors, rows)]
+    counts = [
+        1 if small else triton.cdiv(x.numel() // max(1, r), PIECE)
+        for x, r, small in zip(tensors, rows, is_small)
+    ]
+    ends = list(accumulate(count * r for count, r in zip(counts, rows)))
+    sums = torch.empty(ends[-1], dtype=torch.float32, device=tensors[0].device)
+    together: dict[torch.dtype, list[int]] = {}
+    for index, (x, r, count, end) in enumerate(zip(tensors, rows, counts, ends)):
         if not x.is_contiguous():
             raise ValueError(f"squared_norm: {tuple(x.shape)} with strides {x.stride()} is not contiguous")
-        if x.numel():
-            n = x.numel() // r
+        if is_small[index]:
+            together.setdefault(x.dtype, []).append(index)
+        elif x.numel():
             launch_kernel(
-                _pieces_kernel, (part.numel(),), x, part, n, count, PIECE=PIECE, TILE=TILE, num_warps=4
-            )
+                _pieces_kernel, (count * r,), x, sums[end - count * r : end], x.numel() // r, count, PIECE=PIECE, TILE=TILE,
+                num_warps=4,
+            )  # fmt: skip
+    for chosen in together.values():
+        _small_tensors([tensors[i] for i in chosen], [ends[i] - 1 for i in chosen], sums)
     return sums, counts
 
 

@@ -101,7 +101,7 @@ def _block_mover(streaming: bool) -> Any:
     return move
 
 
-_move = _block_mover(streaming=False)
+move_block = _block_mover(streaming=False)
 _stream = _block_mover(streaming=True)
 
 
@@ -115,7 +115,7 @@ def _fence(typingctx):
 
 
 @intrinsic
-def _fetch_add(typingctx, counters, index, amount):
+def fetch_add(typingctx, counters, index, amount):
     def codegen(context, builder, signature, args):
         data = context.make_array(signature.args[0])(context, builder, args[0])
         return builder.atomic_rmw("add", builder.gep(data.data, [args[1]]), args[2], "seq_cst")
@@ -160,7 +160,7 @@ def write_word(words, index, value):
 
 
 @numba.njit(cache=True, nogil=True)
-def _copy_rows(table, rows, out, first, last, how):
+def copy_rows(table, rows, out, first, last, how):
     """Copy rows [first, last) as `how` says; returns the position of a row outside the table, or -1."""
     bad = -1
     blocks, streaming, far, near = how
@@ -183,7 +183,7 @@ def _copy_rows(table, rows, out, first, last, how):
                 _stream(table, row, out, i, block * BLOCK_BYTES)
         else:
             for block in range(blocks):
-                _move(table, row, out, i, block * BLOCK_BYTES)
+                move_block(table, row, out, i, block * BLOCK_BYTES)
         for d in range(rest, width):
             out[i, d] = table[row, d]
     if streaming:
@@ -203,14 +203,14 @@ def _copy_chunks(table, rows, out, how, counters, part_rows, part):
     while part < 0 or _atomic_load(counters, LINE * (part + 1)) < wanted:
         first = count
         if _atomic_load(counters, 0) < count:
-            first = _fetch_add(counters, 0, CHUNK_ROWS)
+            first = fetch_add(counters, 0, CHUNK_ROWS)
         if first >= count:
             if part < 0:
                 break
             continue
         last = min(first + CHUNK_ROWS, count)
-        bad = max(bad, _copy_rows(table, rows, out, first, last, how))
-        _fetch_add(counters, LINE * (first // part_rows + 1), last - first)
+        bad = max(bad, copy_rows(table, rows, out, first, last, how))
+        fetch_add(counters, LINE * (first // part_rows + 1), last - first)
     return bad
 
 
@@ -252,7 +252,7 @@ def plan_copy(
     return source, target, (row_bytes // BLOCK_BYTES if inner else 0, streaming and aligned, far, near)
 
 
-def _check_rows(bad: int, rows_N: Ints, num_rows: int) -> None:
+def check_rows(bad: int, rows_N: Ints, num_rows: int) -> None:
     if bad >= 0:
         raise IndexError(f"rows[{bad}]={rows_N[bad]} is outside the table's {num_rows} rows")
 
@@ -298,7 +298,7 @@ def gather_parts(
             yield slice(part * part_rows, min((part + 1) * part_rows, count))
     finally:
         bad = max([bad, *(job.result() for job in jobs)])
-    _check_rows(bad, rows_N, num_rows)
+    check_rows(bad, rows_N, num_rows)
 
 
 def gather_rows(
@@ -333,8 +333,8 @@ def gather_rows(
         raise ValueError(f"out is {out.dtype} {out.shape}; gather_rows needs {table_RD.dtype} {wanted}")
     if threads == 1:
         source, target, how = plan_copy(table_RD, out, streaming=streaming)
-        bad = _copy_rows(source, rows_N, target, 0, wanted[0], how)
-        _check_rows(bad, rows_N, table_RD.shape[0])
+        bad = copy_rows(source, rows_N, target, 0, wanted[0], how)
+        check_rows(bad, rows_N, table_RD.shape[0])
     else:
         with nullcontext(pool) if pool is not None else ThreadPoolExecutor(threads - 1) as workers:
             parts = gather_parts(

@@ -9,6 +9,8 @@ Shapes: U rows, D row width, B ranges.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -17,6 +19,8 @@ from torch import Tensor
 from sparseray.kernels.launch import launch_kernel
 
 TILE = 4096
+BLOCK = 1024
+"""Numbers of the rows that a program updates."""
 GOLDEN = tl.constexpr(0x9E3779B97F4A7C15)
 
 
@@ -86,33 +90,37 @@ def _rounded(b_w, key, o_d):
     return ((_plus(bits, noise) >> 16) | not_a_number).to(tl.uint16).to(tl.int16, bitcast=True)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["U"])
 def _adam_kernel(
-    p_w, p_m, p_v, p_t, p_ids, p_sums, p_lr, p_correction, scale, keep1, new1, keep2, new2, eps, seed,
-    D: tl.constexpr, BD: tl.constexpr, ROUNDED: tl.constexpr,
+    p_w, p_m, p_v, p_t, p_ids, p_sums, U, scale, lr, keep1, new1, keep2, new2, eps, seed,
+    LOG1: tl.constexpr, LOG2: tl.constexpr,
+    D: tl.constexpr, BU: tl.constexpr, BD: tl.constexpr, ROUNDED: tl.constexpr,
 ):  # fmt: skip
-    i = tl.program_id(0).to(tl.int64)
+    o_u = tl.program_id(0) * BU + tl.arange(0, BU)
     o_d = tl.arange(0, BD)
-    m_d = o_d < D
-    o = i * D + o_d
-    b_g = tl.load(p_sums + o, mask=m_d, other=0.0) * scale
-    second = keep2 * tl.load(p_v + i) + new2 * (tl.sum(b_g * b_g, 0) / D)
-    tl.store(p_v + i, second)
-    root = tl.sqrt(second.to(tl.float64) / tl.load(p_correction + i)) + eps
-    rate = (tl.load(p_lr + i) / root).to(tl.float32)
-    b_m = keep1 * tl.load(p_m + o, mask=m_d, other=0.0) + new1 * b_g
-    tl.store(p_m + o, b_m, mask=m_d)
-    b_w = tl.load(p_w + o, mask=m_d, other=0)
+    m_u = o_u < U
+    m = m_u[:, None] & (o_d < D)[None, :]
+    o = o_u.to(tl.int64)[:, None] * D + o_d[None, :]
+    b_g = tl.load(p_sums + o, mask=m, other=0.0) * scale
+    second = keep2 * tl.load(p_v + o_u, mask=m_u, other=0.0) + new2 * (tl.sum(b_g * b_g, 1) / D)
+    tl.store(p_v + o_u, second, mask=m_u)
+    count = tl.load(p_t + o_u, mask=m_u, other=0) + 1
+    tl.store(p_t + o_u, count, mask=m_u)
+    root = tl.sqrt(second.to(tl.float64) / (1.0 - tl.exp2(count.to(tl.float64) * LOG2))) + eps
+    rate = (lr / (1.0 - tl.exp2(count.to(tl.float64) * LOG1)) / root).to(tl.float32)
+    b_m = keep1 * tl.load(p_m + o, mask=m, other=0.0) + new1 * b_g
+    tl.store(p_m + o, b_m, mask=m)
+    b_w = tl.load(p_w + o, mask=m, other=0)
     if ROUNDED:
         # int16: the upper half of an fp32 number.
         b_w = (b_w.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
-    b_w -= rate * b_m
+    b_w -= rate[:, None] * b_m
     if ROUNDED:
-        key = _mixed(tl.load(p_ids + i).to(tl.uint64) * GOLDEN + seed)
-        key = _mixed(tl.load(p_t + i).to(tl.uint64) * GOLDEN + key)
-        tl.store(p_w + o, _rounded(b_w, key, o_d), mask=m_d)
+        key = _mixed(tl.load(p_ids + o_u, mask=m_u, other=0).to(tl.uint64) * GOLDEN + seed)
+        key = _mixed(count.to(tl.uint64) * GOLDEN + key)
+        tl.store(p_w + o, _rounded(b_w, key[:, None], o_d[None, :]), mask=m)
     else:
-        tl.store(p_w + o, b_w, mask=m_d)
+        tl.store(p_w + o, b_w, mask=m)
 
 
 @torch.no_grad()
@@ -130,30 +138,33 @@ def row_adam(
     eps: float,
     seed: int,
 ) -> None:
-    """`RowOps.row_adam` of contiguous tensors; nothing is copied to the host."""
+    """`RowOps.row_adam` of contiguous tensors, in one launch; nothing is copied to the host."""
     U, D = weight_UD.shape
-    steps_U = t_U.add_(1).double()
-    is_rounded = weight_UD.dtype == torch.bfloat16
+    is_rounded, width = weight_UD.dtype == torch.bfloat16, triton.next_power_of_2(D)
+    rows = max(1, BLOCK // width)
     launch_kernel(
         _adam_kernel,
-        (U,),
+        (triton.cdiv(U, rows),),
         weight_UD.view(torch.int16) if is_rounded else weight_UD,
         m_UD,
         v_U,
         t_U,
         ids_U,
         sums_UD,
-        lr / (1 - betas[0] ** steps_U),
-        1 - betas[1] ** steps_U,
+        U,
         float(scale),
+        float(lr),
         float(betas[0]),
         1.0 - betas[0],
         float(betas[1]),
         1.0 - betas[1],
         float(eps),
         seed,
+        LOG1=math.log2(betas[0]) if betas[0] else -math.inf,
+        LOG2=math.log2(betas[1]) if betas[1] else -math.inf,
         D=D,
-        BD=triton.next_power_of_2(D),
+        BU=rows,
+        BD=width,
         ROUNDED=is_rounded,
-        num_warps=1 if D <= 256 else 4,
+        num_warps=4,
     )

@@ -16,8 +16,13 @@ from torch import Tensor
 
 from sparseray.kernels.launch import launch_kernel
 
-SEGMENT_COLUMNS, SEGMENT_LOADS = 32, 64
-"""A warp adds one column a lane, with that many rows' loads in flight."""
+SEGMENTS, SEGMENT_COLUMNS, SHORT_SEGMENT = 8, 64, 16
+"""A warp adds up that many short segments side by side."""
+SEARCHED = 256
+"""Segments of which one program adds up the longer ones."""
+
+SEGMENT_LOADS = 32
+"""Rows of a long segment whose loads are in flight at once: its sum is a chain of dependent additions."""
 
 MAX_REGISTERS = 32
 WORDS_PER_UNIT = 2
@@ -241,36 +246,97 @@ def register_host(table: Tensor) -> Tensor:
 
 
 @triton.jit
+def _append(tensors, x):
+    return tensors + (x,)  # noqa: RUF005  (Triton unpacks none)
+
+
+@triton.jit
+def _ordered_terms(acc, m_acc, p_grads, p_order, start, last, o_d, m_d, D: tl.constexpr, COUNT: tl.constexpr):
+    """Add COUNT terms to sums, in order; `m_acc` says which sums have one yet.
+
+    All positions are asked for before the first term, and all terms before the first sum: a compiler that sees one
+    after another leaves few of them in flight.
+    """
+    places, terms = (), ()
+    for i in tl.static_range(COUNT):
+        places = _append(places, tl.load(p_order + start + i, mask=start + i < last, other=0).to(tl.int64))
+    for i in tl.static_range(COUNT):
+        m = (start + i < last)[:, None] & m_d
+        terms = _append(terms, tl.load(p_grads + places[i][:, None] * D + o_d, mask=m, other=0.0))
+    for i in tl.static_range(COUNT):
+        m, x = start + i < last, terms[i].to(tl.float32)
+        acc = tl.where(m[:, None], tl.where(m_acc[:, None], acc + x, x), acc)
+        m_acc = m_acc | m
+    return acc, m_acc
+
+
+@triton.jit
+def _long_segments(
+    p_grads, p_order, p_first, p_out, U, u, o_d, m_d,
+    D: tl.constexpr, BD: tl.constexpr, MANY: tl.constexpr, LIMIT: tl.constexpr, SEARCHED: tl.constexpr,
+):  # fmt: skip
+    """Sums of those of SEARCHED segments that have more than LIMIT terms, the longest first."""
+    o_s = tl.arange(0, SEARCHED)
+    m_s = u + o_s < U
+    count = tl.load(p_first + u + o_s + 1, mask=m_s, other=0) - tl.load(p_first + u + o_s, mask=m_s, other=0)
+    count = tl.where(count > LIMIT, count, 0)
+    rest = tl.max(count, 0)
+    while rest > 0:
+        s = tl.argmax(count, 0)
+        count = tl.where(o_s == s, 0, count)
+        o_u = u + s + tl.arange(0, 1)
+        start, last = tl.load(p_first + o_u), tl.load(p_first + o_u + 1)
+        acc, m_acc = tl.zeros([1, BD], tl.float32), o_u < 0
+        while rest > 0:
+            acc, m_acc = _ordered_terms(acc, m_acc, p_grads, p_order, start, last, o_d, m_d, D, MANY)
+            start += MANY
+            rest -= MANY
+        tl.store(p_out + o_u.to(tl.int64)[:, None] * D + o_d, acc, mask=m_d)
+        rest = tl.max(count, 0)
+
+
+@triton.jit
+def _short_segments(
+    p_grads, p_order, p_first, p_out, U, u, o_d, m_d,
+    D: tl.constexpr, BU: tl.constexpr, BD: tl.constexpr, FEW: tl.constexpr, LIMIT: tl.constexpr,
+):  # fmt: skip
+    """Sums of those of BU segments that have at most LIMIT terms, side by side; none give 0."""
+    o_u = u + tl.arange(0, BU)
+    m_u = o_u < U
+    first = tl.load(p_first + o_u, mask=m_u, other=0)
+    last = tl.load(p_first + o_u + 1, mask=m_u, other=0)
+    is_short = last - first <= LIMIT
+    last = tl.where(is_short, last, first)
+    acc, m_acc = tl.zeros([BU, BD], tl.float32), o_u < 0
+    longest = tl.max(last - first, 0)
+    done = longest * 0
+    while done < longest:
+        acc, m_acc = _ordered_terms(acc, m_acc, p_grads, p_order, first + done, last, o_d, m_d, D, FEW)
+        done += FEW
+    p = p_out + o_u.to(tl.int64)[:, None] * D + o_d
+    tl.store(p, acc, mask=(m_u & is_short)[:, None] & m_d)
+
+
+@triton.jit(do_not_specialize=["U", "searches"])
 def _segment_kernel(
-    p_grads, p_first, p_out, D: tl.constexpr, BD: tl.constexpr, MANY: tl.constexpr, FEW: tl.constexpr
-):
-    """Add one segment's rows, which lie behind one another, in order; MANY loads are in flight at once. None give 0."""
-    i_u = tl.program_id(0)
-    o_d = tl.program_id(1) * BD + tl.arange(0, BD)
+    p_grads, p_order, p_first, p_out, U, searches,
+    D: tl.constexpr, BU: tl.constexpr, BD: tl.constexpr, FEW: tl.constexpr, MANY: tl.constexpr,
+    LIMIT: tl.constexpr, SEARCHED: tl.constexpr,
+):  # fmt: skip
+    """Sums of the terms of all segments, in order: long ones first, which take longest, by the first programs."""
+    o_d = tl.program_id(1) * BD + tl.arange(0, BD)[None, :]
     m_d = o_d < D
-    first = tl.load(p_first + i_u)
-    last = tl.load(p_first + i_u + 1)
-    p = p_grads + o_d
-    acc = tl.load(p + first * D, mask=m_d & (first < last), other=0.0).to(tl.float32)
-    start = first + 1
-    while start + MANY <= last:
-        for i in tl.static_range(MANY):
-            acc += tl.load(p + (start + i) * D, mask=m_d, other=0.0).to(tl.float32)
-        start += MANY
-    while start < last:
-        for i in tl.static_range(FEW):
-            m = start + i < last
-            x = tl.load(p + (start + i) * D, mask=m_d & m, other=0.0).to(tl.float32)
-            acc = tl.where(m, acc + x, acc)
-        start += FEW
-    tl.store(p_out + i_u.to(tl.int64) * D + o_d, acc, mask=m_d)
+    i = tl.program_id(0)
+    if i < searches:
+        u = i * SEARCHED
+        _long_segments(p_grads, p_order, p_first, p_out, U, u, o_d, m_d, D, BD, MANY, LIMIT, SEARCHED)
+    else:
+        u = (i - searches) * BU
+        _short_segments(p_grads, p_order, p_first, p_out, U, u, o_d, m_d, D, BU, BD, FEW, LIMIT)
 
 
 def segment_sum_rows(rows_N: Tensor, grads_ND: Tensor) -> tuple[Tensor, Tensor]:
     """`reference.segment_sum_rows` on the GPU, bit for bit: a stable sort, then sums in order.
-
-    The gradients are first laid in sorted order, so that a long segment, a chain of dependent
-    additions, never waits for the address of its next row.
 
     Args:
         rows_N: int64. grads_ND: fp32 or bf16 (converted to fp32), contiguous.
@@ -288,22 +354,29 @@ def sum_segments(grads_ND: Tensor, order_N: Tensor, first_U1: Tensor) -> Tensor:
 
     Args:
         grads_ND: fp32 or bf16, contiguous.
-        order_N: int64, positions of the gradients, segment after segment.
-        first_U1: int64, where in it each segment begins, and where the last one ends.
+        order_N: int32 or int64, positions of the gradients, segment after segment.
+        first_U1: of the same dtype, where in it each segment begins, and where the last one ends.
     """
     U, D = first_U1.numel() - 1, grads_ND.shape[1]
     sums_UD = torch.empty(U, D, dtype=torch.float32, device=grads_ND.device)
+    columns, searches = min(SEGMENT_COLUMNS, triton.next_power_of_2(D)), triton.cdiv(U, SEARCHED)
     if U:
         launch_kernel(
             _segment_kernel,
-            (U, triton.cdiv(D, SEGMENT_COLUMNS)),
-            grads_ND.index_select(0, order_N),
+            (searches + triton.cdiv(U, SEGMENTS), triton.cdiv(D, columns)),
+            grads_ND,
+            order_N,
             first_U1,
             sums_UD,
+            U,
+            searches,
             D=D,
-            BD=SEGMENT_COLUMNS,
-            MANY=SEGMENT_LOADS,
+            BU=SEGMENTS,
+            BD=columns,
             FEW=4,
+            MANY=SEGMENT_LOADS,
+            LIMIT=SHORT_SEGMENT,
+            SEARCHED=SEARCHED,
             num_warps=1,
         )
     return sums_UD

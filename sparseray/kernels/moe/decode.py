@@ -21,6 +21,8 @@ from sparseray.kernels.moe.ffn import LayerConfig, TileConfig, combine, project_
 
 PAIRED_ROWS = 32
 SORTED_ROWS = 512
+SORTED_TILE = 4096
+"""Values, a token's row for each expert, that a program of four warps sorts by."""
 
 
 @triton.jit
@@ -99,24 +101,34 @@ def _sort_kernel(
     p_tile_expert,
     p_tile_row,
     p_tile_end,
-    R,
+    T,
     num_tiles,
     E: tl.constexpr,
     BE: tl.constexpr,
-    BR: tl.constexpr,
+    K: tl.constexpr,
+    BT: tl.constexpr,
     BM: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    """The whole expert map in one program: sort by (expert, pair), count, cut into tiles."""
-    o_r = tl.arange(0, BR)
+    """The whole expert map in one program: count, place by (expert, pair), cut into tiles."""
+    o_t = tl.arange(0, BT)
     o_e = tl.arange(0, BE)
-    ids = tl.load(p_ids + o_r, mask=o_r < R, other=BE - 1).to(tl.int32)
-    keys = tl.sort(ids * BR + o_r)
-    order = keys % BR
-    tl.store(p_order + o_r, order, mask=o_r < R)
-    tl.store(p_inverse + order, o_r, mask=o_r < R)
-    counts = tl.where(o_e < E, tl.histogram(ids, BE), 0)
+    m_t = o_t < T
+    chosen = tl.zeros([BT, BE], tl.int32)
+    for k in tl.static_range(K):
+        ids = tl.load(p_ids + o_t * K + k, mask=m_t, other=-1).to(tl.int32)
+        chosen += (o_e[None, :] == ids[:, None]).to(tl.int32)
+    counts = tl.sum(chosen, 0)
     last_row = tl.cumsum(counts, 0)
+    # Where the next pair of each expert goes, of every token.
+    places = tl.cumsum(chosen, 0) - chosen + (last_row - counts)[None, :]
+    for k in tl.static_range(K):
+        ids = tl.load(p_ids + o_t * K + k, mask=m_t, other=-1).to(tl.int32)
+        hot = o_e[None, :] == ids[:, None]
+        place = tl.sum(tl.where(hot, places, 0), 1)
+        tl.store(p_inverse + o_t * K + k, place, mask=m_t)
+        tl.store(p_order + place, o_t * K + k, mask=m_t)
+        places += hot.to(tl.int32)
     tl.store(p_counts + o_e, counts, mask=o_e < E)
     tl.store(p_offsets + o_e, last_row - counts, mask=o_e < E)
     tiles = (counts + BM - 1) // BM
@@ -124,10 +136,10 @@ def _sort_kernel(
     for start in range(0, num_tiles, TILES):
         o_i = start + tl.arange(0, TILES)
         expert = tl.sum((last[None, :] <= o_i[:, None]).to(tl.int32), 1)
-        hot = o_e[None, :] == expert[:, None]
-        first_tile = tl.sum(tl.where(hot, (last - tiles)[None, :], 0), 1)
-        end = tl.sum(tl.where(hot, last_row[None, :], 0), 1)
-        first_row = end - tl.sum(tl.where(hot, counts[None, :], 0), 1)
+        own = o_e[None, :] == expert[:, None]
+        first_tile = tl.sum(tl.where(own, (last - tiles)[None, :], 0), 1)
+        end = tl.sum(tl.where(own, last_row[None, :], 0), 1)
+        first_row = end - tl.sum(tl.where(own, counts[None, :], 0), 1)
         m_i = o_i < num_tiles
         tl.store(p_tile_expert + o_i, tl.where(expert < E, expert, -1), mask=m_i)
         tl.store(p_tile_row + o_i, first_row + (o_i - first_tile) * BM, mask=m_i)
@@ -140,6 +152,7 @@ def plan_few_rows(topk_ids_TK: Tensor, num_experts: int, *, tile_rows: int) -> E
     T, K = topk_ids_TK.shape
     R = T * K
     num_tiles = R // tile_rows + min(num_experts, R)
+    block, columns = max(16, triton.next_power_of_2(T)), triton.next_power_of_2(num_experts)
     integers = torch.empty(
         2 * R + 2 * num_experts + 3 * num_tiles, dtype=torch.int32, device=topk_ids_TK.device
     )
@@ -154,14 +167,15 @@ def plan_few_rows(topk_ids_TK: Tensor, num_experts: int, *, tile_rows: int) -> E
         counts,
         offsets,
         *tiles,
-        R,
+        T,
         num_tiles,
         E=num_experts,
-        BE=triton.next_power_of_2(num_experts + 1),
-        BR=max(16, triton.next_power_of_2(R)),
+        BE=columns,
+        K=K,
+        BT=block,
         BM=tile_rows,
         TILES=32,
-        num_warps=4,
+        num_warps=4 if block * columns <= SORTED_TILE else 8,
     )
     return ExpertPlan(
         order_R=order,
@@ -193,9 +207,7 @@ def decode_config(rows_per_expert: float, dtype: torch.dtype) -> LayerConfig:
         m = 16 if rows_per_expert <= 8 else 32
         up = TileConfig(n=64, k=128 // shorten, group=4, warps=4, stages=3)
         down = TileConfig(n=128, k=128 // shorten, group=4, warps=4, stages=3)
-    return LayerConfig(
-        m=m, up=up, down=down, act_grad=up, input_grad=down, weight_grad=down, weight_grad_rows=64
-    )
+    return LayerConfig(m=m, up=up, down=down, act_grad=up, input_grad=down)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -277,7 +289,8 @@ def moe_ffn_decode(
         return decode_pairs(x_TH, topk_ids_TK, topk_weights_TK, w_gate_up_E2IH, w_down_EHI)
     num_experts = w_down_EHI.shape[0]
     config = config or decode_config(T * K / num_experts, w_down_EHI.dtype)
-    make_plan = plan_few_rows if T * K <= SORTED_ROWS else plan_experts
+    is_small = T * K <= SORTED_ROWS and T * num_experts <= 8 * SORTED_TILE
+    make_plan = plan_few_rows if is_small else plan_experts
     plan = make_plan(topk_ids_TK, num_experts, tile_rows=config.m)
     act_RI, _ = up_project(x_TH, w_gate_up_E2IH, plan, config, save=False)
     y_RH = project_rows(act_RI, w_down_EHI, plan, config, config.down, transposed=True)

@@ -25,13 +25,14 @@ class HeldGradients:
     Attributes:
         dx_RH: of each row's input, in the dtype of x.
         dweights_R: fp32, of its routing weight.
-        dgate_up_E2IH, ddown_EHI: of the slabs, in their dtype; zeros for an expert without rows.
+        dgate_up_GE2IH, ddown_GEHI: of the slabs, in their dtype, apart for every G-th group of rows; zeros for an expert
+            without rows.
     """
 
     dx_RH: Tensor
     dweights_R: Tensor
-    dgate_up_E2IH: Tensor
-    ddown_EHI: Tensor
+    dgate_up_GE2IH: Tensor
+    ddown_GEHI: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,14 +65,15 @@ def held_forward(
     Args:
         x_TH: tokens.
         order_R: int64, t * K + k of every row, by expert.
-        counts: rows of each expert.
+        counts: rows of each expert; where there are more groups than experts, of each in the first set, in the second...
         top_k: K.
         gate_up_E2IH, down_EHI: slabs.
     """
     rows_RH = x_TH[order_R // top_k]
     y_RH, activations = torch.empty_like(rows_RH), []
-    for expert, rows in _spans(counts):
-        y_RH[rows], kept = swiglu_forward(rows_RH[rows], *_matrices(gate_up_E2IH, down_EHI, expert))
+    for group, rows in _spans(counts):
+        matrices = _matrices(gate_up_E2IH, down_EHI, group % len(down_EHI))
+        y_RH[rows], kept = swiglu_forward(rows_RH[rows], *matrices)
         activations.append(kept)
     return y_RH, _Saved(rows_RH=rows_RH, y_RH=y_RH, activations=activations)
 
@@ -84,6 +86,7 @@ def held_backward(
     saved: Any,
     gate_up_E2IH: Tensor,
     down_EHI: Tensor,
+    num_sets: int = 1,
 ) -> HeldGradients:
     """Backward of `held_forward` and of the weighted sum over k.
 
@@ -91,19 +94,26 @@ def held_backward(
         dout_TH: gradient of the layer's output.
         weights_TK: fp32.
         order_R, counts, saved, gate_up_E2IH, down_EHI: of the forward pass.
+        num_sets: G.
     """
     tokens_R, rows_RH = order_R // weights_TK.shape[1], saved.rows_RH
     dout_RH = dout_TH[tokens_R]
     dweights_R = (saved.y_RH.float() * dout_RH.float()).sum(-1).to(weights_TK.dtype)
     dy_RH = (dout_RH * weights_TK.reshape(-1)[order_R][:, None]).to(rows_RH.dtype)
     dx_RH = torch.empty_like(rows_RH)
-    dgate_up_E2IH, ddown_EHI = torch.zeros_like(gate_up_E2IH), torch.zeros_like(down_EHI)
-    for (expert, rows), kept in zip(_spans(counts), saved.activations):
-        matrices = _matrices(gate_up_E2IH, down_EHI, expert)
+    E = len(down_EHI)
+    dgate_up, ddown = (w.new_zeros(num_sets * E, *w.shape[1:]) for w in (gate_up_E2IH, down_EHI))
+    for (group, rows), kept in zip(_spans(counts), saved.activations):
+        matrices = _matrices(gate_up_E2IH, down_EHI, group % E)
         dx_RH[rows], *gradients = swiglu_backward(dy_RH[rows], rows_RH[rows], kept, *matrices)
-        for into, gradient in zip(_matrices(dgate_up_E2IH, ddown_EHI, expert), gradients):
+        for into, gradient in zip(_matrices(dgate_up, ddown, group), gradients):
             into.copy_(gradient)
-    return HeldGradients(dx_RH=dx_RH, dweights_R=dweights_R, dgate_up_E2IH=dgate_up_E2IH, ddown_EHI=ddown_EHI)
+    return HeldGradients(
+        dx_RH=dx_RH,
+        dweights_R=dweights_R,
+        dgate_up_GE2IH=dgate_up.view(num_sets, *gate_up_E2IH.shape),
+        ddown_GEHI=ddown.view(num_sets, *down_EHI.shape),
+    )
 
 
 def combine_slots(rows_TKH: Tensor, weights_TK: Tensor | None) -> Tensor:
@@ -144,7 +154,7 @@ class _ExpertSum(torch.autograd.Function):
         found = held_backward(grads[0], weights_TK, order_R, ctx.counts, saved, *slabs)
         dx_TH = combine_slots(_placed(found.dx_RH, order_R, weights_TK), None)
         dweights_TK = _placed(found.dweights_R, order_R, weights_TK)
-        return dx_TH, None, dweights_TK, found.dgate_up_E2IH, found.ddown_EHI
+        return dx_TH, None, dweights_TK, found.dgate_up_GE2IH[0], found.ddown_GEHI[0]
 
 
 def expert_sum(

@@ -22,27 +22,43 @@ from sparseray.kernels.moe.expert_map import ExpertPlan, plan_experts
 
 @dataclass(frozen=True, kw_only=True)
 class TileConfig:
-    """Tile of one grouped product: columns, depth, row tiles that share the cache, warps, stages."""
+    """Tile of one grouped product: columns, depth, row tiles that share the cache, warps, stages; `registers` of a thread
+    at most, so that more programs share a multiprocessor."""
 
     n: int
     k: int
     group: int
     warps: int
     stages: int
+    registers: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientTile(TileConfig):
+    """Tile of a weight gradient: `rows` columns of what lies sorted by expert, `n` of what is gathered."""
+
+    rows: int
+
+
+_SMALL_GRADIENT = GradientTile(rows=32, n=32, k=32, group=4, warps=4, stages=2)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerConfig:
-    """Tiles of the five products; `m` is the rows of a tile and `tma` whether descriptors may be used."""
+    """Tiles of the six products; `m` is the rows of a tile and `tma` whether descriptors may be used.
+
+    `prefetch`: the activation gradient asks for its pre-activations before its product.
+    """
 
     m: int
     up: TileConfig
     down: TileConfig
     act_grad: TileConfig
     input_grad: TileConfig
-    weight_grad: TileConfig
-    weight_grad_rows: int
+    up_weights: GradientTile = _SMALL_GRADIENT
+    down_weights: GradientTile = _SMALL_GRADIENT
     tma: bool = True
+    prefetch: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,13 +81,11 @@ HOPPER = LayerConfig(
     down=TileConfig(n=256, k=64, group=8, warps=8, stages=4),
     act_grad=TileConfig(n=256, k=64, group=8, warps=8, stages=4),
     input_grad=TileConfig(n=256, k=64, group=8, warps=8, stages=3),
-    weight_grad=TileConfig(n=128, k=64, group=8, warps=4, stages=4),
-    weight_grad_rows=128,
+    up_weights=GradientTile(rows=256, n=128, k=64, group=8, warps=8, stages=4),
+    down_weights=GradientTile(rows=256, n=128, k=64, group=8, warps=8, stages=4),
+    prefetch=True,
 )
 """bf16 and fp16 on compute capability 9.0; measured in benchmarks/results."""
-
-WEIGHT_GRAD_REGISTERS = 168
-"""Of a thread at most, where a weight gradient has four warps: three programs then share a multiprocessor."""
 
 _SMALL = TileConfig(n=32, k=32, group=4, warps=4, stages=2)
 SMALL = LayerConfig(
@@ -80,8 +94,6 @@ SMALL = LayerConfig(
     down=_SMALL,
     act_grad=_SMALL,
     input_grad=_SMALL,
-    weight_grad=_SMALL,
-    weight_grad_rows=32,
 )
 """fp32, and anything that runs in the interpreter."""
 
@@ -91,8 +103,8 @@ def default_config(x: Tensor) -> LayerConfig:
     return HOPPER if x.is_cuda and x.element_size() == 2 else SMALL
 
 
-def _operand(matrix: Tensor, block: tuple[int, int], tma: bool) -> Tensor | TensorDescriptor:
-    """The 2-D matrix as a descriptor of the given block, or itself."""
+def _operand(matrix: Tensor, block: tuple[int, ...], tma: bool) -> Tensor | TensorDescriptor:
+    """The matrix as a descriptor of the given block, or itself."""
     return TensorDescriptor.from_tensor(matrix, list(block)) if tma else matrix
 
 
@@ -112,14 +124,14 @@ def up_project(
     H, I, R = x_TH.shape[1], w_E2IH.shape[1] // 2, plan.order_R.shape[0]
     act_RI = x_TH.new_empty(R, I)
     pre_RP = x_TH.new_empty(R, 2 * I) if save else act_RI
-    tile, flat = config.up, w_E2IH.view(-1, H)
-    tma = _may_use_tma(config, flat)
+    tile, halves = config.up, w_E2IH.view(-1, I, H)
+    tma = _may_use_tma(config, halves)
     launch_kernel(
         gemm.up_kernel,
         (plan.tile_expert_M.shape[0] * triton.cdiv(I, tile.n),),
         x_TH,
         plan.order_R,
-        _operand(flat, (tile.n, tile.k), tma),
+        _operand(halves, (2, tile.n, tile.k), tma),
         act_RI,
         pre_RP,
         *_tiles(plan),
@@ -134,6 +146,7 @@ def up_project(
         GROUP=tile.group,
         num_warps=tile.warps,
         num_stages=tile.stages,
+        maxnreg=tile.registers,
     )
     return act_RI, pre_RP
 
@@ -166,6 +179,7 @@ def project_rows(
         GROUP=tile.group,
         num_warps=tile.warps,
         num_stages=tile.stages,
+        maxnreg=tile.registers,
     )
     return out_RN
 
@@ -227,12 +241,14 @@ def activation_grad(
         I=I,
         K=plan.top_k,
         TMA=tma,
+        PREFETCH=config.prefetch and I % tile.n == 0,
         BM=config.m,
         BN=tile.n,
         BK=tile.k,
         GROUP=tile.group,
         num_warps=tile.warps,
         num_stages=tile.stages,
+        maxnreg=tile.registers,
     )
     return dpre_RP, weighted_RI, partial_RN.sum(1)
 
@@ -254,17 +270,15 @@ def weight_grad(
         accumulate: add to `out`.
     """
     N, H, E = rows_RN.shape[1], tokens_TH.shape[1], plan.counts_E.shape[0]
-    tile = config.weight_grad
-    # The wider side of the tile goes to the second operand of the product.
-    br, bt = (config.weight_grad_rows, tile.n) if rows_first else (tile.n, config.weight_grad_rows)
+    tile = config.up_weights if rows_first else config.down_weights
     shape = (E, N, H) if rows_first else (E, H, N)
     out = rows_RN.new_empty(shape) if out is None else out
     assert out.shape == shape and out.is_contiguous()
     tma = _may_use_tma(config, rows_RN)
     launch_kernel(
         gemm.weight_grad_kernel,
-        (triton.cdiv(N, br) * triton.cdiv(H, bt), E),
-        _operand(rows_RN, (tile.k, br), tma),
+        (triton.cdiv(N, tile.rows) * triton.cdiv(H, tile.n), E),
+        _operand(rows_RN, (tile.k, tile.rows), tma),
         tokens_TH,
         plan.order_R,
         plan.offsets_E,
@@ -276,13 +290,13 @@ def weight_grad(
         ROWS_FIRST=rows_first,
         ACCUMULATE=accumulate,
         TMA=tma,
-        BR=br,
-        BT=bt,
+        BR=tile.rows,
+        BT=tile.n,
         BK=tile.k,
         GROUP=tile.group,
         num_warps=tile.warps,
         num_stages=tile.stages,
-        maxnreg=WEIGHT_GRAD_REGISTERS if tile.warps == 4 else None,
+        maxnreg=tile.registers,
     )
     return out
 

@@ -25,6 +25,13 @@ def _tile(num_m, num_n, GROUP: tl.constexpr):
 
 
 @triton.jit
+def _halves(x):
+    """The left and the right half of a block's columns, so that an epilogue holds fewer registers."""
+    parts = tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2))
+    return tl.split(tl.permute(parts, (0, 2, 1)))
+
+
+@triton.jit
 def _silu_parts(g):
     sig = 1.0 / (1.0 + tl.exp(-g))
     return sig, g * sig
@@ -63,22 +70,22 @@ def up_kernel(
     o_k = tl.arange(0, BK)
     o_n = i_n * BN + tl.arange(0, BN)
     p_a = p_x + token[:, None].to(tl.int64) * H + o_k[None, :]
-    acc_g = tl.zeros([BM, BN], tl.float32)
-    acc_u = tl.zeros([BM, BN], tl.float32)
+    # Gate and up are one operand: two products of half the width would read shared memory more often than it answers.
+    o_w = tl.arange(0, 2 * BN)
+    o_w = o_w // BN * I + (i_n * BN + o_w % BN) % I
+    acc = tl.zeros([BM, 2 * BN], tl.float32)
     for k in range(0, H, BK):
         if H % BK == 0:
             a = tl.load(p_a + k)  # [BM, BK]
         else:
             a = tl.load(p_a + k, mask=(o_k < H - k)[None, :], other=0.0)
         if TMA:
-            g = d_w.load([e * 2 * I + i_n * BN, k]).T  # [BK, BN]
-            u = d_w.load([e * 2 * I + I + i_n * BN, k]).T
+            w = tl.reshape(d_w.load([e * 2, i_n * BN, k]), [2 * BN, BK]).T  # [BK, 2 BN]
         else:
-            p_g = d_w + e.to(tl.int64) * (2 * I * H) + (o_n % I)[None, :] * H + (k + o_k)[:, None]
-            g = tl.load(p_g, mask=(o_k < H - k)[:, None], other=0.0)
-            u = tl.load(p_g + I * H, mask=(o_k < H - k)[:, None], other=0.0)
-        acc_g = tl.dot(a, g, acc_g, input_precision="ieee")
-        acc_u = tl.dot(a, u, acc_u, input_precision="ieee")
+            p_w = d_w + e.to(tl.int64) * (2 * I * H) + o_w[None, :] * H + (k + o_k)[:, None]
+            w = tl.load(p_w, mask=(o_k < H - k)[:, None], other=0.0)
+        acc = tl.dot(a, w, acc, input_precision="ieee")
+    acc_g, acc_u = _halves(acc)
     m = m_r[:, None] & (o_n < I)[None, :]
     element = p_act.dtype.element_ty
     if SAVE:
@@ -142,10 +149,13 @@ def rows_kernel(
 
 
 @triton.jit
-def _halves(x):
-    """The left and the right half of a block's columns, so that an epilogue holds fewer registers."""
-    parts = tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2))
-    return tl.split(tl.permute(parts, (0, 2, 1)))
+def _prefetch_rows(p, o_r, WIDTH: tl.constexpr, SIZE: tl.constexpr):
+    """Ask for SIZE 16-bit values of each row to come to the L2 cache, line by line; nobody waits for them."""
+    o_s = tl.arange(0, SIZE // 64) * 64
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [p + o_r[:, None].to(tl.int64) * WIDTH + o_s[None, :]],
+        dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -185,6 +195,7 @@ def act_grad_kernel(
     I: tl.constexpr,
     K: tl.constexpr,
     TMA: tl.constexpr,
+    PREFETCH: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -203,6 +214,11 @@ def act_grad_kernel(
     o_r = tl.load(p_tile_row + i_m) + tl.arange(0, BM)
     m_r = o_r < tl.load(p_tile_end + i_m)
     flat = tl.load(p_order + o_r, mask=m_r, other=0)
+    if PREFETCH:
+        # The epilogue reads as much as it writes, and the memory is idle during the product.
+        o_p = tl.minimum(tl.load(p_tile_row + i_m) + tl.arange(0, BM), tl.load(p_tile_end + i_m) - 1)
+        _prefetch_rows(p_pre + i_n * BN, o_p, 2 * I, BN)
+        _prefetch_rows(p_pre + I + i_n * BN, o_p, 2 * I, BN)
     o_k = tl.arange(0, BK)
     o_n = i_n * BN + tl.arange(0, BN)
     p_a = p_dy + (flat // K)[:, None].to(tl.int64) * H + o_k[None, :]
@@ -230,27 +246,31 @@ def act_grad_kernel(
 
 
 @triton.jit
-def _add_columns(p, acc, o_m, first, M: tl.constexpr, N: tl.constexpr):
+def _add_columns(p, acc, o_m, first, M: tl.constexpr, N: tl.constexpr, SM: tl.constexpr, SN: tl.constexpr):
     o_n = first + tl.arange(0, acc.shape[1])
-    p += o_m[:, None] * N + o_n[None, :]
+    p += o_m[:, None] * SM + o_n[None, :] * SN
     m = (o_m < M)[:, None] & (o_n < N)[None, :]
     tl.store(p, tl.load(p, mask=m, other=0.0) + acc, mask=m)
 
 
 @triton.jit
-def _store_grad(p, acc, o_m, first, M: tl.constexpr, N: tl.constexpr, ACCUMULATE: tl.constexpr):
-    """Rows o_m and columns from `first` on of a matrix [M, N]; adding goes by columns, to hold fewer registers."""
+def _store_grad(
+    p, acc, o_m, first, M: tl.constexpr, N: tl.constexpr, SM: tl.constexpr, SN: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+):  # fmt: skip
+    """Rows o_m and columns from `first` on of a matrix [M, N] of these strides; adding goes by columns, to hold fewer
+    registers."""
     if ACCUMULATE:
         left, right = _halves(acc)
         for half in tl.static_range(2):
             one, two = _halves(left if half == 0 else right)
             o_half = first + half * (acc.shape[1] // 2)
-            _add_columns(p, one, o_m, o_half, M, N)
-            _add_columns(p, two, o_m, o_half + acc.shape[1] // 4, M, N)
+            _add_columns(p, one, o_m, o_half, M, N, SM, SN)
+            _add_columns(p, two, o_m, o_half + acc.shape[1] // 4, M, N, SM, SN)
     else:
         o_n = first + tl.arange(0, acc.shape[1])
         m = (o_m < M)[:, None] & (o_n < N)[None, :]
-        tl.store(p + o_m[:, None] * N + o_n[None, :], acc.to(p.dtype.element_ty), mask=m)
+        tl.store(p + o_m[:, None] * SM + o_n[None, :] * SN, acc.to(p.dtype.element_ty), mask=m)
 
 
 @triton.jit
@@ -276,7 +296,7 @@ def weight_grad_kernel(
 
     `rows` [R, ROWS] lies sorted by expert, `tokens` [T, TOKENS] is gathered. The result is
     [ROWS, TOKENS] where ROWS_FIRST, else [TOKENS, ROWS]; zeros for an expert without rows. With ACCUMULATE
-    it is added to what is there.
+    it is added to what is there. The wider side of the tile is the product's second operand.
     """
     num_r: tl.constexpr = (ROWS + BR - 1) // BR
     num_t: tl.constexpr = (TOKENS + BT - 1) // BT
@@ -290,29 +310,33 @@ def weight_grad_kernel(
     o_k = tl.arange(0, BK)
     o_r = i_r * BR + tl.arange(0, BR)
     o_t = i_t * BT + tl.arange(0, BT)
-    if ROWS_FIRST:
+    if BR <= BT:
         acc = tl.zeros([BR, BT], tl.float32)
     else:
         acc = tl.zeros([BT, BR], tl.float32)
+    # A step's tokens are read one step early: the loads that they address are then pipelined as if they were known.
+    flat = tl.load(p_order + first + o_k, mask=o_k < count, other=0)
     for k in range(0, count, BK):
         m_k = o_k < count - k
-        token = tl.load(p_order + first + k + o_k, mask=m_k, other=0) // K
-        p_b = p_tokens + token[:, None].to(tl.int64) * TOKENS + (o_t % TOKENS)[None, :]
+        p_b = p_tokens + (flat // K)[:, None].to(tl.int64) * TOKENS + (o_t % TOKENS)[None, :]
         b = tl.load(p_b, mask=m_k[:, None], other=0.0)  # [BK, BT]
+        flat = tl.load(p_order + first + k + BK + o_k, mask=o_k < count - k - BK, other=0)
         if TMA:
             a = d_rows.load([first + k, i_r * BR])  # [BK, BR]
         else:
             p_a = d_rows + (first + k + o_k)[:, None].to(tl.int64) * ROWS + (o_r % ROWS)[None, :]
             a = tl.load(p_a, mask=m_k[:, None], other=0.0)
-        if ROWS_FIRST:
+        if BR <= BT:
             acc = tl.dot(a.T, b, acc, input_precision="ieee")
         else:
             acc = tl.dot(b.T, a, acc, input_precision="ieee")
     p = p_out + e.to(tl.int64) * (ROWS * TOKENS)
-    if ROWS_FIRST:
-        _store_grad(p, acc, o_r, i_t * BT, ROWS, TOKENS, ACCUMULATE)
+    SR: tl.constexpr = TOKENS if ROWS_FIRST else 1
+    ST: tl.constexpr = 1 if ROWS_FIRST else ROWS
+    if BR <= BT:
+        _store_grad(p, acc, o_r, i_t * BT, ROWS, TOKENS, SR, ST, ACCUMULATE)
     else:
-        _store_grad(p, acc, o_t, i_r * BR, TOKENS, ROWS, ACCUMULATE)
+        _store_grad(p, acc, o_t, i_r * BR, TOKENS, ROWS, ST, SR, ACCUMULATE)
 
 
 @triton.jit

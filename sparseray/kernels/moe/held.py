@@ -10,9 +10,9 @@ Shapes: T tokens, K experts per token, E experts here, R rows here, H hidden, I 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from sparseray.kernels.moe.expert_map import ExpertPlan, plan_experts
@@ -26,45 +26,50 @@ from sparseray.kernels.moe.ffn import (
 )
 
 
-def group_held(places_TK: Tensor, num_held: int, like: Tensor) -> ExpertPlan:
-    """Sort the (token, k) pairs by expert, those whose expert is elsewhere last.
+def group_held(groups_TK: Tensor, num_groups: int, num_held: int, like: Tensor) -> ExpertPlan:
+    """Sort the (token, k) pairs by group, those whose expert is elsewhere last and without a tile.
 
     Args:
-        places_TK: row of the slabs that each pair's expert has; `num_held` where it is elsewhere.
+        groups_TK: of each pair; a multiple of E plus the row of the slabs, or `num_groups` where the expert is elsewhere.
+        num_groups: a multiple of E.
         num_held: E.
         like: tokens, whose dtype and device choose the tiles.
     """
-    return plan_experts(places_TK, num_held + 1, tile_rows=default_config(like).m)
+    plan = plan_experts(groups_TK, num_groups + 1, tile_rows=default_config(like).m)
+    is_none = (plan.tile_expert_M < 0) | (plan.tile_expert_M >= num_groups)
+    return replace(plan, tile_expert_M=(plan.tile_expert_M % max(1, num_held)).masked_fill_(is_none, -1))
 
 
-def _held(plan: ExpertPlan, counts: Sequence[int]) -> ExpertPlan:
-    """The part of the map that is of experts here."""
-    tiles, rows = sum(-(-count // plan.tile_rows) for count in counts), sum(counts)
-    return ExpertPlan(
+def _held(plan: ExpertPlan, counts: Sequence[int] | None) -> ExpertPlan:
+    """The part of the map that is of experts here; where its rows are not counted, room for all."""
+    groups = plan.counts_E.shape[0] - 1
+    rows, tiles = plan.order_R.shape[0], plan.tile_expert_M.shape[0]
+    if counts is not None:
+        rows, tiles = sum(counts), sum(-(-count // plan.tile_rows) for count in counts)
+    return replace(
+        plan,
         order_R=plan.order_R[:rows],
-        inverse_R=plan.inverse_R,
-        counts_E=plan.counts_E[: len(counts)],
-        offsets_E=plan.offsets_E[: len(counts)],
+        counts_E=plan.counts_E[:groups],
+        offsets_E=plan.offsets_E[:groups],
         tile_expert_M=plan.tile_expert_M[:tiles],
         tile_row_M=plan.tile_row_M[:tiles],
         tile_end_M=plan.tile_end_M[:tiles],
-        top_k=plan.top_k,
-        tile_rows=plan.tile_rows,
     )
 
 
 def held_forward(
-    x_TH: Tensor, plan: ExpertPlan, counts: Sequence[int], gate_up_E2IH: Tensor, down_EHI: Tensor
+    x_TH: Tensor, plan: ExpertPlan, counts: Sequence[int] | None, gate_up_E2IH: Tensor, down_EHI: Tensor
 ) -> tuple[Tensor, Any]:
     """Outputs of the rows whose experts are here, [R, H], and what the backward pass needs.
 
     Args:
         x_TH: tokens.
         plan: of `group_held`.
-        counts: its counts of the experts here, on the host.
+        counts: its counts of the groups here, on the host; None leaves room for every row.
         gate_up_E2IH, down_EHI: slabs.
     """
-    if not sum(counts):
+    is_empty = not plan.order_R.shape[0] or not down_EHI.shape[0]
+    if is_empty or (counts is not None and not sum(counts)):
         return x_TH.new_empty(0, x_TH.shape[1]), None
     held, config = _held(plan, counts), default_config(x_TH)
     act_RI, pre_RP = up_project(x_TH, gate_up_E2IH, held, config, save=True)
@@ -72,7 +77,12 @@ def held_forward(
 
 
 def held_backward(
-    dout_TH: Tensor, weights_TK: Tensor, saved: Any, gate_up_E2IH: Tensor, down_EHI: Tensor
+    dout_TH: Tensor,
+    weights_TK: Tensor,
+    saved: Any,
+    gate_up_E2IH: Tensor,
+    down_EHI: Tensor,
+    num_sets: int,
 ) -> HeldGradients:
     """Backward of `held_forward` and of the weighted sum over k.
 
@@ -81,13 +91,14 @@ def held_backward(
         weights_TK: fp32.
         saved: of the forward pass.
         gate_up_E2IH, down_EHI: slabs.
+        num_sets: groups of each expert.
     """
     if saved is None:
         return HeldGradients(
             dx_RH=dout_TH.new_empty(0, dout_TH.shape[1]),
             dweights_R=weights_TK.new_empty(0),
-            dgate_up_E2IH=torch.zeros_like(gate_up_E2IH),
-            ddown_EHI=torch.zeros_like(down_EHI),
+            dgate_up_GE2IH=gate_up_E2IH.new_zeros(num_sets, *gate_up_E2IH.shape),
+            ddown_GEHI=down_EHI.new_zeros(num_sets, *down_EHI.shape),
         )
     x_TH, pre_RP, held = saved
     config = default_config(x_TH)
@@ -96,4 +107,9 @@ def held_backward(
     del weighted_RI
     dgate_up_E2IH = weight_grad(dpre_RP, x_TH, held, config, rows_first=True)
     dx_RH = project_rows(dpre_RP, gate_up_E2IH, held, config, config.input_grad, transposed=False)
-    return HeldGradients(dx_RH=dx_RH, dweights_R=dweights_R, dgate_up_E2IH=dgate_up_E2IH, ddown_EHI=ddown_EHI)
+    return HeldGradients(
+        dx_RH=dx_RH,
+        dweights_R=dweights_R,
+        dgate_up_GE2IH=dgate_up_E2IH.view(num_sets, *gate_up_E2IH.shape),
+        ddown_GEHI=ddown_EHI.view(num_sets, *down_EHI.shape),
+    )

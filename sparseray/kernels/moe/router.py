@@ -86,6 +86,7 @@ def _router_kernel(
     SIGMOID: tl.constexpr,
     BIAS: tl.constexpr,
     NORMALIZE: tl.constexpr,
+    RANK: tl.constexpr,
     BT: tl.constexpr,
 ):
     i_b = tl.program_id(0)
@@ -115,8 +116,9 @@ def _router_kernel(
         weights = weights / (tl.sum(weights, 1) + eps)[:, None]
     m_k = m_t[:, None] & (o_k[None, :] < K)
     tl.store(p_weights + o_t[:, None] * K + o_k[None, :], weights * scaling, mask=m_k)
-    tl.debug_barrier()
-    rank_block(p_ids, p_ranks, p_counts, i_b, o_t, m_t, chosen, E, K)
+    if RANK:
+        tl.debug_barrier()
+        rank_block(p_ids, p_ranks, p_counts, i_b, o_t, m_t, chosen, E, K)
 
 
 @triton.jit
@@ -208,8 +210,9 @@ class _Route(torch.autograd.Function):
         ids = torch.empty(T, K, dtype=torch.int64, device=device)
         weights = torch.empty(T, K, dtype=torch.float32, device=device)
         scores = torch.empty(T, E, dtype=torch.float32, device=device)
-        ranks = torch.empty(T, K, dtype=torch.int32, device=device)
-        counts = torch.empty(num_blocks, E, dtype=torch.int32, device=device)
+        ranked = num_blocks if options["rank"] else 0
+        ranks = torch.empty(T if ranked else 0, K, dtype=torch.int32, device=device)
+        counts = torch.empty(ranked, E, dtype=torch.int32, device=device)
         sizes = {"E": E, "BE": triton.next_power_of_2(E), "K": K, "BT": bt}
         launch_kernel(
             _router_kernel,
@@ -232,6 +235,7 @@ class _Route(torch.autograd.Function):
             SIGMOID=options["sigmoid"],
             BIAS=bias_E is not None,
             NORMALIZE=options["normalize"],
+            RANK=options["rank"],
             num_warps=warps,
             **sizes,
         )
@@ -266,9 +270,9 @@ class _Route(torch.autograd.Function):
 
 def _routed(
     logits_TE: Tensor, bias_E: Tensor | None, block: tuple[int, int], *, top_k: int, router: str, num_groups: int, topk_groups: int,
-    group_scores: int, normalize: bool | None, scaling: float,
+    group_scores: int, normalize: bool | None, scaling: float, rank: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(ids, weights, scores, ranks, counts): what `reference.route` gives, and what `finish_plan` needs.
+    """(ids, weights, scores, ranks, counts): what `reference.route` gives, and with `rank` what `finish_plan` needs.
 
     `block` is the tokens of a program and its warps.
     """
@@ -284,6 +288,7 @@ def _routed(
         "topk_groups": topk_groups,
         "summed": min(summed, E // num_groups),
         "normalize": is_divided,
+        "rank": rank,
         "scaling": factor,
     }
     found: tuple[Tensor, ...] = _Route.apply(logits_TE.contiguous(), bias_E, options)
@@ -301,7 +306,7 @@ def route(
     block = (8, 1) if logits_TE.shape[0] <= FEW_TOKENS else (block_tokens(logits_TE.shape[1]), 4)
     return _routed(
         logits_TE, bias_E, block, top_k=top_k, router=router, num_groups=num_groups, topk_groups=topk_groups,
-        group_scores=group_scores, normalize=normalize, scaling=scaling,
+        group_scores=group_scores, normalize=normalize, scaling=scaling, rank=False,
     )[:3]  # fmt: skip
 
 
@@ -333,7 +338,7 @@ def route_and_plan(
     """
     ids, weights, scores, ranks, counts = _routed(
         logits_TE, bias_E, (block_tokens(logits_TE.shape[1]), 4), top_k=top_k, router=router, num_groups=num_groups, topk_groups=topk_groups,
-        group_scores=group_scores, normalize=normalize, scaling=scaling,
+        group_scores=group_scores, normalize=normalize, scaling=scaling, rank=True,
     )  # fmt: skip
     plan = finish_plan(ids, ranks, counts, num_experts=logits_TE.shape[1], tile_rows=tile_rows)
     return ids, weights, scores, plan

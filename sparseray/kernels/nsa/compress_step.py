@@ -42,6 +42,11 @@ def compress_step_kernel(
     b_out = tl.zeros([HP, DOP], tl.float32)
     # The other channel of each pair that turns together.
     b_pair = tl.zeros([HP, DOP], tl.float32)
+    # A block lies on two pages at most: a look-up inside the loop would wait for memory in every turn.
+    p_table += i_b * table_width
+    i_page = i_c * STRIDE // PAGE
+    page = tl.load(p_table + i_page).to(tl.int64)
+    page_after = tl.load(p_table + (i_c * STRIDE + LEN - 1) // PAGE).to(tl.int64)
     for f in range(0, F, BF):
         o_f = f + tl.arange(0, BF)
         m_f = o_f < F
@@ -49,7 +54,10 @@ def compress_step_kernel(
         b_pre = tl.zeros([HP, BF], tl.float32)
         for i in range(0, LEN):
             t = i_c * STRIDE + i
-            row = page_rows(p_table + i_b * table_width, t, t >= 0, PAGE)
+            if LEN <= PAGE:
+                row = tl.where(t // PAGE == i_page, page, page_after) * PAGE + t % PAGE
+            else:
+                row = page_rows(p_table, t, t >= 0, PAGE)
             b_x = load_tile(p_x, row * H + o_h, m_h, D, 0, D0, True)
             b_w = load_tile(p_w1, o_w + i, m_f, D, 0, D0, True)
             b_pre = tl.dot(b_x, tl.trans(b_w), b_pre, input_precision=IP)
@@ -119,11 +127,13 @@ def compress_step(
             f" block * D = {block * width} columns"
         )
     d0, d1 = split_width(width)
+    # Tiles of weights, tokens after tokens: several must be on their way.
+    stages, hidden_tile = (4, 128) if cache.element_size() == 2 and d0 + d1 <= 128 else (2, 64)
     launch_kernel(
         compress_step_kernel, (context_lens.shape[0], (query_len - 1) // stride + 1),
         cache, table, context_lens, w1, bias, w2, b2, compressed, compressed_table, *(angles or (b2, b2)),
         table.shape[1], compressed_table.shape[1], H=heads, HP=max(16, next_power_of_2(heads)), D=width, D0=d0, D1=d1, DO=out_dim,
-        DOP=max(16, next_power_of_2(out_dim)), F=hidden, BF=min(64, max(16, next_power_of_2(hidden))), LQ=query_len,
+        DOP=max(16, next_power_of_2(out_dim)), F=hidden, BF=min(hidden_tile, max(16, next_power_of_2(hidden))), LQ=query_len,
         LEN=block, STRIDE=stride, PAGE=cache.shape[1], OUT_PAGE=compressed.shape[1], IP=precision(cache.dtype),
-        ROTATE=angles is not None, num_warps=4, num_stages=2,
+        ROTATE=angles is not None, num_warps=4, num_stages=stages,
     )  # fmt: skip

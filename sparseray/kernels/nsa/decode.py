@@ -179,6 +179,7 @@ def nsa_decode(
     gp, rows, parts = next_power_of_2(group), batch * num_kv, w.part_max.shape[1]
     window_per = triton.cdiv(blocks_in_window(sizes.window, select_block), plan.window)
     selected_per = triton.cdiv(num_selected, plan.selected)
+    pages_per = triton.cdiv(w.fold.shape[-1] * select_block // sizes.stride, cmp_cache[0].shape[1])
     launch, (d0, d1), kept = LAUNCH["decode"], split_width(width), w.best.shape[2] * w.best.shape[3]
     launch_kernel(
         decode_kernel, (plan.programs(rows, query_len),),
@@ -189,7 +190,7 @@ def nsa_decode(
         H=num_kv, G=group, GP=gp, LQ=query_len, LP=max(next_power_of_2(query_len), 16 // min(gp, 16)),
         CMP=plan.compressed, WINP=plan.window, SCORES=plan.scores, SLC=plan.selected, MERGES=plan.merges,
         BJ=w.fold.shape[-1], RP=next_power_of_2(select_block // sizes.stride),
-        PAGES=next_power_of_2(triton.cdiv(w.tops.shape[2], plan.compressed)), SP=next_power_of_2(plan.compressed),
+        PAGES=next_power_of_2(triton.cdiv(w.tops.shape[2], plan.compressed) * pages_per), SP=next_power_of_2(plan.compressed),
         SCORE_PER=plan.scored, PIECE=plan.piece, KEEP=w.best.shape[-1], KEPT=kept, BEST=next_power_of_2(kept),
         PP=next_power_of_2(parts), HP=next_power_of_2(group // plan.merges),
         WIN_PER=window_per, WIN_ITEMS=next_power_of_2(window_per), SLC_PER=selected_per,

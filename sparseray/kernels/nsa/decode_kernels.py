@@ -88,7 +88,9 @@ def _compressed(
     (0-based eq. 9) and of the first one of the next tile, and the largest logit that they are measured against."""
     R: tl.constexpr = SELECT // STRIDE
     L: tl.constexpr = LEN // STRIDE
+    # A tile of keys lies on one page, or on PER whole ones.
     WHOLE: tl.constexpr = (R == RP) & (PAGE % (BJ * R) == 0)
+    PER: tl.constexpr = BJ * R // PAGE if (R == RP) & (BJ * R % PAGE == 0) else 0
     o_m = tl.arange(0, LP * GP)
     o_q = o_m // GP
     o_g = o_m % GP
@@ -114,14 +116,20 @@ def _compressed(
     b_next = tl.where(o_r < R, tl.maximum(L - R + o_r, 0), 0).to(tl.float32)[None, None, :]
     # The pages of all tiles at once: a look-up inside the loop would wait for memory in every turn.
     o_p = tl.arange(0, PAGES)
-    m_p = (j_lo + o_p * BJ < j_hi) if WHOLE else (o_p < 0)
-    b_pages = tl.load(p_table + (j_lo + o_p * BJ) * R // PAGE, mask=m_p, other=0)
+    if WHOLE:
+        b_pages = tl.load(p_table + (j_lo + o_p * BJ) * R // PAGE, mask=j_lo + o_p * BJ < j_hi, other=0)
+    elif PER > 0:
+        o_page = j_lo * R // PAGE + o_p
+        b_pages = tl.load(p_table + o_page, mask=o_page * PAGE < j_hi * R, other=0)
     for j in tl.range(j_lo, j_hi, BJ, num_stages=STAGES):
         o_i = (j + o_c // RP) * R + o_c % RP
         m_i = (o_c % RP < R) & (o_i < n_key)
         if WHOLE:
             page = tl.sum(tl.where(o_p == (j - j_lo) // BJ, b_pages, 0), 0)
             o_key = page.to(tl.int64) * PAGE + j * R % PAGE + o_c
+        elif PER > 0:
+            b_page = tl.gather(b_pages, (j - j_lo) // BJ * PER + o_c // PAGE, 0)
+            o_key = b_page.to(tl.int64) * PAGE + o_c % PAGE
         else:
             o_key = page_rows(p_table, o_i, m_i, PAGE)
         b_see = m_i[None, :] & ((o_i * STRIDE + LEN - 1)[None, :] <= b_t[:, None])

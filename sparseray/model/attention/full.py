@@ -5,6 +5,8 @@ Shapes: R rows, S positions, T tokens, G key/value heads, D and V head sizes, H 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -35,6 +37,8 @@ def _qkv_width(config: ModelConfig) -> int:
 class FullAttention(Attention):
     """Grouped-query attention with rotary positions."""
 
+    takes_bounds = True
+
     def __init__(self, config: ModelConfig, layer: int, ops: Ops = REFERENCE) -> None:
         super().__init__(config, layer, ops)
         self.heads, self.kv_heads = config.num_heads, config.num_kv_heads
@@ -42,18 +46,20 @@ class FullAttention(Attention):
         self.qkv = Linear(config.hidden, _qkv_width(config), ops)
         self.out = Linear(self.heads * self.value_dim, config.hidden, ops)
 
-    def forward(self, x_RH: Tensor, batch: Batch, angles: Angles) -> Tensor:
+    def forward(self, xs_RH: Sequence[Tensor], batch: Batch, angles: Angles) -> Tensor:
         """Attend within each sequence; [R, H]."""
-        heads, widths = (self.heads, self.kv_heads), (self.value_dim,)
-        q, k, v = self.ops.rotary_split(
-            self.qkv(x_RH, batch), heads, self.head_dim, 1, widths, angles.cos_RD, angles.sin_RD
+        heads, turns, fused_RX = (
+            (self.heads, self.kv_heads),
+            (angles.cos_RD, angles.sin_RD),
+            self.qkv(xs_RH[0], batch),
         )
         if batch.paged is not None:
             pool, pages = batch.paged.pools[self.layer], batch.paged.pages
             assert isinstance(pool, FullPool)
-            self.ops.paged_write(pool.pool, k, v, pages)
+            q = self.ops.paged_rotary_write(pool.pool, fused_RX, heads, turns, pages)
             o = self.ops.paged_attend(q, pool.pool, pages)
         else:
+            q, k, v = self.ops.rotary_split(fused_RX, heads, self.head_dim, 1, (self.value_dim,), *turns)
             o = self.ops.attend(*(x.unflatten(0, batch.shape) for x in (q, k, v))).flatten(0, 1)
         out: Tensor = self.out(o.flatten(1), batch)
         return out

@@ -12,6 +12,7 @@ Shapes: R rows, Q heads, N channels without position, P with, V value size, C la
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -42,6 +43,8 @@ class LatentPool:
 
 class MLAttention(Attention):
     """Latent attention with decoupled rotary positions."""
+
+    num_readers = 2
 
     def __init__(self, config: ModelConfig, layer: int, ops: Ops = REFERENCE) -> None:
         super().__init__(config, layer, ops)
@@ -100,11 +103,11 @@ class MLAttention(Attention):
         o_RQC = ops.paged_latent_attend(q_RQC, q_RQP, pool.pool, self.scale, pages)
         return ops.linear_by_head(o_RQC, up_QVC)
 
-    def forward(self, x_RH: Tensor, batch: Batch, angles: Angles) -> Tensor:
+    def forward(self, xs_RH: Sequence[Tensor], batch: Batch, angles: Angles) -> Tensor:
         """Attend within each sequence; [R, H]."""
         assert angles.latent is not None
         turns, sizes = angles.latent, self.sizes
-        q_RQD, x_RK = self._queries(x_RH, batch, turns), self.kv_down(x_RH, batch)
+        q_RQD, x_RK = self._queries(xs_RH[0], batch, turns), self.kv_down(xs_RH[1], batch)
         if batch.paged is not None:
             o_RQV = self._attend_pages(q_RQD, x_RK, batch, turns, batch.paged)
         else:

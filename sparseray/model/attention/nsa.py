@@ -11,6 +11,7 @@ Shapes: R rows, B sequences, T tokens, Q query heads, G key/value heads, D and V
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -108,6 +109,7 @@ class NSAttention(Attention):
 
     # A compressed token lies on the page of its block's first token.
     overlaps_pages = True
+    num_readers = 2
 
     def __init__(self, config: ModelConfig, layer: int, ops: Ops = REFERENCE) -> None:
         super().__init__(config, layer, ops)
@@ -121,13 +123,13 @@ class NSAttention(Attention):
         self.compress_v = Compressor(config, self.value_dim, ops)
         self.out = Linear(self.heads * self.value_dim, config.hidden, ops)
 
-    def project(self, x_RH: Tensor, batch: Batch, angles: Angles) -> Branches:
+    def project(self, xs_RH: Sequence[Tensor], batch: Batch, angles: Angles) -> Branches:
         """Queries, keys and values [R, heads, size] of all rows, and the gates [R, Q, 3]."""
         heads, kv, size = self.heads, self.kv_heads, self.head_dim
         turned = min(2, self.branches)
         raw = self.branches - turned
         widths = (size,) * raw + (self.value_dim,) * self.branches
-        qkv = self.qkv(x_RH, batch)
+        qkv = self.qkv(xs_RH[0], batch)
         q, *parts = self.ops.rotary_split(
             qkv, (heads, kv), size, turned, widths, angles.cos_RD, angles.sin_RD
         )
@@ -142,7 +144,7 @@ class NSAttention(Attention):
             v_slc=values[0],
             v_win=values[min(1, self.branches - 1)],
             v_cmp=values[-1],
-            gates=self.ops.sigmoid(self.gate(x_RH, batch)).view(-1, heads, 3),
+            gates=self.ops.sigmoid(self.gate(xs_RH[1], batch)).view(-1, heads, 3),
         )
 
     def compress(self, k_BTGD: Tensor, v_BTGV: Tensor, angles: Angles) -> tuple[Tensor, Tensor]:
@@ -165,9 +167,8 @@ class NSAttention(Attention):
         """Append the rows to their pages and attend to them, [R, Q, V]."""
         pool, pages, ops = paged.pools[self.layer], paged.pages, self.ops
         assert isinstance(pool, NSAPool)
-        ops.paged_write(pool.selected, b.k_slc, b.v_slc, pages)
-        ops.paged_write(pool.window, b.k_win, b.v_win, pages)
-        ops.paged_write(pool.raw, b.k_cmp, b.v_cmp, pages)
+        rows = ((b.k_slc, b.v_slc), (b.k_win, b.v_win), (b.k_cmp, b.v_cmp))
+        ops.paged_write_branches((pool.selected, pool.window, pool.raw), rows, pages)
         turns = (angles.cos_PD, angles.sin_PD)
         ops.paged_compress(pool.raw[0], pool.compressed[0], self.compress_k.phi, self.sizes, pages, turns)
         ops.paged_compress(pool.raw[1], pool.compressed[1], self.compress_v.phi, self.sizes, pages, None)
@@ -175,9 +176,9 @@ class NSAttention(Attention):
             b.q, b.gates, pool.compressed, pool.selected, pool.window, self.sizes, pages
         )
 
-    def forward(self, x_RH: Tensor, batch: Batch, angles: Angles) -> Tensor:
+    def forward(self, xs_RH: Sequence[Tensor], batch: Batch, angles: Angles) -> Tensor:
         """Attend within each sequence; [R, H]."""
-        b = self.project(x_RH, batch, angles)
+        b = self.project(xs_RH, batch, angles)
         if batch.paged is not None:
             o = self._attend_pages(b, batch.paged, angles)
         else:

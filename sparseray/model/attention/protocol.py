@@ -6,6 +6,7 @@ A new kind is a class of these five methods, a name in `config.ATTENTIONS` and a
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -49,17 +50,21 @@ class Attention(nn.Module, ABC):
 
     overlaps_pages = False
     """Whether what a page of `new_pool` keeps depends on the first tokens of the next page too."""
+    num_readers = 1
+    """Matrices that the normed hidden states are multiplied with."""
+    takes_bounds = False
+    """Whether chunks of prompts may have bounds that the device alone knows (`Pages`)."""
 
     def __init__(self, config: ModelConfig, layer: int, ops: Ops) -> None:
         super().__init__()
         self.layer, self.ops = layer, ops
 
     @abstractmethod
-    def forward(self, x_RH: Tensor, batch: Batch, angles: Angles) -> Tensor:
+    def forward(self, xs_RH: Sequence[Tensor], batch: Batch, angles: Angles) -> Tensor:
         """Attend within each sequence; [R, H].
 
         Args:
-            x_RH: normed hidden states.
+            xs_RH: normed hidden states, `num_readers` times.
             batch: which rows are whose; in inference it has pages and pools, to which the chunks are appended.
             angles: rotary encoding.
         """

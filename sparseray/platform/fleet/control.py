@@ -131,6 +131,8 @@ class Control:
         self.mailbox, self.fleet, self.deadline_s = mailbox, fleet, deadline_s
         self.needed: set[int] = set()
         self.idle_losses: list[Loss] = []
+        self._lost_since: int | None = None
+        """The commit after which a slot last lost its device."""
 
     def post(self, slots: Iterable[int], body: Body, *, step: int) -> None:
         """Send the same message to several slots, those that are gone left out.
@@ -175,6 +177,10 @@ class Control:
                     self.probe(f"no {' or '.join(kind.kind for kind in kinds)} message for {limit:g} s")
                 continue
             body = message.body
+            if isinstance(body, Failed) and self._is_accident(body, message.step):
+                self.fleet.give_up(message.source, f"its device failed ({body.error})")
+                self.check()
+                continue
             if isinstance(body, Failed):
                 error = UserError if body.user else RuntimeError
                 raise error(f"slot {message.source}: {body.error}")
@@ -183,6 +189,13 @@ class Control:
             if isinstance(body, kinds):
                 deadline = time.monotonic() + limit
                 yield message
+
+    def _is_accident(self, failed: Failed, step: int) -> bool:
+        """Whether a slot has lost its device, and that is not the second loss since the same commit: it would come again."""
+        if not failed.lost or step == self._lost_since:
+            return False
+        self._lost_since = step
+        return True
 
     def probe(self, why: str) -> None:
         """Ask every needed slot for a sign of life; give up those that give none.

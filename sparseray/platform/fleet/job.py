@@ -12,7 +12,8 @@ from sparseray.actors.installation import JobSpec
 from sparseray.actors.serving.drafting_engine import DraftingEngine
 from sparseray.actors.serving.enduring import Lookups
 from sparseray.actors.serving.engine import Engine
-from sparseray.actors.serving.paged_engine import PagedEngine
+from sparseray.actors.serving.paged_engine import PLACES_FOR_BEGUN, PagedEngine
+from sparseray.actors.serving.rounds_engine import InRounds, RoundsEngine
 from sparseray.actors.serving.speculative_engine import SpeculativeEngine
 from sparseray.actors.state.dense import DenseState
 from sparseray.actors.state.dense_slab import DenseSlabs
@@ -30,7 +31,7 @@ from sparseray.model.config import ModelConfig
 from sparseray.model.dse_layout import DSELayout
 from sparseray.model.transformer import Transformer
 from sparseray.platform.config import RunConfig, from_dict
-from sparseray.platform.device import is_whole
+from sparseray.platform.device import is_whole, spreads_experts
 from sparseray.platform.fleet.weights_port import WeightsPort, is_offered, read_offered
 from sparseray.platform.metrics.exporter import Metrics
 from sparseray.platform.run import checkpoint
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
 
 PREFILL_ROWS = 8192
 """Tokens of prompts that a GPU reads in one step."""
+ROUND_ROWS = 512
+"""The same, where a pass is a round of all engines: each computes for as many of the others, or for none."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -65,6 +68,7 @@ class SlotJob:
         self._grammars = _load_grammars(spec, self.config.model) if self.is_serving else None
         self.deadline_s = self.config.cluster.deadline_s
         self.part_shape = self.config.train.sequences_per_shard, self.config.train.seq_len
+        self.is_in_rounds = spec.serving and spreads_experts(self.config)
         optim = self.config.optim
         self._shared: dict[str, Any] = {
             "seed": self.config.train.seed,
@@ -81,6 +85,9 @@ class SlotJob:
             "cuda" if self._is_whole and self.config.cluster.device == "cuda" else "cpu"
         )
         self._datasets: dict[str, TokenDataset] = {}
+        if self.is_in_rounds:
+            # What a slot may give the others at once.
+            self.part_shape = 1, max(self._prefill_rows, self.config.serve.max_batch * PLACES_FOR_BEGUN)
 
     def _table_rows(self) -> list[int]:
         return (
@@ -142,10 +149,19 @@ class SlotJob:
             "max_batch": serve.max_batch,
             "max_model_len": serve.max_model_len or None,
             "grammars": self._grammars,
-            "prefill_chunk": serve.prefill_chunk if self.device.type == "cpu" else PREFILL_ROWS,
+            "prefill_chunk": self._prefill_rows,
             "cache_bytes": int(serve.cache_gib * 2**30) or None,
         }
+        if isinstance(exchange, InRounds):
+            return RoundsEngine(model, exchange, **options)
         return self._engine_kind(model)(model, exchange.experts, memory, **options)
+
+    @property
+    def _prefill_rows(self) -> int:
+        """Tokens of prompts that are read in one step."""
+        if self.device.type == "cpu":
+            return self.config.serve.prefill_chunk
+        return ROUND_ROWS if self.is_in_rounds else PREFILL_ROWS
 
     def _engine_kind(self, model: Transformer) -> type[PagedEngine]:
         if not model.mtp:

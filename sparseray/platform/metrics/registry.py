@@ -133,6 +133,20 @@ _SPARSE = {
         help="Time that experts of this slot computed",
         labels=("direction",),
     ),
+    "exchange_bytes_total": _counter(
+        unit="bytes",
+        source="slot",
+        help="Tokens (dispatch) and rows (combine) written to other slots' memory",
+        labels=("phase",),
+        values={"phase": ("dispatch", "combine")},
+    ),
+    "exchange_seconds_total": _counter(
+        unit="seconds",
+        source="slot",
+        help="Device time of that, and of waiting for other slots",
+        labels=("phase",),
+        values={"phase": ("dispatch", "combine", "wait")},
+    ),
     "nsa_branch_gate_mean": _gauge(
         source="slot", help="Mean gate of an attention branch, sampled", labels=("layer", "branch")
     ),

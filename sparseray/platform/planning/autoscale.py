@@ -168,16 +168,34 @@ def forecast(view: EngineView, count: int, rows_per_s: float) -> Forecast:
     speed, each = view.speed or Speed(fixed_s=0.0, per_row_s=0.0), rows_per_s / count
     batch = speed.batch(each)
     itl_s = speed.step_s(batch)
+    waits = waiting_s(count * view.max_batch, count * batch, view.rows_per_request * itl_s)
     if view.itl_s is not None and view.batch:
         # What nine of ten keep to is above the mean, and the machine may have changed.
         itl_s *= view.itl_s / speed.step_s(view.batch)
     return Forecast(
         busy=max(each * speed.per_row_s, batch / view.max_batch),
         batch=batch,
-        ttft_s=(view.prefill_steps + 0.5) * itl_s,
+        ttft_s=waits + (view.prefill_steps + 0.5) * itl_s,
         itl_s=itl_s,
         cache_usage=view.cache_per_request * batch if view.cache_per_request else 0.0,
     )
+
+
+def waiting_s(places: int, taken: float, stay_s: float) -> float:
+    """Seconds in which nine of ten requests find a place: Erlang's C formula, of random arrivals and stays (M/M/c).
+
+    Args:
+        places: of all engines together.
+        taken: of them, on average.
+        stay_s: of a request in its place, on average.
+    """
+    if taken >= places:
+        return math.inf
+    lost = 1.0  # Erlang's B formula, by its recursion over the number of places.
+    for number in range(1, places + 1):
+        lost = taken * lost / (number + taken * lost)
+    has_to_wait = lost / (1 - taken / places * (1 - lost))
+    return stay_s * math.log(max(has_to_wait, 0.1) / 0.1) / (places - taken)
 
 
 def complaint(view: EngineView, count: int, rows_per_s: float, margin: float = 1.0) -> str:

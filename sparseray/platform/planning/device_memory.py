@@ -77,7 +77,7 @@ def _exchange(config: RunConfig, element: int, slots: int, dense: int) -> int:
     model, train = config.model, config.train
     tokens, top_k = train.sequences_per_shard * train.seq_len, model.moe.top_k
     of_tokens = slots * (element * model.hidden + 8 * top_k) + top_k * (element * model.hidden + 4)
-    kept = (slots - 1) * element * model.hidden * len(model.moe_layers)
+    kept = slots * element * model.hidden * len(model.moe_layers)
     # Each slot's nodes are cut in slices, and flat before that.
     return tokens * (of_tokens + kept) + 4 * 3 * dense
 
@@ -98,12 +98,12 @@ def _sums(config: RunConfig) -> int:
 
 
 def _rows(config: RunConfig) -> int:
-    """Staged for the step before, the open one and the next; addresses are int64, as is where each row's sums begin."""
+    """Staged for the step before, the open one and the next; places and where sums begin are int32, the rest int64."""
     dse, train = config.model.dse, config.train
     heads = len(dse.orders) * dse.heads
     addresses = train.logical_shards * train.sequences_per_shard * train.seq_len * heads
     distinct = min(addresses, heads * dse.rows_per_head)
-    staged = distinct * (row_bytes(dse) + 8 + 8 * train.logical_shards) + addresses * 16
+    staged = distinct * (row_bytes(dse) + 8 + 4 * train.logical_shards) + addresses * 8
     return len(dse.layers) * (3 * staged + distinct * dse.head_dim * 4 * _sums(config))
 
 

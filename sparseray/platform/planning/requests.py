@@ -48,7 +48,13 @@ def check_request(
             raise ConfigError(f"attention {count}: a server needs an engine; give a number from 1")
     elif not 1 <= count <= most:
         raise ConfigError(f"{role} {count}: this model has {most} {what}; give a number from 1 to {most}")
-    new = replace(wanted, **{role: count})
+    if role != "attention" and inventory.is_whole:
+        raise ConfigError(
+            f"{role} {count}: every engine on a GPU holds all of it; ask for engines (attention)"
+        )
+    new = inventory.shared(replace(wanted, **{role: count}))
+    if inventory.in_slabs:
+        inventory.check(new)
     total = num_slots(new, colocated=cluster.colocated)
     if total < cluster.replication:
         raise ConfigError(

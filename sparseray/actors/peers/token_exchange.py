@@ -1,0 +1,287 @@
+"""One MoE layer of all slots, through each other's memory: tokens go out, their experts' rows come back.
+
+A slot gives its tokens to all that hold experts; each groups those of all sources by the experts that it has, computes
+them as one operation, and gives back what belongs to each source. In the order of one slot ("bitwise") a row for each
+(token, k) comes back, and gradients of each source's rows are kept apart; "fast" sums a token's rows where they are
+computed, and the gradients of all sources at once.
+
+Shapes: S sources, T tokens of a part, K experts per token, E experts here, R rows here, H hidden.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparseray.actors.peers.link import Link
+from sparseray.actors.peers.meter import Meter
+from sparseray.actors.peers.table import Table
+from sparseray.actors.state.assignment import Plan
+from sparseray.actors.state.dense_slab import DenseSlabs
+from sparseray.actors.state.gradient_sum import Determinism
+from sparseray.actors.state.slab_experts import SlabExperts
+from sparseray.kernels.ops import HeldRows
+
+Gradients = list[list[Tensor]]
+"""Of the parts of a round, or of their sum: gate_up and down of every layer."""
+
+
+def num_returned(plan: Plan, top_k: int, determinism: Determinism) -> int:
+    """Rows that come back for a token.
+
+    Args:
+        plan: of the generation.
+        top_k: K.
+        determinism: order of sums.
+    """
+    return len(plan.expert_primaries) if determinism == "fast" else top_k
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Kept:
+    """What the backward pass of a layer's rows needs."""
+
+    rows: HeldRows
+    counts: list[int] | None
+    weights_STK: Tensor
+    saved: Any
+
+
+class TokenExchange:
+    """The exchange of tokens and rows in one generation.
+
+    Args:
+        plan: of the generation.
+        dense: of this slot; its operations compute, its sums' order is the experts' too.
+        experts: that this slot holds.
+        table: the slots and their memory.
+        me: own slot id.
+        link: to the others' memory.
+        meter: of what this costs.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        dense: DenseSlabs,
+        experts: SlabExperts,
+        table: Table,
+        me: int,
+        link: Link,
+        meter: Meter,
+    ) -> None:
+        self.held, self.table, self.me, self.link, self.ops = experts, table, me, link, dense.ops
+        self.meter = meter
+        self.owners = plan.expert_primaries
+        self.is_owner = me in self.owners
+        self.is_summed = dense.sum.determinism == "fast"
+        self.device = dense.device
+        self.count = 0
+        """Of the words of all exchanges; those who make others in between raise it."""
+        self.counts_rows = True
+        """Whether the host learns of how many rows there are; where there is room for all, it does not wait for that."""
+        self._is_settled = False
+        self._groups: dict[tuple[int, int], tuple[dict[int, int], Tensor]] = {}
+        self._kept: dict[int, _Kept] = {}
+        self._sending: list[Tensor] = []
+        """What is on its way: its memory is used for nothing else meanwhile."""
+        self._gradients: Gradients = []
+
+    def clear(self) -> None:
+        """Forget what a step left."""
+        self._kept.clear()
+        self._gradients.clear()
+
+    def settle(self, sources: int, tokens: int) -> None:
+        """After the first step, when its memory is known: do without counts where all rows would have room.
+
+        Args:
+            sources: slots that send tokens at the same time, at most.
+            tokens: of each.
+        """
+        if self._is_settled or self.device.type != "cuda" or not self.held.slabs:
+            return
+        self._is_settled = True
+        slab, layers = self.held.slabs[0], len(self.held.slabs)
+        # Kept of a row are both pre-activations; in passing there are activations, their gradients, and rows.
+        each = slab.compute[0].element_size() * (2 * layers * slab.inner + 4 * slab.inner + 2 * slab.hidden)
+        more = (sources - 1) * tokens * self.held.config.moe.top_k * each
+        free, total = torch.cuda.mem_get_info(self.device)
+        free += torch.cuda.memory_reserved(self.device) - torch.cuda.max_memory_allocated(self.device)
+        self.counts_rows = free - more < total // 16
+
+    def take_gradients(self) -> Gradients:
+        """Take the experts' gradients of a round: of each source's part, or the sum of all."""
+        found, self._gradients = self._gradients, []
+        return found
+
+    # -- of the own tokens -----------------------------------------------------------------------------
+
+    def send(self, tokens_TH: Tensor, chosen: tuple[Tensor, Tensor] | None) -> None:
+        """Give all that hold experts the tokens of this slot, beside what is computed before they are waited for.
+
+        Args:
+            tokens_TH: tokens, or gradients of their outputs.
+            chosen: their experts, int32, and routing weights, both [T, K]; None where these are known.
+        """
+        T, rank = tokens_TH.shape[0], self.table.rank(self.me)
+        theirs = [self.table.regions[slot] for slot in self.owners]
+        others = [self.table.regions[slot].flags_S for slot in self.owners if slot != self.me]
+        sent = [tokens_TH, *(chosen or ())]
+        num_bytes = len(others) * sum(t.numel() * t.element_size() for t in sent)
+        self._sending = sent
+        with self.link.aside():
+            with self.meter.phase("dispatch", num_bytes):
+                for numbers, name in zip(sent, ("x_STH", "ids_STK", "weights_STK")):
+                    self.link.put_all(numbers, [r.of_sources(name, T)[rank] for r in theirs])
+            self.link.signal_all(others, rank, self.count + 1)
+
+    def returned(self, tokens: int) -> Tensor:
+        """What came back, [T, rows of a token, H]; it lies there until the next exchange.
+
+        Args:
+            tokens: T.
+        """
+        rows_RH = self.table.regions[self.me].rows_RH
+        each = len(self.owners) if self.is_summed else self.held.config.moe.top_k
+        return rows_RH[: tokens * each].view(tokens, each, -1)
+
+    def returned_weights(self, tokens: int) -> Tensor:
+        """Gradients of the routing weights, [T, K].
+
+        Args:
+            tokens: T.
+        """
+        top_k = self.held.config.moe.top_k
+        return self.table.regions[self.me].row_weights_R[: tokens * top_k].view(tokens, top_k)
+
+    # -- of the experts here ---------------------------------------------------------------------------
+
+    def forward(self, layer: int, sources: Sequence[int], tokens: int, *, keep: bool) -> None:
+        """Compute the rows of some slots whose experts are here, and take part until the own have come.
+
+        Args:
+            layer: index among the MoE layers.
+            sources: slots that send tokens.
+            tokens: of each.
+            keep: what the backward pass needs.
+        """
+        if self.is_owner:
+            self._await(sources)
+            slab = self.held.slabs[layer]
+            x_STH, ids_STK, weights_STK = (
+                self._received(name, sources, tokens) for name in ("x_STH", "ids_STK", "weights_STK")
+            )
+            rows = self._grouped(layer, ids_STK, x_STH)
+            counted = self._start_counting(rows)
+            if keep:
+                x_STH, weights_STK = x_STH.clone(), weights_STK.clone()
+            counts = counted()
+            y_RH, saved = self.ops.held_forward(x_STH.flatten(0, 1), rows, counts, *slab.compute)
+            if keep:
+                self._kept[layer] = _Kept(rows=rows, counts=counts, weights_STK=weights_STK, saved=saved)
+            self._give_back(y_RH, rows, weights_STK, sources, weighted=True)
+            self._signal(sources)
+        self._collect(sources)
+
+    def backward(self, layer: int, sources: Sequence[int], tokens: int) -> None:
+        """Give back the input gradients of what was computed here, and keep the experts' own.
+
+        Args:
+            layer, sources, tokens: as in `forward`, which kept what this needs.
+        """
+        if self.is_owner:
+            self._await(sources)
+            slab, kept = self.held.slabs[layer].compute, self._kept.pop(layer)
+            dout_STH, weights_STK = self._received("x_STH", sources, tokens), kept.weights_STK
+            found = self.ops.held_backward(
+                dout_STH.flatten(0, 1), weights_STK.flatten(0, 1), kept.rows, kept.counts, kept.saved, *slab
+            )
+            self._give_back(found.dx_RH, kept.rows, weights_STK, sources, weighted=False)
+            into = [self.table.regions[s].row_weights_R[: weights_STK[0].numel()] for s in sources]
+            self.link.give_rows(found.dweights_R, kept.rows, into)
+            self._signal(sources)
+            self._keep_gradients(layer, found.dgate_up_GE2IH, found.ddown_GEHI)
+        self._collect(sources)
+
+    def _await(self, sources: Sequence[int]) -> None:
+        """Let what follows begin when the tokens of all are here; the own ones go aside."""
+        self.link.join()
+        others = [slot for slot in sources if slot != self.me]
+        self.link.wait(self.table.regions[self.me].flags_S, self.table.ranks(others), self.count + 1)
+
+    def _received(self, name: str, sources: Sequence[int], tokens: int) -> Tensor:
+        """What some slots have sent, [S, T, ...]; a copy where others have sent nothing."""
+        every, ranks = self.table.regions[self.me].of_sources(name, tokens), self.table.ranks(sources)
+        if ranks == list(range(ranks[0], ranks[0] + len(ranks))):
+            return every[ranks[0] : ranks[0] + len(ranks)]
+        return every[ranks]
+
+    def _grouped(self, layer: int, ids_STK: Tensor, like: Tensor) -> HeldRows:
+        """The rows of experts here, those of each source apart if their gradients are."""
+        (S, T, K), num_held = ids_STK.shape, len(self.held.slabs[layer].rows)
+        sets = 1 if self.is_summed else S
+        groups_SE = self._groups_of(layer, sets).expand(S, -1)
+        groups_TK = groups_SE.gather(1, ids_STK.view(S, T * K).long()).view(S * T, K)
+        return self.ops.group_held(groups_TK, sets, num_held, like)
+
+    def _groups_of(self, layer: int, sets: int) -> Tensor:
+        """Group of each expert that is computed here, int32 [sets, experts]; the number of groups for all others."""
+        rows, key = self.held.slabs[layer].rows, (layer, sets)
+        if key not in self._groups or self._groups[key][0] is not rows:
+            computed, num_held = [e for e in rows if (layer, e) in self.held.computed], len(rows)
+            groups_SE = torch.full((sets, self.held.config.moe.num_experts), sets * num_held).int()
+            for index in range(sets):
+                groups_SE[index, computed] = torch.tensor(
+                    [index * num_held + rows[e] for e in computed]
+                ).int()
+            self._groups[key] = rows, groups_SE.to(self.device)
+        return self._groups[key][1]
+
+    def _start_counting(self, rows: HeldRows) -> Callable[[], list[int] | None]:
+        """Rows of every group, for the host, or nothing."""
+        if not self.counts_rows:
+            return lambda: None
+        read = self.link.start_read(rows.counts_E)
+        return lambda: read()[:-1]
+
+    def _give_back(
+        self, rows_RH: Tensor, held: HeldRows, weights_STK: Tensor, sources: Sequence[int], *, weighted: bool
+    ) -> None:
+        """Put rows, or their sums, where the sources expect them."""
+        (_, T, K), theirs = weights_STK.shape, [self.table.regions[slot].rows_RH for slot in sources]
+        others, width = sum(slot != self.me for slot in sources), rows_RH.shape[1] * rows_RH.element_size()
+        if self.is_summed:
+            holders, own = len(self.owners), self.owners.index(self.me)
+            into = [rows[: T * holders].view(T, holders, -1)[:, own] for rows in theirs]
+            with self.meter.phase("combine", others * T * width):
+                self.link.give_sums(rows_RH, held, weights_STK, into, weighted=weighted)
+        else:
+            # How many rows of each source there are is known on the device alone: as many as of any other, about.
+            with self.meter.phase("combine", others * T * K * width // len(self.owners)):
+                self.link.give_rows(rows_RH, held, [rows[: T * K] for rows in theirs])
+
+    def _signal(self, sources: Sequence[int]) -> None:
+        others = [self.table.regions[slot].flags_S for slot in sources if slot != self.me]
+        self.link.signal_all(others, self.table.rank(self.me), self.count + 2)
+
+    def _collect(self, sources: Sequence[int]) -> None:
+        """End an exchange: the rows of the own tokens are here."""
+        if self.me in sources:
+            self.link.join()
+            self._sending = []
+            others = [slot for slot in self.owners if slot != self.me]
+            self.link.wait(self.table.regions[self.me].flags_S, self.table.ranks(others), self.count + 2)
+        self.count += 2
+
+    def _keep_gradients(self, layer: int, *of_sets: Tensor) -> None:
+        """Gradients of a layer, [sets, experts, ...]."""
+        if not self._gradients:
+            self._gradients = [
+                [torch.empty(0)] * (2 * len(self.held.slabs)) for _ in range(of_sets[0].shape[0])
+            ]
+        for matrix, sets in enumerate(of_sets):
+            for gradients, gradient in zip(self._gradients, sets):
+                gradients[2 * layer + matrix] = gradient

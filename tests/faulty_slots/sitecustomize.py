@@ -1,0 +1,100 @@
+"""Loaded by every Python process whose path has this folder: slots fail in some call of the exchange of several slots.
+
+`SPARSERAY_TEST_FAULTS` has what, one for each slot: `slot:moment:call:kind`, by spaces. A moment is a key of MOMENTS, a
+call the number of it since the slot began; a kind is `stop` (SIGSTOP), `kill`, `illegal` (a kernel that writes to memory
+of nobody, which ends its process's use of the GPU), or `raise` (an error that says so, for a CPU). In the folder of
+`SPARSERAY_TEST_FAULT_FOLDER` a file named by a slot has `moment kind` of its next fault.
+"""
+
+import os
+import signal
+import sys
+from collections import Counter
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from pathlib import Path
+from typing import Any
+
+_FAULTS = {
+    int(slot): (moment, int(call), kind)
+    for slot, moment, call, kind in (
+        fault.split(":") for fault in os.environ.get("SPARSERAY_TEST_FAULTS", "").strip().split()
+    )
+}
+_FOLDER = os.environ.get("SPARSERAY_TEST_FAULT_FOLDER", "")
+MOMENTS = {
+    "forward": ("DeviceExchange", "_forward"),
+    "backward": ("DeviceExchange", "_backward"),
+    "sums": ("DeviceExchange", "_finish"),
+    "commit": ("SlabExperts", "apply"),
+}
+_MODULE = "sparseray.actors.peers.across"
+
+
+def _illegal() -> None:
+    import torch
+
+    from sparseray.kernels import peer
+
+    device = torch.device("cuda")
+    nowhere = torch.tensor([1 << 44], device=device)
+    peer.put_all(torch.ones(64, device=device), nowhere, peer.new_state(device))
+
+
+def _fail(kind: str) -> None:
+    if kind == "illegal":
+        _illegal()
+    elif kind == "raise":
+        from sparseray.actors import slot
+
+        slot.is_device_lost = lambda: True
+        raise RuntimeError("CUDA error: an illegal memory access was encountered (a test's)")
+    else:
+        os.kill(os.getpid(), signal.SIGSTOP if kind == "stop" else signal.SIGKILL)
+
+
+class _Finder(MetaPathFinder):
+    """Finds the module of the exchange, as Python does, and changes it once it is loaded."""
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> ModuleSpec | None:
+        spec = PathFinder.find_spec(name, path, target) if name == _MODULE else None
+        if spec is not None and spec.loader is not None:
+            _change(spec.loader)
+        return spec
+
+
+def _change(loader: Loader) -> None:
+    load = loader.exec_module
+
+    def exec_module(module: Any) -> None:
+        load(module)
+        calls: Counter[str] = Counter()
+        known: dict[str, int] = {}
+        for moment, (of, method) in MOMENTS.items():
+            _wrap(getattr(module, of), method, moment, calls, known)
+
+    loader.exec_module = exec_module  # type: ignore[method-assign]
+
+
+def _wrap(of: type, method: str, moment: str, calls: "Counter[str]", known: dict[str, int]) -> None:
+    original = getattr(of, method)
+
+    def call(me: Any, *args: Any, **named: Any) -> Any:
+        # Experts do not know their slot; what was called before them does.
+        known["slot"] = getattr(me, "me", known.get("slot", -1))
+        calls[moment] += 1
+        wanted, number, kind = _FAULTS.get(known["slot"], ("", 0, ""))
+        if (moment, calls[moment]) == (wanted, number):
+            _fail(kind)
+        file = Path(_FOLDER, str(known["slot"]))
+        if _FOLDER and file.exists() and file.read_text().split()[0] == moment:
+            kind = file.read_text().split()[1]
+            file.unlink()
+            _fail(kind)
+        return original(me, *args, **named)
+
+    setattr(of, method, call)
+
+
+if _FAULTS or _FOLDER:
+    sys.meta_path.insert(0, _Finder())

@@ -1,0 +1,30 @@
+"""Texts of benchmarks/needle.py: what is asked has been told before, and never under the key of `evaluate`."""
+
+import random
+import re
+
+from benchmarks.needle_text import KEYS, Kind, code_lines, document
+
+NEEDLE = re.compile(r"\nThe ([a-z]+ [a-z]+) is (\d{6})(\. Remember it\.\n|\n)")
+
+
+def test_every_question_is_answered_by_the_one_needle_of_its_key_before_it() -> None:
+    draw = random.Random(5)
+    kind = Kind(size=30_000, documents=1, gap=300, nearest=50, farthest=6000)
+    text = document(kind, code_lines(draw), draw)
+    told: dict[str, tuple[str, int]] = {}
+    distances = []
+    for found in NEEDLE.finditer(text):
+        key, number, end = found.groups()
+        if end.startswith("."):
+            assert key not in told
+            told[key] = number, found.start()
+        else:
+            assert told[key][0] == number
+            distances.append(found.start() - told[key][1])
+    assert len(told) > 50 and len(distances) > len(told)
+    # A question waits for the end of a line, or of another question.
+    assert min(distances) >= 50 and max(distances) < 6000 + 600
+    # Evenly on a logarithmic scale: half of them within the geometric mean.
+    assert 0.35 < sum(one < 548 for one in distances) / len(distances) < 0.65
+    assert "secret number" not in KEYS and "The secret number" not in text
