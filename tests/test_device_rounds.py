@@ -121,3 +121,120 @@ def test_a_rehearsal_says_nothing_and_leaves_nothing() -> None:
     assert (
         torch.equal(pair.signs[0], before) and not pair.theirs.flags_S.any() and not pair.theirs.x_STH.any()
     )
+
+
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="needs a GPU")
+def test_graphs_of_two_slots_wait_for_each_other_and_go_on_without_one_in_the_next_generation() -> None:
+    """Both on one GPU, in a stream each; the same graphs in all rounds and generations."""
+    pair = Both()
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+    for own in range(3):
+        for side in pair.sides:
+            side.fill(3 + own, range(E))
+        for side, stream in zip(pair.sides, streams):
+            with torch.cuda.stream(stream):
+                side.graph.replay()
+                side.idle.replay()
+        torch.cuda.synchronize()
+        for side in pair.sides:
+            assert side.state.tolist()[:2] == [peer.OK, (GENERATION << 32) + 4 * LAYERS * (own + 1)]
+            side.check()
+    left = pair.sides[0]
+    # What the lost one computed and this one backs up.
+    pair.enter(left, GENERATION + 1, (SLOTS[0],), (*HERE[4], 6))
+    left.fill(5, (*HERE[4], 6))
+    left.graph.replay()
+    torch.cuda.synchronize()
+    assert left.state.tolist()[:2] == [peer.OK, (GENERATION + 1 << 32) + 2 * LAYERS]
+    left.check()
+
+
+class Side:
+    """One slot: its weights, its layers, and graphs of a round with 6 tokens and with none."""
+
+    graph: torch.cuda.CUDAGraph
+    idle: torch.cuda.CUDAGraph
+
+    def __init__(self, slot: int, slabs: list[list[Tensor]], held: tuple[int, ...]) -> None:
+        self.slot, self.slabs = slot, slabs
+        self.experts = SimpleNamespace(
+            device=DEVICE,
+            config=SimpleNamespace(moe=SimpleNamespace(num_experts=E)),
+            slabs=[
+                SimpleNamespace(
+                    rows={e: r for r, e in enumerate(held)},
+                    compute=[s[list(held)].contiguous() for s in pair],
+                )
+                for pair in slabs
+            ],
+            computed={},
+        )
+        self.state, self.end = peer.new_state(DEVICE), peer.new_end(DEVICE)
+        self.tables = RoundTables(cast(Any, self.experts), (self.state, self.end))
+        self.x = torch.zeros(LAYERS, 6, H, device=DEVICE)
+        self.ids = torch.zeros(LAYERS, 6, K, dtype=torch.int32, device=DEVICE)
+        self.rows = torch.zeros(LAYERS, 6, K, H, device=DEVICE)
+
+    def capture(self, table: Table) -> None:
+        self.layers = DeviceLayers(
+            cast(Any, self.experts), self.tables, table, self.slot, is_owner=True, deadline_s=5.0
+        )
+        with self.layers.rehearsed():
+            self.run()
+            torch.cuda.synchronize()
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.run()
+        self.idle = self.layers.capture()
+        assert self.layers.capture() is self.idle
+
+    def run(self) -> None:
+        for index in range(LAYERS):
+            found = self.layers.run(index, (self.x[index], self.ids[index]))
+            assert found is not None
+            self.rows[index].copy_(found)
+        self.layers.end()
+
+    def fill(self, seed: int, among: Any) -> None:
+        """Other tokens, whose experts are among some."""
+        torch.manual_seed(seed + self.slot)
+        self.x.copy_(torch.randn(LAYERS, 6, H))
+        choices = torch.tensor(list(among))
+        for index in range(LAYERS):
+            picked = torch.stack([torch.randperm(len(choices))[:K] for _ in range(6)])
+            self.ids[index] = choices[picked].int().to(DEVICE)
+        self.rows.fill_(torch.nan)
+
+    def check(self) -> None:
+        one = torch.ones(1, 1, device=DEVICE)
+        for index in range(LAYERS):
+            for t in range(6):
+                for k in range(K):
+                    expert = self.ids[index, t, k].long().view(1, 1)
+                    wanted = REFERENCE.experts(self.x[index, t][None], expert, one, *self.slabs[index])[0]
+                    torch.testing.assert_close(self.rows[index, t, k], wanted, rtol=1e-4, atol=1e-4)
+
+
+class Both:
+    """Two slots of one process, each with memory that the other writes to."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        sizes = Sizes(slots=4, tokens=C, top_k=K, hidden=H, returned=K, dtype=torch.float32, nodes=0, dense=0,
+                      dense_slice=0, shares=0)  # fmt: skip
+        slabs = [[t.to(DEVICE) for t in layer(C, E, K, H, I)[2:]] for _ in range(LAYERS)]
+        self.regions = {}
+        for slot in SLOTS:
+            buffer = torch.zeros(sizes.num_bytes, dtype=torch.uint8, device=DEVICE)
+            self.regions[slot] = sizes.cut(buffer)
+            self.regions[slot].ids_STK.fill_(NOBODY)
+        self.sides = [Side(4, slabs, (*HERE[4], 6)), Side(9, slabs, HERE[9])]
+        for side in self.sides:
+            self.enter(side, GENERATION, SLOTS, HERE[side.slot])
+            side.capture(Table(slots=SLOTS, regions=self.regions))
+
+    def enter(self, side: Side, generation: int, slots: tuple[int, ...], computed: tuple[int, ...]) -> None:
+        side.experts.computed = {(index, e): 0 for index in range(LAYERS) for e in computed}
+        table = Table(slots=slots, regions={slot: self.regions[slot] for slot in slots})
+        plan = SimpleNamespace(expert_primaries=slots)
+        side.tables.enter(cast(Any, plan), cast(Any, side.experts), table, side.slot, generation)

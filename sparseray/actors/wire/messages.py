@@ -140,7 +140,8 @@ class Prepared(Body):
 
     Args:
         role: dense, expert or memory.
-        norms: squared norm of the gradient of each logical tensor that is primary here.
+        norms: squared norm of the gradient of each logical tensor that is primary here; or, where nobody else has
+            any, a few numbers of the same exact sum.
         digests: CRC-32 of each gradient that has replicas.
     """
 
