@@ -80,7 +80,9 @@ def faults(bench: Bench) -> None:
     os.environ["PYTHONPATH"] = f"{ROOT / 'tests' / 'faulty_slots'}:{path}"
 
     def illegal(run: Training, slot: int, _pid: int) -> None:
-        (blows / str(slot)).write_text("forward illegal")
+        # Whole at once, as the slot looks for it all the time.
+        (blows / "next").write_text("forward illegal")
+        (blows / "next").rename(blows / str(slot))
 
     def by(number: signal.Signals) -> Callable[[Training, int, int], None]:
         return lambda run, slot, pid: os.kill(pid, number)
@@ -186,7 +188,9 @@ def main() -> int:
     train = replace(config.train, steps=100_000, logical_shards=PARTS, sequences_per_shard=options.sequences)
     data = str(Path(options.data).absolute())
     config = replace(config, train=train, data=replace(config.data, path=data))
+    paths = os.environ.get("PYTHONPATH", "")
     with tempfile.TemporaryDirectory(prefix="sr-e-", dir="/tmp") as folder, environment():
+        os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{paths}"
         bench = Bench(config=config, folder=Path(folder), data=data, gpus=torch.cuda.device_count())
         for name in options.only.split(","):
             try:

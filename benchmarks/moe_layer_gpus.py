@@ -161,6 +161,26 @@ def timed(run: Any, barrier: Any) -> tuple[float, float]:
     return statistics.median(times), statistics.median(launches)
 
 
+def puts(layer: Layer, barrier: Any) -> str:
+    """Bytes per second to the other GPUs by how many programs store, all GPUs at once."""
+    exchange, found = layer.exchange, []
+    regions = [exchange.table.regions[s].x_STH for s in layer.slots if s != exchange.me]
+    table = peer.table_of([x[exchange.me] for x in regions], layer.x_TH.device)
+    state = peer.new_state(layer.x_TH.device)
+    usual = peer.BESIDE_PROGRAMS
+    for programs in (8, 16, 32, 64, 0):
+        peer.BESIDE_PROGRAMS = programs or usual
+
+        def put(beside: bool = programs > 0) -> None:
+            peer.put_all(layer.x_TH, table, state, beside=beside)
+
+        took, _ = timed(put, barrier)
+        rate = len(regions) * layer.x_TH.numel() * 2 / took / 1e6
+        found.append(f"{programs or peer.MOST_PROGRAMS}: {rate:.0f}")
+    peer.BESIDE_PROGRAMS = usual
+    return "  GB/s of tokens out, by programs: " + ", ".join(found)
+
+
 def profiled(run: Any) -> str:
     """The kernels that take the most time of a pass, in microseconds each."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
@@ -209,6 +229,9 @@ def run(rank: int, gpus: int, handles: Any, barrier: Any, is_profiled: bool) -> 
                 if rank == 0:
                     ratio = f"{took / alone:.2f} of one GPU"
                     lines.append(f"  {determinism}, {counts}: {took:.2f} ms, {ratio}, launches {launch:.2f}")
+                if determinism == "fast" and not is_counted:
+                    line = puts(layer, barrier.wait)
+                    lines += [line] if rank == 0 else []
                 if is_profiled and determinism == "fast":
                     barrier.wait()
                     table = profiled(layer.run)

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ class Size:
         trained, factor: tokens of the first training's sequences, and how many times longer the second's are.
         batch: sequences of the first training's steps; the second has as many tokens.
         drilled: first steps, with dense needles most of the time.
+        steps: of the first and of the second training, if their time is enough for them.
         amount: factor on the number of documents.
         keys: of the model and of where it runs.
     """
@@ -42,6 +43,7 @@ class Size:
     factor: int
     batch: int
     drilled: int
+    steps: tuple[int, int]
     amount: float
     keys: dict[str, object]
 
@@ -58,8 +60,8 @@ class Size:
 
         return {
             "drill": Kind(size=2 * short, documents=many(1200), gap=60, nearest=30, farthest=short // 3),
-            "near": Kind(size=3 * short, documents=many(1600), gap=short // 12, nearest=40, farthest=short),
-            "far": Kind(size=3 * long, documents=many(400), gap=short // 6, nearest=100, farthest=long),
+            "near": Kind(size=3 * short, documents=many(1600), gap=short // 20, nearest=40, farthest=short),
+            "far": Kind(size=3 * long, documents=many(400), gap=short // 12, nearest=100, farthest=long),
         }
 
 
@@ -73,14 +75,14 @@ MODEL: dict[str, object] = {
     "train.logical_shards": 1,
     "train.checkpoint_every": 0,
     "train.eval_every": 0,
-    "optim.schedule": "constant",
 }
 SIZES = {
     "gpu": Size(
         trained=2048,
         factor=4,
         batch=32,
-        drilled=500,
+        drilled=300,
+        steps=(2500, 1000),
         amount=1.0,
         keys={
             "model.hidden": 256,
@@ -99,6 +101,7 @@ SIZES = {
         factor=4,
         batch=4,
         drilled=100,
+        steps=(600, 100),
         amount=0.02,
         keys={
             "model.hidden": 64,
@@ -177,7 +180,7 @@ class Course:
             "model.max_seq_len": size.long,
             "train.seq_len": size.trained,
             "train.sequences_per_shard": size.batch,
-            "train.steps": 100_000,
+            "train.steps": size.steps[0],
             "optim.lr": 0.002,
             "optim.warmup_steps": 100,
             "data.mixture": mixture,
@@ -198,8 +201,8 @@ class Course:
             "model.max_seq_len": size.long,
             "train.seq_len": size.long,
             "train.sequences_per_shard": max(1, size.batch // size.factor),
-            "train.steps": 100_000,
-            "optim.lr": 0.0005,
+            "train.steps": size.steps[1],
+            "optim.lr": 0.001,
             "optim.warmup_steps": 20,
             "data.mixture": "[far=0.8 near=0.2]",
         }
@@ -219,7 +222,7 @@ class Course:
             sparseray("evaluate", *where, *more, "--tasks", "needle", log=self.folder / f"{name}.log")
 
     def follow(self, begin: Path) -> None:
-        """Train on in three ways side by side, each asked when it is done."""
+        """Go on with YaRN, with and without training on; then without YaRN. Each is asked when it is done."""
         size = self.size
         yarn: dict[str, object] = {
             "model.rope.scaling": "yarn",
@@ -227,19 +230,18 @@ class Course:
             "model.rope.original_max_seq_len": size.trained,
         }
         untrained = yarn | {"train.steps": 1, "optim.lr": 0.0}
-        ways = {"yarn": yarn, "longer": {}, "yarn_untrained": untrained}
+        ways = {"yarn": yarn, "yarn_untrained": untrained, "longer": dict[str, object]()}
 
         def go(name: str) -> None:
             try:
-                self.ask(name, self.second(name, begin, ways[name]))
+                self.ask(name, begin if name == "short" else self.second(name, begin, ways[name]))
             except (OSError, subprocess.SubprocessError, IndexError) as error:
                 print(f"{name}: {error}", flush=True)
             self.out.write_text(report(self.folder, size))
 
-        with ThreadPoolExecutor(len(ways) + 1) as pool:
-            asked = pool.submit(self.ask, "short", begin)
-            list(pool.map(go, ways))
-            asked.result()
+        with ThreadPoolExecutor(3) as pool:
+            list(pool.map(go, ("yarn", "short", "yarn_untrained")))
+        go("longer")
 
 
 NAMES = {
@@ -294,10 +296,13 @@ def main() -> int:
     say("--folder", type=Path, required=True)
     say("--out", type=Path, required=True)
     say("--size", choices=tuple(SIZES), default="gpu")
-    say("--seconds", type=float, nargs=2, default=(150.0, 60.0), metavar=("SHORT", "LONG"))
+    say("--seconds", type=float, nargs=2, default=(110.0, 70.0), metavar=("SHORT", "LONG"))
+    say("--steps", type=int, nargs=2, default=None, metavar=("SHORT", "LONG"))
     say("--samples", type=int, default=200)
     options = parser.parse_args()
     folder, size, begin = options.folder.absolute(), SIZES[options.size], time.perf_counter()
+    if options.steps:
+        size = replace(size, steps=tuple(options.steps))
     folder.mkdir(parents=True, exist_ok=True)
     course = Course(
         folder=folder,

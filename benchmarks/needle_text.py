@@ -36,7 +36,8 @@ class Kind:
         size: of a document.
         documents: how many.
         gap: mean text between two needles.
-        nearest, farthest: between a needle and a question; distances are drawn evenly on a logarithmic scale.
+        nearest, farthest: between a needle and a question. Half of the distances are drawn evenly on a logarithmic
+            scale, half evenly: windows cut most of the long ones off.
     """
 
     size: int
@@ -69,7 +70,6 @@ def document(kind: Kind, lines: Iterator[str], draw: random.Random) -> str:
     parts: list[str] = []
     length, next_needle, turn = 0, 0.0, 0
     due: list[tuple[float, int, Needle]] = []
-    spread = math.log(kind.farthest / kind.nearest)
     while length < kind.size:
         if due and due[0][0] <= length:
             needle = heapq.heappop(due)[2]
@@ -78,14 +78,20 @@ def document(kind: Kind, lines: Iterator[str], draw: random.Random) -> str:
             needle = needle_of(key, draw_number(draw))
             text = needle.sentence
             for _ in range(draw.randint(1, MOST_QUESTIONS)):
-                distance = kind.nearest * math.exp(draw.random() * spread)
-                heapq.heappush(due, (length + distance, turn := turn + 1, needle))
+                heapq.heappush(due, (length + _distance(kind, draw), turn := turn + 1, needle))
             next_needle = length + draw.expovariate(1 / kind.gap)
         else:
             text = next(lines)
         parts.append(text)
         length += len(text)
     return "".join(parts)
+
+
+def _distance(kind: Kind, draw: random.Random) -> float:
+    """Characters between a needle and a question."""
+    if draw.random() < 0.5:
+        return draw.uniform(kind.nearest, kind.farthest)
+    return kind.nearest * math.exp(draw.random() * math.log(kind.farthest / kind.nearest))
 
 
 def write_texts(folder: Path, kind: Kind, seed: int) -> Path:

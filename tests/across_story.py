@@ -125,7 +125,8 @@ def told(config: RunConfig, folder: Path, temporary: Path, faults: str = "") -> 
         kill_all(story.process, story.mark)
     records, steps = story.lines("metrics.jsonl"), story.step()
     print(f"{steps} steps; events: {story.lines('events.jsonl')}")
-    one = replace(config.cluster, attention_workers=1, expert_shards=1, memory_shards=1, replication=1)
+    roles = dict.fromkeys(("attention_workers", "expert_shards", "memory_shards", "replication"), 1)
+    one = replace(config.cluster, colocated=True, **roles)
     alone = train(folder / "alone", replace(config, cluster=one), stop_after=steps)
     assert [(r["loss"], r["aux_loss"], r["grad_norm"]) for r in records] == alone.curve
     newest = checkpoint.list_finished(story.run_dir / "checkpoints")[-1]

@@ -113,6 +113,16 @@ def test_the_fast_order_of_parts_differs_by_rounding(corpus: Path, one: Trained,
         assert a[0] == pytest.approx(b[0], rel=1e-3)
 
 
+def test_replicas_follow_in_the_fast_order_too(corpus: Path, tmp_path: Path) -> None:
+    """The sums of a step of one round stay in bf16, and replicas report the digests of what they were given."""
+    found = []
+    for replication in (1, 2):
+        config = replace(slabs_run(corpus, slots=2, replication=replication), determinism="fast")
+        config = replace(config, train=replace(config.train, logical_shards=2))
+        found.append(train(tmp_path / str(replication), config))
+    assert found[0].curve == found[1].curve and found[0].digest == found[1].digest
+
+
 def resize_at(slots: dict[int, int]) -> Callable[[int, Run, LocalFleet], None]:
     """Want so many slots of every role after some steps."""
 

@@ -25,6 +25,6 @@ def test_every_question_is_answered_by_the_one_needle_of_its_key_before_it() -> 
     assert len(told) > 50 and len(distances) > len(told)
     # A question waits for the end of a line, or of another question.
     assert min(distances) >= 50 and max(distances) < 6000 + 600
-    # Evenly on a logarithmic scale: half of them within the geometric mean.
-    assert 0.35 < sum(one < 548 for one in distances) / len(distances) < 0.65
+    # Of those on a logarithmic scale half lie within the geometric mean, of the others 8 %.
+    assert 0.2 < sum(one < 548 for one in distances) / len(distances) < 0.4
     assert "secret number" not in KEYS and "The secret number" not in text

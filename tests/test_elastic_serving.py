@@ -310,6 +310,21 @@ def test_engines_on_a_node_that_is_drained_finish_what_they_have(
         assert not {"lost", "recovered"} & set(server.events)
 
 
+def test_an_engine_on_a_node_that_is_drained_gets_nothing_new_while_others_start(
+    trained: Path, undisturbed: list[Heard], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serve(tmp_path / "server", trained, nodes={0: "a", 1: "b"}) as server:
+        leaving, staying = engines_of(server)
+        monkeypatch.setattr(server.fleet, "starting", lambda: 1)
+        server.fleet.drained["a"] = inf
+        until(lambda: server.ingress.draining == (0,))
+        assert server.ask(requests()) == undisturbed
+        assert (leaving.stats.generated_tokens, staying.stats.generated_tokens) == (0, REQUESTS * LENGTH)
+        assert "drained" not in server.events and not server.run.reconciler.is_settled()
+        monkeypatch.undo()
+        until(lambda: "drained" in server.events)
+
+
 def test_a_client_that_goes_away_frees_its_place_at_once(trained: Path, tmp_path: Path) -> None:
     async def leave(server: LocalServer) -> None:
         stream = server.ingress.generate(replace(requests()[0], max_tokens=40))

@@ -128,6 +128,8 @@ def test_held_out_lines_and_spans_are_counted_as_filled_when_they_are(trained: P
         infilling(Subject(engine=_Silent(asked), vocabulary=real.vocabulary, context=64), split, 8, 1, quiet)  # type: ignore[arg-type]
     half = [request for request in asked if request.request_id.startswith("infilling/")]
     assert len(asked) == 32 and all(len(r.prompt_tokens) + r.max_tokens <= 64 for r in asked)
+    for gap, request in zip(chosen, half):
+        assert (encode("\n")[0] in request.stop_token_ids) == gap.is_line and 0 in request.stop_token_ids
     told = {r.prompt_tokens: encode(gap.held_out) for r, gap in zip(half, chosen)}
     figures = infilling(knowing(trained, told), split, 8, 1, quiet)
     assert figures["infilling, line"].value == figures["infilling, span"].value == 1.0

@@ -85,6 +85,8 @@ def test_cached_decoding_equals_the_full_forward_pass(
             rows.append(engine.model.logits(hidden))
         else:
             rows.append(engine.paged.decode([chunk], engine.experts, engine.memory).clone())
+            # Its inputs are copied from two places in turn; an engine, too, waits for the step before the last.
+            torch.cuda.synchronize()
         lease.length = stop
     out = parts.model(torch.tensor([tokens]), experts=parts.experts, memory=parts.memory)
     wanted = parts.model.logits(out.hidden_BTH)[0]

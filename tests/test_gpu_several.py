@@ -1,11 +1,12 @@
 """Training on two GPUs through the command: one is killed and comes again, and the bits are those of one GPU."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from across_story import fail, live
+from across_story import fail, live, told
 from processes import temporary_folder
 from test_gpu_training import run_on
 
@@ -44,3 +45,11 @@ def test_gpu_slots_that_stand_still_or_write_to_nobodys_memory_change_no_bit(
     """A kernel's illegal access ends its process's use of the GPU: the others go on, and another slot comes."""
     roles = {"attention_workers": 2, "expert_shards": 2, "memory_shards": 2, "replication": 2}
     fail(run_on("cuda", corpus, steps=100000, cluster=roles), tmp_path, temporary, faults)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 3, reason="needs a GPU for each role")
+def test_roles_in_gpus_of_their_own_change_no_bit(corpus: Path, tmp_path: Path, temporary: Path) -> None:
+    config = run_on("cuda", corpus, steps=100000)
+    apart = replace(config, cluster=replace(config.cluster, colocated=False))
+    with told(apart, tmp_path, temporary) as story:
+        story.wait_steps(10)

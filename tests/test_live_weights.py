@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import pytest
@@ -24,7 +25,9 @@ from sparseray.platform.fleet import weights_port
 from sparseray.platform.fleet.weights_port import WeightsPort, read_offered, source_of
 from sparseray.platform.offers import Offers
 from sparseray.platform.run.folder import RunFolder
+from sparseray.platform.scheduler import Scheduler
 from sparseray.platform.server import Server
+from sparseray.platform.serving import Served
 from sparseray.platform.trainer import Trainer
 
 STEPS, STEP_S, LENGTH = 400, 0.05, 12
@@ -371,3 +374,25 @@ def test_a_run_that_starts_again_takes_what_engines_have_and_its_checkpoint_has_
     assert again.events.count("restored") == 1 and len(again.records) == served + 2
     plain = train(tmp_path / "plain", config_of(corpus), stop_after=served + 2)
     assert again.curve[: served + 1] == plain.curve[: served + 1] and again.curve != plain.curve
+
+
+def test_a_platform_brings_a_run_and_the_server_that_follows_it_together(tmp_path: Path) -> None:
+    """Only the task, the folder and the driver of a job decide."""
+    config, folder = RunConfig(), RunFolder(tmp_path / "run")
+    trainer, server = object.__new__(Trainer), object.__new__(Server)
+    trainer.offers, server.offers = Offers("run"), Offers("server")
+    server.can_give = lambda model, run: model == config.model and run == str(folder.path)  # type: ignore[method-assign]
+
+    def job(task: object, driver: object, path: Path) -> Any:
+        run = SimpleNamespace(driver=driver)
+        return SimpleNamespace(task=task, run=run, is_running=True, folder=RunFolder(path), config=config)
+
+    follows = Served(checkpoint="", ingress="", run=str(folder.path))
+    runs, serves = job(None, trainer, folder.path), job(follows, server, tmp_path / "server")
+    other = job(Served(checkpoint="c", ingress=""), None, tmp_path / "other")
+    platform: Any = SimpleNamespace(_running=lambda: [other, runs, serves])
+    assert Scheduler._offers(platform, serves) is trainer.offers
+    assert Scheduler._offers(platform, runs) is server.offers
+    assert Scheduler._offers(platform, other) is None
+    runs.is_running = False
+    assert Scheduler._offers(platform, serves) is None

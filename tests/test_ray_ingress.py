@@ -1,5 +1,6 @@
 """The ingress as a Ray Serve deployment: requests are shared out, and a replica that is killed takes no other's with it."""
 
+import contextlib
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -34,7 +36,13 @@ class Served:
         self.process, self.url, self.mark = process, url, mark
 
     def replicas(self) -> list[psutil.Process]:
-        return [p for p in of_mark(self.mark) if "ServeReplica" in " ".join(p.cmdline())]
+        found = []
+        for process in of_mark(self.mark):
+            # HAProxy starts and ends processes of its own all the time.
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if "ServeReplica" in " ".join(process.cmdline()):
+                    found.append(process)
+        return found
 
     def stream(self, seed: int) -> list[int]:
         """The tokens of one stream; fewer where its connection broke."""
@@ -56,7 +64,8 @@ class Served:
 
 
 @pytest.fixture
-def served(corpus: Path, tmp_path: Path) -> Iterator[Served]:
+def served(corpus: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Served]:
+    """A server behind the proxy that the parameter names: Ray's own, or HAProxy."""
     pytest.importorskip("fastapi", reason="needs `pip install 'sparseray[ingress]'`")
     checkpoint = train(tmp_path / "run", tiny_run(corpus, steps=2)).folder.newest_checkpoint()
     (port,), mark, log = free_ports(1), uuid.uuid4().hex, tmp_path / "log.txt"
@@ -67,8 +76,8 @@ def served(corpus: Path, tmp_path: Path) -> Iterator[Served]:
             "SPARSERAY_TEST": mark,
             "SPARSERAY_STATE_DIR": str(tmp_path / "state"),
         }
-        if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY"):
-            changes["RAY_SERVE_ENABLE_HA_PROXY"] = os.environ["RAY_SERVE_ENABLE_HA_PROXY"]
+        if request.param == "haproxy":
+            changes["RAY_SERVE_ENABLE_HA_PROXY"] = "1"
         process = start([*arguments, "--cluster.attention_workers=2", "--cluster.hang_s=5"], log, **changes)
 
         def ready() -> bool:
@@ -79,6 +88,9 @@ def served(corpus: Path, tmp_path: Path) -> Iterator[Served]:
             wait_until(ready, "the server", 110.0)
             found = re.search(r"at (http://127\.0\.0\.1:\d+) ", log.read_text())
             assert found is not None
+            assert ("haproxy" in {process.name() for process in of_mark(mark)}) == (
+                request.param == "haproxy"
+            )
             yield Served(process, found[1], mark)
             interrupt(process)
             assert process.wait(90) == 0, log.read_text()
@@ -89,6 +101,7 @@ def served(corpus: Path, tmp_path: Path) -> Iterator[Served]:
 
 @pytest.mark.ray
 @pytest.mark.timeout(290)
+@pytest.mark.parametrize("served", ["own"], indirect=True)
 def test_a_replica_that_is_killed_takes_no_other_ones_requests_with_it(served: Served) -> None:
     wait_until(lambda: len(served.replicas()) == 2, "two replicas")
     plain = {seed: served.stream(seed) for seed in range(STREAMS)}
@@ -127,6 +140,19 @@ def test_a_replica_that_is_killed_takes_no_other_ones_requests_with_it(served: S
     started = time.monotonic()
     assert served.stream(0) == plain[0]
     assert time.monotonic() - started < 30.0
+
+
+@pytest.mark.ray
+@pytest.mark.long
+@pytest.mark.timeout(290)
+@pytest.mark.parametrize("served", ["haproxy"], indirect=True)
+def test_haproxy_changes_no_token_of_streams_side_by_side(served: Served) -> None:
+    """How it shares them out is its own affair: of two replicas one may have all."""
+    wait_until(lambda: len(served.replicas()) == 2, "two replicas")
+    plain = [served.stream(seed) for seed in range(STREAMS)]
+    with ThreadPoolExecutor(STREAMS) as pool:
+        assert list(pool.map(served.stream, range(STREAMS))) == plain
+    assert all(len(tokens) == TOKENS for tokens in plain)
 
 
 def test_without_ray_serve_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ of a latent with its rotated key, H hidden; with drafts S slots, B sequences, W 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -152,6 +152,17 @@ class PagedOps(Protocol):
         pages: Pages,
     ) -> Tensor:
         """`nsa_attention` of every sequence's rows to its pages, [R, Q, V]; padding rows are undefined."""
+        ...
+
+    def side_by_side(
+        self, rows: int, one: Callable[[], Tensor], other: Callable[[], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """What both give, neither of which needs the other; of few rows a device computes them at the same time.
+
+        Args:
+            rows: that both compute on.
+            one, other: launch their work.
+        """
         ...
 
     def most_probable(self, logits_RV: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ paged_ops.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -143,6 +143,11 @@ class PagedPlainOps(PlainOps):
             q, gates = q_RQD[rows][None], gates_RQ3[rows][None]
             out[rows] = self.nsa_attention(q, keys, gates, sizes, q_start=before, win_start=start)[0]
         return out
+
+    def side_by_side(
+        self, rows: int, one: Callable[[], Tensor], other: Callable[[], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        return one(), other()
 
     def most_probable(self, logits_RV: Tensor) -> Tensor:
         best_R, token_R = logits_RV.max(-1)

@@ -6,7 +6,8 @@ attention read them; in a graph full attention reads them where they are, as NSA
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +34,9 @@ from sparseray.kernels.paged_plain_ops import PagedPlainOps
 from sparseray.kernels.settings import NSASizes
 from sparseray.kernels.takes import check
 
+SIDE_ROWS = 512
+"""Rows up to which a kernel leaves room on the device for another one."""
+
 
 def _places(pages: Pages) -> tuple[int, int]:
     """Sequences and tokens of each while decoding."""
@@ -44,6 +48,11 @@ def _new(rows: Tensor, places: tuple[int, int]) -> Tensor:
     return rows[: places[0] * places[1]].unflatten(0, places).contiguous()
 
 
+@cache
+def _side_stream(device: int) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
 class PagedTritonOps(PagedPlainOps):
     """See `Ops` for what each operation does."""
 
@@ -53,6 +62,20 @@ class PagedTritonOps(PagedPlainOps):
     draft_rows = staticmethod(draft_rows)
     judge_drafts = staticmethod(judge_drafts)
     next_drafts = staticmethod(next_drafts)
+
+    def side_by_side(
+        self, rows: int, one: Callable[[], Tensor], other: Callable[[], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        if rows > SIDE_ROWS or not torch.cuda.is_available():
+            return one(), other()
+        # Whatever the side stream allocates is used again only by what waits for this stream first.
+        here, side = torch.cuda.current_stream(), _side_stream(torch.cuda.current_device())
+        side.wait_stream(here)
+        with torch.cuda.stream(side):
+            second = other()
+        first = one()
+        here.wait_stream(side)
+        return first, second
 
     def paged_write(self, pool: KeyValues, k_RGD: Tensor, v_RGV: Tensor, pages: Pages) -> None:
         check("the paged cache", k_RGD, *pool)

@@ -256,7 +256,7 @@ def give_rows(
     if not R:
         return
     columns = min(WIDTH, triton.next_power_of_2(width))
-    height = max(1, WIDTH // columns)
+    height = max(1, FLAT // columns)
     launch_kernel(
         _give_rows_kernel,
         (triton.cdiv(R, height), triton.cdiv(width, columns)),

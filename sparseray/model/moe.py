@@ -142,19 +142,29 @@ class MoE(nn.Module):
         """
         x_RH, shared = xs_RH[0], self.shared
         padding = x_RH.shape[0] - batch.rows
-        if shared is not None and isinstance(experts, ExpertsBeside) and not (padding or batch.invariant):
+        if shared is not None and isinstance(experts, ExpertsBeside) and not padding:
             return experts.beside(self.layer, x_RH, ids_TK, weights_TK, lambda: shared(xs_RH[1], batch))
         y_TH = experts(self.layer, x_RH[: batch.rows] if padding else x_RH, ids_TK, weights_TK)
-        if self.shared is not None and batch.invariant:
-            # Nobody reads what the rows of padding get; a decode step saves two launches a layer.
-            shared_RH: Tensor = self.shared(x_RH, batch)
-            shared_RH[: batch.rows] += y_TH
-            return shared_RH
         if padding:
             y_TH = torch.nn.functional.pad(y_TH, (0, 0, 0, padding))
         if self.shared is not None:
             y_TH = self.shared.add_to(y_TH, xs_RH[1], batch)
         return y_TH
+
+    def _infer(self, x_RH: Tensor, batch: Batch, experts: Experts) -> Tensor:
+        """The same in inference, [R, H], the shared ones beside the routing and the chosen ones."""
+        shared = self.shared
+        if shared is None:
+            return self._mix((x_RH,), *self._route(x_RH, batch)[:2], batch, experts)
+
+        def routed() -> Tensor:
+            ids_TK, weights_TK, _ = self._route(x_RH, batch)
+            return experts(self.layer, x_RH[: batch.rows], ids_TK, weights_TK)
+
+        y_TH, shared_RH = self.ops.side_by_side(len(x_RH), routed, lambda: shared(x_RH, batch))
+        # Nobody reads what the rows of padding get.
+        shared_RH[: batch.rows] += y_TH
+        return shared_RH
 
     def forward(
         self, xs_RH: Sequence[Tensor], batch: Batch, experts: Experts, run: Run = at_once
@@ -168,10 +178,11 @@ class MoE(nn.Module):
         Returns:
             (y_RH, balance loss, tokens per expert int64 [E]); the last two are None in inference.
         """
+        if batch.invariant:
+            return self._infer(xs_RH[0], batch, experts), None, None
         ids_TK, weights_TK, loss = self._route(xs_RH[0], batch)
         y_RH = run(self._mix, xs_RH[1:], ids_TK, weights_TK, batch, experts)
-        counts_E = None if batch.invariant else self.ops.expert_counts(ids_TK, self.config.num_experts)
-        return y_RH, loss, counts_E
+        return y_RH, loss, self.ops.expert_counts(ids_TK, self.config.num_experts)
 
 
 class LocalExperts(nn.Module):

@@ -243,7 +243,7 @@ class DeviceExchange(Abortable):
     def _finish(self, step: int) -> None:
         """Sum what lies in several slots, and tell the scheduler of every role's norms."""
         self.slices.sum_up(self.across.count + 1)
-        self.shares.share(self.across.count + 3)
+        self.shares.share(self.across.count + 3, self._sums_dtype())
         self.across.count += 4
         dense, experts, _ = step_norms(self.dense, self.held, [], self.link.read)
         of_dense = dict(zip(self.dense.names, dense))
@@ -260,6 +260,11 @@ class DeviceExchange(Abortable):
             norms = {_name(key): of_experts[_name(key)] for key in self.held.computed}
             digests = {_name(key): _digest([of_experts[_name(key)]]) for key in backed}
             self._post(step, "expert", norms, digests)
+
+    def _sums_dtype(self) -> torch.dtype:
+        """Of the experts' gradients: what one sum is of comes as it is, more are added in fp32 (GradientSum)."""
+        is_one = len(self.plan.part_owners) == 1 or (self.across.is_summed and len(self._turn.rounds) == 1)
+        return self.dense.dtype if is_one else torch.float32
 
     def _post(self, step: int, role: str, norms: dict[str, float], digests: dict[str, int]) -> None:
         self.mailbox.post(SCHEDULER, Prepared(role=role, norms=norms, digests=digests), step=step)

@@ -72,49 +72,61 @@ class ExpertShares:
 
     def __init__(self, plan: Plan, held: SlabExperts, table: Table, me: int, link: Link) -> None:
         self.held, self.table, self.me, self.link = held, table, me, link
+        self._places: dict[tuple[int, ...], Tensor] = {}
         self.given = shares_of(plan, me)
         self.others = {slot: shares_of(plan, slot) for slot in plan.peers if slot != me}
 
-    def share(self, count: int) -> None:
+    def share(self, count: int, dtype: torch.dtype) -> None:
         """Give what others back up, and take what is backed up here.
 
         Args:
             count: of the word that says so.
+            dtype: of the sums, in every slot.
         """
         total = self.held.sum.total
         for slot, shares in self.others.items():
             theirs, own = self.table.regions[slot], [share for share in shares if share.source == self.me]
             for share in own:
                 assert total is not None
-                for matrix, into in enumerate(self._matrices(theirs.shares_N, share)):
-                    self.link.put(total[2 * share.layer + matrix][self._rows(share)].float(), into)
+                for matrix, into in enumerate(self._matrices(theirs.shares_N, share, dtype)):
+                    gradient = total[2 * share.layer + matrix]
+                    assert gradient.dtype == dtype
+                    self.link.put(gradient[self._rows(share)], into)
             if own:
                 self.link.signal(theirs.flags_S, self.table.rank(self.me), count)
         if self.given:
-            self._take(count)
+            self._take(count, dtype)
 
-    def _take(self, count: int) -> None:
+    def _take(self, count: int, dtype: torch.dtype) -> None:
         regions, sources = self.table.regions[self.me], sorted({share.source for share in self.given})
         self.link.wait(regions.flags_S, self.table.ranks(sources), count)
-        total = self.held.sum.total or list(self._empty())
+        total = self.held.sum.total or list(self._empty(dtype))
         for share in self.given:
-            for matrix, from_ in enumerate(self._matrices(regions.shares_N, share)):
-                total[2 * share.layer + matrix][self._rows(share)] = from_.to(total[2 * share.layer].dtype)
+            for matrix, from_ in enumerate(self._matrices(regions.shares_N, share, dtype)):
+                total[2 * share.layer + matrix][self._rows(share)] = from_
         self.held.sum.complete(total)
 
-    def _rows(self, share: Share) -> list[int]:
-        return [self.held.slabs[share.layer].rows[expert] for expert in share.experts]
+    def _rows(self, share: Share) -> slice | Tensor:
+        """Where a share's experts lie in the slabs; where they are neighbours nothing is copied to give them."""
+        rows = [self.held.slabs[share.layer].rows[expert] for expert in share.experts]
+        if rows == list(range(rows[0], rows[0] + len(rows))):
+            return slice(rows[0], rows[0] + len(rows))
+        key = share.layer, *rows
+        if key not in self._places:
+            self._places[key] = torch.tensor(rows, device=self.held.device)
+        return self._places[key]
 
-    def _matrices(self, shares_N: Tensor, share: Share) -> tuple[Tensor, Tensor]:
+    def _matrices(self, shares_N: Tensor, share: Share, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """gate_up [E, 2I, H] and down [E, H, I] of a share in the backup's memory."""
+        shares_N = shares_N.view(dtype)
         slab, count = self.held.slabs[share.layer], len(share.experts)
         both, down = count * 2 * slab.inner * slab.hidden, count * slab.inner * slab.hidden
         start = share.first * 3 * slab.inner * slab.hidden
         gate_up = shares_N[start : start + both].view(count, 2 * slab.inner, slab.hidden)
         return gate_up, shares_N[start + both : start + both + down].view(count, slab.hidden, slab.inner)
 
-    def _empty(self) -> Iterator[Tensor]:
+    def _empty(self, dtype: torch.dtype) -> Iterator[Tensor]:
         """Of a slot that computes no expert."""
         for slab in self.held.slabs:
             for master in slab.weights:
-                yield torch.zeros_like(master)
+                yield torch.zeros_like(master, dtype=dtype)

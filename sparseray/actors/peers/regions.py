@@ -28,7 +28,7 @@ class Regions:
         row_weights_R: fp32, gradients of the routing weights, of each (token, k).
         nodes_NP: fp32, the own slice of dense gradients of others' parts.
         dense_P: fp32, the sum over all parts.
-        shares_N: fp32, gradients of experts that are backed up here.
+        shares_N: gradients of experts that are backed up here; room for fp32, whatever their dtype.
     """
 
     flags_S: Tensor

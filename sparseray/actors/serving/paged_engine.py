@@ -110,14 +110,9 @@ class PagedEngine(Engine):
             # A module that predicts further tokens has read the next page's first ones.
             overlaps=bool(model.mtp) or any(kind.overlaps_pages for kind in kinds),
         )
-        self.paged = self.runs_on(
-            model,
-            num_pages=num_pages,
-            page=page,
-            num_slots=self.places,
-            max_len=self.max_model_len,
-            prompt_rows=self.prefill_chunk,
-        )
+        sizes = {"num_pages": num_pages, "page": page, "num_slots": self.places}
+        sizes |= {"max_len": self.max_model_len, "prompt_rows": self.prefill_chunk}
+        self.paged = self.runs_on(model, **sizes)
         log.info("cache: %d pages of %d tokens, %.2f GiB", num_pages, page, num_pages * each / 2**30)
         self._flight: Flight | None = None
         self.paged.warm(experts, memory)

@@ -15,6 +15,7 @@ from sparseray.errors import DataError
 from sparseray.jobs.evaluation.intervals import Measured, ratio, share
 from sparseray.jobs.evaluation.needle import DEPTHS, draw_needle
 from sparseray.jobs.evaluation.subject import Subject
+from sparseray.jobs.http.text_stream import Vocabulary
 
 Tell = Callable[[str, int, int], None]
 """Told (task, samples done, samples in all)."""
@@ -23,7 +24,7 @@ LINE_TOKENS, SPAN_TOKENS = 48, 8
 """Most tokens that a line may be answered with, and tokens of a span."""
 LEAST_LETTERS = 6
 """Characters that a line must have to be held out."""
-MOST_SCORED = 400
+MOST_SCORED = 200
 """Gaps whose own text is scored: a mean needs fewer than a share."""
 
 
@@ -158,12 +159,12 @@ def infilling(subject: Subject, data: TokenDataset, samples: int, seed: int, tel
     """
     chosen = gaps(subject, data, samples, seed)
     ways = ("infilling", "before alone") if subject.vocabulary.infilling else ("before alone",)
-    requests, asked = [], {}
+    requests, asked, ends = [], {}, line_ends(subject.vocabulary, data.vocab_size)
     for way in ways:
         for index, gap in enumerate(chosen):
             name = f"{way}/{index}"
             asked[name] = f"{way}, {'line' if gap.is_line else 'span'}", gap
-            requests.append(_request(subject, name, gap, way == "infilling"))
+            requests.append(_request(subject, name, gap, ends, way == "infilling"))
     hits: dict[str, list[bool]] = {}
     for done, (name, events) in enumerate(subject.answers(requests), 1):
         figure, gap = asked[name]
@@ -209,8 +210,28 @@ def _likelihoods(
     }
 
 
-def _request(subject: Subject, name: str, gap: Gap, with_after: bool) -> GenerationRequest:
-    """Ask for a gap with as much around it as the context holds, on both sides alike."""
+def line_ends(vocabulary: Vocabulary, size: int) -> tuple[int, ...]:
+    """Tokens after which nothing more of an answer to a held-out line counts.
+
+    Args:
+        vocabulary: of the model.
+        size: number of its ids.
+    """
+    return tuple(token for token in range(size) if b"\n" in vocabulary.text_bytes(token))
+
+
+def _request(
+    subject: Subject, name: str, gap: Gap, ends: Sequence[int], with_after: bool
+) -> GenerationRequest:
+    """Ask for a gap with as much around it as the context holds, on both sides alike.
+
+    Args:
+        subject: the model.
+        name: of the request.
+        gap: to fill.
+        ends: of lines.
+        with_after: tell what stands behind the gap too.
+    """
     room = subject.context - gap.most_tokens - 3
     sentinels, eos = subject.vocabulary.infilling, subject.vocabulary.eos_id
     after = gap.after[: max(room // 2, room - len(gap.before))] if with_after else ()
@@ -225,7 +246,7 @@ def _request(subject: Subject, name: str, gap: Gap, with_after: bool) -> Generat
         prompt_tokens=prompt,
         max_tokens=gap.most_tokens,
         temperature=0.0,
-        stop_token_ids=(eos,),
+        stop_token_ids=(eos, *ends) if gap.is_line else (eos,),
     )
 
 

@@ -1,8 +1,8 @@
 """DSE's context gate and short convolution, in one autograd node (Triton); oracle: `reference.memory_output`.
 
-Forward is two launches: one warp a token finds the gate and the norms' factors, which are kept, five numbers a token; the
-second makes the convolution's inputs from them and the value as it goes, so neither the gated nor the normed value is
-stored. Backward is three: the gradient of the convolution's output, with the sums over tokens that the taps and the last
+Forward, one warp a token finds the gate and the norms' factors, which are kept, five numbers a token; another launch
+makes the convolution's inputs from them and the value as it goes, so neither the gated nor the normed value is
+stored. Backward is three launches: the gradient of the convolution's output, with the sums over tokens that the taps and the last
 norm need, held in registers while a program goes down a sequence; then all gradients of a token by one warp, which needs no
 barrier for its two sums; then the programs' sums are added, in one order.
 
@@ -95,6 +95,25 @@ def _append(tensors, x):
 
 
 @triton.jit
+def _inputs(
+    p_v, p_kept, p_segment, first, o_t, o_c, T, rows,
+    C: tl.constexpr, K: tl.constexpr, DILATION: tl.constexpr, SEGMENTS: tl.constexpr,
+):  # fmt: skip
+    """By tap, all on their way before one is used: values, gates, and what makes the convolution's inputs of values."""
+    segment = o_t
+    if SEGMENTS:
+        segment = tl.load(p_segment + first + o_t, mask=o_t < T, other=0)
+    values, gates, factors = (), (), ()
+    for j in tl.static_range(K):
+        x, gate, by_norm = _earlier(
+            p_v, p_kept, p_segment, segment, first, o_t, o_c, j * DILATION, T, rows, C, SEGMENTS
+        )
+        values, gates = _append(values, x), _append(gates, gate)
+        factors = _append(factors, gate * by_norm)
+    return values, gates, factors
+
+
+@triton.jit
 def _conv_kernel(
     p_v, p_kept, p_segment, p_folded, p_out, T, rows,
     C: tl.constexpr, K: tl.constexpr, DILATION: tl.constexpr, SEGMENTS: tl.constexpr,
@@ -104,16 +123,9 @@ def _conv_kernel(
     o_c = tl.program_id(1) * BC + tl.arange(0, BC)
     first = tl.program_id(2).to(tl.int64) * T
     m_c = o_c < C
-    segment = o_t
-    if SEGMENTS:
-        segment = tl.load(p_segment + first + o_t, mask=o_t < T, other=0)
-    values, factors, gates = (), (), ()
-    for j in tl.static_range(K):
-        x, gate, by_norm = _earlier(
-            p_v, p_kept, p_segment, segment, first, o_t, o_c, j * DILATION, T, rows, C, SEGMENTS
-        )
-        values, gates = _append(values, x), _append(gates, gate)
-        factors = _append(factors, gate * by_norm)
+    values, gates, factors = _inputs(
+        p_v, p_kept, p_segment, first, o_t, o_c, T, rows, C, K, DILATION, SEGMENTS
+    )
     acc = tl.zeros([BT, BC], tl.float32)
     for j in tl.static_range(K):
         weight = tl.load(p_folded + (K - 1 - j) * C + o_c, mask=m_c, other=0.0)
@@ -141,15 +153,9 @@ def _conv_backward_kernel(
         o = (first + o_t)[:, None] * C + o_c[None, :]
         m = (o_t < T)[:, None] & m_c[None, :]
         dout = tl.load(p_dout + o, mask=m, other=0.0)
-        segment = o_t
-        if SEGMENTS:
-            segment = tl.load(p_segment + first + o_t, mask=o_t < T, other=0)
-        values, factors = (), ()
-        for j in tl.static_range(K):
-            x, gate, by_norm = _earlier(
-                p_v, p_kept, p_segment, segment, first, o_t, o_c, j * DILATION, T, rows, C, SEGMENTS
-            )
-            values, factors = _append(values, x), _append(factors, gate * by_norm)
+        values, _gates, factors = _inputs(
+            p_v, p_kept, p_segment, first, o_t, o_c, T, rows, C, K, DILATION, SEGMENTS
+        )
         acc, normed = tl.zeros([BT, BC], tl.float32), ()
         for j in tl.static_range(K):
             weight = tl.load(p_folded + (K - 1 - j) * C + o_c, mask=m_c, other=0.0)
@@ -168,32 +174,39 @@ def _conv_backward_kernel(
 
 
 @triton.jit
+def _later(
+    p_dy, p_segment, i_t, o_c, m_c, T,
+    C: tl.constexpr, K: tl.constexpr, DILATION: tl.constexpr, SEGMENTS: tl.constexpr,
+):  # fmt: skip
+    """By tap, the gradients of the convolution's outputs that a token is an input of."""
+    place, found = i_t.to(tl.int32) % T, ()
+    for j in tl.static_range(K):
+        is_there = place + j * DILATION < T
+        if SEGMENTS:
+            own = tl.load(p_segment + i_t)
+            is_there = is_there & (tl.load(p_segment + i_t + j * DILATION, mask=is_there, other=-1) == own)
+        p = p_dy + (i_t + j * DILATION) * C + o_c
+        found = _append(found, tl.load(p, mask=m_c & is_there, other=0.0))
+    return found
+
+
+@triton.jit
 def _tokens_backward_kernel(
     p_h, p_kv, p_h_norm, p_k_norm, p_folded, p_kept, p_segment, p_dout, p_dy, p_dh, p_dkv, p_sums,
     T, rows, conv_eps, scale,
     C: tl.constexpr, K: tl.constexpr, DILATION: tl.constexpr, SEGMENTS: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the hidden states, keys and values of every so-manieth token, and what those of the norms are made of."""
+    """Gradients of the hidden states, keys and values of the tokens of a program, and what those of the norms are made of."""
     o_c = tl.arange(0, BC)
     m_c = o_c < C
     of_dot = tl.zeros([BC], tl.float32)
     i_t = tl.program_id(0).to(tl.int64)
     while i_t < rows:
-        place = i_t.to(tl.int32) % T
         p_k = p_kv + i_t * 2 * C + o_c
         v = tl.load(p_k + C, mask=m_c, other=0.0)
         dout = tl.load(p_dout + i_t * C + o_c, mask=m_c, other=0.0)
         gate, by_norm = tl.load(p_kept + GATE * rows + i_t), tl.load(p_kept + BY_NORM * rows + i_t)
-        later = ()
-        for j in tl.static_range(K):
-            is_there = place + j * DILATION < T
-            if SEGMENTS:
-                own = tl.load(p_segment + i_t)
-                is_there = is_there & (
-                    tl.load(p_segment + i_t + j * DILATION, mask=is_there, other=-1) == own
-                )
-            p = p_dy + (i_t + j * DILATION) * C + o_c
-            later = _append(later, tl.load(p, mask=m_c & is_there, other=0.0))
+        later = _later(p_dy, p_segment, i_t, o_c, m_c, T, C, K, DILATION, SEGMENTS)
         dn = tl.zeros([BC], tl.float32)
         for j in tl.static_range(K):
             weight = tl.load(p_folded + (K - 1 - j) * C + o_c, mask=m_c, other=0.0)

@@ -251,18 +251,31 @@ def _append(tensors, x):
 
 
 @triton.jit
+def _positions(p_order, start, last, COUNT: tl.constexpr):
+    found = ()
+    for i in tl.static_range(COUNT):
+        found = _append(found, tl.load(p_order + start + i, mask=start + i < last, other=0).to(tl.int64))
+    return found
+
+
+@triton.jit
+def _terms(p_grads, places, start, last, o_d, m_d, D: tl.constexpr, COUNT: tl.constexpr):
+    found = ()
+    for i in tl.static_range(COUNT):
+        m = (start + i < last)[:, None] & m_d
+        found = _append(found, tl.load(p_grads + places[i][:, None] * D + o_d, mask=m, other=0.0))
+    return found
+
+
+@triton.jit
 def _ordered_terms(acc, m_acc, p_grads, p_order, start, last, o_d, m_d, D: tl.constexpr, COUNT: tl.constexpr):
     """Add COUNT terms to sums, in order; `m_acc` says which sums have one yet.
 
     All positions are asked for before the first term, and all terms before the first sum: a compiler that sees one
     after another leaves few of them in flight.
     """
-    places, terms = (), ()
-    for i in tl.static_range(COUNT):
-        places = _append(places, tl.load(p_order + start + i, mask=start + i < last, other=0).to(tl.int64))
-    for i in tl.static_range(COUNT):
-        m = (start + i < last)[:, None] & m_d
-        terms = _append(terms, tl.load(p_grads + places[i][:, None] * D + o_d, mask=m, other=0.0))
+    places = _positions(p_order, start, last, COUNT)
+    terms = _terms(p_grads, places, start, last, o_d, m_d, D, COUNT)
     for i in tl.static_range(COUNT):
         m, x = start + i < last, terms[i].to(tl.float32)
         acc = tl.where(m[:, None], tl.where(m_acc[:, None], acc + x, x), acc)

@@ -140,6 +140,16 @@ class DecodeWorkspace:
             tasks=tasks,
         )  # fmt: skip
 
+    def most_pages(self, page: int, per_block: int) -> int:
+        """Pages that a part of the compressed branch reads at most.
+
+        Args:
+            page: compressed tokens of a page.
+            per_block: compressed tokens of a selection block.
+        """
+        tiles = triton.cdiv(self.tops.shape[2], self.tasks.compressed)
+        return tiles * triton.cdiv(self.fold.shape[-1] * per_block, page)
+
 
 def nsa_decode(
     q: Tensor,
@@ -175,11 +185,10 @@ def nsa_decode(
     (batch, query_len, heads, width), (num_kv, value_dim) = q.shape, slc_cache[1].shape[2:]
     if not 1 <= query_len <= 8:
         raise ConfigError(f"nsa: decode takes 1 to 8 query tokens a sequence, got q {tuple(q.shape)}")
-    w, plan, group = workspace, workspace.tasks, heads // num_kv
-    gp, rows, parts = next_power_of_2(group), batch * num_kv, w.part_max.shape[1]
-    window_per = triton.cdiv(blocks_in_window(sizes.window, select_block), plan.window)
+    w, plan, group, rows = workspace, workspace.tasks, heads // num_kv, batch * num_kv
+    gp, parts = next_power_of_2(group), workspace.part_max.shape[1]
     selected_per = triton.cdiv(num_selected, plan.selected)
-    pages_per = triton.cdiv(w.fold.shape[-1] * select_block // sizes.stride, cmp_cache[0].shape[1])
+    window_per = triton.cdiv(blocks_in_window(sizes.window, select_block), plan.window)
     launch, (d0, d1), kept = LAUNCH["decode"], split_width(width), w.best.shape[2] * w.best.shape[3]
     launch_kernel(
         decode_kernel, (plan.programs(rows, query_len),),
@@ -190,7 +199,7 @@ def nsa_decode(
         H=num_kv, G=group, GP=gp, LQ=query_len, LP=max(next_power_of_2(query_len), 16 // min(gp, 16)),
         CMP=plan.compressed, WINP=plan.window, SCORES=plan.scores, SLC=plan.selected, MERGES=plan.merges,
         BJ=w.fold.shape[-1], RP=next_power_of_2(select_block // sizes.stride),
-        PAGES=next_power_of_2(triton.cdiv(w.tops.shape[2], plan.compressed) * pages_per), SP=next_power_of_2(plan.compressed),
+        PAGES=next_power_of_2(w.most_pages(cmp_cache[0].shape[1], select_block // sizes.stride)), SP=next_power_of_2(plan.compressed),
         SCORE_PER=plan.scored, PIECE=plan.piece, KEEP=w.best.shape[-1], KEPT=kept, BEST=next_power_of_2(kept),
         PP=next_power_of_2(parts), HP=next_power_of_2(group // plan.merges),
         WIN_PER=window_per, WIN_ITEMS=next_power_of_2(window_per), SLC_PER=selected_per,
