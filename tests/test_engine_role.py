@@ -17,6 +17,7 @@ class Shown:
     """A job that makes the test's engine and keeps the last value of each gauge; and a mailbox that keeps nothing."""
 
     is_serving = True
+    is_in_rounds = False
 
     def __init__(self, parts: Parts) -> None:
         self.made, self.last = parts.engine(max_batch=2), dict[str, float]()
