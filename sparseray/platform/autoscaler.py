@@ -160,7 +160,8 @@ class Autoscaler:
         steps, rows = sum(e.steps for e in warm), sum(e.rows for e in warm)
         per_request, prefill_steps = self._sizes(now)
         waiting = sum(e.waiting for e in latest)
-        at_least, at_most = self._arrivals(now, WITH_QUEUE if waiting else SURELY)
+        queued = any(e.waiting for e in self._engine(SUDDEN_S, now))
+        at_least, at_most = self._arrivals(now, WITH_QUEUE if queued else SURELY)
         return EngineView(
             now=count,
             wanted=there.wanted.attention,
