@@ -140,6 +140,23 @@ def _signal_all_kernel(p_table, p_state, rank, word):
         tl.atomic_xchg(p_flags + rank, word + tl.load(p_state + 1), sem="release", scope="sys")
 
 
+@triton.jit
+def await_word(p_flag, p_end, status, word, later, polls, LOOK: tl.constexpr):
+    """Wait for a word as long as the status is 0, and return the status; a word from `later` on ends it."""
+    seen = tl.atomic_add(p_flag, tl.zeros([], tl.int64), sem="acquire", scope="sys")
+    left = polls
+    while (seen < word) & (status == 0):
+        if left % LOOK == 0:
+            status = tl.load(p_end, volatile=True).to(tl.int64)
+        left -= 1
+        if left <= 0:
+            status = tl.where(status == 0, 1, status)
+        seen = tl.atomic_add(p_flag, tl.zeros([], tl.int64), sem="acquire", scope="sys")
+    if seen >= later:
+        status = tl.where(status == 0, 2, status)
+    return status
+
+
 @triton.jit(do_not_specialize=["ranks", "word", "later", "polls"])
 def _wait_kernel(
     p_flags, p_state, p_end, ranks, word, later, polls, S, LOOK: tl.constexpr, IS_TIMED: tl.constexpr
@@ -150,17 +167,7 @@ def _wait_kernel(
     status, word = tl.load(p_state), word + tl.load(p_state + 1)
     for rank in range(S):
         if (ranks >> rank) & 1:
-            seen = tl.atomic_add(p_flags + rank, tl.zeros([], tl.int64), sem="acquire", scope="sys")
-            left = polls
-            while (seen < word) & (status == 0):
-                if left % LOOK == 0:
-                    status = tl.load(p_end, volatile=True).to(tl.int64)
-                left -= 1
-                if left <= 0:
-                    status = tl.where(status == 0, 1, status)
-                seen = tl.atomic_add(p_flags + rank, tl.zeros([], tl.int64), sem="acquire", scope="sys")
-            if seen >= later:
-                status = tl.where(status == 0, 2, status)
+            status = await_word(p_flags + rank, p_end, status, word, later, polls, LOOK)
     tl.store(p_state, status)
     if IS_TIMED:
         tl.store(p_state + 2, tl.load(p_state + 2) + globaltimer() - began)

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparseray.kernels.launch import launch_kernel
-from sparseray.kernels.peer import LOOK_EVERY, MOST_POLLS, POLL_S
+from sparseray.kernels.peer import LOOK_EVERY, MOST_POLLS, POLL_S, await_word
 
 X, IDS, ROWS, FLAGS, FIELDS = 0, 1, 2, 3, 4
 """Columns of the table: where a peer has the own tokens, their ids, its rows, and its words."""
@@ -77,17 +77,7 @@ def _await_kernel(p_flags, p_who, p_state, p_end, count, polls, S, FIELD: tl.con
     ranks, me = tl.load(p_who + FIELD), tl.load(p_who + 2)
     for rank in range(S):
         if (((ranks >> rank) & 1) == 1) & (rank != me):
-            seen = tl.atomic_add(p_flags + rank, tl.zeros([], tl.int64), sem="acquire", scope="sys")
-            left = polls
-            while (seen < word) & (status == 0):
-                if left % LOOK == 0:
-                    status = tl.load(p_end, volatile=True).to(tl.int64)
-                left -= 1
-                if left <= 0:
-                    status = tl.where(status == 0, 1, status)
-                seen = tl.atomic_add(p_flags + rank, tl.zeros([], tl.int64), sem="acquire", scope="sys")
-            if seen >= later:
-                status = tl.where(status == 0, 2, status)
+            status = await_word(p_flags + rank, p_end, status, word, later, polls, LOOK)
     tl.store(p_state, status)
 
 
