@@ -1,22 +1,16 @@
 """Compile the pipelined kernels of attention for compute capability 9.0 on a machine without a GPU.
 
-Run by tests in processes of their own, one a branch (range, window, selected or latent), as Triton's interpreter replaces the
-compiler. Prints a line a kernel: its name, bytes of shared memory, and bytes of registers that are spilled to memory.
+Run by tests in processes of their own with the branches (range, window, selected, latent), as Triton's interpreter replaces the
+compiler. Prints what ptxas_report.py says of each kernel, a line each.
 """
 
 from __future__ import annotations
 
-import re
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import triton.language as tl
-from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia import compiler as nvidia
-from triton.compiler import compile as compile_source
+from ptxas_report import print_report
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.experimental.gluon.language import NVMMASharedLayout
 
@@ -70,19 +64,7 @@ def report(
     signature = {name: "constexpr" if name in constants else kind(name, tiles) for name in kernel.arg_names}
     places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     source = GluonASTSource(kernel, signature, places)
-    compiled = compile_source(
-        source,
-        target=GPUTarget("cuda", 90, 32),
-        options={"num_warps": num_warps, "maxnreg": registers},
-    )
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(compiled.asm["ptx"])
-        file.flush()
-        ptxas = Path(nvidia.__file__).parent / "bin" / "ptxas"
-        command = [str(ptxas), "-v", "--gpu-name=sm_90a", file.name, "-o", "/dev/null"]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill stores", said))
-    print(kernel.fn.__name__, compiled.metadata.shared, spilled, flush=True)
+    print_report(source, {"num_warps": num_warps, "maxnreg": registers})
 
 
 def ranges(name: str, sizes: dict[str, Any]) -> None:
@@ -137,4 +119,5 @@ def main(branch: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    for name in sys.argv[1:]:
+        main(name)

@@ -20,6 +20,8 @@ from sparseray.platform.config import ClusterConfig, ServeConfig
 from sparseray.platform.planning.inventory import Inventory, Roles
 
 COLD_FACTOR, COLD = 6.0, 10
+MOST_ARRIVALS = 200.0
+"""A second; no trace asks for more."""
 
 
 @dataclass
@@ -83,8 +85,8 @@ class Simulation:
         at: dict[float, Callable[["Simulation"], None]] | None = None,
     ) -> None:
         self.rate, self.serve, self.service, self.room = rate, serve, service, room
-        self.random = random.Random(seed)
-        self.now, self.wanted, self.standby = 0.0, begin, service.standby
+        self.random, self.arrivals = random.Random(seed), random.Random(f"arrivals {seed}")
+        self.now, self.until, self.wanted, self.standby = 0.0, 0.0, begin, service.standby
         self.engines = {slot: MadeEngine(Pace(0.0)) for slot in range(begin)}
         self.slots, self.names, self.order = itertools.count(begin), itertools.count(), itertools.count()
         self.events: list[tuple[float, int, Callable[[], None]]] = []
@@ -103,6 +105,7 @@ class Simulation:
         heapq.heappush(self.events, (self.now + seconds, next(self.order), do))
 
     def run(self, until: float) -> "Simulation":
+        self.until = until
         self._next_arrival()
         self.after(EVERY_S, self._look)
         while self.events and self.events[0][0] <= until:
@@ -113,15 +116,17 @@ class Simulation:
     # -- requests --------------------------------------------------------------------------------------
 
     def _next_arrival(self) -> None:
-        most = 200.0
+        at = self.now
+        while at <= self.until:
+            at += self.arrivals.expovariate(MOST_ARRIVALS)
+            if self.arrivals.random() < self.rate(at) / MOST_ARRIVALS:
+                self.after(at - self.now, self._arrive)
+                return
 
-        def arrive() -> None:
-            if self.random.random() < self.rate(self.now) / most:
-                size = max(1, round(self.random.expovariate(1 / self.service.tokens)))
-                self._give(Request(f"r{next(self.names)}", self.now, self.service.prefills, size))
-            self._next_arrival()
-
-        self.after(self.random.expovariate(most), arrive)
+    def _arrive(self) -> None:
+        size = max(1, round(self.random.expovariate(1 / self.service.tokens)))
+        self._give(Request(f"r{next(self.names)}", self.now, self.service.prefills, size))
+        self._next_arrival()
 
     def _give(self, request: Request) -> None:
         slot = min(self.engines, key=lambda s: len(self.engines[s].waiting) + len(self.engines[s].running))

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from across_story import fail, live
+from across_story import told
 from local_cluster import tiny_run
 from processes import temporary_folder
 
@@ -19,16 +19,12 @@ def temporary() -> Iterator[Path]:
         yield folder
 
 
-def test_a_killed_process_comes_again_and_no_bit_differs(
+def test_processes_that_stand_still_lose_their_device_or_are_killed_change_no_bit(
     corpus: Path, tmp_path: Path, temporary: Path
 ) -> None:
     config = tiny_run(corpus, steps=100000, colocated=True, **ROLES)
-    live(replace(config, train=replace(config.train, dtype="bfloat16")), tmp_path, temporary)
-
-
-def test_processes_that_stand_still_or_lose_their_device_change_no_bit(
-    corpus: Path, tmp_path: Path, temporary: Path
-) -> None:
-    config = tiny_run(corpus, steps=100000, colocated=True, **ROLES)
+    config = replace(config, train=replace(config.train, dtype="bfloat16"))
     faults = ["forward:40:raise", "backward:30:stop", "commit:8:raise"]
-    fail(replace(config, train=replace(config.train, dtype="bfloat16")), tmp_path, temporary, faults)
+    with told(config, tmp_path, temporary, faults) as story:
+        story.fail()
+        story.lose_a_slot()

@@ -16,7 +16,7 @@ from processes import ROOT, environment, of_mark, temporary_folder, wait_until
 from sparseray.platform.config import save_yaml
 
 # One folder, whose data the first test makes: one process.
-pytestmark = pytest.mark.xdist_group("clusters")
+pytestmark = pytest.mark.xdist_group("starts")
 UID = 45678
 SETPRIV = shutil.which("setpriv")
 OTHER = [

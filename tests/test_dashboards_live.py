@@ -94,7 +94,7 @@ def live(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Liv
     clients = [threading.Thread(target=drive, args=(url, stop, quiet), daemon=True) for _ in range(2)]
     try:
         # While the run starts, a model that has learned to write whole characters.
-        trained = tiny_run(corpus, steps=30)
+        trained = tiny_run(corpus, steps=30, colocated=True)
         trained = replace(trained, model=replace(trained.model, mtp=MTPConfig(depth=1)))
         checkpoint = train(folder / "served", trained).folder.newest_checkpoint()
         serve = ["serve", "--checkpoint", str(checkpoint), "--port", str(port), "--model_name", "served"]

@@ -172,6 +172,7 @@ def test_output_that_finds_no_reader_ends_nothing(ending: str, tmp_path: Path) -
 
 
 @pytest.mark.ray
+@pytest.mark.xdist_group("starts")
 def test_a_run_outlives_its_reader_keeps_its_folder_and_ends_with_its_terminal_by_a_checkpoint(
     corpus: Path, tmp_path: Path
 ) -> None:

@@ -135,6 +135,7 @@ def test_queries_that_decoding_does_not_take_are_refused() -> None:
         Case([20], 9, 2, (16, 16), 16).run()
 
 
+@pytest.mark.xdist_group("compilers")
 def test_the_pipelined_forms_compile_for_hopper() -> None:
     script = Path(__file__).parent / "hopper_compile.py"
     settings = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -144,7 +145,7 @@ def test_the_pipelined_forms_compile_for_hopper() -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     lines = [line.split() for line in done.stdout.splitlines()]
     assert len(lines) == 6
-    for name, shared, spilled in lines:
+    for name, shared, spilled, _ in lines:
         assert int(shared) <= 227 * 1024 and int(spilled) <= 16, (name, shared, spilled)
 
 

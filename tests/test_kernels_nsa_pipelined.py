@@ -55,17 +55,21 @@ def lay_out(kind: str, tokens: int) -> tuple[Geometry, int, int]:
     return uniform(1, tokens, count, longest, longest - first, start, first, device), count, longest - first
 
 
-@pytest.mark.parametrize(("branch", "kernels"), [("range", 3), ("window", 3), ("selected", 1)])
-def test_pipelined_kernels_compile_for_hopper(branch: str, kernels: int) -> None:
+@pytest.mark.xdist_group("compilers")
+def test_pipelined_kernels_compile_for_hopper() -> None:
     script = Path(__file__).parent / "hopper_compile.py"
     settings = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, str(script), branch], capture_output=True, text=True, env=settings, check=False
+        [sys.executable, str(script), "range", "window", "selected"],
+        capture_output=True,
+        text=True,
+        env=settings,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     lines = [line.split() for line in done.stdout.splitlines()]
-    assert len(lines) == kernels
-    for name, shared, spilled in lines:
+    assert len(lines) == 3 + 3 + 1
+    for name, shared, spilled, _ in lines:
         assert int(shared) <= MOST_SHARED, name
         # Spilled registers inside the loops would cost more than all the rest gains.
         assert int(spilled) <= 160, name

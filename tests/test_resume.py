@@ -13,16 +13,16 @@ from pathlib import Path
 
 import pytest
 from local_cluster import Trained, tiny_run, train
-from processes import ROOT, interrupt, kill_all, of_mark, socket_folders, start, temporary_folder, wait_until
+from processes import interrupt, kill_all, of_mark, planting, socket_folders, start, temporary_folder, wait_until
 
 from sparseray.platform.config import RunConfig, save_yaml
 from sparseray.platform.run import checkpoint
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("starts")]
 STEPS, EVERY = 60, 10
-WIDE = ["--cluster.attention_workers=2", "--cluster.expert_shards=2", "--cluster.memory_shards=1"]
-OTHER = ["--cluster.attention_workers=1", "--cluster.expert_shards=1", "--cluster.memory_shards=2"]
 ONE = ["--cluster.colocated=true"]
+TWO = [*ONE, "--cluster.attention_workers=2", "--cluster.expert_shards=2", "--cluster.memory_shards=1"]
+APART = ["--cluster.attention_workers=1", "--cluster.expert_shards=1", "--cluster.memory_shards=1"]
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,8 @@ def config(corpus: Path) -> RunConfig:
 
 @pytest.fixture(scope="module")
 def undisturbed(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    return train(tmp_path_factory.mktemp("undisturbed") / "run", config)
+    alone = replace(config, cluster=replace(config.cluster, colocated=True))
+    return train(tmp_path_factory.mktemp("undisturbed") / "run", alone)
 
 
 class Runs:
@@ -109,8 +110,7 @@ def test_a_run_that_is_killed_stopped_and_placed_anew_ends_with_the_same_bits(
     runs: Runs, undisturbed: Trained
 ) -> None:
     # Killed when its second checkpoint is all there but its name.
-    path = f"{ROOT}:{ROOT / 'tests' / 'held_rename'}"
-    first = runs.start(WIDE, PYTHONPATH=path, SPARSERAY_TEST_HOLD=f"step_{2 * EVERY}")
+    first = runs.start(TWO, **planting(SPARSERAY_TEST_HOLD=f"step_{2 * EVERY}"))
     runs.wait(first, (runs.run_dir / "checkpoints" / "held").exists, "the rename of the second checkpoint")
     kill_all(first, runs.mark)
     assert (runs.run_dir / "checkpoints" / f"step_{2 * EVERY}.unfinished" / "manifest.json").exists()
@@ -118,7 +118,7 @@ def test_a_run_that_is_killed_stopped_and_placed_anew_ends_with_the_same_bits(
     assert whole.name == f"step_{EVERY}"
 
     # Resumed on other actors, and killed in the midst of a step.
-    second = runs.start(OTHER)
+    second = runs.start(APART)
     runs.reaches(2 * EVERY + 4, second)
     kill_all(second, runs.mark)
     assert f"going on from {whole}" in runs.log.read_text()
