@@ -30,9 +30,7 @@ class Story:
         faults: of its slots from the second on, moment, call and kind each, as tests/planted/faulty_slots.py takes them.
     """
 
-    def __init__(
-        self, config: RunConfig, folder: Path, temporary: Path, faults: Sequence[str] = ()
-    ) -> None:
+    def __init__(self, config: RunConfig, folder: Path, temporary: Path, faults: Sequence[str] = ()) -> None:
         self.run_dir, self.mark, self.faults = folder / "run", uuid.uuid4().hex, faults
         save_yaml(config, folder / "run.yaml")
         options = ["pretrain", "--config", str(folder / "run.yaml"), f"--run_dir={self.run_dir}"]
@@ -98,9 +96,7 @@ class Story:
 
 
 @contextmanager
-def told(
-    config: RunConfig, folder: Path, temporary: Path, faults: Sequence[str] = ()
-) -> Iterator[Story]:
+def told(config: RunConfig, folder: Path, temporary: Path, faults: Sequence[str] = ()) -> Iterator[Story]:
     """A story that goes on while the block runs, and then is stopped and compared with that of one slot.
 
     Args:

@@ -164,7 +164,10 @@ def pages() -> None:
 
 
 def routers() -> None:
-    few, many = sizes((64, 1024, 64), widest=(1, 7168, 256)), sizes((4096, 2048, 64), widest=(4096, 7168, 256))
+    few, many = (
+        sizes((64, 1024, 64), widest=(1, 7168, 256)),
+        sizes((4096, 2048, 64), widest=(4096, 7168, 256)),
+    )
     for R, H, E in (*few, *many):
         logits = router_logits.router_logits(
             bf16(R, H).requires_grad_(), torch.zeros(E, H, requires_grad=True)

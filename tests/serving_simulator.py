@@ -85,8 +85,8 @@ class Simulation:
         at: dict[float, Callable[["Simulation"], None]] | None = None,
     ) -> None:
         self.rate, self.serve, self.service, self.room = rate, serve, service, room
-        self.random, self.arrivals = random.Random(seed), random.Random(f"arrivals {seed}")
-        self.now, self.until, self.wanted, self.standby = 0.0, 0.0, begin, service.standby
+        self.random = random.Random(seed)
+        self.now, self.arrival, self.wanted, self.standby = 0.0, 0.0, begin, service.standby
         self.engines = {slot: MadeEngine(Pace(0.0)) for slot in range(begin)}
         self.slots, self.names, self.order = itertools.count(begin), itertools.count(), itertools.count()
         self.events: list[tuple[float, int, Callable[[], None]]] = []
@@ -105,27 +105,26 @@ class Simulation:
         heapq.heappush(self.events, (self.now + seconds, next(self.order), do))
 
     def run(self, until: float) -> "Simulation":
-        self.until = until
         self._next_arrival()
         self.after(EVERY_S, self._look)
-        while self.events and self.events[0][0] <= until:
-            self.now, _, do = heapq.heappop(self.events)
-            do()
+        while (now := min(self.arrival, self.events[0][0])) <= until:
+            self.now = now
+            # Most arrivals are thinned out, so they are no events of the queue.
+            if now == self.arrival:
+                self._arrive()
+            else:
+                heapq.heappop(self.events)[2]()
         return self
 
     # -- requests --------------------------------------------------------------------------------------
 
     def _next_arrival(self) -> None:
-        at = self.now
-        while at <= self.until:
-            at += self.arrivals.expovariate(MOST_ARRIVALS)
-            if self.arrivals.random() < self.rate(at) / MOST_ARRIVALS:
-                self.after(at - self.now, self._arrive)
-                return
+        self.arrival = self.now + self.random.expovariate(MOST_ARRIVALS)
 
     def _arrive(self) -> None:
-        size = max(1, round(self.random.expovariate(1 / self.service.tokens)))
-        self._give(Request(f"r{next(self.names)}", self.now, self.service.prefills, size))
+        if self.random.random() < self.rate(self.now) / MOST_ARRIVALS:
+            size = max(1, round(self.random.expovariate(1 / self.service.tokens)))
+            self._give(Request(f"r{next(self.names)}", self.now, self.service.prefills, size))
         self._next_arrival()
 
     def _give(self, request: Request) -> None:

@@ -114,8 +114,12 @@ def test_models_with_other_layers_change_no_bit(model: ModelConfig, corpus: Path
     assert found[0].curve == found[1].curve and found[0].digest == found[1].digest
 
 
-def test_the_fast_order_of_parts_differs_by_rounding(corpus: Path, one: dict[int, Trained], tmp_path: Path) -> None:
-    found = train(tmp_path / "run", replace(slabs_run(corpus, slots=3), determinism="fast"), stop_after=KILLED)
+def test_the_fast_order_of_parts_differs_by_rounding(
+    corpus: Path, one: dict[int, Trained], tmp_path: Path
+) -> None:
+    found = train(
+        tmp_path / "run", replace(slabs_run(corpus, slots=3), determinism="fast"), stop_after=KILLED
+    )
     assert found.digest != one[KILLED].digest
     for a, b in zip(found.curve, one[KILLED].curve, strict=True):
         assert a[0] == pytest.approx(b[0], rel=1e-3)
@@ -199,7 +203,12 @@ MOMENTS = {
 @pytest.mark.parametrize("slot", [0, pytest.param(2, marks=pytest.mark.long)])
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_a_kill_at_any_moment_changes_no_bit_and_loses_no_step(
-    moment: str, slot: int, corpus: Path, one: dict[int, Trained], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    moment: str,
+    slot: int,
+    corpus: Path,
+    one: dict[int, Trained],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     of, method, call = MOMENTS[moment]
     fault = Dies(of, method, slot=slot, step=3, call=call)

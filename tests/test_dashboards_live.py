@@ -59,7 +59,7 @@ def drive(url: str, stop: threading.Event, quiet: threading.Event) -> None:
     """Ask again and again until told to stop."""
     body = {"model": "served", "prompt": PROMPT, "max_tokens": 12, "ignore_eos": True}
     with httpx.Client(timeout=20) as client:
-        while not stop.wait(0.3):
+        while not stop.wait(0.8):
             if quiet.is_set():
                 continue
             try:

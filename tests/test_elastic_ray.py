@@ -32,6 +32,9 @@ def run(
     # `Watched` sets these for the processes that it starts; they must not reach other tests.
     monkeypatch.setenv("SPARSERAY_STATE_DIR", "")
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    # Slots load beside the run, and the test waits for them: the run leaves them the processors.
+    for name, value in resting(0.2).items():
+        monkeypatch.setenv(name, value)
     sizes = getattr(request, "param", {"standby": 1})
     made = Watched(tmp_path / "watched", config_of(corpus, **sizes))
     yield made
@@ -74,9 +77,8 @@ def cluster(run: Watched, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> It
     """Three nodes on this machine; the head keeps its state in RocksDB."""
     from ray.cluster_utils import Cluster
 
-    # Slots load beside the run, each for itself, and the test waits for them: the run leaves them the processors.
-    for name, value in resting(0.4).items():
-        monkeypatch.setenv(name, value)
+    # Here each loads for itself.
+    monkeypatch.setenv("SPARSERAY_TEST_REST_S", "0.4")
     for name, value in {
         "SPARSERAY_TEST": run.mark,
         "TMPDIR": str(run.temporary),

@@ -13,7 +13,16 @@ from pathlib import Path
 
 import pytest
 from local_cluster import Trained, tiny_run, train
-from processes import interrupt, kill_all, of_mark, planting, socket_folders, start, temporary_folder, wait_until
+from processes import (
+    interrupt,
+    kill_all,
+    of_mark,
+    planting,
+    socket_folders,
+    start,
+    temporary_folder,
+    wait_until,
+)
 
 from sparseray.platform.config import RunConfig, save_yaml
 from sparseray.platform.run import checkpoint

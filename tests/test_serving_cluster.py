@@ -85,7 +85,16 @@ def serving(checkpoint: Path, **cluster: int) -> Iterator[Served]:
     """Serve as a process; when the block ends nothing of it may be left."""
     env, (port,) = environment(), free_ports(1)
     options = [f"--cluster.{name}={value}" for name, value in cluster.items()]
-    command = [sys.executable, "-m", "sparseray", "serve", "--checkpoint", str(checkpoint), "--port", str(port)]
+    command = [
+        sys.executable,
+        "-m",
+        "sparseray",
+        "serve",
+        "--checkpoint",
+        str(checkpoint),
+        "--port",
+        str(port),
+    ]
     server = Background([*command, *options], env)
     try:
         server.wait_for("Ctrl-C stops", 90.0)
