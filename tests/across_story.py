@@ -17,7 +17,7 @@ from processes import kill_all, of_mark, resting, start, wait_until
 from sparseray.platform.config import RunConfig, save_yaml
 from sparseray.platform.run import checkpoint
 
-LIMIT_S, REST_S = 240.0, 0.1
+LIMIT_S, REST_S = 240.0, 0.3
 
 
 class Story:
@@ -82,7 +82,7 @@ class Story:
         for count, fault in enumerate(self.faults, start=1):
             self.wait_events("recovered", count, f"what follows {fault}")
             self.wait_events("resized", count, f"a slot after {fault}")
-        self.wait_steps(5)
+        self.wait_steps(3)
 
     def lose_a_slot(self) -> None:
         """Kill a slot, go on, get one again, and go on."""
@@ -90,9 +90,9 @@ class Story:
         recovered, resized = (self.events().count(kind) for kind in ("recovered", "resized"))
         os.kill(self.slots()[-1], signal.SIGKILL)
         self.wait_events("recovered", recovered + 1, "the next generation")
-        self.wait_steps(5)
+        self.wait_steps(3)
         self.wait_events("resized", resized + 1, "another slot")
-        self.wait_steps(5)
+        self.wait_steps(3)
 
 
 @contextmanager

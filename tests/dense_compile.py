@@ -1,8 +1,7 @@
 """Compile the dense, attention, expert and peer kernels for compute capability 9.0 on a machine without a GPU.
 
-Run by a test in a process of its own, as Triton's interpreter replaces the compiler. The public functions are called
-with tensors of the CPU at the sizes of a model, and every launch compiles its kernel instead. Prints what ptxas_report.py says
-of each launch, a line each. Without the word "all" of sizes that differ in nothing but width the widest are compiled.
+A branch of hopper_compile.py. The public functions are called with tensors of the CPU at the sizes of a model, and every
+launch compiles its kernel instead. Prints what ptxas_report.py says of each launch, a line each. Without the word "all" of sizes that differ in nothing but width the widest are compiled.
 """
 
 from __future__ import annotations
@@ -331,7 +330,3 @@ def main() -> None:
     few_tokens()
     peers()
     memory()
-
-
-if __name__ == "__main__":
-    main()

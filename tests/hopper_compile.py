@@ -1,7 +1,7 @@
 """Compile the pipelined kernels of attention for compute capability 9.0 on a machine without a GPU.
 
-Run by tests in processes of their own with the branches (range, window, selected, latent), as Triton's interpreter replaces the
-compiler. Prints what ptxas_report.py says of each kernel, a line each.
+Run by test_kernels_hopper.py in a process of its own, as Triton's interpreter replaces the compiler, with the branches: range,
+window, selected, latent, dense (dense_compile.py; of all widths with the word "all"). Prints a line a kernel, as ptxas_report.py says.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+import dense_compile
+import ptxas_report
 import triton.language as tl
 from ptxas_report import print_report
 from triton.experimental.gluon._runtime import GluonASTSource
@@ -110,11 +112,14 @@ def latent() -> None:
 
 
 def main(branch: str) -> None:
-    if branch == "latent":
+    ptxas_report.branch = branch
+    if branch == "dense":
+        dense_compile.main()
+    elif branch == "latent":
         latent()
     elif branch == "selected":
         selected()
-    else:
+    elif branch != "all":
         ranges(branch, COMPRESSED if branch == "range" else WINDOW)
 
 

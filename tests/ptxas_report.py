@@ -17,6 +17,8 @@ from triton.backends.nvidia import compiler as nvidia
 from triton.compiler import compile as compile_source
 
 HOPPER = GPUTarget("cuda", 90, 32)
+branch = ""
+"""First word of what is printed: the kernels that are being compiled."""
 
 
 def _say(_backend: Any, ptx: str, *_: Any) -> bytes:
@@ -30,7 +32,7 @@ def _say(_backend: Any, ptx: str, *_: Any) -> bytes:
 
 
 def print_report(source: Any, options: dict[str, Any]) -> None:
-    """Compile a kernel; print its name, bytes of shared memory, bytes of registers spilled to memory, and registers.
+    """Compile a kernel; print the branch, its name, bytes of shared memory, bytes of registers spilled to memory, and registers.
 
     Args:
         source: the kernel with its types and constants, as Triton's compiler takes it.
@@ -40,7 +42,7 @@ def print_report(source: Any, options: dict[str, Any]) -> None:
     said = compiled.asm["cubin"].decode()
     spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill stores", said))
     registers = max(int(n) for n in re.findall(r"Used (\d+) registers", said))
-    print(source.fn.fn.__name__, compiled.metadata.shared, spilled, registers, flush=True)
+    print(branch, source.fn.fn.__name__, compiled.metadata.shared, spilled, registers, flush=True)
 
 
 _hash = nvidia.CUDABackend.hash

@@ -24,7 +24,7 @@ def test_processes_that_stand_still_lose_their_device_or_are_killed_change_no_bi
 ) -> None:
     config = tiny_run(corpus, steps=100000, colocated=True, **ROLES)
     config = replace(config, train=replace(config.train, dtype="bfloat16"))
-    faults = ["forward:40:raise", "backward:30:stop", "commit:8:raise"]
+    faults = ["forward:20:raise", "backward:15:stop", "commit:4:raise"]
     with told(config, tmp_path, temporary, faults) as story:
         story.fail()
         story.lose_a_slot()

@@ -82,6 +82,7 @@ def test_data_is_prepared_and_a_compiler_finds_a_place_for_its_cache(place: Path
 
 
 @pytest.mark.ray
+@pytest.mark.long
 def test_a_run_trains(place: Path) -> None:
     if not runs(NESTED):
         pytest.skip("the Python here can be started by root alone")
