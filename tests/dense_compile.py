@@ -117,11 +117,12 @@ def dense() -> None:
 
 def attention() -> None:
     lens, table = torch.zeros(2, dtype=torch.int32), torch.zeros(2, 16, dtype=torch.int32)
-    for heads, num_kv, width, new in ((16, 16, 64, 1), (64, 4, 128, 1), (64, 4, 128, 8)):
+    narrow = (16, 16, 64, 1), (64, 4, 128, 1)
+    for heads, num_kv, width, new in sizes(*narrow, widest=(64, 4, 128, 8)):
         q, cache = bf16(2, new, heads, width), bf16(4, 64, num_kv, width)
         work = decode.PagedDecodeWorkspace.create(2, new, heads, width, 1024, "cpu")
         decode.paged_decode(q, cache, cache, table, lens, work, torch.empty_like(q))
-    for heads, num_kv, width in ((16, 16, 64), (64, 4, 128)):
+    for heads, num_kv, width in sizes((16, 16, 64), widest=(64, 4, 128)):
         q, cache = bf16(512, heads, width), bf16(4, 256, num_kv, width)
         bounds = torch.zeros(3, dtype=torch.int32)
         prefill.paged_prefill(q, cache, cache, table, bounds, lens, torch.empty_like(q))

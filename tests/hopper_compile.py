@@ -99,8 +99,8 @@ def selected() -> None:
 
 
 def latent() -> None:
-    """The forms of latent decoding, at the sizes of DeepSeek-V3 and at the narrowest."""
-    for latents, rotated in ((512, 64), (256, 32)):
+    """The forms of latent decoding at the sizes of DeepSeek-V3, and at the narrowest where all are wanted."""
+    for latents, rotated in dense_compile.sizes((256, 32), widest=(512, 64)):
         for form in PIPELINED:
             tiles = {"d_c": descriptor((form.tokens, latents)), "d_r": descriptor((form.tokens, rotated))}
             sizes = {"BB": 128, "BR": form.rows, "BN": form.tokens, "PAGE": 256, "C": latents, "P": rotated}

