@@ -16,13 +16,14 @@ from benchmarks.train_gpu import Measured, product
 CONFIGS = ("1b_full", "moonlight_6")
 
 
-def options_for(gpus: int, determinism: str, replication: int) -> list[str]:
+def options_for(gpus: int, determinism: str, replication: int, exchange: str) -> list[str]:
     """Settings that spread a configuration over GPUs.
 
     Args:
         gpus: how many.
         determinism: order of sums.
         replication: holders of every expert.
+        exchange: `cluster.exchange`.
     """
     return [
         f"--cluster.attention_workers={gpus}",
@@ -30,6 +31,7 @@ def options_for(gpus: int, determinism: str, replication: int) -> list[str]:
         f"--cluster.replication={min(gpus, replication)}",
         f"--train.logical_shards={gpus}",
         f"--determinism={determinism}",
+        f"--cluster.exchange={exchange}",
     ]
 
 
@@ -51,6 +53,7 @@ def main() -> int:
     parser.add_argument("--gpus", default="1,2,4")
     parser.add_argument("--determinism", default="fast", help="one or both of fast,bitwise")
     parser.add_argument("--replication", type=int, default=1)
+    parser.add_argument("--exchange", default="auto", choices=("auto", "peers", "collective"))
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--warmup", type=int, default=5)
     parser.add_argument("--out", type=Path, help="file to write the table to")
@@ -60,7 +63,8 @@ def main() -> int:
         "# Training on several GPUs of one host",
         "",
         f"{torch.cuda.get_device_name()}, torch {torch.__version__}, bf16, real text (Python's standard library), "
-        f"{options.steps} steps of which the first {options.warmup} do not count, replication {options.replication}.",
+        f"{options.steps} steps of which the first {options.warmup} do not count, replication {options.replication}, "
+        f"exchange {options.exchange}.",
         "",
     ]
     for config in options.configs.split(","):
@@ -73,7 +77,7 @@ def main() -> int:
         for determinism in options.determinism.split(","):
             found: dict[int, Measured] = {}
             for gpus in map(int, options.gpus.split(",")):
-                extra = options_for(gpus, determinism, options.replication)
+                extra = options_for(gpus, determinism, options.replication, options.exchange)
                 measured = product(config, data, options.steps, options.warmup, extra)
                 if measured is not None:
                     found[gpus] = measured

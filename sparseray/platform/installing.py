@@ -7,7 +7,7 @@ from sparseray.actors.installation import InstallPlan, PullFrom, Restore
 from sparseray.actors.state.assignment import Plan
 from sparseray.actors.wire.messages import Installed, Stale
 from sparseray.errors import SlotsLostError
-from sparseray.platform.fleet.control import Control, Loss, StalledError
+from sparseray.platform.fleet.control import Control, Loss, Member, StalledError
 from sparseray.platform.planning.moves import Moves
 from sparseray.platform.workload import Workload
 
@@ -23,6 +23,7 @@ def install(
     *,
     restore: Restore | None,
     pulls: Moves | None,
+    exchange: str,
 ) -> None:
     """Have all slots of a plan install it.
 
@@ -33,11 +34,13 @@ def install(
         step: that is committed.
         restore: where state comes from that no slot has.
         pulls: where the rest comes from.
+        exchange: `cluster.exchange`.
 
     Raises:
         SlotsLostError, StalledError: on the way.
     """
     earlier = workload.earlier_in(new)
+    by_collectives = is_by_collectives(exchange, new, control.fleet.members())
 
     def send(slots: Collection[int]) -> None:
         for slot in slots:
@@ -53,10 +56,23 @@ def install(
                 ingress=workload.ingress,
                 weights=workload.weights,
                 earlier=earlier,
+                by_collectives=by_collectives,
             )
             control.post([slot], body, step=step)
 
     _until_installed(control, set(new.addresses), send, step)
+
+
+def is_by_collectives(exchange: str, plan: Plan, members: dict[int, Member]) -> bool:
+    """Whether slots that exchange in step do so by collectives.
+
+    Args:
+        exchange: `cluster.exchange`.
+        plan: whose slots they are.
+        members: slots that are there.
+    """
+    hosts = {members[slot].namespace for slot in plan.peers if slot in members}
+    return exchange == "collective" or (exchange == "auto" and len(hosts) > 1)
 
 
 def _until_installed(

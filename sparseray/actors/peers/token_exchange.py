@@ -168,8 +168,8 @@ class TokenExchange:
             tokens: of each.
             keep: what the backward pass needs.
         """
+        self._await(sources)
         if self.is_owner:
-            self._await(sources)
             slab = self.held.slabs[layer]
             x_STH, ids_STK, weights_STK = (
                 self._received(name, sources, tokens) for name in ("x_STH", "ids_STK", "weights_STK")
@@ -192,8 +192,8 @@ class TokenExchange:
         Args:
             layer, sources, tokens: as in `forward`, which kept what this needs.
         """
+        self._await(sources)
         if self.is_owner:
-            self._await(sources)
             slab, kept = self.held.slabs[layer].compute, self._kept.pop(layer)
             dout_STH, weights_STK = self._received("x_STH", sources, tokens), kept.weights_STK
             found = self.ops.held_backward(
@@ -207,9 +207,9 @@ class TokenExchange:
         self._collect(sources)
 
     def _await(self, sources: Sequence[int]) -> None:
-        """Let what follows begin when the tokens of all are here; the own ones go aside."""
+        """Let what follows begin when the tokens of all are here that come here; the own ones go aside."""
         self.link.join()
-        others = [slot for slot in sources if slot != self.me]
+        others = [slot for slot in sources if slot != self.me and self.is_owner]
         self.link.wait(self.table.regions[self.me].flags_S, self.table.ranks(others), self.count + 1)
 
     def _received(self, name: str, sources: Sequence[int], tokens: int) -> Tensor:
@@ -269,11 +269,9 @@ class TokenExchange:
 
     def _collect(self, sources: Sequence[int]) -> None:
         """End an exchange: the rows of the own tokens are here."""
-        if self.me in sources:
-            self.link.join()
-            self._sending = []
-            others = [slot for slot in self.owners if slot != self.me]
-            self.link.wait(self.table.regions[self.me].flags_S, self.table.ranks(others), self.count + 2)
+        others = [slot for slot in self.owners if slot != self.me and self.me in sources]
+        self.link.wait(self.table.regions[self.me].flags_S, self.table.ranks(others), self.count + 2)
+        self._sending = []
         self.count += 2
 
     def _keep_gradients(self, layer: int, *of_sets: Tensor) -> None:

@@ -14,7 +14,7 @@ from sparseray.actors.installation import JobSpec
 from sparseray.actors.slot import Slot
 from sparseray.actors.state.tables import process_namespace
 from sparseray.actors.wire.slot_mailbox import SlotMailbox
-from sparseray.platform.fleet.control import Member, Ready
+from sparseray.platform.fleet.control import Member
 from sparseray.platform.fleet.job import SpecJobs
 from sparseray.platform.fleet.priority import gently
 from sparseray.platform.fleet.transport import ZmqTransport, private_directory
@@ -68,7 +68,7 @@ class Host:
         torch.set_num_threads(self._threads)
         self._slot.serve_forever()
 
-    def prepare(self, spec: JobSpec, heartbeats: str) -> Ready:
+    def prepare(self, spec: JobSpec, heartbeats: str) -> Member:
         """Load and warm what a job needs, begin to serve and to give signs of life; harmless when repeated.
 
         Args:
@@ -82,15 +82,15 @@ class Host:
             self._slot.roles.holdings = gently(lambda: warm_holdings(job))
             self._thread.start()
             self._beating.start()
-        member = Member(
+        return Member(
             slot=self._slot_id,
             address=self._transport.address,
             node=self._node,
             metrics=self._metrics_address,
             pid=os.getpid(),
             machine=kind_here(),
+            namespace=process_namespace(),
         )
-        return Ready(member=member, namespace=process_namespace())
 
     def wait_for_end(self) -> None:
         """Return when the slot has stopped serving."""
