@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from sparseray.model.limits import check, count, within
 
 MOST_SLOTS = 1 << 16
+OF_NODE = "node"
+"""`bind_host` that is another address on each machine."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +25,8 @@ class ClusterConfig:
         cpus_per_slot: CPUs that Ray reserves for a slot.
         address: Ray address to join, for example "auto"; empty starts a local Ray.
         transport: "ipc" (Unix sockets, one host) or "tcp".
-        bind_host: address that TCP sockets and metrics bind to.
+        bind_host: address that TCP sockets and metrics bind to; "node": each machine's own, by which Ray knows it, as several
+            hosts need it.
         exchange: of slots that train in step (on GPUs, or in bfloat16). "peers": through each other's memory, on one host;
             "collective": by collectives of a group, NCCL or gloo; "auto": by these where the slots are on several hosts.
         deadline_s: seconds without an answer after which all slots are probed.

@@ -17,7 +17,7 @@ from sparseray.actors.wire.slot_mailbox import SlotMailbox
 from sparseray.platform.fleet.control import Member
 from sparseray.platform.fleet.job import SpecJobs
 from sparseray.platform.fleet.priority import gently
-from sparseray.platform.fleet.transport import ZmqTransport, private_directory
+from sparseray.platform.fleet.transport import ZmqTransport, own_address, private_directory
 from sparseray.platform.fleet.warming import warm_holdings
 from sparseray.platform.fleet.weights_port import WeightsPort
 from sparseray.platform.metrics.exporter import Metrics
@@ -35,7 +35,7 @@ class Host:
         job: identifier of the job; messages of other jobs are dropped.
         threads: torch threads.
         transport: "ipc" or "tcp".
-        bind_host: address that TCP sockets and metrics bind to.
+        bind_host: `cluster.bind_host`.
         node: Ray's name of the machine.
     """
 
@@ -44,7 +44,7 @@ class Host:
     ) -> None:
         # Received buffers are read-only by intent; nobody writes through the tensors that view them.
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        directory = private_directory(job) if transport == "ipc" else None
+        directory, bind_host = private_directory(job) if transport == "ipc" else None, own_address(bind_host)
         self._slot_id, self._job_id, self._threads, self._node = slot, job, threads, node
         self._transport = ZmqTransport(f"slot{slot}", directory, bind_host)
         self._metrics = Metrics({"slot": str(slot)}, declare="slot")

@@ -24,7 +24,7 @@ from sparseray.platform.fleet.lease import Lease
 from sparseray.platform.fleet.pool import Pool, Waiting
 from sparseray.platform.fleet.pool_actor import Actor, kind_of
 from sparseray.platform.fleet.slot_end import cause_of, kill_process
-from sparseray.platform.fleet.transport import ZmqTransport, private_directory
+from sparseray.platform.fleet.transport import ZmqTransport, own_address, private_directory
 
 log = get_logger(__name__)
 
@@ -64,7 +64,7 @@ class RayFleet:
         self._kind = kind_of(config)
         self._next_slot, self._on_change, self._may_act = next_slot, on_change, may_act
         directory = private_directory(job) if config.transport == "ipc" else None
-        self._transport = ZmqTransport("heartbeats", directory, config.bind_host)
+        self._transport = ZmqTransport("heartbeats", directory, own_address(config.bind_host))
         self.heartbeats = self._transport.address
         self._start_deadline_s = GPU_START_DEADLINE_S if config.device == "cuda" else START_DEADLINE_S
         self._lock = threading.Lock()
