@@ -7,7 +7,7 @@ large batches of long sequences in bf16, `cpu` (default) those of the configurat
 in all layers: the configuration's own attends to 32 tokens and 4 blocks of 16, and what is before a gap is further away.
 
 Two texts: `code`, the sources of the standard library and of torch in documents of 600 bytes; and `uses`, made here,
-where the first of two lines of random names can be known from the second, so from what is behind the gap alone.
+where the first of two numbered lines of random names can be known from the second, so from what is behind the gap alone.
 """
 
 import argparse
@@ -75,10 +75,10 @@ class Plan:
                 "cluster.device": "cuda",
                 "train.dtype": "bfloat16",
                 "train.logical_shards": 1,
-                "train.sequences_per_shard": 64,
+                "train.sequences_per_shard": 16,
                 "train.seq_len": 512,
-                "optim.lr": 0.003,
-                "optim.warmup_steps": 100,
+                "optim.lr": 0.002,
+                "optim.warmup_steps": 200,
             }
         return keys
 
@@ -107,9 +107,10 @@ def write_uses(folder: Path) -> Path:
     folder.mkdir(parents=True)
     for index in range(DOCUMENTS):
         records = []
-        for _ in range(RECORDS):
+        for number in range(RECORDS):
             names = " ".join(draw.sample(NAMES, WORDS))
-            records.append(f"use {names}\nend {names}\n")
+            # Without numbers nobody could know whether one line is missing or many.
+            records.append(f"use {number} {names}\nend {number} {names}\n")
         (folder / f"{index:05d}.py").write_text("go\n" + "".join(records))
     return folder
 
