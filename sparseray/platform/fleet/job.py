@@ -81,6 +81,7 @@ class SlotJob:
             "weight_decay": optim.weight_decay,
         }
         self._is_whole = is_whole(self.config)
+        self.saves_beside = self._is_whole and not spec.serving and self.config.train.checkpoint_every > 0
         self.device = torch.device(
             "cuda" if self._is_whole and self.config.cluster.device == "cuda" else "cpu"
         )
