@@ -151,9 +151,8 @@ class Holdings:
 
     def trim(self) -> None:
         """Forget what is held and not assigned."""
-        if not self._owns_dense:
-            if self.dense is not None:
-                self.dense, self._spare, self._is_drawn = None, self.dense, False
+        if not self._owns_dense and self.dense is not None:
+            self.dense, self._spare, self._is_drawn = None, self.dense, False
         self.experts.trim()
         if self.memory is not None:
             self.memory.trim()

@@ -104,7 +104,9 @@ def _gradients(config: RunConfig, element: int, dense: int, experts: int) -> int
     own = rounds = -(-parts // at_once)
     if config.determinism == "fast":
         return dense * (element + 4 * _sums(config, own)) + experts * (element + 4 * _sums(config, rounds))
-    return dense * (element + 4 * _sums(config, own)) + experts * (element * at_once + 4 * _sums(config, parts))
+    return dense * (element + 4 * _sums(config, own)) + experts * (
+        element * at_once + 4 * _sums(config, parts)
+    )
 
 
 def _sums(config: RunConfig, parts: int) -> int:
@@ -121,7 +123,9 @@ def _rows(config: RunConfig) -> int:
     addresses = train.logical_shards * train.sequences_per_shard * train.seq_len * heads
     distinct = min(addresses, heads * dse.rows_per_head)
     staged = distinct * (row_bytes(dse) + 8 + 4 * train.logical_shards) + addresses * 8
-    return len(dse.layers) * (3 * staged + distinct * dse.head_dim * 4 * max(1, _sums(config, train.logical_shards)))
+    return len(dse.layers) * (
+        3 * staged + distinct * dse.head_dim * 4 * max(1, _sums(config, train.logical_shards))
+    )
 
 
 def _activations(config: RunConfig, element: int) -> int:
