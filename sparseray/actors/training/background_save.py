@@ -1,10 +1,11 @@
 """A checkpoint that is written while training goes on: a copy to host memory beside the next step, then the files.
 
 The next update waits until the copy is there; forward and backward passes only read what is copied. From a GPU
-the copy goes over a stream of its own into pinned memory.
+the copy goes over a stream of its own into pinned memory, which is taken in blocks: torch rounds what is pinned up to a
+power of two, and of an expert's matrices that is half as much again.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
@@ -15,6 +16,30 @@ from sparseray.errors import UserError
 
 Files = dict[str, dict[str, Tensor]]
 Write = Callable[[str, dict[str, Tensor]], dict[str, SavedTensor]]
+GROUP_BYTES = 1 << 30
+_ALIGNMENT = 256
+
+
+def in_groups(tensors: dict[str, Tensor], most_bytes: int = GROUP_BYTES) -> Iterator[dict[str, Tensor]]:
+    """Cut tensors into groups, in their order.
+
+    Args:
+        tensors: by name.
+        most_bytes: of a group, but for one tensor that is larger.
+    """
+    group: dict[str, Tensor] = {}
+    size = 0
+    for name, tensor in tensors.items():
+        if group and size + _padded(tensor) > most_bytes:
+            yield group
+            group, size = {}, 0
+        group[name] = tensor
+        size += _padded(tensor)
+    yield group
+
+
+def _padded(tensor: Tensor) -> int:
+    return -(-tensor.numel() * tensor.element_size() // _ALIGNMENT) * _ALIGNMENT
 
 
 class BackgroundSave:
@@ -64,18 +89,27 @@ class BackgroundSave:
 def _copy(files: Files, device: torch.device | None, ready: torch.cuda.Event | None) -> Files:
     """Copies in host memory, of tensors as they are at an event."""
     if device is None or ready is None:
-        return {file: {n: t.detach().clone() for n, t in tensors.items()} for file, tensors in files.items()}
+        return {file: _to_host(tensors) for file, tensors in files.items()}
     stream = torch.cuda.Stream(device)
     stream.wait_event(ready)
     with torch.cuda.stream(stream):
-        found = {file: {n: _to_host(t) for n, t in tensors.items()} for file, tensors in files.items()}
+        found = {file: _to_host(tensors) for file, tensors in files.items()}
     stream.synchronize()
     return found
 
 
-def _to_host(tensor: Tensor) -> Tensor:
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-    return host.copy_(tensor.detach(), non_blocking=True)
+def _to_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies in blocks; those from a device are there when the current stream has come so far."""
+    found: dict[str, Tensor] = {}
+    for group in in_groups(tensors):
+        start, size = 0, sum(map(_padded, group.values()))
+        block = torch.empty(size, dtype=torch.uint8, pin_memory=any(t.is_cuda for t in group.values()))
+        for name, tensor in group.items():
+            size = tensor.numel() * tensor.element_size()
+            found[name] = block[start : start + size].view(tensor.dtype).view(tensor.shape)
+            found[name].copy_(tensor.detach(), non_blocking=True)
+            start += _padded(tensor)
+    return found
 
 
 def _write(files: Files, write: Write) -> Saved:

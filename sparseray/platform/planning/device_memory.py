@@ -66,6 +66,14 @@ def device_memory(config: RunConfig) -> DeviceMemory:
     )
 
 
+def snapshot_bytes(config: RunConfig) -> int:
+    """Bytes of host memory that a checkpoint takes, of all slots together, where it is written beside the next steps."""
+    parameters, dse = count_parameters(config.model), config.model.dse
+    trained = parameters["dense"] + parameters["experts"]
+    rows = parameters["memory"] // dse.head_dim if dse.layers else 0
+    return trained * (4 + 2 * _bytes_of(config.optim.moments)) + rows * row_bytes(dse)
+
+
 def num_devices(config: RunConfig) -> int:
     """Slots with a device each, as the configuration wants them."""
     roles = Inventory.of(config.model, parts=config.train.logical_shards).roles(config.cluster)

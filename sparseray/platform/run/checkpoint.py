@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from sparseray.actors.training.background_save import in_groups
 from sparseray.actors.wire.messages import SavedTensor
 from sparseray.errors import CheckpointError
 
 FORMAT = 2
 MANIFEST = "manifest.json"
 UNFINISHED = ".unfinished"
+THREADS = 4
+"""Files that a slot writes, or reads, at a time: hashing one takes as long as a disk."""
 
 
 def tensor_sha256(tensor: torch.Tensor) -> str:
@@ -37,7 +41,7 @@ def file_sha256(path: Path) -> str:
 
 
 def write_part(directory: str | Path, part: str, tensors: dict[str, torch.Tensor]) -> dict[str, SavedTensor]:
-    """Write tensors to `<part>.safetensors`, on disk when this returns.
+    """Write tensors to `<part>.safetensors`, or to several files where they are large; on disk when this returns.
 
     Args:
         directory: of the unfinished checkpoint.
@@ -47,8 +51,16 @@ def write_part(directory: str | Path, part: str, tensors: dict[str, torch.Tensor
     Returns:
         where each tensor is, by its name.
     """
-    path = Path(directory) / f"{part}.safetensors"
-    plain = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    groups = list(in_groups(tensors))
+    names = [part] if len(groups) == 1 else [f"{part}_{index:04d}" for index in range(len(groups))]
+    paths = [Path(directory) / f"{name}.safetensors" for name in names]
+    with ThreadPoolExecutor(min(THREADS, len(groups)), "checkpoint") as pool:
+        return {name: entry for found in pool.map(_write, paths, groups) for name, entry in found.items()}
+
+
+def _write(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, SavedTensor]:
+    """Write one file."""
+    plain = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
     try:
         save_file(plain, path)
         sync(path)
@@ -230,21 +242,28 @@ def read_tensors(directory: str | Path, names: Sequence[str]) -> dict[str, torch
         if name not in entries:
             raise CheckpointError(f"{directory} has no tensor {name!r}: it is a checkpoint of another model")
         by_file.setdefault(entries[name]["file"], []).append(name)
-    found = {}
-    for file, members in by_file.items():
-        try:
-            with safe_open(Path(directory) / file, framework="pt") as archive:
-                for name in members:
-                    found[name] = archive.get_tensor(name)
-        except (OSError, ValueError, SafetensorError) as error:
+
+    def read(file: str) -> dict[str, torch.Tensor]:
+        return _read(Path(directory) / file, {name: entries[name] for name in by_file[file]})
+
+    with ThreadPoolExecutor(THREADS, "checkpoint") as pool:
+        return {name: tensor for found in pool.map(read, by_file) for name, tensor in found.items()}
+
+
+def _read(path: Path, entries: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Read and verify tensors of one file, by what the manifest says of them."""
+    try:
+        with safe_open(path, framework="pt") as archive:
+            found = {name: archive.get_tensor(name) for name in entries}
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({' '.join(str(error).split())}); use an older checkpoint"
+        ) from None
+    for name, tensor in found.items():
+        entry = entries[name]
+        is_like = [*tensor.shape] == entry["shape"] and str(tensor.dtype) == f"torch.{entry['dtype']}"
+        if not is_like or tensor_sha256(tensor) != entry["sha256"]:
             raise CheckpointError(
-                f"{directory}/{file} cannot be read ({' '.join(str(error).split())}); use an older checkpoint"
-            ) from None
-        for name in members:
-            entry, tensor = entries[name], found[name]
-            is_like = [*tensor.shape] == entry["shape"] and str(tensor.dtype) == f"torch.{entry['dtype']}"
-            if not is_like or tensor_sha256(tensor) != entry["sha256"]:
-                raise CheckpointError(
-                    f"{directory}/{file}: {name} differs from its SHA-256, type or shape; use an older checkpoint"
-                )
+                f"{path}: {name} differs from its SHA-256, type or shape; use an older checkpoint"
+            )
     return found
