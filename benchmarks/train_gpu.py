@@ -110,7 +110,7 @@ def product(
                 stderr=subprocess.STDOUT,
             )
         records = _first_records(process, run / "metrics.jsonl", steps, limit_s)
-        _stop_at_once(process)
+        stop_at_once(process)
         if records is None:
             print(f"pretrain: exit code {process.returncode}\n{log.read_text()[-4000:]}", flush=True)
             return None
@@ -143,7 +143,7 @@ def _first_records(
     return None
 
 
-def _stop_at_once(process: "subprocess.Popen[bytes]") -> None:
+def stop_at_once(process: "subprocess.Popen[bytes]") -> None:
     """Ctrl-C twice: the second one waits for no checkpoint, which would take longer than the steps."""
     for _ in range(2):
         if process.poll() is None:

@@ -19,7 +19,6 @@ from sparseray.actors.state.experts import ExpertShard
 from sparseray.actors.state.holdings import Holdings
 from sparseray.actors.state.pieces import DENSE
 from sparseray.actors.state.slab import MOMENTS, ExpertSlab
-from sparseray.actors.training.background_save import BackgroundSave, in_groups
 from sparseray.errors import ConfigError
 from sparseray.jobs import plan
 from sparseray.model.config import DSEConfig
@@ -31,6 +30,7 @@ from sparseray.platform.planning.device_memory import device_memory
 from sparseray.platform.planning.inventory import Inventory
 from sparseray.platform.planning.replan import make_plan
 from sparseray.platform.run import checkpoint
+from sparseray.platform.run.checkpoint import in_groups
 from sparseray.platform.trainer import Trainer
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -213,7 +213,7 @@ def test_moonlight_fits_two_gpus_of_140_gib_and_four_of_80(
 def test_the_plan_says_what_a_checkpoint_takes_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     for gib in (256, 128):
-        monkeypatch.setattr("sparseray.platform.run.machines.host_bytes", lambda gib=gib: gib << 30)
+        monkeypatch.setattr("sparseray.platform.device.host_bytes", lambda gib=gib: gib << 30)
         plan.run(load_yaml(CONFIGS / "moonlight.yaml"), said.append)
     of_host = [line for line in said if line.startswith("on the host")]
     # 15.5 B masters of 4 bytes and moments of 2 each.
@@ -225,32 +225,11 @@ def test_the_plan_says_what_a_checkpoint_takes_of_the_host(monkeypatch: pytest.M
 
 
 def test_tensors_are_grouped_in_their_order() -> None:
-    tensors = {str(n): torch.full((n,), float(n)) for n in (0, 1, 64, 100, 65, 1000, 2)}
+    tensors = {str(n): torch.full((n,), float(n)) for n in (0, 1, 64, 100, 150, 1000, 2)}
     groups = list(in_groups(tensors, 1024))
     assert [name for group in groups for name in group] == list(tensors)
-    assert [list(group) for group in groups] == [["0", "1", "64", "100"], ["65"], ["1000"], ["2"]]
+    assert [list(group) for group in groups] == [["0", "1", "64", "100"], ["150"], ["1000"], ["2"]]
     assert list(in_groups({}, 1024)) == [{}]
-
-
-def test_copies_beside_a_step_are_what_was_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    tensors = {
-        "matrix": torch.randn(5, 7).t(),
-        "moments": torch.randn(3, 4).bfloat16(),
-        "count": torch.tensor(7),
-        "none": torch.zeros(0, 4),
-        "flags": torch.tensor([True, False]),
-    }
-    wanted = {name: t.clone() for name, t in tensors.items()}
-    written: dict[str, Tensor] = {}
-    saving = BackgroundSave()
-    saving.start(1, {"all": tensors}, lambda _, found: written.update(found) or {})
-    saving.wait_until_copied()
-    for tensor in tensors.values():
-        tensor.zero_()
-    saving.forget()
-    assert list(written) == list(wanted)
-    for name, value in wanted.items():
-        assert written[name].dtype == value.dtype and torch.equal(written[name], value)
 
 
 def test_a_checkpoint_of_many_files_is_that_of_one(
@@ -279,7 +258,7 @@ def test_training_waits_for_a_checkpoint_whose_copy_is_too_large_for_the_host(
     monkeypatch.setattr(Trainer, "_begin_saving", noted)
     config = slabs_run(corpus, slots=1, checkpoint_every=2)
     beside = train(tmp_path / "beside", config)
-    monkeypatch.setattr("sparseray.platform.run.machines.host_bytes", lambda: 1000)
+    monkeypatch.setattr("sparseray.platform.device.host_bytes", lambda: 1000)
     waited = train(tmp_path / "waited", config)
     assert how == [True, False, False, False]
     assert waited.digest == beside.digest

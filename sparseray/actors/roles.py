@@ -155,6 +155,8 @@ class Roles:
                 return
         self.holdings.assign(plan, me)
         self._take_roles(plan, call)
+        if self.job.saves_beside:
+            self.saving.reserve(self._files(plan))
         self._keep_earlier(plan)
         model = None if self.worker is None else self.worker.state.model
         self.engine_role.take(self.job, model, self.exchange, self.committed, self.earlier)
@@ -322,21 +324,27 @@ class Roles:
 
     def _checkpoint(self, message: Message[SaveCheckpoint]) -> None:
         """Write what is primary here into the checkpoint's folder and report the hashes, now or when that is done."""
-        assert self.plan is not None and self.holdings is not None
-        me, directory, plan = self.mailbox.slot, message.body.directory, self.plan
-        # The generation keeps a slot that was given up and comes back from writing over another's file.
-        files = {
-            f"{file}_{me}_{plan.generation}": self.holdings.tensors(of)
-            for file, of in plan.primary_of(me).items()
-            if of
-        }
-        write = partial(self.job.write, directory)
+        assert self.plan is not None
+        files, write = self._files(self.plan), partial(self.job.write, message.body.directory)
         if message.body.in_background:
             self.saving.start(message.step, files, write)
             return
         self.saving.forget()
         entries = {name: entry for file, found in files.items() for name, entry in write(file, found).items()}
         self.mailbox.post(SCHEDULER, Saved(tensors=entries), step=message.step)
+
+    def _files(self, plan: Plan) -> dict[str, dict[str, Tensor]]:
+        """What is primary here, by the file of a checkpoint that it goes to.
+
+        The generation keeps a slot that was given up and comes back from writing over another's file.
+        """
+        assert self.holdings is not None
+        me = self.mailbox.slot
+        return {
+            f"{file}_{me}_{plan.generation}": self.holdings.tensors(of)
+            for file, of in plan.primary_of(me).items()
+            if of
+        }
 
     # -- for servers that follow the run -------------------------------------------------------
 

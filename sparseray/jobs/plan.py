@@ -154,13 +154,14 @@ def run(config: RunConfig, show: Callable[[str], None]) -> int:
 
 def _show_memory(config: RunConfig, show: Callable[[str], None]) -> None:
     """What slots that compute in slabs take of their devices, and of the host when they write a checkpoint."""
-    from sparseray.platform.device import GIB, describe
+    from sparseray.platform.device import GIB, describe, host_bytes, saves_beside
     from sparseray.platform.planning.device_memory import device_memory, snapshot_bytes
-    from sparseray.platform.run.machines import fits_host, host_bytes
 
     memory, copied = device_memory(config), snapshot_bytes(config)
     show(f"on the device: about {memory.total / GIB:.1f} GiB ({describe(memory)})")
-    when = "beside the next steps" if fits_host(copied) else "while training waits, as the copy is too large"
+    when = (
+        "beside the next steps" if saves_beside(config) else "while training waits, as the copy is too large"
+    )
     show(
         f"on the host: a checkpoint's copy takes {copied / GIB:.1f} of this machine's {host_bytes() / GIB:.0f} GiB; it is"
         f" written {when}"

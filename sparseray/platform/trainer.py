@@ -31,7 +31,7 @@ from sparseray.actors.wire.messages import (
 )
 from sparseray.errors import SlotsLostError, UserError
 from sparseray.platform.config import RunConfig, to_dict
-from sparseray.platform.device import is_whole
+from sparseray.platform.device import is_whole, saves_beside
 from sparseray.platform.fleet.control import StalledError
 from sparseray.platform.fleet.weights_port import is_offered
 from sparseray.platform.generations import Generations
@@ -39,13 +39,11 @@ from sparseray.platform.installing import disk_seconds
 from sparseray.platform.metrics.training import StepMetrics
 from sparseray.platform.offers import Offers
 from sparseray.platform.opening import Validation
-from sparseray.platform.planning.device_memory import snapshot_bytes
 from sparseray.platform.planning.schedule import learning_rate
 from sparseray.platform.planning.spikes import Reading
 from sparseray.platform.reconciler import Reconciler
 from sparseray.platform.run import checkpoint
 from sparseray.platform.run.history import JobHistory
-from sparseray.platform.run.machines import fits_host
 from sparseray.platform.saving import Saving
 from sparseray.platform.spikes import SpikeWatch, rollback_target
 from sparseray.platform.step_reports import StepReports
@@ -307,7 +305,7 @@ class Trainer:
         # Slots that compute in slabs write copies beside the next steps; the last checkpoint is waited for.
         # What a spike goes back to must not depend on how fast a disk is.
         can_wait = self.config.train.spike != "rollback" and not self._is_last
-        in_background = is_whole(self.config) and can_wait and fits_host(snapshot_bytes(self.config))
+        in_background = can_wait and saves_beside(self.config)
         if in_background and self._saving is not None:
             text = f"the checkpoint of step {self._saving.step} is still being written"
             self.generations.tell("unsaved", self.step, f"no checkpoint of step {self.step}: {text}")

@@ -1,11 +1,11 @@
 """A checkpoint that is written while training goes on: a copy to host memory beside the next step, then the files.
 
 The next update waits until the copy is there; forward and backward passes only read what is copied. From a GPU
-the copy goes over a stream of its own into pinned memory, which is taken in blocks: torch rounds what is pinned up to a
-power of two, and of an expert's matrices that is half as much again.
+the copy goes over a stream of its own into pinned memory. Pinning takes several times as long as copying, so that is done
+before the first checkpoint falls due (`reserve`), and the memory serves all of them.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
@@ -16,30 +16,10 @@ from sparseray.errors import UserError
 
 Files = dict[str, dict[str, Tensor]]
 Write = Callable[[str, dict[str, Tensor]], dict[str, SavedTensor]]
-GROUP_BYTES = 1 << 30
-_ALIGNMENT = 256
 
-
-def in_groups(tensors: dict[str, Tensor], most_bytes: int = GROUP_BYTES) -> Iterator[dict[str, Tensor]]:
-    """Cut tensors into groups, in their order.
-
-    Args:
-        tensors: by name.
-        most_bytes: of a group, but for one tensor that is larger.
-    """
-    group: dict[str, Tensor] = {}
-    size = 0
-    for name, tensor in tensors.items():
-        if group and size + _padded(tensor) > most_bytes:
-            yield group
-            group, size = {}, 0
-        group[name] = tensor
-        size += _padded(tensor)
-    yield group
-
-
-def _padded(tensor: Tensor) -> int:
-    return -(-tensor.numel() * tensor.element_size() // _ALIGNMENT) * _ALIGNMENT
+BLOCK_BYTES = 256 << 20
+"""Host memory is taken in blocks: one by one, thousands of tensors would cost the driver more than their copies."""
+ALIGNMENT = 64
 
 
 class BackgroundSave:
@@ -47,9 +27,21 @@ class BackgroundSave:
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._kinds: list[object] = []
+        self._host: Future[list[Tensor]] | None = None
         self._copied: Future[Files] | None = None
         self._written: Future[Saved] | None = None
         self._step = -1
+
+    def reserve(self, files: Files) -> None:
+        """Begin to take host memory for checkpoints of such tensors, and keep it; without it each takes its own.
+
+        Args:
+            files: as in `start`.
+        """
+        if self._host is None or self._kinds != _kinds(files):
+            self._kinds, self._host = _kinds(files), None
+            self._host = self._pool.submit(_host_memory, _flat(files))
 
     def start(self, step: int, files: Files, write: Write) -> None:
         """Begin to copy and write; what is under way is waited for and forgotten.
@@ -60,11 +52,12 @@ class BackgroundSave:
             write: writes one file.
         """
         self.forget()
-        device = next((t.device for tensors in files.values() for t in tensors.values() if t.is_cuda), None)
+        device = next((t.device for t in _flat(files) if t.is_cuda), None)
         ready = torch.cuda.current_stream(device).record_event() if device is not None else None
-        copied = self._pool.submit(_copy, files, device, ready)
+        host = self._host if self._kinds == _kinds(files) else None
+        copied = self._pool.submit(_copy, files, host, device, ready)
         self._copied, self._step = copied, step
-        self._written = self._pool.submit(lambda: _write(copied.result(), write))
+        self._written = self._pool.submit(_write, copied, write)
 
     def wait_until_copied(self) -> None:
         """Return once nothing is read any more of what was to be saved."""
@@ -86,36 +79,60 @@ class BackgroundSave:
         self._copied = self._written = None
 
 
-def _copy(files: Files, device: torch.device | None, ready: torch.cuda.Event | None) -> Files:
+def _flat(files: Files) -> list[Tensor]:
+    return [tensor for tensors in files.values() for tensor in tensors.values()]
+
+
+def _kinds(files: Files) -> list[object]:
+    """What room the tensors take; the files' names change with a generation."""
+    return [(tensor.shape, tensor.dtype, tensor.is_cuda) for tensor in _flat(files)]
+
+
+def _host_memory(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Room for a copy of each tensor, pinned for those that lie on a GPU; what it holds means nothing."""
+    left: dict[bool, Tensor] = {}
+
+    def room(tensor: Tensor) -> Tensor:
+        size, is_pinned = tensor.numel() * tensor.element_size(), tensor.is_cuda
+        block = left.get(is_pinned)
+        if block is None or len(block) < size:
+            block = torch.empty(max(size, BLOCK_BYTES), dtype=torch.uint8, pin_memory=is_pinned)
+        if size < BLOCK_BYTES:
+            left[is_pinned] = block[-(-size // ALIGNMENT) * ALIGNMENT :]
+        return block[:size].view(tensor.dtype).view(tensor.shape)
+
+    return [room(tensor) for tensor in tensors]
+
+
+def _copy(
+    files: Files,
+    reserved: Future[list[Tensor]] | None,
+    device: torch.device | None,
+    ready: torch.cuda.Event | None,
+) -> Files:
     """Copies in host memory, of tensors as they are at an event."""
+    tensors = _flat(files)
+    host = _host_memory(tensors) if reserved is None else reserved.result()
     if device is None or ready is None:
-        return {file: _to_host(tensors) for file, tensors in files.items()}
-    stream = torch.cuda.Stream(device)
-    stream.wait_event(ready)
-    with torch.cuda.stream(stream):
-        found = {file: _to_host(tensors) for file, tensors in files.items()}
-    stream.synchronize()
-    return found
+        for own, tensor in zip(host, tensors, strict=True):
+            own.copy_(tensor.detach())
+    else:
+        stream = torch.cuda.Stream(device)
+        stream.wait_event(ready)
+        with torch.cuda.stream(stream):
+            for own, tensor in zip(host, tensors, strict=True):
+                own.copy_(tensor.detach(), non_blocking=True)
+        stream.synchronize()
+    copies = iter(host)
+    return {file: dict(zip(found, copies)) for file, found in files.items()}
 
 
-def _to_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies in blocks; those from a device are there when the current stream has come so far."""
-    found: dict[str, Tensor] = {}
-    for group in in_groups(tensors):
-        start, size = 0, sum(map(_padded, group.values()))
-        block = torch.empty(size, dtype=torch.uint8, pin_memory=any(t.is_cuda for t in group.values()))
-        for name, tensor in group.items():
-            size = tensor.numel() * tensor.element_size()
-            found[name] = block[start : start + size].view(tensor.dtype).view(tensor.shape)
-            found[name].copy_(tensor.detach(), non_blocking=True)
-            start += _padded(tensor)
-    return found
-
-
-def _write(files: Files, write: Write) -> Saved:
+def _write(copied: Future[Files], write: Write) -> Saved:
     try:
+        files = copied.result()
         return Saved(
             tensors={k: v for file, tensors in files.items() for k, v in write(file, tensors).items()}
         )
-    except (OSError, UserError) as error:
+    except (OSError, UserError, RuntimeError) as error:
+        # The last of them where the host has no memory left that can be pinned.
         return Saved(tensors={}, error=" ".join(str(error).split()))

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from sparseray.actors.training.background_save import in_groups
 from sparseray.actors.wire.messages import SavedTensor
 from sparseray.errors import CheckpointError
 
 FORMAT = 2
 MANIFEST = "manifest.json"
 UNFINISHED = ".unfinished"
+FILE_BYTES = 1 << 30
 THREADS = 4
 """Files that a slot writes, or reads, at a time: hashing one takes as long as a disk."""
 
@@ -38,6 +38,27 @@ def file_sha256(path: Path) -> str:
     """SHA-256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def in_groups(
+    tensors: dict[str, torch.Tensor], most_bytes: int = FILE_BYTES
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Cut tensors into groups, in their order.
+
+    Args:
+        tensors: by name.
+        most_bytes: of a group, but for one tensor that is larger.
+    """
+    group: dict[str, torch.Tensor] = {}
+    left = most_bytes
+    for name, tensor in tensors.items():
+        size = tensor.numel() * tensor.element_size()
+        if group and size > left:
+            yield group
+            group, left = {}, most_bytes
+        group[name] = tensor
+        left -= size
+    yield group
 
 
 def write_part(directory: str | Path, part: str, tensors: dict[str, torch.Tensor]) -> dict[str, SavedTensor]:

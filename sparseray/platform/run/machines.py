@@ -1,7 +1,6 @@
-"""The machines of a run: which kinds of processor and library computed it, and what memory this one has.
+"""Which kinds of processor and library computed a run: bits are equal on one kind only, so another one is told.
 
-Bits are equal on one kind only, so another one is told: slots say their kind when they are prepared, and the run folder
-keeps all that took part.
+Slots say their kind when they are prepared; the run folder keeps all that took part.
 """
 
 import json
@@ -11,24 +10,6 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-
-COPY_SHARE = 0.6
-"""Of the host's memory that a checkpoint's copy may take; the rest is files' and everybody's."""
-
-
-def host_bytes() -> int:
-    """Memory of this machine, or what a container may use of it."""
-    found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-    except OSError:
-        return found
-    return min(found, int(limit)) if limit.isdigit() else found
-
-
-def fits_host(num_bytes: int) -> bool:
-    """Whether a copy of so many bytes has room beside everything else."""
-    return num_bytes <= COPY_SHARE * host_bytes()
 
 
 def kind_here() -> str:
