@@ -108,9 +108,8 @@ def run(config: RunConfig, show: Callable[[str], None]) -> int:
     """
     from sparseray.model.counts import count_parameters
     from sparseray.platform.checks import check_cluster
-    from sparseray.platform.device import GIB, describe, is_whole
+    from sparseray.platform.device import is_whole
     from sparseray.platform.opening import build_layout, open_data, resolve, training_inventory
-    from sparseray.platform.planning.device_memory import device_memory
 
     plan = check_cluster(config.cluster, training_inventory(config))
     data_line = "data: none given (--data.path); nothing was checked against a vocabulary"
@@ -138,8 +137,7 @@ def run(config: RunConfig, show: Callable[[str], None]) -> int:
         f"replication {config.cluster.replication}, activations not counted"
     )
     if is_whole(config):
-        memory = device_memory(config)
-        show(f"on the device: about {memory.total / GIB:.1f} GiB ({describe(memory)})")
+        _show_memory(config, show)
     show(
         f"step: {tokens_per_step(config):,} tokens in {config.train.logical_shards} logical shards of "
         f"{config.train.sequences_per_shard} x {config.train.seq_len}"
@@ -152,6 +150,22 @@ def run(config: RunConfig, show: Callable[[str], None]) -> int:
         f"{len(shares) * config.cluster.cpus_per_slot:g} CPUs"
     )
     return 0
+
+
+def _show_memory(config: RunConfig, show: Callable[[str], None]) -> None:
+    """What slots that compute in slabs take of their devices, and of the host when they write a checkpoint."""
+    from sparseray.platform.device import GIB, describe, host_bytes, saves_beside
+    from sparseray.platform.planning.device_memory import device_memory, snapshot_bytes
+
+    memory, copied = device_memory(config), snapshot_bytes(config)
+    show(f"on the device: about {memory.total / GIB:.1f} GiB ({describe(memory)})")
+    when = (
+        "beside the next steps" if saves_beside(config) else "while training waits, as the copy is too large"
+    )
+    show(
+        f"on the host: a checkpoint's copy takes {copied / GIB:.1f} of this machine's {host_bytes() / GIB:.0f} GiB; it is"
+        f" written {when}"
+    )
 
 
 def _step_times(config: RunConfig) -> str:
