@@ -137,7 +137,9 @@ def stand_in(compiler: Compiler) -> None:
         owner.check = lambda what, *tensors: None
 
 
-def model_of(dtype: torch.dtype = torch.bfloat16, **changes: Any) -> tuple[Transformer, LocalExperts, LocalMemory | None]:
+def model_of(
+    dtype: torch.dtype = torch.bfloat16, **changes: Any
+) -> tuple[Transformer, LocalExperts, LocalMemory | None]:
     """A model with the kernels; changes are of its configuration."""
     tokenizer = make_tokenizer()
     config = ModelConfig(
