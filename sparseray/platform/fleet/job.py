@@ -12,7 +12,7 @@ from sparseray.actors.installation import JobSpec
 from sparseray.actors.serving.drafting_engine import DraftingEngine
 from sparseray.actors.serving.enduring import Lookups
 from sparseray.actors.serving.engine import Engine
-from sparseray.actors.serving.paged_engine import PLACES_FOR_BEGUN, PagedEngine
+from sparseray.actors.serving.paged_engine import PLACES_FOR_BEGUN, PREFILL_ROWS, PagedEngine
 from sparseray.actors.serving.rounds_engine import InRounds, RoundsEngine
 from sparseray.actors.serving.speculative_engine import SpeculativeEngine
 from sparseray.actors.state.dense import DenseState
@@ -39,8 +39,6 @@ from sparseray.platform.run import checkpoint
 if TYPE_CHECKING:
     from sparseray.actors.serving.grammar import Grammars
 
-PREFILL_ROWS = 8192
-"""Tokens of prompts that a GPU reads in one step."""
 ROUND_ROWS = 512
 """The same, where a pass is a round of all engines: each computes for as many of the others, or for none."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
