@@ -157,14 +157,13 @@ def run(config: RunConfig, show: Callable[[str], None]) -> int:
 def _show_devices(config: RunConfig, show: Callable[[str], None]) -> None:
     """What the run takes of its devices, and of the host for a checkpoint; what a server of its checkpoints takes of a GPU."""
     from sparseray.platform.device import (
-        GIB,
         describe,
         describe_serving,
         host_bytes,
         is_whole,
         saves_beside,
     )
-    from sparseray.platform.planning.device_memory import device_memory, serving_memory, snapshot_bytes
+    from sparseray.platform.planning.device_memory import GIB, device_memory, serving_memory, snapshot_bytes
 
     if is_whole(config):
         memory, copied = device_memory(config), snapshot_bytes(config)
