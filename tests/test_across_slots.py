@@ -258,7 +258,9 @@ def test_a_slot_that_was_given_up_and_lives_writes_to_nobodys_memory(
 
 def test_a_buffer_of_another_host_is_refused_with_a_cure() -> None:
     handle = replace(Buffer(64, torch.device("cpu")).handle, namespace="elsewhere")
-    with pytest.raises(UserError, match=r"slot 3 is on another host.*set cluster.attention_workers"):
+    with pytest.raises(
+        UserError, match=r"slot 3 is on another host.*set cluster.exchange=auto, or cluster.attention_workers"
+    ):
         open_buffer(handle, torch.device("cpu"), 3)
 
 
