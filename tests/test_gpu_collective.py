@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from across_story import fail, live
+from across_story import told
 from processes import temporary_folder
 from test_gpu_training import run_on
 
@@ -96,11 +96,13 @@ def test_a_collective_with_a_dead_member_is_freed_on_the_device() -> None:
 def test_a_killed_gpu_slot_comes_again_and_no_bit_differs(
     corpus: Path, tmp_path: Path, temporary: Path
 ) -> None:
-    live(run_on("cuda", corpus, steps=100000, cluster=CLUSTER), tmp_path, temporary)
+    with told(run_on("cuda", corpus, steps=100000, cluster=CLUSTER), tmp_path, temporary) as story:
+        story.lose_a_slot()
 
 
 def test_gpu_slots_that_stand_still_or_fail_change_no_bit(
     corpus: Path, tmp_path: Path, temporary: Path
 ) -> None:
     faults = ["backward:30:stop", "forward:40:illegal", "sums:6:kill"]
-    fail(run_on("cuda", corpus, steps=100000, cluster=CLUSTER), tmp_path, temporary, faults)
+    with told(run_on("cuda", corpus, steps=100000, cluster=CLUSTER), tmp_path, temporary, faults) as story:
+        story.fail()
