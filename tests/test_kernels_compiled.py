@@ -238,6 +238,22 @@ def test_memory_fusion_is_the_plain_one_however_a_prompt_is_cut(has_starts: bool
     assert all(map(torch.equal, run(COMPILED, singles), found))
 
 
+@pytest.mark.parametrize("length", [1 << 17, (1 << 17) - 5])
+def test_sparse_attention_reaches_back_over_128k_tokens(length: int) -> None:
+    """The last tokens of a text of 131,072: on pages of 64 in any order, with the paper's sizes."""
+    sizes = NSASizes(block=32, stride=16, select_block=64, num_selected=16, window=512)
+    case = Case([length], [3], 64, (2, 1), (16, 16))
+    q, gates = 3 * torch.randn(3, 2, 16), torch.rand(3, 2, 3)
+    pools = case.pool(sizes.stride), case.pool(), case.pool()
+    found = COMPILED.paged_nsa_attention(q, gates, *pools, sizes, case.pages(case.whole))
+    wanted = REFERENCE.paged_nsa_attention(q, gates, *pools, sizes, case.pages(case.whole))
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    for cache in pools[1]:
+        cache[case.table[0, 1 : length // 128].long()] += 1.0
+    changed = COMPILED.paged_nsa_attention(q, gates, *pools, sizes, case.pages(case.whole))
+    assert not torch.equal(changed, found), "blocks of the first half are among those that it selects"
+
+
 def test_damage_is_seen() -> None:
     case = Case([40, 40], [1, 1], 16, (4, 2), (8, 8))
     pools = case.pool(TINY.stride), case.pool(), case.pool()
