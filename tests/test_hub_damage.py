@@ -91,6 +91,13 @@ def poison(name: str, value: float) -> Callable[[Path], None]:
     return change
 
 
+def set_template(source: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        (folder / "chat_template.jinja").write_text(source)
+
+    return change
+
+
 def set_index(change: Callable[[dict[str, str]], Any]) -> Callable[[Path], None]:
     def apply(folder: Path) -> None:
         content = json.loads((folder / INDEX).read_text())
@@ -176,6 +183,23 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "biases": (set_config(attention_bias=True), ["attention_bias=True"]),
     "another rotary scaling": (
         set_config(rope_parameters={"rope_type": "linear", "factor": 2.0}), ["rope_type='linear'"],
+    ),
+    "a rotary scaling that is text": (set_config(rope_scaling="yarn"), ["rope_scaling='yarn'", "must hold keys"]),
+    "a quantization that is text": (set_config(quantization_config="fp8"), ["quantization_config='fp8'"]),
+    "an architecture that is a list": (set_config(model_type=["deepseek_v3"]), ["model_type=['deepseek_v3']"]),
+    "YaRN without its lengths": (
+        set_config(rope_parameters={"rope_type": "yarn"}, max_position_embeddings=64), ["original_max_seq_len=0"],
+    ),
+    "a template that loops": (
+        set_template("{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}"),
+        ["chat template of", "steps", "mend it, or leave it out"],
+    ),
+    "a template that reads files": (
+        set_template("{% include '/etc/passwd' %}"), ["chat template of", "reads other files", "leave it out"],
+    ),
+    "a template that is none": (set_template("{% if %}"), ["chat template of", "not Jinja", "leave it out"]),
+    "tokenizer settings that are cut off": (
+        lambda f: (f / "tokenizer_config.json").write_text("{"), ["tokenizer_config.json", "cannot read"],
     ),
     "fewer heads of keys": (set_config(num_key_value_heads=2), ["num_key_value_heads=2"]),
     "experts that fit no group": (set_config(n_group=3), ["config.json", "num_groups=3"]),

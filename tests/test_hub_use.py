@@ -1,5 +1,7 @@
 """Imported models are models like all others: they are served, and training begins with their weights."""
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from sparseray.actors.serving.paged_engine import PagedEngine
 from sparseray.actors.serving.text_request import GenerationRequest
 from sparseray.errors import CheckpointError, IdentityError
 from sparseray.jobs.export import export_model
+from sparseray.jobs.http.chat import ChatTemplate
 from sparseray.jobs.http.serving_model import read_served
 from sparseray.jobs.tokens.prepare import prepare
 from sparseray.jobs.tokens.progress import quiet
@@ -89,7 +92,32 @@ def test_a_run_begins_with_imported_weights_and_is_as_elastic_as_any(
     assert all(0 < distance < 0.02 for distance in moved.values()), moved
     seeded = train(tmp_path / "seeded", replace(run, init_from=""))
     assert seeded.curve[0] != one.curve[0]
+    assert ChatTemplate.load(newest).source == ChatTemplate.load(ckpt).source is not None
     export_model(newest, tmp_path / "out", "stored", quiet)
+    for name in ("chat_template.jinja", "generation_config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (ckpt / name).read_bytes()
+    keys = [
+        json.loads(path.read_text()) for path in (ckpt / "hub_config.json", tmp_path / "out" / "config.json")
+    ]
+    assert keys[0]["bos_token_id"] == keys[1]["bos_token_id"] == 269
+
+
+def test_a_template_in_the_settings_of_the_tokenizer_goes_along_too(run: RunConfig, tmp_path: Path) -> None:
+    origin = Path(shutil.copytree(run.init_from, tmp_path / "origin"))
+    template = origin / "chat_template.jinja"
+    settings = {"eos_token": "<|270|>", "chat_template": template.read_text(), "add_bos_token": True}
+    manifest = json.loads((origin / "manifest.json").read_text())
+    template.unlink()
+    (origin / "tokenizer_config.json").write_text(json.dumps(settings))
+    for name in ("chat_template.jinja", "tokenizer_config.json"):
+        manifest["identity"].pop(name), manifest["files"].pop(name)
+    manifest.pop("sha256", None)
+    (origin / "manifest.json").write_text(json.dumps(checkpoint.sealed(manifest)))
+    found = train(tmp_path / "run", replace(run, init_from=str(origin), train=replace(run.train, steps=1)))
+    newest = found.folder.newest_checkpoint()
+    assert newest is not None and ChatTemplate.load(newest).source == settings["chat_template"]
+    stated = json.loads((newest / "tokenizer_config.json").read_text())
+    assert stated["add_bos_token"] and stated["eos_token"] == "<|endoftext|>"
 
 
 def test_a_run_that_has_a_checkpoint_goes_on_from_that(ckpt: Path, run: RunConfig, tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ class Roles:
         enter: Callable[[Message[Body]], None],
     ) -> None:
         self.mailbox, self.job_from, self.serve = mailbox, job_from, serve
-        self.committed = 0
+        self.committed, self.is_serving = 0, False
         self.plan: Plan | None = None
         self.holdings: Holdings | None = None
         self.answers: Answers | None = None
@@ -122,6 +122,7 @@ class Roles:
         self.saving.forget()
         self.offering.forget()
         self.job = self.job_from(body.job)
+        self.is_serving = self.job.is_serving
         if self.holdings is None:
             self.holdings = self.job.holdings()
         trains, mine = not self.job.is_serving, plan.pieces_of(me)

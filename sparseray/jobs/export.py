@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparseray.errors import CheckpointError, UserError
-from sparseray.jobs.import_ import HUB_CONFIG, TEXT_FILES, check_new, unfinished_folder
+from sparseray.jobs.import_ import check_new, unfinished_folder
 from sparseray.jobs.progress import progress_of_bytes
 from sparseray.platform import config as configuration
+from sparseray.platform.run.texts import HUB_CONFIG, TEXT_FILES
 from sparseray.platform.settings import expand_path
 
 if TYPE_CHECKING:

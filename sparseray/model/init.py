@@ -7,7 +7,10 @@ construction nor the number of workers matters.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +18,8 @@ from torch import Tensor
 from sparseray.model.config import ModelConfig
 
 EXPERT_PARTS = ("gate", "up", "down")
+MOST_THREADS = 16
+_T = TypeVar("_T")
 
 
 def initial_tensor(name: str, shape: Sequence[int], *, seed: int, std: float) -> Tensor:
@@ -31,7 +36,19 @@ def initial_tensor(name: str, shape: Sequence[int], *, seed: int, std: float) ->
     """
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    return torch.randn(tuple(shape), generator=generator, dtype=torch.float32) * std
+    return torch.randn(tuple(shape), generator=generator, dtype=torch.float32).mul_(std)
+
+
+def draw_each(draw: Callable[[_T], object], things: Sequence[_T]) -> None:
+    """Draw the values of many things, in threads: each draw has a generator of its own and lets others run.
+
+    Args:
+        draw: draws one and puts it where it belongs; called without gradients.
+        things: whatever has values.
+    """
+    without_gradients = torch.no_grad()(draw)
+    with ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1), "draw") as pool:
+        list(pool.map(without_gradients, things))
 
 
 def initial_dense(name: str, shape: Sequence[int], *, seed: int, std: float) -> Tensor:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Collection
 
 from sparseray.actors.installation import InstallPlan, PullFrom, Restore
 from sparseray.actors.state.assignment import Plan
+from sparseray.actors.state.pieces import Piece
 from sparseray.actors.wire.messages import Installed, Stale
 from sparseray.errors import SlotsLostError
 from sparseray.platform.fleet.control import Control, Loss, Member, StalledError
@@ -13,6 +14,18 @@ from sparseray.platform.workload import Workload
 
 RESEND_S = 1.0
 INSTALL_DEADLINE_S = 120.0
+SLOW_DISK = 1e8
+"""Bytes per second that a slot reads or writes of a checkpoint at the very least."""
+
+
+def disk_seconds(plan: Plan, size: Callable[[Piece], int]) -> float:
+    """How long a slot of a plan may take at most to read, or write, all that it holds.
+
+    Args:
+        plan: whose slots they are.
+        size: bytes of a piece.
+    """
+    return max(sum(map(size, plan.pieces_of(slot))) for slot in plan.addresses) / SLOW_DISK
 
 
 def install(
@@ -24,6 +37,7 @@ def install(
     restore: Restore | None,
     pulls: Moves | None,
     exchange: str,
+    size: Callable[[Piece], int],
 ) -> None:
     """Have all slots of a plan install it.
 
@@ -35,6 +49,7 @@ def install(
         restore: where state comes from that no slot has.
         pulls: where the rest comes from.
         exchange: `cluster.exchange`.
+        size: bytes of a piece.
 
     Raises:
         SlotsLostError, StalledError: on the way.
@@ -60,7 +75,8 @@ def install(
             )
             control.post([slot], body, step=step)
 
-    _until_installed(control, set(new.addresses), send, step)
+    limit_s = INSTALL_DEADLINE_S + (disk_seconds(new, size) if restore is not None else 0.0)
+    _until_installed(control, set(new.addresses), send, step, limit_s)
 
 
 def is_by_collectives(exchange: str, plan: Plan, members: dict[int, Member]) -> bool:
@@ -76,10 +92,10 @@ def is_by_collectives(exchange: str, plan: Plan, members: dict[int, Member]) -> 
 
 
 def _until_installed(
-    control: Control, waiting: set[int], send: Callable[[Collection[int]], None], step: int
+    control: Control, waiting: set[int], send: Callable[[Collection[int]], None], step: int, limit_s: float
 ) -> None:
     send(waiting)
-    deadline, sent = time.monotonic() + INSTALL_DEADLINE_S, time.monotonic()
+    deadline, sent = time.monotonic() + limit_s, time.monotonic()
     while waiting:
         try:
             message = next(control.messages(Installed, Stale, deadline_s=RESEND_S))

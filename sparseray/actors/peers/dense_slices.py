@@ -109,10 +109,7 @@ class DenseSlices:
 
     def _send(self, count: int) -> list[Tensor]:
         """Give every holder its slice of the own nodes, and return those whole."""
-        flats = [
-            torch.cat([gradient.reshape(-1).float() for gradient in value])
-            for _, _, value in self.dense.sum.nodes()
-        ]
+        flats = [self._flat(value) for _, _, value in self.dense.sum.nodes()]
         first = self._first(self.me)
         for index, slot in enumerate(self.plan.dense):
             if slot != self.me and flats:
@@ -121,6 +118,12 @@ class DenseSlices:
                     self.link.put(flat[start:stop], theirs.nodes_NP[first + place, : stop - start])
                 self.link.signal(theirs.flags_S, self.table.rank(self.me), count)
         return flats
+
+    def _flat(self, gradients: Sequence[Tensor]) -> Tensor:
+        """One fp32 tensor of all, made without another copy beside it."""
+        flat = torch.empty(self.dense.num_elements, device=self.dense.device)
+        torch._foreach_copy_(self.dense.cut(flat), list(gradients))
+        return flat
 
     def _first(self, slot: int) -> int:
         """Place of a slot's first node among those of all."""

@@ -73,6 +73,7 @@ class TokenExchange:
         meter: Meter,
     ) -> None:
         self.held, self.table, self.me, self.link, self.ops = experts, table, me, link, dense.ops
+        self._dense = dense
         self.meter = meter
         self.owners = plan.expert_primaries
         self.is_owner = me in self.owners
@@ -104,13 +105,19 @@ class TokenExchange:
         if self._is_settled or self.device.type != "cuda" or not self.held.slabs:
             return
         self._is_settled = True
-        slab, layers = self.held.slabs[0], len(self.held.slabs)
+        slab, layers = self.held.slabs[0], 1 if self._dense.model.recompute else len(self.held.slabs)
         # Kept of a row are both pre-activations; in passing there are activations, their gradients, and rows.
         each = slab.compute[0].element_size() * (2 * layers * slab.inner + 4 * slab.inner + 2 * slab.hidden)
         more = (sources - 1) * tokens * self.held.config.moe.top_k * each
+        needed = torch.cuda.max_memory_allocated(self.device) - torch.cuda.memory_allocated(self.device)
+        # The first update would make them: for a large model a quarter of the memory.
+        self._dense.moments()
+        for slab in self.held.slabs:
+            slab.moments()
+        needed += torch.cuda.memory_allocated(self.device)
         free, total = torch.cuda.mem_get_info(self.device)
-        free += torch.cuda.memory_reserved(self.device) - torch.cuda.max_memory_allocated(self.device)
-        self.counts_rows = free - more < total // 16
+        free += torch.cuda.memory_reserved(self.device)
+        self.counts_rows = free - needed - more < total // 16
 
     def take_gradients(self) -> Gradients:
         """Take the experts' gradients of a round: of each source's part, or the sum of all."""

@@ -11,9 +11,10 @@ import torch
 import zmq
 
 from sparseray.actors.installation import JobSpec
-from sparseray.actors.slot import Slot
+from sparseray.actors.slot import Slot, device_full
 from sparseray.actors.state.tables import process_namespace
 from sparseray.actors.wire.slot_mailbox import SlotMailbox
+from sparseray.errors import ConfigError
 from sparseray.platform.fleet.control import Member
 from sparseray.platform.fleet.job import SpecJobs
 from sparseray.platform.fleet.priority import gently
@@ -75,11 +76,16 @@ class Host:
             spec: of the job.
             heartbeats: address that signs of life go to.
 
+        Raises:
+            ConfigError: the device is full before anything has begun.
         """
         self._heartbeats = heartbeats
         job = self._jobs(spec)
         if not self._thread.is_alive():
-            self._slot.roles.holdings = gently(lambda: warm_holdings(job))
+            try:
+                self._slot.roles.holdings = gently(lambda: warm_holdings(job))
+            except torch.OutOfMemoryError as error:
+                raise ConfigError(device_full(error, is_serving=job.is_serving)) from None
             self._thread.start()
             self._beating.start()
         return Member(
