@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
-from processes import environment, of_mark, wait_until
+from processes import environment, of_mark, resting, wait_until
 
 APART = ["unshare", "--net", "--pid", "--mount", "--fork", "--kill-child", "--mount-proc"]
 NEEDED = ("unshare", "nsenter", "ip")
@@ -66,7 +66,8 @@ class Hosts:
         with (self.folder / f"ray{index}.txt").open("wb") as out:
             subprocess.Popen(
                 [*self.inside(index), *RAY, *options],
-                env=environment(SPARSERAY_TEST=self.mark),
+                # Slots load beside the run, each for itself, and a test waits for them.
+                env=environment(SPARSERAY_TEST=self.mark, **resting(0.3)),
                 stdout=out,
                 stderr=subprocess.STDOUT,
             )

@@ -12,7 +12,7 @@ import pytest
 import torch
 from faulty_transport import Killed
 from local_cluster import LocalFleet, Trained, train
-from test_across_slots import Dies, check, resize_at, slabs_run
+from test_across_slots import KILLED, SHORT, Dies, check, one, resize_at, slabs_run
 
 from sparseray.actors.peers.across import DeviceExchange
 from sparseray.actors.peers.collective_link import CollectiveLink
@@ -31,10 +31,7 @@ def by_collectives(data: Path, **cluster: Any) -> RunConfig:
     return slabs_run(data, **{"exchange": "collective", **cluster})
 
 
-@pytest.fixture(scope="module")
-def one(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    """One slot that has everything, undisturbed."""
-    return train(tmp_path_factory.mktemp("one") / "run", slabs_run(corpus))
+assert one  # A fixture of most tests here.
 
 
 @pytest.fixture(autouse=True)
@@ -55,47 +52,51 @@ def groups(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Group]]:
 
 @pytest.mark.parametrize(("slots", "replication"), [(2, 1), (4, 1), (3, 2)])
 def test_the_number_of_slots_changes_no_bit(
-    slots: int, replication: int, corpus: Path, one: Trained, tmp_path: Path, groups: list[Group]
+    slots: int, replication: int, corpus: Path, one: dict[int, Trained], tmp_path: Path, groups: list[Group]
 ) -> None:
-    check(train(tmp_path / "run", by_collectives(corpus, slots=slots, replication=replication)), one)
+    config = by_collectives(corpus, slots=slots, replication=replication)
+    check(train(tmp_path / "run", config, stop_after=SHORT), one, SHORT)
     assert [group.size for group in groups] == [slots] * slots
 
 
 @pytest.mark.parametrize(("attention", "experts", "memory"), [(1, 2, 1), (3, 1, 2)])
 def test_slots_with_some_of_the_roles_change_no_bit(
-    attention: int, experts: int, memory: int, corpus: Path, one: Trained, tmp_path: Path
+    attention: int, experts: int, memory: int, corpus: Path, one: dict[int, Trained], tmp_path: Path
 ) -> None:
     roles = {"attention_workers": attention, "expert_shards": experts, "memory_shards": memory}
-    check(train(tmp_path / "run", by_collectives(corpus, **roles)), one)
-    check(train(tmp_path / "apart", by_collectives(corpus, colocated=False, **roles)), one)
+    for colocated in (True, False):
+        config = by_collectives(corpus, colocated=colocated, **roles)
+        check(train(tmp_path / str(colocated), config, stop_after=SHORT), one, SHORT)
 
 
-def test_recomputed_layers_change_no_bit(corpus: Path, one: Trained, tmp_path: Path) -> None:
+def test_recomputed_layers_change_no_bit(corpus: Path, one: dict[int, Trained], tmp_path: Path) -> None:
     config = by_collectives(corpus, slots=3)
-    check(train(tmp_path / "run", replace(config, train=replace(config.train, recompute=True))), one)
+    config = replace(config, train=replace(config.train, recompute=True))
+    check(train(tmp_path / "run", config, stop_after=SHORT), one, SHORT)
 
 
 def test_the_fast_order_has_the_bits_of_slots_that_share_memory(corpus: Path, tmp_path: Path) -> None:
     found = []
     for exchange in ("peers", "collective"):
         config = slabs_run(corpus, slots=3, replication=2, exchange=exchange)
-        found.append(train(tmp_path / exchange, replace(config, determinism="fast"), stop_after=4))
+        found.append(train(tmp_path / exchange, replace(config, determinism="fast"), stop_after=SHORT))
     assert found[0].curve == found[1].curve and found[0].digest == found[1].digest
 
 
 def test_slots_of_several_hosts_meet_as_a_group_and_those_of_one_do_not(
-    corpus: Path, one: Trained, tmp_path: Path, groups: list[Group]
+    corpus: Path, one: dict[int, Trained], tmp_path: Path, groups: list[Group]
 ) -> None:
     config = slabs_run(corpus, slots=2, transport="tcp")
-    check(train(tmp_path / "one host", config, tcp=True, nodes={0: "a", 1: "a"}), one)
-    assert not groups
-    check(train(tmp_path / "two", config, tcp=True, nodes={0: "a", 1: "b"}), one)
+    for other in ("a", "b"):
+        assert not groups
+        nodes = {0: "a", 1: other}
+        check(train(tmp_path / other, config, tcp=True, nodes=nodes, stop_after=SHORT), one, SHORT)
     assert {group.host for group in groups} == {"127.0.0.1"} and len(groups) == 2
 
 
 @pytest.mark.parametrize("replication", [1, 2])
 def test_slots_come_and_go_while_training_goes_on(
-    replication: int, corpus: Path, one: Trained, tmp_path: Path, groups: list[Group]
+    replication: int, corpus: Path, one: dict[int, Trained], tmp_path: Path, groups: list[Group]
 ) -> None:
     changes = resize_at({1: 2, 3: 4, 5: 3, 7: 2} | ({9: 1} if replication == 1 else {}))
     config = by_collectives(corpus, slots=replication, replication=replication)
@@ -120,21 +121,26 @@ MOMENTS = {
 @pytest.mark.parametrize("slot", [0, pytest.param(2, marks=pytest.mark.long)])
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_a_kill_at_any_moment_changes_no_bit_and_loses_no_step(
-    moment: str, slot: int, corpus: Path, one: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    moment: str,
+    slot: int,
+    corpus: Path,
+    one: dict[int, Trained],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     of, method, call = MOMENTS[moment]
-    fault = Dies(of, method, slot=slot, step=6, call=call)
+    fault = Dies(of, method, slot=slot, step=3, call=call)
     fault.patch(monkeypatch)
     config = by_collectives(corpus, slots=3, replication=2, standby=slot % 2)
-    found = train(tmp_path / "run", config, at_step=fault.at_step)
+    found = train(tmp_path / "run", config, at_step=fault.at_step, stop_after=KILLED)
     assert fault.done
-    check(found, one)
+    check(found, one, KILLED)
     assert "recovered" in found.events and "restored" not in found.events
 
 
 @pytest.mark.parametrize("slot", [0, 1])
 def test_a_kill_while_a_group_forms_changes_no_bit(
-    slot: int, corpus: Path, one: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    slot: int, corpus: Path, one: dict[int, Trained], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first slot is the one that the others look for."""
     meet, done = Peers.meet, list[int]()
@@ -152,13 +158,14 @@ def test_a_kill_while_a_group_forms_changes_no_bit(
         meet(me, plan, *args)
 
     monkeypatch.setattr(Peers, "meet", dies)
-    trained = train(tmp_path / "run", by_collectives(corpus, slots=2, replication=2), at_step=at_step)
+    config = by_collectives(corpus, slots=2, replication=2)
+    trained = train(tmp_path / "run", config, at_step=at_step, stop_after=KILLED)
     assert done == [slot] and "restored" not in trained.events
-    check(trained, one)
+    check(trained, one, KILLED)
 
 
 def test_a_slot_that_was_given_up_and_lives_reaches_nobody(
-    corpus: Path, one: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    corpus: Path, one: dict[int, Trained], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It stands still before a collective, and goes on while the others are in the next generation."""
     wait, seen = CollectiveLink.wait, dict.fromkeys(("step", "given"), 0)

@@ -92,6 +92,48 @@ def test_an_engine_that_does_not_fit_is_refused_and_the_cure_works(
     resolve_serving_device(cured(wrong, str(refused.value)), of(gib))
 
 
+def nsa(**keys: Any) -> RunConfig:
+    """A model with NSA, and with other sizes than those of the configuration."""
+    model = replace(config().model, attention=("nsa",), num_kv_heads=1)
+    sizes = {name: keys.pop(name) for name in ("select_block", "num_selected") if name in keys}
+    return change(served(), model=replace(model, **{"nsa": replace(model.nsa, **sizes), **keys}))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (nsa(head_dim=256), "native sparse attention takes heads of at most 192 channels, not 256"),
+        (nsa(head_dim=160), "values of at most 128 channels beside heads of 160"),
+        (nsa(num_heads=96, head_dim=64), "at most 64 query heads for a key/value head, not 96"),
+        (nsa(head_dim=128, select_block=256), "selection blocks of at most 128 tokens with heads of 128"),
+        (change(served(), model=replace(config().model, head_dim=320)), "full attention takes heads of at most 256"),
+    ],
+    ids=["channels", "values", "group", "block", "full"],
+)  # fmt: skip
+@pytest.mark.parametrize("resolve", [resolve_device, resolve_serving_device])
+def test_sizes_that_the_kernels_do_not_take_are_refused_and_the_cure_works(
+    wrong: RunConfig, said: str, resolve: Any
+) -> None:
+    with pytest.raises(ConfigError, match=re.escape(said)) as refused:
+        resolve(wrong, of(1000.0))
+    mended = wrong
+    for name, text in re.findall(r"model\.([\w.]+)=(\d+)", str(refused.value)):
+        inner, _, key = name.rpartition(".")
+        model, value = mended.model, int(text)
+        section: Any = replace(getattr(model, inner), **{key: value}) if inner else value
+        mended = change(mended, model=replace(model, **{inner or key: section}))
+    assert mended != wrong
+    resolve(mended, of(1000.0))
+    assert resolve(change(wrong, cluster__device="cpu"), NONE).cluster.device == "cpu"
+
+
+@pytest.mark.parametrize(
+    "keys", [{"head_dim": 80}, {"head_dim": 192, "v_head_dim": 128}, {"select_block": 128}], ids=str
+)
+def test_odd_sizes_that_the_kernels_take_are_let_through(keys: dict[str, Any]) -> None:
+    assert resolve_device(nsa(**keys), of(1000.0)).cluster.device == "cuda"
+
+
 def test_what_auto_stands_for_is_told_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     handler = logging.Handler()

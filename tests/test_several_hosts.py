@@ -17,7 +17,7 @@ from sparseray.platform.run import checkpoint
 
 pytestmark = [pytest.mark.ray, pytest.mark.long, pytest.mark.timeout(300)]
 ROLES = ("attention_workers", "expert_shards", "memory_shards", "replication")
-STEPS = 120
+STEPS = 60
 
 
 def lines(path: Path) -> list[dict[str, Any]]:

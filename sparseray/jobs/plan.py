@@ -6,7 +6,7 @@ Reads the same options as `pretrain` and makes the same plan of generation 1 fro
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from sparseray.errors import ConfigError, SchedulerLostError, UserError
@@ -177,11 +177,23 @@ def _show_devices(config: RunConfig, show: Callable[[str], None]) -> None:
             f"on the host: a checkpoint's copy takes {copied / GIB:.1f} of this machine's {host_bytes() / GIB:.0f} GiB; it is"
             f" written {when}"
         )
+        fast = device_memory(replace(config, determinism="fast"))
+        show(_of_determinism(config, (memory.total - fast.total) / GIB))
     longest = config.serve.max_model_len or config.model.max_seq_len
     show(
         f"served from a GPU: {describe_serving(serving_memory(config))}; {config.serve.max_batch} requests at once of at"
         f" most {longest:,} tokens"
     )
+
+
+def _of_determinism(config: RunConfig, gib: float) -> str:
+    """What `determinism: fast` gains a run: memory of sums over parts, and a faster pass of attention."""
+    if config.determinism == "fast":
+        return "determinism: fast, the bits of a second run may differ; bitwise keeps them"
+    gains = [f"{gib:.1f} GiB less for sums over parts"] if gib > 0 else []
+    if set(config.model.attention) & {"full", "mla"}:
+        gains.append("cuDNN's backward pass of full and latent attention, which has no fixed order")
+    return f"determinism: bitwise; fast would gain {' and '.join(gains) or 'nothing'}"
 
 
 def _step_times(config: RunConfig) -> str:

@@ -52,6 +52,7 @@ class ChatTemplate:
         source: a Jinja template; None for the plain one.
         special_tokens: name to text (bos_token, eos_token, ...), for the template.
         is_lacking: refuse every conversation: how the model was taught to hold one is not known.
+        begin: name of the token that stands before every text that is no conversation; empty for none.
 
     Raises:
         CheckpointError: the template is not Jinja, or reads files.
@@ -63,7 +64,9 @@ class ChatTemplate:
         special_tokens: Mapping[str, str] | None = None,
         *,
         is_lacking: bool = False,
+        begin: str = "",
     ) -> None:
+        self.begin = begin
         self.source, self._special_tokens, self._is_lacking = source, dict(special_tokens or {}), is_lacking
         self.stops = (CHAT_STOP,) if source is None else ()
         self._template = None if source is None else Template(source)
@@ -91,13 +94,14 @@ class ChatTemplate:
             texts = {name: one["content"] if isinstance(one, dict) else one for name, one in tokens.items()}
             if not isinstance(source, str | None) or not all(isinstance(one, str) for one in texts.values()):
                 raise ValueError(f"{TOKENIZER_CONFIG} has a template or a token that is no text")
+            begin = texts.get("bos_token", "") if config.get("add_bos_token") else ""
         except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
             raise CheckpointError(
                 f"cannot read the chat template of {directory} ({error}); mend {TOKENIZER_CONFIG} or {CHAT_TEMPLATE}"
             ) from error
         is_lacking = source is None and (directory / HUB_CONFIG).exists()
         try:
-            found = cls(source, texts, is_lacking=is_lacking)
+            found = cls(source, texts, is_lacking=is_lacking, begin=begin)
             found._try()
         except (CheckpointError, SecurityError) as error:
             raise CheckpointError(

@@ -49,12 +49,13 @@ class Vocabulary:
             would forge the end of a document. Other added tokens are found here instead of by the library, so that a
             chat can keep them out of what people write: DeepSeek's marks of turns are such.
         eos_id: token that ends a document.
+        begin: name of the added token that stands before every text; empty for none.
 
     Raises:
         ConfigError: the tokenizer is not byte-level.
     """
 
-    def __init__(self, tokenizer: Tokenizer, eos_id: int) -> None:
+    def __init__(self, tokenizer: Tokenizer, eos_id: int, begin: str = "") -> None:
         decoder = json.loads(tokenizer.to_str()).get("decoder") or {}
         kinds = [decoder.get("type"), *(part.get("type") for part in decoder.get("decoders", ()))]
         if "ByteLevel" not in kinds:
@@ -67,6 +68,7 @@ class Vocabulary:
         self._added = tokenizer.get_added_tokens_decoder()
         self._alphabet = _byte_of_character()
         self._ids = {str(one.content): token for token, one in self._added.items()}
+        self.begin = (self._ids[begin],) if begin in self._ids else ()
         plain = [str(one.content) for one in self._added.values() if not one.special]
         tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in plain])
         self._every_name, self._plain_name = _one_of(self._ids), _one_of(plain)
