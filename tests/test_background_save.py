@@ -5,6 +5,7 @@ import threading
 import pytest
 import torch
 
+from sparseray.actors.state.kept_rows import KeptRows
 from sparseray.actors.training import background_save
 from sparseray.actors.training.background_save import BackgroundSave, Files
 from sparseray.actors.wire.messages import SavedTensor
@@ -110,3 +111,24 @@ def test_a_host_without_memory_to_pin_costs_the_checkpoint_alone(monkeypatch: py
     assert done.wait(10.0)
     found = saving.take()
     assert found is not None and found[0] == 4 and "out of memory" in found[1].error
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_rows_are_kept_no_longer_than_they_are_copied(monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
+    ended: list[KeptRows] = []
+    kept = KeptRows({}, ended.append)
+    already: list[int] = []
+
+    def write(file: str, tensors: dict[str, torch.Tensor]) -> dict[str, SavedTensor]:
+        already.append(len(ended))
+        return {}
+
+    def full(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        raise RuntimeError("CUDA error: out of memory")
+
+    if fails:
+        monkeypatch.setattr(background_save, "_host_memory", full)
+    saving = BackgroundSave()
+    saving.start(1, files(1.0), write, kept)
+    saving.forget()
+    assert ended == [kept] and already == ([] if fails else [1, 1])
