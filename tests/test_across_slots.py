@@ -158,7 +158,7 @@ def test_slots_come_and_go_while_training_goes_on(
 
 
 class Dies:
-    """Ends a slot as SIGKILL does, in its n-th call of a method in a step.
+    """Ends a slot as SIGKILL does, in its n-th call of a method from a step on.
 
     Args:
         of, method: whose call.
@@ -178,7 +178,7 @@ class Dies:
 
         def call(me: Any, *args: Any, **named: Any) -> Any:
             slot = me.mailbox.slot if hasattr(me, "mailbox") else me.me
-            if self.now == self.step and slot == self.slot and not self.done:
+            if self.now >= self.step and slot == self.slot and not self.done:
                 self.calls += 1
                 if self.calls == self.call:
                     self.done = True

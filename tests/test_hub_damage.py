@@ -228,6 +228,13 @@ def test_a_target_that_cannot_be_written_is_refused(folder: Path, refused: Refus
     )
 
 
+def test_names_that_no_file_can_have_are_refused(folder: Path, refused: Refused) -> None:
+    for long in (folder.parent / ("x" * 300), folder.parent / ("x/" * 3000)):
+        assert "give another name" in refused("import", "--from", folder, "--out", long)
+        assert "is not a folder" in refused("import", "--from", long, "--out", folder.parent / "out")
+        assert "give another name" in refused("export", "--checkpoint", folder, "--out", long)
+
+
 def test_a_disk_without_room_is_seen_before_or_while_writing(
     folder: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:

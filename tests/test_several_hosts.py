@@ -15,7 +15,7 @@ from processes import start, wait_until
 from sparseray.platform.config import save_yaml
 from sparseray.platform.run import checkpoint
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.ray, pytest.mark.long, pytest.mark.timeout(300)]
 ROLES = ("attention_workers", "expert_shards", "memory_shards", "replication")
 STEPS = 60
 

@@ -145,7 +145,13 @@ def check_new(out: Path) -> None:
     Raises:
         ConfigError: naming it.
     """
-    if out.exists():
+    try:
+        is_there = out.exists()
+    except OSError as error:
+        raise ConfigError(
+            f"--out {str(out)[:80]} cannot be a folder ({error.strerror}); give another name"
+        ) from None
+    if is_there:
         raise ConfigError(f"--out {out} exists already; give a new folder, or remove it")
 
 
@@ -169,7 +175,8 @@ def unfinished_folder(out: Path, num_bytes: int) -> Iterator[Path]:
         free = shutil.disk_usage(unfinished).free
         if free < num_bytes + SPARE_BYTES:
             raise CheckpointError(
-                f"--out {out} needs {num_bytes / 1e9:.2f} GB and there are {free / 1e9:.2f} GB; free space or name another disk"
+                f"--out {out} needs {(num_bytes + SPARE_BYTES) / 1e6:,.0f} MB and there are {free / 1e6:,.0f} MB; free space or"
+                " name another disk"
             )
         yield unfinished
     except OSError as error:

@@ -89,31 +89,41 @@ class Group:
                 wait_for_workers=False,
                 master_listen_fd=listening,
             )
-            self._backend = self._nccl() if self.device.type == "cuda" else self._gloo()
+            if self.device.type == "cuda":
+                self._connect_nccl()
+            else:
+                self._connect_gloo()
         except RuntimeError as error:
             self.failure = error
         finally:
             self._formed.set()
 
-    def _gloo(self) -> Any:
+    def _connect_gloo(self) -> None:
         from torch.distributed import ProcessGroupGloo
 
         options: Any = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         options._devices = [ProcessGroupGloo.create_device(hostname=self.host)]
         options._timeout = timedelta(seconds=FORM_S)
-        return ProcessGroupGloo(self._store, self.rank, self.size, options)  # type: ignore[arg-type]
+        self._backend = ProcessGroupGloo(self._store, self.rank, self.size, options)  # type: ignore[arg-type]
 
-    def _nccl(self) -> Any:
+    def _connect_nccl(self) -> None:
+        """Have all ways open, too: NCCL opens them at first use, and the host would wait for the others in it."""
         from torch.distributed import ProcessGroupNCCL  # which torch for CPUs alone has not
 
         for name, value in {**_NCCL_SETTINGS, "NCCL_SOCKET_IFNAME": f"={_interface_of(self.host)}"}.items():
             os.environ.setdefault(name, value)
         options = ProcessGroupNCCL.Options()
         options._timeout = _NEVER
-        backend = ProcessGroupNCCL(self._store, self.rank, self.size, options)  # type: ignore[arg-type]
         torch.cuda.set_device(self.device)
-        backend.eager_connect_single_device(self.device)
-        return backend
+        self._backend = ProcessGroupNCCL(self._store, self.rank, self.size, options)  # type: ignore[arg-type]
+        self._backend.eager_connect_single_device(self.device)
+        stream = torch.cuda.Stream(self.device)
+        with torch.cuda.stream(stream):
+            sent = torch.zeros(self.size, dtype=torch.uint8, device=self.device)
+            # Who aborts finds the communicator from here on.
+            if not self._is_ended:
+                self._backend.alltoall_base(torch.empty_like(sent), sent, [], []).wait()
+                stream.synchronize()
 
     def start(self, sent: Tensor, into: Tensor, to: list[int], of: list[int]) -> Any:
         """Begin to give every slot its share; returns torch's `Work`.
@@ -149,14 +159,22 @@ class Group:
         threading.Thread(target=self._end, daemon=True, name="group end").start()
 
     def _end(self) -> None:
-        self._formed.wait()
-        if self._backend is not None:
-            # Of NCCL this frees what waits on the device; gloo has nothing like it: what is in flight has a bound.
-            self._backend.abort()
-        if self._last:
-            with contextlib.suppress(RuntimeError):
+        """Of NCCL an abort frees what waits on the device; gloo has nothing like it: what is in flight has a bound."""
+        if not self.is_formed:
+            self._abort_backend()
+            self._formed.wait()
+        self._abort_backend()
+        with contextlib.suppress(RuntimeError):
+            if self._last:
                 self._last[0].wait()
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
         self._last, self._backend, self._store = (), None, None
+
+    def _abort_backend(self) -> None:
+        with contextlib.suppress(RuntimeError):
+            if self._backend is not None:
+                self._backend.abort()
 
 
 def _interface_of(host: str) -> str:
