@@ -59,7 +59,9 @@ def test_the_number_of_slots_changes_no_bit(
     assert [group.size for group in groups] == [slots] * slots
 
 
-@pytest.mark.parametrize(("attention", "experts", "memory"), [(1, 2, 1), (3, 1, 2)])
+@pytest.mark.parametrize(
+    ("attention", "experts", "memory"), [(1, 2, 1), pytest.param(3, 1, 2, marks=pytest.mark.long)]
+)
 def test_slots_with_some_of_the_roles_change_no_bit(
     attention: int, experts: int, memory: int, corpus: Path, one: dict[int, Trained], tmp_path: Path
 ) -> None:
@@ -118,8 +120,22 @@ MOMENTS = {
 }
 
 
-@pytest.mark.parametrize("slot", [0, pytest.param(2, marks=pytest.mark.long)])
-@pytest.mark.parametrize("moment", MOMENTS)
+# At these the survivors are in a collective or about to be, as at others, which test_across_slots.py has without one.
+IN_COLLECTIVES = ["forward", "before a collective", "after telling how much there is", "commit"]
+
+
+@pytest.mark.parametrize(
+    ("moment", "slot"),
+    [
+        *((moment, 0) for moment in IN_COLLECTIVES),
+        *(
+            pytest.param(moment, 0, marks=pytest.mark.long)
+            for moment in MOMENTS
+            if moment not in IN_COLLECTIVES
+        ),
+        *(pytest.param(moment, 2, marks=pytest.mark.long) for moment in MOMENTS),
+    ],
+)
 def test_a_kill_at_any_moment_changes_no_bit_and_loses_no_step(
     moment: str,
     slot: int,
