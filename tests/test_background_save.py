@@ -5,6 +5,7 @@ import threading
 import pytest
 import torch
 
+from sparseray.actors.state.kept_rows import KeptRows
 from sparseray.actors.training import background_save
 from sparseray.actors.training.background_save import BackgroundSave, Files
 from sparseray.actors.wire.messages import SavedTensor
@@ -128,3 +129,24 @@ def test_a_gpu_may_change_what_is_saved_as_soon_as_it_is_copied(
         for (_, found, _), (_, wanted) in zip(taken.written[-2:], files(float(step)).items()):
             assert all(torch.equal(found[name], wanted[name]) for name in wanted)
             assert not any(tensor.is_cuda for tensor in found.values())
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_rows_are_kept_no_longer_than_they_are_copied(monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
+    ended: list[KeptRows] = []
+    kept = KeptRows({}, ended.append)
+    already: list[int] = []
+
+    def write(file: str, tensors: dict[str, torch.Tensor]) -> dict[str, SavedTensor]:
+        already.append(len(ended))
+        return {}
+
+    def full(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        raise RuntimeError("CUDA error: out of memory")
+
+    if fails:
+        monkeypatch.setattr(background_save, "_host_memory", full)
+    saving = BackgroundSave()
+    saving.start(1, files(1.0), write, kept)
+    saving.forget()
+    assert ended == [kept] and already == ([] if fails else [1, 1])

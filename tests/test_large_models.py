@@ -22,6 +22,7 @@ from sparseray.actors.state.slab import MOMENTS, ExpertSlab
 from sparseray.errors import ConfigError
 from sparseray.jobs import plan
 from sparseray.model.config import DSEConfig
+from sparseray.model.init import initial_tensor, room_for
 from sparseray.platform.config import RunConfig, load_yaml
 from sparseray.platform.device import GIB, resolve_device
 from sparseray.platform.gpu import Driver, Gpu
@@ -100,6 +101,20 @@ def test_dense_weights_that_have_changed_are_drawn_anew(change: Callable[[Holdin
     held.initialize([DENSE])
     wanted = [p.detach() for p in DenseState(PLAIN, None, **ADAM).parameters]
     assert all(map(torch.equal, weights(held), wanted))
+
+
+def test_values_are_drawn_to_the_same_bits_wherever_they_go() -> None:
+    held = ExpertShard(PLAIN, **ADAM)
+    held.initialize([(0, 2), (1, 5)])
+    for key in held.held:
+        for name, value in held.tensors([key], with_optimizer=False).items():
+            assert torch.equal(value, initial_tensor(name, value.shape, seed=3, std=PLAIN.init_std))
+    # What is on a device, or in another dtype, is drawn aside, in memory that serves the next tensor too.
+    large, small = torch.empty(40, 50, dtype=torch.bfloat16), torch.empty(7, 3, dtype=torch.bfloat16)
+    rooms = [room_for(large), room_for(small)]
+    assert rooms[0].data_ptr() == rooms[1].data_ptr() and rooms[1].shape == small.shape
+    drawn = initial_tensor("a", (7, 3), seed=1, std=0.5, room=rooms[1])
+    assert torch.equal(drawn, initial_tensor("a", (7, 3), seed=1, std=0.5))
 
 
 def test_a_large_checkpoint_is_waited_for_as_long_as_a_slow_disk_takes() -> None:

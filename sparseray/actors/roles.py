@@ -332,7 +332,8 @@ class Roles:
         assert self.plan is not None
         files, write = self._files(self.plan), partial(self.job.write, message.body.directory)
         if message.body.in_background:
-            self.saving.start(message.step, files, write)
+            assert self.holdings is not None
+            self.saving.start(message.step, files, write, self.holdings.begin_copy())
             return
         self.saving.forget()
         entries = {name: entry for file, found in files.items() for name, entry in write(file, found).items()}
@@ -363,7 +364,8 @@ class Roles:
             self.mailbox.post(SCHEDULER, Offered(step=step, address=job.offer(step, tensors)), step=step)
             return {}
 
-        self.offering.start(step, {"": self.holdings.tensors(pieces, with_optimizer=False)}, keep)
+        tensors = self.holdings.tensors(pieces, with_optimizer=False)
+        self.offering.start(step, {"": tensors}, keep, self.holdings.begin_copy())
 
     def _withdraw(self, _: Message[Withdraw]) -> None:
         self.offering.forget()

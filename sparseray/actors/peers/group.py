@@ -164,11 +164,10 @@ class Group:
             self._abort_backend()
             self._formed.wait()
         self._abort_backend()
+        # The device is not waited for: who goes on alone may be recording a graph there.
         with contextlib.suppress(RuntimeError):
             if self._last:
                 self._last[0].wait()
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
         self._last, self._backend, self._store = (), None, None
 
     def _abort_backend(self) -> None:

@@ -19,7 +19,7 @@ from sparseray.actors.state.tree import TreeSum
 from sparseray.kernels.moe import grouped
 from sparseray.kernels.ops import REFERENCE, Ops
 from sparseray.model.config import ModelConfig
-from sparseray.model.init import EXPERT_PARTS, draw_each, expert_name, expert_shape, initial_expert
+from sparseray.model.init import EXPERT_PARTS, draw_each, expert_name, expert_shape, initial_tensor, room_for
 
 
 @dataclass(frozen=True)
@@ -111,10 +111,10 @@ class ExpertShard:
         self._take(keys, step)
 
         def draw(key: Key) -> None:
-            slab, layer = self.slabs[key[0]], self.config.moe_layers[key[0]]
-            drawn = initial_expert(self.config, layer, key[1], seed=self.seed)
-            for matrix, value in zip(slab.matrices(slab.weights, key[1]), drawn.values()):
-                matrix.copy_(value)
+            slab = self.slabs[key[0]]
+            for name, matrix in zip(self.names(key), slab.matrices(slab.weights, key[1])):
+                room, std = room_for(matrix), self.config.init_std
+                matrix.copy_(initial_tensor(name, matrix.shape, seed=self.seed, std=std, room=room))
 
         draw_each(draw, keys)
         self._refresh()

@@ -12,6 +12,7 @@ import torch
 from sparseray.actors.state.assignment import Plan
 from sparseray.actors.state.dense import DenseState
 from sparseray.actors.state.experts import ExpertShard
+from sparseray.actors.state.kept_rows import KeptRows
 from sparseray.actors.state.memory import MemoryShard
 from sparseray.actors.state.pieces import DENSE, Piece, keys_of
 
@@ -105,6 +106,10 @@ class Holdings:
         if self.memory is not None:
             found |= self.memory.tensors(keys_of(pieces, "bucket"), with_optimizer=with_optimizer)
         return found
+
+    def begin_copy(self) -> KeptRows | None:
+        """As `MemoryShard.begin_copy`; None without memory."""
+        return None if self.memory is None else self.memory.begin_copy()
 
     def load(
         self,

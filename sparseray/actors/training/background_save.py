@@ -1,12 +1,13 @@
 """A checkpoint that is written while training goes on: a copy to host memory beside the next step, then the files.
 
-The next update waits until the copy is there; forward and backward passes only read what is copied. A GPU that has
-room keeps a copy of its own for a while, made in milliseconds; what is there then goes over a stream of its own into pinned
-memory, which takes longer than a step. Pinning takes several times as long as copying, so that is done before the first
-checkpoint falls due (`reserve`), and the memory serves all of them.
+The next update waits until the copy is there; forward and backward passes only read what is copied. A GPU that has room keeps
+a copy of its own for a while, made in milliseconds; what is there then goes over a stream of its own into pinned memory, which
+takes longer than a step. So do tables of memory rows: they change while they are copied (state/kept_rows.py), and nobody
+waits. Pinning takes several times as long as copying, so that is done before the first checkpoint falls due (`reserve`), and the
+memory serves all of them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sparseray.actors.state.kept_rows import KeptRows
 from sparseray.actors.wire.messages import Saved, SavedTensor
 from sparseray.errors import UserError
 
@@ -49,13 +51,14 @@ class BackgroundSave:
             self._kinds, self._host = _kinds(files), None
             self._host = self._pool.submit(_host_memory, _flat(files))
 
-    def start(self, step: int, files: Files, write: Write) -> None:
+    def start(self, step: int, files: Files, write: Write, kept: KeptRows | None = None) -> None:
         """Begin to copy and write; what is under way is waited for and forgotten.
 
         Args:
             step: that `Saved` shall name.
             files: tensors by file and logical name, as they shall be saved; they may change after `wait_until_copied`.
             write: writes one file.
+            kept: of those that may change at once.
         """
         self.forget()
         device = next((t.device for t in _flat(files) if t.is_cuda), None)
@@ -63,11 +66,13 @@ class BackgroundSave:
             # One for all checkpoints: torch keeps what it freed for the stream that it was taken on.
             self._stream = self._stream or torch.cuda.Stream(device)
             self._stream.wait_stream(torch.cuda.current_stream(device))
-        host = self._host if self._kinds == _kinds(files) else None
-        copied = self._pool.submit(_copy, _flat(files), host, self._stream)
+        tensors, host = _flat(files), self._host if self._kinds == _kinds(files) else None
+        places: Container[str] = () if kept is None else kept.places
+        names = [name for found in files.values() for name in found]
+        still = [i for i, name in enumerate(names) if name not in places]
+        copied = self._pool.submit(_copy, tensors, still, host, self._stream)
         self._copied, self._step = copied, step
-        names = {file: list(tensors) for file, tensors in files.items()}
-        self._written = self._pool.submit(_write, names, copied, self._stream, write)
+        self._written = self._pool.submit(_write, files, copied, kept, self._stream, write)
 
     def wait_until_copied(self) -> None:
         """Return once nothing is read any more of what was to be saved."""
@@ -116,38 +121,32 @@ def _host_memory(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 @dataclass(frozen=True)
 class _Copies:
-    """Copies of tensors, each on the GPU for now or in `host` already, where all shall be."""
+    """Host memory for all tensors, and copies that the GPU keeps of some for now, by position."""
 
-    now: list[Tensor]
     host: list[Tensor]
-
-    def bring(self, stream: torch.cuda.Stream | None) -> list[Tensor]:
-        """Return them in host memory; what the GPU kept is free from then on.
-
-        Args:
-            stream: that they were made on.
-        """
-        if any(now is not own for now, own in zip(self.now, self.host)):
-            _transfer(self.now, self.host, stream)
-            self.now[:] = self.host
-        return self.host
+    aside: dict[int, Tensor]
 
 
 def _copy(
-    tensors: Sequence[Tensor], reserved: Future[list[Tensor]] | None, stream: torch.cuda.Stream | None
+    tensors: Sequence[Tensor],
+    still: Sequence[int],
+    reserved: Future[list[Tensor]] | None,
+    stream: torch.cuda.Stream | None,
 ) -> _Copies:
-    """Copies of tensors as they are for what is next on a stream."""
-    host = _host_memory(tensors) if reserved is None else reserved.result()
-    if stream is None or not _has_room(tensors, stream.device):
-        _transfer(tensors, host, stream)
-        return _Copies(list(host), host)
-    with torch.cuda.stream(stream):
-        now = [tensor.detach().clone() if tensor.is_cuda else own for tensor, own in zip(tensors, host)]
-    for own, tensor in zip(host, tensors, strict=True):
-        if not tensor.is_cuda:
-            own.copy_(tensor.detach())
-    stream.synchronize()
-    return _Copies(now, host)
+    """Copy those that change only later, as they are for what is next on a stream.
+
+    Args:
+        tensors: all of them.
+        still: positions of these.
+        reserved: host memory of all, if there is some.
+        stream: of a GPU.
+    """
+    host, aside = _host_memory(tensors) if reserved is None else reserved.result(), dict[int, Tensor]()
+    if stream is not None and _has_room(tensors, stream.device):
+        with torch.cuda.stream(stream):
+            aside = {i: tensors[i].detach().clone() for i in still if tensors[i].is_cuda}
+    _transfer([(host[i], tensors[i]) for i in still if i not in aside], stream)
+    return _Copies(host, aside)
 
 
 def _has_room(tensors: Sequence[Tensor], device: torch.device) -> bool:
@@ -158,30 +157,65 @@ def _has_room(tensors: Sequence[Tensor], device: torch.device) -> bool:
     return free - needed > LEFT_FREE * total
 
 
-def _transfer(tensors: Sequence[Tensor], into: Sequence[Tensor], stream: torch.cuda.Stream | None) -> None:
-    """Copy tensors, and return when that is done.
+def _transfer(pairs: Sequence[tuple[Tensor, Tensor]], stream: torch.cuda.Stream | None) -> None:
+    """Copy tensors, and return when that is done and all else on the stream.
 
     Args:
-        tensors: on a GPU or not.
-        into: host memory, as many.
+        pairs: host memory, and what goes there.
         stream: of the copies from a GPU.
     """
     with nullcontext() if stream is None else torch.cuda.stream(stream):
-        for own, tensor in zip(into, tensors, strict=True):
+        for own, tensor in pairs:
             own.copy_(tensor.detach(), non_blocking=True)
     if stream is not None:
         stream.synchronize()
 
 
 def _write(
-    names: dict[str, list[str]], copied: Future[_Copies], stream: torch.cuda.Stream | None, write: Write
+    files: Files,
+    copied: Future[_Copies],
+    kept: KeptRows | None,
+    stream: torch.cuda.Stream | None,
+    write: Write,
 ) -> Saved:
     try:
-        copies = iter(copied.result().bring(stream))
-        files = {file: dict(zip(found, copies)) for file, found in names.items()}
+        host = _brought(files, copied, kept, stream)
         return Saved(
-            tensors={k: v for file, tensors in files.items() for k, v in write(file, tensors).items()}
+            tensors={k: v for file, tensors in host.items() for k, v in write(file, tensors).items()}
         )
     except (OSError, UserError, RuntimeError) as error:
         # The last of them where the host has no memory left that can be pinned.
         return Saved(tensors={}, error=" ".join(str(error).split()))
+
+
+def _brought(
+    files: Files, copied: Future[_Copies], kept: KeptRows | None, stream: torch.cuda.Stream | None
+) -> Files:
+    """All copies in host memory: bring what the GPU kept, and copy what changes meanwhile."""
+    try:
+        copies = copied.result()
+        _transfer([(copies.host[i], tensor) for i, tensor in copies.aside.items()], stream)
+        copies.aside.clear()
+        room = iter(copies.host)
+        host = {file: dict(zip(found, room)) for file, found in files.items()}
+        if kept is not None:
+            _copy_changing(files, host, kept)
+        return host
+    finally:
+        # Before the files are written, which takes many steps.
+        if kept is not None:
+            kept.end()
+
+
+def _copy_changing(files: Files, host: Files, kept: KeptRows) -> None:
+    """Copy what is written over meanwhile, and put back what it was when the copy began.
+
+    Args:
+        files: of the checkpoint.
+        host: memory for copies of all.
+        kept: rows that were written over.
+    """
+    for file, tensors in files.items():
+        changing = {name: host[file][name] for name in tensors if name in kept.places}
+        _transfer([(own, tensors[name]) for name, own in changing.items()], None)
+        kept.put_back(changing)
