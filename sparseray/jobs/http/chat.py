@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
-from jinja2.sandbox import SecurityError
+from jinja2.exceptions import SecurityError
 
 from sparseray.errors import CheckpointError
 from sparseray.jobs.http.api_error import ApiError
