@@ -80,9 +80,9 @@ SIZES = {
     "gpu": Size(
         trained=2048,
         factor=4,
-        batch=32,
-        drilled=300,
-        steps=(2500, 1000),
+        batch=8,
+        drilled=1500,
+        steps=(8000, 4000),
         amount=1.0,
         keys={
             "model.hidden": 256,
@@ -181,7 +181,9 @@ class Course:
             "train.seq_len": size.trained,
             "train.sequences_per_shard": size.batch,
             "train.steps": size.steps[0],
-            "optim.lr": 0.002,
+            # What copies appears at once, after steps that nobody can foretell; until then a rate that falls is lost time.
+            "optim.schedule": "constant",
+            "optim.lr": 0.0015,
             "optim.warmup_steps": 100,
             "data.mixture": mixture,
         }
@@ -202,6 +204,7 @@ class Course:
             "train.seq_len": size.long,
             "train.sequences_per_shard": max(1, size.batch // size.factor),
             "train.steps": size.steps[1],
+            "optim.schedule": "cosine",
             "optim.lr": 0.001,
             "optim.warmup_steps": 20,
             "data.mixture": "[far=0.8 near=0.2]",

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sparseray.actors.serving.drafting_engine import DraftingEngine
 from sparseray.actors.serving.drafting_model import DraftingModel
-from sparseray.actors.serving.paged_engine import PagedEngine
+from sparseray.actors.serving.paged_engine import PREFILL_ROWS, PagedEngine
 from sparseray.actors.serving.text_request import GenerationRequest
 from sparseray.actors.state.dense_slab import computes_in_fp32
 from sparseray.kernels.launch import launch_kernel
@@ -26,7 +26,6 @@ from sparseray.model.config import ModelConfig
 from sparseray.model.moe import LocalExperts
 from sparseray.model.transformer import Transformer
 from sparseray.platform.config import load_yaml
-from sparseray.platform.fleet.job import PREFILL_ROWS
 
 ROOT = Path(__file__).resolve().parent.parent
 

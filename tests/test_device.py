@@ -44,7 +44,8 @@ def cured(config: RunConfig, message: str) -> RunConfig:
     cure = message.rpartition("; ")[2].split(", or ")[0]
     for name, text in re.findall(r"([\w.]+)=([\w.]+)", cure):
         section, _, key = name.partition(".")
-        value: Any = {"true": True, "false": False}.get(text, int(text) if text.isdigit() else text)
+        number = (int(text) if text.isdigit() else float(text)) if text[0].isdigit() else text
+        value: Any = {"true": True, "false": False}.get(text, number)
         config = change(config, **{f"{section}__{key}" if key else section: value})
     return config
 

@@ -93,16 +93,31 @@ def test_cached_decoding_equals_the_full_forward_pass(
     torch.testing.assert_close(torch.cat(rows).cpu(), wanted, rtol=2e-3, atol=2e-3)
 
 
+WAYS: dict[str, dict[str, Any]] = {
+    "drawn": {"temperature": 1.0},
+    "cut": {"temperature": 0.9, "top_p": 0.9, "top_k": 20, "min_p": 0.01},
+    "penalised": {"temperature": 0.8, "repetition_penalty": 1.3, "frequency_penalty": 0.2, "presence_penalty": 0.1},
+    "biased": {"temperature": 0.7, "logit_bias": ((5, 2.0), (9, -3.0)), "logprobs": 2},
+}  # fmt: skip
+
+
 def test_tokens_do_not_depend_on_the_company(parts: Parts, on_gpu: tuple[Transformer, LocalExperts]) -> None:
-    request = request_of("a", prompt_of(90, 11), temperature=1.0, seed=5, max_tokens=30)
-    engine = engine_of(parts, on_gpu)
-    engine.add(request)
-    alone = tokens_of(finish(engine)["a"])
-    for company in (1, 6, 15):
+    engine, here = engine_of(parts, on_gpu), paged(parts)
+    asked = [request_of(name, prompt_of(90, 11), seed=5, max_tokens=30, **way) for name, way in WAYS.items()]
+    alone = {}
+    for request in asked:
+        engine.add(request)
+        here.add(request)
+        alone |= {name: tokens_of(events) for name, events in finish(engine).items()}
+    on_cpu = finish(here)
+    for company in (1, 6, 11):
         for index in range(company):
             engine.add(request_of(str(index), prompt_of(7 * index + 3, index), temperature=1.0, seed=index))
-        engine.add(request)
-        assert tokens_of(finish(engine)["a"]) == alone
+        for request in asked:
+            engine.add(request)
+        found = finish(engine)
+        assert {name: tokens_of(found[name]) for name in WAYS} == alone
+    assert {name: tokens_of(on_cpu[name]) for name in WAYS} == alone
 
 
 def test_prompts_that_graphs_read_give_the_texts_of_prompts_read_without() -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from local_cluster import MODEL, LocalFleet, tiny_run, train
 from processes import kill_all, start, temporary_folder, wait_until
+from test_whole_slot import seeds_apart
 
 from sparseray.actors.training import worker
 from sparseray.actors.training.part_graph import PartGraph, graph_of
@@ -66,6 +67,11 @@ def test_the_curve_is_that_of_a_cpu(corpus: Path, tmp_path: Path, dtype: str, to
     for a, b in zip(ours.curve, theirs.curve, strict=True):
         assert a[0] == pytest.approx(b[0], rel=tolerance)
         assert a[2] == pytest.approx(b[2], rel=20 * tolerance)
+
+
+def test_bfloat16_ends_beside_fp32_within_what_seeds_differ_by(corpus: Path, tmp_path: Path) -> None:
+    differs, noise = seeds_apart(run_on("cuda", corpus, steps=40), tmp_path)
+    assert 0.0 < differs < noise
 
 
 @pytest.mark.parametrize(

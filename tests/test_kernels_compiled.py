@@ -18,7 +18,8 @@ from sparseray.kernels.settings import NSASizes
 TINY = NSASizes(block=16, stride=8, select_block=16, num_selected=4, window=32)
 ODD = NSASizes(block=8, stride=4, select_block=12, num_selected=3, window=7, num_local=1)
 FREE = NSASizes(block=4, stride=4, select_block=8, num_selected=2, window=1, num_initial=0, num_local=1)
-SHAPES = [(TINY, 32, (8, 2), (16, 16)), (ODD, 24, (4, 2), (12, 20)), (FREE, 8, (3, 3), (10, 3))]
+# Loops are compiled for each pair of head sizes; the second pair is that of a model in test_model_cache.py.
+SHAPES = [(TINY, 32, (8, 2), (16, 16)), (ODD, 24, (4, 2), (16, 12)), (FREE, 8, (3, 3), (10, 13))]
 LENS, NEW = [150, 1, 33, 70, 8], [40, 1, 33, 1, 3]
 
 

@@ -102,8 +102,10 @@ def test_bits_of_a_sequence_depend_neither_on_its_company_nor_on_the_workspace()
         assert torch.equal(case.run(slice(b, b + 1), longest=200 + 300 * b)[0], together[b])
 
 
-def test_decoding_with_the_spans_as_they_are() -> None:
-    case = Case([300, 257], 1, (2, 1), (32, 32), 64)
+@pytest.mark.parametrize("dims", [(32, 32), (80, 80), (192, 128)], ids=str)
+def test_decoding_with_the_spans_as_they_are(dims: tuple[int, int]) -> None:
+    """Also of widths that are no power of two."""
+    case = Case([300, 257], 1, (2, 1), dims, 64)
     torch.testing.assert_close(case.run().double(), case.wanted(), rtol=1e-4, atol=1e-5)
 
 

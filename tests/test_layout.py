@@ -32,6 +32,7 @@ FLOORS = {
         "planning",
         "run",
         "gpu",
+        "kernels_fit",
         "device",
         "reachable",
         "checks",

@@ -181,5 +181,7 @@ def test_a_head_wider_than_the_kernels_take_is_refused_with_the_cure() -> None:
     sizes = SMALL.nsa.sizes
     q, k, v = (torch.zeros(1, 8, heads, 208, device=DEVICE) for heads in (2, 1, 1))
     keys = BranchKeys(k_cmp=k[:, :3], v_cmp=v[:, :3], k_slc=k, v_slc=v, k_win=k, v_win=v)
-    with pytest.raises(ConfigError, match=r"at most 192 channels, not 208; lower model.head_dim"):
+    with pytest.raises(
+        ConfigError, match=r"at most 192 channels, not 208; set model\.head_dim=128 and model\.v_head_dim=128"
+    ):
         TRITON.nsa_attention(q, keys, torch.zeros(1, 8, 2, 3, device=DEVICE), sizes)

@@ -1,5 +1,6 @@
 """The `plan` command: what it shows is the plan that `pretrain` would start with, and it starts nothing."""
 
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -132,6 +133,38 @@ def test_a_terminal_gets_a_drawn_table(
 def test_shards_are_named_in_short() -> None:
     assert command.ranges([]) == "-"
     assert command.ranges([0, 1, 2, 5, 7, 8]) == "0-2, 5, 7-8"
+
+
+GPU_CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.yaml") if "cuda" in path.read_text())
+
+
+@pytest.mark.parametrize("name", GPU_CONFIGS)
+def test_a_configuration_for_a_gpu_tells_what_is_taken_of_one(
+    capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    file = ["--config", str(ROOT / "configs" / f"{name}.yaml")]
+    code, out, err = run(capsys, *file)
+    assert (code, err) == (0, "")
+    lines = {line.partition(":")[0]: line for line in out.splitlines()}
+    shares = dict(re.findall(r"([A-Za-z ]+) (\d+\.\d)[,)]", lines["on the device"].partition("(")[2]))
+    assert {"weights", "moments", "gradients", "activations", "CUDA"} <= {name.strip() for name in shares}
+    total = float(lines["on the device"].split("about ")[1].split()[0])
+    assert total == pytest.approx(sum(map(float, shares.values())), abs=0.4) and total < 80
+    assert "caches of the longest request" in lines["served from a GPU"]
+    _, again, _ = run(capsys, *file, "--train.recompute", "true")
+    (less,) = (line for line in again.splitlines() if line.startswith("on the device"))
+    assert float(less.split("about ")[1].split()[0]) < 0.85 * total
+
+
+def test_what_the_fast_order_gains_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    def line(name: str, *options: str) -> str:
+        _, out, _ = run(capsys, "--config", str(ROOT / "configs" / f"{name}.yaml"), *options)
+        return next(text for text in out.splitlines() if text.startswith("determinism"))
+
+    assert "5.6 GiB less for sums over parts and cuDNN's backward pass" in line("1b")
+    assert "bitwise; fast would gain nothing" in line("1b_nsa")
+    assert "bitwise keeps them" in line("1b_full")
+    assert "cuDNN" in line("1b_full", "--determinism", "bitwise")
 
 
 def test_it_starts_nothing(capsys: pytest.CaptureFixture[str]) -> None:

@@ -34,6 +34,13 @@ def test_bytes_of_a_piece_are_those_of_weights_and_moments() -> None:
         assert sum(buckets) == number * row and spread(buckets) <= row
 
 
+def test_bfloat16_moments_take_half_the_bytes_of_fp32_ones() -> None:
+    exact, half = (piece_bytes(preset("tiny"), [100], 10, moments) for moments in ("float32", "bfloat16"))
+    for piece in (("dense", 0, 0), ("expert", 0, 3)):
+        assert half(piece) * 12 == exact(piece) * 8
+    assert half(("bucket", 0, 0)) == exact(("bucket", 0, 0))
+
+
 def test_bfloat16_rows_have_half_the_bytes_in_a_plan() -> None:
     exact = preset("tiny")
     half = replace(exact, dse=replace(exact.dse, row_dtype="bfloat16"))

@@ -9,6 +9,7 @@ import torch
 from test_state_memory import model_of
 
 from sparseray.actors.state import staged_memory
+from sparseray.actors.state.kept_rows import KeptRows
 from sparseray.actors.state.memory import MemoryShard
 from sparseray.actors.state.staged_memory import StagedMemory
 from sparseray.kernels.dse.cpu import segment_sum_rows
@@ -107,6 +108,36 @@ def test_rows_are_a_shards_to_the_bit_over_steps_that_share_all_some_or_no_rows(
             # A checkpoint, a move, an evaluation between two steps.
             assert same(fast, slow)
     assert same(fast, slow) and fast.updates == slow.updates == 11
+
+
+@pytest.mark.parametrize("row_dtype", ["float32", "bfloat16"])
+def test_copies_that_are_made_while_rows_change_are_those_of_their_beginning(row_dtype: str) -> None:
+    """Two of them, begun at different steps; each is copied bucket by bucket while steps go on."""
+    shard = staged(row_dtype)
+    begun: list[tuple[KeptRows, dict[str, torch.Tensor]]] = []
+    copies: list[dict[str, torch.Tensor]] = [{}, {}]
+
+    def copy(number: int, bucket: int) -> None:
+        live = shard.tensors([(0, bucket)])
+        copies[number] |= {name: tensor.clone() for name, tensor in live.items()}
+
+    for step in range(1, 8):
+        staged_step(shard, lambda of: addresses_of({}, of), step)
+        shard.apply(lr=0.01, scale=0.5)
+        if step in (2, 4):
+            kept = shard.begin_copy()
+            assert kept is not None
+            begun.append((kept, {name: tensor.clone() for name, tensor in shard.tensors(KEYS).items()}))
+        for number in range(len(begun)):
+            if step - 3 - number in range(4):
+                copy(number, step - 3 - number)
+    for (kept, wanted), found in zip(begun, copies, strict=True):
+        assert found.keys() == wanted.keys()
+        assert not all(torch.equal(found[name], wanted[name]) for name in wanted), "no row has changed"
+        kept.put_back(found)
+        kept.end()
+        assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert not shard._kept
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,17 @@
 """A run in which one slot plays all roles in slabs, as on a GPU, here in bf16 on a CPU."""
 
+import statistics
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from local_cluster import LocalFleet, Trained, tiny_run, train
 
+from sparseray.actors.training import background_save
 from sparseray.platform.composition import Run
 from sparseray.platform.config import RunConfig
 from sparseray.platform.fleet.job import SlotJob
@@ -35,6 +39,21 @@ def test_bfloat16_follows_fp32_and_comes_again_to_the_bit(corpus: Path, tmp_path
     close(runs[0], plain, 5e-3)
     assert runs[0].curve == runs[1].curve and runs[0].digest == runs[1].digest
     assert runs[0].curve != plain.curve
+
+
+def seeds_apart(config: RunConfig, folder: Path) -> tuple[float, float]:
+    """Of validation losses the largest difference between bf16 and fp32, and the deviation between fp32 runs of three seeds."""
+    found: dict[str, list[float]] = {"float32": [], "bfloat16": []}
+    for dtype, losses in found.items():
+        for seed in range(3):
+            trained = replace(config.train, dtype=dtype, seed=seed)
+            losses.append(train(folder / f"{dtype}{seed}", replace(config, train=trained)).evaluations[-1])
+    return max(abs(x - y) for x, y in zip(*found.values())), statistics.stdev(found["float32"])
+
+
+def test_bfloat16_ends_beside_fp32_within_what_seeds_differ_by(corpus: Path, tmp_path: Path) -> None:
+    differs, noise = seeds_apart(tiny_run(corpus, steps=40, **WHOLE), tmp_path)
+    assert 0.0 < differs < noise
 
 
 def test_recomputed_layers_change_no_bit(corpus: Path, tmp_path: Path) -> None:
@@ -84,6 +103,29 @@ def test_checkpoints_are_written_beside_the_steps_and_change_no_bit(corpus: Path
     assert saved.curve == plain.curve and saved.digest == plain.digest
     written = checkpoint.list_finished(saved.folder.checkpoints)
     two = train(tmp_path / "two", whole_run(corpus, steps=8), stop_after=2)
+    assert checkpoint.read_manifest(written[0])["step"] == 2
+    assert checkpoint.read_manifest(written[0])["digest"] == two.digest
+
+
+def test_steps_go_on_while_tables_are_copied_and_the_checkpoint_is_of_its_own_step(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tables of step 2 are copied when steps 3 and 4 have been applied."""
+    config = whole_run(corpus, steps=8, checkpoint_every=2, keep_checkpoints=8)
+    copy, gone_on = background_save._copy_changing, threading.Event()
+
+    def late(*arguments: Any) -> None:
+        assert gone_on.wait(60.0), "the run waits for the copy of its tables"
+        copy(*arguments)
+
+    def look(step: int, run: Run, fleet: LocalFleet) -> None:
+        if step == 5:
+            gone_on.set()
+
+    monkeypatch.setattr(background_save, "_copy_changing", late)
+    saved = train(tmp_path / "saved", config, at_step=look)
+    two = train(tmp_path / "two", whole_run(corpus, steps=8), stop_after=2)
+    written = checkpoint.list_finished(saved.folder.checkpoints)
     assert checkpoint.read_manifest(written[0])["step"] == 2
     assert checkpoint.read_manifest(written[0])["digest"] == two.digest
 

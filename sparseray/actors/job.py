@@ -15,10 +15,15 @@ from sparseray.model.transformer import Transformer
 
 
 class Job(Protocol):
-    """How to build states and engines, and where tokens and checkpoints are."""
+    """How to build states and engines, and where tokens and checkpoints are.
+
+    Attributes:
+        saves_beside: checkpoints fall due while training goes on.
+    """
 
     deadline_s: float
     is_serving: bool
+    saves_beside: bool
     is_in_rounds: bool
     part_shape: tuple[int, int]
 

@@ -73,7 +73,7 @@ class Roles:
         enter: Callable[[Message[Body]], None],
     ) -> None:
         self.mailbox, self.job_from, self.serve = mailbox, job_from, serve
-        self.committed = 0
+        self.committed, self.is_serving = 0, False
         self.plan: Plan | None = None
         self.holdings: Holdings | None = None
         self.answers: Answers | None = None
@@ -118,9 +118,11 @@ class Roles:
         self.mailbox.adopt(plan.generation)
         self.mailbox.transport.connect({**plan.addresses, SCHEDULER: body.scheduler, **ingress})
         self.worker, self.exchange, self.reduction, self.plan = None, None, None, None
+        self.peers.leave()
         self.saving.forget()
         self.offering.forget()
         self.job = self.job_from(body.job)
+        self.is_serving = self.job.is_serving
         if self.holdings is None:
             self.holdings = self.job.holdings()
         trains, mine = not self.job.is_serving, plan.pieces_of(me)
@@ -128,7 +130,7 @@ class Roles:
         if not trains:
             self._turn_to(body)
         self.answers = Answers(
-            self.holdings, self.job.observe, with_optimizer=trains, lays_open=self.peers.handle
+            self.holdings, self.job.observe, with_optimizer=trains, introduce=self.peers.introduction
         )
         call = Caller(self.mailbox, self.answers, self.serve, self.job.deadline_s)
         if body.restore is not None and body.restore.everything:
@@ -139,7 +141,10 @@ class Roles:
             self.mailbox.post(SCHEDULER, Stale(), step=self.committed)
             return
         if is_in_step(plan, self.holdings, me, trains=trains):
+            call.step = self.committed + 1
             lay_open(self.peers, plan, self.holdings, self.job.part_shape, trains=trains)
+            if trains and body.by_collectives:
+                self.peers.meet(plan, call, self.holdings.experts.device)
         self.gathering.give(self.holdings, mine, body)
         if trains or body.source is None or not isinstance(self.holdings.experts, SlabExperts):
             # An engine that sent all its weights from a device would serve nobody meanwhile.
@@ -155,6 +160,8 @@ class Roles:
                 return
         self.holdings.assign(plan, me)
         self._take_roles(plan, call)
+        if self.job.saves_beside:
+            self.saving.reserve(self._files(plan))
         self._keep_earlier(plan)
         model = None if self.worker is None else self.worker.state.model
         self.engine_role.take(self.job, model, self.exchange, self.committed, self.earlier)
@@ -322,21 +329,28 @@ class Roles:
 
     def _checkpoint(self, message: Message[SaveCheckpoint]) -> None:
         """Write what is primary here into the checkpoint's folder and report the hashes, now or when that is done."""
-        assert self.plan is not None and self.holdings is not None
-        me, directory, plan = self.mailbox.slot, message.body.directory, self.plan
-        # The generation keeps a slot that was given up and comes back from writing over another's file.
-        files = {
-            f"{file}_{me}_{plan.generation}": self.holdings.tensors(of)
-            for file, of in plan.primary_of(me).items()
-            if of
-        }
-        write = partial(self.job.write, directory)
+        assert self.plan is not None
+        files, write = self._files(self.plan), partial(self.job.write, message.body.directory)
         if message.body.in_background:
-            self.saving.start(message.step, files, write)
+            assert self.holdings is not None
+            self.saving.start(message.step, files, write, self.holdings.begin_copy())
             return
         self.saving.forget()
         entries = {name: entry for file, found in files.items() for name, entry in write(file, found).items()}
         self.mailbox.post(SCHEDULER, Saved(tensors=entries), step=message.step)
+
+    def _files(self, plan: Plan) -> dict[str, dict[str, Tensor]]:
+        """What is primary here, by the file of a checkpoint that it goes to.
+
+        The generation keeps a slot that was given up and comes back from writing over another's file.
+        """
+        assert self.holdings is not None
+        me = self.mailbox.slot
+        return {
+            f"{file}_{me}_{plan.generation}": self.holdings.tensors(of)
+            for file, of in plan.primary_of(me).items()
+            if of
+        }
 
     # -- for servers that follow the run -------------------------------------------------------
 
@@ -350,7 +364,8 @@ class Roles:
             self.mailbox.post(SCHEDULER, Offered(step=step, address=job.offer(step, tensors)), step=step)
             return {}
 
-        self.offering.start(step, {"": self.holdings.tensors(pieces, with_optimizer=False)}, keep)
+        tensors = self.holdings.tensors(pieces, with_optimizer=False)
+        self.offering.start(step, {"": tensors}, keep, self.holdings.begin_copy())
 
     def _withdraw(self, _: Message[Withdraw]) -> None:
         self.offering.forget()

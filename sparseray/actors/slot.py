@@ -43,6 +43,33 @@ def is_device_lost() -> bool:
     return False
 
 
+def device_full(error: torch.OutOfMemoryError, *, is_serving: bool) -> str:
+    """What to do about a device without memory left, as a sentence for a user.
+
+    Args:
+        error: that said so.
+        is_serving: whether a server's slot has met it.
+    """
+    cure = "lower serve.cache_gib, serve.max_batch or serve.max_model_len"
+    if not is_serving:
+        cure = "set train.recompute=true or optim.moments=bfloat16, or lower train.sequences_per_shard"
+    said = " ".join(str(error).split())
+    return f"its device has no memory left; {cure} (`python -m sparseray plan` tells what is taken). {said}"
+
+
+def told(error: Exception, *, is_serving: bool) -> Failed:
+    """What a slot says to the scheduler of what it could not do.
+
+    Args:
+        error: that ended it.
+        is_serving: whether it is a server's slot.
+    """
+    if isinstance(error, torch.OutOfMemoryError):
+        return Failed(error=device_full(error, is_serving=is_serving), user=True)
+    text = f"{type(error).__name__}: {error}"
+    return Failed(error=text, user=isinstance(error, UserError), lost=is_device_lost())
+
+
 class Slot:
     """Serves one mailbox as long as its process lives, or its lease.
 
@@ -95,8 +122,7 @@ class Slot:
             self._tell(Silent(error=str(error)))
         except Exception as error:
             log.error("slot %d failed on %s:\n%s", self.mailbox.slot, what, traceback.format_exc())
-            text = f"{type(error).__name__}: {error}"
-            self._tell(Failed(error=text, user=isinstance(error, UserError), lost=is_device_lost()))
+            self._tell(told(error, is_serving=self.roles.is_serving))
 
     def _tell(self, body: Body) -> None:
         self.mailbox.post(SCHEDULER, body, step=self.roles.committed)

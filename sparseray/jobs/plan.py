@@ -6,7 +6,7 @@ Reads the same options as `pretrain` and makes the same plan of generation 1 fro
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from sparseray.errors import ConfigError, SchedulerLostError, UserError
@@ -94,7 +94,9 @@ def show_job(job: str, show: Callable[[str], None]) -> int:
         raise ConfigError(f"{job} has no plan yet; ask again once its slots have started")
     config = configuration.from_dict(RunConfig, found["config"])
     plan = from_plain(Plan, found["plan"])
-    size = piece_bytes(config.model, table_rows(config), count_parameters(config.model)["dense"])
+    size = piece_bytes(
+        config.model, table_rows(config), count_parameters(config.model)["dense"], config.optim.moments
+    )
     show(f"generation {plan.generation}")
     _show_shares([share(plan, slot, size) for slot in sorted(plan.addresses)], show)
     return 0
@@ -108,10 +110,10 @@ def run(config: RunConfig, show: Callable[[str], None]) -> int:
     """
     from sparseray.model.counts import count_parameters
     from sparseray.platform.checks import check_cluster
-    from sparseray.platform.device import GIB, describe, is_whole
+    from sparseray.platform.device import choose_device
     from sparseray.platform.opening import build_layout, open_data, resolve, training_inventory
-    from sparseray.platform.planning.device_memory import device_memory
 
+    config, _ = choose_device(config)
     plan = check_cluster(config.cluster, training_inventory(config))
     data_line = "data: none given (--data.path); nothing was checked against a vocabulary"
     if config.data.path:
@@ -123,7 +125,7 @@ def run(config: RunConfig, show: Callable[[str], None]) -> int:
             f"data: {train.num_tokens:,} tokens, seen {passes:.2f} times in {config.train.steps:,} steps"
         )
     parameters = count_parameters(config.model)
-    size = piece_bytes(config.model, table_rows(config), parameters["dense"])
+    size = piece_bytes(config.model, table_rows(config), parameters["dense"], config.optim.moments)
     shares = [share(plan, slot, size) for slot in sorted(plan.addresses)]
     _show_shares(shares, show)
     once = sum(map(size, holdings(plan)))
@@ -137,9 +139,7 @@ def run(config: RunConfig, show: Callable[[str], None]) -> int:
         f"bytes: {human(once)} of weights and optimizer state, {human(held)} with all copies; "
         f"replication {config.cluster.replication}, activations not counted"
     )
-    if is_whole(config):
-        memory = device_memory(config)
-        show(f"on the device: about {memory.total / GIB:.1f} GiB ({describe(memory)})")
+    _show_devices(config, show)
     show(
         f"step: {tokens_per_step(config):,} tokens in {config.train.logical_shards} logical shards of "
         f"{config.train.sequences_per_shard} x {config.train.seq_len}"
@@ -152,6 +152,48 @@ def run(config: RunConfig, show: Callable[[str], None]) -> int:
         f"{len(shares) * config.cluster.cpus_per_slot:g} CPUs"
     )
     return 0
+
+
+def _show_devices(config: RunConfig, show: Callable[[str], None]) -> None:
+    """What the run takes of its devices, and of the host for a checkpoint; what a server of its checkpoints takes of a GPU."""
+    from sparseray.platform.device import (
+        describe,
+        describe_serving,
+        host_bytes,
+        is_whole,
+        saves_beside,
+    )
+    from sparseray.platform.planning.device_memory import GIB, device_memory, serving_memory, snapshot_bytes
+
+    if is_whole(config):
+        memory, copied = device_memory(config), snapshot_bytes(config)
+        show(f"on the device: about {memory.total / GIB:.1f} GiB ({describe(memory)})")
+        when = (
+            "beside the next steps"
+            if saves_beside(config)
+            else "while training waits, as the copy is too large"
+        )
+        show(
+            f"on the host: a checkpoint's copy takes {copied / GIB:.1f} of this machine's {host_bytes() / GIB:.0f} GiB; it is"
+            f" written {when}"
+        )
+        fast = device_memory(replace(config, determinism="fast"))
+        show(_of_determinism(config, (memory.total - fast.total) / GIB))
+    longest = config.serve.max_model_len or config.model.max_seq_len
+    show(
+        f"served from a GPU: {describe_serving(serving_memory(config))}; {config.serve.max_batch} requests at once of at"
+        f" most {longest:,} tokens"
+    )
+
+
+def _of_determinism(config: RunConfig, gib: float) -> str:
+    """What `determinism: fast` gains a run: memory of sums over parts, and a faster pass of attention."""
+    if config.determinism == "fast":
+        return "determinism: fast, the bits of a second run may differ; bitwise keeps them"
+    gains = [f"{gib:.1f} GiB less for sums over parts"] if gib > 0 else []
+    if set(config.model.attention) & {"full", "mla"}:
+        gains.append("cuDNN's backward pass of full and latent attention, which has no fixed order")
+    return f"determinism: bitwise; fast would gain {' and '.join(gains) or 'nothing'}"
 
 
 def _step_times(config: RunConfig) -> str:

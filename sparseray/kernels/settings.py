@@ -76,6 +76,39 @@ class NSASizes:
         return num_compressed(length, self.block, self.stride)
 
 
+NSA_CHANNELS, NSA_VALUES, NSA_GROUP = 192, 128, 64
+"""Of a head at most; of a value head beside wider ones; query heads of a key/value head. Beyond them a program of the NSA
+kernels does not fit into a multiprocessor's shared memory (tests/model_compile.py)."""
+NSA_BLOCK, NARROW = 128, 64
+"""Tokens of a selection block beside heads of more channels than `NARROW`, for the same reason."""
+
+
+def nsa_complaint(heads: tuple[int, int], widths: tuple[int, int], select_block: int) -> str:
+    """What of a layer's sizes the kernels of NSA do not take, with what to set instead; empty where they take all.
+
+    Args:
+        heads: query heads, and key/value heads.
+        widths: channels of a head's keys, and of its values.
+        select_block: tokens of a selection block.
+    """
+    group, widest = heads[0] // heads[1], max(widths)
+    if widest > NSA_CHANNELS:
+        names = zip(("model.head_dim", "model.v_head_dim"), widths)
+        cure = " and ".join(f"{name}={NSA_VALUES}" for name, width in names if width > NSA_VALUES)
+        return f"heads of at most {NSA_CHANNELS} channels, not {widest}; set {cure}"
+    if min(widths) > NSA_VALUES:
+        return f"values of at most {NSA_VALUES} channels beside heads of {widths[0]}; set model.v_head_dim={NSA_VALUES}"
+    if group > NSA_GROUP:
+        fewest = next(n for n in range(-(-heads[0] // NSA_GROUP), heads[0] + 1) if heads[0] % n == 0)
+        return f"at most {NSA_GROUP} query heads for a key/value head, not {group}; set model.num_kv_heads={fewest}"
+    if select_block > NSA_BLOCK and widest > NARROW:
+        return (
+            f"selection blocks of at most {NSA_BLOCK} tokens with heads of {widest} channels, not {select_block}; set"
+            f" model.nsa.select_block={NSA_BLOCK}"
+        )
+    return ""
+
+
 ROW_BLOCK = 128
 """Rows go through a CPU's matrix products in blocks of at most so many, so a row's bits do not depend on its
 company: MKL sums in another order below 16 rows and above some 130 (seen at inner sizes from 704 up)."""

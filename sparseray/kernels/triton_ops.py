@@ -49,11 +49,9 @@ from sparseray.kernels.nsa.attention import nsa_attention, nsa_selection
 from sparseray.kernels.nsa.compress import compress
 from sparseray.kernels.nsa.reference import BranchKeys, Compression
 from sparseray.kernels.paged_triton_ops import PagedTritonOps
-from sparseray.kernels.settings import NSASizes
+from sparseray.kernels.settings import NSASizes, nsa_complaint
 from sparseray.kernels.takes import check
 
-LARGEST_HEAD = 192
-"""Channels of the widest head that the NSA kernels were run with on a GPU."""
 DECODE_ROWS = 512
 """Tokens up to which the experts' kernels for decoding are the faster ones."""
 
@@ -172,11 +170,10 @@ class TritonOps(PagedTritonOps):
     ) -> Tensor:
         branches = (keys.k_cmp, keys.v_cmp, keys.k_slc, keys.v_slc, keys.k_win, keys.v_win)
         check("native sparse attention", q_BTQD, *branches)
-        widest = max(q_BTQD.shape[-1], keys.v_slc.shape[-1])
-        if widest > LARGEST_HEAD:
+        heads, widths = (q_BTQD.shape[2], keys.k_slc.shape[2]), (q_BTQD.shape[3], keys.v_slc.shape[3])
+        if complaint := nsa_complaint(heads, widths, sizes.select_block):
             raise ConfigError(
-                f"kernels=triton: native sparse attention takes heads of at most {LARGEST_HEAD} channels, not"
-                f" {widest}; lower model.head_dim or model.v_head_dim, or use kernels=reference"
+                f"kernels=triton: native sparse attention takes {complaint}, or use kernels=reference"
             )
         return nsa_attention(q_BTQD, *branches, gates_BTQ3, sizes, q_start=q_start, win_start=win_start)
 

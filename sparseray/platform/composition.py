@@ -114,7 +114,9 @@ class Run:
             Events(folder, metrics, config.cluster.replication, on_record),
             workload,
             history=history,
-            size=piece_bytes(config.model, rows, count_parameters(config.model)["dense"]),
+            size=piece_bytes(
+                config.model, rows, count_parameters(config.model)["dense"], config.optim.moments
+            ),
         )
         reconciler = Reconciler(generations, ledger, Machines(folder.machines), history)
         driver: Driver

@@ -5,20 +5,50 @@ several of one host, whose roles may be apart, exchange through each other's mem
 bfloat16` asks for without a GPU.
 """
 
+import os
 from dataclasses import replace
+from pathlib import Path
 
 from sparseray.errors import ConfigError
+from sparseray.log import get_logger
 from sparseray.platform.config import RunConfig
 from sparseray.platform.gpu import Driver, driver
-from sparseray.platform.planning.device_memory import DeviceMemory, device_memory, num_devices
+from sparseray.platform.kernels_fit import check_shapes, check_triton
+from sparseray.platform.planning.device_memory import (
+    GIB,
+    DeviceMemory,
+    ServingMemory,
+    device_memory,
+    num_devices,
+    serving_memory,
+    snapshot_bytes,
+)
+
+log = get_logger(__name__)
 
 CAPABILITY = (9, 0)
-GIB = 1 << 30
+COPY_SHARE = 0.6
+"""Of the host's memory that a checkpoint's copy may take; the rest is files' and everybody's."""
 
 
 def is_whole(config: RunConfig) -> bool:
     """Whether slots compute in slabs on their devices, and in step where they are several."""
     return config.cluster.device == "cuda" or config.train.dtype == "bfloat16"
+
+
+def host_bytes() -> int:
+    """Memory of this machine, or what a container may use of it."""
+    found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+    except OSError:
+        return found
+    return min(found, int(limit)) if limit.isdigit() else found
+
+
+def saves_beside(config: RunConfig) -> bool:
+    """Whether checkpoints are written beside the next steps: from a copy, for which the host has room."""
+    return is_whole(config) and snapshot_bytes(config) <= COPY_SHARE * host_bytes()
 
 
 def spreads_experts(config: RunConfig) -> bool:
@@ -36,12 +66,13 @@ def resolve_device(config: RunConfig, found: Driver | None = None) -> RunConfig:
     Raises:
         ConfigError: what does not fit, where, and what to change.
     """
-    config, found = _resolved(config, found)
+    config, found = choose_device(config, found)
     if not is_whole(config):
         _check_by_message(config)
     if config.cluster.device == "cuda":
         assert found is not None
-        _check_gpu(config, found)
+        _check_gpu(config, found, or_else=", or kernels=reference")
+        check_shapes(config)
         _check_memory(config, found)
     return config
 
@@ -56,25 +87,46 @@ def resolve_serving_device(config: RunConfig, found: Driver | None = None) -> Ru
     Raises:
         ConfigError: what does not fit, where, and what to change.
     """
-    config, found = _resolved(config, found)
+    config, found = choose_device(config, found)
     dtype = config.serve.dtype if config.cluster.device == "cuda" else "float32"
     config = replace(config, train=replace(config.train, dtype=dtype))
     if config.cluster.device == "cuda":
         assert found is not None
+        # With what the run trained is its own affair; an engine's graphs hold kernels.
+        config = replace(config, kernels="auto")
         _check_engines(config)
-        _check_gpu(config, found)
+        _check_gpu(config, found, or_else="")
+        check_shapes(config)
+        _check_serving_memory(config, found)
     return config
 
 
-def _resolved(config: RunConfig, found: Driver | None) -> tuple[RunConfig, Driver | None]:
-    """The configuration with the device that `auto` stands for, and what the driver tells where it was asked."""
+def choose_device(config: RunConfig, found: Driver | None = None) -> tuple[RunConfig, Driver | None]:
+    """The configuration with the device that `auto` stands for, and what the driver tells where it was asked.
+
+    Args:
+        config: of a run or a server.
+        found: what the driver tells; None asks it.
+    """
     device = config.cluster.device
     if device != "cpu":
         found = driver() if found is None else found
         if device == "auto":
-            suits = sum(gpu.capability >= CAPABILITY for gpu in found.gpus)
-            device = "cuda" if config.cluster.colocated and suits >= num_devices(config) else "cpu"
+            reason = _against_gpu(config, found)
+            device = "cpu" if reason else "cuda"
+            log.info("cluster.device: auto is %s here%s", device, f" ({reason})" if reason else "")
     return replace(config, cluster=replace(config.cluster, device=device)), found
+
+
+def _against_gpu(config: RunConfig, found: Driver) -> str:
+    """Why a run is not for the GPUs of this machine; empty if it is."""
+    suits = sum(gpu.capability >= CAPABILITY for gpu in found.gpus)
+    if not config.cluster.colocated:
+        return "roles are in slots of their own: cluster.colocated=false"
+    if suits >= num_devices(config):
+        return ""
+    which = f"GPUs of compute capability {_dotted(CAPABILITY)} or more"
+    return f"{num_devices(config)} {which} are needed, and the driver shows {suits}"
 
 
 def _check_engines(config: RunConfig) -> None:
@@ -110,7 +162,8 @@ def _check_by_message(config: RunConfig) -> None:
         raise ConfigError(f"train.recompute=true {needs}; set train.recompute=false")
 
 
-def _check_gpu(config: RunConfig, found: Driver) -> None:
+def _check_gpu(config: RunConfig, found: Driver, *, or_else: str) -> None:
+    """See that there are GPUs, and what computes on them; `or_else` is a further cure for old ones."""
     what = "cluster.device=cuda"
     if found.cuda == (0, 0):
         raise ConfigError(f"{what}: this machine has no NVIDIA driver (libcuda.so.1); set cluster.device=cpu")
@@ -123,10 +176,12 @@ def _check_gpu(config: RunConfig, found: Driver) -> None:
     if gpu.capability < CAPABILITY and config.kernels != "reference":
         raise ConfigError(
             f"{what}: {gpu.name} has compute capability {_dotted(gpu.capability)} and the kernels need"
-            f" {_dotted(CAPABILITY)}; set cluster.device=cpu, or kernels=reference"
+            f" {_dotted(CAPABILITY)}; set cluster.device=cpu{or_else}"
         )
     _check_number(config, len(found.gpus))
     _check_torch(what, found)
+    if config.kernels != "reference":
+        check_triton(what, or_else)
 
 
 def _check_number(config: RunConfig, gpus: int) -> None:
@@ -157,6 +212,16 @@ def _check_memory(config: RunConfig, found: Driver) -> None:
         )
 
 
+def _check_serving_memory(config: RunConfig, found: Driver) -> None:
+    gpu, need = found.gpus[0], serving_memory(config)
+    of_caches = int(config.serve.cache_gib * GIB)
+    if need.total - need.least + max(need.least, of_caches) > gpu.num_bytes:
+        raise ConfigError(
+            f"cluster.device=cuda: an engine takes {describe_serving(need)} and {gpu.name} has"
+            f" {gpu.num_bytes / GIB:.1f} GiB; {_serving_cure(config, gpu.num_bytes)}"
+        )
+
+
 def _check_torch(what: str, found: Driver) -> None:
     import torch
 
@@ -181,6 +246,36 @@ def describe(memory: DeviceMemory) -> str:
     named = [share for share in named if share[1]]
     named += [("activations", memory.activations), ("CUDA", memory.context)]
     return ", ".join(f"{name} {size / GIB:.1f}" for name, size in named)
+
+
+def describe_serving(memory: ServingMemory) -> str:
+    """What an engine takes of its GPU, for people."""
+    return (
+        f"about {memory.total / GIB:.1f} GiB (weights {memory.weights / GIB:.1f}, caches of the longest request"
+        f" {memory.least / GIB:.2f}, a step {memory.working / GIB:.1f}, CUDA {memory.context / GIB:.1f}) and up to"
+        f" {(memory.caches - memory.least) / GIB:.1f} GiB more for the caches of others"
+    )
+
+
+def _serving_cure(config: RunConfig, num_bytes: int) -> str:
+    """The first change that makes an engine fit, as a setting."""
+    need, serve = serving_memory(config), config.serve
+    if num_bytes >= need.total:
+        return f"set serve.cache_gib={max(1, int((num_bytes - need.total + need.least) / GIB * 100)) / 100:g}"
+    for batch in (serve.max_batch // 2, 1):
+        if (
+            batch
+            and serving_memory(replace(config, serve=replace(serve, max_batch=batch))).total <= num_bytes
+        ):
+            return f"set serve.max_batch={batch}"
+    longest = serve.max_model_len or config.model.max_seq_len
+    for length in (longest // 2, longest // 8, longest // 64):
+        if (
+            length
+            and serving_memory(replace(config, serve=replace(serve, max_model_len=length))).total <= num_bytes
+        ):
+            return f"set serve.max_model_len={length}"
+    return "set cluster.device=cpu, or serve from GPUs with more memory"
 
 
 def _cure(config: RunConfig, num_bytes: int) -> str:

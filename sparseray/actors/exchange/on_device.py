@@ -132,7 +132,7 @@ class OnDeviceExchange(Abortable):
     def _prepared(self, step: int) -> None:
         """Tell the scheduler of every role's norms, which one copy brings from the device."""
         of_tables = [] if self.memory is None else self.memory.norms_on_device()
-        of_roles = step_norms(self.dense, self.whole, of_tables, Tensor.tolist)
+        of_roles = step_norms(self.dense, self.whole, of_tables, read_numbers)
         for role, found in zip(("dense", "expert", "memory"), of_roles):
             if role != "memory" or self.memory is not None:
                 # A thousand names would take longer to travel than the device takes for a layer, and it waits.
@@ -143,6 +143,22 @@ class OnDeviceExchange(Abortable):
         """Return what was fetched since the last call."""
         found, self._fetches = self._fetches, []
         return found
+
+
+def read_numbers(values: Tensor) -> list[float]:
+    """Bring numbers to the host through pinned memory.
+
+    A copy to other memory waits inside the driver for what the device has to do before it, and calls of other
+    threads wait with it: staging would stand still until the step's end.
+
+    Args:
+        values: [N].
+    """
+    there = values.to("cpu", non_blocking=True)
+    if values.is_cuda:
+        torch.cuda.current_stream(values.device).record_event().synchronize()
+    found: list[float] = there.tolist()
+    return found
 
 
 def step_norms(

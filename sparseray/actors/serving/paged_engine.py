@@ -34,6 +34,8 @@ log = get_logger(__name__)
 PAGE, CPU_PAGE = 256, 16
 """Tokens of a page: kernels want long ones; short ones share more of a prefix."""
 
+PREFILL_ROWS = 8192
+"""Tokens of prompts that a GPU reads in one step."""
 SHARE_OF_FREE_MEMORY = 0.8
 PLACES_FOR_BEGUN = 2
 """Batches' worth of requests that a CPU computes at once where those beyond the first had begun elsewhere."""

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sparseray.actors.state.kept_rows import KeptRows
 from sparseray.actors.state.pieces import Key, row_bytes
 from sparseray.actors.state.tables import SharedTable, TableView, version_of
 from sparseray.actors.state.tree import TreeSum
@@ -259,6 +260,10 @@ class MemoryShard:
             field for key in keys for field in self._fields(key)[: len(FIELDS) if with_optimizer else 1]
         ]
         return dict(zip(self.tensor_names(keys, with_optimizer=with_optimizer), fields, strict=True))
+
+    def begin_copy(self) -> KeptRows | None:
+        """Keep what is written over while the tables are copied; None where only an update writes, which can wait."""
+        return None
 
     def load(
         self, keys: Sequence[Key], tensors: dict[str, Tensor], step: int, *, with_optimizer: bool = True

@@ -4,7 +4,8 @@ The same buckets, names and checkpoints as a memory shard's. A step's addresses 
 computes a thread gathers the rows of the next one, each once and with its moments, and sends them over a stream of their own.
 At the commit they are updated on the device, and the thread brings them back into the tables. Of rows that two steps
 in a row read, the later one takes the earlier one's result on the device. Whoever reads the tables waits until what was
-committed has been written back. Update as in memory.py.
+committed has been written back. The thread begins when a step's kernels have been launched: until then the device
+may be waiting for the host, which two threads would share, from then on it computes. Update as in memory.py.
 
 With several slots nothing is staged: gradients come by message, as to any shard, and are applied by the same operations.
 
@@ -23,7 +24,8 @@ import torch
 from torch import Tensor
 
 from sparseray.actors.state.gradient_sum import Determinism, GradientSum
-from sparseray.actors.state.memory import ROUNDING_STEP, MemoryShard, as_tensor
+from sparseray.actors.state.kept_rows import KeptRows, Place
+from sparseray.actors.state.memory import FIELDS, ROUNDING_STEP, MemoryShard, as_tensor
 from sparseray.actors.state.pieces import Key
 from sparseray.actors.state.row_block import LayerRows, RowLayout
 from sparseray.actors.state.tables import SharedTable, version_of
@@ -89,10 +91,14 @@ class StagedMemory(MemoryShard):
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._threads = max(1, min(MOST_THREADS, (os.cpu_count() or 1) // 2))
         self._pool = ThreadPoolExecutor(self._threads, "rows")
+        self._kept: tuple[KeptRows, ...] = ()
         # One thread, so that what is begun first is done first.
         self._work = ThreadPoolExecutor(1, "staging", lambda: torch.set_num_threads(1))
         self._written: Future[None] | None = None
         self._ahead: tuple[int, Future[StagedStep]] | None = None
+        # What the thread is given when the step's kernels have been launched.
+        self._unwritten: tuple[StagedStep, torch.cuda.Event | None, int] | None = None
+        self._next: tuple[Callable[[int], Sequence[Addresses]], int] | None = None
         self._sets = [RowSet(rows) for rows in table_rows]
         self._open: StagedStep | None = None
         self._last: StagedStep | None = None
@@ -101,16 +107,18 @@ class StagedMemory(MemoryShard):
     # -- a step, in the work thread ---------------------------------------------------------------
 
     def open_step(self, step: int, addresses: Callable[[int], Sequence[Addresses]]) -> StagedStep:
-        """Take the rows of a step as they are after the commit before it, and begin to stage the next one's.
+        """Take the rows of a step as they are after the commit before it; the next one's are staged beside it.
 
         Args:
             step: that begins.
             addresses: of the parts of any step; called in another thread.
         """
         if self._ahead is None or self._ahead[0] != step:
-            self._ahead = step, self._work.submit(self._stage, addresses, step)
+            self._next = addresses, step
+            self._begin()
+        assert self._ahead is not None
         staged = self._ahead[1].result()
-        self._ahead = step + 1, self._work.submit(self._stage, addresses, step + 1)
+        self._next = addresses, step + 1
         if staged.sent is not None:
             stream = torch.cuda.current_stream(self.device)
             stream.wait_event(staged.sent)
@@ -138,6 +146,8 @@ class StagedMemory(MemoryShard):
                 for gradient, rows in zip(gradients, self._open.layers)
             ],
         )
+        if self.sum.total is not None:
+            self._begin()
 
     def norms_on_device(self) -> list[Tensor]:
         """Squared norms fp32 [B] of each layer's reduced gradients by bucket."""
@@ -161,7 +171,7 @@ class StagedMemory(MemoryShard):
         }
 
     def apply(self, *, lr: float, scale: float) -> int:
-        """Update the step's rows on the device and begin to write them back; returns how many they are.
+        """Update the step's rows on the device, from where they are written back; returns how many they are.
 
         Args:
             lr: learning rate of this step.
@@ -185,8 +195,7 @@ class StagedMemory(MemoryShard):
             )
         self.updates += 1
         done = torch.cuda.current_stream(self.device).record_event() if self._stream is not None else None
-        version = version_of(self.generation, self.updates)
-        self._written = self._work.submit(self._write_back, staged, done, version)
+        self._unwritten = staged, done, version_of(self.generation, self.updates)
         self.discard()
         self._last = staged
         return staged.num_rows
@@ -199,6 +208,8 @@ class StagedMemory(MemoryShard):
             if not parts:
                 continue
             ids_U, sums_UD = (np.concatenate([part[i] for part in parts]) for i in range(2))
+            order_U = np.argsort(ids_U)
+            ids_U, sums_UD = ids_U[order_U], sums_UD[order_U]
             columns, table = _columns(self.tables[index]), self.tables[index]
             rows = [as_tensor(of_all[ids_U]).to(self.device) for of_all in columns]
             self.ops.row_adam(
@@ -215,8 +226,7 @@ class StagedMemory(MemoryShard):
                 seed=self.seed + ROUNDING_STEP * layer,
             )
             table.change()
-            fields = [to_numpy(field) for field in rows]
-            scatter_fields([(ids_U, columns, fields)], threads=self._threads, pool=self._pool)
+            self._scatter([(index, (ids_U, columns, [to_numpy(field) for field in rows]))])
             updated += len(ids_U)
         self.updates += 1
         self.discard()
@@ -239,6 +249,7 @@ class StagedMemory(MemoryShard):
 
     def settle(self) -> None:
         """Return once the tables are as the last commit left them."""
+        self._begin()
         if self._written is not None:
             self._written.result()
             self._written = None
@@ -251,6 +262,7 @@ class StagedMemory(MemoryShard):
             primary: those of them that answer for rows.
             generation: of the plan that says so.
         """
+        self._next = None
         self.settle()
         self._ahead = self._last = None
         super().assign(owned, primary, generation=generation)
@@ -265,9 +277,40 @@ class StagedMemory(MemoryShard):
         self.settle()
         return super().gather(layer, rows_N)
 
+    def begin_copy(self) -> KeptRows | None:
+        """As in `MemoryShard`; updates go on meanwhile."""
+        self.settle()
+        places = {}
+        for key in self.held:
+            start, stop = self._range(key)
+            for field, suffix in enumerate(FIELDS):
+                at = Place(layer=key[0], start=start, stop=stop, field=field)
+                places[self.name(key) + suffix] = at
+        kept = KeptRows(places, self._end_copy)
+        self._kept = (*self._kept, kept)
+        return kept
+
+    def _end_copy(self, ended: KeptRows) -> None:
+        self._kept = tuple(kept for kept in self._kept if kept is not ended)
+
+    def _scatter(self, moves: Sequence[tuple[int, Move]]) -> None:
+        """Write rows, rising, into the tables of these layers."""
+        for kept in self._kept:
+            kept.keep(moves, self._threads, self._pool)
+        scatter_fields([move for _, move in moves], threads=self._threads, pool=self._pool)
+
     def _fields(self, key: Key) -> list[Tensor]:
         self.settle()
         return super()._fields(key)
+
+    def _begin(self) -> None:
+        """Give the thread the rows to write back, then those to stage, which it finds as they were written."""
+        if self._unwritten is not None:
+            self._written = self._work.submit(self._write_back, *self._unwritten)
+            self._unwritten = None
+        if self._next is not None:
+            self._ahead = self._next[1], self._work.submit(self._stage, *self._next)
+            self._next = None
 
     # -- in the staging thread ------------------------------------------------------------------------
 
@@ -319,8 +362,7 @@ class StagedMemory(MemoryShard):
             self._stream.synchronize()
         for table in self.tables:
             table.change()
-        moves = [self._move(index, rows) for index, rows in enumerate(staged.host)]
-        scatter_fields(moves, threads=self._threads, pool=self._pool)
+        self._scatter([(index, self._move(index, rows)) for index, rows in enumerate(staged.host)])
         for table in self.tables:
             table.publish(version)
 

@@ -1,20 +1,32 @@
 """A checkpoint that is written while training goes on: a copy to host memory beside the next step, then the files.
 
-The next update waits until the copy is there; forward and backward passes only read what is copied. From a GPU
-the copy goes over a stream of its own into pinned memory.
+The next update waits until the copy is there; forward and backward passes only read what is copied. A GPU that has room keeps
+a copy of its own for a while, made in milliseconds; what is there then goes over a stream of its own into pinned memory, which
+takes longer than a step. So do tables of memory rows: they change while they are copied (state/kept_rows.py), and nobody
+waits. Pinning takes several times as long as copying, so that is done before the first checkpoint falls due (`reserve`), and the
+memory serves all of them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Container, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from sparseray.actors.state.kept_rows import KeptRows
 from sparseray.actors.wire.messages import Saved, SavedTensor
 from sparseray.errors import UserError
 
 Files = dict[str, dict[str, Tensor]]
 Write = Callable[[str, dict[str, Tensor]], dict[str, SavedTensor]]
+
+BLOCK_BYTES = 256 << 20
+"""Host memory is taken in blocks: one by one, thousands of tensors would cost the driver more than their copies."""
+ALIGNMENT = 64
+LEFT_FREE = 1 / 16
+"""Of a GPU's memory, that a copy there leaves for evaluations."""
 
 
 class BackgroundSave:
@@ -22,24 +34,45 @@ class BackgroundSave:
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._copied: Future[Files] | None = None
+        self._kinds: list[object] = []
+        self._host: Future[list[Tensor]] | None = None
+        self._copied: Future[_Copies] | None = None
+        self._stream: torch.cuda.Stream | None = None
         self._written: Future[Saved] | None = None
         self._step = -1
 
-    def start(self, step: int, files: Files, write: Write) -> None:
+    def reserve(self, files: Files) -> None:
+        """Begin to take host memory for checkpoints of such tensors, and keep it; without it each takes its own.
+
+        Args:
+            files: as in `start`.
+        """
+        if self._host is None or self._kinds != _kinds(files):
+            self._kinds, self._host = _kinds(files), None
+            self._host = self._pool.submit(_host_memory, _flat(files))
+
+    def start(self, step: int, files: Files, write: Write, kept: KeptRows | None = None) -> None:
         """Begin to copy and write; what is under way is waited for and forgotten.
 
         Args:
             step: that `Saved` shall name.
             files: tensors by file and logical name, as they shall be saved; they may change after `wait_until_copied`.
             write: writes one file.
+            kept: of those that may change at once.
         """
         self.forget()
-        device = next((t.device for tensors in files.values() for t in tensors.values() if t.is_cuda), None)
-        ready = torch.cuda.current_stream(device).record_event() if device is not None else None
-        copied = self._pool.submit(_copy, files, device, ready)
+        device = next((t.device for t in _flat(files) if t.is_cuda), None)
+        if device is not None:
+            # One for all checkpoints: torch keeps what it freed for the stream that it was taken on.
+            self._stream = self._stream or torch.cuda.Stream(device)
+            self._stream.wait_stream(torch.cuda.current_stream(device))
+        tensors, host = _flat(files), self._host if self._kinds == _kinds(files) else None
+        places: Container[str] = () if kept is None else kept.places
+        names = [name for found in files.values() for name in found]
+        still = [i for i, name in enumerate(names) if name not in places]
+        copied = self._pool.submit(_copy, tensors, still, host, self._stream)
         self._copied, self._step = copied, step
-        self._written = self._pool.submit(lambda: _write(copied.result(), write))
+        self._written = self._pool.submit(_write, files, copied, kept, self._stream, write)
 
     def wait_until_copied(self) -> None:
         """Return once nothing is read any more of what was to be saved."""
@@ -61,27 +94,128 @@ class BackgroundSave:
         self._copied = self._written = None
 
 
-def _copy(files: Files, device: torch.device | None, ready: torch.cuda.Event | None) -> Files:
-    """Copies in host memory, of tensors as they are at an event."""
-    if device is None or ready is None:
-        return {file: {n: t.detach().clone() for n, t in tensors.items()} for file, tensors in files.items()}
-    stream = torch.cuda.Stream(device)
-    stream.wait_event(ready)
-    with torch.cuda.stream(stream):
-        found = {file: {n: _to_host(t) for n, t in tensors.items()} for file, tensors in files.items()}
-    stream.synchronize()
-    return found
+def _flat(files: Files) -> list[Tensor]:
+    return [tensor for tensors in files.values() for tensor in tensors.values()]
 
 
-def _to_host(tensor: Tensor) -> Tensor:
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-    return host.copy_(tensor.detach(), non_blocking=True)
+def _kinds(files: Files) -> list[object]:
+    """What room the tensors take; the files' names change with a generation."""
+    return [(tensor.shape, tensor.dtype, tensor.is_cuda) for tensor in _flat(files)]
 
 
-def _write(files: Files, write: Write) -> Saved:
+def _host_memory(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Room for a copy of each tensor, pinned for those that lie on a GPU; what it holds means nothing."""
+    left: dict[bool, Tensor] = {}
+
+    def room(tensor: Tensor) -> Tensor:
+        size, is_pinned = tensor.numel() * tensor.element_size(), tensor.is_cuda
+        block = left.get(is_pinned)
+        if block is None or len(block) < size:
+            block = torch.empty(max(size, BLOCK_BYTES), dtype=torch.uint8, pin_memory=is_pinned)
+        if size < BLOCK_BYTES:
+            left[is_pinned] = block[-(-size // ALIGNMENT) * ALIGNMENT :]
+        return block[:size].view(tensor.dtype).view(tensor.shape)
+
+    return [room(tensor) for tensor in tensors]
+
+
+@dataclass(frozen=True)
+class _Copies:
+    """Host memory for all tensors, and copies that the GPU keeps of some for now, by position."""
+
+    host: list[Tensor]
+    aside: dict[int, Tensor]
+
+
+def _copy(
+    tensors: Sequence[Tensor],
+    still: Sequence[int],
+    reserved: Future[list[Tensor]] | None,
+    stream: torch.cuda.Stream | None,
+) -> _Copies:
+    """Copy those that change only later, as they are for what is next on a stream.
+
+    Args:
+        tensors: all of them.
+        still: positions of these.
+        reserved: host memory of all, if there is some.
+        stream: of a GPU.
+    """
+    host, aside = _host_memory(tensors) if reserved is None else reserved.result(), dict[int, Tensor]()
+    if stream is not None and _has_room(tensors, stream.device):
+        with torch.cuda.stream(stream):
+            aside = {i: tensors[i].detach().clone() for i in still if tensors[i].is_cuda}
+    _transfer([(host[i], tensors[i]) for i in still if i not in aside], stream)
+    return _Copies(host, aside)
+
+
+def _has_room(tensors: Sequence[Tensor], device: torch.device) -> bool:
+    """Whether a GPU can keep copies of what lies on it."""
+    free, total = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor.is_cuda)
+    return free - needed > LEFT_FREE * total
+
+
+def _transfer(pairs: Sequence[tuple[Tensor, Tensor]], stream: torch.cuda.Stream | None) -> None:
+    """Copy tensors, and return when that is done and all else on the stream.
+
+    Args:
+        pairs: host memory, and what goes there.
+        stream: of the copies from a GPU.
+    """
+    with nullcontext() if stream is None else torch.cuda.stream(stream):
+        for own, tensor in pairs:
+            own.copy_(tensor.detach(), non_blocking=True)
+    if stream is not None:
+        stream.synchronize()
+
+
+def _write(
+    files: Files,
+    copied: Future[_Copies],
+    kept: KeptRows | None,
+    stream: torch.cuda.Stream | None,
+    write: Write,
+) -> Saved:
     try:
+        host = _brought(files, copied, kept, stream)
         return Saved(
-            tensors={k: v for file, tensors in files.items() for k, v in write(file, tensors).items()}
+            tensors={k: v for file, tensors in host.items() for k, v in write(file, tensors).items()}
         )
-    except (OSError, UserError) as error:
+    except (OSError, UserError, RuntimeError) as error:
+        # The last of them where the host has no memory left that can be pinned.
         return Saved(tensors={}, error=" ".join(str(error).split()))
+
+
+def _brought(
+    files: Files, copied: Future[_Copies], kept: KeptRows | None, stream: torch.cuda.Stream | None
+) -> Files:
+    """All copies in host memory: bring what the GPU kept, and copy what changes meanwhile."""
+    try:
+        copies = copied.result()
+        _transfer([(copies.host[i], tensor) for i, tensor in copies.aside.items()], stream)
+        copies.aside.clear()
+        room = iter(copies.host)
+        host = {file: dict(zip(found, room)) for file, found in files.items()}
+        if kept is not None:
+            _copy_changing(files, host, kept)
+        return host
+    finally:
+        # Before the files are written, which takes many steps.
+        if kept is not None:
+            kept.end()
+
+
+def _copy_changing(files: Files, host: Files, kept: KeptRows) -> None:
+    """Copy what is written over meanwhile, and put back what it was when the copy began.
+
+    Args:
+        files: of the checkpoint.
+        host: memory for copies of all.
+        kept: rows that were written over.
+    """
+    for file, tensors in files.items():
+        changing = {name: host[file][name] for name in tensors if name in kept.places}
+        _transfer([(own, tensors[name]) for name, own in changing.items()], None)
+        kept.put_back(changing)

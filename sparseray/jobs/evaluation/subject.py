@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from sparseray.actors.serving.engine import Engine
-from sparseray.actors.serving.paged_engine import PagedEngine
+from sparseray.actors.serving.paged_engine import PREFILL_ROWS, PagedEngine
 from sparseray.actors.serving.text_request import GenerationRequest, TokenEvent
 from sparseray.actors.state.dense_slab import computes_in_fp32
 from sparseray.actors.training.tokenizer_file import load_tokenizer
@@ -25,7 +25,7 @@ from sparseray.model.dse_layout import DSELayout
 from sparseray.model.moe import LocalExperts
 from sparseray.model.transformer import Transformer
 from sparseray.platform.config import ClusterConfig, RunConfig, ServeConfig
-from sparseray.platform.fleet.job import DTYPES, PREFILL_ROWS
+from sparseray.platform.fleet.job import DTYPES
 from sparseray.platform.opening import open_serving
 from sparseray.platform.run import checkpoint
 

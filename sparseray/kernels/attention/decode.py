@@ -171,7 +171,8 @@ def paged_decode(
         min(MERGE_COLUMNS, next_power_of_2(value_dim)),
     )
     padded_new = max(next_power_of_2(query_len), 16 // min(padded, 16))
-    keys = max(16, min(128, SPAN, TILE // (d0 + d1)))
+    # A power of two that is no more; widths such as 80 are not.
+    keys = max(16, min(128, SPAN, next_power_of_2(TILE // (d0 + d1) + 1) // 2))
     programs = max(1, min(most, PROGRAMS // (batch * num_kv)))
     launch_kernel(
         _spans_kernel, (programs, batch * num_kv), q, k_cache, v_cache, block_table, context_lens,

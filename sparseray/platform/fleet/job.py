@@ -12,7 +12,7 @@ from sparseray.actors.installation import JobSpec
 from sparseray.actors.serving.drafting_engine import DraftingEngine
 from sparseray.actors.serving.enduring import Lookups
 from sparseray.actors.serving.engine import Engine
-from sparseray.actors.serving.paged_engine import PLACES_FOR_BEGUN, PagedEngine
+from sparseray.actors.serving.paged_engine import PLACES_FOR_BEGUN, PREFILL_ROWS, PagedEngine
 from sparseray.actors.serving.rounds_engine import InRounds, RoundsEngine
 from sparseray.actors.serving.speculative_engine import SpeculativeEngine
 from sparseray.actors.state.dense import DenseState
@@ -31,7 +31,7 @@ from sparseray.model.config import ModelConfig
 from sparseray.model.dse_layout import DSELayout
 from sparseray.model.transformer import Transformer
 from sparseray.platform.config import RunConfig, from_dict
-from sparseray.platform.device import is_whole, spreads_experts
+from sparseray.platform.device import is_whole, saves_beside, spreads_experts
 from sparseray.platform.fleet.weights_port import WeightsPort, is_offered, read_offered
 from sparseray.platform.metrics.exporter import Metrics
 from sparseray.platform.run import checkpoint
@@ -39,8 +39,6 @@ from sparseray.platform.run import checkpoint
 if TYPE_CHECKING:
     from sparseray.actors.serving.grammar import Grammars
 
-PREFILL_ROWS = 8192
-"""Tokens of prompts that a GPU reads in one step."""
 ROUND_ROWS = 512
 """The same, where a pass is a round of all engines: each computes for as many of the others, or for none."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -81,6 +79,8 @@ class SlotJob:
             "weight_decay": optim.weight_decay,
         }
         self._is_whole = is_whole(self.config)
+        falls_due = not spec.serving and self.config.train.checkpoint_every > 0
+        self.saves_beside = falls_due and saves_beside(self.config)
         self.device = torch.device(
             "cuda" if self._is_whole and self.config.cluster.device == "cuda" else "cpu"
         )

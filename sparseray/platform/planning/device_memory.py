@@ -1,6 +1,6 @@
-"""How many bytes of each GPU a training run takes; pure arithmetic on the configuration.
+"""How many bytes of each GPU a training run takes, or a server; pure arithmetic on the configuration.
 
-Weights, moments and gradients are exact, of several slots for the one that holds most. Activations are those that the
+Weights, moments, gradients and caches are exact, of several slots for the one that holds most. Activations are those that the
 backward pass reads again, counted by layer from what the network keeps, and what one layer's backward pass needs beside
 them; of experts in other slots, as many rows come as go. Of memory tables the rows of a few steps are there, as if no
 two tokens read the same.
@@ -14,6 +14,7 @@ from sparseray.model.counts import count_parameters
 from sparseray.platform.config import RunConfig
 from sparseray.platform.planning.inventory import Inventory, num_slots
 
+GIB = 1 << 30
 CONTEXT_BYTES = 700 << 20
 """CUDA's context with compiled kernels and the workspaces of its libraries."""
 
@@ -47,23 +48,82 @@ class DeviceMemory:
         return held + self.activations + self.exchange + self.rows + self.context
 
 
+@dataclass(frozen=True, kw_only=True)
+class ServingMemory:
+    """Bytes on the GPU of an engine.
+
+    Args:
+        weights: fp32 masters and the copy that is computed with.
+        caches: pages for as many of the longest requests as are computed at once.
+        least: of the caches, for one such request alone.
+        working: of one step: rows of prompts on their way through a layer, and logits.
+        context: CUDA's own.
+    """
+
+    weights: int
+    caches: int
+    least: int
+    working: int
+    context: int = CONTEXT_BYTES
+
+    @property
+    def total(self) -> int:
+        """What is needed at least; the caches take of the rest what they can use."""
+        return self.weights + self.least + self.working + self.context
+
+
+def serving_memory(config: RunConfig) -> ServingMemory:
+    """Estimate the bytes that an engine takes on its GPU.
+
+    Args:
+        config: of the checkpoint's run, with the server's sections.
+    """
+    import torch
+
+    from sparseray.actors.serving.paged_engine import PAGE, PREFILL_ROWS
+    from sparseray.actors.serving.paged_model import page_bytes
+
+    model, serve, element = config.model, config.serve, _bytes_of(config.serve.dtype)
+    longest = serve.max_model_len or model.max_seq_len
+    # A page of nobody besides.
+    pages, each = -(-longest // PAGE), page_bytes(model, PAGE, getattr(torch, serve.dtype))
+    full = (1 + serve.max_batch * pages) * each
+    return ServingMemory(
+        weights=_held(config, config.cluster.expert_shards) * (4 + (element if element < 4 else 0)),
+        caches=min(full, int(serve.cache_gib * GIB) or full),
+        least=(1 + pages) * each,
+        working=PREFILL_ROWS * _working(model, element) + 2 * serve.max_batch * 4 * model.vocab_size,
+    )
+
+
 def device_memory(config: RunConfig) -> DeviceMemory:
     """Estimate the bytes that a run takes on its GPU."""
     parameters, element = count_parameters(config.model), _bytes_of(config.train.dtype)
-    cluster, experts = config.cluster, parameters["experts"]
     slots = num_devices(config)
-    if slots > 1:
-        each = -(-config.model.moe.num_experts // cluster.expert_shards) * min(cluster.replication, slots)
-        experts = experts * min(each, config.model.moe.num_experts) // config.model.moe.num_experts
-    count, copies = parameters["dense"] + experts, element if element < 4 else 0
+    count, copies = _held(config, slots), element if element < 4 else 0
     return DeviceMemory(
         weights=count * (4 + copies),
         moments=count * 2 * _bytes_of(config.optim.moments),
-        gradients=count * _gradient_bytes(config, element),
+        gradients=_gradients(config, element, parameters["dense"], count - parameters["dense"]),
         activations=_activations(config, element),
         exchange=_exchange(config, element, slots, parameters["dense"]) if slots > 1 else 0,
         rows=_rows(config),
     )
+
+
+def snapshot_bytes(config: RunConfig) -> int:
+    """Bytes of host memory that a checkpoint takes, of all slots together, where it is written beside the next steps."""
+    parameters, dse = count_parameters(config.model), config.model.dse
+    trained = parameters["dense"] + parameters["experts"]
+    rows = parameters["memory"] // dse.head_dim if dse.layers else 0
+    return trained * (4 + 2 * _bytes_of(config.optim.moments)) + rows * row_bytes(dse)
+
+
+def _held(config: RunConfig, slots: int) -> int:
+    """Weights of the slot that holds most: all dense ones, and of several slots a share of the experts with its replicas."""
+    parameters, cluster, count = count_parameters(config.model), config.cluster, config.model.moe.num_experts
+    mine = -(-count // cluster.expert_shards) * min(cluster.replication, slots)
+    return parameters["dense"] + parameters["experts"] * (min(mine, count) if slots > 1 else count) // count
 
 
 def num_devices(config: RunConfig) -> int:
@@ -77,7 +137,9 @@ def _exchange(config: RunConfig, element: int, slots: int, dense: int) -> int:
     model, train = config.model, config.train
     tokens, top_k = train.sequences_per_shard * train.seq_len, model.moe.top_k
     of_tokens = slots * (element * model.hidden + 8 * top_k) + top_k * (element * model.hidden + 4)
-    kept = slots * element * model.hidden * len(model.moe_layers)
+    # Of layers that are computed again one at a time keeps the tokens of all.
+    layers = 1 if train.recompute else len(model.moe_layers)
+    kept = slots * element * model.hidden * layers
     # Each slot's nodes are cut in slices, and flat before that.
     return tokens * (of_tokens + kept) + 4 * 3 * dense
 
@@ -86,15 +148,32 @@ def _bytes_of(dtype: str) -> int:
     return 2 if dtype == "bfloat16" else 4
 
 
-def _gradient_bytes(config: RunConfig, element: int) -> int:
-    """Of one weight: a part's own gradient, and the fp32 sums that wait for their siblings."""
-    return element if config.train.logical_shards == 1 else element + 4 * _sums(config)
+def _gradients(config: RunConfig, element: int, dense: int, experts: int) -> int:
+    """Parts' own gradients, and the fp32 sums that wait for their siblings.
 
+    A slot sums dense gradients over its own parts. Experts get those of all slots' parts: in "fast" a round's at once, in
+    "bitwise" each part's apart.
 
-def _sums(config: RunConfig) -> int:
-    """Sums over parts that wait for their siblings."""
+    Args:
+        config: of the run.
+        element: bytes of a number in `train.dtype`.
+        dense, experts: weights of a slot.
+    """
     parts = config.train.logical_shards
-    return 1 if config.determinism == "fast" else max(1, (parts - 1).bit_length())
+    at_once = min(parts, config.cluster.attention_workers)
+    own = rounds = -(-parts // at_once)
+    if config.determinism == "fast":
+        return dense * (element + 4 * _sums(config, own)) + experts * (element + 4 * _sums(config, rounds))
+    return dense * (element + 4 * _sums(config, own)) + experts * (
+        element * at_once + 4 * _sums(config, parts)
+    )
+
+
+def _sums(config: RunConfig, parts: int) -> int:
+    """Sums over so many parts that wait for their siblings; one part is its own sum."""
+    if config.determinism == "fast":
+        return min(1, parts - 1)
+    return (parts - 1).bit_length()
 
 
 def _rows(config: RunConfig) -> int:
@@ -104,7 +183,9 @@ def _rows(config: RunConfig) -> int:
     addresses = train.logical_shards * train.sequences_per_shard * train.seq_len * heads
     distinct = min(addresses, heads * dse.rows_per_head)
     staged = distinct * (row_bytes(dse) + 8 + 4 * train.logical_shards) + addresses * 8
-    return len(dse.layers) * (3 * staged + distinct * dse.head_dim * 4 * _sums(config))
+    return len(dse.layers) * (
+        3 * staged + distinct * dse.head_dim * 4 * max(1, _sums(config, train.logical_shards))
+    )
 
 
 def _activations(config: RunConfig, element: int) -> int:

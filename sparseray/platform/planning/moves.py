@@ -69,7 +69,7 @@ def moves(held: Mapping[Piece, Collection[int]], new: Plan, size: Callable[[Piec
 
 
 def piece_bytes(
-    config: ModelConfig, table_rows: Sequence[int], dense_parameters: int
+    config: ModelConfig, table_rows: Sequence[int], dense_parameters: int, moments: str = "float32"
 ) -> Callable[[Piece], int]:
     """Return the function that gives a piece's bytes: weights and moments of Adam.
 
@@ -77,15 +77,17 @@ def piece_bytes(
         config: of the model.
         table_rows: rows of each memory layer's table.
         dense_parameters: number of dense parameters.
+        moments: dtype of those of dense weights and experts.
     """
-    expert = 3 * FP32_BYTES * 3 * config.hidden * config.moe.expert_dim
+    parameter = FP32_BYTES + (2 * FP32_BYTES if moments == "float32" else FP32_BYTES)
+    expert = parameter * 3 * config.hidden * config.moe.expert_dim
     row = row_bytes(config.dse)
     buckets = bucket_sizes(table_rows, config.dse.num_buckets)
 
     def size(piece: Piece) -> int:
         kind, layer, index = piece
         if kind == "dense":
-            return 3 * FP32_BYTES * dense_parameters
+            return parameter * dense_parameters
         if kind == "expert":
             return expert
         return buckets[layer][index] * row
