@@ -113,7 +113,7 @@ def test_steps_go_on_while_tables_are_copied_and_the_checkpoint_is_of_its_own_st
     """The tables of step 2 are copied when steps 3 and 4 have been applied."""
     config, copy = (
         whole_run(corpus, steps=8, checkpoint_every=2, keep_checkpoints=8),
-        background_save._copy_changing,
+        background_save._with_changing,
     )
     gone_on = threading.Event()
 
