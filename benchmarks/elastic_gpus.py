@@ -77,7 +77,7 @@ def faults(bench: Bench) -> None:
     blows.mkdir()
     os.environ["SPARSERAY_TEST_FAULT_FOLDER"] = str(blows)
     path = os.environ["PYTHONPATH"]
-    os.environ["PYTHONPATH"] = f"{ROOT / 'tests' / 'faulty_slots'}:{path}"
+    os.environ["PYTHONPATH"] = f"{ROOT / 'tests' / 'planted'}:{path}"
 
     def illegal(run: Training, slot: int, _pid: int) -> None:
         # Whole at once, as the slot looks for it all the time.

@@ -1,8 +1,8 @@
-"""The jobs that benchmarks/elastic_peers.py runs: data-parallel training with Ray Train v2 and with torchft.
+"""The jobs of the elastic benchmarks' peers: data-parallel training with Ray Train v2, torchft, and torchrun.
 
-Runs in a Python of its own that needs torch, ray[train] and torchft, and nothing of this project. Both train
-the same plain network of as many parameters as the tiny model; a step waits until it is as long as asked
-for, so that the peers' own work is all that costs more. Every worker writes a JSON line per finished step.
+Runs in a Python of its own that needs torch, ray[train] and torchft, and nothing of this project. All train
+the same plain network of so many parameters; a step waits until it is as long as asked for, so that the peers'
+own work is all that costs more. Every worker writes a JSON line per finished step.
 """
 
 import argparse
@@ -22,13 +22,38 @@ CHECKPOINT_EVERY = 10
 FIRST_WORKERS = 3
 
 
-def network(parameters: int) -> tuple[nn.Module, torch.Tensor]:
-    """Four square layers with about that many parameters, and a batch for them."""
+def network(parameters: int, device: str = "cpu") -> tuple[nn.Module, torch.Tensor]:
+    """Four square layers with about that many parameters, and a batch for them.
+
+    Args:
+        parameters: of all layers.
+        device: where they are.
+    """
     torch.set_num_threads(1)
     torch.manual_seed(0)
     width = max(8, round((parameters / 4) ** 0.5))
-    layers = [layer for _ in range(4) for layer in (nn.Linear(width, width), nn.ReLU())]
-    return nn.Sequential(*layers), torch.randn(ROWS, width)
+    with torch.device(device):
+        layers = [layer for _ in range(4) for layer in (nn.Linear(width, width), nn.ReLU())]
+        return nn.Sequential(*layers), torch.randn(ROWS, width)
+
+
+def place(device: str, rank: int) -> str:
+    """A worker's own device; on GPUs it is the current one from then on.
+
+    Args:
+        device: cpu or cuda.
+        rank: of the worker.
+    """
+    if device == "cpu":
+        return device
+    torch.cuda.set_device(rank)
+    return f"cuda:{rank}"
+
+
+def finish(device: str) -> None:
+    """Wait until what was launched is done: only then a step is finished."""
+    if device != "cpu":
+        torch.cuda.synchronize()
 
 
 class Lines:
@@ -121,6 +146,42 @@ def ray_train(options: argparse.Namespace) -> None:
     trainer.fit()
 
 
+# -- torchrun ----------------------------------------------------------------------------------------
+
+
+def ddp(options: argparse.Namespace) -> None:
+    """What every worker of torchrun runs: DistributedDataParallel, from the newest checkpoint on."""
+    import torch.distributed as dist
+
+    rank = int(os.environ["RANK"])
+    device = place(options.device, rank)
+    dist.init_process_group("gloo" if device == "cpu" else "nccl")
+    plain, x_RD = network(options.parameters, device)
+    model = nn.parallel.DistributedDataParallel(plain, device_ids=None if device == "cpu" else [rank])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    step, lines, newest = 0, Lines(options.folder, rank), Path(options.folder) / "state.pt"
+    if newest.exists():
+        state = torch.load(newest, map_location=device)
+        plain.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        step = state["step"]
+    while True:
+        began = time.time()
+        optimizer.zero_grad()
+        loss = model(x_RD).square().mean()
+        _wait(began, options.step_s)
+        loss.backward()
+        optimizer.step()
+        finish(device)
+        step += 1
+        lines.add(step, began, dist.get_world_size())
+        if step % options.checkpoint_every == 0 and rank == 0:
+            temporary = newest.with_suffix(".tmp")
+            state = {"model": plain.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
+            torch.save(state, temporary)
+            temporary.rename(newest)
+
+
 # -- torchft -----------------------------------------------------------------------------------------
 
 
@@ -128,7 +189,12 @@ def lighthouse(options: argparse.Namespace) -> None:
     """Run torchft's lighthouse until it is killed; its address goes into a file."""
     from torchft.coordination import LighthouseServer
 
-    server = LighthouseServer(bind="127.0.0.1:0", min_replicas=1, join_timeout_ms=options.join_timeout_ms)
+    server = LighthouseServer(
+        bind="127.0.0.1:0",
+        min_replicas=1,
+        join_timeout_ms=options.join_timeout_ms,
+        heartbeat_timeout_ms=options.heartbeat_ms,
+    )
     temporary = Path(options.folder) / "lighthouse.tmp"
     temporary.write_text(server.address())
     temporary.rename(temporary.with_name("lighthouse"))
@@ -139,18 +205,20 @@ def lighthouse(options: argparse.Namespace) -> None:
 def torchft(options: argparse.Namespace) -> None:
     """Run one replica group of one worker until it is killed."""
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
-    from torchft import Manager, Optimizer, ProcessGroupGloo
+    from torchft import Manager, Optimizer, ProcessGroupGloo, ProcessGroupNCCL
 
-    plain, x_RD = network(options.parameters)
+    device = place(options.device, options.rank)
+    plain, x_RD = network(options.parameters, device)
     inner = torch.optim.AdamW(plain.parameters(), lr=1e-3)
 
     def load(state: dict[str, Any]) -> None:
         plain.load_state_dict(state["model"])
         inner.load_state_dict(state["optimizer"])
 
+    limit = timedelta(seconds=options.collective_s)
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     manager = Manager(
-        pg=ProcessGroupGloo(timeout=timedelta(seconds=5)),
+        pg=(ProcessGroupGloo if device == "cpu" else ProcessGroupNCCL)(timeout=limit),
         min_replica_size=1,
         load_state_dict=load,
         state_dict=lambda: {"model": plain.state_dict(), "optimizer": inner.state_dict()},
@@ -179,13 +247,14 @@ def torchft(options: argparse.Namespace) -> None:
         for gradient, mean in zip(gradients, flat.split([gradient.numel() for gradient in gradients])):
             gradient.copy_(mean.view_as(gradient))
         optimizer.step()
+        finish(device)
         if manager.current_step() > before:
             lines.add(manager.current_step(), began, manager.num_participants())
 
 
 def main() -> None:
     """Run one job."""
-    jobs = {"ray_train": ray_train, "lighthouse": lighthouse, "torchft": torchft}
+    jobs = {"ray_train": ray_train, "lighthouse": lighthouse, "torchft": torchft, "ddp": ddp}
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("job", choices=jobs)
     parser.add_argument("--folder", required=True)
@@ -194,6 +263,14 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=0)
     parser.add_argument("--lighthouse", default="")
     parser.add_argument("--join_timeout_ms", type=int, default=1000)
+    parser.add_argument(
+        "--heartbeat_ms", type=int, default=5000, help="after which torchft's lighthouse gives one up"
+    )
+    parser.add_argument("--collective_s", type=float, default=5.0, help="after which torchft gives a sum up")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument(
+        "--checkpoint_every", type=int, default=CHECKPOINT_EVERY, help="steps, of torchrun's workers"
+    )
     options = parser.parse_args()
     jobs[options.job](options)
 

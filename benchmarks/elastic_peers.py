@@ -57,22 +57,38 @@ class Peer:
         python: interpreter that has the peer.
         folder: where workers write their lines.
         arguments: that every process gets.
+        path: where that interpreter finds more packages.
+        until: time (`time.monotonic`) after which nothing is waited for.
     """
 
-    def __init__(self, python: str, folder: Path, arguments: Sequence[str]) -> None:
+    def __init__(
+        self,
+        python: str,
+        folder: Path,
+        arguments: Sequence[str],
+        path: str = "",
+        until: float = float("inf"),
+    ) -> None:
         self.python, self.folder, self.arguments = python, folder, arguments
+        self.path, self.until = path, until
         self.mark = f"{os.getpid()}-{folder.name}"
         folder.mkdir(parents=True)
         self.log = folder / "log"
         self.temporary = Path(tempfile.mkdtemp(prefix="sr-", dir="/tmp"))
         self.started: list[subprocess.Popen[bytes]] = []
 
-    def start(self, job: str, *more: str) -> subprocess.Popen[bytes]:
-        """Start a process of benchmarks/elastic_peer_jobs.py."""
-        command = [self.python, str(JOBS), job, "--folder", str(self.folder), *self.arguments, *more]
+    def start(self, job: str, *more: str, launcher: Sequence[str] = ()) -> subprocess.Popen[bytes]:
+        """Start a process of benchmarks/elastic_peer_jobs.py.
+
+        Args:
+            job, more: of its command line.
+            launcher: what the interpreter runs that starts it.
+        """
+        command = [self.python, *launcher, str(JOBS), job, "--folder", str(self.folder)]
+        command += [*self.arguments, *more]
         environment = {**os.environ, MARK: self.mark, "TMPDIR": str(self.temporary), "OMP_NUM_THREADS": "1"}
         # The project is not part of what the peers run.
-        environment.pop("PYTHONPATH", None)
+        environment["PYTHONPATH"] = self.path
         with self.log.open("ab") as log:
             process = subprocess.Popen(
                 command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
@@ -100,13 +116,13 @@ class Peer:
 
     def wait(self, condition: Callable[[], object], what: str) -> None:
         """Wait for what the workers do."""
-        deadline = time.monotonic() + LIMIT_S
+        deadline = min(self.until, time.monotonic() + LIMIT_S)
         while not condition():
             ended = any(process.poll() not in (None, -signal.SIGKILL) for process in self.started)
             if ended or time.monotonic() > deadline:
                 last = self.log.read_text(errors="replace").splitlines()[-3:]
                 raise RuntimeError(
-                    f"{what} did not come {'from a job that ended' if ended else f'within {LIMIT_S:g} s'}: {' / '.join(last)[:300]}"
+                    f"{what} did not come {'from a job that ended' if ended else 'in time'}: {' / '.join(last)[:300]}"
                 )
             time.sleep(0.05)
 
@@ -151,8 +167,15 @@ class Peer:
 
 
 @contextlib.contextmanager
-def _peer(python: str, folder: Path, arguments: Sequence[str]) -> Iterator[Peer]:
-    peer = Peer(python, folder, arguments)
+def a_peer(
+    python: str, folder: Path, arguments: Sequence[str], path: str = "", until: float = float("inf")
+) -> Iterator[Peer]:
+    """A peer that is ended afterwards.
+
+    Args:
+        python, folder, arguments, path, until: of `Peer`.
+    """
+    peer = Peer(python, folder, arguments, path, until)
     try:
         yield peer
     finally:
@@ -170,7 +193,7 @@ def peers(bench: Bench, python: str, step_s: float) -> None:
     parameters = count_parameters(bench.config.model)["total"]
     arguments = ["--parameters", str(parameters), "--step_s", str(step_s)]
     if _has(bench, "Ray Train v2", python):
-        with _peer(python, bench.folder / "ray-train", arguments) as peer:
+        with a_peer(python, bench.folder / "ray-train", arguments) as peer:
             peer.start("ray_train")
             peer.wait(peer.lines, "the first step of Ray Train")
             kills = []
@@ -182,14 +205,23 @@ def peers(bench: Bench, python: str, step_s: float) -> None:
         )
     if _has(bench, "torchft", python):
         for join_timeout_ms in (1000, 200):
-            with _peer(python, bench.folder / f"torchft-{join_timeout_ms}", arguments) as peer:
-                start = _start_torchft(peer, join_timeout_ms)
+            with a_peer(python, bench.folder / f"torchft-{join_timeout_ms}", arguments) as peer:
+                start = start_torchft(peer, 3, join_timeout_ms)
                 name = f"torchft, 3 replica groups of one worker, join timeout {join_timeout_ms} ms"
                 _measure(bench, name, peer, step_s, again=start)
 
 
-def _start_torchft(peer: Peer, join_timeout_ms: int) -> Callable[[int], object]:
-    """Start torchft's lighthouse and three workers; returns what starts a worker again."""
+def start_torchft(peer: Peer, workers: int, join_timeout_ms: int) -> Callable[[int], object]:
+    """Start torchft's lighthouse and its workers.
+
+    Args:
+        peer: whose processes they are.
+        workers: each a replica group.
+        join_timeout_ms: of the lighthouse.
+
+    Returns:
+        What starts a worker again.
+    """
     peer.start("lighthouse", "--join_timeout_ms", str(join_timeout_ms))
     address = peer.folder / "lighthouse"
     peer.wait(address.exists, "torchft's lighthouse")
@@ -197,7 +229,7 @@ def _start_torchft(peer: Peer, join_timeout_ms: int) -> Callable[[int], object]:
     def start(rank: int) -> object:
         return peer.start("torchft", "--rank", str(rank), "--lighthouse", address.read_text())
 
-    for rank in range(3):
+    for rank in range(workers):
         start(rank)
     return start
 

@@ -77,8 +77,18 @@ def run_side(name: str, module: str, *arguments: str) -> Measured | None:
     )
 
 
-def product(config: str, data: Path, steps: int, warmup: int, extra: list[str]) -> Measured | None:
-    """Train through the command and read its steps' times from its records."""
+def product(
+    config: str, data: Path, steps: int, warmup: int, extra: list[str], limit_s: float = 3600.0
+) -> Measured | None:
+    """Train through the command and read its steps' times from its records; None where it failed, which is shown.
+
+    Args:
+        config: name of the configuration.
+        data: folder of token shards.
+        steps, warmup: how many, and how many of them do not count.
+        extra: further options of the command.
+        limit_s: seconds after which it is ended.
+    """
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         options = [
@@ -91,7 +101,7 @@ def product(config: str, data: Path, steps: int, warmup: int, extra: list[str]) 
             *extra,
         ]
         log = Path(folder) / "log"
-        started = time.perf_counter()
+        started = time.time()
         with log.open("w") as out:
             process = subprocess.Popen(
                 [sys.executable, "-m", "sparseray", "pretrain", *options],
@@ -99,7 +109,7 @@ def product(config: str, data: Path, steps: int, warmup: int, extra: list[str]) 
                 stdout=out,
                 stderr=subprocess.STDOUT,
             )
-        records = _first_records(process, run / "metrics.jsonl", steps)
+        records = _first_records(process, run / "metrics.jsonl", steps, limit_s)
         stop_at_once(process)
         if records is None:
             print(f"pretrain: exit code {process.returncode}\n{log.read_text()[-4000:]}", flush=True)
@@ -107,7 +117,10 @@ def product(config: str, data: Path, steps: int, warmup: int, extra: list[str]) 
         # From commit to commit: what a user waits for, the scheduler's work between two steps included.
         times = [record["time"] for record in records]
         seconds = statistics.median(b - a for a, b in zip(times[warmup:], times[warmup + 1 :]))
-        print(f"pretrain: {time.perf_counter() - started:.0f} s in all for {steps} steps", flush=True)
+        print(
+            f"pretrain: {time.time() - started:.0f} s in all for {steps} steps, the first after {times[0] - started:.0f} s",
+            flush=True,
+        )
         return Measured(
             name="pretrain",
             tokens_per_second=records[-1]["tokens"] / seconds,
@@ -118,10 +131,11 @@ def product(config: str, data: Path, steps: int, warmup: int, extra: list[str]) 
 
 
 def _first_records(
-    process: "subprocess.Popen[bytes]", metrics: Path, steps: int
+    process: "subprocess.Popen[bytes]", metrics: Path, steps: int, limit_s: float
 ) -> list[dict[str, Any]] | None:
-    """Wait for the records of the first steps; None where the run ends before."""
-    while process.poll() is None:
+    """Wait for the records of the first steps; None where the run ends before, or the time."""
+    deadline = time.monotonic() + limit_s
+    while process.poll() is None and time.monotonic() < deadline:
         lines = metrics.read_text().splitlines() if metrics.exists() else []
         if len(lines) > steps:
             return [json.loads(line) for line in lines[:steps]]

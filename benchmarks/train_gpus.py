@@ -1,9 +1,11 @@
 """Tokens per second of training on 1, 2 and 4 GPUs of one host, the same tokens for each GPU.
 
 Through `python -m sparseray pretrain` on real text: data parallel dense weights and expert parallel experts, a logical
-part for each GPU. Prints a table as Markdown:
+part for each GPU. TFLOP/s are those of 6 x the parameters that are active for a token, and attention; what is computed
+again does not count. Prints a table as Markdown:
 
   PYTHONPATH=. python -m benchmarks.train_gpus --data data/stdlib --gpus 1,2 --out benchmarks/results/train_gpus_GPU_DATE.md
+  PYTHONPATH=. python -m benchmarks.train_gpus --data data/stdlib --configs moonlight --gpus 2 --steps 12
 """
 
 import argparse
@@ -11,18 +13,20 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.train_gpu import Measured, product
+from benchmarks.train_gpu import ROOT, Measured, product, teraflops
+from sparseray.platform.config import RunConfig, load_yaml
 
 CONFIGS = ("1b_full", "moonlight_6")
 
 
-def options_for(gpus: int, determinism: str, replication: int) -> list[str]:
+def options_for(gpus: int, determinism: str, replication: int, exchange: str) -> list[str]:
     """Settings that spread a configuration over GPUs.
 
     Args:
         gpus: how many.
         determinism: order of sums.
         replication: holders of every expert.
+        exchange: `cluster.exchange`.
     """
     return [
         f"--cluster.attention_workers={gpus}",
@@ -30,16 +34,24 @@ def options_for(gpus: int, determinism: str, replication: int) -> list[str]:
         f"--cluster.replication={min(gpus, replication)}",
         f"--train.logical_shards={gpus}",
         f"--determinism={determinism}",
+        f"--cluster.exchange={exchange}",
     ]
 
 
-def row(gpus: int, determinism: str, found: Measured, one: Measured | None) -> str:
-    """A line of the table; `one` is the same on one GPU."""
+def row(config: RunConfig, gpus: int, determinism: str, found: Measured, one: Measured | None) -> str:
+    """A line of the table.
+
+    Args:
+        config: what was trained.
+        gpus, determinism: how.
+        found: what was measured.
+        one: the same on one GPU.
+    """
     each = found.tokens_per_second / gpus
     ratio = f"{each / one.tokens_per_second:.3f}" if one is not None else "-"
     return (
-        f"| {gpus} | {determinism} | {found.seconds * 1e3:.1f} | {found.tokens_per_second:,.0f} | {each:,.0f} | {ratio} |"
-        f" {found.gib:.1f} | {found.loss:.3f} |"
+        f"| {gpus} | {determinism} | {found.seconds * 1e3:.1f} | {found.tokens_per_second:,.0f} | {each:,.0f} |"
+        f" {teraflops(config, found) / gpus:.0f} | {ratio} | {found.gib:.1f} | {found.loss:.3f} |"
     )
 
 
@@ -51,8 +63,11 @@ def main() -> int:
     parser.add_argument("--gpus", default="1,2,4")
     parser.add_argument("--determinism", default="fast", help="one or both of fast,bitwise")
     parser.add_argument("--replication", type=int, default=1)
+    parser.add_argument("--exchange", default="auto", choices=("auto", "peers", "collective"))
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--warmup", type=int, default=5)
+    parser.add_argument("--extra", default="", help="further options of pretrain, separated by spaces")
+    parser.add_argument("--limit_s", type=float, default=3600.0, help="seconds after which a run is ended")
     parser.add_argument("--out", type=Path, help="file to write the table to")
     options = parser.parse_args()
     data = Path(options.data).absolute()
@@ -60,26 +75,30 @@ def main() -> int:
         "# Training on several GPUs of one host",
         "",
         f"{torch.cuda.get_device_name()}, torch {torch.__version__}, bf16, real text (Python's standard library), "
-        f"{options.steps} steps of which the first {options.warmup} do not count, replication {options.replication}.",
+        f"{options.steps} steps of which the first {options.warmup} do not count, replication {options.replication}, "
+        f"exchange {options.exchange}. TFLOP/s by 6 x active parameters and attention.",
         "",
     ]
     for config in options.configs.split(","):
+        settings = load_yaml(ROOT / "configs" / f"{config}.yaml")
         parts += [
             f"## {config}",
             "",
-            "| GPUs | order | ms a step | tokens/s | of each GPU | of one alone | peak GiB | last loss |",
+            "| GPUs | order | ms a step | tokens/s | of each GPU | TFLOP/s of each | of one alone | peak GiB | last loss |",
         ]
-        parts += ["|---|---|---|---|---|---|---|---|"]
+        parts += ["|---|---|---|---|---|---|---|---|---|"]
         for determinism in options.determinism.split(","):
             found: dict[int, Measured] = {}
             for gpus in map(int, options.gpus.split(",")):
-                extra = options_for(gpus, determinism, options.replication)
-                measured = product(config, data, options.steps, options.warmup, extra)
+                extra = options_for(gpus, determinism, options.replication, options.exchange)
+                extra += options.extra.split()
+                measured = product(config, data, options.steps, options.warmup, extra, options.limit_s)
                 if measured is not None:
                     found[gpus] = measured
                     print(f"{config}, {determinism}, {gpus} GPUs: {measured}", flush=True)
             parts += [
-                row(gpus, determinism, measured, found.get(1)) for gpus, measured in sorted(found.items())
+                row(settings, gpus, determinism, measured, found.get(1))
+                for gpus, measured in sorted(found.items())
             ]
         parts.append("")
     print("\n".join(parts), flush=True)

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from local_cluster import train
-from processes import failing, kill_all, of_mark, start, wait_until
+from processes import kill_all, of_mark, resting, start, wait_until
 
 from sparseray.platform.config import RunConfig, save_yaml
 from sparseray.platform.run import checkpoint
 
-LIMIT_S = 240.0
+LIMIT_S, REST_S = 240.0, 0.3
 
 
 class Story:
@@ -27,16 +27,17 @@ class Story:
         config: of the run.
         folder: for everything.
         temporary: folder of sockets and Ray.
-        faults: of its slots, as tests/faulty_slots takes them.
+        faults: of its slots from the second on, moment, call and kind each, as tests/planted/faulty_slots.py takes them.
     """
 
-    def __init__(self, config: RunConfig, folder: Path, temporary: Path, faults: str = "") -> None:
-        self.run_dir, self.mark = folder / "run", uuid.uuid4().hex
+    def __init__(self, config: RunConfig, folder: Path, temporary: Path, faults: Sequence[str] = ()) -> None:
+        self.run_dir, self.mark, self.faults = folder / "run", uuid.uuid4().hex, faults
         save_yaml(config, folder / "run.yaml")
         options = ["pretrain", "--config", str(folder / "run.yaml"), f"--run_dir={self.run_dir}"]
-        environment = {"TMPDIR": str(temporary), "SPARSERAY_TEST": self.mark}
-        if faults:
-            environment |= failing(faults)
+        text = " ".join(f"{slot}:{fault}" for slot, fault in enumerate(faults, start=1))
+        environment = {"TMPDIR": str(temporary), "SPARSERAY_TEST": self.mark, "SPARSERAY_TEST_FAULTS": text}
+        # Slots load beside the run, and the story waits for them; one slot then does all of its steps again.
+        environment |= resting(REST_S)
         self.log = folder / "log.txt"
         self.process: subprocess.Popen[bytes] = start(options, self.log, **environment)
 
@@ -76,41 +77,26 @@ class Story:
         """Processes of slots: the workers whose title Ray sets to their class."""
         return sorted(p.pid for p in of_mark(self.mark) if "SlotActor" in " ".join(p.cmdline()))
 
+    def fail(self) -> None:
+        """Let one slot after another fail as planted, each in the place of the one before."""
+        for count, fault in enumerate(self.faults, start=1):
+            self.wait_events("recovered", count, f"what follows {fault}")
+            self.wait_events("resized", count, f"a slot after {fault}")
+        self.wait_steps(3)
 
-def live(config: RunConfig, folder: Path, temporary: Path) -> None:
-    """Train, lose a slot, go on, get one again, go on, stop; and compare all of it with one slot that nothing happens to.
-
-    Args:
-        config: of several slots with replicas.
-        folder, temporary: as in `Story`.
-    """
-    with told(config, folder, temporary) as story:
-        story.wait_for(lambda: story.step() >= 10, "step 10")
-        os.kill(story.slots()[-1], signal.SIGKILL)
-        story.wait_for(lambda: "recovered" in story.events(), "the next generation")
-        story.wait_steps(5)
-        story.wait_for(lambda: "resized" in story.events(), "another slot")
-        story.wait_steps(5)
-
-
-def fail(config: RunConfig, folder: Path, temporary: Path, faults: Sequence[str]) -> None:
-    """Train while one slot after another fails, each in the place of the one before; and compare as `live` does.
-
-    Args:
-        config: of two slots with replicas.
-        folder, temporary: as in `Story`.
-        faults: moment, call and kind each, as tests/faulty_slots takes them.
-    """
-    text = " ".join(f"{index}:{fault}" for index, fault in enumerate(faults, start=1))
-    with told(config, folder, temporary, text) as story:
-        for count, fault in enumerate(faults, start=1):
-            story.wait_events("recovered", count, f"what follows {fault}")
-            story.wait_events("resized", count, f"a slot after {fault}")
-        story.wait_steps(5)
+    def lose_a_slot(self) -> None:
+        """Kill a slot, go on, get one again, and go on."""
+        self.wait_for(lambda: self.step() >= 10, "step 10")
+        recovered, resized = (self.events().count(kind) for kind in ("recovered", "resized"))
+        os.kill(self.slots()[-1], signal.SIGKILL)
+        self.wait_events("recovered", recovered + 1, "the next generation")
+        self.wait_steps(3)
+        self.wait_events("resized", resized + 1, "another slot")
+        self.wait_steps(3)
 
 
 @contextmanager
-def told(config: RunConfig, folder: Path, temporary: Path, faults: str = "") -> Iterator[Story]:
+def told(config: RunConfig, folder: Path, temporary: Path, faults: Sequence[str] = ()) -> Iterator[Story]:
     """A story that goes on while the block runs, and then is stopped and compared with that of one slot.
 
     Args:

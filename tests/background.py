@@ -26,25 +26,34 @@ def environment(**extra: str) -> dict[str, str]:
     return kept | own | {"RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0", MARK: uuid.uuid4().hex} | extra
 
 
-def leftovers(env: dict[str, str]) -> list[str]:
-    """Command lines of the processes that still carry an environment's mark."""
+def marked(env: dict[str, str]) -> list[psutil.Process]:
+    """The processes that carry an environment's mark."""
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
             if process.environ().get(MARK) == env[MARK] and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(" ".join(process.cmdline())[:150])
+                found.append(process)
+    return found
+
+
+def named(processes: list[psutil.Process]) -> list[str]:
+    """Command lines of those that still live."""
+    found = []
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            found.append(" ".join(process.cmdline())[:150])
     return found
 
 
 def end_leftovers(env: dict[str, str], wait_s: float = 10.0) -> list[str]:
-    """Wait until nothing carries the mark; kill and return what still does."""
+    """Wait until nothing carries the mark; kill what still does, and return its command lines."""
     deadline = time.monotonic() + wait_s
-    while (found := leftovers(env)) and time.monotonic() < deadline:
+    while (left := marked(env)) and time.monotonic() < deadline:
         time.sleep(0.1)
-    for process in psutil.process_iter():
+    found = named(left)
+    for process in left:
         with contextlib.suppress(psutil.Error):
-            if process.environ().get(MARK) == env[MARK]:
-                process.kill()
+            process.kill()
     return found
 
 

@@ -1,6 +1,6 @@
 """Random faults against a real server, from a seed; no stream may fail or have another token than undisturbed.
 
-As a test it runs for seconds (tests/test_chaos.py); by hand for as long as one likes:
+As a test it runs for a minute (tests/test_chaos.py); by hand for as long as one likes:
 
   PYTHONPATH=.:tests python tests/chaos_serving.py --minutes 60 --seed 7 --data DIR
 """

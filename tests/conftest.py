@@ -18,6 +18,8 @@ os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
 # Tests leave nothing in the folder of the user who runs them, and this one ends with them; workers inherit it.
 OWN_STATE = "" if "SPARSERAY_STATE_DIR" in os.environ else tempfile.mkdtemp(prefix="sparseray-state-")
 os.environ.setdefault("SPARSERAY_STATE_DIR", OWN_STATE)
+# Each worker has one of its own in it: what goes on for one of them does not for another.
+os.environ["SPARSERAY_STATE_DIR"] += f"/{os.environ.get('PYTEST_XDIST_WORKER', '')}"
 
 WORDS = "rain river stone bread light house under winter green north seven learn sparse hold move".split()  # noqa: SIM905
 
@@ -46,9 +48,12 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # Before xdist reads the groups; after it, they would count for nothing.
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep what starts Ray in one group: of several workers one takes it, and clusters do not meet."""
+    """Keep what starts Ray in two groups, each for one worker: of clusters with deadlines, one runs at a time.
+
+    The other group is "starts", of what waits for the end of commands and has no deadline of seconds.
+    """
     for item in items:
-        if item.get_closest_marker("ray"):
+        if item.get_closest_marker("ray") and not item.get_closest_marker("xdist_group"):
             item.add_marker(pytest.mark.xdist_group("clusters"))
 
 

@@ -1,24 +1,19 @@
 """Compile the dense, attention, expert and peer kernels for compute capability 9.0 on a machine without a GPU.
 
-Run by a test in a process of its own, as Triton's interpreter replaces the compiler. The public functions are called
-with tensors of the CPU at the sizes of a model, and every launch compiles its kernel instead. Prints a line a launch:
-kernel, bytes of shared memory, bytes of registers spilled to memory.
+A branch of hopper_compile.py. The public functions are called with tensors of the CPU at the sizes of a model, and every
+launch compiles its kernel instead. Prints what ptxas_report.py says of each launch, a line each. Without the word "all" of sizes that differ in nothing but width the widest are compiled.
 """
 
 from __future__ import annotations
 
-import re
-import subprocess
-import tempfile
-from pathlib import Path
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+from ptxas_report import print_report
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia import compiler as nvidia
 from triton.compiler import ASTSource
-from triton.compiler import compile as compile_source
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sparseray.kernels import drafts, peer, peer_rounds
@@ -80,16 +75,13 @@ def compile_launch(kernel: Any, grid: tuple[int, ...], *args: Any, **named: Any)
     source = ASTSource(
         kernel, signature, {(kernel.arg_names.index(n),): v for n, v in constants.items()}, attrs
     )
-    compiled = compile_source(source, target=GPUTarget("cuda", 90, 32), options=options)
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(compiled.asm["ptx"])
-        file.flush()
-        ptxas = Path(nvidia.__file__).parent / "bin" / "ptxas"
-        command = [str(ptxas), "-v", "--gpu-name=sm_90a", file.name, "-o", "/dev/null"]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill stores", said))
-    registers = max(int(n) for n in re.findall(r"Used (\d+) registers", said))
-    print(kernel.fn.__name__, compiled.metadata.shared, spilled, registers, flush=True)
+    print_report(source, options)
+
+
+def sizes(*narrow: Any, widest: Any) -> Iterator[Any]:
+    """All of them where all are wanted, the widest otherwise."""
+    yield from narrow if "all" in sys.argv else ()
+    yield widest
 
 
 def bf16(*shape: int) -> Tensor:
@@ -99,9 +91,9 @@ def bf16(*shape: int) -> Tensor:
 def dense() -> None:
     R, H, I = 8, 1024, 2816
     weights, targets = torch.zeros(R), torch.zeros(R, dtype=torch.int64)
-    for vocab in (32768, 131072):
+    for vocab in sizes(32768, widest=131072):
         head_loss.losses_and_gradients_(bf16(R, vocab), targets, weights, torch.empty(R), gradient=True)
-    for width in (128, H, 2048, 7168):
+    for width in (128, *sizes(H, 2048, widest=7168)):
         x, weight = bf16(R, width), torch.ones(width)
         out, total, rstd = rms_norm._forward(x, x, weight, 1e-6)
         for readers in (1, rms_norm.MOST_READERS):
@@ -125,11 +117,12 @@ def dense() -> None:
 
 def attention() -> None:
     lens, table = torch.zeros(2, dtype=torch.int32), torch.zeros(2, 16, dtype=torch.int32)
-    for heads, num_kv, width, new in ((16, 16, 64, 1), (64, 4, 128, 1), (64, 4, 128, 8)):
+    narrow = (16, 16, 64, 1), (64, 4, 128, 1)
+    for heads, num_kv, width, new in sizes(*narrow, widest=(64, 4, 128, 8)):
         q, cache = bf16(2, new, heads, width), bf16(4, 64, num_kv, width)
         work = decode.PagedDecodeWorkspace.create(2, new, heads, width, 1024, "cpu")
         decode.paged_decode(q, cache, cache, table, lens, work, torch.empty_like(q))
-    for heads, num_kv, width in ((16, 16, 64), (64, 4, 128)):
+    for heads, num_kv, width in sizes((16, 16, 64), widest=(64, 4, 128)):
         q, cache = bf16(512, heads, width), bf16(4, 256, num_kv, width)
         bounds = torch.zeros(3, dtype=torch.int32)
         prefill.paged_prefill(q, cache, cache, table, bounds, lens, torch.empty_like(q))
@@ -155,7 +148,7 @@ def pages() -> None:
         torch.zeros(2, 16, dtype=torch.int32),
         bf16(2).int(),
     )
-    for num_kv, width in ((1, 64), (4, 128)):
+    for num_kv, width in sizes((1, 64), widest=(4, 128)):
         cache, compressed = bf16(4, 256, num_kv, width), bf16(4, 16, num_kv, width)
         paged_write.paged_write(bf16(2, num_kv, width), bf16(2, num_kv, width), places, cache, cache)
         rows = bf16(2, num_kv, width), bf16(2, num_kv, width)
@@ -171,7 +164,11 @@ def pages() -> None:
 
 
 def routers() -> None:
-    for R, H, E in ((64, 1024, 64), (1, 7168, 256), (4096, 2048, 64), (4096, 7168, 256)):
+    few, many = (
+        sizes((64, 1024, 64), widest=(1, 7168, 256)),
+        sizes((4096, 2048, 64), widest=(4096, 7168, 256)),
+    )
+    for R, H, E in (*few, *many):
         logits = router_logits.router_logits(
             bf16(R, H).requires_grad_(), torch.zeros(E, H, requires_grad=True)
         )
@@ -186,22 +183,22 @@ def selection() -> None:
 
 def few_rows() -> None:
     """Routing of a few tokens, and native sparse attention from them to pages."""
-    for T, E in ((1, 64), (64, 64), (64, 256)):
+    for T, E in sizes((1, 64), (64, 64), widest=(64, 256)):
         router.route(torch.zeros(T, E), top_k=6)
-    sizes = NSASizes(block=32, stride=16, select_block=64, num_selected=16, window=512)
-    for batch, heads, num_kv, page in ((16, 16, 4, 256), (1, 16, 16, 1024)):
+    nsa = NSASizes(block=32, stride=16, select_block=64, num_selected=16, window=512)
+    for batch, heads, num_kv, page in sizes((1, 16, 16, 1024), widest=(16, 16, 4, 256)):
         pools = [(bf16(4, rows, num_kv, 64), bf16(4, rows, num_kv, 64)) for rows in (page // 16, page, page)]
         table, lens = (
             torch.zeros(batch, 65536 // page, dtype=torch.int32),
             torch.zeros(batch, dtype=torch.int32),
         )
-        work = nsa_decode.DecodeWorkspace.create(batch, 1, heads, num_kv, 64, 65000, sizes, device="cpu")
+        work = nsa_decode.DecodeWorkspace.create(batch, 1, heads, num_kv, 64, 65000, nsa, device="cpu")
         q, gates = bf16(batch, 1, heads, 64), bf16(batch, 1, heads, 3)
-        nsa_decode.nsa_decode(q, gates, *pools, table, table, table, lens, work, torch.empty_like(q), sizes)
+        nsa_decode.nsa_decode(q, gates, *pools, table, table, table, lens, work, torch.empty_like(q), nsa)
 
 
 def experts() -> None:
-    for H, I in ((1024, 512), (2048, 1408)):
+    for H, I in sizes((1024, 512), widest=(2048, 1408)):
         T, E, K = 256, 4, 2
         x, up, down = bf16(T, H), bf16(E, 2 * I, H), bf16(E, H, I)
         config = ffn.HOPPER
@@ -273,12 +270,8 @@ def memory() -> None:
     """Staged rows of a table, and their fusion into the hidden state."""
     U, first = 8, torch.arange(9)
     small = first.int()
-    for width, dtype in (
-        (16, torch.bfloat16),
-        (64, torch.bfloat16),
-        (80, torch.float32),
-        (512, torch.bfloat16),
-    ):
+    narrow = (16, torch.bfloat16), (64, torch.bfloat16)
+    for width, dtype in ((80, torch.float32), *sizes(*narrow, widest=(512, torch.bfloat16))):
         sums = rows.sum_segments(bf16(U, width), small[:-1], small)
         row_update.range_norms(sums, first)
         state = torch.zeros(U, width), torch.zeros(U), torch.zeros(U, dtype=torch.int64)
@@ -286,7 +279,7 @@ def memory() -> None:
         row_update.row_adam(*fields, first[:-1], sums, scale=1.0, lr=0.1, betas=(0.9, 0.95), eps=1e-8, seed=3)
         staged_rows.take_rows(fields[0], small[:-1])
         staged_rows.take_newer(fields, first[:-1], fields, first[:-1])
-    for hidden in (1024, 2048):
+    for hidden in sizes(1024, widest=2048):
         h, kv = bf16(2, 64, hidden), bf16(2, 64, 2 * hidden)
         norm = bf16(hidden)
         constants = {"dilation": 3, "gate_eps": 1e-6, "conv_eps": 1e-5}
@@ -338,7 +331,3 @@ def main() -> None:
     few_tokens()
     peers()
     memory()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,22 +1,18 @@
 """Compile the pipelined kernels of attention for compute capability 9.0 on a machine without a GPU.
 
-Run by tests in processes of their own, one a branch (range, window, selected or latent), as Triton's interpreter replaces the
-compiler. Prints a line a kernel: its name, bytes of shared memory, and bytes of registers that are spilled to memory.
+Run by test_kernels_hopper.py in a process of its own, as Triton's interpreter replaces the compiler, with the branches: range,
+window, selected, latent, dense (dense_compile.py; of all widths with the word "all"). Prints a line a kernel, as ptxas_report.py says.
 """
 
 from __future__ import annotations
 
-import re
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
 from typing import Any
 
+import dense_compile
+import ptxas_report
 import triton.language as tl
-from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia import compiler as nvidia
-from triton.compiler import compile as compile_source
+from ptxas_report import print_report
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.experimental.gluon.language import NVMMASharedLayout
 
@@ -70,19 +66,7 @@ def report(
     signature = {name: "constexpr" if name in constants else kind(name, tiles) for name in kernel.arg_names}
     places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     source = GluonASTSource(kernel, signature, places)
-    compiled = compile_source(
-        source,
-        target=GPUTarget("cuda", 90, 32),
-        options={"num_warps": num_warps, "maxnreg": registers},
-    )
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(compiled.asm["ptx"])
-        file.flush()
-        ptxas = Path(nvidia.__file__).parent / "bin" / "ptxas"
-        command = [str(ptxas), "-v", "--gpu-name=sm_90a", file.name, "-o", "/dev/null"]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill stores", said))
-    print(kernel.fn.__name__, compiled.metadata.shared, spilled, flush=True)
+    print_report(source, {"num_warps": num_warps, "maxnreg": registers})
 
 
 def ranges(name: str, sizes: dict[str, Any]) -> None:
@@ -115,8 +99,8 @@ def selected() -> None:
 
 
 def latent() -> None:
-    """The forms of latent decoding, at the sizes of DeepSeek-V3 and at the narrowest."""
-    for latents, rotated in ((512, 64), (256, 32)):
+    """The forms of latent decoding at the sizes of DeepSeek-V3, and at the narrowest where all are wanted."""
+    for latents, rotated in dense_compile.sizes((256, 32), widest=(512, 64)):
         for form in PIPELINED:
             tiles = {"d_c": descriptor((form.tokens, latents)), "d_r": descriptor((form.tokens, rotated))}
             sizes = {"BB": 128, "BR": form.rows, "BN": form.tokens, "PAGE": 256, "C": latents, "P": rotated}
@@ -128,13 +112,17 @@ def latent() -> None:
 
 
 def main(branch: str) -> None:
-    if branch == "latent":
+    ptxas_report.branch = branch
+    if branch == "dense":
+        dense_compile.main()
+    elif branch == "latent":
         latent()
     elif branch == "selected":
         selected()
-    else:
+    elif branch != "all":
         ranges(branch, COMPRESSED if branch == "range" else WINDOW)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    for name in sys.argv[1:]:
+        main(name)

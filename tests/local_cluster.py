@@ -166,6 +166,7 @@ class LocalFleet:
                     address=transport.address,
                     node=self.nodes.get(slot, ""),
                     machine=self.machines.get(slot, ""),
+                    namespace=self.nodes.get(slot, ""),
                 )
 
     def _serve(self, slot: int) -> None:

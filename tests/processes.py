@@ -31,16 +31,19 @@ def environment(**changes: str) -> dict[str, str]:
     }
 
 
+def planting(**variables: str) -> dict[str, str]:
+    """What makes a command load tests/planted, beside the rest of its environment.
+
+    Args:
+        variables: that ask for something of it.
+    """
+    path = f"{ROOT / 'tests' / 'planted'}{os.pathsep}{environment()['PYTHONPATH']}"
+    return {"PYTHONPATH": path, **variables}
+
+
 def resting(seconds: float) -> dict[str, str]:
-    """What makes training in a command rest so long within each step (tests/rested_steps), beside the rest of its environment."""
-    path = f"{ROOT / 'tests' / 'rested_steps'}{os.pathsep}{environment()['PYTHONPATH']}"
-    return {"PYTHONPATH": path, "SPARSERAY_TEST_REST_S": str(seconds)}
-
-
-def failing(faults: str) -> dict[str, str]:
-    """What makes slots of a command fail (tests/faulty_slots), beside the rest of its environment."""
-    path = f"{ROOT / 'tests' / 'faulty_slots'}{os.pathsep}{environment()['PYTHONPATH']}"
-    return {"PYTHONPATH": path, "SPARSERAY_TEST_FAULTS": faults}
+    """What makes training in a command rest so long within each step."""
+    return planting(SPARSERAY_TEST_REST_S=str(seconds))
 
 
 def start(

@@ -1,11 +1,11 @@
-"""Slots that exchange through shared memory, each in a process of its own: what a GPU's slots do, in bf16 on a CPU."""
+"""Slots that exchange in step, each in a process of its own: what a GPU's slots do, in bf16 on a CPU."""
 
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from across_story import fail, live
+from across_story import told
 from local_cluster import tiny_run
 from processes import temporary_folder
 
@@ -19,16 +19,36 @@ def temporary() -> Iterator[Path]:
         yield folder
 
 
-def test_a_killed_process_comes_again_and_no_bit_differs(
-    corpus: Path, tmp_path: Path, temporary: Path
+@pytest.mark.parametrize(
+    ("exchange", "faults"),
+    [
+        ("peers", ["forward:20:raise", "backward:15:stop", "commit:4:raise"]),
+        # While the others are in a collective with it or about to be.
+        ("collective", ["forward:20:kill", "sums:4:kill", "backward:15:stop"]),
+        pytest.param(
+            "collective",
+            ["forward:40:kill", "backward:30:kill", "sums:8:kill", "commit:8:kill", "backward:30:stop"],
+            marks=pytest.mark.long,
+        ),
+    ],
+    ids=["peers", "collective", "collective at every moment"],
+)
+def test_processes_that_stand_still_lose_their_device_or_are_killed_change_no_bit(
+    exchange: str, faults: list[str], corpus: Path, tmp_path: Path, temporary: Path
 ) -> None:
-    config = tiny_run(corpus, steps=100000, colocated=True, **ROLES)
-    live(replace(config, train=replace(config.train, dtype="bfloat16")), tmp_path, temporary)
+    config = tiny_run(corpus, steps=100000, colocated=True, exchange=exchange, **ROLES)
+    config = replace(config, train=replace(config.train, dtype="bfloat16"))
+    with told(config, tmp_path, temporary, faults) as story:
+        story.fail()
+        story.lose_a_slot()
 
 
-def test_processes_that_stand_still_or_lose_their_device_change_no_bit(
+@pytest.mark.long
+def test_a_killed_process_of_three_comes_again_and_no_bit_differs(
     corpus: Path, tmp_path: Path, temporary: Path
 ) -> None:
-    config = tiny_run(corpus, steps=100000, colocated=True, **ROLES)
-    faults = ["forward:40:raise", "backward:30:stop", "commit:8:raise"]
-    fail(replace(config, train=replace(config.train, dtype="bfloat16")), tmp_path, temporary, faults)
+    roles = dict.fromkeys(ROLES, 3) | {"replication": 2}
+    config = tiny_run(corpus, steps=100000, colocated=True, exchange="collective", **roles)
+    config = replace(config, train=replace(config.train, dtype="bfloat16"))
+    with told(config, tmp_path, temporary) as story:
+        story.lose_a_slot()

@@ -22,7 +22,8 @@ from sparseray.platform.composition import Run
 from sparseray.platform.config import RunConfig
 from sparseray.platform.planning.inventory import Roles
 
-STEPS = 10
+STEPS, KILLED, SHORT = 10, 6, 4
+"""Of a run whose slots come and go, of one that loses a slot, and of one to which nothing happens."""
 
 
 def slabs_run(data: Path, *, slots: int = 1, **cluster: Any) -> RunConfig:
@@ -32,13 +33,18 @@ def slabs_run(data: Path, *, slots: int = 1, **cluster: Any) -> RunConfig:
 
 
 @pytest.fixture(scope="module")
-def one(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    """One slot that has everything, undisturbed."""
-    return train(tmp_path_factory.mktemp("one") / "run", slabs_run(corpus))
+def one(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Trained]:
+    """One slot that has everything, undisturbed, by the number of steps."""
+    folder = tmp_path_factory.mktemp("one")
+    return {
+        steps: train(folder / str(steps), slabs_run(corpus), stop_after=steps)
+        for steps in (STEPS, KILLED, SHORT)
+    }
 
 
-def check(found: Trained, wanted: Trained) -> None:
-    assert [r["step"] for r in found.records] == list(range(1, STEPS + 1))
+def check(found: Trained, one: dict[int, Trained], steps: int = STEPS) -> None:
+    wanted = one[steps]
+    assert [r["step"] for r in found.records] == list(range(1, steps + 1))
     assert found.curve == wanted.curve
     assert found.evaluations == wanted.evaluations
     assert found.digest == wanted.digest
@@ -49,31 +55,32 @@ def check(found: Trained, wanted: Trained) -> None:
     [(2, 1), (4, 1), (2, 2), (4, 3), *(pytest.param(3, r, marks=pytest.mark.long) for r in (1, 2))],
 )
 def test_the_number_of_slots_changes_no_bit(
-    slots: int, replication: int, corpus: Path, one: Trained, tmp_path: Path
+    slots: int, replication: int, corpus: Path, one: dict[int, Trained], tmp_path: Path
 ) -> None:
-    check(train(tmp_path / "run", slabs_run(corpus, slots=slots, replication=replication)), one)
+    config = slabs_run(corpus, slots=slots, replication=replication)
+    check(train(tmp_path / "run", config, stop_after=SHORT), one, SHORT)
 
 
 @pytest.mark.parametrize(("attention", "experts", "memory"), [(1, 2, 1), (3, 2, 1), (1, 1, 2), (2, 4, 3)])
 def test_slots_with_some_of_the_roles_change_no_bit(
-    attention: int, experts: int, memory: int, corpus: Path, one: Trained, tmp_path: Path
+    attention: int, experts: int, memory: int, corpus: Path, one: dict[int, Trained], tmp_path: Path
 ) -> None:
     roles = {"attention_workers": attention, "expert_shards": experts, "memory_shards": memory}
-    check(train(tmp_path / "run", slabs_run(corpus, **roles)), one)
+    check(train(tmp_path / "run", slabs_run(corpus, **roles), stop_after=SHORT), one, SHORT)
 
 
 @pytest.mark.parametrize(
     ("attention", "experts"), [(1, 1), (3, 1), pytest.param(2, 2, marks=pytest.mark.long)]
 )
 def test_roles_in_slots_of_their_own_change_no_bit(
-    attention: int, experts: int, corpus: Path, one: Trained, tmp_path: Path
+    attention: int, experts: int, corpus: Path, one: dict[int, Trained], tmp_path: Path
 ) -> None:
     roles = {"attention_workers": attention, "expert_shards": experts, "colocated": False}
-    check(train(tmp_path / "run", slabs_run(corpus, **roles)), one)
+    check(train(tmp_path / "run", slabs_run(corpus, **roles), stop_after=SHORT), one, SHORT)
 
 
 def test_a_host_that_does_not_learn_the_counts_of_rows_changes_no_bit(
-    corpus: Path, one: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    corpus: Path, one: dict[int, Trained], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a GPU after the first step, where all rows have room."""
 
@@ -81,12 +88,13 @@ def test_a_host_that_does_not_learn_the_counts_of_rows_changes_no_bit(
         me.counts_rows = False
 
     monkeypatch.setattr(TokenExchange, "settle", settle)
-    check(train(tmp_path / "run", slabs_run(corpus, slots=3)), one)
+    check(train(tmp_path / "run", slabs_run(corpus, slots=3), stop_after=SHORT), one, SHORT)
 
 
-def test_recomputed_layers_change_no_bit(corpus: Path, one: Trained, tmp_path: Path) -> None:
+def test_recomputed_layers_change_no_bit(corpus: Path, one: dict[int, Trained], tmp_path: Path) -> None:
     config = slabs_run(corpus, slots=3)
-    check(train(tmp_path / "run", replace(config, train=replace(config.train, recompute=True))), one)
+    config = replace(config, train=replace(config.train, recompute=True))
+    check(train(tmp_path / "run", config, stop_after=SHORT), one, SHORT)
 
 
 @pytest.mark.parametrize(
@@ -102,14 +110,18 @@ def test_models_with_other_layers_change_no_bit(model: ModelConfig, corpus: Path
     found = []
     for slots in (1, 3):
         config = replace(slabs_run(corpus, slots=slots), model=model)
-        found.append(train(tmp_path / str(slots), config, stop_after=4))
+        found.append(train(tmp_path / str(slots), config, stop_after=SHORT))
     assert found[0].curve == found[1].curve and found[0].digest == found[1].digest
 
 
-def test_the_fast_order_of_parts_differs_by_rounding(corpus: Path, one: Trained, tmp_path: Path) -> None:
-    found = train(tmp_path / "run", replace(slabs_run(corpus, slots=3), determinism="fast"))
-    assert found.digest != one.digest
-    for a, b in zip(found.curve, one.curve, strict=True):
+def test_the_fast_order_of_parts_differs_by_rounding(
+    corpus: Path, one: dict[int, Trained], tmp_path: Path
+) -> None:
+    found = train(
+        tmp_path / "run", replace(slabs_run(corpus, slots=3), determinism="fast"), stop_after=KILLED
+    )
+    assert found.digest != one[KILLED].digest
+    for a, b in zip(found.curve, one[KILLED].curve, strict=True):
         assert a[0] == pytest.approx(b[0], rel=1e-3)
 
 
@@ -119,7 +131,7 @@ def test_replicas_follow_in_the_fast_order_too(corpus: Path, tmp_path: Path) -> 
     for replication in (1, 2):
         config = replace(slabs_run(corpus, slots=2, replication=replication), determinism="fast")
         config = replace(config, train=replace(config.train, logical_shards=2))
-        found.append(train(tmp_path / str(replication), config))
+        found.append(train(tmp_path / str(replication), config, stop_after=SHORT))
     assert found[0].curve == found[1].curve and found[0].digest == found[1].digest
 
 
@@ -136,7 +148,7 @@ def resize_at(slots: dict[int, int]) -> Callable[[int, Run, LocalFleet], None]:
 
 @pytest.mark.parametrize("replication", [1, 2])
 def test_slots_come_and_go_while_training_goes_on(
-    replication: int, corpus: Path, one: Trained, tmp_path: Path
+    replication: int, corpus: Path, one: dict[int, Trained], tmp_path: Path
 ) -> None:
     changes = resize_at({1: 2, 3: 4, 5: 3, 7: 2} | ({9: 1} if replication == 1 else {}))
     config = slabs_run(corpus, slots=replication, replication=replication)
@@ -146,7 +158,7 @@ def test_slots_come_and_go_while_training_goes_on(
 
 
 class Dies:
-    """Ends a slot as SIGKILL does, in its n-th call of a method in a step.
+    """Ends a slot as SIGKILL does, in its n-th call of a method from a step on.
 
     Args:
         of, method: whose call.
@@ -166,7 +178,7 @@ class Dies:
 
         def call(me: Any, *args: Any, **named: Any) -> Any:
             slot = me.mailbox.slot if hasattr(me, "mailbox") else me.me
-            if self.now == self.step and slot == self.slot and not self.done:
+            if self.now >= self.step and slot == self.slot and not self.done:
                 self.calls += 1
                 if self.calls == self.call:
                     self.done = True
@@ -191,22 +203,26 @@ MOMENTS = {
 @pytest.mark.parametrize("slot", [0, pytest.param(2, marks=pytest.mark.long)])
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_a_kill_at_any_moment_changes_no_bit_and_loses_no_step(
-    moment: str, slot: int, corpus: Path, one: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    moment: str,
+    slot: int,
+    corpus: Path,
+    one: dict[int, Trained],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     of, method, call = MOMENTS[moment]
-    fault = Dies(of, method, slot=slot, step=6, call=call)
+    fault = Dies(of, method, slot=slot, step=3, call=call)
     fault.patch(monkeypatch)
-    found = train(
-        tmp_path / "run", slabs_run(corpus, slots=3, replication=2, standby=slot % 2), at_step=fault.at_step
-    )
+    config = slabs_run(corpus, slots=3, replication=2, standby=slot % 2)
+    found = train(tmp_path / "run", config, at_step=fault.at_step, stop_after=KILLED)
     assert fault.done
-    check(found, one)
+    check(found, one, KILLED)
     assert "recovered" in found.events and "restored" not in found.events
 
 
 @pytest.mark.long
 def test_without_replicas_a_kill_goes_back_to_the_checkpoint_and_comes_to_the_same_bits(
-    corpus: Path, one: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    corpus: Path, one: dict[int, Trained], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fault = Dies(DeviceExchange, "_backward", slot=1, step=7, call=3)
     fault.patch(monkeypatch)
@@ -216,7 +232,7 @@ def test_without_replicas_a_kill_goes_back_to_the_checkpoint_and_comes_to_the_sa
 
 
 def test_a_slot_that_was_given_up_and_lives_writes_to_nobodys_memory(
-    corpus: Path, one: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    corpus: Path, one: dict[int, Trained], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It stands still in the middle of giving rows back, and goes on while the others are in the next generation."""
     give_back, seen = TokenExchange._give_back, dict.fromkeys(("step", "given"), 0)
@@ -242,7 +258,9 @@ def test_a_slot_that_was_given_up_and_lives_writes_to_nobodys_memory(
 
 def test_a_buffer_of_another_host_is_refused_with_a_cure() -> None:
     handle = replace(Buffer(64, torch.device("cpu")).handle, namespace="elsewhere")
-    with pytest.raises(UserError, match=r"slot 3 is on another host.*set cluster.attention_workers"):
+    with pytest.raises(
+        UserError, match=r"slot 3 is on another host.*set cluster.exchange=auto, or cluster.attention_workers"
+    ):
         open_buffer(handle, torch.device("cpu"), 3)
 
 

@@ -113,6 +113,24 @@ def test_a_host_without_memory_to_pin_costs_the_checkpoint_alone(monkeypatch: py
     assert found is not None and found[0] == 4 and "out of memory" in found[1].error
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("has_room", [True, False])
+def test_a_gpu_may_change_what_is_saved_as_soon_as_it_is_copied(
+    monkeypatch: pytest.MonkeyPatch, has_room: bool
+) -> None:
+    """With room for a copy on the device, and without."""
+    monkeypatch.setattr(background_save, "_has_room", lambda tensors, device: has_room)
+    taken, saving = Taken(monkeypatch), BackgroundSave()
+    for step in (1, 2):
+        what = files(float(step))
+        what["dense_0_1"] = {name: tensor.cuda() for name, tensor in what["dense_0_1"].items()}
+        taken.save(saving, step, what)
+        for (_, found, _), (_, wanted) in zip(taken.written[-2:], files(float(step)).items()):
+            assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+            assert not any(tensor.is_cuda for tensor in found.values())
+
+
 @pytest.mark.parametrize("fails", [True, False])
 def test_rows_are_kept_no_longer_than_they_are_copied(monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
     ended: list[KeptRows] = []

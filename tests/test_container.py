@@ -16,7 +16,7 @@ from processes import ROOT, environment, of_mark, temporary_folder, wait_until
 from sparseray.platform.config import save_yaml
 
 # One folder, whose data the first test makes: one process.
-pytestmark = pytest.mark.xdist_group("clusters")
+pytestmark = pytest.mark.xdist_group("starts")
 UID = 45678
 SETPRIV = shutil.which("setpriv")
 OTHER = [
@@ -82,6 +82,7 @@ def test_data_is_prepared_and_a_compiler_finds_a_place_for_its_cache(place: Path
 
 
 @pytest.mark.ray
+@pytest.mark.long
 def test_a_run_trains(place: Path) -> None:
     if not runs(NESTED):
         pytest.skip("the Python here can be started by root alone")

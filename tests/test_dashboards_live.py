@@ -59,7 +59,7 @@ def drive(url: str, stop: threading.Event, quiet: threading.Event) -> None:
     """Ask again and again until told to stop."""
     body = {"model": "served", "prompt": PROMPT, "max_tokens": 12, "ignore_eos": True}
     with httpx.Client(timeout=20) as client:
-        while not stop.wait(0.3):
+        while not stop.wait(0.8):
             if quiet.is_set():
                 continue
             try:
@@ -76,7 +76,7 @@ def live(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Liv
     config = tiny_run(corpus, steps=100_000, colocated=True, **shared)
     config = replace(
         config,
-        train=replace(config.train, checkpoint_every=10, eval_every=10),
+        train=replace(config.train, checkpoint_every=5, eval_every=5),
         cluster=replace(config.cluster, deadline_s=20.0, hang_s=3.0),
         metrics=replace(config.metrics, per_expert=True),
     )
@@ -89,12 +89,12 @@ def live(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Liv
         write_prometheus(folder / "prometheus", [], "")
     prometheus = Prometheus(folder / "prometheus" / "prometheus.yml", folder / "prometheus" / "data")
     # Everybody watches the run, and nobody waits for it.
-    processes = [run := Background([*command, *pretrain], env | resting(0.2))]
+    processes = [run := Background([*command, *pretrain], env | resting(0.5))]
     stop, quiet, url = threading.Event(), threading.Event(), f"http://127.0.0.1:{port}"
     clients = [threading.Thread(target=drive, args=(url, stop, quiet), daemon=True) for _ in range(2)]
     try:
         # While the run starts, a model that has learned to write whole characters.
-        trained = tiny_run(corpus, steps=30)
+        trained = tiny_run(corpus, steps=30, colocated=True)
         trained = replace(trained, model=replace(trained.model, mtp=MTPConfig(depth=1)))
         checkpoint = train(folder / "served", trained).folder.newest_checkpoint()
         serve = ["serve", "--checkpoint", str(checkpoint), "--port", str(port), "--model_name", "served"]

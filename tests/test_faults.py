@@ -3,24 +3,20 @@
 Each cure that a message gives is done here as it is written.
 """
 
-import json
-import os
 import re
 import shlex
-import signal
 import subprocess
 import sys
-import uuid
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from local_cluster import tiny_run, train
-from processes import ROOT, environment, kill_all, of_mark, resting, run, temporary_folder, wait_until
+from processes import environment
 
 from sparseray.errors import CheckpointError, ConfigError, UserError
 from sparseray.jobs import pretrain
-from sparseray.platform.config import RunConfig, load_yaml, save_yaml
+from sparseray.platform.config import RunConfig, load_yaml
 from sparseray.platform.opening import open_training
 from sparseray.platform.run import checkpoint, folder, lock
 from sparseray.platform.run.journal import Journal, set_aside_if_damaged
@@ -169,50 +165,6 @@ def test_output_that_finds_no_reader_ends_nothing(ending: str, tmp_path: Path) -
     done = subprocess.run(["bash", "-c", shell], env=environment(), capture_output=True, text=True)
     assert (done.returncode, (tmp_path / "end").read_text()) == (0, "reached"), done.stderr
     assert done.stderr == "more\n"
-
-
-@pytest.mark.ray
-def test_a_run_outlives_its_reader_keeps_its_folder_and_ends_with_its_terminal_by_a_checkpoint(
-    corpus: Path, tmp_path: Path
-) -> None:
-    config = tiny_run(corpus, steps=100_000)
-    save_yaml(replace(config, cluster=replace(config.cluster, deadline_s=60.0)), tmp_path / "run.yaml")
-    run_dir, mark = tmp_path / "läufe 1", uuid.uuid4().hex
-    options = [
-        "pretrain",
-        "--config",
-        str(tmp_path / "run.yaml"),
-        f"--run_dir={run_dir}",
-        "--cluster.colocated=true",
-    ]
-
-    def steps() -> int:
-        path = run_dir / "metrics.jsonl"
-        return path.read_text().count("\n") if path.exists() else 0
-
-    with temporary_folder() as temporary:
-        changes = {"TMPDIR": str(temporary), "SPARSERAY_TEST": mark, **resting(0.2)}
-        process = subprocess.Popen(
-            [sys.executable, "-m", "sparseray", *options], env=environment(**changes), cwd=ROOT,
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
-        try:
-            assert process.stdout is not None
-            process.stdout.readline()
-            process.stdout.close()
-            wait_until(lambda: steps() > 3 or process.poll() is not None, "a few steps")
-            assert run(options, tmp_path / "second.txt", **changes | {"SPARSERAY_TEST": "second"}) == 2
-            assert "is in use: process" in (tmp_path / "second.txt").read_text()
-            before = steps()
-            wait_until(lambda: steps() > before or process.poll() is not None, "another step")
-            os.kill(process.pid, signal.SIGHUP)
-            assert process.wait(60) == 130
-            newest = checkpoint.list_finished(run_dir / "checkpoints")[-1]
-            last = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
-            assert newest.name == f"step_{last['step']}"
-            wait_until(lambda: not of_mark(mark), "the end of all processes", 30.0)
-        finally:
-            kill_all(process, mark)
 
 
 def test_a_disk_that_is_full_costs_a_checkpoint_and_lines_that_come_later_and_nothing_else(

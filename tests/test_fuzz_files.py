@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from fuzz_files import files
 
-FEW, MANY = {"data": 2_000, "checkpoints": 500}, {"data": 20_000, "checkpoints": 5_000}
+FEW, MANY = {"data": 1_000, "checkpoints": 250}, {"data": 20_000, "checkpoints": 5_000}
 
 
 @pytest.mark.parametrize("cases", [FEW, pytest.param(MANY, marks=pytest.mark.long)], ids=["", "many"])

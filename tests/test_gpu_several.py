@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from across_story import fail, live, told
+from across_story import told
 from processes import temporary_folder
 from test_gpu_training import run_on
 
@@ -28,7 +28,8 @@ def test_a_killed_gpu_slot_comes_again_and_no_bit_differs(
     corpus: Path, tmp_path: Path, temporary: Path
 ) -> None:
     roles = {"attention_workers": 2, "expert_shards": 2, "memory_shards": 2, "replication": 2}
-    live(run_on("cuda", corpus, steps=100000, cluster=roles), tmp_path, temporary)
+    with told(run_on("cuda", corpus, steps=100000, cluster=roles), tmp_path, temporary) as story:
+        story.lose_a_slot()
 
 
 @pytest.mark.parametrize(
@@ -44,7 +45,8 @@ def test_gpu_slots_that_stand_still_or_write_to_nobodys_memory_change_no_bit(
 ) -> None:
     """A kernel's illegal access ends its process's use of the GPU: the others go on, and another slot comes."""
     roles = {"attention_workers": 2, "expert_shards": 2, "memory_shards": 2, "replication": 2}
-    fail(run_on("cuda", corpus, steps=100000, cluster=roles), tmp_path, temporary, faults)
+    with told(run_on("cuda", corpus, steps=100000, cluster=roles), tmp_path, temporary, faults) as story:
+        story.fail()
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 3, reason="needs a GPU for each role")

@@ -91,6 +91,13 @@ def poison(name: str, value: float) -> Callable[[Path], None]:
     return change
 
 
+def set_template(source: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        (folder / "chat_template.jinja").write_text(source)
+
+    return change
+
+
 def set_index(change: Callable[[dict[str, str]], Any]) -> Callable[[Path], None]:
     def apply(folder: Path) -> None:
         content = json.loads((folder / INDEX).read_text())
@@ -177,6 +184,23 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "another rotary scaling": (
         set_config(rope_parameters={"rope_type": "linear", "factor": 2.0}), ["rope_type='linear'"],
     ),
+    "a rotary scaling that is text": (set_config(rope_scaling="yarn"), ["rope_scaling='yarn'", "must hold keys"]),
+    "a quantization that is text": (set_config(quantization_config="fp8"), ["quantization_config='fp8'"]),
+    "an architecture that is a list": (set_config(model_type=["deepseek_v3"]), ["model_type=['deepseek_v3']"]),
+    "YaRN without its lengths": (
+        set_config(rope_parameters={"rope_type": "yarn"}, max_position_embeddings=64), ["original_max_seq_len=0"],
+    ),
+    "a template that loops": (
+        set_template("{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}"),
+        ["chat template of", "steps", "mend it, or leave it out"],
+    ),
+    "a template that reads files": (
+        set_template("{% include '/etc/passwd' %}"), ["chat template of", "reads other files", "leave it out"],
+    ),
+    "a template that is none": (set_template("{% if %}"), ["chat template of", "not Jinja", "leave it out"]),
+    "tokenizer settings that are cut off": (
+        lambda f: (f / "tokenizer_config.json").write_text("{"), ["tokenizer_config.json", "cannot read"],
+    ),
     "fewer heads of keys": (set_config(num_key_value_heads=2), ["num_key_value_heads=2"]),
     "experts that fit no group": (set_config(n_group=3), ["config.json", "num_groups=3"]),
     "a size that is text": (set_config(hidden_size="48"), ["config.json", "hidden='48'", "whole number"]),
@@ -202,6 +226,13 @@ def test_a_target_that_cannot_be_written_is_refused(folder: Path, refused: Refus
     assert "absent is not a folder" in refused(
         "import", "--from", folder.parent / "absent", "--out", folder.parent / "out"
     )
+
+
+def test_names_that_no_file_can_have_are_refused(folder: Path, refused: Refused) -> None:
+    for long in (folder.parent / ("x" * 300), folder.parent / ("x/" * 3000)):
+        assert "give another name" in refused("import", "--from", folder, "--out", long)
+        assert "is not a folder" in refused("import", "--from", long, "--out", folder.parent / "out")
+        assert "give another name" in refused("export", "--checkpoint", folder, "--out", long)
 
 
 def test_a_disk_without_room_is_seen_before_or_while_writing(

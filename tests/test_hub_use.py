@@ -1,19 +1,24 @@
 """Imported models are models like all others: they are served, and training begins with their weights."""
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from faulty_transport import Faults, Sent
 from hub_models import Ours, imported, make, save
-from local_cluster import tiny_run, train
+from local_cluster import LocalFleet, tiny_run, train
 from paged_runs import greedy
+from test_hub_mtp import save_released
 
 from sparseray.actors.serving.paged_engine import PagedEngine
 from sparseray.actors.serving.text_request import GenerationRequest
 from sparseray.errors import CheckpointError, IdentityError
 from sparseray.jobs.export import export_model
+from sparseray.jobs.http.chat import ChatTemplate
 from sparseray.jobs.http.serving_model import read_served
 from sparseray.jobs.tokens.prepare import prepare
 from sparseray.jobs.tokens.progress import quiet
@@ -42,6 +47,16 @@ def run(ckpt: Path, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     )
     model = from_dict(RunConfig, checkpoint.read_manifest(ckpt)["config"]).model
     return replace(tiny_run(root / "data", steps=STEPS), model=model, init_from=str(ckpt))
+
+
+@pytest.fixture(scope="module")
+def deep(run: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    """The same with a model that has modules for further tokens."""
+    root = tmp_path_factory.mktemp("deep")
+    save_released("v3", root / "theirs")
+    ckpt = imported(root / "theirs", root / "checkpoint")
+    model = from_dict(RunConfig, checkpoint.read_manifest(ckpt)["config"]).model
+    return replace(run, model=model, init_from=str(ckpt), train=replace(run.train, steps=9))
 
 
 def weights(directory: Path) -> dict[str, torch.Tensor]:
@@ -89,7 +104,60 @@ def test_a_run_begins_with_imported_weights_and_is_as_elastic_as_any(
     assert all(0 < distance < 0.02 for distance in moved.values()), moved
     seeded = train(tmp_path / "seeded", replace(run, init_from=""))
     assert seeded.curve[0] != one.curve[0]
+    assert ChatTemplate.load(newest).source == ChatTemplate.load(ckpt).source is not None
     export_model(newest, tmp_path / "out", "stored", quiet)
+    for name in ("chat_template.jinja", "generation_config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (ckpt / name).read_bytes()
+    keys = [
+        json.loads(path.read_text()) for path in (ckpt / "hub_config.json", tmp_path / "out" / "config.json")
+    ]
+    assert keys[0]["bos_token_id"] == keys[1]["bos_token_id"] == 269
+
+
+def test_an_imported_model_survives_kills_and_resizes_to_the_bit(deep: RunConfig, tmp_path: Path) -> None:
+    whole = train(tmp_path / "whole", deep)
+    assert set(whole.records[0]["losses"]) == {"mtp_1", "mtp_2"}
+    spread = replace(
+        deep.cluster, attention_workers=2, expert_shards=2, replication=2, standby=1, deadline_s=3.0
+    )
+    killed: set[int] = set()
+
+    def kill(sent: Sent, fleet: LocalFleet) -> None:
+        # A worker in the middle of a step, then an expert shard in another one.
+        for slot, kind, step in ((0, "expert_forward", 2), (2, "expert_rows", 3)):
+            if slot not in killed and (sent.source, sent.kind, sent.step) == (slot, kind, step):
+                killed.add(slot)
+                fleet.kill(slot)
+
+    hit = train(tmp_path / "hit", replace(deep, cluster=spread), faults=Faults(on_send=kill))
+    assert killed == {0, 2} and hit.events.count("lost") == 2
+
+    def resize(step: int, run: Any, fleet: LocalFleet) -> None:
+        for role, count in {1: (("experts", 3),), 5: (("attention", 1), ("experts", 1))}.get(step, ()):
+            run.reconciler.request(role, count)
+
+    resized = train(tmp_path / "resized", replace(deep, cluster=replace(spread, standby=0)), at_step=resize)
+    assert resized.events.count("resized") >= 2
+    assert whole.curve == hit.curve == resized.curve
+    assert whole.digest == hit.digest == resized.digest
+
+
+def test_a_template_in_the_settings_of_the_tokenizer_goes_along_too(run: RunConfig, tmp_path: Path) -> None:
+    origin = Path(shutil.copytree(run.init_from, tmp_path / "origin"))
+    template = origin / "chat_template.jinja"
+    settings = {"eos_token": "<|270|>", "chat_template": template.read_text(), "add_bos_token": True}
+    manifest = json.loads((origin / "manifest.json").read_text())
+    template.unlink()
+    (origin / "tokenizer_config.json").write_text(json.dumps(settings))
+    for name in ("chat_template.jinja", "tokenizer_config.json"):
+        manifest["identity"].pop(name), manifest["files"].pop(name)
+    manifest.pop("sha256", None)
+    (origin / "manifest.json").write_text(json.dumps(checkpoint.sealed(manifest)))
+    found = train(tmp_path / "run", replace(run, init_from=str(origin), train=replace(run.train, steps=1)))
+    newest = found.folder.newest_checkpoint()
+    assert newest is not None and ChatTemplate.load(newest).source == settings["chat_template"]
+    stated = json.loads((newest / "tokenizer_config.json").read_text())
+    assert stated["add_bos_token"] and stated["eos_token"] == "<|endoftext|>"
 
 
 def test_a_run_that_has_a_checkpoint_goes_on_from_that(ckpt: Path, run: RunConfig, tmp_path: Path) -> None:

@@ -130,6 +130,15 @@ def test_what_cannot_be_is_one_line_and_its_cure_works(
     assert main([*command, option, cure.removeprefix("try ")]) == 0
 
 
+def test_the_rate_is_a_half_where_none_is_given(tmp_path: Path) -> None:
+    texts = write_texts(tmp_path / "text")
+    words = ["prepare", "--source", str(texts), "--vocab_size", "300", "--validation_fraction", "0.1"]
+    for name, more in (("asked", ["--fim_rate"]), ("given", ["--fim_rate", "0.5"]), ("none", [])):
+        assert main([*words, *more, "--out", str(tmp_path / name)]) == 0
+    asked, given, none = (read_manifest(tmp_path / name).infilling for name in ("asked", "given", "none"))
+    assert asked == given and asked is not None and asked.rate == 0.5 and none is None
+
+
 def test_a_manifest_says_what_was_rearranged_and_old_ones_are_read(tmp_path: Path) -> None:
     texts = write_texts(tmp_path / "text", 40)
     prepare([str(texts)], tmp_path / "data", vocab_size=300, validation_fraction=0.1, fim_rate=0.5)

@@ -18,7 +18,8 @@ from sparseray.kernels.settings import NSASizes
 TINY = NSASizes(block=16, stride=8, select_block=16, num_selected=4, window=32)
 ODD = NSASizes(block=8, stride=4, select_block=12, num_selected=3, window=7, num_local=1)
 FREE = NSASizes(block=4, stride=4, select_block=8, num_selected=2, window=1, num_initial=0, num_local=1)
-SHAPES = [(TINY, 32, (8, 2), (16, 16)), (ODD, 24, (4, 2), (12, 20)), (FREE, 8, (3, 3), (10, 3))]
+# Loops are compiled for each pair of head sizes; the second pair is that of a model in test_model_cache.py.
+SHAPES = [(TINY, 32, (8, 2), (16, 16)), (ODD, 24, (4, 2), (16, 12)), (FREE, 8, (3, 3), (10, 13))]
 LENS, NEW = [150, 1, 33, 70, 8], [40, 1, 33, 1, 3]
 
 
@@ -235,6 +236,22 @@ def test_memory_fusion_is_the_plain_one_however_a_prompt_is_cut(has_starts: bool
     # While decoding, rows of all sequences go through together.
     singles = [[(b, p, p + 1) for b in range(len(LENS)) if p < LENS[b]] for p in range(max(LENS))]
     assert all(map(torch.equal, run(COMPILED, singles), found))
+
+
+@pytest.mark.parametrize("length", [1 << 17, (1 << 17) - 5])
+def test_sparse_attention_reaches_back_over_128k_tokens(length: int) -> None:
+    """The last tokens of a text of 131,072: on pages of 64 in any order, with the paper's sizes."""
+    sizes = NSASizes(block=32, stride=16, select_block=64, num_selected=16, window=512)
+    case = Case([length], [3], 64, (2, 1), (16, 16))
+    q, gates = 3 * torch.randn(3, 2, 16), torch.rand(3, 2, 3)
+    pools = case.pool(sizes.stride), case.pool(), case.pool()
+    found = COMPILED.paged_nsa_attention(q, gates, *pools, sizes, case.pages(case.whole))
+    wanted = REFERENCE.paged_nsa_attention(q, gates, *pools, sizes, case.pages(case.whole))
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    for cache in pools[1]:
+        cache[case.table[0, 1 : length // 128].long()] += 1.0
+    changed = COMPILED.paged_nsa_attention(q, gates, *pools, sizes, case.pages(case.whole))
+    assert not torch.equal(changed, found), "blocks of the first half are among those that it selects"
 
 
 def test_damage_is_seen() -> None:

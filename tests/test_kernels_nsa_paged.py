@@ -105,6 +105,12 @@ def test_decode_where_too_many_blocks_are_kept_to_compare_them_all(monkeypatch: 
     assert decode_error([2500], 1, (2, 1), (16, 16), sizes, 64, torch.float32) < 1e-5
 
 
+def test_decode_of_the_last_tokens_of_128k(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, launch in {"decode": {"piece": 512, "keys": 64}}.items():
+        monkeypatch.setitem(tuning.LAUNCH, name, tuning.LAUNCH[name] | launch)
+    assert decode_error([1 << 17, (1 << 17) - 5], 2, (2, 1), (16, 16), PAPER, 64, torch.float32) < 1e-5
+
+
 def test_decode_where_a_block_is_no_power_of_two_of_strides() -> None:
     sizes = replace(TINY, select_block=12, num_selected=4)
     assert decode_error([150, 33], 2, (4, 2), (16, 16), sizes, 24, torch.float32) < 1e-5

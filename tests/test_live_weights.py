@@ -38,8 +38,8 @@ ASKED = ServeConfig(prefill_chunk=8, follow_every=0)
 EVERY_THREE = replace(ASKED, follow_every=3)
 
 
-def config_of(corpus: Path, *, depth: int = 0) -> RunConfig:
-    config = tiny_run(corpus, steps=STEPS, **WIDE, deadline_s=5.0)
+def config_of(corpus: Path, *, depth: int = 0, **cluster: Any) -> RunConfig:
+    config = tiny_run(corpus, steps=STEPS, **(cluster or WIDE), deadline_s=5.0)
     return replace(config, model=replace(config.model, mtp=MTPConfig(depth=depth)))
 
 
@@ -142,8 +142,8 @@ def step_of(server: LocalServer) -> int:
 
 
 def undisturbed(corpus: Path, folder: Path, step: int, *, depth: int = 0) -> list[Heard]:
-    """What a server of the checkpoint of a step answers, of a run that nobody asked anything."""
-    trained = train(folder / f"to-{step}", config_of(corpus, depth=depth), stop_after=step)
+    """What a server of the checkpoint of a step answers, of a run on one slot that nobody asked anything."""
+    trained = train(folder / f"to-{step}", config_of(corpus, depth=depth, colocated=True), stop_after=step)
     with LocalServer(folder / f"of-{step}", trained.folder.newest_checkpoint(), ALONE, serve=ASKED) as server:
         return server.ask(requests())
 
@@ -168,7 +168,7 @@ def test_a_server_begins_with_a_step_that_was_never_on_a_disk_and_goes_over_to_l
     trained = training.stop()
     assert answers == undisturbed(corpus, tmp_path, first)
     assert later == undisturbed(corpus, tmp_path, second)
-    plain = train(tmp_path / "plain", config_of(corpus), stop_after=len(trained.records))
+    plain = train(tmp_path / "plain", config_of(corpus, colocated=True), stop_after=len(trained.records))
     assert trained.curve == plain.curve and trained.digest == plain.digest
 
 
@@ -337,7 +337,7 @@ def test_a_run_that_lost_all_replicas_goes_on_with_the_weights_of_engines(
     (told,) = [e for e in trained.folder.event_lines() if e["kind"] == "restored"]
     assert told["step"] == served and "bits differ from here on" in told["text"], told
     assert [r["step"] for r in trained.records] == list(range(1, len(trained.records) + 1))
-    plain = train(tmp_path / "plain", config_of(corpus), stop_after=served + 3)
+    plain = train(tmp_path / "plain", config_of(corpus, colocated=True), stop_after=served + 3)
     # The first step after it sees just the weights of the step that was served, and no moments.
     assert trained.curve[: served + 1] == plain.curve[: served + 1]
     assert trained.curve[served + 1] != plain.curve[served + 1]
@@ -372,7 +372,7 @@ def test_a_run_that_starts_again_takes_what_engines_have_and_its_checkpoint_has_
         assert not driver.can_give(training.model, str(tmp_path / "other"))
         assert not driver.can_give(replace(training.model, vocab_size=301), str(training.run_dir))
     assert again.events.count("restored") == 1 and len(again.records) == served + 2
-    plain = train(tmp_path / "plain", config_of(corpus), stop_after=served + 2)
+    plain = train(tmp_path / "plain", config_of(corpus, colocated=True), stop_after=served + 2)
     assert again.curve[: served + 1] == plain.curve[: served + 1] and again.curve != plain.curve
 
 

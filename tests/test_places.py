@@ -137,6 +137,7 @@ def with_little_shared_memory() -> list[str]:
 
 
 @pytest.mark.ray
+@pytest.mark.xdist_group("starts")
 def test_a_run_works_without_a_home_with_a_long_tmpdir_another_rays_address_and_little_shared_memory(
     corpus: Path, tmp_path: Path
 ) -> None:

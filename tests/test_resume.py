@@ -1,10 +1,13 @@
-"""A run that is killed, interrupted or placed anew ends as the undisturbed run does, to the bit.
+"""A run that is killed, stopped or placed anew, whose reader or terminal goes, ends as the undisturbed run does, to the bit.
 
 Real processes and a real Ray; the undisturbed run is one of threads (tests/local_cluster.py).
 """
 
 import json
+import os
+import signal
 import subprocess
+import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -13,32 +16,46 @@ from pathlib import Path
 
 import pytest
 from local_cluster import Trained, tiny_run, train
-from processes import ROOT, interrupt, kill_all, of_mark, socket_folders, start, temporary_folder, wait_until
+from processes import (
+    ROOT,
+    environment,
+    interrupt,
+    kill_all,
+    of_mark,
+    planting,
+    resting,
+    run,
+    socket_folders,
+    start,
+    temporary_folder,
+    wait_until,
+)
 
 from sparseray.platform.config import RunConfig, save_yaml
 from sparseray.platform.run import checkpoint
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("starts")]
 STEPS, EVERY = 60, 10
-WIDE = ["--cluster.attention_workers=2", "--cluster.expert_shards=2", "--cluster.memory_shards=1"]
-OTHER = ["--cluster.attention_workers=1", "--cluster.expert_shards=1", "--cluster.memory_shards=2"]
 ONE = ["--cluster.colocated=true"]
+TWO = [*ONE, "--cluster.attention_workers=2", "--cluster.expert_shards=2", "--cluster.memory_shards=1"]
+APART = ["--cluster.attention_workers=1", "--cluster.expert_shards=1", "--cluster.memory_shards=1"]
 
 
 @pytest.fixture(scope="module")
 def config(corpus: Path) -> RunConfig:
-    run = tiny_run(corpus, steps=STEPS)
+    found = tiny_run(corpus, steps=STEPS)
     # Generous: other work on the machine must not make a slot look lost.
     return replace(
-        run,
-        train=replace(run.train, checkpoint_every=EVERY),
-        cluster=replace(run.cluster, deadline_s=60.0),
+        found,
+        train=replace(found.train, checkpoint_every=EVERY),
+        cluster=replace(found.cluster, deadline_s=60.0),
     )
 
 
 @pytest.fixture(scope="module")
 def undisturbed(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    return train(tmp_path_factory.mktemp("undisturbed") / "run", config)
+    alone = replace(config, cluster=replace(config.cluster, colocated=True))
+    return train(tmp_path_factory.mktemp("undisturbed") / "run", alone)
 
 
 class Runs:
@@ -58,6 +75,24 @@ class Runs:
             SPARSERAY_TEST=self.mark,
             **changes,
         )
+
+    def start_unread(self, options: list[str], begin: Path) -> subprocess.Popen[bytes]:
+        """Start it rested, and close its output once it has said from which checkpoint it goes on."""
+        changes = {"TMPDIR": str(self.temporary), "SPARSERAY_TEST": self.mark, **resting(0.5)}
+        process = subprocess.Popen(
+            [sys.executable, "-m", "sparseray", *self.options, *options],
+            env=environment(**changes),
+            cwd=ROOT,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        assert process.stdout is not None
+        lines = iter(process.stdout.readline, b"")
+        assert any(f"going on from {begin}" in line.decode() for line in lines)
+        process.stdout.close()
+        return process
 
     def finish(self, options: list[str]) -> None:
         assert self.start(options).wait(120) == 0, self.log.read_text()
@@ -109,45 +144,39 @@ def test_a_run_that_is_killed_stopped_and_placed_anew_ends_with_the_same_bits(
     runs: Runs, undisturbed: Trained
 ) -> None:
     # Killed when its second checkpoint is all there but its name.
-    path = f"{ROOT}:{ROOT / 'tests' / 'held_rename'}"
-    first = runs.start(WIDE, PYTHONPATH=path, SPARSERAY_TEST_HOLD=f"step_{2 * EVERY}")
+    first = runs.start(TWO, **planting(SPARSERAY_TEST_HOLD=f"step_{2 * EVERY}"))
     runs.wait(first, (runs.run_dir / "checkpoints" / "held").exists, "the rename of the second checkpoint")
     kill_all(first, runs.mark)
     assert (runs.run_dir / "checkpoints" / f"step_{2 * EVERY}.unfinished" / "manifest.json").exists()
     whole = runs.newest()
     assert whole.name == f"step_{EVERY}"
 
-    # Resumed on other actors, and killed in the midst of a step.
-    second = runs.start(OTHER)
-    runs.reaches(2 * EVERY + 4, second)
-    kill_all(second, runs.mark)
-    assert f"going on from {whole}" in runs.log.read_text()
-    assert max(runs.steps()) < STEPS, "killed too late to show anything"
-
-    ctrl_c_leaves_a_checkpoint_and_two_end_at_once(runs, runs.newest())
-    runs.finish(ONE)
-    runs.check(undisturbed)
-
-
-def ctrl_c_leaves_a_checkpoint_and_two_end_at_once(runs: Runs, begin: Path) -> None:
-    """One Ctrl-C: the last step's checkpoint and exit code 130; two: no other checkpoint. Nothing runs on after either."""
+    # Resumed on other actors: it outlives its reader, keeps its folder, and ends with its terminal by a checkpoint.
+    second = runs.start_unread(APART, whole)
+    runs.reaches(EVERY + 2, second)
+    refused = runs.log.with_name("refused.txt")
+    mark = {"TMPDIR": str(runs.temporary), "SPARSERAY_TEST": "refused"}
+    assert run([*runs.options, *APART], refused, **mark) == 2
+    assert "is in use: process" in refused.read_text()
     before = runs.steps()[-1]
-    process = runs.start(ONE)
-    runs.reaches(before + 3, process)
-    interrupt(process)
-    assert process.wait(60) == 130, runs.log.read_text()
-    assert f"going on from {begin}" in runs.log.read_text()
+    runs.reaches(before + 1, second)
+    os.kill(second.pid, signal.SIGHUP)
+    assert second.wait(60) == 130
     stopped_at = runs.steps()[-1]
-    assert stopped_at < STEPS
+    assert stopped_at < STEPS, "stopped too late to show anything"
     newest = runs.newest()
     assert newest.name == f"step_{stopped_at}"
-    assert of_mark(runs.mark) == []
+    wait_until(lambda: not of_mark(runs.mark), "the end of all processes", 30.0)
 
-    again = runs.start(ONE)
-    runs.wait(again, lambda: runs.steps()[-1] > stopped_at, "another step")
-    interrupt(again)
+    # Two Ctrl-C end it in the midst of a step, without another checkpoint.
+    third = runs.start(ONE)
+    runs.wait(third, lambda: runs.steps()[-1] > stopped_at, "another step")
+    interrupt(third)
     time.sleep(0.05)
-    interrupt(again)
-    assert again.wait(30) != 0, runs.log.read_text()
+    interrupt(third)
+    assert third.wait(30) != 0, runs.log.read_text()
     wait_until(lambda: not of_mark(runs.mark), "the end of all processes", 20.0)
     assert f"going on from {newest}" in runs.log.read_text()
+
+    runs.finish(ONE)
+    runs.check(undisturbed)

@@ -1,4 +1,4 @@
-"""`sparseray serve` as a process: a checkpoint on two expert and two memory shards, and Ctrl-C leaves nothing."""
+"""`sparseray serve` as a process: a checkpoint on shards, other weights, faults while streams go on, and Ctrl-C leaves nothing."""
 
 import json
 import os
@@ -6,7 +6,10 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ import httpx
 import openai
 import pytest
 import torch
-from background import Background, end_leftovers, environment, free_ports
+from background import Background, end_leftovers, environment, free_ports, marked, sparseray
 from local_cluster import tiny_run, train
 from paged_runs import greedy
 from processes import wait_until
@@ -35,11 +38,79 @@ PROMPT = "rain river stone"
 
 @pytest.fixture(scope="module")
 def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The checkpoint of a run of two steps."""
-    folder = train(tmp_path_factory.mktemp("served"), tiny_run(corpus, steps=2)).folder
-    newest = folder.newest_checkpoint()
-    assert newest is not None
-    return newest
+    """The first of a run's two checkpoints, of the steps 2 and 4."""
+    config = tiny_run(corpus, steps=4)
+    every_two = replace(config, train=replace(config.train, checkpoint_every=2))
+    return train(tmp_path_factory.mktemp("served"), every_two).folder.checkpoints / "step_2"
+
+
+@dataclass
+class Served:
+    """A server, its port, and the environment by which its processes are known."""
+
+    server: Background
+    port: int
+    env: dict[str, str]
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def client(self, timeout: float = 30.0) -> openai.OpenAI:
+        """OpenAI's client of it."""
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=timeout)
+
+    def told(self, *words: str) -> subprocess.CompletedProcess[str]:
+        """What a command says that is given beside it."""
+        return sparseray(*words, env=self.env)
+
+    def settled(self) -> dict[str, Any]:
+        """Its status once the plan is as wanted, with all replicas and a standby slot."""
+        found: dict[str, Any] = {}
+
+        def is_settled() -> bool:
+            done = self.told("status", "--json")
+            found.update(json.loads(done.stdout) if done.returncode == 0 else {})
+            replicas, slots = found.get("replicas", {}), found.get("slots", [])
+            is_full = bool(replicas) and replicas["actual"] >= replicas["target"]
+            is_spare = any(slot["roles"] == ["standby"] for slot in slots)
+            return done.returncode == 0 and found["settled"] and is_full and is_spare
+
+        wait_until(is_settled, "all replicas and a standby slot", 60.0)
+        return found
+
+
+@contextmanager
+def serving(checkpoint: Path, **cluster: int) -> Iterator[Served]:
+    """Serve as a process; when the block ends nothing of it may be left."""
+    env, (port,) = environment(), free_ports(1)
+    options = [f"--cluster.{name}={value}" for name, value in cluster.items()]
+    command = [
+        sys.executable,
+        "-m",
+        "sparseray",
+        "serve",
+        "--checkpoint",
+        str(checkpoint),
+        "--port",
+        str(port),
+    ]
+    server = Background([*command, *options], env)
+    try:
+        server.wait_for("Ctrl-C stops", 90.0)
+        yield Served(server, port, env)
+    finally:
+        server.terminate()
+        left = end_leftovers(env)
+    assert not left
+
+
+@pytest.fixture(scope="module")
+def served(trained: Path) -> Iterator[Served]:
+    """A server with two of each role; the last test that takes it ends it."""
+    sizes = {"attention_workers": 2, "expert_shards": 2, "memory_shards": 2}
+    with serving(trained, **sizes, replication=2, standby=1, hang_s=5) as found:
+        yield found
 
 
 def expected_text(directory: Path, tokenizer: Tokenizer, count: int) -> str:
@@ -85,101 +156,113 @@ def check_answers(ai: openai.OpenAI, directory: Path) -> None:
 
 
 @pytest.mark.ray
-def test_a_checkpoint_is_served_over_shards_and_ctrl_c_leaves_nothing_running(
-    trained: Path, capsys: pytest.CaptureFixture[str]
+def test_a_checkpoint_is_served_over_shards(
+    served: Served, trained: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    env, (port,) = environment(), free_ports(1)
-    shards = ["--cluster.expert_shards", "2", "--cluster.memory_shards", "2"]
-    command = [sys.executable, "-m", "sparseray", "serve", "--checkpoint", str(trained), "--port", str(port)]
-    server = Background([*command, *shards], env)
-    try:
-        server.wait_for("Ctrl-C stops", 60.0)
-        url = f"http://127.0.0.1:{port}"
-        wait_until_healthy(url, server)
-        with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=30.0) as ai:
-            check_answers(ai, trained)
-            metrics = httpx.get(f"{url}/metrics").text
-            long = complete(ai, max_tokens=48, stream=True)
-            next(iter(long))
-            long.response.close()
-        for line in (
-            "request_latency_seconds_count 8.0",
-            "prompt_tokens_total",
-            "first_token_seconds_bucket",
-        ):
-            assert line in metrics
-        assert main(["--checkpoint", str(trained), "--port", str(port)]) == 2
-        assert f"cannot listen on 127.0.0.1:{port}" in capsys.readouterr().err
-        # Ctrl-C cuts nothing that is in flight.
-        with (
-            openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=30.0) as ai,
-            ThreadPoolExecutor(1) as pool,
-        ):
-            stream = complete(ai, max_tokens=48, stream=True)
-            next(iter(stream))
-            ended = pool.submit(server.interrupt)
-            assert list(stream)[-1].choices[0].finish_reason == "length"
-            assert ended.result() == 0, server.output
-        assert server.output.rstrip().endswith("stopped")
-        assert "Traceback" not in server.output and "ERROR" not in server.output, server.output
-    finally:
-        server.terminate()
-        left = end_leftovers(env)
-    assert not left
+    assert httpx.get(f"{served.url}/health").status_code == 200
+    with served.client() as ai:
+        check_answers(ai, trained)
+        metrics = httpx.get(f"{served.url}/metrics").text
+        long = complete(ai, max_tokens=48, stream=True)
+        next(iter(long))
+        long.response.close()
+    for line in (
+        "request_latency_seconds_count 8.0",
+        "prompt_tokens_total",
+        "first_token_seconds_bucket",
+    ):
+        assert line in metrics
+    assert main(["--checkpoint", str(trained), "--port", str(served.port)]) == 2
+    assert f"cannot listen on 127.0.0.1:{served.port}" in capsys.readouterr().err
 
 
 @pytest.mark.ray
-def test_engines_and_shards_are_killed_or_hang_and_are_scaled_while_streams_go_on(trained: Path) -> None:
-    env, (port,) = environment(), free_ports(1)
-    sizes = {"attention_workers": 2, "expert_shards": 2, "memory_shards": 1}
-    spare = {"replication": 2, "standby": 1, "hang_s": 5}
-    options = [f"--cluster.{name}={value}" for name, value in (sizes | spare).items()]
-    command = [sys.executable, "-m", "sparseray", "serve", "--checkpoint", str(trained), "--port", str(port)]
-    server = Background([*command, *options], env)
-    try:
-        server.wait_for("Ctrl-C stops", 90.0)
-        with openai.OpenAI(
-            base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=60.0
-        ) as ai:
-            expected = [complete(ai, max_tokens=40, seed=seed).choices[0].text for seed in range(4)]
-            for round_, (number, experts) in enumerate(((signal.SIGKILL, 1), (signal.SIGSTOP, 2)), start=1):
-                streams = [complete(ai, max_tokens=40, seed=seed, stream=True) for seed in range(4)]
-                assert hurt_while_they_go_on(streams, number, experts, env) == expected
-                assert httpx.get(f"http://127.0.0.1:{port}/ready").json() == {"status": "ok"}
-                wait_until(lambda n=round_: server.output.count("*** recovered") >= n, "the recovery", 60.0)
-        assert "*** lost" in server.output
-        assert server.interrupt() == 0, server.output
-    finally:
-        server.terminate()
-        left = end_leftovers(env)
-    assert not left
+def test_a_server_takes_other_weights_and_its_answers_name_them(
+    served: Served, trained: Path, tmp_path: Path
+) -> None:
+    other = str(trained.with_name("step_4"))
+    with served.client() as ai:
+        assert complete(ai).system_fingerprint.startswith("step_2-")
+        done = served.told("publish", "--checkpoint", str(tmp_path))
+        assert done.returncode == 2 and "is not a checkpoint" in done.stderr, done.stderr
+        done = served.told("publish", "--checkpoint", other)
+        assert done.returncode == 0 and done.stdout.startswith("step_4-"), done.stdout + done.stderr
+        served.server.wait_for("*** published: step_4-", 30.0)
+        assert complete(ai).system_fingerprint.startswith("step_4-")
+    (model,) = httpx.get(f"{served.url}/v1/models").json()["data"]
+    assert model["version"].startswith("step_4-")
+    status = json.loads(served.told("status", "--json").stdout)
+    assert [name.partition("-")[0] for name in status["versions"]] == ["step_4"]
+    output = served.server.output
+    assert "Traceback" not in output and "ERROR" not in output, output
 
 
-def hurt_while_they_go_on(streams: list[Any], number: int, experts: int, env: dict[str, str]) -> list[str]:
-    """Hurt an engine and an expert shard and scale the experts while streams are read; returns their texts."""
-    command = [sys.executable, "-m", "sparseray"]
-    status = subprocess.run([*command, "status", "--json"], env=env, check=True, capture_output=True).stdout
+BLOWS = (
+    (signal.SIGKILL, ("attention", "expert"), 1),
+    (signal.SIGSTOP, ("attention", "expert"), 2),
+    (signal.SIGKILL, ("memory", "standby"), 1),
+)
+"""A signal, the roles that get it, and the expert shards that are wanted meanwhile."""
+
+
+@pytest.mark.ray
+def test_every_role_is_killed_or_hangs_and_is_scaled_and_the_scheduler_dies_while_streams_go_on(
+    served: Served,
+) -> None:
+    with served.client(60.0) as ai:
+        expected = [complete(ai, max_tokens=40, seed=seed).choices[0].text for seed in range(4)]
+        for round_, (number, roles, experts) in enumerate(BLOWS, start=1):
+            assert hurt_while_they_go_on(served, ai, number, roles, experts) == expected
+            assert httpx.get(f"{served.url}/ready").json() == {"status": "ok"}
+            wait_until(
+                lambda n=round_: served.server.output.count("*** recovered") >= n, "the recovery", 60.0
+            )
+        streams = [complete(ai, max_tokens=40, seed=seed, stream=True) for seed in range(4)]
+        begun = [next(iter(stream)).choices[0].text for stream in streams]
+        (scheduler,) = [p for p in marked(served.env) if "ray::Scheduler" in " ".join(p.cmdline())]
+        scheduler.kill()
+        rest = ["".join(chunk.choices[0].text for chunk in stream) for stream in streams]
+        assert [first + later for first, later in zip(begun, rest, strict=True)] == expected
+        served.settled()
+        assert complete(ai, max_tokens=40, seed=0).choices[0].text == expected[0]
+    assert "*** lost" in served.server.output
+
+
+def hurt_while_they_go_on(
+    served: Served, ai: openai.OpenAI, number: int, roles: tuple[str, ...], experts: int
+) -> list[str]:
+    """Hurt a slot of each of some roles and scale the experts while streams are read; returns the streams' texts."""
+    slots = served.settled()["slots"]
+    streams = [complete(ai, max_tokens=40, seed=seed, stream=True) for seed in range(4)]
     begun = [next(iter(stream)).choices[0].text for stream in streams]
-    for role in ("attention", "expert"):
-        victim = next(slot for slot in json.loads(status)["slots"] if slot["roles"][:1] == [role])
+    for role in roles:
+        victim = next(slot for slot in slots if slot["roles"][:1] == [role])
         os.kill(victim["pid"], number)
-    scale = [*command, "scale", "experts", str(experts)]
     with ThreadPoolExecutor(len(streams) + 1) as pool:
-        scaled = pool.submit(subprocess.run, scale, env=env, check=True, capture_output=True)
+        scaled = pool.submit(served.told, "scale", "experts", str(experts))
         rest = list(pool.map(lambda stream: "".join(chunk.choices[0].text for chunk in stream), streams))
-        scaled.result()
+        assert scaled.result().returncode == 0, scaled.result().stderr
     return [first + later for first, later in zip(begun, rest, strict=True)]
 
 
-def wait_until_healthy(url: str, server: Background) -> None:
-    for _ in range(200):
-        assert server.process.poll() is None, server.output
-        try:
-            assert httpx.get(f"{url}/health").status_code == 200
-            return
-        except httpx.ConnectError:
-            pass
-    raise AssertionError("the server does not listen")
+@pytest.mark.ray
+def test_ctrl_c_cuts_nothing_that_is_in_flight_and_leaves_nothing_running(
+    served: Served, trained: Path
+) -> None:
+    before = len(served.server.output)
+    with served.client() as ai, ThreadPoolExecutor(1) as pool:
+        stream = complete(ai, max_tokens=48, stream=True)
+        next(iter(stream))
+        ended = pool.submit(served.server.interrupt)
+        assert list(stream)[-1].choices[0].finish_reason == "length"
+        assert ended.result() == 0, served.server.output
+    output = served.server.output[before:]
+    assert output.rstrip().endswith("stopped")
+    # Ray has words of its own about the slots that were killed before.
+    assert "Traceback" not in output and " ERROR sparseray" not in output, output
+    assert not end_leftovers(served.env)
+    done = served.told("publish", "--checkpoint", str(trained))
+    assert done.returncode == 2 and "no server runs" in done.stderr, done.stderr
 
 
 def test_what_cannot_be_served_is_told_in_one_line(

@@ -31,7 +31,7 @@ LATENT: dict[str, Any] = {
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests/test_gpu_serving.py says the same of a GPU")
 @pytest.mark.parametrize(
     ("changes", "kind"),
-    [({}, PagedEngine), (LATENT, PagedEngine), (LATENT, DraftingEngine)],
+    [({}, PagedEngine), pytest.param(LATENT, PagedEngine, marks=pytest.mark.long), (LATENT, DraftingEngine)],
     ids=["nsa", "latent", "latent with drafts"],
 )
 def test_the_kernels_give_the_tokens_of_the_plain_operations(

@@ -105,7 +105,7 @@ def test_a_stop_string_counts_only_after_min_tokens() -> None:
 def test_special_tokens_are_meant_by_a_template_and_spelled_by_a_message(text: str) -> None:
     vocabulary = Vocabulary(make_tokenizer(), 0)
     mark = "\ue123\ue456"
-    broken = vocabulary.break_specials(text, mark)
+    broken = vocabulary.break_names(text, mark)
     tokens = vocabulary.encode_marked(f"<|endoftext|>{broken}<|endoftext|>", mark)
     assert (tokens[0], tokens[-1], tokens.count(0)) == (0, 0, 2)
     assert tokens[1:-1] == vocabulary.encode(text)

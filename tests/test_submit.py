@@ -72,11 +72,12 @@ def head() -> Iterator[Head]:
 @pytest.fixture(scope="module")
 def config(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("config") / "tiny.yaml"
-    save_yaml(tiny_run(corpus, steps=3, cpus_per_slot=0.5), path)
+    save_yaml(tiny_run(corpus, steps=3, colocated=True), path)
     return path
 
 
 @pytest.mark.ray
+@pytest.mark.xdist_group("starts")
 def test_a_submitted_run_trains_on_the_cluster_and_its_log_and_status_come_back(
     head: Head, config: Path, tmp_path: Path
 ) -> None:
@@ -104,6 +105,7 @@ def test_a_submitted_run_trains_on_the_cluster_and_its_log_and_status_come_back(
 
 
 @pytest.mark.ray
+@pytest.mark.xdist_group("starts")
 def test_a_job_that_fails_hands_its_exit_status_back(head: Head, config: Path) -> None:
     options = ["--config", str(config), "--train.stepz", "3", "--address", head.address]
     found = sparseray("submit", "pretrain", *options, env=head.env)
@@ -113,6 +115,7 @@ def test_a_job_that_fails_hands_its_exit_status_back(head: Head, config: Path) -
 
 
 @pytest.mark.ray
+@pytest.mark.xdist_group("starts")
 def test_a_wrong_token_is_told_in_one_line(head: Head, config: Path) -> None:
     for token, word in (("f" * 48, "RAY_AUTH_TOKEN"), (None, "RAY_AUTH_TOKEN")):
         env = {name: value for name, value in head.env.items() if name != "RAY_AUTH_TOKEN"}
@@ -165,6 +168,7 @@ def test_a_missing_file_is_found_before_anything_is_submitted(capsys: pytest.Cap
 
 
 @pytest.mark.ray
+@pytest.mark.xdist_group("starts")
 @pytest.mark.skipif(PROMETHEUS is None, reason=MISSING)
 def test_a_prometheus_of_ours_scrapes_rays_own_targets_with_the_token(head: Head, tmp_path: Path) -> None:
     token, other = tmp_path / "token", tmp_path / "other"
@@ -211,6 +215,7 @@ def pretrain_on(head: Head, folder: Path, corpus: Path, **changes: str) -> str:
 
 
 @pytest.mark.ray
+@pytest.mark.xdist_group("starts")
 def test_too_few_free_cpus_on_an_external_ray_says_what_is_there(
     head: Head, corpus: Path, tmp_path: Path
 ) -> None:
@@ -219,6 +224,7 @@ def test_too_few_free_cpus_on_an_external_ray_says_what_is_there(
 
 
 @pytest.mark.ray
+@pytest.mark.xdist_group("starts")
 @pytest.mark.long  # Ray's own client tries for twenty seconds.
 def test_ray_that_refuses_the_token_says_how_to_give_it(head: Head, corpus: Path, tmp_path: Path) -> None:
     said = pretrain_on(head, tmp_path, corpus, RAY_AUTH_TOKEN="b" * 32)

@@ -111,21 +111,18 @@ def test_steps_go_on_while_tables_are_copied_and_the_checkpoint_is_of_its_own_st
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The tables of step 2 are copied when steps 3 and 4 have been applied."""
-    config, copy = (
-        whole_run(corpus, steps=8, checkpoint_every=2, keep_checkpoints=8),
-        background_save._with_changing,
-    )
-    gone_on = threading.Event()
+    config = whole_run(corpus, steps=8, checkpoint_every=2, keep_checkpoints=8)
+    copy, gone_on = background_save._copy_changing, threading.Event()
 
-    def late(*arguments: Any) -> background_save.Files:
+    def late(*arguments: Any) -> None:
         assert gone_on.wait(60.0), "the run waits for the copy of its tables"
-        return copy(*arguments)
+        copy(*arguments)
 
     def look(step: int, run: Run, fleet: LocalFleet) -> None:
         if step == 5:
             gone_on.set()
 
-    monkeypatch.setattr(background_save, "_with_changing", late)
+    monkeypatch.setattr(background_save, "_copy_changing", late)
     saved = train(tmp_path / "saved", config, at_step=look)
     two = train(tmp_path / "two", whole_run(corpus, steps=8), stop_after=2)
     written = checkpoint.list_finished(saved.folder.checkpoints)

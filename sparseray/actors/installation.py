@@ -71,6 +71,7 @@ class InstallPlan(Body):
         ingress: address that tokens go to, empty in training.
         weights: folder that a server's pieces of `step` can be read from; empty in training.
         earlier: version of a server's weights that requests may still be finished with; -1 for none.
+        by_collectives: slots that train in step exchange by these, not through each other's memory.
     """
 
     opens_generation: ClassVar[bool] = True
@@ -85,6 +86,7 @@ class InstallPlan(Body):
     ingress: str = ""
     weights: str = ""
     earlier: int = -1
+    by_collectives: bool = False
 
     @property
     def source(self) -> Restore | None:

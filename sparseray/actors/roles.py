@@ -118,6 +118,7 @@ class Roles:
         self.mailbox.adopt(plan.generation)
         self.mailbox.transport.connect({**plan.addresses, SCHEDULER: body.scheduler, **ingress})
         self.worker, self.exchange, self.reduction, self.plan = None, None, None, None
+        self.peers.leave()
         self.saving.forget()
         self.offering.forget()
         self.job = self.job_from(body.job)
@@ -129,7 +130,7 @@ class Roles:
         if not trains:
             self._turn_to(body)
         self.answers = Answers(
-            self.holdings, self.job.observe, with_optimizer=trains, lays_open=self.peers.handle
+            self.holdings, self.job.observe, with_optimizer=trains, introduce=self.peers.introduction
         )
         call = Caller(self.mailbox, self.answers, self.serve, self.job.deadline_s)
         if body.restore is not None and body.restore.everything:
@@ -140,7 +141,10 @@ class Roles:
             self.mailbox.post(SCHEDULER, Stale(), step=self.committed)
             return
         if is_in_step(plan, self.holdings, me, trains=trains):
+            call.step = self.committed + 1
             lay_open(self.peers, plan, self.holdings, self.job.part_shape, trains=trains)
+            if trains and body.by_collectives:
+                self.peers.meet(plan, call, self.holdings.experts.device)
         self.gathering.give(self.holdings, mine, body)
         if trains or body.source is None or not isinstance(self.holdings.experts, SlabExperts):
             # An engine that sent all its weights from a device would serve nobody meanwhile.

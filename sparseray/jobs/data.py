@@ -123,10 +123,12 @@ def _add_choices(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--fim_rate",
         type=float,
+        nargs="?",
+        const=0.5,
         default=0.0,
         metavar="F",
-        help="share of training documents rearranged for fill-in-the-middle; sentinels are the tokenizer's own, or "
-        "are added to it (default: 0)",
+        help="share of training documents rearranged for fill-in-the-middle, 0.5 without a number; sentinels are the "
+        "tokenizer's own, or are added to it (default: 0)",
     )
     command.add_argument(
         "--document_bytes",

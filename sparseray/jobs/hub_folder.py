@@ -8,6 +8,7 @@ section 3.3).
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -53,8 +54,10 @@ class HubFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        if not path.is_dir():
-            raise CheckpointError(f"{path} is not a folder; give one with {CONFIG} and {SINGLE} or {INDEX}")
+        if not os.path.isdir(path):
+            raise CheckpointError(
+                f"{str(path)[:200]} is not a folder; give one with {CONFIG} and {SINGLE} or {INDEX}"
+            )
         self.config = self.read_json(CONFIG)
         self.stored: dict[str, Stored] = {}
         self._open: dict[str, Any] = {}

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from sparseray.errors import CheckpointError, ConfigError, UserError
 from sparseray.jobs.progress import progress_of_bytes
 from sparseray.platform import config as configuration
+from sparseray.platform.run.texts import HUB_CONFIG, TEXT_FILES, TOKENIZER
 from sparseray.platform.settings import expand_path
 
 if TYPE_CHECKING:
@@ -37,18 +38,8 @@ EXAMPLE = """example:
   python -m sparseray import --from models/DeepSeek-V2-Lite --out imported/v2_lite
   python -m sparseray serve --checkpoint imported/v2_lite
 """
-HUB_CONFIG = "hub_config.json"
-"""What the model's own `config.json` is called in a checkpoint; an export keeps its other keys."""
 RUN_CONFIG = "config.yaml"
 """For `pretrain --config`, to go on with the model."""
-TEXT_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "generation_config.json",
-    "chat_template.jinja",
-)
-"""Kept as they are, where a model has them; the first it must have."""
 FILE_BYTES = 256 << 20
 """Tensors of a checkpoint's file go through memory together."""
 SPARE_BYTES = 64 << 20
@@ -107,6 +98,7 @@ def import_model(source: Path, out: Path, progress: Progress) -> dict[str, Any]:
     Raises:
         UserError: the model cannot be imported, or the checkpoint not be written; nothing is left of it.
     """
+    from sparseray.jobs.http.chat import ChatTemplate
     from sparseray.jobs.hub_folder import HubFolder
     from sparseray.model.hub import entries, is_ignored, is_of_a_later_layer
     from sparseray.model.hub_config import read_config
@@ -124,7 +116,8 @@ def import_model(source: Path, out: Path, progress: Progress) -> dict[str, Any]:
     copies = {name for entry in entries(model) for name in entry.copies}
     known = {*later, *tied, *copies}
     folder.check(entries(model), lambda name: name in known or is_ignored(name))
-    _check_tokenizer(source / TEXT_FILES[0], model)
+    _check_tokenizer(source / TOKENIZER, model)
+    ChatTemplate.load(source)
     total = sum(prod(e.shape) * folder.dtype(e).itemsize for e in entries(model))
     with unfinished_folder(out, total) as unfinished:
         texts = [name for name in TEXT_FILES if (source / name).is_file()]
@@ -152,7 +145,13 @@ def check_new(out: Path) -> None:
     Raises:
         ConfigError: naming it.
     """
-    if out.exists():
+    try:
+        is_there = out.exists()
+    except OSError as error:
+        raise ConfigError(
+            f"--out {str(out)[:80]} cannot be a folder ({error.strerror}); give another name"
+        ) from None
+    if is_there:
         raise ConfigError(f"--out {out} exists already; give a new folder, or remove it")
 
 
@@ -176,7 +175,8 @@ def unfinished_folder(out: Path, num_bytes: int) -> Iterator[Path]:
         free = shutil.disk_usage(unfinished).free
         if free < num_bytes + SPARE_BYTES:
             raise CheckpointError(
-                f"--out {out} needs {num_bytes / 1e9:.2f} GB and there are {free / 1e9:.2f} GB; free space or name another disk"
+                f"--out {out} needs {(num_bytes + SPARE_BYTES) / 1e6:,.0f} MB and there are {free / 1e6:,.0f} MB; free space or"
+                " name another disk"
             )
         yield unfinished
     except OSError as error:

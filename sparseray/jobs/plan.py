@@ -155,13 +155,28 @@ def run(config: RunConfig, show: Callable[[str], None]) -> int:
 
 
 def _show_devices(config: RunConfig, show: Callable[[str], None]) -> None:
-    """What the run takes of each of its devices, and a server of its checkpoints of a GPU."""
-    from sparseray.platform.device import GIB, describe, describe_serving, is_whole
-    from sparseray.platform.planning.device_memory import device_memory, serving_memory
+    """What the run takes of its devices, and of the host for a checkpoint; what a server of its checkpoints takes of a GPU."""
+    from sparseray.platform.device import (
+        describe,
+        describe_serving,
+        host_bytes,
+        is_whole,
+        saves_beside,
+    )
+    from sparseray.platform.planning.device_memory import GIB, device_memory, serving_memory, snapshot_bytes
 
     if is_whole(config):
-        memory = device_memory(config)
+        memory, copied = device_memory(config), snapshot_bytes(config)
         show(f"on the device: about {memory.total / GIB:.1f} GiB ({describe(memory)})")
+        when = (
+            "beside the next steps"
+            if saves_beside(config)
+            else "while training waits, as the copy is too large"
+        )
+        show(
+            f"on the host: a checkpoint's copy takes {copied / GIB:.1f} of this machine's {host_bytes() / GIB:.0f} GiB; it is"
+            f" written {when}"
+        )
         fast = device_memory(replace(config, determinism="fast"))
         show(_of_determinism(config, (memory.total - fast.total) / GIB))
     longest = config.serve.max_model_len or config.model.max_seq_len

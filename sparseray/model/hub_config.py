@@ -60,7 +60,7 @@ def read_config(raw: Mapping[str, Any], where: str) -> ModelConfig:
         ConfigError: another architecture, or a setting that has no counterpart here.
     """
     kind = raw.get("model_type")
-    if kind not in _DEFAULTS:
+    if not isinstance(kind, str) or kind not in _DEFAULTS:
         raise ConfigError(
             f"{where}: model_type={kind!r} is not a family that can be imported; those are {V2} (V2, V2-Lite,"
             f" Coder-V2) and {V3} (V3, R1, Moonlight)"
@@ -76,6 +76,9 @@ def read_config(raw: Mapping[str, Any], where: str) -> ModelConfig:
             f"{where}: num_key_value_heads={found['num_key_value_heads']} must be num_attention_heads={heads}: latent"
             " attention gives every head keys of its own"
         )
+    for key in ("rope_scaling", "rope_parameters", "quantization_config"):
+        if not isinstance(raw.get(key), Mapping | None):
+            raise ConfigError(f"{where}: {key}={str(raw[key])[:80]!r} must hold keys, or be null")
     try:
         return ModelConfig(
             vocab_size=found["vocab_size"],
@@ -93,7 +96,7 @@ def read_config(raw: Mapping[str, Any], where: str) -> ModelConfig:
             mla=_mla(found),
             mtp=MTPConfig(depth=_modules(kind, raw)),
             dse=DSEConfig(document_end_id=_end_of_text(found["eos_token_id"])),
-            **_rope(raw, where),
+            **_rope(raw, found["max_position_embeddings"], where),
         )
     except (ConfigError, TypeError, ValueError) as error:
         text = str(error)
@@ -136,8 +139,14 @@ def _moe(kind: str, found: Mapping[str, Any]) -> MoEConfig:
     )
 
 
-def _rope(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """`rope_theta` and `rope` of a model."""
+def _rope(raw: Mapping[str, Any], max_seq_len: int, where: str) -> dict[str, Any]:
+    """`rope_theta` and `rope` of a model.
+
+    Args:
+        raw: content of `config.json`.
+        max_seq_len: of the model, which says the factor where the file does not.
+        where: its path, for messages.
+    """
     given = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
     theta = float(given.get("rope_theta") or raw.get("rope_theta") or 10000.0)
     kind = given.get("rope_type", given.get("type", "default"))
@@ -151,7 +160,7 @@ def _rope(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
     length = given.get("original_max_position_embeddings") or 0
     rope = RopeConfig(
         scaling="yarn",
-        factor=float(given.get("factor") or raw["max_position_embeddings"] / length),
+        factor=float(given.get("factor") or max_seq_len / max(1, length)),
         original_max_seq_len=length,
         beta_fast=float(given.get("beta_fast") or 32.0),
         beta_slow=float(given.get("beta_slow") or 1.0),

@@ -22,7 +22,7 @@ from sparseray.model.block import Block
 from sparseray.model.config import ModelConfig
 from sparseray.model.dse import Memory, Rows
 from sparseray.model.dse_layout import DSELayout
-from sparseray.model.init import initial_dense
+from sparseray.model.init import draw_each, initial_dense, room_for
 from sparseray.model.layers import Batch, RMSNorm, Rope, Run, at_once, recomputed
 from sparseray.model.moe import Experts
 from sparseray.model.mtp import Predictor
@@ -91,9 +91,15 @@ class Transformer(nn.Module):
             Predictor(config, layer, ops) for layer in range(config.num_layers, config.num_blocks)
         )
         self.rope = Rope(config)
-        with torch.no_grad():
-            for name, parameter in self.named_parameters():
-                parameter.copy_(initial_dense(name, parameter.shape, seed=seed, std=config.init_std))
+
+        def draw(named: tuple[str, nn.Parameter]) -> None:
+            name, parameter = named
+            value = initial_dense(
+                name, parameter.shape, seed=seed, std=config.init_std, room=room_for(parameter)
+            )
+            parameter.copy_(value)
+
+        draw_each(draw, list(self.named_parameters()))
 
     def _blocks(
         self,

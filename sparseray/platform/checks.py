@@ -12,6 +12,7 @@ from pathlib import Path
 
 from sparseray.actors.state.assignment import Plan
 from sparseray.errors import ConfigError
+from sparseray.platform.cluster_config import OF_NODE
 from sparseray.platform.config import ClusterConfig
 from sparseray.platform.planning.inventory import Inventory, num_slots
 from sparseray.platform.planning.replan import make_plan
@@ -60,7 +61,7 @@ def check_start(cluster: ClusterConfig) -> None:
             f"cluster.address={cluster.address} does not answer ({reason}); give the address of a running Ray head, "
             'such as HOST:6379 or "auto" on its machine, or leave it out for a Ray of the run\'s own'
         )
-    if not cluster.address:
+    if not cluster.address and cluster.bind_host != OF_NODE:
         check_address(cluster.bind_host, 0, f"cluster.bind_host={cluster.bind_host}")
 
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from sparseray.model.limits import check, count, within
 
 MOST_SLOTS = 1 << 16
+OF_NODE = "node"
+"""`bind_host` that is another address on each machine."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +25,10 @@ class ClusterConfig:
         cpus_per_slot: CPUs that Ray reserves for a slot.
         address: Ray address to join, for example "auto"; empty starts a local Ray.
         transport: "ipc" (Unix sockets, one host) or "tcp".
-        bind_host: address that TCP sockets and metrics bind to.
+        bind_host: address that TCP sockets and metrics bind to; "node": each machine's own, by which Ray knows it, as several
+            hosts need it.
+        exchange: of slots that train in step (on GPUs, or in bfloat16). "peers": through each other's memory, on one host;
+            "collective": by collectives of a group, NCCL or gloo; "auto": by these where the slots are on several hosts.
         deadline_s: seconds without an answer after which all slots are probed.
         hang_s: seconds without a sign of life after which a slot counts as lost.
         standby: warm slots without a role, ready to take over a lost one's.
@@ -47,6 +52,7 @@ class ClusterConfig:
     address: str = ""
     transport: typing.Literal["ipc", "tcp"] = "ipc"
     bind_host: str = "127.0.0.1"
+    exchange: typing.Literal["auto", "peers", "collective"] = "auto"
     deadline_s: float = within(30.0, above=0.0, at_most=1e6)
     # Below that, a busy machine would look like a dead one.
     hang_s: float = within(0.7, 0.3, 1e6)

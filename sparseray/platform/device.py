@@ -5,7 +5,9 @@ several of one host, whose roles may be apart, exchange through each other's mem
 bfloat16` asks for without a GPU.
 """
 
+import os
 from dataclasses import replace
+from pathlib import Path
 
 from sparseray.errors import ConfigError
 from sparseray.log import get_logger
@@ -19,16 +21,34 @@ from sparseray.platform.planning.device_memory import (
     device_memory,
     num_devices,
     serving_memory,
+    snapshot_bytes,
 )
 
 log = get_logger(__name__)
 
 CAPABILITY = (9, 0)
+COPY_SHARE = 0.6
+"""Of the host's memory that a checkpoint's copy may take; the rest is files' and everybody's."""
 
 
 def is_whole(config: RunConfig) -> bool:
     """Whether slots compute in slabs on their devices, and in step where they are several."""
     return config.cluster.device == "cuda" or config.train.dtype == "bfloat16"
+
+
+def host_bytes() -> int:
+    """Memory of this machine, or what a container may use of it."""
+    found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+    except OSError:
+        return found
+    return min(found, int(limit)) if limit.isdigit() else found
+
+
+def saves_beside(config: RunConfig) -> bool:
+    """Whether checkpoints are written beside the next steps: from a copy, for which the host has room."""
+    return is_whole(config) and snapshot_bytes(config) <= COPY_SHARE * host_bytes()
 
 
 def spreads_experts(config: RunConfig) -> bool:

@@ -284,7 +284,10 @@ class Generations:
         mailbox.transport.connect({**new.addresses, **({INGRESS: ingress} if ingress else {})})
         sources = {source for listed in (pulls.pulls.values() if pulls else ()) for source in listed}
         self.control.needed = role_holders(new) | sources
-        install(self.control, self.workload, new, step, restore=restore, pulls=pulls)
+        exchange, size = self.cluster.exchange, self.size
+        install(
+            self.control, self.workload, new, step, restore=restore, pulls=pulls, exchange=exchange, size=size
+        )
         self.journal.append("active", generation=new.generation, step=step)
         self._entered(new, step, pulls, others_keep=restore is None or not restore.everything)
         if self._pending is not None:

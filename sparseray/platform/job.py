@@ -33,7 +33,7 @@ from sparseray.platform.fleet.lease import Kind
 from sparseray.platform.fleet.pool import Pool
 from sparseray.platform.fleet.pool_actor import kind_of
 from sparseray.platform.fleet.ray_fleet import RayFleet
-from sparseray.platform.fleet.transport import ZmqTransport, private_directory, remove_directory
+from sparseray.platform.fleet.transport import ZmqTransport, own_address, private_directory, remove_directory
 from sparseray.platform.metrics.exporter import Metrics, write_targets
 from sparseray.platform.offers import Offers
 from sparseray.platform.opening import slots_of
@@ -153,9 +153,10 @@ class Job:
     def _drive(self) -> None:
         cluster = self.config.cluster
         metrics = Metrics({"slot": "scheduler"}, declare="scheduler")
-        own = metrics.serve(cluster.bind_host)
+        bind_host = own_address(cluster.bind_host)
+        own = metrics.serve(bind_host)
         directory = private_directory(self.job) if cluster.transport == "ipc" else None
-        mailbox = Mailbox(ZmqTransport("scheduler", directory, cluster.bind_host), SCHEDULER, self.job)
+        mailbox = Mailbox(ZmqTransport("scheduler", directory, bind_host), SCHEDULER, self.job)
 
         def show_targets(members: dict[int, Member]) -> None:
             targets = {f"slot-{slot}": member.metrics for slot, member in members.items()}

@@ -31,10 +31,11 @@ from sparseray.actors.wire.messages import (
 )
 from sparseray.errors import SlotsLostError, UserError
 from sparseray.platform.config import RunConfig, to_dict
-from sparseray.platform.device import is_whole
+from sparseray.platform.device import is_whole, saves_beside
 from sparseray.platform.fleet.control import StalledError
 from sparseray.platform.fleet.weights_port import is_offered
 from sparseray.platform.generations import Generations
+from sparseray.platform.installing import disk_seconds
 from sparseray.platform.metrics.training import StepMetrics
 from sparseray.platform.offers import Offers
 from sparseray.platform.opening import Validation
@@ -301,10 +302,10 @@ class Trainer:
         Raises:
             UserError: it was the last one of the run.
         """
-        # A slot that has everything writes beside the next steps; the last checkpoint is waited for.
+        # Slots that compute in slabs write copies beside the next steps; the last checkpoint is waited for.
         # What a spike goes back to must not depend on how fast a disk is.
         can_wait = self.config.train.spike != "rollback" and not self._is_last
-        in_background = is_whole(self.config) and can_wait
+        in_background = can_wait and saves_beside(self.config)
         if in_background and self._saving is not None:
             text = f"the checkpoint of step {self._saving.step} is still being written"
             self.generations.tell("unsaved", self.step, f"no checkpoint of step {self.step}: {text}")
@@ -313,7 +314,8 @@ class Trainer:
             with self.ledger.state("checkpointing"):
                 saving = self._begin_saving(in_background=in_background)
                 if not in_background:
-                    for message in self.control.messages(Saved, deadline_s=self.control.deadline_s + 60):
+                    limit_s = self.control.deadline_s + 60 + disk_seconds(self.plan, self.generations.size)
+                    for message in self.control.messages(Saved, deadline_s=limit_s):
                         if saving.take(message):
                             break
                     self._finish_saving(saving)

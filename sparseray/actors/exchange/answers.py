@@ -6,7 +6,7 @@ from typing import Any
 
 from sparseray.actors.exchange.protocol import Observe
 from sparseray.actors.state.holdings import Holdings
-from sparseray.actors.state.shared_buffer import BufferHandle, Introduce, Introduced
+from sparseray.actors.state.shared_buffer import Introduce, Introduced
 from sparseray.actors.wire.envelope import Body
 from sparseray.actors.wire.messages import (
     ExpertBackward,
@@ -26,7 +26,7 @@ class Answers:
         holdings: of the slot.
         observe: its metrics.
         with_optimizer: whether pieces that peers copy come with their optimizer state.
-        lays_open: says how the memory is opened that this slot lays open, in a generation that needs it.
+        introduce: says how the others reach this slot's memory, in a generation that needs it.
     """
 
     def __init__(
@@ -35,10 +35,10 @@ class Answers:
         observe: Observe,
         *,
         with_optimizer: bool,
-        lays_open: Callable[[], BufferHandle] | None = None,
+        introduce: Callable[[], Introduced] | None = None,
     ) -> None:
         self.holdings, self.observe, self.with_optimizer = holdings, observe, with_optimizer
-        self._lays_open = lays_open
+        self._introduction = introduce
         self._by_kind: dict[type[Body], Callable[[Any, int, int], Body]] = {
             ExpertForward: self._expert_forward,
             ExpertBackward: self._expert_backward,
@@ -81,8 +81,8 @@ class Answers:
         return MemoryRows(values_LND=tuple(found), handles=memory.handles)
 
     def _introduce(self, _body: Introduce, _layer: int, _part: int) -> Introduced:
-        assert self._lays_open is not None
-        return Introduced(handle=self._lays_open())
+        assert self._introduction is not None
+        return self._introduction()
 
     def _pull(self, body: Pull, _layer: int, _part: int) -> Pieces:
         """Copies of pieces as they are at the plan's step; frames leave later than the next update may come."""

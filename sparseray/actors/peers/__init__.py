@@ -1,1 +1,1 @@
-"""Slots of one host that exchange through memory which each lays open to the others, as GPUs do."""
+"""Slots that exchange in step: of one host through memory which each lays open to the others, of several by collectives."""

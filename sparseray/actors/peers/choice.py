@@ -9,6 +9,7 @@ from sparseray.actors.exchange.patience import Patience
 from sparseray.actors.exchange.protocol import Exchange, Observe
 from sparseray.actors.exchange.reduction import Reduction
 from sparseray.actors.peers.across import DeviceExchange
+from sparseray.actors.peers.collective_link import CollectiveLink
 from sparseray.actors.peers.in_rounds import (
     NOBODY,
     HostLayers,
@@ -135,6 +136,8 @@ def _layers(plan: Plan, call: Caller, experts: SlabExperts, peers: Peers, table:
 
 
 def _link(call: Caller, peers: Peers, slots: tuple[int, ...]) -> Link:
+    if peers.group is not None:
+        return CollectiveLink(call.mailbox, call.serve, call.deadline_s, slots, peers.group, peers.own_bytes)
     if peers.signs is None:
         return HostLink(call.mailbox, call.serve, call.deadline_s, slots)
     from sparseray.actors.peers.device_link import DeviceLink  # and Triton, which a CPU does without

@@ -83,27 +83,33 @@ class DenseSlices:
         Args:
             count: of the words that say so; the next two belong to this sum.
         """
-        holders, own = self.plan.dense, self.table.regions[self.me]
+        own, holders = self.table.regions[self.me], self.plan.dense if self.me in self.plan.dense else ()
         flats = self._send(count)
-        if self.me not in holders:
-            return
-        self.link.wait(own.flags_S, self.table.ranks([s for s in self.nodes if s != self.me]), count)
-        total = self._add_up(flats)
-        start = self.bounds[holders.index(self.me)]
-        for slot in holders:
+        sources = [slot for slot in self.nodes if slot != self.me and holders]
+        self.link.wait(own.flags_S, self.table.ranks(sources), count)
+        if holders:
+            self._give(self._add_up(flats), count + 1)
+        self.link.wait(own.flags_S, self.table.ranks([s for s in holders if s != self.me]), count + 1)
+        if holders:
+            self.dense.sum.complete(self.dense.cut(own.dense_P))
+
+    def _give(self, total: Tensor, count: int) -> None:
+        """Give every holder the sum of the own slice.
+
+        Args:
+            total: that sum.
+            count: of the word that says so.
+        """
+        start = self.bounds[self.plan.dense.index(self.me)]
+        for slot in self.plan.dense:
             theirs = self.table.regions[slot]
             self.link.put(total, theirs.dense_P[start : start + len(total)])
             if slot != self.me:
-                self.link.signal(theirs.flags_S, self.table.rank(self.me), count + 1)
-        self.link.wait(own.flags_S, self.table.ranks([s for s in holders if s != self.me]), count + 1)
-        self.dense.sum.complete(self.dense.cut(own.dense_P))
+                self.link.signal(theirs.flags_S, self.table.rank(self.me), count)
 
     def _send(self, count: int) -> list[Tensor]:
         """Give every holder its slice of the own nodes, and return those whole."""
-        flats = [
-            torch.cat([gradient.reshape(-1).float() for gradient in value])
-            for _, _, value in self.dense.sum.nodes()
-        ]
+        flats = [self._flat(value) for _, _, value in self.dense.sum.nodes()]
         first = self._first(self.me)
         for index, slot in enumerate(self.plan.dense):
             if slot != self.me and flats:
@@ -112,6 +118,12 @@ class DenseSlices:
                     self.link.put(flat[start:stop], theirs.nodes_NP[first + place, : stop - start])
                 self.link.signal(theirs.flags_S, self.table.rank(self.me), count)
         return flats
+
+    def _flat(self, gradients: Sequence[Tensor]) -> Tensor:
+        """One fp32 tensor of all, made without another copy beside it."""
+        flat = torch.empty(self.dense.num_elements, device=self.dense.device)
+        torch._foreach_copy_(self.dense.cut(flat), list(gradients))
+        return flat
 
     def _first(self, slot: int) -> int:
         """Place of a slot's first node among those of all."""

@@ -94,15 +94,16 @@ class ExpertShares:
                     self.link.put(gradient[self._rows(share)], into)
             if own:
                 self.link.signal(theirs.flags_S, self.table.rank(self.me), count)
+        sources = sorted({share.source for share in self.given})
+        self.link.wait(self.table.regions[self.me].flags_S, self.table.ranks(sources), count)
         if self.given:
-            self._take(count, dtype)
+            self._take(dtype)
 
-    def _take(self, count: int, dtype: torch.dtype) -> None:
-        regions, sources = self.table.regions[self.me], sorted({share.source for share in self.given})
-        self.link.wait(regions.flags_S, self.table.ranks(sources), count)
+    def _take(self, dtype: torch.dtype) -> None:
         total = self.held.sum.total or list(self._empty(dtype))
+        shares_N = self.table.regions[self.me].shares_N
         for share in self.given:
-            for matrix, from_ in enumerate(self._matrices(regions.shares_N, share, dtype)):
+            for matrix, from_ in enumerate(self._matrices(shares_N, share, dtype)):
                 total[2 * share.layer + matrix][self._rows(share)] = from_
         self.held.sum.complete(total)
 

@@ -2,7 +2,8 @@
 
 Words (int64, one for each source) say how far a source has come: what it wrote before is there when its word is. A word
 is a generation and, below it, a count that rises; so words are never reset, one of an older generation counts for nothing,
-and one of a later generation ends a wait. `HostLink` is the plain twin of `DeviceLink` (device_link.py).
+and one of a later generation ends a wait. Every slot comes to every word, also where it waits for nobody. `HostLink` is the
+plain twin of `DeviceLink` (device_link.py), and what `CollectiveLink` (collective_link.py) computes with.
 """
 
 import time
@@ -117,7 +118,7 @@ class Link(Protocol):
 
         Args:
             flags_S: own.
-            ranks: of the sources.
+            ranks: of the sources; none for one that only comes to the word.
             count: that they must have reached.
 
         Raises:
@@ -194,7 +195,7 @@ class HostLink(Link):
             numbers, intos: there.
         """
         for into in intos:
-            into.copy_(numbers)
+            self.put(numbers, into)
 
     def give_rows(self, rows_RN: Tensor, held: HeldRows, intos: Sequence[Tensor]) -> None:
         """As of `Link`.
@@ -205,7 +206,7 @@ class HostLink(Link):
         order_R = held.order_R[: int(held.held)]
         for source, into in enumerate(intos):
             is_its = order_R // len(into) == source
-            into[order_R[is_its] % len(into)] = rows_RN[: len(order_R)][is_its]
+            self.put(rows_RN[: len(order_R)][is_its], into, order_R[is_its] % len(into))
 
     def give_sums(
         self, rows_RH: Tensor, held: HeldRows, weights_STK: Tensor, intos: Sequence[Tensor], *, weighted: bool
@@ -219,7 +220,7 @@ class HostLink(Link):
         rows = rows_RH.new_zeros(weights_STK.numel(), rows_RH.shape[1])
         rows[held.order_R[:count]] = rows_RH[:count]
         for of_source, weights_TK, into in zip(rows.view(*shape, -1), weights_STK, intos):
-            into.copy_(combine_slots(of_source, weights_TK if weighted else None))
+            self.put(combine_slots(of_source, weights_TK if weighted else None), into)
 
     def signal_all(self, flags: Sequence[Tensor], rank: int, count: int) -> None:
         """As of `Link`.

@@ -1,7 +1,7 @@
 """The own buffer and those of the others, from one generation to the next.
 
-A slot keeps one of these over all generations. Entering one takes a message to each other slot and no group: what was
-mapped before stays mapped.
+A slot keeps one of these over all generations. Inside a host entering one takes a message to each other slot and no group:
+what was mapped before stays mapped. Slots of several hosts map nothing and form a group, whose first one is asked where.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from sparseray.actors.exchange.by_message import Caller
+from sparseray.actors.peers.collective_link import far_regions
 from sparseray.actors.peers.dense_slices import num_nodes, slice_bounds
 from sparseray.actors.peers.expert_shares import num_shared
+from sparseray.actors.peers.group import Group, host_of
 from sparseray.actors.peers.regions import Regions, Sizes
 from sparseray.actors.peers.table import Table
 from sparseray.actors.peers.token_exchange import num_returned
@@ -40,20 +42,55 @@ class Peers:
         """Of a slot with a GPU, its state there and what ends waits; they outlive what is launched in a generation."""
         self.tables: RoundTables | None = None
         """Of a slot with a GPU that serves in rounds."""
+        self.group: Group | None = None
+        """Of the generation, where its slots exchange by collectives."""
         self._sizes: Sizes | None = None
         self._own: Buffer | None = None
         self._mapped: dict[int, tuple[BufferHandle, Tensor]] = {}
 
-    def handle(self) -> BufferHandle:
-        """How the own buffer is opened."""
+    def introduction(self) -> Introduced:
+        """How the own buffer is opened, and where the group of the generation meets."""
         assert self._own is not None
-        return self._own.handle
+        return Introduced(handle=self._own.handle, meeting="" if self.group is None else self.group.meeting)
 
     @property
     def own(self) -> Regions:
         """The own buffer, cut."""
         assert self._own is not None and self._sizes is not None
         return self._sizes.cut(self._own.bytes)
+
+    @property
+    def own_bytes(self) -> Tensor:
+        """The part of the own buffer that is cut."""
+        assert self._own is not None and self._sizes is not None
+        return self._own.bytes[: self._sizes.num_bytes]
+
+    def leave(self) -> None:
+        """Have done with the group of a generation."""
+        if self.group is not None:
+            self.group.abort()
+        self.group = None
+
+    def meet(self, plan: Plan, call: Caller, device: torch.device) -> None:
+        """Begin to form the group of a plan, instead of mapping the buffers of the others.
+
+        Args:
+            plan: of the generation.
+            call: asks the first of its slots.
+            device: of the slot.
+
+        Raises:
+            SlotLostError: that one is gone.
+        """
+        rank, meeting = plan.peers.index(self.me), ""
+        if rank:
+            meeting = call([(plan.peers[0], Introduce())], Introduced)[0].meeting
+        if device.type == "cuda":
+            device = torch.device("cuda", torch.cuda.current_device())
+        host = host_of(plan.addresses[self.me])
+        # A little more than what a slot waits for another.
+        timeout_s = call.deadline_s + 1.0
+        self.group = Group(rank, len(plan.peers), device, host, meeting=meeting, timeout_s=timeout_s)
 
     def prepare(self, sizes: Sizes, device: torch.device) -> None:
         """Have a buffer for the next generation, which nobody of an older one writes to.
@@ -81,7 +118,7 @@ class Peers:
             torch.cuda.synchronize(device)
 
     def introduce(self, plan: Plan, call: Caller, device: torch.device) -> Table:
-        """Map the buffers of all others of a plan.
+        """Map the buffers of all others of a plan, unless they meet as a group.
 
         Args:
             plan: of the generation.
@@ -93,6 +130,8 @@ class Peers:
         """
         assert self._own is not None and self._sizes is not None
         slots = plan.peers
+        if self.group is not None:
+            return Table(slots=slots, regions={**far_regions(self._sizes, slots), self.me: self.own})
         others = [slot for slot in slots if slot != self.me]
         self._mapped = {slot: found for slot, found in self._mapped.items() if slot in others}
         for slot, reply in zip(others, call([(slot, Introduce()) for slot in others], Introduced)):

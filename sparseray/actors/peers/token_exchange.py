@@ -73,6 +73,7 @@ class TokenExchange:
         meter: Meter,
     ) -> None:
         self.held, self.table, self.me, self.link, self.ops = experts, table, me, link, dense.ops
+        self._dense = dense
         self.meter = meter
         self.owners = plan.expert_primaries
         self.is_owner = me in self.owners
@@ -104,13 +105,19 @@ class TokenExchange:
         if self._is_settled or self.device.type != "cuda" or not self.held.slabs:
             return
         self._is_settled = True
-        slab, layers = self.held.slabs[0], len(self.held.slabs)
+        slab, layers = self.held.slabs[0], 1 if self._dense.model.recompute else len(self.held.slabs)
         # Kept of a row are both pre-activations; in passing there are activations, their gradients, and rows.
         each = slab.compute[0].element_size() * (2 * layers * slab.inner + 4 * slab.inner + 2 * slab.hidden)
         more = (sources - 1) * tokens * self.held.config.moe.top_k * each
+        needed = torch.cuda.max_memory_allocated(self.device) - torch.cuda.memory_allocated(self.device)
+        # The first update would make them: for a large model a quarter of the memory.
+        self._dense.moments()
+        for slab in self.held.slabs:
+            slab.moments()
+        needed += torch.cuda.memory_allocated(self.device)
         free, total = torch.cuda.mem_get_info(self.device)
-        free += torch.cuda.memory_reserved(self.device) - torch.cuda.max_memory_allocated(self.device)
-        self.counts_rows = free - more < total // 16
+        free += torch.cuda.memory_reserved(self.device)
+        self.counts_rows = free - needed - more < total // 16
 
     def take_gradients(self) -> Gradients:
         """Take the experts' gradients of a round: of each source's part, or the sum of all."""
@@ -168,8 +175,8 @@ class TokenExchange:
             tokens: of each.
             keep: what the backward pass needs.
         """
+        self._await(sources)
         if self.is_owner:
-            self._await(sources)
             slab = self.held.slabs[layer]
             x_STH, ids_STK, weights_STK = (
                 self._received(name, sources, tokens) for name in ("x_STH", "ids_STK", "weights_STK")
@@ -192,8 +199,8 @@ class TokenExchange:
         Args:
             layer, sources, tokens: as in `forward`, which kept what this needs.
         """
+        self._await(sources)
         if self.is_owner:
-            self._await(sources)
             slab, kept = self.held.slabs[layer].compute, self._kept.pop(layer)
             dout_STH, weights_STK = self._received("x_STH", sources, tokens), kept.weights_STK
             found = self.ops.held_backward(
@@ -207,9 +214,9 @@ class TokenExchange:
         self._collect(sources)
 
     def _await(self, sources: Sequence[int]) -> None:
-        """Let what follows begin when the tokens of all are here; the own ones go aside."""
+        """Let what follows begin when the tokens of all are here that come here; the own ones go aside."""
         self.link.join()
-        others = [slot for slot in sources if slot != self.me]
+        others = [slot for slot in sources if slot != self.me and self.is_owner]
         self.link.wait(self.table.regions[self.me].flags_S, self.table.ranks(others), self.count + 1)
 
     def _received(self, name: str, sources: Sequence[int], tokens: int) -> Tensor:
@@ -269,11 +276,9 @@ class TokenExchange:
 
     def _collect(self, sources: Sequence[int]) -> None:
         """End an exchange: the rows of the own tokens are here."""
-        if self.me in sources:
-            self.link.join()
-            self._sending = []
-            others = [slot for slot in self.owners if slot != self.me]
-            self.link.wait(self.table.regions[self.me].flags_S, self.table.ranks(others), self.count + 2)
+        others = [slot for slot in self.owners if slot != self.me and self.me in sources]
+        self.link.wait(self.table.regions[self.me].flags_S, self.table.ranks(others), self.count + 2)
+        self._sending = []
         self.count += 2
 
     def _keep_gradients(self, layer: int, *of_sets: Tensor) -> None:

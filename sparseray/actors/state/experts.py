@@ -4,9 +4,7 @@ Forward and backward run per (step, logical part, moe layer) on rows in a fixed 
 after another, so no bit depends on which shard holds an expert. DeepSeekMoE, arXiv 2401.06066.
 """
 
-import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from zlib import crc32
@@ -21,7 +19,7 @@ from sparseray.actors.state.tree import TreeSum
 from sparseray.kernels.moe import grouped
 from sparseray.kernels.ops import REFERENCE, Ops
 from sparseray.model.config import ModelConfig
-from sparseray.model.init import EXPERT_PARTS, expert_name, expert_shape, initial_expert
+from sparseray.model.init import EXPERT_PARTS, draw_each, expert_name, expert_shape, initial_tensor, room_for
 
 
 @dataclass(frozen=True)
@@ -113,14 +111,12 @@ class ExpertShard:
         self._take(keys, step)
 
         def draw(key: Key) -> None:
-            slab, layer = self.slabs[key[0]], self.config.moe_layers[key[0]]
-            drawn = initial_expert(self.config, layer, key[1], seed=self.seed)
-            for matrix, value in zip(slab.matrices(slab.weights, key[1]), drawn.values()):
-                matrix.copy_(value)
+            slab = self.slabs[key[0]]
+            for name, matrix in zip(self.names(key), slab.matrices(slab.weights, key[1])):
+                room, std = room_for(matrix), self.config.init_std
+                matrix.copy_(initial_tensor(name, matrix.shape, seed=self.seed, std=std, room=room))
 
-        # Each draw has a generator of its own and lets other threads run.
-        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-            list(pool.map(draw, keys))
+        draw_each(draw, keys)
         self._refresh()
 
     def _take(self, keys: Sequence[Key], updates: int) -> None:

@@ -30,6 +30,8 @@ class Holdings:
     ) -> None:
         self._new_dense = new_dense
         self._spare: DenseState | None = None
+        self._is_drawn = False
+        """Whether the spare ones have the seed's values still."""
         self.dense: DenseState | None = None
         self.experts, self.memory = experts, memory
         self._owns_dense = False
@@ -45,7 +47,7 @@ class Holdings:
     def spare(self) -> DenseState:
         """Dense weights whose values count only once they are loaded; building them takes a while."""
         if self._spare is None:
-            self._spare = self._new_dense()
+            self._spare, self._is_drawn = self._new_dense(), True
         return self._spare
 
     def clear(self) -> None:
@@ -66,8 +68,10 @@ class Holdings:
         """
         if DENSE in pieces:
             # Not beside another: they may be as large as the device.
-            self.dense = self._spare = None
-            self.dense = self._new_dense()
+            self.dense = None
+            if not self._is_drawn:
+                self._spare = None
+            self.dense, self._spare = self.spare(), None
         self.experts.initialize(keys_of(pieces, "expert"), step)
         if self.memory is not None:
             self.memory.initialize(keys_of(pieces, "bucket"), step)
@@ -125,6 +129,7 @@ class Holdings:
         """
         if DENSE in pieces:
             dense = self.dense or self.spare()
+            self._is_drawn = False
             dense.load(tensors, step, with_optimizer=with_optimizer)
             self.dense, self._spare = dense, None
         self.experts.load(keys_of(pieces, "expert"), tensors, step, with_optimizer=with_optimizer)
@@ -151,8 +156,8 @@ class Holdings:
 
     def trim(self) -> None:
         """Forget what is held and not assigned."""
-        if not self._owns_dense:
-            self.dense, self._spare = None, self.dense or self._spare
+        if not self._owns_dense and self.dense is not None:
+            self.dense, self._spare, self._is_drawn = None, self.dense, False
         self.experts.trim()
         if self.memory is not None:
             self.memory.trim()

@@ -47,9 +47,15 @@ class Introduce(Body):
 
 @dataclass(frozen=True, kw_only=True)
 class Introduced(Body):
-    """How a slot's buffer of this generation is opened."""
+    """How a slot's buffer of this generation is opened.
+
+    Args:
+        handle: of the buffer.
+        meeting: host and port where the generation's group meets (peers/group.py), empty where it needs none.
+    """
 
     handle: BufferHandle
+    meeting: str = ""
 
 
 class Buffer:
@@ -109,8 +115,8 @@ def open_buffer(handle: BufferHandle, device: torch.device, slot: int) -> Tensor
     """
     if handle.namespace != process_namespace():
         raise UserError(
-            f"slot {slot} is on another host, and slots that compute on GPUs exchange through the memory of one; set"
-            " cluster.attention_workers, expert_shards and memory_shards to the GPUs of one host"
+            f"slot {slot} is on another host, and its memory cannot be mapped here; for training set"
+            " cluster.exchange=auto, or cluster.attention_workers, expert_shards and memory_shards to the GPUs of one host"
         )
     if handle.storage:
         return _opened_on_gpu(handle, device)

@@ -1,13 +1,16 @@
 """A checkpoint that is written while training goes on: a copy to host memory beside the next step, then the files.
 
-The next update waits until the copy is there; forward and backward passes only read what is copied. Tables of memory rows are
-larger than a step is long: they change while they are copied (state/kept_rows.py), and nobody waits. From a GPU
-the copy goes over a stream of its own into pinned memory. Pinning takes several times as long as copying, so that is done
-before the first checkpoint falls due (`reserve`), and the memory serves all of them.
+The next update waits until the copy is there; forward and backward passes only read what is copied. A GPU that has room keeps
+a copy of its own for a while, made in milliseconds; what is there then goes over a stream of its own into pinned memory, which
+takes longer than a step. So do tables of memory rows: they change while they are copied (state/kept_rows.py), and nobody
+waits. Pinning takes several times as long as copying, so that is done before the first checkpoint falls due (`reserve`), and the
+memory serves all of them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -22,6 +25,8 @@ Write = Callable[[str, dict[str, Tensor]], dict[str, SavedTensor]]
 BLOCK_BYTES = 256 << 20
 """Host memory is taken in blocks: one by one, thousands of tensors would cost the driver more than their copies."""
 ALIGNMENT = 64
+LEFT_FREE = 1 / 16
+"""Of a GPU's memory, that a copy there leaves for evaluations."""
 
 
 class BackgroundSave:
@@ -31,7 +36,8 @@ class BackgroundSave:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._kinds: list[object] = []
         self._host: Future[list[Tensor]] | None = None
-        self._copied: Future[Files] | None = None
+        self._copied: Future[_Copies] | None = None
+        self._stream: torch.cuda.Stream | None = None
         self._written: Future[Saved] | None = None
         self._step = -1
 
@@ -56,11 +62,17 @@ class BackgroundSave:
         """
         self.forget()
         device = next((t.device for t in _flat(files) if t.is_cuda), None)
-        ready = torch.cuda.current_stream(device).record_event() if device is not None else None
-        host = self._host if self._kinds == _kinds(files) else None
-        copied = self._pool.submit(_copy, files, host, kept, device, ready)
+        if device is not None:
+            # One for all checkpoints: torch keeps what it freed for the stream that it was taken on.
+            self._stream = self._stream or torch.cuda.Stream(device)
+            self._stream.wait_stream(torch.cuda.current_stream(device))
+        tensors, host = _flat(files), self._host if self._kinds == _kinds(files) else None
+        places: Container[str] = () if kept is None else kept.places
+        names = [name for found in files.values() for name in found]
+        still = [i for i, name in enumerate(names) if name not in places]
+        copied = self._pool.submit(_copy, tensors, still, host, self._stream)
         self._copied, self._step = copied, step
-        self._written = self._pool.submit(_write, copied, files, kept, write)
+        self._written = self._pool.submit(_write, files, copied, kept, self._stream, write)
 
     def wait_until_copied(self) -> None:
         """Return once nothing is read any more of what was to be saved."""
@@ -107,39 +119,67 @@ def _host_memory(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [room(tensor) for tensor in tensors]
 
 
+@dataclass(frozen=True)
+class _Copies:
+    """Host memory for all tensors, and copies that the GPU keeps of some for now, by position."""
+
+    host: list[Tensor]
+    aside: dict[int, Tensor]
+
+
 def _copy(
-    files: Files,
+    tensors: Sequence[Tensor],
+    still: Sequence[int],
     reserved: Future[list[Tensor]] | None,
+    stream: torch.cuda.Stream | None,
+) -> _Copies:
+    """Copy those that change only later, as they are for what is next on a stream.
+
+    Args:
+        tensors: all of them.
+        still: positions of these.
+        reserved: host memory of all, if there is some.
+        stream: of a GPU.
+    """
+    host, aside = _host_memory(tensors) if reserved is None else reserved.result(), dict[int, Tensor]()
+    if stream is not None and _has_room(tensors, stream.device):
+        with torch.cuda.stream(stream):
+            aside = {i: tensors[i].detach().clone() for i in still if tensors[i].is_cuda}
+    _transfer([(host[i], tensors[i]) for i in still if i not in aside], stream)
+    return _Copies(host, aside)
+
+
+def _has_room(tensors: Sequence[Tensor], device: torch.device) -> bool:
+    """Whether a GPU can keep copies of what lies on it."""
+    free, total = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor.is_cuda)
+    return free - needed > LEFT_FREE * total
+
+
+def _transfer(pairs: Sequence[tuple[Tensor, Tensor]], stream: torch.cuda.Stream | None) -> None:
+    """Copy tensors, and return when that is done and all else on the stream.
+
+    Args:
+        pairs: host memory, and what goes there.
+        stream: of the copies from a GPU.
+    """
+    with nullcontext() if stream is None else torch.cuda.stream(stream):
+        for own, tensor in pairs:
+            own.copy_(tensor.detach(), non_blocking=True)
+    if stream is not None:
+        stream.synchronize()
+
+
+def _write(
+    files: Files,
+    copied: Future[_Copies],
     kept: KeptRows | None,
-    device: torch.device | None,
-    ready: torch.cuda.Event | None,
-) -> Files:
-    """Host memory of all tensors, with copies of those that change only later, as they are at an event."""
-    tensors = _flat(files)
-    room = iter(_host_memory(tensors) if reserved is None else reserved.result())
-    host = {file: dict(zip(found, room)) for file, found in files.items()}
-    pairs = [
-        (host[file][name], tensor.detach())
-        for file, found in files.items()
-        for name, tensor in found.items()
-        if kept is None or name not in kept.places
-    ]
-    if device is None or ready is None:
-        for own, tensor in pairs:
-            own.copy_(tensor)
-        return host
-    stream = torch.cuda.Stream(device)
-    stream.wait_event(ready)
-    with torch.cuda.stream(stream):
-        for own, tensor in pairs:
-            own.copy_(tensor, non_blocking=True)
-    stream.synchronize()
-    return host
-
-
-def _write(copied: Future[Files], files: Files, kept: KeptRows | None, write: Write) -> Saved:
+    stream: torch.cuda.Stream | None,
+    write: Write,
+) -> Saved:
     try:
-        host = copied.result() if kept is None else _with_changing(copied, files, kept)
+        host = _brought(files, copied, kept, stream)
         return Saved(
             tensors={k: v for file, tensors in host.items() for k, v in write(file, tensors).items()}
         )
@@ -148,16 +188,34 @@ def _write(copied: Future[Files], files: Files, kept: KeptRows | None, write: Wr
         return Saved(tensors={}, error=" ".join(str(error).split()))
 
 
-def _with_changing(copied: Future[Files], files: Files, kept: KeptRows) -> Files:
-    """Copy what changes meanwhile too, and put back what it was when the copy began."""
+def _brought(
+    files: Files, copied: Future[_Copies], kept: KeptRows | None, stream: torch.cuda.Stream | None
+) -> Files:
+    """All copies in host memory: bring what the GPU kept, and copy what changes meanwhile."""
     try:
-        host = copied.result()
-        for file, tensors in files.items():
-            changing = {name: host[file][name] for name in tensors if name in kept.places}
-            for name, own in changing.items():
-                own.copy_(tensors[name].detach())
-            kept.put_back(changing)
+        copies = copied.result()
+        _transfer([(copies.host[i], tensor) for i, tensor in copies.aside.items()], stream)
+        copies.aside.clear()
+        room = iter(copies.host)
+        host = {file: dict(zip(found, room)) for file, found in files.items()}
+        if kept is not None:
+            _copy_changing(files, host, kept)
         return host
     finally:
         # Before the files are written, which takes many steps.
-        kept.end()
+        if kept is not None:
+            kept.end()
+
+
+def _copy_changing(files: Files, host: Files, kept: KeptRows) -> None:
+    """Copy what is written over meanwhile, and put back what it was when the copy began.
+
+    Args:
+        files: of the checkpoint.
+        host: memory for copies of all.
+        kept: rows that were written over.
+    """
+    for file, tensors in files.items():
+        changing = {name: host[file][name] for name in tensors if name in kept.places}
+        _transfer([(own, tensors[name]) for name, own in changing.items()], None)
+        kept.put_back(changing)

@@ -1,7 +1,8 @@
 r"""Conversations as token ids: by the checkpoint's chat template, or by a plain one.
 
 A checkpoint's template is Jinja, as Hugging Face writes it (`chat_template.jinja`, or in tokenizer_config.json);
-it runs in a sandbox. Special tokens that the template writes are special, those that a message spells are text.
+it runs in a sandbox, for so many steps (template.py). Added tokens that the template writes are such, those that a
+message spells are text; in what the assistant said `</think>` and the like stay, as templates look for them.
 
 The plain template: the messages joined by line feeds as `role: content`, then `assistant:`, so
 `system: ...\nuser: ...\nassistant:`. Calls of an assistant follow its content as one line of JSON, and tools are a
@@ -15,18 +16,19 @@ import json
 import re
 import secrets
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from jinja2 import TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.exceptions import SecurityError
 
 from sparseray.errors import CheckpointError
 from sparseray.jobs.http.api_error import ApiError
 from sparseray.jobs.http.fields import Values, check_members
 from sparseray.jobs.http.prompts import check_text
+from sparseray.jobs.http.template import Template, to_json
 from sparseray.jobs.http.text_stream import Vocabulary
+from sparseray.platform.run.texts import CHAT_TEMPLATE, HUB_CONFIG, TOKENIZER_CONFIG
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 CHAT_STOP = "\nuser:"
@@ -35,6 +37,12 @@ MEMBERS = ("role", "content", "name", "tool_calls", "tool_call_id")
 EMPTY_MEMBERS = ("refusal", "annotations", "audio", "function_call", "reasoning", "reasoning_content")
 """Members of a message that are read, and those that an answer given back may have where nothing is in them."""
 Message = dict[str, Any]
+LACKING = (
+    f"this model came without a chat template; ask /v1/completions, or have {CHAT_TEMPLATE} put into the checkpoint's "
+    "folder and the server started again"
+)
+REFUSALS = (TemplateError, TypeError, ValueError, KeyError, ArithmeticError, AttributeError)
+"""What an expression of a template may raise."""
 
 
 class ChatTemplate:
@@ -43,48 +51,84 @@ class ChatTemplate:
     Args:
         source: a Jinja template; None for the plain one.
         special_tokens: name to text (bos_token, eos_token, ...), for the template.
+        is_lacking: refuse every conversation: how the model was taught to hold one is not known.
+        begin: name of the token that stands before every text that is no conversation; empty for none.
 
     Raises:
-        CheckpointError: the template is not Jinja.
+        CheckpointError: the template is not Jinja, or reads files.
     """
 
-    def __init__(self, source: str | None = None, special_tokens: Mapping[str, str] | None = None) -> None:
-        self.source, self._special_tokens = source, dict(special_tokens or {})
+    def __init__(
+        self,
+        source: str | None = None,
+        special_tokens: Mapping[str, str] | None = None,
+        *,
+        is_lacking: bool = False,
+        begin: str = "",
+    ) -> None:
+        self.begin = begin
+        self.source, self._special_tokens, self._is_lacking = source, dict(special_tokens or {}), is_lacking
         self.stops = (CHAT_STOP,) if source is None else ()
-        self._template = None
-        if source is not None:
-            environment = ImmutableSandboxedEnvironment(
-                trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-            )
-            environment.filters["tojson"] = _to_json
-            environment.globals |= {"raise_exception": _refuse, "strftime_now": _now}
-            try:
-                self._template = environment.from_string(source)
-            except TemplateError as error:
-                raise CheckpointError(f"the checkpoint's chat template is not Jinja: {error}") from error
+        self._template = None if source is None else Template(source)
 
     @classmethod
     def load(cls, directory: Path) -> ChatTemplate:
-        """Read a checkpoint's template, and the plain one where it has none.
+        """Read a checkpoint's template; the plain one where it has none, but for a model that was trained elsewhere.
+
+        Args:
+            directory: of a checkpoint, or of a model that is to be imported.
 
         Raises:
-            CheckpointError: what is there cannot be read.
+            CheckpointError: what is there cannot be read, or runs without end.
         """
         config: Any = {}
         try:
-            if (directory / "tokenizer_config.json").exists():
-                config = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
-            own = directory / "chat_template.jinja"
+            if (directory / TOKENIZER_CONFIG).exists():
+                config = json.loads((directory / TOKENIZER_CONFIG).read_text(encoding="utf-8"))
+            own = directory / CHAT_TEMPLATE
             source = own.read_text(encoding="utf-8") if own.exists() else config.get("chat_template")
-        except (OSError, ValueError, AttributeError) as error:
-            raise CheckpointError(f"cannot read the chat template of {directory}: {error}") from error
-        if isinstance(source, list):  # named templates: the one called default
-            source = next((one["template"] for one in source if one.get("name") == "default"), None)
-        tokens = {name: config.get(name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
-        texts = {
-            name: one["content"] if isinstance(one, dict) else one for name, one in tokens.items() if one
-        }
-        return cls(source, texts)
+            if isinstance(source, list):  # named templates: the one called default
+                source = next((one["template"] for one in source if one.get("name") == "default"), None)
+            names = ("bos_token", "eos_token", "pad_token", "unk_token")
+            tokens = {name: config[name] for name in names if config.get(name)}
+            texts = {name: one["content"] if isinstance(one, dict) else one for name, one in tokens.items()}
+            if not isinstance(source, str | None) or not all(isinstance(one, str) for one in texts.values()):
+                raise ValueError(f"{TOKENIZER_CONFIG} has a template or a token that is no text")
+            begin = texts.get("bos_token", "") if config.get("add_bos_token") else ""
+        except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
+            raise CheckpointError(
+                f"cannot read the chat template of {directory} ({error}); mend {TOKENIZER_CONFIG} or {CHAT_TEMPLATE}"
+            ) from error
+        is_lacking = source is None and (directory / HUB_CONFIG).exists()
+        try:
+            found = cls(source, texts, is_lacking=is_lacking, begin=begin)
+            found._try()
+        except (CheckpointError, SecurityError) as error:
+            raise CheckpointError(
+                f"the chat template of {directory} cannot be used: {error}; mend it, or leave it out"
+            ) from error
+        return found
+
+    def _try(self) -> None:
+        """See that a short conversation ends; that the template refuses it says nothing.
+
+        Raises:
+            SecurityError: it does not, or reaches for what it may not have.
+        """
+        try:
+            if self._template is not None:
+                self._template.render(**self._given([{"role": "user", "content": "hello"}]))
+        except SecurityError:
+            raise
+        except REFUSALS:
+            pass
+
+    def _given(
+        self, messages: Sequence[Message], tools: Sequence[Message] = (), begin: bool = True
+    ) -> Message:
+        """Variables of a template."""
+        given = {"messages": messages, "tools": tools or None, "add_generation_prompt": begin}
+        return given | self._special_tokens
 
     @property
     def takes_tools(self) -> bool:
@@ -101,9 +145,9 @@ class ChatTemplate:
         go_on: bool = False,
         variables: Mapping[str, Any] | None = None,
     ) -> tuple[str, str]:
-        """Return the text of a conversation, and the mark that stands in special tokens which are plain text.
+        """Return the text of a conversation, and the mark that stands in names of tokens which are plain text.
 
-        The mark is empty where no special token is meant.
+        The mark is empty where no added token is meant.
 
         Args:
             messages: from `read_messages`.
@@ -116,24 +160,21 @@ class ChatTemplate:
         Raises:
             ApiError: 400, the template refuses the conversation.
         """
+        if self._is_lacking:
+            raise ApiError(400, LACKING, param="messages", code="unsupported")
         if self._template is None:
             return _plain(messages, tools, begin_answer, go_on), ""
-        # Special tokens in messages are broken by a mark of private characters, and mended after the template's
-        # own were found.
+        # Names of added tokens in messages are broken by a mark of private characters, and mended after the
+        # template's own were found.
         mark = "".join(chr(0xE000 + secrets.randbelow(0x1900)) for _ in range(8))
         end = f"{mark}{mark}"
-        marked = [_marked(message, vocabulary, mark) for message in messages]
+        marked = [_marked_message(message, vocabulary, mark) for message in messages]
         if go_on:
             marked[-1]["content"] = f"{marked[-1].get('content') or ''}{end}"
         try:
-            text = self._template.render(
-                messages=marked,
-                tools=[_marked(tool, vocabulary, mark) for tool in tools] or None,
-                add_generation_prompt=begin_answer,
-                **self._special_tokens,
-                **_marked(dict(variables or {}), vocabulary, mark),
-            )
-        except (TemplateError, TypeError, ValueError, KeyError, ArithmeticError, AttributeError) as error:
+            given = self._given(marked, [_marked(tool, vocabulary, mark) for tool in tools], begin_answer)
+            text = self._template.render(**given, **_marked(dict(variables or {}), vocabulary, mark))
+        except REFUSALS as error:
             message = f"the checkpoint's chat template refuses the conversation: {error}"[:300]
             raise ApiError(400, message, param="messages") from error
         if go_on:
@@ -201,7 +242,7 @@ def _call(call: Any, where: str) -> dict[str, Any]:
             arguments = json.loads(check_text(arguments, where) or "{}")
         except ValueError as error:
             raise ApiError(400, f"{where}: arguments must be JSON", param=where) from error
-    check_text(_to_json([function["name"], arguments]), where)
+    check_text(to_json([function["name"], arguments]), where)
     return {
         "id": call.get("id") if isinstance(call.get("id"), str) else "",
         "type": "function",
@@ -224,11 +265,11 @@ def _content(content: Any, where: str) -> str:
 
 
 def _plain(messages: Sequence[Message], tools: Sequence[Message], begin_answer: bool, go_on: bool) -> str:
-    lines = [f"system: tools {_to_json(list(tools))}"] if tools else []
+    lines = [f"system: tools {to_json(list(tools))}"] if tools else []
     for message in messages:
         content = _guarded(message["content"])
         if message.get("tool_calls"):
-            calls = _to_json([call["function"] for call in message["tool_calls"]])
+            calls = to_json([call["function"] for call in message["tool_calls"]])
             content = f"{content}\n{calls}" if content else calls
         lines.append(f"{message['role']}: {content}")
     return "\n".join([*lines, *(["assistant:"] if begin_answer and not go_on else [])])
@@ -240,10 +281,18 @@ def _guarded(content: str) -> str:
     return "\n".join([first, *(_TURN.sub(" ", text) for text in rest)])
 
 
+def _marked_message(message: Message, vocabulary: Vocabulary, mark: str) -> Message:
+    """Break the added tokens in a message."""
+    found: Message = _marked(message, vocabulary, mark)
+    if message["role"] == "assistant" and message["content"]:
+        found["content"] = vocabulary.break_names(message["content"], mark, but_tags=True)
+    return found
+
+
 def _marked(value: Any, vocabulary: Vocabulary, mark: str) -> Any:
-    """Break the special tokens in every text of a message."""
+    """Break the added tokens in every text of a value."""
     if isinstance(value, str):
-        return vocabulary.break_specials(value, mark)
+        return vocabulary.break_names(value, mark)
     if isinstance(value, list):
         return [_marked(item, vocabulary, mark) for item in value]
     if isinstance(value, dict):
@@ -251,15 +300,3 @@ def _marked(value: Any, vocabulary: Vocabulary, mark: str) -> Any:
             _marked(key, vocabulary, mark): _marked(item, vocabulary, mark) for key, item in value.items()
         }
     return value
-
-
-def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
-
-
-def _refuse(message: str) -> NoReturn:
-    raise TemplateError(message)
-
-
-def _now(form: str) -> str:
-    return datetime.now().strftime(form)

@@ -108,8 +108,9 @@ def _prompts(limits: ApiLimits) -> dict[str, Field]:
         ),
         "messages": Field(kind=("array",), on=(CHAT, TOKENIZE), about="the conversation", schema=messages),
         "tokens": _ids("token ids to turn into text", (DETOKENIZE,)),
-        "add_special_tokens": _neutral(
-            False, True, about="the tokenizer adds none", on=(*GENERATE, TOKENIZE)
+        "add_special_tokens": _boolean(
+            "begin a text with the token that the tokenizer puts there, as by default; a chat's template writes its own",
+            (*GENERATE, TOKENIZE),
         ),
         "return_token_strs": _boolean("also return each token as a string", (TOKENIZE,)),
     }

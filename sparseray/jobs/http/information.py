@@ -141,7 +141,8 @@ class InformationEndpoints:
             prompt = values.get("prompt")
             if not isinstance(prompt, str):
                 raise ApiError(400, "prompt must be a text", param="prompt")
-            tokens = served.vocabulary.encode(reader.bounded(prompt, "prompt"))
+            begin = served.vocabulary.begin if values.get("add_special_tokens", True) else ()
+            tokens = (*begin, *served.vocabulary.encode(reader.bounded(prompt, "prompt")))
         strings = [served.vocabulary.label(token) for token in tokens]
         return {
             "count": len(tokens),
@@ -177,7 +178,7 @@ class InformationEndpoints:
                 "model_max_length": self._served.limits.max_model_len,
                 "eos_token": vocabulary.token_text([vocabulary.eos_id]),
                 "eos_token_id": vocabulary.eos_id,
-                "add_bos_token": False,
+                "add_bos_token": bool(vocabulary.begin),
                 "chat_template": self._served.template.source,
             }
         )

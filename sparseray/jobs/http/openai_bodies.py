@@ -181,7 +181,8 @@ def _reader(values: Values, served: ServedModel) -> PromptReader:
     asked = _asked_tokens(values)
     num_answer = DEFAULT_TOKENS if asked is None else asked
     truncate = values.get("truncate_prompt_tokens")
-    return PromptReader(served.vocabulary, served.limits, truncate, num_answer)
+    begins = values.get("add_special_tokens", True)
+    return PromptReader(served.vocabulary, served.limits, truncate, num_answer, begins=begins)
 
 
 def _suffix(values: Values, is_chat: bool) -> str:

@@ -21,6 +21,7 @@ class PromptReader:
         limits: of the server.
         truncate: keep this many last tokens of each prompt, -1 for as many as fit; None to refuse longer ones.
         num_answer: tokens that the answer needs beside what fits.
+        begins: put before a text the token that the model's tokenizer has for that.
 
     Raises:
         ApiError: 400, nothing would be kept.
@@ -32,11 +33,14 @@ class PromptReader:
         limits: ApiLimits,
         truncate: int | None = None,
         num_answer: int = 0,
+        *,
+        begins: bool = True,
     ) -> None:
         if truncate == 0:
             message = "truncate_prompt_tokens must be -1, or at least 1"
             raise ApiError(400, message, param="truncate_prompt_tokens")
         self._vocabulary, self._limits = vocabulary, limits
+        self._begin = vocabulary.begin if begins else ()
         # An answer that leaves no room for any prompt is refused by its length.
         self._truncate = max(1, limits.max_model_len - num_answer) if truncate == -1 else truncate
 
@@ -77,16 +81,19 @@ class PromptReader:
             raise ApiError(400, message, param="truncate_prompt_tokens")
         after = self._vocabulary.encode(self.bounded(suffix, "suffix"))
         items = [prompt] if isinstance(prompt, str) or _are_ids(prompt) else prompt
-        # An empty text starts no document here: nothing stands before the gap.
-        return [
-            sentinels.prompt(() if item == "" else before, after)
-            for before, item in zip(self.prompts(items), items)
-        ]
+        begin, found = self._begin, []
+        for before, item in zip(self.prompts(items), items):
+            is_text = isinstance(item, str)
+            # An empty text starts no document here: nothing stands before the gap.
+            before = () if item == "" else before[len(begin) :] if is_text else before
+            found.append((*(begin if is_text else ()), *sentinels.prompt(before, after)))
+        return found
 
     def one(self, item: Any, where: str) -> tuple[int, ...]:
         """Return the ids of a text (an empty one starts a document) or of a list of ids."""
         if isinstance(item, str):
-            return self.cut(self._vocabulary.encode(self.bounded(item, where)) or (self._vocabulary.eos_id,))
+            ids = (*self._begin, *self._vocabulary.encode(self.bounded(item, where)))
+            return self.cut(ids or (self._vocabulary.eos_id,))
         if not _are_ids(item):
             raise ApiError(400, "each prompt must be a text or a non-empty list of token ids", param=where)
         if self._truncate is None and len(item) > self._limits.max_model_len:

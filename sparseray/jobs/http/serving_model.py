@@ -25,7 +25,7 @@ def read_served(directory: Path, config: RunConfig, names: tuple[str, ...]) -> S
     Raises:
         UserError: the tokenizer or the chat template cannot be used.
     """
-    serve, model = config.serve, config.model
+    serve, model, template = config.serve, config.model, ChatTemplate.load(directory)
     path, eos_id = directory / "tokenizer.json", model.dse.document_end_id
     limits = ApiLimits(
         max_model_len=serve.max_model_len or model.max_seq_len,
@@ -35,8 +35,8 @@ def read_served(directory: Path, config: RunConfig, names: tuple[str, ...]) -> S
     )
     return ServedModel(
         names=names,
-        vocabulary=Vocabulary(load_tokenizer(path), eos_id),
-        template=ChatTemplate.load(directory),
+        vocabulary=Vocabulary(load_tokenizer(path), eos_id, template.begin),
+        template=template,
         grammars=Grammars.load(path, vocab_size=model.vocab_size, eos_id=eos_id),
         limits=limits,
         fields=table(limits),

@@ -11,10 +11,10 @@ import codecs
 import json
 import re
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 
 from sparseray.actors.serving.text_request import TokenLogprobs
 from sparseray.errors import ConfigError
@@ -29,19 +29,33 @@ def _byte_of_character() -> dict[str, int]:
     return alphabet | {chr(256 + rank): byte for rank, byte in enumerate(others)}
 
 
+_TAG = re.compile(r"</?\w+>")
+
+
+def _one_of(names: Iterable[str]) -> re.Pattern[str]:
+    """A pattern of names, the longest that fits; grouped by their beginnings, as there may be a thousand."""
+    groups: dict[str, list[str]] = {}
+    for name in sorted(filter(None, names), key=len, reverse=True):
+        groups.setdefault(name[:2], []).append(re.escape(name))
+    heads = sorted(groups, key=len, reverse=True)
+    return re.compile("|".join(f"(?:{'|'.join(groups[head])})" for head in heads) or r"(?!)")
+
+
 class Vocabulary:
     """A byte-level tokenizer with the bytes of each of its tokens.
 
     Args:
         tokenizer: with a ByteLevel decoder. Text that spells a special token is made to stay plain text: it
-            would forge the end of a document.
+            would forge the end of a document. Other added tokens are found here instead of by the library, so that a
+            chat can keep them out of what people write: DeepSeek's marks of turns are such.
         eos_id: token that ends a document.
+        begin: name of the added token that stands before every text; empty for none.
 
     Raises:
         ConfigError: the tokenizer is not byte-level.
     """
 
-    def __init__(self, tokenizer: Tokenizer, eos_id: int) -> None:
+    def __init__(self, tokenizer: Tokenizer, eos_id: int, begin: str = "") -> None:
         decoder = json.loads(tokenizer.to_str()).get("decoder") or {}
         kinds = [decoder.get("type"), *(part.get("type") for part in decoder.get("decoders", ()))]
         if "ByteLevel" not in kinds:
@@ -53,9 +67,12 @@ class Vocabulary:
         self._tokenizer, self.eos_id = tokenizer, eos_id
         self._added = tokenizer.get_added_tokens_decoder()
         self._alphabet = _byte_of_character()
-        self._special_ids = {str(one.content): token for token, one in self._added.items() if one.special}
-        longest_first = sorted(self._special_ids, key=len, reverse=True)
-        self._specials = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        self._ids = {str(one.content): token for token, one in self._added.items()}
+        self.begin = (self._ids[begin],) if begin in self._ids else ()
+        plain = [str(one.content) for one in self._added.values() if not one.special]
+        tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in plain])
+        self._every_name, self._plain_name = _one_of(self._ids), _one_of(plain)
+        self._tags = {name for name in plain if _TAG.fullmatch(name)}
         names = tokenizer.get_vocab(with_added_tokens=True)
         self.infilling, ids = find_sentinels(names), names.values()
         # A normalizer may compose characters: three of a decomposed syllable, nine bytes, become one of three.
@@ -64,27 +81,48 @@ class Vocabulary:
         self.longest_token_bytes = factor * max(map(len, self._bytes.values()))
 
     def encode(self, text: str) -> tuple[int, ...]:
-        """Return the token ids of a text, without special tokens."""
-        return tuple(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        """Return the token ids of a text: what spells a special token is text, what spells another added one is that."""
+        return self._encode(text, self._plain_name)
 
-    def break_specials(self, text: str, mark: str) -> str:
-        """Return a text in which a mark stands inside every special token's name."""
-        return self._specials.sub(lambda found: found[0][0] + mark + found[0][1:], text)
+    def break_names(self, text: str, mark: str, *, but_tags: bool = False) -> str:
+        """Return a text in which a mark stands inside the name of every added token, special or not.
+
+        Args:
+            text: that may spell some.
+            mark: of characters that no name has.
+            but_tags: leave those alone that look like tags (`</think>`) and are not special: templates look for them in
+                what a model said.
+        """
+
+        def broken(found: re.Match[str]) -> str:
+            name = found[0]
+            return name if but_tags and name in self._tags else name[0] + mark + name[1:]
+
+        before = ""
+        while before != text:  # A name may begin inside another one.
+            before, text = text, self._every_name.sub(broken, text)
+        return text
 
     def encode_marked(self, text: str, mark: str) -> tuple[int, ...]:
-        """Return the token ids of a text whose special tokens are meant, except those with a mark inside.
+        """Return the token ids of a text whose added tokens are meant, except those with a mark inside.
 
-        Without a mark, none is meant.
+        Without a mark, no special one is meant.
         """
-        if not mark:
-            return self.encode(text)
+        return self._encode(text, self._every_name, mark) if mark else self.encode(text)
+
+    def _encode(self, text: str, names: re.Pattern[str], mark: str = "") -> tuple[int, ...]:
+        """Ids of a text: names become tokens, marks are taken out of the rest."""
         tokens: list[int] = []
         start = 0
-        for found in self._specials.finditer(text):
-            tokens += self.encode(text[start : found.start()].replace(mark, ""))
-            tokens.append(self._special_ids[found[0]])
+        for found in names.finditer(text):
+            tokens += self._plain_ids(text[start : found.start()], mark)
+            tokens.append(self._ids[found[0]])
             start = found.end()
-        return (*tokens, *self.encode(text[start:].replace(mark, "")))
+        return (*tokens, *self._plain_ids(text[start:], mark))
+
+    def _plain_ids(self, text: str, mark: str) -> list[int]:
+        text = text.replace(mark, "") if mark else text
+        return self._tokenizer.encode(text, add_special_tokens=False).ids if text else []
 
     def token_text(self, tokens: Sequence[int]) -> str:
         """Return the text of token ids, special tokens written out."""

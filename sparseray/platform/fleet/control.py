@@ -28,6 +28,7 @@ class Member:
         metrics: host and port of its `/metrics`, empty for none.
         pid: of its process.
         machine: kind of processor and libraries, empty where unknown.
+        namespace: set of processes within which its process id means the same, and memory can be mapped.
     """
 
     slot: int
@@ -36,19 +37,7 @@ class Member:
     metrics: str = ""
     pid: int = 0
     machine: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Ready:
-    """What a slot says once it is warm.
-
-    Args:
-        member: itself.
-        namespace: set of processes within which its process id means the same.
-    """
-
-    member: Member
-    namespace: str
+    namespace: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

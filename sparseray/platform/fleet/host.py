@@ -15,10 +15,10 @@ from sparseray.actors.slot import Slot, device_full
 from sparseray.actors.state.tables import process_namespace
 from sparseray.actors.wire.slot_mailbox import SlotMailbox
 from sparseray.errors import ConfigError
-from sparseray.platform.fleet.control import Member, Ready
+from sparseray.platform.fleet.control import Member
 from sparseray.platform.fleet.job import SpecJobs
 from sparseray.platform.fleet.priority import gently
-from sparseray.platform.fleet.transport import ZmqTransport, private_directory
+from sparseray.platform.fleet.transport import ZmqTransport, own_address, private_directory
 from sparseray.platform.fleet.warming import warm_holdings
 from sparseray.platform.fleet.weights_port import WeightsPort
 from sparseray.platform.metrics.exporter import Metrics
@@ -36,7 +36,7 @@ class Host:
         job: identifier of the job; messages of other jobs are dropped.
         threads: torch threads.
         transport: "ipc" or "tcp".
-        bind_host: address that TCP sockets and metrics bind to.
+        bind_host: `cluster.bind_host`.
         node: Ray's name of the machine.
     """
 
@@ -45,7 +45,7 @@ class Host:
     ) -> None:
         # Received buffers are read-only by intent; nobody writes through the tensors that view them.
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        directory = private_directory(job) if transport == "ipc" else None
+        directory, bind_host = private_directory(job) if transport == "ipc" else None, own_address(bind_host)
         self._slot_id, self._job_id, self._threads, self._node = slot, job, threads, node
         self._transport = ZmqTransport(f"slot{slot}", directory, bind_host)
         self._metrics = Metrics({"slot": str(slot)}, declare="slot")
@@ -69,7 +69,7 @@ class Host:
         torch.set_num_threads(self._threads)
         self._slot.serve_forever()
 
-    def prepare(self, spec: JobSpec, heartbeats: str) -> Ready:
+    def prepare(self, spec: JobSpec, heartbeats: str) -> Member:
         """Load and warm what a job needs, begin to serve and to give signs of life; harmless when repeated.
 
         Args:
@@ -88,15 +88,15 @@ class Host:
                 raise ConfigError(device_full(error, is_serving=job.is_serving)) from None
             self._thread.start()
             self._beating.start()
-        member = Member(
+        return Member(
             slot=self._slot_id,
             address=self._transport.address,
             node=self._node,
             metrics=self._metrics_address,
             pid=os.getpid(),
             machine=kind_here(),
+            namespace=process_namespace(),
         )
-        return Ready(member=member, namespace=process_namespace())
 
     def wait_for_end(self) -> None:
         """Return when the slot has stopped serving."""

@@ -31,7 +31,7 @@ from sparseray.model.config import ModelConfig
 from sparseray.model.dse_layout import DSELayout
 from sparseray.model.transformer import Transformer
 from sparseray.platform.config import RunConfig, from_dict
-from sparseray.platform.device import is_whole, spreads_experts
+from sparseray.platform.device import is_whole, saves_beside, spreads_experts
 from sparseray.platform.fleet.weights_port import WeightsPort, is_offered, read_offered
 from sparseray.platform.metrics.exporter import Metrics
 from sparseray.platform.run import checkpoint
@@ -79,7 +79,8 @@ class SlotJob:
             "weight_decay": optim.weight_decay,
         }
         self._is_whole = is_whole(self.config)
-        self.saves_beside = self._is_whole and not spec.serving and self.config.train.checkpoint_every > 0
+        falls_due = not spec.serving and self.config.train.checkpoint_every > 0
+        self.saves_beside = falls_due and saves_beside(self.config)
         self.device = torch.device(
             "cuda" if self._is_whole and self.config.cluster.device == "cuda" else "cpu"
         )

@@ -24,7 +24,7 @@ from sparseray.platform.fleet.lease import Lease
 from sparseray.platform.fleet.pool import Pool, Waiting
 from sparseray.platform.fleet.pool_actor import Actor, kind_of
 from sparseray.platform.fleet.slot_end import cause_of, kill_process
-from sparseray.platform.fleet.transport import ZmqTransport, private_directory
+from sparseray.platform.fleet.transport import ZmqTransport, own_address, private_directory
 
 log = get_logger(__name__)
 
@@ -64,14 +64,13 @@ class RayFleet:
         self._kind = kind_of(config)
         self._next_slot, self._on_change, self._may_act = next_slot, on_change, may_act
         directory = private_directory(job) if config.transport == "ipc" else None
-        self._transport = ZmqTransport("heartbeats", directory, config.bind_host)
+        self._transport = ZmqTransport("heartbeats", directory, own_address(config.bind_host))
         self.heartbeats = self._transport.address
         self._start_deadline_s = GPU_START_DEADLINE_S if config.device == "cuda" else START_DEADLINE_S
         self._lock = threading.Lock()
         self._asked: set[int] = set()
         self._actors: dict[int, Actor] = {}
         self._members: dict[int, Member] = {}
-        self._namespaces: dict[int, str] = {}
         self._starting: dict[Any, tuple[int, float]] = {}
         self._ends: dict[Any, int] = {}
         self._heard: dict[int, float] = {}
@@ -242,12 +241,11 @@ class RayFleet:
             self._heard.pop(slot, None)
             self._ends = {reference: s for reference, s in self._ends.items() if s != slot}
             self._starting = {ref: found for ref, found in self._starting.items() if found[0] != slot}
-            namespace = self._namespaces.pop(slot, "")
             members = dict(self._members)
         if actor is None:
             self._pool.withdraw(Lease(job=self.job, slot=slot))
             return None
-        pid = member.pid if member is not None and namespace == process_namespace() else 0
+        pid = member.pid if member is not None and member.namespace == process_namespace() else 0
         if is_planned and member is not None:
             end = self._pool.give_back(actor, pid)
         else:
@@ -324,10 +322,9 @@ class RayFleet:
             return
         end = actor.handle.wait_for_end.remote(Lease(job=self.job, slot=slot))
         with self._lock:
-            self._namespaces[slot] = found.namespace
             self._heard[slot] = time.monotonic()
             self._ends[end] = slot
-            self._members[slot] = found.member
+            self._members[slot] = found
             self._starting.pop(reference, None)
             members = dict(self._members)
         self._on_change(members)

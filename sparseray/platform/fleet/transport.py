@@ -16,9 +16,21 @@ from typing import Any
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
+from sparseray.platform.cluster_config import OF_NODE
+
 MAX_FRAME_BYTES = 1 << 30
 _COPY_BELOW = 64 << 10
 _WATCHED = zmq.EVENT_CONNECTED | zmq.EVENT_DISCONNECTED
+
+
+def own_address(bind_host: str) -> str:
+    """The address to bind to for `cluster.bind_host`; where that is the machine's own, Ray knows it."""
+    if bind_host != OF_NODE:
+        return bind_host
+    import ray.util  # which nothing else here needs
+
+    address: str = ray.util.get_node_ip_address()
+    return address
 
 
 class ZmqTransport:

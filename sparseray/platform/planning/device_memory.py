@@ -104,11 +104,19 @@ def device_memory(config: RunConfig) -> DeviceMemory:
     return DeviceMemory(
         weights=count * (4 + copies),
         moments=count * 2 * _bytes_of(config.optim.moments),
-        gradients=count * _gradient_bytes(config, element),
+        gradients=_gradients(config, element, parameters["dense"], count - parameters["dense"]),
         activations=_activations(config, element),
         exchange=_exchange(config, element, slots, parameters["dense"]) if slots > 1 else 0,
         rows=_rows(config),
     )
+
+
+def snapshot_bytes(config: RunConfig) -> int:
+    """Bytes of host memory that a checkpoint takes, of all slots together, where it is written beside the next steps."""
+    parameters, dse = count_parameters(config.model), config.model.dse
+    trained = parameters["dense"] + parameters["experts"]
+    rows = parameters["memory"] // dse.head_dim if dse.layers else 0
+    return trained * (4 + 2 * _bytes_of(config.optim.moments)) + rows * row_bytes(dse)
 
 
 def _held(config: RunConfig, slots: int) -> int:
@@ -129,7 +137,9 @@ def _exchange(config: RunConfig, element: int, slots: int, dense: int) -> int:
     model, train = config.model, config.train
     tokens, top_k = train.sequences_per_shard * train.seq_len, model.moe.top_k
     of_tokens = slots * (element * model.hidden + 8 * top_k) + top_k * (element * model.hidden + 4)
-    kept = slots * element * model.hidden * len(model.moe_layers)
+    # Of layers that are computed again one at a time keeps the tokens of all.
+    layers = 1 if train.recompute else len(model.moe_layers)
+    kept = slots * element * model.hidden * layers
     # Each slot's nodes are cut in slices, and flat before that.
     return tokens * (of_tokens + kept) + 4 * 3 * dense
 
@@ -138,15 +148,32 @@ def _bytes_of(dtype: str) -> int:
     return 2 if dtype == "bfloat16" else 4
 
 
-def _gradient_bytes(config: RunConfig, element: int) -> int:
-    """Of one weight: a part's own gradient, and the fp32 sums that wait for their siblings."""
-    return element if config.train.logical_shards == 1 else element + 4 * _sums(config)
+def _gradients(config: RunConfig, element: int, dense: int, experts: int) -> int:
+    """Parts' own gradients, and the fp32 sums that wait for their siblings.
 
+    A slot sums dense gradients over its own parts. Experts get those of all slots' parts: in "fast" a round's at once, in
+    "bitwise" each part's apart.
 
-def _sums(config: RunConfig) -> int:
-    """Sums over parts that wait for their siblings."""
+    Args:
+        config: of the run.
+        element: bytes of a number in `train.dtype`.
+        dense, experts: weights of a slot.
+    """
     parts = config.train.logical_shards
-    return 1 if config.determinism == "fast" else max(1, (parts - 1).bit_length())
+    at_once = min(parts, config.cluster.attention_workers)
+    own = rounds = -(-parts // at_once)
+    if config.determinism == "fast":
+        return dense * (element + 4 * _sums(config, own)) + experts * (element + 4 * _sums(config, rounds))
+    return dense * (element + 4 * _sums(config, own)) + experts * (
+        element * at_once + 4 * _sums(config, parts)
+    )
+
+
+def _sums(config: RunConfig, parts: int) -> int:
+    """Sums over so many parts that wait for their siblings; one part is its own sum."""
+    if config.determinism == "fast":
+        return min(1, parts - 1)
+    return (parts - 1).bit_length()
 
 
 def _rows(config: RunConfig) -> int:
@@ -156,7 +183,9 @@ def _rows(config: RunConfig) -> int:
     addresses = train.logical_shards * train.sequences_per_shard * train.seq_len * heads
     distinct = min(addresses, heads * dse.rows_per_head)
     staged = distinct * (row_bytes(dse) + 8 + 4 * train.logical_shards) + addresses * 8
-    return len(dse.layers) * (3 * staged + distinct * dse.head_dim * 4 * _sums(config))
+    return len(dse.layers) * (
+        3 * staged + distinct * dse.head_dim * 4 * max(1, _sums(config, train.logical_shards))
+    )
 
 
 def _activations(config: RunConfig, element: int) -> int:

@@ -8,7 +8,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,9 @@ from sparseray.errors import CheckpointError
 FORMAT = 2
 MANIFEST = "manifest.json"
 UNFINISHED = ".unfinished"
+FILE_BYTES = 1 << 30
+THREADS = 4
+"""Files that a slot writes, or reads, at a time: hashing one takes as long as a disk."""
 
 
 def tensor_sha256(tensor: torch.Tensor) -> str:
@@ -36,8 +40,29 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def in_groups(
+    tensors: dict[str, torch.Tensor], most_bytes: int = FILE_BYTES
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Cut tensors into groups, in their order.
+
+    Args:
+        tensors: by name.
+        most_bytes: of a group, but for one tensor that is larger.
+    """
+    group: dict[str, torch.Tensor] = {}
+    left = most_bytes
+    for name, tensor in tensors.items():
+        size = tensor.numel() * tensor.element_size()
+        if group and size > left:
+            yield group
+            group, left = {}, most_bytes
+        group[name] = tensor
+        left -= size
+    yield group
+
+
 def write_part(directory: str | Path, part: str, tensors: dict[str, torch.Tensor]) -> dict[str, SavedTensor]:
-    """Write tensors to `<part>.safetensors`, on disk when this returns.
+    """Write tensors to `<part>.safetensors`, or to several files where they are large; on disk when this returns.
 
     Args:
         directory: of the unfinished checkpoint.
@@ -47,8 +72,16 @@ def write_part(directory: str | Path, part: str, tensors: dict[str, torch.Tensor
     Returns:
         where each tensor is, by its name.
     """
-    path = Path(directory) / f"{part}.safetensors"
-    plain = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    groups = list(in_groups(tensors))
+    names = [part] if len(groups) == 1 else [f"{part}_{index:04d}" for index in range(len(groups))]
+    paths = [Path(directory) / f"{name}.safetensors" for name in names]
+    with ThreadPoolExecutor(min(THREADS, len(groups)), "checkpoint") as pool:
+        return {name: entry for found in pool.map(_write, paths, groups) for name, entry in found.items()}
+
+
+def _write(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, SavedTensor]:
+    """Write one file."""
+    plain = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
     try:
         save_file(plain, path)
         sync(path)
@@ -230,21 +263,28 @@ def read_tensors(directory: str | Path, names: Sequence[str]) -> dict[str, torch
         if name not in entries:
             raise CheckpointError(f"{directory} has no tensor {name!r}: it is a checkpoint of another model")
         by_file.setdefault(entries[name]["file"], []).append(name)
-    found = {}
-    for file, members in by_file.items():
-        try:
-            with safe_open(Path(directory) / file, framework="pt") as archive:
-                for name in members:
-                    found[name] = archive.get_tensor(name)
-        except (OSError, ValueError, SafetensorError) as error:
+
+    def read(file: str) -> dict[str, torch.Tensor]:
+        return _read(Path(directory) / file, {name: entries[name] for name in by_file[file]})
+
+    with ThreadPoolExecutor(THREADS, "checkpoint") as pool:
+        return {name: tensor for found in pool.map(read, by_file) for name, tensor in found.items()}
+
+
+def _read(path: Path, entries: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Read and verify tensors of one file, by what the manifest says of them."""
+    try:
+        with safe_open(path, framework="pt") as archive:
+            found = {name: archive.get_tensor(name) for name in entries}
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({' '.join(str(error).split())}); use an older checkpoint"
+        ) from None
+    for name, tensor in found.items():
+        entry = entries[name]
+        is_like = [*tensor.shape] == entry["shape"] and str(tensor.dtype) == f"torch.{entry['dtype']}"
+        if not is_like or tensor_sha256(tensor) != entry["sha256"]:
             raise CheckpointError(
-                f"{directory}/{file} cannot be read ({' '.join(str(error).split())}); use an older checkpoint"
-            ) from None
-        for name in members:
-            entry, tensor = entries[name], found[name]
-            is_like = [*tensor.shape] == entry["shape"] and str(tensor.dtype) == f"torch.{entry['dtype']}"
-            if not is_like or tensor_sha256(tensor) != entry["sha256"]:
-                raise CheckpointError(
-                    f"{directory}/{file}: {name} differs from its SHA-256, type or shape; use an older checkpoint"
-                )
+                f"{path}: {name} differs from its SHA-256, type or shape; use an older checkpoint"
+            )
     return found

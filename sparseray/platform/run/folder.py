@@ -19,6 +19,7 @@ from sparseray.log import get_logger
 from sparseray.model.dse_layout import DSELayout
 from sparseray.platform.config import RunConfig, from_dict, save_yaml, to_dict
 from sparseray.platform.run import checkpoint
+from sparseray.platform.run.texts import HANDED_ON, TOKENIZER_CONFIG
 
 log = get_logger(__name__)
 
@@ -208,17 +209,27 @@ class RunFolder:
             if layout is not None:
                 layout.save(unfinished)
             if origin is not None:
+                for given in (Path(origin.checkpoint) / name for name in HANDED_ON):
+                    if given.is_file():
+                        shutil.copyfile(given, unfinished / given.name)
                 (unfinished / ORIGIN).write_text(json.dumps(asdict(origin), indent=1), encoding="utf-8")
             os.rename(unfinished, self.identity)
         self.check_identity(layout)
-        self._write_tokenizer_config(tokenizer, config)
+        self._write_tokenizer_config(tokenizer, config, origin)
         if not self.config.exists() or self.changes(config):
             save_yaml(config, self.path / "config.tmp")
             os.replace(self.path / "config.tmp", self.config)
 
-    def _write_tokenizer_config(self, tokenizer: Path, config: RunConfig) -> None:
-        """Tell other tools what tokenizer.json does not say: which token ends a text, and how long one may be."""
-        target, beside = self.identity / "tokenizer_config.json", tokenizer.with_name("tokenizer_config.json")
+    def _write_tokenizer_config(self, tokenizer: Path, config: RunConfig, origin: Origin | None) -> None:
+        """Tell other tools what tokenizer.json does not say: which token ends a text, and how long one may be.
+
+        Args:
+            tokenizer: file of the data's tokenizer.
+            config: of the run.
+            origin: what the run began with; the rest of what that says of its tokenizer, a chat template among it, stays.
+        """
+        target = self.identity / TOKENIZER_CONFIG
+        beside = (Path(origin.checkpoint) if origin else tokenizer.parent) / TOKENIZER_CONFIG
         if target.exists():
             return
         manifest = json.loads(tokenizer.with_name("manifest.json").read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Loaded by every Python process whose path has this folder: slots fail in some call of the exchange of several slots.
+"""Slots fail in some call of the exchange of several slots.
 
 `SPARSERAY_TEST_FAULTS` has what, one for each slot: `slot:moment:call:kind`, by spaces. A moment is a key of MOMENTS, a
 call the number of it since the slot began; a kind is `stop` (SIGSTOP), `kill`, `illegal` (a kernel that writes to memory
@@ -8,12 +8,11 @@ of nobody, which ends its process's use of the GPU), or `raise` (an error that s
 
 import os
 import signal
-import sys
 from collections import Counter
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import Any
+
+from loading import when_loaded
 
 _FAULTS = {
     int(slot): (moment, int(call), kind)
@@ -28,7 +27,6 @@ MOMENTS = {
     "sums": ("DeviceExchange", "_finish"),
     "commit": ("SlabExperts", "apply"),
 }
-_MODULE = "sparseray.actors.peers.across"
 
 
 def _illegal() -> None:
@@ -53,27 +51,11 @@ def _fail(kind: str) -> None:
         os.kill(os.getpid(), signal.SIGSTOP if kind == "stop" else signal.SIGKILL)
 
 
-class _Finder(MetaPathFinder):
-    """Finds the module of the exchange, as Python does, and changes it once it is loaded."""
-
-    def find_spec(self, name: str, path: Any, target: Any = None) -> ModuleSpec | None:
-        spec = PathFinder.find_spec(name, path, target) if name == _MODULE else None
-        if spec is not None and spec.loader is not None:
-            _change(spec.loader)
-        return spec
-
-
-def _change(loader: Loader) -> None:
-    load = loader.exec_module
-
-    def exec_module(module: Any) -> None:
-        load(module)
-        calls: Counter[str] = Counter()
-        known: dict[str, int] = {}
-        for moment, (of, method) in MOMENTS.items():
-            _wrap(getattr(module, of), method, moment, calls, known)
-
-    loader.exec_module = exec_module  # type: ignore[method-assign]
+def _change(module: Any) -> None:
+    calls: Counter[str] = Counter()
+    known: dict[str, int] = {}
+    for moment, (of, method) in MOMENTS.items():
+        _wrap(getattr(module, of), method, moment, calls, known)
 
 
 def _wrap(of: type, method: str, moment: str, calls: "Counter[str]", known: dict[str, int]) -> None:
@@ -97,4 +79,4 @@ def _wrap(of: type, method: str, moment: str, calls: "Counter[str]", known: dict
 
 
 if _FAULTS or _FOLDER:
-    sys.meta_path.insert(0, _Finder())
+    when_loaded("sparseray.actors.peers.across", _change)

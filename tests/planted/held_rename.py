@@ -1,4 +1,4 @@
-"""Loaded by every Python process whose path has this folder: stops for ever before one named rename.
+"""A process stops for ever before one named rename.
 
 `SPARSERAY_TEST_HOLD` is the last part of the new name. Gives a test the time to kill a run at that point.
 """

@@ -1,0 +1,5 @@
+"""Loaded by every Python process whose path has this folder: what tests plant there, each where its variables ask for it."""
+
+import faulty_slots  # noqa: F401
+import held_rename  # noqa: F401
+import rested_steps  # noqa: F401
