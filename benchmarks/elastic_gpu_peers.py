@@ -142,6 +142,8 @@ def torchrun(setting: Setting, step_s: float, every: int) -> str:
         step_s: seconds of a step.
         every: steps from a checkpoint to the next.
     """
+    # Otherwise workers that are started again find the addresses of those before them, and every second start fails.
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     with _peer(setting, "torchrun", _arguments(setting, step_s)) as peer:
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(setting.workers)]
         launcher += ["--max-restarts", "100", "--monitor-interval", "0.1", "--local-addr", "127.0.0.1"]
