@@ -17,7 +17,7 @@ from processes import kill_all, of_mark, resting, start, wait_until
 from sparseray.platform.config import RunConfig, save_yaml
 from sparseray.platform.run import checkpoint
 
-LIMIT_S, REST_S = 240.0, 0.3
+LIMIT_S, REST_S = 240.0, 0.5
 
 
 class Story:

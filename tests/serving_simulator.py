@@ -20,8 +20,6 @@ from sparseray.platform.config import ClusterConfig, ServeConfig
 from sparseray.platform.planning.inventory import Inventory, Roles
 
 COLD_FACTOR, COLD = 6.0, 10
-MOST_ARRIVALS = 200.0
-"""A second; no trace asks for more."""
 
 
 @dataclass
@@ -86,7 +84,7 @@ class Simulation:
     ) -> None:
         self.rate, self.serve, self.service, self.room = rate, serve, service, room
         self.random = random.Random(seed)
-        self.now, self.arrival, self.wanted, self.standby = 0.0, 0.0, begin, service.standby
+        self.now, self.wanted, self.standby = 0.0, begin, service.standby
         self.engines = {slot: MadeEngine(Pace(0.0)) for slot in range(begin)}
         self.slots, self.names, self.order = itertools.count(begin), itertools.count(), itertools.count()
         self.events: list[tuple[float, int, Callable[[], None]]] = []
@@ -107,25 +105,23 @@ class Simulation:
     def run(self, until: float) -> "Simulation":
         self._next_arrival()
         self.after(EVERY_S, self._look)
-        while (now := min(self.arrival, self.events[0][0])) <= until:
-            self.now = now
-            # Most arrivals are thinned out, so they are no events of the queue.
-            if now == self.arrival:
-                self._arrive()
-            else:
-                heapq.heappop(self.events)[2]()
+        while self.events and self.events[0][0] <= until:
+            self.now, _, do = heapq.heappop(self.events)
+            do()
         return self
 
     # -- requests --------------------------------------------------------------------------------------
 
     def _next_arrival(self) -> None:
-        self.arrival = self.now + self.random.expovariate(MOST_ARRIVALS)
+        most = 200.0
 
-    def _arrive(self) -> None:
-        if self.random.random() < self.rate(self.now) / MOST_ARRIVALS:
-            size = max(1, round(self.random.expovariate(1 / self.service.tokens)))
-            self._give(Request(f"r{next(self.names)}", self.now, self.service.prefills, size))
-        self._next_arrival()
+        def arrive() -> None:
+            if self.random.random() < self.rate(self.now) / most:
+                size = max(1, round(self.random.expovariate(1 / self.service.tokens)))
+                self._give(Request(f"r{next(self.names)}", self.now, self.service.prefills, size))
+            self._next_arrival()
+
+        self.after(self.random.expovariate(most), arrive)
 
     def _give(self, request: Request) -> None:
         slot = min(self.engines, key=lambda s: len(self.engines[s].waiting) + len(self.engines[s].running))

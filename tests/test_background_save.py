@@ -133,12 +133,10 @@ def test_a_gpu_may_change_what_is_saved_as_soon_as_it_is_copied(
 
 @pytest.mark.parametrize("fails", [True, False])
 def test_rows_are_kept_no_longer_than_they_are_copied(monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
-    ended: list[KeptRows] = []
-    kept = KeptRows({}, ended.append)
-    already: list[int] = []
+    kept, is_open = KeptRows([], []), list[bool]()
 
     def write(file: str, tensors: dict[str, torch.Tensor]) -> dict[str, SavedTensor]:
-        already.append(len(ended))
+        is_open.append(kept.is_open)
         return {}
 
     def full(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -149,4 +147,4 @@ def test_rows_are_kept_no_longer_than_they_are_copied(monkeypatch: pytest.Monkey
     saving = BackgroundSave()
     saving.start(1, files(1.0), write, kept)
     saving.forget()
-    assert ended == [kept] and already == ([] if fails else [1, 1])
+    assert not kept.is_open and is_open == ([] if fails else [False, False])

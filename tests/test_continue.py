@@ -11,7 +11,7 @@ from conftest import write_corpus
 from local_cluster import MODEL, LocalFleet, Trained, tiny_run, train
 from matplotlib.figure import Figure
 
-from sparseray.errors import CheckpointError, ConfigError
+from sparseray.errors import ConfigError
 from sparseray.jobs.tokens.infilling import FAMILIES
 from sparseray.jobs.tokens.prepare import prepare
 from sparseray.jobs.watch.report import _draw_loss, earlier_records, write_report
@@ -136,8 +136,23 @@ def test_added_tokens_have_rows_of_their_own_and_all_others_are_as_they_were(tmp
     old, new = (checkpoint.read_tensors(path, ["embedding"])["embedding"] for path in (before, newest))
     assert old.shape[0] == 300 and new.shape[0] == 303 and torch.equal(new[:300], old)
     assert len(FAMILIES[0]) == 3 and bool((new[300:].abs().sum(1) > 0).all())
-    with pytest.raises(CheckpointError, match=r"model.vocab_size is 300 there and 303 here"):
-        open_training(replace(grown, run_dir=str(tmp_path / "no"), init_state="optimizer"))
+    # With the optimizer's state: moments of old rows go on, those of added tokens begin at zero.
+    # Betas next to 1 leave the moments where they began.
+    still = replace(grown.optim, lr=0.0, beta1=1 - 1e-9, beta2=1 - 1e-9)
+    going = replace(grown, init_state="optimizer", optim=still, train=replace(grown.train, steps=8))
+    further = train(tmp_path / "further", going, stop_after=5)
+    assert [record["step"] for record in further.records] == [5]
+    last = further.folder.newest_checkpoint()
+    assert last is not None
+    names = ["embedding", "embedding@exp_avg", "embedding@exp_avg_sq"]
+    was, now = (checkpoint.read_tensors(path, names) for path in (before, last))
+    for name in names:
+        assert was[name].abs().max() > 1e-5
+        torch.testing.assert_close(now[name][:300], was[name], rtol=1e-5, atol=1e-9)
+    assert max(now[name][300:].abs().max() for name in names[1:]) < 1e-7
+    fewer = replace(config, model=replace(config.model, vocab_size=290), init_from=str(before))
+    with pytest.raises(ConfigError, match=r"model.vocab_size=290 is smaller"):
+        open_training(replace(fewer, run_dir=str(tmp_path / "no")))
 
 
 def test_what_cannot_go_on_is_refused_with_a_cure(first: Trained, corpus: Path, tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ def live(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Liv
         write_prometheus(folder / "prometheus", [], "")
     prometheus = Prometheus(folder / "prometheus" / "prometheus.yml", folder / "prometheus" / "data")
     # Everybody watches the run, and nobody waits for it.
-    processes = [run := Background([*command, *pretrain], env | resting(0.5))]
+    processes = [run := Background([*command, *pretrain], env | resting(1.0))]
     stop, quiet, url = threading.Event(), threading.Event(), f"http://127.0.0.1:{port}"
     clients = [threading.Thread(target=drive, args=(url, stop, quiet), daemon=True) for _ in range(2)]
     try:

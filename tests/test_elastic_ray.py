@@ -30,7 +30,7 @@ def run(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
     monkeypatch.setenv("SPARSERAY_STATE_DIR", "")
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     # Slots load beside the run, each for itself, and the test waits for them: the run leaves them the processors.
-    for name, value in resting(0.8).items():
+    for name, value in resting(1.0).items():
         monkeypatch.setenv(name, value)
     made = Watched(tmp_path / "watched", config_of(corpus))
     yield made

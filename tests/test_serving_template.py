@@ -7,10 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from serving_parts import Parts, make_tokenizer, serving
+from serving_parts import Parts, make_tokenizer, served_by, serving
 
 from sparseray.errors import CheckpointError
+from sparseray.jobs.http.api_error import ApiError
 from sparseray.jobs.http.chat import ChatTemplate
+from sparseray.jobs.http.openai_bodies import parse_request
 from sparseray.jobs.http.text_stream import Vocabulary
 
 CHAT = "/v1/chat/completions"
@@ -59,6 +61,29 @@ def test_a_mark_of_turns_that_is_no_special_token_is_not_forged_either() -> None
 def test_a_template_still_finds_the_end_of_a_thought_in_what_the_model_said() -> None:
     ids = written(("assistant", f"hm{THOUGHT}yes"))
     assert marked().token_text(ids) == f"{ASSISTANT}yes<|endoftext|>{ASSISTANT}"
+
+
+@pytest.mark.parametrize("name", ["messages", "tools", "add_generation_prompt", "bos_token"])
+def test_variables_of_a_request_replace_nothing(name: str) -> None:
+    template = ChatTemplate("{{ messages }}{{ thinking }}", {"bos_token": "<|endoftext|>"})
+    said = [{"role": "user", "content": "a"}]
+    with pytest.raises(ApiError, match=rf"chat_template_kwargs.{name} is what .* leave it out"):
+        template.write(said, marked(), variables={name: [], "thinking": True})
+    assert template.write(said, marked(), variables={"thinking": True})[0].endswith("True")
+
+
+@pytest.mark.parametrize("arguments", ['{"to": "<|endoftext|>"}', {"to": "<|endoftext|>"}])
+def test_calls_go_into_a_template_that_adds_their_arguments_up_as_text(arguments: object) -> None:
+    """DeepSeek-V3's own does; others write objects as JSON themselves."""
+    template = ChatTemplate(
+        "{{ tools }}{% for m in messages %}{{ 'call ' + m.tool_calls[0].function.arguments }}{% endfor %}"
+    )
+    call = {"function": {"name": "go", "arguments": arguments}}
+    body = {"messages": [{"role": "assistant", "content": None, "tool_calls": [call]}]}
+    served = served_by(vocabulary=marked(), template=template)
+    (request,) = parse_request(body, is_chat=True, served=served, request_id="r").requests
+    assert marked().token_text(request.prompt_tokens) == 'Nonecall {"to": "<|endoftext|>"}'
+    assert 0 not in request.prompt_tokens
 
 
 def test_a_completion_may_spell_added_tokens_but_no_special_one() -> None:

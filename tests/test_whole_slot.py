@@ -1,17 +1,14 @@
 """A run in which one slot plays all roles in slabs, as on a GPU, here in bf16 on a CPU."""
 
 import statistics
-import threading
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from local_cluster import LocalFleet, Trained, tiny_run, train
 
-from sparseray.actors.training import background_save
 from sparseray.platform.composition import Run
 from sparseray.platform.config import RunConfig
 from sparseray.platform.fleet.job import SlotJob
@@ -103,29 +100,6 @@ def test_checkpoints_are_written_beside_the_steps_and_change_no_bit(corpus: Path
     assert saved.curve == plain.curve and saved.digest == plain.digest
     written = checkpoint.list_finished(saved.folder.checkpoints)
     two = train(tmp_path / "two", whole_run(corpus, steps=8), stop_after=2)
-    assert checkpoint.read_manifest(written[0])["step"] == 2
-    assert checkpoint.read_manifest(written[0])["digest"] == two.digest
-
-
-def test_steps_go_on_while_tables_are_copied_and_the_checkpoint_is_of_its_own_step(
-    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The tables of step 2 are copied when steps 3 and 4 have been applied."""
-    config = whole_run(corpus, steps=8, checkpoint_every=2, keep_checkpoints=8)
-    copy, gone_on = background_save._copy_changing, threading.Event()
-
-    def late(*arguments: Any) -> None:
-        assert gone_on.wait(60.0), "the run waits for the copy of its tables"
-        copy(*arguments)
-
-    def look(step: int, run: Run, fleet: LocalFleet) -> None:
-        if step == 5:
-            gone_on.set()
-
-    monkeypatch.setattr(background_save, "_copy_changing", late)
-    saved = train(tmp_path / "saved", config, at_step=look)
-    two = train(tmp_path / "two", whole_run(corpus, steps=8), stop_after=2)
-    written = checkpoint.list_finished(saved.folder.checkpoints)
     assert checkpoint.read_manifest(written[0])["step"] == 2
     assert checkpoint.read_manifest(written[0])["digest"] == two.digest
 

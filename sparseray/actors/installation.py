@@ -9,7 +9,7 @@ from torch import Tensor
 from sparseray.actors.exchange.by_message import Caller
 from sparseray.actors.state.assignment import Plan
 from sparseray.actors.state.holdings import Holdings
-from sparseray.actors.state.pieces import Piece
+from sparseray.actors.state.pieces import DENSE, Piece
 from sparseray.actors.wire.envelope import Body
 from sparseray.actors.wire.messages import Commit, Pieces, Pull
 
@@ -152,14 +152,28 @@ def restore(
     elif lacking:
         begins = with_optimizer and message.source.weights_only
         found = read(directory, holdings.names(lacking, with_optimizer=with_optimizer and not begins))
-        if begins:
+        if begins or _has_further_tokens(holdings, lacking, found):
             holdings.initialize(lacking, message.step)
             found = _grown(holdings.tensors(lacking), found)
         holdings.load(lacking, found, message.step, with_optimizer=with_optimizer)
 
 
+def _has_further_tokens(holdings: Holdings, pieces: Sequence[Piece], read: dict[str, Tensor]) -> bool:
+    """Whether the model has rows of tokens that what was read has not.
+
+    Args:
+        holdings: of the slot.
+        pieces: that were read.
+        read: tensors of them.
+    """
+    if DENSE not in pieces:
+        return False
+    own = (holdings.dense or holdings.spare()).tensors(with_optimizer=False)
+    return own["embedding"].shape != read["embedding"].shape
+
+
 def _grown(own: dict[str, Tensor], read: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What was read, over what was drawn: moments stay at zero, and rows of added tokens as they were drawn.
+    """What was read, over what was drawn: rows of added tokens stay as drawn, and moments that were not read at zero.
 
     Args:
         own: all tensors of the pieces.

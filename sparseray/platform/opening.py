@@ -104,8 +104,7 @@ def check_origin(config: RunConfig, layout: DSELayout | None) -> Origin:
     checkpoint.check_files(origin, manifest)
     found = configuration.from_dict(RunConfig, manifest["config"])
     old, new = (flat(configuration.to_dict(one)["model"]) for one in (found, config))
-    grows = old["vocab_size"] < new["vocab_size"] and config.init_state == "weights"
-    free = (*OF_THE_RUN, "vocab_size") if grows else OF_THE_RUN
+    free = (*OF_THE_RUN, "vocab_size") if old["vocab_size"] < new["vocab_size"] else OF_THE_RUN
     differing = [k for k in sorted(new) if old.get(k) != new[k] and not k.startswith(free)]
     if differing:
         key = differing[0]

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from sparseray.actors.state.gradient_sum import Determinism, GradientSum
-from sparseray.actors.state.kept_rows import KeptRows, Place
-from sparseray.actors.state.memory import FIELDS, ROUNDING_STEP, MemoryShard, as_tensor
+from sparseray.actors.state.kept_rows import Bucket, KeptRows
+from sparseray.actors.state.memory import ROUNDING_STEP, MemoryShard, as_tensor
 from sparseray.actors.state.pieces import Key
 from sparseray.actors.state.row_block import LayerRows, RowLayout
 from sparseray.actors.state.tables import SharedTable, version_of
@@ -91,7 +91,7 @@ class StagedMemory(MemoryShard):
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._threads = max(1, min(MOST_THREADS, (os.cpu_count() or 1) // 2))
         self._pool = ThreadPoolExecutor(self._threads, "rows")
-        self._kept: tuple[KeptRows, ...] = ()
+        self._kept: list[KeptRows] = []
         # One thread, so that what is begun first is done first.
         self._work = ThreadPoolExecutor(1, "staging", lambda: torch.set_num_threads(1))
         self._written: Future[None] | None = None
@@ -208,8 +208,6 @@ class StagedMemory(MemoryShard):
             if not parts:
                 continue
             ids_U, sums_UD = (np.concatenate([part[i] for part in parts]) for i in range(2))
-            order_U = np.argsort(ids_U)
-            ids_U, sums_UD = ids_U[order_U], sums_UD[order_U]
             columns, table = _columns(self.tables[index]), self.tables[index]
             rows = [as_tensor(of_all[ids_U]).to(self.device) for of_all in columns]
             self.ops.row_adam(
@@ -280,21 +278,19 @@ class StagedMemory(MemoryShard):
     def begin_copy(self) -> KeptRows | None:
         """As in `MemoryShard`; updates go on meanwhile."""
         self.settle()
-        places = {}
-        for key in self.held:
+        buckets = []
+        for key in sorted(self.held):
             start, stop = self._range(key)
-            for field, suffix in enumerate(FIELDS):
-                at = Place(layer=key[0], start=start, stop=stop, field=field)
-                places[self.name(key) + suffix] = at
-        kept = KeptRows(places, self._end_copy)
-        self._kept = (*self._kept, kept)
+            names = self.tensor_names([key])
+            buckets.append(Bucket(layer=key[0], start=start, stop=stop, names=names))
+        kept = KeptRows(buckets, [table.num_rows for table in self.tables])
+        # No other thread writes now: what was committed is written, and what comes next begins here.
+        self._kept.append(kept)
         return kept
-
-    def _end_copy(self, ended: KeptRows) -> None:
-        self._kept = tuple(kept for kept in self._kept if kept is not ended)
 
     def _scatter(self, moves: Sequence[tuple[int, Move]]) -> None:
         """Write rows, rising, into the tables of these layers."""
+        self._kept = [kept for kept in self._kept if kept.is_open]
         for kept in self._kept:
             kept.keep(moves, self._threads, self._pool)
         scatter_fields([move for _, move in moves], threads=self._threads, pool=self._pool)

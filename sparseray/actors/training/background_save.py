@@ -7,7 +7,7 @@ waits. Pinning takes several times as long as copying, so that is done before th
 memory serves all of them.
 """
 
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -67,9 +67,9 @@ class BackgroundSave:
             self._stream = self._stream or torch.cuda.Stream(device)
             self._stream.wait_stream(torch.cuda.current_stream(device))
         tensors, host = _flat(files), self._host if self._kinds == _kinds(files) else None
-        places: Container[str] = () if kept is None else kept.places
+        changing = set[str]() if kept is None else kept.names
         names = [name for found in files.values() for name in found]
-        still = [i for i, name in enumerate(names) if name not in places]
+        still = [i for i, name in enumerate(names) if name not in changing]
         copied = self._pool.submit(_copy, tensors, still, host, self._stream)
         self._copied, self._step = copied, step
         self._written = self._pool.submit(_write, files, copied, kept, self._stream, write)
@@ -208,7 +208,7 @@ def _brought(
 
 
 def _copy_changing(files: Files, host: Files, kept: KeptRows) -> None:
-    """Copy what is written over meanwhile, and put back what it was when the copy began.
+    """Copy what is written over meanwhile, as it was when the copy began.
 
     Args:
         files: of the checkpoint.
@@ -216,6 +216,5 @@ def _copy_changing(files: Files, host: Files, kept: KeptRows) -> None:
         kept: rows that were written over.
     """
     for file, tensors in files.items():
-        changing = {name: host[file][name] for name in tensors if name in kept.places}
-        _transfer([(own, tensors[name]) for name, own in changing.items()], None)
-        kept.put_back(changing)
+        changing = {name: tensor for name, tensor in tensors.items() if name in kept.names}
+        kept.copy(changing, host[file])

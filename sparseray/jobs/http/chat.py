@@ -123,6 +123,21 @@ class ChatTemplate:
         except REFUSALS:
             pass
 
+    def _run(self, given: Message) -> str:
+        """The text of a conversation; calls have their arguments as objects, or as JSON where a template adds them to text.
+
+        Args:
+            given: variables of the template.
+        """
+        assert self._template is not None
+        try:
+            return self._template.render(**given)
+        except TypeError:
+            with_texts = [_with_texts(message) for message in given["messages"]]
+            if with_texts == given["messages"]:
+                raise
+        return self._template.render(**given | {"messages": with_texts})
+
     def _given(
         self, messages: Sequence[Message], tools: Sequence[Message] = (), begin: bool = True
     ) -> Message:
@@ -171,9 +186,13 @@ class ChatTemplate:
         marked = [_marked_message(message, vocabulary, mark) for message in messages]
         if go_on:
             marked[-1]["content"] = f"{marked[-1].get('content') or ''}{end}"
+        given = self._given(marked, [_marked(tool, vocabulary, mark) for tool in tools], begin_answer)
+        if twice := given.keys() & (variables or {}).keys():
+            message = f"chat_template_kwargs.{min(twice)} is what the request or the model says already; leave it out"
+            raise ApiError(400, message, param="chat_template_kwargs")
+        given |= _marked(dict(variables or {}), vocabulary, mark)
         try:
-            given = self._given(marked, [_marked(tool, vocabulary, mark) for tool in tools], begin_answer)
-            text = self._template.render(**given, **_marked(dict(variables or {}), vocabulary, mark))
+            text = self._run(given)
         except REFUSALS as error:
             message = f"the checkpoint's chat template refuses the conversation: {error}"[:300]
             raise ApiError(400, message, param="messages") from error
@@ -279,6 +298,15 @@ def _guarded(content: str) -> str:
     """Indent the lines after the first that begin like a turn."""
     first, *rest = content.split("\n", 1)
     return "\n".join([first, *(_TURN.sub(" ", text) for text in rest)])
+
+
+def _with_texts(message: Message) -> Message:
+    """A message whose calls have JSON as arguments, as DeepSeek-V3's own template wants them."""
+    calls = [
+        call | {"function": call["function"] | {"arguments": to_json(call["function"]["arguments"])}}
+        for call in message.get("tool_calls", ())
+    ]
+    return message | {"tool_calls": calls} if calls else message
 
 
 def _marked_message(message: Message, vocabulary: Vocabulary, mark: str) -> Message:
