@@ -75,10 +75,10 @@ class Plan:
                 "cluster.device": "cuda",
                 "train.dtype": "bfloat16",
                 "train.logical_shards": 1,
-                "train.sequences_per_shard": 16,
+                "train.sequences_per_shard": 64,
                 "train.seq_len": 512,
-                "optim.lr": 0.002,
-                "optim.warmup_steps": 200,
+                "optim.lr": 0.003,
+                "optim.warmup_steps": 100,
             }
         return keys
 

@@ -59,9 +59,15 @@ class Size:
             return max(8, round(self.amount * number))
 
         return {
-            "drill": Kind(size=2 * short, documents=many(1200), gap=60, nearest=30, farthest=short // 3),
-            "near": Kind(size=3 * short, documents=many(1600), gap=short // 20, nearest=40, farthest=short),
-            "far": Kind(size=3 * long, documents=many(400), gap=short // 12, nearest=100, farthest=long),
+            "drill": Kind(
+                size=2 * short, documents=many(1200), gap=60, nearest=30, farthest=short // 3, even=0.0
+            ),
+            "near": Kind(
+                size=3 * short, documents=many(1600), gap=short // 12, nearest=40, farthest=short, even=0.0
+            ),
+            "far": Kind(
+                size=3 * long, documents=many(400), gap=short // 12, nearest=100, farthest=long, even=0.5
+            ),
         }
 
 
@@ -80,10 +86,10 @@ SIZES = {
     "gpu": Size(
         trained=2048,
         factor=4,
-        batch=8,
-        drilled=1500,
-        steps=(8000, 4000),
-        amount=1.0,
+        batch=32,
+        drilled=500,
+        steps=(6000, 1500),
+        amount=2.0,
         keys={
             "model.hidden": 256,
             "model.num_layers": 4,
@@ -183,7 +189,7 @@ class Course:
             "train.steps": size.steps[0],
             # What copies appears at once, after steps that nobody can foretell; until then a rate that falls is lost time.
             "optim.schedule": "constant",
-            "optim.lr": 0.0015,
+            "optim.lr": 0.002,
             "optim.warmup_steps": 100,
             "data.mixture": mixture,
         }

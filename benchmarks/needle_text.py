@@ -36,8 +36,9 @@ class Kind:
         size: of a document.
         documents: how many.
         gap: mean text between two needles.
-        nearest, farthest: between a needle and a question. Half of the distances are drawn evenly on a logarithmic
-            scale, half evenly: windows cut most of the long ones off.
+        nearest, farthest: between a needle and a question, drawn evenly on a logarithmic scale.
+        even: share of the distances that are drawn evenly instead: windows cut most of the long ones off. A model that does
+            not copy yet learns it from short ones.
     """
 
     size: int
@@ -45,6 +46,7 @@ class Kind:
     gap: int
     nearest: int
     farthest: int
+    even: float
 
 
 def code_lines(draw: random.Random) -> Iterator[str]:
@@ -89,7 +91,7 @@ def document(kind: Kind, lines: Iterator[str], draw: random.Random) -> str:
 
 def _distance(kind: Kind, draw: random.Random) -> float:
     """Characters between a needle and a question."""
-    if draw.random() < 0.5:
+    if draw.random() < kind.even:
         return draw.uniform(kind.nearest, kind.farthest)
     return kind.nearest * math.exp(draw.random() * math.log(kind.farthest / kind.nearest))
 

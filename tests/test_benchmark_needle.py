@@ -11,7 +11,7 @@ NEEDLE = re.compile(r"\nThe ([a-z]+ [a-z]+) is (\d{6})(\. Remember it\.\n|\n)")
 
 def test_every_question_is_answered_by_the_one_needle_of_its_key_before_it() -> None:
     draw = random.Random(5)
-    kind = Kind(size=120_000, documents=1, gap=300, nearest=50, farthest=6000)
+    kind = Kind(size=120_000, documents=1, gap=300, nearest=50, farthest=6000, even=0.5)
     # Not the standard library's, which differ from one Python to another.
     lines = itertools.cycle(f"value_{index} = {'x' * (index % 60)}\n" for index in range(500))
     text = document(kind, lines, draw)
