@@ -1,5 +1,7 @@
 """The mailbox fences and orders; in a slot, one thread reads it for another."""
 
+import subprocess
+import sys
 import threading
 import time
 from collections import deque
@@ -216,3 +218,21 @@ def test_what_ends_the_control_thread_ends_the_work_thread(box: Box) -> None:
         box.mailbox.wait({asked: 1}, 10.0, lambda m: None)
     with pytest.raises(OSError, match="no socket"):
         box.mailbox.next(0.0)
+
+
+def test_transports_that_nobody_closed_are_collected_without_waiting(tmp_path: Path) -> None:
+    """As of a slot that died: what the collector ends first is up to it, and a context would wait for its sockets."""
+    script = f"""
+import gc, pathlib
+from sparseray.platform.fleet.transport import ZmqTransport
+gc.disable()
+for pair in range(30):
+    one, two = (ZmqTransport(name + str(pair), directory=pathlib.Path({str(tmp_path)!r})) for name in "ab")
+    one.connect({{1: two.address}})
+    one.send(1, [b"header", bytes(100_000)])
+    one.cycle = two.cycle = [one, two]
+del one, two
+print(gc.collect() > 0)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "True\n", done.stderr

@@ -33,6 +33,10 @@ def own_address(bind_host: str) -> str:
     return address
 
 
+_OPEN: set["zmq.Context[zmq.Socket[bytes]]"] = set()
+"""Contexts of transports that are not closed: the garbage collector may end one before its sockets, and would wait for them."""
+
+
 class ZmqTransport:
     """A slot's inbox and its ways to the others.
 
@@ -53,6 +57,7 @@ class ZmqTransport:
     ) -> None:
         self.max_frame_bytes = max_frame_bytes
         self._context = zmq.Context()
+        _OPEN.add(self._context)
         # A ZeroMQ socket may go from thread to thread, one at a time.
         self._sending = threading.Lock()
         self._inbox = self._context.socket(zmq.PULL)
@@ -152,6 +157,7 @@ class ZmqTransport:
                 self._close(slot, linger=200)
         self._inbox.close(linger=0)
         self._context.term()
+        _OPEN.discard(self._context)
         if self.address.startswith("ipc://"):
             pathlib.Path(self.address.removeprefix("ipc://")).unlink(missing_ok=True)
 
