@@ -23,6 +23,8 @@ PAIRED_ROWS = 32
 SORTED_ROWS = 512
 SORTED_TILE = 4096
 """Values, a token's row for each expert, that a program of four warps sorts by."""
+CUT_TILES = 32
+"""That one program cuts."""
 
 
 @triton.jit
@@ -110,31 +112,37 @@ def _sort_kernel(
     BM: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    """The whole expert map in one program: count, place by (expert, pair), cut into tiles."""
+    """The expert map: each program counts all pairs, then the first K place one of every token, the others cut TILES tiles.
+
+    Counting again costs less than what a single program would do one after another.
+    """
+    i_p = tl.program_id(0)
     o_t = tl.arange(0, BT)
     o_e = tl.arange(0, BE)
     m_t = o_t < T
     chosen = tl.zeros([BT, BE], tl.int32)
+    before = tl.zeros([BT, BE], tl.int32)
     for k in tl.static_range(K):
         ids = tl.load(p_ids + o_t * K + k, mask=m_t, other=-1).to(tl.int32)
-        chosen += (o_e[None, :] == ids[:, None]).to(tl.int32)
+        hot = (o_e[None, :] == ids[:, None]).to(tl.int32)
+        chosen += hot
+        before += hot * (i_p > k).to(tl.int32)
     counts = tl.sum(chosen, 0)
     last_row = tl.cumsum(counts, 0)
-    # Where the next pair of each expert goes, of every token.
-    places = tl.cumsum(chosen, 0) - chosen + (last_row - counts)[None, :]
-    for k in tl.static_range(K):
-        ids = tl.load(p_ids + o_t * K + k, mask=m_t, other=-1).to(tl.int32)
-        hot = o_e[None, :] == ids[:, None]
-        place = tl.sum(tl.where(hot, places, 0), 1)
-        tl.store(p_inverse + o_t * K + k, place, mask=m_t)
-        tl.store(p_order + place, o_t * K + k, mask=m_t)
-        places += hot.to(tl.int32)
-    tl.store(p_counts + o_e, counts, mask=o_e < E)
-    tl.store(p_offsets + o_e, last_row - counts, mask=o_e < E)
-    tiles = (counts + BM - 1) // BM
-    last = tl.cumsum(tiles, 0)
-    for start in range(0, num_tiles, TILES):
-        o_i = start + tl.arange(0, TILES)
+    if i_p < K:
+        # By expert, then by token, then by rank.
+        places = tl.cumsum(chosen, 0) - chosen + before + (last_row - counts)[None, :]
+        ids = tl.load(p_ids + o_t * K + i_p, mask=m_t, other=-1).to(tl.int32)
+        place = tl.sum(tl.where(o_e[None, :] == ids[:, None], places, 0), 1)
+        tl.store(p_inverse + o_t * K + i_p, place, mask=m_t)
+        tl.store(p_order + place, o_t * K + i_p, mask=m_t)
+    else:
+        if i_p == K:
+            tl.store(p_counts + o_e, counts, mask=o_e < E)
+            tl.store(p_offsets + o_e, last_row - counts, mask=o_e < E)
+        tiles = (counts + BM - 1) // BM
+        last = tl.cumsum(tiles, 0)
+        o_i = (i_p - K) * TILES + tl.arange(0, TILES)
         expert = tl.sum((last[None, :] <= o_i[:, None]).to(tl.int32), 1)
         own = o_e[None, :] == expert[:, None]
         first_tile = tl.sum(tl.where(own, (last - tiles)[None, :], 0), 1)
@@ -160,7 +168,7 @@ def plan_few_rows(topk_ids_TK: Tensor, num_experts: int, *, tile_rows: int) -> E
     order, inverse, counts, offsets, *tiles = integers.split(sizes)
     launch_kernel(
         _sort_kernel,
-        (1,),
+        (K + triton.cdiv(num_tiles, CUT_TILES),),
         topk_ids_TK,
         order,
         inverse,
@@ -174,7 +182,7 @@ def plan_few_rows(topk_ids_TK: Tensor, num_experts: int, *, tile_rows: int) -> E
         K=K,
         BT=block,
         BM=tile_rows,
-        TILES=32,
+        TILES=CUT_TILES,
         num_warps=4 if block * columns <= SORTED_TILE else 8,
     )
     return ExpertPlan(
