@@ -12,7 +12,7 @@ import pytest
 import torch
 from faulty_transport import Killed
 from local_cluster import LocalFleet, Trained, train
-from test_across_slots import KILLED, SHORT, Dies, check, one, resize_at, slabs_run
+from test_across_slots import KILLED, SHORT, Dies, check, one, resize_at, slabs_run, survives
 
 from sparseray.actors.peers.across import DeviceExchange
 from sparseray.actors.peers.collective_link import CollectiveLink
@@ -146,12 +146,8 @@ def test_a_kill_at_any_moment_changes_no_bit_and_loses_no_step(
 ) -> None:
     of, method, call = MOMENTS[moment]
     fault = Dies(of, method, slot=slot, step=3, call=call)
-    fault.patch(monkeypatch)
     config = by_collectives(corpus, slots=3, replication=2, standby=slot % 2)
-    found = train(tmp_path / "run", config, at_step=fault.at_step, stop_after=KILLED)
-    assert fault.done
-    check(found, one, KILLED)
-    assert "recovered" in found.events and "restored" not in found.events
+    survives(fault, config, one, tmp_path / "run", monkeypatch)
 
 
 @pytest.mark.parametrize("slot", [0, 1])

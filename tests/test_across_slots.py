@@ -190,6 +190,17 @@ class Dies:
         monkeypatch.setattr(self.of, self.method, call)
 
 
+def survives(
+    fault: Dies, config: RunConfig, one: dict[int, Trained], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Train while a slot dies: another one takes over from a replica, and no bit changes."""
+    fault.patch(monkeypatch)
+    found = train(folder, config, at_step=fault.at_step, stop_after=KILLED)
+    assert fault.done
+    check(found, one, KILLED)
+    assert "recovered" in found.events and "restored" not in found.events
+
+
 MOMENTS = {
     "forward": (DeviceExchange, "_forward", 2),
     "forward, rows half given": (TokenExchange, "_give_back", 2),
@@ -212,12 +223,8 @@ def test_a_kill_at_any_moment_changes_no_bit_and_loses_no_step(
 ) -> None:
     of, method, call = MOMENTS[moment]
     fault = Dies(of, method, slot=slot, step=3, call=call)
-    fault.patch(monkeypatch)
     config = slabs_run(corpus, slots=3, replication=2, standby=slot % 2)
-    found = train(tmp_path / "run", config, at_step=fault.at_step, stop_after=KILLED)
-    assert fault.done
-    check(found, one, KILLED)
-    assert "recovered" in found.events and "restored" not in found.events
+    survives(fault, config, one, tmp_path / "run", monkeypatch)
 
 
 @pytest.mark.long

@@ -70,6 +70,8 @@ class KeptRows:
             fields = [
                 (i, tensors[name], into[name]) for i, name in enumerate(bucket.names) if name in tensors
             ]
+            if not fields:
+                continue
             for _, tensor, own in fields:
                 own.copy_(tensor)
             # Whatever has changed by now was kept before; what is kept from here on is copied already.
@@ -79,8 +81,7 @@ class KeptRows:
                 for i, _, own in fields:
                     rows = torch.from_numpy(kept[i][first:last]).view(own.dtype)
                     own.index_copy_(0, places, rows.view(-1, *own.shape[1:]))
-            if fields:
-                self._is_safe[bucket.layer][bucket.start : bucket.stop] = True
+            self._is_safe[bucket.layer][bucket.start : bucket.stop] = True
 
     def end(self) -> None:
         """Keep no more rows."""

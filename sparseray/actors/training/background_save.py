@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sparseray.actors.state.kept_rows import KeptRows
+from sparseray.actors.training.part_graph import LEFT_FREE
 from sparseray.actors.wire.messages import Saved, SavedTensor
 from sparseray.errors import UserError
 
@@ -25,8 +26,6 @@ Write = Callable[[str, dict[str, Tensor]], dict[str, SavedTensor]]
 BLOCK_BYTES = 256 << 20
 """Host memory is taken in blocks: one by one, thousands of tensors would cost the driver more than their copies."""
 ALIGNMENT = 64
-LEFT_FREE = 1 / 16
-"""Of a GPU's memory, that a copy there leaves for evaluations."""
 
 
 class BackgroundSave:

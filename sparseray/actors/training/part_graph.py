@@ -23,7 +23,7 @@ from sparseray.log import get_logger
 log = get_logger(__name__)
 
 LEFT_FREE = 1 / 16
-"""Of the device's memory, for what runs beside a graph, whose own memory nobody else can use: evaluations above all."""
+"""Of the device's memory, for what runs beside a graph or a checkpoint's copy, whose memory nobody else can use: evaluations above all."""
 
 Run = Callable[[], list[Tensor]]
 
