@@ -2,8 +2,7 @@
 
 Rows follow from the tokens of the step before. Three engines over the same random weights: without memory layers; with
 them, and a step that begins when its rows are there (what is launched before them in the third waits too); with them, and
-rows that come while the layers before them run. Then where the time from tokens to the rest of a step goes. In a tree that
-has no `decode_step.py` the second alone is measured, as that tree does it.
+rows that come while the layers before them run. Then where the time from tokens to the rest of a step goes.
 
   PYTHONPATH=. python -m benchmarks.decode_rows
 """
@@ -16,23 +15,21 @@ from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from benchmarks import serve_gpu_engine as here
 from sparseray.actors.exchange.on_device import OnDeviceExchange
+from sparseray.actors.serving import decode_step
 from sparseray.actors.serving.paged_engine import Flight, PagedEngine
+from sparseray.actors.serving.recording import nothing, recorded
 from sparseray.actors.state.staged_memory import StagedMemory
 from sparseray.kernels.ops import ops_for
 from sparseray.model.config import DSEConfig, ModelConfig
 from sparseray.model.dse_layout import DSELayout
-
-try:
-    from sparseray.actors.serving import decode_step
-    from sparseray.actors.serving.recording import nothing, recorded
-except ImportError:
-    decode_step = None  # type: ignore[assignment]
 
 CONTEXT = 512
 
@@ -123,7 +120,34 @@ def device_us(graph: torch.cuda.CUDAGraph, repeats: int = 50) -> float:
         graph.replay()
     end.record()
     end.synchronize()
-    return begin.elapsed_time(end) / repeats * 1e3
+    return float(begin.elapsed_time(end)) / repeats * 1e3
+
+
+def engine_of(
+    kind: type[PagedEngine], config: ModelConfig, layout: DSELayout, memory: OnDeviceExchange, longest: int
+) -> PagedEngine:
+    """An engine over random weights.
+
+    Args:
+        kind: of engine.
+        config: of the model; without memory layers the layout and the memory are of no use.
+        layout, memory: of the tables.
+        longest: tokens of a request.
+    """
+    of_model, has_memory = torch.device("cuda"), bool(config.dse.layers)
+    model, experts = here.drawn(config, of_model, layout if has_memory else None)
+    return kind(
+        model, experts, memory if has_memory else None, max_batch=64, max_model_len=longest, prefill_chunk=128
+    )
+
+
+def whole(run: Callable[[Callable[[], None]], Tensor], pool: Any) -> Any:
+    """A step as one graph, which waits for its rows.
+
+    Args:
+        run, pool: as of `recorded`.
+    """
+    return recorded(lambda _: run(nothing), pool)
 
 
 def main() -> None:
@@ -132,35 +156,25 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--rows", type=int, default=100_000, help="of each head's table")
     options = parser.parse_args()
-    device = torch.device("cuda")
     config = here.model_of("1b_memory")
     config = replace(config, dse=replace(config.dse, rows_per_head=options.rows))
     layout = DSELayout.from_token_map(config.dse, np.arange(config.vocab_size), vocab_size=config.vocab_size)
-    memory = tables(config, layout, device)
-
-    def measure(name: str, kind: type[PagedEngine], config: ModelConfig, says: bool = False) -> None:
-        model, experts = here.drawn(config, device, layout if config.dse.layers else None)
-        engine = kind(
-            model, experts, memory if config.dse.layers else None, max_batch=max(options.batches),
-            max_model_len=CONTEXT + 4 * options.steps + 8, prefill_chunk=128,
-        )  # fmt: skip
+    memory = tables(config, layout, torch.device("cuda"))
+    ways: list[tuple[str, type[PagedEngine], ModelConfig, Any]] = [
+        ("no memory", PagedEngine, replace(config, dse=DSEConfig()), recorded),
+        ("rows first", Waiting, config, whole),
+        ("rows beside the layers before", PagedEngine, config, recorded),
+    ]
+    for name, kind, of_way, record in ways:
+        with patch.object(decode_step, "recorded", record):
+            engine = engine_of(kind, of_way, layout, memory, CONTEXT + 4 * options.steps + 8)
         for batch in options.batches:
             print(f"| {name} | {batch} | {step_ms(engine, batch, options.steps):.3f} ms |", flush=True)
-            if says:
+            if of_way is config and record is recorded:
                 print(f"  {pieces(engine, memory, batch, options.steps)}", flush=True)
-        del engine, model, experts
+        del engine
         gc.collect()
         torch.cuda.empty_cache()
-
-    if decode_step is None:
-        measure("rows first, this tree", PagedEngine, config)
-        return
-    measure("no memory", PagedEngine, replace(config, dse=DSEConfig()))
-    keep = decode_step.recorded
-    decode_step.recorded = lambda run, pool: recorded(lambda _: run(nothing), pool)
-    measure("rows first", Waiting, config)
-    decode_step.recorded = keep
-    measure("rows beside the layers before", PagedEngine, config, says=True)
 
 
 if __name__ == "__main__":

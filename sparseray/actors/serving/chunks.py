@@ -113,7 +113,8 @@ def document_starts(chunks: Sequence[Chunk], layout: DSELayout | None) -> NDArra
         start = chunk.lease.length
         before += [NO_TOKEN] if start == 0 else []
         before += chunk.known[max(start - 1, 0) : start + chunk.count - 1]
-    return np.array(before) == layout.config.document_end_id
+    starts: NDArray[np.bool_] = np.array(before) == layout.config.document_end_id
+    return starts
 
 
 def _look_back(chunk: Chunk, layout: DSELayout) -> list[int]:
