@@ -11,8 +11,8 @@ Shapes: R rows, B sequences, V vocabulary, S slots, W pages of a sequence.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any
 
@@ -35,6 +35,20 @@ FIELDS = ("token", "position", "context", "place", "slot", "start")
 def _copying(device: torch.device) -> torch.cuda.Stream:
     """The stream of table rows on their way."""
     return torch.cuda.Stream(device)
+
+
+@contextmanager
+def _beside(device: torch.device) -> Iterator[None]:
+    """What is launched within does not wait for what was launched before; what comes after waits for it."""
+    if device.type != "cuda":
+        yield
+        return
+    try:
+        with torch.cuda.stream(_copying(device)):
+            yield
+    finally:
+        # Even if it failed: a plan that came meanwhile was entered within.
+        torch.cuda.current_stream(device).wait_stream(_copying(device))
 
 
 class DecodeStep:
@@ -181,10 +195,7 @@ class DecodeStep:
         known_BP = looked_back(chunks, self.layout)
         learn()
         addresses = newest_rows(chunks, known_BP, self.layout)
-        is_cuda = self.device.type == "cuda"
-        with torch.cuda.stream(_copying(self.device)) if is_cuda else nullcontext():
+        with _beside(self.device):
             fetched = memory.prefetch(addresses)
             for layer, values in self._values.items():
                 values[: len(chunks)].copy_(fetched(layer), non_blocking=True)
-        if is_cuda:
-            torch.cuda.current_stream(self.device).wait_stream(_copying(self.device))
