@@ -22,7 +22,7 @@ from sparseray.kernels.nsa.tuning import LAUNCH
 from sparseray.kernels.settings import NSASizes
 
 
-MOST_VALUES = 8192
+MOST_VALUES = 4096
 """Of a tile of keys that a program has in registers (`decode_single`)."""
 
 
