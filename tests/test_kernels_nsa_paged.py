@@ -79,7 +79,9 @@ def test_decode_over_shuffled_pages_matches_the_reference(page: int) -> None:
     assert decode_error([170, 70, 9, 3], 1, (4, 2), (16, 16), TINY, page, torch.float32) < 1e-5
 
 
-@pytest.mark.parametrize(("page", "sizes"), [(16, TINY), (64, TINY), (12, TINY), (24, replace(TINY, select_block=12))])
+@pytest.mark.parametrize(
+    ("page", "sizes"), [(16, TINY), (64, TINY), (12, TINY), (24, replace(TINY, select_block=12))]
+)
 def test_decode_of_heads_with_a_key_each(page: int, sizes: NSASizes) -> None:
     assert decode_error([170, 70, 9, 3], 1, (3, 3), (24, 12), sizes, page, torch.float32) < 1e-5
 

@@ -20,9 +20,7 @@ GATES = 8
 
 
 @triton.jit
-def _turn(
-    p_from, p_to, p_cos, p_sin, N: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, BC: tl.constexpr
-):
+def _turn(p_from, p_to, p_cos, p_sin, N: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, BC: tl.constexpr):
     """N heads of one row, rotated."""
     C: tl.constexpr = D // 2
     o_c = tl.arange(0, BC)[None, :]

@@ -21,7 +21,6 @@ from sparseray.kernels.nsa.tiles import next_power_of_2, precision, split_width
 from sparseray.kernels.nsa.tuning import LAUNCH
 from sparseray.kernels.settings import NSASizes
 
-
 MOST_VALUES = 4096
 """Of a tile of keys that a program has in registers (`decode_single`)."""
 

@@ -29,7 +29,14 @@ def places(b_key, n, N: tl.constexpr):
 
 @triton.jit
 def _keep(
-    p_best, b_score, i, i_now, PIECE: tl.constexpr, KEEP: tl.constexpr, INITIAL: tl.constexpr, LOCAL: tl.constexpr
+    p_best,
+    b_score,
+    i,
+    i_now,
+    PIECE: tl.constexpr,
+    KEEP: tl.constexpr,
+    INITIAL: tl.constexpr,
+    LOCAL: tl.constexpr,
 ):
     """The KEEP best blocks of piece i, as key << 32 | block.
 
@@ -37,7 +44,9 @@ def _keep(
     below them those there are not.
     """
     o_j = i * PIECE + tl.arange(0, PIECE)
-    b_key = tl.where((o_j < INITIAL) | (o_j > i_now - LOCAL), 0x7FFFFFFF - o_j, b_score.to(tl.int32, bitcast=True))
+    b_key = tl.where(
+        (o_j < INITIAL) | (o_j > i_now - LOCAL), 0x7FFFFFFF - o_j, b_score.to(tl.int32, bitcast=True)
+    )
     # Gathered in place: what follows compares all pairs and is to have its own layout, not that of the tiles.
     b_key = tl.gather(tl.where(o_j <= i_now, b_key, -1 - o_j), tl.arange(0, PIECE), 0)
     b_place = places(b_key, KEEP, PIECE)
