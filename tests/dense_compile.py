@@ -188,7 +188,8 @@ def few_rows() -> None:
     for T, E in sizes((1, 64), (64, 64), widest=(64, 256)):
         router.route(torch.zeros(T, E), top_k=6)
     nsa = NSASizes(block=32, stride=16, select_block=64, num_selected=16, window=512)
-    for batch, heads, num_kv, page in sizes((1, 16, 16, 1024), widest=(16, 16, 4, 256)):
+    single = (16, 16, 16, 256)
+    for batch, heads, num_kv, page in (single, *sizes((1, 16, 16, 1024), widest=(16, 16, 4, 256))):
         pools = [(bf16(4, rows, num_kv, 64), bf16(4, rows, num_kv, 64)) for rows in (page // 16, page, page)]
         table, lens = (
             torch.zeros(batch, 65536 // page, dtype=torch.int32),

@@ -171,6 +171,13 @@ def test_decode_in_half_precision(query_len: int) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")
+@pytest.mark.parametrize("page", [64, 256])
+def test_decode_of_heads_with_a_key_each_in_half_precision(page: int) -> None:
+    assert decode_error([4100, 1000, 70, 33], 1, (16, 16), (64, 64), PAPER, page, torch.bfloat16) < 5e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")
 def test_decode_of_the_largest_batch() -> None:
     lens = [33 + 37 * b % 1900 for b in range(256)]
     assert decode_error(lens, 2, (64, 4), (128, 128), PAPER, 64, torch.bfloat16) < 5e-3

@@ -46,6 +46,7 @@ LAUNCH: dict[str, dict[str, int]] = {
         "num_warps": 4,
         "num_stages": 3,
         "selected_stages": 3,
+        "registers": 0,
     },
     "decode_single": {
         "keys": 64,
@@ -62,6 +63,7 @@ LAUNCH: dict[str, dict[str, int]] = {
         "num_warps": 4,
         "num_stages": 3,
         "selected_stages": 3,
+        "registers": 0,
     },
     "combine": {"rows": 64, "num_warps": 4},
 }
