@@ -5,6 +5,7 @@ Shapes: R rows.
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from dataclasses import replace
@@ -77,8 +78,12 @@ def request_of(index: int, prompt: int, new: int) -> GenerationRequest:
 def decode_ms(config: ModelConfig, batch: int, context: int, steps: int = 40) -> tuple[float, list[str]]:
     """Median milliseconds of an engine's step that adds a token to `batch` requests of `context` tokens, and `profile`.
 
-    The caches hold random keys and values: what is in them does not change the time.
+    The caches hold random keys and values: what is in them does not change the time. Requests that find no pages would wait,
+    and a smaller batch be timed: it ends with an error.
     """
+    # An engine before this one may stand in a cycle.
+    gc.collect()
+    torch.cuda.empty_cache()
     engine = engine_of(config, max_batch=batch, max_model_len=context + 4 * steps)
     for pool in engine.paged.pools:
         for tensor in pool.tensors():
@@ -87,6 +92,12 @@ def decode_ms(config: ModelConfig, batch: int, context: int, steps: int = 40) ->
     for index in range(batch):
         engine.add(request_of(index, context, 4 * steps))
     engine._admit()
+    if len(engine._running) < batch:
+        held = sum(t.nbytes for pool in engine.paged.pools for t in pool.tensors())
+        raise SystemExit(
+            f"{batch} requests of {context} tokens: pages of {held / 2**30:.0f} GiB hold {len(engine._running)};"
+            " take fewer key/value heads, a shorter context or a smaller batch"
+        )
     for sequence in engine._running:
         assert sequence.lease is not None
         sequence.lease.length = context - 1

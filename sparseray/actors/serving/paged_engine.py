@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparseray.actors.serving.cache_pool import CachePool
+from sparseray.actors.serving.cache_pool import CachePool, page_keys
 from sparseray.actors.serving.chunks import Chunk
 from sparseray.actors.serving.device_sampler import FAILED, fits, is_adjusted, sample_rows
 from sparseray.actors.serving.engine import Engine, Ongoing
@@ -199,11 +199,15 @@ class PagedEngine(Engine):
             request = sequence.request
             if len(self._running) >= (self.places if request.resume_tokens else self.max_batch):
                 return
-            # A prefix that is not computed has no hidden states to take log probabilities from.
-            known = sequence.tokens[: sequence.num_read] if request.prompt_logprobs is None else ()
-            lease = self.pool.acquire(known, sequence.num_prompt + request.max_tokens)
+            if sequence.prefix is None:
+                # A prefix that is not computed has no hidden states to take log probabilities from.
+                known = sequence.tokens[: sequence.num_read] if request.prompt_logprobs is None else ()
+                sequence.prefix = known, page_keys(known, self.pool.page)
+            known, keys = sequence.prefix
+            lease = self.pool.acquire(known, sequence.num_prompt + request.max_tokens, keys)
             if lease is None:
                 return
+            sequence.prefix = None
             self._waiting.remove(sequence)
             self.paged.begin(lease)
             sequence.lease = lease
