@@ -46,7 +46,7 @@ class Inverse:
 
 
 @triton.jit
-def rows_kernel(
+def entry_rows_kernel(
     p_index, p_first, p_rows, entries, chunk, num_blocks, none, n, H: tl.constexpr, BE: tl.constexpr
 ):
     """Row of every entry of index [T, H, n] among those of all chunks; `none` where no block was selected."""
@@ -140,7 +140,7 @@ def invert_selection(
     none, count = chunks * rows, index.numel()
     keys = torch.empty(count, **integers)
     launch_kernel(
-        rows_kernel, (triton.cdiv(count, TILE),), index.contiguous(), _first_blocks(geometry, select_block), keys, count,
+        entry_rows_kernel, (triton.cdiv(count, TILE),), index.contiguous(), _first_blocks(geometry, select_block), keys, count,
         chunk, num_blocks, none, n, H=num_kv, BE=TILE, num_warps=4,
     )  # fmt: skip
     keys, order = keys.sort(stable=True)
