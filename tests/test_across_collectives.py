@@ -13,6 +13,7 @@ import torch
 from faulty_transport import Killed
 from local_cluster import LocalFleet, Trained, train
 from test_across_slots import KILLED, SHORT, Dies, check, one, resize_at, slabs_run, survives
+from used_memory import hand_out_used_memory
 
 from sparseray.actors.peers.across import DeviceExchange
 from sparseray.actors.peers.collective_link import CollectiveLink
@@ -22,6 +23,7 @@ from sparseray.actors.peers.peers import Peers
 from sparseray.actors.peers.token_exchange import TokenExchange
 from sparseray.actors.roles import Roles
 from sparseray.actors.state.assignment import Plan
+from sparseray.actors.state.gradient_sum import Determinism
 from sparseray.errors import SupersededError
 from sparseray.platform.composition import Run
 from sparseray.platform.config import RunConfig
@@ -83,6 +85,19 @@ def test_the_fast_order_has_the_bits_of_slots_that_share_memory(corpus: Path, tm
         config = slabs_run(corpus, slots=3, replication=2, exchange=exchange)
         found.append(train(tmp_path / exchange, replace(config, determinism="fast"), stop_after=SHORT))
     assert found[0].curve == found[1].curve and found[0].digest == found[1].digest
+
+
+@pytest.mark.parametrize("exchange", ["peers", "collective"])
+@pytest.mark.parametrize("determinism", ["bitwise", "fast"])
+def test_what_lay_in_memory_before_changes_no_bit(
+    exchange: str, determinism: Determinism, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = slabs_run(corpus, slots=3, replication=2, exchange=exchange)
+    config = replace(config, determinism=determinism)
+    fresh = train(tmp_path / "fresh", config, stop_after=SHORT)
+    hand_out_used_memory(monkeypatch)
+    found = train(tmp_path / "used", config, stop_after=SHORT)
+    assert found.curve == fresh.curve and found.digest == fresh.digest
 
 
 def test_slots_of_several_hosts_meet_as_a_group_and_those_of_one_do_not(
