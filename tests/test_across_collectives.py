@@ -1,6 +1,8 @@
 """Several slots that compute in slabs, by collectives of a group: as on GPUs of several hosts, here by gloo on a CPU."""
 
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -240,6 +242,29 @@ def test_an_aborted_group_lets_go_at_once_and_leaves_no_thread() -> None:
         assert time.monotonic() - started < 5.0
         time.sleep(0.01)
     assert time.monotonic() - started < 2.0
+
+
+ENDS_MEANWHILE = """
+import time
+import test_across_collectives
+
+class Slow:
+    def __del__(self):
+        time.sleep(1.0)
+
+one, other = test_across_collectives.pair(0.5)
+while not (one.is_formed and other.is_formed):
+    time.sleep(0.001)
+sent = test_across_collectives.torch.zeros(2, dtype=test_across_collectives.torch.uint8)
+one.start(sent, sent.clone(), [], [])
+one.abort()
+slow = Slow()
+"""
+
+
+def test_a_process_that_ends_while_its_group_does_ends_in_order() -> None:
+    """The collective's own end comes while Python is torn down, which takes a process with a GPU as long."""
+    assert subprocess.run([sys.executable, "-c", ENDS_MEANWHILE], cwd=Path(__file__).parent).returncode == 0
 
 
 def test_a_group_listens_at_its_own_address_alone() -> None:
