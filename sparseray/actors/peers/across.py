@@ -258,9 +258,9 @@ class DeviceExchange(Abortable):
             self._post(step, "dense", of_dense if is_first else {}, {"dense": _digest(of_dense.values())})
         if self.me in plan.expert_holders:
             backed = [key for key in self.held.owned if len(plan.experts[key[0]][key[1]]) > 1]
-            norms = {_name(key): of_experts[_name(key)] for key in self.held.computed}
+            computed = {_name(key): of_experts[_name(key)] for key in self.held.computed}
             digests = {_name(key): _digest([of_experts[_name(key)]]) for key in backed}
-            self._post(step, "expert", norms, digests)
+            self._post(step, "expert", computed, digests)
 
     def _sums_dtype(self) -> torch.dtype:
         """Of the experts' gradients: what one sum is of comes as it is, more are added in fp32 (GradientSum)."""

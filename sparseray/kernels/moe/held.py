@@ -13,13 +13,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import triton
 from torch import Tensor
 
+from sparseray.kernels.launch import launch_kernel
+from sparseray.kernels.moe import gemm
 from sparseray.kernels.moe.expert_map import ExpertPlan, plan_experts
 from sparseray.kernels.moe.expert_sum import HeldGradients
 from sparseray.kernels.moe.ffn import (
+    GradientTile,
     activation_grad,
-    clear_behind,
     default_config,
     project_rows,
     up_project,
@@ -80,6 +83,13 @@ def held_forward(
     return y_RH, (x_TH, pre_RP, held, end)
 
 
+def _clear_behind(rows_RN: Tensor, held: Tensor, tile: GradientTile) -> None:
+    """Write zeros where `weight_grad` reads behind the last row that is held, in a tensor that has room for more."""
+    R, N = rows_RN.shape
+    block = min(1024, triton.next_power_of_2(N))
+    launch_kernel(gemm.clear_kernel, (tile.k,), rows_RN, held, R, N=N, BN=block, num_warps=4)
+
+
 def held_backward(
     dout_TH: Tensor,
     weights_TK: Tensor,
@@ -108,8 +118,8 @@ def held_backward(
     config = default_config(x_TH)
     dpre_RP, weighted_RI, dweights_R = activation_grad(dout_TH, pre_RP, down_EHI, weights_TK, held, config)
     if end is not None:
-        clear_behind(weighted_RI, end, config.down_weights)
-        clear_behind(dpre_RP, end, config.up_weights)
+        _clear_behind(weighted_RI, end, config.down_weights)
+        _clear_behind(dpre_RP, end, config.up_weights)
     ddown_EHI = weight_grad(weighted_RI, dout_TH, held, config, rows_first=False)
     del weighted_RI
     dgate_up_E2IH = weight_grad(dpre_RP, x_TH, held, config, rows_first=True)
