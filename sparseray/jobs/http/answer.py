@@ -24,9 +24,9 @@ PATIENCE = 16
 
 
 class Record(Protocol):
-    """Takes a value of a metric (`platform/metrics/registry.py`)."""
+    """Takes a value of a metric (`platform/metrics/registry.py`), of a histogram perhaps several times."""
 
-    def __call__(self, name: str, value: float, **labels: str) -> None: ...
+    def __call__(self, name: str, value: float, times: int = 1, /, **labels: str) -> None: ...
 
 
 class ChoiceTimes:
@@ -49,8 +49,8 @@ class ChoiceTimes:
         if not self._last_s:
             self._record("time_to_first_token_seconds", now - self._arrived_s)
             self._last_s, count = now, count - 1
-        for _ in range(count):
-            self._record("inter_token_latency_seconds", (now - self._last_s) / count)
+        if count:
+            self._record("inter_token_latency_seconds", (now - self._last_s) / count, count)
         self._last_s = now
 
     def end(self, reason: str) -> None:
@@ -111,9 +111,10 @@ class Answer:
                 else:
                     yield item
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            if left := [task for task in tasks if not task.done()]:
+                for task in left:
+                    task.cancel()
+                await asyncio.gather(*left, return_exceptions=True)
             for request in self._request.requests:
                 # A task that has not had its turn has not ended anything.
                 await self._client.cancel(request.request_id)
