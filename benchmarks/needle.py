@@ -66,7 +66,7 @@ class Size:
                 size=3 * short, documents=many(1600), gap=short // 12, nearest=40, farthest=short, even=0.0
             ),
             "far": Kind(
-                size=3 * long, documents=many(400), gap=short // 12, nearest=100, farthest=long, even=0.5
+                size=3 * long, documents=many(400), gap=short // 24, nearest=100, farthest=long, even=0.8
             ),
         }
 
@@ -92,7 +92,7 @@ SIZES = {
         factor=4,
         batch=16,
         drilled=500,
-        steps=(6000, 1500),
+        steps=(4000, 2000),
         amount=2.0,
         keys={
             "model.hidden": 256,
@@ -192,7 +192,8 @@ class Course:
             "train.sequences_per_shard": size.batch,
             "train.steps": size.steps[0],
             # What copies appears at once, after steps that nobody can foretell; until then a rate that falls is lost time.
-            "optim.schedule": "constant",
+            "optim.schedule": "wsd",
+            "optim.decay_steps": size.steps[0] // 5,
             "optim.lr": 0.002,
             "optim.warmup_steps": 100,
             "data.mixture": mixture,
@@ -215,8 +216,8 @@ class Course:
             "train.sequences_per_shard": max(1, size.batch // size.factor),
             "train.steps": size.steps[1],
             "optim.schedule": "cosine",
-            "optim.lr": 0.001,
-            "optim.warmup_steps": 20,
+            "optim.lr": 0.0005,
+            "optim.warmup_steps": 50,
             "data.mixture": "[far=0.8 near=0.2]",
         }
         return self.train(name, keys | more, self.seconds[1])
