@@ -32,6 +32,8 @@ class Size:
 
     Args:
         trained, factor: tokens of the first training's sequences, and how many times longer the second's are.
+        scale: of YaRN, more than `factor`: what lies as far apart as the longest sequence of a training allows is hardly ever
+            trained. DeepSeek-V3 takes 40 for sequences 8 and 32 times as long (arXiv 2412.19437 section 4.3).
         batch: sequences of the first training's steps; the second has as many tokens.
         drilled: first steps, with dense needles most of the time.
         steps: of the first and of the second training, if their time is enough for them.
@@ -41,6 +43,7 @@ class Size:
 
     trained: int
     factor: int
+    scale: float
     batch: int
     drilled: int
     steps: tuple[int, int]
@@ -90,6 +93,7 @@ SIZES = {
     "gpu": Size(
         trained=2048,
         factor=4,
+        scale=8.0,
         batch=16,
         drilled=500,
         steps=(4000, 2000),
@@ -109,6 +113,7 @@ SIZES = {
     "cpu": Size(
         trained=128,
         factor=4,
+        scale=8.0,
         batch=4,
         drilled=100,
         steps=(600, 100),
@@ -240,7 +245,7 @@ class Course:
         size = self.size
         yarn: dict[str, object] = {
             "model.rope.scaling": "yarn",
-            "model.rope.factor": float(size.factor),
+            "model.rope.factor": size.scale,
             "model.rope.original_max_seq_len": size.trained,
         }
         untrained = yarn | {"train.steps": 1, "optim.lr": 0.0}
@@ -260,9 +265,9 @@ class Course:
 
 NAMES = {
     "short": "trained at {trained}",
-    "yarn_untrained": "the same, YaRN x{factor}, not trained on",
+    "yarn_untrained": "the same, YaRN x{scale:g}, not trained on",
     "longer": "the same, trained on at {long} without YaRN",
-    "yarn": "the same, trained on at {long} with YaRN x{factor}",
+    "yarn": "the same, trained on at {long} with YaRN x{scale:g}",
 }
 
 
@@ -284,7 +289,7 @@ def report(folder: Path, size: Size) -> str:
         found = json.loads(path.read_text())
         figures = found["figures"]
         cells = [_cell(figures.get(f"needle in {n} tokens")) for n in lengths]
-        what = text.format(trained=size.trained, long=size.long, factor=size.factor)
+        what = text.format(trained=size.trained, long=size.long, scale=size.scale)
         lines.append(f"| {what} | {found['step']} | {' | '.join(cells)} |")
         if name == "yarn":
             value = figures[f"needle in {size.long} tokens"]["value"]

@@ -15,8 +15,7 @@ from sparseray.actors.serving.text_request import GenerationRequest, TokenEvent
 from sparseray.actors.training.token_data import TokenDataset
 from sparseray.jobs import evaluate
 from sparseray.jobs.evaluation.intervals import ratio, share
-from sparseray.jobs.evaluation.needle import draw_needle
-from sparseray.jobs.evaluation.needle import DEPTHS
+from sparseray.jobs.evaluation.needle import DEPTHS, draw_needle
 from sparseray.jobs.evaluation.subject import Subject, open_subject
 from sparseray.jobs.evaluation.tasks import Gap, gaps, infilling, losses, needles
 from sparseray.jobs.tokens.prepare import prepare
