@@ -1,8 +1,7 @@
 """`PagedModel`: one step of the model on paged caches, as chunks of prompts and as one token of many requests.
 
-Between the engine, which knows requests, and the network. On a GPU a decode step is a CUDA graph for each number of
-requests in `BUCKETS`, captured at the start; what changes from step to step lies in one buffer that one copy fills.
-Nothing here waits for the device.
+Between the engine, which knows requests, and the network. On a GPU there is a decode step for each number of requests
+in `buckets`, captured at the start (decode_step.py). Nothing here waits for the device.
 
 Shapes: R rows, B sequences, V vocabulary, H hidden.
 """
