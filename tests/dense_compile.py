@@ -26,14 +26,16 @@ from sparseray.kernels.dense import (
     rms_norm,
     rope,
     squared_norm,
+    sum_parts,
     swiglu,
 )
 from sparseray.kernels.dse import fusion, row_update, rows, staged_rows
 from sparseray.kernels.moe import balance, expert_map, ffn, router, router_logits
 from sparseray.kernels.moe import decode as decode_experts
 from sparseray.kernels.moe.held_rounds import rows_of_held
-from sparseray.kernels.nsa import compress_step, inverse
+from sparseray.kernels.nsa import append, compress, compress_backward, compress_step, inverse, top_n
 from sparseray.kernels.nsa import decode as nsa_decode
+from sparseray.kernels.nsa.geometry import uniform
 from sparseray.kernels.paged import DraftState, Pages
 from sparseray.kernels.settings import NSASizes
 
@@ -151,16 +153,18 @@ def pages() -> None:
     for num_kv, width in sizes((1, 64), widest=(4, 128)):
         cache, compressed = bf16(4, 256, num_kv, width), bf16(4, 16, num_kv, width)
         paged_write.paged_write(bf16(2, num_kv, width), bf16(2, num_kv, width), places, cache, cache)
-        rows = bf16(2, num_kv, width), bf16(2, num_kv, width)
         angle = torch.zeros(2, width // 2)
         fused = bf16(2, (16 + 2 * num_kv) * width)
         paged_write.rotary_write(fused, 16, angle, angle, places, cache, cache)
-        paged_write.paged_write_three([rows] * 3, places, [(cache, cache)] * 3)
         weights = bf16(2 * width, 32 * width), bf16(2 * width), bf16(width, 2 * width), bf16(width)
         for angles in (None, (torch.zeros(64, width // 2), torch.zeros(64, width // 2))):
             compress_step.compress_step(
                 cache, table, compressed, table, lens, *weights, block=32, stride=16, angles=angles
             )
+        pools = [(compressed, compressed), *[(cache, cache)] * 3]
+        fused, x, gate = bf16(2, (16 + 6 * num_kv) * width), bf16(2, 16 * width), bf16(48, 16 * width)
+        at, sizes_of = (places, table, lens), {"query_len": 1, "block": 32, "stride": 16}
+        append.append_rows(fused, x, gate, pools, [weights] * 2, (angle, angle), angles, *at, **sizes_of)
 
 
 def routers() -> None:
@@ -176,9 +180,21 @@ def routers() -> None:
 
 
 def selection() -> None:
-    starts, table = torch.zeros(4097, dtype=torch.int64), torch.zeros(1, 9000, 6).int()
-    for count in (512, 4096):
-        compile_launch(inverse.parts_kernel, (1,), starts, table, count, 9000, 2048, BR=count, num_warps=16)
+    """Blocks of the queries of long sequences, the queries of each block, and the gradients of the compressor."""
+    geometry = uniform(1, 4096, 255, 4096, 4096, 0, 0, torch.device("cpu"))
+    for blocks, chosen in ((2048, 4), (2048, 16)):
+        index = torch.zeros(4096, 1, chosen, dtype=torch.int32)
+        top_n.top_n(
+            torch.zeros(2, 16, 1, blocks), index, index[:, 0, 0], 0, select_block=16, num_initial=1, num_local=2, overlap=True
+        )  # fmt: skip
+    for blocks in (8, 64):
+        inverse.invert_selection(index, geometry, select_block=blocks, chunk=4096, part=512)
+    for width, hidden in sizes((64, 128), widest=(192, 384)):
+        tables = compress.block_tables(1, 4096, 32, 16, torch.device("cpu"), cu_seqlens=None, num_blocks=None)
+        weights = bf16(hidden, 32 * width), bf16(width, hidden), bf16(32, width)
+        compress_backward.compress_backward(
+            bf16(255, width), bf16(4096, 1, width), *weights, bf16(255, hidden), tables, block=32, stride=16
+        )
 
 
 def few_rows() -> None:
@@ -186,7 +202,8 @@ def few_rows() -> None:
     for T, E in sizes((1, 64), (64, 64), widest=(64, 256)):
         router.route(torch.zeros(T, E), top_k=6)
     nsa = NSASizes(block=32, stride=16, select_block=64, num_selected=16, window=512)
-    for batch, heads, num_kv, page in sizes((1, 16, 16, 1024), widest=(16, 16, 4, 256)):
+    single = (16, 16, 16, 256)
+    for batch, heads, num_kv, page in (single, *sizes((1, 16, 16, 1024), widest=(16, 16, 4, 256))):
         pools = [(bf16(4, rows, num_kv, 64), bf16(4, rows, num_kv, 64)) for rows in (page // 16, page, page)]
         table, lens = (
             torch.zeros(batch, 65536 // page, dtype=torch.int32),
@@ -297,12 +314,17 @@ def main() -> None:
         rms_norm,
         rope,
         squared_norm,
+        sum_parts,
         swiglu,
+        compress_backward,
+        inverse,
+        top_n,
         decode,
         paged_write,
         prefill,
         drafts,
         most_probable,
+        append,
         compress_step,
         ffn,
         decode_experts,
