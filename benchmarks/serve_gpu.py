@@ -131,9 +131,8 @@ def served(checkpoint: Path) -> dict[int, float]:
         assert process.stdout is not None
         for line in process.stdout:
             print(line.rstrip(), flush=True)
-            found = re.search(r" at http://[\d.]+:(\d+)", line)
-            if found:
-                port = int(found[1])
+            if address := re.search(r" at http://[\d.]+:(\d+)", line):
+                port = int(address[1])
                 break
         if not port:
             raise SystemExit("serve ended")
@@ -142,7 +141,9 @@ def served(checkpoint: Path) -> dict[int, float]:
         rates: dict[int, float] = {}
         for batch in BATCHES:
             sockets = connected(port, batch)
-            rates[batch] = max(rate_of(sockets, 1000 * batch + 100 * turn) for turn in range(4))
+            found = [rate_of(sockets, 1000 * batch + 100 * turn) for turn in range(8)]
+            print(f"batch {batch}: {', '.join(f'{rate:.0f}' for rate in found)} tok/s", flush=True)
+            rates[batch] = max(found)
             for one in sockets:
                 one.close()
         return rates
