@@ -24,6 +24,7 @@ from sparseray.actors.state.dense_slab import computes_in_fp32
 from sparseray.kernels.launch import launch_kernel
 from sparseray.kernels.ops import Ops, ops_for
 from sparseray.model.config import ModelConfig
+from sparseray.model.dse_layout import DSELayout
 from sparseray.model.moe import LocalExperts
 from sparseray.model.transformer import Transformer
 from sparseray.platform.config import load_yaml
@@ -36,11 +37,13 @@ def model_of(name: str, **changes: object) -> ModelConfig:
     return replace(load_yaml(ROOT / "configs" / f"{name}.yaml").model, **changes)  # type: ignore[arg-type]
 
 
-def drawn(config: ModelConfig, device: torch.device) -> tuple[Transformer, LocalExperts]:
+def drawn(
+    config: ModelConfig, device: torch.device, layout: DSELayout | None = None
+) -> tuple[Transformer, LocalExperts]:
     """A bf16 model with random weights, drawn where it computes."""
     ops: Ops = ops_for("auto", device)
     with torch.device("meta"):
-        model, experts = Transformer(config, None, ops=ops), LocalExperts(config, ops=ops)
+        model, experts = Transformer(config, layout, ops=ops), LocalExperts(config, ops=ops)
     generator = torch.Generator(device).manual_seed(0)
     for module in (model, experts):
         module.to_empty(device=device)

@@ -26,14 +26,16 @@ from sparseray.kernels.dense import (
     rms_norm,
     rope,
     squared_norm,
+    sum_parts,
     swiglu,
 )
 from sparseray.kernels.dse import fusion, row_update, rows, staged_rows
 from sparseray.kernels.moe import balance, expert_map, ffn, router, router_logits
 from sparseray.kernels.moe import decode as decode_experts
 from sparseray.kernels.moe.held_rounds import rows_of_held
-from sparseray.kernels.nsa import append, compress_step, inverse
+from sparseray.kernels.nsa import append, compress, compress_backward, compress_step, inverse, top_n
 from sparseray.kernels.nsa import decode as nsa_decode
+from sparseray.kernels.nsa.geometry import uniform
 from sparseray.kernels.paged import DraftState, Pages
 from sparseray.kernels.settings import NSASizes
 
@@ -179,9 +181,21 @@ def routers() -> None:
 
 
 def selection() -> None:
-    starts, table = torch.zeros(4097, dtype=torch.int64), torch.zeros(1, 9000, 6).int()
-    for count in (512, 4096):
-        compile_launch(inverse.parts_kernel, (1,), starts, table, count, 9000, 2048, BR=count, num_warps=16)
+    """Blocks of the queries of long sequences, the queries of each block, and the gradients of the compressor."""
+    geometry = uniform(1, 4096, 255, 4096, 4096, 0, 0, torch.device("cpu"))
+    for blocks, chosen in ((2048, 4), (2048, 16)):
+        index = torch.zeros(4096, 1, chosen, dtype=torch.int32)
+        top_n.top_n(
+            torch.zeros(2, 16, 1, blocks), index, index[:, 0, 0], 0, select_block=16, num_initial=1, num_local=2, overlap=True
+        )  # fmt: skip
+    for blocks in (8, 64):
+        inverse.invert_selection(index, geometry, select_block=blocks, chunk=4096, part=512)
+    for width, hidden in sizes((64, 128), widest=(192, 384)):
+        tables = compress.block_tables(1, 4096, 32, 16, torch.device("cpu"), cu_seqlens=None, num_blocks=None)
+        weights = bf16(hidden, 32 * width), bf16(width, hidden), bf16(32, width)
+        compress_backward.compress_backward(
+            bf16(255, width), bf16(4096, 1, width), *weights, bf16(255, hidden), tables, block=32, stride=16
+        )
 
 
 def few_rows() -> None:
@@ -301,7 +315,11 @@ def main() -> None:
         rms_norm,
         rope,
         squared_norm,
+        sum_parts,
         swiglu,
+        compress_backward,
+        inverse,
+        top_n,
         decode,
         paged_write,
         prefill,

@@ -70,6 +70,9 @@ class InProcess:
     def reduce(self, step: int, part: int, gradients: PartGradients) -> None:
         self.found += gradients.dense
 
+    def conclude(self, step: int) -> None:
+        pass
+
 
 def test_ignored_targets_do_not_count_and_parts_add_up_to_the_gradient_of_the_whole_batch() -> None:
     state = DenseState(CONFIG, None, seed=0, num_parts=PARTS, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)

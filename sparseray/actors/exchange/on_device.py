@@ -40,6 +40,7 @@ class OnDeviceExchange(Abortable):
         self.dense, self.whole, self.memory, self.mailbox = dense, experts, memory, mailbox
         self.index = {layer: index for index, layer in enumerate(experts.config.moe_layers)}
         self._fetches: list[Fetch] = []
+        self._norms: ToHost | None = None
 
     def begin(self, step: int, part: int) -> None:
         """Nothing depends on the part here.
@@ -68,7 +69,7 @@ class OnDeviceExchange(Abortable):
         return [*self.dense.parameters, *slabs]
 
     def prefetch(self, rows: Addresses) -> FetchedRows:
-        """Read rows of all memory layers as the last commit left them, and send them to the device.
+        """Read rows of all memory layers as the last commit left them, and send them to the device, without a wait for it.
 
         Args:
             rows: int64 [T, N] by 0-based model layer, on the CPU.
@@ -79,7 +80,7 @@ class OnDeviceExchange(Abortable):
         started, values = time.perf_counter(), {}
         for index, (layer, rows_TN) in enumerate(rows.items()):
             found = self.memory.gather(index, rows_TN.reshape(-1))
-            values[layer] = found.to(self.dense.device).to(self.dense.dtype)
+            values[layer] = found.to(self.dense.device, non_blocking=True).to(self.dense.dtype)
         addressed = sum(rows_TN.numel() for rows_TN in rows.values())
         self._note(started, addressed, addressed)
         return FetchedRows(addresses=rows, values=values)
@@ -114,7 +115,7 @@ class OnDeviceExchange(Abortable):
         self._fetches.append(Fetch(addressed=addressed, rows_by_tier={"local": read}, seconds=seconds))
 
     def reduce(self, step: int, part: int, gradients: PartGradients) -> None:
-        """Add a part's gradients to the sums that lie here; after the last part, read the norms.
+        """Add a part's gradients to the sums that lie here; after the last part, send the norms on their way.
 
         Args:
             step: that is open.
@@ -127,12 +128,19 @@ class OnDeviceExchange(Abortable):
         if self.memory is not None:
             self.memory.add_row_gradients(part, [gradient for _, gradient in gradients.rows])
         if self.dense.is_reduced:
-            self._prepared(step)
+            of_tables = [] if self.memory is None else self.memory.norms_on_device()
+            self._norms = ToHost(step_norms(self.dense, self.whole, of_tables))
 
-    def _prepared(self, step: int) -> None:
-        """Tell the scheduler of every role's norms, which one copy brings from the device."""
-        of_tables = [] if self.memory is None else self.memory.norms_on_device()
-        of_roles = step_norms(self.dense, self.whole, of_tables, read_numbers)
+    def conclude(self, step: int) -> None:
+        """Tell the scheduler of every role's norms, which one copy brings from the device.
+
+        Args:
+            step: whose parts are all reduced.
+        """
+        self.check()
+        assert self._norms is not None
+        of_roles = norms_by_role(self.dense, self.whole, self._norms.read().tolist())
+        self._norms = None
         for role, found in zip(("dense", "expert", "memory"), of_roles):
             if role != "memory" or self.memory is not None:
                 # A thousand names would take longer to travel than the device takes for a layer, and it waits.
@@ -145,38 +153,55 @@ class OnDeviceExchange(Abortable):
         return found
 
 
-def read_numbers(values: Tensor) -> list[float]:
-    """Bring numbers to the host through pinned memory.
+class ToHost:
+    """Numbers on their way to the host through pinned memory.
 
     A copy to other memory waits inside the driver for what the device has to do before it, and calls of other
     threads wait with it: staging would stand still until the step's end.
 
     Args:
-        values: [N].
+        values: on any device.
     """
-    there = values.to("cpu", non_blocking=True)
-    if values.is_cuda:
-        torch.cuda.current_stream(values.device).record_event().synchronize()
-    found: list[float] = there.tolist()
-    return found
+
+    def __init__(self, values: Tensor) -> None:
+        self._values = values.to("cpu", non_blocking=True)
+        self._sent = torch.cuda.current_stream(values.device).record_event() if values.is_cuda else None
+
+    def read(self) -> Tensor:
+        """The numbers, once they are here."""
+        if self._sent is not None:
+            self._sent.synchronize()
+        return self._values
 
 
-def step_norms(
-    dense: DenseSlabs, experts: SlabExperts, further: Sequence[Tensor], read: Callable[[Tensor], list[float]]
-) -> tuple[list[float], list[float], list[float]]:
-    """Squared norms of the step's gradients: of dense tensors, of the experts that are held, and further ones.
+def _with_rows(experts: SlabExperts) -> list[Tensor]:
+    return [gradient for gradient in experts.sum.total or [] if gradient.shape[0]]
+
+
+def step_norms(dense: DenseSlabs, experts: SlabExperts, further: Sequence[Tensor]) -> Tensor:
+    """Squared norms of the step's gradients, on the device: of dense tensors, of rows of the experts' slabs, and further ones.
 
     Args:
         dense, experts: with their gradients; a slot that holds no dense weights has none of those.
         further: fp32, of other gradients.
-        read: brings them to the host, all in one copy.
     """
-    of_dense, of_experts = dense.sum.total or [], experts.sum.total or []
-    there = [gradient for gradient in of_experts if gradient.shape[0]]
-    rows = [1] * len(of_dense) + [gradient.shape[0] for gradient in there]
-    norms = read(torch.cat([dense.ops.squared_norms([*of_dense, *there], rows), *further]))
-    count, end = len(of_dense), sum(rows)
-    return norms[:count], experts.expert_norms(norms[count:end]), norms[end:]
+    of_dense, of_experts = dense.sum.total or [], _with_rows(experts)
+    rows = [1] * len(of_dense) + [gradient.shape[0] for gradient in of_experts]
+    return torch.cat([dense.ops.squared_norms([*of_dense, *of_experts], rows), *further])
+
+
+def norms_by_role(
+    dense: DenseSlabs, experts: SlabExperts, norms: Sequence[float]
+) -> tuple[list[float], list[float], list[float]]:
+    """Those of dense tensors, of the experts that are held, and the further ones.
+
+    Args:
+        dense, experts: as they were given to `step_norms`.
+        norms: what that found.
+    """
+    count = len(dense.sum.total or [])
+    end = count + sum(gradient.shape[0] for gradient in _with_rows(experts))
+    return list(norms[:count]), experts.expert_norms(norms[count:end]), list(norms[end:])
 
 
 def exact_sum(values: Sequence[float]) -> list[float]:

@@ -168,12 +168,19 @@ class Exchange(Protocol):
         ...
 
     def reduce(self, step: int, part: int, gradients: PartGradients) -> None:
-        """Send a part's gradients on their way to their sums; ends in `Prepared` of those who hold the sums.
+        """Send a part's gradients on their way to their sums; ends in `Prepared` of those who hold the sums, or in `conclude`.
 
         Args:
             step: that is open.
             part: that the gradients are of.
             gradients: dense ones and those of table rows.
+        """
+
+    def conclude(self, step: int) -> None:
+        """Wait for what only the device has yet, once all parts are reduced and their losses told.
+
+        Args:
+            step: that is open.
         """
 
     def take_fetches(self) -> list[Fetch]:
@@ -207,6 +214,13 @@ class Abortable:
         """
 
     def accompany(self, step: int) -> None:
+        """Nothing.
+
+        Args:
+            step: that is open.
+        """
+
+    def conclude(self, step: int) -> None:
         """Nothing.
 
         Args:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from sparseray.actors.exchange.by_message import MessageExchange
-from sparseray.actors.exchange.on_device import step_norms
+from sparseray.actors.exchange.on_device import norms_by_role, step_norms
 from sparseray.actors.exchange.protocol import Abortable, Fetch, FetchedRows, Observe, PartGradients
 from sparseray.actors.peers.dense_slices import DenseSlices
 from sparseray.actors.peers.expert_shares import ExpertShares
@@ -245,7 +245,8 @@ class DeviceExchange(Abortable):
         self.slices.sum_up(self.across.count + 1)
         self.shares.share(self.across.count + 3, self._sums_dtype())
         self.across.count += 4
-        dense, experts, _ = step_norms(self.dense, self.held, [], self.link.read)
+        norms = self.link.read(step_norms(self.dense, self.held, []))
+        dense, experts, _ = norms_by_role(self.dense, self.held, norms)
         of_dense = dict(zip(self.dense.names, dense))
         held = [(layer, expert) for layer, slab in enumerate(self.held.slabs) for expert in slab.rows]
         of_experts = dict(zip(map(_name, held), experts, strict=True))

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sparseray.actors.exchange.on_device import ToHost
 from sparseray.actors.exchange.protocol import Exchange, FetchedRows, PartGradients, fetch_together
 from sparseray.actors.state.dense import DenseState, Twin
 from sparseray.actors.state.staged_memory import Addresses
@@ -43,7 +44,7 @@ class _Ran:
 class _Found:
     """Losses and counts of all parts on their way to the host, behind what computes them and before the last sums.
 
-    Whoever then waits for the sums has waited for these.
+    They are told while the device makes those sums and their norms, which everybody waits for.
 
     Args:
         losses: of the parts.
@@ -52,18 +53,14 @@ class _Found:
 
     def __init__(self, losses: Sequence[Loss], device: torch.device) -> None:
         scalars = [s.detach() for loss in losses for s in (loss.sum, loss.aux, *loss.metrics.values())]
-        self._scalars = torch.stack(scalars).to("cpu", non_blocking=True)
-        self._counts = torch.stack([loss.counts_LE for loss in losses]).to("cpu", non_blocking=True)
-        on_gpu = device.type == "cuda"
-        self._sent = torch.cuda.current_stream(device).record_event() if on_gpu else None
+        self._scalars = ToHost(torch.stack(scalars))
+        self._counts = ToHost(torch.stack([loss.counts_LE for loss in losses]))
         # Asking takes the host a while, and it has time now.
-        self.peak = torch.cuda.max_memory_reserved(device) if on_gpu else 0
+        self.peak = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0
 
     def read(self) -> tuple[list[float], Tensor]:
         """The losses one after another, and the counts."""
-        if self._sent is not None:
-            self._sent.synchronize()
-        return self._scalars.tolist(), self._counts
+        return self._scalars.read().tolist(), self._counts.read()
 
 
 class AttentionWorker:
@@ -125,12 +122,22 @@ class AttentionWorker:
                 self.exchange.reduce(step, parts[i], ran.gradients)
                 self._lap("backward", started)
         if losses:
-            for part, done in zip(parts, self._read(loaded, losses, found)):
+            started = time.perf_counter()
+            read = found.read()
+            self._lap("backward", started)
+            for part, done in zip(parts, self._told(loaded, losses, *read, found.peak)):
                 report(part, done)
+            self.exchange.conclude(step)
 
-    def _read(self, batches: Sequence[Batch], losses: Sequence[Loss], found: "_Found") -> list[PartDone]:
+    def _told(
+        self,
+        batches: Sequence[Batch],
+        losses: Sequence[Loss],
+        scalars: list[float],
+        counts: Tensor,
+        peak: int,
+    ) -> list[PartDone]:
         """What the parts gave, in the order of the step."""
-        scalars, counts = found.read()
         each = len(scalars) // len(losses)
         return [
             PartDone(
@@ -141,7 +148,7 @@ class AttentionWorker:
                 tokens=batch.targets_BT.numel(),
                 seconds=dict(self.seconds),
                 counts_LE=counts[index],
-                device_bytes=found.peak,
+                device_bytes=peak,
             )
             for index, (batch, loss) in enumerate(zip(batches, losses))
         ]

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparseray.kernels.dense.sum_parts import sum_parts
 from sparseray.kernels.launch import launch_kernel
 
 FORWARD_TILE, BACKWARD_TILE, MOST_PROGRAMS, STAGES = 4096, 2048, 528, 2
@@ -100,7 +101,7 @@ def _forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> 
 def _backward(
     dys: Sequence[Tensor], dtotal: Tensor | None, x: Tensor, weight: Tensor, rstd_R: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients of the rows that were normed and of the weight (fp32); dys are one to three."""
+    """Return the gradients of the rows that were normed and of the weight; dys are one to three."""
     H, R = x.shape[-1], x.numel() // x.shape[-1]
     tile = _tile(H, BACKWARD_TILE)
     rows = max(1, triton.cdiv(triton.cdiv(R, MOST_PROGRAMS), tile["BR"])) * tile["BR"]
@@ -110,7 +111,7 @@ def _backward(
         _backward_kernel, (programs,), *(dy.contiguous() for dy in dys), *(None,) * (MOST_READERS - len(dys)),
         None if dtotal is None else dtotal.contiguous(), x, weight, rstd_R, dx, partial_PH, R, rows, H=H, ADD=dtotal is not None, STAGES=STAGES, **tile,
     )  # fmt: skip
-    return dx, partial_PH.sum(0)
+    return dx, sum_parts(partial_PH, weight.dtype)
 
 
 class _AddRmsNorm(torch.autograd.Function):
@@ -133,7 +134,6 @@ class _AddRmsNorm(torch.autograd.Function):
         dx, dweight = _backward(dys, dtotal, total, weight, rstd_R) if dys else (dtotal, None)
         if dx is None:
             return (None,) * 5
-        dweight = dweight.to(weight.dtype) if dweight is not None else None
         return dx.to(ctx.x_dtype), dx if ctx.has_residual else None, dweight, None, None
 
 

@@ -321,7 +321,7 @@ class _MoeFfn(torch.autograd.Function):
         plan, config, dy_TH = ctx.plan, ctx.config, dy_TH.contiguous()
         need_x, need_weights, need_up, need_down = ctx.needs_input_grad[:4]
         dpre_RP, weighted_RI, dweights_R = activation_grad(dy_TH, pre_RP, w_EHI, weights_TK, plan, config)
-        dweights_TK = dweights_R[plan.inverse_R.long()].view_as(weights_TK)
+        dweights_TK = dweights_R.index_select(0, plan.inverse_R).view_as(weights_TK)
         slabs: GradientSlabs | None = ctx.slabs
         to_down: dict[str, Any] = (
             {} if slabs is None else {"out": slabs.down_EHI, "accumulate": slabs.accumulate}

@@ -136,7 +136,6 @@ def _router_backward_kernel(
     K: tl.constexpr,
     SIGMOID: tl.constexpr,
     NORMALIZE: tl.constexpr,
-    DSCORES: tl.constexpr,
     BT: tl.constexpr,
 ):
     o_t = tl.program_id(0) * BT + tl.arange(0, BT)
@@ -162,7 +161,7 @@ def _router_backward_kernel(
         total += eps
         grad = grad / total[:, None] - chosen * (product / (total * total))[:, None]
         grad = tl.where(m_t[:, None], grad, 0.0)
-    if DSCORES:
+    if p_dscores is not None:
         grad += tl.load(p_dscores + o_te, mask=m, other=0.0)
     if SIGMOID:
         grad = grad * score * (1.0 - score)
@@ -213,27 +212,29 @@ class _Route(torch.autograd.Function):
         ctx.save_for_backward(scores, ids)
         ctx.options, ctx.sizes, ctx.dtype = options, sizes, logits_TE.dtype
         ctx.mark_non_differentiable(ids, ranks, counts)
+        ctx.set_materialize_grads(False)
         return ids, weights, scores, ranks, counts
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         scores, ids = ctx.saved_tensors
-        dweights, dscores = grads[1].contiguous(), grads[2].contiguous()
+        dweights, dscores = grads[1], grads[2]
+        if dweights is None:
+            dweights = scores.new_zeros(ids.shape)
         dlogits = torch.empty_like(scores)
         launch_kernel(
             _router_backward_kernel,
             (max(1, triton.cdiv(scores.shape[0], ctx.sizes["BT"])),),
             scores,
             ids,
-            dweights,
-            dscores,
+            dweights.contiguous(),
+            None if dscores is None else dscores.contiguous(),
             dlogits,
             scores.shape[0],
             ctx.options["scaling"],
             NORMALIZE_EPS,
             SIGMOID=ctx.options["sigmoid"],
             NORMALIZE=ctx.options["normalize"],
-            DSCORES=True,
             **ctx.sizes,
         )
         return dlogits.to(ctx.dtype), None, None

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparseray.kernels.dense.sum_parts import sum_parts
 from sparseray.kernels.launch import launch_kernel
 from sparseray.kernels.takes import is_interpreted
 
@@ -171,7 +172,7 @@ class _RouterLogits(torch.autograd.Function):
                 d_RE, x_RH, dw_SEH, R, span, H=H, E=E, BR=64, BE=be, BH=128, STAGES=3, FACTOR=_factor(),
                 num_warps=4,
             )  # fmt: skip
-            dw_EH = dw_SEH.sum(0)
+            dw_EH = sum_parts(dw_SEH, torch.float32)
         return dx_RH, dw_EH
 
 

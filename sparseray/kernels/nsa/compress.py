@@ -1,9 +1,8 @@
-"""Compression of keys or values: an MLP over overlapping blocks, forward and backward.
+"""Compression of keys or values: an MLP over overlapping blocks, differentiable (compress_backward.py).
 
 The first layer reads every block as `block` strided slices of the packed tensor, so blocks that overlap are
-not copied out in the forward pass. The position encoding enters before the nonlinearity as a bias,
-w1 (x + pos) = w1 x + w1 pos. The backward copies no blocks either: every token adds up the block / stride blocks
-that hold it, in ascending order, without atomics. Source: arXiv 2502.11089 eq. 7.
+not copied out. The position encoding enters before the nonlinearity as a bias, w1 (x + pos) = w1 x + w1 pos.
+Source: arXiv 2502.11089 eq. 7.
 """
 
 from functools import lru_cache
@@ -16,7 +15,8 @@ from torch import Tensor
 
 from sparseray.errors import ConfigError
 from sparseray.kernels.launch import launch_kernel
-from sparseray.kernels.nsa.tiles import load_tile, next_power_of_2, precision, split_width, store_tile
+from sparseray.kernels.nsa.compress_backward import compress_backward
+from sparseray.kernels.nsa.tiles import load_tile, next_power_of_2, precision, split_width
 from sparseray.kernels.settings import num_compressed
 
 FEW_PROGRAMS = 128
@@ -56,75 +56,6 @@ def first_layer_kernel(
     b_pre = b_pre.to(tl.float32)
     b_hidden = 0.5 * b_pre * (1.0 + tl.math.erf(b_pre * 0.7071067811865476))
     tl.store(p_hidden + o_out, b_hidden.to(p_pre.dtype.element_ty), mask=m_out)
-
-
-@triton.jit
-def token_gradient_kernel(
-    p_pre, p_w, p_slots, p_dx, num_rows,
-    H: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, F: tl.constexpr, BF: tl.constexpr,
-    BS: tl.constexpr, LEN: tl.constexpr, STRIDE: tl.constexpr, IP: tl.constexpr,
-):  # fmt: skip
-    """dx[t, h] = sum over the blocks c that hold token t, ascending, of dpre[c, h] . w[:, t - start[c]].
-
-    A program takes the tokens that stand at one place of their stride: they share the columns of w.
-    """
-    NF: tl.constexpr = (F + BF - 1) // BF
-    OVER: tl.constexpr = LEN // STRIDE
-    i_r = tl.program_id(1)
-    o_s = tl.program_id(0) * BS + tl.arange(0, BS)
-    m_s = o_s < num_rows
-    p_row = p_slots + (o_s // H) * 5
-    t = tl.load(p_row, mask=m_s, other=0) + i_r
-    m_s &= i_r < tl.load(p_row + 1, mask=m_s, other=0)
-    i_slot = tl.load(p_row + 2, mask=m_s, other=0)
-    c_off = tl.load(p_row + 3, mask=m_s, other=0)
-    c_len = tl.load(p_row + 4, mask=m_s, other=0)
-    b_dx0 = tl.zeros([BS, D0], tl.float32)
-    b_dx1 = tl.zeros([BS, D1 if D1 > 0 else 1], tl.float32)
-    for k in range(0, OVER * NF):
-        n = OVER - 1 - k // NF
-        i_c = i_slot - n
-        m_c = m_s & (i_c >= 0) & (i_c < c_len)
-        o_f = (k % NF) * BF + tl.arange(0, BF)
-        m_f = o_f < F
-        p_tile = p_pre + ((c_off + i_c) * H + o_s % H)[:, None] * F + o_f[None, :]
-        b_pre = tl.load(p_tile, mask=m_c[:, None] & m_f[None, :], other=0.0)
-        o_w = o_f.to(tl.int64) * LEN + i_r + n * STRIDE
-        b_dx0 = tl.dot(b_pre, load_tile(p_w, o_w, m_f, D, 0, D0, True), b_dx0, input_precision=IP)
-        if D1 > 0:
-            b_dx1 = tl.dot(b_pre, load_tile(p_w, o_w, m_f, D, D0, D1, True), b_dx1, input_precision=IP)
-    store_tile(p_dx, t * H + o_s % H, m_s, b_dx0, D, 0, D0)
-    if D1 > 0:
-        store_tile(p_dx, t * H + o_s % H, m_s, b_dx1, D, D0, D1)
-
-
-@triton.jit
-def weight_gradient_kernel(
-    p_x, p_pre, p_starts, p_dw, num_rows, span,
-    H: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, F: tl.constexpr, BF: tl.constexpr,
-    BC: tl.constexpr, LEN: tl.constexpr, IP: tl.constexpr,
-):  # fmt: skip
-    """dw[f, i] = sum over a part of the rows (c, h) of dpre[c, h, f] x[start[c] + i, h]; no copy of the blocks."""
-    i = tl.program_id(0)
-    o_f = tl.program_id(1) * BF + tl.arange(0, BF)
-    m_f = o_f < F
-    i_lo = tl.program_id(2) * span
-    i_hi = tl.minimum(i_lo + span, num_rows)
-    b_dw0 = tl.zeros([BF, D0], tl.float32)
-    b_dw1 = tl.zeros([BF, D1 if D1 > 0 else 1], tl.float32)
-    for j in range(i_lo, i_hi, BC):
-        o_r = j + tl.arange(0, BC)
-        m_r = o_r < i_hi
-        o_x = (tl.load(p_starts + o_r // H, mask=m_r, other=0) + i) * H + o_r % H
-        p_tile = p_pre + o_r.to(tl.int64)[:, None] * F + o_f[None, :]
-        b_pre = tl.trans(tl.load(p_tile, mask=m_r[:, None] & m_f[None, :], other=0.0))
-        b_dw0 = tl.dot(b_pre, load_tile(p_x, o_x, m_r, D, 0, D0, True), b_dw0, input_precision=IP)
-        if D1 > 0:
-            b_dw1 = tl.dot(b_pre, load_tile(p_x, o_x, m_r, D, D0, D1, True), b_dw1, input_precision=IP)
-    o_out = (tl.program_id(2).to(tl.int64) * F + o_f) * LEN + i
-    store_tile(p_dw, o_out, m_f, b_dw0, D, 0, D0)
-    if D1 > 0:
-        store_tile(p_dw, o_out, m_f, b_dw1, D, D0, D1)
 
 
 def _tables(
@@ -190,60 +121,14 @@ def _first_layer(
     return pre, after
 
 
-def _first_layer_backward(
-    x: Tensor, w1: Tensor, dpre: Tensor, starts: Tensor, slots: Tensor, block: int, stride: int
-) -> tuple[Tensor, Tensor]:
-    """Gradients of packed x [T, H, D] and of w1 from that of the hidden layer before GELU, [C * H, F]."""
-    heads, width = x.shape[1:]
-    rows, hidden = dpre.shape
-    dx = torch.empty_like(x)
-    if rows == 0:
-        return dx.zero_(), torch.zeros_like(w1)
-    d0, d1 = split_width(width)
-    shared = {"H": heads, "D": width, "D0": d0, "D1": d1, "F": hidden, "LEN": block, "IP": precision(x.dtype)}
-    bf = min(64, max(16, next_power_of_2(hidden)))
-    strided = slots.shape[0] * heads
-    launch_kernel(
-        token_gradient_kernel,
-        (triton.cdiv(strided, 64), stride),
-        dpre,
-        w1,
-        slots,
-        dx,
-        strided,
-        BF=bf,
-        BS=64,
-        STRIDE=stride,
-        **shared,
-        num_warps=4,
-        num_stages=3,
-    )
-    # Parts of the rows, so that short inputs fill the device too; fp32, added in order.
-    parts = min(4, triton.cdiv(rows, 1024))
-    span = triton.cdiv(triton.cdiv(rows, parts), 64) * 64
-    dw = torch.empty(triton.cdiv(rows, span), *w1.shape, dtype=torch.float32, device=x.device)
-    launch_kernel(
-        weight_gradient_kernel,
-        (block, triton.cdiv(hidden, bf), dw.shape[0]),
-        x,
-        dpre,
-        starts,
-        dw,
-        rows,
-        span,
-        BF=bf,
-        BC=64,
-        **shared,
-        num_warps=4,
-        num_stages=3,
-    )
-    return dx, dw.sum(0).to(w1.dtype)
-
-
 def _forward(
-    x: Tensor, w1: Tensor, bias: Tensor | None, w2: Tensor, b2: Tensor | None, starts: Tensor, block: int
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, pos: Tensor | None, starts: Tensor, block: int
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Compressed tokens [C, H, D_out] of packed x [T, H, D], and the hidden layer before GELU."""
+    bias = b1
+    if pos is not None:
+        encoded = w1 @ pos.reshape(-1)
+        bias = encoded if b1 is None else b1 + encoded
     pre, hidden = _first_layer(x, w1, bias, starts, block)
     out = torch.nn.functional.linear(hidden, w2, b2)
     return out.view(starts.shape[0], x.shape[1], w2.shape[0]), pre
@@ -254,27 +139,25 @@ class _Compress(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, w1: Tensor, bias: Tensor | None, w2: Tensor, b2: Tensor | None, tables: tuple[Tensor, ...],
-        block: int, stride: int,
+        ctx: Any, x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, pos: Tensor | None,
+        tables: tuple[Tensor, ...], block: int, stride: int,
     ) -> Tensor:  # fmt: skip
-        out, pre = _forward(x, w1, bias, w2, b2, tables[0], block)
-        ctx.save_for_backward(x, w1, bias, w2, pre)
+        out, pre = _forward(x, w1, b1, w2, b2, pos, tables[0], block)
+        ctx.save_for_backward(x, w1, w2, pos, pre)
         # The cached tables may come from inference mode, which autograd refuses to save.
         ctx.tables, ctx.block, ctx.stride = tables, block, stride
+        ctx.has_biases = b1 is not None, b2 is not None
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, w1, bias, w2, pre = ctx.saved_tensors
-        starts, slots = ctx.tables
-        block, stride = ctx.block, ctx.stride
-        dy = grads[0].reshape(-1, grads[0].shape[-1])
-        dw2 = dy.t() @ torch.nn.functional.gelu(pre)
-        db2 = dy.sum(0) if ctx.needs_input_grad[4] else None
-        dpre = torch.ops.aten.gelu_backward(dy @ w2, pre).contiguous()
-        dbias = None if bias is None else dpre.sum(0, dtype=torch.float32).to(bias.dtype)
-        dx, dw1 = _first_layer_backward(x, w1, dpre, starts, slots, block, stride)
-        return dx, dw1, dbias, dw2, db2, None, None, None
+        x, w1, w2, pos, pre = ctx.saved_tensors
+        dy = grads[0].reshape(-1, grads[0].shape[-1]).contiguous()
+        dx, dw1, db1, dw2, db2, dpos = compress_backward(
+            dy, x, w1, w2, pos, pre, ctx.tables, block=ctx.block, stride=ctx.stride
+        )
+        has_b1, has_b2 = ctx.has_biases
+        return dx, dw1, db1 if has_b1 else None, dw2, db2 if has_b2 else None, dpos, None, None, None
 
 
 def num_packed(cu_seqlens: Tensor, block: int, stride: int) -> int:
@@ -341,15 +224,11 @@ def compress(
         tables = block_tables(
             batch, tokens, block, stride, x.device, cu_seqlens=cu_seqlens, num_blocks=num_blocks
         )
-    bias = b1
-    if pos is not None:
-        encoded = w1 @ pos.reshape(-1)
-        bias = encoded if b1 is None else b1 + encoded
     flat = x.flatten(0, 1).contiguous()
-    w1 = w1.contiguous()
+    weights = (w1.contiguous(), b1, w2.contiguous(), b2, pos)
     if torch.is_grad_enabled():
-        out: Tensor = _Compress.apply(flat, w1, bias, w2, b2, tables, block, stride)
+        out: Tensor = _Compress.apply(flat, *weights, tables, block, stride)
     else:
         # Without the graph's node, which takes the host time.
-        out, _ = _forward(flat, w1, bias, w2, b2, tables[0], block)
+        out, _ = _forward(flat, *weights, tables[0], block)
     return out.view(batch, out.shape[0] // batch, heads, w2.shape[0])

@@ -20,6 +20,8 @@ BY_BLOCK_BELOW = 16
 """Measured: 8 heads a group are faster by block, 16 by query (docs/kernels.md)."""
 PARTIAL_BYTES = 3 << 28
 """Upper bound of the partial rows of one chunk."""
+TILE = 1024
+"""Entries of one program that makes the table."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +43,36 @@ class Inverse:
     parts: Tensor
     chunk: int
     num_slots: int
+
+
+@triton.jit
+def entry_rows_kernel(
+    p_index, p_first, p_rows, entries, chunk, num_blocks, none, n, H: tl.constexpr, BE: tl.constexpr
+):
+    """Row of every entry of index [T, H, n] among those of all chunks; `none` where no block was selected."""
+    o = tl.program_id(0) * BE + tl.arange(0, BE)
+    m = o < entries
+    b_block = tl.load(p_index + o, mask=m, other=-1)
+    i_q = o // (n * H)
+    b_first = tl.load(p_first + i_q, mask=m, other=0)
+    b_row = (i_q // chunk * H + o // n % H) * num_blocks + b_first + b_block
+    tl.store(p_rows + o, tl.where(b_block < 0, none, b_row), mask=m)
+
+
+@triton.jit
+def starts_kernel(p_rows, p_order, p_entries, p_queries, p_starts, entries, none, each, BE: tl.constexpr):
+    """Of the sorted entries the places and queries, and where every row begins; `each` entries are of one query."""
+    o = tl.program_id(0) * BE + tl.arange(0, BE)
+    m = o < entries
+    b_entry = tl.load(p_order + o, mask=m, other=0).to(tl.int32)
+    tl.store(p_entries + o, b_entry, mask=m)
+    tl.store(p_queries + o, b_entry // each, mask=m)
+    b_row = tl.load(p_rows + o, mask=m, other=none)
+    b_last = tl.load(p_rows + o - 1, mask=(o > 0) & (o <= entries), other=-1)
+    # Rows without entries begin where the next one does; behind the last entry all the others.
+    b_count = tl.where(o <= entries, b_row - b_last, 0)
+    for j in range(0, tl.max(b_count, 0)):
+        tl.store(p_starts + b_last + 1 + j, o, mask=j < b_count)
 
 
 @triton.jit
@@ -66,6 +98,18 @@ def parts_kernel(p_starts, p_table, rows, programs, part, BR: tl.constexpr):
         tl.store(p + 3, slot, mask=m_j)
         tl.store(p + 4, first.to(tl.int32), mask=m_j)
         tl.store(p + 5, tl.minimum(stop, first + part).to(tl.int32), mask=m_j)
+    for j in range(tl.sum(parts, 0), programs, BR):
+        tl.store(p_table + (i_c * programs + j + o) * 6, tl.full([BR], -1, tl.int32), mask=j + o < programs)
+
+
+def _first_blocks(geometry: Geometry, select_block: int) -> Tensor:
+    """int32 [T]: packed number of the first block of every query's sequence."""
+    key = (KEYS, -select_block)
+    if key not in geometry.cache:
+        blocks = (geometry.meta[:, 7] + select_block - 1) // select_block
+        first = blocks.cumsum(0) - blocks
+        geometry.cache[key] = first[query_sequences(geometry).long()].int()
+    return geometry.cache[key]
 
 
 def pays_by_block(group: int) -> bool:
@@ -88,25 +132,30 @@ def invert_selection(
         index: int32 [T, H, n], ascending, padded with -1 (`select_blocks`).
         chunk: queries of a chunk; part: entries after which a row is cut.
     """
-    tokens, num_kv, n = index.shape
-    meta, device = geometry.meta, index.device
+    (tokens, num_kv, n), integers = index.shape, {"dtype": torch.int32, "device": index.device}
     chunk = max(1, min(chunk, tokens))
     chunks = -(-tokens // chunk)
     num_blocks = geometry.num_tiles(KEYS, select_block)
     rows = num_kv * num_blocks
-    blocks = (meta[:, 7] + select_block - 1) // select_block
-    first = (blocks.cumsum(0) - blocks)[query_sequences(geometry).long()]
-    base = (torch.arange(tokens, device=device) // chunk * rows + first).int()[:, None, None]
-    head = torch.arange(num_kv, device=device, dtype=torch.int32)[None, :, None] * num_blocks
-    keys, order = torch.where(index < 0, chunks * rows, index + base + head).flatten().sort(stable=True)
-    starts = torch.searchsorted(keys, torch.arange(chunks * rows + 1, device=device, dtype=torch.int32))
+    none, count = chunks * rows, index.numel()
+    keys = torch.empty(count, **integers)
+    launch_kernel(
+        entry_rows_kernel, (triton.cdiv(count, TILE),), index.contiguous(), _first_blocks(geometry, select_block), keys, count,
+        chunk, num_blocks, none, n, H=num_kv, BE=TILE, num_warps=4,
+    )  # fmt: skip
+    keys, order = keys.sort(stable=True)
+    places, queries = torch.empty(2, count, **integers)
+    starts = torch.empty(none + 1, **integers)
+    launch_kernel(
+        starts_kernel, (triton.cdiv(count + 1, TILE),), keys, order, places, queries, starts, count, none, num_kv * n,
+        BE=TILE, num_warps=4,
+    )  # fmt: skip
     entries = chunk * num_kv * n
     programs = min(rows, entries) + entries // part
-    table = torch.full((chunks, programs, 6), -1, dtype=torch.int32, device=device)
+    table = torch.empty(chunks, programs, 6, **integers)
     block = triton.next_power_of_2(rows)
     warps = min(16, max(1, block // 256))
     launch_kernel(parts_kernel, (chunks,), starts, table, rows, programs, part, BR=block, num_warps=warps)
     return Inverse(
-        entries=order.int(), queries=(order // (num_kv * n)).int(), parts=table, chunk=chunk,
-        num_slots=2 * (entries // part) + 1,
-    )  # fmt: skip
+        entries=places, queries=queries, parts=table, chunk=chunk, num_slots=2 * (entries // part) + 1
+    )

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparseray.kernels.dense.sum_parts import sum_parts
 from sparseray.kernels.launch import launch_kernel
 from sparseray.kernels.nsa.geometry import QUERY, WINDOW, Geometry
 from sparseray.kernels.nsa.pipeline import ROWS, Forced
@@ -299,7 +300,7 @@ def _key_gradients(
         )  # fmt: skip
     if num_splits == 1:
         return dk[0], dv[0]
-    return dk.sum(0).to(k.dtype), dv.sum(0).to(v.dtype)
+    return sum_parts(dk, k.dtype), sum_parts(dv, v.dtype)
 
 
 def range_backward(

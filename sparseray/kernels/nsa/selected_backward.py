@@ -162,7 +162,9 @@ def selected_backward(
     chunk = queries_per_chunk(heads, n, width, q.element_size()) if by_pair else total
     part = max(launch["part"], min(chunk, total) * num_kv * n // launch["programs"])
     inverse = invert_selection(index, geometry, select_block=select_block, chunk=chunk, part=part)
-    dk, dv = (torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (k, v))
+    # Both in one piece of memory, which is cleared and converted by one launch each.
+    sums = torch.zeros(k.numel() + v.numel(), dtype=torch.float32, device=k.device)
+    dk, dv = sums[: k.numel()].view(k.shape), sums[k.numel() :].view(v.shape)
     slots = (inverse.num_slots, select_block)
     part_k, part_v = (torch.empty(*slots, x.shape[2], dtype=torch.float32, device=x.device) for x in (k, v))
     part_q = q.new_empty(inverse.chunk * num_kv * n * group if by_pair else 0, width)
@@ -177,7 +179,8 @@ def selected_backward(
                 part_q, dq, positions, first, n, scale, H=num_kv, G=group, GP=next_power_of_2(group),
                 SELECT=select_block, D=width, DP=next_power_of_2(width), ADD=add, num_warps=1,
             )  # fmt: skip
-    return dk.to(k.dtype), dv.to(v.dtype)
+    found = sums.to(k.dtype)
+    return found[: k.numel()].view(k.shape), found[k.numel() :].view(v.shape)
 
 
 def _one_chunk(

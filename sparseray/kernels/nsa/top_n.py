@@ -2,8 +2,9 @@
 
 The scores recompute q . k of the compressed branch, turn it into probabilities with the log-sum-exp, add the
 heads of a group in a fixed order and fold neighbouring compressed tokens into selection blocks (0-based
-eq. 9). They exist for one chunk of queries at a time. The top n are found by bisection on the bits of the
-scores (non-negative floats order like integers); ties go to the lower index; indices come out ascending.
+eq. 9). They exist for one chunk of queries at a time. The best are found by bisection on the bits of the
+scores (non-negative floats order like integers), from a bound that groups of blocks give; ties go to the lower
+index; indices come out ascending.
 Source: arXiv 2502.11089 eq. 8-12.
 """
 
@@ -24,7 +25,6 @@ from sparseray.kernels.nsa.tiles import (
     num_visible,
     precision,
     split_width,
-    take_top,
 )
 from sparseray.kernels.nsa.tuning import LAUNCH, launch_for
 
@@ -132,39 +132,101 @@ def score_kernel(
 
 
 @triton.jit
-def _selection_keys(b_score, o_j, m_j, i_now, INITIAL: tl.constexpr, LOCAL: tl.constexpr):
-    """Integers that order like the scores: infinite for the first and local blocks, -1 where masked out.
-
-    Scores are not negative, so their bits order like integers.
-    """
-    b_key = b_score.to(tl.int32, bitcast=True)
-    b_key = tl.where((o_j < INITIAL) | (o_j > i_now - LOCAL), 0x7F800000, b_key)
-    return tl.where(m_j, b_key, -1)
+def _pack(b_hit):
+    """A word for each column of [W, R, 32]: bit r is that of row r."""
+    o_r = tl.arange(0, b_hit.shape[1])
+    return tl.sum(b_hit.to(tl.int32) << o_r[None, :, None], 1)
 
 
 @triton.jit
+def _take_lowest(b_word, o_word):
+    """The lowest place whose bit is set, and the words without it; bit r of a word stands for its place + 32 r."""
+    b_bit = b_word & -b_word
+    b_row = (b_bit.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
+    b_at = tl.where(b_word == 0, 0x7FFFFFFF, o_word + b_row * 32)
+    at = tl.min(b_at)
+    return at, tl.where(b_at == at, b_word & (b_word - 1), b_word)
+
+
+@triton.jit
+def _largest(b_key, o_word, N: tl.constexpr, GROUPS: tl.constexpr):
+    """Words with the bits of the N largest keys of [W, R, 32], ties to lower places; at least N are not negative.
+
+    The columns make GROUPS groups, N or more, so N keys reach the least of the groups' maxima; halving starts there.
+    """
+    b_top = tl.max(tl.max(b_key, 1), 0)
+    hi = tl.max(b_top, 0)
+    lo = 0
+    if GROUPS <= 32:
+        lo = tl.maximum(tl.min(tl.max(tl.reshape(b_top, [32 // GROUPS, GROUPS]), 0), 0), 0)
+    reach = 0
+    while lo < hi:
+        mid = hi - (hi - lo) // 2
+        reach = tl.sum((b_key >= mid).to(tl.int32))
+        lo = tl.where(reach >= N, mid, lo)
+        hi = tl.where(reach > N, hi, tl.where(reach == N, mid, mid - 1))
+    b_word = _pack(b_key >= lo)
+    if (N > 1) & (reach != N):
+        b_equal = _pack(b_key == lo)
+        b_word = b_word ^ b_equal
+        for _ in range(0, N - tl.sum((b_key > lo).to(tl.int32))):
+            _, b_rest = _take_lowest(b_equal, o_word)
+            b_word = b_word | (b_equal ^ b_rest)
+            b_equal = b_rest
+    return b_word
+
+
+@triton.jit(do_not_specialize=["width", "over"])
 def top_n_kernel(
-    p_score, p_index, p_pos, row_first, width, over, n,
-    H: tl.constexpr, BW: tl.constexpr, NP: tl.constexpr, SELECT: tl.constexpr,
+    p_score, p_index, p_pos, row_first, width, over,
+    H: tl.constexpr, BW: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, GROUPS: tl.constexpr, SELECT: tl.constexpr,
     INITIAL: tl.constexpr, LOCAL: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    """One query and key/value head: the first blocks, the best of those in between, the local ones."""
+    R: tl.constexpr = min(16, BW // 32)
+    W: tl.constexpr = BW // (32 * R)
     i_row = tl.program_id(0).to(tl.int64)
-    i_q = row_first + i_row // H
-    t = tl.load(p_pos + i_q)
-    i_now = t // SELECT
-    o_j = tl.arange(0, BW)
-    m_j = (o_j <= i_now) & (o_j < width)
-    p_row = p_score + i_row * width + o_j
-    b_score = tl.load(p_row, mask=m_j, other=0.0)
-    if OVERLAP:
-        b_score += tl.load(p_row + over - 1, mask=m_j & (o_j > 0), other=0.0)
-    b_take, b_slot = take_top(_selection_keys(b_score, o_j, m_j, i_now, INITIAL, LOCAL), n)
-    p_out = p_index + (row_first * H + i_row) * n
-    tl.store(p_out + b_slot, o_j, mask=b_take)
+    i_now = tl.load(p_pos + row_first + i_row // H) // SELECT
     o_n = tl.arange(0, NP)
-    tl.store(
-        p_out + o_n, tl.full([NP], -1, tl.int32), mask=(o_n >= tl.sum(b_take.to(tl.int32), 0)) & (o_n < n)
-    )
+    b_out = tl.where(o_n < INITIAL, o_n, o_n + i_now + 1 - N)
+    if i_now < N:
+        b_out = tl.where(o_n <= i_now, o_n, -1)
+    elif INITIAL + LOCAL < N:
+        o_word = tl.arange(0, W)[:, None] * (32 * R) + tl.arange(0, 32)[None, :]
+        o_j = o_word[:, None, :] + tl.arange(0, R)[None, :, None] * 32
+        m_j = (o_j >= INITIAL) & (o_j <= i_now - LOCAL) & (o_j < width)
+        p_row = p_score + i_row * width + o_j
+        # Scores are not negative, so their bits order like integers; those of -1 are below all.
+        b_score = tl.load(p_row, mask=m_j, other=-1.0)
+        if OVERLAP:
+            b_score += tl.load(p_row + over - 1, mask=m_j & (o_j > 0), other=0.0)
+        b_word = _largest(b_score.to(tl.int32, bitcast=True), o_word, N - INITIAL - LOCAL, GROUPS)
+        for k in range(INITIAL, N - LOCAL):
+            at, b_word = _take_lowest(b_word, o_word)
+            b_out = tl.where(o_n == k, at, b_out)
+    tl.store(p_index + (row_first * H + i_row) * N + o_n, b_out, mask=o_n < N)
+
+
+def top_n(
+    scores: Tensor, index: Tensor, positions: Tensor, first: int, *, select_block: int, num_initial: int, num_local: int,
+    overlap: bool,
+) -> None:  # fmt: skip
+    """Write the blocks of some queries: the first and the local ones, and the best between them.
+
+    Args:
+        scores: fp32 [2, queries, H, blocks], not negative: of each block, and what it adds to the next one.
+        index: int32 [T, H, num_selected] of all queries, ascending, padded with -1; theirs is written.
+        positions: int32 [T].
+        first: packed number of the first of the queries.
+        overlap: whether blocks add to the next one.
+    """
+    (_, rows, num_kv, width), n = scores.shape, index.shape[2]
+    launch_kernel(
+        top_n_kernel, (rows * num_kv,), scores, index, positions, first, width, rows * num_kv * width,
+        H=num_kv, BW=max(32, next_power_of_2(width)), N=n, NP=next_power_of_2(n),
+        GROUPS=next_power_of_2(n - num_initial - num_local), SELECT=select_block,
+        INITIAL=num_initial, LOCAL=num_local, OVERLAP=overlap, num_warps=LAUNCH["top_n"]["num_warps"],
+    )  # fmt: skip
 
 
 def select_blocks(
@@ -215,12 +277,8 @@ def select_blocks(
             BULK=bulk, PAGE=page_size(k_cmp, table),
             num_warps=launch["num_warps"], num_stages=launch["num_stages"],
         )  # fmt: skip
-        launch_kernel(
-            top_n_kernel, ((end - first) * num_kv,),
-            scores, index, positions, first, width, (end - first) * num_kv * width, num_selected,
-            H=num_kv, BW=max(16, next_power_of_2(width)), NP=next_power_of_2(num_selected),
-            SELECT=select_block,
-            INITIAL=num_initial, LOCAL=num_local, OVERLAP=block > stride,
-            num_warps=LAUNCH["top_n"]["num_warps"],
+        top_n(
+            scores, index, positions, first, select_block=select_block, num_initial=num_initial, num_local=num_local,
+            overlap=block > stride,
         )  # fmt: skip
     return index
