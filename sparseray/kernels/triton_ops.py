@@ -84,8 +84,7 @@ class _Embedding(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
         (tokens_R,) = ctx.saved_tensors
-        sums_VH = torch.empty(ctx.like.shape, dtype=torch.float32, device=tokens_R.device)
-        return None, embedding_grad_(sums_VH, tokens_R, grads[0]).to(ctx.like.dtype)
+        return None, embedding_grad_(torch.empty_like(ctx.like), tokens_R, grads[0])
 
 
 class TritonOps(PagedTritonOps):
