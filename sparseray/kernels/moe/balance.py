@@ -90,7 +90,7 @@ class _Balance(torch.autograd.Function):
         return shares_BE, means_BE
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
         (scores_TE,) = ctx.saved_tensors
         if grads[1] is None:
             return None, None, None
