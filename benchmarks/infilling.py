@@ -7,7 +7,8 @@ large batches of long sequences in bf16, `cpu` (default) those of the configurat
 in all layers: the configuration's own attends to 32 tokens and 4 blocks of 16, and what is before a gap is further away.
 
 Two texts: `code`, the sources of the standard library and of torch in documents of 600 bytes; and `uses`, made here,
-where the first of two numbered lines of random names can be known from the second, so from what is behind the gap alone.
+where the first of two numbered lines of random names can be known from the second, so from what is behind the gap alone. Lines
+are of different lengths: what copies by counting back a fixed number of tokens fills no gap.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from benchmarks.infilling_report import report
 
 ROOT = Path(__file__).resolve().parent.parent
 RATES, SEEDS, TEXTS = (0.5, 0.0), (1, 2, 3), ("code", "uses")
-DOCUMENTS, RECORDS, WORDS = 30_000, 12, 6
+DOCUMENTS, RECORDS, WORDS = 120_000, (2, 4), (2, 6)
 NAMES = tuple(first + second for first in "bdfgklmn" for second in "aeiou")
 OF_TORCH = ("_inductor", "distributed", "nn", "testing")
 APART_S = 1.0
@@ -76,7 +77,7 @@ class Plan:
                 "train.dtype": "bfloat16",
                 "train.logical_shards": 1,
                 "train.sequences_per_shard": 64,
-                "train.seq_len": 512,
+                "train.seq_len": 256,
                 "optim.lr": 0.003,
                 "optim.warmup_steps": 100,
             }
@@ -107,8 +108,8 @@ def write_uses(folder: Path) -> Path:
     folder.mkdir(parents=True)
     for index in range(DOCUMENTS):
         records = []
-        for number in range(RECORDS):
-            names = " ".join(draw.sample(NAMES, WORDS))
+        for number in range(draw.randint(*RECORDS)):
+            names = " ".join(draw.sample(NAMES, draw.randint(*WORDS)))
             # Without numbers nobody could know whether one line is missing or many.
             records.append(f"use {number} {names}\nend {number} {names}\n")
         (folder / f"{index:05d}.py").write_text("go\n" + "".join(records))
@@ -211,7 +212,7 @@ def run(folder: Path, one: Run, plan: Plan) -> None:
     steps = [int(path.name.removeprefix("step_")) for path in (run_dir / "checkpoints").glob("step_*")]
     scheduled = [step for step in steps if step % plan.every == 0 or step == plan.steps]
     newest = run_dir / "checkpoints" / f"step_{max(scheduled or steps)}"
-    context = "512" if plan.device == "cuda" else "128"
+    context = "256" if plan.device == "cuda" else "128"
     more = ["--context", context, "--samples", str(plan.samples), "--tasks", "loss", "infilling"]
     # All are asked about the same documents.
     asked = ["--data", str(folder / f"data_{one.text}_0.5"), "--device", plan.device]

@@ -186,8 +186,13 @@ def long_context(context: int = 65000) -> list[str]:
     for kv_heads, batch in LONG:
         found = dict[str, float]()
         for kind in ("full", "nsa"):
+            # The blocks of the paper; those of a model that names none are for short texts.
             config = here.model_of(
-                "1b_full", attention=(kind,) * 12, num_kv_heads=kv_heads, max_seq_len=1 << 17
+                "1b_full",
+                attention=(kind,) * 12,
+                num_kv_heads=kv_heads,
+                max_seq_len=1 << 17,
+                nsa=here.model_of("1b").nsa,
             )
             found[kind], shares = here.decode_ms(config, batch, context)
             profiles += [f"{kind}, {kv_heads} key/value heads, batch {batch}:", ""]

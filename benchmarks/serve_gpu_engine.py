@@ -5,6 +5,7 @@ Shapes: R rows.
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from dataclasses import replace
@@ -23,6 +24,7 @@ from sparseray.actors.state.dense_slab import computes_in_fp32
 from sparseray.kernels.launch import launch_kernel
 from sparseray.kernels.ops import Ops, ops_for
 from sparseray.model.config import ModelConfig
+from sparseray.model.dse_layout import DSELayout
 from sparseray.model.moe import LocalExperts
 from sparseray.model.transformer import Transformer
 from sparseray.platform.config import load_yaml
@@ -35,11 +37,13 @@ def model_of(name: str, **changes: object) -> ModelConfig:
     return replace(load_yaml(ROOT / "configs" / f"{name}.yaml").model, **changes)  # type: ignore[arg-type]
 
 
-def drawn(config: ModelConfig, device: torch.device) -> tuple[Transformer, LocalExperts]:
+def drawn(
+    config: ModelConfig, device: torch.device, layout: DSELayout | None = None
+) -> tuple[Transformer, LocalExperts]:
     """A bf16 model with random weights, drawn where it computes."""
     ops: Ops = ops_for("auto", device)
     with torch.device("meta"):
-        model, experts = Transformer(config, None, ops=ops), LocalExperts(config, ops=ops)
+        model, experts = Transformer(config, layout, ops=ops), LocalExperts(config, ops=ops)
     generator = torch.Generator(device).manual_seed(0)
     for module in (model, experts):
         module.to_empty(device=device)
@@ -74,8 +78,12 @@ def request_of(index: int, prompt: int, new: int) -> GenerationRequest:
 def decode_ms(config: ModelConfig, batch: int, context: int, steps: int = 40) -> tuple[float, list[str]]:
     """Median milliseconds of an engine's step that adds a token to `batch` requests of `context` tokens, and `profile`.
 
-    The caches hold random keys and values: what is in them does not change the time.
+    The caches hold random keys and values: what is in them does not change the time. Requests that find no pages would wait,
+    and a smaller batch be timed: it ends with an error.
     """
+    # An engine before this one may stand in a cycle.
+    gc.collect()
+    torch.cuda.empty_cache()
     engine = engine_of(config, max_batch=batch, max_model_len=context + 4 * steps)
     for pool in engine.paged.pools:
         for tensor in pool.tensors():
@@ -84,6 +92,12 @@ def decode_ms(config: ModelConfig, batch: int, context: int, steps: int = 40) ->
     for index in range(batch):
         engine.add(request_of(index, context, 4 * steps))
     engine._admit()
+    if len(engine._running) < batch:
+        held = sum(t.nbytes for pool in engine.paged.pools for t in pool.tensors())
+        raise SystemExit(
+            f"{batch} requests of {context} tokens: pages of {held / 2**30:.0f} GiB hold {len(engine._running)};"
+            " take fewer key/value heads, a shorter context or a smaller batch"
+        )
     for sequence in engine._running:
         assert sequence.lease is not None
         sequence.lease.length = context - 1

@@ -33,7 +33,7 @@ from sparseray.kernels.dse import fusion, row_update, rows, staged_rows
 from sparseray.kernels.moe import balance, expert_map, ffn, router, router_logits
 from sparseray.kernels.moe import decode as decode_experts
 from sparseray.kernels.moe.held_rounds import rows_of_held
-from sparseray.kernels.nsa import compress, compress_backward, compress_step, inverse, top_n
+from sparseray.kernels.nsa import append, compress, compress_backward, compress_step, inverse, top_n
 from sparseray.kernels.nsa import decode as nsa_decode
 from sparseray.kernels.nsa.geometry import uniform
 from sparseray.kernels.paged import DraftState, Pages
@@ -153,16 +153,18 @@ def pages() -> None:
     for num_kv, width in sizes((1, 64), widest=(4, 128)):
         cache, compressed = bf16(4, 256, num_kv, width), bf16(4, 16, num_kv, width)
         paged_write.paged_write(bf16(2, num_kv, width), bf16(2, num_kv, width), places, cache, cache)
-        rows = bf16(2, num_kv, width), bf16(2, num_kv, width)
         angle = torch.zeros(2, width // 2)
         fused = bf16(2, (16 + 2 * num_kv) * width)
         paged_write.rotary_write(fused, 16, angle, angle, places, cache, cache)
-        paged_write.paged_write_three([rows] * 3, places, [(cache, cache)] * 3)
         weights = bf16(2 * width, 32 * width), bf16(2 * width), bf16(width, 2 * width), bf16(width)
         for angles in (None, (torch.zeros(64, width // 2), torch.zeros(64, width // 2))):
             compress_step.compress_step(
                 cache, table, compressed, table, lens, *weights, block=32, stride=16, angles=angles
             )
+        pools = [(compressed, compressed), *[(cache, cache)] * 3]
+        fused, x, gate = bf16(2, (16 + 6 * num_kv) * width), bf16(2, 16 * width), bf16(48, 16 * width)
+        at, sizes_of = (places, table, lens), {"query_len": 1, "block": 32, "stride": 16}
+        append.append_rows(fused, x, gate, pools, [weights] * 2, (angle, angle), angles, *at, **sizes_of)
 
 
 def routers() -> None:
@@ -200,7 +202,8 @@ def few_rows() -> None:
     for T, E in sizes((1, 64), (64, 64), widest=(64, 256)):
         router.route(torch.zeros(T, E), top_k=6)
     nsa = NSASizes(block=32, stride=16, select_block=64, num_selected=16, window=512)
-    for batch, heads, num_kv, page in sizes((1, 16, 16, 1024), widest=(16, 16, 4, 256)):
+    single = (16, 16, 16, 256)
+    for batch, heads, num_kv, page in (single, *sizes((1, 16, 16, 1024), widest=(16, 16, 4, 256))):
         pools = [(bf16(4, rows, num_kv, 64), bf16(4, rows, num_kv, 64)) for rows in (page // 16, page, page)]
         table, lens = (
             torch.zeros(batch, 65536 // page, dtype=torch.int32),
@@ -321,6 +324,7 @@ def main() -> None:
         prefill,
         drafts,
         most_probable,
+        append,
         compress_step,
         ffn,
         decode_experts,

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -15,10 +16,12 @@ import openai
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from sparseray.actors.exchange.on_device import OnDeviceExchange
 from sparseray.actors.serving.engine import Engine
 from sparseray.actors.serving.grammar import Grammars
 from sparseray.actors.serving.paged_engine import PagedEngine
 from sparseray.actors.serving.text_request import GenerationRequest, TokenEvent
+from sparseray.actors.state.staged_memory import StagedMemory
 from sparseray.jobs.http.access import AccessRules
 from sparseray.jobs.http.chat import ChatTemplate
 from sparseray.jobs.http.fields import table
@@ -28,7 +31,7 @@ from sparseray.jobs.http.openai_bodies import ServedModel
 from sparseray.jobs.http.server import App, HttpServer, create_app
 from sparseray.jobs.http.text_stream import Vocabulary
 from sparseray.kernels.compiled_ops import COMPILED
-from sparseray.kernels.ops import Ops
+from sparseray.kernels.ops import Ops, ops_for
 from sparseray.model.config import DSEConfig, ModelConfig
 from sparseray.model.dse import LocalMemory
 from sparseray.model.dse_layout import DSELayout
@@ -92,6 +95,23 @@ def make_parts(ops: Ops = COMPILED, **changes: Any) -> Parts:
     grammars = Grammars(tokenizer.to_str(), vocab_size=config.vocab_size, eos_id=0)
     memory = LocalMemory(config, layout, seed=3)
     return Parts(tokenizer, model, LocalExperts(config, seed=3), memory, grammars)
+
+
+def on_device(parts: Parts, device: torch.device) -> OnDeviceExchange:
+    """The tables of a model's parts in host memory, as a slot with a device asks for their rows."""
+    config, layout = parts.model.config, parts.model.layout
+    assert layout is not None
+    memory = StagedMemory(
+        config, [layout.num_rows(layer) for layer in config.dse.layers], seed=3, num_parts=1, betas=(0.9, 0.95), eps=1e-8,
+        device=device, ops=ops_for("auto", device), determinism="bitwise",
+    )  # fmt: skip
+    keys = [
+        (layer, bucket) for layer in range(len(config.dse.layers)) for bucket in range(config.dse.num_buckets)
+    ]
+    memory.initialize(keys)
+    memory.assign(keys, keys)
+    holder: Any = SimpleNamespace(device=device, dtype=torch.float32, config=config)
+    return OnDeviceExchange(holder, holder, memory, holder)
 
 
 def request_of(name: str, prompt: tuple[int, ...], **options: Any) -> GenerationRequest:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from serving_parts import MAX_MODEL_LEN, Parts, finish, make_parts, request_of, tokens_of
+from paged_runs import greedy
+from serving_parts import MAX_MODEL_LEN, Parts, finish, make_parts, on_device, request_of, tokens_of
 from test_serving_paged import REQUESTS, paged, prompt_of
 from torch import Tensor
 
+from sparseray.actors.serving import decode_step
 from sparseray.actors.serving.cache_pool import Lease
 from sparseray.actors.serving.paged_engine import PagedEngine
 from sparseray.actors.serving.paged_model import Chunk
+from sparseray.actors.serving.recording import nothing, recorded
 from sparseray.kernels.ops import ops_for
 from sparseray.model.config import DSEConfig
-from sparseray.model.dse import LocalMemory
 from sparseray.model.moe import LocalExperts
 from sparseray.model.transformer import Transformer
 
@@ -24,17 +28,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
 ]
 GPU = torch.device("cuda")
-
-
-class HostMemory:
-    """Tables in host memory, as a slot with a GPU holds them."""
-
-    def __init__(self, memory: LocalMemory) -> None:
-        self.memory = memory
-
-    def prefetch(self, rows: dict[int, Tensor]) -> Any:
-        assert all(at.device.type == "cpu" for at in rows.values())
-        return self.memory.prefetch(rows)
+DSE = DSEConfig(layers=(1,), rows_per_head=512, num_buckets=4, document_end_id=0)
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +38,10 @@ def parts() -> Parts:
 
 @pytest.fixture(scope="module")
 def on_gpu(parts: Parts) -> tuple[Transformer, LocalExperts]:
+    return weights_on_gpu(parts)
+
+
+def weights_on_gpu(parts: Parts) -> tuple[Transformer, LocalExperts]:
     """The same weights on the GPU, in fp32."""
     ops, config = ops_for("auto", GPU), parts.model.config
     model = Transformer(config, parts.model.layout, ops=ops).eval()
@@ -56,7 +54,7 @@ def on_gpu(parts: Parts) -> tuple[Transformer, LocalExperts]:
 def engine_of(parts: Parts, on_gpu: tuple[Transformer, LocalExperts], **options: Any) -> PagedEngine:
     options = {"max_batch": 16, "max_model_len": MAX_MODEL_LEN, "prefill_chunk": 64, "page": 64, **options}
     model, experts = on_gpu
-    memory = HostMemory(parts.memory) if parts.model.config.dse.layers else None
+    memory = on_device(parts, GPU) if parts.model.config.dse.layers else None
     return PagedEngine(model, experts, memory, grammars=parts.grammars, cache_bytes=64 << 20, **options)
 
 
@@ -80,6 +78,7 @@ def test_cached_decoding_equals_the_full_forward_pass(
     lease = engine.pool.acquire(tokens, 150)
     assert isinstance(lease, Lease)
     engine.paged.begin(lease)
+    assert all(len(step.graphs) == 2 for step in engine.paged._decodes.values())
     rows = []
     for start, stop in ((0, 64), (64, 100), *((i, i + 1) for i in range(100, 150))):
         chunk = Chunk(lease=lease, known=tokens, count=stop - start)
@@ -124,13 +123,10 @@ def test_tokens_do_not_depend_on_the_company(parts: Parts, on_gpu: tuple[Transfo
 
 
 def test_prompts_that_graphs_read_give_the_texts_of_prompts_read_without() -> None:
-    plain = make_parts(attention=("full",), dse=DSEConfig())
-    ops, config, texts = ops_for("auto", GPU), plain.model.config, []
-    model, experts = Transformer(config, None, ops=ops).eval(), LocalExperts(config, ops=ops)
-    model.load_state_dict(plain.model.state_dict())
-    experts.load_state_dict(plain.experts.state_dict())
+    plain, texts = make_parts(attention=("full",), dse=DSEConfig()), []
+    weights = weights_on_gpu(plain)
     for is_graph in (True, False):
-        engine = engine_of(plain, (model.to(GPU), experts.to(GPU)), prefill_chunk=96)
+        engine = engine_of(plain, weights, prefill_chunk=96)
         assert [graph.rows for graph in engine.paged._prompts._made] == [96]
         if not is_graph:
             engine.paged._prompts._made.clear()
@@ -143,28 +139,70 @@ def test_prompts_that_graphs_read_give_the_texts_of_prompts_read_without() -> No
     assert texts[0] == texts[1]
 
 
-def test_a_replayed_graph_gives_the_bits_of_the_step_that_it_holds(
-    parts: Parts, on_gpu: tuple[Transformer, LocalExperts]
+def whole(run: Callable[[Callable[[], None]], Tensor], pool: Any) -> Any:
+    """A recording without cuts."""
+    return recorded(lambda _: run(nothing), pool)
+
+
+@pytest.mark.parametrize(("layers", "num_parts"), [((1,), 2), ((0, 1), 1), ((), 1)], ids=str)
+def test_the_graphs_of_a_step_give_the_bits_of_one_graph_and_of_the_step_that_they_hold(
+    layers: tuple[int, ...], num_parts: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = []
-    for is_graph in (True, False):
-        engine, rows = engine_of(parts, on_gpu), []
-        if not is_graph:
-            for decode in engine.paged._decodes.values():
-                decode.graph = None
+    parts, found = make_parts(dse=replace(DSE, layers=layers)), {}
+    weights = weights_on_gpu(parts)
+    for way in ("cut", "whole", "launched"):
+        with monkeypatch.context() as patch:
+            if way == "whole":
+                patch.setattr(decode_step, "recorded", whole)
+            engine, rows = engine_of(parts, weights), []
+        for step in engine.paged._decodes.values():
+            assert len(step.graphs) == (1 if way == "whole" else num_parts)
+            if way == "launched":
+                step.graphs.clear()
         run = engine.paged.decode
 
-        def recorded(*arguments: Any, run: Any = run, rows: list[Tensor] = rows) -> Tensor:
+        def noted(*arguments: Any, run: Any = run, rows: list[Tensor] = rows) -> Tensor:
             logits: Tensor = run(*arguments)
             rows.append(logits.clone())
             return logits
 
-        engine.paged.decode = recorded  # type: ignore[method-assign]
+        engine.paged.decode = noted  # type: ignore[method-assign]
         for index in range(3):
-            engine.add(request_of(str(index), prompt_of(60 + index, index), max_tokens=25))
+            engine.add(request_of(str(index), prompt_of(60 + index, index), max_tokens=25 - index))
         finish(engine)
-        found.append(rows)
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+        found[way] = rows
+    assert len(found["cut"]) == 24
+    for way in ("whole", "launched"):
+        assert all(torch.equal(a, b) for a, b in zip(found["cut"], found[way], strict=True)), way
+
+
+@pytest.mark.parametrize("layers", [(1,), (0,)], ids=str)
+def test_a_step_that_begins_before_its_rows_are_known_writes_the_text_of_the_full_forward_pass(
+    layers: tuple[int, ...],
+) -> None:
+    """Steps overtake those before them, beside prompts and requests that end by a token of theirs."""
+    parts = make_parts(dse=replace(DSE, layers=layers))
+    engine = engine_of(parts, weights_on_gpu(parts))
+    prompts = {str(i): torch.tensor(prompt_of(3 + 30 * i, i)) for i in range(4)}
+    wanted = {
+        name: greedy(parts.model, prompt_T, 20, experts=parts.experts, memory=parts.memory).tolist()
+        for name, prompt_T in prompts.items()
+    }
+    found: dict[str, list[int]] = {}
+    for index, (name, prompt_T) in enumerate(prompts.items()):
+        stops = (wanted[name][9],) if index == 1 else ()
+        if stops:
+            wanted[name] = wanted[name][: wanted[name].index(stops[0]) + 1]
+        asked = request_of(
+            name, tuple(prompt_T.tolist()), temperature=0.0, max_tokens=20, stop_token_ids=stops
+        )
+        engine.add(asked)
+        for event in (event for _ in range(3) for event in engine.step()):
+            found.setdefault(event.request_id, []).append(event.token_id)
+        assert engine._flight is not None and engine._flight.may_be_overtaken
+    for name, events in finish(engine).items():
+        found.setdefault(name, []).extend(tokens_of(events))
+    assert found == wanted
 
 
 def test_bf16_serves_with_the_same_kernels(parts: Parts, on_gpu: tuple[Transformer, LocalExperts]) -> None:

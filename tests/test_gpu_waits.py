@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 import torch
 from local_cluster import train
-from serving_parts import MAX_MODEL_LEN, make_parts, request_of
-from test_gpu_serving import HostMemory
+from serving_parts import MAX_MODEL_LEN, make_parts, on_device, request_of
 from test_gpu_training import run_on
 from test_serving_paged import prompt_of
 
@@ -89,6 +88,7 @@ def test_waits_are_seen() -> None:
     assert files_of(waits_of(lambda: x.tolist())) == [here]
     assert files_of(waits_of(lambda: torch.cuda.current_stream().record_event().synchronize())) == [here]
     assert not waits_of(lambda: x.to("cpu", non_blocking=True))
+    assert files_of(waits_of(lambda: torch.ones(3).to(GPU))) == [here]
 
 
 @pytest.mark.parametrize("keys", [{}, {"logical_shards": 1}, {"recompute": True}], ids=str)
@@ -126,7 +126,7 @@ def test_a_step_of_serving_waits_for_the_tokens_of_one_step(kind: str) -> None:
     model, experts = Transformer(config, plain.model.layout, ops=ops).eval(), LocalExperts(config, ops=ops)
     model.load_state_dict(plain.model.state_dict())
     experts.load_state_dict(plain.experts.state_dict())
-    memory = HostMemory(plain.memory) if config.dse.layers else None
+    memory = on_device(plain, GPU) if config.dse.layers else None
     engine_kind = DraftingEngine if config.mtp.depth else PagedEngine
     engine = engine_kind(
         model.to(GPU), experts.to(GPU), memory, grammars=plain.grammars, cache_bytes=64 << 20, page=64,

@@ -79,6 +79,13 @@ def test_decode_over_shuffled_pages_matches_the_reference(page: int) -> None:
     assert decode_error([170, 70, 9, 3], 1, (4, 2), (16, 16), TINY, page, torch.float32) < 1e-5
 
 
+@pytest.mark.parametrize(
+    ("page", "sizes"), [(16, TINY), (64, TINY), (12, TINY), (24, replace(TINY, select_block=12))]
+)
+def test_decode_of_heads_with_a_key_each(page: int, sizes: NSASizes) -> None:
+    assert decode_error([170, 70, 9, 3], 1, (3, 3), (24, 12), sizes, page, torch.float32) < 1e-5
+
+
 @pytest.mark.parametrize("page", [8, 64])
 def test_decode_of_several_tokens_selects_for_each_of_them(page: int) -> None:
     sizes = replace(TINY, select_block=8, num_selected=3, window=20)
@@ -91,11 +98,12 @@ def test_decode_over_several_pieces_of_scores(
     monkeypatch: pytest.MonkeyPatch, piece: int, num_selected: int, key_scale: float
 ) -> None:
     """Keys of 0 give all blocks of full tiles the same score: ties go to the lower block."""
-    monkeypatch.setitem(tuning.LAUNCH["decode"], "piece", piece)
-    monkeypatch.setitem(tuning.LAUNCH["decode"], "best", 10**6)
     sizes = replace(TINY, num_selected=num_selected)
-    error = decode_error([230, 70, 9], 2, (4, 2), (16, 16), sizes, 16, torch.float32, key_scale)
-    assert error < 1e-5
+    for name, heads, query_len in (("decode", (4, 2), 2), ("decode_single", (2, 2), 1)):
+        monkeypatch.setitem(tuning.LAUNCH[name], "piece", piece)
+        monkeypatch.setitem(tuning.LAUNCH[name], "best", 10**6)
+        error = decode_error([230, 70, 9], query_len, heads, (16, 16), sizes, 16, torch.float32, key_scale)
+        assert error < 1e-5
 
 
 def test_decode_where_too_many_blocks_are_kept_to_compare_them_all(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,6 +167,13 @@ def test_prefill_of_chunks_of_different_lengths_over_pages_matches_the_reference
 def test_decode_in_half_precision(query_len: int) -> None:
     error = decode_error([1000, 70, 33], query_len, (64, 4), (128, 128), PAPER, 64, torch.bfloat16)
     assert error < 5e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")
+@pytest.mark.parametrize("page", [64, 256])
+def test_decode_of_heads_with_a_key_each_in_half_precision(page: int) -> None:
+    assert decode_error([4100, 1000, 70, 33], 1, (16, 16), (64, 64), PAPER, page, torch.bfloat16) < 5e-3
 
 
 @pytest.mark.gpu

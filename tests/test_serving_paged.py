@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,9 +12,11 @@ import pytest
 import torch
 from serving_parts import MAX_MODEL_LEN, Parts, alone, finish, make_parts, request_of, tokens_of
 
-from sparseray.actors.serving.cache_pool import CachePool
+from sparseray.actors.serving import cache_pool, paged_engine
+from sparseray.actors.serving.cache_pool import CachePool, page_keys
 from sparseray.actors.serving.device_sampler import sample_rows, uniforms
 from sparseray.actors.serving.paged_engine import PagedEngine
+from sparseray.actors.serving.paged_model import page_bytes
 from sparseray.actors.serving.sampler import adjusted, sample, uniform
 from sparseray.actors.serving.text_request import GenerationRequest
 from sparseray.errors import ConfigError
@@ -206,6 +209,26 @@ def test_damaged_logits_end_their_own_request_alone() -> None:
         requests = [request_of(str(i), (1,), temperature=temperature) for i in range(3)]
         found = sample_rows(logits, requests, [[1]] * 3, [1] * 3).tolist()
         assert found[1] == -1 and -1 not in (found[0], found[2])
+
+
+def test_a_request_that_waits_for_pages_is_hashed_once(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hashing 65,000 tokens takes milliseconds, which every step of the others paid."""
+    hashed: list[int] = []
+
+    def counted(tokens: Sequence[int], page: int) -> list[bytes]:
+        hashed.append(len(tokens))
+        return page_keys(tokens, page)
+
+    for module in (paged_engine, cache_pool):
+        monkeypatch.setattr(module, "page_keys", counted)
+    room = 4 * page_bytes(parts.model.config, 64, torch.float32)
+    engine = paged(parts, cache_bytes=room)
+    for index in range(2):
+        engine.add(request_of(str(index), prompt_of(100, index), max_tokens=8))
+    for _ in range(4):
+        engine.step()
+    assert len(engine._running) == 1 and hashed == [100, 100]
+    assert len(finish(engine)) == 2
 
 
 def test_pages_are_shared_by_the_hash_of_their_tokens_and_reused_oldest_first() -> None:

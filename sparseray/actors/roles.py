@@ -80,7 +80,7 @@ class Roles:
         self.reduction: Reduction | None = None
         self.exchange: Exchange | None = None
         self.worker: AttentionWorker | None = None
-        self.saving, self.offering = BackgroundSave(), BackgroundSave()
+        self.saving, self.offering, self.is_new_plan = BackgroundSave(), BackgroundSave(), False
         self.staging, self.gathering = Staging[Holdings](), Gathering()
         self.earlier: Edition | None = None
         self.patience, self.peers = Patience(), Peers(mailbox.slot)
@@ -160,8 +160,7 @@ class Roles:
                 return
         self.holdings.assign(plan, me)
         self._take_roles(plan, call)
-        if self.job.saves_beside:
-            self.saving.reserve(self._files(plan))
+        self.is_new_plan = True
         self._keep_earlier(plan)
         model = None if self.worker is None else self.worker.state.model
         self.engine_role.take(self.job, model, self.exchange, self.committed, self.earlier)
@@ -298,6 +297,10 @@ class Roles:
 
     def _commit(self, message: Message[Commit]) -> None:
         self._apply(message.body)
+        if self.is_new_plan and self.job.saves_beside and self.plan is not None:
+            # Not while the plan is entered: a recovery would wait for pinned memory.
+            self.saving.reserve(self._files(self.plan))
+        self.is_new_plan = False
 
     def _apply(self, commit: Commit) -> None:
         """Apply a step's update to every replica held here."""

@@ -136,6 +136,17 @@ class Ops(PagedOps, HeldOps, RowOps, Protocol):
         """
         ...
 
+    def branch_rows(
+        self, fused_RX: Tensor, heads: tuple[int, int], widths: tuple[int, int], angles: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, tuple[tuple[Tensor, Tensor], ...]]:
+        """`rotary_split` of NSA's projection: queries; keys and values by branch, those to be compressed not rotated.
+
+        Args:
+            fused_RX: queries, keys of the selected, the window and the compressed branch, and their values; or shared ones.
+            heads, widths: Q and G; D and V.
+        """
+        ...
+
     def swiglu(self, gate_up_RI: Tensor) -> Tensor:
         """silu(first half) * second half of the last axis."""
         ...

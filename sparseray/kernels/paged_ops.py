@@ -60,18 +60,6 @@ class PagedOps(Protocol):
         """
         ...
 
-    def paged_write_branches(
-        self, pools: Sequence[KeyValues], rows: Sequence[tuple[Tensor, Tensor]], pages: Pages
-    ) -> None:
-        """`paged_write` of the keys and values of three branches, which have the same places.
-
-        Args:
-            pools: of the branches.
-            rows: keys [R, G, D] and values [R, G, V] of each.
-            pages: whose `places_R` say where.
-        """
-        ...
-
     def paged_attend(self, q_RQD: Tensor, pool: KeyValues, pages: Pages) -> Tensor:
         """Causal softmax attention of every sequence's rows to its pages, [R, Q, V]; padding rows are undefined.
 
@@ -138,6 +126,31 @@ class PagedOps(Protocol):
             raw: keys or values [pages, P, G, D], with those of the rows themselves.
             compressed: [pages, P / stride, G, D], written.
             angles: fp32 cosines and sines of all positions, to rotate keys at their blocks' first ones.
+        """
+        ...
+
+    def paged_nsa_append(
+        self,
+        pools: Sequence[KeyValues],
+        fused_RX: Tensor,
+        x_RH: Tensor,
+        gate_NH: Tensor,
+        phis: tuple[Compression, Compression],
+        sizes: NSASizes,
+        angles: tuple[Tensor, Tensor],
+        all_angles: tuple[Tensor, Tensor],
+        pages: Pages,
+    ) -> tuple[Tensor, Tensor]:
+        """What NSA does before it attends: rotated queries [R, Q, D], and gates [R, Q, 3] = sigmoid(x @ gate.T).
+
+        The branches' keys and values are written, and the compressed tokens that the rows complete.
+
+        Args:
+            pools: of the compressed, the selected and the window branch, and of what is compressed.
+            fused_RX: as of `branch_rows`.
+            gate_NH: [3 Q, H].
+            phis: of keys and of values.
+            angles, all_angles: fp32 cosines and sines of the rows' positions, and of all.
         """
         ...
 

@@ -55,12 +55,6 @@ class PagedPlainOps(PlainOps):
         self.paged_write(pool, k, v, pages)
         return q
 
-    def paged_write_branches(
-        self, pools: Sequence[KeyValues], rows: Sequence[tuple[Tensor, Tensor]], pages: Pages
-    ) -> None:
-        for pool, (k_RGD, v_RGV) in zip(pools, rows, strict=True):
-            self.paged_write(pool, k_RGD, v_RGV, pages)
-
     def paged_attend(self, q_RQD: Tensor, pool: KeyValues, pages: Pages) -> Tensor:
         out = q_RQD.new_zeros(*q_RQD.shape[:2], pool[1].shape[-1])
         for rows, _, context, table_W in paged.sequences(pages):
@@ -120,6 +114,27 @@ class PagedPlainOps(PlainOps):
                     new = self.rotary(new, angles[0][at], angles[1][at])
                 places = paged.compressed_places(table_W, first, last, compressed.shape[1])
                 compressed.flatten(0, 1).index_copy_(0, places, new)
+
+    def paged_nsa_append(
+        self,
+        pools: Sequence[KeyValues],
+        fused_RX: Tensor,
+        x_RH: Tensor,
+        gate_NH: Tensor,
+        phis: tuple[Compression, Compression],
+        sizes: NSASizes,
+        angles: tuple[Tensor, Tensor],
+        all_angles: tuple[Tensor, Tensor],
+        pages: Pages,
+    ) -> tuple[Tensor, Tensor]:
+        heads, widths = gate_NH.shape[0] // 3, (pools[0][0].shape[-1], pools[0][1].shape[-1])
+        q, rows = self.branch_rows(fused_RX, (heads, pools[0][0].shape[2]), widths, angles)
+        for pool, (k_RGD, v_RGV) in zip(pools[1:], rows, strict=True):
+            self.paged_write(pool, k_RGD, v_RGV, pages)
+        for i, turns in enumerate((all_angles, None)):
+            self.paged_compress(pools[3][i], pools[0][i], phis[i], sizes, pages, turns)
+        gates_RN = self.sigmoid(self.linear(x_RH, gate_NH, None, invariant=True))
+        return q, gates_RN.view(-1, heads, 3)
 
     def paged_nsa_attention(
         self,

@@ -19,12 +19,12 @@ from sparseray.kernels.attention.latent_decode import LatentDecodeWorkspace, lat
 from sparseray.kernels.attention.paged_write import (
     latent_append,
     paged_write,
-    paged_write_three,
     rotary_write,
 )
 from sparseray.kernels.attention.prefill import paged_prefill
 from sparseray.kernels.dense.most_probable import most_probable
 from sparseray.kernels.drafts import draft_rows, judge_drafts, next_drafts
+from sparseray.kernels.nsa.append import append_rows
 from sparseray.kernels.nsa.compress_step import compress_step
 from sparseray.kernels.nsa.decode import DecodeWorkspace, nsa_decode
 from sparseray.kernels.nsa.prefill import nsa_prefill, prefill_geometry
@@ -46,6 +46,16 @@ def _places(pages: Pages) -> tuple[int, int]:
 def _new(rows: Tensor, places: tuple[int, int]) -> Tensor:
     """The rows of the new tokens, by sequence: without padding, contiguous."""
     return rows[: places[0] * places[1]].unflatten(0, places).contiguous()
+
+
+def _phi(phi: Compression, pages: Pages) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """w1, bias, w2 and b2, the encoding of positions in the bias; weights do not change while something is served."""
+    assert phi.b1 is not None and phi.b2 is not None and phi.pos is not None
+    key = ("bias", phi.w1.data_ptr())
+    bias = pages.scratch.get(key)
+    if bias is None:
+        bias = pages.scratch[key] = torch.addmv(phi.b1, phi.w1, phi.pos.flatten())
+    return phi.w1, bias, phi.w2, phi.b2
 
 
 @cache
@@ -91,12 +101,6 @@ class PagedTritonOps(PagedPlainOps):
     ) -> Tensor:
         check("the paged cache", fused_RX, *pool)
         return rotary_write(fused_RX, heads[0], *angles, pages.places_R, *pool)
-
-    def paged_write_branches(
-        self, pools: Sequence[KeyValues], rows: Sequence[tuple[Tensor, Tensor]], pages: Pages
-    ) -> None:
-        check("the paged cache", *(x for pair in (*pools, *rows) for x in pair))
-        paged_write_three(rows, pages.places_R, pools)
 
     def paged_attend(self, q_RQD: Tensor, pool: KeyValues, pages: Pages) -> Tensor:
         if pages.chunks is not None:
@@ -164,27 +168,55 @@ class PagedTritonOps(PagedPlainOps):
         pages: Pages,
         angles: tuple[Tensor, Tensor] | None,
     ) -> None:
-        assert phi.b1 is not None and phi.b2 is not None and phi.pos is not None
-        # Weights do not change while something is served.
-        key = ("bias", phi.w1.data_ptr())
-        bias = pages.scratch.get(key)
-        if bias is None:
-            bias = pages.scratch[key] = torch.addmv(phi.b1, phi.w1, phi.pos.flatten())
-        chunks = pages.chunks or ((0, pages.num_new, pages.num_new),)
+        w1, bias, w2, b2 = _phi(phi, pages)
+        assert pages.chunks is not None, "single tokens go through paged_nsa_append"
         compress_step(
             raw,
             pages.table_BW,
             compressed,
             pages.table_BW,
             pages.context_lens_B,
-            phi.w1,
+            w1,
             bias,
-            phi.w2,
-            phi.b2,
+            w2,
+            b2,
             block=sizes.block,
             stride=sizes.stride,
-            query_len=max(stop - start for start, stop, _ in chunks),
+            query_len=max(stop - start for start, stop, _ in pages.chunks),
             angles=angles,
+        )
+
+    def paged_nsa_append(
+        self,
+        pools: Sequence[KeyValues],
+        fused_RX: Tensor,
+        x_RH: Tensor,
+        gate_NH: Tensor,
+        phis: tuple[Compression, Compression],
+        sizes: NSASizes,
+        angles: tuple[Tensor, Tensor],
+        all_angles: tuple[Tensor, Tensor],
+        pages: Pages,
+    ) -> tuple[Tensor, Tensor]:
+        check("native sparse attention over pages", fused_RX, x_RH, *(x for pool in pools for x in pool))
+        if pages.chunks is not None:
+            return super().paged_nsa_append(
+                pools, fused_RX, x_RH, gate_NH, phis, sizes, angles, all_angles, pages
+            )
+        return append_rows(
+            fused_RX,
+            x_RH,
+            gate_NH,
+            pools,
+            [_phi(phi, pages) for phi in phis],
+            angles,
+            all_angles,
+            pages.places_R,
+            pages.table_BW,
+            pages.context_lens_B,
+            query_len=pages.num_new,
+            block=sizes.block,
+            stride=sizes.stride,
         )
 
     def paged_nsa_attention(

@@ -82,6 +82,21 @@ class PlainOps(PlainRowOps, PlainHeldOps):
         others = fused_RX[:, end:].split([G * width for width in rest], -1)
         return *qk.split([Q] + [G] * turned, 1), *(other.unflatten(-1, (G, -1)) for other in others)
 
+    def branch_rows(
+        self, fused_RX: Tensor, heads: tuple[int, int], widths: tuple[int, int], angles: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, tuple[tuple[Tensor, Tensor], ...]]:
+        (Q, G), (D, V) = heads, widths
+        branches = (fused_RX.shape[1] - Q * D) // (G * (D + V))
+        turned = min(2, branches)
+        rest = (D,) * (branches - turned) + (V,) * branches
+        q, *parts = self.rotary_split(fused_RX, heads, D, turned, rest, *angles)
+        values = parts[-branches:]
+        if branches == 3:
+            return q, tuple(zip(parts[:3], values))
+        # Shared keys are read raw too, where they were rotated.
+        raw_RGD = fused_RX[:, Q * D : (Q + G) * D].unflatten(-1, (G, D))
+        return q, tuple((k, values[0]) for k in (parts[0], parts[0], raw_RGD))
+
     def swiglu(self, gate_up_RI: Tensor) -> Tensor:
         gate, up = gate_up_RI.chunk(2, dim=-1)
         return F.silu(gate) * up

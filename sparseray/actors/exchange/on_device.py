@@ -69,7 +69,7 @@ class OnDeviceExchange(Abortable):
         return [*self.dense.parameters, *slabs]
 
     def prefetch(self, rows: Addresses) -> FetchedRows:
-        """Read rows of all memory layers as the last commit left them, and send them to the device.
+        """Read rows of all memory layers as the last commit left them, and send them to the device, without a wait for it.
 
         Args:
             rows: int64 [T, N] by 0-based model layer, on the CPU.
@@ -80,7 +80,7 @@ class OnDeviceExchange(Abortable):
         started, values = time.perf_counter(), {}
         for index, (layer, rows_TN) in enumerate(rows.items()):
             found = self.memory.gather(index, rows_TN.reshape(-1))
-            values[layer] = found.to(self.dense.device).to(self.dense.dtype)
+            values[layer] = found.to(self.dense.device, non_blocking=True).to(self.dense.dtype)
         addressed = sum(rows_TN.numel() for rows_TN in rows.values())
         self._note(started, addressed, addressed)
         return FetchedRows(addresses=rows, values=values)

@@ -106,15 +106,16 @@ class CachePool:
         """Pages that requests hold, of all."""
         return 1.0 - len(self._free) / (self.num_pages - 1)
 
-    def acquire(self, prompt: Sequence[int], max_len: int) -> Lease | None:
+    def acquire(self, prompt: Sequence[int], max_len: int, keys: list[bytes] | None = None) -> Lease | None:
         """Give a request its pages, shared ones first; None while there are not enough.
 
         Args:
             prompt: its tokens; at least one of them is left to compute.
             max_len: tokens that it may have.
+            keys: `page_keys` of the prompt, where they are known.
         """
         needed = -(-max_len // self.page)
-        keys = page_keys(prompt, self.page)
+        keys = page_keys(prompt, self.page) if keys is None else keys
         shared = self._shared(keys[: (len(prompt) - 1) // self.page])
         free = len(self._free) - sum(1 for page in shared if page in self._free)
         if not self._slots or needed - len(shared) > free:

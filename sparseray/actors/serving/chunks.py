@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache
 from itertools import pairwise
 
 import numpy as np
@@ -18,8 +18,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sparseray.actors.serving.cache_pool import Lease
-from sparseray.kernels.ops import Ops
+from sparseray.kernels.ops import Ops, ops_for
 from sparseray.model.dse_layout import NO_TOKEN, DSELayout
+
+
+@cache
+def _hashing() -> Ops:
+    """What the host hashes with, whatever the model computes with."""
+    return ops_for("auto", torch.device("cpu"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,42 +94,90 @@ def placing(pieces: Sequence[tuple[Lease, int, Sequence[int]]], page: int, rows:
     )
 
 
-def memory_rows(
-    chunks: Sequence[Chunk], layout: DSELayout | None, ops: Ops
-) -> tuple[dict[int, Tensor], NDArray[np.bool_]]:
-    """Addresses of the chunks' table rows by memory layer, and where documents start; on the host.
+def resets(layout: DSELayout | None) -> bool:
+    """Whether a memory looks back to the beginning of a document and no further."""
+    return layout is not None and layout.config.reset_at_document and layout.config.document_end_id >= 0
+
+
+def document_starts(chunks: Sequence[Chunk], layout: DSELayout | None) -> NDArray[np.bool_]:
+    """Which of the chunks' tokens are the first of a document; the newest of all need not be known.
 
     Args:
         chunks: of one call of the network.
         layout: of the memory; None for a model without.
-        ops: of the host.
     """
-    starts = np.zeros(sum(chunk.count for chunk in chunks), dtype=np.bool_)
-    if layout is None:
-        return {}, starts
+    if layout is None or not resets(layout):
+        return np.zeros(sum(chunk.count for chunk in chunks), dtype=np.bool_)
+    before: list[int] = []
+    for chunk in chunks:
+        start = chunk.lease.length
+        before += [NO_TOKEN] if start == 0 else []
+        before += chunk.known[max(start - 1, 0) : start + chunk.count - 1]
+    starts: NDArray[np.bool_] = np.array(before) == layout.config.document_end_id
+    return starts
+
+
+def _look_back(chunk: Chunk, layout: DSELayout) -> list[int]:
+    """The tokens before a chunk that n-grams reach, of the same document."""
     look_back, end = max(layout.config.orders) - 1, layout.config.document_end_id
-    resets = layout.config.reset_at_document and end >= 0
+    history = chunk.before(look_back)
+    if resets(layout) and end in history:
+        # What comes before a document's end is not seen after it; nor is the end itself.
+        history = history[len(history) - history[::-1].index(end) :]
+    return [NO_TOKEN] * (look_back - len(history)) + history
+
+
+def memory_rows(chunks: Sequence[Chunk], layout: DSELayout | None) -> dict[int, Tensor]:
+    """Addresses of the chunks' table rows by memory layer, on the host.
+
+    Args:
+        chunks: of one call of the network.
+        layout: of the memory; None for a model without.
+    """
+    if layout is None:
+        return {}
+    look_back = max(layout.config.orders) - 1
     known: list[int] = []
     keep: list[bool] = []
-    begins: list[bool] = []
     for chunk in chunks:
-        history, tokens = chunk.before(look_back), chunk.tokens
-        previous = history[-1] if history else NO_TOKEN
-        if resets and end in history:
-            # What comes before a document's end is not seen after it; the end itself is the last token before.
-            at = len(history) - 1 - history[::-1].index(end)
-            begun = history[at + 1 :]
-            history = [NO_TOKEN] * (len(history) - len(begun)) + begun
-        history = [NO_TOKEN] * (look_back - len(history)) + history
-        last = [previous, *tokens[:-1]]
-        known += [*history, *tokens]
+        known += [*_look_back(chunk, layout), *chunk.tokens]
         keep += [False] * look_back + [True] * chunk.count
-        begins += [False] * look_back + [resets and token == end for token in last]
     kept = np.array(keep)
-    starts = np.array(begins)[kept]
-    tokens_1P = torch.tensor(known)[None]
-    begins_1P = torch.tensor(begins)[None] if resets else None
-    keep_P = torch.from_numpy(kept)
-    rows = partial(layout.rows, tokens_BT=tokens_1P, document_starts=begins_1P, ops=ops)
-    found = {layer: rows(layer)[0, keep_P] for layer in layout.config.layers}
-    return found, starts
+    begins = np.zeros(len(kept), dtype=np.bool_)
+    begins[kept] = document_starts(chunks, layout)
+    tokens_1P, begins_1P, keep_P = (
+        torch.tensor(known)[None],
+        torch.from_numpy(begins)[None],
+        torch.from_numpy(kept),
+    )
+    return {
+        layer: layout.rows(layer, tokens_1P, document_starts=begins_1P, ops=_hashing())[0, keep_P]
+        for layer in layout.config.layers
+    }
+
+
+def looked_back(chunks: Sequence[Chunk], layout: DSELayout) -> NDArray[np.int64]:
+    """The tokens before the newest ones, and a last column for these.
+
+    Args:
+        chunks: of one token each, which need not be known.
+        layout: of the memory.
+    """
+    return np.array([[*_look_back(chunk, layout), NO_TOKEN] for chunk in chunks], dtype=np.int64)
+
+
+def newest_rows(chunks: Sequence[Chunk], known_BP: NDArray[np.int64], layout: DSELayout) -> dict[int, Tensor]:
+    """Addresses [B, N] of the newest tokens' table rows by memory layer, on the host: as of `memory_rows`.
+
+    Args:
+        chunks: of one token each. One that turned out to be none has some rows or other.
+        known_BP: of `looked_back`, whose last column is filled here.
+        layout: of the memory.
+    """
+    lengths = [chunk.lease.length for chunk in chunks]
+    known_BP[:, -1] = [c.known[n] if n < len(c.known) else NO_TOKEN for c, n in zip(chunks, lengths)]
+    tokens_BP = torch.from_numpy(known_BP)
+    return {
+        layer: layout.rows(layer, tokens_BP, ops=_hashing())[:, -1].contiguous()
+        for layer in layout.config.layers
+    }

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from sparseray.actors.serving.cache_pool import Lease
 from sparseray.actors.serving.paged_model import PagedModel
-from sparseray.actors.serving.prompt_graphs import captured
+from sparseray.actors.serving.recording import captured
 from sparseray.kernels.ops import Pages
 from sparseray.kernels.paged import DraftState
 from sparseray.model.dse import Memory

@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections import Counter, deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -87,6 +88,7 @@ class Ongoing:
         drafts: tokens that may follow, to be judged in the next step.
         unread_TH: hidden states of the newest tokens that the drafting modules have still to read, once they know what
             follows.
+        prefix: tokens that may be in pages already, and their pages' keys, while it waits for pages: it asks in every step.
         share, rest: of its drafts that were accepted lately, and steps that it goes without any.
     """
 
@@ -101,6 +103,7 @@ class Ongoing:
     grammar: GrammarState | None = None
     drafts: list[int] = field(default_factory=list)
     unread_TH: Tensor | None = None
+    prefix: tuple[Sequence[int], list[bytes]] | None = None
     share: float = 1.0
     rest: int = 0
 

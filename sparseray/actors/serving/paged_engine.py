@@ -2,9 +2,9 @@
 
 A step runs the chunks of prompts and then one token of every request that decodes. On a GPU a call of `step` starts
 the next step and then takes the tokens of the one before: the device reads them where the sampler left them, and
-computes on while they are told. Where the host has a say in the next step (its sampler, penalties, addresses of
-memory rows) it takes the tokens first. All lie on the same stream, so pages change hands as soon as the host says
-so. On a CPU a step has ended when its call returns.
+computes on while they are told. Where the host has a say in the next step (its sampler, penalties) it takes the tokens
+first; where they address memory rows, once the layers that need none were started (decode_step.py). All lie on the
+same stream, so pages change hands as soon as the host says so. On a CPU a step has ended when its call returns.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparseray.actors.serving.cache_pool import CachePool
+from sparseray.actors.serving.cache_pool import CachePool, page_keys
 from sparseray.actors.serving.chunks import Chunk
 from sparseray.actors.serving.device_sampler import FAILED, fits, is_adjusted, sample_rows
 from sparseray.actors.serving.engine import Engine, Ongoing
@@ -117,6 +117,7 @@ class PagedEngine(Engine):
         self.paged = self.runs_on(model, **sizes)
         log.info("cache: %d pages of %d tokens, %.2f GiB", num_pages, page, num_pages * each / 2**30)
         self._flight: Flight | None = None
+        self._taken: list[Taken] = []
         self.paged.warm(experts, memory)
 
     @property
@@ -147,29 +148,33 @@ class PagedEngine(Engine):
 
     def step(self) -> list[TokenEvent]:
         """Start the next step and take the tokens of the one before; see `Engine.step`."""
-        flight, self._flight = self._flight, None
         events, self._failed = self._failed, []
-        taken: list[Taken] = []
+        self._taken = []
         batch: list[Ongoing] = []
         try:
-            if flight is not None and not flight.may_be_overtaken:
-                taken, flight = self._take(flight), None
+            if self._flight is not None and not self._flight.may_be_overtaken:
+                self._learn()
             self._admit()
             batch = self._select()
-            if batch:
-                self._flight = self._launch(batch)
+            begun = self._launch(batch) if batch else None
+            if begun is not None:
                 self._note_step(len(batch))
-            if flight is not None:
-                taken, flight = self._take(flight), None
-            if self._flight is not None and self._flight.done is None:
-                flight, self._flight = self._flight, None
-                taken, flight = self._take(flight), None
+            self._learn()
+            self._flight = begun
+            if begun is not None and begun.done is None:
+                self._learn()
         except Exception as error:
-            self._lose(flight, batch, error)
+            self._lose(self._flight, batch, error)
             # What was taken is told by the next step.
-            self._failed = [*events, *(self._event(found) for found in taken), *self._failed]
+            self._failed = [*events, *(self._event(found) for found in self._taken), *self._failed]
             raise
-        return events + [self._event(found) for found in taken]
+        return events + [self._event(found) for found in self._taken]
+
+    def _learn(self) -> None:
+        """Take the tokens of the step that is under way, unless they are taken: as late as something needs them."""
+        if self._flight is not None:
+            self._taken += self._take(self._flight)
+            self._flight = None
 
     def _lose(self, flight: Flight | None, batch: list[Ongoing], error: Exception) -> None:
         """Begin again with all requests of the steps that are not taken."""
@@ -194,11 +199,15 @@ class PagedEngine(Engine):
             request = sequence.request
             if len(self._running) >= (self.places if request.resume_tokens else self.max_batch):
                 return
-            # A prefix that is not computed has no hidden states to take log probabilities from.
-            known = sequence.tokens[: sequence.num_read] if request.prompt_logprobs is None else ()
-            lease = self.pool.acquire(known, sequence.num_prompt + request.max_tokens)
+            if sequence.prefix is None:
+                # A prefix that is not computed has no hidden states to take log probabilities from.
+                known = sequence.tokens[: sequence.num_read] if request.prompt_logprobs is None else ()
+                sequence.prefix = known, page_keys(known, self.pool.page)
+            known, keys = sequence.prefix
+            lease = self.pool.acquire(known, sequence.num_prompt + request.max_tokens, keys)
             if lease is None:
                 return
+            sequence.prefix = None
             self._waiting.remove(sequence)
             self.paged.begin(lease)
             sequence.lease = lease
@@ -243,10 +252,11 @@ class PagedEngine(Engine):
             logits.append(self.model.logits(torch.cat([hidden[i][-1:] for i in whole])))
         if decoding:
             chunks = [self._chunk(s, 1) for s in decoding]
-            found = self.paged.decode(chunks, self.experts, self.memory)
+            found = self.paged.decode(chunks, self.experts, self.memory, self._learn)
             for chunk in chunks:
                 chunk.lease.length += 1
             known = [i for i, s in enumerate(decoding) if s.computed == len(s.tokens) + s.pending]
+            # Those that ended with a token that was learnt meanwhile are not among them.
             if known:
                 ready += [decoding[i] for i in known]
                 logits.append(found if len(known) == len(decoding) else _pick(found, known))
@@ -308,7 +318,6 @@ class PagedEngine(Engine):
             done=done,
             may_be_overtaken=not there
             and all(hidden_TH is None for _, hidden_TH in batch)
-            and not self.paged.histories
             and not any(is_adjusted(s.request, s.tokens) for s in ready),
         )
 

@@ -9,9 +9,9 @@ Shapes: R rows, B sequences, V vocabulary, H hidden.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache
 from itertools import pairwise
 
 import numpy as np
@@ -20,10 +20,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sparseray.actors.serving.cache_pool import Lease, table_of
-from sparseray.actors.serving.chunks import Chunk, memory_rows, placing
-from sparseray.actors.serving.prompt_graphs import PromptGraphs, captured
+from sparseray.actors.serving.chunks import Chunk, document_starts, memory_rows, placing, resets
+from sparseray.actors.serving.decode_step import DecodeStep
+from sparseray.actors.serving.prompt_graphs import PromptGraphs
+from sparseray.actors.serving.recording import nothing
 from sparseray.kernels.moe.reference import group_by_expert
-from sparseray.kernels.ops import Pages, ops_for
+from sparseray.kernels.ops import Pages
 from sparseray.model.attention import attention_of
 from sparseray.model.config import ModelConfig
 from sparseray.model.dse import Memory, Rows
@@ -33,7 +35,6 @@ from sparseray.model.transformer import Transformer
 
 WARM_PROMPTS = (32, 1024)
 """Tokens of prompts that bring all kernels for reading one into memory."""
-FIELDS = ("token", "position", "context", "place", "slot", "start")
 
 
 def buckets(most: int) -> tuple[int, ...]:
@@ -62,21 +63,6 @@ class _Placed:
     positions_R: Tensor
     paged: Paged
     bounds: list[int]
-
-
-@dataclass(eq=False)
-class _Decode:
-    """Buffers of a decode step of at most B requests, and its graph.
-
-    The inputs are staged in turn in two buffers: of two steps that are under way, the first may still be copied.
-    """
-
-    staged: list[Tensor]
-    inputs: Tensor
-    values: dict[int, Tensor]
-    paged: Paged
-    logits_RV: Tensor | None = None
-    graph: torch.cuda.CUDAGraph | None = None
 
 
 @dataclass(frozen=True)
@@ -127,8 +113,7 @@ class PagedModel:
         self.table_SW = torch.zeros(num_slots + 1, self.width, dtype=torch.int32, device=device)
         # Of no use to a model without memory layers.
         self._layout = model.layout if config.dse.layers else None
-        self._hashing = ops_for("auto", torch.device("cpu"))
-        self._decodes: dict[int, _Decode] = {}
+        self._decodes: dict[int, DecodeStep] = {}
         self._graphs = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         self._prompts = PromptGraphs(model, self.pools, self.table_SW, page, self._padded(prompt_rows))
         # A CPU captures nothing, and pays for every row.
@@ -169,17 +154,10 @@ class PagedModel:
         return found.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else found
 
     def _fetch(self, rows: dict[int, Tensor], memory: Memory | None) -> dict[int, Tensor]:
-        """The rows at these addresses, of every memory layer."""
-        if not rows:
-            return {}
+        """The rows at these addresses, of every memory layer, on the device."""
         assert memory is not None, "a model with memory layers is served with its memory"
         fetched = memory.prefetch(rows)
-        return {layer: fetched(layer) for layer in rows}
-
-    @property
-    def _has_starts(self) -> bool:
-        layout = self._layout
-        return layout is not None and layout.config.reset_at_document and layout.config.document_end_id >= 0
+        return {layer: fetched(layer).to(self.device, non_blocking=True) for layer in rows}
 
     @torch.no_grad()
     def prefill(self, chunks: Sequence[Chunk], experts: Experts, memory: Memory | None) -> list[Tensor]:
@@ -197,11 +175,9 @@ class PagedModel:
         graph = self._prompts.of(sum(chunk.count for chunk in chunks), len(chunks))
         if graph is not None:
             return graph.replay(pieces)
-        addresses, starts = memory_rows(chunks, self._layout, self._hashing)
-        values = {
-            layer: found.to(self.device, non_blocking=True)
-            for layer, found in self._fetch(addresses, memory).items()
-        }
+        # Gathered when the first layer asks for them: those before it have been launched by then.
+        values = cache(lambda: self._fetch(memory_rows(chunks, self._layout), memory))
+        starts = document_starts(chunks, self._layout)
         placed = self._place(pieces)
         hidden_RH = self.model.run_paged(
             placed.tokens_R,
@@ -209,8 +185,8 @@ class PagedModel:
             placed.paged,
             rows=placed.bounds[-1],
             experts=experts,
-            fetched=lambda layer: values[layer],
-            starts_1R=self._to_device(starts)[None] if self._has_starts else None,
+            fetched=lambda layer: values()[layer],
+            starts_1R=self._to_device(starts)[None] if resets(self._layout) else None,
         )
         return [hidden_RH[start:stop] for start, stop in pairwise(placed.bounds)]
 
@@ -281,47 +257,9 @@ class PagedModel:
             seen = torch.cat([old_LH, now_LH[len(now_LH) - ran :]])
             now_LH.copy_(seen[kept : kept + len(now_LH)])
 
-    def _new_decode(self, size: int) -> _Decode:
-        config, rows, is_cuda = self.model.config, self._padded(size), self.device.type == "cuda"
-        # A place that no request has: one token on page 0, so that nothing is divided by nothing.
-        empty = torch.zeros(len(FIELDS), rows, dtype=torch.int32)
-        empty[2] = 1
-        staged = [empty.pin_memory() if is_cuda else empty.clone() for _ in range(2)]
-        inputs = empty.to(self.device, copy=True)
-        values = {
-            layer: torch.zeros(size, self._rows_per_token, config.dse.head_dim, device=self.device)
-            for layer in self.histories
-        }
-        slots_B = inputs[4, :size]
-        pages = Pages(
-            page=self.page,
-            table_BW=torch.zeros(size, self.width, dtype=torch.int32, device=self.device),
-            context_lens_B=inputs[2, :size],
-            places_R=inputs[3],
-        )
-        paged = Paged(pages=pages, pools=self.pools, histories=self.histories, slots_B=slots_B)
-        return _Decode(staged, inputs, values, paged)
-
-    @property
-    def _rows_per_token(self) -> int:
-        layout = self._layout
-        return 0 if layout is None else sum(len(heads) for heads in layout.primes[0])
-
-    @torch.no_grad()
-    def _run_decode(self, decode: _Decode, experts: Experts) -> Tensor:
-        """Logits [R, V] of what lies in the buffers."""
-        pages, inputs = decode.paged.pages, decode.inputs
-        torch.index_select(self.table_SW, 0, decode.paged.slots_B, out=pages.table_BW)
-        hidden_RH = self.model.run_paged(
-            torch.where(inputs[0] < 0, self.latest_S[inputs[4]], inputs[0]),
-            inputs[1],
-            decode.paged,
-            rows=pages.num_sequences,
-            experts=experts,
-            fetched=lambda layer: decode.values[layer],
-            starts_1R=inputs[5].bool()[None] if self._has_starts else None,
-        )
-        return self.model.logits(hidden_RH)
+    def _new_decode(self, size: int) -> DecodeStep:
+        where = self.model, self.pools, self.histories, self.latest_S, self.table_SW
+        return DecodeStep(*where, page=self.page, size=size, rows=self._padded(size))
 
     def warm(self, experts: Experts, memory: Memory | None) -> None:
         """Read a short and a longer prompt, and capture the decode steps; on a CPU load the compiled loops.
@@ -337,9 +275,8 @@ class PagedModel:
             self.prefill([Chunk(lease=lease, known=[0] * count, count=count)], experts, memory)
         self._prompts.capture(experts)
         for size in reversed(self._buckets):
-            decode = self._decodes[size] = self._new_decode(size)
-            run = partial(self._run_decode, decode, experts)
-            decode.graph, decode.logits_RV = captured(run, self._graphs)
+            self._decodes[size] = self._new_decode(size)
+            self._decodes[size].capture(experts, self._graphs)
 
     def _load_loops(self) -> None:
         """Run a token of nobody through everything that is compiled."""
@@ -356,38 +293,22 @@ class PagedModel:
         self.prefill([chunk], experts, _NoRows(config.dse.head_dim))
         self.decode([chunk], experts, _NoRows(config.dse.head_dim))
 
-    def decode(self, chunks: Sequence[Chunk], experts: Experts, memory: Memory | None) -> Tensor:
+    def decode(
+        self,
+        chunks: Sequence[Chunk],
+        experts: Experts,
+        memory: Memory | None,
+        learn: Callable[[], None] = nothing,
+    ) -> Tensor:
         """Run the newest token of several requests; logits [B, V], overwritten by the next call.
 
         Args:
             chunks: one token of each request and where it lies.
             experts: answers for experts.
             memory: for table rows; None for a model without them.
+            learn: makes the newest tokens known to the host; called once the layers that do without were launched.
         """
-        count = len(chunks)
-        size = next(size for size in self._buckets if size >= count)
+        size = next(size for size in self._buckets if size >= len(chunks))
         if size not in self._decodes:
             self._decodes[size] = self._new_decode(size)
-        decode = self._decodes[size]
-        addresses, starts = memory_rows(chunks, self._layout, self._hashing)
-        decode.staged.reverse()
-        staged = decode.staged[0].numpy()
-        staged[:] = 0
-        staged[2] = 1
-        lengths = [chunk.lease.length for chunk in chunks]
-        positions = np.array(lengths)
-        at = np.array([chunk.lease.pages[chunk.lease.length // self.page] for chunk in chunks])
-        staged[0, :count] = [c.known[n] if n < len(c.known) else -1 for c, n in zip(chunks, lengths)]
-        staged[1, :count] = positions
-        staged[2, :count] = positions + 1
-        staged[3, :count] = at * self.page + positions % self.page
-        staged[4, :count] = [chunk.lease.slot for chunk in chunks]
-        staged[5, :count] = starts
-        decode.inputs.copy_(decode.staged[0], non_blocking=True)
-        for layer, found in self._fetch(addresses, memory).items():
-            decode.values[layer][:count].copy_(found, non_blocking=True)
-        if decode.graph is None:
-            return self._run_decode(decode, experts)[:count]
-        assert decode.logits_RV is not None
-        decode.graph.replay()
-        return decode.logits_RV[:count]
+        return self._decodes[size].decode(chunks, experts, memory, learn)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from sparseray.actors.serving.cache_pool import Lease
 from sparseray.actors.serving.chunks import placing
+from sparseray.actors.serving.recording import captured
 from sparseray.kernels.ops import Pages
 from sparseray.model.attention import attention_of
 from sparseray.model.moe import Experts
@@ -30,25 +31,6 @@ ROWS = (128, 256, 512, 1024, 1536, 2048, 3072, 4096, 5120, 6144, 8192)
 """Rows of a graph: the step from one to the next is the padding that is computed at most."""
 MOST_CHUNKS = 64
 """Sequences of a call; with more it is launched kernel by kernel."""
-
-
-def captured(run: Callable[[], Tensor], pool: Any) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-    """A graph of what runs, and the tensor that a replay fills.
-
-    Args:
-        run: without a wait for the device; called some times first.
-        pool: of memory, which graphs share that run one after another.
-    """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-        found = run()
-    return graph, found
 
 
 class PromptGraph:

@@ -7,7 +7,7 @@ begin again (`PagedEngine`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +22,7 @@ from sparseray.actors.serving.chunks import Chunk
 from sparseray.actors.serving.engine import Ongoing
 from sparseray.actors.serving.paged_engine import Flight, PagedEngine, Taken, to_host
 from sparseray.actors.serving.paged_model import PagedModel
+from sparseray.actors.serving.recording import nothing
 from sparseray.errors import SlotLostError, SupersededError
 from sparseray.model.dse import Memory
 from sparseray.model.moe import Experts
@@ -121,14 +122,20 @@ class RoundsModel(PagedModel):
         self._open_round(experts, memory)
         return super().prefill(chunks, experts, memory)
 
-    def decode(self, chunks: Sequence[Chunk], experts: Experts, memory: Memory | None) -> Tensor:
+    def decode(
+        self,
+        chunks: Sequence[Chunk],
+        experts: Experts,
+        memory: Memory | None,
+        learn: Callable[[], None] = nothing,
+    ) -> Tensor:
         """As of `PagedModel`.
 
         Args:
-            chunks, experts, memory: there.
+            chunks, experts, memory, learn: there.
         """
         self._open_round(experts, memory)
-        return super().decode(chunks, experts, memory)
+        return super().decode(chunks, experts, memory, learn)
 
 
 @dataclass(frozen=True, kw_only=True)

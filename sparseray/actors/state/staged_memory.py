@@ -29,6 +29,7 @@ from sparseray.actors.state.memory import ROUNDING_STEP, MemoryShard, as_tensor
 from sparseray.actors.state.pieces import Key
 from sparseray.actors.state.row_block import LayerRows, RowLayout
 from sparseray.actors.state.tables import SharedTable, version_of
+from sparseray.kernels.dse.gather import gather_rows
 from sparseray.kernels.dse.staging import Move, RowSet, gather_fields, scatter_fields
 from sparseray.kernels.ops import Ops
 from sparseray.kernels.row_ops import to_numpy
@@ -266,14 +267,18 @@ class StagedMemory(MemoryShard):
         super().assign(owned, primary, generation=generation)
 
     def gather(self, layer: int, rows_N: Tensor) -> Tensor:
-        """As in `MemoryShard`.
+        """As in `MemoryShard`, into memory that a copy engine can read.
 
         Args:
             layer: index among the memory layers.
             rows_N: int64.
         """
         self.settle()
-        return super().gather(layer, rows_N)
+        weight_RD = self.tables[layer].weight
+        shape, dtype = (len(rows_N), weight_RD.shape[1]), as_tensor(weight_RD[:0]).dtype
+        found = torch.empty(shape, dtype=dtype, pin_memory=self._stream is not None)
+        gather_rows(weight_RD, rows_N.cpu().numpy(), to_numpy(found))
+        return found
 
     def begin_copy(self) -> KeptRows | None:
         """As in `MemoryShard`; updates go on meanwhile."""

@@ -3,8 +3,6 @@
 for latent attention, which norms and rotates.
 """
 
-from collections.abc import Sequence
-
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -28,26 +26,6 @@ def _write_kernel(
     place = tl.load(p_places + i_r).to(tl.int64)
     _copy(p_k, p_k_pool, i_r, place, stride_k, NK, BK)
     _copy(p_v, p_v_pool, i_r, place, stride_v, NV, BV)
-
-
-@triton.jit
-def _write_three_kernel(
-    p_k0, p_v0, p_k1, p_v1, p_k2, p_v2, p_places, p_k_pool0, p_v_pool0, p_k_pool1, p_v_pool1, p_k_pool2, p_v_pool2,
-    stride_k0, stride_v0, stride_k1, stride_v1, stride_k2, stride_v2,
-    NK: tl.constexpr, NV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-):  # fmt: skip
-    """One program a row and pool."""
-    i_r = tl.program_id(0).to(tl.int64)
-    place = tl.load(p_places + i_r).to(tl.int64)
-    if tl.program_id(1) == 0:
-        _copy(p_k0, p_k_pool0, i_r, place, stride_k0, NK, BK)
-        _copy(p_v0, p_v_pool0, i_r, place, stride_v0, NV, BV)
-    elif tl.program_id(1) == 1:
-        _copy(p_k1, p_k_pool1, i_r, place, stride_k1, NK, BK)
-        _copy(p_v1, p_v_pool1, i_r, place, stride_v1, NV, BV)
-    else:
-        _copy(p_k2, p_k_pool2, i_r, place, stride_k2, NK, BK)
-        _copy(p_v2, p_v_pool2, i_r, place, stride_v2, NV, BV)
 
 
 @triton.jit
@@ -142,26 +120,6 @@ def paged_write(k_RGD: Tensor, v_RGV: Tensor, places_R: Tensor, k_pool: Tensor, 
     launch_kernel(
         _write_kernel, (k_RGD.shape[0],),
         k_RGD, v_RGV, places_R, k_pool, v_pool, k_RGD.stride(0), v_RGV.stride(0),
-        NK=nk, NV=nv, BK=triton.next_power_of_2(nk), BV=triton.next_power_of_2(nv), num_warps=4,
-    )  # fmt: skip
-
-
-def paged_write_three(
-    rows: Sequence[tuple[Tensor, Tensor]], places_R: Tensor, pools: Sequence[tuple[Tensor, Tensor]]
-) -> None:
-    """`paged_write` into three pools at the same places.
-
-    Args:
-        rows: keys and values for each pool, of one shape each.
-        places_R: as of `paged_write`.
-        pools: keys and values.
-    """
-    (k_RGD, v_RGV), flat = rows[0], [x for pair in rows for x in pair]
-    flat = [x if x[0].is_contiguous() else x.contiguous() for x in flat]
-    nk, nv = k_RGD[0].numel(), v_RGV[0].numel()
-    launch_kernel(
-        _write_three_kernel, (k_RGD.shape[0], 3),
-        *flat, places_R, *(cache for pool in pools for cache in pool), *(x.stride(0) for x in flat),
         NK=nk, NV=nv, BK=triton.next_power_of_2(nk), BV=triton.next_power_of_2(nv), num_warps=4,
     )  # fmt: skip
 

@@ -6,6 +6,7 @@ serves every step. The keys of the block, which may lie on two pages, are read f
 Source: arXiv 2502.11089 eq. 7.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -23,18 +24,13 @@ from sparseray.kernels.nsa.tiles import (
 
 
 @triton.jit
-def compress_step_kernel(
-    p_x, p_table, p_lens, p_w1, p_bias, p_w2, p_b2, p_out, p_out_table, p_cos, p_sin, table_width, out_width,
+def compress_block(
+    i_c, p_x, p_table, p_w1, p_bias, p_w2, p_b2, p_out, p_out_table, p_cos, p_sin,
     H: tl.constexpr, HP: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DO: tl.constexpr,
-    DOP: tl.constexpr, F: tl.constexpr, BF: tl.constexpr, LQ: tl.constexpr, LEN: tl.constexpr, STRIDE: tl.constexpr,
+    DOP: tl.constexpr, F: tl.constexpr, BF: tl.constexpr, LEN: tl.constexpr, STRIDE: tl.constexpr,
     PAGE: tl.constexpr, OUT_PAGE: tl.constexpr, IP: tl.constexpr, ROTATE: tl.constexpr,
 ):  # fmt: skip
-    """One program per sequence and completed block; its rows are the key/value heads, padded."""
-    i_b = tl.program_id(0).to(tl.int64)
-    n_ctx = tl.load(p_lens + i_b)
-    i_c = num_visible(n_ctx - LQ - 1, 0, LEN, STRIDE) + tl.program_id(1)
-    if i_c >= num_visible(n_ctx - 1, 0, LEN, STRIDE):
-        return
+    """Block i_c of a sequence with these tables; rows are the key/value heads, padded."""
     o_h = tl.arange(0, HP)
     m_h = o_h < H
     o_d = tl.arange(0, DOP)
@@ -43,7 +39,6 @@ def compress_step_kernel(
     # The other channel of each pair that turns together.
     b_pair = tl.zeros([HP, DOP], tl.float32)
     # A block lies on two pages at most: a look-up inside the loop would wait for memory in every turn.
-    p_table += i_b * table_width
     i_page = i_c * STRIDE // PAGE
     page = tl.load(p_table + i_page).to(tl.int64)
     page_after = tl.load(p_table + (i_c * STRIDE + LEN - 1) // PAGE).to(tl.int64)
@@ -84,9 +79,37 @@ def compress_step_kernel(
         b_cos = tl.load(p_cos + o_angle, mask=o_d < DO, other=0.0)[None, :]
         b_sin = tl.load(p_sin + o_angle, mask=o_d < DO, other=0.0)[None, :]
         b_out = b_out * b_cos + tl.where(o_d < DO // 2, -1.0, 1.0)[None, :] * b_pair * b_sin
-    slot = page_rows(p_out_table + i_b * out_width, i_c, i_c >= 0, OUT_PAGE)
+    slot = page_rows(p_out_table, i_c, i_c >= 0, OUT_PAGE)
     p_tile = p_out + (slot * H + o_h)[:, None] * DO + o_d[None, :]
     tl.store(p_tile, b_out.to(p_out.dtype.element_ty), mask=m_h[:, None] & (o_d < DO)[None, :])
+
+
+@triton.jit
+def compress_step_kernel(
+    p_x, p_table, p_lens, p_w1, p_bias, p_w2, p_b2, p_out, p_out_table, p_cos, p_sin, table_width, out_width,
+    H: tl.constexpr, HP: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DO: tl.constexpr,
+    DOP: tl.constexpr, F: tl.constexpr, BF: tl.constexpr, LQ: tl.constexpr, LEN: tl.constexpr, STRIDE: tl.constexpr,
+    PAGE: tl.constexpr, OUT_PAGE: tl.constexpr, IP: tl.constexpr, ROTATE: tl.constexpr,
+):  # fmt: skip
+    """One program per sequence and completed block."""
+    i_b = tl.program_id(0).to(tl.int64)
+    n_ctx = tl.load(p_lens + i_b)
+    i_c = num_visible(n_ctx - LQ - 1, 0, LEN, STRIDE) + tl.program_id(1)
+    if i_c < num_visible(n_ctx - 1, 0, LEN, STRIDE):
+        compress_block(
+            i_c, p_x, p_table + i_b * table_width, p_w1, p_bias, p_w2, p_b2, p_out, p_out_table + i_b * out_width, p_cos,
+            p_sin, H, HP, D, D0, D1, DO, DOP, F, BF, LEN, STRIDE, PAGE, OUT_PAGE, IP, ROTATE,
+        )  # fmt: skip
+
+
+def tile_of(dtype: torch.dtype, width: int) -> tuple[int, int]:
+    """Pipeline stages, and hidden units of a tile: tiles of weights, tokens after tokens, of which several must be on their way.
+
+    Args:
+        dtype: of the cache.
+        width: channels of a head.
+    """
+    return (4, 128) if dtype.itemsize == 2 and sum(split_width(width)) <= 128 else (2, 64)
 
 
 def compress_step(
@@ -127,8 +150,7 @@ def compress_step(
             f" block * D = {block * width} columns"
         )
     d0, d1 = split_width(width)
-    # Tiles of weights, tokens after tokens: several must be on their way.
-    stages, hidden_tile = (4, 128) if cache.element_size() == 2 and d0 + d1 <= 128 else (2, 64)
+    stages, hidden_tile = tile_of(cache.dtype, width)
     launch_kernel(
         compress_step_kernel, (context_lens.shape[0], (query_len - 1) // stride + 1),
         cache, table, context_lens, w1, bias, w2, b2, compressed, compressed_table, *(angles or (b2, b2)),

@@ -21,10 +21,19 @@ from sparseray.kernels.nsa.tiles import next_power_of_2, precision, split_width
 from sparseray.kernels.nsa.tuning import LAUNCH
 from sparseray.kernels.settings import NSASizes
 
+MOST_VALUES = 4096
+"""Of a tile of keys that a program has in registers (`decode_single`)."""
 
-def blocks_per_tile(select_block: int, stride: int) -> int:
-    """Selection blocks whose compressed tokens make a tile of the compressed branch."""
-    return max(1, LAUNCH["decode"]["keys"] // next_power_of_2(select_block // stride))
+
+def is_single(query_len: int, group: int, width: int, select_block: int) -> bool:
+    """Whether a program computes one query without the tensor cores.
+
+    Args:
+        query_len, group: query tokens, and query heads of a key/value head.
+        width: channels of values.
+        select_block: tokens.
+    """
+    return query_len * group == 1 and next_power_of_2(select_block) * next_power_of_2(width) <= MOST_VALUES
 
 
 def blocks_in_window(window: int, select_block: int) -> int:
@@ -41,8 +50,11 @@ class Tasks:
         window, scores, selected, merges: of one query token: parts of the window, of the scores, of the selected
             blocks, and of the heads to be merged.
         pieces: pieces of the scores, of `piece` blocks, of which each keeps its best; a task scores `scored` of them.
+        tiles, tile: tiles of the compressed branch, and their blocks.
+        kind: name of the launch parameters.
     """
 
+    kind: str
     compressed: int
     window: int
     scores: int
@@ -51,24 +63,34 @@ class Tasks:
     pieces: int
     piece: int
     scored: int
+    tiles: int
+    tile: int
 
     @classmethod
     def of(
-        cls, rows: int, query_len: int, group: int, *, blocks: int, tile: int, window_blocks: int, num_selected: int
+        cls, rows: int, query_len: int, group: int, *, kind: str, max_context: int, sizes: NSASizes, width: int
     ) -> "Tasks":  # fmt: skip
         """Tasks of `rows` rows of `group` query heads, about as many of each kind as measured best.
 
         Args:
-            blocks, window_blocks: selection blocks of the longest context, and that a window reaches into.
-            tile: selection blocks of a tile of the compressed branch.
+            kind: name of the launch parameters.
+            max_context: tokens of the longest context.
+            width: channels of values.
         """
-        launch, queries = LAUNCH["decode"], rows * query_len
+        launch, queries, num_selected = LAUNCH[kind], rows * query_len, sizes.num_selected
+        blocks, window_blocks = (
+            triton.cdiv(max_context, sizes.select_block),
+            blocks_in_window(sizes.window, sizes.select_block),
+        )
+        keys = min(launch["keys"], MOST_VALUES // max(16, next_power_of_2(width)))
+        tile = max(1, keys // next_power_of_2(sizes.select_block // sizes.stride))
         # If possible so large that the best of all pieces can be compared all with all.
         piece = next_power_of_2(triton.cdiv(blocks * num_selected, launch["best"]))
         piece = max(tile, min(256, max(launch["piece"], piece)))
         pieces = triton.cdiv(blocks, piece)
         scored = min(launch["scored"], max(1, pieces * queries // launch["scores"]))
-        compressed = min(triton.cdiv(blocks, tile), launch["splits"], max(3, launch["compressed"] // rows))
+        tiles = triton.cdiv(blocks, tile)
+        compressed = min(tiles, launch["splits"], max(launch["fewest"], launch["compressed"] // rows))
         in_window = min(window_blocks, max(1, launch["window"] // queries))
         selected = min(num_selected, max(2, launch["selected"] // queries))
         # A merge holds the parts of all its heads in registers.
@@ -76,7 +98,7 @@ class Tasks:
         heads = gcd(group, min(most, max(1, queries * group // launch["merges"])))
         return cls(
             compressed=compressed, window=in_window, scores=triton.cdiv(pieces, scored), selected=selected,
-            merges=group // heads, pieces=pieces, piece=piece, scored=scored,
+            merges=group // heads, pieces=pieces, piece=piece, scored=scored, tiles=tiles, tile=tile, kind=kind,
         )  # fmt: skip
 
     def programs(self, rows: int, query_len: int) -> int:
@@ -91,8 +113,8 @@ class DecodeWorkspace:
 
     Attributes:
         fold: fp32 [B * Lq, H, tiles, G, blocks of a tile], probabilities of a tile's compressed tokens added up by
-            eq. 9, against the tile's largest logit; over: fp32 [B * Lq, H, tiles, G], what goes to the next tile.
-        tops: fp32 [B * Lq, H, tiles, G], that logit, base 2.
+            eq. 9, against the tile's largest logit; of a single query all logits, base 2, a power of two for each block.
+        over: fp32 [B * Lq, H, tiles, G], what goes to the next tile; tops: likewise, the tile's largest logit.
         best: int64 [B * Lq, H, pieces, n], the best blocks of every piece of the scores.
         state: int64 [B * H, 2 + 2 * Lq], how many tasks of a row have ended (`decode_kernels`); only grows.
         part_max, part_sum: fp32 [B * Lq * HQ, parts]; part_out: fp32 [B * Lq * HQ, parts, Dv].
@@ -115,25 +137,23 @@ class DecodeWorkspace:
         device: torch.device | str,
     ) -> "DecodeWorkspace":  # fmt: skip
         """Buffers for `batch` sequences of at most `max_context` tokens."""
-        select_block, num_selected = sizes.select_block, sizes.num_selected
-        blocks, bj = -(-max_context // select_block), blocks_per_tile(select_block, sizes.stride)
-        tiles, queries = -(-blocks // bj), batch * query_len
+        group, queries = heads // num_kv, batch * query_len
+        single = is_single(query_len, group, value_dim, sizes.select_block)
         tasks = Tasks.of(
-            batch * num_kv, query_len, heads // num_kv, blocks=blocks, tile=bj,
-            window_blocks=blocks_in_window(sizes.window, select_block), num_selected=num_selected,
+            batch * num_kv, query_len, group, kind="decode_single" if single else "decode", max_context=max_context,
+            sizes=sizes, width=value_dim,
         )  # fmt: skip
         rows, parts = queries * heads, tasks.compressed + tasks.selected + tasks.window
+        kept = tasks.tile * (next_power_of_2(sizes.select_block // sizes.stride) if single else 1)
 
         def fp32(*shape: int) -> Tensor:
             return torch.empty(shape, dtype=torch.float32, device=device)
 
         return cls(
-            fold=fp32(queries, num_kv, tiles, heads // num_kv, bj),
-            over=fp32(queries, num_kv, tiles, heads // num_kv),
-            tops=fp32(queries, num_kv, tiles, heads // num_kv),
+            fold=fp32(queries, num_kv, tasks.tiles, group, kept),
+            over=fp32(queries, num_kv, tasks.tiles, group), tops=fp32(queries, num_kv, tasks.tiles, group),
             best=torch.empty(
-                queries, num_kv, tasks.pieces, min(num_selected, tasks.piece),
-                dtype=torch.int64, device=device,
+                queries, num_kv, tasks.pieces, min(sizes.num_selected, tasks.piece), dtype=torch.int64, device=device
             ),
             state=torch.zeros(batch * num_kv, 2 + 2 * query_len, dtype=torch.int64, device=device),
             part_max=fp32(rows, parts), part_sum=fp32(rows, parts), part_out=fp32(rows, parts, value_dim),
@@ -147,8 +167,8 @@ class DecodeWorkspace:
             page: compressed tokens of a page.
             per_block: compressed tokens of a selection block.
         """
-        tiles = triton.cdiv(self.tops.shape[2], self.tasks.compressed)
-        return tiles * triton.cdiv(self.fold.shape[-1] * per_block, page)
+        tiles = triton.cdiv(self.tasks.tiles, self.tasks.compressed)
+        return tiles * triton.cdiv(self.tasks.tile * per_block, page)
 
 
 def nsa_decode(
@@ -189,16 +209,16 @@ def nsa_decode(
     gp, parts = next_power_of_2(group), workspace.part_max.shape[1]
     selected_per = triton.cdiv(num_selected, plan.selected)
     window_per = triton.cdiv(blocks_in_window(sizes.window, select_block), plan.window)
-    launch, (d0, d1), kept = LAUNCH["decode"], split_width(width), w.best.shape[2] * w.best.shape[3]
+    launch, (d0, d1), kept = LAUNCH[plan.kind], split_width(width), w.best.shape[2] * w.best.shape[3]
     launch_kernel(
         decode_kernel, (plan.programs(rows, query_len),),
         q, gates, out, context_lens, *cmp_cache, cmp_table, *slc_cache, slc_table, *win_cache, win_table,
         w.fold, w.over, w.tops, w.best, w.part_max, w.part_sum, w.part_out, w.state,
-        cmp_table.shape[1], slc_table.shape[1], win_table.shape[1], rows, w.tops.shape[2], num_selected,
+        cmp_table.shape[1], slc_table.shape[1], win_table.shape[1], rows, plan.tiles, num_selected,
         (width**-0.5 if scale is None else scale) * LOG2E,
         H=num_kv, G=group, GP=gp, LQ=query_len, LP=max(next_power_of_2(query_len), 16 // min(gp, 16)),
         CMP=plan.compressed, WINP=plan.window, SCORES=plan.scores, SLC=plan.selected, MERGES=plan.merges,
-        BJ=w.fold.shape[-1], RP=next_power_of_2(select_block // sizes.stride),
+        BJ=plan.tile, RP=next_power_of_2(select_block // sizes.stride),
         PAGES=next_power_of_2(w.most_pages(cmp_cache[0].shape[1], select_block // sizes.stride)), SP=next_power_of_2(plan.compressed),
         SCORE_PER=plan.scored, PIECE=plan.piece, KEEP=w.best.shape[-1], KEPT=kept, BEST=next_power_of_2(kept),
         PP=next_power_of_2(parts), HP=next_power_of_2(group // plan.merges),
@@ -206,7 +226,8 @@ def nsa_decode(
         SLC_ITEMS=next_power_of_2(selected_per), LEN=sizes.block, STRIDE=sizes.stride, SELECT=select_block,
         BN=max(16, next_power_of_2(select_block)), WIN=sizes.window, CMP_PAGE=cmp_cache[0].shape[1],
         SLC_PAGE=slc_cache[0].shape[1], WIN_PAGE=win_cache[0].shape[1], INITIAL=sizes.num_initial, LOCAL=sizes.num_local,
-        DQ=width, D0=d0, D1=d1, DV=value_dim, DVP=max(16, next_power_of_2(value_dim)), IP=precision(q.dtype),
-        SPIN=q.is_cuda, CMP_STAGES=launch["num_stages"], SLC_STAGES=launch["selected_stages"], num_warps=launch["num_warps"],
+        DQ=width, D0=d0, D1=d1, DP=max(16, next_power_of_2(width)), DV=value_dim, DVP=max(16, next_power_of_2(value_dim)), IP=precision(q.dtype),
+        SINGLE=plan.kind == "decode_single", SPIN=q.is_cuda, CMP_STAGES=launch["num_stages"], SLC_STAGES=launch["selected_stages"], num_warps=launch["num_warps"],
+        maxnreg=launch["registers"] or None,
     )  # fmt: skip
     return out

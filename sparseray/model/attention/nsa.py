@@ -116,7 +116,6 @@ class NSAttention(Attention):
         self.sizes = config.nsa.sizes
         self.heads, self.kv_heads = config.num_heads, config.num_kv_heads
         self.head_dim, self.value_dim = config.head_dim, config.value_dim
-        self.branches = _num_branches(config)
         self.qkv = Linear(config.hidden, _qkv_width(config), ops)
         self.gate = Linear(config.hidden, 3 * self.heads, ops)
         self.compress_k = Compressor(config, self.head_dim, ops)
@@ -125,26 +124,18 @@ class NSAttention(Attention):
 
     def project(self, xs_RH: Sequence[Tensor], batch: Batch, angles: Angles) -> Branches:
         """Queries, keys and values [R, heads, size] of all rows, and the gates [R, Q, 3]."""
-        heads, kv, size = self.heads, self.kv_heads, self.head_dim
-        turned = min(2, self.branches)
-        raw = self.branches - turned
-        widths = (size,) * raw + (self.value_dim,) * self.branches
+        heads, widths = (self.heads, self.kv_heads), (self.head_dim, self.value_dim)
         qkv = self.qkv(xs_RH[0], batch)
-        q, *parts = self.ops.rotary_split(
-            qkv, (heads, kv), size, turned, widths, angles.cos_RD, angles.sin_RD
-        )
-        values = parts[turned + raw :]
-        # Shared keys are read raw too, where they were rotated.
-        shared_RX = qkv[:, heads * size : (heads + kv) * size]
+        q, (slc, win, cmp) = self.ops.branch_rows(qkv, heads, widths, (angles.cos_RD, angles.sin_RD))
         return Branches(
             q=q,
-            k_slc=parts[0],
-            k_win=parts[turned - 1],
-            k_cmp=parts[turned] if raw else shared_RX.unflatten(-1, (kv, size)),
-            v_slc=values[0],
-            v_win=values[min(1, self.branches - 1)],
-            v_cmp=values[-1],
-            gates=self.ops.sigmoid(self.gate(xs_RH[1], batch)).view(-1, heads, 3),
+            k_slc=slc[0],
+            k_win=win[0],
+            k_cmp=cmp[0],
+            v_slc=slc[1],
+            v_win=win[1],
+            v_cmp=cmp[1],
+            gates=self.ops.sigmoid(self.gate(xs_RH[1], batch)).view(-1, self.heads, 3),
         )
 
     def compress(self, k_BTGD: Tensor, v_BTGV: Tensor, angles: Angles) -> tuple[Tensor, Tensor]:
@@ -163,25 +154,30 @@ class NSAttention(Attention):
             note_attention(self.layer, gates_BTQ3, selected, positions_T, self.sizes.select_block)
         return self.ops.nsa_attention(q_BTQD, keys, gates_BTQ3, self.sizes)
 
-    def _attend_pages(self, b: Branches, paged: Paged, angles: Angles) -> Tensor:
+    def _attend_pages(self, xs_RH: Sequence[Tensor], batch: Batch, paged: Paged, angles: Angles) -> Tensor:
         """Append the rows to their pages and attend to them, [R, Q, V]."""
-        pool, pages, ops = paged.pools[self.layer], paged.pages, self.ops
+        pool, pages = paged.pools[self.layer], paged.pages
         assert isinstance(pool, NSAPool)
-        rows = ((b.k_slc, b.v_slc), (b.k_win, b.v_win), (b.k_cmp, b.v_cmp))
-        ops.paged_write_branches((pool.selected, pool.window, pool.raw), rows, pages)
-        turns = (angles.cos_PD, angles.sin_PD)
-        ops.paged_compress(pool.raw[0], pool.compressed[0], self.compress_k.phi, self.sizes, pages, turns)
-        ops.paged_compress(pool.raw[1], pool.compressed[1], self.compress_v.phi, self.sizes, pages, None)
-        return ops.paged_nsa_attention(
-            b.q, b.gates, pool.compressed, pool.selected, pool.window, self.sizes, pages
+        branches = (pool.compressed, pool.selected, pool.window)
+        q, gates = self.ops.paged_nsa_append(
+            (*branches, pool.raw),
+            self.qkv(xs_RH[0], batch),
+            xs_RH[1],
+            self.gate.weight,
+            (self.compress_k.phi, self.compress_v.phi),
+            self.sizes,
+            (angles.cos_RD, angles.sin_RD),
+            (angles.cos_PD, angles.sin_PD),
+            pages,
         )
+        return self.ops.paged_nsa_attention(q, gates, *branches, self.sizes, pages)
 
     def forward(self, xs_RH: Sequence[Tensor], batch: Batch, angles: Angles) -> Tensor:
         """Attend within each sequence; [R, H]."""
-        b = self.project(xs_RH, batch, angles)
         if batch.paged is not None:
-            o = self._attend_pages(b, batch.paged, angles)
+            o = self._attend_pages(xs_RH, batch, batch.paged, angles)
         else:
+            b = self.project(xs_RH, batch, angles)
             shaped: dict[str, Tensor] = {
                 name: torch.unflatten(x, 0, batch.shape) for name, x in vars(b).items()
             }
