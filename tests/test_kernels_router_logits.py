@@ -1,4 +1,4 @@
-"""Logits of the router from bf16 rows, its balance and counts, and the cut of a fused projection into NSA's parts."""
+"""Logits of the router from bf16 rows, its balance and counts, the cut of a fused projection into NSA's parts, and angles of some positions."""
 
 import pytest
 import torch
@@ -96,3 +96,17 @@ def test_parts_of_a_fused_projection_and_their_gradient(
     for wanted, part in zip(*found, strict=True):
         torch.testing.assert_close(part, wanted, rtol=1e-6, atol=1e-6)
     assert all(part.is_contiguous() for part in found[1])
+
+
+@pytest.mark.parametrize("step", [1, 3])
+@pytest.mark.parametrize("count", [0, 1, 5])
+def test_angles_of_every_so_many_positions_are_read_where_they_lie(count: int, step: int) -> None:
+    torch.manual_seed(count)
+    table = torch.rand(16, 4, device=DEVICE) * 6
+    at = slice(0, max(0, count - 1) * step + min(1, count), step)
+    angles = (table.cos()[at], table.sin()[at])
+    x = torch.randn(2, count, 3, 8, device=DEVICE)
+    found = TRITON.rotary(x, *angles)
+    torch.testing.assert_close(found, REFERENCE.rotary(x, *angles), rtol=1e-6, atol=1e-6)
+    assert torch.equal(found, TRITON.rotary(x, *(angle.clone() for angle in angles)))
+    assert torch.equal(found[:1], TRITON.rotary(x[:1], *angles))

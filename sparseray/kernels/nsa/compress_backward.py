@@ -189,8 +189,8 @@ def compress_backward(
     dx, dw1 = torch.empty_like(x), torch.empty_like(w1)
     dpos = None if pos is None else torch.empty_like(pos)
     if rows == 0:
-        zeros = (torch.zeros_like(t) for t in (w1[:, 0], w2, w2[:, 0]))
-        return dx.zero_(), dw1.zero_(), *zeros, None if dpos is None else dpos.zero_()
+        db1, dw2, db2 = (torch.zeros_like(t) for t in (w1[:, 0], w2, w2[:, 0]))
+        return dx.zero_(), dw1.zero_(), db1, dw2, db2, None if dpos is None else dpos.zero_()
     dpre, dw2, db1, db2 = _second_layer(dy, pre, w2)
     d0, d1 = split_width(width)
     columns = min(64, max(16, next_power_of_2(hidden)))
