@@ -20,8 +20,8 @@ BY_BLOCK_BELOW = 16
 """Measured: 8 heads a group are faster by block, 16 by query (docs/kernels.md)."""
 PARTIAL_BYTES = 3 << 28
 """Upper bound of the partial rows of one chunk."""
-TILE = 1024
-"""Entries of one program that makes the table."""
+TILE, MOST_TOGETHER = 1024, 64
+"""Entries of one program that makes the table; programs that cut the rows of a chunk."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +77,10 @@ def starts_kernel(p_rows, p_order, p_entries, p_queries, p_starts, entries, none
 
 @triton.jit
 def parts_kernel(p_starts, p_table, rows, programs, part, BR: tl.constexpr):
-    """Cut a chunk's rows into parts of `part` entries and write a line of the table for each."""
+    """Cut a chunk's rows into parts of `part` entries and write a line of the table for each.
+
+    A program takes every so many parts of all rows: the longest, of a block that all queries read, has most of them.
+    """
     i_c = tl.program_id(0).to(tl.int64)
     o = tl.arange(0, BR)
     m = o < rows
@@ -88,7 +91,7 @@ def parts_kernel(p_starts, p_table, rows, programs, part, BR: tl.constexpr):
     p_line = p_table + (i_c * programs + tl.cumsum(parts, 0) - parts) * 6
     shared = tl.where(parts > 1, parts, 0)
     slot = tl.cumsum(shared, 0) - shared
-    for j in range(0, tl.max(parts, 0)):
+    for j in range(tl.program_id(1), tl.max(parts, 0), tl.num_programs(1)):
         m_j = m & (j < parts)
         p = p_line + j * 6
         first = low + j * part
@@ -98,7 +101,7 @@ def parts_kernel(p_starts, p_table, rows, programs, part, BR: tl.constexpr):
         tl.store(p + 3, slot, mask=m_j)
         tl.store(p + 4, first.to(tl.int32), mask=m_j)
         tl.store(p + 5, tl.minimum(stop, first + part).to(tl.int32), mask=m_j)
-    for j in range(tl.sum(parts, 0), programs, BR):
+    for j in range(tl.sum(parts, 0) + tl.program_id(1) * BR, programs, tl.num_programs(1) * BR):
         tl.store(p_table + (i_c * programs + j + o) * 6, tl.full([BR], -1, tl.int32), mask=j + o < programs)
 
 
@@ -155,7 +158,10 @@ def invert_selection(
     table = torch.empty(chunks, programs, 6, **integers)
     block = triton.next_power_of_2(rows)
     warps = min(16, max(1, block // 256))
-    launch_kernel(parts_kernel, (chunks,), starts, table, rows, programs, part, BR=block, num_warps=warps)
+    together = min(MOST_TOGETHER, triton.cdiv(chunk, part))
+    launch_kernel(
+        parts_kernel, (chunks, together), starts, table, rows, programs, part, BR=block, num_warps=warps
+    )
     return Inverse(
         entries=places, queries=queries, parts=table, chunk=chunk, num_slots=2 * (entries // part) + 1
     )
