@@ -22,6 +22,8 @@ PARTIAL_BYTES = 3 << 28
 """Upper bound of the partial rows of one chunk."""
 TILE, MOST_TOGETHER = 1024, 64
 """Entries of one program that makes the table; programs that cut the rows of a chunk."""
+MOST_SHORT = (1 << 15) - 1
+"""Rows up to which their numbers have 16 bits, which are sorted in half as many passes as 32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +58,7 @@ def entry_rows_kernel(
     i_q = o // (n * H)
     b_first = tl.load(p_first + i_q, mask=m, other=0)
     b_row = (i_q // chunk * H + o // n % H) * num_blocks + b_first + b_block
-    tl.store(p_rows + o, tl.where(b_block < 0, none, b_row), mask=m)
+    tl.store(p_rows + o, tl.where(b_block < 0, none, b_row).to(p_rows.dtype.element_ty), mask=m)
 
 
 @triton.jit
@@ -67,8 +69,9 @@ def starts_kernel(p_rows, p_order, p_entries, p_queries, p_starts, entries, none
     b_entry = tl.load(p_order + o, mask=m, other=0).to(tl.int32)
     tl.store(p_entries + o, b_entry, mask=m)
     tl.store(p_queries + o, b_entry // each, mask=m)
-    b_row = tl.load(p_rows + o, mask=m, other=none)
-    b_last = tl.load(p_rows + o - 1, mask=(o > 0) & (o <= entries), other=-1)
+    b_row = tl.load(p_rows + o, mask=m, other=0).to(tl.int32)
+    b_row = tl.where(m, b_row, none)
+    b_last = tl.load(p_rows + o - 1, mask=(o > 0) & (o <= entries), other=-1).to(tl.int32)
     # Rows without entries begin where the next one does; behind the last entry all the others.
     b_count = tl.where(o <= entries, b_row - b_last, 0)
     for j in range(0, tl.max(b_count, 0)):
@@ -141,7 +144,7 @@ def invert_selection(
     num_blocks = geometry.num_tiles(KEYS, select_block)
     rows = num_kv * num_blocks
     none, count = chunks * rows, index.numel()
-    keys = torch.empty(count, **integers)
+    keys = torch.empty(count, dtype=torch.int16 if none <= MOST_SHORT else torch.int32, device=index.device)
     launch_kernel(
         entry_rows_kernel, (triton.cdiv(count, TILE),), index.contiguous(), _first_blocks(geometry, select_block), keys, count,
         chunk, num_blocks, none, n, H=num_kv, BE=TILE, num_warps=4,
