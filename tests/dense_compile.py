@@ -164,6 +164,7 @@ def pages() -> None:
         pools = [(compressed, compressed), *[(cache, cache)] * 3]
         fused, x, gate = bf16(2, (16 + 6 * num_kv) * width), bf16(2, 16 * width), bf16(48, 16 * width)
         at, sizes_of = (places, table, lens), {"query_len": 1, "block": 32, "stride": 16}
+        append.write_rows(fused, 16, pools, (angle, angle), places)
         append.append_rows(fused, x, gate, pools, [weights] * 2, (angle, angle), angles, *at, **sizes_of)
 
 
