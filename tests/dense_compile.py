@@ -226,7 +226,7 @@ def experts() -> None:
         ffn.project_rows(act, down, plan, config, config.down, transposed=True)
         dpre, weighted, _ = _activation_grad(x, pre, down, plan, config)
         ffn.project_rows(dpre, up, plan, config, config.input_grad, transposed=False)
-        expert_map.count_experts(ids, E)
+        expert_map.count_experts(ids.clone(), E)
         balance._Balance.apply(torch.zeros(T, E, requires_grad=True), K, 1)[1].sum().backward()
         few = decode_experts.decode_config(16, x.dtype)
         ffn.up_project(x, up, expert_map.plan_experts(ids, E, tile_rows=few.m), few, save=False)

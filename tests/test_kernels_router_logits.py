@@ -5,6 +5,7 @@ import torch
 import triton_interpreter  # noqa: F401  (first: it sets the interpreter up where there is no GPU)
 from torch import Tensor
 
+from sparseray.kernels.moe.expert_map import plan_experts
 from sparseray.kernels.moe.router_logits import router_logits
 from sparseray.kernels.ops import REFERENCE
 from sparseray.kernels.triton_ops import TRITON
@@ -74,6 +75,12 @@ def test_experts_are_counted(T: int, E: int, K: int) -> None:
     found = TRITON.expert_counts(ids, E)
     assert found.dtype == torch.int64
     assert torch.equal(found, torch.bincount(ids.reshape(-1), minlength=E))
+    # Ids that a plan was made of are not counted again, but for another number of experts.
+    plan_experts(ids, E + 3)
+    for num_experts in (E + 3, E):
+        again = TRITON.expert_counts(ids, num_experts)
+        assert again.dtype == torch.int64
+        assert torch.equal(again, torch.bincount(ids.reshape(-1), minlength=num_experts))
 
 
 @pytest.mark.parametrize(("queries", "group", "turned", "rest"), [(6, 2, 2, 4), (3, 1, 1, 1), (4, 2, 1, 1)])

@@ -210,7 +210,7 @@ def compress_backward(
         BS=64, STRIDE=stride, **shared,
     )  # fmt: skip
     # Parts of the rows, so that short inputs fill the device too.
-    span = triton.cdiv(triton.cdiv(rows, min(4, triton.cdiv(rows, 1024))), 64) * 64
+    span = triton.cdiv(triton.cdiv(rows, min(8, triton.cdiv(rows, 512))), 64) * 64
     parts = torch.empty(triton.cdiv(rows, span), *w1.shape, dtype=torch.float32, device=x.device)
     launch_kernel(
         weight_gradient_kernel, (block, triton.cdiv(hidden, columns), parts.shape[0]),
