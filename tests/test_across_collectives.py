@@ -1,6 +1,8 @@
 """Several slots that compute in slabs, by collectives of a group: as on GPUs of several hosts, here by gloo on a CPU."""
 
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -13,6 +15,7 @@ import torch
 from faulty_transport import Killed
 from local_cluster import LocalFleet, Trained, train
 from test_across_slots import KILLED, SHORT, Dies, check, one, resize_at, slabs_run, survives
+from used_memory import hand_out_used_memory
 
 from sparseray.actors.peers.across import DeviceExchange
 from sparseray.actors.peers.collective_link import CollectiveLink
@@ -22,6 +25,7 @@ from sparseray.actors.peers.peers import Peers
 from sparseray.actors.peers.token_exchange import TokenExchange
 from sparseray.actors.roles import Roles
 from sparseray.actors.state.assignment import Plan
+from sparseray.actors.state.gradient_sum import Determinism
 from sparseray.errors import SupersededError
 from sparseray.platform.composition import Run
 from sparseray.platform.config import RunConfig
@@ -83,6 +87,19 @@ def test_the_fast_order_has_the_bits_of_slots_that_share_memory(corpus: Path, tm
         config = slabs_run(corpus, slots=3, replication=2, exchange=exchange)
         found.append(train(tmp_path / exchange, replace(config, determinism="fast"), stop_after=SHORT))
     assert found[0].curve == found[1].curve and found[0].digest == found[1].digest
+
+
+@pytest.mark.parametrize("exchange", ["peers", "collective"])
+@pytest.mark.parametrize("determinism", ["bitwise", "fast"])
+def test_what_lay_in_memory_before_changes_no_bit(
+    exchange: str, determinism: Determinism, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = slabs_run(corpus, slots=3, replication=2, exchange=exchange)
+    config = replace(config, determinism=determinism)
+    fresh = train(tmp_path / "fresh", config, stop_after=SHORT)
+    hand_out_used_memory(monkeypatch)
+    found = train(tmp_path / "used", config, stop_after=SHORT)
+    assert found.curve == fresh.curve and found.digest == fresh.digest
 
 
 def test_slots_of_several_hosts_meet_as_a_group_and_those_of_one_do_not(
@@ -225,6 +242,29 @@ def test_an_aborted_group_lets_go_at_once_and_leaves_no_thread() -> None:
         assert time.monotonic() - started < 5.0
         time.sleep(0.01)
     assert time.monotonic() - started < 2.0
+
+
+ENDS_MEANWHILE = """
+import time
+import test_across_collectives
+
+class Slow:
+    def __del__(self):
+        time.sleep(1.0)
+
+one, other = test_across_collectives.pair(0.5)
+while not (one.is_formed and other.is_formed):
+    time.sleep(0.001)
+sent = test_across_collectives.torch.zeros(2, dtype=test_across_collectives.torch.uint8)
+one.start(sent, sent.clone(), [], [])
+one.abort()
+slow = Slow()
+"""
+
+
+def test_a_process_that_ends_while_its_group_does_ends_in_order() -> None:
+    """The collective's own end comes while Python is torn down, which takes a process with a GPU as long."""
+    assert subprocess.run([sys.executable, "-c", ENDS_MEANWHILE], cwd=Path(__file__).parent).returncode == 0
 
 
 def test_a_group_listens_at_its_own_address_alone() -> None:

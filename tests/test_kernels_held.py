@@ -7,6 +7,7 @@ import torch
 import triton_interpreter  # noqa: F401  (first: it sets the interpreter up where there is no GPU)
 from test_kernels_moe import DEVICE, distinct_ids, layer
 from torch import Tensor
+from used_memory import hand_out_used_memory
 
 from sparseray.kernels.ops import REFERENCE, HeldGradients, Ops
 from sparseray.kernels.triton_ops import TRITON
@@ -65,12 +66,14 @@ def test_experts_of_several_holders_have_the_bits_of_one(
 
 @pytest.mark.parametrize("ops", [REFERENCE, TRITON], ids=["reference", "triton"])
 @pytest.mark.parametrize("is_counted", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_of_several_sources_at_once_have_the_bits_of_one_after_the_other(
-    ops: Ops, is_counted: bool
+    ops: Ops, is_counted: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Whatever lay in the memory of rows that nobody computes; in the interpreter a product of bf16 hides it."""
     torch.manual_seed(0)
+    hand_out_used_memory(monkeypatch)
     S, T, K, E, held = 3, 19, 2, 7, [1, 4, 6]
-    dtype = torch.bfloat16
     ids, (x, weights, *slabs) = distinct_ids(S * T, E, K), layer(S * T, E, K, 32, 16, dtype)
     dout, own = torch.randn(S * T, 32).to(DEVICE, dtype), [slab[held].contiguous() for slab in slabs]
     places_E = torch.full((E,), S * len(held), device=ids.device)

@@ -5,13 +5,17 @@ after another, and several threads one each. Slots find each other at a store of
 the group. Everything binds to the slot's own address. A group is never left in order: whoever might have to agree may be dead.
 """
 
+import atexit
 import contextlib
 import os
 import socket
 import threading
+import time
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 from urllib.parse import urlsplit
+from weakref import WeakSet
 
 import psutil
 import torch
@@ -22,6 +26,7 @@ from sparseray.errors import SupersededError
 
 FORM_S = 60.0
 """Seconds for which slots wait for each other to form a group."""
+_EXIT_S = 2.0
 _NEVER = timedelta(days=30)
 # A peer's death is ours to handle; torch would end the process for it.
 _NCCL_SETTINGS = {
@@ -29,6 +34,22 @@ _NCCL_SETTINGS = {
     "TORCH_NCCL_ENABLE_MONITORING": "0",
     "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
 }
+_threads: WeakSet[threading.Thread] = WeakSet()
+
+
+def _run_beside(run: Callable[[], None], name: str) -> None:
+    thread = threading.Thread(target=run, daemon=True, name=name)
+    _threads.add(thread)
+    thread.start()
+
+
+@atexit.register
+def _await_threads() -> None:
+    """Let what forms or ends come to its end, for a while: whoever comes back from torch to a Python that is gone aborts
+    the process."""
+    deadline = time.monotonic() + _EXIT_S
+    for thread in list(_threads):
+        thread.join(max(0.0, deadline - time.monotonic()))
 
 
 def host_of(address: str) -> str:
@@ -65,7 +86,7 @@ class Group:
         self._backend: Any = None
         self._last: tuple[Any, ...] = ()
         """The collective in flight and its memory, which must not go before it has ended."""
-        threading.Thread(target=self._form, daemon=True, name="group").start()
+        _run_beside(self._form, "group")
 
     @property
     def is_formed(self) -> bool:
@@ -156,7 +177,7 @@ class Group:
             if self._is_ended:
                 return
             self._is_ended = True
-        threading.Thread(target=self._end, daemon=True, name="group end").start()
+        _run_beside(self._end, "group end")
 
     def _end(self) -> None:
         """Of NCCL an abort frees what waits on the device; gloo has nothing like it: what is in flight has a bound."""

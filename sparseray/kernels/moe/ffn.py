@@ -247,6 +247,19 @@ def activation_grad(
     return dpre_RP, weighted_RI, partial_RN.sum(1)
 
 
+def clear_behind(rows_RN: Tensor, held: Tensor, tile: GradientTile) -> None:
+    """Write zeros where `weight_grad` reads behind the last expert's rows, in a tensor that has room for more of them.
+
+    Args:
+        rows_RN: contiguous.
+        held: int32 scalar, the rows of all experts.
+        tile: of the product.
+    """
+    R, N = rows_RN.shape
+    block = min(1024, triton.next_power_of_2(N))
+    launch_kernel(gemm.clear_kernel, (tile.k,), rows_RN, held, R, N=N, BN=block, num_warps=4)
+
+
 def weight_grad(
     rows_RN: Tensor,
     tokens_TH: Tensor,
@@ -260,6 +273,11 @@ def weight_grad(
     """Sum over each expert's rows of rows (x) tokens: [E, N, H] if rows_first, else [E, H, N].
 
     Args:
+        rows_RN: sorted by expert; after `clear_behind` where it has rows of no expert at its end.
+        tokens_TH: what is gathered.
+        plan: the map of rows.
+        config: tiles.
+        rows_first: which way round.
         out: contiguous, of any floating dtype; None makes one of the rows' dtype.
         accumulate: add to `out`.
     """

@@ -280,7 +280,8 @@ def weight_grad_kernel(
 
     `rows` [R, ROWS] lies sorted by expert, `tokens` [T, TOKENS] is gathered. The result is
     [ROWS, TOKENS] where ROWS_FIRST, else [TOKENS, ROWS]; zeros for an expert without rows. With ACCUMULATE
-    it is added to what is there. The wider side of the tile is the product's second operand.
+    it is added to what is there. The wider side of the tile is the product's second operand. Up to BK rows behind an
+    expert's last one are read with TMA and multiplied by zeros: they must be numbers, or behind the last of R.
     """
     num_r: tl.constexpr = (ROWS + BR - 1) // BR
     num_t: tl.constexpr = (TOKENS + BT - 1) // BT
@@ -321,6 +322,17 @@ def weight_grad_kernel(
         _store_grad(p, acc, o_r, i_t * BT, ROWS, TOKENS, SR, ST, ACCUMULATE)
     else:
         _store_grad(p, acc, o_t, i_r * BR, TOKENS, ROWS, ST, SR, ACCUMULATE)
+
+
+@triton.jit
+def clear_kernel(p_rows, p_first, R, N: tl.constexpr, BN: tl.constexpr):
+    """Zeros in as many rows as there are programs, from row `first` on, and in none behind the last of R."""
+    row = tl.load(p_first) + tl.program_id(0)
+    if row < R:
+        for start in range(0, N, BN):
+            o_n = start + tl.arange(0, BN)
+            zeros = tl.zeros([BN], p_rows.dtype.element_ty)
+            tl.store(p_rows + row.to(tl.int64) * N + o_n, zeros, mask=o_n < N)
 
 
 @triton.jit

@@ -19,6 +19,7 @@ from sparseray.kernels.moe.expert_map import ExpertPlan, plan_experts
 from sparseray.kernels.moe.expert_sum import HeldGradients
 from sparseray.kernels.moe.ffn import (
     activation_grad,
+    clear_behind,
     default_config,
     project_rows,
     up_project,
@@ -73,7 +74,10 @@ def held_forward(
         return x_TH.new_empty(0, x_TH.shape[1]), None
     held, config = _held(plan, counts), default_config(x_TH)
     act_RI, pre_RP = up_project(x_TH, gate_up_E2IH, held, config, save=True)
-    return project_rows(act_RI, down_EHI, held, config, config.down, transposed=True), (x_TH, pre_RP, held)
+    # Where rows are not counted, those behind the last one have never been written.
+    end = None if counts is not None else plan.offsets_E[held.counts_E.shape[0]]
+    y_RH = project_rows(act_RI, down_EHI, held, config, config.down, transposed=True)
+    return y_RH, (x_TH, pre_RP, held, end)
 
 
 def held_backward(
@@ -100,9 +104,12 @@ def held_backward(
             dgate_up_GE2IH=gate_up_E2IH.new_zeros(num_sets, *gate_up_E2IH.shape),
             ddown_GEHI=down_EHI.new_zeros(num_sets, *down_EHI.shape),
         )
-    x_TH, pre_RP, held = saved
+    x_TH, pre_RP, held, end = saved
     config = default_config(x_TH)
     dpre_RP, weighted_RI, dweights_R = activation_grad(dout_TH, pre_RP, down_EHI, weights_TK, held, config)
+    if end is not None:
+        clear_behind(weighted_RI, end, config.down_weights)
+        clear_behind(dpre_RP, end, config.up_weights)
     ddown_EHI = weight_grad(weighted_RI, dout_TH, held, config, rows_first=False)
     del weighted_RI
     dgate_up_E2IH = weight_grad(dpre_RP, x_TH, held, config, rows_first=True)
