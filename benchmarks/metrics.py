@@ -147,7 +147,9 @@ def serving(requests: int, tokens: int) -> None:
         started = time.perf_counter()
         events = engine.step()
         between = time.perf_counter()
-        observe_engine(slot.record, engine, between - started)
+        observe_engine(
+            lambda name, value, **labels: slot.record(name, value, **labels), engine, between - started
+        )
         for _ in events:
             server.record("inter_token_latency_seconds", 0.01)
             server.record("generation_tokens_total", 1)

@@ -32,6 +32,8 @@ class Size:
 
     Args:
         trained, factor: tokens of the first training's sequences, and how many times longer the second's are.
+        scale: of YaRN, more than `factor`: what lies as far apart as the longest sequence of a training allows is hardly ever
+            trained. DeepSeek-V3 takes 40 for sequences 8 and 32 times as long (arXiv 2412.19437 section 4.3).
         batch: sequences of the first training's steps; the second has as many tokens.
         drilled: first steps, with dense needles most of the time.
         steps: of the first and of the second training, if their time is enough for them.
@@ -41,6 +43,7 @@ class Size:
 
     trained: int
     factor: int
+    scale: float
     batch: int
     drilled: int
     steps: tuple[int, int]
@@ -66,7 +69,7 @@ class Size:
                 size=3 * short, documents=many(1600), gap=short // 12, nearest=40, farthest=short, even=0.0
             ),
             "far": Kind(
-                size=3 * long, documents=many(400), gap=short // 12, nearest=100, farthest=long, even=0.5
+                size=3 * long, documents=many(400), gap=short // 24, nearest=100, farthest=long, even=0.8
             ),
         }
 
@@ -90,9 +93,10 @@ SIZES = {
     "gpu": Size(
         trained=2048,
         factor=4,
+        scale=8.0,
         batch=16,
         drilled=500,
-        steps=(6000, 1500),
+        steps=(4000, 2000),
         amount=2.0,
         keys={
             "model.hidden": 256,
@@ -109,6 +113,7 @@ SIZES = {
     "cpu": Size(
         trained=128,
         factor=4,
+        scale=8.0,
         batch=4,
         drilled=100,
         steps=(600, 100),
@@ -192,7 +197,8 @@ class Course:
             "train.sequences_per_shard": size.batch,
             "train.steps": size.steps[0],
             # What copies appears at once, after steps that nobody can foretell; until then a rate that falls is lost time.
-            "optim.schedule": "constant",
+            "optim.schedule": "wsd",
+            "optim.decay_steps": size.steps[0] // 5,
             "optim.lr": 0.002,
             "optim.warmup_steps": 100,
             "data.mixture": mixture,
@@ -215,8 +221,8 @@ class Course:
             "train.sequences_per_shard": max(1, size.batch // size.factor),
             "train.steps": size.steps[1],
             "optim.schedule": "cosine",
-            "optim.lr": 0.001,
-            "optim.warmup_steps": 20,
+            "optim.lr": 0.0005,
+            "optim.warmup_steps": 50,
             "data.mixture": "[far=0.8 near=0.2]",
         }
         return self.train(name, keys | more, self.seconds[1])
@@ -239,7 +245,7 @@ class Course:
         size = self.size
         yarn: dict[str, object] = {
             "model.rope.scaling": "yarn",
-            "model.rope.factor": float(size.factor),
+            "model.rope.factor": size.scale,
             "model.rope.original_max_seq_len": size.trained,
         }
         untrained = yarn | {"train.steps": 1, "optim.lr": 0.0}
@@ -259,9 +265,9 @@ class Course:
 
 NAMES = {
     "short": "trained at {trained}",
-    "yarn_untrained": "the same, YaRN x{factor}, not trained on",
+    "yarn_untrained": "the same, YaRN x{scale:g}, not trained on",
     "longer": "the same, trained on at {long} without YaRN",
-    "yarn": "the same, trained on at {long} with YaRN x{factor}",
+    "yarn": "the same, trained on at {long} with YaRN x{scale:g}",
 }
 
 
@@ -283,7 +289,7 @@ def report(folder: Path, size: Size) -> str:
         found = json.loads(path.read_text())
         figures = found["figures"]
         cells = [_cell(figures.get(f"needle in {n} tokens")) for n in lengths]
-        what = text.format(trained=size.trained, long=size.long, factor=size.factor)
+        what = text.format(trained=size.trained, long=size.long, scale=size.scale)
         lines.append(f"| {what} | {found['step']} | {' | '.join(cells)} |")
         if name == "yarn":
             value = figures[f"needle in {size.long} tokens"]["value"]

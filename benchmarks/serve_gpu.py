@@ -10,11 +10,11 @@ transformers alone are compared.
 """
 
 import argparse
-import http.client
 import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -59,22 +59,47 @@ def make_checkpoint(data: Path, folder: Path) -> Path:
     return folder / "run" / "checkpoints" / "step_1"
 
 
-def rate_of(port: int, first: int, batch: int) -> float:
-    """Tokens per second of completions over HTTP that are asked for together, over connections that stand already."""
-    bodies = []
-    for index in range(first, first + batch):
+def connected(port: int, count: int) -> list[socket.socket]:
+    """Connections that the server has taken and answers on: those of a client that asks again and again."""
+    sockets = [socket.create_connection(("127.0.0.1", port), timeout=120) for _ in range(count)]
+    for one in sockets:
+        one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        one.sendall(b"GET /ping HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+        answer_on(one)
+    return sockets
+
+
+def answer_on(one: socket.socket) -> bytes:
+    """The body of the next answer on a connection."""
+    head, body, length = b"", b"", 0
+    while True:
+        found = one.recv(1 << 16)
+        if not found:
+            raise SystemExit(f"serve closed a connection after {head + body!r:.300}")
+        body += found
+        if not head and b"\r\n\r\n" in body:
+            head, _, body = body.partition(b"\r\n\r\n")
+            length = int(re.search(rb"(?i)content-length: *(\d+)", head)[1])  # type: ignore[index]
+        if head and len(body) >= length:
+            return body
+
+
+def rate_of(sockets: list[socket.socket], first: int) -> float:
+    """Tokens per second of completions that are asked for together, one on each connection.
+
+    A request is sent in one piece, and an answer read as bytes until it is whole: what a client in C would do.
+    """
+    requests = []
+    for index in range(first, first + len(sockets)):
         prompt = here.request_of(index, PROMPT, NEW).prompt_tokens
-        bodies.append(json.dumps({"prompt": prompt, "max_tokens": NEW, "temperature": 0, "ignore_eos": True}))
-    connections = [http.client.HTTPConnection("127.0.0.1", port, timeout=120) for _ in bodies]
-    for connection in connections:
-        connection.connect()
+        body = json.dumps({"prompt": prompt, "max_tokens": NEW, "temperature": 0, "ignore_eos": True})
+        head = "POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+        requests.append(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
     started = time.perf_counter()
-    for connection, body in zip(connections, bodies):
-        connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
-    answers = [connection.getresponse().read() for connection in connections]
+    for one, request in zip(sockets, requests):
+        one.sendall(request)
+    answers = [answer_on(one) for one in sockets]
     seconds = time.perf_counter() - started
-    for connection in connections:
-        connection.close()
     found = [json.loads(answer) for answer in answers]
     if wrong := [answer for answer in found if "usage" not in answer]:
         raise SystemExit(f"serve answered {wrong[0]}")
@@ -106,9 +131,8 @@ def served(checkpoint: Path) -> dict[int, float]:
         assert process.stdout is not None
         for line in process.stdout:
             print(line.rstrip(), flush=True)
-            found = re.search(r" at http://[\d.]+:(\d+)", line)
-            if found:
-                port = int(found[1])
+            if address := re.search(r" at http://[\d.]+:(\d+)", line):
+                port = int(address[1])
                 break
         if not port:
             raise SystemExit("serve ended")
@@ -116,9 +140,12 @@ def served(checkpoint: Path) -> dict[int, float]:
         print(f"serve was ready after {time.perf_counter() - started:.0f} s", flush=True)
         rates: dict[int, float] = {}
         for batch in BATCHES:
-            for turn in range(4):
-                rate = rate_of(port, 1000 * batch + 100 * turn, batch)
-                rates[batch] = max(rates.get(batch, 0.0), rate)
+            sockets = connected(port, batch)
+            found = [rate_of(sockets, 1000 * batch + 100 * turn) for turn in range(8)]
+            print(f"batch {batch}: {', '.join(f'{rate:.0f}' for rate in found)} tok/s", flush=True)
+            rates[batch] = max(found)
+            for one in sockets:
+                one.close()
         return rates
     finally:
         os.killpg(process.pid, signal.SIGINT)

@@ -164,6 +164,7 @@ def pages() -> None:
         pools = [(compressed, compressed), *[(cache, cache)] * 3]
         fused, x, gate = bf16(2, (16 + 6 * num_kv) * width), bf16(2, 16 * width), bf16(48, 16 * width)
         at, sizes_of = (places, table, lens), {"query_len": 1, "block": 32, "stride": 16}
+        append.write_rows(fused, 16, pools, (angle, angle), places)
         append.append_rows(fused, x, gate, pools, [weights] * 2, (angle, angle), angles, *at, **sizes_of)
 
 
@@ -225,7 +226,7 @@ def experts() -> None:
         ffn.project_rows(act, down, plan, config, config.down, transposed=True)
         dpre, weighted, _ = _activation_grad(x, pre, down, plan, config)
         ffn.project_rows(dpre, up, plan, config, config.input_grad, transposed=False)
-        expert_map.count_experts(ids, E)
+        expert_map.count_experts(ids.clone(), E)
         balance._Balance.apply(torch.zeros(T, E, requires_grad=True), K, 1)[1].sum().backward()
         few = decode_experts.decode_config(16, x.dtype)
         ffn.up_project(x, up, expert_map.plan_experts(ids, E, tile_rows=few.m), few, save=False)

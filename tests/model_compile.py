@@ -41,6 +41,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "heads of 192 and 128": {"attention": ("full", "nsa"), "head_dim": 192, "v_head_dim": 128},
     "heads of 128 and 192": {"attention": ("full", "nsa"), "head_dim": 128, "v_head_dim": 192},
     "heads of 256": {"head_dim": 256},
+    "a key for each head": {"attention": ("nsa",), "num_kv_heads": 4, "head_dim": 48, "v_head_dim": 40},
     "three heads a group": {"attention": ("full", "nsa"), "num_heads": 6, "num_kv_heads": 2},
     "64 heads a group": {"attention": ("full", "nsa"), "num_heads": 64, "num_kv_heads": 1, "head_dim": 128},
     "blocks of 128": {

@@ -202,8 +202,8 @@ class Recorded:
 
     values: list[tuple[str, float, dict[str, str]]] = field(default_factory=list)
 
-    def __call__(self, name: str, value: float, **labels: str) -> None:
-        self.values.append((name, value, labels))
+    def __call__(self, name: str, value: float, times: int = 1, /, **labels: str) -> None:
+        self.values += [(name, value, labels)] * times
 
     def count(self, name: str, **labels: str) -> int:
         return sum(1 for found, _, with_labels in self.values if (found, with_labels) == (name, labels))

@@ -1,6 +1,7 @@
 """Checkpoints beside the steps: whose memory they are copied to, and what it costs where there is none."""
 
 import threading
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -23,6 +24,15 @@ def files(scale: float, generation: int = 1) -> Files:
             "e": torch.full((9,), 3, dtype=torch.int64),
         },
     }
+
+
+class NoStream:
+    """In the place of a GPU's."""
+
+    device = torch.device("cpu")
+
+    def synchronize(self) -> None:
+        """All is done."""
 
 
 class Taken:
@@ -111,6 +121,35 @@ def test_a_host_without_memory_to_pin_costs_the_checkpoint_alone(monkeypatch: py
     assert done.wait(10.0)
     found = saving.take()
     assert found is not None and found[0] == 4 and "out of memory" in found[1].error
+
+
+def test_who_keeps_copies_on_the_device_does_not_wait_for_host_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    is_pinned, pin = threading.Event(), background_save._host_memory
+
+    def slow(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        assert is_pinned.wait(10.0)
+        return pin(tensors)
+
+    taken, saving = Taken(monkeypatch), BackgroundSave()
+    monkeypatch.setattr(background_save, "_host_memory", slow)
+    monkeypatch.setattr(background_save, "_has_room", lambda tensors, device: True)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    saving._stream = NoStream()  # type: ignore[assignment]
+    what = files(5.0)
+    saving.reserve(what)
+    saving.start(5, what, taken.write)
+    saving.wait_until_copied()
+    assert not is_pinned.is_set()
+    for tensors in what.values():
+        for tensor in tensors.values():
+            tensor.zero_()
+    is_pinned.set()
+    saving.forget()
+    found = {name: tensor for _, copies, _ in taken.written for name, tensor in copies.items()}
+    wanted = {name: tensor for tensors in files(5.0).values() for name, tensor in tensors.items()}
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
 @pytest.mark.gpu

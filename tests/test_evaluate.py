@@ -15,7 +15,7 @@ from sparseray.actors.serving.text_request import GenerationRequest, TokenEvent
 from sparseray.actors.training.token_data import TokenDataset
 from sparseray.jobs import evaluate
 from sparseray.jobs.evaluation.intervals import ratio, share
-from sparseray.jobs.evaluation.needle import draw_needle
+from sparseray.jobs.evaluation.needle import DEPTHS, draw_needle
 from sparseray.jobs.evaluation.subject import Subject, open_subject
 from sparseray.jobs.evaluation.tasks import Gap, gaps, infilling, losses, needles
 from sparseray.jobs.tokens.prepare import prepare
@@ -172,8 +172,11 @@ def test_needles_lie_at_all_depths_and_the_prompt_fills_its_length(trained: Path
     subject = Subject(engine=Reading({}), vocabulary=real.vocabulary, context=600)  # type: ignore[arg-type]
     figures = needles(subject, TokenDataset(data, "validation"), 10, 0, quiet)
     assert {name: one.value for name, one in figures.items()} == {
-        f"needle in {n} tokens": 1.0 for n in (150, 300, 600)
+        f"needle in {n} tokens{depth}": 1.0
+        for n in (150, 300, 600)
+        for depth in ("", *(f", depth {one:g}" for one in DEPTHS))
     }
+    assert figures["needle in 600 tokens, depth 0.25"].samples == 2
     for request in asked:
         assert len(request.prompt_tokens) + request.max_tokens in (150, 300, 600)
     where = {

@@ -203,6 +203,19 @@ def test_steps_without_a_token_are_progress(engines: Engines, ingress: Ingress) 
     assert asyncio.run(story()) == [0, None]
 
 
+def test_a_request_is_sent_at_once_and_ends_without_a_reader(engines: Engines, ingress: Ingress) -> None:
+    async def story() -> None:
+        stream = ingress.generate(request())
+        assert [found.request_id for found in engines.given(0) + engines.given(1)] == ["a"]
+        for _ in range(2):
+            await ingress.cancel("a")
+        assert [body for _, body in engines.sent if isinstance(body, Cancel)] == [Cancel(request_id="a")]
+        assert not ingress._open and not ingress._load.total()
+        await stream.aclose()
+
+    asyncio.run(story())
+
+
 def test_a_patient_reader_gets_the_first_token_at_once_and_the_others_together(
     engines: Engines, ingress: Ingress
 ) -> None:

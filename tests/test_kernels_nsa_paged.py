@@ -178,6 +178,20 @@ def test_decode_of_heads_with_a_key_each_in_half_precision(page: int) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")
+@pytest.mark.parametrize("heads", [(4, 4), (4, 1)])
+@pytest.mark.parametrize("tiles", [16, 32])
+def test_decode_where_a_part_has_as_many_pages_as_it_has_room_for(
+    monkeypatch: pytest.MonkeyPatch, heads: tuple[int, int], tiles: int
+) -> None:
+    """Tiles are fetched ahead; what was looked up for those beyond the last lay beyond the table in shared memory."""
+    for name in ("decode", "decode_single"):
+        monkeypatch.setitem(tuning.LAUNCH[name], "splits", 1)
+    tokens = tiles * tuning.LAUNCH["decode"]["keys"] * PAPER.stride
+    assert decode_error([tokens], 1, heads, (64, 64), PAPER, 16, torch.bfloat16) < 5e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")
 def test_decode_of_the_largest_batch() -> None:
     lens = [33 + 37 * b % 1900 for b in range(256)]
     assert decode_error(lens, 2, (64, 4), (128, 128), PAPER, 64, torch.bfloat16) < 5e-3

@@ -9,6 +9,7 @@ import torch
 from nsa_sizes import DEVICE, HAS_GPU
 from torch import Tensor
 
+from sparseray.kernels.nsa import inverse
 from sparseray.kernels.nsa.geometry import KEYS, packed
 from sparseray.kernels.nsa.inverse import invert_selection
 from sparseray.kernels.nsa.reference import top_n_reference
@@ -59,8 +60,11 @@ def test_the_chosen_blocks_are_those_of_the_reference(
         assert torch.equal(index[first:], expected)
 
 
-@pytest.mark.parametrize(("chunk", "part"), [(40, 1000), (16, 3), (7, 1)])
-def test_the_inverse_table_names_the_queries_of_every_block_in_their_order(chunk: int, part: int) -> None:
+@pytest.mark.parametrize(("chunk", "part", "short"), [(40, 1000, 1 << 15), (16, 3, 0), (7, 1, 1 << 15)])
+def test_the_inverse_table_names_the_queries_of_every_block_in_their_order(
+    chunk: int, part: int, short: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inverse, "MOST_SHORT", short)
     block, heads, n, ends = 4, 2, 3, [0, 9, 9, 40]
     geometry = packed(torch.tensor(ends, device=DEVICE), ends[-1], 0, 8, 4)
     generator = torch.Generator().manual_seed(chunk)

@@ -1,10 +1,11 @@
-"""Logits of the router from bf16 rows, its balance and counts, and the cut of a fused projection into NSA's parts."""
+"""Logits of the router from bf16 rows, its balance and counts, the cut of a fused projection into NSA's parts, and angles of some positions."""
 
 import pytest
 import torch
 import triton_interpreter  # noqa: F401  (first: it sets the interpreter up where there is no GPU)
 from torch import Tensor
 
+from sparseray.kernels.moe.expert_map import plan_experts
 from sparseray.kernels.moe.router_logits import router_logits
 from sparseray.kernels.ops import REFERENCE
 from sparseray.kernels.triton_ops import TRITON
@@ -74,6 +75,12 @@ def test_experts_are_counted(T: int, E: int, K: int) -> None:
     found = TRITON.expert_counts(ids, E)
     assert found.dtype == torch.int64
     assert torch.equal(found, torch.bincount(ids.reshape(-1), minlength=E))
+    # Ids that a plan was made of are not counted again, but for another number of experts.
+    plan_experts(ids, E + 3)
+    for num_experts in (E + 3, E):
+        again = TRITON.expert_counts(ids, num_experts)
+        assert again.dtype == torch.int64
+        assert torch.equal(again, torch.bincount(ids.reshape(-1), minlength=num_experts))
 
 
 @pytest.mark.parametrize(("queries", "group", "turned", "rest"), [(6, 2, 2, 4), (3, 1, 1, 1), (4, 2, 1, 1)])
@@ -96,3 +103,17 @@ def test_parts_of_a_fused_projection_and_their_gradient(
     for wanted, part in zip(*found, strict=True):
         torch.testing.assert_close(part, wanted, rtol=1e-6, atol=1e-6)
     assert all(part.is_contiguous() for part in found[1])
+
+
+@pytest.mark.parametrize("step", [1, 3])
+@pytest.mark.parametrize("count", [0, 1, 5])
+def test_angles_of_every_so_many_positions_are_read_where_they_lie(count: int, step: int) -> None:
+    torch.manual_seed(count)
+    table = torch.rand(16, 4, device=DEVICE) * 6
+    at = slice(0, max(0, count - 1) * step + min(1, count), step)
+    angles = (table.cos()[at], table.sin()[at])
+    x = torch.randn(2, count, 3, 8, device=DEVICE)
+    found = TRITON.rotary(x, *angles)
+    torch.testing.assert_close(found, REFERENCE.rotary(x, *angles), rtol=1e-6, atol=1e-6)
+    assert torch.equal(found, TRITON.rotary(x, *(angle.clone() for angle in angles)))
+    assert torch.equal(found[:1], TRITON.rotary(x[:1], *angles))

@@ -123,7 +123,8 @@ def test_events_of_a_step_come_in_their_order() -> None:
     ]
     sent = Tokens.of(events, 4)
     assert sent.events() == events
-    assert (sent.request_ids, sent.version) == (("a", "b", "c"), 4)
+    assert (sent.request_ids, sent.version) == (("a", "b", "d", "c"), 4)
+    assert sent.finish_reasons == ("", "", "length", "")
 
 
 # -- what travels ----------------------------------------------------------------------------------

@@ -87,6 +87,19 @@ def test_histograms_are_exact_and_labels_may_come_in_any_order() -> None:
     assert 'sparseray_nsa_branch_gate_mean{branch="select",layer="7",slot="3"} 0.5' in text
 
 
+def test_a_value_that_a_histogram_has_several_times_counts_as_often() -> None:
+    together, apart = Metrics({}), Metrics({})
+    for value in (0.0, 0.001, 0.0037, 0.05, 1e6):
+        together.record("inter_token_latency_seconds", value, 3)
+        for _ in range(3):
+            apart.record("inter_token_latency_seconds", value)
+
+    def shown(metrics: Metrics) -> list[str]:
+        return [line for line in metrics.exposition().decode().splitlines() if "inter_token" in line]
+
+    assert shown(together) == shown(apart) and any(line.endswith("_count 15.0") for line in shown(apart))
+
+
 def test_what_cannot_be_recorded_is_told_once_and_costs_no_step(caplog: pytest.LogCaptureFixture) -> None:
     metrics = Metrics({})
     for _ in range(3):

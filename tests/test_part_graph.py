@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sparseray.actors.exchange.on_device import OnDeviceExchange
 from sparseray.actors.exchange.protocol import FetchedRows
+from sparseray.actors.state.gradient_sum import Determinism
 from sparseray.actors.training import part_graph
 from sparseray.actors.training.objective import DeviceBatch, next_token
 from sparseray.actors.training.part_graph import PartGraph, graph_of
@@ -61,12 +62,26 @@ def whole_run(data: Path, *, steps: int = 12, parts: int = 4, **train_keys: obje
     return replace(config, train=replace(config.train, **keys))
 
 
-@pytest.mark.parametrize("keys", [{}, {"parts": 1}, {"recompute": True, "steps": 4}], ids=str)
+@pytest.mark.parametrize(
+    ("keys", "determinism"),
+    [
+        ({}, "bitwise"),
+        ({"parts": 1}, "bitwise"),
+        ({"recompute": True, "steps": 4}, "bitwise"),
+        ({"parts": 3, "steps": 3}, "bitwise"),
+        ({"parts": 3, "steps": 3}, "fast"),
+    ],
+    ids=str,
+)
 def test_replayed_parts_change_no_bit(
-    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keys: dict[str, int]
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    keys: dict[str, int],
+    determinism: Determinism,
 ) -> None:
     """With memory rows, evaluations between steps, and the tenth step, which notes statistics."""
-    config = whole_run(corpus, **keys)
+    config = replace(whole_run(corpus, **keys), determinism=determinism)
     plain = train(tmp_path / "plain", config)
     recorder = Recorded()
     monkeypatch.setattr(part_graph, "recorder_of", lambda device: recorder)

@@ -13,7 +13,7 @@ import torch
 from serving_parts import MAX_MODEL_LEN, Parts, alone, finish, make_parts, request_of, tokens_of
 
 from sparseray.actors.serving import cache_pool, paged_engine
-from sparseray.actors.serving.cache_pool import CachePool, page_keys
+from sparseray.actors.serving.cache_pool import CachePool, Lease, page_keys
 from sparseray.actors.serving.device_sampler import sample_rows, uniforms
 from sparseray.actors.serving.paged_engine import PagedEngine
 from sparseray.actors.serving.paged_model import page_bytes
@@ -249,3 +249,13 @@ def test_pages_are_shared_by_the_hash_of_their_tokens_and_reused_oldest_first() 
     # All of a prompt is never taken from the cache: its last token gives the first logits.
     again = pool.acquire(range(8), 9)
     assert again is not None and again.length == 4
+
+
+def test_sampled_tokens_are_kept_for_the_slots_of_their_step(parts: Parts) -> None:
+    model = paged(parts).paged
+    for slots, tokens in (((3, 1), (7, 8)), ((3, 1), (9, -1)), ((1, 3), (5, 6)), ((2,), (4,))):
+        leases = [Lease(pages=[], length=0, max_len=1, slot=slot) for slot in slots]
+        model.keep(torch.tensor(tokens), leases)
+        # A token that could not be chosen is never looked up.
+        assert model.latest_S[list(slots)].tolist() == [max(0, token) for token in tokens]
+    assert model.latest_S[:4].tolist() == [0, 5, 4, 6]

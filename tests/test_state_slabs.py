@@ -148,6 +148,25 @@ def test_the_order_of_a_sum() -> None:
         assert total.total is not None and torch.equal(total.total[0], expected), determinism
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("determinism", ["bitwise", "fast"])
+def test_what_is_lent_to_a_sum_may_change_with_the_next_part(determinism: str, dtype: torch.dtype) -> None:
+    for count in range(1, 8):
+        leaves = [torch.randn(50).to(dtype) for _ in range(count)]
+        orders = [range(count)] if determinism == "fast" else [range(count), reversed(range(count))]
+        for order in map(list, orders):
+            given, lent = GradientSum(count, determinism), GradientSum(count, determinism)
+            place = torch.empty(50, dtype=dtype)
+            for part in order:
+                given.add(part, [leaves[part].clone()])
+                place.copy_(leaves[part])
+                lent.add(part, [place], lent=True)
+                if count > 1:
+                    place.fill_(torch.nan)
+            assert given.total is not None and lent.total is not None
+            assert torch.equal(lent.total[0].float(), given.total[0].float()), (count, order)
+
+
 def test_norms_that_travel_as_a_few_numbers_are_rounded_once() -> None:
     generator = random.Random(5)
     for _ in range(50):

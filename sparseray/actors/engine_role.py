@@ -274,9 +274,7 @@ class EngineRole:
             self.spoke_s = now
         if events or is_due:
             # Those who hear of no token hear that the engine works.
-            for asker in {self.askers[request_id] for request_id in seat.request_ids} | {
-                self.askers[event.request_id] for event in events if event.request_id in self.askers
-            }:
+            for asker in set(self.askers.values()):
                 own = tuple(event for event in events if self.askers.get(event.request_id) == asker)
                 if own or is_due:
                     self.mailbox.post(asker, Tokens.of(own, seat.step_open - 1))

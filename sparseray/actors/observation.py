@@ -57,8 +57,9 @@ def observe_queues(observe: Observe, engine: Engine) -> None:
         observe: metrics of the slot.
         engine: that the slot plays.
     """
-    observe("requests_running", engine.stats.running)
-    observe("requests_waiting", engine.stats.waiting)
+    stats = engine.stats
+    observe("requests_running", stats.running)
+    observe("requests_waiting", stats.waiting)
     observe("cache_usage_ratio", engine.cache_usage)
 
 

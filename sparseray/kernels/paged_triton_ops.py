@@ -24,7 +24,7 @@ from sparseray.kernels.attention.paged_write import (
 from sparseray.kernels.attention.prefill import paged_prefill
 from sparseray.kernels.dense.most_probable import most_probable
 from sparseray.kernels.drafts import draft_rows, judge_drafts, next_drafts
-from sparseray.kernels.nsa.append import append_rows
+from sparseray.kernels.nsa.append import append_rows, write_rows
 from sparseray.kernels.nsa.compress_step import compress_step
 from sparseray.kernels.nsa.decode import DecodeWorkspace, nsa_decode
 from sparseray.kernels.nsa.prefill import nsa_prefill, prefill_geometry
@@ -200,9 +200,12 @@ class PagedTritonOps(PagedPlainOps):
     ) -> tuple[Tensor, Tensor]:
         check("native sparse attention over pages", fused_RX, x_RH, *(x for pool in pools for x in pool))
         if pages.chunks is not None:
-            return super().paged_nsa_append(
-                pools, fused_RX, x_RH, gate_NH, phis, sizes, angles, all_angles, pages
-            )
+            queries = gate_NH.shape[0] // 3
+            q = write_rows(fused_RX, queries, pools, angles, pages.places_R)
+            for i, turns in enumerate((all_angles, None)):
+                self.paged_compress(pools[3][i], pools[0][i], phis[i], sizes, pages, turns)
+            gates_RN = self.sigmoid(self.linear(x_RH, gate_NH, None, invariant=True))
+            return q, gates_RN.view(-1, queries, 3)
         return append_rows(
             fused_RX,
             x_RH,

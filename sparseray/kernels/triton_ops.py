@@ -63,13 +63,19 @@ def _table(values: tuple[int, ...] | tuple[tuple[int, ...], ...], device: torch.
 
 
 @lru_cache(maxsize=32)
-def _all_numbers(count: int, device: torch.device) -> Tensor:
-    return torch.arange(count, device=device, dtype=torch.int32)
+def _all_numbers(count: int, step: int, device: torch.device) -> Tensor:
+    return torch.arange(0, count * step, step, device=device, dtype=torch.int32)
 
 
-def _numbers(count: int, device: torch.device) -> Tensor:
-    """0, 1, ... count - 1: the beginning of one of a few tensors, which stay, as CUDA graphs read them."""
-    return _all_numbers(max(1 << 16, triton.next_power_of_2(count)), device)[:count]
+def _numbers(count: int, device: torch.device, step: int = 1) -> Tensor:
+    """0, step, ... (count - 1) step: the beginning of one of a few tensors, which stay, as CUDA graphs read them."""
+    return _all_numbers(max(1 << 16, triton.next_power_of_2(count)), step, device)[:count]
+
+
+def _whole_table(angles_LC: Tensor, step: int) -> Tensor:
+    """The rows that every step-th row was taken of."""
+    count, C = angles_LC.shape
+    return angles_LC if step == 1 else angles_LC.as_strided((1 + (count - 1) * step, C), (C, 1))
 
 
 class _Embedding(torch.autograd.Function):
@@ -84,8 +90,7 @@ class _Embedding(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
         (tokens_R,) = ctx.saved_tensors
-        sums_VH = torch.empty(ctx.like.shape, dtype=torch.float32, device=tokens_R.device)
-        return None, embedding_grad_(sums_VH, tokens_R, grads[0]).to(ctx.like.dtype)
+        return None, embedding_grad_(torch.empty_like(ctx.like), tokens_R, grads[0])
 
 
 class TritonOps(PagedTritonOps):
@@ -106,9 +111,16 @@ class TritonOps(PagedTritonOps):
 
     def rotary(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         rows = x.reshape(-1, *x.shape[-2:])
+        # Of every so many positions the angles are read where they lie.
+        count, (step, rest) = cos.shape[0], divmod(cos.stride(0), cos.shape[1])
+        if count == 0 or rest or step == 0 or cos.stride(1) != 1 or cos.stride() != sin.stride():
+            step, cos, sin = 1, cos.contiguous(), sin.contiguous()
+        tables = _whole_table(cos, step), _whole_table(sin, step)
         # Leading axes share the tokens' angles.
-        positions_R = _numbers(cos.shape[0], x.device).repeat(rows.shape[0] // max(1, cos.shape[0]))
-        return rope(rows, positions_R, cos, sin, heads=(x.shape[-2], 0, 0))[0].view(x.shape)
+        positions_R = _numbers(count, x.device, step)
+        if rows.shape[0] > count:
+            positions_R = positions_R.repeat(rows.shape[0] // max(1, count))
+        return rope(rows, positions_R, *tables, heads=(x.shape[-2], 0, 0))[0].view(x.shape)
 
     def rotary_pairs(self, x_RQD: Tensor, start: int, cos_RP: Tensor, sin_RP: Tensor) -> Tensor:
         rows, heads = x_RQD.shape[:2]

@@ -123,8 +123,9 @@ class OnDeviceExchange(Abortable):
             gradients: on the device: dense ones and those of table rows.
         """
         self.check()
-        self.dense.sum.add(part, gradients.dense)
-        self.whole.sum.add(part, self.whole.take_gradients())
+        # A recording of the part writes the next one's to the same places.
+        self.dense.sum.add(part, gradients.dense, lent=True)
+        self.whole.sum.add(part, self.whole.take_gradients(), lent=True)
         if self.memory is not None:
             self.memory.add_row_gradients(part, [gradient for _, gradient in gradients.rows])
         if self.dense.is_reduced:

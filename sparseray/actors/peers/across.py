@@ -245,8 +245,8 @@ class DeviceExchange(Abortable):
         self.slices.sum_up(self.across.count + 1)
         self.shares.share(self.across.count + 3, self._sums_dtype())
         self.across.count += 4
-        norms = self.link.read(step_norms(self.dense, self.held, []))
-        dense, experts, _ = norms_by_role(self.dense, self.held, norms)
+        found = self.link.read(step_norms(self.dense, self.held, []))
+        dense, experts, _ = norms_by_role(self.dense, self.held, found)
         of_dense = dict(zip(self.dense.names, dense))
         held = [(layer, expert) for layer, slab in enumerate(self.held.slabs) for expert in slab.rows]
         of_experts = dict(zip(map(_name, held), experts, strict=True))

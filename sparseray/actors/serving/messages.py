@@ -25,10 +25,11 @@ class Generate(Body):
 class Tokens(Body):
     """What one engine step gave, for one or several requests; without any, the sign that steps go on.
 
-    Most events are a token and nothing else: these travel as columns, which costs a tenth.
+    Most events are a token, perhaps the last: these travel as columns, which costs a tenth.
 
     Args:
-        request_ids, indices, token_ids: of the events that are no more than these, in order.
+        request_ids, indices, token_ids, finish_reasons: of the events that are no more than these, in order; "" where
+            the request goes on.
         others: the other events, and the place of each among all.
         version: of the weights that gave them.
     """
@@ -38,6 +39,7 @@ class Tokens(Body):
     request_ids: tuple[str, ...] = ()
     indices: tuple[int, ...] = ()
     token_ids: tuple[int, ...] = ()
+    finish_reasons: tuple[str, ...] = ()
     others: tuple[tuple[int, TokenEvent], ...] = ()
     version: int = -1
 
@@ -49,18 +51,28 @@ class Tokens(Body):
             events: in order.
             version: of the weights that gave them.
         """
-        plain = [(e.request_id, e.index, e.token_id) for e in events if e.token_id is not None and e.is_plain]
-        request_ids, indices, token_ids = zip(*plain) if plain else ((), (), ())
-        others = tuple((i, e) for i, e in enumerate(events) if e.token_id is None or not e.is_plain)
+        plain = [
+            (e.request_id, e.index, e.token_id, e.finish_reason or "")
+            for e in events
+            if e.token_id is not None and e.is_plain
+        ]
+        request_ids, indices, token_ids, finish_reasons = zip(*plain) if plain else ((), (), (), ())
         return cls(
-            request_ids=request_ids, indices=indices, token_ids=token_ids, others=others, version=version
+            request_ids=request_ids,
+            indices=indices,
+            token_ids=token_ids,
+            finish_reasons=finish_reasons,
+            others=tuple((i, e) for i, e in enumerate(events) if e.token_id is None or not e.is_plain),
+            version=version,
         )
 
     def events(self) -> list[TokenEvent]:
         """All events, in order."""
         found = [
-            TokenEvent(request_id=name, index=index, token_id=token)
-            for name, index, token in zip(self.request_ids, self.indices, self.token_ids)
+            TokenEvent(request_id=name, index=index, token_id=token, finish_reason=reason or None)
+            for name, index, token, reason in zip(
+                self.request_ids, self.indices, self.token_ids, self.finish_reasons
+            )
         ]
         for place, event in self.others:
             found.insert(place, event)

@@ -203,8 +203,8 @@ class PagedEngine(Engine):
                 # A prefix that is not computed has no hidden states to take log probabilities from.
                 known = sequence.tokens[: sequence.num_read] if request.prompt_logprobs is None else ()
                 sequence.prefix = known, page_keys(known, self.pool.page)
-            known, keys = sequence.prefix
-            lease = self.pool.acquire(known, sequence.num_prompt + request.max_tokens, keys)
+            prefix, keys = sequence.prefix
+            lease = self.pool.acquire(prefix, sequence.num_prompt + request.max_tokens, keys)
             if lease is None:
                 return
             sequence.prefix = None

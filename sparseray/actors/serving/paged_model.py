@@ -1,8 +1,7 @@
 """`PagedModel`: one step of the model on paged caches, as chunks of prompts and as one token of many requests.
 
-Between the engine, which knows requests, and the network. On a GPU a decode step is a CUDA graph for each number of
-requests in `BUCKETS`, captured at the start; what changes from step to step lies in one buffer that one copy fills.
-Nothing here waits for the device.
+Between the engine, which knows requests, and the network. On a GPU there is a decode step for each number of requests
+in `buckets`, captured at the start (decode_step.py). Nothing here waits for the device.
 
 Shapes: R rows, B sequences, V vocabulary, H hidden.
 """
@@ -110,6 +109,8 @@ class PagedModel:
         self.histories = new_histories(config, num_slots + 1, device)
         # The newest token of every slot, as the sampler on the device chose it.
         self.latest_S = torch.zeros(num_slots + 1, dtype=torch.int32, device=device)
+        # Slots that sampled last, on the host and on the device: from step to step they are mostly the same.
+        self._kept = list[int](), torch.zeros(0, dtype=torch.int64, device=device)
         self.table_SW = torch.zeros(num_slots + 1, self.width, dtype=torch.int32, device=device)
         # Of no use to a model without memory layers.
         self._layout = model.layout if config.dse.layers else None
@@ -138,8 +139,10 @@ class PagedModel:
             tokens_R: int64, on the device.
             leases: of the requests that they belong to, one for each.
         """
-        slots = self._to_device(np.array([lease.slot for lease in leases]))
-        self.latest_S.index_copy_(0, slots, tokens_R.clamp_min(0).int())
+        slots = [lease.slot for lease in leases]
+        if slots != self._kept[0]:
+            self._kept = slots, self._to_device(np.array(slots))
+        self.latest_S.index_copy_(0, self._kept[1], tokens_R.clamp_min(0).int())
 
     def state(self, lease: Lease) -> dict[int, Tensor] | None:
         """A copy of what a request keeps beside its pages, if anything."""

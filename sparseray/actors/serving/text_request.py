@@ -107,6 +107,6 @@ class TokenEvent:
 
     @property
     def is_plain(self) -> bool:
-        """Whether there is nothing to it but its token."""
-        more = self.finish_reason or self.error or self.accepted or self.rejected
+        """Whether there is nothing to it but its token, and perhaps that it is the last."""
+        more = self.error or self.accepted or self.rejected
         return not more and self.logprobs is None and self.prompt_logprobs is None

@@ -25,6 +25,11 @@ def _add(left: Gradients, right: Gradients) -> Gradients:
     return wide
 
 
+def _kept(lent: Gradients) -> Gradients:
+    """A copy in fp32, as the sum with what comes next will be."""
+    return [x.to(torch.float32, copy=True) for x in lent]
+
+
 class GradientSum:
     """Adds up one slot's gradients of all parts.
 
@@ -44,19 +49,21 @@ class GradientSum:
         self._whole: Gradients | None = None
         self._left = self._num_parts
 
-    def add(self, part: int, gradients: Sequence[Tensor], parts: int = 1) -> None:
+    def add(self, part: int, gradients: Sequence[Tensor], parts: int = 1, *, lent: bool = False) -> None:
         """Add a part's gradients, which are given away.
 
         Args:
             part: logical part of the step; each once.
             gradients: always of the same shapes, in the same order.
             parts: that they are the sum of, that one first; in the order of "fast" alone.
+            lent: the next part writes its own where they lie.
         """
         self._left -= parts
+        keep = _kept if lent and self._num_parts > 1 else None
         if self.determinism == "bitwise":
-            self._tree.add(0, part, list(gradients))
+            self._tree.add(0, part, list(gradients), keep)
         elif self._running is None:
-            self._running = list(gradients)
+            self._running = list(gradients) if keep is None else keep(list(gradients))
         else:
             self._running = _add(self._running, list(gradients))
 

@@ -24,13 +24,14 @@ class TreeSum(Generic[T]):
         self._nodes: dict[tuple[int, int], T] = {}
         self._depth = max(0, (leaves - 1).bit_length())
 
-    def add(self, level: int, index: int, value: T) -> None:
+    def add(self, level: int, index: int, value: T, keep: Callable[[T], T] | None = None) -> None:
         """Add a leaf (level 0) or a finished subtree.
 
         Args:
             level: 0 for a leaf; a subtree of level n covers 2^n leaves.
             index: among those of its level.
             value: belongs to the sum from now on.
+            keep: where it is only lent, makes what the sum may keep of it; not called for what is added at once.
         """
         while level < self._depth:
             sibling = index ^ 1
@@ -38,9 +39,13 @@ class TreeSum(Generic[T]):
                 if (level, sibling) not in self._nodes:
                     break
                 other = self._nodes.pop((level, sibling))
-                value = self._combine(value, other) if index < sibling else self._combine(other, value)
+                if index < sibling:
+                    value = self._combine(value if keep is None else keep(value), other)
+                else:
+                    value = self._combine(other, value)
+                keep = None
             level, index = level + 1, index >> 1
-        self._nodes[(level, index)] = value
+        self._nodes[(level, index)] = value if keep is None else keep(value)
 
     @property
     def root(self) -> T | None:

@@ -33,6 +33,8 @@ class BackgroundSave:
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        # Of its own: what a GPU copies for itself does not wait for the host's memory.
+        self._reserving = ThreadPoolExecutor(1, thread_name_prefix="pinning")
         self._kinds: list[object] = []
         self._host: Future[list[Tensor]] | None = None
         self._copied: Future[_Copies] | None = None
@@ -48,7 +50,7 @@ class BackgroundSave:
         """
         if self._host is None or self._kinds != _kinds(files):
             self._kinds, self._host = _kinds(files), None
-            self._host = self._pool.submit(_host_memory, _flat(files))
+            self._host = self._reserving.submit(_host_memory, _flat(files))
 
     def start(self, step: int, files: Files, write: Write, kept: KeptRows | None = None) -> None:
         """Begin to copy and write; what is under way is waited for and forgotten.
@@ -65,7 +67,9 @@ class BackgroundSave:
             # One for all checkpoints: torch keeps what it freed for the stream that it was taken on.
             self._stream = self._stream or torch.cuda.Stream(device)
             self._stream.wait_stream(torch.cuda.current_stream(device))
-        tensors, host = _flat(files), self._host if self._kinds == _kinds(files) else None
+        tensors, host = _flat(files), self._host
+        if host is None or self._kinds != _kinds(files):
+            host = self._reserving.submit(_host_memory, tensors)
         changing = set[str]() if kept is None else kept.names
         names = [name for found in files.values() for name in found]
         still = [i for i, name in enumerate(names) if name not in changing]
@@ -120,16 +124,16 @@ def _host_memory(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 @dataclass(frozen=True)
 class _Copies:
-    """Host memory for all tensors, and copies that the GPU keeps of some for now, by position."""
+    """Host memory for all tensors, once it is there, and copies that a GPU with room keeps for now, by position."""
 
-    host: list[Tensor]
+    host: Future[list[Tensor]]
     aside: dict[int, Tensor]
 
 
 def _copy(
     tensors: Sequence[Tensor],
     still: Sequence[int],
-    reserved: Future[list[Tensor]] | None,
+    host: Future[list[Tensor]],
     stream: torch.cuda.Stream | None,
 ) -> _Copies:
     """Copy those that change only later, as they are for what is next on a stream.
@@ -137,15 +141,17 @@ def _copy(
     Args:
         tensors: all of them.
         still: positions of these.
-        reserved: host memory of all, if there is some.
+        host: memory for all.
         stream: of a GPU.
     """
-    host, aside = _host_memory(tensors) if reserved is None else reserved.result(), dict[int, Tensor]()
     if stream is not None and _has_room(tensors, stream.device):
         with torch.cuda.stream(stream):
-            aside = {i: tensors[i].detach().clone() for i in still if tensors[i].is_cuda}
-    _transfer([(host[i], tensors[i]) for i in still if i not in aside], stream)
-    return _Copies(host, aside)
+            aside = {i: tensors[i].detach().clone() for i in still}
+        stream.synchronize()
+        return _Copies(host, aside)
+    room = host.result()
+    _transfer([(room[i], tensors[i]) for i in still], stream)
+    return _Copies(host, {})
 
 
 def _has_room(tensors: Sequence[Tensor], device: torch.device) -> bool:
@@ -193,10 +199,11 @@ def _brought(
     """All copies in host memory: bring what the GPU kept, and copy what changes meanwhile."""
     try:
         copies = copied.result()
-        _transfer([(copies.host[i], tensor) for i, tensor in copies.aside.items()], stream)
+        room = copies.host.result()
+        _transfer([(room[i], tensor) for i, tensor in copies.aside.items()], stream)
         copies.aside.clear()
-        room = iter(copies.host)
-        host = {file: dict(zip(found, room)) for file, found in files.items()}
+        left = iter(room)
+        host = {file: dict(zip(found, left)) for file, found in files.items()}
         if kept is not None:
             _copy_changing(files, host, kept)
         return host

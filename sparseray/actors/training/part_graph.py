@@ -186,9 +186,9 @@ class PartGraph:
             for own, new in zip(_inputs(recording.batch, recording.rows), _inputs(batch, rows), strict=True):
                 own.copy_(new)
         recording.replay()
-        # Of one part the gradients are the sum, and are used before the next replay. Sums of several keep them.
-        several = self.dense.num_parts > 1
-        return [tensor.clone() for tensor in recording.found] if several else recording.found
+        # Gradients are added up, or used as they are, before the next replay; losses and counts are read later.
+        few = 3 + len(self._metrics)
+        return [tensor.clone() for tensor in recording.found[:few]] + recording.found[few:]
 
     def _record(
         self,
@@ -222,10 +222,10 @@ class PartGraph:
         return True
 
     def _beside(self, leaves: list[Tensor]) -> int:
-        """Bytes that other work needs: an evaluation's, and the sums over parts in fp32 with a part's gradients."""
+        """Bytes that other work needs: an evaluation's, and the sums over parts in fp32."""
         parts, device = self.dense.num_parts, self.dense.device
         levels = 1 if self.dense.sum.determinism == "fast" else (parts - 1).bit_length()
-        sums = 0 if parts == 1 else (4 * levels + 4) * sum(leaf.numel() for leaf in leaves)
+        sums = 0 if parts == 1 else 4 * levels * sum(leaf.numel() for leaf in leaves)
         if device.type != "cuda":
             return sums
         return sums + int(LEFT_FREE * torch.cuda.get_device_properties(device).total_memory)

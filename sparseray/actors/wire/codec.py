@@ -172,16 +172,17 @@ def _sequence(hint: Any) -> _Kind:
         if not isinstance(value, kind):
             raise ValueError(f"{value!r:.60} is no {kind.__name__}")
 
+    def are_plain(value: Any) -> bool:
+        # Long rows of numbers and names are what prompts, placements and a step's tokens are made of.
+        return hint in (int, str) and set(map(type, value)) <= {hint}
+
     def pack_it(value: Any, frames: list[Any]) -> Any:
         check(value, tuple)
-        return [inner.pack(item, frames) for item in value]
+        return list(value) if are_plain(value) else [inner.pack(item, frames) for item in value]
 
     def unpack_it(value: Any, frames: Frames) -> Any:
         check(value, list)
-        # Long rows of numbers are what a prompt and a placement are made of.
-        if hint is int and all(type(item) is int for item in value):
-            return tuple(value)
-        return tuple(inner.unpack(item, frames) for item in value)
+        return tuple(value) if are_plain(value) else tuple(inner.unpack(item, frames) for item in value)
 
     return _Kind(pack_it, unpack_it)
 

@@ -251,7 +251,7 @@ def _request(
 
 
 def needles(subject: Subject, data: TokenDataset, samples: int, seed: int, tell: Tell) -> Figures:
-    """Retrieval of a number from texts that fill a quarter, a half and the whole of the context, at several depths.
+    """Retrieval of a number from texts that fill a quarter, a half and the whole of the context, all and by depth.
 
     Args:
         subject: the model.
@@ -263,7 +263,7 @@ def needles(subject: Subject, data: TokenDataset, samples: int, seed: int, tell:
     encode, figures = subject.vocabulary.encode, {}
     lengths = [subject.context // part for part in (4, 2, 1)]
     for done, length in enumerate(lengths):
-        requests, answers = [], {}
+        requests, answers, depths = [], {}, {}
         for turn in range(samples):
             draw = random.Random(f"{seed}:{length}:{turn}")
             needle, depth = draw_needle(draw), DEPTHS[turn % len(DEPTHS)]
@@ -275,7 +275,7 @@ def needles(subject: Subject, data: TokenDataset, samples: int, seed: int, tell:
                 break
             hay = _hay(data, room, draw)
             at = round(depth * len(hay))
-            answers[str(turn)] = needle.answer
+            answers[str(turn)], depths[str(turn)] = needle.answer, depth
             requests.append(
                 GenerationRequest(
                     request_id=str(turn),
@@ -284,12 +284,14 @@ def needles(subject: Subject, data: TokenDataset, samples: int, seed: int, tell:
                     temperature=0.0,
                 )
             )
-        hits = 0
+        hits: dict[float, list[bool]] = {}
         for count, (name, events) in enumerate(subject.answers(requests), 1):
-            hits += subject.text(events).startswith(answers[name])
+            hits.setdefault(depths[name], []).append(subject.text(events).startswith(answers[name]))
             tell("needle", done * samples + count, len(lengths) * samples)
         if requests:
-            figures[f"needle in {length} tokens"] = share(hits, len(requests))
+            figures[f"needle in {length} tokens"] = share(sum(map(sum, hits.values())), len(requests))
+        for depth, found in sorted(hits.items()):
+            figures[f"needle in {length} tokens, depth {depth:g}"] = share(sum(found), len(found))
     return figures
 
 

@@ -24,9 +24,9 @@ PATIENCE = 16
 
 
 class Record(Protocol):
-    """Takes a value of a metric (`platform/metrics/registry.py`)."""
+    """Takes a value of a metric (`platform/metrics/registry.py`), of a histogram perhaps several times."""
 
-    def __call__(self, name: str, value: float, **labels: str) -> None: ...
+    def __call__(self, name: str, value: float, times: int = 1, /, **labels: str) -> None: ...
 
 
 class ChoiceTimes:
@@ -49,8 +49,8 @@ class ChoiceTimes:
         if not self._last_s:
             self._record("time_to_first_token_seconds", now - self._arrived_s)
             self._last_s, count = now, count - 1
-        for _ in range(count):
-            self._record("inter_token_latency_seconds", (now - self._last_s) / count)
+        if count:
+            self._record("inter_token_latency_seconds", (now - self._last_s) / count, count)
         self._last_s = now
 
     def end(self, reason: str) -> None:
@@ -96,10 +96,12 @@ class Answer:
             GenerationError: the engine gave a choice up.
             UserError: the engine refused a choice.
         """
-        requests = self._request.requests
-        tasks = [asyncio.create_task(self._choice(i, request)) for i, request in enumerate(requests)]
-        open_choices = len(tasks)
+        tasks, open_choices = list[asyncio.Task[None]](), len(self._request.requests)
         try:
+            for index, request in enumerate(self._request.requests):
+                # The engine hears of it now, not when its task has its turn: others may be parsed before that.
+                runs = self._client.generate(request, patience=self._patience)
+                tasks.append(asyncio.create_task(self._choice(index, request, runs)))
             while open_choices:
                 item = await self._queue.get()
                 if isinstance(item, Exception):
@@ -109,11 +111,22 @@ class Answer:
                 else:
                     yield item
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            if left := [task for task in tasks if not task.done()]:
+                for task in left:
+                    task.cancel()
+                await asyncio.gather(*left, return_exceptions=True)
+            for request in self._request.requests:
+                # A task that has not had its turn has not ended anything.
+                await self._client.cancel(request.request_id)
 
-    async def _choice(self, index: int, request: GenerationRequest) -> None:
+    @property
+    def _patience(self) -> int:
+        """Tokens that may come together: a stop string ends the computation, so it is looked for at once."""
+        return 1 if self._request.stream or self._request.stops else PATIENCE
+
+    async def _choice(
+        self, index: int, request: GenerationRequest, runs: AsyncGenerator[list[TokenEvent], None]
+    ) -> None:
         """Follow one choice to its end."""
         asked = self._request
         stream = TextStream(
@@ -125,10 +138,8 @@ class Answer:
         )
         times, reason = ChoiceTimes(self._record, self._arrived_s), "cancelled"
         self._record("prompt_tokens_total", len(request.prompt_tokens))
-        # A stop string ends the computation, so it is looked for at once.
-        patience = 1 if asked.stream or asked.stops else PATIENCE
         try:
-            async with aclosing(self._client.generate(request, patience=patience)) as runs:
+            async with aclosing(runs):
                 async for events in runs:
                     self.version = self._client.version(request.request_id)
                     times.tokens(sum(event.token_id is not None for event in events))
@@ -148,7 +159,6 @@ class Answer:
             self._queue.put_nowait(None)
         finally:
             times.end(reason)
-            await self._client.cancel(request.request_id)
 
     def _read_run(
         self, stream: TextStream, request: GenerationRequest, events: Sequence[TokenEvent]

@@ -96,26 +96,31 @@ class BodyReader:
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
-    """Run `work`, and cancel it if the client goes away.
+    """Run `work` in the task of the caller, so that it begins at once, and cancel it if the client goes away.
 
     Raises:
         ClientDisconnect: it went away.
     """
 
+    task, is_gone = asyncio.current_task(), False
+    assert task is not None
+
     async def watch() -> None:
+        nonlocal is_gone
         while (await request.receive())["type"] != "http.disconnect":
             pass
-
-    task, watcher = asyncio.create_task(work), asyncio.create_task(watch())
-    try:
-        await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ClientDisconnect
-        return task.result()
-    finally:
+        is_gone = True
         task.cancel()
+
+    watcher = asyncio.create_task(watch())
+    try:
+        return await work
+    except asyncio.CancelledError:
+        if not is_gone or task.uncancel():
+            raise
+        raise ClientDisconnect from None
+    finally:
         watcher.cancel()
-        await asyncio.gather(task, watcher, return_exceptions=True)
 
 
 async def anext_or_close(events: AsyncGenerator[bytes, None]) -> bytes:

@@ -44,6 +44,8 @@ class GenerationClient(Protocol):
     ) -> AsyncGenerator[list[TokenEvent], None]:
         """Compute a request, event after event; the last has a finish_reason. Closing the iterator cancels.
 
+        It may begin with the call, before anybody iterates: whoever called ends it by `cancel`.
+
         Args:
             request: what to compute.
             patience: between the first event and the last they may be kept until so many have come together.

@@ -265,10 +265,10 @@ class Ingress:
             self._load[slot] += 1
         found.slot = slot
 
-    async def generate(
+    def generate(
         self, request: GenerationRequest, *, patience: int = 1
     ) -> AsyncGenerator[list[TokenEvent], None]:
-        """Yield a request's tokens as they come; closing the generator cancels it.
+        """Send a request to an engine and yield its tokens as they come; closing the generator cancels it.
 
         Args:
             request, patience: as of `GenerationClient`.
@@ -281,6 +281,10 @@ class Ingress:
         with self._lock:
             self._open[request.request_id] = found
             self._move([found])
+        return self._runs(found)
+
+    async def _runs(self, found: _Open) -> AsyncGenerator[list[TokenEvent], None]:
+        """The events of a request that was sent."""
         is_ended = False
         try:
             while not is_ended:
@@ -295,21 +299,20 @@ class Ingress:
                     if isinstance(error, SlotLostError) and not is_ended:
                         raise error
         finally:
-            with self._lock:
-                self._open.pop(request.request_id, None)
-                if not is_ended:
-                    self._cancel(found)
-                self._place(found, None)
+            self._forget(found, is_ended=is_ended)
 
     async def cancel(self, request_id: str) -> None:
         """End a request at its engine; unknown ones are ignored."""
-        with self._lock:
-            if found := self._open.get(request_id):
-                self._cancel(found)
+        if found := self._open.get(request_id):
+            self._forget(found, is_ended=False)
 
-    def _cancel(self, found: _Open) -> None:
-        if found.slot in self._engines and found.slot is not None:
-            self._outbox.post(found.slot, Cancel(request_id=found.request.request_id))
+    def _forget(self, found: _Open, *, is_ended: bool) -> None:
+        """Wait for no more of a request, and free its place."""
+        with self._lock:
+            self._open.pop(found.request.request_id, None)
+            if not is_ended and found.slot in self._engines and found.slot is not None:
+                self._outbox.post(found.slot, Cancel(request_id=found.request.request_id))
+            self._place(found, None)
 
     def close(self) -> None:
         """Stop receiving and release the sockets."""

@@ -56,8 +56,10 @@ class PromptReader:
         """
         if suffix:
             return self._around(prompt, suffix)
-        if isinstance(prompt, str) or _are_ids(prompt):
+        if isinstance(prompt, str):
             return [self.one(prompt, "prompt")]
+        if _are_ids(prompt):
+            return [self._known(prompt, "prompt")]
         if not isinstance(prompt, list) or not prompt:
             raise ApiError(
                 400, "prompt must be a text, token ids, or a non-empty list of them", param="prompt"
@@ -96,6 +98,10 @@ class PromptReader:
             return self.cut(ids or (self._vocabulary.eos_id,))
         if not _are_ids(item):
             raise ApiError(400, "each prompt must be a text or a non-empty list of token ids", param=where)
+        return self._known(item, where)
+
+    def _known(self, item: list[int], where: str) -> tuple[int, ...]:
+        """Return what is kept of a list of ids once they are known to be the vocabulary's."""
         if self._truncate is None and len(item) > self._limits.max_model_len:
             raise too_long(self._limits, len(item), where)
         return self.cut(self.ids(item, where))

@@ -52,7 +52,7 @@ class App:
     limits: ConnectionLimits = field(default_factory=ConnectionLimits)
 
 
-def unrecorded(name: str, value: float, **labels: str) -> None:
+def unrecorded(name: str, value: float, times: int = 1, /, **labels: str) -> None:
     """Take a metric's value where nobody asks for it."""
 
 

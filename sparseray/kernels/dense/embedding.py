@@ -26,7 +26,7 @@ def _id(p_ids, i, R):
 def _add(p_out, o, m, b, ACCUMULATE: tl.constexpr):
     if ACCUMULATE:
         b += tl.load(p_out + o, mask=m, other=0.0)
-    tl.store(p_out + o, b, mask=m)
+    tl.store(p_out + o, b.to(p_out.dtype.element_ty), mask=m)
 
 
 @triton.jit
@@ -88,7 +88,7 @@ def embedding_grad_(out_VH: Tensor, ids_R: Tensor, grads_RH: Tensor, *, accumula
     """Write (or with `accumulate` add) the sum of each id's gradients to its row; return out_VH.
 
     Args:
-        out_VH: fp32, contiguous; without `accumulate` rows of absent ids become 0.
+        out_VH: contiguous; without `accumulate` rows of absent ids become 0, and a row is rounded once.
         ids_R: int64 below V; negative ones do not count.
         grads_RH: bf16, fp16 or fp32.
     """

@@ -35,7 +35,9 @@ def sum_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:
     """
     P, out = parts.shape[0], torch.empty(parts.shape[1:], dtype=dtype, device=parts.device)
     N = out.numel()
-    columns = min(512, max(32, triton.next_power_of_2(N // PROGRAMS)))
+    # All parts at once, so that what a program reads is on its way together, and few where there are few.
+    most = min(512, max(128, TILE // triton.next_power_of_2(max(1, P))))
+    columns = min(most, max(32, triton.next_power_of_2(N // PROGRAMS)))
     if N:
         launch_kernel(
             _sum_parts_kernel, (triton.cdiv(N, columns),), parts, out, P, N,

@@ -51,16 +51,20 @@ def _sums_kernel(
 
 @triton.jit
 def _gradient_kernel(
-    p_scores, p_dsums, p_dscores, tokens, E: tl.constexpr, BE: tl.constexpr, BT: tl.constexpr
+    p_scores, p_dmeans, p_dscores, tokens, E: tl.constexpr, BE: tl.constexpr, BT: tl.constexpr
 ):
-    """ds = (d - sum of d s / S) / S, with d the gradient of the sequence's sums and S a token's sum of scores."""
+    """ds = (d - sum of d s / S) / S, with d the gradient of the sequence's sums and S a token's sum of scores.
+
+    p_dmeans has the gradient of the means, which are the sums by the number of tokens.
+    """
     i_b = tl.program_id(1)
     o_t = tl.program_id(0) * BT + tl.arange(0, BT)
     o_e = tl.arange(0, BE)
     m = (o_t < tokens)[:, None] & (o_e < E)[None, :]
     o = (i_b * tokens + o_t)[:, None].to(tl.int64) * E + o_e[None, :]
     b = tl.load(p_scores + o, mask=m, other=0.0)
-    b_d = tl.load(p_dsums + i_b * E + o_e, mask=o_e < E, other=0.0)[None, :]
+    b_d = tl.load(p_dmeans + i_b * E + o_e, mask=o_e < E, other=0.0)
+    b_d = tl.div_rn(b_d, tokens * 1.0)[None, :]
     b_total = tl.where(o_t < tokens, tl.sum(b, 1), 1.0)[:, None]
     b_mean = tl.sum(b * b_d, 1)[:, None] / b_total
     tl.store(p_dscores + o, (b_d - b_mean) / b_total, mask=m)
@@ -82,16 +86,19 @@ class _Balance(torch.autograd.Function):
         ctx.save_for_backward(scores_TE)
         ctx.groups, ctx.sizes = groups, sizes
         ctx.mark_non_differentiable(shares_BE)
+        ctx.set_materialize_grads(False)
         return shares_BE, means_BE
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
         (scores_TE,) = ctx.saved_tensors
+        if grads[1] is None:
+            return None, None, None
         tokens = scores_TE.shape[0] // ctx.groups
         dscores_TE = torch.empty_like(scores_TE)
         launch_kernel(
             _gradient_kernel, (triton.cdiv(tokens, ctx.sizes["BT"]), ctx.groups),
-            scores_TE, grads[1] / tokens, dscores_TE, tokens, **ctx.sizes,
+            scores_TE, grads[1].contiguous(), dscores_TE, tokens, **ctx.sizes,
         )  # fmt: skip
         return dscores_TE, None, None
 

@@ -1,4 +1,5 @@
-"""`append_rows`: all that a decoding step of NSA does between its projection and its attention, in one launch.
+"""`append_rows`: all that a decoding step of NSA does between its projection and its attention, in one launch; `write_rows`
+is the part of it that chunks of prompts share.
 
 Of every new token the queries and keys are rotated, keys and values of the three branches go to their pages, the gates
 are computed, and the compressed tokens that it completes (`compress_step`). What these four were as launches of their own
@@ -63,21 +64,23 @@ def _store_raw(
     START: tl.constexpr, WIDE: tl.constexpr, LQ: tl.constexpr, G: tl.constexpr, HP: tl.constexpr, D: tl.constexpr,
     D0: tl.constexpr, D1: tl.constexpr, DP: tl.constexpr, BW: tl.constexpr, F: tl.constexpr, BF: tl.constexpr,
     LEN: tl.constexpr, STRIDE: tl.constexpr, PAGE: tl.constexpr, IP: tl.constexpr, ROTATE: tl.constexpr,
+    COMPRESSES: tl.constexpr,
 ):  # fmt: skip
     """Keys or values to be compressed, of all new tokens of the sequence that row i_r ends, and the blocks that they end."""
     for i in range(i_r - LQ + 1, i_r + 1):
         place = tl.load(p_places + i).to(tl.int64)
         _copy(p_fused + i * WIDE + START, p_pool + place * (G * D), G * D, BW)
-    # This program's own stores are read.
-    tl.debug_barrier()
-    i_b = i_r // LQ
-    n_ctx = tl.load(p_lens + i_b)
-    p_table += i_b * table_width
-    for i_c in range(num_visible(n_ctx - LQ - 1, 0, LEN, STRIDE), num_visible(n_ctx - 1, 0, LEN, STRIDE)):
-        compress_block(
-            i_c, p_pool, p_table, p_w1, p_bias, p_w2, p_b2, p_out, p_table, p_cos, p_sin,
-            G, HP, D, D0, D1, D, DP, F, BF, LEN, STRIDE, PAGE, PAGE // STRIDE, IP, ROTATE,
-        )  # fmt: skip
+    if COMPRESSES:
+        # This program's own stores are read.
+        tl.debug_barrier()
+        i_b = i_r // LQ
+        n_ctx = tl.load(p_lens + i_b)
+        p_table += i_b * table_width
+        for i_c in range(num_visible(n_ctx - LQ - 1, 0, LEN, STRIDE), num_visible(n_ctx - 1, 0, LEN, STRIDE)):
+            compress_block(
+                i_c, p_pool, p_table, p_w1, p_bias, p_w2, p_b2, p_out, p_table, p_cos, p_sin,
+                G, HP, D, D0, D1, D, DP, F, BF, LEN, STRIDE, PAGE, PAGE // STRIDE, IP, ROTATE,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -90,6 +93,7 @@ def append_kernel(
     DP: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, DVP: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     HIDDEN: tl.constexpr, BH: tl.constexpr, GATES: tl.constexpr, FK: tl.constexpr, BFK: tl.constexpr, FV: tl.constexpr,
     BFV: tl.constexpr, LEN: tl.constexpr, STRIDE: tl.constexpr, PAGE: tl.constexpr, IP: tl.constexpr,
+    COMPRESSES: tl.constexpr,
 ):  # fmt: skip
     """One program a row and part: queries, selected and window branch, keys and values that are compressed, then gates."""
     KEYS: tl.constexpr = Q * D
@@ -115,18 +119,57 @@ def append_kernel(
             _store_raw(
                 p_fused, p_k_raw, p_table, p_lens, p_places, p_k_w1, p_k_bias, p_k_w2, p_k_b2, p_k_cmp, p_all_cos, p_all_sin,
                 table_width, i_r, KEYS + (BRANCHES - 1) * G * D, WIDE, LQ, G, HP, D, D0, D1, DP, BK, FK, BFK, LEN, STRIDE,
-                PAGE, IP, True,
+                PAGE, IP, True, COMPRESSES,
             )  # fmt: skip
     elif part == 4:
         if i_r % LQ == LQ - 1:
             _store_raw(
                 p_fused, p_v_raw, p_table, p_lens, p_places, p_v_w1, p_v_bias, p_v_w2, p_v_b2, p_v_cmp, p_all_cos, p_all_sin,
                 table_width, i_r, VALUES + (BRANCHES - 1) * G * DV, WIDE, LQ, G, HP, DV, V0, V1, DVP, BV, FV, BFV, LEN,
-                STRIDE, PAGE, IP, False,
+                STRIDE, PAGE, IP, False, COMPRESSES,
             )  # fmt: skip
     else:
         first = (part - 5) * GATES
         _gates(p_x + i_r * HIDDEN, p_gate_weight, p_gate + i_r * (3 * Q), first, 3 * Q, GATES, HIDDEN, BH)
+
+
+def write_rows(
+    fused: Tensor,
+    num_queries: int,
+    pools: Sequence[tuple[Tensor, Tensor]],
+    angles: tuple[Tensor, Tensor],
+    places: Tensor,
+) -> Tensor:
+    """Write the branches' keys and values of some rows; the rotated queries, [R, Q, D].
+
+    Args:
+        fused, pools, angles, places: as of `append_rows`.
+        num_queries: Q.
+    """
+    (num_kv, width), value_dim = pools[3][0].shape[2:], pools[3][1].shape[3]
+    q = fused.new_empty(len(fused), num_queries, width)
+    branches = (fused.shape[1] - num_queries * width) // (num_kv * (width + value_dim))
+    # Of what is not compiled.
+    none = {"HP": 16, "V0": 16, "V1": 0, "D0": 16, "D1": 0, "DP": 16, "DVP": 16, "IP": "ieee", "PAGE": 1}
+    none |= {"HIDDEN": 1, "BH": 1, "GATES": 1, "FK": 1, "BFK": 1, "FV": 1, "BFV": 1, "LEN": 1, "STRIDE": 1}
+    launch_kernel(
+        append_kernel, (len(fused), 5),
+        fused, fused, fused, *angles, places, q, q, *(x for pool in pools[1:] for x in pool), *pools[0], places, places,
+        *[fused] * 8, *angles, 0, Q=num_queries, G=num_kv, D=width, DV=value_dim, BRANCHES=branches, LQ=1,
+        **_rows_of(num_queries, num_kv, width, value_dim), COMPRESSES=False, **none, num_warps=4,
+    )  # fmt: skip
+    return q
+
+
+def _rows_of(num_queries: int, num_kv: int, width: int, value_dim: int) -> dict[str, int]:
+    """Padded sizes of a row's parts."""
+    return {
+        "BQ": next_power_of_2(num_queries),
+        "BG": next_power_of_2(num_kv),
+        "BC": next_power_of_2(width // 2),
+        "BK": next_power_of_2(num_kv * width),
+        "BV": next_power_of_2(num_kv * value_dim),
+    }
 
 
 def append_rows(
@@ -176,9 +219,9 @@ def append_rows(
         fused, x, gate_weight, *angles, places, q, gates, *selected, *window, *raw, *compressed, table, context_lens,
         *phis[0], *phis[1], *all_angles, table.shape[1],
         Q=queries, G=num_kv, D=width, DV=value_dim, BRANCHES=branches,
-        LQ=query_len, BQ=next_power_of_2(queries), BG=next_power_of_2(num_kv), BC=next_power_of_2(width // 2),
+        LQ=query_len, **_rows_of(queries, num_kv, width, value_dim), COMPRESSES=True,
         HP=max(16, next_power_of_2(num_kv)), D0=d0, D1=d1, DP=max(16, next_power_of_2(width)), V0=v0, V1=v1,
-        DVP=max(16, next_power_of_2(value_dim)), BK=next_power_of_2(num_kv * width), BV=next_power_of_2(num_kv * value_dim),
+        DVP=max(16, next_power_of_2(value_dim)),
         HIDDEN=hidden, BH=min(512, next_power_of_2(hidden)), GATES=GATES,
         FK=hidden_k, BFK=min(tile, max(16, next_power_of_2(hidden_k))), FV=hidden_v,
         BFV=min(tile, max(16, next_power_of_2(hidden_v))), LEN=block, STRIDE=stride, PAGE=page, IP=precision(raw[0].dtype),

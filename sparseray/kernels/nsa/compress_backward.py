@@ -189,8 +189,8 @@ def compress_backward(
     dx, dw1 = torch.empty_like(x), torch.empty_like(w1)
     dpos = None if pos is None else torch.empty_like(pos)
     if rows == 0:
-        zeros = (torch.zeros_like(t) for t in (w1[:, 0], w2, w2[:, 0]))
-        return dx.zero_(), dw1.zero_(), *zeros, None if dpos is None else dpos.zero_()
+        db1, dw2, db2 = (torch.zeros_like(t) for t in (w1[:, 0], w2, w2[:, 0]))
+        return dx.zero_(), dw1.zero_(), db1, dw2, db2, None if dpos is None else dpos.zero_()
     dpre, dw2, db1, db2 = _second_layer(dy, pre, w2)
     d0, d1 = split_width(width)
     columns = min(64, max(16, next_power_of_2(hidden)))
@@ -210,7 +210,7 @@ def compress_backward(
         BS=64, STRIDE=stride, **shared,
     )  # fmt: skip
     # Parts of the rows, so that short inputs fill the device too.
-    span = triton.cdiv(triton.cdiv(rows, min(4, triton.cdiv(rows, 1024))), 64) * 64
+    span = triton.cdiv(triton.cdiv(rows, min(8, triton.cdiv(rows, 512))), 64) * 64
     parts = torch.empty(triton.cdiv(rows, span), *w1.shape, dtype=torch.float32, device=x.device)
     launch_kernel(
         weight_gradient_kernel, (block, triton.cdiv(hidden, columns), parts.shape[0]),

@@ -228,6 +228,5 @@ def nsa_decode(
         SLC_PAGE=slc_cache[0].shape[1], WIN_PAGE=win_cache[0].shape[1], INITIAL=sizes.num_initial, LOCAL=sizes.num_local,
         DQ=width, D0=d0, D1=d1, DP=max(16, next_power_of_2(width)), DV=value_dim, DVP=max(16, next_power_of_2(value_dim)), IP=precision(q.dtype),
         SINGLE=plan.kind == "decode_single", SPIN=q.is_cuda, CMP_STAGES=launch["num_stages"], SLC_STAGES=launch["selected_stages"], num_warps=launch["num_warps"],
-        maxnreg=launch["registers"] or None,
     )  # fmt: skip
     return out

@@ -129,7 +129,9 @@ def _compressed(
             page = tl.sum(tl.where(o_p == (j - j_lo) // BJ, b_pages, 0), 0)
             o_key = page.to(tl.int64) * PAGE + j * R % PAGE + o_c
         elif PER > 0:
-            b_page = tl.gather(b_pages, (j - j_lo) // BJ * PER + o_c // PAGE, 0)
+            # Tiles are fetched ahead, past the last one too: what they look up must be inside.
+            o_ahead = tl.minimum((j - j_lo) // BJ * PER + o_c // PAGE, PAGES - 1)
+            b_page = tl.gather(b_pages, o_ahead, 0)
             o_key = b_page.to(tl.int64) * PAGE + o_c % PAGE
         else:
             o_key = page_rows(p_table, o_i, m_i, PAGE)

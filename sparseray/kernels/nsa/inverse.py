@@ -20,8 +20,10 @@ BY_BLOCK_BELOW = 16
 """Measured: 8 heads a group are faster by block, 16 by query (docs/kernels.md)."""
 PARTIAL_BYTES = 3 << 28
 """Upper bound of the partial rows of one chunk."""
-TILE = 1024
-"""Entries of one program that makes the table."""
+TILE, MOST_TOGETHER = 1024, 64
+"""Entries of one program that makes the table; programs that cut the rows of a chunk."""
+MOST_SHORT = (1 << 15) - 1
+"""Rows up to which their numbers have 16 bits, which are sorted in half as many passes as 32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +58,7 @@ def entry_rows_kernel(
     i_q = o // (n * H)
     b_first = tl.load(p_first + i_q, mask=m, other=0)
     b_row = (i_q // chunk * H + o // n % H) * num_blocks + b_first + b_block
-    tl.store(p_rows + o, tl.where(b_block < 0, none, b_row), mask=m)
+    tl.store(p_rows + o, tl.where(b_block < 0, none, b_row).to(p_rows.dtype.element_ty), mask=m)
 
 
 @triton.jit
@@ -67,8 +69,9 @@ def starts_kernel(p_rows, p_order, p_entries, p_queries, p_starts, entries, none
     b_entry = tl.load(p_order + o, mask=m, other=0).to(tl.int32)
     tl.store(p_entries + o, b_entry, mask=m)
     tl.store(p_queries + o, b_entry // each, mask=m)
-    b_row = tl.load(p_rows + o, mask=m, other=none)
-    b_last = tl.load(p_rows + o - 1, mask=(o > 0) & (o <= entries), other=-1)
+    b_row = tl.load(p_rows + o, mask=m, other=0).to(tl.int32)
+    b_row = tl.where(m, b_row, none)
+    b_last = tl.load(p_rows + o - 1, mask=(o > 0) & (o <= entries), other=-1).to(tl.int32)
     # Rows without entries begin where the next one does; behind the last entry all the others.
     b_count = tl.where(o <= entries, b_row - b_last, 0)
     for j in range(0, tl.max(b_count, 0)):
@@ -77,7 +80,10 @@ def starts_kernel(p_rows, p_order, p_entries, p_queries, p_starts, entries, none
 
 @triton.jit
 def parts_kernel(p_starts, p_table, rows, programs, part, BR: tl.constexpr):
-    """Cut a chunk's rows into parts of `part` entries and write a line of the table for each."""
+    """Cut a chunk's rows into parts of `part` entries and write a line of the table for each.
+
+    A program takes every so many parts of all rows: the longest, of a block that all queries read, has most of them.
+    """
     i_c = tl.program_id(0).to(tl.int64)
     o = tl.arange(0, BR)
     m = o < rows
@@ -88,7 +94,7 @@ def parts_kernel(p_starts, p_table, rows, programs, part, BR: tl.constexpr):
     p_line = p_table + (i_c * programs + tl.cumsum(parts, 0) - parts) * 6
     shared = tl.where(parts > 1, parts, 0)
     slot = tl.cumsum(shared, 0) - shared
-    for j in range(0, tl.max(parts, 0)):
+    for j in range(tl.program_id(1), tl.max(parts, 0), tl.num_programs(1)):
         m_j = m & (j < parts)
         p = p_line + j * 6
         first = low + j * part
@@ -98,7 +104,7 @@ def parts_kernel(p_starts, p_table, rows, programs, part, BR: tl.constexpr):
         tl.store(p + 3, slot, mask=m_j)
         tl.store(p + 4, first.to(tl.int32), mask=m_j)
         tl.store(p + 5, tl.minimum(stop, first + part).to(tl.int32), mask=m_j)
-    for j in range(tl.sum(parts, 0), programs, BR):
+    for j in range(tl.sum(parts, 0) + tl.program_id(1) * BR, programs, tl.num_programs(1) * BR):
         tl.store(p_table + (i_c * programs + j + o) * 6, tl.full([BR], -1, tl.int32), mask=j + o < programs)
 
 
@@ -138,7 +144,7 @@ def invert_selection(
     num_blocks = geometry.num_tiles(KEYS, select_block)
     rows = num_kv * num_blocks
     none, count = chunks * rows, index.numel()
-    keys = torch.empty(count, **integers)
+    keys = torch.empty(count, dtype=torch.int16 if none <= MOST_SHORT else torch.int32, device=index.device)
     launch_kernel(
         entry_rows_kernel, (triton.cdiv(count, TILE),), index.contiguous(), _first_blocks(geometry, select_block), keys, count,
         chunk, num_blocks, none, n, H=num_kv, BE=TILE, num_warps=4,
@@ -155,7 +161,10 @@ def invert_selection(
     table = torch.empty(chunks, programs, 6, **integers)
     block = triton.next_power_of_2(rows)
     warps = min(16, max(1, block // 256))
-    launch_kernel(parts_kernel, (chunks,), starts, table, rows, programs, part, BR=block, num_warps=warps)
+    together = min(MOST_TOGETHER, triton.cdiv(chunk, part))
+    launch_kernel(
+        parts_kernel, (chunks, together), starts, table, rows, programs, part, BR=block, num_warps=warps
+    )
     return Inverse(
         entries=places, queries=queries, parts=table, chunk=chunk, num_slots=2 * (entries // part) + 1
     )

@@ -96,7 +96,7 @@ def selected_bwd_kernel(
 @triton.jit
 def add_parts_kernel(
     p_out, p_part_sum, p_parts, p_tiles, p_meta, num_blocks,
-    H: tl.constexpr, SELECT: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    H: tl.constexpr, SELECT: tl.constexpr, BN: tl.constexpr, BP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
 ):  # fmt: skip
     p_part = p_parts + tl.program_id(0) * 6
     i_row = tl.load(p_part)
@@ -108,8 +108,14 @@ def add_parts_kernel(
     _, _, m_i, o_key = block_rows(i_row, o_c, p_tiles, p_meta, num_blocks, H, SELECT)
     i_slot = tl.load(p_part + 3).to(tl.int64)
     b_sum = tl.zeros([BN, DP], tl.float32)
-    for i in range(0, num_parts):
-        b_sum += load_tile(p_part_sum, (i_slot + i) * SELECT + o_c, m_i, D, 0, DP, True)
+    # BP parts are on their way together.
+    o = tl.arange(0, BP * BN)
+    o_row = (i_slot + o // BN) * SELECT + tl.program_id(1) * BN + o % BN
+    m_row = tl.program_id(1) * BN + o % BN < SELECT
+    for i in range(0, num_parts, BP):
+        m = m_row & (i + o // BN < num_parts)
+        b = load_tile(p_part_sum, o_row + i * SELECT, m, D, 0, DP, True)
+        b_sum += tl.sum(tl.reshape(b, [BP, BN, DP]), 0)
     add_tile(p_out, o_key, m_i, b_sum, D, 0, DP, True)
 
 
@@ -207,6 +213,6 @@ def _one_chunk(
     for out, part in ((dk, part_k), (dv, part_v)):
         launch_kernel(
             add_parts_kernel, (parts.shape[0], triton.cdiv(select_block, 16)),
-            out, part, parts, tiles, geometry.meta, tiles.shape[0], H=k.shape[1], SELECT=select_block, BN=16,
+            out, part, parts, tiles, geometry.meta, tiles.shape[0], H=k.shape[1], SELECT=select_block, BN=16, BP=8,
             D=out.shape[2], DP=next_power_of_2(out.shape[2]), num_warps=4,
         )  # fmt: skip

@@ -3,8 +3,7 @@
 One entry a kernel; chosen by measurement on H100 and H200 (docs/kernels.md, section NSA). `rows` counts query
 tokens times query heads of one group; a program never takes less than one query token. `programs` is how many
 programs the split of long tiles, table rows or paged sequences aims at, `split` the fewest query tokens of a
-part, `part` the fewest table entries of one, `splits` the most parts of a sequence; `blocks` is how many selection
-blocks a decoding program scores at most, `fewest` at least.
+part, `part` the fewest table entries of one, `fewest` and `splits` the fewest and the most parts of a sequence.
 """
 
 LAUNCH: dict[str, dict[str, int]] = {
@@ -46,7 +45,6 @@ LAUNCH: dict[str, dict[str, int]] = {
         "num_warps": 4,
         "num_stages": 3,
         "selected_stages": 3,
-        "registers": 0,
     },
     "decode_single": {
         "keys": 64,
@@ -63,7 +61,6 @@ LAUNCH: dict[str, dict[str, int]] = {
         "num_warps": 4,
         "num_stages": 3,
         "selected_stages": 3,
-        "registers": 0,
     },
     "combine": {"rows": 64, "num_warps": 4},
 }

@@ -4,6 +4,7 @@ What can be recorded stands in metrics_registry.py. A slot that goes takes its s
 nobody else exports them. Nothing here stops a step: a failure is told once, and training goes on.
 """
 
+import bisect
 import itertools
 import threading
 from collections.abc import Callable
@@ -30,6 +31,20 @@ log = get_logger(__name__)
 __all__ = ["PREFIX", "REGISTRY", "Metric", "Metrics", "write_targets"]
 
 
+class _Histogram(Histogram):
+    """A histogram that takes a value several times at the price of one."""
+
+    def observe_times(self, value: float, times: int = 1) -> None:
+        """Observe.
+
+        Args:
+            value: in the metric's unit.
+            times: how often.
+        """
+        self._sum.inc(value * times)
+        self._buckets[bisect.bisect_left(self._upper_bounds, value)].inc(times)
+
+
 class Metrics:
     """Records into a registry of its own, by the names of `REGISTRY`.
 
@@ -42,8 +57,8 @@ class Metrics:
         disable_created_metrics()
         self.registry = CollectorRegistry()
         self._constant = constant
-        self._made: dict[str, Counter | Gauge | Histogram] = {}
-        self._actions: dict[tuple[str | tuple[str, str], ...], Callable[[float], None]] = {}
+        self._made: dict[str, Counter | Gauge | _Histogram] = {}
+        self._actions: dict[tuple[str | tuple[str, str], ...], Callable[..., None]] = {}
         self._refused: set[str] = set()
         self._served: tuple[WSGIServer, threading.Thread] | None = None
         ProcessCollector(namespace=PREFIX.rstrip("_"), registry=self.registry)
@@ -56,7 +71,7 @@ class Metrics:
                 for values in itertools.product(*(metric.values[label] for label in metric.labels)):
                     self._action(name, dict(zip(metric.labels, values)))
 
-    def record(self, name: str, value: float, **labels: str) -> None:
+    def record(self, name: str, value: float, times: int = 1, /, **labels: str) -> None:
         """Add to a counter, set a gauge, or observe into a histogram.
 
         A name or label that the registry does not know is a defect; it is told once and costs no step.
@@ -64,11 +79,15 @@ class Metrics:
         Args:
             name: in the registry.
             value: in the metric's unit.
+            times: that a histogram has the value.
             labels: of the metric.
         """
         try:
             action = self._actions.get((name, *labels.items())) or self._action(name, labels)
-            action(value)
+            if times == 1:
+                action(value)
+            else:
+                action(value, times)
         except Exception as error:
             if name not in self._refused:
                 self._refused.add(name)
@@ -79,7 +98,7 @@ class Metrics:
         if self._actions.pop((name, *labels.items()), None) is not None:
             self._made[name].remove_by_labels(self._constant | labels)
 
-    def _action(self, name: str, labels: dict[str, str]) -> Callable[[float], None]:
+    def _action(self, name: str, labels: dict[str, str]) -> Callable[..., None]:
         """Return what records into one series, and keep it for the next time."""
         metric = REGISTRY[name]
         made = self._made.get(name) or self._make(name, metric)
@@ -87,22 +106,22 @@ class Metrics:
             raise ValueError(f"labels {sorted(labels)} were given, {sorted(metric.labels)} are registered")
         child = made.labels(**self._constant, **labels) if self._constant or labels else made
         if isinstance(child, Counter):
-            action: Callable[[float], None] = child.inc
+            action: Callable[..., None] = child.inc
         else:
-            action = child.set if isinstance(child, Gauge) else child.observe
+            action = child.set if isinstance(child, Gauge) else child.observe_times
         self._actions[(name, *labels.items())] = action
         return action
 
-    def _make(self, name: str, metric: Metric) -> Counter | Gauge | Histogram:
+    def _make(self, name: str, metric: Metric) -> Counter | Gauge | _Histogram:
         labels = (*self._constant, *metric.labels)
         full = PREFIX + name
-        made: Counter | Gauge | Histogram
+        made: Counter | Gauge | _Histogram
         if metric.kind == "counter":
             made = Counter(full, metric.help, labels, registry=self.registry)
         elif metric.kind == "gauge":
             made = Gauge(full, metric.help, labels, registry=self.registry)
         else:
-            made = Histogram(full, metric.help, labels, registry=self.registry, buckets=metric.buckets)
+            made = _Histogram(full, metric.help, labels, registry=self.registry, buckets=metric.buckets)
         self._made[name] = made
         return made
 
