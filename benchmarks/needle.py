@@ -63,13 +63,31 @@ class Size:
 
         return {
             "drill": Kind(
-                size=2 * short, documents=many(1200), gap=60, nearest=30, farthest=short // 3, even=0.0
+                size=2 * short,
+                documents=many(1200),
+                gap=60,
+                nearest=30,
+                farthest=short // 3,
+                questions=3,
+                even=0.0,
             ),
             "near": Kind(
-                size=3 * short, documents=many(1600), gap=short // 12, nearest=40, farthest=short, even=0.0
+                size=3 * short,
+                documents=many(1600),
+                gap=short // 24,
+                nearest=40,
+                farthest=short,
+                questions=1,
+                even=0.5,
             ),
             "far": Kind(
-                size=3 * long, documents=many(400), gap=short // 24, nearest=100, farthest=long, even=0.8
+                size=3 * long,
+                documents=many(400),
+                gap=short // 24,
+                nearest=100,
+                farthest=long,
+                questions=1,
+                even=0.8,
             ),
         }
 

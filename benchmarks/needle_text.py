@@ -24,8 +24,6 @@ THINGS = (
     "count", "address", "version", "level", "length", "class", "name", "file", "type", "test",
 )  # fmt: skip
 KEYS = tuple(f"{a} {b}" for a in QUALITIES for b in THINGS if (a, b) != ("secret", "number"))
-MOST_QUESTIONS = 3
-"""About one needle."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +35,7 @@ class Kind:
         documents: how many.
         gap: mean text between two needles.
         nearest, farthest: between a needle and a question, drawn evenly on a logarithmic scale.
+        questions: about one needle, at most. Each answers the next one too: with several, what is near is enough.
         even: share of the distances that are drawn evenly instead: windows cut most of the long ones off. A model that does
             not copy yet learns it from short ones.
     """
@@ -46,6 +45,7 @@ class Kind:
     gap: int
     nearest: int
     farthest: int
+    questions: int
     even: float
 
 
@@ -79,7 +79,7 @@ def document(kind: Kind, lines: Iterator[str], draw: random.Random) -> str:
         elif length >= next_needle and (key := next(keys, None)) is not None:
             needle = needle_of(key, draw_number(draw))
             text = needle.sentence
-            for _ in range(draw.randint(1, MOST_QUESTIONS)):
+            for _ in range(draw.randint(1, kind.questions)):
                 heapq.heappush(due, (length + _distance(kind, draw), turn := turn + 1, needle))
             next_needle = length + draw.expovariate(1 / kind.gap)
         else:
