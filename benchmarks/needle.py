@@ -74,11 +74,11 @@ class Size:
             "near": Kind(
                 size=3 * short,
                 documents=many(1600),
-                gap=short // 24,
+                gap=short // 12,
                 nearest=40,
                 farthest=short,
-                questions=1,
-                even=0.5,
+                questions=3,
+                even=0.0,
             ),
             "far": Kind(
                 size=3 * long,
@@ -114,7 +114,7 @@ SIZES = {
         scale=8.0,
         batch=16,
         drilled=500,
-        steps=(4000, 2000),
+        steps=(3600, 800),
         amount=2.0,
         keys={
             "model.hidden": 256,
@@ -239,9 +239,9 @@ class Course:
             "train.sequences_per_shard": max(1, size.batch // size.factor),
             "train.steps": size.steps[1],
             "optim.schedule": "cosine",
-            "optim.lr": 0.0005,
+            "optim.lr": 0.0002,
             "optim.warmup_steps": 50,
-            "data.mixture": "[far=0.8 near=0.2]",
+            "data.mixture": "[far=0.7 near=0.3]",
         }
         return self.train(name, keys | more, self.seconds[1])
 
