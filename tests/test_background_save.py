@@ -136,6 +136,7 @@ def test_who_keeps_copies_on_the_device_does_not_wait_for_host_memory(
     monkeypatch.setattr(background_save, "_host_memory", slow)
     monkeypatch.setattr(background_save, "_has_room", lambda tensors, device: True)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(background_save, "PIECE_BYTES", 16)
     saving._stream = NoStream()  # type: ignore[assignment]
     what = files(5.0)
     saving.reserve(what)

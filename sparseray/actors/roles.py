@@ -160,7 +160,9 @@ class Roles:
                 return
         self.holdings.assign(plan, me)
         self._take_roles(plan, call)
-        self.is_new_plan = True
+        if self.job.saves_beside and body.restore is not None and body.restore.everything:
+            # A start, which compiles next; who enters later waits for pinned memory only when it is back at work.
+            self.saving.reserve(self._files(plan))
         self._keep_earlier(plan)
         model = None if self.worker is None else self.worker.state.model
         self.engine_role.take(self.job, model, self.exchange, self.committed, self.earlier)
@@ -250,7 +252,7 @@ class Roles:
     def _take_roles(self, plan: Plan, call: Caller) -> None:
         """Build what the plan has this slot do."""
         assert self.holdings is not None
-        me, held = self.mailbox.slot, self.holdings
+        me, held, self.is_new_plan = self.mailbox.slot, self.holdings, True
         dense = held.dense if me in plan.dense else None
         # What lies in slabs is summed by the exchange itself.
         in_slabs = isinstance(held.experts, SlabExperts)
@@ -298,7 +300,6 @@ class Roles:
     def _commit(self, message: Message[Commit]) -> None:
         self._apply(message.body)
         if self.is_new_plan and self.job.saves_beside and self.plan is not None:
-            # Not while the plan is entered: a recovery would wait for pinned memory.
             self.saving.reserve(self._files(self.plan))
         self.is_new_plan = False
 

@@ -9,7 +9,6 @@ memory serves all of them.
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +25,8 @@ Write = Callable[[str, dict[str, Tensor]], dict[str, SavedTensor]]
 BLOCK_BYTES = 256 << 20
 """Host memory is taken in blocks: one by one, thousands of tensors would cost the driver more than their copies."""
 ALIGNMENT = 64
+PIECE_BYTES = 64 << 20
+"""Asked for at a time: a GPU brings what a step tells the host through the same engine, in turn."""
 
 
 class BackgroundSave:
@@ -169,11 +170,21 @@ def _transfer(pairs: Sequence[tuple[Tensor, Tensor]], stream: torch.cuda.Stream 
         pairs: host memory, and what goes there.
         stream: of the copies from a GPU.
     """
-    with nullcontext() if stream is None else torch.cuda.stream(stream):
+    if stream is None:
         for own, tensor in pairs:
-            own.copy_(tensor.detach(), non_blocking=True)
-    if stream is not None:
-        stream.synchronize()
+            own.copy_(tensor.detach())
+        return
+    asked = 0
+    with torch.cuda.stream(stream):
+        for own, tensor in pairs:
+            rows = max(1, PIECE_BYTES // own.element_size())
+            for to, piece in zip(own.view(-1).split(rows), tensor.detach().reshape(-1).split(rows)):
+                to.copy_(piece, non_blocking=True)
+                asked += piece.nbytes
+                if asked >= PIECE_BYTES:
+                    stream.synchronize()
+                    asked = 0
+    stream.synchronize()
 
 
 def _write(
