@@ -1,7 +1,7 @@
 """Compile the pipelined kernels of attention for compute capability 9.0 on a machine without a GPU.
 
 Run by test_kernels_hopper.py in a process of its own, as Triton's interpreter replaces the compiler, with the branches: range,
-window, selected, latent, dense (dense_compile.py; of all widths with the word "all"). Prints a line a kernel, as ptxas_report.py says.
+window, selected, latent, dense (dense_compile.py; of all widths with the word "all", and whether recorded or not; "record" records them). Prints a line a kernel, as ptxas_report.py says.
 """
 
 from __future__ import annotations
@@ -119,10 +119,12 @@ def main(branch: str) -> None:
         latent()
     elif branch == "selected":
         selected()
-    elif branch != "all":
+    elif branch not in ("all", "record"):
         ranges(branch, COMPRESSED if branch == "range" else WINDOW)
 
 
 if __name__ == "__main__":
     for name in sys.argv[1:]:
         main(name)
+    if "record" in sys.argv:
+        ptxas_report.write_record()

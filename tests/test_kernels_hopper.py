@@ -14,7 +14,7 @@ MOST_SHARED = 227 * 1024
 COUNTS = {"dense": 141, "range": 3, "window": 3, "selected": 1, "latent": 3}
 MOST_SPILLED = {"dense": 128, "range": 160, "window": 160, "selected": 160, "latent": 16}
 """Bytes. Spilled registers inside the pipelined kernels' loops would cost more than all the rest gains."""
-# One process compiles all: it loads for two seconds, and so long a test is to begin early.
+# One process compiles all that is not recorded: it loads for two seconds, and what may take minutes is to begin early.
 pytestmark = pytest.mark.xdist_group("compilers")
 
 
