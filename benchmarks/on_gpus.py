@@ -1,0 +1,203 @@
+"""All that needs GPUs, in one command: the tests that a machine without one skips, and the benchmarks of docs/results.md.
+
+What is longest unmeasured comes first. Each run has a limit of its own, runs of one GPU go side by side where there are several,
+and none is begun that would not be over in time. The output of each is kept in a file of its own, whatever becomes of it.
+
+  PYTHONPATH=. python -m benchmarks.on_gpus --list
+  PYTHONPATH=. python -m benchmarks.on_gpus --out results/                      # all that the GPUs at hand can do: an hour on one
+  PYTHONPATH=. python -m benchmarks.on_gpus --seconds 560 --only needle drafts --out results/
+"""
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+DATA = "data"
+"""Tokens that most runs train on: a folder in the folder of results."""
+PREPARE = "-m sparseray data prepare --source stdlib --vocab_size 32768 --validation_fraction 0.3 --out"
+STOP_S = 10.0
+"""For a run that is ended to end what it started."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One command.
+
+    Args:
+        name: of its output.
+        gpus: that it takes.
+        seconds: after which it is ended; about twice what it takes.
+        words: of Python's command line; {out} is the folder of results, {data} that of the tokens.
+    """
+
+    name: str
+    gpus: int
+    seconds: int
+    words: str
+
+
+def _tests(name: str, gpus: int, seconds: int, which: str) -> Run:
+    return Run(name, gpus, seconds, f"-m pytest -m gpu -v -p no:cacheprovider {which}")
+
+
+RUNS = (
+    Run("nsa_decode", 1, 100, "-m benchmarks.serve_gpu --parts long"),
+    _tests("tests_serving", 1, 240, "tests/test_gpu_serving.py tests/test_gpu_latent.py tests/test_kernels_nsa_append.py"),
+    Run("train_nsa", 1, 150, "-m benchmarks.train_gpu --data {data} --rows 1b_nsa"),
+    Run("checkpoint", 1, 150, "-m benchmarks.checkpoint_gpu --data {data} --config 1b_full"),
+    Run("checkpoint_memory", 1, 200, "-m benchmarks.checkpoint_gpu --data {data} --config 1b_memory"),
+    _tests("tests_training", 1, 400, "tests/test_gpu_training.py"),
+    _tests("tests_waits", 1, 240, "tests/test_gpu_waits.py"),
+    Run("drafts", 1, 150, "-m benchmarks.serve_gpu --parts drafts"),
+    Run("decode_rows", 1, 150, "-m benchmarks.decode_rows"),
+    Run("generation", 1, 240, "-m benchmarks.serve_gpu --data {data} --parts generation"),
+    Run("train", 1, 500, "-m benchmarks.train_gpu --data {data}"),
+    Run("needle", 1, 300, "-m benchmarks.needle --folder {out}/needle --out {out}/needle.md"),
+    Run(
+        "infilling", 1, 250,
+        "-m benchmarks.infilling lane --folder {out}/infilling --device cuda --texts uses --steps 1800 --seconds 190 --samples 150",
+    ),
+    Run("nsa_kernels", 1, 200, "-m benchmarks.nsa --lengths 32768 --out {out}/nsa.md"),
+    _tests("tests_collective", 2, 200, "tests/test_gpu_collective.py"),
+    _tests("tests_several", 2, 400, "tests/test_gpu_several.py"),
+    Run("train_2", 2, 250, "-m benchmarks.train_gpus --data {data} --configs 1b_full --gpus 1,2 --determinism fast,bitwise"),
+    Run("elastic_2", 2, 300, "-m benchmarks.elastic_gpus --data {data} --only cost,faults"),
+    Run("sixteen_2", 2, 300, "-m benchmarks.train_gpus --data {data} --configs moonlight --gpus 2"),
+    _tests("tests_several_serving", 2, 300, "tests/test_gpu_several_serving.py"),
+    Run("peers_2", 2, 250, "-m benchmarks.elastic_gpu_peers --data {data}"),
+    Run("layer_2", 2, 120, "-m benchmarks.moe_layer_gpus --gpus 2 --profile"),
+    Run("train_4", 4, 400, "-m benchmarks.train_gpus --data {data} --gpus 1,4"),
+    Run("elastic_4", 4, 400, "-m benchmarks.elastic_gpus --data {data}"),
+    _tests("tests_several_4", 4, 400, "tests/test_gpu_several.py tests/test_gpu_several_serving.py"),
+)  # fmt: skip
+
+
+class Evening:
+    """Runs what fits into the time, on the GPUs that there are.
+
+    Args:
+        out: folder of the outputs.
+        seconds: for all.
+    """
+
+    def __init__(self, out: Path, seconds: float) -> None:
+        self.out, self.end = out, time.monotonic() + seconds
+        self._lock = threading.Lock()
+        self.failed: list[str] = []
+
+    def prepare(self) -> None:
+        """Make the tokens, once."""
+        if not (self.out / DATA).exists():
+            subprocess.run([sys.executable, *PREPARE.split(), str(self.out / DATA)], check=True)
+
+    def side_by_side(self, runs: Sequence[Run], gpus: int) -> None:
+        """Runs of one GPU, each GPU taking the next one when it is done.
+
+        Args:
+            runs: in the order in which they are begun.
+            gpus: that take them.
+        """
+        left = list(runs)
+
+        def lane(gpu: int) -> None:
+            while True:
+                with self._lock:
+                    if not left:
+                        return
+                    following = left.pop(0)
+                self.one(following, [gpu])
+
+        lanes = [threading.Thread(target=lane, args=(gpu,)) for gpu in range(gpus)]
+        for thread in lanes:
+            thread.start()
+        for thread in lanes:
+            thread.join()
+
+    def one(self, what: Run, gpus: Sequence[int]) -> None:
+        """One run, unless it would not be over in time.
+
+        Args:
+            what: to run.
+            gpus: that it sees.
+        """
+        if time.monotonic() + what.seconds > self.end:
+            print(f"{what.name}: left out, {what.seconds} s are not left", flush=True)
+            return
+        words = what.words.format(out=self.out, data=self.out / DATA).split()
+        visible = {**os.environ, "CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus)), "PYTHONUNBUFFERED": "1"}
+        begin = time.monotonic()
+        with (self.out / f"{what.name}.txt").open("w") as file:
+            file.write(f"python {' '.join(words)}\n")
+            file.flush()
+            process = subprocess.Popen(
+                [sys.executable, *words], stdout=file, stderr=subprocess.STDOUT, env=visible, start_new_session=True
+            )  # fmt: skip
+            code = _ended(process, what.seconds)
+        text = (self.out / f"{what.name}.txt").read_text().strip().splitlines()
+        print(f"{what.name}: exit code {code} after {time.monotonic() - begin:.0f} s: {text[-1]}", flush=True)
+        if code:
+            with self._lock:
+                self.failed.append(what.name)
+
+
+def _ended(process: "subprocess.Popen[bytes]", seconds: float) -> int:
+    """Its exit code; after its limit it is asked to end, and then killed with all that it started."""
+    try:
+        return process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGTERM)
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(STOP_S)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    return process.wait() or -signal.SIGTERM
+
+
+def main() -> int:
+    """Run what was asked for; exit code 1 where one of them failed."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, help="folder of the outputs, and of what the runs need")
+    parser.add_argument("--gpus", type=int, default=torch.cuda.device_count(), help="to use; all by default")
+    parser.add_argument("--seconds", type=float, default=3 * 3600.0, help="for all, at most")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="which, in this order")
+    parser.add_argument("--list", action="store_true", help="say what there is, and run nothing")
+    options = parser.parse_args()
+    by_name = {run.name: run for run in RUNS}
+    if options.list:
+        for run in RUNS:
+            print(f"{run.name:24} {run.gpus} GPU, {run.seconds} s at most: python {run.words}")
+        return 0
+    unknown = sorted(set(options.only or ()) - set(by_name))
+    if unknown or options.out is None:
+        parser.error(f"there is no {', '.join(unknown)}; see --list" if unknown else "--out is needed")
+    if not options.gpus:
+        parser.error("there is no GPU here")
+    wanted = [by_name[name] for name in options.only] if options.only else list(RUNS)
+    for run in wanted:
+        if run.gpus > options.gpus:
+            print(f"{run.name}: left out, it takes {run.gpus} GPUs")
+    options.out.mkdir(parents=True, exist_ok=True)
+    evening = Evening(options.out.absolute(), options.seconds)
+    evening.prepare()
+    for run in wanted:
+        if 1 < run.gpus <= options.gpus:
+            evening.one(run, range(run.gpus))
+    evening.side_by_side([run for run in wanted if run.gpus == 1], options.gpus)
+    print(f"failed: {', '.join(evening.failed) or 'none'}; outputs are in {options.out}")
+    return 1 if evening.failed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,41 @@
+"""What benchmarks/on_gpus.py runs: commands that exist, within their limits, and every test that needs a GPU of its own."""
+
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from processes import wait_until
+
+from benchmarks.on_gpus import RUNS, Evening, Run
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_every_command_is_there_and_every_test_that_needs_a_gpu_is_run() -> None:
+    words = [run.words.split() for run in RUNS]
+    assert len({run.name for run in RUNS}) == len(RUNS)
+    modules = {following[1].replace(".", "/") + ".py" for following in words}
+    assert [module for module in modules - {"pytest.py"} if not (ROOT / module).is_file()] == []
+    tests = {word for following in words for word in following if word.startswith("tests/")}
+    assert [test for test in tests if not (ROOT / test).is_file()] == []
+    assert {f"tests/{path.name}" for path in (ROOT / "tests").glob("test_gpu_*.py")} <= tests
+
+
+def test_a_run_is_ended_at_its_limit_and_none_is_begun_too_late(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evening = Evening(tmp_path, 30.0)
+    sleeper = f"import subprocess,sys;p=subprocess.Popen(['sleep','60']);open('{tmp_path}/pid','w').write(str(p.pid));p.wait()"
+    (tmp_path / "sleeper.py").write_text(sleeper)
+    (tmp_path / "sayer.py").write_text("print('two of two')")
+    slow = Run("slow", 1, 2, f"{tmp_path}/sleeper.py")
+    fast = Run("fast", 1, 20, f"{tmp_path}/sayer.py")
+    begin = time.monotonic()
+    evening.side_by_side([slow, fast, Run("late", 1, 100, "-c pass")], 2)
+    assert time.monotonic() - begin < 20
+    said = capsys.readouterr().out
+    assert "fast: exit code 0" in said and "two of two" in said and "late: left out" in said
+    assert evening.failed == ["slow"]
+    child = int((tmp_path / "pid").read_text())
+    wait_until(lambda: not psutil.pid_exists(child), "what the slow run started is gone")
