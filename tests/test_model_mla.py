@@ -18,6 +18,7 @@ from sparseray.model.counts import count_parameters, flops_per_token
 from sparseray.model.init import initial_dense
 from sparseray.model.layers import Batch, Rope, rope_tables
 from sparseray.model.moe import LocalExperts
+from sparseray.model.paged import PageCounts
 from sparseray.model.transformer import Transformer, cross_entropy_sum
 from sparseray.model.yarn import frequencies, rotary_scale, score_scale
 
