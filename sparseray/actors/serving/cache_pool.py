@@ -208,7 +208,7 @@ class CachePool:
 
     def _give_back(self, lease: Lease, stop: int) -> None:
         first, last = lease.recent
-        if self.recent is None or first >= min(stop, last):
+        if self.recent is None or stop <= first:
             return
         for index in range(first, min(stop, last)):
             page, worth = lease.pages[index], MIDST
@@ -217,7 +217,7 @@ class CachePool:
             elif any(start <= index < end for start, end in lease.ends):
                 worth = END
             self.recent.give_back(page, worth)
-        lease.recent = min(stop, last), last
+        lease.recent = stop, max(stop, last)
 
     def _hold(self, page: int) -> None:
         self._free.pop(page, None)
