@@ -73,7 +73,9 @@ def errors(
         q, gates = ops.paged_nsa_append(
             moved, put(fused), put(x), put(gate), (weights[0], weights[1]), sizes, at, every, pages
         )
-        found.append([y.float().cpu().nan_to_num(7.0) for y in (q, gates, *(z for pool in moved for z in pool))])
+        found.append(
+            [y.float().cpu().nan_to_num(7.0) for y in (q, gates, *(z for pool in moved for z in pool))]
+        )
     return [relative(b, a) for a, b in zip(*found, strict=True)]
 
 

@@ -8,8 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import test_serving_drafting
 import torch
-from serving_parts import MAX_MODEL_LEN, Parts, finish, make_parts, moved_after, request_of, run, run_failing, tokens_of
+from serving_parts import (
+    MAX_MODEL_LEN,
+    Parts,
+    make_parts,
+    moved_after,
+    request_of,
+    run,
+    run_failing,
+    tokens_of,
+)
 from test_serving_paged import REQUESTS, prompt_of
 
 from sparseray.actors.serving.cache_pool import CachePool, Lease
@@ -19,8 +29,9 @@ from sparseray.actors.serving.paged_engine import PagedEngine
 from sparseray.actors.serving.recent_pages import RecentPages
 from sparseray.actors.serving.speculative_engine import SpeculativeEngine
 from sparseray.actors.serving.text_request import TokenEvent
+from sparseray.kernels.ops import REFERENCE
 from sparseray.model.attention.nsa import NSAPool
-from sparseray.model.config import MTPConfig, NSAConfig
+from sparseray.model.config import DSEConfig, MTPConfig, NSAConfig
 from sparseray.model.paged import PageCounts
 from sparseray.model.presets import preset
 from sparseray.platform.config import load_yaml
@@ -144,10 +155,24 @@ def test_nor_with_drafts_or_after_failures_or_a_move(
     failing = engine_of(sized, max_failures=9)
     poisoned(failing)
     assert told(run_failing(failing, LONG)) == {r.request_id: wanted[r.request_id] for r in LONG}
-    whole = {name: [TokenEvent(request_id=name, index=i, token_id=t) for i, t in enumerate(found)] for name, found in wanted.items()}
+    whole = {
+        name: [TokenEvent(request_id=name, index=i, token_id=t) for i, t in enumerate(found)]
+        for name, found in wanted.items()
+    }
     moved, there = moved_after(7, asked, whole), engine_of(sized)
     poisoned(there)
     assert told(run(there, moved)) == {r.request_id: wanted[r.request_id][7:] for r in moved}
+
+
+def test_nor_with_drafts_that_the_device_judges_one_step_ahead() -> None:
+    parts = make_parts(REFERENCE, nsa=SIZES["odd"][1], mtp=MTPConfig(depth=1), dse=DSEConfig())
+    asked = [replace(request, temperature=0.0) for request in LONG]
+    wanted = told(run(parts.engine(prefill_chunk=100_000), asked))
+    texts = {r.request_id: [*r.prompt_tokens, *wanted[r.request_id]] for r in asked}
+    engine = test_serving_drafting.told(parts, texts, test_serving_drafting.AheadEngine, page=16)
+    poisoned(engine)
+    assert told(run(engine, asked)) == wanted
+    assert engine.take_counts().accepted[1] > 100
 
 
 def test_modules_that_lag_behind_draft_what_they_would(sized: tuple[int, Parts]) -> None:
@@ -217,7 +242,9 @@ def test_no_order_of_steps_needs_more_recent_pages_than_there_are(seed: int) -> 
             pool.trim(lease, lease.length - 2)
         left = chunk
         for lease, prompt in leases:
-            more = 1 if lease.length >= prompt else min(prompt - lease.length, source.randrange(chunk + 1), left)
+            more = (
+                1 if lease.length >= prompt else min(prompt - lease.length, source.randrange(chunk + 1), left)
+            )
             left -= more if lease.length < prompt else 0
             pool.extend(lease, lease.length + max(2, more) if more == 1 else lease.length + more)
             lease.length += more

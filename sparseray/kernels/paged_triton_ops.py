@@ -179,7 +179,9 @@ class PagedTritonOps(PagedPlainOps):
         angles: tuple[Tensor, Tensor] | None,
     ) -> None:
         w1, bias, w2, b2 = _phi(phi, pages)
-        assert pages.chunks is not None and pages.cu_seqlens is not None, "single tokens go through paged_nsa_append"
+        assert pages.chunks is not None and pages.cu_seqlens is not None, (
+            "single tokens go through paged_nsa_append"
+        )
         compress_step(
             raw,
             pages.of_recent().table_BW,
