@@ -189,11 +189,11 @@ class CachePool:
             end: position after the last one that is written.
         """
         first, last = lease.recent
-        stop = min(-(-end // self.page), len(lease.pages))
-        if self.recent is not None and stop > last:
+        if self.recent is not None and end > last * self.page:
+            stop = min(-(-end // self.page), len(lease.pages))
             for page in lease.pages[last:stop]:
                 self.recent.hold(page)
-            lease.recent = first, stop
+            lease.recent = first, max(last, stop)
 
     def trim(self, lease: Lease, position: int) -> None:
         """Take a request's recent pages back that no row from a position on reads.
@@ -204,11 +204,13 @@ class CachePool:
             lease: of the request.
             position: of the first row that it may still compute.
         """
-        self._give_back(lease, max(0, position - self.reach) // self.page)
+        stop = (position - self.reach) // self.page
+        if stop > lease.recent[0]:
+            self._give_back(lease, stop)
 
     def _give_back(self, lease: Lease, stop: int) -> None:
         first, last = lease.recent
-        if self.recent is None or stop <= first:
+        if self.recent is None:
             return
         for index in range(first, min(stop, last)):
             page, worth = lease.pages[index], MIDST

@@ -229,12 +229,14 @@ class PagedEngine(Engine):
         if self.pool.recent is None:
             return
         for sequence in self._running:
-            lag = sequence.pending + (0 if sequence.unread_TH is None else len(sequence.unread_TH))
-            self.pool.trim(self._lease(sequence), sequence.computed - lag)
+            lease, unread_TH = self._lease(sequence), sequence.unread_TH
+            lag = sequence.pending + (0 if unread_TH is None else len(unread_TH))
+            self.pool.trim(lease, lease.length - lag)
         for sequence in batch:
-            chunk = len(sequence.next_chunk(self.prefill_chunk))
-            end = sequence.computed + sequence.pending + (chunk if sequence.in_prompt else max(2, chunk))
-            self.pool.extend(self._lease(sequence), end)
+            lease, more = self._lease(sequence), max(2, 1 + len(sequence.drafts))
+            if sequence.in_prompt:
+                more = len(sequence.next_chunk(self.prefill_chunk))
+            self.pool.extend(lease, lease.length + sequence.pending + more)
         self.paged.place_recent(self.pool.recent.take_moved())
 
     @staticmethod
