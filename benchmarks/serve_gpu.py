@@ -30,7 +30,7 @@ from sparseray.model.config import MLAConfig, MTPConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT, NEW, BATCHES = 512, 128, (1, 64)
-LONG = ((16, 1), (4, 1), (4, 16), (1, 16))
+LONG = ((16, 1), (4, 1), (16, 16), (4, 16), (1, 16))
 """Key/value heads and batch of what decodes at a long context."""
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.environ.get("PYTHONPATH", "") + f":{ROOT}"}
 

@@ -17,7 +17,7 @@ from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sparseray.kernels import drafts, peer, peer_rounds
-from sparseray.kernels.attention import decode, paged_write, prefill
+from sparseray.kernels.attention import decode, paged_write, prefill, recent_pages
 from sparseray.kernels.dense import (
     adamw,
     embedding,
@@ -150,6 +150,8 @@ def pages() -> None:
         torch.zeros(2, 16, dtype=torch.int32),
         bf16(2).int(),
     )
+    for at in (places, places.long()):
+        recent_pages.recent_pages(lens, table, at, torch.zeros_like(table), torch.zeros_like(at), 256)
     for num_kv, width in sizes((1, 64), widest=(4, 128)):
         cache, compressed = bf16(4, 256, num_kv, width), bf16(4, 16, num_kv, width)
         paged_write.paged_write(bf16(2, num_kv, width), bf16(2, num_kv, width), places, cache, cache)
@@ -159,13 +161,13 @@ def pages() -> None:
         weights = bf16(2 * width, 32 * width), bf16(2 * width), bf16(width, 2 * width), bf16(width)
         for angles in (None, (torch.zeros(64, width // 2), torch.zeros(64, width // 2))):
             compress_step.compress_step(
-                cache, table, compressed, table, lens, *weights, block=32, stride=16, angles=angles
-            )
+                cache, table, compressed, table, lens, places, *weights, block=32, stride=16, query_len=2, angles=angles
+            )  # fmt: skip
         pools = [(compressed, compressed), *[(cache, cache)] * 3]
         fused, x, gate = bf16(2, (16 + 6 * num_kv) * width), bf16(2, 16 * width), bf16(48, 16 * width)
-        at, sizes_of = (places, table, lens), {"query_len": 1, "block": 32, "stride": 16}
-        append.write_rows(fused, 16, pools, (angle, angle), places)
-        append.append_rows(fused, x, gate, pools, [weights] * 2, (angle, angle), angles, *at, **sizes_of)
+        where, sizes_of = ((places,) * 2, (table,) * 2, lens), {"query_len": 1, "block": 32, "stride": 16}
+        append.write_rows(fused, 16, pools, (angle, angle), (places,) * 2)
+        append.append_rows(fused, x, gate, pools, [weights] * 2, (angle, angle), angles, *where, **sizes_of)
 
 
 def routers() -> None:
@@ -322,6 +324,7 @@ def main() -> None:
         top_n,
         decode,
         paged_write,
+        recent_pages,
         prefill,
         drafts,
         most_probable,

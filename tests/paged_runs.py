@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from sparseray.actors.serving.cache_pool import Lease
+from sparseray.actors.serving.cache_sizes import recent_reach
 from sparseray.actors.serving.paged_model import Chunk, PagedModel
 from sparseray.model.dse import Memory
 from sparseray.model.moe import Experts
+from sparseray.model.paged import PageCounts
 from sparseray.model.transformer import Transformer
 
 LONGEST, SLOTS = 200, 8
@@ -26,7 +28,11 @@ class Served:
 
     def __init__(self, model: Transformer, experts: Experts, memory: Memory | None, *, page: int) -> None:
         self.experts, self.memory, per = experts, memory, -(-LONGEST // page)
-        self.paged = PagedModel(model, num_pages=1 + SLOTS * per, page=page, num_slots=SLOTS, max_len=LONGEST)
+        num, reach = 1 + SLOTS * per, recent_reach(model.config)
+        counts = PageCounts(whole=num, recent=num if reach else 0)
+        self.paged = PagedModel(model, num_pages=counts, page=page, num_slots=SLOTS, max_len=LONGEST)
+        if reach:
+            self.paged.place_recent({found: num - found for found in range(1, num)})
         order = (1 + torch.randperm(SLOTS * per, generator=torch.Generator().manual_seed(0))).view(SLOTS, per)
         self.leases = [
             Lease(pages=pages, length=0, max_len=LONGEST, slot=slot)

@@ -9,17 +9,19 @@ from typing import Any
 import pytest
 import torch
 from paged_runs import greedy
-from serving_parts import MAX_MODEL_LEN, Parts, finish, make_parts, on_device, request_of, tokens_of
+from serving_parts import MAX_MODEL_LEN, Parts, finish, make_parts, on_device, request_of, run, tokens_of
 from test_serving_paged import REQUESTS, paged, prompt_of
+from test_serving_recent_pages import poisoned
 from torch import Tensor
 
 from sparseray.actors.serving import decode_step
 from sparseray.actors.serving.cache_pool import Lease
+from sparseray.actors.serving.drafting_engine import DraftingEngine
 from sparseray.actors.serving.paged_engine import PagedEngine
 from sparseray.actors.serving.paged_model import Chunk
 from sparseray.actors.serving.recording import nothing, recorded
 from sparseray.kernels.ops import ops_for
-from sparseray.model.config import DSEConfig
+from sparseray.model.config import DSEConfig, MTPConfig, NSAConfig
 from sparseray.model.moe import LocalExperts
 from sparseray.model.transformer import Transformer
 
@@ -78,6 +80,9 @@ def test_cached_decoding_equals_the_full_forward_pass(
     lease = engine.pool.acquire(tokens, 150)
     assert isinstance(lease, Lease)
     engine.paged.begin(lease)
+    assert engine.pool.recent is not None
+    engine.pool.extend(lease, 150)
+    engine.paged.place_recent(engine.pool.recent.take_moved())
     assert all(len(step.graphs) == 2 for step in engine.paged._decodes.values())
     rows = []
     for start, stop in ((0, 64), (64, 100), *((i, i + 1) for i in range(100, 150))):
@@ -93,6 +98,28 @@ def test_cached_decoding_equals_the_full_forward_pass(
     out = parts.model(torch.tensor([tokens]), experts=parts.experts, memory=parts.memory)
     wanted = parts.model.logits(out.hidden_BTH)[0]
     torch.testing.assert_close(torch.cat(rows).cpu(), wanted, rtol=2e-3, atol=2e-3)
+
+
+def test_long_texts_on_few_recent_pages_are_those_of_the_full_forward_pass() -> None:
+    """All places decode at once on no more pages than they need; those that are nobody's are NaN."""
+    plain = make_parts(dse=DSEConfig(), mtp=MTPConfig(depth=1), nsa=NSAConfig(window=21, num_selected=3))
+    model, experts = weights_on_gpu(plain)
+    prompts = [torch.tensor(prompt_of(3 + 37 * i, i)) for i in range(4)]
+    asked = [
+        request_of(str(i), tuple(p.tolist()), temperature=0.0, max_tokens=60) for i, p in enumerate(prompts)
+    ]
+    wanted = {
+        str(i): greedy(plain.model, p, 60, experts=plain.experts, memory=None).tolist() for i, p in enumerate(prompts)
+    }  # fmt: skip
+    for kind in (PagedEngine, DraftingEngine):
+        engine = kind(
+            model, experts, None, max_batch=4, max_model_len=MAX_MODEL_LEN, prefill_chunk=64, page=16, cache_bytes=64 << 20
+        )  # fmt: skip
+        recent = poisoned(engine)
+        for again in range(2):
+            found = run(engine, asked)
+            assert {name: tokens_of(events) for name, events in found.items()} == wanted, (kind, again)
+        assert recent.num_held == 0 and engine.stats.failed_steps == 0
 
 
 WAYS: dict[str, dict[str, Any]] = {

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sparseray.kernels.compiled_ops import COMPILED
 from sparseray.kernels.moe import cpu as moe
-from sparseray.kernels.ops import REFERENCE, Compression, Fusion, History, KeyValues, Pages
+from sparseray.kernels.ops import REFERENCE, Compression, Fusion, History, KeyValues, Pages, Recent
 from sparseray.kernels.settings import NSASizes
 
 TINY = NSASizes(block=16, stride=8, select_block=16, num_selected=4, window=32)
@@ -42,18 +42,23 @@ class Case:
 
     def __post_init__(self) -> None:
         per = -(-max(self.lens) // self.page)
-        self.table = torch.randperm(len(self.lens) * per).int().view(len(self.lens), per)
+        self.table, self.recent = (
+            torch.randperm(len(self.lens) * per).int().view(len(self.lens), per) for _ in range(2)
+        )
 
-    def cache(self, width: int, shrink: int = 1) -> Tensor:
-        size = self.page // shrink
-        cache = torch.randn(self.table.numel(), size, self.heads[1], width)
-        for b, length in enumerate(self.lens):
-            for i in range(self.table.shape[1]):
-                cache[int(self.table[b, i]), max(0, length // shrink - i * size) :] = torch.nan
+    def cache(self, width: int, shrink: int = 1, reach: int | None = None) -> Tensor:
+        """With NaN after the end; with a reach on recent pages, and before what the first new row reads of them."""
+        size, table = self.page // shrink, self.table if reach is None else self.recent
+        cache = torch.randn(table.numel(), size, self.heads[1], width)
+        for b, (length, new) in enumerate(zip(self.lens, self.new)):
+            first = 0 if reach is None else max(0, length - new - reach)
+            for i in range(table.shape[1]):
+                cache[int(table[b, i]), max(0, length // shrink - i * size) :] = torch.nan
+                cache[int(table[b, i]), : max(0, first - i * size)] = torch.nan
         return cache
 
-    def pool(self, shrink: int = 1) -> KeyValues:
-        return self.cache(self.dims[0], shrink), self.cache(self.dims[1], shrink)
+    def pool(self, shrink: int = 1, reach: int | None = None) -> KeyValues:
+        return self.cache(self.dims[0], shrink, reach), self.cache(self.dims[1], shrink, reach)
 
     def pages(self, chosen: list[tuple[int, int, int]]) -> Pages:
         """The (sequence, first, last) positions of some chunks."""
@@ -65,6 +70,10 @@ class Case:
             table_BW=self.table[[b for b, _, _ in chosen]],
             context_lens_B=torch.tensor(contexts, dtype=torch.int32),
             places_R=torch.zeros(ends[-1], dtype=torch.int64),
+            recent=Recent(
+                table_BW=self.recent[[b for b, _, _ in chosen]],
+                places_R=torch.zeros(ends[-1], dtype=torch.int64),
+            ),
             chunks=tuple((a, b, c) for (a, b), c in zip(pairwise(ends), contexts)),
             cu_seqlens=torch.tensor(ends, dtype=torch.int32),
         )
@@ -96,7 +105,7 @@ def test_attention_over_pages_is_the_plain_one_and_no_row_depends_on_its_company
 ) -> None:
     case = Case(LENS, NEW, page, heads, dims)
     q, gates = torch.randn(sum(NEW), heads[0], dims[0]), torch.rand(sum(NEW), heads[0], 3)
-    pools = case.pool(sizes.stride), case.pool(), case.pool()
+    pools = case.pool(sizes.stride), case.pool(), case.pool(1, sizes.window - 1)
     full = case.pool()
     for name in ("full", "sparse"):
 
@@ -118,7 +127,7 @@ def test_compression_over_pages_is_the_plain_one_however_a_prompt_is_cut(
     sizes: NSASizes, page: int, heads: tuple[int, int], dims: tuple[int, int], turns: bool
 ) -> None:
     case, width = Case(LENS, LENS, page, heads, dims), dims[0]
-    inner, raw = 2 * width, case.cache(width)
+    inner, raw = 2 * width, case.cache(width, 1, sizes.block - 1)
     phi = Compression(
         w1=torch.randn(inner, sizes.block * width) / 8,
         b1=torch.randn(inner),
@@ -244,7 +253,7 @@ def test_sparse_attention_reaches_back_over_128k_tokens(length: int) -> None:
     sizes = NSASizes(block=32, stride=16, select_block=64, num_selected=16, window=512)
     case = Case([length], [3], 64, (2, 1), (16, 16))
     q, gates = 3 * torch.randn(3, 2, 16), torch.rand(3, 2, 3)
-    pools = case.pool(sizes.stride), case.pool(), case.pool()
+    pools = case.pool(sizes.stride), case.pool(), case.pool(1, sizes.window - 1)
     found = COMPILED.paged_nsa_attention(q, gates, *pools, sizes, case.pages(case.whole))
     wanted = REFERENCE.paged_nsa_attention(q, gates, *pools, sizes, case.pages(case.whole))
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
@@ -256,13 +265,13 @@ def test_sparse_attention_reaches_back_over_128k_tokens(length: int) -> None:
 
 def test_damage_is_seen() -> None:
     case = Case([40, 40], [1, 1], 16, (4, 2), (8, 8))
-    pools = case.pool(TINY.stride), case.pool(), case.pool()
+    pools = case.pool(TINY.stride), case.pool(), case.pool(1, 4)
     q, gates = torch.randn(2, 4, 8), torch.rand(2, 4, 3)
     sizes = replace(TINY, window=5)
-    for pool in pools:
+    for pool, table in zip(pools, (case.table, case.table, case.recent)):
         for cache in pool:
             kept = cache.clone()
-            cache[case.table[1]] = torch.nan
+            cache[table[1]] = torch.nan
             found = COMPILED.paged_nsa_attention(q, gates, *pools, sizes, case.pages(case.whole))
             assert found[0].isfinite().all() and found[1].isnan().any()
             cache.copy_(kept)

@@ -7,7 +7,7 @@ import torch
 from nsa_sizes import DEVICE, HAS_GPU, PAPER, TINY, relative
 from torch import Tensor
 
-from sparseray.kernels.ops import REFERENCE, Compression, KeyValues, Pages
+from sparseray.kernels.ops import REFERENCE, Compression, KeyValues, Pages, Recent
 from sparseray.kernels.settings import NSASizes
 from sparseray.kernels.triton_ops import TRITON
 
@@ -37,10 +37,16 @@ def errors(
         (torch.randn(len(lens) * per, size, G, D), torch.randn(len(lens) * per, size, G, V))
         for size in (page // sizes.stride, page, page, page)
     ]
-    table = torch.randperm(len(lens) * per).int().view(len(lens), per)
+    # What lies on recent pages has numbers of its own.
+    table, recent = (torch.randperm(len(lens) * per).int().view(len(lens), per) for _ in range(2))
     positions = torch.tensor([length - new + i for length in lens for i in range(new)])
     which = torch.arange(rows) // new
-    places = table[which, positions // page] * page + positions % page
+    places, recent_places = (t[which, positions // page] * page + positions % page for t in (table, recent))
+    needed = max(sizes.block, sizes.window) - 1
+    for cache in (x for pool in pools[2:] for x in pool):
+        for b, length in enumerate(lens):
+            for gone in recent[b, : max(0, length - new - needed) // page]:
+                cache[int(gone)] = torch.nan
     angles = torch.randn(max(lens), D // 2).double()
     turns = angles.cos().float(), angles.sin().float()
     fused, x = torch.randn(rows, Q * D + branches * G * (D + V)), torch.randn(rows, hidden)
@@ -60,13 +66,16 @@ def errors(
             context_lens_B=torch.tensor(lens, dtype=torch.int32, device=device),
             places_R=places.to(device),
             num_new=new,
+            recent=Recent(table_BW=recent.to(device), places_R=recent_places.to(device)),
         )
         every = (turns[0].to(device), turns[1].to(device))
         at = (every[0][positions], every[1][positions])
         q, gates = ops.paged_nsa_append(
             moved, put(fused), put(x), put(gate), (weights[0], weights[1]), sizes, at, every, pages
         )
-        found.append([y.float().cpu() for y in (q, gates, *(z for pool in moved for z in pool))])
+        found.append(
+            [y.float().cpu().nan_to_num(7.0) for y in (q, gates, *(z for pool in moved for z in pool))]
+        )
     return [relative(b, a) for a, b in zip(*found, strict=True)]
 
 

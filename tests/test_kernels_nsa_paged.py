@@ -197,8 +197,14 @@ def test_decode_of_the_largest_batch() -> None:
     assert decode_error(lens, 2, (64, 4), (128, 128), PAPER, 64, torch.bfloat16) < 5e-3
 
 
-def compressed_step_by_step(dtype: torch.dtype, sizes: tuple[int, int], tokens: int, query_len: int) -> float:
-    """Largest relative error of tokens compressed while decoding, against all at once."""
+def compressed_step_by_step(
+    dtype: torch.dtype, sizes: tuple[int, int], tokens: int, new: tuple[int, int]
+) -> float:
+    """Largest relative error of tokens compressed some at a time, against all at once.
+
+    Of two sequences each gets as many new tokens as `new` says until it has them all; what no later block has in it is NaN
+    before they are compressed.
+    """
     block, stride = sizes
     generator = torch.Generator().manual_seed(0)
     shapes = [(2, tokens, 2, 12), (20, block * 12), (20,), (10, 20), (10,)]
@@ -207,20 +213,29 @@ def compressed_step_by_step(dtype: torch.dtype, sizes: tuple[int, int], tokens: 
     cache, table = paged(list(x), 4)
     compressed, compressed_table = paged([torch.zeros(count, 2, 10)] * 2, 4)
     moved = [t.to(DEVICE, dtype) for t in (cache, compressed, w1, bias, w2, b2)]
-    for length in range(query_len, tokens + 1, query_len):
+    lens, of_rows = [0, 0], moved[0].flatten(0, 1)
+    while min(lens) < tokens:
+        before, lens = lens, [min(tokens, n + more) for n, more in zip(lens, new)]
+        for b, length in enumerate(before):
+            for i in range(max(0, length - block + 1)):
+                of_rows[int(table[b, i // 4]) * 4 + i % 4] = torch.nan
+        bounds = torch.tensor([0, *(n - old for n, old in zip(lens, before))]).cumsum(0).int()
         compress_step(
             moved[0], table.to(DEVICE), moved[1], compressed_table.to(DEVICE),
-            torch.full((2,), length, dtype=torch.int32, device=DEVICE), *moved[2:], block=block, stride=stride,
-            query_len=query_len,
+            torch.tensor(lens, dtype=torch.int32, device=DEVICE), bounds.to(DEVICE), *moved[2:], block=block, stride=stride,
+            query_len=max(new),
         )  # fmt: skip
     wanted = compress_reference(*(t.double() for t in (x, w1, bias, w2, b2)), None, block, stride)
     pages = [moved[1].cpu()[compressed_table[b]].flatten(0, 1)[:count] for b in range(2)]
     return relative(torch.stack(pages), wanted)
 
 
-@pytest.mark.parametrize(("tokens", "query_len"), [(14, 1), (18, 3)])
-def test_compression_while_decoding_equals_compression_at_once(tokens: int, query_len: int) -> None:
-    assert compressed_step_by_step(torch.float32, (4, 2), tokens, query_len) < 1e-5
+@pytest.mark.parametrize(("tokens", "new"), [(14, (1, 1)), (18, (3, 3)), (19, (7, 2)), (18, (18, 5))])
+def test_compression_some_tokens_at_a_time_equals_compression_at_once(
+    tokens: int, new: tuple[int, int]
+) -> None:
+    """In company of a sequence with more new tokens, what came before its own is not read again: it may be gone."""
+    assert compressed_step_by_step(torch.float32, (4, 2), tokens, new) < 1e-5
 
 
 def test_decode_of_several_tokens_of_a_large_group_takes_several_programs() -> None:

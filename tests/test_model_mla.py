@@ -8,7 +8,7 @@ import torch
 from paged_runs import Served, greedy
 from torch import Tensor
 
-from sparseray.actors.serving.paged_model import page_bytes
+from sparseray.actors.serving.cache_sizes import page_bytes
 from sparseray.errors import ConfigError
 from sparseray.kernels.compiled_ops import COMPILED
 from sparseray.kernels.ops import REFERENCE, Ops
@@ -18,6 +18,7 @@ from sparseray.model.counts import count_parameters, flops_per_token
 from sparseray.model.init import initial_dense
 from sparseray.model.layers import Batch, Rope, rope_tables
 from sparseray.model.moe import LocalExperts
+from sparseray.model.paged import PageCounts
 from sparseray.model.transformer import Transformer, cross_entropy_sum
 from sparseray.model.yarn import frequencies, rotary_scale, score_scale
 
@@ -84,9 +85,9 @@ def test_the_layer_equals_the_papers_equations_at_every_token(
 
 
 def test_a_token_costs_a_latent_and_a_rotary_key_a_layer() -> None:
-    pool = MLAttention.new_pool(CONFIG, 3, 16, torch.float32, torch.device("cpu"))
+    pool = MLAttention.new_pool(CONFIG, PageCounts(whole=3), 16, torch.float32, torch.device("cpu"))
     assert [tuple(t.shape) for t in pool.tensors()] == [(3, 16, 1, 24 + 8)]
-    assert page_bytes(CONFIG, 16, torch.bfloat16) == 2 * 16 * (24 + 8) * 2
+    assert page_bytes(CONFIG, 16, torch.bfloat16) == (2 * 16 * (24 + 8) * 2, 0)
     v3 = MLAConfig(
         q_lora_rank=1536, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128
     )

@@ -14,13 +14,14 @@ from serving_parts import MAX_MODEL_LEN, Parts, alone, finish, make_parts, reque
 
 from sparseray.actors.serving import cache_pool, paged_engine
 from sparseray.actors.serving.cache_pool import CachePool, Lease, page_keys
+from sparseray.actors.serving.cache_sizes import CacheSizes, new_pool
 from sparseray.actors.serving.device_sampler import sample_rows, uniforms
 from sparseray.actors.serving.paged_engine import PagedEngine
-from sparseray.actors.serving.paged_model import page_bytes
 from sparseray.actors.serving.sampler import adjusted, sample, uniform
 from sparseray.actors.serving.text_request import GenerationRequest
 from sparseray.errors import ConfigError
 from sparseray.kernels.ops import REFERENCE
+from sparseray.model.paged import PageCounts
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +114,7 @@ def test_the_same_prompt_again_computes_less_than_two_pages_and_its_rest(parts: 
 
 def test_a_request_waits_for_pages_and_a_cancelled_one_gives_its_own_back(parts: Parts) -> None:
     engine = paged(parts, cache_bytes=None)
-    engine.pool = CachePool(4, 64, 8, keeps_state=True, overlaps=True)
+    engine.pool = new_pool(parts.model.config, PageCounts(whole=4, recent=4), 64, 8)
     for name in "abc":
         engine.add(request_of(name, prompt_of(70, ord(name)), max_tokens=20))
     engine.step()
@@ -221,8 +222,9 @@ def test_a_request_that_waits_for_pages_is_hashed_once(parts: Parts, monkeypatch
 
     for module in (paged_engine, cache_pool):
         monkeypatch.setattr(module, "page_keys", counted)
-    room = 4 * page_bytes(parts.model.config, 64, torch.float32)
-    engine = paged(parts, cache_bytes=room)
+    config = parts.model.config
+    sizes = CacheSizes.of(config, page=64, dtype=torch.float32, places=16, prompt_rows=64)
+    engine = paged(parts, cache_bytes=sizes.bytes(4))
     for index in range(2):
         engine.add(request_of(str(index), prompt_of(100, index), max_tokens=8))
     for _ in range(4):

@@ -9,11 +9,12 @@ import torch
 import triton_interpreter
 from serving_parts import MAX_MODEL_LEN, alone, finish, make_parts, request_of, tokens_of
 from test_serving_paged import prompt_of
+from test_serving_recent_pages import poisoned
 
 from sparseray.actors.serving.drafting_engine import DraftingEngine
 from sparseray.actors.serving.paged_engine import PagedEngine
 from sparseray.kernels.triton_ops import TRITON
-from sparseray.model.config import DSEConfig, MLAConfig, MTPConfig
+from sparseray.model.config import DSEConfig, MLAConfig, MTPConfig, NSAConfig
 from sparseray.model.moe import LocalExperts
 from sparseray.model.transformer import Transformer
 
@@ -30,20 +31,28 @@ LATENT: dict[str, Any] = {
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests/test_gpu_serving.py says the same of a GPU")
 @pytest.mark.parametrize(
-    ("changes", "kind"),
-    [({}, PagedEngine), pytest.param(LATENT, PagedEngine, marks=pytest.mark.long), (LATENT, DraftingEngine)],
-    ids=["nsa", "latent", "latent with drafts"],
+    ("changes", "kind", "page"),
+    [
+        ({"nsa": NSAConfig(window=21)}, PagedEngine, 16),
+        pytest.param(LATENT, PagedEngine, 64, marks=pytest.mark.long),
+        (LATENT, DraftingEngine, 64),
+        ({"dse": DSEConfig(), "mtp": MTPConfig(depth=1)}, DraftingEngine, 16),
+    ],
+    ids=["nsa", "latent", "latent with drafts", "nsa with drafts"],
 )
 def test_the_kernels_give_the_tokens_of_the_plain_operations(
-    changes: dict[str, Any], kind: type[PagedEngine]
+    changes: dict[str, Any], kind: type[PagedEngine], page: int
 ) -> None:
     parts = make_parts(**changes)
     config = parts.model.config
     model = Transformer(config, parts.model.layout, seed=3, ops=TRITON).eval()
     experts = LocalExperts(config, seed=3, ops=TRITON)
     engine = kind(
-        model, experts, parts.memory, max_batch=4, max_model_len=MAX_MODEL_LEN, prefill_chunk=32, page=64
+        model, experts, parts.memory, max_batch=4, max_model_len=MAX_MODEL_LEN, prefill_chunk=32, page=page
     )
+    if page < 64:
+        # Of 62 tokens most have left the window.
+        poisoned(engine)
     # Over the end of a page, of a chunk and of a compression block, alone and in company.
     requests = [request_of("short", prompt_of(5), max_tokens=4)]
     requests.append(request_of("long", prompt_of(62, 1), max_tokens=4, temperature=0.0))

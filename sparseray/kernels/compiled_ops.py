@@ -219,9 +219,9 @@ class CompiledOps(PagedPlainOps):
         )
         return out
 
-    def paged_write(self, pool: KeyValues, k_RGD: Tensor, v_RGV: Tensor, pages: Pages) -> None:
-        places, (keys, values) = pages.places_R.numpy(), (cache.numpy() for cache in pool)
-        write_rows(k_RGD.numpy(), v_RGV.numpy(), places, keys, values)
+    def paged_write(self, pool: KeyValues, k_RGD: Tensor, v_RGV: Tensor, places_R: Tensor) -> None:
+        keys, values = (cache.numpy() for cache in pool)
+        write_rows(k_RGD.numpy(), v_RGV.numpy(), places_R.numpy(), keys, values)
 
     def paged_attend(self, q_RQD: Tensor, pool: KeyValues, pages: Pages) -> Tensor:
         (R, Q, D), V = q_RQD.shape, pool[1].shape[-1]
@@ -256,7 +256,8 @@ class CompiledOps(PagedPlainOps):
         weights = [_array(x) for x in (phi.w1, phi.b1, phi.w2, phi.b2, phi.pos)]
         turns = angles is not None
         cos_sin = (angles[0].numpy(), angles[1].numpy()) if angles is not None else (weights[4], weights[4])
-        compress(raw.numpy(), compressed.numpy(), *weights, *_places(pages), sizes.stride, cos_sin, turns)
+        recent_BW, at = pages.of_recent().table_BW.numpy(), _places(pages)
+        compress(raw.numpy(), compressed.numpy(), *weights, recent_BW, *at, sizes.stride, cos_sin, turns)
 
     def paged_nsa_attention(
         self,
@@ -271,10 +272,9 @@ class CompiledOps(PagedPlainOps):
         (R, Q, D), V = q_RQD.shape, selected[1].shape[-1]
         out = torch.empty(R, Q, V)
         pools = [cache.numpy() for pool in (compressed, selected, window) for cache in pool]
-        attend = sparse_attention(D, V)
-        attend(
-            _array(q_RQD), _array(gates_RQ3), *pools, *_places(pages), _numbers(sizes), D**-0.5, out.numpy()
-        )
+        attend, recent_BW = sparse_attention(D, V), pages.of_recent().table_BW.numpy()
+        rows, at = (_array(q_RQD), _array(gates_RQ3)), _places(pages)
+        attend(*rows, *pools, recent_BW, *at, _numbers(sizes), D**-0.5, out.numpy())
         return out
 
 

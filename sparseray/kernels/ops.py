@@ -21,7 +21,7 @@ from sparseray.kernels.dse.reference import Fusion
 from sparseray.kernels.held_ops import HeldOps, HeldRows
 from sparseray.kernels.moe.expert_sum import HeldGradients
 from sparseray.kernels.nsa.reference import BranchKeys, Compression
-from sparseray.kernels.paged import History, KeyValues, Pages
+from sparseray.kernels.paged import History, KeyValues, Pages, Recent
 from sparseray.kernels.paged_ops import PagedOps
 from sparseray.kernels.paged_plain_ops import PagedPlainOps
 from sparseray.kernels.row_ops import RowOps
@@ -38,6 +38,7 @@ __all__ = [
     "KeyValues",
     "Ops",
     "Pages",
+    "Recent",
     "ops_for",
 ]
 

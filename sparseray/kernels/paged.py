@@ -1,7 +1,8 @@
 """Paged caches in plain PyTorch: what `Ops.paged_*` do, one sequence after another, for any device.
 
-All branches of all layers share one table: page p of a sequence is the same number in every pool. A pool of
-compressed tokens has page / stride rows a page, so the block of a token lies on the token's own page. On a CPU a
+All layers share one table: page p of a sequence is the same number in every pool. Pools that keep the newest tokens of
+a sequence alone (`Recent`) have pages, and a table, of their own. A pool of compressed tokens has page / stride rows a
+page, so the block of a token lies on the token's own page. On a CPU a
 sequence's bits are those of the same operations on contiguous keys.
 
 Shapes: R rows, B sequences, W pages of a sequence, P tokens of a page, Q query heads, G key/value heads, D and V
@@ -27,6 +28,24 @@ KeyValues = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
+class Recent:
+    """Where a call's rows lie in pools that keep the newest tokens of a sequence alone.
+
+    Args:
+        table_BW: int32, as of `Pages`; what it says of pages that were given back is never followed.
+        places_R: as of `Pages`.
+    """
+
+    table_BW: Tensor
+    places_R: Tensor
+
+    @classmethod
+    def beside(cls, table_BW: Tensor, places_R: Tensor) -> Recent:
+        """Room beside those of `Pages`."""
+        return cls(table_BW=torch.zeros_like(table_BW), places_R=torch.zeros_like(places_R))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Pages:
     """Whose rows a call has and where their keys and values lie.
 
@@ -41,6 +60,7 @@ class Pages:
             layers.
         cu_seqlens: int32 [B + 1], boundaries of the chunks, after the last of which rows are padding; None while
             decoding.
+        recent: the same in pools of the newest tokens; None where no layer has one.
         scratch: what the operations keep for all layers of a call, and of calls with the same buffers.
     """
 
@@ -51,12 +71,18 @@ class Pages:
     chunks: tuple[tuple[int, int, int], ...] | None = None
     num_new: int = 1
     cu_seqlens: Tensor | None = None
+    recent: Recent | None = None
     scratch: dict[Any, Any] = field(default_factory=dict)
 
     @property
     def num_sequences(self) -> int:
         """B."""
         return self.table_BW.shape[0]
+
+    def of_recent(self) -> Recent:
+        """`recent`, for a layer that has such a pool."""
+        assert self.recent is not None
+        return self.recent
 
     def spans(self) -> tuple[tuple[int, int, int], ...]:
         """The chunks; read from the device where the host does not know them."""
@@ -117,11 +143,11 @@ def gather(cache: Tensor, table_W: Tensor, first: int, last: int) -> Tensor:
     return cache[pages].flatten(0, 1)[first - start * page : last - start * page]
 
 
-def sequences(pages: Pages) -> Iterator[tuple[slice, int, int, Tensor]]:
-    """(rows, tokens before the call, tokens with it, pages) of every sequence that has rows."""
+def sequences(pages: Pages) -> Iterator[tuple[int, slice, int, int]]:
+    """(index, rows, tokens before the call, tokens with it) of every sequence that has rows."""
     for b, (start, stop, context) in enumerate(pages.spans()):
         if stop > start:
-            yield slice(start, stop), context - (stop - start), context, pages.table_BW[b]
+            yield b, slice(start, stop), context - (stop - start), context
 
 
 def alike(pages: Pages) -> Iterator[tuple[slice, int, int, Tensor]]:

@@ -37,8 +37,17 @@ class PagedOps(Protocol):
         """
         ...
 
-    def paged_write(self, pool: KeyValues, k_RGD: Tensor, v_RGV: Tensor, pages: Pages) -> None:
-        """Put the rows' keys and values at `pages.places_R`."""
+    def recent_pages(self, recent_P: Tensor, pages: Pages) -> None:
+        """Fill `pages.recent` from the pages' own table and places.
+
+        Args:
+            recent_P: int32, for every page the one of its tokens in pools of the newest tokens; 0 where it has none.
+            pages: whose places are of the same type in both.
+        """
+        ...
+
+    def paged_write(self, pool: KeyValues, k_RGD: Tensor, v_RGV: Tensor, places_R: Tensor) -> None:
+        """Put the rows' keys and values at these places of `Pages`."""
         ...
 
     def paged_rotary_write(
@@ -56,7 +65,7 @@ class PagedOps(Protocol):
             fused_RX: query, key and value heads of every row.
             heads: Q and G.
             angles: fp32 cosines and sines of the rows' positions.
-            pages: as of `paged_write`.
+            pages: of the call.
         """
         ...
 
@@ -123,7 +132,7 @@ class PagedOps(Protocol):
         """Write the compressed tokens that the rows complete.
 
         Args:
-            raw: keys or values [pages, P, G, D], with those of the rows themselves.
+            raw: keys or values [recent pages, P, G, D], with those of the rows themselves.
             compressed: [pages, P / stride, G, D], written.
             angles: fp32 cosines and sines of all positions, to rotate keys at their blocks' first ones.
         """
@@ -146,7 +155,8 @@ class PagedOps(Protocol):
         The branches' keys and values are written, and the compressed tokens that the rows complete.
 
         Args:
-            pools: of the compressed, the selected and the window branch, and of what is compressed.
+            pools: of the compressed, the selected and the window branch, and of what is compressed; the last two lie on
+                recent pages.
             fused_RX: as of `branch_rows`.
             gate_NH: [3 Q, H].
             phis: of keys and of values.
@@ -164,7 +174,10 @@ class PagedOps(Protocol):
         sizes: NSASizes,
         pages: Pages,
     ) -> Tensor:
-        """`nsa_attention` of every sequence's rows to its pages, [R, Q, V]; padding rows are undefined."""
+        """`nsa_attention` of every sequence's rows to its pages, [R, Q, V]; padding rows are undefined.
+
+        Of `window`, which lies on recent pages, nothing is read from before the window of a sequence's first row.
+        """
         ...
 
     def side_by_side(

@@ -39,8 +39,14 @@ class PagedPlainOps(PlainOps):
         conv_RH = paged.convolve(self.memory_conv, normed_RH, fusion, history, pages, starts_R)
         return F.silu(conv_RH) + gated_RH
 
-    def paged_write(self, pool: KeyValues, k_RGD: Tensor, v_RGV: Tensor, pages: Pages) -> None:
-        paged.write(pool, k_RGD, v_RGV, pages.places_R)
+    def paged_write(self, pool: KeyValues, k_RGD: Tensor, v_RGV: Tensor, places_R: Tensor) -> None:
+        paged.write(pool, k_RGD, v_RGV, places_R)
+
+    def recent_pages(self, recent_P: Tensor, pages: Pages) -> None:
+        recent, page = pages.of_recent(), pages.page
+        torch.index_select(recent_P, 0, pages.table_BW.view(-1), out=recent.table_BW.view(-1))
+        page_R = recent_P.index_select(0, pages.places_R // page)
+        torch.add(pages.places_R % page, page_R, alpha=page, out=recent.places_R)
 
     def paged_rotary_write(
         self,
@@ -52,13 +58,13 @@ class PagedPlainOps(PlainOps):
     ) -> Tensor:
         widths = (pool[1].shape[-1],)
         q, k, v = self.rotary_split(fused_RX, heads, pool[0].shape[-1], 1, widths, *angles)
-        self.paged_write(pool, k, v, pages)
+        self.paged_write(pool, k, v, pages.places_R)
         return q
 
     def paged_attend(self, q_RQD: Tensor, pool: KeyValues, pages: Pages) -> Tensor:
         out = q_RQD.new_zeros(*q_RQD.shape[:2], pool[1].shape[-1])
-        for rows, _, context, table_W in paged.sequences(pages):
-            k, v = (paged.gather(cache, table_W, 0, context)[None] for cache in pool)
+        for b, rows, _, context in paged.sequences(pages):
+            k, v = (paged.gather(cache, pages.table_BW[b], 0, context)[None] for cache in pool)
             out[rows] = self.attend(q_RQD[rows][None], k, v)[0]
         return out
 
@@ -86,8 +92,8 @@ class PagedPlainOps(PlainOps):
         out = torch.zeros_like(q_RQC)
         # `attend` divides by the root of the width.
         q_RQK = q_RQK * (scale * math.sqrt(q_RQK.shape[-1]))
-        for rows, _, context, table_W in paged.sequences(pages):
-            k = paged.gather(pool, table_W, 0, context)[None]
+        for b, rows, _, context in paged.sequences(pages):
+            k = paged.gather(pool, pages.table_BW[b], 0, context)[None]
             out[rows] = self.attend(q_RQK[rows][None], k, k[..., :latent])[0]
         return out
 
@@ -104,15 +110,15 @@ class PagedPlainOps(PlainOps):
         pages: Pages,
         angles: tuple[Tensor, Tensor] | None,
     ) -> None:
-        for _, before, context, table_W in paged.sequences(pages):
+        for b, _, before, context in paged.sequences(pages):
             first, last = paged.compressed_range(sizes, before, context)
             if first < last:
-                x = paged.gather(raw, table_W, first * sizes.stride, context)
+                x = paged.gather(raw, pages.of_recent().table_BW[b], first * sizes.stride, context)
                 new = self.compress(x[None], phi, sizes)[0]
                 if angles is not None:
                     at = slice(first * sizes.stride, (last - 1) * sizes.stride + 1, sizes.stride)
                     new = self.rotary(new, angles[0][at], angles[1][at])
-                places = paged.compressed_places(table_W, first, last, compressed.shape[1])
+                places = paged.compressed_places(pages.table_BW[b], first, last, compressed.shape[1])
                 compressed.flatten(0, 1).index_copy_(0, places, new)
 
     def paged_nsa_append(
@@ -129,8 +135,9 @@ class PagedPlainOps(PlainOps):
     ) -> tuple[Tensor, Tensor]:
         heads, widths = gate_NH.shape[0] // 3, (pools[0][0].shape[-1], pools[0][1].shape[-1])
         q, rows = self.branch_rows(fused_RX, (heads, pools[0][0].shape[2]), widths, angles)
-        for pool, (k_RGD, v_RGV) in zip(pools[1:], rows, strict=True):
-            self.paged_write(pool, k_RGD, v_RGV, pages)
+        recent = pages.of_recent().places_R
+        for pool, (k_RGD, v_RGV), at in zip(pools[1:], rows, (pages.places_R, recent, recent), strict=True):
+            self.paged_write(pool, k_RGD, v_RGV, at)
         for i, turns in enumerate((all_angles, None)):
             self.paged_compress(pools[3][i], pools[0][i], phis[i], sizes, pages, turns)
         gates_RN = self.sigmoid(self.linear(x_RH, gate_NH, None, invariant=True))
@@ -147,11 +154,12 @@ class PagedPlainOps(PlainOps):
         pages: Pages,
     ) -> Tensor:
         out = q_RQD.new_zeros(*q_RQD.shape[:2], selected[1].shape[-1])
-        for rows, before, context, table_W in paged.sequences(pages):
-            start = max(0, before - sizes.window + 1)
+        for b, rows, before, context in paged.sequences(pages):
+            start, table_W = max(0, before - sizes.window + 1), pages.table_BW[b]
+            recent_W = pages.of_recent().table_BW[b]
             cmp = [paged.gather(c, table_W, 0, sizes.num_compressed(context))[None] for c in compressed]
             slc = [paged.gather(c, table_W, 0, context)[None] for c in selected]
-            win = [paged.gather(c, table_W, start, context)[None] for c in window]
+            win = [paged.gather(c, recent_W, start, context)[None] for c in window]
             keys = BranchKeys(
                 k_cmp=cmp[0], v_cmp=cmp[1], k_slc=slc[0], v_slc=slc[1], k_win=win[0], v_win=win[1]
             )

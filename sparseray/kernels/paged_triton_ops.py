@@ -22,6 +22,7 @@ from sparseray.kernels.attention.paged_write import (
     rotary_write,
 )
 from sparseray.kernels.attention.prefill import paged_prefill
+from sparseray.kernels.attention.recent_pages import recent_pages
 from sparseray.kernels.dense.most_probable import most_probable
 from sparseray.kernels.drafts import draft_rows, judge_drafts, next_drafts
 from sparseray.kernels.nsa.append import append_rows, write_rows
@@ -41,6 +42,11 @@ SIDE_ROWS = 512
 def _places(pages: Pages) -> tuple[int, int]:
     """Sequences and tokens of each while decoding."""
     return pages.num_sequences, pages.num_new
+
+
+def _tables(pages: Pages) -> tuple[Tensor, Tensor, Tensor]:
+    """Of NSA's compressed, selected and window branch."""
+    return pages.table_BW, pages.table_BW, pages.of_recent().table_BW
 
 
 def _new(rows: Tensor, places: tuple[int, int]) -> Tensor:
@@ -87,9 +93,13 @@ class PagedTritonOps(PagedPlainOps):
         here.wait_stream(side)
         return first, second
 
-    def paged_write(self, pool: KeyValues, k_RGD: Tensor, v_RGV: Tensor, pages: Pages) -> None:
+    def recent_pages(self, recent_P: Tensor, pages: Pages) -> None:
+        recent = pages.of_recent()
+        recent_pages(recent_P, pages.table_BW, pages.places_R, recent.table_BW, recent.places_R, pages.page)
+
+    def paged_write(self, pool: KeyValues, k_RGD: Tensor, v_RGV: Tensor, places_R: Tensor) -> None:
         check("the paged cache", k_RGD, *pool)
-        paged_write(k_RGD, v_RGV, pages.places_R, *pool)
+        paged_write(k_RGD, v_RGV, places_R, *pool)
 
     def paged_rotary_write(
         self,
@@ -169,13 +179,16 @@ class PagedTritonOps(PagedPlainOps):
         angles: tuple[Tensor, Tensor] | None,
     ) -> None:
         w1, bias, w2, b2 = _phi(phi, pages)
-        assert pages.chunks is not None, "single tokens go through paged_nsa_append"
+        assert pages.chunks is not None and pages.cu_seqlens is not None, (
+            "single tokens go through paged_nsa_append"
+        )
         compress_step(
             raw,
-            pages.table_BW,
+            pages.of_recent().table_BW,
             compressed,
             pages.table_BW,
             pages.context_lens_B,
+            pages.cu_seqlens,
             w1,
             bias,
             w2,
@@ -199,9 +212,11 @@ class PagedTritonOps(PagedPlainOps):
         pages: Pages,
     ) -> tuple[Tensor, Tensor]:
         check("native sparse attention over pages", fused_RX, x_RH, *(x for pool in pools for x in pool))
+        recent = pages.of_recent()
+        places = pages.places_R, recent.places_R
         if pages.chunks is not None:
             queries = gate_NH.shape[0] // 3
-            q = write_rows(fused_RX, queries, pools, angles, pages.places_R)
+            q = write_rows(fused_RX, queries, pools, angles, places)
             for i, turns in enumerate((all_angles, None)):
                 self.paged_compress(pools[3][i], pools[0][i], phis[i], sizes, pages, turns)
             gates_RN = self.sigmoid(self.linear(x_RH, gate_NH, None, invariant=True))
@@ -214,8 +229,8 @@ class PagedTritonOps(PagedPlainOps):
             [_phi(phi, pages) for phi in phis],
             angles,
             all_angles,
-            pages.places_R,
-            pages.table_BW,
+            places,
+            (pages.table_BW, recent.table_BW),
             pages.context_lens_B,
             query_len=pages.num_new,
             block=sizes.block,
@@ -254,9 +269,7 @@ class PagedTritonOps(PagedPlainOps):
             compressed,
             selected,
             window,
-            table,
-            table,
-            table,
+            *_tables(pages),
             pages.context_lens_B,
             workspace,
             _new(out, places),
@@ -274,13 +287,12 @@ class PagedTritonOps(PagedPlainOps):
     ) -> Tensor:
         """Chunks of prompts, all at once; `branches` are compressed, selected and window."""
         assert pages.cu_seqlens is not None
-        table = pages.table_BW
-        geometry = pages.scratch.get("nsa")
+        tables, geometry = _tables(pages), pages.scratch.get("nsa")
         if geometry is None:
             geometry = prefill_geometry(
                 pages.cu_seqlens,
                 pages.context_lens_B,
-                (table, table, table),
+                tables,
                 tokens=len(q_RQD),
                 page=pages.page,
                 sizes=sizes,
@@ -290,9 +302,7 @@ class PagedTritonOps(PagedPlainOps):
             q_RQD,
             gates_RQ3,
             *branches,
-            table,
-            table,
-            table,
+            *tables,
             pages.cu_seqlens,
             pages.context_lens_B,
             sizes,

@@ -1,6 +1,7 @@
 """Paged caches of all sequences of an engine: pools of pages for every layer, and histories of the memory layers.
 
-A page has the same number in all pools, so a sequence needs one table whatever its layers keep. Slot 0 and page 0
+A page has the same number in all pools, so a sequence needs one table whatever its layers keep. What a layer reads of the
+newest tokens alone lies in pools with fewer pages, which have numbers, and a table, of their own. Slot 0 and page 0
 belong to nobody: rows without a sequence read and write there.
 
 Shapes: S slots, B sequences of a call, L reach of the convolution, H hidden.
@@ -16,6 +17,19 @@ from torch import Tensor
 
 from sparseray.kernels.ops import Pages
 from sparseray.model.config import ModelConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class PageCounts:
+    """Pages of the pools, with page 0.
+
+    Args:
+        whole: of what a sequence keeps of all its tokens.
+        recent: of what it keeps of the newest alone; 0 where no layer has that.
+    """
+
+    whole: int
+    recent: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from sparseray.actors.serving.chunks import Chunk, document_starts, looked_back, newest_rows, resets
 from sparseray.actors.serving.recording import nothing, recorded
-from sparseray.kernels.ops import Pages
+from sparseray.kernels.ops import Pages, Recent
 from sparseray.model.dse import Memory
 from sparseray.model.moe import Experts
 from sparseray.model.paged import Paged
@@ -60,7 +60,7 @@ class DecodeStep:
         graphs: in the order in which they are launched; none where the step is launched kernel by kernel.
 
     Args:
-        model, pools, histories, latest_S, table_SW, page: of `PagedModel`.
+        model, pools, histories, latest_S, table_SW, recent_P, page: of `PagedModel`.
         size: B.
         rows: R.
     """
@@ -74,12 +74,14 @@ class DecodeStep:
         histories: dict[int, Tensor],
         latest_S: Tensor,
         table_SW: Tensor,
+        recent_P: Tensor | None,
         *,
         page: int,
         size: int,
         rows: int,
     ) -> None:
         self.model, self.latest_S, self.table_SW, self.page = model, latest_S, table_SW, page
+        self.recent_P = recent_P
         self.device, dse = table_SW.device, model.config.dse
         # Of no use to a model without memory layers.
         self.layout = model.layout if histories else None
@@ -94,12 +96,13 @@ class DecodeStep:
             for layer in histories
         }
         self._first = min(histories, default=0)
-        slots_B = self._inputs[4, :size]
+        slots_B, table_BW = self._inputs[4, :size], table_SW.new_zeros(size, table_SW.shape[1])
         pages = Pages(
             page=page,
-            table_BW=table_SW.new_zeros(size, table_SW.shape[1]),
+            table_BW=table_BW,
             context_lens_B=self._inputs[2, :size],
             places_R=self._inputs[3],
+            recent=None if recent_P is None else Recent.beside(table_BW, self._inputs[3]),
         )
         self._paged = Paged(pages=pages, pools=pools, histories=histories, slots_B=slots_B)
         self.graphs: list[torch.cuda.CUDAGraph] = []
@@ -114,6 +117,8 @@ class DecodeStep:
         """
         pages, inputs = self._paged.pages, self._inputs
         torch.index_select(self.table_SW, 0, self._paged.slots_B, out=pages.table_BW)
+        if self.recent_P is not None:
+            self.model.ops.recent_pages(self.recent_P, pages)
 
         def fetched(layer: int) -> Tensor:
             if layer == self._first:

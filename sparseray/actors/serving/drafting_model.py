@@ -24,7 +24,7 @@ from torch import Tensor
 from sparseray.actors.serving.cache_pool import Lease
 from sparseray.actors.serving.paged_model import PagedModel
 from sparseray.actors.serving.recording import captured
-from sparseray.kernels.ops import Pages
+from sparseray.kernels.ops import Pages, Recent
 from sparseray.kernels.paged import DraftState
 from sparseray.model.dse import Memory
 from sparseray.model.moe import Experts
@@ -150,12 +150,15 @@ class DraftingModel(PagedModel):
         empty = torch.zeros(size, dtype=torch.int32)
         staged = [empty.pin_memory() if is_cuda else empty.clone() for _ in range(2)]
         slots_B = empty.to(self.device, copy=True)
+        table_BW = torch.zeros(size, self.width, dtype=torch.int32, device=self.device)
+        places_R = torch.zeros(rows, dtype=torch.int32, device=self.device)
         pages = Pages(
             page=self.page,
-            table_BW=torch.zeros(size, self.width, dtype=torch.int32, device=self.device),
+            table_BW=table_BW,
             context_lens_B=torch.zeros_like(slots_B),
-            places_R=torch.zeros(rows, dtype=torch.int32, device=self.device),
+            places_R=places_R,
             num_new=NEW,
+            recent=None if self.recent_P is None else Recent.beside(table_BW, places_R),
         )
         paged = Paged(pages=pages, pools=self.pools, histories=self.histories, slots_B=slots_B)
         # Rows of padding stay what they are: token 0 at position 0.
@@ -169,6 +172,7 @@ class DraftingModel(PagedModel):
         ops.draft_rows(
             self.state_S, slots_B, self.table_SW, step.paged.pages, step.tokens_R, step.positions_R
         )
+        self._find_recent(step.paged.pages)
         hidden_RH = model.run_paged(
             step.tokens_R, step.positions_R, step.paged, rows=count, experts=experts, fetched=None, starts_1R=None
         )  # fmt: skip

@@ -16,23 +16,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparseray.actors.serving.cache_pool import CachePool, page_keys
+from sparseray.actors.serving.cache_pool import Lease, page_keys
+from sparseray.actors.serving.cache_sizes import CacheSizes, new_pool, page_of
 from sparseray.actors.serving.chunks import Chunk
 from sparseray.actors.serving.device_sampler import FAILED, fits, is_adjusted, sample_rows
 from sparseray.actors.serving.engine import Engine, Ongoing
-from sparseray.actors.serving.paged_model import PagedModel, page_bytes
+from sparseray.actors.serving.paged_model import PagedModel
 from sparseray.actors.serving.text_request import GenerationRequest, TokenEvent
 from sparseray.errors import ConfigError
 from sparseray.log import get_logger
-from sparseray.model.attention import attention_of
 from sparseray.model.dse import Memory
 from sparseray.model.moe import Experts
 from sparseray.model.transformer import Transformer
 
 log = get_logger(__name__)
-
-PAGE, CPU_PAGE = 256, 16
-"""Tokens of a page: kernels want long ones; short ones share more of a prefix."""
 
 PREFILL_ROWS = 8192
 """Tokens of prompts that a GPU reads in one step."""
@@ -95,27 +92,19 @@ class PagedEngine(Engine):
     ) -> None:
         super().__init__(model, experts, memory, **options)
         device = model.embedding.device
-        page = page or _page_of(model)
-        each = page_bytes(model.config, page, model.embedding.dtype)
+        config, dtype, page = model.config, model.embedding.dtype, page or page_of(model)
         # Whoever reads a text already is given a place at once; a GPU's graphs are made for full batches.
         self.places = self.max_batch * (1 if device.type == "cuda" else PLACES_FOR_BEGUN)
-        full = 1 + self.max_batch * -(-self.max_model_len // page)
         if cache_bytes is None and device.type == "cuda":
             cache_bytes = int(torch.cuda.mem_get_info(device)[0] * SHARE_OF_FREE_MEMORY)
-        num_pages = full if cache_bytes is None else min(full, cache_bytes // each)
-        kinds = [attention_of(model.config, layer) for layer in range(model.config.num_blocks)]
-        self.pool = CachePool(
-            num_pages,
-            page,
-            self.places,
-            keeps_state=bool(model.config.dse.layers),
-            # A module that predicts further tokens has read the next page's first ones.
-            overlaps=bool(model.mtp) or any(kind.overlaps_pages for kind in kinds),
-        )
-        sizes = {"num_pages": num_pages, "page": page, "num_slots": self.places}
-        sizes |= {"max_len": self.max_model_len, "prompt_rows": self.prefill_chunk}
-        self.paged = self.runs_on(model, **sizes)
-        log.info("cache: %d pages of %d tokens, %.2f GiB", num_pages, page, num_pages * each / 2**30)
+        rows = self.prefill_chunk
+        caches = CacheSizes.of(config, page=page, dtype=dtype, places=self.places, prompt_rows=rows)
+        counts = caches.fitting(1 + self.max_batch * -(-self.max_model_len // page), cache_bytes)
+        self.pool = new_pool(config, counts, page, self.places)
+        sizes = {"page": page, "num_slots": self.places, "max_len": self.max_model_len, "prompt_rows": rows}
+        self.paged = self.runs_on(model, num_pages=counts, **sizes)
+        size = caches.bytes(counts.whole) / 2**30
+        log.info("cache: %d pages of %d tokens, %d recent, %.2f GiB", counts.whole, page, counts.recent, size)
         self._flight: Flight | None = None
         self._taken: list[Taken] = []
         self.paged.warm(experts, memory)
@@ -156,6 +145,7 @@ class PagedEngine(Engine):
                 self._learn()
             self._admit()
             batch = self._select()
+            self._hold_recent(batch)
             begun = self._launch(batch) if batch else None
             if begun is not None:
                 self._note_step(len(batch))
@@ -231,6 +221,29 @@ class PagedEngine(Engine):
                 used += count
         return found
 
+    def _hold_recent(self, batch: list[Ongoing]) -> None:
+        """Take the recent pages back that nothing reads any more, and give those that the batch writes.
+
+        Of tokens that were not told, a step that fails may compute some again; and a draft may follow the newest one.
+        """
+        if self.pool.recent is None:
+            return
+        for sequence in self._running:
+            lease, unread_TH = self._lease(sequence), sequence.unread_TH
+            lag = sequence.pending + (0 if unread_TH is None else len(unread_TH))
+            self.pool.trim(lease, lease.length - lag)
+        for sequence in batch:
+            lease, more = self._lease(sequence), max(2, 1 + len(sequence.drafts))
+            if sequence.in_prompt:
+                more = len(sequence.next_chunk(self.prefill_chunk))
+            self.pool.extend(lease, lease.length + sequence.pending + more)
+        self.paged.place_recent(self.pool.recent.take_moved())
+
+    @staticmethod
+    def _lease(sequence: Ongoing) -> Lease:
+        assert sequence.lease is not None
+        return sequence.lease
+
     @staticmethod
     def _end(sequence: Ongoing) -> int:
         """Tokens of a request that reaches its limit."""
@@ -266,9 +279,8 @@ class PagedEngine(Engine):
         return self._sample(rows, ready, logits)
 
     def _chunk(self, sequence: Ongoing, count: int) -> Chunk:
-        assert sequence.lease is not None
         known = [*sequence.tokens, *sequence.drafts] if sequence.drafts else sequence.tokens
-        return Chunk(lease=sequence.lease, known=known, count=count)
+        return Chunk(lease=self._lease(sequence), known=known, count=count)
 
     def _prefill(self, sequences: list[Ongoing]) -> list[Tensor]:
         """Start the next chunk of each; hidden states [T, H]."""
@@ -366,14 +378,6 @@ class PagedEngine(Engine):
         sequence, token, index, finish = found
         request_id = sequence.request.request_id
         return TokenEvent(request_id=request_id, index=index, token_id=token, finish_reason=finish)
-
-
-def _page_of(model: Transformer) -> int:
-    """Tokens of a page: a CPU's are whole selection blocks."""
-    if model.embedding.device.type == "cuda":
-        return PAGE
-    unit = model.config.nsa.select_block
-    return -(-CPU_PAGE // unit) * unit
 
 
 def _pick(rows: Tensor, at: list[int]) -> Tensor:

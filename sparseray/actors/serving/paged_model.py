@@ -8,7 +8,7 @@ Shapes: R rows, B sequences, V vocabulary, H hidden.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
@@ -24,12 +24,11 @@ from sparseray.actors.serving.decode_step import DecodeStep
 from sparseray.actors.serving.prompt_graphs import PromptGraphs
 from sparseray.actors.serving.recording import nothing
 from sparseray.kernels.moe.reference import group_by_expert
-from sparseray.kernels.ops import Pages
+from sparseray.kernels.ops import Pages, Recent
 from sparseray.model.attention import attention_of
-from sparseray.model.config import ModelConfig
 from sparseray.model.dse import Memory, Rows
 from sparseray.model.moe import Experts
-from sparseray.model.paged import Paged, new_histories
+from sparseray.model.paged import PageCounts, Paged, new_histories
 from sparseray.model.transformer import Transformer
 
 WARM_PROMPTS = (32, 1024)
@@ -39,19 +38,6 @@ WARM_PROMPTS = (32, 1024)
 def buckets(most: int) -> tuple[int, ...]:
     """Numbers of requests that have a decode step of their own: powers of two, and the largest."""
     return tuple(sorted({*(1 << i for i in range(most.bit_length()) if 1 << i <= most), most}))
-
-
-def page_bytes(config: ModelConfig, page: int, dtype: torch.dtype) -> int:
-    """Bytes of one page in all pools.
-
-    Args:
-        config: the model.
-        page: tokens of a page.
-        dtype: of keys and values.
-    """
-    meta = torch.device("meta")
-    pools = [attention_of(config, i).new_pool(config, 1, page, dtype, meta) for i in range(config.num_blocks)]
-    return sum(t.numel() * t.element_size() for pool in pools for t in pool.tensors())
 
 
 @dataclass(frozen=True)
@@ -92,7 +78,7 @@ class PagedModel:
         self,
         model: Transformer,
         *,
-        num_pages: int,
+        num_pages: PageCounts,
         page: int,
         num_slots: int,
         max_len: int,
@@ -112,6 +98,10 @@ class PagedModel:
         # Slots that sampled last, on the host and on the device: from step to step they are mostly the same.
         self._kept = list[int](), torch.zeros(0, dtype=torch.int64, device=device)
         self.table_SW = torch.zeros(num_slots + 1, self.width, dtype=torch.int32, device=device)
+        # The recent page of every page, where there are any.
+        self.recent_P = (
+            torch.zeros(num_pages.whole, dtype=torch.int32, device=device) if num_pages.recent else None
+        )
         # Of no use to a model without memory layers.
         self._layout = model.layout if config.dse.layers else None
         self._decodes: dict[int, DecodeStep] = {}
@@ -131,6 +121,17 @@ class PagedModel:
                 history_SLH[lease.slot].zero_()
             else:
                 history_SLH[lease.slot].copy_(lease.state[layer])
+
+    def place_recent(self, moved: Mapping[int, int]) -> None:
+        """Let the rows of pages that have got a recent page lie there.
+
+        Args:
+            moved: the recent page of each such page.
+        """
+        if moved:
+            assert self.recent_P is not None
+            at = self._to_device(np.array([list(moved), list(moved.values())]))
+            self.recent_P.index_copy_(0, at[0], at[1].int())
 
     def keep(self, tokens_R: Tensor, leases: Sequence[Lease]) -> None:
         """Remember sampled tokens for a step that starts before the host knows them.
@@ -198,17 +199,24 @@ class PagedModel:
         at = placing(pieces, self.page, self._padded(sum(len(tokens) for _, _, tokens in pieces)))
         tokens_R, positions_R, places_R = self._to_device(at.rows_3R)
         slots_B, bounds = self._to_device(at.slots_B), at.bounds.tolist()
+        table_BW = self.table_SW[slots_B]
         pages = Pages(
             page=self.page,
-            table_BW=self.table_SW[slots_B],
+            table_BW=table_BW,
             context_lens_B=self._to_device(at.contexts_B),
             places_R=places_R,
             chunks=tuple((a, b, n) for (a, b), n in zip(pairwise(bounds), at.contexts_B.tolist())),
             cu_seqlens=self._to_device(at.bounds),
+            recent=None if self.recent_P is None else Recent.beside(table_BW, places_R),
         )
+        self._find_recent(pages)
         slots = tuple(at.slots_B.tolist())
         paged = Paged(pages=pages, pools=self.pools, histories=self.histories, slots_B=slots_B, slots=slots)
         return _Placed(tokens_R, positions_R, paged, bounds)
+
+    def _find_recent(self, pages: Pages) -> None:
+        if self.recent_P is not None:
+            self.model.ops.recent_pages(self.recent_P, pages)
 
     def predict(
         self,
@@ -261,7 +269,7 @@ class PagedModel:
             now_LH.copy_(seen[kept : kept + len(now_LH)])
 
     def _new_decode(self, size: int) -> DecodeStep:
-        where = self.model, self.pools, self.histories, self.latest_S, self.table_SW
+        where = self.model, self.pools, self.histories, self.latest_S, self.table_SW, self.recent_P
         return DecodeStep(*where, page=self.page, size=size, rows=self._padded(size))
 
     def warm(self, experts: Experts, memory: Memory | None) -> None:

@@ -85,7 +85,7 @@ class RoundsModel(PagedModel):
     # Of which any round has room for.
     warm_prompts = (32,)
 
-    def __init__(self, model: Transformer, *, rounds: InRounds, **sizes: int) -> None:
+    def __init__(self, model: Transformer, *, rounds: InRounds, **sizes: Any) -> None:
         self._rounds, self._is_warm = rounds, False
         self._key: tuple[int, ...] | None = None
         # Prompts are launched: whoever enters makes the others wait for its graphs.

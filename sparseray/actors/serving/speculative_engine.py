@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparseray.actors.serving.cache_pool import Lease
 from sparseray.actors.serving.device_sampler import fits, sample_rows
 from sparseray.actors.serving.engine import Ongoing
 from sparseray.actors.serving.paged_engine import PagedEngine
@@ -66,6 +65,7 @@ class SpeculativeEngine(PagedEngine):
         try:
             self._admit()
             batch = self._select()
+            self._hold_recent(batch)
             if batch:
                 self._advance_all(batch, events)
                 self._draft([s for s in batch if s.lease is not None])
@@ -102,11 +102,6 @@ class SpeculativeEngine(PagedEngine):
                 self._advance(sequence, hidden_TH, None)
             unread_TH = sequence.unread_TH
             sequence.unread_TH = hidden_TH if unread_TH is None else torch.cat([unread_TH, hidden_TH])
-
-    @staticmethod
-    def _lease(sequence: Ongoing) -> Lease:
-        assert sequence.lease is not None
-        return sequence.lease
 
     def _choices(
         self, ready: list[Ongoing], hidden: dict[int, Tensor]

@@ -60,7 +60,7 @@ def _gates(p_x, p_weight, p_out, first, N: tl.constexpr, BN: tl.constexpr, H: tl
 
 @triton.jit
 def _store_raw(
-    p_fused, p_pool, p_table, p_lens, p_places, p_w1, p_bias, p_w2, p_b2, p_out, p_cos, p_sin, table_width, i_r,
+    p_fused, p_pool, p_recent, p_table, p_lens, p_places, p_w1, p_bias, p_w2, p_b2, p_out, p_cos, p_sin, table_width, i_r,
     START: tl.constexpr, WIDE: tl.constexpr, LQ: tl.constexpr, G: tl.constexpr, HP: tl.constexpr, D: tl.constexpr,
     D0: tl.constexpr, D1: tl.constexpr, DP: tl.constexpr, BW: tl.constexpr, F: tl.constexpr, BF: tl.constexpr,
     LEN: tl.constexpr, STRIDE: tl.constexpr, PAGE: tl.constexpr, IP: tl.constexpr, ROTATE: tl.constexpr,
@@ -75,18 +75,19 @@ def _store_raw(
         tl.debug_barrier()
         i_b = i_r // LQ
         n_ctx = tl.load(p_lens + i_b)
+        p_recent += i_b * table_width
         p_table += i_b * table_width
         for i_c in range(num_visible(n_ctx - LQ - 1, 0, LEN, STRIDE), num_visible(n_ctx - 1, 0, LEN, STRIDE)):
             compress_block(
-                i_c, p_pool, p_table, p_w1, p_bias, p_w2, p_b2, p_out, p_table, p_cos, p_sin,
+                i_c, p_pool, p_recent, p_w1, p_bias, p_w2, p_b2, p_out, p_table, p_cos, p_sin,
                 G, HP, D, D0, D1, D, DP, F, BF, LEN, STRIDE, PAGE, PAGE // STRIDE, IP, ROTATE,
             )  # fmt: skip
 
 
 @triton.jit
 def append_kernel(
-    p_fused, p_x, p_gate_weight, p_cos, p_sin, p_places, p_q, p_gate, p_k_slc, p_v_slc, p_k_win, p_v_win, p_k_raw, p_v_raw,
-    p_k_cmp, p_v_cmp, p_table, p_lens, p_k_w1, p_k_bias, p_k_w2, p_k_b2, p_v_w1, p_v_bias, p_v_w2, p_v_b2, p_all_cos,
+    p_fused, p_x, p_gate_weight, p_cos, p_sin, p_places, p_recent_places, p_q, p_gate, p_k_slc, p_v_slc, p_k_win, p_v_win, p_k_raw, p_v_raw,
+    p_k_cmp, p_v_cmp, p_recent, p_table, p_lens, p_k_w1, p_k_bias, p_k_w2, p_k_b2, p_v_w1, p_v_bias, p_v_w2, p_v_b2, p_all_cos,
     p_all_sin, table_width,
     Q: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BRANCHES: tl.constexpr, LQ: tl.constexpr,
     BQ: tl.constexpr, BG: tl.constexpr, BC: tl.constexpr, HP: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
@@ -107,7 +108,7 @@ def append_kernel(
     if part == 0:
         _turn(p_row, p_q + i_r * (Q * D), p_cos, p_sin, Q, BQ, D, BC)
     elif part <= 2:
-        place = tl.load(p_places + i_r).to(tl.int64)
+        place = tl.load(tl.where(part == 1, p_places, p_recent_places) + i_r).to(tl.int64)
         branch = part - 1 if BRANCHES == 3 else 0
         # Selected, not branched over: the compiler then still knows how the addresses are aligned.
         p_k = tl.where(part == 1, p_k_slc, p_k_win)
@@ -117,14 +118,14 @@ def append_kernel(
     elif part == 3:
         if i_r % LQ == LQ - 1:
             _store_raw(
-                p_fused, p_k_raw, p_table, p_lens, p_places, p_k_w1, p_k_bias, p_k_w2, p_k_b2, p_k_cmp, p_all_cos, p_all_sin,
+                p_fused, p_k_raw, p_recent, p_table, p_lens, p_recent_places, p_k_w1, p_k_bias, p_k_w2, p_k_b2, p_k_cmp, p_all_cos, p_all_sin,
                 table_width, i_r, KEYS + (BRANCHES - 1) * G * D, WIDE, LQ, G, HP, D, D0, D1, DP, BK, FK, BFK, LEN, STRIDE,
                 PAGE, IP, True, COMPRESSES,
             )  # fmt: skip
     elif part == 4:
         if i_r % LQ == LQ - 1:
             _store_raw(
-                p_fused, p_v_raw, p_table, p_lens, p_places, p_v_w1, p_v_bias, p_v_w2, p_v_b2, p_v_cmp, p_all_cos, p_all_sin,
+                p_fused, p_v_raw, p_recent, p_table, p_lens, p_recent_places, p_v_w1, p_v_bias, p_v_w2, p_v_b2, p_v_cmp, p_all_cos, p_all_sin,
                 table_width, i_r, VALUES + (BRANCHES - 1) * G * DV, WIDE, LQ, G, HP, DV, V0, V1, DVP, BV, FV, BFV, LEN,
                 STRIDE, PAGE, IP, False, COMPRESSES,
             )  # fmt: skip
@@ -138,7 +139,7 @@ def write_rows(
     num_queries: int,
     pools: Sequence[tuple[Tensor, Tensor]],
     angles: tuple[Tensor, Tensor],
-    places: Tensor,
+    places: tuple[Tensor, Tensor],
 ) -> Tensor:
     """Write the branches' keys and values of some rows; the rotated queries, [R, Q, D].
 
@@ -154,7 +155,7 @@ def write_rows(
     none |= {"HIDDEN": 1, "BH": 1, "GATES": 1, "FK": 1, "BFK": 1, "FV": 1, "BFV": 1, "LEN": 1, "STRIDE": 1}
     launch_kernel(
         append_kernel, (len(fused), 5),
-        fused, fused, fused, *angles, places, q, q, *(x for pool in pools[1:] for x in pool), *pools[0], places, places,
+        fused, fused, fused, *angles, *places, q, q, *(x for pool in pools[1:] for x in pool), *pools[0], *[places[0]] * 3,
         *[fused] * 8, *angles, 0, Q=num_queries, G=num_kv, D=width, DV=value_dim, BRANCHES=branches, LQ=1,
         **_rows_of(num_queries, num_kv, width, value_dim), COMPRESSES=False, **none, num_warps=4,
     )  # fmt: skip
@@ -180,8 +181,8 @@ def append_rows(
     phis: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]],
     angles: tuple[Tensor, Tensor],
     all_angles: tuple[Tensor, Tensor],
-    places: Tensor,
-    table: Tensor,
+    places: tuple[Tensor, Tensor],
+    tables: tuple[Tensor, Tensor],
     context_lens: Tensor,
     *,
     query_len: int,
@@ -198,14 +199,17 @@ def append_rows(
             and those that are compressed.
         phis: w1, bias, w2 and b2 of keys and of values, as in `compress_step`.
         angles: fp32 cosines and sines [R, D / 2] of the rows; all_angles: of all positions.
-        places: integers [R], page * page size + position in the page.
-        table: int32 [B, pages of a sequence]; context_lens: int32 [B], the new tokens included.
+        places: integers [R], page * page size + position in the page, for the selected branch, and for the window and what
+            is compressed, whose pages have numbers of their own.
+        tables: int32 [B, pages of a sequence], of the compressed tokens, and of what is compressed; of the latter, only
+            what the new tokens complete is read.
+        context_lens: int32 [B], the new tokens included.
         query_len: new tokens of a sequence, whose rows follow one another.
         block, stride: of the compressed tokens.
     """
     compressed, selected, window, raw = pools
     (page, num_kv, width), value_dim = raw[0].shape[1:], raw[1].shape[3]
-    queries, hidden, sequences = gate_weight.shape[0] // 3, x.shape[1], table.shape[0]
+    queries, hidden, sequences = gate_weight.shape[0] // 3, x.shape[1], tables[0].shape[0]
     q, gates = fused.new_empty(len(fused), queries, width), fused.new_empty(len(fused), queries, 3)
     (d0, d1), (v0, v1), (stages, tile) = (
         split_width(width),
@@ -216,8 +220,8 @@ def append_rows(
     branches = (fused.shape[1] - queries * width) // (num_kv * (width + value_dim))
     launch_kernel(
         append_kernel, (sequences * query_len, 5 + triton.cdiv(3 * queries, GATES)),
-        fused, x, gate_weight, *angles, places, q, gates, *selected, *window, *raw, *compressed, table, context_lens,
-        *phis[0], *phis[1], *all_angles, table.shape[1],
+        fused, x, gate_weight, *angles, *places, q, gates, *selected, *window, *raw, *compressed, tables[1], tables[0],
+        context_lens, *phis[0], *phis[1], *all_angles, tables[0].shape[1],
         Q=queries, G=num_kv, D=width, DV=value_dim, BRANCHES=branches,
         LQ=query_len, **_rows_of(queries, num_kv, width, value_dim), COMPRESSES=True,
         HP=max(16, next_power_of_2(num_kv)), D0=d0, D1=d1, DP=max(16, next_power_of_2(width)), V0=v0, V1=v1,

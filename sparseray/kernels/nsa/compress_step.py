@@ -1,4 +1,4 @@
-"""Compression while decoding: the compressed tokens that the newest tokens complete, straight into the pages.
+"""Compression over pages: the compressed tokens that the newest tokens complete, straight into the pages.
 
 Block c is complete once position c * stride + block - 1 is cached. A step of Lq new tokens completes at most
 (Lq - 1) // stride + 1 blocks; whether it completes one at all is decided on the device, so a captured graph
@@ -86,15 +86,17 @@ def compress_block(
 
 @triton.jit
 def compress_step_kernel(
-    p_x, p_table, p_lens, p_w1, p_bias, p_w2, p_b2, p_out, p_out_table, p_cos, p_sin, table_width, out_width,
+    p_x, p_table, p_lens, p_bounds, p_w1, p_bias, p_w2, p_b2, p_out, p_out_table, p_cos, p_sin, table_width, out_width,
     H: tl.constexpr, HP: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DO: tl.constexpr,
-    DOP: tl.constexpr, F: tl.constexpr, BF: tl.constexpr, LQ: tl.constexpr, LEN: tl.constexpr, STRIDE: tl.constexpr,
+    DOP: tl.constexpr, F: tl.constexpr, BF: tl.constexpr, LEN: tl.constexpr, STRIDE: tl.constexpr,
     PAGE: tl.constexpr, OUT_PAGE: tl.constexpr, IP: tl.constexpr, ROTATE: tl.constexpr,
 ):  # fmt: skip
-    """One program per sequence and completed block."""
+    """One program per sequence and block that the longest one may complete."""
     i_b = tl.program_id(0).to(tl.int64)
     n_ctx = tl.load(p_lens + i_b)
-    i_c = num_visible(n_ctx - LQ - 1, 0, LEN, STRIDE) + tl.program_id(1)
+    # Of its own new tokens alone: pages before what they need may be gone.
+    n_new = (tl.load(p_bounds + i_b + 1) - tl.load(p_bounds + i_b)).to(tl.int32)
+    i_c = num_visible(n_ctx - n_new - 1, 0, LEN, STRIDE) + tl.program_id(1)
     if i_c < num_visible(n_ctx - 1, 0, LEN, STRIDE):
         compress_block(
             i_c, p_x, p_table + i_b * table_width, p_w1, p_bias, p_w2, p_b2, p_out, p_out_table + i_b * out_width, p_cos,
@@ -118,6 +120,7 @@ def compress_step(
     compressed: Tensor,
     compressed_table: Tensor,
     context_lens: Tensor,
+    bounds: Tensor,
     w1: Tensor,
     bias: Tensor,
     w2: Tensor,
@@ -125,18 +128,19 @@ def compress_step(
     *,
     block: int,
     stride: int,
-    query_len: int = 1,
+    query_len: int,
     angles: tuple[Tensor, Tensor] | None = None,
 ) -> None:
-    """Write the compressed tokens that the last `query_len` tokens of every sequence complete.
+    """Write the compressed tokens that the new tokens of every sequence complete.
 
     Args:
         cache: keys or values, [pages, page size, H, D]; table: int32 [B, pages of a sequence].
         compressed: their compressed tokens, [pages, page size, H, D_out]; compressed_table: int32, likewise.
         context_lens: int32 [B], tokens of every sequence, the new ones included.
+        bounds: integers [B + 1], boundaries of the sequences' new tokens.
         w1: [F, block * D]; w2: [D_out, F]; b2: [D_out], as in `compress`.
         bias: [F], the first layer's bias with the position encoding in it: b1 + w1 @ pos.flatten().
-        query_len: new tokens a sequence.
+        query_len: the most new tokens of a sequence.
         angles: fp32 cosines and sines [positions, D_out / 2]: keys are rotated at their blocks' first positions.
 
     Raises:
@@ -153,9 +157,9 @@ def compress_step(
     stages, hidden_tile = tile_of(cache.dtype, width)
     launch_kernel(
         compress_step_kernel, (context_lens.shape[0], (query_len - 1) // stride + 1),
-        cache, table, context_lens, w1, bias, w2, b2, compressed, compressed_table, *(angles or (b2, b2)),
+        cache, table, context_lens, bounds, w1, bias, w2, b2, compressed, compressed_table, *(angles or (b2, b2)),
         table.shape[1], compressed_table.shape[1], H=heads, HP=max(16, next_power_of_2(heads)), D=width, D0=d0, D1=d1, DO=out_dim,
-        DOP=max(16, next_power_of_2(out_dim)), F=hidden, BF=min(hidden_tile, max(16, next_power_of_2(hidden))), LQ=query_len,
+        DOP=max(16, next_power_of_2(out_dim)), F=hidden, BF=min(hidden_tile, max(16, next_power_of_2(hidden))),
         LEN=block, STRIDE=stride, PAGE=cache.shape[1], OUT_PAGE=compressed.shape[1], IP=precision(cache.dtype),
         ROTATE=angles is not None, num_warps=4, num_stages=stages,
     )  # fmt: skip

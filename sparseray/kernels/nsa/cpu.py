@@ -101,8 +101,8 @@ def sparse_attention(D: int, V: int) -> Callable[..., None]:
 
     @compiled
     def attend(
-        q_RQD, gates_RQ3, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, table_BW, bounds_B, context_B, sizes, scale,
-        out_RQV,
+        q_RQD, gates_RQ3, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, recent_BW, table_BW, bounds_B,
+        context_B, sizes, scale, out_RQV,
     ):  # fmt: skip
         block, stride, select_block, num_selected, window, _, _ = sizes
         heads, factor = q_RQD.shape[1] // k_slc.shape[2], np.float32(scale) * LOG2_E
@@ -134,7 +134,7 @@ def sparse_attention(D: int, V: int) -> Callable[..., None]:
                     )  # fmt: skip
                     add(heads, h, V, gates_Q3, 1, totals_N, sums_NV, out_QV)
                     attend_range(
-                        q_QD, h, heads, k_win, v_win, table_W, g, max(0, end - window), end, D, V, factor,
+                        q_QD, h, heads, k_win, v_win, recent_BW[b], g, max(0, end - window), end, D, V, factor,
                         scores_NS, powers_S, totals_N, sums_NV,
                     )  # fmt: skip
                     add(heads, h, V, gates_Q3, 2, totals_N, sums_NV, out_QV)
@@ -145,12 +145,12 @@ def sparse_attention(D: int, V: int) -> Callable[..., None]:
 
 @compiled
 def compress(
-    raw, compressed, w1_FE, b1_F, w2_DF, b2_D, pos_LD, table_BW, bounds_B, context_B, stride, angles, turns
-):
+    raw, compressed, w1_FE, b1_F, w2_DF, b2_D, pos_LD, recent_BW, table_BW, bounds_B, context_B, stride, angles, turns
+):  # fmt: skip
     """Write the compressed tokens that the newest rows of every sequence complete: eq. 7, exact GELU.
 
     Args:
-        raw: [pages, P, G, D]; compressed: [pages, P / stride, G, D], written.
+        raw: [recent pages, P, G, D], with its own table recent_BW; compressed: [pages, P / stride, G, D], written.
         angles: (cosines, sines) of all positions; read where `turns`.
         turns: rotate what was compressed at its block's first position.
     """
@@ -166,7 +166,7 @@ def compress(
             for g in range(groups):
                 for i in range(block):
                     at = c * stride + i
-                    place = table_BW[b, at // page]
+                    place = recent_BW[b, at // page]
                     for d in range(D):
                         tokens[i * D + d] = raw[place, at % page, g, d] + pos_LD[i, d]
                 for f in range(inner.shape[0]):

@@ -14,15 +14,16 @@ from sparseray.kernels.ops import REFERENCE, Ops
 from sparseray.model.attention.protocol import Attention, AttentionFlops, new_pages, score_flops
 from sparseray.model.config import ModelConfig
 from sparseray.model.layers import Angles, Batch, Linear
+from sparseray.model.paged import PageCounts
 
 
 class FullPool:
     """Pages of keys and values, [pages, P, G, D] and [pages, P, G, V]."""
 
     def __init__(
-        self, config: ModelConfig, num_pages: int, page: int, dtype: torch.dtype, device: torch.device
+        self, config: ModelConfig, num_pages: PageCounts, page: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        self.pool = new_pages(config, num_pages, page, dtype, device)
+        self.pool = new_pages(config, num_pages.whole, page, dtype, device)
 
     def tensors(self) -> list[Tensor]:
         """All stored tensors."""
@@ -66,7 +67,7 @@ class FullAttention(Attention):
 
     @classmethod
     def new_pool(
-        cls, config: ModelConfig, num_pages: int, page: int, dtype: torch.dtype, device: torch.device
+        cls, config: ModelConfig, num_pages: PageCounts, page: int, dtype: torch.dtype, device: torch.device
     ) -> FullPool:
         """Empty pages."""
         return FullPool(config, num_pages, page, dtype, device)

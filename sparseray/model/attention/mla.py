@@ -21,7 +21,7 @@ from sparseray.kernels.ops import REFERENCE, Ops
 from sparseray.model.attention.protocol import Attention, AttentionFlops
 from sparseray.model.config import ModelConfig
 from sparseray.model.layers import Angles, Batch, Linear, RMSNorm
-from sparseray.model.paged import Paged
+from sparseray.model.paged import PageCounts, Paged
 from sparseray.model.yarn import score_scale
 
 LATENT_EPS = 1e-6
@@ -32,9 +32,9 @@ class LatentPool:
     """Pages of latents and rotated keys, [pages, P, 1, K]."""
 
     def __init__(
-        self, config: ModelConfig, num_pages: int, page: int, dtype: torch.dtype, device: torch.device
+        self, config: ModelConfig, num_pages: PageCounts, page: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        self.pool = torch.zeros(num_pages, page, 1, config.mla.cache_width, dtype=dtype, device=device)
+        self.pool = torch.zeros(num_pages.whole, page, 1, config.mla.cache_width, dtype=dtype, device=device)
 
     def tensors(self) -> list[Tensor]:
         """All stored tensors."""
@@ -120,7 +120,7 @@ class MLAttention(Attention):
 
     @classmethod
     def new_pool(
-        cls, config: ModelConfig, num_pages: int, page: int, dtype: torch.dtype, device: torch.device
+        cls, config: ModelConfig, num_pages: PageCounts, page: int, dtype: torch.dtype, device: torch.device
     ) -> LatentPool:
         """Empty pages."""
         return LatentPool(config, num_pages, page, dtype, device)

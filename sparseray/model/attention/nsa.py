@@ -22,24 +22,25 @@ from sparseray.kernels.ops import REFERENCE, BranchKeys, Compression, Ops
 from sparseray.model.attention.protocol import Attention, AttentionFlops, new_pages, score_flops
 from sparseray.model.config import ModelConfig
 from sparseray.model.layers import Angles, Batch, Linear
-from sparseray.model.paged import Paged
+from sparseray.model.paged import PageCounts, Paged
 from sparseray.model.statistics import is_collecting, note_attention
 
 
 class NSAPool:
     """Pages of the three branches, and of the raw keys and values that are compressed.
 
-    A page of compressed tokens has those of a page's tokens, so one table serves all.
+    A page of compressed tokens has those of a page's tokens, so one table serves them and the selected branch. The window
+    and the raw keys and values, which nobody reads once they are old, lie on recent pages.
     """
 
     def __init__(
-        self, config: ModelConfig, num_pages: int, page: int, dtype: torch.dtype, device: torch.device
+        self, config: ModelConfig, num_pages: PageCounts, page: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         compressed = page // config.nsa.stride
-        self.compressed = new_pages(config, num_pages, compressed, dtype, device)
-        self.selected = new_pages(config, num_pages, page, dtype, device)
-        self.window = new_pages(config, num_pages, page, dtype, device)
-        self.raw = new_pages(config, num_pages, page, dtype, device)
+        self.compressed = new_pages(config, num_pages.whole, compressed, dtype, device)
+        self.selected = new_pages(config, num_pages.whole, page, dtype, device)
+        self.window = new_pages(config, num_pages.recent, page, dtype, device)
+        self.raw = new_pages(config, num_pages.recent, page, dtype, device)
 
     def tensors(self) -> list[Tensor]:
         """All stored tensors."""
@@ -192,10 +193,15 @@ class NSAttention(Attention):
 
     @classmethod
     def new_pool(
-        cls, config: ModelConfig, num_pages: int, page: int, dtype: torch.dtype, device: torch.device
+        cls, config: ModelConfig, num_pages: PageCounts, page: int, dtype: torch.dtype, device: torch.device
     ) -> NSAPool:
         """Empty pages."""
         return NSAPool(config, num_pages, page, dtype, device)
+
+    @classmethod
+    def recent_reach(cls, config: ModelConfig) -> int:
+        """The window, and what the tokens lack that complete a block with the row."""
+        return max(config.nsa.window, config.nsa.block) - 1
 
     @classmethod
     def _projections(cls, config: ModelConfig) -> int:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from sparseray.kernels.ops import KeyValues, Ops
 from sparseray.model.config import ModelConfig
 from sparseray.model.layers import Angles, Batch
+from sparseray.model.paged import PageCounts
 
 
 class LayerCache(Protocol):
@@ -72,7 +73,7 @@ class Attention(nn.Module, ABC):
     @classmethod
     @abstractmethod
     def new_pool(
-        cls, config: ModelConfig, num_pages: int, page: int, dtype: torch.dtype, device: torch.device
+        cls, config: ModelConfig, num_pages: PageCounts, page: int, dtype: torch.dtype, device: torch.device
     ) -> LayerCache:
         """Empty pages of a layer for all sequences together.
 
@@ -80,6 +81,11 @@ class Attention(nn.Module, ABC):
             num_pages: how many.
             page: tokens of a page.
         """
+
+    @classmethod
+    def recent_reach(cls, config: ModelConfig) -> int:
+        """Tokens before a row that are read of recent pages when it is computed; 0: the layer has none."""
+        return 0
 
     @classmethod
     @abstractmethod

@@ -80,18 +80,25 @@ def serving_memory(config: RunConfig) -> ServingMemory:
     """
     import torch
 
-    from sparseray.actors.serving.paged_engine import PAGE, PREFILL_ROWS
-    from sparseray.actors.serving.paged_model import page_bytes
+    from sparseray.actors.serving.cache_sizes import PAGE, CacheSizes
+    from sparseray.actors.serving.paged_engine import PREFILL_ROWS
 
     model, serve, element = config.model, config.serve, _bytes_of(config.serve.dtype)
     longest = serve.max_model_len or model.max_seq_len
+    caches = CacheSizes.of(
+        model,
+        page=PAGE,
+        dtype=getattr(torch, serve.dtype),
+        places=serve.max_batch,
+        prompt_rows=PREFILL_ROWS,
+    )
     # A page of nobody besides.
-    pages, each = -(-longest // PAGE), page_bytes(model, PAGE, getattr(torch, serve.dtype))
-    full = (1 + serve.max_batch * pages) * each
+    pages = -(-longest // PAGE)
+    full = caches.bytes(1 + serve.max_batch * pages)
     return ServingMemory(
         weights=_held(config, config.cluster.expert_shards) * (4 + (element if element < 4 else 0)),
         caches=min(full, int(serve.cache_gib * GIB) or full),
-        least=(1 + pages) * each,
+        least=caches.bytes(1 + pages),
         working=PREFILL_ROWS * _working(model, element) + 2 * serve.max_batch * 4 * model.vocab_size,
     )
 
