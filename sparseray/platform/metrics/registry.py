@@ -192,6 +192,7 @@ _ELASTIC = {
         values={
             "kind": (
                 "unsaved",
+                "postponed",
                 "spike",
                 "lost",
                 "recovered",
