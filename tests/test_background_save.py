@@ -181,6 +181,34 @@ def test_a_gpu_may_change_what_is_saved_as_soon_as_it_is_copied(
             assert not any(tensor.is_cuda for tensor in found.values())
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("has_room", [True, False])
+def test_a_gpu_may_free_what_was_to_be_saved_as_soon_as_that_is_forgotten(
+    monkeypatch: pytest.MonkeyPatch, has_room: bool
+) -> None:
+    """With room for a copy on the device, and without: in many pieces then, of which few are copied."""
+    monkeypatch.setattr(background_save, "_has_room", lambda tensors, device: has_room)
+    monkeypatch.setattr(background_save, "PIECE_BYTES", 1 << 16)
+    taken, saving, before = Taken(monkeypatch), BackgroundSave(), torch.cuda.memory_allocated()
+    for step in range(1, 6):
+        what = {"dense_0_1": {"a": torch.full((1 << 24,), float(step), device="cuda")}}
+        saving.start(step, what, taken.write)
+        saving.forget()
+        what["dense_0_1"]["a"].fill_(-1.0)
+    what = {"dense_0_1": {"a": torch.full((1 << 24,), 6.0, device="cuda")}}
+    saving.start(6, what, taken.write)
+    saving.wait_until_copied()
+    what["dense_0_1"]["a"].fill_(-1.0)
+    finish(saving)
+    # A file of a step that was written before it was forgotten is whole.
+    values = [found["a"].unique().tolist() for _, found, _ in taken.written]
+    assert all(len(value) == 1 and value != [-1.0] for value in values) and values[-1] == [6.0]
+    del what
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated() <= before
+
+
 @pytest.mark.parametrize("fails", [True, False])
 def test_rows_are_kept_no_longer_than_they_are_copied(monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
     kept, is_open = KeptRows([], []), list[bool]()

@@ -196,6 +196,8 @@ _ELASTIC = {
                 "spike",
                 "lost",
                 "recovered",
+                "staged",
+                "mended",
                 "resized",
                 "draining",
                 "drained",
