@@ -1,6 +1,7 @@
 """Checkpoints beside the steps: whose memory they are copied to, and what it costs where there is none."""
 
 import threading
+import time
 from contextlib import nullcontext
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from sparseray.actors.state.kept_rows import KeptRows
 from sparseray.actors.training import background_save
 from sparseray.actors.training.background_save import BackgroundSave, Files
-from sparseray.actors.wire.messages import SavedTensor
+from sparseray.actors.wire.messages import Saved, SavedTensor
 
 
 def files(scale: float, generation: int = 1) -> Files:
@@ -24,6 +25,15 @@ def files(scale: float, generation: int = 1) -> Files:
             "e": torch.full((9,), 3, dtype=torch.int64),
         },
     }
+
+
+def finish(saving: BackgroundSave) -> Saved:
+    """Wait for a checkpoint."""
+    deadline = time.monotonic() + 10.0
+    while (found := saving.take()) is None:
+        assert time.monotonic() < deadline, "nothing was written"
+        time.sleep(0.001)
+    return found[1]
 
 
 class NoStream:
@@ -60,7 +70,7 @@ class Taken:
         for tensors in what.values():
             for tensor in tensors.values():
                 tensor.zero_()
-        saving.forget()
+        finish(saving)
 
 
 def test_memory_is_taken_once_and_holds_what_was_there_when_the_copy_began(
@@ -147,7 +157,7 @@ def test_who_keeps_copies_on_the_device_does_not_wait_for_host_memory(
         for tensor in tensors.values():
             tensor.zero_()
     is_pinned.set()
-    saving.forget()
+    finish(saving)
     found = {name: tensor for _, copies, _ in taken.written for name, tensor in copies.items()}
     wanted = {name: tensor for tensors in files(5.0).values() for name, tensor in tensors.items()}
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
@@ -171,6 +181,34 @@ def test_a_gpu_may_change_what_is_saved_as_soon_as_it_is_copied(
             assert not any(tensor.is_cuda for tensor in found.values())
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("has_room", [True, False])
+def test_a_gpu_may_free_what_was_to_be_saved_as_soon_as_that_is_forgotten(
+    monkeypatch: pytest.MonkeyPatch, has_room: bool
+) -> None:
+    """With room for a copy on the device, and without: in many pieces then, of which few are copied."""
+    monkeypatch.setattr(background_save, "_has_room", lambda tensors, device: has_room)
+    monkeypatch.setattr(background_save, "PIECE_BYTES", 1 << 16)
+    taken, saving, before = Taken(monkeypatch), BackgroundSave(), torch.cuda.memory_allocated()
+    for step in range(1, 6):
+        what = {"dense_0_1": {"a": torch.full((1 << 24,), float(step), device="cuda")}}
+        saving.start(step, what, taken.write)
+        saving.forget()
+        what["dense_0_1"]["a"].fill_(-1.0)
+    what = {"dense_0_1": {"a": torch.full((1 << 24,), 6.0, device="cuda")}}
+    saving.start(6, what, taken.write)
+    saving.wait_until_copied()
+    what["dense_0_1"]["a"].fill_(-1.0)
+    finish(saving)
+    # A file of a step that was written before it was forgotten is whole.
+    values = [found["a"].unique().tolist() for _, found, _ in taken.written]
+    assert all(len(value) == 1 and value != [-1.0] for value in values) and values[-1] == [6.0]
+    del what
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated() <= before
+
+
 @pytest.mark.parametrize("fails", [True, False])
 def test_rows_are_kept_no_longer_than_they_are_copied(monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
     kept, is_open = KeptRows([], []), list[bool]()
@@ -186,5 +224,82 @@ def test_rows_are_kept_no_longer_than_they_are_copied(monkeypatch: pytest.Monkey
         monkeypatch.setattr(background_save, "_host_memory", full)
     saving = BackgroundSave()
     saving.start(1, files(1.0), write, kept)
-    saving.forget()
+    finish(saving)
     assert not kept.is_open and is_open == ([] if fails else [False, False])
+
+
+def test_what_is_forgotten_reads_nothing_more_and_reports_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces of 40 bytes; it is forgotten within the second one."""
+    monkeypatch.setattr(background_save, "PIECE_BYTES", 40)
+    taken, saving, kept = Taken(monkeypatch), BackgroundSave(), KeptRows([], [])
+    begun, gate, copied = threading.Event(), threading.Event(), list[torch.Tensor]()
+    copy = torch.Tensor.copy_
+
+    def slow(own: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
+        copied.append(source)
+        if len(copied) == 2:
+            begun.set()
+            assert gate.wait(10.0)
+        return copy(own, source)
+
+    what = {"dense_0_1": {"a": torch.ones(100)}}
+    monkeypatch.setattr(torch.Tensor, "copy_", slow)
+    saving.start(1, what, taken.write, kept)
+    assert begun.wait(10.0)
+    forgetting = threading.Thread(target=saving.forget)
+    forgetting.start()
+    forgetting.join(0.1)
+    assert forgetting.is_alive(), "a piece is being read"
+    gate.set()
+    forgetting.join(10.0)
+    assert not forgetting.is_alive() and not kept.is_open
+    what["dense_0_1"]["a"].zero_()
+    # The thread is through with it: what comes next is written, and nothing of the first.
+    taken.save(saving, 2, {"dense_0_2": {"a": torch.full((100,), 2.0)}})
+    assert not saving.is_busy and [name for name, _, _ in taken.written] == ["dense_0_2"]
+    assert torch.equal(taken.written[0][1]["a"], torch.full((100,), 2.0))
+    assert len(copied) == 2 + 10
+
+
+def test_a_file_that_is_being_written_is_the_last_and_nobody_waits_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    taken, saving, begun, gate = Taken(monkeypatch), BackgroundSave(), threading.Event(), threading.Event()
+
+    def slow(file: str, tensors: dict[str, torch.Tensor]) -> dict[str, SavedTensor]:
+        begun.set()
+        assert gate.wait(10.0)
+        return taken.write(file, tensors)
+
+    what = files(1.0)
+    saving.start(1, what, slow)
+    assert begun.wait(10.0)
+    saving.forget()
+    assert saving.is_busy and saving.take() is None
+    # Another one waits for the memory, and leaves what is being written as it was.
+    saving.start(2, files(2.0, 2), taken.write)
+    gate.set()
+    finish(saving)
+    assert not saving.is_busy
+    assert [name for name, _, _ in taken.written] == ["dense_0_1", "dense_0_2", "expert_0_2"]
+    assert torch.equal(taken.written[0][1]["a"], what["dense_0_1"]["a"])
+
+
+def test_what_servers_are_offered_is_not_offered_once_it_was_forgotten() -> None:
+    offering, given, gate = BackgroundSave(is_brief=True), list[str](), threading.Event()
+    begun = threading.Event()
+
+    def offer(file: str, tensors: dict[str, torch.Tensor]) -> dict[str, SavedTensor]:
+        begun.set()
+        assert gate.wait(10.0)
+        given.append(file)
+        return {}
+
+    offering.start(1, files(1.0), offer)
+    assert begun.wait(10.0)
+    threading.Timer(0.1, gate.set).start()
+    offering.forget()
+    assert given == ["dense_0_1"]
+    offering.start(2, {"": {}}, offer)
+    finish(offering)
+    assert given == ["dense_0_1", ""]

@@ -10,10 +10,13 @@ import pytest
 import torch
 from local_cluster import LocalFleet, train
 from test_across_slots import slabs_run
+from test_background_save import finish
 from test_staged_memory import KEYS, ROWS, addresses_of, plain_step, staged, staged_step
 from test_whole_slot import whole_run
 
+from sparseray.actors.state import kept_rows
 from sparseray.actors.state.memory import MemoryShard
+from sparseray.actors.state.reading import Reading
 from sparseray.actors.state.staged_memory import StagedMemory
 from sparseray.actors.training import background_save
 from sparseray.actors.training.background_save import BackgroundSave
@@ -43,6 +46,12 @@ class Interrupted(torch.Tensor):
     """Room for a copy: between its two halves, and before each, something else happens."""
 
     between: Callable[[], None]
+
+    def __getitem__(self, rows: Any) -> "Interrupted":
+        found: Interrupted = super().__getitem__(rows)  # type: ignore[assignment]
+        if hasattr(self, "between"):
+            found.between = self.between
+        return found
 
     def copy_(self, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
         own, half = self.as_subclass(torch.Tensor), len(source) // 2
@@ -96,12 +105,13 @@ def interrupt_runs(monkeypatch: pytest.MonkeyPatch, between: Callable[[], None])
 
 @pytest.mark.parametrize("row_dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("way", [step_of, by_message])
+@pytest.mark.parametrize("ranges", [1, 3])
 def test_steps_in_the_middle_of_every_copy_leave_it_as_it_was(
-    row_dtype: str, way: Callable[[StagedMemory, int], None]
+    row_dtype: str, way: Callable[[StagedMemory, int], None], ranges: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A step is written back before, within and after the copy of each field of each bucket."""
+    """A step is written back before, within and after the copy of each field of each range of a bucket."""
     one, undisturbed = staged(row_dtype), staged(row_dtype)
-    steps = iter(range(3, 40))
+    steps = iter(range(3, 200))
     for step in (1, 2):
         way(one, step)
     wanted = cloned(one)
@@ -110,13 +120,15 @@ def test_steps_in_the_middle_of_every_copy_leave_it_as_it_was(
         way(one, next(steps))
         one.settle()
 
+    row_bytes = sum(field[:1].nbytes for field in one.tensors(KEYS[:1]).values())
+    monkeypatch.setattr(kept_rows, "PIECE_BYTES", row_bytes * (300 if ranges > 1 else ROWS))
     kept = one.begin_copy()
     assert kept is not None
     copies = room_for(wanted, between)
-    kept.copy(one.tensors(KEYS), copies)
+    assert kept.copy(one.tensors(KEYS), copies, Reading())
     kept.end()
     last = next(steps)
-    assert last == 3 + 2 * 4 * len(KEYS)
+    assert last == 3 + 2 * 4 * len(KEYS) * ranges
     assert all(torch.equal(copies[name].as_subclass(torch.Tensor), wanted[name]) for name in wanted)
     for step in range(1, last):
         way(undisturbed, step)
@@ -139,7 +151,7 @@ def test_a_row_is_kept_once_and_not_when_it_is_copied() -> None:
 
     assert step_again() == step_again() == [len(whole)]
     live = shard.tensors(KEYS, with_optimizer=False)
-    kept.copy(live, {name: tensor.clone() for name, tensor in live.items()})
+    assert kept.copy(live, {name: tensor.clone() for name, tensor in live.items()}, Reading())
     step_of(shard, 3)
     assert step_again() == [len(whole)]
     kept.end()
@@ -175,7 +187,7 @@ def test_an_update_waits_for_no_table(monkeypatch: pytest.MonkeyPatch) -> None:
         step_of(shard, step)
     assert saving.take() is None
     gate.set()
-    saving.forget()
+    finish(saving)
     assert written.keys() == wanted.keys()
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in written.items())
 

@@ -32,7 +32,7 @@ from sparseray.platform.planning.inventory import Inventory
 from sparseray.platform.planning.replan import make_plan
 from sparseray.platform.run import checkpoint
 from sparseray.platform.run.checkpoint import in_groups
-from sparseray.platform.trainer import Trainer
+from sparseray.platform.saving import Checkpoints
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 PLAIN = replace(MODEL, dse=DSEConfig(layers=()))
@@ -264,13 +264,13 @@ def test_training_waits_for_a_checkpoint_whose_copy_is_too_large_for_the_host(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     how: list[bool] = []
-    begin = Trainer._begin_saving
+    begin = Checkpoints._begin
 
-    def noted(me: Trainer, *, in_background: bool) -> Any:
+    def noted(me: Checkpoints, step: int, *, in_background: bool) -> Any:
         how.append(in_background)
-        return begin(me, in_background=in_background)
+        return begin(me, step, in_background=in_background)
 
-    monkeypatch.setattr(Trainer, "_begin_saving", noted)
+    monkeypatch.setattr(Checkpoints, "_begin", noted)
     config = slabs_run(corpus, slots=1, checkpoint_every=2)
     beside = train(tmp_path / "beside", config)
     monkeypatch.setattr("sparseray.platform.device.host_bytes", lambda: 1000)

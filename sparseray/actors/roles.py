@@ -46,6 +46,7 @@ from sparseray.actors.wire.messages import (
     SavedTensor,
     Settled,
     Stale,
+    StillWriting,
     Withdraw,
 )
 from sparseray.actors.wire.slot_mailbox import SlotMailbox
@@ -80,7 +81,8 @@ class Roles:
         self.reduction: Reduction | None = None
         self.exchange: Exchange | None = None
         self.worker: AttentionWorker | None = None
-        self.saving, self.offering, self.is_new_plan = BackgroundSave(), BackgroundSave(), False
+        self.saving, self.offering = BackgroundSave(), BackgroundSave(is_brief=True)
+        self.is_new_plan = False
         self.staging, self.gathering = Staging[Holdings](), Gathering()
         self.earlier: Edition | None = None
         self.patience, self.peers = Patience(), Peers(mailbox.slot)
@@ -160,9 +162,9 @@ class Roles:
                 return
         self.holdings.assign(plan, me)
         self._take_roles(plan, call)
-        if self.job.saves_beside and body.restore is not None and body.restore.everything:
+        if body.restore is not None and body.restore.everything:
             # A start, which compiles next; who enters later waits for pinned memory only when it is back at work.
-            self.saving.reserve(self._files(plan))
+            self._reserve(plan)
         self._keep_earlier(plan)
         model = None if self.worker is None else self.worker.state.model
         self.engine_role.take(self.job, model, self.exchange, self.committed, self.earlier)
@@ -282,10 +284,14 @@ class Roles:
     # -- training ------------------------------------------------------------------------------
 
     def _run_step(self, message: Message[RunStep]) -> None:
-        assert self.exchange is not None and self.plan is not None
+        assert self.plan is not None
         me, step = self.mailbox.slot, message.step
         if (saved := self.saving.take()) is not None:
             self.mailbox.post(SCHEDULER, saved[1], step=saved[0])
+        if self.saving.is_busy:
+            self.mailbox.post(SCHEDULER, StillWriting(), step=step)
+        if self.exchange is None:  # It has rows alone, and is asked for them.
+            return
 
         def report(part: int, done: PartDone) -> None:
             self.mailbox.post(SCHEDULER, done, step=step, part=part)
@@ -299,9 +305,14 @@ class Roles:
 
     def _commit(self, message: Message[Commit]) -> None:
         self._apply(message.body)
-        if self.is_new_plan and self.job.saves_beside and self.plan is not None:
-            self.saving.reserve(self._files(self.plan))
-        self.is_new_plan = False
+        if self.is_new_plan and self.plan is not None:
+            self._reserve(self.plan)
+
+    def _reserve(self, plan: Plan) -> None:
+        """Begin to take host memory for checkpoints of a plan, unless files of an earlier one need theirs still."""
+        if self.job.saves_beside and not self.saving.is_busy:
+            self.saving.reserve(self._files(plan))
+            self.is_new_plan = False
 
     def _apply(self, commit: Commit) -> None:
         """Apply a step's update to every replica held here."""

@@ -24,6 +24,8 @@ STYLES = {
     "returned": "magenta",
     "lost": "red",
     "recovered": "green",
+    "mended": "green",
+    "staged": "cyan",
     "resized": "cyan",
     "draining": "yellow",
     "drained": "cyan",

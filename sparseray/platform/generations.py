@@ -24,6 +24,7 @@ from sparseray.log import get_logger
 from sparseray.platform.config import ClusterConfig
 from sparseray.platform.fleet.control import Control, Fleet, Loss, StalledError
 from sparseray.platform.installing import install
+from sparseray.platform.planning import stages
 from sparseray.platform.planning.holders import Holders
 from sparseray.platform.planning.inventory import Roles, num_slots
 from sparseray.platform.planning.replan import Moves, make_plan, moves, replan, role_slots
@@ -69,6 +70,8 @@ class Generations:
         self.holders = Holders()
         self.generation = history.generation
         self.since_change = 0
+        self.unfinished = -1
+        """The generation in which, after a loss, those who were left went on with what they had."""
         self.known: set[int] = set()
         self._pending: Change | None = None
         self._stalls = 0
@@ -248,7 +251,11 @@ class Generations:
             if restore is not None and restore.everything:
                 restore, step = self.workload.renewed(restore, step)
             else:
-                pulls = moves(self.holders.among(self.fleet.members()), new, self.size)
+                held = self.holders.among(self.fleet.members())
+                if self.plan is not None and self.workload.moves_in_stages:
+                    wished, new = new, stages.after_loss(self.plan, new, held, self.size)
+                    self.unfinished = new.generation if new is not wished else -1
+                pulls = moves(held, new, self.size)
                 if pulls.missing:
                     found = self.workload.give_back(pulls.missing, step)
                     restore, step = found.restore, found.step

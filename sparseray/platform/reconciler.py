@@ -5,6 +5,7 @@ Asked between two steps of training, and all the time in serving: observe (what 
 
 import time
 from collections.abc import Collection
+from dataclasses import dataclass
 from math import inf
 
 import numpy as np
@@ -12,7 +13,10 @@ import numpy.typing as npt
 
 from sparseray.actors.state.assignment import Plan
 from sparseray.platform.generations import Generations
+from sparseray.platform.planning.inventory import Roles
+from sparseray.platform.planning.moves import moves
 from sparseray.platform.planning.policy import (
+    HURRY_S,
     Rebalance,
     Resize,
     Start,
@@ -22,12 +26,29 @@ from sparseray.platform.planning.policy import (
     leaving_slots,
 )
 from sparseray.platform.planning.requests import check_request
+from sparseray.platform.planning.stages import Pace, next_stage
 from sparseray.platform.run.events import role_holders
 from sparseray.platform.run.history import JobHistory
 from sparseray.platform.run.ledger import Ledger
 from sparseray.platform.run.machines import Machines
 
 LOAD_DECAY = 0.9
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Way:
+    """What a plan in force is on the way to.
+
+    Args:
+        kind, text: of the event when it is reached.
+        generation: of the plan.
+        ahead: slots that held nothing before the first stage.
+    """
+
+    kind: str
+    text: str
+    generation: int
+    ahead: set[int]
 
 
 class Reconciler:
@@ -44,6 +65,8 @@ class Reconciler:
         self, generations: Generations, ledger: Ledger, machines: Machines, history: JobHistory
     ) -> None:
         self.generations, self.ledger, self.machines = generations, ledger, machines
+        self.pace = Pace()
+        self._on_the_way: _Way | None = None
         self._draining: set[int] = set()
         self.load: npt.NDArray[np.float64] = np.zeros((0, 0))
         for counts in history.counts:
@@ -101,22 +124,77 @@ class Reconciler:
         elif isinstance(decision, Withdraw):
             generations.fleet.withdraw(decision.count)
         elif isinstance(decision, Resize):
-            new = generations.replanned(decision.roles, decision.without)
             draining = generations.fleet.draining()
             left_s = min((draining.get(slot, 0.0) for slot in decision.without), default=inf)
-            if generations.workload.may_enter(self._plan, new, left_s):
-                if decision.without:
-                    self.change("drained", f"slot {_listed(decision.without)} left", step, new)
-                else:
-                    self.change("resized", f"{self.sizes()} to", step, new)
+            text = f"slot {_listed(decision.without)} left" if decision.without else f"{self.sizes()} to"
+            kind = "drained" if decision.without else "resized"
+            self._go_on(kind, text, step, decision.roles, decision.without, left_s)
+        elif (way := self._way) is not None:
+            self._go_on(way.kind, way.text, step, generations.wanted)
+        elif generations.unfinished == generations.generation:
+            self._go_on("mended", "everything has its holders again", step, generations.wanted)
         elif isinstance(decision, Rebalance):
             # From now on every plan is packed by these loads: counting again would move the experts back.
             packed_by = tuple(tuple(row) for row in decision.loads)
             generations.ask(packed_by=packed_by)
-            text = "experts packed by load"
-            self.change("rebalanced", text, step, generations.replanned(generations.wanted))
+            self._go_on("rebalanced", "experts packed by load", step, generations.wanted)
         elif generations.since_change > 0:
             self._retire_idle()
+
+    def _go_on(
+        self,
+        kind: str,
+        text: str,
+        step: int,
+        roles: Roles,
+        without: Collection[int] = (),
+        left_s: float = inf,
+    ) -> None:
+        """Enter the plan that is wished for, or the next one on the way there, unless training is to go on first.
+
+        Args:
+            kind, text: of the event at the end.
+            step: the last committed one.
+            roles, without: as in `Generations.replanned`.
+            left_s: seconds until slots that leave are gone in any case.
+        """
+        generations, way, before = self.generations, self._way, self._plan
+        is_resting = generations.since_change == 0 or not self.pace.is_due(time.monotonic())
+        if self._is_on_the_way and is_resting and left_s > HURRY_S:
+            return
+        new = generations.replanned(roles, without)
+        stage, left = self._stage(new, left_s)
+        if stage is not new:
+            started = time.monotonic()
+            moved = self.change("staged", f"{left / 1e6:.2f} MB to go", step, stage)
+            now_s = time.monotonic()
+            self.pace.count(moved, now_s - started, now_s)
+            ahead = (way.ahead if way else set()) | (stage.holders - before.holders)
+            self._on_the_way = _Way(kind=kind, text=text, generation=stage.generation, ahead=ahead)
+        elif generations.workload.may_enter(before, new, left_s):
+            self.change(kind, text, step, new)
+
+    def _stage(self, new: Plan, left_s: float) -> tuple[Plan, int]:
+        """As `next_stage`, and all bytes to go; what serves has its pieces already, and who has little time moves at once."""
+        generations = self.generations
+        if not generations.workload.moves_in_stages:
+            return new, 0
+        held = generations.holders.among(generations.fleet.members())
+        left = moves(held, new, generations.size).num_bytes(generations.size)
+        if left_s < HURRY_S + 2 * self.pace.seconds(left):
+            return new, left
+        return next_stage(self._plan, new, held, generations.size, self.pace.budget), left
+
+    @property
+    def _way(self) -> "_Way | None":
+        """Where the plan in force leads; None where it is none on the way, or of another's making."""
+        way = self._on_the_way
+        return way if way is not None and way.generation == self.generations.generation else None
+
+    @property
+    def _is_on_the_way(self) -> bool:
+        """Whether the plan in force is to be followed by another one, whatever is wished for."""
+        return self._way is not None or self.generations.unfinished == self.generations.generation
 
     def _welcome(self, step: int) -> None:
         """Take note of slots that have become ready."""
@@ -135,8 +213,8 @@ class Reconciler:
             text = f"slot {_listed(new)} must leave: Ray drains the node{when}"
             self.generations.tell("draining", step, text)
 
-    def change(self, kind: str, text: str, step: int, new: Plan) -> None:
-        """Enter a plan and tell how long that took.
+    def change(self, kind: str, text: str, step: int, new: Plan) -> int:
+        """Enter a plan, tell how long that took, and return the bytes that moved.
 
         Args:
             kind, text: of the event.
@@ -156,6 +234,7 @@ class Reconciler:
             pause=seconds,
             moved=moved,
         )
+        return moved
 
     def _retire_idle(self) -> None:
         """End slots beyond the wanted standby ones, and those whose node is drained, once no state is left with them."""
@@ -171,10 +250,12 @@ class Reconciler:
         generations, c = self.generations, self.generations.cluster
         fleet = generations.fleet
         draining = fleet.draining()
+        # Slots that hold something of what they are to play, and nothing else, wait for their roles as if they had nothing.
+        ahead = self._way.ahead if self._way else set()
         return View(
             plan=self._plan,
             roles=generations.wanted,
-            ready=tuple(sorted(set(fleet.members()) - role_holders(self._plan) - set(draining))),
+            ready=tuple(sorted(set(fleet.members()) - (role_holders(self._plan) - ahead) - set(draining))),
             starting=fleet.starting(),
             waiting=fleet.waiting(),
             free_slots=fleet.room(),
@@ -198,7 +279,7 @@ class Reconciler:
         generations = self.generations
         if generations.plan is None or leaving_slots(generations.plan, generations.fleet.draining()):
             return False
-        return not self._is_short() and generations.since_change > 0
+        return not self._is_short() and not self._is_on_the_way and generations.since_change > 0
 
     def _is_short(self) -> bool:
         plan, wanted = self._plan, self.generations.wanted

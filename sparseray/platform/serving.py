@@ -70,7 +70,7 @@ class Serving:
         offers: of the run that is followed, while it trains on this platform.
     """
 
-    is_settled_by_commit = False
+    is_settled_by_commit = moves_in_stages = False
 
     def __init__(
         self,

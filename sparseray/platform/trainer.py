@@ -16,8 +16,6 @@ import torch
 
 from sparseray.actors.state.assignment import Plan
 from sparseray.actors.training.mixture import Mixture
-from sparseray.actors.wire.codec import to_plain
-from sparseray.actors.wire.envelope import Message
 from sparseray.actors.wire.messages import (
     Commit,
     Evaluate,
@@ -26,16 +24,15 @@ from sparseray.actors.wire.messages import (
     PartDone,
     Prepared,
     RunStep,
-    SaveCheckpoint,
     Saved,
+    StillWriting,
 )
 from sparseray.errors import SlotsLostError, UserError
-from sparseray.platform.config import RunConfig, to_dict
-from sparseray.platform.device import is_whole, saves_beside
+from sparseray.platform.config import RunConfig
+from sparseray.platform.device import is_whole
 from sparseray.platform.fleet.control import StalledError
 from sparseray.platform.fleet.weights_port import is_offered
 from sparseray.platform.generations import Generations
-from sparseray.platform.installing import disk_seconds
 from sparseray.platform.metrics.training import StepMetrics
 from sparseray.platform.offers import Offers
 from sparseray.platform.opening import Validation
@@ -44,7 +41,7 @@ from sparseray.platform.planning.spikes import Reading
 from sparseray.platform.reconciler import Reconciler
 from sparseray.platform.run import checkpoint
 from sparseray.platform.run.history import JobHistory
-from sparseray.platform.saving import Saving
+from sparseray.platform.saving import Checkpoints
 from sparseray.platform.spikes import SpikeWatch, rollback_target
 from sparseray.platform.step_reports import StepReports
 from sparseray.platform.training import Training, from_newest
@@ -86,18 +83,15 @@ class Trainer:
         self.step = 0
         self._due: list[Callable[[], None]] = []
         self._is_last = False
-        self._saving: Saving | None = None
+        self.checkpoints = Checkpoints(
+            config, generations, self.folder, self.ledger, self.step_metrics, on_record
+        )
 
     @property
     def plan(self) -> Plan:
         """The placement in force."""
         assert self.generations.plan is not None
         return self.generations.plan
-
-    @property
-    def _in_step(self) -> tuple[int, ...]:
-        """Slots that are told what runs: where all compute in step, those without parts too."""
-        return self.plan.peers if is_whole(self.config) else self.plan.attention
 
     def start(self) -> None:
         """Give every slot its roles and its state, from the newest checkpoint or from the seed."""
@@ -129,6 +123,7 @@ class Trainer:
             if not records or records[-1]["step"] < self.step:
                 self.folder.append(record)
         self.spikes.begin(self.folder.records())
+        self.checkpoints.take_over(self.step, self.training.begin)
         self._set_due()
         self.generations.take_over(history.plan, self.step)
 
@@ -142,13 +137,14 @@ class Trainer:
                     self._due.pop(0)
                 else:
                     self.reconciler.reconcile(self.step)
+                    self.checkpoints.cut_off(self.step)
                     self.offers.look(self.step, self.plan, self.control)
                     self.train_step()
                     self._set_due()
             except (SlotsLostError, StalledError) as error:
                 with self.ledger.state("recovering", failed="recovering"):
                     step = self.generations.recover(error, self.step)
-                self._saving = None
+                self.checkpoints.cut_off(step)
                 self.offers.forget()
                 if step != self.step:
                     self.step, self._due, self._is_last = step, [], False
@@ -162,14 +158,16 @@ class Trainer:
         self._due = [self.roll_back] if self.spikes.wants_rollback else []
         if self._is_last or (train.eval_every and self.step % train.eval_every == 0):
             self._due.append(self.evaluate)
-        if self._is_last or (train.checkpoint_every and self.step % train.checkpoint_every == 0):
+        if self.checkpoints.is_due(self.step) or self._is_last:
             self._due.append(self.save)
 
     def train_step(self) -> None:
         """Run one step and commit it."""
         with self.ledger.state("productive"):
             started, step = time.perf_counter(), self.step + 1
-            self.control.post(self._in_step, RunStep(), step=step)
+            # Where all compute in step those without parts do too, and those with rows alone write checkpoints beside it.
+            slots = sorted(self.plan.holders) if is_whole(self.config) else self.plan.attention
+            self.control.post(slots, RunStep(), step=step)
             reports = self._collect(step)
             record = self._decide(reports, step, time.perf_counter() - started)
         self.step = step
@@ -213,9 +211,9 @@ class Trainer:
         reports, plan = StepReports(), self.plan
         roles = (("dense", plan.dense), ("expert", plan.expert_holders), ("memory", plan.memory_holders))
         expected = {(slot, role) for role, slots in roles for slot in slots}
-        for message in self.control.messages(PartDone, Prepared, Saved, Offered):
-            if isinstance(message.body, Saved):
-                self._saved(message)
+        for message in self.control.messages(PartDone, Prepared, Saved, StillWriting, Offered):
+            if isinstance(message.body, Saved | StillWriting):
+                self.checkpoints.hear(message)
                 continue
             if isinstance(message.body, Offered):
                 self.offers.hear(message.source, message.body)
@@ -282,8 +280,12 @@ class Trainer:
         )
         found: dict[int, tuple[float, float]] = {}
         with self.ledger.state("evaluating"):
-            self.control.post(self._in_step, Evaluate(batches=batches), step=self.step + 1)
-            for message in self.control.messages(Evaluated):
+            slots = self.plan.peers if is_whole(self.config) else self.plan.attention
+            self.control.post(slots, Evaluate(batches=batches), step=self.step + 1)
+            for message in self.control.messages(Evaluated, Saved, StillWriting):
+                if not isinstance(message.body, Evaluated):
+                    self.checkpoints.hear(message)
+                    continue
                 found |= message.body.losses
                 if len(found) == len(batches):
                     break
@@ -297,90 +299,5 @@ class Trainer:
         self.metrics.record("eval_bpb", bits)
 
     def save(self) -> None:
-        """Write a checkpoint of the committed step; training goes on from memory where that fails, and tells of it.
-
-        Raises:
-            UserError: it was the last one of the run.
-        """
-        # Slots that compute in slabs write copies beside the next steps; the last checkpoint is waited for.
-        # What a spike goes back to must not depend on how fast a disk is.
-        can_wait = self.config.train.spike != "rollback" and not self._is_last
-        in_background = can_wait and saves_beside(self.config)
-        if in_background and self._saving is not None:
-            text = f"the checkpoint of step {self._saving.step} is still being written"
-            self.generations.tell("unsaved", self.step, f"no checkpoint of step {self.step}: {text}")
-            return
-        try:
-            with self.ledger.state("checkpointing"):
-                saving = self._begin_saving(in_background=in_background)
-                if not in_background:
-                    limit_s = self.control.deadline_s + 60 + disk_seconds(self.plan, self.generations.size)
-                    for message in self.control.messages(Saved, deadline_s=limit_s):
-                        if saving.take(message):
-                            break
-                    self._finish_saving(saving)
-        except (OSError, UserError) as error:
-            self._unsaved(error, self.step)
-
-    def _unsaved(self, error: Exception, step: int) -> None:
-        """Tell that there is no checkpoint of a step, and stop if it was the last."""
-        checkpoint.give_up(self.folder.checkpoints, step)
-        text = f"no checkpoint of step {step}: {' '.join(str(error).split())}"
-        self.generations.tell("unsaved", step, text)
-        if self._is_last:
-            raise UserError(
-                f"{text}; free space or mend {self.folder.checkpoints}, and the same command goes on from the "
-                "newest checkpoint there"
-            ) from None
-
-    def _begin_saving(self, *, in_background: bool) -> Saving:
-        """Have every slot write what is primary there."""
-        unfinished = checkpoint.begin(self.folder.checkpoints, self.step)
-        self.folder.copy_identity(unfinished)
-        plan = self.plan
-        slots = {plan.dense[0], *plan.expert_primaries, *plan.memory_primaries}
-        saving = Saving(step=self.step, folder=unfinished, waiting=slots)
-        self._saving = saving if in_background else None
-        # As a part of the open step, so that a slot that has not applied the last commit yet keeps it back.
-        body = SaveCheckpoint(directory=str(unfinished), in_background=in_background)
-        self.control.post(sorted(slots), body, step=self.step + 1)
-        return saving
-
-    def _saved(self, message: Message[Saved]) -> None:
-        """Take note of what was written beside the steps."""
-        saving = self._saving
-        try:
-            if saving is not None and saving.take(message):
-                self._saving = None
-                self._finish_saving(saving)
-        except (OSError, UserError) as error:
-            self._saving = None
-            self._unsaved(error, message.step - 1)
-
-    def _finish_saving(self, saving: Saving) -> None:
-        """Give a checkpoint its manifest and its final name: from now on it counts."""
-        tensors = {name: to_plain(entry) for name, entry in saving.tensors.items()}
-        files = {entry["file"] for entry in tensors.values()}
-        identity = sorted(path.name for path in self.folder.identity.iterdir())
-        files |= {*identity}
-        sizes = {name: (saving.folder / name).stat().st_size for name in sorted(files)}
-        manifest = {
-            "format": checkpoint.FORMAT,
-            "step": saving.step,
-            "digest": checkpoint.digest(tensors),
-            "config": to_dict(self.config),
-            "dse_layout_sha256": self.folder.layout_sha256(),
-            "files": sizes,
-            "identity": {name: checkpoint.file_sha256(saving.folder / name) for name in identity},
-            "tensors": dict(sorted(tensors.items())),
-        }
-        final = checkpoint.finish(saving.folder, manifest)
-        self.journal.append(
-            "checkpoint", generation=self.plan.generation, step=saving.step, digest=manifest["digest"]
-        )
-        target = rollback_target(self.folder.checkpoints, self.config.train, saving.step + 1)
-        checkpoint.prune(self.folder.checkpoints, self.config.train.keep_checkpoints, target)
-        seconds = time.perf_counter() - saving.started
-        self.step_metrics.checkpoint(seconds, sum(sizes.values()))
-        record = {"step": saving.step, "checkpoint": str(final), "digest": manifest["digest"]}
-        self.on_record({**record, "seconds": seconds})
+        """Write a checkpoint of the committed step."""
+        self.checkpoints.save(self.step, is_last=self._is_last)

@@ -10,6 +10,7 @@ from sparseray.actors.state.pieces import Piece
 from sparseray.actors.wire.messages import Commit
 from sparseray.errors import StateLostError
 from sparseray.platform.config import RunConfig
+from sparseray.platform.device import is_whole
 from sparseray.platform.fleet.weights_port import is_offered
 from sparseray.platform.offers import OFFER_S, Offers, Weights
 from sparseray.platform.opening import training_inventory
@@ -59,6 +60,8 @@ class Training:
     ) -> None:
         self.restores_from_engines, self.offers = config.train.restore_from == "engines", offers
         self._given: Offers | None = None
+        # Slots that compute in step lay their memory open to each other anew in each generation, and begin checkpoints again.
+        self.moves_in_stages = not is_whole(config)
         self.replication, self.spec = config.cluster.replication, spec
         self.folder, self.journal = folder, journal
         self.inventory, self.origin = training_inventory(config), folder.origin()

@@ -37,6 +37,8 @@ class Workload(Protocol):
     """Address that tokens go to; empty where none are made."""
     is_settled_by_commit: bool
     """Whether a generation counts once it has committed a step, otherwise once all slots have installed it."""
+    moves_in_stages: bool
+    """Whether planned changes that move much state come in several generations."""
     commit: Commit | None
     """The last one, for slots that have not received it."""
 

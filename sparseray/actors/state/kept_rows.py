@@ -1,7 +1,7 @@
 """Rows of memory tables as they were before they were written over, kept while the tables are copied for a checkpoint.
 
 Tables of many gigabytes take longer to copy than a step, and no step waits for that: a row that changes meanwhile is kept
-first, once, unless its bucket has been copied. The copy of such a row may be old, new or half of each; what was kept is put over it.
+first, once, unless it has been copied already. The copy of such a row may be old, new or half of each; what was kept is put over it.
 
 Shapes: R rows of a layer's table, U distinct rows of a step.
 """
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sparseray.actors.state.reading import PIECE_BYTES, Reading
 from sparseray.kernels.dse.staging import Move, gather_fields
 
 
@@ -59,12 +60,13 @@ class KeptRows:
             self._kept[layer].append((ids_U, fields))
             self._is_safe[layer][ids_U] = True
 
-    def copy(self, tensors: Mapping[str, Tensor], into: Mapping[str, Tensor]) -> None:
-        """Copy what lies in tables as it was at the beginning, while others go on writing.
+    def copy(self, tensors: Mapping[str, Tensor], into: Mapping[str, Tensor], reading: Reading) -> bool:
+        """Copy what lies in tables as it was at the beginning, while others go on writing; False if that was ended.
 
         Args:
             tensors: by logical name: of each bucket none, or all that shall be copied of it.
             into: room for these.
+            reading: leave to read the tables.
         """
         for bucket in self._buckets:
             fields = [
@@ -72,16 +74,35 @@ class KeptRows:
             ]
             if not fields:
                 continue
-            for _, tensor, own in fields:
-                own.copy_(tensor)
-            # Whatever has changed by now was kept before; what is kept from here on is copied already.
-            for ids_U, kept in self._kept[bucket.layer]:
-                first, last = np.searchsorted(ids_U, (bucket.start, bucket.stop))
-                places = torch.from_numpy(ids_U[first:last] - bucket.start)
-                for i, _, own in fields:
-                    rows = torch.from_numpy(kept[i][first:last]).view(own.dtype)
-                    own.index_copy_(0, places, rows.view(-1, *own.shape[1:]))
-            self._is_safe[bucket.layer][bucket.start : bucket.stop] = True
+            row_bytes = sum(tensor[:1].nbytes for _, tensor, _ in fields)
+            step = max(1, PIECE_BYTES // max(1, row_bytes))
+            for start in range(bucket.start, bucket.stop, step):
+                rows = slice(start - bucket.start, min(start + step, bucket.stop) - bucket.start)
+                with reading as may_read:
+                    if not may_read:
+                        return False
+                    self._copy_rows(bucket, start, [(i, tensor[rows], to[rows]) for i, tensor, to in fields])
+        return True
+
+    def _copy_rows(self, bucket: Bucket, start: int, fields: Sequence[tuple[int, Tensor, Tensor]]) -> None:
+        """Copy a range of a bucket's rows.
+
+        Args:
+            bucket: whose rows they are.
+            start: of the range.
+            fields: which field of the bucket each is, its rows, and room for them.
+        """
+        stop = start + len(fields[0][1])
+        for _, tensor, own in fields:
+            own.copy_(tensor)
+        # Whatever has changed by now was kept before; what is kept from here on is copied already.
+        for ids_U, kept in self._kept[bucket.layer]:
+            first, last = np.searchsorted(ids_U, (start, stop))
+            places = torch.from_numpy(ids_U[first:last] - start)
+            for i, _, own in fields:
+                rows = torch.from_numpy(kept[i][first:last]).view(own.dtype)
+                own.index_copy_(0, places, rows.view(-1, *own.shape[1:]))
+        self._is_safe[bucket.layer][start:stop] = True
 
     def end(self) -> None:
         """Keep no more rows."""

@@ -5,16 +5,20 @@ a copy of its own for a while, made in milliseconds; what is there then goes ove
 takes longer than a step. So do tables of memory rows: they change while they are copied (state/kept_rows.py), and nobody
 waits. Pinning takes several times as long as copying, so that is done before the first checkpoint falls due (`reserve`), and the
 memory serves all of them.
+
+A change of plan waits for none of it: a copy is given up between two pieces, and what is in a file by then counts for nothing.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from sparseray.actors.state.kept_rows import KeptRows
+from sparseray.actors.state.reading import PIECE_BYTES, Reading
 from sparseray.actors.training.part_graph import LEFT_FREE
 from sparseray.actors.wire.messages import Saved, SavedTensor
 from sparseray.errors import UserError
@@ -25,23 +29,34 @@ Write = Callable[[str, dict[str, Tensor]], dict[str, SavedTensor]]
 BLOCK_BYTES = 256 << 20
 """Host memory is taken in blocks: one by one, thousands of tensors would cost the driver more than their copies."""
 ALIGNMENT = 64
-PIECE_BYTES = 64 << 20
-"""Asked for at a time: a GPU brings what a step tells the host through the same engine, in turn."""
 
 
 class BackgroundSave:
-    """Writes one checkpoint at a time for a slot."""
+    """Writes one checkpoint at a time for a slot.
 
-    def __init__(self) -> None:
+    Args:
+        is_brief: writing takes no time: none is under way, and none begins, once `forget` has returned.
+    """
+
+    def __init__(self, *, is_brief: bool = False) -> None:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         # Of its own: what a GPU copies for itself does not wait for the host's memory.
         self._reserving = ThreadPoolExecutor(1, thread_name_prefix="pinning")
+        self._is_brief = is_brief
         self._kinds: list[object] = []
         self._host: Future[list[Tensor]] | None = None
-        self._copied: Future[_Copies] | None = None
+        self._copied: Future[_Copies | None] | None = None
         self._stream: torch.cuda.Stream | None = None
         self._written: Future[Saved] | None = None
+        self._given_up: Future[Saved] | None = None
+        self._reading = Reading()
+        self._kept: KeptRows | None = None
         self._step = -1
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether host memory still holds, or waits for, what was forgotten."""
+        return self._given_up is not None and not self._given_up.done()
 
     def reserve(self, files: Files) -> None:
         """Begin to take host memory for checkpoints of such tensors, and keep it; without it each takes its own.
@@ -54,7 +69,7 @@ class BackgroundSave:
             self._host = self._reserving.submit(_host_memory, _flat(files))
 
     def start(self, step: int, files: Files, write: Write, kept: KeptRows | None = None) -> None:
-        """Begin to copy and write; what is under way is waited for and forgotten.
+        """Begin to copy and write; what is under way is forgotten, and comes first where it is busy.
 
         Args:
             step: that `Saved` shall name.
@@ -74,9 +89,12 @@ class BackgroundSave:
         changing = set[str]() if kept is None else kept.names
         names = [name for found in files.values() for name in found]
         still = [i for i, name in enumerate(names) if name not in changing]
-        copied = self._pool.submit(_copy, tensors, still, host, self._stream)
-        self._copied, self._step = copied, step
-        self._written = self._pool.submit(_write, files, copied, kept, self._stream, write)
+        self._reading, self._kept, self._step = Reading(), kept, step
+        reading, stream, submit = self._reading, self._stream, self._pool.submit
+        self._copied = copied = submit(_copy, tensors, still, host, stream, reading)
+        brought = submit(_brought, files, copied, kept, stream, reading)
+        # It knows nothing of the slot's own tensors, so that it keeps none of them when they are given away.
+        self._written = submit(_write, brought, write, reading, is_brief=self._is_brief)
 
     def wait_until_copied(self) -> None:
         """Return once nothing is read any more of what was to be saved."""
@@ -92,10 +110,16 @@ class BackgroundSave:
         return self._step, written.result()
 
     def forget(self) -> None:
-        """Wait for what is under way and drop its result: nobody waits for it."""
+        """Give up what is under way: from now on none of the slot's tensors is read, and nothing of it is reported.
+
+        A piece that is being copied is waited for; a file that is being written is not, but it is the last one.
+        """
+        self._reading.end()
+        if self._kept is not None:
+            self._kept.end()
         if self._written is not None:
-            self._written.exception()
-        self._copied = self._written = None
+            self._given_up = self._written
+        self._copied = self._written = self._kept = None
 
 
 def _flat(files: Files) -> list[Tensor]:
@@ -136,23 +160,25 @@ def _copy(
     still: Sequence[int],
     host: Future[list[Tensor]],
     stream: torch.cuda.Stream | None,
-) -> _Copies:
-    """Copy those that change only later, as they are for what is next on a stream.
+    reading: Reading,
+) -> _Copies | None:
+    """Copy those that change only later, as they are for what is next on a stream; None if that was ended.
 
     Args:
         tensors: all of them.
         still: positions of these.
         host: memory for all.
         stream: of a GPU.
+        reading: leave to read them.
     """
     if stream is not None and _has_room(tensors, stream.device):
-        with torch.cuda.stream(stream):
-            aside = {i: tensors[i].detach().clone() for i in still}
-        stream.synchronize()
-        return _Copies(host, aside)
+        with reading as may_read, torch.cuda.stream(stream):
+            aside = {i: tensors[i].detach().clone() for i in still} if may_read else {}
+            stream.synchronize()
+        return _Copies(host, aside) if may_read else None
     room = host.result()
-    _transfer([(room[i], tensors[i]) for i in still], stream)
-    return _Copies(host, {})
+    is_whole = _transfer([(room[i], tensors[i]) for i in still], stream, reading)
+    return _Copies(host, {}) if is_whole else None
 
 
 def _has_room(tensors: Sequence[Tensor], device: torch.device) -> bool:
@@ -163,75 +189,107 @@ def _has_room(tensors: Sequence[Tensor], device: torch.device) -> bool:
     return free - needed > LEFT_FREE * total
 
 
-def _transfer(pairs: Sequence[tuple[Tensor, Tensor]], stream: torch.cuda.Stream | None) -> None:
-    """Copy tensors, and return when that is done and all else on the stream.
+def _transfer(
+    pairs: Sequence[tuple[Tensor, Tensor]], stream: torch.cuda.Stream | None, reading: Reading
+) -> bool:
+    """Copy tensors, and return when that is done and all else on the stream; False if it was ended.
 
     Args:
         pairs: host memory, and what goes there.
         stream: of the copies from a GPU.
+        reading: leave to read what is copied.
     """
-    if stream is None:
-        for own, tensor in pairs:
-            own.copy_(tensor.detach())
-        return
-    asked = 0
-    with torch.cuda.stream(stream):
-        for own, tensor in pairs:
-            rows = max(1, PIECE_BYTES // own.element_size())
-            for to, piece in zip(own.view(-1).split(rows), tensor.detach().reshape(-1).split(rows)):
-                to.copy_(piece, non_blocking=True)
-                asked += piece.nbytes
-                if asked >= PIECE_BYTES:
+    with torch.cuda.stream(stream) if stream is not None else nullcontext():
+        for group in _pieces(pairs):
+            with reading as may_read:
+                if not may_read:
+                    return False
+                for own, piece in group:
+                    own.copy_(piece, non_blocking=stream is not None)
+                if stream is not None:
                     stream.synchronize()
-                    asked = 0
-    stream.synchronize()
+    return True
 
 
-def _write(
-    files: Files,
-    copied: Future[_Copies],
-    kept: KeptRows | None,
-    stream: torch.cuda.Stream | None,
-    write: Write,
-) -> Saved:
-    try:
-        host = _brought(files, copied, kept, stream)
-        return Saved(
-            tensors={k: v for file, tensors in host.items() for k, v in write(file, tensors).items()}
-        )
-    except (OSError, UserError, RuntimeError) as error:
-        # The last of them where the host has no memory left that can be pinned.
-        return Saved(tensors={}, error=" ".join(str(error).split()))
+def _pieces(pairs: Sequence[tuple[Tensor, Tensor]]) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Cut what is copied into groups of `PIECE_BYTES`, or little more; one at least."""
+    group, asked = list[tuple[Tensor, Tensor]](), 0
+    for own, tensor in pairs:
+        to, source = own, tensor.detach()
+        if source.is_contiguous():
+            to, source = to.view(-1), source.view(-1)
+        rows = max(1, PIECE_BYTES // max(1, source[:1].nbytes)) if source.dim() else 1
+        for part in zip(to.split(rows), source.split(rows)) if source.dim() else [(to, source)]:
+            group.append(part)
+            asked += part[0].nbytes
+            if asked >= PIECE_BYTES:
+                yield group
+                group, asked = [], 0
+    yield group
 
 
 def _brought(
-    files: Files, copied: Future[_Copies], kept: KeptRows | None, stream: torch.cuda.Stream | None
-) -> Files:
-    """All copies in host memory: bring what the GPU kept, and copy what changes meanwhile."""
+    files: Files,
+    copied: Future[_Copies | None],
+    kept: KeptRows | None,
+    stream: torch.cuda.Stream | None,
+    reading: Reading,
+) -> Files | None:
+    """All copies in host memory: bring what the GPU kept, and copy what changes meanwhile; None if that was ended."""
     try:
         copies = copied.result()
+        if copies is None:
+            return None
         room = copies.host.result()
-        _transfer([(room[i], tensor) for i, tensor in copies.aside.items()], stream)
+        is_whole = _transfer([(room[i], tensor) for i, tensor in copies.aside.items()], stream, reading)
         copies.aside.clear()
         left = iter(room)
         host = {file: dict(zip(found, left)) for file, found in files.items()}
-        if kept is not None:
-            _copy_changing(files, host, kept)
-        return host
+        if kept is not None and is_whole:
+            is_whole = _copy_changing(files, host, kept, reading)
+        return host if is_whole else None
     finally:
         # Before the files are written, which takes many steps.
         if kept is not None:
             kept.end()
 
 
-def _copy_changing(files: Files, host: Files, kept: KeptRows) -> None:
-    """Copy what is written over meanwhile, as it was when the copy began.
+def _copy_changing(files: Files, host: Files, kept: KeptRows, reading: Reading) -> bool:
+    """Copy what is written over meanwhile, as it was when the copy began; False if that was ended.
 
     Args:
         files: of the checkpoint.
         host: memory for copies of all.
         kept: rows that were written over.
+        reading: leave to read the tables.
     """
     for file, tensors in files.items():
         changing = {name: tensor for name, tensor in tensors.items() if name in kept.names}
-        kept.copy(changing, host[file])
+        if not kept.copy(changing, host[file], reading):
+            return False
+    return True
+
+
+def _write(brought: Future[Files | None], write: Write, reading: Reading, *, is_brief: bool) -> Saved:
+    """Write all files, as long as anybody wants them.
+
+    Args:
+        brought: copies.
+        write: writes one file.
+        reading: ends when nobody does.
+        is_brief: who ends it waits for the file under way.
+    """
+    try:
+        host, found = brought.result(), dict[str, SavedTensor]()
+        for file, tensors in (host or {}).items():
+            with reading as is_wanted:
+                if not is_wanted:
+                    break
+                if is_brief:
+                    found |= write(file, tensors)
+            if not is_brief:
+                found |= write(file, tensors)
+        return Saved(tensors=found)
+    except (OSError, UserError, RuntimeError) as error:
+        # The last of them where the host has no memory left that can be pinned.
+        return Saved(tensors={}, error=" ".join(str(error).split()))

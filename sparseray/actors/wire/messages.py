@@ -3,7 +3,7 @@
 Bodies that carry a value of a higher floor stand there: InstallPlan in actors/installation.py, those of serving in
 actors/serving/messages.py. A part is one of those that the global batch is cut into, whatever the number of workers.
   scheduler -> slot: InstallPlan, Settled, RunStep, Commit, Evaluate, SaveCheckpoint, Offer, Withdraw, Drain, Ping
-  slot -> scheduler: Installed, Stale, PartDone, Prepared, Evaluated, Saved, Offered, Draining, Pong, Silent, Failed
+  slot -> scheduler: Installed, Stale, PartDone, Prepared, Evaluated, Saved, StillWriting, Offered, Draining, Pong, Silent, Failed
   ingress -> slot:   Generate, Cancel, Ping; slot -> ingress: Tokens, Moved, Pong; scheduler -> ingress: Routes
   slot -> slot:      ExpertForward, ExpertBackward, FetchRows, Pull (answered by ExpertRows, MemoryRows, Pieces);
                      FinishPart, ExpertPart, DenseNodes, DenseReduced, ExpertReduced, RowsReduced
@@ -178,6 +178,11 @@ class Saved(Body):
 
     tensors: dict[str, SavedTensor]
     error: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StillWriting(Body):
+    """Host memory holds a checkpoint that was given up still: another one would wait for it, and a step for that."""
 
 
 @dataclass(frozen=True, kw_only=True)

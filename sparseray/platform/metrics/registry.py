@@ -192,9 +192,12 @@ _ELASTIC = {
         values={
             "kind": (
                 "unsaved",
+                "postponed",
                 "spike",
                 "lost",
                 "recovered",
+                "staged",
+                "mended",
                 "resized",
                 "draining",
                 "drained",

@@ -1,10 +1,10 @@
 """The plan after a loss in which nothing moves: those who are left go on at once with what they have.
 
-Where pieces take seconds to read, as experts do that lie on devices, what is lacking comes by a later, planned change
-(gathers.py). Pure.
+Where pieces take seconds to read, as experts do that lie on devices, or are many, what is lacking comes by later, planned changes
+(gathers.py, stages.py). Pure.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -34,17 +34,29 @@ def after_loss(
     """
     if old is None or not inventory.in_slabs:
         return None
+    attention = [slot for slot in old.attention if slot in members]
     addresses = {slot: member.address for slot, member in members.items()}
-    attention = tuple(slot for slot in old.attention if slot in addresses)
+    return left_of(old, addresses, attention, generation) if attention else None
+
+
+def left_of(old: Plan, addresses: dict[int, str], part_owners: Sequence[int], generation: int) -> Plan | None:
+    """The old plan without the slots that are gone; None where something has no holder left.
+
+    Args:
+        old: the plan so far.
+        addresses: of the slots that are left.
+        part_owners: of the new plan.
+        generation: its number.
+    """
     dense = tuple(slot for slot in old.dense if slot in addresses)
     tables = [_of_the_living(table, addresses) for table in (old.experts, old.buckets)]
-    if not attention or not all(holders for table in tables for row in table for holders in row):
+    if not dense or not all(holders for table in tables for row in table for holders in row):
         return None
     return replace(
         old,
         generation=generation,
         addresses=dict(addresses),
-        part_owners=attention,
+        part_owners=tuple(part_owners),
         dense=dense,
         experts=tables[0],
         buckets=tables[1],

@@ -4,10 +4,12 @@ Every holder writes its part; the scheduler writes the manifest and renames the 
 without the final name does not count. It loads on any number of slots, since names are logical.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -128,9 +130,23 @@ def begin(root: Path, step: int) -> Path:
         step: that is committed.
     """
     path = root / f"step_{step}{UNFINISHED}"
-    shutil.rmtree(path, ignore_errors=True)
+    if path.exists():
+        # A slot that knows nothing yet of a change of plan may write there still.
+        shutil.rmtree(set_aside(path), ignore_errors=True)
     path.mkdir(parents=True)
     return path
+
+
+def set_aside(unfinished: Path) -> Path:
+    """Give a folder that will not be finished another name: who writes there finds it no more. `prune` removes it.
+
+    Args:
+        unfinished: folder from `begin`.
+    """
+    aside = unfinished.with_name(unfinished.name.removesuffix(UNFINISHED) + f"_{time.time_ns()}{UNFINISHED}")
+    with contextlib.suppress(OSError):
+        os.rename(unfinished, aside)
+    return aside
 
 
 def finish(unfinished: Path, manifest: dict[str, Any]) -> Path:
