@@ -122,21 +122,14 @@ class AdamW:
             _, found[name + EXP_AVG], found[name + EXP_AVG_SQ] = self._of(parameter)
         return found
 
-    def load(
-        self, names: Sequence[str], parameters: Sequence[Tensor], tensors: dict[str, Tensor], step: int
-    ) -> None:
-        """Restore what `tensors` gave, at a step count.
+    def begin_load(self, parameters: Sequence[Tensor], step: int) -> None:
+        """Make room for moments, undefined until what `tensors` gives is filled.
 
         Args:
-            names: logical names.
-            parameters: one for each name.
-            tensors: moments by name.
+            parameters: whose moments they are.
             step: updates that they have seen.
         """
-        for name, parameter in zip(names, parameters):
-            device = parameter.device
-            # A GPU may have kept them in bf16.
-            first, second = (
-                tensors[name + part].to(device, torch.float32, copy=True) for part in (EXP_AVG, EXP_AVG_SQ)
-            )
-            self._moments[parameter] = (torch.tensor(float(step), device=device), first, second)
+        for parameter in parameters:
+            first, second = (torch.empty_like(parameter, requires_grad=False) for _ in range(2))
+            count = torch.tensor(float(step), device=parameter.device)
+            self._moments[parameter] = (count, first, second)
