@@ -3,7 +3,7 @@
 import itertools
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -182,14 +182,14 @@ def iter_pull(asked: Asked, mine: Holdings) -> Iterator[None]:
 def test_what_cannot_be_mapped_comes_by_message(failing: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the first chunk on, or once some have come."""
     source, seen = filled(EVERY, 5), itertools.count()
-    original = pulls._Pulling._source
+    original = pulls._Pulling._parts
 
-    def opened(me: pulls._Pulling, slot: int, chunk: Chunk) -> Tensor:
+    def opened(me: pulls._Pulling, slot: int, chunk: Chunk) -> Sequence[Tensor]:
         if chunk.handle is not None and next(seen) >= failing:
             raise OSError("no peer access")
         return original(me, slot, chunk)
 
-    monkeypatch.setattr(pulls._Pulling, "_source", opened)
+    monkeypatch.setattr(pulls._Pulling, "_parts", opened)
     asked, mine = Asked({0: source}, random.Random(0)), new_holdings()
     pulled(asked, {0: tuple(EVERY)}, mine)
     assert raw(mine, EVERY) == raw(source, EVERY)

@@ -7,7 +7,7 @@ there, so a source keeps nothing else of a move, and no second copy of what move
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 
 import torch
@@ -65,10 +65,9 @@ class Chunk(Body):
         chunks: of the move, in all; -1 where the source knows of no such move.
         names: logical names.
         starts, sizes: first byte within each tensor, and how many.
-        offsets: where these lie in the chunk.
         handle: of the buffer that they lie in; None where they are in `data`.
-        base: first byte of the chunk in the buffer.
-        data: uint8, None where they are in the buffer.
+        offsets: where in the buffer.
+        data: uint8, the bytes of each tensor; none where they are in the buffer.
     """
 
     move: int
@@ -77,10 +76,9 @@ class Chunk(Body):
     names: tuple[str, ...] = ()
     starts: tuple[int, ...] = ()
     sizes: tuple[int, ...] = ()
-    offsets: tuple[int, ...] = ()
     handle: BufferHandle | None = None
-    base: int = 0
-    data: Tensor | None = None
+    offsets: tuple[int, ...] = ()
+    data: tuple[Tensor, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,26 +169,26 @@ class _Move:
         if not self.chunks:
             return Chunk(move=self.number, index=index, chunks=0)
         device, spans = self.chunks[index]
-        buffer = self._buffer(device)
-        half = index % HALVES * (buffer.num_bytes // HALVES) if buffer is not None else 0
-        into = torch.empty(_num_bytes(spans), dtype=torch.uint8) if buffer is None else buffer.bytes[half:]
         tensors = self._tensors(list(dict.fromkeys(span.piece for span in spans)))
-        for span in spans:
-            part = as_bytes(tensors[span.name])[span.start : span.start + span.size]
-            into[span.offset : span.offset + span.size].copy_(part)
-        finish_copies(into)
-        return Chunk(
+        parts = [as_bytes(tensors[s.name])[s.start : s.start + s.size] for s in spans]
+        chunk = Chunk(
             move=self.number,
             index=index,
             chunks=len(self.chunks),
             names=tuple(span.name for span in spans),
             starts=tuple(span.start for span in spans),
             sizes=tuple(span.size for span in spans),
-            offsets=tuple(span.offset for span in spans),
-            handle=None if buffer is None else buffer.handle,
-            base=half,
-            data=into if buffer is None else None,
         )
+        buffer = self._buffer(device)
+        if buffer is None:
+            # Views: what changes before a frame leaves was wanted in a generation that is over.
+            return replace(chunk, data=tuple(parts))
+        half = index % HALVES * (buffer.num_bytes // HALVES)
+        offsets = tuple(half + span.offset for span in spans)
+        for offset, part in zip(offsets, parts):
+            buffer.bytes[offset : offset + len(part)].copy_(part)
+        finish_copies(buffer.bytes.device)
+        return replace(chunk, handle=buffer.handle, offsets=offsets)
 
     def _buffer(self, device: str) -> Buffer | None:
         """The buffer of the chunks on a device; None where they go by message."""
@@ -205,10 +203,10 @@ class _Move:
         return self._buffers.get(device) if self.is_mapped else None
 
 
-def finish_copies(tensor: Tensor) -> None:
-    """Return once the copies to or from a tensor that this thread has launched are done."""
-    if tensor.is_cuda:
-        torch.cuda.current_stream(tensor.device).synchronize()
+def finish_copies(device: torch.device) -> None:
+    """Return once the copies that this thread has launched are done."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
 
 
 class Giving:

@@ -5,7 +5,7 @@ memory, or out of its message, to where it belongs, and nowhere in between. Two 
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -83,28 +83,26 @@ class _Pulling:
         if chunk.chunks < 0:
             raise SlotLostError(f"slot {slot} has given up what it was giving", [slot])
         try:
-            source = self._source(slot, chunk)
+            parts = self._parts(slot, chunk)
         except OSError as error:
             log.warning("the memory of slot %d cannot be mapped, state comes by message: %s", slot, error)
             self._ask(slot, PullOn(move=chunk.move, index=chunk.index, is_mapped=False))
             return
         if chunk.index == 0:
             self._go_on(slot, chunk, 1)
-        for name, start, size, offset in zip(
-            chunk.names, chunk.starts, chunk.sizes, chunk.offsets, strict=True
-        ):
-            self._bytes[name][start : start + size].copy_(source[offset : offset + size])
-            self._left[name] -= size
-        finish_copies(source)
+        for name, start, part in zip(chunk.names, chunk.starts, parts, strict=True):
+            self._bytes[name][start : start + len(part)].copy_(part)
+            self._left[name] -= len(part)
+        finish_copies(self.device)
         path = "message" if chunk.handle is None else "mapped"
         self.call.answers.observe("elastic_pulled_bytes_total", sum(chunk.sizes), path=path)
         self._go_on(slot, chunk, 2)
 
-    def _source(self, slot: int, chunk: Chunk) -> Tensor:
-        """The bytes of a chunk, where they lie."""
+    def _parts(self, slot: int, chunk: Chunk) -> Sequence[Tensor]:
+        """The bytes of each tensor of a chunk, where they lie."""
         if chunk.handle is None:
-            return torch.empty(0) if chunk.data is None else chunk.data
+            return chunk.data
         mapped = self._mapped[slot]
         if chunk.handle not in mapped:
             mapped[chunk.handle] = open_buffer(chunk.handle, self.device, slot)
-        return mapped[chunk.handle][chunk.base :]
+        return [mapped[chunk.handle][o : o + size] for o, size in zip(chunk.offsets, chunk.sizes)]
