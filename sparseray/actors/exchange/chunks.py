@@ -7,6 +7,7 @@ there, so a source keeps nothing else of a move, and no second copy of what move
 """
 
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import count
 
@@ -152,6 +153,7 @@ class _Move:
         self.number, self.holdings, self.with_optimizer = number, holdings, with_optimizer
         self.is_mapped = is_mapped
         self._buffers: dict[str, Buffer] = {}
+        self._stream: torch.cuda.Stream | None = None
         sizes: dict[str, list[tuple[Piece, str, int]]] = {}
         for piece in pieces:
             for name, tensor in self._tensors([piece]).items():
@@ -179,16 +181,24 @@ class _Move:
             starts=tuple(span.start for span in spans),
             sizes=tuple(span.size for span in spans),
         )
-        buffer = self._buffer(device)
-        if buffer is None:
-            # Views: what changes before a frame leaves was wanted in a generation that is over.
-            return replace(chunk, data=tuple(parts))
-        half = index % HALVES * (buffer.num_bytes // HALVES)
-        offsets = tuple(half + span.offset for span in spans)
-        for offset, part in zip(offsets, parts):
-            buffer.bytes[offset : offset + len(part)].copy_(part)
-        finish_copies(buffer.bytes.device)
+        with self._beside(device):
+            buffer = self._buffer(device)
+            if buffer is None:
+                # Of the host's memory as it is: what changes before a frame leaves was wanted in a generation that is over.
+                return replace(chunk, data=tuple(part.cpu() for part in parts))
+            half = index % HALVES * (buffer.num_bytes // HALVES)
+            offsets = tuple(half + span.offset for span in spans)
+            for offset, part in zip(offsets, parts):
+                buffer.bytes[offset : offset + len(part)].copy_(part)
+            finish_copies(buffer.bytes.device)
         return replace(chunk, handle=buffer.handle, offsets=offsets)
+
+    def _beside(self, device: str) -> AbstractContextManager[object]:
+        """Where to launch copies: an engine's stream may wait, in a round, for the very slot that pulls."""
+        if device != "cuda" or self.with_optimizer:
+            return nullcontext()
+        self._stream = self._stream or torch.cuda.Stream()
+        return torch.cuda.stream(self._stream)
 
     def _buffer(self, device: str) -> Buffer | None:
         """The buffer of the chunks on a device; None where they go by message."""
