@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
+import urllib.request
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from local_cluster import train
-from processes import kill_all, of_mark, resting, start, wait_until
+from processes import kill_all, of_mark, resting, run, start, wait_until
 
 from sparseray.platform.config import RunConfig, save_yaml
 from sparseray.platform.run import checkpoint
 
 LIMIT_S, REST_S = 240.0, 0.5
+CHUNK_BYTES = 16384
+"""Of state that moves: a slot's takes dozens of them."""
 
 
 class Story:
@@ -37,8 +41,8 @@ class Story:
         text = " ".join(f"{slot}:{fault}" for slot, fault in enumerate(faults, start=1))
         environment = {"TMPDIR": str(temporary), "SPARSERAY_TEST": self.mark, "SPARSERAY_TEST_FAULTS": text}
         # Slots load beside the run, and the story waits for them; one slot then does all of its steps again.
-        environment |= resting(REST_S)
-        self.log = folder / "log.txt"
+        environment |= resting(REST_S) | {"SPARSERAY_TEST_CHUNK_BYTES": str(CHUNK_BYTES)}
+        self.log, self.temporary = folder / "log.txt", temporary
         self.process: subprocess.Popen[bytes] = start(options, self.log, **environment)
 
     def lines(self, name: str) -> list[dict[str, Any]]:
@@ -83,6 +87,32 @@ class Story:
             self.wait_events("recovered", count, f"what follows {fault}")
             self.wait_events("resized", count, f"a slot after {fault}")
         self.wait_steps(3)
+
+    def scale(self, count: int) -> None:
+        """Have so many slots, each with all roles."""
+        resized = self.events().count("resized")
+        for role in ("attention", "experts", "memory"):
+            arguments = ["scale", str(self.run_dir), role, str(count), "--no_wait"]
+            assert run(arguments, self.log, TMPDIR=str(self.temporary), SPARSERAY_TEST=self.mark) == 0
+        self.wait_events("resized", resized + 1, f"{count} slots")
+        self.wait_for(lambda: len(self.targets()) == count, f"{count} slots alone")
+
+    def targets(self) -> dict[str, str]:
+        """Where the slots' metrics are, by name."""
+        listed = json.loads((self.run_dir / "prometheus_targets.json").read_text())
+        found = {entry["labels"]["process"]: entry["targets"][0] for entry in listed}
+        return {name: address for name, address in found.items() if name.startswith("slot")}
+
+    def pulled(self) -> dict[str, float]:
+        """Bytes that the slots that are there have copied from others, by path."""
+        found = {"mapped": 0.0, "message": 0.0}
+        for address in self.targets().values():
+            with urllib.request.urlopen(f"http://{address}/metrics", timeout=5) as answer:
+                text = answer.read().decode()
+            for line in re.findall(r"^sparseray_elastic_pulled_bytes_total\{.*", text, re.MULTILINE):
+                labels, value = line.rsplit(" ", 1)
+                found["mapped" if 'path="mapped"' in labels else "message"] += float(value)
+        return found
 
     def lose_a_slot(self) -> None:
         """Kill a slot, go on, get one again, and go on."""

@@ -43,6 +43,37 @@ def test_processes_that_stand_still_lose_their_device_or_are_killed_change_no_bi
         story.lose_a_slot()
 
 
+def test_processes_that_are_killed_while_state_moves_change_no_bit(
+    corpus: Path, tmp_path: Path, temporary: Path
+) -> None:
+    """One of three that hold everything is lost; then a source of the one that comes, and then another that comes."""
+    roles = dict.fromkeys(ROLES, 3)
+    config = tiny_run(corpus, steps=100000, colocated=True, **roles)
+    config = replace(config, train=replace(config.train, dtype="bfloat16"))
+    faults = ["forward:20:kill", "give:3:kill", "forward:100000:kill", "take:9:kill"]
+    with told(config, tmp_path, temporary, faults) as story:
+        story.wait_events("lost", 3, "the end of the third one")
+        story.wait_for(lambda: len(story.targets()) == 3, "three slots again")
+        story.wait_steps(3)
+        assert story.pulled()["mapped"] > 0 and story.pulled()["message"] == 0
+
+
+def test_processes_come_and_go_and_state_moves_through_memory(
+    corpus: Path, tmp_path: Path, temporary: Path
+) -> None:
+    roles = dict.fromkeys(ROLES, 1)
+    config = tiny_run(corpus, steps=100000, colocated=True, **roles)
+    config = replace(config, train=replace(config.train, dtype="bfloat16"))
+    with told(config, tmp_path, temporary) as story:
+        story.wait_steps(3)
+        story.scale(2)
+        assert story.pulled()["mapped"] > 0 and story.pulled()["message"] == 0
+        story.wait_steps(3)
+        story.scale(1)
+        assert story.pulled()["message"] == 0
+        story.wait_steps(3)
+
+
 @pytest.mark.long
 def test_a_killed_process_of_three_comes_again_and_no_bit_differs(
     corpus: Path, tmp_path: Path, temporary: Path

@@ -11,10 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from sparseray.actors.exchange.chunks import Chunk, Pull, PullOn
 from sparseray.actors.installation import InstallPlan, JobSpec, PullFrom, Restore
 from sparseray.actors.serving.messages import Generate, Tokens
 from sparseray.actors.serving.text_request import GenerationRequest, TokenEvent, TokenLogprobs
 from sparseray.actors.state.assignment import Plan
+from sparseray.actors.state.shared_buffer import BufferHandle
 from sparseray.actors.wire import codec, envelope
 from sparseray.actors.wire.envelope import Body, Message, decode, encode
 from sparseray.actors.wire.mailbox import Mailbox
@@ -30,7 +32,6 @@ from sparseray.actors.wire.messages import (
     MemoryRows,
     Pieces,
     Ping,
-    Pull,
     RowGradients,
     RunStep,
     Saved,
@@ -45,6 +46,7 @@ PLAN = Plan(
     experts=(((0, 7), (7, 0)),), buckets=(), spread=((2, 1),),
 )  # fmt: skip
 COMMIT = Commit(step=4, lr=0.1, memory_lr=0.2, scale=1, counts_LE=torch.ones(1, 2, dtype=torch.int64))
+HANDLE = BufferHandle(namespace="boot-1", pid=2, num_bytes=64, token=2**62 - 1, descriptor=-1, storage=("0",))
 LOGPROBS = TokenLogprobs(token_id=3, logprob=None, top=((1, -0.5), (2, -1.0)))
 EXAMPLES: list[Body] = [
     RunStep(),
@@ -69,7 +71,10 @@ EXAMPLES: list[Body] = [
             ),
         ),
     ),
-    Pull(pieces=(("dense", 0, 0), ("expert", 1, 2))),
+    Pull(pieces=(("dense", 0, 0), ("expert", 1, 2)), namespace="here"),
+    PullOn(move=3, index=4, is_mapped=False),
+    Chunk(move=3, index=4, chunks=6, names=("a",), starts=(0,), sizes=(2,), data=(torch.ones(2),)),
+    Chunk(move=3, index=4, chunks=6, offsets=(32,), handle=HANDLE),
     Pieces(tensors={"b": torch.tensor(2.5), "a": torch.tensor([True, False]), "h": torch.ones(3).half()}),
     FinishPart(rows=(RowGradients(rows_U=torch.arange(2), sums_UD=torch.randn(4, 2)[::2]),)),
     DenseNodes(nodes=(DenseNode(level=1, index=0, gradient=torch.randn(5, dtype=torch.float64)),)),
@@ -239,7 +244,7 @@ class Number:
         replace(COMMIT, counts_LE=[1]),
         replace(COMMIT, counts_LE=torch.zeros(1, dtype=torch.complex64)),
         Evaluated(losses={0: (1.5, 2, 3)}),  # type: ignore[dict-item]
-        Pull(pieces=[("dense", 0, 0)]),  # type: ignore[arg-type]
+        Pull(pieces=[("dense", 0, 0)], namespace=""),  # type: ignore[arg-type]
         Saved(tensors={"a": Number(1)}),  # type: ignore[dict-item]
     ],
 )
@@ -277,7 +282,7 @@ def test_what_no_transport_takes_is_an_error_at_once(tmp_path: Path, monkeypatch
         sender.post(1, DenseReduced(gradient=torch.zeros(100_003)))
     monkeypatch.setattr(envelope, "MAX_HEADER_BYTES", 1 << 10)
     with pytest.raises(ValueError, match="header"):
-        sender.post(1, Pull(pieces=(("expert", 1, 1),) * 1000))
+        sender.post(1, Pull(pieces=(("expert", 1, 1),) * 1000, namespace=""))
     # Nothing of either has left.
     sender.post(1, Ping())
     got = receiver.next(10.0)

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from loads import load_keys
 from torch import Tensor
 
 from sparseray.actors.state.adamw import AdamW
@@ -77,14 +78,14 @@ def test_experts_that_move_take_their_bits_along_whatever_lies_beside_them() -> 
     old.assign(KEYS, KEYS)
     update(old, 1)
     stay, leave = KEYS[::2], KEYS[1::2]
-    new.load(leave, old.tensors(leave), 1)
+    load_keys(new, leave, old.tensors(leave), 1)
     new.assign(leave, leave)
     old.assign(stay, stay)
     assert set(old.held) == set(KEYS), "a peer can still copy what is no longer assigned"
     for shard in (old, new):
         update(shard, 2)
     assert (set(old.held), set(new.held)) == (set(stay), set(leave))
-    old.load(leave[:1], new.tensors(leave[:1]), 2)
+    load_keys(old, leave[:1], new.tensors(leave[:1]), 2)
     old.assign([*leave[:1], *stay], stay)
     update(old, 3)
     for key in [*leave[:1], *stay]:
@@ -122,7 +123,7 @@ def test_replicas_of_different_steps_are_not_mixed() -> None:
     shard = shard_of(odd_model())
     shard.initialize(KEYS[:1])
     with pytest.raises(AssertionError, match="different steps"):
-        shard.load(KEYS[1:2], {}, 4)
+        shard.begin_load(KEYS[1:2], 4)
 
 
 def test_the_compute_copy_follows_every_change_of_the_masters() -> None:
@@ -143,7 +144,7 @@ def test_the_compute_copy_follows_every_change_of_the_masters() -> None:
     other.initialize(KEYS)
     other.assign(KEYS, KEYS)
     update(other, 1)
-    shard.load(KEYS[4:], other.tensors(KEYS[4:]), 1)
+    load_keys(shard, KEYS[4:], other.tensors(KEYS[4:]), 1)
     check()
     assert shard_of(model).slabs[0].compute is not None
 

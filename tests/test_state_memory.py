@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from loads import load_keys
 
 from sparseray.actors.exchange.neighbours import NeighbourTables
 from sparseray.actors.state import tables
@@ -88,7 +89,7 @@ def test_rows_have_the_same_bits_however_buckets_are_spread_and_moved(row_dtype:
     for shard in (whole, left, right):
         update(shard, 1)
     moved = [(0, 2), (0, 3)]
-    right.load(moved[:1], {k: v.clone() for k, v in left.tensors(moved[:1]).items()}, 1)
+    load_keys(right, moved[:1], {k: v.clone() for k, v in left.tensors(moved[:1]).items()}, 1)
     right.assign([(0, 1), *moved], moved, generation=2)
     left.assign([(0, 0)], [(0, 0)], generation=2)
     for shard in (whole, left, right):
@@ -107,7 +108,7 @@ def test_without_optimizer_state_its_memory_is_not_taken(row_dtype: str) -> None
     tensors = source.tensors(source.owned, with_optimizer=False)
     assert list(tensors) == ["dse.1.bucket.0", "dse.1.bucket.1"]
     assert all(tensor.dtype == getattr(torch, row_dtype) for tensor in tensors.values())
-    served.load(source.owned, tensors, 0, with_optimizer=False)
+    load_keys(served, source.owned, tensors, 0, with_optimizer=False)
     weights = sum(tensor.nbytes for tensor in tensors.values())
     assert weights == 20_000 * 64 * (2 if row_dtype == "bfloat16" else 4)
     assert abs(served.tables[0].num_bytes - weights) < 20_000
@@ -182,7 +183,7 @@ def test_a_reader_gets_rows_of_the_wanted_commit_or_none() -> None:
     assert view.gather(rows, out, generation=1, step=1)
     np.testing.assert_array_equal(out, shard.gather(0, torch.from_numpy(rows)).numpy())
     assert not np.array_equal(out, first)
-    shard.load([(0, 0)], shard.tensors([(0, 0)]), 1)
+    load_keys(shard, [(0, 0)], shard.tensors([(0, 0)]), 1)
     assert not view.gather(rows, out, generation=1, step=1), "rows are coming, no plan says yet what they are"
 
 

@@ -7,11 +7,12 @@ from typing import ClassVar, Protocol
 from torch import Tensor
 
 from sparseray.actors.exchange.by_message import Caller
+from sparseray.actors.exchange.pulls import pull
 from sparseray.actors.state.assignment import Plan
 from sparseray.actors.state.holdings import Holdings
 from sparseray.actors.state.pieces import DENSE, Piece
 from sparseray.actors.wire.envelope import Body
-from sparseray.actors.wire.messages import Commit, Pieces, Pull
+from sparseray.actors.wire.messages import Commit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,10 +201,10 @@ def pull_missing(
     """
     lacking = set(pieces) - holdings.held
     wanted = {pull.source: tuple(p for p in pull.pieces if p in lacking) for pull in message.pulls}
-    requests: list[tuple[int, Body]] = [(slot, Pull(pieces=own)) for slot, own in wanted.items() if own]
-    if not requests:
+    wanted = {slot: own for slot, own in wanted.items() if own}
+    if not wanted:
         return
     call.step, call.part = message.step + 1, -1
-    for (_, request), reply in zip(requests, call(requests, Pieces)):
-        assert isinstance(request, Pull)
-        holdings.load(request.pieces, reply.tensors, message.step, with_optimizer=with_optimizer)
+    every = [piece for own in wanted.values() for piece in own]
+    with holdings.arriving(every, message.step, with_optimizer=with_optimizer) as tensors:
+        pull(call, wanted, tensors, holdings.experts.device)

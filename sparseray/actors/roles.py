@@ -172,7 +172,8 @@ class Roles:
         self.mailbox.post(SCHEDULER, Installed(), step=self.committed)
 
     def _settled(self, message: Message[Settled]) -> None:
-        assert self.holdings is not None
+        assert self.holdings is not None and self.answers is not None
+        self.answers.giving.end()
         self.holdings.trim()
 
     def _gather(self, message: Message[Gather]) -> None:
@@ -304,6 +305,8 @@ class Roles:
         observe_worker(self.job.observe, self.worker)
 
     def _commit(self, message: Message[Commit]) -> None:
+        assert self.answers is not None
+        self.answers.giving.end()
         self._apply(message.body)
         if self.is_new_plan and self.plan is not None:
             self._reserve(self.plan)

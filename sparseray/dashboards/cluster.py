@@ -77,6 +77,19 @@ _CHANGES = (
         unit="bytes",
         queries=one(f"max by (run) ({series('elastic_moved_bytes_total')})"),
     ),
+    Panel(
+        title="State pulled",
+        meaning="Bytes that the slots that are there copied from others: from memory that they mapped, or out of messages,"
+        " as between hosts.",
+        unit="bytes",
+        queries=one(f"sum by (run, path) ({series('elastic_pulled_bytes_total')})", "{{run}} {{path}}"),
+    ),
+    Panel(
+        title="Time to pull state",
+        meaning="Seconds that each slot has spent on it since it began; training stands still meanwhile.",
+        unit="s",
+        queries=one(f"sum by (run, process) ({series('elastic_pull_seconds_total')})", "{{run}} {{process}}"),
+    ),
 )
 _GOODPUT = (
     Panel(

@@ -1,4 +1,4 @@
-"""Slots fail in some call of the exchange of several slots.
+"""Slots fail in some call of the exchange of several slots, or while state moves from them or to them.
 
 `SPARSERAY_TEST_FAULTS` has what, one for each slot: `slot:moment:call:kind`, by spaces. A moment is a key of MOMENTS, a
 call the number of it since the slot began; a kind is `stop` (SIGSTOP), `kill`, `illegal` (a kernel that writes to memory
@@ -6,6 +6,7 @@ of nobody, which ends its process's use of the GPU), or `raise` (an error that s
 `SPARSERAY_TEST_FAULT_FOLDER` a file named by a slot has `moment kind` of its next fault.
 """
 
+import importlib
 import os
 import signal
 from collections import Counter
@@ -21,11 +22,14 @@ _FAULTS = {
     )
 }
 _FOLDER = os.environ.get("SPARSERAY_TEST_FAULT_FOLDER", "")
+_ACROSS, _EXCHANGE = "sparseray.actors.peers.across", "sparseray.actors.exchange"
 MOMENTS = {
-    "forward": ("DeviceExchange", "_forward"),
-    "backward": ("DeviceExchange", "_backward"),
-    "sums": ("DeviceExchange", "_finish"),
-    "commit": ("SlabExperts", "apply"),
+    "forward": (_ACROSS, "DeviceExchange", "_forward"),
+    "backward": (_ACROSS, "DeviceExchange", "_backward"),
+    "sums": (_ACROSS, "DeviceExchange", "_finish"),
+    "commit": (_ACROSS, "SlabExperts", "apply"),
+    "give": (f"{_EXCHANGE}.chunks", "Giving", "go_on"),
+    "take": (f"{_EXCHANGE}.pulls", "_Pulling", "_take"),
 }
 
 
@@ -51,19 +55,19 @@ def _fail(kind: str) -> None:
         os.kill(os.getpid(), signal.SIGSTOP if kind == "stop" else signal.SIGKILL)
 
 
-def _change(module: Any) -> None:
+def _change(_: Any) -> None:
     calls: Counter[str] = Counter()
     known: dict[str, int] = {}
-    for moment, (of, method) in MOMENTS.items():
-        _wrap(getattr(module, of), method, moment, calls, known)
+    for moment, (module, of, method) in MOMENTS.items():
+        _wrap(getattr(importlib.import_module(module), of), method, moment, calls, known)
 
 
 def _wrap(of: type, method: str, moment: str, calls: "Counter[str]", known: dict[str, int]) -> None:
     original = getattr(of, method)
 
     def call(me: Any, *args: Any, **named: Any) -> Any:
-        # Experts do not know their slot; what was called before them does.
-        known["slot"] = getattr(me, "me", known.get("slot", -1))
+        # Experts and who gives do not know their slot; what was called before them does.
+        known["slot"] = me.call.mailbox.slot if moment == "take" else getattr(me, "me", known.get("slot", -1))
         calls[moment] += 1
         wanted, number, kind = _FAULTS.get(known["slot"], ("", 0, ""))
         if (moment, calls[moment]) == (wanted, number):
@@ -79,4 +83,4 @@ def _wrap(of: type, method: str, moment: str, calls: "Counter[str]", known: dict
 
 
 if _FAULTS or _FOLDER:
-    when_loaded("sparseray.actors.peers.across", _change)
+    when_loaded(_ACROSS, _change)

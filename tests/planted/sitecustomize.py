@@ -3,3 +3,4 @@
 import faulty_slots  # noqa: F401
 import held_rename  # noqa: F401
 import rested_steps  # noqa: F401
+import small_chunks  # noqa: F401

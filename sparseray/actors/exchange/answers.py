@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from sparseray.actors.exchange.chunks import Chunk, Giving, Pull, PullOn
 from sparseray.actors.exchange.protocol import Observe
 from sparseray.actors.state.holdings import Holdings
 from sparseray.actors.state.shared_buffer import Introduce, Introduced
@@ -14,8 +15,6 @@ from sparseray.actors.wire.messages import (
     ExpertRows,
     FetchRows,
     MemoryRows,
-    Pieces,
-    Pull,
 )
 
 
@@ -37,13 +36,15 @@ class Answers:
         with_optimizer: bool,
         introduce: Callable[[], Introduced] | None = None,
     ) -> None:
-        self.holdings, self.observe, self.with_optimizer = holdings, observe, with_optimizer
+        self.holdings, self.observe = holdings, observe
+        self.giving = Giving(holdings, with_optimizer=with_optimizer)
         self._introduction = introduce
         self._by_kind: dict[type[Body], Callable[[Any, int, int], Body]] = {
             ExpertForward: self._expert_forward,
             ExpertBackward: self._expert_backward,
             FetchRows: self._rows,
             Pull: self._pull,
+            PullOn: self._pull_on,
             Introduce: self._introduce,
         }
 
@@ -84,10 +85,11 @@ class Answers:
         assert self._introduction is not None
         return self._introduction()
 
-    def _pull(self, body: Pull, _layer: int, _part: int) -> Pieces:
-        """Copies of pieces as they are at the plan's step; frames leave later than the next update may come."""
-        tensors = self.holdings.tensors(body.pieces, with_optimizer=self.with_optimizer)
-        return Pieces(tensors={name: tensor.clone() for name, tensor in tensors.items()})
+    def _pull(self, body: Pull, _layer: int, _part: int) -> Chunk:
+        return self.giving.begin(body)
+
+    def _pull_on(self, body: PullOn, _layer: int, _part: int) -> Chunk:
+        return self.giving.go_on(body)
 
 
 def observe_rows(observe: Observe, direction: str, rows: int, seconds: float) -> None:

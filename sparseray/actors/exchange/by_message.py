@@ -10,7 +10,7 @@ Shapes: T tokens, K experts per token, H hidden, R = T*K rows, U tokens sent to 
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -72,10 +72,7 @@ class Caller:
             SupersededError: a plan of a later generation came.
         """
         me = self.mailbox.slot
-        sequences = [
-            0 if slot == me else self.mailbox.post(slot, body, step=self.step, part=self.part, layer=layer)
-            for slot, body in requests
-        ]
+        sequences = [0 if slot == me else self.post(slot, body, layer) for slot, body in requests]
         # Others compute while this slot does.
         own = [self.answers(body, layer, self.part) if slot == me else None for slot, body in requests]
         asked = {sequence: slot for sequence, (slot, _) in zip(sequences, requests) if sequence}
@@ -83,10 +80,41 @@ class Caller:
             asked, within_s or self.deadline_s, self.serve, watch=within_s is not None
         )
         found = [replies[sequence].body if sequence else mine for sequence, mine in zip(sequences, own)]
-        for body in found:
-            if not isinstance(body, reply):
-                raise RuntimeError(f"slot {me} was answered by {type(body).__name__}, not {reply.__name__}")
-        return cast(list[R], found)
+        return [self._checked(body, reply) for body in found]
+
+    def post(self, slot: int, body: Body, layer: int = -1) -> int:
+        """Send another slot a request of the current step and part, and return its sequence.
+
+        Args:
+            slot: whom to ask.
+            body: what.
+            layer: of the envelope.
+        """
+        return self.mailbox.post(slot, body, step=self.step, part=self.part, layer=layer)
+
+    def first(self, asked: dict[int, int], reply: type[R]) -> tuple[int, R]:
+        """Wait for any of the replies to requests that were posted; the others are to be waited for next.
+
+        Args:
+            asked: sequence of each request to the slot that was asked.
+            reply: type of all replies.
+
+        Returns:
+            sequence of a request, and its reply.
+
+        Raises:
+            SlotLostError, SupersededError: as above.
+        """
+        replies = self.mailbox.wait(asked, self.deadline_s, self.serve, only_first=True)
+        ((sequence, message),) = replies.items()
+        return sequence, self._checked(message.body, reply)
+
+    def _checked(self, body: Body | None, reply: type[R]) -> R:
+        if not isinstance(body, reply):
+            raise RuntimeError(
+                f"slot {self.mailbox.slot} was answered by {type(body).__name__}, not {reply.__name__}"
+            )
+        return body
 
 
 @dataclass(frozen=True)

@@ -71,6 +71,7 @@ class AdamW:
         if known is None:
             first, second = (torch.zeros_like(parameter, requires_grad=False) for _ in range(2))
             known = (torch.tensor(0.0, device=parameter.device), first, second)
+            self._moments[parameter] = known
         return known
 
     def step(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor], *, lr: float) -> None:
@@ -85,9 +86,7 @@ class AdamW:
             chosen = [(p, g) for p, g in zip(parameters, gradients) if (p.ndim >= 2) == decays]
             if not chosen:
                 continue
-            for parameter, _ in chosen:
-                self._moments[parameter] = self._of(parameter)
-            counts, first, second = zip(*(self._moments[parameter] for parameter, _ in chosen))
+            counts, first, second = zip(*(self._of(parameter) for parameter, _ in chosen))
             adamw_(
                 [parameter for parameter, _ in chosen],
                 [gradient for _, gradient in chosen],
@@ -103,8 +102,7 @@ class AdamW:
     def pass_over(self, parameters: Sequence[Tensor]) -> None:
         """Count an update that is left out: counts are the step's number, as `load` has it."""
         for parameter in parameters:
-            self._moments[parameter] = known = self._of(parameter)
-            known[0].add_(1.0)
+            self._of(parameter)[0].add_(1.0)
 
     def clear(self) -> None:
         """Forget all moments."""
@@ -122,21 +120,14 @@ class AdamW:
             _, found[name + EXP_AVG], found[name + EXP_AVG_SQ] = self._of(parameter)
         return found
 
-    def load(
-        self, names: Sequence[str], parameters: Sequence[Tensor], tensors: dict[str, Tensor], step: int
-    ) -> None:
-        """Restore what `tensors` gave, at a step count.
+    def begin_load(self, parameters: Sequence[Tensor], step: int) -> None:
+        """Make room for moments, undefined until what `tensors` gives is filled.
 
         Args:
-            names: logical names.
-            parameters: one for each name.
-            tensors: moments by name.
+            parameters: whose moments they are.
             step: updates that they have seen.
         """
-        for name, parameter in zip(names, parameters):
-            device = parameter.device
-            # A GPU may have kept them in bf16.
-            first, second = (
-                tensors[name + part].to(device, torch.float32, copy=True) for part in (EXP_AVG, EXP_AVG_SQ)
-            )
-            self._moments[parameter] = (torch.tensor(float(step), device=device), first, second)
+        for parameter in parameters:
+            first, second = (torch.empty_like(parameter, requires_grad=False) for _ in range(2))
+            count = torch.tensor(float(step), device=parameter.device)
+            self._moments[parameter] = (count, first, second)

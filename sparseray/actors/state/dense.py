@@ -147,20 +147,17 @@ class DenseState:
         found |= self.biases
         return found | (self.adamw.tensors(self.names, self.parameters) if with_optimizer else {})
 
-    def load(self, tensors: dict[str, Tensor], step: int, *, with_optimizer: bool = True) -> None:
-        """Take over what `tensors` gave.
+    def begin_load(self, step: int, *, with_optimizer: bool = True) -> dict[str, Tensor]:
+        """Tensors to fill, as `tensors` gives them; they count from `end_load` on.
 
         Args:
-            tensors: by logical name.
-            step: optimizer step that they are from.
-            with_optimizer: take over the moments too.
+            step: optimizer step that they will be from.
+            with_optimizer: the moments too; otherwise these are zero.
         """
-        with torch.no_grad():
-            for name, parameter in zip(self.names, self.parameters):
-                parameter.copy_(tensors[name])
-            for name, bias in self.biases.items():
-                bias.copy_(tensors[name])
+        self.adamw.clear()
         if with_optimizer:
-            self.adamw.load(self.names, self.parameters, tensors, step)
-        else:
-            self.adamw.clear()
+            self.adamw.begin_load(self.parameters, step)
+        return self.tensors(with_optimizer=with_optimizer)
+
+    def end_load(self) -> None:
+        """Compute with what has been filled."""

@@ -182,18 +182,17 @@ class DenseSlabs(DenseState):
                 found |= {name + suffix: moment for name, moment in zip(self.names, moments)}
         return found
 
-    @torch.no_grad()
-    def load(self, tensors: dict[str, Tensor], step: int, *, with_optimizer: bool = True) -> None:
-        """Take over what `tensors` gave, on any device and with moments of any dtype.
+    def begin_load(self, step: int, *, with_optimizer: bool = True) -> dict[str, Tensor]:
+        """As in `DenseState`.
 
         Args:
-            tensors: by logical name.
-            step: optimizer step that they are from.
-            with_optimizer: take over the moments too.
+            step, with_optimizer: as there.
         """
-        for name, own in self.tensors(with_optimizer=with_optimizer).items():
-            own.copy_(tensors[name])
         self.updates = step
         if not with_optimizer:
             self._first_second = None
+        return self.tensors(with_optimizer=with_optimizer)
+
+    def end_load(self) -> None:
+        """Take over into what the network computes with."""
         self._refresh()

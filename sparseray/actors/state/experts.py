@@ -83,13 +83,15 @@ class ExpertShard:
         self.primary: list[Key] = []
         self.computed: dict[Key, int] = {}
         self.updates = 0
+        self._arriving: set[Key] = set()
         self._update = partial(adamw_, betas=betas, eps=eps, weight_decay=weight_decay)
         self.discard()
 
     @property
     def held(self) -> list[Key]:
         """Experts that can be read here, assigned or not."""
-        return [(layer, expert) for layer, slab in enumerate(self.slabs) for expert in slab.rows]
+        every = ((layer, expert) for layer, slab in enumerate(self.slabs) for expert in slab.rows)
+        return [key for key in every if key not in self._arriving]
 
     @property
     def num_bytes(self) -> int:
@@ -351,18 +353,25 @@ class ExpertShard:
                     found[name + suffix] = matrix
         return found
 
-    def load(
-        self, keys: Sequence[Key], tensors: dict[str, Tensor], step: int, *, with_optimizer: bool = True
-    ) -> None:
-        """Take over replicas of `keys`.
+    def begin_load(self, keys: Sequence[Key], step: int, *, with_optimizer: bool = True) -> dict[str, Tensor]:
+        """Tensors of replicas to fill, as `tensors` gives them; they are held from `end_load` on.
 
         Args:
             keys: experts.
-            tensors: what `tensors` gave, on any device.
-            step: optimizer step that they are from.
-            with_optimizer: take over the moments too.
+            step: optimizer step that they will be from.
+            with_optimizer: the moments too.
         """
         self._take(keys, step)
-        for name, matrix in self.tensors(keys, with_optimizer=with_optimizer).items():
-            matrix.copy_(tensors[name])
+        self._arriving = set(keys)
+        return self.tensors(keys, with_optimizer=with_optimizer)
+
+    def end_load(self) -> None:
+        """Hold what has been filled."""
+        self._arriving = set()
         self._refresh()
+
+    def drop_load(self) -> None:
+        """Forget what was to be filled."""
+        held, self._arriving = set(self.held), set()
+        for layer, slab in enumerate(self.slabs):
+            slab.keep(expert for expert in slab.rows if (layer, expert) in held)

@@ -5,7 +5,8 @@ A piece that the plan takes away stays readable until `trim`, so a change of pla
 way has lost nothing.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -127,14 +128,40 @@ class Holdings:
             step: optimizer step that they are from.
             with_optimizer: take over their optimizer state too; without it they can be read, not updated.
         """
-        if DENSE in pieces:
-            dense = self.dense or self.spare()
-            self._is_drawn = False
-            dense.load(tensors, step, with_optimizer=with_optimizer)
+        with self.arriving(pieces, step, with_optimizer=with_optimizer) as own:
+            for name, tensor in own.items():
+                tensor.copy_(tensors[name])
+
+    @contextmanager
+    def arriving(
+        self, pieces: Sequence[Piece], step: int, *, with_optimizer: bool = True
+    ) -> Iterator[dict[str, torch.Tensor]]:
+        """Tensors of pieces to fill within a block, by logical name; none of them is held before its end, or if it fails.
+
+        Args:
+            pieces, step, with_optimizer: as in `load`.
+        """
+        experts, memory = self.experts, self.memory
+        found = experts.begin_load(keys_of(pieces, "expert"), step, with_optimizer=with_optimizer)
+        if memory is not None:
+            found |= memory.begin_load(keys_of(pieces, "bucket"), step, with_optimizer=with_optimizer)
+        dense = (self.dense or self.spare()) if DENSE in pieces else None
+        if dense is not None:
+            self.dense, self._spare, self._is_drawn = None, dense, False
+            found = dense.begin_load(step, with_optimizer=with_optimizer) | found
+        try:
+            yield found
+        except BaseException:
+            experts.drop_load()
+            if memory is not None:
+                memory.drop_load()
+            raise
+        experts.end_load()
+        if memory is not None:
+            memory.end_load()
+        if dense is not None:
+            dense.end_load()
             self.dense, self._spare = dense, None
-        self.experts.load(keys_of(pieces, "expert"), tensors, step, with_optimizer=with_optimizer)
-        if self.memory is not None:
-            self.memory.load(keys_of(pieces, "bucket"), tensors, step, with_optimizer=with_optimizer)
 
     def assign(self, plan: Plan, slot: int) -> None:
         """Take the roles that the plan gives, on pieces that are held; gradients of a step are dropped.

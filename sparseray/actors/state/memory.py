@@ -54,6 +54,7 @@ class MemoryShard:
         self.owned: list[Key] = []
         self.primary: list[Key] = []
         self.held: set[Key] = set()
+        self._arriving: set[Key] = set()
         self.updates, self.generation = 0, 0
         self.seed, self.init_std = seed, config.init_std
         self.num_parts, self.betas, self.eps = num_parts, betas, eps
@@ -80,6 +81,7 @@ class MemoryShard:
             step: that they shall count as of.
         """
         self._change(keys, step)
+        self.held |= set(keys)
         # A generator draws in one thread, and every bucket has its own.
         with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
             for _ in pool.map(self._draw, keys):
@@ -99,7 +101,6 @@ class MemoryShard:
         self.updates = updates
         for layer in {layer for layer, _ in keys}:
             self.tables[layer].change()
-        self.held |= set(keys)
 
     def assign(self, owned: Sequence[Key], primary: Sequence[Key], *, generation: int = 0) -> None:
         """Say which of the held buckets follow the updates; from now on others may read the rows.
@@ -119,11 +120,13 @@ class MemoryShard:
 
     def trim(self) -> None:
         """Forget buckets that are held and not assigned, and give their memory back."""
-        if self.held == set(self.owned):
-            return
-        self.held = set(self.owned)
+        if self.held != set(self.owned):
+            self._keep(set(self.owned))
+
+    def _keep(self, keys: set[Key]) -> None:
+        self.held = keys
         for layer, table in enumerate(self.tables):
-            table.keep(self._range(key) for key in self.owned if key[0] == layer)
+            table.keep(self._range(key) for key in sorted(keys) if key[0] == layer)
 
     def _range(self, key: Key) -> tuple[int, int]:
         start, stop = self.bounds[key[0]][key[1] : key[1] + 2]
@@ -265,20 +268,28 @@ class MemoryShard:
         """Keep what is written over while the tables are copied; None where only an update writes, which can wait."""
         return None
 
-    def load(
-        self, keys: Sequence[Key], tensors: dict[str, Tensor], step: int, *, with_optimizer: bool = True
-    ) -> None:
-        """Take over buckets; rows carry their own update counts.
+    def begin_load(self, keys: Sequence[Key], step: int, *, with_optimizer: bool = True) -> dict[str, Tensor]:
+        """Tensors of buckets to fill, as `tensors` gives them; they are held from `end_load` on.
 
         Args:
-            keys: buckets.
-            tensors: what `tensors` gave.
-            step: optimizer step that they are from.
-            with_optimizer: take over the optimizer state too; without it nothing is written, and no memory taken.
+            keys: buckets; rows carry their own update counts.
+            step: optimizer step that they will be from.
+            with_optimizer: the optimizer state too; without it nothing is written, and no memory taken.
         """
         self._change(keys, step)
-        for name, field in self.tensors(keys, with_optimizer=with_optimizer).items():
-            field.copy_(tensors[name])
+        self.held -= set(keys)
+        self._arriving = set(keys)
+        return self.tensors(keys, with_optimizer=with_optimizer)
+
+    def end_load(self) -> None:
+        """Hold what has been filled."""
+        self.held |= self._arriving
+        self._arriving = set()
+
+    def drop_load(self) -> None:
+        """Forget what was to be filled, and give its memory back."""
+        self._arriving = set()
+        self._keep(self.held)
 
 
 def as_tensor(rows_RD: np.ndarray) -> Tensor:

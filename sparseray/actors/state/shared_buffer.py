@@ -111,7 +111,7 @@ def open_buffer(handle: BufferHandle, device: torch.device, slot: int) -> Tensor
 
     Raises:
         UserError: it lies on another host.
-        OSError: its owner is gone.
+        OSError: its owner is gone, or the two GPUs cannot reach each other's memory.
     """
     if handle.namespace != process_namespace():
         raise UserError(
@@ -133,14 +133,17 @@ def open_buffer(handle: BufferHandle, device: torch.device, slot: int) -> Tensor
 def _opened_on_gpu(handle: BufferHandle, device: torch.device) -> Tensor:
     """Opened on the own device, which may use pointers into a peer's memory as its own."""
     _, ipc, size, offset, counter, place, event, is_event_needed = handle.storage
-    storage = torch.UntypedStorage._new_shared_cuda(
-        torch.cuda.current_device() if device.index is None else device.index,
-        bytes.fromhex(ipc),
-        int(size),
-        int(offset),
-        bytes.fromhex(counter),
-        int(place),
-        bytes.fromhex(event),
-        bool(int(is_event_needed)),
-    )
+    try:
+        storage = torch.UntypedStorage._new_shared_cuda(
+            torch.cuda.current_device() if device.index is None else device.index,
+            bytes.fromhex(ipc),
+            int(size),
+            int(offset),
+            bytes.fromhex(counter),
+            int(place),
+            bytes.fromhex(event),
+            bool(int(is_event_needed)),
+        )
+    except RuntimeError as error:
+        raise OSError(str(error)) from error
     return torch.empty(0, dtype=torch.uint8, device=device).set_(storage)[: handle.num_bytes]

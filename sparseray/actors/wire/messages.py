@@ -1,11 +1,11 @@
 """What slots say to each other: a frozen dataclass for each kind of message.
 
-Bodies that carry a value of a higher floor stand there: InstallPlan in actors/installation.py, those of serving in
-actors/serving/messages.py. A part is one of those that the global batch is cut into, whatever the number of workers.
+Bodies that carry a value of a higher floor stand there: InstallPlan in actors/installation.py, Pull, PullOn and Chunk in
+actors/exchange/chunks.py, those of serving in actors/serving/messages.py. A part is one of those that the global batch is cut into, whatever the number of workers.
   scheduler -> slot: InstallPlan, Settled, RunStep, Commit, Evaluate, SaveCheckpoint, Offer, Withdraw, Drain, Ping
   slot -> scheduler: Installed, Stale, PartDone, Prepared, Evaluated, Saved, StillWriting, Offered, Draining, Pong, Silent, Failed
   ingress -> slot:   Generate, Cancel, Ping; slot -> ingress: Tokens, Moved, Pong; scheduler -> ingress: Routes
-  slot -> slot:      ExpertForward, ExpertBackward, FetchRows, Pull (answered by ExpertRows, MemoryRows, Pieces);
+  slot -> slot:      ExpertForward, ExpertBackward, FetchRows, Pull, PullOn (answered by ExpertRows, MemoryRows, Chunk);
                      FinishPart, ExpertPart, DenseNodes, DenseReduced, ExpertReduced, RowsReduced
 """
 
@@ -302,13 +302,6 @@ class MemoryRows(Body):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pull(Body):
-    """Give copies of pieces (kind, layer, index); answered by Pieces."""
-
-    pieces: tuple[tuple[str, int, int], ...]
-
-
-@dataclass(frozen=True, kw_only=True)
 class TakeWeights(Body):
     """Give tensors that are offered, by logical name; answered by Pieces, with those that are there.
 
@@ -323,7 +316,7 @@ class TakeWeights(Body):
 
 @dataclass(frozen=True, kw_only=True)
 class Pieces(Body):
-    """Tensors of pieces by logical name, as they are at the plan's step."""
+    """Tensors of pieces by logical name, as they are at one step."""
 
     tensors: dict[str, Tensor]
 

@@ -119,6 +119,7 @@ class SlotMailbox(Mailbox):
         serve: Callable[[Message[Body]], None],
         *,
         watch: bool = False,
+        only_first: bool = False,
     ) -> dict[int, Message[Body]]:
         """Wait for the replies to `sequences` and serve everything else meanwhile.
 
@@ -127,6 +128,7 @@ class SlotMailbox(Mailbox):
             deadline_s: seconds without any reply after which the silent slots count as lost.
             serve: handles messages that are not among the awaited replies.
             watch: do not wait for slots whose process has ended.
+            only_first: wait for any of them; the others are to be waited for next, before anything else.
 
         Returns:
             sequence to reply.
@@ -137,7 +139,7 @@ class SlotMailbox(Mailbox):
         """
         replies: dict[int, Message[Body]] = {}
         deadline = time.monotonic() + deadline_s
-        while len(replies) < len(sequences):
+        while len(replies) < (1 if only_first else len(sequences)):
             if self.is_superseded:
                 raise SupersededError
             left = deadline - time.monotonic()

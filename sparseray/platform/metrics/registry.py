@@ -221,6 +221,14 @@ _ELASTIC = {
         buckets=RECOVERY_BUCKETS,
     ),
     "elastic_moved_bytes_total": _counter(unit="bytes", help="State moved between slots"),
+    "elastic_pulled_bytes_total": _counter(
+        unit="bytes",
+        source="slot",
+        help="State that this slot copied from others: from memory that it mapped, or out of messages",
+        labels=("path",),
+        values={"path": ("mapped", "message")},
+    ),
+    "elastic_pull_seconds_total": _counter(unit="seconds", source="slot", help="Time that this took"),
     "elastic_resize_pause_seconds": _histogram(
         unit="seconds", help="Time that training stood still for a resize", buckets=RECOVERY_BUCKETS
     ),
