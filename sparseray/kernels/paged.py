@@ -102,6 +102,50 @@ class DraftState:
     length_S: Tensor
 
 
+@dataclass(frozen=True, kw_only=True)
+class Draws:
+    """How tokens are drawn, float64 [R] each.
+
+    Args:
+        temperature_R: 0 for the most probable token.
+        min_p_R: only tokens at least this share as probable as the best one are drawn.
+        number_R: random, in [0, 1).
+    """
+
+    temperature_R: Tensor
+    min_p_R: Tensor
+    number_R: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class DraftDraws:
+    """How the tokens of sequences that draft are drawn, of which the device alone knows how long they are.
+
+    Args:
+        least_B: int32, tokens that a sequence has in pages at least; at most one fewer than it has.
+        temperature_B, min_p_B: float64, as of `Draws`.
+        numbers_B4: float64, of the places `least_B` + 1, + 2, + 3 and + 4 of a sequence.
+    """
+
+    least_B: Tensor
+    temperature_B: Tensor
+    min_p_B: Tensor
+    numbers_B4: Tensor
+
+    def of(self, at_BN: Tensor) -> Draws:
+        """How to draw N tokens of each sequence, one after another.
+
+        Args:
+            at_BN: int64, which of its numbers.
+        """
+        count = at_BN.shape[1]
+        return Draws(
+            temperature_R=self.temperature_B.repeat_interleave(count),
+            min_p_R=self.min_p_B.repeat_interleave(count),
+            number_R=self.numbers_B4.gather(1, at_BN).flatten(),
+        )
+
+
 def write(pool: KeyValues, k_RGD: Tensor, v_RGV: Tensor, places_R: Tensor) -> None:
     """Put the rows' keys and values where they belong."""
     at = places_R.long()

@@ -129,7 +129,11 @@ class DecodeStep:
             fetched=fetched,
             starts_1R=inputs[5].bool()[None] if resets(self.layout) else None,
         )
+        self._computed(hidden_RH)
         return self.model.logits(hidden_RH)
+
+    def _computed(self, hidden_RH: Tensor) -> None:
+        """Hidden states are there, for whoever needs them later."""
 
     def capture(self, experts: Experts, pool: Any) -> None:
         """Make the graphs.

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sparseray.actors.serving.cache_pool import CachePool, page_keys
 from sparseray.actors.serving.chunks import Chunk
-from sparseray.actors.serving.device_sampler import FAILED, fits, is_adjusted, sample_rows
+from sparseray.actors.serving.device_sampler import FAILED, fits, is_adjusted, numbers_of, sample_rows
 from sparseray.actors.serving.engine import Engine, Ongoing
 from sparseray.actors.serving.paged_model import PagedModel, page_bytes
 from sparseray.actors.serving.text_request import GenerationRequest, TokenEvent
@@ -152,7 +152,7 @@ class PagedEngine(Engine):
         self._taken = []
         batch: list[Ongoing] = []
         try:
-            if self._flight is not None and not self._flight.may_be_overtaken:
+            if self._flight is not None and not self._may_overtake(self._flight):
                 self._learn()
             self._admit()
             batch = self._select()
@@ -169,6 +169,10 @@ class PagedEngine(Engine):
             self._failed = [*events, *(self._event(found) for found in self._taken), *self._failed]
             raise
         return events + [self._event(found) for found in self._taken]
+
+    def _may_overtake(self, flight: Flight) -> bool:
+        """Whether the next step can start before the tokens of the one under way are taken."""
+        return flight.may_be_overtaken
 
     def _learn(self) -> None:
         """Take the tokens of the step that is under way, unless they are taken: as late as something needs them."""
@@ -298,8 +302,9 @@ class PagedEngine(Engine):
                 rows_RV = logits_RV if not there else _pick(logits_RV, here)
                 chosen = [ready[i] for i in here]
                 known = [s.tokens for s in chosen]
-                positions = [len(s.tokens) + s.pending for s in chosen]
-                found = sample_rows(rows_RV, [s.request for s in chosen], known, positions, self.model.ops)
+                requests = [s.request for s in chosen]
+                numbers_R = numbers_of(requests, [len(s.tokens) + s.pending for s in chosen])
+                found = sample_rows(rows_RV, requests, known, numbers_R, self.model.ops)
                 tokens = to_host(found)
                 self.paged.keep(found, [s.lease for s in chosen if s.lease is not None])
                 for sequence in chosen:
