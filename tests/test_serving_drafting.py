@@ -39,8 +39,11 @@ class ExpandingOps(PagedPlainOps):
     expands_latents = True
 
 
+MEMORY = DSEConfig(layers=(1,), rows_per_head=512, num_buckets=4, document_end_id=0)
 KINDS: dict[str, dict[str, Any]] = {
     "full and nsa": {},
+    "memory": {"dse": MEMORY},
+    "memory in the first layer": {"dse": replace(MEMORY, layers=(0, 1), document_end_id=7)},
     "latent": {"attention": ("mla",), "mla": MLAConfig(q_lora_rank=24)},
     "latent, expanded": {
         "attention": ("mla",), "mla": MLAConfig(kv_lora_rank=24, qk_rope_head_dim=8), "ops": ExpandingOps()
@@ -114,7 +117,8 @@ def told(
     parts: Parts, truth: dict[str, list[int]], kind: type[ToldEngine] = ToldEngine, **options: Any
 ) -> Any:
     options = {"max_batch": 8, "max_model_len": MAX_MODEL_LEN, "prefill_chunk": 16, **options}
-    engine = kind(parts.model, parts.experts, None, grammars=parts.grammars, **options)
+    memory = parts.memory if parts.model.config.dse.layers else None
+    engine = kind(parts.model, parts.experts, memory, grammars=parts.grammars, **options)
     engine.truth = truth
     return engine
 
@@ -291,11 +295,7 @@ def test_a_shared_prefix_gives_the_same_text(parts: Parts) -> None:
     assert tokens_of(run(engine, [second])["second"]) == wanted and engine.pool.shared_tokens >= 16
 
 
-def test_drafting_on_the_device_needs_modules_and_no_memory() -> None:
-    for changes, said in (
-        ({}, "model.mtp.depth=0"),
-        ({"mtp": MTPConfig(depth=1)}, r"model.dse.layers=\[1\]"),
-    ):
-        other = make_parts(REFERENCE, **changes)
-        with pytest.raises(ConfigError, match=said):
-            DraftingEngine(other.model, other.experts, other.memory)
+def test_drafting_needs_modules() -> None:
+    other = make_parts(REFERENCE)
+    with pytest.raises(ConfigError, match=r"model\.mtp\.depth=0"):
+        DraftingEngine(other.model, other.experts, other.memory)

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from sparseray.actors.serving.cache_pool import Lease
 from sparseray.actors.serving.device_sampler import fits, is_adjusted
-from sparseray.actors.serving.drafting_model import NEW, DraftingModel, Judged, Read
+from sparseray.actors.serving.drafted_step import NEW, Judged
+from sparseray.actors.serving.drafting_model import DraftingModel, Read
 from sparseray.actors.serving.engine import RECENT, REST, Ongoing
 from sparseray.actors.serving.paged_engine import Flight, PagedEngine, Taken, to_host
 from sparseray.actors.serving.text_request import GenerationRequest
@@ -50,18 +51,17 @@ class DraftingEngine(PagedEngine):
             to 1.22 times one that does not (benchmarks/results/serve_gpu_h200_2026-11-29.md).
 
     Raises:
-        ConfigError: the model has none, or has memory layers.
+        ConfigError: the model has none.
     """
 
     worth = 0.25
     runs_on = DraftingModel
 
     def __init__(self, model: Transformer, *arguments: Any, **options: Any) -> None:
-        depth, layers = model.config.mtp.depth, list(model.config.dse.layers)
-        if not depth or layers:
+        if not model.mtp:
             raise ConfigError(
-                f"drafting on a GPU needs modules that predict further tokens (model.mtp.depth={depth}) and no memory"
-                f" layers (model.dse.layers={layers}); leave serve.speculate at none"
+                f"drafting needs modules that predict further tokens (model.mtp.depth={model.config.mtp.depth}); leave"
+                " serve.speculate at none"
             )
         self._read: list[tuple[Ongoing, int, Tensor | None]] = []
         # Steps that all go without drafts, tokens of each slot that the module has not read, and drafts of all slots.
@@ -97,13 +97,16 @@ class DraftingEngine(PagedEngine):
         if self._read:
             self._drafting.read([self._rows(*found) for found in self._read], self.experts)
         outcome = drafts_S = None
+        # Some may have ended with a token that was learnt meanwhile.
+        drafted = [s for s in drafted if s.lease is not None]
         if drafted:
             judged = [self._judged(s, s.lease) for s in drafted if s.lease is not None]
-            outcome = to_host(self._drafting.decode_drafted(judged, self.experts))
+            found_B3 = self._drafting.decode_drafted(judged, self.experts, self.memory, self._learnt)
+            outcome = to_host(found_B3.clone())
             for sequence in drafted:
                 sequence.pending += NEW
         is_changed = any(is_adjusted(s.request, s.tokens) for s in batch)
-        if is_changed:
+        if is_changed or self.memory is not None:
             drafts_S = to_host(self._drafting.state_S.draft_S.clone())
         if flight.done is not None:
             flight.done.record()
@@ -147,8 +150,12 @@ class DraftingEngine(PagedEngine):
             request=sequence.request,
             tokens=sequence.tokens,
             length=known if sequence.pending else known - 1,
-            draft=self._drafts[lease.slot] if self._drafts else 0,
         )
+
+    def _learnt(self) -> list[int]:
+        """The drafts of all slots, once the step under way is taken."""
+        self._learn()
+        return self._drafts
 
     def _take(self, flight: Flight) -> list[Taken]:
         """Wait for a step, and append its tokens: of a request that drafts one, or two."""
