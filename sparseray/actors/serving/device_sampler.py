@@ -152,7 +152,9 @@ def sample_rows(
     is_changed = [is_adjusted(request, known) for request, known in zip(requests, tokens)]
     if all(r.temperature == 0.0 for r in requests) and not any(is_changed):
         return ops.most_probable(logits_RV)
-    settings = torch.tensor([[r.temperature for r in requests], [r.min_p for r in requests]], dtype=torch.float64)
+    settings = torch.tensor(
+        [[r.temperature for r in requests], [r.min_p for r in requests]], dtype=torch.float64
+    )
     temperature_R, min_p_R = settings.to(device, non_blocking=True)
     draws = Draws(
         temperature_R=temperature_R, min_p_R=min_p_R, number_R=numbers_R.to(device, non_blocking=True)
@@ -184,16 +186,22 @@ def _sample_others(
     if cut:
         at_N = torch.tensor(cut).to(scores_RV.device, non_blocking=True)
         own = Draws(
-            temperature_R=draws.temperature_R[at_N], min_p_R=draws.min_p_R[at_N], number_R=draws.number_R[at_N]
+            temperature_R=draws.temperature_R[at_N],
+            min_p_R=draws.min_p_R[at_N],
+            number_R=draws.number_R[at_N],
         )
-        token_R = token_R.index_copy(0, at_N, _draw_sorted(scores_RV[at_N], [requests[row] for row in cut], own))
+        token_R = token_R.index_copy(
+            0, at_N, _draw_sorted(scores_RV[at_N], [requests[row] for row in cut], own)
+        )
     return torch.where(is_finite_R, token_R, FAILED)
 
 
 def _draw_sorted(scores_RV: Tensor, requests: Sequence[GenerationRequest], draws: Draws) -> Tensor:
     """Draw a token for every row from those that top_k and top_p leave, the most probable ones first."""
     V = scores_RV.shape[1]
-    settings = torch.tensor([[r.top_p for r in requests], [float(r.top_k or V) for r in requests]], dtype=torch.float64)
+    settings = torch.tensor(
+        [[r.top_p for r in requests], [float(r.top_k or V) for r in requests]], dtype=torch.float64
+    )
     top_p, top_k = settings.to(scores_RV.device, non_blocking=True)[:, :, None]
     best_R1 = scores_RV.max(-1, keepdim=True).values
     weights_RV = torch.exp((scores_RV - best_R1) / draws.temperature_R[:, None])

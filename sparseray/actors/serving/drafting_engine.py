@@ -138,8 +138,8 @@ class DraftingEngine(PagedEngine):
         is_last = stop == len(tokens)
         following = [*tokens[start + 1 : stop + 1], *([-1] if is_last else [])]
         return Read(
-            lease=sequence.lease, request=sequence.request, tokens=tokens, start=start, following=following,
-            hidden_TH=hidden_TH, is_last=is_last,
+            lease=sequence.lease, request=sequence.request, start=start, following=following, hidden_TH=hidden_TH,
+            is_last=is_last,
         )  # fmt: skip
 
     def _judged(self, sequence: Ongoing, lease: Lease) -> Judged:

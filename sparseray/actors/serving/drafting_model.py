@@ -20,12 +20,12 @@ from torch import Tensor
 
 from sparseray.actors.serving.cache_pool import Lease
 from sparseray.actors.serving.decode_step import DecodeStep
-from sparseray.actors.serving.device_sampler import numbers_of, sample_rows
-from sparseray.actors.serving.drafted_step import NEW, DraftedStep, Judged, Learn
+from sparseray.actors.serving.device_sampler import numbers_of
+from sparseray.actors.serving.drafted_step import NEW, DraftedStep, Judged, Learn, draft_temperature
 from sparseray.actors.serving.engine import REST
 from sparseray.actors.serving.paged_model import PagedModel
 from sparseray.actors.serving.text_request import GenerationRequest
-from sparseray.kernels.paged import DraftState
+from sparseray.kernels.paged import Draws, DraftState
 from sparseray.model.dse import Memory
 from sparseray.model.moe import Experts
 from sparseray.model.transformer import Transformer
@@ -36,7 +36,7 @@ class Read:
     """Rows of a prompt, or of an answer, that the module reads.
 
     Args:
-        lease, request, tokens: as of `Judged`.
+        lease, request: as of `Judged`.
         start: position of the first.
         following: the token after each; -1 for the one that was sampled last.
         hidden_TH: of the network; None for those of steps without drafts, which the model has noted.
@@ -45,7 +45,6 @@ class Read:
 
     lease: Lease
     request: GenerationRequest
-    tokens: Sequence[int]
     start: int
     following: list[int]
     hidden_TH: Tensor | None
@@ -121,13 +120,17 @@ class DraftingModel(PagedModel):
         if ends:
             at = np.array([[r.lease.slot, stop - 1, r.start + len(r.following)] for r, stop in ends])
             slots_B, last_B, lengths_B = self._to_device(at.T.copy())
-            requests, known = [r.request for r, _ in ends], [r.tokens for r, _ in ends]
-            numbers_B = numbers_of(requests, (at[:, 2] + 1).tolist())
-            drafts_B = sample_rows(
-                self.model.logits(found_RH[last_B]), requests, known, numbers_B, self.model.ops
-            )
+            drafts_B = self.model.ops.draw(self.model.logits(found_RH[last_B]), self._draws(ends))
             self.state_S.draft_S.index_copy_(0, slots_B, drafts_B.clamp_min(0).int())
             self.state_S.length_S.index_copy_(0, slots_B, lengths_B.int())
+
+    def _draws(self, ends: Sequence[tuple[Read, int]]) -> Draws:
+        """How the first drafts after what was read are drawn."""
+        requests, vocab = [r.request for r, _ in ends], self.model.config.vocab_size
+        numbers_B = numbers_of(requests, [r.start + len(r.following) + 1 for r, _ in ends])
+        settings = [[draft_temperature(r, vocab) for r in requests], [r.min_p for r in requests]]
+        temperature_R, min_p_R, number_R = self._to_device(np.array([*settings, numbers_B.tolist()]))
+        return Draws(temperature_R=temperature_R, min_p_R=min_p_R, number_R=number_R)
 
     def decode_drafted(
         self, judged: Sequence[Judged], experts: Experts, memory: Memory | None, learn: Learn

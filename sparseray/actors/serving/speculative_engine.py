@@ -29,6 +29,7 @@ from sparseray.actors.serving.paged_engine import PagedEngine
 from sparseray.actors.serving.text_request import TokenEvent
 from sparseray.errors import ConfigError
 
+
 class SpeculativeEngine(PagedEngine):
     """`PagedEngine` of a model with modules that predict further tokens.
 
