@@ -37,7 +37,7 @@ from sparseray.kernels.moe.held_rounds import rows_of_held
 from sparseray.kernels.nsa import append, compress, compress_backward, compress_step, inverse, top_n
 from sparseray.kernels.nsa import decode as nsa_decode
 from sparseray.kernels.nsa.geometry import uniform
-from sparseray.kernels.paged import DraftDraws, Draws, DraftState, Pages
+from sparseray.kernels.paged import DraftDraws, DraftState, Draws, Pages
 from sparseray.kernels.settings import NSASizes
 
 TYPES = {

@@ -12,7 +12,7 @@ from torch import Tensor
 from sparseray.kernels import paged
 from sparseray.kernels.dse.reference import Fusion
 from sparseray.kernels.ops import REFERENCE, Pages
-from sparseray.kernels.paged import NO_TOKEN, DraftDraws, Draws, DraftState, History
+from sparseray.kernels.paged import NO_TOKEN, DraftDraws, DraftState, Draws, History
 from sparseray.kernels.triton_ops import TRITON
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -56,7 +56,7 @@ def test_a_token_is_drawn_where_the_sum_of_weights_passes_its_number(vocab: int,
     )
     found_R = TRITON.draw(logits_RV, draws)
     assert torch.equal(found_R, REFERENCE.draw(logits_RV, draws))
-    assert 0 <= int(found_R.min()) and int(found_R.max()) < vocab
+    assert int(found_R.min()) >= 0 and int(found_R.max()) < vocab
     greedy_R = temperature_R == 0.0
     assert torch.equal(found_R[greedy_R], logits_RV[greedy_R].argmax(-1))
 

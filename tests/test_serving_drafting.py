@@ -11,7 +11,6 @@ import torch
 from serving_parts import (
     MAX_MODEL_LEN,
     Parts,
-    finish,
     make_parts,
     moved_after,
     request_of,

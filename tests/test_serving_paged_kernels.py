@@ -31,8 +31,13 @@ LATENT: dict[str, Any] = {
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests/test_gpu_serving.py says the same of a GPU")
 @pytest.mark.parametrize(
     ("changes", "kind"),
-    [({}, PagedEngine), pytest.param(LATENT, PagedEngine, marks=pytest.mark.long), (LATENT, DraftingEngine)],
-    ids=["nsa", "latent", "latent with drafts"],
+    [
+        ({}, PagedEngine),
+        pytest.param(LATENT, PagedEngine, marks=pytest.mark.long),
+        (LATENT, DraftingEngine),
+        ({"attention": ("full",), "mtp": MTPConfig(depth=1)}, DraftingEngine),
+    ],
+    ids=["nsa", "latent", "latent with drafts", "memory with drafts"],
 )
 def test_the_kernels_give_the_tokens_of_the_plain_operations(
     changes: dict[str, Any], kind: type[PagedEngine]
@@ -47,6 +52,7 @@ def test_the_kernels_give_the_tokens_of_the_plain_operations(
     # Over the end of a page, of a chunk and of a compression block, alone and in company.
     requests = [request_of("short", prompt_of(5), max_tokens=4)]
     requests.append(request_of("long", prompt_of(62, 1), max_tokens=4, temperature=0.0))
+    requests.append(request_of("cut", prompt_of(9, 2), max_tokens=4, top_p=0.8, presence_penalty=0.5))
     for request in requests:
         engine.add(request)
     found = finish(engine)

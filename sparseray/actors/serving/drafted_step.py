@@ -92,8 +92,8 @@ class DraftedStep:
         rows: R.
     """
 
+    slots_B: Tensor
     _logits_RV: Tensor
-    _further_RV: Tensor
 
     def __init__(
         self,
@@ -182,8 +182,8 @@ class DraftedStep:
         further_RH = model.predict_paged(
             0, tokens_R, hidden_RH, positions_R, paged, rows=count, experts=experts
         )
-        self._further_RV = model.logits(further_RH[:count])
-        ops.next_drafts(self._further_RV, self._draws, outcome_B3, self.state_S, slots_B)
+        further_RV = model.logits(further_RH[:count])
+        ops.next_drafts(further_RV, self._draws, outcome_B3, self.state_S, slots_B)
         return outcome_B3
 
     def capture(self, experts: Experts, pool: Any) -> None:

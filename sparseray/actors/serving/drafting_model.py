@@ -25,7 +25,7 @@ from sparseray.actors.serving.drafted_step import NEW, DraftedStep, Judged, Lear
 from sparseray.actors.serving.engine import REST
 from sparseray.actors.serving.paged_model import PagedModel
 from sparseray.actors.serving.text_request import GenerationRequest
-from sparseray.kernels.paged import Draws, DraftState
+from sparseray.kernels.paged import DraftState, Draws
 from sparseray.model.dse import Memory
 from sparseray.model.moe import Experts
 from sparseray.model.transformer import Transformer
