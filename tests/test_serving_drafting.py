@@ -132,6 +132,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "biased": {"temperature": 0.7, "top_p": 0.8, "logit_bias": ((5, 2.0), (9, -3.0))},
     "later": {"temperature": 2.0, "seed": 8, "min_tokens": 9, "stop_token_ids": tuple(range(0, 300, 3))},
 }  # fmt: skip
+# Documents end in it, where a memory looks back no further.
+WAYS["documents"] = {"temperature": 1.0, "seed": 2, "logit_bias": ((0, 4.0), (7, 4.0))}
 UNDRAFTED = ("told", "allowed", "barred", "none")
 
 
@@ -187,6 +189,20 @@ def test_texts_of_every_kind_are_the_same_with_drafts_and_without(
     assert not any(accepted[name] + rejected[name] for name in UNDRAFTED)
     assert engine.cache_usage == 0.0
     assert engine.stats.generated_tokens == sum(len(tokens_of(events)) for events in expected.values())
+
+
+@pytest.mark.parametrize(
+    "names", [("greedy", "drawn", "least", "cut", "odd"), ("drawn", "counted"), ("documents",)], ids=str
+)
+def test_steps_that_start_ahead_of_the_host_change_no_text(
+    parts: Parts, expected: dict[str, list[TokenEvent]], names: tuple[str, ...]
+) -> None:
+    """Nothing in the company waits for the host's sampler."""
+    engine = told(parts, whole(expected), AheadEngine)
+    engine.worth = 0.0
+    found = run(engine, [r for r in requests() if r.request_id in names])
+    assert plain(found) == {name: plain(expected)[name] for name in names}
+    assert sum(e.accepted for events in found.values() for e in events) > 4 * len(names)
 
 
 @pytest.mark.parametrize("seed", range(2))

@@ -111,7 +111,12 @@ def _adjust(
 
 
 def is_sorted(request: GenerationRequest, vocab: int) -> bool:
-    """Whether the tail of a request's distribution is cut, which needs its tokens in order of their probability."""
+    """Whether the tail of a request's distribution is cut, which needs its tokens in order of their probability.
+
+    Args:
+        request: whose top_p and top_k count.
+        vocab: tokens of the model.
+    """
     return request.temperature > 0.0 and (request.top_p < 1.0 or 0 < request.top_k < vocab)
 
 
