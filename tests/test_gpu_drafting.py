@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from serving_parts import MAX_MODEL_LEN, Parts, finish, make_parts, on_device, request_of, tokens_of
-from test_serving_drafting import MEMORY, WAYS
+from test_serving_drafting import MEMORY, WAYS, with_convolutions
 from test_serving_paged import prompt_of
 from torch import Tensor
 
@@ -40,7 +40,8 @@ OnGpu = tuple[Transformer, LocalExperts]
 
 @pytest.fixture(scope="module", params=list(KINDS))
 def parts(request: pytest.FixtureRequest) -> Parts:
-    return make_parts(REFERENCE, **{"mtp": MTPConfig(depth=1), "dse": DSEConfig(), **KINDS[request.param]})
+    changes = {"mtp": MTPConfig(depth=1), "dse": DSEConfig(), **KINDS[request.param]}
+    return with_convolutions(make_parts(REFERENCE, **changes))
 
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])

@@ -53,7 +53,16 @@ KINDS: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module", params=list(KINDS))
 def parts(request: pytest.FixtureRequest) -> Parts:
     changes = {"ops": REFERENCE, "mtp": MTPConfig(depth=1), "dse": DSEConfig(), **KINDS[request.param]}
-    return make_parts(**changes)
+    return with_convolutions(make_parts(**changes))
+
+
+def with_convolutions(parts: Parts) -> Parts:
+    """They begin at zero, and would hide what they look back to."""
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in parts.model.named_parameters():
+        if name.endswith("conv.weight"):
+            parameter.data.normal_(generator=generator)
+    return parts
 
 
 class ToldModel(DraftingModel):

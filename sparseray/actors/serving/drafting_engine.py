@@ -1,10 +1,10 @@
 """`DraftingEngine`: `PagedEngine` whose requests decode by drafts that the device makes, judges and counts itself.
 
 What a GPU serves with `serve.speculate: mtp`; a CPU has speculative_engine.py. A step of such requests gives one token
-or two (drafting_model.py) and stays one step ahead of the host, as other steps do, unless one of them has its logits
-changed by its text. Requests whose tokens the host chooses decode beside them without drafts. A pass of two tokens
-takes the device longer than one of one, for all requests together: where few drafts are accepted all go without for
-some steps. The module reads what they have missed in one pass then.
+or two (drafting_model.py) and starts before the host knows what the one before gave, as other steps do. Requests whose
+tokens the host chooses decode beside them without drafts. A pass of two tokens takes the device longer than one of
+one, for all requests together: where few drafts are accepted all go without for some steps. The module reads what they
+have missed in one pass then.
 
 Shapes: T tokens of a chunk, H hidden, S slots.
 """
@@ -105,14 +105,12 @@ class DraftingEngine(PagedEngine):
             outcome = to_host(found_B3.clone())
             for sequence in drafted:
                 sequence.pending += NEW
-        is_changed = any(is_adjusted(s.request, s.tokens) for s in batch)
-        if is_changed or self.memory is not None:
+        if self.memory is not None or any(is_adjusted(s.request, s.tokens) for s in batch):
             drafts_S = to_host(self._drafting.state_S.draft_S.clone())
         if flight.done is not None:
             flight.done.record()
         known = {name: getattr(flight, name) for name in Flight.__dataclass_fields__}
         known["batch"] = [*flight.batch, *((s, None) for s in drafted)]
-        known["may_be_overtaken"] = flight.may_be_overtaken and not is_changed
         return _DraftedFlight(**known, drafted=drafted, outcome=outcome, drafts_S=drafts_S)
 
     def _prefill(self, sequences: list[Ongoing]) -> list[Tensor]:
