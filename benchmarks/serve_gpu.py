@@ -238,22 +238,28 @@ def drafts() -> list[str]:
         q_lora_rank=512, kv_lora_rank=256, qk_nope_head_dim=64, qk_rope_head_dim=32, v_head_dim=64
     )
     lines = [
-        f"decoding with the drafts of one module, greedy, 1.24 B parameters, prompt {PROMPT}, 256 new tokens, tokens/s;"
-        " random weights, so drafts come from a table; the ratio at another acceptance lies between in proportion:",
+        f"decoding with the drafts of one module, 1.24 B parameters, prompt {PROMPT}, 256 new tokens, tokens/s; random"
+        " weights, so drafts come from a table; the ratio at another acceptance lies between in proportion:",
         "",
-        "| attention | batch | without | no draft accepted | all accepted | ratio at 0 % | 70 % | 85 % | 100 % | texts |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| attention | batch | drawn | without | no draft accepted | with rests | all accepted | ratio at 0 % | 30 % | 50 % |"
+        " 70 % | 85 % | 100 % | texts |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for kind, batch in (("full", 1), ("mla", 1), ("full", 8), ("mla", 8)):
+    drawn: dict[str, float] = {"temperature": 0.8}
+    for kind, batch, draws in (
+        ("full", 1, {}), ("mla", 1, {}), ("full", 8, {}), ("mla", 8, {}), ("full", 1, drawn), ("mla", 1, drawn),
+        ("full", 8, drawn), ("full", 1, {**drawn, "top_p": 0.95}), ("full", 8, {**drawn, "top_p": 0.95}),
+    ):  # fmt: skip
         config = here.model_of("1b_full", attention=(kind,) * 12, mla=shape, mtp=MTPConfig(depth=1))
-        found = here.drafting(config, batch, PROMPT, 256)
+        found = here.drafting(config, batch, PROMPT, 256, **draws)
         plain, none, whole = found["without"], found["none"], found["all"]
-        ratios = [((1 - share) * none + share * whole) / plain for share in (0.0, 0.7, 0.85, 1.0)]
+        ratios = [((1 - share) * none + share * whole) / plain for share in (0.0, 0.3, 0.5, 0.7, 0.85, 1.0)]
         differ = sum(int(v) for name, v in found.items() if name.startswith("texts"))
+        how = ", ".join(f"{name} {value}" for name, value in draws.items()) or "greedy"
         lines.append(
-            f"| {kind} | {batch} | {plain:.0f} | {none:.0f} | {whole:.0f} | "
+            f"| {kind} | {batch} | {how} | {plain:.0f} | {none:.0f} | {found['rests']:.0f} | {whole:.0f} | "
             + " | ".join(f"{ratio:.2f}" for ratio in ratios)
-            + f" | {differ} of {9 * batch} differ |"
+            + f" | {differ} of {12 * batch} differ |"
         )
         print(lines[-1], flush=True)
     return [*lines, ""]

@@ -10,6 +10,7 @@ import statistics
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -69,10 +70,11 @@ def engine_of(config: ModelConfig, *, max_batch: int, max_model_len: int) -> Pag
     )
 
 
-def request_of(index: int, prompt: int, new: int) -> GenerationRequest:
-    """A greedy request with a prompt of its own."""
+def request_of(index: int, prompt: int, new: int, **draws: float) -> GenerationRequest:
+    """A request with a prompt of its own, greedy unless `draws` says otherwise."""
     tokens = tuple((1 + i * 7919 + index * 104729) % 32000 for i in range(prompt))
-    return GenerationRequest(request_id=str(index), prompt_tokens=tokens, max_tokens=new, temperature=0.0)
+    settings: dict[str, Any] = {"temperature": 0.0, "seed": index, **draws}
+    return GenerationRequest(request_id=str(index), prompt_tokens=tokens, max_tokens=new, **settings)
 
 
 def decode_ms(config: ModelConfig, batch: int, context: int, steps: int = 40) -> tuple[float, list[str]]:
@@ -159,13 +161,13 @@ def _told_kernel(p_slots, p_length, p_draft, p_table, width):  # type: ignore[no
 class ToldModel(DraftingModel):
     """Has drafts from a table of what stands where, so that a model with random weights accepts them."""
 
-    table_SL: Tensor
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        shape = (len(self.latest_S), self.width * self.page + 2)
+        self.table_SL = torch.zeros(shape, dtype=torch.int32, device=self.device)
 
     def _drafted_anew(self, slots_B: Tensor) -> None:
         """One small launch, which the step would not have."""
-        if not hasattr(self, "table_SL"):
-            shape = (len(self.latest_S), self.width * self.page + 2)
-            self.table_SL = torch.zeros(shape, dtype=torch.int32, device=self.device)
         state = self.state_S
         at = (slots_B, state.length_S, state.draft_S, self.table_SL, self.table_SL.shape[1])
         launch_kernel(_told_kernel, (len(slots_B),), *at, num_warps=1)
@@ -177,22 +179,28 @@ class ToldEngine(DraftingEngine):
     runs_on = ToldModel
 
 
-def drafting(config: ModelConfig, batch: int, prompt: int, new: int) -> dict[str, float]:
+def drafting(config: ModelConfig, batch: int, prompt: int, new: int, **draws: float) -> dict[str, float]:
     """Tokens per second of decoding by engine: without drafts, with drafts of which none or all are accepted.
+
+    "rests" accepts none either, and goes without for a while, as a server does.
 
     Args:
         config: of a model with modules that predict further tokens.
         batch, prompt, new: requests, tokens of their prompts, and of their answers.
+        draws: how tokens are drawn, as of `request_of`.
     """
     model, experts = drawn(config, torch.device("cuda"))
     texts: dict[str, list[int]] = {}
     rates: dict[str, float] = {}
     options = {"max_batch": batch, "max_model_len": prompt + new, "prefill_chunk": PREFILL_ROWS}
-    for name, kind in (("without", PagedEngine), ("none", ToldEngine), ("all", ToldEngine)):
+    kinds = [("without", PagedEngine), *((name, ToldEngine) for name in ("none", "rests", "all"))]
+    for name, kind in kinds:
         engine = kind(model, experts, None, cache_bytes=8 << 30, **options)
+        if isinstance(engine, ToldEngine) and name != "rests":
+            engine.worth = 0.0
         for _ in range(3):
             for index in range(batch):
-                engine.add(request_of(index, prompt, new))
+                engine.add(request_of(index, prompt, new, **draws))
             events = []
             while any(s.in_prompt for s in engine._running) or engine._waiting:
                 events += engine.step()

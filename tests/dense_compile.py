@@ -20,6 +20,7 @@ from sparseray.kernels import drafts, peer, peer_rounds
 from sparseray.kernels.attention import decode, paged_write, prefill, recent_pages
 from sparseray.kernels.dense import (
     adamw,
+    draw,
     embedding,
     head_loss,
     most_probable,
@@ -36,7 +37,7 @@ from sparseray.kernels.moe.held_rounds import rows_of_held
 from sparseray.kernels.nsa import append, compress, compress_backward, compress_step, inverse, top_n
 from sparseray.kernels.nsa import decode as nsa_decode
 from sparseray.kernels.nsa.geometry import uniform
-from sparseray.kernels.paged import DraftState, Pages
+from sparseray.kernels.paged import DraftDraws, DraftState, Draws, Pages
 from sparseray.kernels.settings import NSASizes
 
 TYPES = {
@@ -137,10 +138,18 @@ def drafting() -> None:
     table = torch.zeros(4, 9, dtype=torch.int32)
     found = Pages(page=256, table_BW=table, context_lens_B=places[3], places_R=places[4], num_new=2)
     drafts.draft_rows(state, places[5], table, found, places[6], places[6])
+    number = torch.zeros(8, dtype=torch.float64)
+    each = DraftDraws(
+        least_B=places[5],
+        temperature_B=number[:4],
+        min_p_B=number[:4],
+        numbers_B4=number.repeat(2).view(4, 4),
+    )
     for logits in (bf16(8, 32000), torch.zeros(8, 32000)):
         most_probable.most_probable(logits)
-        drafts.judge_drafts(logits, state, places[5], table, places[6])
-        drafts.next_drafts(logits, table, state, places[5])
+        draw.draw(logits, Draws(temperature_R=number, min_p_R=number, number_R=number))
+        drafts.judge_drafts(logits, each, state, places[5], table, places[6])
+        drafts.next_drafts(logits, each, table, state, places[5])
 
 
 def pages() -> None:
@@ -327,6 +336,7 @@ def main() -> None:
         recent_pages,
         prefill,
         drafts,
+        draw,
         most_probable,
         append,
         compress_step,

@@ -1,8 +1,7 @@
-"""Latent attention and drafting on a GPU: training at 192/128, caches of latents, texts with drafts and without; skipped without one."""
+"""Latent attention on a GPU: training at 192/128, and caches of latents; skipped without one."""
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,13 +9,11 @@ from typing import Any
 import pytest
 import torch
 from local_cluster import train
-from serving_parts import MAX_MODEL_LEN, Parts, finish, make_parts, request_of, tokens_of
+from serving_parts import MAX_MODEL_LEN, Parts, make_parts
 from test_gpu_training import GPU_MODEL, run_on
 from test_serving_paged import prompt_of
 from torch import Tensor
 
-from sparseray.actors.serving.drafting_engine import DraftingEngine
-from sparseray.actors.serving.drafting_model import DraftingModel
 from sparseray.actors.serving.paged_engine import PagedEngine
 from sparseray.actors.serving.paged_model import Chunk
 from sparseray.actors.state.dense_slab import computes_in_fp32
@@ -104,35 +101,6 @@ def on_gpu(parts: Parts, request: pytest.FixtureRequest) -> tuple[Transformer, L
     return model.to(GPU), experts.to(GPU)
 
 
-class ToldModel(DraftingModel):
-    """Drafts by a table of what stands where; -1 is what the module says."""
-
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self.table_SL = torch.full((len(self.latest_S), MAX_MODEL_LEN + 2), -1, device=self.device)
-
-    def _drafted_anew(self, slots_B: Tensor) -> None:
-        drafts_S = self.state_S.draft_S
-        told_B = self.table_SL[slots_B, self.state_S.length_S[slots_B] + 1]
-        drafts_S.index_copy_(0, slots_B.long(), torch.where(told_B < 0, drafts_S[slots_B], told_B).int())
-
-
-class ToldEngine(DraftingEngine):
-    runs_on = ToldModel
-    wrong = 0
-
-    def _admit(self) -> None:
-        super()._admit()
-        assert isinstance(self.paged, ToldModel)
-        for sequence in self._running:
-            text = self.truth.get(sequence.request.request_id, [])
-            told = [(token + self.wrong) % 300 if i % 5 else 7 for i, token in enumerate(text)]
-            assert sequence.lease is not None
-            self.paged.table_SL[sequence.lease.slot, : len(told)] = torch.tensor(told, device=GPU)
-
-    truth: dict[str, list[int]]
-
-
 def engine_of(kind: type[PagedEngine], on_gpu: tuple[Transformer, LocalExperts], **options: Any) -> Any:
     options = {"max_batch": 8, "max_model_len": MAX_MODEL_LEN, "prefill_chunk": 64, "page": 64, **options}
     return kind(*on_gpu, None, cache_bytes=64 << 20, **options)
@@ -158,45 +126,3 @@ def test_cached_decoding_equals_the_full_forward_pass(
     found, wanted = torch.cat(rows).float().cpu(), parts.model.logits(out.hidden_BTH)[0]
     is_exact = on_gpu[0].embedding.dtype == torch.float32
     assert float((found - wanted).norm() / wanted.norm()) < (2e-3 if is_exact else 5e-2)
-
-
-@pytest.mark.parametrize("wrong", [0, 1], ids=["most are accepted", "none is accepted"])
-def test_greedy_texts_are_the_same_with_drafts_and_without(
-    on_gpu: tuple[Transformer, LocalExperts], wrong: int
-) -> None:
-    """To the token also in bf16: up to 16 requests, both forms compute on the same number of padded rows."""
-    asked = [
-        request_of(f"r{i}", prompt_of(60 + 9 * i, i), temperature=float(i == 3), max_tokens=30 + i) for i in range(5)
-    ]  # fmt: skip
-    plain = engine_of(PagedEngine, on_gpu)
-    for request in asked:
-        plain.add(request)
-    expected = finish(plain)
-    engine = engine_of(ToldEngine, on_gpu)
-    engine.wrong = wrong
-    engine.truth = {r.request_id: [*r.prompt_tokens, *tokens_of(expected[r.request_id])] for r in asked}
-    for request in asked:
-        engine.add(request)
-    found = finish(engine)
-    for name, events in expected.items():
-        # What is drawn decodes beside the drafts, so in other company: in bf16 its logits are rounded otherwise.
-        if name != "r3" or on_gpu[0].embedding.dtype == torch.float32:
-            assert tokens_of(found[name]) == tokens_of(events), name
-    accepted = sum(e.accepted for events in found.values() for e in events)
-    assert accepted > 30 if not wrong else accepted < 10
-    assert engine.cache_usage == 0.0
-
-
-def test_a_replayed_step_gives_the_bits_of_the_step_that_it_holds(
-    on_gpu: tuple[Transformer, LocalExperts],
-) -> None:
-    texts = []
-    for is_graph in (True, False):
-        engine = engine_of(DraftingEngine, copy.copy(on_gpu))
-        if not is_graph:
-            for step in engine.paged._drafted.values():
-                step.graph = None
-        for index in range(3):
-            engine.add(request_of(str(index), prompt_of(60 + index, index), temperature=0.0, max_tokens=25))
-        texts.append({name: tokens_of(events) for name, events in finish(engine).items()})
-    assert texts[0] == texts[1]

@@ -15,9 +15,9 @@ from sparseray.actors.serving.engine import Engine
 from sparseray.actors.serving.speculative_engine import SpeculativeEngine
 from sparseray.actors.serving.text_request import GenerationRequest
 from sparseray.errors import ConfigError
-from sparseray.model.config import DSEConfig, MTPConfig
+from sparseray.model.config import MTPConfig
 from sparseray.platform.config import ClusterConfig, ServeConfig
-from sparseray.platform.opening import check_drafting, open_serving, serving_inventory
+from sparseray.platform.opening import open_serving, serving_inventory
 from sparseray.platform.versions import Identity, check_same_model
 
 DRAFTING = ServeConfig(prefill_chunk=8, speculate="mtp")
@@ -102,16 +102,6 @@ def test_drafting_is_refused_where_nothing_can_draft_or_judge(
     assert reference is not None
     with pytest.raises(ConfigError, match=r"kernels=reference; .*kernels=auto"):
         open_serving(reference, DRAFTING, ClusterConfig(device="cpu"))
-
-
-def test_a_gpu_drafts_for_models_without_memory_layers(corpus: Path) -> None:
-    config = replace(tiny_run(corpus, steps=1), cluster=ClusterConfig(device="cuda"), serve=DRAFTING)
-    with pytest.raises(
-        ConfigError, match=r"a GPU does not draft for .*model.dse.layers=\[1\].*cluster.device=cpu"
-    ):
-        check_drafting(config)
-    check_drafting(replace(config, model=replace(config.model, dse=DSEConfig())))
-    check_drafting(replace(config, cluster=ClusterConfig(device="cpu")))
 
 
 @dataclass

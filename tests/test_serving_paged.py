@@ -15,7 +15,7 @@ from serving_parts import MAX_MODEL_LEN, Parts, alone, finish, make_parts, reque
 from sparseray.actors.serving import cache_pool, paged_engine
 from sparseray.actors.serving.cache_pool import CachePool, Lease, page_keys
 from sparseray.actors.serving.cache_sizes import CacheSizes, new_pool
-from sparseray.actors.serving.device_sampler import sample_rows, uniforms
+from sparseray.actors.serving.device_sampler import numbers_of, sample_rows, uniforms
 from sparseray.actors.serving.paged_engine import PagedEngine
 from sparseray.actors.serving.sampler import adjusted, sample, uniform
 from sparseray.actors.serving.text_request import GenerationRequest
@@ -196,9 +196,11 @@ def test_rows_are_sampled_as_on_the_host_whatever_their_company(seed: int) -> No
         for row, request, known in zip(logits, requests, tokens)
     ]
     rows = torch.from_numpy(logits)
-    assert sample_rows(rows, requests, tokens, [9] * 40).tolist() == wanted
+    numbers_R = numbers_of(requests, [9] * 40)
+    assert sample_rows(rows, requests, tokens, numbers_R).tolist() == wanted
     apart = [
-        sample_rows(rows[i : i + 1], requests[i : i + 1], tokens[i : i + 1], [9]).item() for i in range(40)
+        sample_rows(rows[i : i + 1], requests[i : i + 1], tokens[i : i + 1], numbers_R[i : i + 1]).item()
+        for i in range(40)
     ]
     assert apart == wanted
 
@@ -208,7 +210,7 @@ def test_damaged_logits_end_their_own_request_alone() -> None:
     logits[1, 3] = float("nan")
     for temperature in (0.0, 1.0):
         requests = [request_of(str(i), (1,), temperature=temperature) for i in range(3)]
-        found = sample_rows(logits, requests, [[1]] * 3, [1] * 3).tolist()
+        found = sample_rows(logits, requests, [[1]] * 3, numbers_of(requests, [1] * 3)).tolist()
         assert found[1] == -1 and -1 not in (found[0], found[2])
 
 

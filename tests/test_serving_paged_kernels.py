@@ -37,8 +37,9 @@ LATENT: dict[str, Any] = {
         pytest.param(LATENT, PagedEngine, 64, marks=pytest.mark.long),
         (LATENT, DraftingEngine, 64),
         ({"dse": DSEConfig(), "mtp": MTPConfig(depth=1)}, DraftingEngine, 16),
+        ({"attention": ("full",), "mtp": MTPConfig(depth=1)}, DraftingEngine, 16),
     ],
-    ids=["nsa", "latent", "latent with drafts", "nsa with drafts"],
+    ids=["nsa", "latent", "latent with drafts", "nsa with drafts", "memory with drafts"],
 )
 def test_the_kernels_give_the_tokens_of_the_plain_operations(
     changes: dict[str, Any], kind: type[PagedEngine], page: int
@@ -50,12 +51,13 @@ def test_the_kernels_give_the_tokens_of_the_plain_operations(
     engine = kind(
         model, experts, parts.memory, max_batch=4, max_model_len=MAX_MODEL_LEN, prefill_chunk=32, page=page
     )
-    if page < 64:
+    if engine.pool.recent is not None:
         # Of 62 tokens most have left the window.
         poisoned(engine)
     # Over the end of a page, of a chunk and of a compression block, alone and in company.
     requests = [request_of("short", prompt_of(5), max_tokens=4)]
     requests.append(request_of("long", prompt_of(62, 1), max_tokens=4, temperature=0.0))
+    requests.append(request_of("cut", prompt_of(9, 2), max_tokens=4, top_p=0.8, presence_penalty=0.5))
     for request in requests:
         engine.add(request)
     found = finish(engine)

@@ -24,12 +24,14 @@ from test_serving_paged import REQUESTS, prompt_of
 
 from sparseray.actors.serving.cache_pool import CachePool, Lease
 from sparseray.actors.serving.cache_sizes import CacheSizes, new_pool
+from sparseray.actors.serving.drafting_engine import DraftingEngine
 from sparseray.actors.serving.engine import Ongoing
 from sparseray.actors.serving.paged_engine import PagedEngine
 from sparseray.actors.serving.recent_pages import RecentPages
 from sparseray.actors.serving.speculative_engine import SpeculativeEngine
 from sparseray.actors.serving.text_request import TokenEvent
 from sparseray.kernels.ops import REFERENCE
+from sparseray.kernels.paged import DraftState
 from sparseray.model.attention.nsa import NSAPool
 from sparseray.model.config import DSEConfig, MTPConfig, NSAConfig
 from sparseray.model.paged import PageCounts
@@ -164,15 +166,20 @@ def test_nor_with_drafts_or_after_failures_or_a_move(
     assert told(run(there, moved)) == {r.request_id: wanted[r.request_id][7:] for r in moved}
 
 
-def test_nor_with_drafts_that_the_device_judges_one_step_ahead() -> None:
-    parts = make_parts(REFERENCE, nsa=SIZES["odd"][1], mtp=MTPConfig(depth=1), dse=DSEConfig())
+@pytest.mark.parametrize("worth", [0.0, 1.1], ids=["always", "with rests"])
+@pytest.mark.parametrize("has_memory", [False, True], ids=["tokens alone", "memory"])
+def test_nor_with_drafts_that_the_device_judges_one_step_ahead(has_memory: bool, worth: float) -> None:
+    """With rests the module reads what it has missed, from a window before that on."""
+    keys = {} if has_memory else {"dse": DSEConfig()}
+    parts = make_parts(REFERENCE, nsa=SIZES["odd"][1], mtp=MTPConfig(depth=1), **keys)
     asked = [replace(request, temperature=0.0) for request in LONG]
     wanted = told(run(parts.engine(prefill_chunk=100_000), asked))
     texts = {r.request_id: [*r.prompt_tokens, *wanted[r.request_id]] for r in asked}
     engine = test_serving_drafting.told(parts, texts, test_serving_drafting.AheadEngine, page=16)
+    engine.worth = worth
     poisoned(engine)
     assert told(run(engine, asked)) == wanted
-    assert engine.take_counts().accepted[1] > 100
+    assert engine.take_counts().accepted[1] > (10 if worth else 100)
 
 
 def test_modules_that_lag_behind_draft_what_they_would(sized: tuple[int, Parts]) -> None:
@@ -185,6 +192,31 @@ def test_modules_that_lag_behind_draft_what_they_would(sized: tuple[int, Parts])
         run(engine, LONG[:2])
         found.append(sorted(x for x in engine.drafted if x[1] > len(LONG[1].prompt_tokens)))
     assert found[0] == found[1] and len(found[0]) > 10
+
+
+@pytest.mark.parametrize("worth", [0.0, 1.1], ids=["always", "with rests"])
+@pytest.mark.parametrize("size", SIZES)
+def test_a_module_drafts_on_the_device_what_it_would(size: str, worth: float) -> None:
+    """After steps without drafts it reads what it has missed, from a window before that on."""
+    page, nsa = SIZES[size]
+    sized, found = (page, make_parts(REFERENCE, nsa=nsa, mtp=MTPConfig(depth=1))), []
+    for is_poor in (False, True):
+        engine = (engine_of if is_poor else keeping)(sized, DraftingEngine)
+        assert isinstance(engine, DraftingEngine)
+        engine.worth, model, noted = worth, engine._drafting, dict[tuple[int, int], int]()
+        if is_poor:
+            poisoned(engine)
+
+        def note(*_: Any, state_S: DraftState = model.state_S, noted: Any = noted) -> None:
+            for slot in (1, 2):
+                noted[slot, int(state_S.length_S[slot])] = int(state_S.draft_S[slot])
+
+        model._drafted_anew = note  # type: ignore[method-assign]
+        run(engine, LONG[:2])
+        found.append(noted)
+    # How steps follow one another differs with the chunks of prompts.
+    both = found[0].keys() & found[1].keys()
+    assert [key for key in sorted(both) if found[0][key] != found[1][key]] == [] and len(both) > 5
 
 
 def test_a_prefix_is_shared_only_where_its_recent_pages_are_there(sized: tuple[int, Parts]) -> None:

@@ -11,9 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparseray.kernels.dense.most_probable import first_best, row_tile
+from sparseray.kernels.dense.draw import drawn_token
+from sparseray.kernels.dense.most_probable import row_tile
 from sparseray.kernels.launch import launch_kernel
-from sparseray.kernels.paged import DraftState, Pages
+from sparseray.kernels.paged import DraftDraws, DraftState, Pages
 
 
 @triton.jit
@@ -40,29 +41,43 @@ def _rows_kernel(
 
 
 @triton.jit
+def _token_at(
+    p_logits, i_b, i_n, at, p_temperature, p_min_p, p_numbers, V: tl.constexpr, BV: tl.constexpr, STAGES: tl.constexpr
+):  # fmt: skip
+    """The token of a sequence's row, by one of its numbers."""
+    temperature, min_p = tl.load(p_temperature + i_b), tl.load(p_min_p + i_b)
+    number = tl.load(p_numbers + 4 * i_b + at)
+    return drawn_token(p_logits + (2 * i_b + i_n).to(tl.int64) * V, temperature, min_p, number, V, BV, STAGES)
+
+
+@triton.jit
 def _judge_kernel(
-    p_logits, p_slots, p_draft, p_outcome, p_tokens, V: tl.constexpr, BV: tl.constexpr, STAGES: tl.constexpr
-):
+    p_logits, p_least, p_temperature, p_min_p, p_numbers, p_slots, p_draft, p_length, p_outcome, p_tokens,
+    V: tl.constexpr, BV: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     """One program a row."""
     i_b, i_n = tl.program_id(0), tl.program_id(1)
-    token = first_best(p_logits + (2 * i_b + i_n).to(tl.int64) * V, V, BV, STAGES)
+    slot = tl.load(p_slots + i_b)
+    at = tl.load(p_length + slot) - tl.load(p_least + i_b) + i_n
+    token = _token_at(p_logits, i_b, i_n, at, p_temperature, p_min_p, p_numbers, V, BV, STAGES)
     tl.store(p_outcome + 3 * i_b + i_n, token)
     tl.store(p_tokens + 2 * i_b + i_n, tl.maximum(token, 0))
     if i_n == 0:
-        draft = tl.load(p_draft + tl.load(p_slots + i_b))
-        tl.store(p_outcome + 3 * i_b + 2, (token == draft).to(tl.int32))
+        tl.store(p_outcome + 3 * i_b + 2, (token == tl.load(p_draft + slot)).to(tl.int32))
 
 
 @triton.jit
 def _next_kernel(
-    p_logits, p_slots, p_outcome, p_latest, p_draft, p_length, V: tl.constexpr, BV: tl.constexpr, STAGES: tl.constexpr
+    p_logits, p_least, p_temperature, p_min_p, p_numbers, p_slots, p_outcome, p_latest, p_draft, p_length,
+    V: tl.constexpr, BV: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program a sequence."""
     i_b = tl.program_id(0)
     slot = tl.load(p_slots + i_b)
     accepted = tl.load(p_outcome + 3 * i_b + 2)
-    draft = first_best(p_logits + (2 * i_b + accepted).to(tl.int64) * V, V, BV, STAGES)
     length = tl.load(p_length + slot) + 1 + accepted
+    at = length - tl.load(p_least + i_b)
+    draft = _token_at(p_logits, i_b, accepted, at, p_temperature, p_min_p, p_numbers, V, BV, STAGES)
     tl.store(p_draft + slot, tl.maximum(draft, 0))
     tl.store(p_latest + slot, tl.maximum(tl.load(p_outcome + 3 * i_b + accepted), 0))
     tl.store(p_length + slot, tl.where(slot > 0, length, 0))
@@ -80,18 +95,25 @@ def draft_rows(
 
 
 def judge_drafts(
-    logits_RV: Tensor, state: DraftState, slots_B: Tensor, outcome_B3: Tensor, tokens_R: Tensor
+    logits_RV: Tensor,
+    draws: DraftDraws,
+    state: DraftState,
+    slots_B: Tensor,
+    outcome_B3: Tensor,
+    tokens_R: Tensor,
 ) -> None:
     """As `PagedOps.judge_drafts`, in one launch; the arguments as there, contiguous."""
     launch_kernel(
-        _judge_kernel, (len(slots_B), 2), logits_RV, slots_B, state.draft_S, outcome_B3, tokens_R,
-        **row_tile(logits_RV.shape[1]),
+        _judge_kernel, (len(slots_B), 2), logits_RV, draws.least_B, draws.temperature_B, draws.min_p_B,
+        draws.numbers_B4, slots_B, state.draft_S, state.length_S, outcome_B3, tokens_R, **row_tile(logits_RV.shape[1]),
     )  # fmt: skip
 
 
-def next_drafts(logits_RV: Tensor, outcome_B3: Tensor, state: DraftState, slots_B: Tensor) -> None:
+def next_drafts(
+    logits_RV: Tensor, draws: DraftDraws, outcome_B3: Tensor, state: DraftState, slots_B: Tensor
+) -> None:
     """As `PagedOps.next_drafts`, in one launch; the arguments as there, contiguous."""
     launch_kernel(
-        _next_kernel, (len(slots_B),), logits_RV, slots_B, outcome_B3, state.latest_S, state.draft_S, state.length_S,
-        **row_tile(logits_RV.shape[1]),
+        _next_kernel, (len(slots_B),), logits_RV, draws.least_B, draws.temperature_B, draws.min_p_B, draws.numbers_B4,
+        slots_B, outcome_B3, state.latest_S, state.draft_S, state.length_S, **row_tile(logits_RV.shape[1]),
     )  # fmt: skip

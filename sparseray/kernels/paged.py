@@ -56,8 +56,7 @@ class Pages:
         places_R: integers, where each row's keys and values go: page * P + position in the page.
         chunks: (first row, last row + 1, tokens with the chunk) of every sequence, known to the host; None in what a
             graph holds, where nothing is known to the host.
-        num_new: tokens of every sequence while decoding, whose rows follow one another; more than one not with memory
-            layers.
+        num_new: tokens of every sequence while decoding, whose rows follow one another.
         cu_seqlens: int32 [B + 1], boundaries of the chunks, after the last of which rows are padding; None while
             decoding.
         recent: the same in pools of the newest tokens; None where no layer has one.
@@ -128,6 +127,50 @@ class DraftState:
     length_S: Tensor
 
 
+@dataclass(frozen=True, kw_only=True)
+class Draws:
+    """How tokens are drawn, float64 [R] each.
+
+    Args:
+        temperature_R: 0 for the most probable token.
+        min_p_R: only tokens at least this share as probable as the best one are drawn.
+        number_R: random, in [0, 1).
+    """
+
+    temperature_R: Tensor
+    min_p_R: Tensor
+    number_R: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class DraftDraws:
+    """How the tokens of sequences that draft are drawn, of which the device alone knows how long they are.
+
+    Args:
+        least_B: int32, tokens that a sequence has in pages at least; at most one fewer than it has.
+        temperature_B, min_p_B: float64, as of `Draws`.
+        numbers_B4: float64, of the places `least_B` + 1, + 2, + 3 and + 4 of a sequence.
+    """
+
+    least_B: Tensor
+    temperature_B: Tensor
+    min_p_B: Tensor
+    numbers_B4: Tensor
+
+    def of(self, at_BN: Tensor) -> Draws:
+        """How to draw N tokens of each sequence, one after another.
+
+        Args:
+            at_BN: int64, which of its numbers.
+        """
+        count = at_BN.shape[1]
+        return Draws(
+            temperature_R=self.temperature_B.repeat_interleave(count),
+            min_p_R=self.min_p_B.repeat_interleave(count),
+            number_R=self.numbers_B4.gather(1, at_BN).flatten(),
+        )
+
+
 def write(pool: KeyValues, k_RGD: Tensor, v_RGV: Tensor, places_R: Tensor) -> None:
     """Put the rows' keys and values where they belong."""
     at = places_R.long()
@@ -187,10 +230,18 @@ def convolve(
         x_RH: its inputs.
         fusion: weights.
         history: moved on; while decoding those of all sequences together.
-        pages: which rows are whose.
+        pages: which rows are whose. Where a sequence decodes several tokens, of which some may not stand, its history
+            stays until `settle`.
         starts_R: documents' first tokens; None when nothing resets there.
     """
     out_RH, rows_SLH = torch.zeros_like(x_RH), history.rows_SLH
+    if pages.chunks is None and pages.num_new > 1:
+        shape = pages.num_sequences, pages.num_new
+        count = shape[0] * shape[1]
+        x_BNH = pages.scratch[_unsettled(history)] = x_RH[:count].unflatten(0, shape).contiguous()
+        starts_BN = None if starts_R is None else starts_R[:count].view(shape)
+        out_RH[:count] = conv(x_BNH, fusion, starts_BN, rows_SLH[history.slots_B]).flatten(0, 1)
+        return out_RH
     if pages.chunks is None:
         B, at = pages.num_sequences, history.slots_B
         starts_B1 = None if starts_R is None else starts_R[:B, None]
@@ -211,3 +262,29 @@ def convolve(
             seen = seen * (document == document[-1])[:, None]
         old_LH.copy_(seen[seen.shape[0] - old_LH.shape[0] :])
     return out_RH
+
+
+def _unsettled(history: History) -> tuple[str, int]:
+    """Where `convolve` keeps the inputs of tokens that may not stand."""
+    return "unsettled", history.rows_SLH.data_ptr()
+
+
+def settle(history: History, pages: Pages, starts_R: Tensor | None, accepted_B: Tensor) -> None:
+    """Move histories on by the tokens that stand, of several that each sequence decoded.
+
+    Args:
+        history: as `convolve` was given it.
+        pages: as there.
+        starts_R: as there.
+        accepted_B: integers, tokens that stand beside the first one.
+    """
+    at, rows_SLH, x_BNH = history.slots_B, history.rows_SLH, pages.scratch[_unsettled(history)]
+    reach, accepted_B1 = rows_SLH.shape[1], accepted_B.long()[:, None]
+    seen_BPH = torch.cat([rows_SLH[at], x_BNH.float()], 1)
+    if starts_R is not None:
+        starts_BN = starts_R[: x_BNH.shape[0] * x_BNH.shape[1]].view(x_BNH.shape[:2])
+        document_BP = F.pad(starts_BN.long().cumsum(1), (reach, 0))
+        is_same_BP = document_BP == document_BP.gather(1, reach + accepted_B1)
+        seen_BPH = seen_BPH * is_same_BP[:, :, None]
+    kept_BL = accepted_B1 + 1 + torch.arange(reach, device=at.device)
+    rows_SLH[at] = seen_BPH.gather(1, kept_BL[:, :, None].expand(-1, -1, seen_BPH.shape[2]))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sparseray.kernels.dse.reference import Fusion
 from sparseray.kernels.nsa.reference import Compression
-from sparseray.kernels.paged import DraftState, History, KeyValues, Pages
+from sparseray.kernels.paged import DraftDraws, DraftState, Draws, History, KeyValues, Pages
 from sparseray.kernels.settings import NSASizes
 
 
@@ -195,6 +195,15 @@ class PagedOps(Protocol):
         """Tokens, int64 [R], the first of equal ones; `NO_TOKEN` where the largest logit is no finite number."""
         ...
 
+    def draw(self, logits_RV: Tensor, draws: Draws) -> Tensor:
+        """A token of each row, int64 [R]: the one in whose part of [0, 1) its number lies, tokens in order of their ids.
+
+        Args:
+            logits_RV: of the model.
+            draws: `most_probable` where the temperature is 0; elsewhere `NO_TOKEN` unless all logits are finite.
+        """
+        ...
+
     def draft_rows(
         self,
         state: DraftState,
@@ -216,12 +225,19 @@ class PagedOps(Protocol):
         ...
 
     def judge_drafts(
-        self, logits_RV: Tensor, state: DraftState, slots_B: Tensor, outcome_B3: Tensor, tokens_R: Tensor
+        self,
+        logits_RV: Tensor,
+        draws: DraftDraws,
+        state: DraftState,
+        slots_B: Tensor,
+        outcome_B3: Tensor,
+        tokens_R: Tensor,
     ) -> None:
-        """Find the most probable token after each of the rows, and whether it is the draft.
+        """`draw` the token after each of the rows, and see whether the first is the draft.
 
         Args:
             logits_RV: of two rows of each sequence.
+            draws: of the sequences.
             state, slots_B: as of `draft_rows`.
             outcome_B3: int32, written: the token after the newest one and that after the draft, `NO_TOKEN` where
                 logits are not finite, and whether the draft stands.
@@ -229,11 +245,14 @@ class PagedOps(Protocol):
         """
         ...
 
-    def next_drafts(self, logits_RV: Tensor, outcome_B3: Tensor, state: DraftState, slots_B: Tensor) -> None:
-        """Move the slots on by one token or two, and draft again.
+    def next_drafts(
+        self, logits_RV: Tensor, draws: DraftDraws, outcome_B3: Tensor, state: DraftState, slots_B: Tensor
+    ) -> None:
+        """Move the slots on by one token or two, and draft again: `draw`, by the number of the drafted token's place.
 
         Args:
             logits_RV: of the module that drafts, of two rows of each sequence; the second counts where the draft stood.
+            draws: as of `judge_drafts`.
             outcome_B3: of `judge_drafts`.
             state: written.
             slots_B: of the sequences; slot 0 stays at no tokens.

@@ -16,7 +16,7 @@ from torch import Tensor
 from sparseray.kernels import paged
 from sparseray.kernels.dse.reference import Fusion
 from sparseray.kernels.nsa.reference import BranchKeys, Compression
-from sparseray.kernels.paged import NO_TOKEN, DraftState, History, KeyValues, Pages
+from sparseray.kernels.paged import NO_TOKEN, DraftDraws, DraftState, Draws, History, KeyValues, Pages
 from sparseray.kernels.plain_ops import PlainOps
 from sparseray.kernels.settings import NSASizes
 
@@ -176,6 +176,18 @@ class PagedPlainOps(PlainOps):
         best_R, token_R = logits_RV.max(-1)
         return torch.where(best_R.isfinite(), token_R, NO_TOKEN)
 
+    def draw(self, logits_RV: Tensor, draws: Draws) -> Tensor:
+        scores_RV = logits_RV.double()
+        best_R, token_R = scores_RV.max(-1)
+        is_drawn_R = draws.temperature_R > 0
+        divisor_R = torch.where(is_drawn_R, draws.temperature_R, 1.0)
+        weights_RV = torch.exp((scores_RV - best_R[:, None]) / divisor_R[:, None])
+        total_RV = weights_RV.masked_fill(weights_RV < draws.min_p_R[:, None], 0.0).cumsum(-1)
+        wanted_R1 = draws.number_R[:, None] * total_RV[:, -1:]
+        drawn_R = torch.searchsorted(total_RV, wanted_R1, right=True)[:, 0].clamp(max=scores_RV.shape[1] - 1)
+        is_right_R = torch.where(is_drawn_R, scores_RV.isfinite().all(-1), best_R.isfinite())
+        return torch.where(is_right_R, torch.where(is_drawn_R, drawn_R, token_R), NO_TOKEN)
+
     def draft_rows(
         self,
         state: DraftState,
@@ -196,21 +208,31 @@ class PagedPlainOps(PlainOps):
         positions_R[:count] = positions_BN.flatten()
 
     def judge_drafts(
-        self, logits_RV: Tensor, state: DraftState, slots_B: Tensor, outcome_B3: Tensor, tokens_R: Tensor
+        self,
+        logits_RV: Tensor,
+        draws: DraftDraws,
+        state: DraftState,
+        slots_B: Tensor,
+        outcome_B3: Tensor,
+        tokens_R: Tensor,
     ) -> None:
-        found_R = self.most_probable(logits_RV).int()
+        at_B = (state.length_S[slots_B] - draws.least_B).long()
+        found_R = self.draw(logits_RV, draws.of(torch.stack([at_B, at_B + 1], 1))).int()
         outcome_B3[:, :2] = found_R.view(-1, 2)
         outcome_B3[:, 2] = outcome_B3[:, 0] == state.draft_S[slots_B]
         tokens_R[: len(found_R)] = found_R.clamp_min(0)
 
-    def next_drafts(self, logits_RV: Tensor, outcome_B3: Tensor, state: DraftState, slots_B: Tensor) -> None:
+    def next_drafts(
+        self, logits_RV: Tensor, draws: DraftDraws, outcome_B3: Tensor, state: DraftState, slots_B: Tensor
+    ) -> None:
         first_B, second_B, accepted_B = outcome_B3.unbind(1)
-        draft_BN = logits_RV.argmax(-1).view(-1, 2)
         at_B, stands_B = slots_B.long(), accepted_B > 0
-        length_B = torch.where(slots_B > 0, state.length_S[slots_B] + 1 + accepted_B, 0)
+        length_B = state.length_S[slots_B] + 1 + accepted_B
+        rows_BV = torch.where(stands_B[:, None], logits_RV[1::2], logits_RV[::2])
+        draft_B = self.draw(rows_BV, draws.of((length_B - draws.least_B).long()[:, None]))
         for values_S, value_B in (
             (state.latest_S, torch.where(stands_B, second_B, first_B).clamp_min(0)),
-            (state.draft_S, torch.where(stands_B, draft_BN[:, 1], draft_BN[:, 0])),
-            (state.length_S, length_B),
+            (state.draft_S, draft_B.clamp_min(0)),
+            (state.length_S, torch.where(slots_B > 0, length_B, 0)),
         ):
             values_S.index_copy_(0, at_B, value_B.int())

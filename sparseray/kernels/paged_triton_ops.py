@@ -23,6 +23,7 @@ from sparseray.kernels.attention.paged_write import (
 )
 from sparseray.kernels.attention.prefill import paged_prefill
 from sparseray.kernels.attention.recent_pages import recent_pages
+from sparseray.kernels.dense.draw import draw
 from sparseray.kernels.dense.most_probable import most_probable
 from sparseray.kernels.drafts import draft_rows, judge_drafts, next_drafts
 from sparseray.kernels.nsa.append import append_rows, write_rows
@@ -75,6 +76,7 @@ class PagedTritonOps(PagedPlainOps):
     expands_latents = True
 
     most_probable = staticmethod(most_probable)
+    draw = staticmethod(draw)
     draft_rows = staticmethod(draft_rows)
     judge_drafts = staticmethod(judge_drafts)
     next_drafts = staticmethod(next_drafts)

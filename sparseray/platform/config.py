@@ -151,8 +151,8 @@ class ServeConfig:
         cache_gib: GiB of the caches' pages; 0 for 0.8 of what the weights leave on a GPU, and on a CPU for what
             `max_batch` of the longest requests need.
         dtype: of weights and caches on a GPU; a CPU serves in float32.
-        speculate: "mtp": draft tokens with the model's own modules (`model.mtp`) and judge them together; a CPU's texts
-            are the same, a GPU drafts for greedy requests. "none" does not load the modules.
+        speculate: "mtp": draft tokens with the model's own modules (`model.mtp`) and judge them together; the texts
+            are the same. "none" does not load the modules.
         max_waiting: requests that may wait beside those in the batches, before new ones get 429.
         drain_s: seconds that open requests get at a stop.
         follow_every: steps of a followed run (`serve --run`) between two versions of the weights; 0 for only those that

@@ -357,16 +357,10 @@ def check_drafting(config: RunConfig) -> None:
     Raises:
         ConfigError: it cannot.
     """
-    is_cpu = config.cluster.device == "cpu"
-    if is_cpu and config.kernels != "auto":
+    if config.cluster.device == "cpu" and config.kernels != "auto":
         raise ConfigError(
             "serve.speculate=mtp: on a CPU drafts are judged by its compiled operations alone, not with kernels="
             f"{config.kernels}; leave it at none, or set kernels=auto"
-        )
-    if not is_cpu and config.model.dse.layers:
-        raise ConfigError(
-            "serve.speculate=mtp: a GPU does not draft for a model with memory layers (model.dse.layers="
-            f"{list(config.model.dse.layers)}); leave it at none, or set cluster.device=cpu"
         )
 
 

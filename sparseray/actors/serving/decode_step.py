@@ -32,23 +32,23 @@ FIELDS = ("token", "position", "context", "place", "slot", "start")
 
 
 @cache
-def _copying(device: torch.device) -> torch.cuda.Stream:
+def copying(device: torch.device) -> torch.cuda.Stream:
     """The stream of table rows on their way."""
     return torch.cuda.Stream(device)
 
 
 @contextmanager
-def _beside(device: torch.device) -> Iterator[None]:
+def beside(device: torch.device) -> Iterator[None]:
     """What is launched within does not wait for what was launched before; what comes after waits for it."""
     if device.type != "cuda":
         yield
         return
     try:
-        with torch.cuda.stream(_copying(device)):
+        with torch.cuda.stream(copying(device)):
             yield
     finally:
         # Even if it failed: a plan that came meanwhile was entered within.
-        torch.cuda.current_stream(device).wait_stream(_copying(device))
+        torch.cuda.current_stream(device).wait_stream(copying(device))
 
 
 class DecodeStep:
@@ -134,7 +134,11 @@ class DecodeStep:
             fetched=fetched,
             starts_1R=inputs[5].bool()[None] if resets(self.layout) else None,
         )
+        self._computed(hidden_RH)
         return self.model.logits(hidden_RH)
+
+    def _computed(self, hidden_RH: Tensor) -> None:
+        """Hidden states are there, for whoever needs them later."""
 
     def capture(self, experts: Experts, pool: Any) -> None:
         """Make the graphs.
@@ -163,7 +167,7 @@ class DecodeStep:
         rows_come = partial(self._rows_come, chunks, memory, learn)
         if self._values and self.device.type == "cuda":
             # The last step may still be reading the rows that are written over.
-            _copying(self.device).wait_stream(torch.cuda.current_stream(self.device))
+            copying(self.device).wait_stream(torch.cuda.current_stream(self.device))
         self._stage(chunks)
         if not self.graphs:
             return self._run(experts, rows_come)[:count]
@@ -200,7 +204,7 @@ class DecodeStep:
         known_BP = looked_back(chunks, self.layout)
         learn()
         addresses = newest_rows(chunks, known_BP, self.layout)
-        with _beside(self.device):
+        with beside(self.device):
             fetched = memory.prefetch(addresses)
             for layer, values in self._values.items():
                 values[: len(chunks)].copy_(fetched(layer), non_blocking=True)

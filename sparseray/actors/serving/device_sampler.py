@@ -1,8 +1,8 @@
 """The sampler on the model's device: the same choices as sampler.py, for many requests at once.
 
 A row's token follows from its own logits, request, seed and position: rows that cut their tail are sorted, the
-others are not, whatever else is in the batch. The random numbers are those of `sampler.uniform`, computed for all
-rows together while the device is busy with the logits. Grammars, lists of allowed tokens, forbidden words and log
+others are drawn by one operation, whatever else is in the batch. The random numbers are those of `sampler.uniform`,
+computed for all rows together while the device is busy with the logits. Grammars, lists of allowed tokens, forbidden words and log
 probabilities stay with the sampler on the host.
 
 Shapes: R rows, V vocabulary.
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sparseray.actors.serving.text_request import GenerationRequest
 from sparseray.kernels.ops import REFERENCE
-from sparseray.kernels.paged import NO_TOKEN
+from sparseray.kernels.paged import NO_TOKEN, Draws
 from sparseray.kernels.paged_ops import PagedOps
 from sparseray.kernels.philox import philox
 
@@ -110,11 +110,35 @@ def _adjust(
     scores_RV[row_N, at_N] = score_N
 
 
+def is_sorted(request: GenerationRequest, vocab: int) -> bool:
+    """Whether the tail of a request's distribution is cut, which needs its tokens in order of their probability.
+
+    Args:
+        request: whose top_p and top_k count.
+        vocab: tokens of the model.
+    """
+    return request.temperature > 0.0 and (request.top_p < 1.0 or 0 < request.top_k < vocab)
+
+
+def numbers_of(requests: Sequence[GenerationRequest], positions: Sequence[int]) -> Tensor:
+    """The random numbers of some places, float64 [R] on the host; 0 where nothing is drawn.
+
+    Args:
+        requests: one for each place.
+        positions: of the new tokens in their sequences, prompts included.
+    """
+    found = np.zeros(len(requests))
+    drawn = [row for row, request in enumerate(requests) if request.temperature > 0.0]
+    if drawn:
+        found[drawn] = uniforms([requests[row].seed for row in drawn], [positions[row] for row in drawn])
+    return torch.from_numpy(found)
+
+
 def sample_rows(
     logits_RV: Tensor,
     requests: Sequence[GenerationRequest],
     tokens: Sequence[Sequence[int]],
-    positions: Sequence[int],
+    numbers_R: Tensor,
     ops: PagedOps = REFERENCE,
 ) -> Tensor:
     """Choose the next token of every row, without waiting for the device.
@@ -123,53 +147,74 @@ def sample_rows(
         logits_RV: of the model.
         requests: that `fits`.
         tokens: of each request, its prompt and what was added.
-        positions: of the new tokens in their sequences, prompts included.
-        ops: finds the most probable tokens.
+        numbers_R: float64, of `numbers_of`; on the host or on the device.
+        ops: finds the most probable tokens, and draws.
 
     Returns:
         int64 [R] on the device; `FAILED` where the logits are not finite.
     """
-    if all(r.temperature == 0.0 and not is_adjusted(r, t) for r, t in zip(requests, tokens)):
+    vocab, device = logits_RV.shape[1], logits_RV.device
+    is_changed = [is_adjusted(request, known) for request, known in zip(requests, tokens)]
+    if all(r.temperature == 0.0 for r in requests) and not any(is_changed):
         return ops.most_probable(logits_RV)
-    scores_RV = logits_RV.double()
+    settings = torch.tensor(
+        [[r.temperature for r in requests], [r.min_p for r in requests]], dtype=torch.float64
+    )
+    temperature_R, min_p_R = settings.to(device, non_blocking=True)
+    draws = Draws(
+        temperature_R=temperature_R, min_p_R=min_p_R, number_R=numbers_R.to(device, non_blocking=True)
+    )
+    others = [row for row, r in enumerate(requests) if is_changed[row] or is_sorted(r, vocab)]
+    if not others:
+        return ops.draw(logits_RV, draws)
+    at_N = torch.tensor(others).to(device, non_blocking=True)
+    own = Draws(temperature_R=temperature_R[at_N], min_p_R=min_p_R[at_N], number_R=draws.number_R[at_N])
+    chosen, known = [requests[row] for row in others], [tokens[row] for row in others]
+    found_N = _sample_others(logits_RV[at_N].double(), chosen, known, own)
+    if len(others) == len(requests):
+        return found_N
+    return ops.draw(logits_RV, draws).index_copy(0, at_N, found_N)
+
+
+def _sample_others(
+    scores_RV: Tensor,
+    requests: Sequence[GenerationRequest],
+    tokens: Sequence[Sequence[int]],
+    draws: Draws,
+) -> Tensor:
+    """Tokens of rows whose logits are changed first, or whose tail is cut."""
     is_finite_R = scores_RV.isfinite().all(-1)
     _adjust(scores_RV, requests, tokens)
-    best_R, token_R = scores_RV.max(-1)
-    drawn = [row for row, request in enumerate(requests) if request.temperature > 0.0]
-    cut = [row for row in drawn if requests[row].top_p < 1.0 or 0 < requests[row].top_k < scores_RV.shape[1]]
-    for rows, is_cut in ((cut, True), (sorted(set(drawn) - set(cut)), False)):
-        if rows:
-            at_R = torch.tensor(rows).to(scores_RV.device, non_blocking=True)
-            chosen = [requests[row] for row in rows]
-            numbers = uniforms([r.seed for r in chosen], [positions[row] for row in rows])
-            token_R[at_R] = _draw(scores_RV[at_R], best_R[at_R, None], chosen, numbers, is_cut=is_cut)
+    cut = [row for row, request in enumerate(requests) if is_sorted(request, scores_RV.shape[1])]
+    # What is barred is minus infinity now, which `draw` takes for damage.
+    token_R = REFERENCE.draw(scores_RV.clamp_min(torch.finfo(torch.float64).min), draws)
+    if cut:
+        at_N = torch.tensor(cut).to(scores_RV.device, non_blocking=True)
+        own = Draws(
+            temperature_R=draws.temperature_R[at_N],
+            min_p_R=draws.min_p_R[at_N],
+            number_R=draws.number_R[at_N],
+        )
+        token_R = token_R.index_copy(
+            0, at_N, _draw_sorted(scores_RV[at_N], [requests[row] for row in cut], own)
+        )
     return torch.where(is_finite_R, token_R, FAILED)
 
 
-def _draw(
-    scores_RV: Tensor,
-    best_R1: Tensor,
-    requests: Sequence[GenerationRequest],
-    numbers_R: NDArray[np.float64],
-    *,
-    is_cut: bool,
-) -> Tensor:
-    """Draw a token for every row by its number in [0, 1), as `sampler.sample` does."""
+def _draw_sorted(scores_RV: Tensor, requests: Sequence[GenerationRequest], draws: Draws) -> Tensor:
+    """Draw a token for every row from those that top_k and top_p leave, the most probable ones first."""
     V = scores_RV.shape[1]
-    settings = [[r.temperature for r in requests], [r.min_p for r in requests]]
-    settings += [[r.top_p for r in requests], [float(r.top_k or V) for r in requests], numbers_R.tolist()]
-    values = torch.tensor(settings, dtype=torch.float64).to(scores_RV.device, non_blocking=True)
-    temperature, min_p, top_p, top_k, number = values[:, :, None]
-    weights_RV = torch.exp((scores_RV - best_R1) / temperature)
-    weights_RV = weights_RV.masked_fill(weights_RV < min_p, 0.0)
-    order_RV = None
-    if is_cut:
-        weights_RV, order_RV = weights_RV.sort(dim=-1, descending=True, stable=True)
-        weights_RV = weights_RV.masked_fill(torch.arange(V, device=values.device) >= top_k, 0.0)
+    settings = torch.tensor(
+        [[r.top_p for r in requests], [float(r.top_k or V) for r in requests]], dtype=torch.float64
+    )
+    top_p, top_k = settings.to(scores_RV.device, non_blocking=True)[:, :, None]
+    best_R1 = scores_RV.max(-1, keepdim=True).values
+    weights_RV = torch.exp((scores_RV - best_R1) / draws.temperature_R[:, None])
+    weights_RV = weights_RV.masked_fill(weights_RV < draws.min_p_R[:, None], 0.0)
+    weights_RV, order_RV = weights_RV.sort(dim=-1, descending=True, stable=True)
+    weights_RV = weights_RV.masked_fill(torch.arange(V, device=scores_RV.device) >= top_k, 0.0)
     total_RV = weights_RV.cumsum(-1)
-    last_R1 = total_RV[:, -1:]
-    if is_cut:
-        kept_R1 = torch.searchsorted(total_RV, top_p * last_R1).clamp(max=V - 1)
-        last_R1 = total_RV.gather(1, kept_R1)
-    drawn_R1 = torch.searchsorted(total_RV, number * last_R1, right=True).clamp(max=V - 1)
-    return (drawn_R1 if order_RV is None else order_RV.gather(1, drawn_R1))[:, 0]
+    kept_R1 = torch.searchsorted(total_RV, top_p * total_RV[:, -1:]).clamp(max=V - 1)
+    wanted_R1 = draws.number_R[:, None] * total_RV.gather(1, kept_R1)
+    drawn_R1 = torch.searchsorted(total_RV, wanted_R1, right=True).clamp(max=V - 1)
+    return order_RV.gather(1, drawn_R1)[:, 0]

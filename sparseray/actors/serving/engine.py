@@ -34,6 +34,9 @@ if TYPE_CHECKING:  # llguidance is loaded by who serves, not by who trains
 
 logger = get_logger(__name__)
 
+REST, RECENT = 16, 0.1
+"""Steps without drafts where few are accepted, and the weight of a step's drafts in the share that is accepted lately."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class EngineStats:

@@ -19,7 +19,7 @@ from torch import Tensor
 from sparseray.actors.serving.cache_pool import Lease, page_keys
 from sparseray.actors.serving.cache_sizes import CacheSizes, new_pool, page_of
 from sparseray.actors.serving.chunks import Chunk
-from sparseray.actors.serving.device_sampler import FAILED, fits, is_adjusted, sample_rows
+from sparseray.actors.serving.device_sampler import FAILED, fits, is_adjusted, numbers_of, sample_rows
 from sparseray.actors.serving.engine import Engine, Ongoing
 from sparseray.actors.serving.paged_model import PagedModel
 from sparseray.actors.serving.text_request import GenerationRequest, TokenEvent
@@ -141,7 +141,7 @@ class PagedEngine(Engine):
         self._taken = []
         batch: list[Ongoing] = []
         try:
-            if self._flight is not None and not self._flight.may_be_overtaken:
+            if self._flight is not None and not self._may_overtake(self._flight):
                 self._learn()
             self._admit()
             batch = self._select()
@@ -159,6 +159,10 @@ class PagedEngine(Engine):
             self._failed = [*events, *(self._event(found) for found in self._taken), *self._failed]
             raise
         return events + [self._event(found) for found in self._taken]
+
+    def _may_overtake(self, flight: Flight) -> bool:
+        """Whether the next step can start before the tokens of the one under way are taken."""
+        return flight.may_be_overtaken
 
     def _learn(self) -> None:
         """Take the tokens of the step that is under way, unless they are taken: as late as something needs them."""
@@ -222,22 +226,22 @@ class PagedEngine(Engine):
         return found
 
     def _hold_recent(self, batch: list[Ongoing]) -> None:
-        """Take the recent pages back that nothing reads any more, and give those that the batch writes.
-
-        Of tokens that were not told, a step that fails may compute some again; and a draft may follow the newest one.
-        """
+        """Take the recent pages back that nothing reads any more, and give those that the batch writes, drafts too."""
         if self.pool.recent is None:
             return
         for sequence in self._running:
-            lease, unread_TH = self._lease(sequence), sequence.unread_TH
-            lag = sequence.pending + (0 if unread_TH is None else len(unread_TH))
-            self.pool.trim(lease, lease.length - lag)
+            lease = self._lease(sequence)
+            self.pool.trim(lease, lease.length - self._lag(sequence))
         for sequence in batch:
             lease, more = self._lease(sequence), max(2, 1 + len(sequence.drafts))
             if sequence.in_prompt:
                 more = len(sequence.next_chunk(self.prefill_chunk))
             self.pool.extend(lease, lease.length + sequence.pending + more)
         self.paged.place_recent(self.pool.recent.take_moved())
+
+    def _lag(self, sequence: Ongoing) -> int:
+        """Newest tokens of a request that may be computed again, or that modules have still to read."""
+        return sequence.pending + (0 if sequence.unread_TH is None else len(sequence.unread_TH))
 
     @staticmethod
     def _lease(sequence: Ongoing) -> Lease:
@@ -310,8 +314,9 @@ class PagedEngine(Engine):
                 rows_RV = logits_RV if not there else _pick(logits_RV, here)
                 chosen = [ready[i] for i in here]
                 known = [s.tokens for s in chosen]
-                positions = [len(s.tokens) + s.pending for s in chosen]
-                found = sample_rows(rows_RV, [s.request for s in chosen], known, positions, self.model.ops)
+                requests = [s.request for s in chosen]
+                numbers_R = numbers_of(requests, [len(s.tokens) + s.pending for s in chosen])
+                found = sample_rows(rows_RV, requests, known, numbers_R, self.model.ops)
                 tokens = to_host(found)
                 self.paged.keep(found, [s.lease for s in chosen if s.lease is not None])
                 for sequence in chosen:

@@ -22,14 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparseray.actors.serving.device_sampler import fits, sample_rows
-from sparseray.actors.serving.engine import Ongoing
+from sparseray.actors.serving.device_sampler import fits, numbers_of, sample_rows
+from sparseray.actors.serving.engine import RECENT, REST, Ongoing
 from sparseray.actors.serving.paged_engine import PagedEngine
 from sparseray.actors.serving.text_request import TokenEvent
 from sparseray.errors import ConfigError
-
-REST, RECENT = 16, 0.1
-"""Steps without drafts, and the weight of a step's drafts in the share that is accepted lately."""
 
 
 class SpeculativeEngine(PagedEngine):
@@ -143,7 +140,8 @@ class SpeculativeEngine(PagedEngine):
             for place in range(1 + len(s.drafts)):
                 requests.append(s.request)
                 known.append([*s.tokens, *s.drafts[:place]])
-        return [int(t) for t in sample_rows(logits_RV, requests, known, [len(tokens) for tokens in known])]
+        numbers_R = numbers_of(requests, [len(tokens) for tokens in known])
+        return [int(t) for t in sample_rows(logits_RV, requests, known, numbers_R)]
 
     def _judge(
         self,
@@ -222,10 +220,9 @@ class SpeculativeEngine(PagedEngine):
         """Append to what is known of each request the token that its hidden state [1, H] predicts."""
         logits_RV = self.model.logits(torch.cat([h for _, h in newest]))
         tokens = [known[id(s)] for s, _ in newest]
-        places = [len(found) for found in tokens]
-        for found, token in zip(
-            tokens, sample_rows(logits_RV, [s.request for s, _ in newest], tokens, places)
-        ):
+        requests = [s.request for s, _ in newest]
+        numbers_R = numbers_of(requests, [len(found) for found in tokens])
+        for found, token in zip(tokens, sample_rows(logits_RV, requests, tokens, numbers_R)):
             # Of logits that are not finite any draft will do: the network has the last word.
             found.append(max(int(token), 0))
 
