@@ -24,14 +24,13 @@ def temporary() -> Iterator[Path]:
     [
         ("peers", ["forward:20:raise", "backward:15:stop", "commit:4:raise"]),
         # While the others are in a collective with it or about to be.
-        ("collective", ["forward:20:kill", "sums:4:kill", "backward:15:stop"]),
         pytest.param(
             "collective",
             ["forward:40:kill", "backward:30:kill", "sums:8:kill", "commit:8:kill", "backward:30:stop"],
             marks=pytest.mark.long,
         ),
     ],
-    ids=["peers", "collective", "collective at every moment"],
+    ids=["peers", "collective"],
 )
 def test_processes_that_stand_still_lose_their_device_or_are_killed_change_no_bit(
     exchange: str, faults: list[str], corpus: Path, tmp_path: Path, temporary: Path
@@ -58,6 +57,7 @@ def test_processes_that_are_killed_while_state_moves_change_no_bit(
         assert story.pulled()["mapped"] > 0 and story.pulled()["message"] == 0
 
 
+@pytest.mark.long
 def test_processes_come_and_go_and_state_moves_through_memory(
     corpus: Path, tmp_path: Path, temporary: Path
 ) -> None:

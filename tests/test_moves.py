@@ -290,10 +290,18 @@ def check(found: Trained, one: Trained) -> None:
 
 
 WIDER = {1: 2, 3: 4, 5: 3, 7: 2}
+LATE = Faults(repeat=0.2, delay=0.2, seed=1)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("faults", [None, Faults(repeat=0.2, delay=0.2, seed=1)], ids=["calm", "late"])
+@pytest.mark.parametrize(
+    ("faults", "dtype"),
+    [
+        pytest.param(None, "float32", id="calm-float32"),
+        pytest.param(None, "bfloat16", id="calm-bfloat16", marks=pytest.mark.long),
+        pytest.param(LATE, "float32", id="late-float32", marks=pytest.mark.long),
+        pytest.param(LATE, "bfloat16", id="late-bfloat16"),
+    ],
+)
 def test_resizes_move_state_through_memory_and_change_no_bit(
     faults: Faults | None,
     dtype: str,
@@ -309,7 +317,7 @@ def test_resizes_move_state_through_memory_and_change_no_bit(
     assert paths["mapped"] > 500_000 and not paths["message"]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.long)])
 def test_resizes_over_several_hosts_move_state_by_message_and_change_no_bit(
     dtype: str,
     corpus: Path,
@@ -338,9 +346,15 @@ class KillInMove:
                 fleet.kill(self.victim)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.long)])
 @pytest.mark.parametrize(
-    ("kind", "of"), [("chunk", "sender"), ("pull_on", "sender"), ("pull_on", "receiver"), ("pull", "sender")]
+    ("kind", "of"),
+    [
+        ("chunk", "sender"),
+        ("pull_on", "receiver"),
+        pytest.param("pull_on", "sender", marks=pytest.mark.long),
+        pytest.param("pull", "sender", marks=pytest.mark.long),
+    ],
 )
 def test_a_source_or_a_puller_that_is_killed_in_a_move_changes_no_bit(
     kind: str, of: str, dtype: str, corpus: Path, one: dict[str, Trained], tmp_path: Path

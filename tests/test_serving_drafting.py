@@ -50,7 +50,13 @@ KINDS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=list(KINDS))
+LONG = ("memory in the first layer",)
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(kind, marks=[pytest.mark.long] if kind in LONG else []) for kind in KINDS],
+)
 def parts(request: pytest.FixtureRequest) -> Parts:
     changes = {"ops": REFERENCE, "mtp": MTPConfig(depth=1), "dse": DSEConfig(), **KINDS[request.param]}
     return with_convolutions(make_parts(**changes))
@@ -214,7 +220,7 @@ def test_steps_that_start_ahead_of_the_host_change_no_text(
     assert sum(e.accepted for events in found.values() for e in events) > 4 * len(names)
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.long)])
 def test_texts_are_the_same_in_any_company(parts: Parts, seed: int) -> None:
     """Requests of random settings that come at random; few are accepted, so drafting pauses and begins again."""
     source = random.Random(seed)

@@ -105,7 +105,7 @@ def pauses(found: Trained, kind: str) -> list[dict[str, Any]]:
     return [event for event in found.folder.event_lines() if event["kind"] == kind]
 
 
-@pytest.mark.parametrize("replication", [1, 2])
+@pytest.mark.parametrize("replication", [2, pytest.param(1, marks=pytest.mark.long)])
 def test_memory_and_experts_move_in_stages_while_training_goes_on(
     replication: int, corpus: Path, undisturbed: Trained, tmp_path: Path
 ) -> None:
@@ -137,7 +137,7 @@ def old_holder(plan: Plan) -> int:
     return plan.memory_primaries[0]
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [2, *(pytest.param(stage, marks=pytest.mark.long) for stage in (1, 3))])
 @pytest.mark.parametrize("victim", [new_holder, old_holder])
 def test_a_kill_in_any_stage_changes_no_bit_and_loses_no_step(
     victim: Callable[[Plan], int],
@@ -156,7 +156,7 @@ def test_a_kill_in_any_stage_changes_no_bit_and_loses_no_step(
     assert all(len(holders) >= 2 for holders in holdings(watched.plans[-1]).values())
 
 
-@pytest.mark.parametrize("victim", [2, 3])
+@pytest.mark.parametrize("victim", [2, pytest.param(3, marks=pytest.mark.long)])
 def test_a_slot_that_dies_while_a_stage_moves_changes_no_bit(
     victim: int, corpus: Path, undisturbed: Trained, tmp_path: Path, entered: list[tuple[int, int]]
 ) -> None:
@@ -170,8 +170,14 @@ def test_a_slot_that_dies_while_a_stage_moves_changes_no_bit(
     assert found.events.count("lost") == 1
 
 
-@pytest.mark.parametrize("standby", [0, 1])
-@pytest.mark.parametrize("victim", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("victim", "standby"),
+    [
+        (0, 1),
+        (1, 0),
+        *(pytest.param(*which, marks=pytest.mark.long) for which in ((0, 0), (1, 1), (2, 0), (2, 1))),
+    ],
+)
 def test_replicas_that_were_lost_come_again_in_stages(
     victim: int,
     standby: int,
@@ -191,7 +197,7 @@ def test_replicas_that_were_lost_come_again_in_stages(
     assert watched.settled[-1] and not watched.settled[5]
 
 
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("stage", [3, pytest.param(1, marks=pytest.mark.long)])
 def test_a_wish_that_is_taken_back_half_way_leaves_nothing_behind(
     stage: int, corpus: Path, undisturbed: Trained, tmp_path: Path
 ) -> None:

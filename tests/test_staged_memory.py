@@ -11,6 +11,7 @@ from test_state_memory import model_of
 from sparseray.actors.state import staged_memory
 from sparseray.actors.state.kept_rows import KeptRows
 from sparseray.actors.state.memory import MemoryShard
+from sparseray.actors.state.reading import Reading
 from sparseray.actors.state.staged_memory import StagedMemory
 from sparseray.kernels.dse.cpu import segment_sum_rows
 from sparseray.kernels.ops import ops_for
@@ -120,7 +121,7 @@ def test_copies_that_are_made_while_rows_change_are_those_of_their_beginning(row
     def copy(number: int, bucket: int) -> None:
         live = shard.tensors([(0, bucket)])
         room = {name: torch.empty_like(tensor) for name, tensor in live.items()}
-        begun[number][0].copy(live, room)
+        begun[number][0].copy(live, room, Reading())
         copies[number] |= room
 
     for step in range(1, 8):
