@@ -237,6 +237,23 @@ def test_a_prefix_is_shared_only_where_its_recent_pages_are_there(sized: tuple[i
     assert computed[0] == computed[2] == len(prefix) + 9 and computed[3] == page + 9
 
 
+@pytest.mark.parametrize(("block", "shared"), [(32, 80), (16, 96), (8, 104)])
+def test_blocks_over_several_pages_leave_a_shared_prefix_as_it_was(block: int, shared: int) -> None:
+    """A block that begins on a shared page and ends on a later one is another one for each who shares the page."""
+    nsa = NSAConfig(block=block, stride=8, select_block=32, num_selected=3, window=21)
+    parts = make_parts(nsa=nsa, attention=("nsa",), dse=DSEConfig())
+    asked = [request_of(str(i), prompt_of(104) + prompt_of(40, i), max_tokens=40, seed=i) for i in range(3)]
+    alone = {r.request_id: told(run(engine_of((8, parts)), [r]))[r.request_id] for r in asked}
+    engine, together = engine_of((8, parts)), dict[str, list[int]]()
+    for i in range(400):
+        # Each comes while those before it still decode.
+        if i % 10 == 0 and i < 10 * len(asked):
+            engine.add(asked[i // 10])
+        for event in engine.step():
+            together.setdefault(event.request_id, []).append(event.token_id)
+    assert together == alone and engine.pool.shared_tokens == 2 * shared
+
+
 def test_requests_that_wait_for_pages_come_in_their_order_whatever_their_recent_ones(
     sized: tuple[int, Parts],
 ) -> None:

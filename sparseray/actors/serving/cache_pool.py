@@ -74,8 +74,8 @@ class CachePool:
         page: tokens of a page.
         num_slots: requests at a time.
         keeps_state: a prefix is shared only where the engine stored a state with its end.
-        overlaps: what a page keeps depends on the next page too (blocks of NSA's compression reach over its end), so
-            of the pages that are known, the last is computed again.
+        overlap: pages after a page that what it keeps depends on too (blocks of NSA's compression reach over its end), so
+            of the pages that are known, so many are computed again.
         num_recent: recent pages, with page 0.
         reach: tokens before a row that are read of recent pages; 0: there are none.
 
@@ -90,7 +90,7 @@ class CachePool:
         num_slots: int,
         *,
         keeps_state: bool = False,
-        overlaps: bool = False,
+        overlap: int = 0,
         num_recent: int = 0,
         reach: int = 0,
     ) -> None:
@@ -100,7 +100,7 @@ class CachePool:
                 " smaller model"
             )
         self.num_pages, self.page = num_pages, page
-        self.keeps_state, self.overlaps = keeps_state, overlaps
+        self.keeps_state, self.overlap = keeps_state, overlap
         self._free: dict[int, None] = dict.fromkeys(range(1, num_pages))
         self._holders = [0] * num_pages
         self._by_key: dict[bytes, int] = {}
@@ -144,7 +144,7 @@ class CachePool:
         pages = shared + [self._take() for _ in range(needed - len(shared))]
         length = len(shared) * self.page
         self.shared_tokens += length
-        reusable = max(0, (len(prompt) - 1) // self.page - self.overlaps)
+        reusable = max(0, (len(prompt) - 1) // self.page - self.overlap)
         return Lease(
             pages=pages,
             length=length,
@@ -165,7 +165,7 @@ class CachePool:
             if key not in self._by_key:
                 break
             pages.append(self._by_key[key])
-        return pages[:-1] if self.overlaps else pages
+        return pages[: max(0, len(pages) - self.overlap)]
 
     def _usable(self, pages: Sequence[int]) -> int:
         """The most of a prefix's pages after which a request can go on."""

@@ -127,13 +127,14 @@ def new_pool(config: ModelConfig, counts: PageCounts, page: int, num_slots: int)
         ConfigError: there is no page to give out.
     """
     kinds = [attention_of(config, layer) for layer in range(config.num_blocks)]
+    # A module that predicts further tokens has read the next page's first ones.
+    overlap = max(config.mtp.depth, *(kind.page_overlap(config) for kind in kinds))
     return CachePool(
         counts.whole,
         page,
         num_slots,
         keeps_state=bool(config.dse.layers),
-        # A module that predicts further tokens has read the next page's first ones.
-        overlaps=bool(config.mtp.depth) or any(kind.overlaps_pages for kind in kinds),
+        overlap=-(-overlap // page),
         num_recent=counts.recent,
         reach=recent_reach(config),
     )

@@ -108,8 +108,6 @@ def _qkv_width(config: ModelConfig) -> int:
 class NSAttention(Attention):
     """Native sparse attention with independent keys and values per branch."""
 
-    # A compressed token lies on the page of its block's first token.
-    overlaps_pages = True
     num_readers = 2
 
     def __init__(self, config: ModelConfig, layer: int, ops: Ops = REFERENCE) -> None:
@@ -197,6 +195,11 @@ class NSAttention(Attention):
     ) -> NSAPool:
         """Empty pages."""
         return NSAPool(config, num_pages, page, dtype, device)
+
+    @classmethod
+    def page_overlap(cls, config: ModelConfig) -> int:
+        # A compressed token lies on the page of its block's first token.
+        return config.nsa.block - config.nsa.stride
 
     @classmethod
     def recent_reach(cls, config: ModelConfig) -> int:

@@ -49,8 +49,6 @@ class Attention(nn.Module, ABC):
         ops: what it computes with.
     """
 
-    overlaps_pages = False
-    """Whether what a page of `new_pool` keeps depends on the first tokens of the next page too."""
     num_readers = 1
     """Matrices that the normed hidden states are multiplied with."""
     takes_bounds = False
@@ -85,6 +83,11 @@ class Attention(nn.Module, ABC):
     @classmethod
     def recent_reach(cls, config: ModelConfig) -> int:
         """Tokens before a row that are read of recent pages when it is computed; 0: the layer has none."""
+        return 0
+
+    @classmethod
+    def page_overlap(cls, config: ModelConfig) -> int:
+        """Tokens after the end of a page of `new_pool` that what it keeps depends on too."""
         return 0
 
     @classmethod
