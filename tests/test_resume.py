@@ -78,7 +78,7 @@ class Runs:
 
     def start_unread(self, options: list[str], begin: Path) -> subprocess.Popen[bytes]:
         """Start it rested, and close its output once it has said from which checkpoint it goes on."""
-        changes = {"TMPDIR": str(self.temporary), "SPARSERAY_TEST": self.mark, **resting(0.5)}
+        changes = {"TMPDIR": str(self.temporary), "SPARSERAY_TEST": self.mark, **resting(1.0)}
         process = subprocess.Popen(
             [sys.executable, "-m", "sparseray", *self.options, *options],
             env=environment(**changes),
