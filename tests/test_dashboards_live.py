@@ -105,8 +105,9 @@ def live(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Liv
         run.wait_for("checkpoint ", 120.0)
         for client in clients:
             client.start()
-        # A rate needs two scrapes of a series; this one appears with the first answer.
+        # A rate needs two scrapes of a series; these appear with the first answer and the first draft.
         prometheus.wait_for('sum(rate(sparseray_request_latency_seconds_count{run="served"}[10s])) > 0')
+        prometheus.wait_for('sum(rate(sparseray_drafted_tokens_total{run="served"}[10s])) > 0')
         for name in RECORDS:
             prometheus.wait_for(name)
         yield Live(url, run, folder / "run", prometheus, quiet, env)
