@@ -108,7 +108,8 @@ def live(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Liv
         # A rate needs two scrapes of a series; these appear with the first answer and the first draft.
         prometheus.wait_for('sum(rate(sparseray_request_latency_seconds_count{run="served"}[10s])) > 0')
         prometheus.wait_for('sum(rate(sparseray_drafted_tokens_total{run="served"}[10s])) > 0')
-        for name in RECORDS:
+        # The last of these is told of some steps only.
+        for name in (*RECORDS, 'sparseray_moe_router_bias_range{run="run"}'):
             prometheus.wait_for(name)
         yield Live(url, run, folder / "run", prometheus, quiet, env)
     finally:
