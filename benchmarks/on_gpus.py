@@ -16,11 +16,12 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from benchmarks.processes import end
 
 DATA = "data"
 """Tokens that most runs train on: a folder in the folder of results."""
@@ -153,16 +154,11 @@ class Evening:
 
 
 def _ended(process: "subprocess.Popen[bytes]", seconds: float) -> int:
-    """Its exit code; after its limit it is asked to end, and then killed with all that it started."""
+    """Its exit code; after its limit it is ended, and that is a failure."""
     try:
         return process.wait(seconds)
     except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGTERM)
-    with suppress(subprocess.TimeoutExpired):
-        process.wait(STOP_S)
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    return process.wait() or -signal.SIGTERM
+        return end(process, within_s=STOP_S) or -signal.SIGTERM
 
 
 def main() -> int:

@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import re
-import signal
 import socket
 import statistics
 import subprocess
@@ -26,6 +25,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import serve_gpu_engine as here
+from benchmarks.processes import end
 from sparseray.model.config import MLAConfig, MTPConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -149,11 +149,7 @@ def served(checkpoint: Path) -> dict[int, float]:
                 one.close()
         return rates
     finally:
-        os.killpg(process.pid, signal.SIGINT)
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
+        end(process)
 
 
 def generation(checkpoint: Path | None) -> list[str]:

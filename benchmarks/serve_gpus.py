@@ -26,6 +26,7 @@ import psutil
 import torch
 
 from benchmarks import serve_gpu_engine as here
+from benchmarks.processes import end
 from benchmarks.serve_gpu import ENVIRONMENT, PROMPT
 
 WAYS: dict[str, tuple[int, int, int]] = {
@@ -89,11 +90,7 @@ class Server:
 
     def close(self) -> None:
         """Ctrl-C, and an end to what does not follow it."""
-        os.killpg(self.process.pid, signal.SIGINT)
-        try:
-            self.process.wait(20)
-        except subprocess.TimeoutExpired:
-            os.killpg(self.process.pid, signal.SIGKILL)
+        end(self.process)
 
 
 def stream(port: int, index: int, heard: Callable[[], None]) -> tuple[bool, float]:
