@@ -103,6 +103,16 @@ class Story:
         found = {entry["labels"]["process"]: entry["targets"][0] for entry in listed}
         return {name: address for name, address in found.items() if name.startswith("slot")}
 
+    def come_and_go(self) -> None:
+        """A second slot comes and goes, and no state moves by message."""
+        self.wait_steps(3)
+        self.scale(2)
+        assert self.pulled()["mapped"] > 0 and self.pulled()["message"] == 0
+        self.wait_steps(3)
+        self.scale(1)
+        assert self.pulled()["message"] == 0
+        self.wait_steps(3)
+
     def pulled(self) -> dict[str, float]:
         """Bytes that the slots that are there have copied from others, by path."""
         found = {"mapped": 0.0, "message": 0.0}

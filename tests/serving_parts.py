@@ -21,6 +21,7 @@ from sparseray.actors.serving.engine import Engine
 from sparseray.actors.serving.grammar import Grammars
 from sparseray.actors.serving.paged_engine import PagedEngine
 from sparseray.actors.serving.text_request import GenerationRequest, TokenEvent
+from sparseray.actors.state.dense_slab import computes_in_fp32
 from sparseray.actors.state.staged_memory import StagedMemory
 from sparseray.jobs.http.access import AccessRules
 from sparseray.jobs.http.chat import ChatTemplate
@@ -95,6 +96,22 @@ def make_parts(ops: Ops = COMPILED, **changes: Any) -> Parts:
     grammars = Grammars(tokenizer.to_str(), vocab_size=config.vocab_size, eos_id=0)
     memory = LocalMemory(config, layout, seed=3)
     return Parts(tokenizer, model, LocalExperts(config, seed=3), memory, grammars)
+
+
+def weights_on(
+    parts: Parts, device: torch.device, dtype: torch.dtype = torch.float32
+) -> tuple[Transformer, LocalExperts]:
+    """A model's parts on a device, with what computes there."""
+    ops, config = ops_for("auto", device), parts.model.config
+    model = Transformer(config, parts.model.layout, ops=ops).eval()
+    experts = LocalExperts(config, ops=ops)
+    model.load_state_dict(parts.model.state_dict())
+    experts.load_state_dict(parts.experts.state_dict())
+    for module in (model, experts):
+        for name, parameter in module.named_parameters():
+            if not computes_in_fp32(name):
+                parameter.data = parameter.data.to(dtype)
+    return model.to(device), experts.to(device)
 
 
 def on_device(parts: Parts, device: torch.device) -> OnDeviceExchange:

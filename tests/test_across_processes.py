@@ -65,13 +65,7 @@ def test_processes_come_and_go_and_state_moves_through_memory(
     config = tiny_run(corpus, steps=100000, colocated=True, **roles)
     config = replace(config, train=replace(config.train, dtype="bfloat16"))
     with told(config, tmp_path, temporary) as story:
-        story.wait_steps(3)
-        story.scale(2)
-        assert story.pulled()["mapped"] > 0 and story.pulled()["message"] == 0
-        story.wait_steps(3)
-        story.scale(1)
-        assert story.pulled()["message"] == 0
-        story.wait_steps(3)
+        story.come_and_go()
 
 
 @pytest.mark.long

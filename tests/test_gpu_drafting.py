@@ -7,7 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from serving_parts import MAX_MODEL_LEN, Parts, finish, make_parts, on_device, request_of, tokens_of
+from serving_parts import (
+    MAX_MODEL_LEN,
+    Parts,
+    finish,
+    make_parts,
+    on_device,
+    request_of,
+    tokens_of,
+    weights_on,
+)
 from test_serving_drafting import MEMORY, WAYS, with_convolutions
 from test_serving_paged import prompt_of
 from torch import Tensor
@@ -16,8 +25,7 @@ from sparseray.actors.serving.drafting_engine import DraftingEngine
 from sparseray.actors.serving.drafting_model import DraftingModel
 from sparseray.actors.serving.paged_engine import PagedEngine
 from sparseray.actors.serving.text_request import GenerationRequest
-from sparseray.actors.state.dense_slab import computes_in_fp32
-from sparseray.kernels.ops import REFERENCE, ops_for
+from sparseray.kernels.ops import REFERENCE
 from sparseray.kernels.paged import Draws
 from sparseray.kernels.triton_ops import TRITON
 from sparseray.model.config import DSEConfig, MLAConfig, MTPConfig
@@ -47,16 +55,7 @@ def parts(request: pytest.FixtureRequest) -> Parts:
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
 def on_gpu(parts: Parts, request: pytest.FixtureRequest) -> OnGpu:
     """The same weights on the GPU."""
-    ops, config = ops_for("auto", GPU), parts.model.config
-    model = Transformer(config, parts.model.layout, ops=ops).eval()
-    experts = LocalExperts(config, ops=ops)
-    model.load_state_dict(parts.model.state_dict())
-    experts.load_state_dict(parts.experts.state_dict())
-    for module in (model, experts):
-        for name, parameter in module.named_parameters():
-            if request.param == "bfloat16" and not computes_in_fp32(name):
-                parameter.data = parameter.data.bfloat16()
-    return model.to(GPU), experts.to(GPU)
+    return weights_on(parts, GPU, getattr(torch, request.param))
 
 
 class ToldModel(DraftingModel):

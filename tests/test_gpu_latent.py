@@ -9,14 +9,13 @@ from typing import Any
 import pytest
 import torch
 from local_cluster import train
-from serving_parts import MAX_MODEL_LEN, Parts, make_parts
+from serving_parts import MAX_MODEL_LEN, Parts, make_parts, weights_on
 from test_gpu_training import GPU_MODEL, run_on
 from test_serving_paged import prompt_of
 from torch import Tensor
 
 from sparseray.actors.serving.paged_engine import PagedEngine
 from sparseray.actors.serving.paged_model import Chunk
-from sparseray.actors.state.dense_slab import computes_in_fp32
 from sparseray.kernels.ops import REFERENCE, Ops, ops_for
 from sparseray.model.attention.mla import MLAttention
 from sparseray.model.config import DSEConfig, MLAConfig, ModelConfig, MTPConfig
@@ -90,15 +89,7 @@ def parts(request: pytest.FixtureRequest) -> Parts:
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
 def on_gpu(parts: Parts, request: pytest.FixtureRequest) -> tuple[Transformer, LocalExperts]:
     """The same weights on the GPU."""
-    ops, config = ops_for("auto", GPU), parts.model.config
-    model, experts = Transformer(config, None, ops=ops).eval(), LocalExperts(config, ops=ops)
-    model.load_state_dict(parts.model.state_dict())
-    experts.load_state_dict(parts.experts.state_dict())
-    for module in (model, experts):
-        for name, parameter in module.named_parameters():
-            if request.param == "bfloat16" and not computes_in_fp32(name):
-                parameter.data = parameter.data.bfloat16()
-    return model.to(GPU), experts.to(GPU)
+    return weights_on(parts, GPU, getattr(torch, request.param))
 
 
 def engine_of(kind: type[PagedEngine], on_gpu: tuple[Transformer, LocalExperts], **options: Any) -> Any:

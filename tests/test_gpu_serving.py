@@ -9,7 +9,17 @@ from typing import Any
 import pytest
 import torch
 from paged_runs import greedy
-from serving_parts import MAX_MODEL_LEN, Parts, finish, make_parts, on_device, request_of, run, tokens_of
+from serving_parts import (
+    MAX_MODEL_LEN,
+    Parts,
+    finish,
+    make_parts,
+    on_device,
+    request_of,
+    run,
+    tokens_of,
+    weights_on,
+)
 from test_serving_paged import REQUESTS, paged, prompt_of
 from test_serving_recent_pages import poisoned
 from torch import Tensor
@@ -20,7 +30,6 @@ from sparseray.actors.serving.drafting_engine import DraftingEngine
 from sparseray.actors.serving.paged_engine import PagedEngine
 from sparseray.actors.serving.paged_model import Chunk
 from sparseray.actors.serving.recording import nothing, recorded
-from sparseray.kernels.ops import ops_for
 from sparseray.model.config import DSEConfig, MTPConfig, NSAConfig
 from sparseray.model.moe import LocalExperts
 from sparseray.model.transformer import Transformer
@@ -40,17 +49,7 @@ def parts() -> Parts:
 
 @pytest.fixture(scope="module")
 def on_gpu(parts: Parts) -> tuple[Transformer, LocalExperts]:
-    return weights_on_gpu(parts)
-
-
-def weights_on_gpu(parts: Parts) -> tuple[Transformer, LocalExperts]:
-    """The same weights on the GPU, in fp32."""
-    ops, config = ops_for("auto", GPU), parts.model.config
-    model = Transformer(config, parts.model.layout, ops=ops).eval()
-    experts = LocalExperts(config, ops=ops)
-    model.load_state_dict(parts.model.state_dict())
-    experts.load_state_dict(parts.experts.state_dict())
-    return model.to(GPU), experts.to(GPU)
+    return weights_on(parts, GPU)
 
 
 def engine_of(parts: Parts, on_gpu: tuple[Transformer, LocalExperts], **options: Any) -> PagedEngine:
@@ -103,7 +102,7 @@ def test_cached_decoding_equals_the_full_forward_pass(
 def test_long_texts_on_few_recent_pages_are_those_of_the_full_forward_pass() -> None:
     """All places decode at once on no more pages than they need; those that are nobody's are NaN."""
     plain = make_parts(dse=DSEConfig(), mtp=MTPConfig(depth=1), nsa=NSAConfig(window=21, num_selected=3))
-    model, experts = weights_on_gpu(plain)
+    model, experts = weights_on(plain, GPU)
     prompts = [torch.tensor(prompt_of(3 + 37 * i, i)) for i in range(4)]
     asked = [
         request_of(str(i), tuple(p.tolist()), temperature=0.0, max_tokens=60) for i, p in enumerate(prompts)
@@ -151,7 +150,7 @@ def test_tokens_do_not_depend_on_the_company(parts: Parts, on_gpu: tuple[Transfo
 
 def test_prompts_that_graphs_read_give_the_texts_of_prompts_read_without() -> None:
     plain, texts = make_parts(attention=("full",), dse=DSEConfig()), []
-    weights = weights_on_gpu(plain)
+    weights = weights_on(plain, GPU)
     for is_graph in (True, False):
         engine = engine_of(plain, weights, prefill_chunk=96)
         assert [graph.rows for graph in engine.paged._prompts._made] == [96]
@@ -176,7 +175,7 @@ def test_the_graphs_of_a_step_give_the_bits_of_one_graph_and_of_the_step_that_th
     layers: tuple[int, ...], num_parts: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     parts, found = make_parts(dse=replace(DSE, layers=layers)), {}
-    weights = weights_on_gpu(parts)
+    weights = weights_on(parts, GPU)
     for way in ("cut", "whole", "launched"):
         with monkeypatch.context() as patch:
             if way == "whole":
@@ -209,7 +208,7 @@ def test_a_step_that_begins_before_its_rows_are_known_writes_the_text_of_the_ful
 ) -> None:
     """Steps overtake those before them, beside prompts and requests that end by a token of theirs."""
     parts = make_parts(dse=replace(DSE, layers=layers))
-    engine = engine_of(parts, weights_on_gpu(parts))
+    engine = engine_of(parts, weights_on(parts, GPU))
     prompts = {str(i): torch.tensor(prompt_of(3 + 30 * i, i)) for i in range(4)}
     wanted = {
         name: greedy(parts.model, prompt_T, 20, experts=parts.experts, memory=parts.memory).tolist()

@@ -54,13 +54,7 @@ def test_gpu_slots_come_and_go_and_state_moves_through_memory(
 ) -> None:
     """1-2-1: experts and half of the tables go to the second and come back, dense weights are copied to it."""
     with told(run_on("cuda", corpus, steps=100000), tmp_path, temporary) as story:
-        story.wait_steps(3)
-        story.scale(2)
-        assert story.pulled()["mapped"] > 0 and story.pulled()["message"] == 0
-        story.wait_steps(3)
-        story.scale(1)
-        assert story.pulled()["message"] == 0
-        story.wait_steps(3)
+        story.come_and_go()
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 3, reason="needs a GPU for each role")
