@@ -71,6 +71,7 @@ class Case:
             context_lens_B=torch.tensor(contexts, dtype=torch.int32),
             places_R=torch.zeros(ends[-1], dtype=torch.int64),
             recent=Recent(
+                recent_P=torch.zeros(0, dtype=torch.int32),
                 table_BW=self.recent[[b for b, _, _ in chosen]],
                 places_R=torch.zeros(ends[-1], dtype=torch.int64),
             ),

@@ -66,7 +66,7 @@ def errors(
             context_lens_B=torch.tensor(lens, dtype=torch.int32, device=device),
             places_R=places.to(device),
             num_new=new,
-            recent=Recent(table_BW=recent.to(device), places_R=recent_places.to(device)),
+            recent=Recent(recent_P=table, table_BW=recent.to(device), places_R=recent_places.to(device)),
         )
         every = (turns[0].to(device), turns[1].to(device))
         at = (every[0][positions], every[1][positions])

@@ -32,17 +32,27 @@ class Recent:
     """Where a call's rows lie in pools that keep the newest tokens of a sequence alone.
 
     Args:
+        recent_P: int32, for every page the one of its tokens in these pools; 0 where it has none.
         table_BW: int32, as of `Pages`; what it says of pages that were given back is never followed.
         places_R: as of `Pages`.
     """
 
+    recent_P: Tensor
     table_BW: Tensor
     places_R: Tensor
 
     @classmethod
-    def beside(cls, table_BW: Tensor, places_R: Tensor) -> Recent:
-        """Room beside those of `Pages`."""
-        return cls(table_BW=torch.zeros_like(table_BW), places_R=torch.zeros_like(places_R))
+    def beside(cls, recent_P: Tensor | None, table_BW: Tensor, places_R: Tensor) -> Recent | None:
+        """Room beside those of `Pages`; None where no layer has such a pool.
+
+        Args:
+            recent_P: as above.
+            table_BW, places_R: of `Pages`.
+        """
+        if recent_P is None:
+            return None
+        room = torch.zeros_like(table_BW), torch.zeros_like(places_R)
+        return cls(recent_P=recent_P, table_BW=room[0], places_R=room[1])
 
 
 @dataclass(frozen=True, kw_only=True)

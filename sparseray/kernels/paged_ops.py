@@ -37,13 +37,8 @@ class PagedOps(Protocol):
         """
         ...
 
-    def recent_pages(self, recent_P: Tensor, pages: Pages) -> None:
-        """Fill `pages.recent` from the pages' own table and places.
-
-        Args:
-            recent_P: int32, for every page the one of its tokens in pools of the newest tokens; 0 where it has none.
-            pages: whose places are of the same type in both.
-        """
+    def recent_pages(self, pages: Pages) -> None:
+        """Fill `pages.recent`, if there is one, from the pages' own table and places; these are of the same type in both."""
         ...
 
     def paged_write(self, pool: KeyValues, k_RGD: Tensor, v_RGV: Tensor, places_R: Tensor) -> None:

@@ -42,10 +42,12 @@ class PagedPlainOps(PlainOps):
     def paged_write(self, pool: KeyValues, k_RGD: Tensor, v_RGV: Tensor, places_R: Tensor) -> None:
         paged.write(pool, k_RGD, v_RGV, places_R)
 
-    def recent_pages(self, recent_P: Tensor, pages: Pages) -> None:
-        recent, page = pages.of_recent(), pages.page
-        torch.index_select(recent_P, 0, pages.table_BW.view(-1), out=recent.table_BW.view(-1))
-        page_R = recent_P.index_select(0, pages.places_R // page)
+    def recent_pages(self, pages: Pages) -> None:
+        recent, page = pages.recent, pages.page
+        if recent is None:
+            return
+        torch.index_select(recent.recent_P, 0, pages.table_BW.view(-1), out=recent.table_BW.view(-1))
+        page_R = recent.recent_P.index_select(0, pages.places_R // page)
         torch.add(pages.places_R % page, page_R, alpha=page, out=recent.places_R)
 
     def paged_rotary_write(

@@ -95,9 +95,9 @@ class PagedTritonOps(PagedPlainOps):
         here.wait_stream(side)
         return first, second
 
-    def recent_pages(self, recent_P: Tensor, pages: Pages) -> None:
-        recent = pages.of_recent()
-        recent_pages(recent_P, pages.table_BW, pages.places_R, recent.table_BW, recent.places_R, pages.page)
+    def recent_pages(self, pages: Pages) -> None:
+        if (own := pages.recent) is not None:
+            recent_pages(own.recent_P, pages.table_BW, pages.places_R, own.table_BW, own.places_R, pages.page)
 
     def paged_write(self, pool: KeyValues, k_RGD: Tensor, v_RGV: Tensor, places_R: Tensor) -> None:
         check("the paged cache", k_RGD, *pool)

@@ -81,7 +81,6 @@ class DecodeStep:
         rows: int,
     ) -> None:
         self.model, self.latest_S, self.table_SW, self.page = model, latest_S, table_SW, page
-        self.recent_P = recent_P
         self.device, dse = table_SW.device, model.config.dse
         # Of no use to a model without memory layers.
         self.layout = model.layout if histories else None
@@ -102,7 +101,7 @@ class DecodeStep:
             table_BW=table_BW,
             context_lens_B=self._inputs[2, :size],
             places_R=self._inputs[3],
-            recent=None if recent_P is None else Recent.beside(table_BW, self._inputs[3]),
+            recent=Recent.beside(recent_P, table_BW, self._inputs[3]),
         )
         self._paged = Paged(pages=pages, pools=pools, histories=histories, slots_B=slots_B)
         self.graphs: list[torch.cuda.CUDAGraph] = []
@@ -117,8 +116,7 @@ class DecodeStep:
         """
         pages, inputs = self._paged.pages, self._inputs
         torch.index_select(self.table_SW, 0, self._paged.slots_B, out=pages.table_BW)
-        if self.recent_P is not None:
-            self.model.ops.recent_pages(self.recent_P, pages)
+        self.model.ops.recent_pages(pages)
 
         def fetched(layer: int) -> Tensor:
             if layer == self._first:

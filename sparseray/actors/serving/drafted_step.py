@@ -109,7 +109,6 @@ class DraftedStep:
         rows: int,
     ) -> None:
         self.model, self.state_S, self.table_SW, self.size = model, state_S, table_SW, size
-        self.recent_P = recent_P
         self.device, dse = table_SW.device, model.config.dse
         # Of no use to a model without memory layers.
         self.layout = model.layout if histories else None
@@ -144,7 +143,7 @@ class DraftedStep:
             context_lens_B=torch.zeros_like(least_B),
             places_R=places_R,
             num_new=NEW,
-            recent=None if recent_P is None else Recent.beside(table_BW, places_R),
+            recent=Recent.beside(recent_P, table_BW, places_R),
         )
         self._paged = Paged(pages=pages, pools=pools, histories=histories, slots_B=self.slots_B)
         self._outcome_B3 = self.slots_B.new_zeros(size, NEW + 1)
@@ -167,8 +166,7 @@ class DraftedStep:
             self._positions_R,
         )
         ops.draft_rows(self.state_S, slots_B, self.table_SW, pages, tokens_R, positions_R)
-        if self.recent_P is not None:
-            ops.recent_pages(self.recent_P, pages)
+        ops.recent_pages(pages)
 
         def fetched(layer: int) -> Tensor:
             if layer == self._first:

@@ -207,16 +207,12 @@ class PagedModel:
             places_R=places_R,
             chunks=tuple((a, b, n) for (a, b), n in zip(pairwise(bounds), at.contexts_B.tolist())),
             cu_seqlens=self._to_device(at.bounds),
-            recent=None if self.recent_P is None else Recent.beside(table_BW, places_R),
+            recent=Recent.beside(self.recent_P, table_BW, places_R),
         )
-        self._find_recent(pages)
+        self.model.ops.recent_pages(pages)
         slots = tuple(at.slots_B.tolist())
         paged = Paged(pages=pages, pools=self.pools, histories=self.histories, slots_B=slots_B, slots=slots)
         return _Placed(tokens_R, positions_R, paged, bounds)
-
-    def _find_recent(self, pages: Pages) -> None:
-        if self.recent_P is not None:
-            self.model.ops.recent_pages(self.recent_P, pages)
 
     def predict(
         self,
