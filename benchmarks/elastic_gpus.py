@@ -1,8 +1,8 @@
 """Training on several GPUs of one host while they are killed, stopped, lose their context, and come and go.
 
 Parts: `cost` (two GPUs with every expert once, and twice, at the same time where there are four), `faults` (two GPUs with
-replicas and one on standby: SIGKILL, SIGSTOP, a kernel that writes to memory of nobody), `resize` (1-2-4-3-2 GPUs, as far
-as there are so many). A pause is the longest time from one commit to the next around what happened, less a step. Prints a
+replicas and one on standby: SIGKILL, SIGSTOP, a kernel that writes to memory of nobody), `resize` (1-2-4-3-2 GPUs, or
+1-2-1-2 where there are two). A pause is the longest time from one commit to the next around what happened, less a step. Prints a
 line as each is known, and a table as Markdown:
 
   PYTHONPATH=. python -m benchmarks.elastic_gpus --data data/stdlib --out benchmarks/results/elastic_gpus_GPU_DATE.md
@@ -114,12 +114,10 @@ def faults(bench: Bench) -> None:
 
 
 def resize(bench: Bench) -> None:
-    """1-2-4-3-2 GPUs."""
+    """1-2-4-3-2 GPUs, or 1-2-1-2."""
     with bench.run("resize", 1, 1, 0) as run:
         run.wait_steps(4)
-        for count in (2, 4, 3, 2):
-            if count > bench.gpus:
-                continue
+        for count in (2, 4, 3, 2) if bench.gpus >= 4 else (2, 1, 2):
             usual, first, asked = median_step(run.records()[-4:]), len(run.records()), time.time()
             for role in ("attention", "experts"):
                 run.scale(role, count)

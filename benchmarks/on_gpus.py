@@ -36,7 +36,7 @@ class Run:
 
     Args:
         name: of its output.
-        gpus: that it takes.
+        gpus: that it takes; 0 for all that there are.
         seconds: after which it is ended; about twice what it takes.
         words: of Python's command line; {out} is the folder of results, {data} that of the tokens.
     """
@@ -47,21 +47,20 @@ class Run:
     words: str
 
 
-def _tests(name: str, gpus: int, seconds: int, which: str) -> Run:
-    return Run(name, gpus, seconds, f"-m pytest -m gpu -v -p no:cacheprovider {which}")
-
-
 RUNS = (
-    Run("nsa_decode", 1, 100, "-m benchmarks.serve_gpu --parts long"),
-    _tests("tests_serving", 1, 240, "tests/test_gpu_serving.py tests/test_gpu_latent.py tests/test_kernels_nsa_append.py"),
-    Run("train_nsa", 1, 150, "-m benchmarks.train_gpu --data {data} --rows 1b_nsa"),
-    Run("checkpoint", 1, 150, "-m benchmarks.checkpoint_gpu --data {data} --config 1b_full"),
-    Run("checkpoint_memory", 1, 200, "-m benchmarks.checkpoint_gpu --data {data} --config 1b_memory"),
-    _tests("tests_training", 1, 400, "tests/test_gpu_training.py"),
-    _tests("tests_waits", 1, 240, "tests/test_gpu_waits.py"),
-    _tests("tests_drafting", 1, 240, "tests/test_gpu_drafting.py tests/test_kernels_drafts.py"),
-    Run("drafts", 1, 200, "-m benchmarks.serve_gpu --parts drafts"),
+    Run("tests", 0, 420, "-m pytest -m gpu -n 20 --dist worksteal -v -rP -p no:cacheprovider tests"),
+    Run("elastic_2", 2, 300, "-m benchmarks.elastic_gpus --data {data}"),
+    Run("sixteen_2", 2, 300, "-m benchmarks.train_gpus --data {data} --configs moonlight --gpus 2"),
+    Run("peers_2", 2, 250, "-m benchmarks.elastic_gpu_peers --data {data}"),
+    Run("layer_2", 2, 120, "-m benchmarks.moe_layer_gpus --gpus 2 --profile"),
+    Run("moves_2", 2, 120, "-m benchmarks.moves --device cuda"),
+    Run("train_2", 2, 250, "-m benchmarks.train_gpus --data {data} --configs 1b_full --gpus 1,2 --determinism fast,bitwise"),
+    Run("nsa_decode", 1, 240, "-m benchmarks.serve_gpu --parts long"),
+    Run("checkpoint", 1, 150, "-m benchmarks.checkpoint_gpu --data {data} --config configs/1b_full.yaml"),
     Run("decode_rows", 1, 150, "-m benchmarks.decode_rows"),
+    Run("drafts", 1, 200, "-m benchmarks.serve_gpu --parts drafts"),
+    Run("train_nsa", 1, 150, "-m benchmarks.train_gpu --data {data} --rows 1b_nsa"),
+    Run("checkpoint_memory", 1, 200, "-m benchmarks.checkpoint_gpu --data {data} --config configs/1b_memory.yaml"),
     Run("generation", 1, 240, "-m benchmarks.serve_gpu --data {data} --parts generation"),
     Run("train", 1, 500, "-m benchmarks.train_gpu --data {data}"),
     Run("needle", 1, 300, "-m benchmarks.needle --folder {out}/needle --out {out}/needle.md"),
@@ -70,18 +69,8 @@ RUNS = (
         "-m benchmarks.infilling lane --folder {out}/infilling --device cuda --texts uses --steps 1800 --seconds 190 --samples 150",
     ),
     Run("nsa_kernels", 1, 200, "-m benchmarks.nsa --lengths 32768 --out {out}/nsa.md"),
-    _tests("tests_collective", 2, 200, "tests/test_gpu_collective.py"),
-    _tests("tests_several", 2, 400, "tests/test_gpu_several.py"),
-    Run("train_2", 2, 250, "-m benchmarks.train_gpus --data {data} --configs 1b_full --gpus 1,2 --determinism fast,bitwise"),
-    Run("moves_2", 2, 120, "-m benchmarks.moves --device cuda"),
-    Run("elastic_2", 2, 300, "-m benchmarks.elastic_gpus --data {data} --only cost,faults"),
-    Run("sixteen_2", 2, 300, "-m benchmarks.train_gpus --data {data} --configs moonlight --gpus 2"),
-    _tests("tests_several_serving", 2, 300, "tests/test_gpu_several_serving.py"),
-    Run("peers_2", 2, 250, "-m benchmarks.elastic_gpu_peers --data {data}"),
-    Run("layer_2", 2, 120, "-m benchmarks.moe_layer_gpus --gpus 2 --profile"),
     Run("train_4", 4, 400, "-m benchmarks.train_gpus --data {data} --gpus 1,4"),
     Run("elastic_4", 4, 400, "-m benchmarks.elastic_gpus --data {data}"),
-    _tests("tests_several_4", 4, 400, "tests/test_gpu_several.py tests/test_gpu_several_serving.py"),
 )  # fmt: skip
 
 
@@ -175,7 +164,7 @@ def main() -> int:
     by_name = {run.name: run for run in RUNS}
     if options.list:
         for run in RUNS:
-            print(f"{run.name:24} {run.gpus} GPU, {run.seconds} s at most: python {run.words}")
+            print(f"{run.name:24} {run.gpus or 'any'} GPU, {run.seconds} s at most: python {run.words}")
         return 0
     unknown = sorted(set(options.only or ()) - set(by_name))
     if unknown or options.out is None:
@@ -190,8 +179,8 @@ def main() -> int:
     evening = Evening(options.out.absolute(), options.seconds)
     evening.prepare()
     for run in wanted:
-        if 1 < run.gpus <= options.gpus:
-            evening.one(run, range(run.gpus))
+        if run.gpus != 1 and run.gpus <= options.gpus:
+            evening.one(run, range(run.gpus or options.gpus))
     evening.side_by_side([run for run in wanted if run.gpus == 1], options.gpus)
     print(f"failed: {', '.join(evening.failed) or 'none'}; outputs are in {options.out}")
     return 1 if evening.failed else 0

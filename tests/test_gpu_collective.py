@@ -17,7 +17,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.ray,
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
-    pytest.mark.timeout(300),
+    pytest.mark.timeout(600),
 ]
 CLUSTER = {
     "attention_workers": 2,
