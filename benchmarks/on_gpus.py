@@ -23,6 +23,7 @@ import torch
 
 from benchmarks.processes import end
 
+TESTS = Path(__file__).resolve().parents[1] / "tests"
 DATA = "data"
 """Tokens that most runs train on: a folder in the folder of results."""
 PREPARE = "-m sparseray data prepare --source stdlib --vocab_size 32768 --validation_fraction 0.3 --out"
@@ -38,7 +39,8 @@ class Run:
         name: of its output.
         gpus: that it takes; 0 for all that there are.
         seconds: after which it is ended; about twice what it takes.
-        words: of Python's command line; {out} is the folder of results, {data} that of the tokens.
+        words: of Python's command line; {out} is the folder of results, {data} that of the tokens, {marked} the files
+            with tests of GPUs.
     """
 
     name: str
@@ -48,7 +50,7 @@ class Run:
 
 
 RUNS = (
-    Run("tests", 0, 420, "-m pytest -m gpu -n 20 --dist worksteal -v -rP -p no:cacheprovider tests"),
+    Run("tests", 0, 420, "-m pytest -m gpu -n 20 --dist worksteal -v -rP -p no:cacheprovider {marked}"),
     Run("elastic_2", 2, 300, "-m benchmarks.elastic_gpus --data {data}"),
     Run("sixteen_2", 2, 300, "-m benchmarks.train_gpus --data {data} --configs moonlight --gpus 2"),
     Run("peers_2", 2, 250, "-m benchmarks.elastic_gpu_peers --data {data}"),
@@ -72,6 +74,9 @@ RUNS = (
     Run("train_4", 4, 400, "-m benchmarks.train_gpus --data {data} --gpus 1,4"),
     Run("elastic_4", 4, 400, "-m benchmarks.elastic_gpus --data {data}"),
 )  # fmt: skip
+
+
+MARKED = [str(path) for path in sorted(TESTS.glob("test_*.py")) if "mark.gpu" in path.read_text()]
 
 
 class Evening:
@@ -125,14 +130,16 @@ class Evening:
         if time.monotonic() + what.seconds > self.end:
             print(f"{what.name}: left out, {what.seconds} s are not left", flush=True)
             return
-        words = what.words.format(out=self.out, data=self.out / DATA).split()
-        visible = {**os.environ, "CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus)), "PYTHONUNBUFFERED": "1"}
+        words = what.words.format(out=self.out, data=self.out / DATA, marked=" ".join(MARKED)).split()
+        environ = {**os.environ, "PYTHONUNBUFFERED": "1"}
+        if len(gpus) < torch.cuda.device_count():
+            environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpus))
         begin = time.monotonic()
         with (self.out / f"{what.name}.txt").open("w") as file:
             file.write(f"python {' '.join(words)}\n")
             file.flush()
             process = subprocess.Popen(
-                [sys.executable, *words], stdout=file, stderr=subprocess.STDOUT, env=visible, start_new_session=True
+                [sys.executable, *words], stdout=file, stderr=subprocess.STDOUT, env=environ, start_new_session=True
             )  # fmt: skip
             code = _ended(process, what.seconds)
         text = (self.out / f"{what.name}.txt").read_text().strip().splitlines()

@@ -20,6 +20,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -30,7 +31,7 @@ from sparseray.model.config import MLAConfig, MTPConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT, NEW, BATCHES = 512, 128, (1, 64)
-LONG = ((16, 1), (4, 1), (16, 16), (4, 16), (1, 16))
+LONG = ("16x1", "4x1", "16x16", "4x16", "1x16")
 """Key/value heads and batch of what decodes at a long context."""
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.environ.get("PYTHONPATH", "") + f":{ROOT}"}
 
@@ -198,8 +199,13 @@ def generation(checkpoint: Path | None) -> list[str]:
     return lines
 
 
-def long_context(context: int = 65000) -> list[str]:
-    """The table of decoding at a long context."""
+def long_context(which: Sequence[tuple[int, int]], context: int = 65000) -> list[str]:
+    """The table of decoding at a long context.
+
+    Args:
+        which: key/value heads and batch of each line.
+        context: tokens of each request.
+    """
     lines = [
         f"decoding at {context:,} tokens of context, a step of the engine, the same model with both attentions:",
         "",
@@ -207,7 +213,7 @@ def long_context(context: int = 65000) -> list[str]:
         "|---|---|---|---|---|",
     ]
     profiles: list[str] = []
-    for kv_heads, batch in LONG:
+    for kv_heads, batch in which:
         found = dict[str, float]()
         for kind in ("full", "nsa"):
             # The blocks of the paper; those of a model that names none are for short texts.
@@ -267,6 +273,9 @@ def main() -> int:
     parser.add_argument("--checkpoint", type=Path)
     parser.add_argument("--data", type=Path, help="make the checkpoint from these tokens")
     parser.add_argument("--parts", default="generation,long", help="which to run, drafts among them")
+    parser.add_argument(
+        "--long", nargs="+", default=LONG, help="key/value heads and batch of each line of part long"
+    )
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     started = time.perf_counter()
@@ -280,7 +289,9 @@ def main() -> int:
         if "generation" in options.parts:
             lines += generation(checkpoint)
     if "long" in options.parts:
-        lines += long_context()
+        lines += long_context(
+            [(int(heads), int(batch)) for heads, batch in (row.split("x") for row in options.long)]
+        )
     if "drafts" in options.parts:
         lines += drafts()
     lines.append(f"{time.perf_counter() - started:.0f} s in all")

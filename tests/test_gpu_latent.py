@@ -103,6 +103,9 @@ def test_cached_decoding_equals_the_full_forward_pass(
     engine, tokens, rows = engine_of(PagedEngine, on_gpu), list(prompt_of(150, 3)), []
     lease = engine.pool.acquire(tokens, 150)
     engine.paged.begin(lease)
+    if engine.pool.recent is not None:
+        engine.pool.extend(lease, 150)
+        engine.paged.place_recent(engine.pool.recent.take_moved())
     for start, stop in ((0, 64), (64, 100), *((i, i + 1) for i in range(100, 150))):
         chunk = Chunk(lease=lease, known=tokens, count=stop - start)
         if stop - start > 1:

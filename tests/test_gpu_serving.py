@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -29,7 +30,7 @@ from sparseray.actors.serving.cache_pool import Lease
 from sparseray.actors.serving.drafting_engine import DraftingEngine
 from sparseray.actors.serving.paged_engine import PagedEngine
 from sparseray.actors.serving.paged_model import Chunk
-from sparseray.actors.serving.recording import nothing, recorded
+from sparseray.actors.serving.recording import captured, nothing, recorded
 from sparseray.model.config import DSEConfig, MTPConfig, NSAConfig
 from sparseray.model.moe import LocalExperts
 from sparseray.model.transformer import Transformer
@@ -247,3 +248,23 @@ def test_bf16_serves_with_the_same_kernels(parts: Parts, on_gpu: tuple[Transform
     found = finish(engine)
     assert all(events[-1].finish_reason in ("length", "stop") for events in found.values())
     assert engine.cache_usage == 0.0
+
+
+def test_graphs_among_garbage_wait_while_another_one_is_recorded() -> None:
+    """As of an engine that stood in a cycle; each allocation of the recording looks for garbage."""
+    x_R, pool = torch.ones(64, device=GPU), torch.cuda.graph_pool_handle()
+    cycle: list[Any] = [
+        captured(lambda: x_R * 2, pool),
+        captured(lambda: x_R * 3, torch.cuda.graph_pool_handle()),
+    ]
+    cycle.append(cycle)
+    del cycle
+    before = gc.get_threshold()
+    gc.set_threshold(1)
+    try:
+        graph, found = captured(lambda: sum((x_R * i for i in range(50)), x_R), pool)
+    finally:
+        gc.set_threshold(*before)
+    assert gc.isenabled()
+    graph.replay()
+    assert torch.equal(found, x_R * 1226)

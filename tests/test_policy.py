@@ -49,6 +49,7 @@ def view(**changes: Any) -> View:
         "steps_since_change": 100,
         "rebalance_above": 1.3,
         "rebalance_every": 10,
+        "colocated": False,
     }
     return View(**{**values, **changes})
 
@@ -79,6 +80,7 @@ def carry_out(seen: View) -> View:
         addresses=plan.addresses | {slot: f"ipc://{slot}" for slot in seen.ready},
         roles=roles,
         replication=2,
+        colocated=seen.colocated,
         loads=loads,
         avoid=decision.without if isinstance(decision, Resize) else (),
     )
@@ -125,12 +127,35 @@ def test_a_shared_slot_counts_as_a_missing_one_only_where_roles_are_apart() -> N
     left = {slot: address for slot, address in plan.addresses.items() if slot != 4}
     shared = replan(plan, generation=2, addresses=left, roles=roles, replication=2)
     assert len(shared.memory_primaries) == 1
-    assert decide(view(plan=shared, roles=roles, ready=(6,))) == Noop()
-    seen = view(plan=shared, roles=roles, ready=(6,), colocated=False)
+    together = replan(plan, generation=2, addresses=left, roles=roles, replication=2, colocated=True)
+    assert decide(view(plan=together, roles=roles, ready=(6,), colocated=True)) == Noop()
+    seen = view(plan=shared, roles=roles, ready=(6,))
     assert decide(seen) == Resize(roles)
     assert carry_out(seen).plan.memory_primaries == (6,)
     assert decide(carry_out(seen)) == Noop()
     assert decide(replace(seen, ready=(), free_slots=3)) == Start(1)
+
+
+def test_roles_that_share_slots_are_asked_for_one_after_another_and_no_slot_is_started_for_nothing() -> None:
+    one, two = Roles(attention=1, experts=1, memory=1), Roles(attention=2, experts=2, memory=2)
+    plan = make_plan(
+        generation=1,
+        addresses={0: "ipc://0"},
+        inventory=Inventory(parts=4, moe_layers=2, experts=8, dse_layers=1, buckets=8),
+        roles=one,
+        replication=1,
+        colocated=True,
+    )
+    seen = view(plan=plan, roles=replace(one, attention=2), colocated=True, free_slots=1)
+    assert decide(seen) == Start(1)
+    seen = carry_out(replace(seen, starting=0, free_slots=0, ready=(1,)))
+    assert (seen.plan.attention, seen.plan.expert_primaries) == ((0, 1), (0,))
+    for roles in (replace(two, memory=1), two):
+        seen = replace(seen, roles=roles, free_slots=3)
+        assert decide(seen) == Resize(roles)
+        seen = carry_out(seen)
+        assert decide(seen) == Noop()
+    assert seen.plan.memory_primaries == (0, 1)
 
 
 def test_spares_are_started_up_to_what_is_free() -> None:

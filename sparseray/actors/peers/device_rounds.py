@@ -19,6 +19,7 @@ from sparseray.actors.state.assignment import MOST_IN_ROUNDS, Plan
 from sparseray.actors.state.slab_experts import SlabExperts
 from sparseray.errors import SupersededError
 from sparseray.kernels import peer, peer_rounds
+from sparseray.kernels.capture import capturing
 from sparseray.kernels.moe.held_rounds import rows_of_held
 
 
@@ -140,7 +141,7 @@ class DeviceLayers:
             self._pass()
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            with capturing(graph):
                 self._pass()
         self.tables.idle = key, graph
         return graph

@@ -277,7 +277,9 @@ class PagedModel:
         """
         if self.device.type != "cuda":
             return self._load_loops()
-        for count in sorted({min(count, self.width * self.page) for count in self.warm_prompts}):
+        # The last page may reach beyond the positions that the model knows.
+        longest = min(self.width * self.page, self.model.config.max_seq_len)
+        for count in sorted({min(count, longest) for count in self.warm_prompts}):
             lease = Lease(pages=[0] * self.width, length=0, max_len=count, slot=0)
             self.prefill([Chunk(lease=lease, known=[0] * count, count=count)], experts, memory)
         self._prompts.capture(experts)

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparseray.kernels.capture import capturing
+
 
 def nothing() -> None:
     """Do nothing."""
@@ -39,8 +41,7 @@ def recorded(
         def cut() -> None:
             recording.close()
             graphs.append(torch.cuda.CUDAGraph())
-            graph = torch.cuda.graph(graphs[-1], pool=pool, capture_error_mode="thread_local")
-            recording.enter_context(graph)
+            recording.enter_context(capturing(graphs[-1], pool=pool))
 
         cut()
         found = run(cut)

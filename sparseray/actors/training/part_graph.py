@@ -18,6 +18,7 @@ from sparseray.actors.exchange.on_device import OnDeviceExchange
 from sparseray.actors.exchange.protocol import Exchange, FetchedRows
 from sparseray.actors.state.dense import DenseState
 from sparseray.actors.training.objective import Batch, DeviceBatch, Loss, Objective, next_token, on_device
+from sparseray.kernels.capture import capturing
 from sparseray.log import get_logger
 
 log = get_logger(__name__)
@@ -81,8 +82,7 @@ class CudaRecorder:
         gc.collect()
         graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
         try:
-            # Other threads stage rows and copy checkpoints meanwhile.
-            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+            with capturing(graph, stream=self._stream):
                 found = run()
         finally:
             # A recording that failed leaves its stream behind as the current one.

@@ -113,12 +113,12 @@ Decision = Noop | Start | Withdraw | Resize | Rebalance
 def decide(view: View) -> Decision:
     """Decide on one thing to do; once it is done, the next call decides on the next or on `Noop`."""
     slots, leaving = role_slots(view.plan), leaving_slots(view.plan, view.draining)
-    lacking, surplus = _difference(view, slots)
+    lacking, misplaced = _difference(view, slots)
     staying = {role: tuple(slot for slot in own if slot not in leaving) for role, own in slots.items()}
     needed, _ = _difference(view, staying)
     if leaving and _may_leave(view, leaving, needed):
         return Resize(view.roles, leaving)
-    if surplus or (lacking and view.ready):
+    if misplaced or (lacking and view.ready):
         return Resize(view.roles)
     short = needed + view.standby - len(view.ready) - view.starting
     if short > 0 and view.free_slots > 0:
@@ -176,24 +176,23 @@ def _may_leave(view: View, leaving: Sequence[int], needed: int) -> bool:
 
 
 def _difference(view: View, slots: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
-    """Slots that roles lack, and slots that they have too many; where roles share slots one can fill several.
+    """Slots that are lacking, and how often a slot plays a role too many or could play one more of those it shares.
 
     Args:
         view: what is wanted.
         slots: that play each role.
     """
-    wanted = fitting(view.plan, view.roles, view.parts)
-    differences = [
-        wanted.attention - len(slots["attention"]),
-        wanted.experts - len(slots["experts"]),
-        wanted.memory - len(slots["memory"]),
-    ]
-    lacking, surplus = [d for d in differences if d > 0], [-d for d in differences if d < 0]
-    if view.colocated:
-        return max(lacking, default=0), sum(surplus)
-    # Slots would be needed more if none had two roles.
+    fitted = fitting(view.plan, view.roles, view.parts)
+    wanted = {"attention": fitted.attention, "experts": fitted.experts, "memory": fitted.memory}
     playing = [slot for own in slots.values() for slot in own]
-    return sum(lacking) + len(playing) - len(set(playing)), sum(surplus)
+    there = len(set(playing))
+    surplus = sum(max(0, len(slots[role]) - count) for role, count in wanted.items())
+    if view.colocated:
+        idle = sum(max(0, min(count, there) - len(slots[role])) for role, count in wanted.items())
+        return max(0, max(wanted.values()) - there), surplus + idle
+    # Slots would be needed more if none had two roles.
+    lacking = sum(max(0, count - len(slots[role])) for role, count in wanted.items())
+    return lacking + len(playing) - there, surplus
 
 
 def _is_worth_rebalancing(view: View) -> bool:
