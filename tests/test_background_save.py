@@ -117,6 +117,41 @@ def test_tensors_that_are_larger_than_a_block_lie_beside_small_ones(monkeypatch:
     assert len({own.untyped_storage().data_ptr() for own in host}) < len(host)
 
 
+def slab_files(step: float) -> Files:
+    """Tensors of one slab in another order, with gaps; others are alone, or not contiguous."""
+    slab = torch.arange(5000, dtype=torch.float32) + step
+    views = [slab[64:128], slab[0:60].view(6, 10), slab[200:201].view(()), slab[4000:4100].view(25, 4)]
+    alone = [slab[300:304].view(2, 2).t(), torch.full((3,), step), slab.view(torch.int32)[128:130]]
+    return {
+        "dense_0": {f"v{i}": view for i, view in enumerate(views)},
+        "experts_0": {f"a{i}": tensor for i, tensor in enumerate(alone)},
+    }
+
+
+def test_neighbours_in_one_memory_are_copied_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(background_save, "_joins", lambda tensor: tensor.is_contiguous())
+    taken, saving = Taken(monkeypatch), BackgroundSave()
+    stretches = background_save._stretches(background_save._flat(slab_files(0.0)))
+    assert [stretch.members for stretch in stretches] == [(4,), (1, 0, 2), (3,), (5,), (6,)]
+    assert stretches[1].starts == (0, 64, 200) and stretches[1].length == 201
+    saving.reserve(slab_files(0.0))
+    for step in (1.0, 2.0):
+        saving.start(int(step), slab_files(step), taken.write)
+        finish(saving)
+        wanted = slab_files(step)
+        for file, found, _ in taken.written[-2:]:
+            assert list(found) == list(wanted[file])
+            assert all(torch.equal(found[name], tensor) for name, tensor in wanted[file].items())
+    assert taken.count == 1
+    monkeypatch.setattr(background_save, "PIECE_BYTES", 600)
+    stretches = background_save._stretches(background_save._flat(slab_files(0.0)))
+    assert [stretch.members for stretch in stretches] == [(4,), (1, 0), (2,), (3,), (5,), (6,)]
+    # As many bytes, but apart.
+    moved = {file: {name: t.clone() for name, t in found.items()} for file, found in slab_files(3.0).items()}
+    taken.save(saving, 3, moved)
+    assert taken.count == 2
+
+
 def test_a_host_without_memory_to_pin_costs_the_checkpoint_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
         raise RuntimeError("CUDA error: out of memory")

@@ -2,14 +2,15 @@
 
 The next update waits until the copy is there; forward and backward passes only read what is copied. A GPU that has room keeps
 a copy of its own for a while, made in milliseconds; what is there then goes over a stream of its own into pinned memory, which
-takes longer than a step. So do tables of memory rows: they change while they are copied (state/kept_rows.py), and nobody
+takes longer than a step. Thousands of tensors lie side by side in a few dozen slabs there, and go stretch by stretch: launching
+their copies one by one would keep the interpreter from the steps for longer than they take. So do tables of memory rows: they change while they are copied (state/kept_rows.py), and nobody
 waits. Pinning takes several times as long as copying, so that is done before the first checkpoint falls due (`reserve`), and the
 memory serves all of them.
 
 A change of plan waits for none of it: a copy is given up between two pieces, and what is in a file by then counts for nothing.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ Write = Callable[[str, dict[str, Tensor]], dict[str, SavedTensor]]
 BLOCK_BYTES = 256 << 20
 """Host memory is taken in blocks: one by one, thousands of tensors would cost the driver more than their copies."""
 ALIGNMENT = 64
+GAP_BYTES = 4096
+"""Between tensors that are copied as one, at most."""
 
 
 class BackgroundSave:
@@ -66,7 +69,8 @@ class BackgroundSave:
         """
         if self._host is None or self._kinds != _kinds(files):
             self._kinds, self._host = _kinds(files), None
-            self._host = self._reserving.submit(_host_memory, _flat(files))
+            tensors = _flat(files)
+            self._host = self._reserving.submit(_host_memory, _whole(tensors, _stretches(tensors)))
 
     def start(self, step: int, files: Files, write: Write, kept: KeptRows | None = None) -> None:
         """Begin to copy and write; what is under way is forgotten, and comes first where it is busy.
@@ -84,15 +88,17 @@ class BackgroundSave:
             self._stream = self._stream or torch.cuda.Stream(device)
             self._stream.wait_stream(torch.cuda.current_stream(device))
         tensors, host = _flat(files), self._host
+        stretches = _stretches(tensors)
+        whole = _whole(tensors, stretches)
         if host is None or self._kinds != _kinds(files):
-            host = self._reserving.submit(_host_memory, tensors)
+            host = self._reserving.submit(_host_memory, whole)
         changing = set[str]() if kept is None else kept.names
         names = [name for found in files.values() for name in found]
-        still = [i for i, name in enumerate(names) if name not in changing]
+        still = [i for i, stretch in enumerate(stretches) if names[stretch.members[0]] not in changing]
         self._reading, self._kept, self._step = Reading(), kept, step
         reading, stream, submit = self._reading, self._stream, self._pool.submit
-        self._copied = copied = submit(_copy, tensors, still, host, stream, reading)
-        brought = submit(_brought, files, copied, kept, stream, reading)
+        self._copied = copied = submit(_copy, whole, still, host, stream, reading)
+        brought = submit(_brought, files, stretches, copied, kept, stream, reading)
         # It knows nothing of the slot's own tensors, so that it keeps none of them when they are given away.
         self._written = submit(_write, brought, write, reading, is_brief=self._is_brief)
 
@@ -128,7 +134,76 @@ def _flat(files: Files) -> list[Tensor]:
 
 def _kinds(files: Files) -> list[object]:
     """What room the tensors take; the files' names change with a generation."""
-    return [(tensor.shape, tensor.dtype, tensor.is_cuda) for tensor in _flat(files)]
+    tensors = _flat(files)
+    return [*_stretches(tensors), *((tensor.shape, tensor.dtype, tensor.is_cuda) for tensor in tensors)]
+
+
+@dataclass(frozen=True)
+class _Stretch:
+    """Tensors that lie side by side in one memory, by position; most are alone.
+
+    Args:
+        members: the tensors, as they follow one another.
+        starts: elements from the first one's beginning.
+        length: elements of all, with what lies between.
+    """
+
+    members: tuple[int, ...]
+    starts: tuple[int, ...]
+    length: int
+
+
+def _joins(tensor: Tensor) -> bool:
+    """Whether it is copied with its neighbours. Host memory has holes, and few tensors."""
+    return tensor.is_cuda and tensor.numel() > 0 and tensor.is_contiguous()
+
+
+def _stretches(tensors: Sequence[Tensor]) -> list[_Stretch]:
+    """What is copied at once: a piece or one tensor at most, so that blocks of host memory are filled."""
+    found = list[_Stretch]()
+    memories = dict[tuple[int, torch.dtype], list[int]]()
+    for i, tensor in enumerate(tensors):
+        if _joins(tensor):
+            memories.setdefault((tensor.untyped_storage().data_ptr(), tensor.dtype), []).append(i)
+        else:
+            found.append(_Stretch((i,), (0,), tensor.numel()))
+    for members in memories.values():
+        begins = {i: int(tensors[i].storage_offset()) for i in members}
+        run, end = list[int](), 0
+        for i in sorted(members, key=lambda i: begins[i]):
+            size, stop = tensors[i].element_size(), begins[i] + tensors[i].numel()
+            if run and ((begins[i] - end) * size > GAP_BYTES or (stop - begins[run[0]]) * size > PIECE_BYTES):
+                found.append(_stretch(run, begins, end))
+                run = []
+            run.append(i)
+            end = max(end, stop)
+        found.append(_stretch(run, begins, end))
+    return found
+
+
+def _stretch(run: Sequence[int], begins: Mapping[int, int], end: int) -> _Stretch:
+    return _Stretch(tuple(run), tuple(begins[i] - begins[run[0]] for i in run), end - begins[run[0]])
+
+
+def _whole(tensors: Sequence[Tensor], stretches: Sequence[_Stretch]) -> list[Tensor]:
+    """Each stretch as one tensor."""
+    found = []
+    for stretch in stretches:
+        first = tensors[stretch.members[0]].detach()
+        is_alone = len(stretch.members) == 1
+        found.append(first if is_alone else first.as_strided((stretch.length,), (1,)))
+    return found
+
+
+def _apart(tensors: Sequence[Tensor], stretches: Sequence[_Stretch], whole: Sequence[Tensor]) -> list[Tensor]:
+    """Copies of the tensors, in order, within copies of the stretches."""
+    found = list(tensors)
+    for stretch, copy in zip(stretches, whole):
+        for i, start in zip(stretch.members, stretch.starts):
+            like = tensors[i]
+            is_alone = len(stretch.members) == 1
+            found[i] = copy if is_alone else copy[start : start + like.numel()].view(like.shape)
+    return found
 
 
 def _host_memory(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -230,6 +305,7 @@ def _pieces(pairs: Sequence[tuple[Tensor, Tensor]]) -> Iterator[list[tuple[Tenso
 
 def _brought(
     files: Files,
+    stretches: Sequence[_Stretch],
     copied: Future[_Copies | None],
     kept: KeptRows | None,
     stream: torch.cuda.Stream | None,
@@ -243,7 +319,7 @@ def _brought(
         room = copies.host.result()
         is_whole = _transfer([(room[i], tensor) for i, tensor in copies.aside.items()], stream, reading)
         copies.aside.clear()
-        left = iter(room)
+        left = iter(_apart(_flat(files), stretches, room))
         host = {file: dict(zip(found, left)) for file, found in files.items()}
         if kept is not None and is_whole:
             is_whole = _copy_changing(files, host, kept, reading)
