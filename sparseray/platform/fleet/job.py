@@ -116,16 +116,20 @@ class SlotJob:
             )
         return DenseState(model, self.layout, ops=ops_for(self.config.kernels, self.device), **self._decay)
 
+    def experts(self) -> ExpertShard:
+        """Build a slot's experts, none yet."""
+        model, dtype = self.config.model, DTYPES[self.config.train.dtype]
+        if not self._is_whole:
+            return ExpertShard(model, ops=ops_for(self.config.kernels, self.device), **self._decay)
+        compute = None if dtype == torch.float32 else dtype
+        return SlabExperts(model, compute_dtype=compute, **self._moments, **self._slabs())
+
     def holdings(self) -> Holdings:
         """Build a slot's state, empty."""
-        model, dtype = self.config.model, DTYPES[self.config.train.dtype]
-        experts = ExpertShard(model, ops=ops_for(self.config.kernels, self.device), **self._decay)
-        if self._is_whole:
-            if self.device.type == "cuda":
-                _fix_order(not self.is_serving and self.config.determinism == "bitwise")
-            compute = None if dtype == torch.float32 else dtype
-            experts = SlabExperts(model, compute_dtype=compute, **self._moments, **self._slabs())
-        return Holdings(self._dense, experts, self.memory(self._table_rows()) if model.dse.layers else None)
+        if self.device.type == "cuda":
+            _fix_order(not self.is_serving and self.config.determinism == "bitwise")
+        has_memory = bool(self.config.model.dse.layers)
+        return Holdings(self._dense, self.experts(), self.memory(self._table_rows()) if has_memory else None)
 
     def memory(self, table_rows: list[int]) -> MemoryShard:
         """Build a slot's memory, empty, with so many rows in each layer's table."""

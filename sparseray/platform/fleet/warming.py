@@ -21,6 +21,7 @@ from sparseray.actors.state.holdings import Holdings
 from sparseray.actors.state.memory import warm_loops
 from sparseray.actors.state.staged_memory import StagedMemory
 from sparseray.model.transformer import Transformer, cross_entropy_sum
+from sparseray.platform.fleet.company import rehearse_in_company
 from sparseray.platform.fleet.job import SlotJob
 from sparseray.platform.metrics.discovery import state_directory
 
@@ -61,6 +62,11 @@ def first_alone(path: Path, limit_s: float = TURN_S) -> Iterator[None]:
         yield
 
 
+def gpus_here() -> int:
+    """GPUs of this machine, also those that this process does not see."""
+    return sum(path.name.removeprefix("nvidia").isdigit() for path in Path("/dev").glob("nvidia*"))
+
+
 def _locked(file: int, kind: int) -> bool:
     try:
         fcntl.flock(file, kind | fcntl.LOCK_NB)
@@ -74,12 +80,18 @@ def _warm_holdings(job: SlotJob) -> Holdings:
     dense = holdings.spare()
     if not job.is_serving:
         rehearse(job, dense)
+        if isinstance(dense, DenseSlabs) and dense.device.type == "cuda" and gpus_here() > 1:
+            # What does not fit beside others is compiled when it is needed.
+            with contextlib.suppress(torch.OutOfMemoryError):
+                rehearse_in_company(job, dense)
     else:
         job.engine(dense.model, _Stage(dense))
         if dense.device.type == "cpu":
             _warm_experts(dense.model)
     if dense.device.type == "cuda":
         torch.cuda.empty_cache()
+        # Of the run alone: an exchange leaves as much room.
+        torch.cuda.reset_peak_memory_stats()
     warm_loops(job.config.model.dse.row_dtype)
     if job.layout is not None:
         tokens_BT = torch.zeros(1, 8, dtype=torch.int64)

@@ -1,0 +1,151 @@
+"""Two steps of training in company, before a slot serves: what runs only among several slots is compiled, or loaded, then.
+
+The slot is one of two, and nobody is the other: its memory is a second buffer here, its words say that it has come to
+everything. All layers share the experts of one. Without this the first change from one GPU to two stands still for as long as
+a dozen kernels are compiled, ten seconds, in both slots.
+"""
+
+import time
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from sparseray.actors.exchange.by_message import MessageExchange
+from sparseray.actors.exchange.protocol import FetchedRows
+from sparseray.actors.peers.across import DeviceExchange
+from sparseray.actors.peers.link import COUNT_BITS, HostLink, Link, word_of
+from sparseray.actors.peers.peers import sizes_of
+from sparseray.actors.peers.regions import Regions
+from sparseray.actors.peers.table import Table
+from sparseray.actors.state.assignment import Plan
+from sparseray.actors.state.dense_slab import DenseSlabs
+from sparseray.actors.state.slab_experts import SlabExperts
+from sparseray.actors.training.worker import AttentionWorker
+from sparseray.platform.config import RunConfig
+from sparseray.platform.fleet.job import SlotJob
+
+STEPS = 2
+"""From the second on the host may not count rows any more (TokenExchange.settle)."""
+DEADLINE_S = 60.0
+
+
+class _Nobody:
+    """In the place of a slot's mailbox: nothing comes, and what is posted is for nobody."""
+
+    slot, generation = 0, 1
+
+    def serve_until(
+        self, condition: Callable[[], bool], _deadline_s: float, _serve: object, poll_s: float
+    ) -> bool:
+        """As of `SlotMailbox`."""
+        while not condition():
+            time.sleep(poll_s)
+        return True
+
+    def post(self, *_to: object, **_of: object) -> int:
+        """As of `SlotMailbox`."""
+        return 0
+
+
+class _NoRows:
+    """In the place of memory shards: zeros for every row."""
+
+    def __init__(self, dim: int) -> None:
+        self.dim, self.call = dim, SimpleNamespace(mailbox=_Nobody())
+        self.reduction = SimpleNamespace(send_rows=lambda *_: None)
+
+    def begin(self, step: int, part: int) -> None:
+        """As of `MessageExchange`."""
+
+    def owner_of(self, layer: int, rows_N: object) -> None:
+        """As of `MessageExchange`."""
+
+    def prefetch(self, rows: dict[int, Tensor]) -> FetchedRows:
+        """As of `MessageExchange`."""
+        return FetchedRows(
+            addresses=rows, values={layer: torch.zeros(at.numel(), self.dim) for layer, at in rows.items()}
+        )
+
+
+def rehearse_in_company(job: SlotJob, dense: DenseSlabs) -> None:
+    """Run steps as one of two slots, of which nothing stays.
+
+    Args:
+        job: of the slot.
+        dense: weights to run with; they are left alone.
+    """
+    config, (sequences, length) = job.config, job.part_shape
+    plan = _plan(config)
+    held = _experts(job, plan)
+    sizes = sizes_of(plan, dense, sequences * length)
+    buffers = [torch.zeros(sizes.num_bytes, dtype=torch.uint8, device=dense.device) for _ in range(2)]
+    regions = {slot: sizes.cut(buffer) for slot, buffer in enumerate(buffers)}
+    _fill(regions[0], config.model.moe.num_experts)
+    rows = cast(MessageExchange, _NoRows(config.model.dse.head_dim))
+    table = Table(slots=(0, 1), regions=regions)
+    exchange = DeviceExchange(
+        plan, dense, held, table, _link(dense.device), rows, job.part_shape, lambda *_, **__: None
+    )
+    worker, batches = AttentionWorker(dense, exchange), job.train_batches()
+    for step in range(1, STEPS + 1):
+        exchange.expect(list(enumerate(plan.part_owners)), trains=True)
+        worker.run_step(step, plan.parts_of(0), batches, lambda _part, _done: None)
+        dense.discard()
+        held.discard()
+    # Moments, which the exchange makes early.
+    dense.begin_load(0, with_optimizer=False)
+    if dense.device.type == "cuda":
+        torch.cuda.synchronize(dense.device)
+
+
+def _plan(config: RunConfig) -> Plan:
+    """Half of the parts and half of the experts for each; every piece twice where the run has it so."""
+    parts, experts = config.train.logical_shards, config.model.moe.num_experts
+    twice = config.cluster.replication > 1
+    holders = [(0, 1)[: 1 + twice] if 2 * e < experts else (1, 0)[: 1 + twice] for e in range(experts)]
+    return Plan(
+        generation=1,
+        addresses={0: "", 1: ""},
+        part_owners=tuple(int(2 * part >= max(2, parts)) for part in range(parts)),
+        dense=(0, 1),
+        experts=(tuple(holders),) * len(config.model.moe_layers),
+        buckets=(),
+    )
+
+
+def _experts(job: SlotJob, plan: Plan) -> SlabExperts:
+    """Those of the plan's first slot; all layers lie in one place."""
+    held = job.experts()
+    assert isinstance(held, SlabExperts)
+    owned = plan.experts_of(0)
+    held.slabs = held.slabs[:1] * len(held.slabs)
+    for slab in held.slabs[:1]:
+        slab.take(expert for layer, expert in owned if layer == 0)
+        for weights in slab.weights:
+            weights.zero_()
+    held.assign(owned, [key for key in owned if plan.computing(*key) == (0,)])
+    return held
+
+
+def _fill(own: Regions, num_experts: int) -> None:
+    """The other has sent tokens for all experts alike, and has come to every word there is."""
+    own.ids_STK.copy_((torch.arange(own.ids_STK.numel()) % num_experts).view(own.ids_STK.shape))
+    own.flags_S.fill_(word_of(_Nobody.generation, (1 << COUNT_BITS) - 1))
+
+
+def _link(device: torch.device) -> Link:
+    mailbox: Any = _Nobody()
+
+    def serve(_message: object) -> None:
+        """Nothing comes."""
+
+    if device.type == "cpu":
+        return HostLink(mailbox, serve, DEADLINE_S, (0, 1))
+    from sparseray.actors.peers.device_link import DeviceLink  # and Triton, which a CPU does without
+    from sparseray.kernels import peer
+
+    signs = peer.new_state(device), peer.new_end(device)
+    return DeviceLink(mailbox, serve, DEADLINE_S, (0, 1), signs)

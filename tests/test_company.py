@@ -1,0 +1,100 @@
+"""Steps that a slot makes in company before it serves: they run what two slots of a run do, and leave nothing."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from local_cluster import train
+from test_across_slots import slabs_run
+from torch import Tensor
+
+from sparseray.actors.installation import JobSpec
+from sparseray.actors.peers.link import HostLink
+from sparseray.actors.state.dense_slab import DenseSlabs
+from sparseray.kernels.held_ops import PlainHeldOps
+from sparseray.model.config import MTPConfig
+from sparseray.model.dse_layout import DSELayout
+from sparseray.platform.config import load_yaml, to_dict
+from sparseray.platform.fleet.company import rehearse_in_company
+from sparseray.platform.fleet.job import SlotJob
+from sparseray.platform.fleet.weights_port import WeightsPort
+from sparseray.platform.metrics.exporter import Metrics
+
+CALLS = {
+    HostLink: ("put", "put_all", "give_rows", "give_sums", "signal_all", "signal", "wait", "start_read"),
+    PlainHeldOps: ("group_held", "held_forward", "held_backward", "combine_slots"),
+}
+
+
+def kind(value: Any) -> Any:
+    """Of an argument, what a kernel is compiled for: of tensors dtype and the rows' width, of others whether they are there."""
+    if isinstance(value, Tensor):
+        return value.dtype, value.shape[-1] if value.dim() > 1 else 1
+    return value is not None
+
+
+@pytest.fixture
+def called(monkeypatch: pytest.MonkeyPatch) -> set[Any]:
+    """What was asked of links and operations, with the kinds of the first arguments."""
+    found: set[Any] = set()
+
+    def noted(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(me: Any, *arguments: Any, **named: Any) -> Any:
+            found.add((name, *map(kind, arguments[:1]), len(arguments), *sorted(named.items())))
+            return original(me, *arguments, **named)
+
+        return call
+
+    for owner, names in CALLS.items():
+        for name in names:
+            monkeypatch.setattr(owner, name, noted(name, getattr(owner, name)))
+    return found
+
+
+def job_of(run: Path) -> SlotJob:
+    config, identity = load_yaml(run / "config.yaml"), run / "identity"
+    layout = DSELayout.load(identity).sha256
+    spec = JobSpec(config=json.dumps(to_dict(config)), layout=str(identity), layout_sha256=layout)
+    return SlotJob(spec, Metrics({}), WeightsPort())
+
+
+@pytest.mark.parametrize(
+    ("determinism", "replication", "changes"),
+    [("bitwise", 1, {}), ("fast", 2, {}), ("bitwise", 2, {"mtp": MTPConfig(depth=1)}), ("bitwise", 1, {"recompute": True})],
+)  # fmt: skip
+def test_what_two_slots_run_was_run_before_and_nothing_stays(
+    determinism: Any,
+    replication: int,
+    changes: dict[str, Any],
+    corpus: Path,
+    tmp_path: Path,
+    called: set[Any],
+) -> None:
+    config = slabs_run(corpus, slots=2, replication=replication)
+    config = replace(config, determinism=determinism)
+    if "mtp" in changes:
+        config = replace(config, model=replace(config.model, **changes))
+    else:
+        config = replace(config, train=replace(config.train, **changes))
+    train(tmp_path / "run", config, stop_after=2)
+    wanted = set(called)
+    assert {name for name, *_ in wanted} >= {
+        "put",
+        "put_all",
+        "held_forward",
+        "held_backward",
+        "combine_slots",
+    }
+    called.clear()
+    job = job_of(tmp_path / "run")
+    dense = job.holdings().spare()
+    assert isinstance(dense, DenseSlabs)
+    before = {name: tensor.clone() for name, tensor in dense.model.state_dict().items()}
+    rehearse_in_company(job, dense)
+    assert wanted - called == set()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in dense.model.state_dict().items())
+    assert dense.sum.total is None and not list(dense.sum.nodes())
