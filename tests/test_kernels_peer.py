@@ -128,3 +128,17 @@ def test_rows_and_sums_of_rows_come_to_their_sources(is_weighted: bool) -> None:
     peer.give_sums(rows, inverse, weights if is_weighted else None, held, table, (S, T, K), 2 * H, state)
     for place, values in zip(into, wanted):
         assert torch.allclose(place.float(), values, atol=0.05)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_wait_is_over_by_the_clock() -> None:
+    """Neither before, as others may be slow, nor much later."""
+    flags, state, end = (
+        torch.zeros(1, dtype=torch.int64, device=DEVICE),
+        peer.new_state(DEVICE),
+        peer.new_end(DEVICE),
+    )
+    peer.wait(flags, 1, word(1), LATER, state, end, 0.4)
+    assert int(state[0]) == peer.LATE
+    assert 0.4e9 <= int(state[2]) < 0.5e9

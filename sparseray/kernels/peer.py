@@ -30,10 +30,9 @@ MOST_PROGRAMS = 528
 BESIDE_PROGRAMS = 32
 """As many multiprocessors at most then store, and the others compute."""
 LOOK_EVERY = 32
-"""Polls between two looks at the host's word, which take longer than one."""
+"""Polls between two looks at the host's word and at the clock, which take longer than one."""
 POLL_S = 1.5e-6
-"""What a poll takes at least."""
-MOST_POLLS = (1 << 31) - 1
+"""What a poll counts for under the interpreter, which has no clock."""
 OK, LATE, ENDED = 0, 1, 2
 """Statuses: everything came; a source did not in time; a later generation, or the host, ended the wait."""
 
@@ -141,36 +140,47 @@ def _signal_all_kernel(p_table, p_state, rank, word):
 
 
 @triton.jit
-def await_word(p_flag, p_end, status, word, later, polls, LOOK: tl.constexpr):
+def end_of(limit, IS_TIMED: tl.constexpr):
+    """When a wait that begins now is over: by the clock, in nanoseconds, or in polls where there is none."""
+    if IS_TIMED:
+        end = globaltimer() + limit
+    else:
+        end = limit.to(tl.int64)
+    return end
+
+
+@triton.jit
+def await_word(p_flag, p_end, status, word, later, until, LOOK: tl.constexpr, IS_TIMED: tl.constexpr):
     """Wait for a word as long as the status is 0, and return the status; a word from `later` on ends it."""
     seen = tl.atomic_add(p_flag, tl.zeros([], tl.int64), sem="acquire", scope="sys")
-    left = polls
+    polls = tl.zeros([], tl.int64)
     while (seen < word) & (status == 0):
-        if left % LOOK == 0:
+        if polls % LOOK == 0:
             status = tl.load(p_end, volatile=True).to(tl.int64)
-        left -= 1
-        if left <= 0:
-            status = tl.where(status == 0, 1, status)
+            if IS_TIMED:
+                status = tl.where((status == 0) & (globaltimer() > until), 1, status)
+        polls += 1
+        if not IS_TIMED:
+            status = tl.where((status == 0) & (polls >= until), 1, status)
         seen = tl.atomic_add(p_flag, tl.zeros([], tl.int64), sem="acquire", scope="sys")
     if seen >= later:
         status = tl.where(status == 0, 2, status)
     return status
 
 
-@triton.jit(do_not_specialize=["ranks", "word", "later", "polls"])
+@triton.jit(do_not_specialize=["ranks", "word", "later", "limit"])
 def _wait_kernel(
-    p_flags, p_state, p_end, ranks, word, later, polls, S, LOOK: tl.constexpr, IS_TIMED: tl.constexpr
+    p_flags, p_state, p_end, ranks, word, later, limit, S, LOOK: tl.constexpr, IS_TIMED: tl.constexpr
 ):
     """Wait for the word of each source whose bit is set in `ranks`; a word from `later` on ends it."""
-    if IS_TIMED:
-        began = globaltimer()
+    until = end_of(limit, IS_TIMED)
     status, word = tl.load(p_state), word + tl.load(p_state + 1)
     for rank in range(S):
         if (ranks >> rank) & 1:
-            status = await_word(p_flags + rank, p_end, status, word, later, polls, LOOK)
+            status = await_word(p_flags + rank, p_end, status, word, later, until, LOOK, IS_TIMED)
     tl.store(p_state, status)
     if IS_TIMED:
-        tl.store(p_state + 2, tl.load(p_state + 2) + globaltimer() - began)
+        tl.store(p_state + 2, tl.load(p_state + 2) + globaltimer() - until + limit)
 
 
 def put_rows(rows_RN: Tensor, into_XN: Tensor, order_R: Tensor | None, state: Tensor) -> None:
@@ -360,9 +370,8 @@ def wait(
         later: words from here on are of another generation.
         state: of `new_state`, set to LATE or ENDED where they do not.
         end: int32 scalar in pinned host memory; the host ends the wait by setting it to a status.
-        seconds: after which it is LATE, at least.
+        seconds: after which it is LATE.
     """
-    polls = min(MOST_POLLS, int(seconds / POLL_S))
     launch_kernel(
         _wait_kernel,
         (1,),
@@ -372,13 +381,25 @@ def wait(
         ranks,
         word,
         later,
-        polls,
+        limit_of(seconds),
         flags_S.shape[0],
         LOOK=LOOK_EVERY,
-        # The interpreter has no clock.
-        IS_TIMED=isinstance(_wait_kernel, JITFunction),
+        IS_TIMED=IS_TIMED,
         num_warps=1,
     )
+
+
+IS_TIMED = isinstance(_wait_kernel, JITFunction)
+"""The interpreter has no clock."""
+
+
+def limit_of(seconds: float) -> int:
+    """Bound of a wait as kernels take it: nanoseconds, or polls.
+
+    Args:
+        seconds: of the bound.
+    """
+    return int(seconds * 1e9) if IS_TIMED else int(seconds / POLL_S)
 
 
 def new_state(device: torch.device) -> Tensor:

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparseray.kernels.launch import launch_kernel
-from sparseray.kernels.peer import LOOK_EVERY, MOST_POLLS, POLL_S, await_word
+from sparseray.kernels.peer import IS_TIMED, LOOK_EVERY, await_word, end_of, limit_of
 
 X, IDS, ROWS, FLAGS, FIELDS = 0, 1, 2, 3, 4
 """Columns of the table: where a peer has the own tokens, their ids, its rows, and its words."""
@@ -69,15 +69,26 @@ def _say_kernel(p_table, p_who, p_state, count, FIELD: tl.constexpr):
         tl.atomic_xchg(p_flags + rank, tl.load(p_state + 1) + count, sem="release", scope="sys")
 
 
-@triton.jit(do_not_specialize=["count", "polls"])
-def _await_kernel(p_flags, p_who, p_state, p_end, count, polls, S, FIELD: tl.constexpr, LOOK: tl.constexpr):
+@triton.jit(do_not_specialize=["count", "limit"])
+def _await_kernel(
+    p_flags,
+    p_who,
+    p_state,
+    p_end,
+    count,
+    limit,
+    S,
+    FIELD: tl.constexpr,
+    LOOK: tl.constexpr,
+    IS_TIMED: tl.constexpr,
+):
     """Wait for the words of the peers that a field names; one of a later generation ends it."""
     status, word = tl.load(p_state), tl.load(p_state + 1) + count
-    later = ((word >> 32) + 1) << 32
+    later, until = ((word >> 32) + 1) << 32, end_of(limit, IS_TIMED)
     ranks, me = tl.load(p_who + FIELD), tl.load(p_who + 2)
     for rank in range(S):
         if (((ranks >> rank) & 1) == 1) & (rank != me):
-            status = await_word(p_flags + rank, p_end, status, word, later, polls, LOOK)
+            status = await_word(p_flags + rank, p_end, status, word, later, until, LOOK, IS_TIMED)
     tl.store(p_state, status)
 
 
@@ -152,7 +163,6 @@ def wait(
         who, state: as in `give`.
         end, seconds: as in peer.py.
     """
-    polls = min(MOST_POLLS, int(seconds / POLL_S))
     launch_kernel(
         _await_kernel,
         (1,),
@@ -161,10 +171,11 @@ def wait(
         state,
         end,
         count,
-        polls,
+        limit_of(seconds),
         flags_S.shape[0],
         FIELD=field,
         LOOK=LOOK_EVERY,
+        IS_TIMED=IS_TIMED,
         num_warps=1,
     )
 
