@@ -49,21 +49,22 @@ class Run:
     words: str
 
 
+PYTEST = "-m pytest -m gpu --dist worksteal -v -rP -p no:cacheprovider"
 RUNS = (
-    Run("tests", 0, 420, "-m pytest -m gpu -n 20 --dist worksteal -v -rP -p no:cacheprovider {marked}"),
-    Run("elastic_2", 2, 300, "-m benchmarks.elastic_gpus --data {data}"),
-    Run("sixteen_2", 2, 300, "-m benchmarks.train_gpus --data {data} --configs moonlight --gpus 2"),
+    Run("stories", 2, 400, f"{PYTEST} -n 4 tests/test_gpu_several.py tests/test_gpu_several_serving.py tests/test_gpu_collective.py"),
+    Run("elastic_2", 2, 300, "-m benchmarks.elastic_gpus --data {data} --only resize,faults"),
+    Run("sixteen_2", 2, 300, "-m benchmarks.train_gpus --data {data} --configs moonlight --gpus 2 --steps 12"),
+    Run("train_2", 2, 250, "-m benchmarks.train_gpus --data {data} --configs 1b_full --gpus 1,2 --determinism fast,bitwise"),
     Run("peers_2", 2, 250, "-m benchmarks.elastic_gpu_peers --data {data}"),
     Run("layer_2", 2, 120, "-m benchmarks.moe_layer_gpus --gpus 2 --profile"),
-    Run("moves_2", 2, 120, "-m benchmarks.moves --device cuda"),
-    Run("train_2", 2, 250, "-m benchmarks.train_gpus --data {data} --configs 1b_full --gpus 1,2 --determinism fast,bitwise"),
-    Run("nsa_decode", 1, 240, "-m benchmarks.serve_gpu --parts long"),
-    Run("checkpoint", 1, 150, "-m benchmarks.checkpoint_gpu --data {data} --config configs/1b_full.yaml"),
-    Run("decode_rows", 1, 150, "-m benchmarks.decode_rows"),
+    Run("checkpoint", 1, 120, "-m benchmarks.checkpoint_gpu --data {data} --config configs/1b_full.yaml"),
     Run("drafts", 1, 200, "-m benchmarks.serve_gpu --parts drafts"),
-    Run("train_nsa", 1, 150, "-m benchmarks.train_gpu --data {data} --rows 1b_nsa"),
+    Run("decode_rows", 1, 150, "-m benchmarks.decode_rows"),
     Run("checkpoint_memory", 1, 200, "-m benchmarks.checkpoint_gpu --data {data} --config configs/1b_memory.yaml"),
+    Run("train_nsa", 1, 150, "-m benchmarks.train_gpu --data {data} --rows 1b_nsa"),
     Run("generation", 1, 240, "-m benchmarks.serve_gpu --data {data} --parts generation"),
+    Run("nsa_decode", 1, 240, "-m benchmarks.serve_gpu --parts long"),
+    Run("tests", 0, 500, f"{PYTEST} -n 20 {{marked}}"),
     Run("train", 1, 500, "-m benchmarks.train_gpu --data {data}"),
     Run("needle", 1, 300, "-m benchmarks.needle --folder {out}/needle --out {out}/needle.md"),
     Run(
@@ -71,6 +72,7 @@ RUNS = (
         "-m benchmarks.infilling lane --folder {out}/infilling --device cuda --texts uses --steps 1800 --seconds 190 --samples 150",
     ),
     Run("nsa_kernels", 1, 200, "-m benchmarks.nsa --lengths 32768 --out {out}/nsa.md"),
+    Run("moves_2", 2, 120, "-m benchmarks.moves --device cuda"),
     Run("train_4", 4, 400, "-m benchmarks.train_gpus --data {data} --gpus 1,4"),
     Run("elastic_4", 4, 400, "-m benchmarks.elastic_gpus --data {data}"),
 )  # fmt: skip
