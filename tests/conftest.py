@@ -4,6 +4,7 @@ import os
 import random
 import shutil
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +51,16 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Keep what starts Ray in two groups, each for one worker: of clusters with deadlines, one runs at a time.
 
-    The other group is "starts", of what waits for the end of commands and has no deadline of seconds.
+    The other group is "starts", of what waits for the end of commands and has no deadline of seconds. Of tests with many
+    variants the first of each few is no long one.
     """
+    seen: Counter[str] = Counter()
     for item in items:
+        if (few := item.get_closest_marker("one_in")) is not None:
+            test = item.nodeid.split("[")[0]
+            if seen[test] % few.args[0]:
+                item.add_marker(pytest.mark.long)
+            seen[test] += 1
         if item.get_closest_marker("ray") and not item.get_closest_marker("xdist_group"):
             item.add_marker(pytest.mark.xdist_group("clusters"))
 

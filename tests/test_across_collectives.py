@@ -54,6 +54,7 @@ def groups(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Group]]:
         group.abort()
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(("slots", "replication"), [(2, 1), (4, 1), (3, 2)])
 def test_the_number_of_slots_changes_no_bit(
     slots: int, replication: int, corpus: Path, one: dict[int, Trained], tmp_path: Path, groups: list[Group]
@@ -90,6 +91,7 @@ def test_the_fast_order_has_the_bits_of_slots_that_share_memory(corpus: Path, tm
     assert found[0].curve == found[1].curve and found[0].digest == found[1].digest
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("exchange", ["peers", "collective"])
 @pytest.mark.parametrize("determinism", ["bitwise", "fast"])
 def test_what_lay_in_memory_before_changes_no_bit(
@@ -142,6 +144,7 @@ MOMENTS = {
 IN_COLLECTIVES = ["forward", "before a collective", "after telling how much there is", "commit"]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     ("moment", "slot"),
     [

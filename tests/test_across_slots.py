@@ -211,6 +211,7 @@ MOMENTS = {
 }
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("slot", [0, pytest.param(2, marks=pytest.mark.long)])
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_a_kill_at_any_moment_changes_no_bit_and_loses_no_step(

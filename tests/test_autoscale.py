@@ -21,6 +21,7 @@ def counts(sim: Simulation) -> list[int]:
     return [after for _, _, after, _ in sim.changes]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     "rate", [4.0, 30.0, *(pytest.param(rate, marks=pytest.mark.long) for rate in (1.0, 9.0, 14.0))]
 )

@@ -72,6 +72,7 @@ def check(found: Trained, undisturbed: Trained) -> None:
     assert not list(found.folder.checkpoints.glob("*.unfinished"))
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("change", [kill, grow, shrink])
 def test_a_file_that_is_not_written_yet_holds_no_change_of_plan_up(
     change: Callable[[Run, LocalFleet], None],
@@ -106,6 +107,7 @@ def test_a_file_that_is_not_written_yet_holds_no_change_of_plan_up(
     check(found, undisturbed)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("change", [kill, grow])
 def test_tables_that_are_not_copied_yet_hold_no_change_of_plan_up(
     change: Callable[[Run, LocalFleet], None],

@@ -86,6 +86,7 @@ def undisturbed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Train
     return train(tmp_path_factory.mktemp("undisturbed"), tiny_run(corpus, steps=12))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("most", [pytest.param(12, id="room"), pytest.param(6, id="no room")])
 def test_training_leaves_a_node_by_a_planned_change_and_loses_no_step(
     most: int, corpus: Path, undisturbed: Trained, tmp_path: Path

@@ -92,6 +92,7 @@ ALONE = [
 ]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("moment", "standby"), [*((m, 1) for m in MOMENTS), ("two different ones", 0), *ALONE]
 )
@@ -141,6 +142,7 @@ def scale(role: str, count: int) -> Callable[[Run, LocalFleet], None]:
     return lambda run, fleet: run.reconciler.request(role, count)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("replication", [1, 2])
 def test_roles_grow_and_shrink_while_training(
     replication: int, corpus: Path, undisturbed: dict[int, Trained], tmp_path: Path
@@ -231,6 +233,7 @@ def test_when_all_replicas_are_gone_it_says_what_and_where_to_go_on(
     check(train(tmp_path / "run", config_of(corpus)), undisturbed)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("victim", [0, 2, 4])
 def test_a_slot_that_was_thought_dead_and_comes_back_changes_nothing(
     victim: int, corpus: Path, undisturbed: dict[int, Trained], tmp_path: Path

@@ -81,6 +81,7 @@ def scale(role: str, count: int) -> Callable[[LocalServer], None]:
     return lambda server: server.run.reconciler.request(role, count)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("victims", "replication", "standby"),
     [

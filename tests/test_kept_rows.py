@@ -103,6 +103,7 @@ def interrupt_runs(monkeypatch: pytest.MonkeyPatch, between: Callable[[], None])
     return shards
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("row_dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("way", [step_of, by_message])
 @pytest.mark.parametrize("ranges", [1, 3])

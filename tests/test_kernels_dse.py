@@ -79,6 +79,7 @@ def test_hash_equals_the_reference_on_a_million_tokens() -> None:
     np.testing.assert_array_equal(fast, plain.numpy())
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("dtype", [np.float32, np.uint16])
 @pytest.mark.parametrize("width", [1, 3, 8, 40, 83])
 @pytest.mark.parametrize("threads", [1, 2, 3])
@@ -277,6 +278,7 @@ def fusion_of(tensors: list[torch.Tensor]) -> reference.Fusion:
     return reference.Fusion(**dict(zip(names, tensors)), dilation=3, gate_eps=0.1, conv_eps=0.4)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(("tokens", "channels", "taps"), [(11, 6, 4), (37, 5, 3)])
 @pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize("is_shared_out", [False, True])

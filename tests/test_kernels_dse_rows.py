@@ -117,6 +117,7 @@ def test_what_is_no_number_stays_so_and_what_is_infinite_is_not_rounded() -> Non
     assert weight[0, [0, 1, 3]].tolist() == [float("inf"), -float("inf"), 1.0] and weight[0, 2].isnan()
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("width", [1, 24])
 @pytest.mark.parametrize("dtype", [np.float32, np.uint16])
 @pytest.mark.parametrize("threads", [1, 3])

@@ -82,6 +82,7 @@ def text_with_documents(count: int, seed: int) -> Tensor:
     return tokens
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("ops", [COMPILED, REFERENCE], ids=["compiled", "plain"])
 @pytest.mark.parametrize("config", [TINY, ODD, LATENT], ids=["tiny", "odd", "latent"])
 @pytest.mark.parametrize("sizes", [[1] * 71, [3, 1, 17, 5, 1, 29, 15], [70, 1], [71], [8, 8, 8, 47]])
@@ -95,6 +96,7 @@ def test_reading_in_chunks_equals_the_full_pass_at_every_token(
     assert not torch.allclose(net.full(tokens)[64:], full[64:], atol=1e-3), "documents must matter"
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("sizes", [[1] * 130, [64, 64, 2], [127, 3], [16, 1, 1, 33, 79]])
 def test_chunks_and_single_tokens_give_the_bits_of_one_chunk(net: Net, sizes: list[int]) -> None:
     tokens = text_with_documents(130, 2)

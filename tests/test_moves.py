@@ -293,6 +293,7 @@ WIDER = {1: 2, 3: 4, 5: 3, 7: 2}
 LATE = Faults(repeat=0.2, delay=0.2, seed=1)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("faults", "dtype"),
     [
@@ -346,6 +347,7 @@ class KillInMove:
                 fleet.kill(self.victim)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.long)])
 @pytest.mark.parametrize(
     ("kind", "of"),

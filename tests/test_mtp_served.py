@@ -58,6 +58,7 @@ def expected(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return answers(tmp_path_factory.mktemp("plain") / "s", trained, ClusterConfig(colocated=True), PLAIN)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     "cluster", [ClusterConfig(colocated=True), WIDE], ids=["one slot", "two of each role"]
 )

@@ -62,6 +62,7 @@ def whole_run(data: Path, *, steps: int = 12, parts: int = 4, **train_keys: obje
     return replace(config, train=replace(config.train, **keys))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("keys", "determinism"),
     [

@@ -53,6 +53,7 @@ def rounds_of(server: LocalServer) -> list[int]:
     return [exchange.begun for exchange in exchanges if isinstance(exchange, RoundsExchange)]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     ("attention", "experts", "replication"), [(2, 2, 1), (3, 3, 2), (1, 3, 1), (3, 2, 1)]
 )
@@ -66,6 +67,7 @@ def test_engines_that_share_experts_answer_as_one_that_has_them_all(
         assert len(counts) == max(attention, experts) and min(counts) > 20
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("victim", [0, 2])
 def test_a_killed_engine_with_experts_fails_no_request_and_its_replicas_go_on(
     victim: int, trained: Path, one: list[Heard], tmp_path: Path

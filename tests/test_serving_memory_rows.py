@@ -165,6 +165,7 @@ def steps_of(log: list[str]) -> list[list[str]]:
     return steps
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("layers", [(1,), (2,), (1, 2), (0, 1), ()], ids=str)
 def test_a_step_that_is_cut_and_overtakes_the_one_before_gives_the_events_of_a_whole_one(
     layers: tuple[int, ...], recorded: list[str]

@@ -36,7 +36,9 @@ LATENT: dict[str, Any] = {
         ({"nsa": NSAConfig(window=21)}, PagedEngine, 16),
         pytest.param(LATENT, PagedEngine, 64, marks=pytest.mark.long),
         (LATENT, DraftingEngine, 64),
-        ({"dse": DSEConfig(), "mtp": MTPConfig(depth=1)}, DraftingEngine, 16),
+        pytest.param(
+            {"dse": DSEConfig(), "mtp": MTPConfig(depth=1)}, DraftingEngine, 16, marks=pytest.mark.long
+        ),
         ({"attention": ("full",), "mtp": MTPConfig(depth=1)}, DraftingEngine, 16),
     ],
     ids=["nsa", "latent", "latent with drafts", "nsa with drafts", "memory with drafts"],

@@ -137,6 +137,7 @@ def test_the_modules_own_drafts_change_no_token_either(
     assert plain(run(speculative(parts), requests())) == expected
 
 
+@pytest.mark.one_in(2)
 def test_drafts_are_what_the_modules_say_of_the_whole_text(parts: Parts) -> None:
     """Whatever was accepted and given up before: caches of the modules hold what training would have computed."""
     truth = whole(run_greedy(parts))
@@ -228,6 +229,7 @@ def test_a_shared_prefix_gives_the_drafts_of_a_fresh_one(parts: Parts) -> None:
     assert [d for d in alone if d] == [d for d in after if d] != []
 
 
+@pytest.mark.one_in(2)
 def test_drawn_texts_have_the_distribution_of_the_model(parts: Parts) -> None:
     """Two tokens of which the second was drafted, over 1600 seeds: chi-square of the pairs against their probabilities."""
     prompt = PROMPT[:12]

@@ -91,6 +91,7 @@ class KillAt:
             fleet.kill(self.victim)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(("reaction", "every"), [("skip", 0), ("rollback", 8)])
 def test_planted_bad_batches_are_left_out_alike_on_any_slots_and_through_any_loss(
     reaction: str, every: int, corpus: Path, tmp_path: Path, planted: dict[int, float]

@@ -137,6 +137,7 @@ def old_holder(plan: Plan) -> int:
     return plan.memory_primaries[0]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("stage", [2, *(pytest.param(stage, marks=pytest.mark.long) for stage in (1, 3))])
 @pytest.mark.parametrize("victim", [new_holder, old_holder])
 def test_a_kill_in_any_stage_changes_no_bit_and_loses_no_step(
@@ -170,6 +171,7 @@ def test_a_slot_that_dies_while_a_stage_moves_changes_no_bit(
     assert found.events.count("lost") == 1
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("victim", "standby"),
     [

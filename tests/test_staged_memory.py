@@ -149,7 +149,7 @@ def test_copies_that_are_made_while_rows_change_are_those_of_their_beginning(row
 @pytest.mark.parametrize(
     ("row_dtype", "kernels"),
     # The interpreter refuses the hash of the rounding, which overflows.
-    [("float32", "auto"), ("bfloat16", "auto"), ("float32", "triton")],
+    [("float32", "auto"), ("bfloat16", "auto"), pytest.param("float32", "triton", marks=pytest.mark.long)],
 )
 def test_gradients_that_come_by_message_have_the_bits_of_staged_ones(
     row_dtype: str, kernels: Kernels

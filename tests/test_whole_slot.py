@@ -48,6 +48,7 @@ def seeds_apart(config: RunConfig, folder: Path) -> tuple[float, float]:
     return max(abs(x - y) for x, y in zip(*found.values())), statistics.stdev(found["float32"])
 
 
+@pytest.mark.long
 def test_bfloat16_ends_beside_fp32_within_what_seeds_differ_by(corpus: Path, tmp_path: Path) -> None:
     differs, noise = seeds_apart(tiny_run(corpus, steps=40, **WHOLE), tmp_path)
     assert 0.0 < differs < noise
