@@ -2,7 +2,6 @@
 
 import logging
 import weakref
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -40,7 +39,7 @@ class Recorded:
         self.firsts += 1
         return run()
 
-    def record(self, run: part_graph.Run, beside: int) -> tuple[Callable[[], object], list[Tensor]]:
+    def record(self, run: part_graph.Run, beside: int, *, again: bool) -> part_graph.Recording:
         self.records += 1
         if self.error is not None:
             raise self.error

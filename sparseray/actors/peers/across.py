@@ -9,7 +9,8 @@ rows go by message, as their tables lie in the host's memory.
 Shapes: T tokens, K experts per token, R rows, H hidden, E experts.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 from zlib import crc32
 
 import numpy as np
@@ -18,7 +19,15 @@ from torch import Tensor
 
 from sparseray.actors.exchange.by_message import MessageExchange
 from sparseray.actors.exchange.on_device import norms_by_role, step_norms
-from sparseray.actors.exchange.protocol import Abortable, Fetch, FetchedRows, Observe, PartGradients
+from sparseray.actors.exchange.protocol import (
+    Abortable,
+    Fetch,
+    FetchedRows,
+    Observe,
+    PartGradients,
+    Recording,
+    Run,
+)
 from sparseray.actors.peers.dense_slices import DenseSlices
 from sparseray.actors.peers.expert_shares import ExpertShares
 from sparseray.actors.peers.link import Link
@@ -49,6 +58,8 @@ class DeviceExchange(Abortable):
         observe: metrics of the slot.
     """
 
+    is_alone = False
+
     def __init__(
         self,
         plan: Plan,
@@ -70,7 +81,7 @@ class DeviceExchange(Abortable):
         self.across = TokenExchange(plan, dense, experts, table, self.me, link, self.meter)
         self.slices = DenseSlices(plan, dense, table, self.me, link)
         self.shares = ExpertShares(plan, experts, table, self.me, link)
-        self._turn = Turn()
+        self._turn, self._is_replayed = Turn(), False
         self.nothing = torch.zeros((), device=dense.device)
         self._routed = Routed(self)
 
@@ -95,6 +106,7 @@ class DeviceExchange(Abortable):
             part: of the global batch; -1 for none.
         """
         self.rows.begin(step, part)
+        self._is_replayed = False
         for index, running in enumerate(self._turn.rounds):
             if running.get(self.me) == part:
                 self._turn.index = index
@@ -194,6 +206,71 @@ class DeviceExchange(Abortable):
         self.check()
         self.across.backward(layer, list(self._running), self._tokens(layer))
 
+    # -- recorded --------------------------------------------------------------------------------------
+
+    def leaves(self) -> list[Tensor]:
+        """As in `Recordable`: the experts' gradients are found here."""
+        return list(self.dense.parameters)
+
+    def built_in(self) -> tuple[object, ...] | None:
+        """As in `Recordable`: which slots run a part of the round, and where the experts lie.
+
+        None where the host counts rows, or a link needs it; and in rounds that fewer slots run than the first one, since
+        recordings of both would each have their own memory.
+        """
+        running, most = tuple(self._running), tuple(self._turn.rounds[0])
+        if not self.link.is_recordable or self.across.counts_rows or running != most:
+            return None
+        return self.across.built_in(running)
+
+    def recorded(self, run: Run, record: Callable[[Run], Recording]) -> Recording:
+        """As in `Recordable`: a replay goes on with the words where the slot is, and leaves the experts' gradients.
+
+        Args:
+            run, record: there.
+        """
+        across, begin, sets = self.across, self.across.count, list[int]()
+
+        def whole() -> list[Tensor]:
+            try:
+                found = run()
+            except BaseException:
+                # What is recorded can be ended only where all of it comes together again.
+                self.link.join()
+                raise
+            gradients = across.take_gradients()
+            sets[:] = map(len, gradients)
+            return [*found, *(gradient for of_set in gradients for gradient in of_set)]
+
+        try:
+            with self.meter.apart() as costs:
+                replay, found = record(whole)
+            words = across.count - begin
+        finally:
+            across.rewind(begin)
+            self._turn.passed.clear()
+        own = len(found) - sum(sets)
+
+        def again() -> None:
+            self.check()
+            end = across.count + words
+            self.link.shift(across.count - begin)
+            replay()
+            self.link.shift(0)
+            across.count, self._is_replayed = end, True
+            across.leave_gradients(_split(found[own:], sets))
+            self.meter.add(costs)
+
+        return again, found[:own]
+
+    @property
+    def sum_bytes(self) -> int:
+        """As in `Recordable`; of the experts each slot's parts begin a sum of their own."""
+        slabs, rounds = self.dense.sum.num_slabs, self._turn.rounds
+        experts = sum(tensor.numel() for slab in self.held.slabs for tensor in slab.compute)
+        sums = max(slabs, len(rounds[0])) if slabs > 1 else slabs
+        return 4 * (slabs * self.dense.num_elements + sums * experts)
+
     # -- rows ------------------------------------------------------------------------------------------
 
     def prefetch(self, rows: dict[int, Tensor]) -> FetchedRows:
@@ -224,21 +301,28 @@ class DeviceExchange(Abortable):
             gradients: on the device: dense ones and those of table rows.
         """
         self.check()
-        self.dense.sum.add(part, gradients.dense)
+        is_last = part == self.plan.parts_of(self.me)[-1]
+        # The next replay writes where the gradients of this one lie.
+        lent = self._is_replayed and not is_last
+        self.dense.sum.add(part, gradients.dense, lent=lent)
         if gradients.rows:
             self.rows.reduction.send_rows(step, part, gradients, self.rows.owner_of)
-        self._end_round()
-        if part == self.plan.parts_of(self.me)[-1]:
+        self._end_round(lent=lent)
+        if is_last:
             self.accompany(step)
 
-    def _end_round(self) -> None:
-        """Add the experts' gradients of all parts of a round to their sums."""
+    def _end_round(self, *, lent: bool = False) -> None:
+        """Add the experts' gradients of all parts of a round to their sums.
+
+        Args:
+            lent: as in `GradientSum.add`.
+        """
         self._turn.passed.clear()
         if not self.across.is_owner:
             return
         parts, gradients = list(self._running.values()), self.across.take_gradients()
         for part, of_part in zip(parts, gradients, strict=not self.across.is_summed):
-            self.held.sum.add(part, of_part, len(parts) // len(gradients))
+            self.held.sum.add(part, of_part, len(parts) // len(gradients), lent=lent)
 
     def _finish(self, step: int) -> None:
         """Sum what lies in several slots, and tell the scheduler of every role's norms."""
@@ -274,6 +358,12 @@ class DeviceExchange(Abortable):
         """End the step at its next operation, and every wait."""
         super().abort()
         self.link.abort()
+
+
+def _split(flat: Sequence[Tensor], sizes: Sequence[int]) -> list[list[Tensor]]:
+    """Lists of some sizes, one after another."""
+    rest = iter(flat)
+    return [list(islice(rest, size)) for size in sizes]
 
 
 def _name(key: Key) -> str:

@@ -33,6 +33,8 @@ class DeviceLink(Link):
         signs: of the slot: its state on the device, and what ends waits.
     """
 
+    is_recordable = True
+
     def __init__(
         self,
         mailbox: SlotMailbox,
@@ -50,8 +52,8 @@ class DeviceLink(Link):
         self._tables: dict[tuple[int, ...], Tensor] = {}
 
     def mark(self) -> torch.cuda.Event:
-        """As of `Link`."""
-        event = torch.cuda.Event(enable_timing=True)
+        """As of `Link`; one that is recorded has the time of the last replay."""
+        event = torch.cuda.Event(enable_timing=True, external=torch.cuda.is_current_stream_capturing())
         event.record()
         return event
 
@@ -62,6 +64,14 @@ class DeviceLink(Link):
             begin, end: there.
         """
         return float(begin.elapsed_time(end)) / 1e3
+
+    def shift(self, count: int) -> None:
+        """As of `Link`: kernels add it to every word.
+
+        Args:
+            count: there.
+        """
+        self._state[1].fill_(count)
 
     def put(self, rows: Tensor, into: Tensor, order_R: Tensor | None = None) -> None:
         """As of `Link`.

@@ -90,6 +90,7 @@ def rehearse_in_company(job: SlotJob, dense: DenseSlabs) -> None:
         plan, dense, held, table, _link(dense.device), rows, job.part_shape, lambda *_, **__: None
     )
     worker, batches = AttentionWorker(dense, exchange), job.train_batches()
+    worker.graph = None
     for step in range(1, STEPS + 1):
         exchange.expect(list(enumerate(plan.part_owners)), trains=True)
         worker.run_step(step, plan.parts_of(0), batches, lambda _part, _done: None)
