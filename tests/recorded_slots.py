@@ -25,6 +25,7 @@ from sparseray.actors.peers.meter import Meter
 from sparseray.actors.peers.token_exchange import TokenExchange
 from sparseray.actors.training import part_graph
 from sparseray.kernels.ops import HeldRows
+from sparseray.platform.fleet import company
 
 _here = threading.local()
 
@@ -108,10 +109,9 @@ class TapeLink(HostLink):
 
 
 class SlotRecorder(Recorded):
-    """`Recorded`, of a slot that has a `TapeLink`."""
+    """`Recorded`, of a slot that has a `TapeLink` where it has company."""
 
     def record(self, run: Run, beside: int, *, again: bool) -> Recording:
-        assert again
         tape = Tape()
         with _in(tape, None):
             replay, found = super().record(run, beside, again=again)
@@ -119,7 +119,7 @@ class SlotRecorder(Recorded):
         def once_more() -> None:
             with _in(tape, 0):
                 replay()
-                assert tape.at == len(tape.words) > 0
+                assert tape.at == len(tape.words) and again == bool(tape.words)
 
         return once_more, found
 
@@ -170,7 +170,8 @@ def record_slots(
                 found.num_bytes[name] = found.num_bytes.get(name, 0) + count
         tell(me)
 
-    patch.setattr(choice, "HostLink", TapeLink)
+    for module in (choice, company):
+        patch.setattr(module, "HostLink", TapeLink)
     patch.setattr(TokenExchange, "settle", settle)
     patch.setattr(Meter, "phase", counted)
     patch.setattr(Meter, "tell", tell)

@@ -1,0 +1,102 @@
+"""Parts of one of two slots, of which nobody is the other, recorded and replayed on one GPU; on a CPU with a stand-in for graphs."""
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from local_cluster import train
+from recorded_slots import record_slots
+from test_company import job_of
+from test_gpu_training import run_on
+from torch import Tensor
+
+from sparseray.actors.peers.link import word_of
+from sparseray.actors.state.dense_slab import DenseSlabs
+from sparseray.actors.training.worker import AttentionWorker
+from sparseray.actors.wire.messages import PartDone
+from sparseray.platform.fleet.company import in_company
+from sparseray.platform.fleet.job import SlotJob
+
+STEPS = 4
+"""Launched; launched once more, then recorded and replayed; replayed."""
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda",
+        marks=[
+            pytest.mark.gpu,
+            pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+            pytest.mark.timeout(300),
+        ],
+    ),
+]
+
+
+def steps_of(job: SlotJob, *, is_graph: bool) -> tuple[list[list[Tensor]], dict[str, Any]]:
+    """Sums of gradients and losses of each step, and what else there is to compare or to look at."""
+    dense = job.holdings().spare()
+    assert isinstance(dense, DenseSlabs)
+    told: Counter[tuple[str, str]] = Counter()
+
+    def observe(name: str, value: float, **labels: str) -> None:
+        told[name, labels["phase"]] += value
+
+    exchange = in_company(job, dense, observe)
+    generator = torch.Generator(dense.device).manual_seed(3)
+    for into in (*exchange.held.slabs[0].weights, exchange.table.regions[0].x_STH):
+        into.normal_(generator=generator).mul_(0.1)
+    exchange.table.regions[0].weights_STK.uniform_(generator=generator)
+    exchange.held.slabs[0].refresh()
+    worker, parts, found = AttentionWorker(dense, exchange), exchange.plan.parts_of(0), []
+    if not is_graph:
+        worker.graph = None
+    for step in range(1, STEPS + 1):
+        exchange.expect(list(enumerate(exchange.plan.part_owners)), trains=True)
+        done: dict[int, PartDone] = {}
+        worker.run_step(step, parts, job.train_batches(), done.__setitem__)
+        assert dense.sum.total is not None and exchange.held.sum.total is not None
+        found.append(
+            [
+                torch.tensor([part.loss_sum for part in done.values()]),
+                *(t.clone() for t in (*dense.sum.total, *exchange.held.sum.total)),
+            ]
+        )
+        dense.discard()
+        exchange.held.discard()
+    said = int(exchange.table.regions[1].flags_S[0])
+    assert word_of(1, exchange.across.count - 10) < said <= word_of(1, exchange.across.count)
+    replayed = worker.graph is not None and worker.graph.is_recorded
+    return found, {"told": told, "said": said, "count": exchange.across.count, "replayed": replayed}
+
+
+@pytest.mark.parametrize("keys", [{}, {"recompute": True}, {"logical_shards": 2}], ids=str)
+@pytest.mark.parametrize("determinism", ["bitwise", "fast"])
+@pytest.mark.parametrize("device", DEVICES)
+def test_replayed_parts_in_company_leave_what_launched_ones_do(
+    device: str,
+    determinism: Any,
+    keys: dict[str, Any],
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = replace(run_on(device, corpus, steps=2, **keys), determinism=determinism)
+    train(tmp_path / "run", config, stop_after=1)
+    if device == "cpu":
+        record_slots(monkeypatch)
+    job = job_of(tmp_path / "run")
+    launched, by_hand = steps_of(job, is_graph=False)
+    replayed, recorded = steps_of(job, is_graph=True)
+    assert (by_hand.pop("replayed"), recorded.pop("replayed")) == (False, True)
+    seconds = [info.pop("told") for info in (by_hand, recorded)]
+    assert by_hand == recorded
+    for one, other in zip(replayed, launched, strict=True):
+        assert all(map(torch.equal, one, other)) and len(one) == len(other)
+        assert all(float(tensor.float().abs().sum()) > 0 for tensor in one[:1] + one[-2:])
+    for phase in ("dispatch", "combine"):
+        bytes_of = [told["exchange_bytes_total", phase] for told in seconds]
+        assert bytes_of[0] == bytes_of[1] > 0
+        assert all(0 < told["exchange_seconds_total", phase] < 60 for told in seconds)
