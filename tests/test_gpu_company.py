@@ -72,6 +72,33 @@ def steps_of(job: SlotJob, *, is_graph: bool) -> tuple[list[list[Tensor]], dict[
     return found, {"told": told, "said": said, "count": exchange.across.count, "replayed": replayed}
 
 
+def test_a_recording_holds_for_the_slots_of_a_round_and_where_the_experts_lie(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(tmp_path / "run", run_on("cpu", corpus, steps=2), stop_after=1)
+    record_slots(monkeypatch)
+    job = job_of(tmp_path / "run")
+    dense = job.holdings().spare()
+    assert isinstance(dense, DenseSlabs)
+    exchange = in_company(job, dense, lambda *_, **__: None)
+    exchange.expect([(0, 0), (1, 1), (2, 0)], trains=True)
+    exchange.begin(1, 0)
+    assert exchange.built_in() is None, "the host counts rows"
+    exchange.across.counts_rows = False
+    with_both = exchange.built_in()
+    assert with_both is not None and exchange.built_in() == with_both
+    exchange.begin(1, 2)
+    assert exchange.built_in() is None, "a round of fewer"
+    exchange.expect([(0, 0), (2, 0)], trains=True)
+    exchange.begin(2, 2)
+    alone = exchange.built_in()
+    assert alone not in (None, with_both)
+    before = exchange.held.slabs[0].compute
+    exchange.held.slabs[0].keep(list(exchange.held.slabs[0].rows)[:-1])
+    exchange.held.assign([], [])
+    assert exchange.built_in() not in (None, alone) and before is not None
+
+
 @pytest.mark.parametrize("keys", [{}, {"recompute": True}, {"logical_shards": 2}], ids=str)
 @pytest.mark.parametrize("determinism", ["bitwise", "fast"])
 @pytest.mark.parametrize("device", DEVICES)

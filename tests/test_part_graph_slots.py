@@ -160,13 +160,14 @@ def test_where_nothing_can_be_recorded_slots_go_on_launching(
     assert [str(error) in text for text in caplog.messages if "without a CUDA graph" in text] == [True, True]
 
 
+@pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("call", [1, 2, 3, 4])
 def test_a_recording_that_fails_half_way_leaves_nothing_behind(
-    call: int, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    call: int, recompute: bool, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As where the device is full in the midst of a part: forward, backward, with what layers keep."""
-    config = slots_run(corpus, parts=6)
-    launched, by_hand = run(tmp_path / "launched", config, is_graph=False)
+    config = slots_run(corpus, recompute=recompute)
+    launched, by_hand = run(tmp_path / "launched", config, is_graph=False, steps=3)
     give_back = TokenExchange._give_back
 
     def gives(me: TokenExchange, *arguments: Any, **named: Any) -> None:
@@ -176,11 +177,23 @@ def test_a_recording_that_fails_half_way_leaves_nothing_behind(
                 raise torch.OutOfMemoryError("full")
         give_back(me, *arguments, **named)
 
+    recorded, left = DeviceExchange.recorded, []
+
+    def watched(me: DeviceExchange, *arguments: Any) -> Any:
+        before, spans = me.across.count, len(me.meter._costs.spans)
+        try:
+            return recorded(me, *arguments)
+        finally:
+            left.append((me.across.count - before, len(me.meter._costs.spans) - spans))
+            left.append((*me.across._kept, *me.across._gradients, *me.across._sending, *me._turn.passed))
+
+    monkeypatch.setattr(DeviceExchange, "recorded", watched)
     monkeypatch.setattr(TokenExchange, "_give_back", gives)
-    failed, slots = run(tmp_path / "failed", config)
+    failed, slots = run(tmp_path / "failed", config, steps=3)
     same(failed, launched)
     assert slots.num_bytes == by_hand.num_bytes
     assert slots.total("records") == 2 and slots.total("replays") == 0
+    assert sorted(left) == [(), (), (0, 0), (0, 0)]
 
 
 def test_a_host_that_counts_rows_records_nothing(
