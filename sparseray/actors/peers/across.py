@@ -306,6 +306,9 @@ class DeviceExchange(Abortable):
         lent = self._is_replayed and not is_last
         self.dense.sum.add(part, gradients.dense, lent=lent)
         if gradients.rows:
+            # Rows go by message. Who only waited for the device would not answer another slot that asks for rows, while the
+            # device may wait for that slot.
+            self.link.read(self.nothing)
             self.rows.reduction.send_rows(step, part, gradients, self.rows.owner_of)
         self._end_round(lent=lent)
         if is_last:
