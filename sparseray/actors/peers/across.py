@@ -230,6 +230,8 @@ class DeviceExchange(Abortable):
             run, record: there.
         """
         across, begin, sets = self.across, self.across.count, list[int]()
+        # A recording begins with a wait for the device, which may wait for a slot that asks this one for rows.
+        self.link.read(self.nothing)
 
         def whole() -> list[Tensor]:
             try:
