@@ -6,7 +6,7 @@ import pytest
 import torch
 import triton_interpreter  # noqa: F401  (first: it sets the interpreter up where there is no GPU)
 
-from sparseray.kernels import peer
+from sparseray.kernels import peer, peer_rows
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 GENERATION = 5
@@ -144,7 +144,7 @@ def test_rows_and_sums_of_rows_come_to_their_sources(is_weighted: bool) -> None:
         ]
         wanted = torch.full((S * T * K, *values.shape[1:]), 7.0, dtype=values.dtype, device=DEVICE)
         wanted[order[:num].long()] = values[:num]
-        peer.give_rows(values, order, held, peer.table_of(into, DEVICE), T * K, into[0].stride(0), state)
+        peer_rows.give_rows(values, order, held, peer.table_of(into, DEVICE), T * K, into[0].stride(0), state)
         assert torch.equal(torch.cat(into), wanted)
     placed = torch.zeros(S * T * K, H, device=DEVICE)
     placed[order[:num].long()] = rows[:num].float()
@@ -152,7 +152,7 @@ def test_rows_and_sums_of_rows_come_to_their_sources(is_weighted: bool) -> None:
     wanted = (placed.view(S, T, K, H) * factors[..., None]).sum(2)
     into = [region[:, 1] for region in regions(S, T, 2, H)]
     table = peer.table_of(into, DEVICE)
-    peer.give_sums(rows, inverse, weights if is_weighted else None, held, table, (S, T, K), 2 * H, state)
+    peer_rows.give_sums(rows, inverse, weights if is_weighted else None, held, table, (S, T, K), 2 * H, state)
     for place, values in zip(into, wanted):
         assert torch.allclose(place.float(), values, atol=0.05)
 

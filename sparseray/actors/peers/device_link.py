@@ -15,7 +15,7 @@ from sparseray.actors.peers.link import COUNT_BITS, Link, lost, word_of
 from sparseray.actors.wire.envelope import Body, Message
 from sparseray.actors.wire.slot_mailbox import SlotMailbox
 from sparseray.errors import SupersededError
-from sparseray.kernels import peer
+from sparseray.kernels import peer, peer_rows
 from sparseray.kernels.ops import HeldRows
 
 MOST_SLOTS = 62
@@ -111,7 +111,7 @@ class DeviceLink(Link):
         if intos:
             order_R = held.order_R[: len(rows_RN)]
             span, stride = intos[0].shape[0], intos[0].stride(0)
-            peer.give_rows(rows_RN, order_R, held.held, self._table(intos), span, stride, self._state)
+            peer_rows.give_rows(rows_RN, order_R, held.held, self._table(intos), span, stride, self._state)
 
     def give_sums(
         self, rows_RH: Tensor, held: HeldRows, weights_STK: Tensor, intos: Sequence[Tensor], *, weighted: bool
@@ -125,7 +125,9 @@ class DeviceLink(Link):
             S, T, K = weights_STK.shape
             weights = weights_STK if weighted else None
             table, stride = self._table(intos), intos[0].stride(0)
-            peer.give_sums(rows_RH, held.inverse_R, weights, held.held, table, (S, T, K), stride, self._state)
+            peer_rows.give_sums(
+                rows_RH, held.inverse_R, weights, held.held, table, (S, T, K), stride, self._state
+            )
 
     def signal_all(self, flags: Sequence[Tensor], rank: int, count: int) -> None:
         """As of `Link`.
