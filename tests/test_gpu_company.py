@@ -95,7 +95,13 @@ def test_a_recording_holds_for_the_slots_of_a_round_and_where_the_experts_lie(
     exchange.expect([(0, 0), (2, 0)], trains=True)
     exchange.begin(2, 2)
     alone = exchange.built_in()
-    assert alone not in (None, with_both)
+    assert alone not in (None, with_both) and exchange.launches_beside
+    exchange._recomputes = True
+    assert not exchange.launches_beside
+    exchange.expect([(0, 0), (1, 1), (2, 0)], trains=True)
+    assert exchange.launches_beside
+    exchange.expect([(0, 0), (2, 0)], trains=True)
+    exchange.begin(3, 2)
     before = exchange.held.slabs[0].compute
     exchange.held.slabs[0].keep(list(exchange.held.slabs[0].rows)[:-1])
     exchange.held.assign([], [])

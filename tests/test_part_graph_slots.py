@@ -2,8 +2,9 @@
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,11 @@ def same(one: Trained, other: Trained) -> None:
     assert one.evaluations == other.evaluations
 
 
+def some(every: Sequence[Any], first: Sequence[Any]) -> list[Any]:
+    """Variants of a test, of which all but some are long."""
+    return [one if one in first else pytest.param(one, marks=pytest.mark.long) for one in every]
+
+
 CASES: dict[str, dict[str, Any]] = {
     "two slots": {},
     "two slots, fast": {"determinism": "fast"},
@@ -72,7 +78,17 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+SHORT = (
+    "two slots",
+    "a part each, fast, replicas",
+    "three slots, fast",
+    "recomputed",
+    "further tokens",
+    "three attend, two have experts",
+)
+
+
+@pytest.mark.parametrize("case", some(list(CASES), SHORT))
 def test_replayed_parts_of_several_slots_change_no_bit(case: str, corpus: Path, tmp_path: Path) -> None:
     config = slots_run(corpus, **CASES[case])
     launched, by_hand = run(tmp_path / "launched", config, is_graph=False)
@@ -106,7 +122,7 @@ def test_launched_and_replayed_slots_meet_in_one_round(
     assert slots.total("records") == 2
 
 
-@pytest.mark.parametrize("replication", [1, 2])
+@pytest.mark.parametrize("replication", some([1, 2], [2]))
 def test_slots_come_and_go_between_replays(replication: int, corpus: Path, tmp_path: Path) -> None:
     """Each generation records anew, also after its slots have forgotten what they hold no more."""
     alone = train(tmp_path / "one", slots_run(corpus, slots=1), stop_after=18)
@@ -131,7 +147,7 @@ MOMENTS = {
 }
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("moment", some(list(MOMENTS), list(MOMENTS)[::2]))
 def test_a_kill_between_replays_or_in_one_changes_no_bit(
     moment: str, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -160,8 +176,9 @@ def test_where_nothing_can_be_recorded_slots_go_on_launching(
     assert [str(error) in text for text in caplog.messages if "without a CUDA graph" in text] == [True, True]
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("call", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    ("call", "recompute"), some(list(product((1, 2, 3, 4), (False, True))), [(2, False), (3, True)])
+)
 def test_a_recording_that_fails_half_way_leaves_nothing_behind(
     call: int, recompute: bool, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

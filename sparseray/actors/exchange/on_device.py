@@ -33,7 +33,7 @@ class OnDeviceExchange(Abortable):
         mailbox: of the slot; the scheduler is told of the step's end.
     """
 
-    is_alone = True
+    is_alone, launches_beside = True, False
 
     def __init__(
         self, dense: DenseSlabs, experts: SlabExperts, memory: StagedMemory | None, mailbox: Mailbox

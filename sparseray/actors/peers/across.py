@@ -266,6 +266,12 @@ class DeviceExchange(Abortable):
         return again, found[:own]
 
     @property
+    def launches_beside(self) -> bool:
+        """As in `Recordable`: those that note statistics, of layers that are not computed again; and smaller rounds."""
+        rounds = self._turn.rounds
+        return not self._recomputes or any(tuple(running) != tuple(rounds[0]) for running in rounds)
+
+    @property
     def sum_bytes(self) -> int:
         """As in `Recordable`; of the experts each slot's parts begin a sum of their own."""
         slabs, rounds = self.dense.sum.num_slabs, self._turn.rounds

@@ -20,6 +20,7 @@ from sparseray.actors.peers.across import DeviceExchange
 from sparseray.actors.state.dense import DenseState
 from sparseray.actors.state.dense_slab import DenseSlabs
 from sparseray.actors.training.objective import Batch, DeviceBatch, Loss, Objective, next_token, on_device
+from sparseray.errors import SlotLostError
 from sparseray.kernels.capture import capturing
 from sparseray.log import get_logger
 
@@ -35,6 +36,11 @@ class Recordable(Exchange, Protocol):
     dense: DenseSlabs
     is_alone: bool
     """Whether passes of this slot concern nobody else."""
+
+    @property
+    def launches_beside(self) -> bool:
+        """Whether whole parts are launched all the same, now and then."""
+        ...
 
     def leaves(self) -> list[Tensor]:
         """What a backward pass leaves gradients at."""
@@ -243,12 +249,14 @@ class PartGraph:
         kept = FetchedRows(
             addresses=rows.addresses, values={layer: v.detach().clone() for layer, v in rows.values.items()}
         )
-        recorder, beside, again = self._recorder, self._beside(), not self.exchange.is_alone
+        recorder, beside, again = self._recorder, self._beside(), self.exchange.launches_beside
         assert recorder is not None
         try:
             replay, found = self.exchange.recorded(
                 lambda: run(own, kept), lambda whole: recorder.record(whole, beside, again=again)
             )
+        except SlotLostError:
+            raise
         except RuntimeError as error:
             is_full = isinstance(error, torch.OutOfMemoryError)
             log.warning("parts run without a CUDA graph: %s", error, exc_info=None if is_full else error)
