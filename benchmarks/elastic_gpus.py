@@ -81,7 +81,7 @@ def faults(bench: Bench) -> None:
 
     def illegal(run: Training, slot: int, _pid: int) -> None:
         # Whole at once, as the slot looks for it all the time.
-        (blows / "next").write_text("forward illegal")
+        (blows / "next").write_text("part illegal")
         (blows / "next").rename(blows / str(slot))
 
     def by(number: signal.Signals) -> Callable[[Training, int, int], None]:

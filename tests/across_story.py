@@ -77,6 +77,10 @@ class Story:
         """Wait until so many events of a kind have happened."""
         self.wait_for(lambda: self.events().count(kind) >= count, what)
 
+    def logged(self, text: str) -> int:
+        """Processes of Ray in whose log there is some text."""
+        return sum(text in path.read_text() for path in self.temporary.rglob("worker-*.err"))
+
     def slots(self) -> list[int]:
         """Processes of slots: the workers whose title Ray sets to their class."""
         return sorted(p.pid for p in of_mark(self.mark) if "SlotActor" in " ".join(p.cmdline()))

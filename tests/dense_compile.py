@@ -16,7 +16,7 @@ from torch import Tensor
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from sparseray.kernels import drafts, peer, peer_rounds
+from sparseray.kernels import drafts, peer, peer_rounds, peer_rows
 from sparseray.kernels.attention import decode, paged_write, prefill, recent_pages
 from sparseray.kernels.dense import (
     adamw,
@@ -270,8 +270,8 @@ def peers() -> None:
         peer.put_rows(source, into, places, state)
         peer.put_rows(source, into, None, state)
         peer.put_all(source, flags, state)
-        peer.give_rows(source, places, order, flags, 8, 2048, state)
-    peer.give_sums(bf16(16, 2048), order, torch.zeros(16), order, flags, (4, 2, 2), 8192, state)
+        peer_rows.give_rows(source, places, order, flags, 8, 2048, state)
+    peer_rows.give_sums(bf16(16, 2048), order, torch.zeros(16), order, flags, (4, 2, 2), 8192, state)
     peer.signal_all(flags, 2, 5 << 32, state)
     peer.signal(flags, 2, 5 << 32, state)
     peer.wait(flags, 0b101, 5 << 32, 6 << 32, state, order, 20.0)
@@ -347,6 +347,7 @@ def main() -> None:
         router,
         nsa_decode,
         peer,
+        peer_rows,
         peer_rounds,
         router_logits,
         fusion,

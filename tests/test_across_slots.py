@@ -11,6 +11,7 @@ import torch
 from faulty_transport import Killed
 from local_cluster import MODEL, LocalFleet, Trained, tiny_run, train
 
+from sparseray.actors.exchange.reduction import Reduction
 from sparseray.actors.peers.across import DeviceExchange
 from sparseray.actors.peers.dense_slices import DenseSlices
 from sparseray.actors.peers.link import HostLink
@@ -89,6 +90,29 @@ def test_a_host_that_does_not_learn_the_counts_of_rows_changes_no_bit(
 
     monkeypatch.setattr(TokenExchange, "settle", settle)
     check(train(tmp_path / "run", slabs_run(corpus, slots=3), stop_after=SHORT), one, SHORT)
+
+
+def test_a_slot_answers_others_while_it_waits_for_gradients_of_rows(
+    corpus: Path, one: dict[int, Trained], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows go by message: on a GPU their gradients come when others have, who may have to be answered first."""
+    calls: dict[int, list[str]] = {}
+
+    def noted(of: type, name: str) -> None:
+        method = getattr(of, name)
+
+        def call(me: Any, *arguments: Any) -> Any:
+            calls.setdefault(me.mailbox.slot, []).append(name)
+            return method(me, *arguments)
+
+        monkeypatch.setattr(of, name, call)
+
+    for of, name in ((HostLink, "start_read"), (HostLink, "wait"), (Reduction, "send_rows")):
+        noted(of, name)
+    check(train(tmp_path / "run", slabs_run(corpus, slots=2), stop_after=SHORT), one, SHORT)
+    for names in calls.values():
+        before = [names[index - 1] for index, name in enumerate(names) if name == "send_rows"]
+        assert len(before) == 2 * SHORT and set(before) == {"start_read"}
 
 
 def test_recomputed_layers_change_no_bit(corpus: Path, one: dict[int, Trained], tmp_path: Path) -> None:

@@ -35,15 +35,18 @@ def test_a_killed_gpu_slot_comes_again_and_no_bit_differs(
 @pytest.mark.parametrize(
     "faults",
     [
-        ["forward:40:illegal", "backward:30:stop", "commit:8:illegal"],
-        ["backward:30:illegal", "forward:40:stop", "commit:8:stop"],
+        ["part:24:illegal", "sums:7:stop", "commit:8:illegal"],
+        ["sums:7:illegal", "part:24:stop", "commit:8:stop"],
     ],
     ids=["illegal first", "stopped last"],
 )
 def test_gpu_slots_that_stand_still_or_write_to_nobodys_memory_change_no_bit(
     faults: list[str], corpus: Path, tmp_path: Path, temporary: Path
 ) -> None:
-    """A kernel's illegal access ends its process's use of the GPU: the others go on, and another slot comes."""
+    """A kernel's illegal access ends its process's use of the GPU: the others go on, and another slot comes.
+
+    Before a part that others replay and wait in, and when all parts have been.
+    """
     roles = {"attention_workers": 2, "expert_shards": 2, "memory_shards": 2, "replication": 2}
     with told(run_on("cuda", corpus, steps=100000, cluster=roles), tmp_path, temporary, faults) as story:
         story.fail()
@@ -55,6 +58,18 @@ def test_gpu_slots_come_and_go_and_state_moves_through_memory(
     """1-2-1: experts and half of the tables go to the second and come back, dense weights are copied to it."""
     with told(run_on("cuda", corpus, steps=100000), tmp_path, temporary) as story:
         story.come_and_go()
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_parts_of_two_gpus_are_replayed_and_their_bits_are_those_of_one(
+    parts: int, corpus: Path, tmp_path: Path, temporary: Path
+) -> None:
+    roles = dict.fromkeys(("attention_workers", "expert_shards", "memory_shards"), 2)
+    config = run_on("cuda", corpus, steps=100000, cluster=roles, logical_shards=parts, eval_every=4)
+    with told(config, tmp_path, temporary) as story:
+        story.wait_steps(12)
+        assert story.logged("parts run as one CUDA graph") == 2
+        assert story.logged("without a CUDA graph") == 0
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 3, reason="needs a GPU for each role")

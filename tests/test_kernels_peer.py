@@ -6,7 +6,7 @@ import pytest
 import torch
 import triton_interpreter  # noqa: F401  (first: it sets the interpreter up where there is no GPU)
 
-from sparseray.kernels import peer
+from sparseray.kernels import peer, peer_rows
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 GENERATION = 5
@@ -63,6 +63,33 @@ def test_words_of_a_graph_that_is_run_again_rise_with_the_count() -> None:
     assert int(state[0]) == peer.OK and flags.tolist() == [word(3)]
 
 
+@pytest.mark.parametrize("by", [0, 6, -2])
+def test_words_of_a_part_that_is_replayed_are_as_far_on_as_the_slot(by: int) -> None:
+    """Recorded at a count, replayed at another: what is said and waited for moves by the difference, and what is put does not."""
+    flags = [torch.zeros(2, dtype=torch.int64, device=DEVICE) for _ in range(2)]
+    state, end, into = peer.new_state(DEVICE), peer.new_end(DEVICE), regions(2, 8)
+    numbers = torch.randn(8, device=DEVICE).bfloat16()
+
+    def part(count: int) -> None:
+        peer.put_all(numbers, peer.table_of(into, DEVICE), state)
+        peer.signal_all(peer.table_of(flags, DEVICE), 1, word(count), state)
+        peer.signal(flags[0], 0, word(count + 1), state)
+        peer.wait(flags[0], 0b11, word(count), LATER, state, end, 200 * peer.POLL_S)
+
+    state[1] = by
+    part(9)
+    state[1] = 0
+    assert int(state[0]) == peer.OK
+    assert flags[0].tolist() == [word(10 + by), word(9 + by)] and flags[1].tolist() == [0, word(9 + by)]
+    assert all(torch.equal(place, numbers) for place in into)
+    # A launched word that follows is what it says.
+    peer.wait(flags[0], 0b10, word(9 + by), LATER, state, end, 200 * peer.POLL_S)
+    assert int(state[0]) == peer.OK
+    state[1] = by + 1
+    peer.wait(flags[0], 0b10, word(9), LATER, state, end, 200 * peer.POLL_S)
+    assert int(state[0]) == peer.LATE
+
+
 @pytest.mark.parametrize(
     ("said", "ended", "wanted"),
     [(word(3), 0, peer.LATE), (LATER | 1, 0, peer.ENDED), (word(3), peer.ENDED, peer.ENDED), (4 << 32 | 9, 0, peer.LATE)],
@@ -117,7 +144,7 @@ def test_rows_and_sums_of_rows_come_to_their_sources(is_weighted: bool) -> None:
         ]
         wanted = torch.full((S * T * K, *values.shape[1:]), 7.0, dtype=values.dtype, device=DEVICE)
         wanted[order[:num].long()] = values[:num]
-        peer.give_rows(values, order, held, peer.table_of(into, DEVICE), T * K, into[0].stride(0), state)
+        peer_rows.give_rows(values, order, held, peer.table_of(into, DEVICE), T * K, into[0].stride(0), state)
         assert torch.equal(torch.cat(into), wanted)
     placed = torch.zeros(S * T * K, H, device=DEVICE)
     placed[order[:num].long()] = rows[:num].float()
@@ -125,7 +152,7 @@ def test_rows_and_sums_of_rows_come_to_their_sources(is_weighted: bool) -> None:
     wanted = (placed.view(S, T, K, H) * factors[..., None]).sum(2)
     into = [region[:, 1] for region in regions(S, T, 2, H)]
     table = peer.table_of(into, DEVICE)
-    peer.give_sums(rows, inverse, weights if is_weighted else None, held, table, (S, T, K), 2 * H, state)
+    peer_rows.give_sums(rows, inverse, weights if is_weighted else None, held, table, (S, T, K), 2 * H, state)
     for place, values in zip(into, wanted):
         assert torch.allclose(place.float(), values, atol=0.05)
 

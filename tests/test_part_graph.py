@@ -2,7 +2,6 @@
 
 import logging
 import weakref
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +19,7 @@ from sparseray.actors.training import part_graph
 from sparseray.actors.training.objective import DeviceBatch, next_token
 from sparseray.actors.training.part_graph import PartGraph, graph_of
 from sparseray.actors.training.worker import AttentionWorker
+from sparseray.errors import SlotLostError
 from sparseray.model.config import DSEConfig, MTPConfig
 from sparseray.platform.config import RunConfig
 from sparseray.platform.trainer import Trainer
@@ -40,7 +40,7 @@ class Recorded:
         self.firsts += 1
         return run()
 
-    def record(self, run: part_graph.Run, beside: int) -> tuple[Callable[[], object], list[Tensor]]:
+    def record(self, run: part_graph.Run, beside: int, *, again: bool) -> part_graph.Recording:
         self.records += 1
         if self.error is not None:
             raise self.error
@@ -142,6 +142,13 @@ def test_where_nothing_can_be_recorded_the_host_goes_on_launching(
     assert (recorder.records, recorder.replays) == (1, 0)
     assert launched.curve == plain.curve and launched.digest == plain.digest
     assert [str(error) in text for text in caplog.messages if "without a CUDA graph" in text] == [True]
+
+
+def test_a_neighbour_that_is_lost_is_no_part_that_cannot_be_recorded() -> None:
+    graph = PartGraph(exchange(), Recorded(SlotLostError("slot 0 got nothing", [1])))
+    gradients(graph, batch(0))
+    with pytest.raises(SlotLostError):
+        gradients(graph, batch(1))
 
 
 def exchange() -> OnDeviceExchange:

@@ -1,7 +1,7 @@
 """Slots fail in some call of the exchange of several slots, or while state moves from them or to them.
 
 `SPARSERAY_TEST_FAULTS` has what, one for each slot: `slot:moment:call:kind`, by spaces. A moment is a key of MOMENTS, a
-call the number of it since the slot began; a kind is `stop` (SIGSTOP), `kill`, `illegal` (a kernel that writes to memory
+call the number of it since the slot began (where parts are replayed, of `forward` and `backward` there are few); a kind is `stop` (SIGSTOP), `kill`, `illegal` (a kernel that writes to memory
 of nobody, which ends its process's use of the GPU), or `raise` (an error that says so, for a CPU). In the folder of
 `SPARSERAY_TEST_FAULT_FOLDER` a file named by a slot has `moment kind` of its next fault.
 """
@@ -24,6 +24,7 @@ _FAULTS = {
 _FOLDER = os.environ.get("SPARSERAY_TEST_FAULT_FOLDER", "")
 _ACROSS, _EXCHANGE = "sparseray.actors.peers.across", "sparseray.actors.exchange"
 MOMENTS = {
+    "part": (_ACROSS, "DeviceExchange", "begin"),
     "forward": (_ACROSS, "DeviceExchange", "_forward"),
     "backward": (_ACROSS, "DeviceExchange", "_backward"),
     "sums": (_ACROSS, "DeviceExchange", "_finish"),

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from sparseray.actors.exchange.protocol import Abortable, Fetch, FetchedRows, PartGradients
+from sparseray.actors.exchange.protocol import Abortable, Fetch, FetchedRows, PartGradients, Recording, Run
 from sparseray.actors.state.dense_slab import DenseSlabs
 from sparseray.actors.state.slab_experts import SlabExperts
 from sparseray.actors.state.staged_memory import Addresses, StagedMemory
@@ -32,6 +32,8 @@ class OnDeviceExchange(Abortable):
         memory: all tables; None for a model without.
         mailbox: of the slot; the scheduler is told of the step's end.
     """
+
+    is_alone, launches_beside = True, False
 
     def __init__(
         self, dense: DenseSlabs, experts: SlabExperts, memory: StagedMemory | None, mailbox: Mailbox
@@ -67,6 +69,23 @@ class OnDeviceExchange(Abortable):
         """What a backward pass leaves gradients at: every dense parameter, then both slabs of every MoE layer."""
         slabs = [slab for index in self.index.values() for slab in self.whole.weights(index)]
         return [*self.dense.parameters, *slabs]
+
+    def built_in(self) -> tuple[object, ...]:
+        """Nothing but what the leaves say."""
+        return ()
+
+    def recorded(self, run: Run, record: Callable[[Run], Recording]) -> Recording:
+        """Nobody else takes part.
+
+        Args:
+            run, record: as in `Recordable`.
+        """
+        return record(run)
+
+    @property
+    def sum_bytes(self) -> int:
+        """As in `Recordable`."""
+        return 4 * self.dense.sum.num_slabs * sum(leaf.numel() for leaf in self.leaves())
 
     def prefetch(self, rows: Addresses) -> FetchedRows:
         """Read rows of all memory layers as the last commit left them, and send them to the device, without a wait for it.

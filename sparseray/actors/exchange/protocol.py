@@ -96,6 +96,12 @@ class PartGradients:
     rows: tuple[tuple[Tensor, Tensor], ...]
 
 
+Run = Callable[[], list[Tensor]]
+"""Passes of a part: what they give, in memory that a recording may keep."""
+Recording = tuple[Callable[[], object], list[Tensor]]
+"""What replays a run, and the tensors that a replay fills."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Fetch:
     """What one fetch of table rows cost.

@@ -10,7 +10,7 @@ Shapes: T tokens, K experts per token, R rows, H hidden, E experts.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from itertools import islice
 from zlib import crc32
 
 import numpy as np
@@ -19,12 +19,21 @@ from torch import Tensor
 
 from sparseray.actors.exchange.by_message import MessageExchange
 from sparseray.actors.exchange.on_device import norms_by_role, step_norms
-from sparseray.actors.exchange.protocol import Abortable, Fetch, FetchedRows, Observe, PartGradients
+from sparseray.actors.exchange.protocol import (
+    Abortable,
+    Fetch,
+    FetchedRows,
+    Observe,
+    PartGradients,
+    Recording,
+    Run,
+)
 from sparseray.actors.peers.dense_slices import DenseSlices
 from sparseray.actors.peers.expert_shares import ExpertShares
 from sparseray.actors.peers.link import Link
 from sparseray.actors.peers.meter import Meter
 from sparseray.actors.peers.rounds import Round, Turn, rounds_of
+from sparseray.actors.peers.routed import Routed
 from sparseray.actors.peers.table import Table
 from sparseray.actors.peers.token_exchange import TokenExchange
 from sparseray.actors.state.assignment import Plan
@@ -49,6 +58,8 @@ class DeviceExchange(Abortable):
         observe: metrics of the slot.
     """
 
+    is_alone = False
+
     def __init__(
         self,
         plan: Plan,
@@ -70,9 +81,9 @@ class DeviceExchange(Abortable):
         self.across = TokenExchange(plan, dense, experts, table, self.me, link, self.meter)
         self.slices = DenseSlices(plan, dense, table, self.me, link)
         self.shares = ExpertShares(plan, experts, table, self.me, link)
-        self._turn = Turn()
+        self._turn, self._is_replayed = Turn(), False
         self.nothing = torch.zeros((), device=dense.device)
-        self._routed = _Routed(self)
+        self._routed = Routed(self)
 
     # -- what runs -----------------------------------------------------------------------------------
 
@@ -95,6 +106,7 @@ class DeviceExchange(Abortable):
             part: of the global batch; -1 for none.
         """
         self.rows.begin(step, part)
+        self._is_replayed = False
         for index, running in enumerate(self._turn.rounds):
             if running.get(self.me) == part:
                 self._turn.index = index
@@ -131,7 +143,7 @@ class DeviceExchange(Abortable):
     # -- experts ---------------------------------------------------------------------------------------
 
     @property
-    def experts(self) -> "_Routed":
+    def experts(self) -> Routed:
         """The routed experts, as the model calls them."""
         return self._routed
 
@@ -194,6 +206,79 @@ class DeviceExchange(Abortable):
         self.check()
         self.across.backward(layer, list(self._running), self._tokens(layer))
 
+    # -- recorded --------------------------------------------------------------------------------------
+
+    def leaves(self) -> list[Tensor]:
+        """As in `Recordable`: the experts' gradients are found here."""
+        return list(self.dense.parameters)
+
+    def built_in(self) -> tuple[object, ...] | None:
+        """As in `Recordable`: which slots run a part of the round, and where the experts lie.
+
+        None where the host counts rows, or a link needs it; and in rounds that fewer slots run than the first one, since
+        recordings of both would each have their own memory.
+        """
+        running, most = tuple(self._running), tuple(self._turn.rounds[0])
+        if not self.link.is_recordable or self.across.counts_rows or running != most:
+            return None
+        return self.across.built_in(running)
+
+    def recorded(self, run: Run, record: Callable[[Run], Recording]) -> Recording:
+        """As in `Recordable`: a replay goes on with the words where the slot is, and leaves the experts' gradients.
+
+        Args:
+            run, record: there.
+        """
+        across, begin, sets = self.across, self.across.count, list[int]()
+        # A recording begins with a wait for the device, which may wait for a slot that asks this one for rows.
+        self.link.read(self.nothing)
+
+        def whole() -> list[Tensor]:
+            try:
+                found = run()
+            except BaseException:
+                # What is recorded can be ended only where all of it comes together again.
+                self.link.join()
+                raise
+            gradients = across.take_gradients()
+            sets[:] = map(len, gradients)
+            return [*found, *(gradient for of_set in gradients for gradient in of_set)]
+
+        try:
+            with self.meter.apart() as costs:
+                replay, found = record(whole)
+            words = across.count - begin
+        finally:
+            across.rewind(begin)
+            self._turn.passed.clear()
+        own = len(found) - sum(sets)
+
+        def again() -> None:
+            self.check()
+            end = across.count + words
+            self.link.shift(across.count - begin)
+            replay()
+            self.link.shift(0)
+            across.count, self._is_replayed = end, True
+            across.leave_gradients(_split(found[own:], sets))
+            self.meter.add(costs)
+
+        return again, found[:own]
+
+    @property
+    def launches_beside(self) -> bool:
+        """As in `Recordable`: those that note statistics, of layers that are not computed again; and smaller rounds."""
+        rounds = self._turn.rounds
+        return not self._recomputes or any(tuple(running) != tuple(rounds[0]) for running in rounds)
+
+    @property
+    def sum_bytes(self) -> int:
+        """As in `Recordable`; of the experts each slot's parts begin a sum of their own."""
+        slabs, rounds = self.dense.sum.num_slabs, self._turn.rounds
+        experts = sum(tensor.numel() for slab in self.held.slabs for tensor in slab.compute)
+        sums = max(slabs, len(rounds[0])) if slabs > 1 else slabs
+        return 4 * (slabs * self.dense.num_elements + sums * experts)
+
     # -- rows ------------------------------------------------------------------------------------------
 
     def prefetch(self, rows: dict[int, Tensor]) -> FetchedRows:
@@ -224,21 +309,31 @@ class DeviceExchange(Abortable):
             gradients: on the device: dense ones and those of table rows.
         """
         self.check()
-        self.dense.sum.add(part, gradients.dense)
+        is_last = part == self.plan.parts_of(self.me)[-1]
+        # The next replay writes where the gradients of this one lie.
+        lent = self._is_replayed and not is_last
+        self.dense.sum.add(part, gradients.dense, lent=lent)
         if gradients.rows:
+            # Rows go by message. Who only waited for the device would not answer another slot that asks for rows, while the
+            # device may wait for that slot.
+            self.link.read(self.nothing)
             self.rows.reduction.send_rows(step, part, gradients, self.rows.owner_of)
-        self._end_round()
-        if part == self.plan.parts_of(self.me)[-1]:
+        self._end_round(lent=lent)
+        if is_last:
             self.accompany(step)
 
-    def _end_round(self) -> None:
-        """Add the experts' gradients of all parts of a round to their sums."""
+    def _end_round(self, *, lent: bool = False) -> None:
+        """Add the experts' gradients of all parts of a round to their sums.
+
+        Args:
+            lent: as in `GradientSum.add`.
+        """
         self._turn.passed.clear()
         if not self.across.is_owner:
             return
         parts, gradients = list(self._running.values()), self.across.take_gradients()
         for part, of_part in zip(parts, gradients, strict=not self.across.is_summed):
-            self.held.sum.add(part, of_part, len(parts) // len(gradients))
+            self.held.sum.add(part, of_part, len(parts) // len(gradients), lent=lent)
 
     def _finish(self, step: int) -> None:
         """Sum what lies in several slots, and tell the scheduler of every role's norms."""
@@ -276,6 +371,12 @@ class DeviceExchange(Abortable):
         self.link.abort()
 
 
+def _split(flat: Sequence[Tensor], sizes: Sequence[int]) -> list[list[Tensor]]:
+    """Lists of some sizes, one after another."""
+    rest = iter(flat)
+    return [list(islice(rest, size)) for size in sizes]
+
+
 def _name(key: Key) -> str:
     return f"expert.{key[0]}.{key[1]}"
 
@@ -283,83 +384,3 @@ def _name(key: Key) -> str:
 def _digest(norms: Iterable[float]) -> int:
     """Of gradients by their norms, to compare replicas."""
     return crc32(np.array(list(norms)).tobytes())
-
-
-class _Routed:
-    """`ExpertsBeside` of the model.
-
-    Args:
-        exchange: in which tokens travel.
-    """
-
-    def __init__(self, exchange: DeviceExchange) -> None:
-        self._exchange = exchange
-
-    def __call__(self, layer: int, x_TH: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Tensor:
-        """As of `Exchange.experts`.
-
-        Args:
-            layer, x_TH, topk_ids_TK, topk_weights_TK: there.
-        """
-        return self._run(layer, x_TH, topk_ids_TK, topk_weights_TK, None)
-
-    def beside(
-        self,
-        layer: int,
-        x_TH: Tensor,
-        topk_ids_TK: Tensor,
-        topk_weights_TK: Tensor,
-        other: Callable[[], Tensor],
-    ) -> Tensor:
-        """The sum of both; in the backward pass, too, gradients travel while those of `other` are computed.
-
-        Args:
-            layer, x_TH, topk_ids_TK, topk_weights_TK: as of `Exchange.experts`.
-            other: computes [T, H].
-        """
-        return self._run(layer, x_TH, topk_ids_TK, topk_weights_TK, other)
-
-    def _run(
-        self, layer: int, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, other: Callable[[], Tensor] | None
-    ) -> Tensor:
-        exchange = self._exchange
-        index, weights_TK = exchange.layers.index(layer), weights_TK.contiguous()
-        on_way = _Sent.apply(x_TH, weights_TK, ids_TK, exchange, index)
-        beside_TH = None if other is None else other()
-        out_TH: Tensor = _Returned.apply(on_way, weights_TK.detach(), exchange, index)
-        return out_TH if beside_TH is None else out_TH + beside_TH
-
-
-class _Sent(torch.autograd.Function):
-    """Tokens go out; backward, their gradients come back. What it returns stands for them in the graph."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x_TH: Tensor, weights_TK: Tensor, ids_TK: Tensor, exchange: DeviceExchange, layer: int
-    ) -> Tensor:
-        ctx.exchange, ctx.layer, ctx.tokens = exchange, layer, len(x_TH)
-        x_TH, ids_TK = x_TH.detach().contiguous(), ids_TK.int().contiguous()
-        exchange.send_rows(layer, x_TH, ids_TK, weights_TK.detach())
-        return exchange.nothing.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:
-        dx_TH, dweights_TK = ctx.exchange.backward_rows(ctx.layer, ctx.tokens)
-        return dx_TH, dweights_TK, None, None, None
-
-
-class _Returned(torch.autograd.Function):
-    """Rows come back; backward, their gradients go out, before what was computed since the tokens were sent."""
-
-    @staticmethod
-    def forward(ctx: Any, on_way: Tensor, weights_TK: Tensor, exchange: DeviceExchange, layer: int) -> Tensor:
-        ctx.exchange = exchange
-        # Asking for it below has all be computed again that is, before gradients go out.
-        ctx.save_for_backward(weights_TK)
-        return exchange.forward_rows(layer, weights_TK)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        assert ctx.saved_tensors
-        ctx.exchange.send_gradient(grads[0].contiguous())
-        return ctx.exchange.nothing, None, None, None

@@ -15,7 +15,7 @@ from sparseray.actors.peers.link import COUNT_BITS, Link, lost, word_of
 from sparseray.actors.wire.envelope import Body, Message
 from sparseray.actors.wire.slot_mailbox import SlotMailbox
 from sparseray.errors import SupersededError
-from sparseray.kernels import peer
+from sparseray.kernels import peer, peer_rows
 from sparseray.kernels.ops import HeldRows
 
 MOST_SLOTS = 62
@@ -32,6 +32,8 @@ class DeviceLink(Link):
         slots: of the generation, by rank.
         signs: of the slot: its state on the device, and what ends waits.
     """
+
+    is_recordable = True
 
     def __init__(
         self,
@@ -50,8 +52,8 @@ class DeviceLink(Link):
         self._tables: dict[tuple[int, ...], Tensor] = {}
 
     def mark(self) -> torch.cuda.Event:
-        """As of `Link`."""
-        event = torch.cuda.Event(enable_timing=True)
+        """As of `Link`; one that is recorded has the time of the last replay."""
+        event = torch.cuda.Event(enable_timing=True, external=torch.cuda.is_current_stream_capturing())
         event.record()
         return event
 
@@ -62,6 +64,14 @@ class DeviceLink(Link):
             begin, end: there.
         """
         return float(begin.elapsed_time(end)) / 1e3
+
+    def shift(self, count: int) -> None:
+        """As of `Link`: kernels add it to every word.
+
+        Args:
+            count: there.
+        """
+        self._state[1].fill_(count)
 
     def put(self, rows: Tensor, into: Tensor, order_R: Tensor | None = None) -> None:
         """As of `Link`.
@@ -101,7 +111,7 @@ class DeviceLink(Link):
         if intos:
             order_R = held.order_R[: len(rows_RN)]
             span, stride = intos[0].shape[0], intos[0].stride(0)
-            peer.give_rows(rows_RN, order_R, held.held, self._table(intos), span, stride, self._state)
+            peer_rows.give_rows(rows_RN, order_R, held.held, self._table(intos), span, stride, self._state)
 
     def give_sums(
         self, rows_RH: Tensor, held: HeldRows, weights_STK: Tensor, intos: Sequence[Tensor], *, weighted: bool
@@ -115,7 +125,9 @@ class DeviceLink(Link):
             S, T, K = weights_STK.shape
             weights = weights_STK if weighted else None
             table, stride = self._table(intos), intos[0].stride(0)
-            peer.give_sums(rows_RH, held.inverse_R, weights, held.held, table, (S, T, K), stride, self._state)
+            peer_rows.give_sums(
+                rows_RH, held.inverse_R, weights, held.held, table, (S, T, K), stride, self._state
+            )
 
     def signal_all(self, flags: Sequence[Tensor], rank: int, count: int) -> None:
         """As of `Link`.

@@ -39,6 +39,16 @@ class Link(Protocol):
 
     waited_s: float
     """Seconds spent in waits for others, as far as the last `read` tells."""
+    is_recordable: bool = False
+    """Whether all but reading happens without the host, so that it can be recorded and happen again."""
+
+    def shift(self, count: int) -> None:
+        """Have the words of what follows count so much further; those of a recording are what they were in it.
+
+        Args:
+            count: 0 for what is asked for as it happens.
+        """
+        assert self.is_recordable, "nothing was recorded"
 
     def mark(self) -> Any:
         """A moment in what is asked for."""

@@ -8,7 +8,7 @@ Round = dict[int, int]
 
 
 def rounds_of(parts: Sequence[tuple[int, int]]) -> list[Round]:
-    """What runs at the same time: the first part of every slot, the second of every slot, and so on.
+    """What runs at the same time: the first part of every slot, the second of every slot, and so on; slots rise in each.
 
     Args:
         parts: (part, slot), in the order in which each slot runs its own.
@@ -21,7 +21,7 @@ def rounds_of(parts: Sequence[tuple[int, int]]) -> list[Round]:
         if index == len(found):
             found.append({})
         found[index][slot] = part
-    return found
+    return [dict(sorted(running.items())) for running in found]
 
 
 @dataclass

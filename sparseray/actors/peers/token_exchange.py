@@ -102,9 +102,12 @@ class TokenExchange:
             sources: slots that send tokens at the same time, at most.
             tokens: of each.
         """
-        if self._is_settled or self.device.type != "cuda" or not self.held.slabs:
+        if self._is_settled or self.device.type != "cuda":
             return
         self._is_settled = True
+        if not self.held.slabs:
+            self.counts_rows = False
+            return
         slab, layers = self.held.slabs[0], 1 if self._dense.model.recompute else len(self.held.slabs)
         # Kept of a row are both pre-activations; in passing there are activations, their gradients, and rows.
         each = slab.compute[0].element_size() * (2 * layers * slab.inner + 4 * slab.inner + 2 * slab.hidden)
@@ -123,6 +126,37 @@ class TokenExchange:
         """Take the experts' gradients of a round: of each source's part, or the sum of all."""
         found, self._gradients = self._gradients, []
         return found
+
+    def leave_gradients(self, gradients: Gradients) -> None:
+        """Have those of a round that a recording has computed.
+
+        Args:
+            gradients: as `take_gradients` gives them.
+        """
+        self._gradients = gradients
+
+    def built_in(self, sources: Sequence[int]) -> tuple[object, ...]:
+        """What recorded exchanges depend on: who sends tokens, and where what lies here is read.
+
+        Args:
+            sources: slots that send tokens.
+        """
+        lies: list[int] = []
+        if self.is_owner:
+            for layer, slab in enumerate(self.held.slabs):
+                groups_SE = self._groups_of(layer, 1 if self.is_summed else len(sources))
+                lies += [len(slab.rows), *(tensor.data_ptr() for tensor in (groups_SE, *slab.compute))]
+        return (*sources, *lies)
+
+    def rewind(self, count: int) -> None:
+        """Be as before exchanges that were only recorded.
+
+        Args:
+            count: of the words, then.
+        """
+        self.count = count
+        self._kept.clear()
+        self._sending, self._gradients = [], []
 
     # -- of the own tokens -----------------------------------------------------------------------------
 
@@ -224,7 +258,8 @@ class TokenExchange:
         every, ranks = self.table.regions[self.me].of_sources(name, tokens), self.table.ranks(sources)
         if ranks == list(range(ranks[0], ranks[0] + len(ranks))):
             return every[ranks[0] : ranks[0] + len(ranks)]
-        return every[ranks]
+        # An index of numbers would be sent to the device, and waited for.
+        return torch.stack([every[rank] for rank in ranks])
 
     def _grouped(self, layer: int, ids_STK: Tensor, like: Tensor) -> HeldRows:
         """The rows of experts here, those of each source apart if their gradients are."""

@@ -56,7 +56,7 @@ class GradientSum:
             part: logical part of the step; each once.
             gradients: always of the same shapes, in the same order.
             parts: that they are the sum of, that one first; in the order of "fast" alone.
-            lent: the next part writes its own where they lie.
+            lent: the next part writes its own where they lie; of a step with one part there is none.
         """
         self._left -= parts
         keep = _kept if lent and self._num_parts > 1 else None
@@ -66,6 +66,13 @@ class GradientSum:
             self._running = list(gradients) if keep is None else keep(list(gradients))
         else:
             self._running = _add(self._running, list(gradients))
+
+    @property
+    def num_slabs(self) -> int:
+        """Sums in fp32 that there are at once, where parts come in order."""
+        if self._num_parts == 1:
+            return 0
+        return 1 if self.determinism == "fast" else (self._num_parts - 1).bit_length()
 
     def nodes(self) -> list[tuple[int, int, Gradients]]:
         """What there is of the sum so far: (level, index, sum) of the tree, or the one sum of all parts here."""

@@ -1,9 +1,9 @@
 """Forward and backward of a part as one CUDA graph: the host launches a step's kernels by one call.
 
-A part's shapes are always the same, and where one slot has everything on a GPU nothing in it waits for the host. So its
-second run is recorded, and replayed from then on: inputs are copied to where the recording reads them, and gradients
-are left as a backward pass leaves them. The kernels, their order and so the bits are those of the first run. Called by
-worker.py; `graph_of` says where there is a graph.
+A part's shapes are always the same, and on a GPU nothing in it waits for the host, also where slots exchange through each
+other's memory: then the device waits. So its second run is recorded, and replayed from then on: inputs are copied to where
+the recording reads them, and gradients are left as a backward pass leaves them. The kernels, their order and so the bits are
+those of the first run. Called by worker.py; `graph_of` says where there is a graph.
 """
 
 import gc
@@ -15,9 +15,12 @@ import torch
 from torch import Tensor
 
 from sparseray.actors.exchange.on_device import OnDeviceExchange
-from sparseray.actors.exchange.protocol import Exchange, FetchedRows
+from sparseray.actors.exchange.protocol import Exchange, FetchedRows, Recording, Run
+from sparseray.actors.peers.across import DeviceExchange
 from sparseray.actors.state.dense import DenseState
+from sparseray.actors.state.dense_slab import DenseSlabs
 from sparseray.actors.training.objective import Batch, DeviceBatch, Loss, Objective, next_token, on_device
+from sparseray.errors import SlotLostError
 from sparseray.kernels.capture import capturing
 from sparseray.log import get_logger
 
@@ -26,7 +29,40 @@ log = get_logger(__name__)
 LEFT_FREE = 1 / 16
 """Of the device's memory, for what runs beside a graph or a checkpoint's copy, whose memory nobody else can use: evaluations above all."""
 
-Run = Callable[[], list[Tensor]]
+
+class Recordable(Exchange, Protocol):
+    """An exchange in which a part may be recorded."""
+
+    dense: DenseSlabs
+    is_alone: bool
+    """Whether passes of this slot concern nobody else."""
+
+    @property
+    def launches_beside(self) -> bool:
+        """Whether whole parts are launched all the same, now and then."""
+        ...
+
+    def leaves(self) -> list[Tensor]:
+        """What a backward pass leaves gradients at."""
+        ...
+
+    def built_in(self) -> tuple[object, ...] | None:
+        """What a recording of the part at hand has of the exchange built in, beside the leaves; None where the host is needed."""
+        ...
+
+    def recorded(self, run: Run, record: Callable[[Run], Recording]) -> Recording:
+        """Have a part recorded, of which nothing happens, so that a replay does what the part does.
+
+        Args:
+            run: passes of the part.
+            record: records a run, this one and what belongs to it; raises as `Recorder.record` does, and all is as before.
+        """
+        ...
+
+    @property
+    def sum_bytes(self) -> int:
+        """Bytes of the sums of gradients over the parts of a step."""
+        ...
 
 
 class Recorder(Protocol):
@@ -36,15 +72,13 @@ class Recorder(Protocol):
         """Run it once, as it will be recorded, so that everything is compiled and opened."""
         ...
 
-    def record(self, run: Run, beside: int) -> tuple[Callable[[], object], list[Tensor]]:
+    def record(self, run: Run, beside: int, *, again: bool) -> Recording:
         """Record a run without computing anything.
 
         Args:
             run: reads and writes memory that stays where it is.
             beside: bytes of the device that must be free afterwards.
-
-        Returns:
-            what replays it, and the tensors that a replay fills.
+            again: and as much as the recording takes, for a run that is launched.
 
         Raises:
             RuntimeError: it cannot be recorded; torch.OutOfMemoryError: there is no room.
@@ -73,13 +107,15 @@ class CudaRecorder:
         here.wait_stream(self._stream)
         return found
 
-    def record(self, run: Run, beside: int) -> tuple[Callable[[], object], list[Tensor]]:
+    def record(self, run: Run, beside: int, *, again: bool) -> Recording:
         """As in `Recorder`. What torch keeps for later goes back to the device first, so that the peak hardly grows.
 
         Args:
-            run, beside: as in `Recorder`.
+            run, beside, again: as in `Recorder`.
         """
         gc.collect()
+        torch.cuda.empty_cache()
+        before = torch.cuda.mem_get_info(self.device)[0]
         graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
         try:
             with capturing(graph, stream=self._stream):
@@ -88,6 +124,7 @@ class CudaRecorder:
             # A recording that failed leaves its stream behind as the current one.
             torch.cuda.set_stream(here)
         free = torch.cuda.mem_get_info(self.device)[0]
+        beside += before - free if again else 0
         if free < beside:
             raise torch.OutOfMemoryError(
                 f"it leaves {free / 2**30:.1f} GiB, and {beside / 2**30:.1f} GiB are wanted beside it"
@@ -114,16 +151,21 @@ class PartGraph:
     """Runs parts; one that is like the one before it is replayed.
 
     Args:
-        exchange: of a slot that has everything on one device.
+        exchange: of a slot with a GPU.
         recorder: of that device.
     """
 
-    def __init__(self, exchange: OnDeviceExchange, recorder: Recorder) -> None:
+    def __init__(self, exchange: Recordable, recorder: Recorder) -> None:
         self.exchange, self.dense = exchange, exchange.dense
         self._recorder: Recorder | None = recorder
         self._key: tuple[object, ...] = ()
         self._recording: _Recording | None = None
         self._metrics: list[str] = []
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether a pass beside a replay concerns nobody else."""
+        return self.exchange.is_alone
 
     @property
     def is_recorded(self) -> bool:
@@ -146,9 +188,9 @@ class PartGraph:
             return self._passes(leaves, batch, rows, step, weight)
 
         # What a recording has built in: the sizes, factors of the loss, and where everything lies that it reads.
-        lies = [tensor.data_ptr() for tensor in (*leaves, *model.buffers())]
-        key = (batch.tokens_BT.shape, weight, model.config.mtp.weight_at(step), *lies)
-        if self._recorder is None or batch.weights_BT is not None:
+        lies, exchanged = [t.data_ptr() for t in (*leaves, *model.buffers())], self.exchange.built_in()
+        key = (batch.tokens_BT.shape, weight, model.config.mtp.weight_at(step), exchanged, *lies)
+        if self._recorder is None or exchanged is None or batch.weights_BT is not None:
             found = run(there, rows)
         elif key != self._key:
             self._key, self._recording = key, None
@@ -207,9 +249,14 @@ class PartGraph:
         kept = FetchedRows(
             addresses=rows.addresses, values={layer: v.detach().clone() for layer, v in rows.values.items()}
         )
-        assert self._recorder is not None
+        recorder, beside, again = self._recorder, self._beside(), self.exchange.launches_beside
+        assert recorder is not None
         try:
-            replay, found = self._recorder.record(lambda: run(own, kept), self._beside(leaves))
+            replay, found = self.exchange.recorded(
+                lambda: run(own, kept), lambda whole: recorder.record(whole, beside, again=again)
+            )
+        except SlotLostError:
+            raise
         except RuntimeError as error:
             is_full = isinstance(error, torch.OutOfMemoryError)
             log.warning("parts run without a CUDA graph: %s", error, exc_info=None if is_full else error)
@@ -221,11 +268,9 @@ class PartGraph:
         self._recording = _Recording(batch=own, rows=kept, replay=replay, found=found)
         return True
 
-    def _beside(self, leaves: list[Tensor]) -> int:
+    def _beside(self) -> int:
         """Bytes that other work needs: an evaluation's, and the sums over parts in fp32."""
-        parts, device = self.dense.num_parts, self.dense.device
-        levels = 1 if self.dense.sum.determinism == "fast" else (parts - 1).bit_length()
-        sums = 0 if parts == 1 else 4 * levels * sum(leaf.numel() for leaf in leaves)
+        device, sums = self.dense.device, self.exchange.sum_bytes
         if device.type != "cuda":
             return sums
         return sums + int(LEFT_FREE * torch.cuda.get_device_properties(device).total_memory)
@@ -238,16 +283,16 @@ def _inputs(batch: DeviceBatch, rows: FetchedRows) -> list[Tensor]:
 def graph_of(state: DenseState, exchange: Exchange, objective: Objective) -> PartGraph | None:
     """The graph of a worker's parts; None where the host must launch them.
 
-    There is one on a GPU whose slot has all roles, for the objective that is known to wait for nothing: with several slots
-    the host waits inside a layer. Batches with weights of their own are launched by `PartGraph` all the same, as their
-    sum is read by the host, and so are parts that could not be recorded.
+    There is one on a GPU whose slot has all roles, or exchanges in step, for the objective that is known to wait for
+    nothing. Parts in which an exchange needs the host (`Recordable.built_in`) are launched by `PartGraph` all the same, and
+    so are batches with weights of their own, whose sum is read by the host, and parts that could not be recorded.
 
     Args:
         state: dense weights of the slot.
         exchange: of the generation.
         objective: what to train for.
     """
-    if not isinstance(exchange, OnDeviceExchange) or objective is not next_token:
+    if not isinstance(exchange, OnDeviceExchange | DeviceExchange) or objective is not next_token:
         return None
     recorder = recorder_of(state.device)
     return None if recorder is None else PartGraph(exchange, recorder)

@@ -186,18 +186,21 @@ class AttentionWorker:
     ) -> _Ran:
         """Forward and backward of one part; `weight` is that of the whole global batch."""
         self.exchange.begin(step, part)
-        started = time.perf_counter()
-        if part == self.sampled:
-            # A replay notes nothing: where there is a graph a forward pass of its own does.
-            with collect() as self.noted, torch.set_grad_enabled(self.graph is None):
-                loss = self._loss(lane, batch, rows.differentiable() if self.graph is None else rows, step)
-        elif self.graph is None:
+        started, is_sampled = time.perf_counter(), part == self.sampled
+        graph = self.graph
+        if is_sampled and graph is not None and not graph.is_alone:
+            # A replay notes nothing: a forward pass of its own does, but in company that would be everybody's.
+            graph = None
+        if is_sampled:
+            with collect() as self.noted, torch.set_grad_enabled(graph is None):
+                loss = self._loss(lane, batch, rows.differentiable() if graph is None else rows, step)
+        elif graph is None:
             loss = self._loss(lane, batch, rows.differentiable(), step)
         between = time.perf_counter()
-        if self.graph is None:
+        if graph is None:
             loss.backward(weight, self.state.num_parts)
         else:
-            loss = self.graph(batch, rows, step=step, weight=weight)
+            loss = graph(batch, rows, step=step, weight=weight)
         gradients = PartGradients(dense=lane.take_gradients(), rows=rows.gradients())
         backward_s = time.perf_counter() - between
         return _Ran(loss=loss, gradients=gradients, forward_s=between - started, backward_s=backward_s)

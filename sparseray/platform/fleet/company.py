@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sparseray.actors.exchange.by_message import MessageExchange
-from sparseray.actors.exchange.protocol import FetchedRows
+from sparseray.actors.exchange.protocol import FetchedRows, Observe
 from sparseray.actors.peers.across import DeviceExchange
 from sparseray.actors.peers.link import COUNT_BITS, HostLink, Link, word_of
 from sparseray.actors.peers.peers import sizes_of
@@ -77,6 +77,29 @@ def rehearse_in_company(job: SlotJob, dense: DenseSlabs) -> None:
         job: of the slot.
         dense: weights to run with; they are left alone.
     """
+    exchange = in_company(job, dense, lambda *_, **__: None)
+    worker, batches, plan = AttentionWorker(dense, exchange), job.train_batches(), exchange.plan
+    # What a recording holds is launched before it, too.
+    worker.graph = None
+    for step in range(1, STEPS + 1):
+        exchange.expect(list(enumerate(plan.part_owners)), trains=True)
+        worker.run_step(step, plan.parts_of(0), batches, lambda _part, _done: None)
+        dense.discard()
+        exchange.held.discard()
+    # Moments, which the exchange makes early.
+    dense.begin_load(0, with_optimizer=False)
+    if dense.device.type == "cuda":
+        torch.cuda.synchronize(dense.device)
+
+
+def in_company(job: SlotJob, dense: DenseSlabs, observe: Observe) -> DeviceExchange:
+    """The exchange of one of two slots, with experts whose weights are zero.
+
+    Args:
+        job: of the slot.
+        dense: its weights.
+        observe: metrics of the slot.
+    """
     config, (sequences, length) = job.config, job.part_shape
     plan = _plan(config)
     held = _experts(job, plan)
@@ -86,19 +109,7 @@ def rehearse_in_company(job: SlotJob, dense: DenseSlabs) -> None:
     _fill(regions[0], config.model.moe.num_experts)
     rows = cast(MessageExchange, _NoRows(config.model.dse.head_dim))
     table = Table(slots=(0, 1), regions=regions)
-    exchange = DeviceExchange(
-        plan, dense, held, table, _link(dense.device), rows, job.part_shape, lambda *_, **__: None
-    )
-    worker, batches = AttentionWorker(dense, exchange), job.train_batches()
-    for step in range(1, STEPS + 1):
-        exchange.expect(list(enumerate(plan.part_owners)), trains=True)
-        worker.run_step(step, plan.parts_of(0), batches, lambda _part, _done: None)
-        dense.discard()
-        held.discard()
-    # Moments, which the exchange makes early.
-    dense.begin_load(0, with_optimizer=False)
-    if dense.device.type == "cuda":
-        torch.cuda.synchronize(dense.device)
+    return DeviceExchange(plan, dense, held, table, _link(dense.device), rows, job.part_shape, observe)
 
 
 def _plan(config: RunConfig) -> Plan:

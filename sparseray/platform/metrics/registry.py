@@ -143,7 +143,7 @@ _SPARSE = {
     "exchange_seconds_total": _counter(
         unit="seconds",
         source="slot",
-        help="Device time of that, and of waiting for other slots",
+        help="Device time of that, and of waiting for other slots; a replayed part counts as the last one of its step",
         labels=("phase",),
         values={"phase": ("dispatch", "combine", "wait")},
     ),
