@@ -222,23 +222,31 @@ class Chaos:
         found: dict[str, Any] = self.random.choice([slot for role in roles for slot in by_role[role]])
         return found
 
+    def _lose(self, pids: set[int], number: int = signal.SIGKILL) -> None:
+        """Signal processes of slots, and wait until the scheduler knows: what comes next is not to meet replicas that are gone."""
+        for pid in pids:
+            self.run.signal(pid, number)
+        self.run.wait(
+            lambda: not pids & {slot["pid"] for slot in self.run.status()["slots"]}, "a loss is noticed"
+        )
+
     def kill(self, by_role: dict[str, list[dict[str, Any]]]) -> None:
         slot = self._any(by_role, tuple(ROLES))
         self.note(f"SIGKILL slot {slot['slot']} {slot['roles']}")
-        self.run.signal(slot["pid"])
+        self._lose({slot["pid"]})
 
     def hang(self, by_role: dict[str, list[dict[str, Any]]]) -> None:
         slot = self._any(by_role, tuple(ROLES))
         self.note(f"SIGSTOP slot {slot['slot']} {slot['roles']}")
-        self.run.signal(slot["pid"], signal.SIGSTOP)
+        self._lose({slot["pid"]}, signal.SIGSTOP)
 
     def two(self, by_role: dict[str, list[dict[str, Any]]]) -> None:
         if any(len(by_role[role]) < 2 for role in ROLES):
             return self.kill(by_role)
-        for role in self.random.sample(list(ROLES), 2):
-            slot = self._any(by_role, (role,))
+        slots = [self._any(by_role, (role,)) for role in self.random.sample(list(ROLES), 2)]
+        for slot in slots:
             self.note(f"SIGKILL slot {slot['slot']} {slot['roles']}, one of two")
-            self.run.signal(slot["pid"])
+        self._lose({slot["pid"] for slot in slots})
         return None
 
     def scheduler(self, by_role: dict[str, list[dict[str, Any]]]) -> None:
@@ -260,7 +268,7 @@ class Chaos:
             return self.kill(by_role)
         slot = self._any(by_role, ("standby",))
         self.note(f"SIGKILL slot {slot['slot']} (standby)")
-        self.run.signal(slot["pid"])
+        self._lose({slot["pid"]})
         return None
 
 
