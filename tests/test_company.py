@@ -98,3 +98,23 @@ def test_what_two_slots_run_was_run_before_and_nothing_stays(
     assert wanted - called == set()
     assert all(torch.equal(tensor, before[name]) for name, tensor in dense.model.state_dict().items())
     assert dense.sum.total is None and not list(dense.sum.nodes())
+
+
+@pytest.mark.parametrize("at", ["held_forward", "held_backward"])
+def test_a_rehearsal_that_fails_leaves_nothing(
+    at: str, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The slot goes on without it, and a gradient that was left would be in its first step."""
+
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    train(tmp_path / "run", slabs_run(corpus), stop_after=1)
+    job = job_of(tmp_path / "run")
+    dense = job.holdings().spare()
+    assert isinstance(dense, DenseSlabs)
+    monkeypatch.setattr(PlainHeldOps, at, full)
+    with pytest.raises(torch.OutOfMemoryError):
+        rehearse_in_company(job, dense)
+    assert dense.sum.total is None and not list(dense.sum.nodes())
+    assert all(parameter.grad is None for parameter in dense.parameters)

@@ -81,13 +81,17 @@ def rehearse_in_company(job: SlotJob, dense: DenseSlabs) -> None:
     worker, batches, plan = AttentionWorker(dense, exchange), job.train_batches(), exchange.plan
     # What a recording holds is launched before it, too.
     worker.graph = None
-    for step in range(1, STEPS + 1):
-        exchange.expect(list(enumerate(plan.part_owners)), trains=True)
-        worker.run_step(step, plan.parts_of(0), batches, lambda _part, _done: None)
+    try:
+        for step in range(1, STEPS + 1):
+            exchange.expect(list(enumerate(plan.part_owners)), trains=True)
+            worker.run_step(step, plan.parts_of(0), batches, lambda _part, _done: None)
+            dense.discard()
+            exchange.held.discard()
+    finally:
         dense.discard()
-        exchange.held.discard()
-    # Moments, which the exchange makes early.
-    dense.begin_load(0, with_optimizer=False)
+        dense.model.zero_grad(set_to_none=True)
+        # Moments, which the exchange makes early.
+        dense.begin_load(0, with_optimizer=False)
     if dense.device.type == "cuda":
         torch.cuda.synchronize(dense.device)
 

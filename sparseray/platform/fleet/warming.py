@@ -20,10 +20,13 @@ from sparseray.actors.state.dense_slab import DenseSlabs
 from sparseray.actors.state.holdings import Holdings
 from sparseray.actors.state.memory import warm_loops
 from sparseray.actors.state.staged_memory import StagedMemory
+from sparseray.log import get_logger
 from sparseray.model.transformer import Transformer, cross_entropy_sum
 from sparseray.platform.fleet.company import rehearse_in_company
 from sparseray.platform.fleet.job import SlotJob
 from sparseray.platform.metrics.discovery import state_directory
+
+log = get_logger(__name__)
 
 TURN_S = 60.0
 
@@ -81,9 +84,11 @@ def _warm_holdings(job: SlotJob) -> Holdings:
     if not job.is_serving:
         rehearse(job, dense)
         if isinstance(dense, DenseSlabs) and dense.device.type == "cuda" and gpus_here() > 1:
-            # What does not fit beside others is compiled when it is needed.
-            with contextlib.suppress(torch.OutOfMemoryError):
+            try:
                 rehearse_in_company(job, dense)
+            except Exception as error:
+                # No reason not to train: a GPU that others share may be too full for it, for one.
+                log.warning("what runs among several slots is compiled when it is needed: %s", error)
     else:
         job.engine(dense.model, _Stage(dense))
         if dense.device.type == "cpu":
