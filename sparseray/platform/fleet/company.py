@@ -89,7 +89,6 @@ def rehearse_in_company(job: SlotJob, dense: DenseSlabs) -> None:
             exchange.held.discard()
     finally:
         dense.discard()
-        dense.model.zero_grad(set_to_none=True)
         # Moments, which the exchange makes early.
         dense.begin_load(0, with_optimizer=False)
     if dense.device.type == "cuda":
