@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,9 +18,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from sparseray.actors.exchange.on_device import OnDeviceExchange
+from sparseray.actors.serving.cache_pool import Lease
 from sparseray.actors.serving.engine import Engine
 from sparseray.actors.serving.grammar import Grammars
 from sparseray.actors.serving.paged_engine import PagedEngine
+from sparseray.actors.serving.paged_model import Chunk
 from sparseray.actors.serving.text_request import GenerationRequest, TokenEvent
 from sparseray.actors.state.dense_slab import computes_in_fp32
 from sparseray.actors.state.staged_memory import StagedMemory
@@ -96,6 +99,29 @@ def make_parts(ops: Ops = COMPILED, **changes: Any) -> Parts:
     grammars = Grammars(tokenizer.to_str(), vocab_size=config.vocab_size, eos_id=0)
     memory = LocalMemory(config, layout, seed=3)
     return Parts(tokenizer, model, LocalExperts(config, seed=3), memory, grammars)
+
+
+def cached_logits(engine: PagedEngine, tokens: Sequence[int], first: Sequence[int]) -> torch.Tensor:
+    """Logits [tokens, vocabulary] of one request, in chunks that end at `first`, then token by token."""
+    count, known, rows = len(tokens), list(tokens), []
+    lease = engine.pool.acquire(known, count)
+    assert isinstance(lease, Lease)
+    engine.paged.begin(lease)
+    if engine.pool.recent is not None:
+        engine.pool.extend(lease, count)
+        engine.paged.place_recent(engine.pool.recent.take_moved())
+    for start, stop in pairwise([0, *first, *range(first[-1] + 1, count + 1)]):
+        chunk = Chunk(lease=lease, known=known, count=stop - start)
+        if stop - start > 1:
+            (hidden,) = engine.paged.prefill([chunk], engine.experts, engine.memory)
+            rows.append(engine.model.logits(hidden))
+        else:
+            rows.append(engine.paged.decode([chunk], engine.experts, engine.memory).clone())
+            if engine.paged.device.type == "cuda":
+                # Its inputs are copied from two places in turn; an engine, too, waits for the step before the last.
+                torch.cuda.synchronize()
+        lease.length = stop
+    return torch.cat(rows)
 
 
 def weights_on(

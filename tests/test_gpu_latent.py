@@ -9,13 +9,12 @@ from typing import Any
 import pytest
 import torch
 from local_cluster import train
-from serving_parts import MAX_MODEL_LEN, Parts, make_parts, weights_on
+from serving_parts import MAX_MODEL_LEN, Parts, cached_logits, make_parts, weights_on
 from test_gpu_training import GPU_MODEL, run_on
 from test_serving_paged import prompt_of
 from torch import Tensor
 
 from sparseray.actors.serving.paged_engine import PagedEngine
-from sparseray.actors.serving.paged_model import Chunk
 from sparseray.kernels.ops import REFERENCE, Ops, ops_for
 from sparseray.model.attention.mla import MLAttention
 from sparseray.model.config import DSEConfig, MLAConfig, ModelConfig, MTPConfig
@@ -100,23 +99,9 @@ def engine_of(kind: type[PagedEngine], on_gpu: tuple[Transformer, LocalExperts],
 def test_cached_decoding_equals_the_full_forward_pass(
     parts: Parts, on_gpu: tuple[Transformer, LocalExperts]
 ) -> None:
-    engine, tokens, rows = engine_of(PagedEngine, on_gpu), list(prompt_of(150, 3)), []
-    lease = engine.pool.acquire(tokens, 150)
-    engine.paged.begin(lease)
-    if engine.pool.recent is not None:
-        engine.pool.extend(lease, 150)
-        engine.paged.place_recent(engine.pool.recent.take_moved())
-    for start, stop in ((0, 64), (64, 100), *((i, i + 1) for i in range(100, 150))):
-        chunk = Chunk(lease=lease, known=tokens, count=stop - start)
-        if stop - start > 1:
-            (hidden,) = engine.paged.prefill([chunk], engine.experts, None)
-            rows.append(engine.model.logits(hidden))
-        else:
-            rows.append(engine.paged.decode([chunk], engine.experts, None).clone())
-            # Its inputs are copied from two places in turn; an engine, too, waits for the step before the last.
-            torch.cuda.synchronize()
-        lease.length = stop
+    engine, tokens = engine_of(PagedEngine, on_gpu), list(prompt_of(150, 3))
+    logits = cached_logits(engine, tokens, (64, 100))
     out = parts.model(torch.tensor([tokens]), experts=parts.experts, memory=None)
-    found, wanted = torch.cat(rows).float().cpu(), parts.model.logits(out.hidden_BTH)[0]
+    found, wanted = logits.float().cpu(), parts.model.logits(out.hidden_BTH)[0]
     is_exact = on_gpu[0].embedding.dtype == torch.float32
     assert float((found - wanted).norm() / wanted.norm()) < (2e-3 if is_exact else 5e-2)

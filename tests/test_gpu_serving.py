@@ -13,6 +13,7 @@ from paged_runs import greedy
 from serving_parts import (
     MAX_MODEL_LEN,
     Parts,
+    cached_logits,
     finish,
     make_parts,
     on_device,
@@ -26,10 +27,8 @@ from test_serving_recent_pages import poisoned
 from torch import Tensor
 
 from sparseray.actors.serving import decode_step
-from sparseray.actors.serving.cache_pool import Lease
 from sparseray.actors.serving.drafting_engine import DraftingEngine
 from sparseray.actors.serving.paged_engine import PagedEngine
-from sparseray.actors.serving.paged_model import Chunk
 from sparseray.actors.serving.recording import captured, nothing, recorded
 from sparseray.model.config import DSEConfig, MTPConfig, NSAConfig
 from sparseray.model.moe import LocalExperts
@@ -77,27 +76,12 @@ def test_cached_decoding_equals_the_full_forward_pass(
 ) -> None:
     engine = engine_of(parts, on_gpu)
     tokens = list(prompt_of(150, 3))
-    lease = engine.pool.acquire(tokens, 150)
-    assert isinstance(lease, Lease)
-    engine.paged.begin(lease)
     assert engine.pool.recent is not None
-    engine.pool.extend(lease, 150)
-    engine.paged.place_recent(engine.pool.recent.take_moved())
     assert all(len(step.graphs) == 2 for step in engine.paged._decodes.values())
-    rows = []
-    for start, stop in ((0, 64), (64, 100), *((i, i + 1) for i in range(100, 150))):
-        chunk = Chunk(lease=lease, known=tokens, count=stop - start)
-        if stop - start > 1:
-            (hidden,) = engine.paged.prefill([chunk], engine.experts, engine.memory)
-            rows.append(engine.model.logits(hidden))
-        else:
-            rows.append(engine.paged.decode([chunk], engine.experts, engine.memory).clone())
-            # Its inputs are copied from two places in turn; an engine, too, waits for the step before the last.
-            torch.cuda.synchronize()
-        lease.length = stop
+    found = cached_logits(engine, tokens, (64, 100))
     out = parts.model(torch.tensor([tokens]), experts=parts.experts, memory=parts.memory)
     wanted = parts.model.logits(out.hidden_BTH)[0]
-    torch.testing.assert_close(torch.cat(rows).cpu(), wanted, rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(found.cpu(), wanted, rtol=2e-3, atol=2e-3)
 
 
 def test_long_texts_on_few_recent_pages_are_those_of_the_full_forward_pass() -> None:

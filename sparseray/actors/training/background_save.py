@@ -67,10 +67,12 @@ class BackgroundSave:
         Args:
             files: as in `start`.
         """
-        if self._host is None or self._kinds != _kinds(files):
-            self._kinds, self._host = _kinds(files), None
-            tensors = _flat(files)
-            self._host = self._reserving.submit(_host_memory, _whole(tensors, _stretches(tensors)))
+        tensors = _flat(files)
+        stretches = _stretches(tensors)
+        kinds = _kinds(tensors, stretches)
+        if self._host is None or self._kinds != kinds:
+            self._kinds, self._host = kinds, None
+            self._host = self._reserving.submit(_host_memory, _whole(tensors, stretches))
 
     def start(self, step: int, files: Files, write: Write, kept: KeptRows | None = None) -> None:
         """Begin to copy and write; what is under way is forgotten, and comes first where it is busy.
@@ -90,7 +92,7 @@ class BackgroundSave:
         tensors, host = _flat(files), self._host
         stretches = _stretches(tensors)
         whole = _whole(tensors, stretches)
-        if host is None or self._kinds != _kinds(files):
+        if host is None or self._kinds != _kinds(tensors, stretches):
             host = self._reserving.submit(_host_memory, whole)
         changing = set[str]() if kept is None else kept.names
         names = [name for found in files.values() for name in found]
@@ -132,12 +134,6 @@ def _flat(files: Files) -> list[Tensor]:
     return [tensor for tensors in files.values() for tensor in tensors.values()]
 
 
-def _kinds(files: Files) -> list[object]:
-    """What room the tensors take; the files' names change with a generation."""
-    tensors = _flat(files)
-    return [*_stretches(tensors), *((tensor.shape, tensor.dtype, tensor.is_cuda) for tensor in tensors)]
-
-
 @dataclass(frozen=True)
 class _Stretch:
     """Tensors that lie side by side in one memory, by position; most are alone.
@@ -151,6 +147,16 @@ class _Stretch:
     members: tuple[int, ...]
     starts: tuple[int, ...]
     length: int
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether it is one tensor, of any shape."""
+        return len(self.members) == 1
+
+
+def _kinds(tensors: Sequence[Tensor], stretches: Sequence[_Stretch]) -> list[object]:
+    """What room the tensors take; the files' names change with a generation."""
+    return [*stretches, *((tensor.shape, tensor.dtype, tensor.is_cuda) for tensor in tensors)]
 
 
 def _joins(tensor: Tensor) -> bool:
@@ -190,8 +196,7 @@ def _whole(tensors: Sequence[Tensor], stretches: Sequence[_Stretch]) -> list[Ten
     found = []
     for stretch in stretches:
         first = tensors[stretch.members[0]].detach()
-        is_alone = len(stretch.members) == 1
-        found.append(first if is_alone else first.as_strided((stretch.length,), (1,)))
+        found.append(first if stretch.is_alone else first.as_strided((stretch.length,), (1,)))
     return found
 
 
@@ -201,8 +206,7 @@ def _apart(tensors: Sequence[Tensor], stretches: Sequence[_Stretch], whole: Sequ
     for stretch, copy in zip(stretches, whole):
         for i, start in zip(stretch.members, stretch.starts):
             like = tensors[i]
-            is_alone = len(stretch.members) == 1
-            found[i] = copy if is_alone else copy[start : start + like.numel()].view(like.shape)
+            found[i] = copy if stretch.is_alone else copy[start : start + like.numel()].view(like.shape)
     return found
 
 

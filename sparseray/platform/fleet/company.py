@@ -50,6 +50,17 @@ class _Nobody:
         return 0
 
 
+def zero_rows(rows: dict[int, Tensor], dim: int) -> FetchedRows:
+    """Zeros for every row of tables that nobody has.
+
+    Args:
+        rows: addresses by 0-based model layer.
+        dim: width of a row.
+    """
+    values = {layer: torch.zeros(at.numel(), dim) for layer, at in rows.items()}
+    return FetchedRows(addresses=rows, values=values)
+
+
 class _NoRows:
     """In the place of memory shards: zeros for every row."""
 
@@ -65,9 +76,7 @@ class _NoRows:
 
     def prefetch(self, rows: dict[int, Tensor]) -> FetchedRows:
         """As of `MessageExchange`."""
-        return FetchedRows(
-            addresses=rows, values={layer: torch.zeros(at.numel(), self.dim) for layer, at in rows.items()}
-        )
+        return zero_rows(rows, self.dim)
 
 
 def rehearse_in_company(job: SlotJob, dense: DenseSlabs) -> None:

@@ -22,7 +22,7 @@ from sparseray.actors.state.memory import warm_loops
 from sparseray.actors.state.staged_memory import StagedMemory
 from sparseray.log import get_logger
 from sparseray.model.transformer import Transformer, cross_entropy_sum
-from sparseray.platform.fleet.company import rehearse_in_company
+from sparseray.platform.fleet.company import rehearse_in_company, zero_rows
 from sparseray.platform.fleet.job import SlotJob
 from sparseray.platform.metrics.discovery import state_directory
 
@@ -125,9 +125,7 @@ class _Stage:
 
     def prefetch(self, rows: dict[int, Tensor]) -> FetchedRows:
         """Zeros for every row."""
-        return FetchedRows(
-            addresses=rows, values={layer: torch.zeros(at.numel(), self.dim) for layer, at in rows.items()}
-        )
+        return zero_rows(rows, self.dim)
 
 
 def rehearse(job: SlotJob, dense: DenseState) -> None:

@@ -5,7 +5,7 @@ ready; start what is missing; even out loads.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 from sparseray.actors.state.assignment import Plan
 from sparseray.platform.planning.inventory import Roles
@@ -182,8 +182,7 @@ def _difference(view: View, slots: Mapping[str, tuple[int, ...]]) -> tuple[int, 
         view: what is wanted.
         slots: that play each role.
     """
-    fitted = fitting(view.plan, view.roles, view.parts)
-    wanted = {"attention": fitted.attention, "experts": fitted.experts, "memory": fitted.memory}
+    wanted: dict[str, int] = asdict(fitting(view.plan, view.roles, view.parts))
     playing = [slot for own in slots.values() for slot in own]
     there = len(set(playing))
     surplus = sum(max(0, len(slots[role]) - count) for role, count in wanted.items())
