@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from local_cluster import train
-from processes import kill_all, of_mark, resting, run, start, wait_until
+from processes import for_slots, kill_all, of_mark, resting, run, start, wait_until
 
 from sparseray.platform.config import RunConfig, save_yaml
 from sparseray.platform.run import checkpoint
@@ -42,6 +42,8 @@ class Story:
         environment = {"TMPDIR": str(temporary), "SPARSERAY_TEST": self.mark, "SPARSERAY_TEST_FAULTS": text}
         # Slots load beside the run, and the story waits for them; one slot then does all of its steps again.
         environment |= resting(REST_S) | {"SPARSERAY_TEST_CHUNK_BYTES": str(CHUNK_BYTES)}
+        if config.cluster.device == "cuda" and config.cluster.exchange != "collective":
+            environment |= for_slots(3)
         self.log, self.temporary = folder / "log.txt", temporary
         self.process: subprocess.Popen[bytes] = start(options, self.log, **environment)
 

@@ -46,6 +46,17 @@ def resting(seconds: float) -> dict[str, str]:
     return planting(SPARSERAY_TEST_REST_S=str(seconds))
 
 
+def for_slots(slots: int) -> dict[str, str]:
+    """What makes a command find a GPU for each of so many slots; where there are fewer all share the first one.
+
+    Args:
+        slots: that it ever has.
+    """
+    import torch
+
+    return {} if torch.cuda.device_count() >= slots else planting(SPARSERAY_TEST_GPUS=str(slots))
+
+
 def start(
     arguments: list[str],
     log: Path,

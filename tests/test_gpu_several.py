@@ -1,4 +1,7 @@
-"""Training on two GPUs through the command: one is killed and comes again, and the bits are those of one GPU."""
+"""Training on two GPUs through the command: one is killed and comes again, and the bits are those of one GPU.
+
+Where there are fewer GPUs than slots, all slots share the first one, each in its turn: slow, but all of it is run.
+"""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,7 +16,7 @@ from test_gpu_training import run_on
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.ray,
-    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
     pytest.mark.timeout(600),
 ]
 
@@ -72,7 +75,6 @@ def test_parts_of_two_gpus_are_replayed_and_their_bits_are_those_of_one(
         assert story.logged("without a CUDA graph") == 0
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 3, reason="needs a GPU for each role")
 def test_roles_in_gpus_of_their_own_change_no_bit(corpus: Path, tmp_path: Path, temporary: Path) -> None:
     config = run_on("cuda", corpus, steps=100000)
     apart = replace(config, cluster=replace(config.cluster, colocated=False))

@@ -15,13 +15,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from background import free_ports
 from local_cluster import train
-from processes import ROOT, kill_all, of_mark, start, temporary_folder, wait_until
+from processes import for_slots, kill_all, of_mark, start, temporary_folder, wait_until
 from test_gpu_training import GPU_MODEL, run_on
 
 from sparseray.model.config import DSEConfig
@@ -138,32 +137,14 @@ def served(checkpoint: Path, folder: Path, **options: str) -> Iterator[Served]:
     }
     arguments = ["serve", "--checkpoint", str(checkpoint), "--port", str(port)]
     arguments += [word for name, value in named.items() for word in (f"--{name}", value)]
-    paths = f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"
-    with temporary_folder() as temporary, pytest.MonkeyPatch.context() as patch:
-        for name, value in (("TMPDIR", str(temporary)), ("SPARSERAY_TEST", mark), ("PYTHONPATH", paths)):
-            patch.setenv(name, value)
-        shared = None if MANY else shared_gpu(patch)
-        if shared is not None:
-            arguments += ["--cluster.address", shared.address]
-        process = start(arguments, log, TMPDIR=str(temporary), SPARSERAY_TEST=mark, PYTHONPATH=paths)
+    with temporary_folder() as temporary:
+        process = start(arguments, log, **{"TMPDIR": str(temporary), "SPARSERAY_TEST": mark, **for_slots(4)})
         try:
             found = Served(f"http://127.0.0.1:{port}", process, mark, log)
             found.wait_for("Ctrl-C stops")
             yield found
         finally:
-            if shared is not None:
-                shared.shutdown()
             kill_all(process, mark)
-
-
-def shared_gpu(patch: pytest.MonkeyPatch) -> Any:
-    """A Ray that has more GPUs than there are, and shows the first to everybody."""
-    from ray.cluster_utils import Cluster
-
-    patch.setenv("RAY_AUTH_MODE", "disabled")
-    patch.setenv("RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES", "1")
-    resources = {"num_cpus": 16, "num_gpus": 4, "include_dashboard": False}
-    return Cluster(initialize_head=True, head_node_args=resources)
 
 
 def story(server: Served, slots: int) -> None:

@@ -3,4 +3,5 @@
 import faulty_slots  # noqa: F401
 import held_rename  # noqa: F401
 import rested_steps  # noqa: F401
+import shared_gpu  # noqa: F401
 import small_chunks  # noqa: F401
