@@ -8,7 +8,7 @@ Shapes: R rows, B sequences, V vocabulary, H hidden.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
@@ -33,6 +33,8 @@ from sparseray.model.transformer import Transformer
 
 WARM_PROMPTS = (32, 1024)
 """Tokens of prompts that bring all kernels for reading one into memory."""
+WARM_ROWS = 1024
+"""Experts of up to so many rows choose among kernels by their number; beyond, there is one."""
 
 
 def buckets(most: int) -> tuple[int, ...]:
@@ -73,6 +75,7 @@ class PagedModel:
     """
 
     warm_prompts: tuple[int, ...] = WARM_PROMPTS
+    warm_rows: int = WARM_ROWS
 
     def __init__(
         self,
@@ -269,7 +272,9 @@ class PagedModel:
         return DecodeStep(*where, page=self.page, size=size, rows=self._padded(size))
 
     def warm(self, experts: Experts, memory: Memory | None) -> None:
-        """Read a short and a longer prompt, and capture the decode steps; on a CPU load the compiled loops.
+        """Launch whatever steps may launch, and capture the decode steps; on a CPU load the compiled loops.
+
+        A kernel that is compiled when a request needs it makes all others wait for seconds.
 
         Args:
             experts: that the captured steps will call; a CPU's are left alone.
@@ -277,15 +282,51 @@ class PagedModel:
         """
         if self.device.type != "cuda":
             return self._load_loops()
-        # The last page may reach beyond the positions that the model knows.
-        longest = min(self.width * self.page, self.model.config.max_seq_len)
-        for count in sorted({min(count, longest) for count in self.warm_prompts}):
-            lease = Lease(pages=[0] * self.width, length=0, max_len=count, slot=0)
-            self.prefill([Chunk(lease=lease, known=[0] * count, count=count)], experts, memory)
+        self.launch_prompts(experts, memory)
         self._prompts.capture(experts)
         for size in reversed(self._buckets):
             self._decodes[size] = self._new_decode(size)
             self._decodes[size].capture(experts, self._graphs)
+
+    def launch_prompts(self, experts: Experts, memory: Memory | None) -> None:
+        """Launch whatever reading prompts may launch.
+
+        Args:
+            experts, memory: as of `warm`.
+        """
+        for chunks in self._rehearsal():
+            self.prefill(chunks, experts, memory)
+        if self._is_launching and self.model.config.moe_layers:
+            self._launch_experts(experts)
+
+    @property
+    def _is_launching(self) -> bool:
+        """Whether prompts are read without graphs."""
+        return not self._prompts.sizes
+
+    def _rehearsal(self) -> Iterator[list[Chunk]]:
+        """Prompts that between them launch all that any do: kernels differ by the rows, by the context and by the company."""
+        # The last page may reach beyond the positions that the model knows.
+        longest = min(self.width * self.page, self.model.config.max_seq_len)
+        rows = self.warm_prompts[0]
+        sizes = [(0, count, 1) for count in self.warm_prompts]
+        if self._is_launching:
+            sizes += [(end - rows, rows, 1) for end in buckets(longest) if end > rows]
+            sizes += [(0, 1, company) for company in self._buckets if company <= self.warm_prompts[-1]]
+        for start, count, company in sizes:
+            count = min(count, longest)
+            end, pages = start + count, [0] * self.width
+            leases = [Lease(pages=pages, length=start, max_len=end, slot=0) for _ in range(company)]
+            yield [Chunk(lease=lease, known=[0] * end, count=count) for lease in leases]
+
+    @torch.no_grad()
+    def _launch_experts(self, experts: Experts) -> None:
+        moe, most = self.model.config.moe, self.warm_rows
+        x_TH = self.model.embedding.new_zeros(most, self.model.config.hidden)
+        ids_TK = torch.arange(most * moe.top_k, device=self.device).view(most, -1) % moe.num_experts
+        weights_TK = torch.ones(most, moe.top_k, device=self.device)
+        for rows in range(1, most + 1):
+            experts(self.model.config.moe_layers[0], x_TH[:rows], ids_TK[:rows], weights_TK[:rows])
 
     def _load_loops(self) -> None:
         """Run a token of nobody through everything that is compiled."""

@@ -121,6 +121,9 @@ class PromptGraph:
 class PromptGraphs:
     """The graphs of a model, none where it cannot be captured.
 
+    Attributes:
+        sizes: rows of each graph that is or will be there.
+
     Args:
         model, pools, table_SW, page: of `PagedModel`.
         most: rows of the largest.
@@ -132,9 +135,9 @@ class PromptGraphs:
         config = model.config
         fits = table_SW.is_cuda and most > 0 and not config.dse.layers
         fits = fits and all(attention_of(config, layer).takes_bounds for layer in range(config.num_layers))
-        sizes = sorted({min(rows, most) for rows in ROWS} | {most}) if fits else []
+        self.sizes = sorted({min(rows, most) for rows in ROWS} | {most}) if fits else []
         self._made: list[PromptGraph] = []
-        self._new = [partial(PromptGraph, model, pools, table_SW, page, rows) for rows in sizes]
+        self._new = [partial(PromptGraph, model, pools, table_SW, page, rows) for rows in self.sizes]
 
     def capture(self, experts: Experts) -> None:
         """Make them, the largest first, whose memory the others share; no other graph writes there.

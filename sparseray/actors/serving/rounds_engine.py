@@ -84,6 +84,8 @@ class RoundsModel(PagedModel):
 
     # Of which any round has room for.
     warm_prompts = (32,)
+    # A holder computes as many rows in every round.
+    warm_rows = 0
 
     def __init__(self, model: Transformer, *, rounds: InRounds, **sizes: Any) -> None:
         self._rounds, self._is_warm = rounds, False

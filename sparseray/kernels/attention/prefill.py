@@ -40,7 +40,7 @@ def _attend(
     return b_acc, b_new, b_l
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks", "pages"])
 def _chunks_kernel(
     p_q, p_k, p_v, p_table, p_bounds, p_lens, p_o, chunks, pages, scale2,
     H: tl.constexpr, G: tl.constexpr, BB: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PAGE: tl.constexpr,

@@ -13,7 +13,7 @@ TILE = 1024
 """Entries of a table, and places, of a program."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_entries", "num_places"])
 def recent_pages_kernel(
     p_recent, p_table, p_places, p_own_table, p_own_places, num_entries, num_places, PAGE: tl.constexpr, BN: tl.constexpr
 ):  # fmt: skip

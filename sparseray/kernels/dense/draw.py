@@ -55,7 +55,7 @@ def drawn_token(
     return token
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["p_temperature", "p_min_p", "p_number"])
 def _draw_kernel(
     p_logits, p_temperature, p_min_p, p_number, p_out, V: tl.constexpr, BV: tl.constexpr, STAGES: tl.constexpr
 ):  # fmt: skip

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparseray.kernels.launch import launch_kernel
-from sparseray.kernels.moe.expert_map import ExpertPlan, plan_experts
+from sparseray.kernels.moe.expert_map import ExpertPlan, aligned, plan_experts
 from sparseray.kernels.moe.ffn import LayerConfig, TileConfig, combine, project_rows, up_project
 
 PAIRED_ROWS = 32
@@ -93,7 +93,7 @@ def _pair_down_kernel(
     tl.store(p_out + i_t.to(tl.int64) * H + o_n, out, mask=m_n)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "num_tiles"])
 def _sort_kernel(
     p_ids,
     p_order,
@@ -161,11 +161,11 @@ def plan_few_rows(topk_ids_TK: Tensor, num_experts: int, *, tile_rows: int) -> E
     R = T * K
     num_tiles = R // tile_rows + min(num_experts, R)
     block, columns = max(16, triton.next_power_of_2(T)), triton.next_power_of_2(num_experts)
-    integers = torch.empty(
-        2 * R + 2 * num_experts + 3 * num_tiles, dtype=torch.int32, device=topk_ids_TK.device
-    )
     sizes = [R, R, num_experts, num_experts, num_tiles, num_tiles, num_tiles]
-    order, inverse, counts, offsets, *tiles = integers.split(sizes)
+    room = [aligned(size) for size in sizes]
+    integers = torch.empty(sum(room), dtype=torch.int32, device=topk_ids_TK.device)
+    pieces = [piece[:size] for piece, size in zip(integers.split(room), sizes)]
+    order, inverse, counts, offsets, *tiles = pieces
     launch_kernel(
         _sort_kernel,
         (K + triton.cdiv(num_tiles, CUT_TILES),),

@@ -25,6 +25,15 @@ _counted: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 """The counts of the ids that a plan was made of, as long as these live."""
 
 
+def aligned(count: int) -> int:
+    """So many int32 numbers that what follows them begins at a multiple of 16 bytes: one compiled kernel serves all counts.
+
+    Args:
+        count: of those that are needed.
+    """
+    return -(-count // 4) * 4
+
+
 @dataclass(frozen=True, kw_only=True)
 class ExpertPlan:
     """Where each (token, slot) pair lies when the pairs are sorted by expert; R = T * K.
@@ -64,7 +73,7 @@ def rank_block(p_ids, p_ranks, p_counts, i_b, o_t, m_t, chosen, E: tl.constexpr,
     tl.store(p_counts + i_b * E + o_e, tl.sum(chosen, 0), mask=o_e < E)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _rank_kernel(
     p_ids, p_ranks, p_counts, T, E: tl.constexpr, BE: tl.constexpr, K: tl.constexpr, BT: tl.constexpr
 ):
@@ -79,7 +88,7 @@ def _rank_kernel(
     rank_block(p_ids, p_ranks, p_counts, i_b, o_t, m_t, chosen, E, K)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_blocks"])
 def _scan_kernel(p_block_counts, p_counts, num_blocks, E, BB: tl.constexpr, BE: tl.constexpr):
     """Turn counts per block into the number of earlier rows of the expert, and count all of them."""
     o_e = tl.program_id(0) * BE + tl.arange(0, BE)
@@ -94,7 +103,7 @@ def _scan_kernel(p_block_counts, p_counts, num_blocks, E, BB: tl.constexpr, BE: 
     tl.store(p_counts + o_e, running, mask=o_e < E)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "num_blocks", "num_tiles"])
 def _place_kernel(
     p_ids,
     p_ranks,
@@ -162,7 +171,7 @@ def finish_plan(
     integers = {"dtype": torch.int32, "device": ids_TK.device}
     counts, offsets = torch.empty(num_experts, **integers), torch.empty(num_experts, **integers)
     order, inverse = torch.empty(T * K, **integers), torch.empty(T * K, **integers)
-    tiles = torch.empty(3, num_tiles, **integers)
+    tiles = torch.empty(3, aligned(num_tiles), **integers)[:, :num_tiles]
     grid = (triton.cdiv(num_experts, SCAN_EXPERTS),)
     launch_kernel(
         _scan_kernel,

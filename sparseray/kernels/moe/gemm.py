@@ -37,7 +37,7 @@ def _silu_parts(g):
     return sig, g * sig
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_m"])
 def up_kernel(
     p_x,
     p_order,
@@ -96,7 +96,7 @@ def up_kernel(
     tl.store(p_act + o_r[:, None].to(tl.int64) * I + o_n[None, :], (silu * acc_u).to(element), mask=m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_m"])
 def rows_kernel(
     d_a,
     d_w,

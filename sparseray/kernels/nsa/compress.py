@@ -23,7 +23,7 @@ FEW_PROGRAMS = 128
 """So many leave multiprocessors of an H100 idle."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def first_layer_kernel(
     p_x, p_w, p_bias, p_starts, p_pre, p_hidden, num_rows,
     H: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, F: tl.constexpr, BF: tl.constexpr,

@@ -15,7 +15,7 @@ from sparseray.kernels.nsa.tiles import load_tile, next_power_of_2, store_tile
 from sparseray.kernels.nsa.tuning import LAUNCH
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def combine_kernel(
     p_cmp, p_slc, p_win, p_gate, p_o, num_rows, BR: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr
 ):

@@ -74,7 +74,7 @@ def _tiles(
     return b_acc, b_m, b_l
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tiles"])
 def range_fwd_kernel(
     p_q, p_k, p_k1, p_v, p_table, p_o, p_lse, p_meta, p_tiles, num_tiles, scale2,
     H: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, BQ: tl.constexpr, BN: tl.constexpr,

@@ -219,7 +219,7 @@ def _attend(
                 )  # fmt: skip
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["num_tiles"])
 def range_pipelined_kernel(
     p_q, d_k, d_v, d_k2, d_v2, p_o, p_lse, p_o2, p_lse2, p_meta, p_tiles, num_tiles, scale2,
     H: gl.constexpr, G: gl.constexpr, GP: gl.constexpr, BQ: gl.constexpr, BN: gl.constexpr,

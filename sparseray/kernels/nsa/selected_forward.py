@@ -68,7 +68,7 @@ def add_branches(p_cmp, p_win, p_gate, o_row, m_row, b_o, DV: tl.constexpr, DVP:
     return b_out + b_win * tl.load(p_gate + 2, mask=m_row, other=0.0).to(tl.float32)[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_q"])
 def selected_fwd_kernel(
     p_q, p_k, p_k1, p_v, p_table, p_index, p_pos, p_seq, p_forced, p_forced_lse, p_cmp, p_win, p_gate, p_out, p_o, p_lse,
     p_meta, num_q, n, scale2,

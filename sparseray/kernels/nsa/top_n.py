@@ -79,7 +79,7 @@ def _score_step(
         tl.store(p_tile + over, tl.sum(b_sum * b_next[None, :, None], 1), mask=m_tile)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tiles", "tile_first", "row_first", "row_end", "width", "over"])
 def score_kernel(
     p_q, p_k, p_k1, p_table, p_lse, p_score, p_meta, p_tiles, num_tiles, tile_first, row_first, row_end, width, over,
     scale2,
@@ -176,7 +176,7 @@ def _largest(b_key, o_word, N: tl.constexpr, GROUPS: tl.constexpr):
     return b_word
 
 
-@triton.jit(do_not_specialize=["width", "over"])
+@triton.jit(do_not_specialize=["row_first", "width", "over"])
 def top_n_kernel(
     p_score, p_index, p_pos, row_first, width, over,
     H: tl.constexpr, BW: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, GROUPS: tl.constexpr, SELECT: tl.constexpr,
