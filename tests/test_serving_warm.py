@@ -56,6 +56,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> set[Any]:
     return found
 
 
+@pytest.mark.long
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests/test_gpu_warm.py says the same of a GPU")
 @pytest.mark.parametrize(
     "dse", [DSEConfig(), DSEConfig(layers=(1,), rows_per_head=512)], ids=["nsa", "memory"]
