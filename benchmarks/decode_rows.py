@@ -156,7 +156,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--rows", type=int, default=100_000, help="of each head's table")
     options = parser.parse_args()
-    torch.set_num_threads(1)  # As a slot has by default: a team of threads takes longer to wake than a few rows to hash.
+    # As a slot has by default: a team of threads takes longer to wake than a few rows to hash.
+    torch.set_num_threads(1)
     config = here.model_of("1b_memory")
     config = replace(config, dse=replace(config.dse, rows_per_head=options.rows))
     layout = DSELayout.from_token_map(config.dse, np.arange(config.vocab_size), vocab_size=config.vocab_size)

@@ -16,6 +16,7 @@ from test_serving_paged import prompt_of
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
+from sparseray.actors.serving.device_sampler import sample_all_ways
 from sparseray.actors.serving.paged_engine import PagedEngine
 from sparseray.kernels.triton_ops import TRITON
 from sparseray.model.config import DSEConfig, NSAConfig
@@ -73,7 +74,7 @@ def test_requests_launch_nothing_that_was_not_launched_before(dse: DSEConfig, la
     engine.paged.warm_rows = 40
     with torch.no_grad():
         engine.paged.launch_prompts(experts, memory)
-    engine._warm_sampler()
+    sample_all_ways(model)
     # Steps that decode are recorded on a GPU, in every size.
     for company in (1, 2):
         for index in range(company):

@@ -11,6 +11,7 @@ Shapes: R rows, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,8 +23,11 @@ from sparseray.kernels.ops import REFERENCE
 from sparseray.kernels.paged import NO_TOKEN, Draws
 from sparseray.kernels.paged_ops import PagedOps
 from sparseray.kernels.philox import philox
+from sparseray.model.transformer import Transformer
 
 FAILED = NO_TOKEN
+WAYS: tuple[dict[str, Any], ...] = ({"temperature": 0.0}, {}, {"top_p": 0.9}, {"presence_penalty": 1.0})
+"""Requests that between them choose tokens in all ways that there are."""
 
 
 def uniforms(seeds: Sequence[int], positions: Sequence[int]) -> NDArray[np.float64]:
@@ -174,6 +178,19 @@ def sample_rows(
     if len(others) == len(requests):
         return found_N
     return ops.draw(logits_RV, draws).index_copy(0, at_N, found_N)
+
+
+@torch.no_grad()
+def sample_all_ways(model: Transformer) -> None:
+    """Choose tokens of nobody: no request shall wait for what is compiled or loaded at the first of its kind.
+
+    Args:
+        model: whose sizes and operations count.
+    """
+    logits_RV = model.logits(model.embedding[:1])
+    for way in WAYS:
+        request = GenerationRequest(request_id="", prompt_tokens=(0,), max_tokens=1, **way)
+        sample_rows(logits_RV, [request], [[0]], numbers_of([request], [1]), model.ops)
 
 
 def _sample_others(

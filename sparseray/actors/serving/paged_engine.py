@@ -36,8 +36,6 @@ PREFILL_ROWS = 8192
 SHARE_OF_FREE_MEMORY = 0.8
 PLACES_FOR_BEGUN = 2
 """Batches' worth of requests that a CPU computes at once where those beyond the first had begun elsewhere."""
-SAMPLED: tuple[dict[str, Any], ...] = ({"temperature": 0.0}, {}, {"top_p": 0.9}, {"presence_penalty": 1.0})
-"""Requests that between them choose tokens in all ways that the device has."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,16 +108,6 @@ class PagedEngine(Engine):
         self._flight: Flight | None = None
         self._taken: list[Taken] = []
         self.paged.warm(experts, memory)
-        if device.type == "cuda":
-            self._warm_sampler()
-
-    @torch.no_grad()
-    def _warm_sampler(self) -> None:
-        """Choose a token in every way that there is: the first request shall not wait for compilers and libraries."""
-        logits_RV = self.model.logits(self.model.embedding[:1])
-        for way in SAMPLED:
-            request = GenerationRequest(request_id="", prompt_tokens=(0,), max_tokens=1, **way)
-            sample_rows(logits_RV, [request], [[0]], numbers_of([request], [1]), self.model.ops)
 
     @property
     def cache_usage(self) -> float:

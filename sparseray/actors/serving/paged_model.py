@@ -21,6 +21,7 @@ from torch import Tensor
 from sparseray.actors.serving.cache_pool import Lease, table_of
 from sparseray.actors.serving.chunks import Chunk, document_starts, memory_rows, placing, resets
 from sparseray.actors.serving.decode_step import DecodeStep
+from sparseray.actors.serving.device_sampler import sample_all_ways
 from sparseray.actors.serving.prompt_graphs import PromptGraphs
 from sparseray.actors.serving.recording import nothing
 from sparseray.kernels.moe.reference import group_by_expert
@@ -283,6 +284,7 @@ class PagedModel:
         if self.device.type != "cuda":
             return self._load_loops()
         self.launch_prompts(experts, memory)
+        sample_all_ways(self.model)
         self._prompts.capture(experts)
         for size in reversed(self._buckets):
             self._decodes[size] = self._new_decode(size)
