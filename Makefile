@@ -22,9 +22,11 @@ checks: $(STAMP)
 	$(BIN)/ruff format --check sparseray tests benchmarks
 	$(BIN)/mypy
 
-# Each worker takes the next test when it is done. What starts Ray is two groups, of which each runs in one worker: those two
-# wait half of the time, for processes that start, and the third one computes meanwhile.
+# Each worker takes the next test when it is done, and none compiles for half a minute what the others compile too. What starts
+# Ray is two groups, of which each runs in one worker: those two wait half of the time, for processes that start, and the third
+# one computes meanwhile.
 unit: $(STAMP)
+	$(BIN)/python tests/compile_loops.py
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup tests
 
 test-long: $(STAMP)
