@@ -42,6 +42,7 @@ def test_processes_that_stand_still_lose_their_device_or_are_killed_change_no_bi
         story.lose_a_slot()
 
 
+@pytest.mark.long
 def test_processes_that_are_killed_while_state_moves_change_no_bit(
     corpus: Path, tmp_path: Path, temporary: Path
 ) -> None:

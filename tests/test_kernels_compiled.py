@@ -100,6 +100,7 @@ class Case:
         return [begin[b] + p for b, first, last in chosen for p in range(first, last)]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(("sizes", "page", "heads", "dims"), SHAPES)
 def test_attention_over_pages_is_the_plain_one_and_no_row_depends_on_its_company(
     sizes: NSASizes, page: int, heads: tuple[int, int], dims: tuple[int, int]

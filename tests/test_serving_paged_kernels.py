@@ -30,15 +30,14 @@ LATENT: dict[str, Any] = {
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests/test_gpu_serving.py says the same of a GPU")
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     ("changes", "kind", "page"),
     [
         ({"nsa": NSAConfig(window=21)}, PagedEngine, 16),
-        pytest.param(LATENT, PagedEngine, 64, marks=pytest.mark.long),
+        (LATENT, PagedEngine, 64),
         (LATENT, DraftingEngine, 64),
-        pytest.param(
-            {"dse": DSEConfig(), "mtp": MTPConfig(depth=1)}, DraftingEngine, 16, marks=pytest.mark.long
-        ),
+        ({"dse": DSEConfig(), "mtp": MTPConfig(depth=1)}, DraftingEngine, 16),
         ({"attention": ("full",), "mtp": MTPConfig(depth=1)}, DraftingEngine, 16),
     ],
     ids=["nsa", "latent", "latent with drafts", "nsa with drafts", "memory with drafts"],

@@ -214,6 +214,7 @@ def pretrain_on(head: Head, folder: Path, corpus: Path, **changes: str) -> str:
     return said
 
 
+@pytest.mark.long
 @pytest.mark.ray
 @pytest.mark.xdist_group("starts")
 def test_too_few_free_cpus_on_an_external_ray_says_what_is_there(

@@ -171,13 +171,18 @@ def sample_rows(
     others = [row for row, r in enumerate(requests) if is_changed[row] or is_sorted(r, vocab)]
     if not others:
         return ops.draw(logits_RV, draws)
-    at_N = torch.tensor(others).to(device, non_blocking=True)
-    own = Draws(temperature_R=temperature_R[at_N], min_p_R=min_p_R[at_N], number_R=draws.number_R[at_N])
-    chosen, known = [requests[row] for row in others], [tokens[row] for row in others]
-    found_N = _sample_others(logits_RV[at_N].double(), chosen, known, own)
     if len(others) == len(requests):
-        return found_N
+        return _sample_others(logits_RV.to(torch.float64, copy=True), requests, tokens, draws)
+    at_N = torch.tensor(others).to(device, non_blocking=True)
+    chosen, known = [requests[row] for row in others], [tokens[row] for row in others]
+    found_N = _sample_others(logits_RV[at_N].double(), chosen, known, _of_rows(draws, at_N))
     return ops.draw(logits_RV, draws).index_copy(0, at_N, found_N)
+
+
+def _of_rows(draws: Draws, at_N: Tensor) -> Draws:
+    return Draws(
+        temperature_R=draws.temperature_R[at_N], min_p_R=draws.min_p_R[at_N], number_R=draws.number_R[at_N]
+    )
 
 
 @torch.no_grad()
@@ -203,18 +208,16 @@ def _sample_others(
     is_finite_R = scores_RV.isfinite().all(-1)
     _adjust(scores_RV, requests, tokens)
     cut = [row for row, request in enumerate(requests) if is_sorted(request, scores_RV.shape[1])]
-    # What is barred is minus infinity now, which `draw` takes for damage.
-    token_R = REFERENCE.draw(scores_RV.clamp_min(torch.finfo(torch.float64).min), draws)
-    if cut:
-        at_N = torch.tensor(cut).to(scores_RV.device, non_blocking=True)
-        own = Draws(
-            temperature_R=draws.temperature_R[at_N],
-            min_p_R=draws.min_p_R[at_N],
-            number_R=draws.number_R[at_N],
-        )
-        token_R = token_R.index_copy(
-            0, at_N, _draw_sorted(scores_RV[at_N], [requests[row] for row in cut], own)
-        )
+    if len(cut) == len(requests):
+        token_R = _draw_sorted(scores_RV, requests, draws)
+    else:
+        # What is barred is minus infinity now, which `draw` takes for damage.
+        token_R = REFERENCE.draw(scores_RV.clamp_min(torch.finfo(torch.float64).min), draws)
+        if cut:
+            at_N = torch.tensor(cut).to(scores_RV.device, non_blocking=True)
+            chosen = [requests[row] for row in cut]
+            found_N = _draw_sorted(scores_RV[at_N], chosen, _of_rows(draws, at_N))
+            token_R = token_R.index_copy(0, at_N, found_N)
     return torch.where(is_finite_R, token_R, FAILED)
 
 
