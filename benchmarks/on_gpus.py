@@ -1,6 +1,6 @@
 """All that needs GPUs, in one command: the tests that a machine without one skips, and the benchmarks of docs/results.md.
 
-What is longest unmeasured comes first. Each run has a limit of its own, runs of one GPU go side by side where there are several,
+What is longest unmeasured comes first. Each run has a limit of its own, runs go side by side where there are GPUs for them,
 and none is begun that would not be over in time. The output of each is kept in a file of its own, whatever becomes of it.
 
   PYTHONPATH=. python -m benchmarks.on_gpus --list
@@ -53,6 +53,9 @@ PYTEST = "-m pytest -m gpu --dist worksteal -v -rP -p no:cacheprovider"
 RUNS = (
     Run("stories", 2, 400, f"{PYTEST} -n 4 tests/test_gpu_several.py tests/test_gpu_several_serving.py tests/test_gpu_collective.py"),
     Run("elastic_2", 2, 300, "-m benchmarks.elastic_gpus --data {data} --only resize,faults"),
+    Run("sixteen_4", 4, 300, "-m benchmarks.train_gpus --data {data} --configs moonlight --gpus 4 --steps 12"),
+    Run("train_4", 4, 400, "-m benchmarks.train_gpus --data {data} --gpus 1,4"),
+    Run("elastic_4", 4, 400, "-m benchmarks.elastic_gpus --data {data}"),
     Run("sixteen_2", 2, 300, "-m benchmarks.train_gpus --data {data} --configs moonlight --gpus 2 --steps 12"),
     Run("train_2", 2, 250, "-m benchmarks.train_gpus --data {data} --configs 1b_full --gpus 1,2 --determinism fast,bitwise"),
     Run("peers_2", 2, 250, "-m benchmarks.elastic_gpu_peers --data {data}"),
@@ -73,8 +76,6 @@ RUNS = (
     ),
     Run("nsa_kernels", 1, 200, "-m benchmarks.nsa --lengths 32768 --out {out}/nsa.md"),
     Run("moves_2", 2, 120, "-m benchmarks.moves --device cuda"),
-    Run("train_4", 4, 400, "-m benchmarks.train_gpus --data {data} --gpus 1,4"),
-    Run("elastic_4", 4, 400, "-m benchmarks.elastic_gpus --data {data}"),
 )  # fmt: skip
 
 
@@ -100,26 +101,31 @@ class Evening:
             subprocess.run([sys.executable, *PREPARE.split(), str(self.out / DATA)], check=True)
 
     def side_by_side(self, runs: Sequence[Run], gpus: int) -> None:
-        """Runs of one GPU, each GPU taking the next one when it is done.
+        """Begin runs in order, each as soon as there are as many free GPUs as it takes.
 
         Args:
             runs: in the order in which they are begun.
-            gpus: that take them.
+            gpus: that there are.
         """
-        left = list(runs)
+        free, threads = list(range(gpus)), list[threading.Thread]()
+        is_free = threading.Condition()
 
-        def lane(gpu: int) -> None:
-            while True:
-                with self._lock:
-                    if not left:
-                        return
-                    following = left.pop(0)
-                self.one(following, [gpu])
+        def lane(run: Run, own: list[int]) -> None:
+            self.one(run, own)
+            with is_free:
+                free.extend(own)
+                is_free.notify()
 
-        lanes = [threading.Thread(target=lane, args=(gpu,)) for gpu in range(gpus)]
-        for thread in lanes:
-            thread.start()
-        for thread in lanes:
+        for run in runs:
+            count = run.gpus or gpus
+            with is_free:
+                while len(free) < count:
+                    is_free.wait()
+                free.sort()
+                own, free[:count] = free[:count], []
+            threads.append(threading.Thread(target=lane, args=(run, own)))
+            threads[-1].start()
+        for thread in threads:
             thread.join()
 
     def one(self, what: Run, gpus: Sequence[int]) -> None:
@@ -187,10 +193,7 @@ def main() -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     evening = Evening(options.out.absolute(), options.seconds)
     evening.prepare()
-    for run in wanted:
-        if run.gpus != 1 and run.gpus <= options.gpus:
-            evening.one(run, range(run.gpus or options.gpus))
-    evening.side_by_side([run for run in wanted if run.gpus == 1], options.gpus)
+    evening.side_by_side([run for run in wanted if run.gpus <= options.gpus], options.gpus)
     print(f"failed: {', '.join(evening.failed) or 'none'}; outputs are in {options.out}")
     return 1 if evening.failed else 0
 

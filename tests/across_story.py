@@ -42,8 +42,11 @@ class Story:
         environment = {"TMPDIR": str(temporary), "SPARSERAY_TEST": self.mark, "SPARSERAY_TEST_FAULTS": text}
         # Slots load beside the run, and the story waits for them; one slot then does all of its steps again.
         environment |= resting(REST_S) | {"SPARSERAY_TEST_CHUNK_BYTES": str(CHUNK_BYTES)}
-        if config.cluster.device == "cuda" and config.cluster.exchange != "collective":
-            environment |= for_slots(3)
+        cluster = config.cluster
+        if cluster.device == "cuda" and cluster.exchange != "collective":
+            roles = cluster.attention_workers, cluster.expert_shards, cluster.memory_shards
+            # A story of one slot has a second one on its way.
+            environment |= for_slots(max(2, *roles) if cluster.colocated else sum(roles))
         self.log, self.temporary = folder / "log.txt", temporary
         self.process: subprocess.Popen[bytes] = start(options, self.log, **environment)
 

@@ -50,11 +50,11 @@ def for_slots(slots: int) -> dict[str, str]:
     """What makes a command find a GPU for each of so many slots; where there are fewer all share the first one.
 
     Args:
-        slots: that it ever has.
+        slots: that serve at a time; where they share a GPU there is one more, for who comes while another goes.
     """
     import torch
 
-    return {} if torch.cuda.device_count() >= slots else planting(SPARSERAY_TEST_GPUS=str(slots))
+    return {} if torch.cuda.device_count() >= slots else planting(SPARSERAY_TEST_GPUS=str(slots + 1))
 
 
 def start(

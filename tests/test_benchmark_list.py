@@ -1,6 +1,7 @@
 """What benchmarks/on_gpus.py runs: commands that exist, within their limits, and every test that needs a GPU of its own."""
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -43,3 +44,19 @@ def test_a_run_is_ended_at_its_limit_and_none_is_begun_too_late(
     assert evening.failed == ["slow"]
     child = int((tmp_path / "pid").read_text())
     wait_until(lambda: not psutil.pid_exists(child), "what the slow run started is gone")
+
+
+def test_runs_wait_for_as_many_gpus_as_they_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    evening, busy, begun = Evening(tmp_path, 30.0), set[int](), list[tuple[str, int]]()
+
+    def one(what: Run, gpus: Sequence[int]) -> None:
+        assert not busy & set(gpus)
+        busy.update(gpus)
+        begun.append((what.name, len(busy)))
+        time.sleep(0.2)
+        busy.difference_update(gpus)
+
+    monkeypatch.setattr(evening, "one", one)
+    sizes = {"two": 2, "another two": 2, "all": 0, "one": 1, "two more": 2}
+    evening.side_by_side([Run(name, gpus, 1, "") for name, gpus in sizes.items()], 4)
+    assert begun == [("two", 2), ("another two", 4), ("all", 4), ("one", 1), ("two more", 3)]

@@ -63,15 +63,15 @@ def test_gpu_slots_come_and_go_and_state_moves_through_memory(
         story.come_and_go()
 
 
-@pytest.mark.parametrize("parts", [2, 4])
-def test_parts_of_two_gpus_are_replayed_and_their_bits_are_those_of_one(
-    parts: int, corpus: Path, tmp_path: Path, temporary: Path
+@pytest.mark.parametrize(("slots", "parts"), [(2, 2), (2, 4), (4, 4)])
+def test_parts_of_several_gpus_are_replayed_and_their_bits_are_those_of_one(
+    slots: int, parts: int, corpus: Path, tmp_path: Path, temporary: Path
 ) -> None:
-    roles = dict.fromkeys(("attention_workers", "expert_shards", "memory_shards"), 2)
+    roles = dict.fromkeys(("attention_workers", "expert_shards", "memory_shards"), slots)
     config = run_on("cuda", corpus, steps=100000, cluster=roles, logical_shards=parts, eval_every=4)
     with told(config, tmp_path, temporary) as story:
         story.wait_steps(12)
-        assert story.logged("parts run as one CUDA graph") == 2
+        assert story.logged("parts run as one CUDA graph") == slots
         assert story.logged("without a CUDA graph") == 0
 
 

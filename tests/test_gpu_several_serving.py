@@ -138,7 +138,15 @@ def served(checkpoint: Path, folder: Path, **options: str) -> Iterator[Served]:
     arguments = ["serve", "--checkpoint", str(checkpoint), "--port", str(port)]
     arguments += [word for name, value in named.items() for word in (f"--{name}", value)]
     with temporary_folder() as temporary:
-        process = start(arguments, log, **{"TMPDIR": str(temporary), "SPARSERAY_TEST": mark, **for_slots(4)})
+        process = start(
+            arguments,
+            log,
+            **{
+                "TMPDIR": str(temporary),
+                "SPARSERAY_TEST": mark,
+                **for_slots(int(named["cluster.attention_workers"])),
+            },
+        )
         try:
             found = Served(f"http://127.0.0.1:{port}", process, mark, log)
             found.wait_for("Ctrl-C stops")
