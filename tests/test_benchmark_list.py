@@ -47,16 +47,23 @@ def test_a_run_is_ended_at_its_limit_and_none_is_begun_too_late(
 
 
 def test_runs_wait_for_as_many_gpus_as_they_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    evening, busy, begun = Evening(tmp_path, 30.0), set[int](), list[tuple[str, int]]()
+    evening, busy = Evening(tmp_path, 30.0), set[int]()
+    found: dict[str, list[int]] = {}
 
     def one(what: Run, gpus: Sequence[int]) -> None:
-        assert not busy & set(gpus)
+        shared = busy & set(gpus)
         busy.update(gpus)
-        begun.append((what.name, len(busy)))
-        time.sleep(0.2)
+        found[what.name] = [*gpus, *shared]
+        time.sleep(0.1)
         busy.difference_update(gpus)
 
     monkeypatch.setattr(evening, "one", one)
     sizes = {"two": 2, "another two": 2, "all": 0, "one": 1, "two more": 2}
     evening.side_by_side([Run(name, gpus, 1, "") for name, gpus in sizes.items()], 4)
-    assert begun == [("two", 2), ("another two", 4), ("all", 4), ("one", 1), ("two more", 3)]
+    assert found == {
+        "two": [0, 1],
+        "another two": [2, 3],
+        "all": [0, 1, 2, 3],
+        "one": [0],
+        "two more": [1, 2],
+    }
