@@ -36,7 +36,7 @@ def new_table(peers: int, device: torch.device) -> tuple[Tensor, Tensor]:
     return tuple(torch.zeros(shape, dtype=torch.int64, device=device) for shape in ((peers, FIELDS), (3,)))  # type: ignore[return-value]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _give_kernel(
     p_x, p_ids, p_table, p_who, p_state, T, C, H, K: tl.constexpr, BK: tl.constexpr, BH: tl.constexpr,
     BR: tl.constexpr,

@@ -109,6 +109,7 @@ class PagedModel:
         # Of no use to a model without memory layers.
         self._layout = model.layout if config.dse.layers else None
         self._decodes: dict[int, DecodeStep] = {}
+        self._is_compiled = False
         self._graphs = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         self._prompts = PromptGraphs(model, self.pools, self.table_SW, page, self._padded(prompt_rows))
         # A CPU captures nothing, and pays for every row.
@@ -283,8 +284,10 @@ class PagedModel:
         """
         if self.device.type != "cuda":
             return self._load_loops()
-        self.launch_prompts(experts, memory)
-        sample_all_ways(self.model)
+        if not self._is_compiled:
+            self.launch_prompts(experts, memory)
+            sample_all_ways(self.model)
+            self._is_compiled = True
         self._prompts.capture(experts)
         for size in reversed(self._buckets):
             self._decodes[size] = self._new_decode(size)

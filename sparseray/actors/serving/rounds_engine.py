@@ -21,7 +21,7 @@ from sparseray.actors.peers.in_rounds import Layers, RoundsExchange
 from sparseray.actors.serving.chunks import Chunk
 from sparseray.actors.serving.engine import Ongoing
 from sparseray.actors.serving.paged_engine import Flight, PagedEngine, Taken, to_host
-from sparseray.actors.serving.paged_model import PagedModel
+from sparseray.actors.serving.paged_model import WARM_ROWS, PagedModel
 from sparseray.actors.serving.recording import nothing
 from sparseray.errors import SlotLostError, SupersededError
 from sparseray.model.dse import Memory
@@ -84,8 +84,6 @@ class RoundsModel(PagedModel):
 
     # Of which any round has room for.
     warm_prompts = (32,)
-    # A holder computes as many rows in every round.
-    warm_rows = 0
 
     def __init__(self, model: Transformer, *, rounds: InRounds, **sizes: Any) -> None:
         self._rounds, self._is_warm = rounds, False
@@ -100,6 +98,9 @@ class RoundsModel(PagedModel):
             experts, memory: there.
         """
         rounds, self._is_warm = self._rounds.rounds, False
+        # In rounds other kernels run than alone, and a holder computes as many rows in every one.
+        self.warm_rows = WARM_ROWS if rounds is None else 0
+        self._is_compiled &= (rounds is None) == (self._key is None)
         with nullcontext() if rounds is None else rounds.layers.rehearsed():
             super().warm(experts, memory)
         self._key, self._is_warm = self._captured_for(), True
