@@ -53,7 +53,10 @@ PYTEST = "-m pytest -m gpu --dist worksteal -v -rP -p no:cacheprovider"
 RUNS = (
     Run("stories", 2, 400, f"{PYTEST} -n 4 tests/test_gpu_several.py tests/test_gpu_several_serving.py tests/test_gpu_collective.py"),
     Run("elastic_2", 2, 300, "-m benchmarks.elastic_gpus --data {data} --only resize,faults"),
-    Run("sixteen_4", 4, 300, "-m benchmarks.train_gpus --data {data} --configs moonlight --gpus 4 --steps 12"),
+    Run(
+        "sixteen_4", 4, 400,
+        "-m benchmarks.train_gpus --data {data} --configs moonlight --gpus 4 --steps 12 --extra=--train.sequences_per_shard=4",
+    ),
     Run("train_4", 4, 400, "-m benchmarks.train_gpus --data {data} --gpus 1,4"),
     Run("elastic_4", 4, 400, "-m benchmarks.elastic_gpus --data {data}"),
     Run("sixteen_2", 2, 300, "-m benchmarks.train_gpus --data {data} --configs moonlight --gpus 2 --steps 12"),
