@@ -91,7 +91,7 @@ def test_the_fast_order_has_the_bits_of_slots_that_share_memory(corpus: Path, tm
     assert found[0].curve == found[1].curve and found[0].digest == found[1].digest
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(6)
 @pytest.mark.parametrize("exchange", ["peers", "collective"])
 @pytest.mark.parametrize("determinism", ["bitwise", "fast"])
 def test_what_lay_in_memory_before_changes_no_bit(
@@ -116,6 +116,7 @@ def test_slots_of_several_hosts_meet_as_a_group_and_those_of_one_do_not(
     assert {group.host for group in groups} == {"127.0.0.1"} and len(groups) == 2
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("replication", [1, 2])
 def test_slots_come_and_go_while_training_goes_on(
     replication: int, corpus: Path, one: dict[int, Trained], tmp_path: Path, groups: list[Group]
@@ -144,7 +145,7 @@ MOMENTS = {
 IN_COLLECTIVES = ["forward", "before a collective", "after telling how much there is", "commit"]
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(6)
 @pytest.mark.parametrize(
     ("moment", "slot"),
     [

@@ -51,6 +51,7 @@ def check(found: Trained, one: dict[int, Trained], steps: int = STEPS) -> None:
     assert found.digest == wanted.digest
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("slots", "replication"),
     [(2, 1), (4, 1), (2, 2), (4, 3), *(pytest.param(3, r, marks=pytest.mark.long) for r in (1, 2))],
@@ -170,6 +171,7 @@ def resize_at(slots: dict[int, int]) -> Callable[[int, Run, LocalFleet], None]:
     return at_step
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("replication", [1, 2])
 def test_slots_come_and_go_while_training_goes_on(
     replication: int, corpus: Path, one: dict[int, Trained], tmp_path: Path
@@ -235,7 +237,7 @@ MOMENTS = {
 }
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(6)
 @pytest.mark.parametrize("slot", [0, pytest.param(2, marks=pytest.mark.long)])
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_a_kill_at_any_moment_changes_no_bit_and_loses_no_step(

@@ -92,7 +92,7 @@ ALONE = [
 ]
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize(
     ("moment", "standby"), [*((m, 1) for m in MOMENTS), ("two different ones", 0), *ALONE]
 )
@@ -337,6 +337,7 @@ def test_busy_experts_are_spread_by_the_policy_alone(
     assert "rebalanced" in trained.events
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("replication", [1, 2])
 def test_hot_experts_computed_by_several_holders_change_no_bit(
     replication: int, corpus: Path, undisturbed: dict[int, Trained], tmp_path: Path

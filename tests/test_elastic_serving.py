@@ -81,7 +81,7 @@ def scale(role: str, count: int) -> Callable[[LocalServer], None]:
     return lambda server: server.run.reconciler.request(role, count)
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize(
     ("victims", "replication", "standby"),
     [
@@ -282,6 +282,7 @@ def test_an_engine_that_is_planned_to_go_finishes_what_it_has(
         until(lambda: server.events.count("resized") == 3)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     ("left_s", "most"),
     [

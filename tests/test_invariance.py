@@ -61,7 +61,7 @@ def test_the_loss_falls_and_the_short_run_is_the_start_of_the_long_one(reference
     assert reference[SHORT].digest != reference[STEPS].digest
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(9)
 @pytest.mark.parametrize(("attention", "experts", "memory", "replication"), PLACEMENTS)
 def test_placement_changes_no_bit(
     attention: int,

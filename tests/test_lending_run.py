@@ -29,6 +29,7 @@ def lend(lent: Lent) -> Callable[[Run], None]:
     return lambda run: run.generations.ask(lent=lent)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     ("cluster", "lent"),
     [

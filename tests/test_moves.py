@@ -347,7 +347,7 @@ class KillInMove:
                 fleet.kill(self.victim)
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.long)])
 @pytest.mark.parametrize(
     ("kind", "of"),

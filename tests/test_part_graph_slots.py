@@ -88,6 +88,7 @@ SHORT = (
 )
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("case", some(list(CASES), SHORT))
 def test_replayed_parts_of_several_slots_change_no_bit(case: str, corpus: Path, tmp_path: Path) -> None:
     config = slots_run(corpus, **CASES[case])
@@ -148,6 +149,7 @@ MOMENTS = {
 }
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("moment", some(list(MOMENTS), list(MOMENTS)[::2]))
 def test_a_kill_between_replays_or_in_one_changes_no_bit(
     moment: str, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -163,6 +165,7 @@ def test_a_kill_between_replays_or_in_one_changes_no_bit(
     assert slots.total("replays") > 10
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), RuntimeError("not permitted")], ids=str)
 def test_where_nothing_can_be_recorded_slots_go_on_launching(
     error: RuntimeError, corpus: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture

@@ -185,7 +185,7 @@ def whole(expected: dict[str, list[TokenEvent]]) -> dict[str, list[int]]:
     return {r.request_id: [*r.prompt_tokens, *tokens_of(expected[r.request_id])] for r in requests()}
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(6)
 @pytest.mark.parametrize("worth", [0.0, 0.9], ids=["always", "with rests"])
 @pytest.mark.parametrize("kind", [ToldEngine, AheadEngine], ids=["in step", "one step ahead"])
 def test_texts_of_every_kind_are_the_same_with_drafts_and_without(
@@ -207,6 +207,7 @@ def test_texts_of_every_kind_are_the_same_with_drafts_and_without(
     assert engine.stats.generated_tokens == sum(len(tokens_of(events)) for events in expected.values())
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     "names", [("greedy", "drawn", "least", "cut", "odd"), ("drawn", "counted"), ("documents",)], ids=str
 )
@@ -221,7 +222,7 @@ def test_steps_that_start_ahead_of_the_host_change_no_text(
     assert sum(e.accepted for events in found.values() for e in events) > 4 * len(names)
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(6)
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.long)])
 def test_texts_are_the_same_in_any_company(parts: Parts, seed: int) -> None:
     """Requests of random settings that come at random; few are accepted, so drafting pauses and begins again."""
@@ -302,7 +303,7 @@ def test_drafts_are_what_the_module_says_of_the_whole_text(
     assert sum(agreed) >= len(agreed) - 1, "a tie within rounding is possible, no more"
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(6)
 def test_a_request_that_moves_goes_on_with_its_tokens(
     parts: Parts, expected: dict[str, list[TokenEvent]]
 ) -> None:
@@ -314,7 +315,7 @@ def test_a_request_that_moves_goes_on_with_its_tokens(
             assert plain(found)[name] == plain(expected)[name][cut:]
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(6)
 @pytest.mark.parametrize("kind", [ToldEngine, AheadEngine], ids=["in step", "one step ahead"])
 def test_a_step_that_fails_loses_no_token(
     parts: Parts, expected: dict[str, list[TokenEvent]], kind: type[ToldEngine]

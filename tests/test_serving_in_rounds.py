@@ -53,7 +53,7 @@ def rounds_of(server: LocalServer) -> list[int]:
     return [exchange.begun for exchange in exchanges if isinstance(exchange, RoundsExchange)]
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(6)
 @pytest.mark.parametrize(
     ("attention", "experts", "replication"), [(2, 2, 1), (3, 3, 2), (1, 3, 1), (3, 2, 1)]
 )

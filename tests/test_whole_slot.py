@@ -80,6 +80,7 @@ def test_the_only_slot_is_killed_and_the_run_comes_to_the_same_bits(corpus: Path
     assert killed.curve == undisturbed.curve and killed.digest == undisturbed.digest
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("moments", ["float32", "bfloat16"])
 def test_a_checkpoint_goes_over_to_the_other_way_of_working_and_back(
     corpus: Path, tmp_path: Path, moments: str
