@@ -195,3 +195,20 @@ class LocalServer:
 
     def __exit__(self, *_: Any) -> None:
         self.close()
+
+
+@contextmanager
+def slowed(engines: list[Any], seconds: float) -> Iterator[None]:
+    """Let every step last so long that the scheduler's decisions come while requests are open."""
+    for engine in engines:
+        engine.step = lambda step=engine.step: (time.sleep(seconds), step())[1]
+    yield
+    for engine in engines:
+        del engine.step
+
+
+def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)

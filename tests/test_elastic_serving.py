@@ -5,10 +5,10 @@ Slots are threads here (tests/local_server.py); tests/test_serving_cluster.py ha
 
 import asyncio
 import shutil
-import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 import pytest
 from local_cluster import tiny_run, train
-from local_server import Heard, LocalServer
+from local_server import Heard, LocalServer, slowed, until
 from serving_parts import app_of
 
 from sparseray.actors.exchange.answers import Answers
@@ -193,20 +193,20 @@ def test_no_request_waits_for_a_shard_that_is_slow_to_get_what_a_plan_gives_it(
 
         return call
 
+    def note(change: Callable[[LocalServer], None], count: int, server: LocalServer) -> None:
+        nonlocal said
+        said = count
+        if count == 10:
+            change(server)
+
     with serve(tmp_path / "server", trained, standby=1) as server:
         monkeypatch.setattr(SlotJob, "read", held(SlotJob.read))
         monkeypatch.setattr(Answers, "_pull", held(Answers._pull))
         for role, change in (("experts", "2+3+2"), ("memory", "2+3+3")):
             resized, said, goal = server.events.count("resized"), 0, inf
 
-            def note(count: int, server: LocalServer, role: str = role) -> None:
-                nonlocal said
-                said = count
-                if count == 10:
-                    scale(role, 3)(server)
-
             with slowed(engines_of(server), 0.08):
-                assert server.ask(requests(), note) == undisturbed
+                assert server.ask(requests(), partial(note, scale(role, 3))) == undisturbed
             # It came while they were open.
             assert server.events.count("resized") > resized and server.run.reconciler.sizes() == change
             assert goal < inf
@@ -233,23 +233,6 @@ def hang(slot: int) -> Callable[[LocalServer], None]:
 
 def engines_of(server: LocalServer) -> list[Any]:
     return [server.fleet.slots[slot].roles.engine_role.engine for slot in (0, 1)]
-
-
-@contextmanager
-def slowed(engines: list[Any], seconds: float) -> Iterator[None]:
-    """Let every step last so long that the scheduler's decisions come while requests are open."""
-    for engine in engines:
-        engine.step = lambda step=engine.step: (time.sleep(seconds), step())[1]
-    yield
-    for engine in engines:
-        del engine.step
-
-
-def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def test_requests_of_an_engine_that_hangs_go_on_elsewhere_before_anybody_calls_it_lost(
