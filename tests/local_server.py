@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from local_cluster import Faults, FaultyTransport, Killed, LocalFleet
+from processes import wait_until
 
 from sparseray.actors.serving.text_request import GenerationRequest, TokenLogprobs
 from sparseray.actors.wire.envelope import SCHEDULER
@@ -207,8 +208,6 @@ def slowed(engines: list[Any], seconds: float) -> Iterator[None]:
         del engine.step
 
 
-def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+def until(condition: Callable[[], object], seconds: float = 10.0) -> None:
+    """Wait for a condition that another thread brings about."""
+    wait_until(condition, "what the test waits for", seconds)

@@ -3,9 +3,10 @@
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -13,7 +14,7 @@ from typing import Any, Literal
 import pytest
 import torch
 from local_cluster import LocalFleet, Trained, tiny_run, train
-from local_server import Heard, LocalServer
+from local_server import Heard, LocalServer, until
 
 from sparseray.actors.serving.speculative_engine import SpeculativeEngine
 from sparseray.actors.serving.text_request import GenerationRequest
@@ -90,11 +91,7 @@ class Training:
         return self.trained
 
 
-def wait_for(condition: Callable[[], Any], limit_s: float = 30.0) -> None:
-    deadline = time.monotonic() + limit_s
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+wait_for = partial(until, seconds=30.0)
 
 
 @pytest.fixture
