@@ -215,7 +215,9 @@ def main() -> int:
     parser.add_argument("--checkpoint_every", type=int, default=20, help="steps, of torchrun")
     parser.add_argument("--collective_s", type=float, default=2.0, help="of torchft")
     parser.add_argument("--python", default=sys.executable, help="interpreter that has torch and torchft")
-    parser.add_argument("--path", default="", help="PYTHONPATH of that interpreter")
+    parser.add_argument(
+        "--path", default=os.environ.get("PYTHONPATH", ""), help="PYTHONPATH of that interpreter"
+    )
     parser.add_argument("--out", type=Path, help="file to write the table to")
     options = parser.parse_args()
     config, rows = load_yaml(ROOT / "configs" / f"{options.config}.yaml"), options.rows.split(",")

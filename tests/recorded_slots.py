@@ -138,7 +138,7 @@ class Slots:
 def record_slots(
     patch: pytest.MonkeyPatch, error: RuntimeError | None = None, *, is_graph: bool = True
 ) -> Slots:
-    """Have slots that exchange through memory record their parts from the second step of a generation on.
+    """Have slots that exchange through memory record their parts from the third step of a generation on.
 
     Args:
         patch: takes it back.

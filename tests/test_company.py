@@ -18,8 +18,8 @@ from sparseray.actors.state.dense_slab import DenseSlabs
 from sparseray.kernels.held_ops import PlainHeldOps
 from sparseray.model.config import MTPConfig
 from sparseray.model.dse_layout import DSELayout
-from sparseray.platform.config import load_yaml, to_dict
-from sparseray.platform.fleet.company import rehearse_in_company
+from sparseray.platform.config import RunConfig, load_yaml, to_dict
+from sparseray.platform.fleet.company import distinct_shares, rehearse_in_company
 from sparseray.platform.fleet.job import SlotJob
 from sparseray.platform.fleet.weights_port import WeightsPort
 from sparseray.platform.metrics.exporter import Metrics
@@ -27,6 +27,13 @@ from sparseray.platform.metrics.exporter import Metrics
 CALLS = {
     HostLink: ("put", "put_all", "give_rows", "give_sums", "signal_all", "signal", "wait", "start_read"),
     PlainHeldOps: ("group_held", "held_forward", "held_backward", "combine_slots"),
+}
+
+
+ABOUT: dict[str, Callable[..., Any]] = {
+    # Rows are sorted into groups by kernels for so many in powers of two, and summed by kernels for so many.
+    "group_held": lambda _groups_TK, num_sets, num_held, _like: (num_sets * num_held).bit_length(),
+    "combine_slots": lambda rows_TKH, _weights_TK: rows_TKH.shape[1],
 }
 
 
@@ -44,7 +51,8 @@ def called(monkeypatch: pytest.MonkeyPatch) -> set[Any]:
 
     def noted(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         def call(me: Any, *arguments: Any, **named: Any) -> Any:
-            found.add((name, *map(kind, arguments[:1]), len(arguments), *sorted(named.items())))
+            about = ABOUT[name](*arguments) if name in ABOUT else None
+            found.add((name, *map(kind, arguments[:1]), len(arguments), about, *sorted(named.items())))
             return original(me, *arguments, **named)
 
         return call
@@ -100,6 +108,35 @@ def test_what_two_slots_run_was_run_before_and_nothing_stays(
     assert wanted - called == set()
     assert all(torch.equal(tensor, before[name]) for name, tensor in dense.model.state_dict().items())
     assert dense.sum.total is None and not list(dense.sum.nodes())
+
+
+@pytest.mark.parametrize("determinism", ["bitwise", "fast"])
+@pytest.mark.parametrize(
+    "roles",
+    [{"expert_shards": 1}, {"attention_workers": 1}, {"slots": 3}, {"slots": 3, "expert_shards": 2}],
+    ids=str,
+)
+def test_what_slots_run_that_come_one_after_another_was_run_before(
+    roles: dict[str, int], determinism: Any, corpus: Path, tmp_path: Path, called: set[Any]
+) -> None:
+    """Roles come and go by commands of their own; then one slot has all experts, or all parts."""
+    config = replace(slabs_run(corpus, **{"slots": 2, **roles}), determinism=determinism)
+    train(tmp_path / "run", config, stop_after=1)
+    wanted = set(called)
+    called.clear()
+    job = job_of(tmp_path / "run")
+    dense = job.holdings().spare()
+    assert isinstance(dense, DenseSlabs)
+    rehearse_in_company(job, dense, 3)
+    assert wanted - called == set()
+
+
+def test_a_rehearsal_is_short() -> None:
+    config = RunConfig()
+    experts = config.model.moe.num_experts
+    for determinism, most in (("fast", 8), ("bitwise", 9)):
+        found = distinct_shares(replace(config, determinism=determinism), 8)
+        assert found[0] == (2, 2) and len(found) <= most, (experts, found)
 
 
 @pytest.mark.parametrize("at", ["held_forward", "held_backward"])

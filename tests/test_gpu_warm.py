@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from typing import Any
 
@@ -42,9 +43,16 @@ WAYS: tuple[dict[str, Any], ...] = (
 
 @pytest.fixture
 def compiled() -> Iterator[list[str]]:
-    """What Triton has compiled, or loaded compiled, so far."""
+    """What Triton has compiled, or loaded compiled, so far; what tests before this one needed is forgotten."""
     from triton import knobs
+    from triton.runtime.jit import JITFunction
 
+    from sparseray.kernels import launch
+
+    launch._compiled.clear()
+    for kernel in gc.get_objects():
+        if isinstance(kernel, JITFunction):
+            kernel.device_caches.clear()
     found: list[str] = []
 
     def noted(**about: Any) -> None:

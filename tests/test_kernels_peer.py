@@ -128,10 +128,12 @@ def test_numbers_come_to_several_places_and_a_word_after_them() -> None:
     assert torch.equal(into[0], numbers) and int(flags[0][2]) == word(3)
 
 
-@pytest.mark.parametrize("is_weighted", [True, False])
-def test_rows_and_sums_of_rows_come_to_their_sources(is_weighted: bool) -> None:
+@pytest.mark.parametrize(
+    ("is_weighted", "S", "T", "num"), [(True, 2, 11, 25), (False, 3, 301, 1999), (False, 2, 64, 0), (True, 3, 101, 909)]
+)  # fmt: skip
+def test_rows_and_sums_of_rows_come_to_their_sources(is_weighted: bool, S: int, T: int, num: int) -> None:
     torch.manual_seed(0)
-    S, T, K, H, num = 2, 11, 3, 40, 25
+    K, H = 3, 40
     order = torch.randperm(S * T * K, device=DEVICE).int()
     inverse = torch.empty_like(order)
     inverse[order.long()] = torch.arange(S * T * K, device=DEVICE).int()

@@ -3,6 +3,7 @@
 import logging
 import weakref
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -33,11 +34,12 @@ class Recorded:
     """
 
     def __init__(self, error: RuntimeError | None = None) -> None:
-        self.firsts = self.records = self.replays = 0
+        self.firsts = self.launches = self.records = self.replays = 0
         self.error = error
 
-    def first(self, run: part_graph.Run) -> list[Tensor]:
-        self.firsts += 1
+    def launch(self, run: part_graph.Run, *, is_new: bool) -> list[Tensor]:
+        self.firsts += is_new
+        self.launches += 1
         return run()
 
     def record(self, run: part_graph.Run, beside: int, *, again: bool) -> part_graph.Recording:
@@ -87,8 +89,9 @@ def test_replayed_parts_change_no_bit(
     recorder = Recorded()
     monkeypatch.setattr(part_graph, "recorder_of", lambda device: recorder)
     replayed = train(tmp_path / "replayed", config)
-    assert (recorder.firsts, recorder.records) == (1, 1)
-    assert recorder.replays == config.train.steps * config.train.logical_shards - 1
+    parts = config.train.logical_shards
+    assert (recorder.firsts, recorder.launches, recorder.records) == (1, parts, 1)
+    assert recorder.replays == (config.train.steps - 1) * parts
     assert replayed.curve == plain.curve and replayed.digest == plain.digest
     assert replayed.evaluations == plain.evaluations
 
@@ -103,7 +106,7 @@ def test_modules_of_further_tokens_are_replayed_until_their_weight_changes(
     recorder = Recorded()
     monkeypatch.setattr(part_graph, "recorder_of", lambda device: recorder)
     replayed = train(tmp_path / "replayed", config)
-    assert (recorder.firsts, recorder.records, recorder.replays) == (2, 2, 10)
+    assert (recorder.firsts, recorder.records, recorder.replays) == (2, 2, 8)
     assert replayed.curve == plain.curve and replayed.digest == plain.digest
     assert [r["losses"] for r in replayed.records] == [r["losses"] for r in plain.records]
 
@@ -166,11 +169,12 @@ def batch(seed: int, weights_BT: Tensor | None = None) -> DeviceBatch:
 
 
 NO_ROWS = FetchedRows(addresses={}, values={})
+steps = count(1)
 
 
 def gradients(graph: PartGraph, part: DeviceBatch, weight: float = 64.0) -> list[Tensor]:
-    """Loss and gradients of a part, taken as the exchange takes them."""
-    loss = graph(part, NO_ROWS, step=1, weight=weight)
+    """Loss and gradients of a step's only part, taken as the exchange takes them."""
+    loss = graph(part, NO_ROWS, step=next(steps), weight=weight)
     found = [*graph.dense.take_gradients(), *graph.exchange.whole.take_gradients()]
     return [x.clone() for x in (loss.sum, loss.aux, loss.counts_LE, *found)]
 

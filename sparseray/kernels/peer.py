@@ -63,14 +63,14 @@ def of_table(p_table, o, p_like):
     return tl.multiple_of(tl.load(p_table + o).to(p_like.dtype), 16)
 
 
-@triton.jit
-def _put_all_kernel(p_from, p_table, p_state, N, COUNT: tl.constexpr, BN: tl.constexpr):
+@triton.jit(do_not_specialize=["COUNT"])
+def _put_all_kernel(p_from, p_table, p_state, N, COUNT, BN: tl.constexpr):
     """Numbers i * BN and on, and those as many programs further, to each of COUNT places."""
     if tl.load(p_state) == 0:
         for first in range(tl.program_id(0) * BN, N, tl.num_programs(0) * BN):
             o_n = first + tl.arange(0, BN)
             b = tl.load(p_from + o_n, mask=o_n < N)
-            for i in tl.static_range(COUNT):
+            for i in range(COUNT):
                 tl.store(of_table(p_table, i, p_from) + o_n, b, mask=o_n < N)
 
 
@@ -197,7 +197,7 @@ def put_all(numbers: Tensor, table: Tensor, state: Tensor, *, beside: bool = Fal
         table,
         state,
         count,
-        COUNT=len(table),
+        len(table),
         BN=block,
         num_warps=warps,
     )

@@ -1,6 +1,7 @@
 """Rows of experts to the GPUs whose tokens they are of: each to its place, or the sum of a token's.
 
-Stored over NVLink as in peer.py, whose words say when they are there. Twin: link.py's `HostLink`.
+Stored over NVLink as in peer.py, whose words say when they are there. Twin: link.py's `HostLink`. Programs that follow each other
+store for another source each, so what stays here is written while the rest is on its way.
 
 Names: p_ pointers, i_ program ids, o_ offsets, m_ masks; R rows, N numbers of a row, S sources, T tokens, K experts per token,
 H hidden.
@@ -16,14 +17,18 @@ from sparseray.kernels.launch import launch_kernel
 from sparseray.kernels.peer import FLAT, WIDTH, of_table
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S"])
 def _give_rows_kernel(
-    p_rows, p_table, p_order, p_held, p_state, R, SPAN, N, STRIDE, BN: tl.constexpr, BR: tl.constexpr
+    p_rows, p_table, p_order, p_held, p_state, S, R, SPAN, N, STRIDE, BN: tl.constexpr, BR: tl.constexpr
 ):
     """Rows i_r * BR and on, as far as they are held, to the places that their order says, of SPAN for each source."""
     i_r, i_n = tl.program_id(0), tl.program_id(1)
     held = tl.minimum(R, tl.load(p_held))
-    if (tl.load(p_state) == 0) & (i_r * BR < held):
+    # Rows of one source lie one after another, about as many of each.
+    each = tl.cdiv(tl.cdiv(held, BR), S)
+    is_one = i_r < each * S
+    i_r = i_r % S * each + i_r // S
+    if (tl.load(p_state) == 0) & is_one & (i_r * BR < held):
         o_r = i_r * BR + tl.arange(0, BR).to(tl.int64)
         o_n = i_n * BN + tl.arange(0, BN)
         m_r = o_r < held
@@ -34,7 +39,7 @@ def _give_rows_kernel(
         tl.store(p_into[:, None] + (order % SPAN).to(tl.int64)[:, None] * STRIDE + o_n[None, :], b, mask=m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S"])
 def _give_sums_kernel(
     p_rows,
     p_table,
@@ -42,6 +47,7 @@ def _give_sums_kernel(
     p_weights,
     p_held,
     p_state,
+    S,
     T,
     STRIDE,
     H: tl.constexpr,
@@ -50,7 +56,7 @@ def _give_sums_kernel(
     BH: tl.constexpr,
 ):
     """One token of one source: the sum over those of its k whose rows are held, in fp32."""
-    i_t, i_s = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    i_t, i_s = (tl.program_id(0) // S).to(tl.int64), tl.program_id(0) % S
     if tl.load(p_state) == 0:
         held = tl.load(p_held)
         p_into = of_table(p_table, i_s, p_rows) + i_t * STRIDE
@@ -82,19 +88,20 @@ def give_rows(
         stride: numbers from one place to the next.
         state: of `new_state`; where it is not OK nothing is stored.
     """
-    R, width = order_R.shape[0], rows_RN[0].numel() if len(rows_RN) else 0
+    R, S, width = order_R.shape[0], len(table), rows_RN[0].numel() if len(rows_RN) else 0
     if not R:
         return
     columns = min(WIDTH, triton.next_power_of_2(width))
     height = max(1, FLAT // columns)
     launch_kernel(
         _give_rows_kernel,
-        (triton.cdiv(R, height), triton.cdiv(width, columns)),
+        (triton.cdiv(triton.cdiv(R, height), S) * S, triton.cdiv(width, columns)),
         rows_RN,
         table,
         order_R,
         held,
         state,
+        S,
         R,
         span,
         width,
@@ -130,13 +137,14 @@ def give_sums(
     (S, T, K), H = shape, rows_RH.shape[1]
     launch_kernel(
         _give_sums_kernel,
-        (T, S),
+        (T * S,),
         rows_RH,
         table,
         inverse_SR,
         inverse_SR if weights_STK is None else weights_STK,
         held,
         state,
+        S,
         T,
         stride,
         H=H,

@@ -301,7 +301,7 @@ class PagedModel:
         """
         for chunks in self._rehearsal():
             self.prefill(chunks, experts, memory)
-        if self._is_launching and self.model.config.moe_layers:
+        if self._is_launching and self.warm_rows and self.model.config.moe_layers:
             self._launch_experts(experts)
 
     @property

@@ -1,7 +1,7 @@
 """Forward and backward of a part as one CUDA graph: the host launches a step's kernels by one call.
 
 A part's shapes are always the same, and on a GPU nothing in it waits for the host, also where slots exchange through each
-other's memory: then the device waits. So its second run is recorded, and replayed from then on: inputs are copied to where
+other's memory: then the device waits. So the first one of a second step is recorded, and replayed from then on: inputs are copied to where
 the recording reads them, and gradients are left as a backward pass leaves them. The kernels, their order and so the bits are
 those of the first run. Called by worker.py; `graph_of` says where there is a graph.
 """
@@ -68,8 +68,13 @@ class Recordable(Exchange, Protocol):
 class Recorder(Protocol):
     """What records a run and replays it."""
 
-    def first(self, run: Run) -> list[Tensor]:
-        """Run it once, as it will be recorded, so that everything is compiled and opened."""
+    def launch(self, run: Run, *, is_new: bool) -> list[Tensor]:
+        """Run what will be recorded, so that everything is compiled and opened by then.
+
+        Args:
+            run: of the recording.
+            is_new: nothing like it was launched before.
+        """
         ...
 
     def record(self, run: Run, beside: int, *, again: bool) -> Recording:
@@ -96,10 +101,15 @@ class CudaRecorder:
     def __init__(self, device: torch.device) -> None:
         self.device, self._stream = device, torch.cuda.Stream(device)
 
-    def first(self, run: Run) -> list[Tensor]:
-        """Run it on the stream of the recording: autograd's nodes keep the stream that they were made on."""
-        # What torch keeps for one stream is of no use to another.
-        torch.cuda.empty_cache()
+    def launch(self, run: Run, *, is_new: bool) -> list[Tensor]:
+        """Run it on the stream of the recording: autograd's nodes keep the stream that they were made on.
+
+        Args:
+            run, is_new: as in `Recorder`.
+        """
+        if is_new:
+            # What torch keeps for one stream is of no use to another.
+            torch.cuda.empty_cache()
         here = torch.cuda.current_stream(self.device)
         self._stream.wait_stream(here)
         with torch.cuda.stream(self._stream):
@@ -159,6 +169,8 @@ class PartGraph:
         self.exchange, self.dense = exchange, exchange.dense
         self._recorder: Recorder | None = recorder
         self._key: tuple[object, ...] = ()
+        self._since = 0
+        """Step of the first part with this key. Recording takes as long as a part, and after a change that step was waited for."""
         self._recording: _Recording | None = None
         self._metrics: list[str] = []
 
@@ -192,9 +204,11 @@ class PartGraph:
         key = (batch.tokens_BT.shape, weight, model.config.mtp.weight_at(step), exchanged, *lies)
         if self._recorder is None or exchanged is None or batch.weights_BT is not None:
             found = run(there, rows)
-        elif key != self._key:
-            self._key, self._recording = key, None
-            found = self._recorder.first(lambda: run(there, rows))
+        elif key != self._key or (self._recording is None and step == self._since):
+            is_new = key != self._key
+            if is_new:
+                self._key, self._since, self._recording = key, step, None
+            found = self._recorder.launch(lambda: run(there, rows), is_new=is_new)
         elif self._recording is None and not self._record(run, there, rows, leaves):
             found = run(there, rows)
         else:

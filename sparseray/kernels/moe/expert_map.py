@@ -58,7 +58,7 @@ class ExpertPlan:
 
 
 @triton.jit
-def rank_block(p_ids, p_ranks, p_counts, i_b, o_t, m_t, chosen, E: tl.constexpr, K: tl.constexpr):
+def rank_block(p_ids, p_ranks, p_counts, i_b, o_t, m_t, chosen, E, K: tl.constexpr):
     """Store each pair's rank among the block's pairs of its expert, and the block's counts.
 
     `chosen` [BT, BE] counts how often each token of the block chose each expert.
@@ -73,10 +73,8 @@ def rank_block(p_ids, p_ranks, p_counts, i_b, o_t, m_t, chosen, E: tl.constexpr,
     tl.store(p_counts + i_b * E + o_e, tl.sum(chosen, 0), mask=o_e < E)
 
 
-@triton.jit(do_not_specialize=["T"])
-def _rank_kernel(
-    p_ids, p_ranks, p_counts, T, E: tl.constexpr, BE: tl.constexpr, K: tl.constexpr, BT: tl.constexpr
-):
+@triton.jit(do_not_specialize=["T", "E"])
+def _rank_kernel(p_ids, p_ranks, p_counts, T, E, BE: tl.constexpr, K: tl.constexpr, BT: tl.constexpr):
     i_b = tl.program_id(0)
     o_t = i_b * BT + tl.arange(0, BT)
     m_t = o_t < T
@@ -88,7 +86,7 @@ def _rank_kernel(
     rank_block(p_ids, p_ranks, p_counts, i_b, o_t, m_t, chosen, E, K)
 
 
-@triton.jit(do_not_specialize=["num_blocks"])
+@triton.jit(do_not_specialize=["num_blocks", "E"])
 def _scan_kernel(p_block_counts, p_counts, num_blocks, E, BB: tl.constexpr, BE: tl.constexpr):
     """Turn counts per block into the number of earlier rows of the expert, and count all of them."""
     o_e = tl.program_id(0) * BE + tl.arange(0, BE)
@@ -103,7 +101,7 @@ def _scan_kernel(p_block_counts, p_counts, num_blocks, E, BB: tl.constexpr, BE: 
     tl.store(p_counts + o_e, running, mask=o_e < E)
 
 
-@triton.jit(do_not_specialize=["T", "num_blocks", "num_tiles"])
+@triton.jit(do_not_specialize=["T", "num_blocks", "num_tiles", "E"])
 def _place_kernel(
     p_ids,
     p_ranks,
@@ -118,7 +116,7 @@ def _place_kernel(
     T,
     num_blocks,
     num_tiles,
-    E: tl.constexpr,
+    E,
     BE: tl.constexpr,
     K: tl.constexpr,
     BT: tl.constexpr,
@@ -198,7 +196,7 @@ def finish_plan(
         T,
         num_blocks,
         num_tiles,
-        E=num_experts,
+        num_experts,
         BE=triton.next_power_of_2(num_experts),
         K=K,
         BT=block_tokens(num_experts),
@@ -226,7 +224,7 @@ def _ranks(topk_ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     ranks = torch.empty(T, K, dtype=torch.int32, device=topk_ids_TK.device)
     counts = torch.empty(num_blocks, num_experts, dtype=torch.int32, device=topk_ids_TK.device)
     launch_kernel(
-        _rank_kernel, (num_blocks,), topk_ids_TK, ranks, counts, T, E=num_experts,
+        _rank_kernel, (num_blocks,), topk_ids_TK, ranks, counts, T, num_experts,
         BE=triton.next_power_of_2(num_experts), K=K, BT=bt,
     )  # fmt: skip
     return ranks, counts

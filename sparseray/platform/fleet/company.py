@@ -1,12 +1,14 @@
-"""Two steps of training in company, before a slot serves: what runs only among several slots is compiled, or loaded, then.
+"""Steps of training in company, before a slot serves: what runs only among several slots is compiled, or loaded, then.
 
-The slot is one of two, and nobody is the other: its memory is a second buffer here, its words say that it has come to
-everything. All layers share the experts of one. Without this the first change from one GPU to two stands still for as long as
-a dozen kernels are compiled, ten seconds, in both slots.
+The slot is one of several, and nobody is the others: their memory is a second buffer here, their words say that they have
+come to everything. All layers share the experts of one. Without this the first change from one GPU to two stands still for as
+long as a dozen kernels are compiled, ten seconds, in both slots; without the shares that slots have while they come and go
+one after another, for a second and a half.
 """
 
 import time
 from collections.abc import Callable
+from itertools import product
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -29,6 +31,8 @@ from sparseray.platform.fleet.job import SlotJob
 
 STEPS = 2
 """From the second on the host may not count rows any more (TokenExchange.settle)."""
+Shares = tuple[int, int]
+"""How many slots have experts, and how many run parts."""
 DEADLINE_S = 60.0
 
 
@@ -79,19 +83,46 @@ class _NoRows:
         return zero_rows(rows, self.dim)
 
 
-def rehearse_in_company(job: SlotJob, dense: DenseSlabs) -> None:
-    """Run steps as one of two slots, of which nothing stays.
+def rehearse_in_company(job: SlotJob, dense: DenseSlabs, slots: int = 2) -> None:
+    """Run steps as one of several slots, of which nothing stays.
 
     Args:
         job: of the slot.
         dense: weights to run with; they are left alone.
+        slots: that there may be.
     """
-    exchange = in_company(job, dense, lambda *_, **__: None)
+    for index, shares in enumerate(distinct_shares(job.config, slots)):
+        _rehearse(job, dense, shares, 1 if index else STEPS)
+
+
+def distinct_shares(config: RunConfig, slots: int) -> list[Shares]:
+    """Shares that between them run every kernel that any do.
+
+    Kernels are compiled for how many rows of a token come back, and for the groups that rows are sorted into, in powers of two.
+
+    Args:
+        config: of the run.
+        slots: that there may be.
+    """
+    experts, is_fast = config.model.moe.num_experts, config.determinism == "fast"
+    found: dict[tuple[int, int], Shares] = {}
+    both = [(2, 2), *product(range(1, slots + 1), range(1, min(slots, config.train.logical_shards) + 1))]
+    for owners, sources in both:
+        sets = 1 if is_fast else sources
+        for held in {experts // owners, -(-experts // owners)}:
+            if max(owners, sources) > 1:
+                key = owners if is_fast else 0, (sets * held).bit_length()
+                found.setdefault(key, (owners, sources))
+    return list(dict.fromkeys(found.values()))
+
+
+def _rehearse(job: SlotJob, dense: DenseSlabs, shares: Shares, steps: int) -> None:
+    exchange = in_company(job, dense, lambda *_, **__: None, shares)
     worker, batches, plan = AttentionWorker(dense, exchange), job.train_batches(), exchange.plan
     # What a recording holds is launched before it, too.
     worker.graph = None
     try:
-        for step in range(1, STEPS + 1):
+        for step in range(1, steps + 1):
             exchange.expect(list(enumerate(plan.part_owners)), trains=True)
             worker.run_step(step, plan.parts_of(0), batches, lambda _part, _done: None)
             dense.discard()
@@ -104,37 +135,40 @@ def rehearse_in_company(job: SlotJob, dense: DenseSlabs) -> None:
         torch.cuda.synchronize(dense.device)
 
 
-def in_company(job: SlotJob, dense: DenseSlabs, observe: Observe) -> DeviceExchange:
-    """The exchange of one of two slots, with experts whose weights are zero.
+def in_company(job: SlotJob, dense: DenseSlabs, observe: Observe, shares: Shares = (2, 2)) -> DeviceExchange:
+    """The exchange of the first of several slots, with experts whose weights are zero.
 
     Args:
         job: of the slot.
         dense: its weights.
         observe: metrics of the slot.
+        shares: of the slots.
     """
     config, (sequences, length) = job.config, job.part_shape
-    plan = _plan(config)
+    plan = _plan(config, shares)
     held = _experts(job, plan)
     sizes = sizes_of(plan, dense, sequences * length)
-    buffers = [torch.zeros(sizes.num_bytes, dtype=torch.uint8, device=dense.device) for _ in range(2)]
-    regions = {slot: sizes.cut(buffer) for slot, buffer in enumerate(buffers)}
+    own, theirs = (torch.zeros(sizes.num_bytes, dtype=torch.uint8, device=dense.device) for _ in range(2))
+    # Nobody reads what goes to the others.
+    regions = {slot: sizes.cut(theirs if slot else own) for slot in plan.addresses}
     _fill(regions[0], config.model.moe.num_experts)
     rows = cast(MessageExchange, _NoRows(config.model.dse.head_dim))
-    table = Table(slots=(0, 1), regions=regions)
-    return DeviceExchange(plan, dense, held, table, _link(dense.device), rows, job.part_shape, observe)
+    table, link = Table(slots=tuple(regions), regions=regions), _link(dense.device, tuple(regions))
+    return DeviceExchange(plan, dense, held, table, link, rows, job.part_shape, observe)
 
 
-def _plan(config: RunConfig) -> Plan:
-    """Half of the parts and half of the experts for each; every piece twice where the run has it so."""
-    parts, experts = config.train.logical_shards, config.model.moe.num_experts
+def _plan(config: RunConfig, shares: Shares) -> Plan:
+    """The first slots have as many experts each, and run as many parts; every piece twice where the run has it so."""
+    (owners, sources), parts, experts = shares, config.train.logical_shards, config.model.moe.num_experts
+    slots, holders = max(shares), [e * owners // experts for e in range(experts)]
     twice = config.cluster.replication > 1
-    holders = [(0, 1)[: 1 + twice] if 2 * e < experts else (1, 0)[: 1 + twice] for e in range(experts)]
+    pieces = [(slot, (slot + 1) % slots)[: 1 + twice] for slot in holders]
     return Plan(
         generation=1,
-        addresses={0: "", 1: ""},
-        part_owners=tuple(int(2 * part >= max(2, parts)) for part in range(parts)),
-        dense=(0, 1),
-        experts=(tuple(holders),) * len(config.model.moe_layers),
+        addresses=dict.fromkeys(range(slots), ""),
+        part_owners=tuple(part * sources // max(sources, parts) for part in range(parts)),
+        dense=tuple(range(max(sources, 1 + twice))),
+        experts=(tuple(pieces),) * len(config.model.moe_layers),
         buckets=(),
     )
 
@@ -159,16 +193,16 @@ def _fill(own: Regions, num_experts: int) -> None:
     own.flags_S.fill_(word_of(_Nobody.generation, (1 << COUNT_BITS) - 1))
 
 
-def _link(device: torch.device) -> Link:
+def _link(device: torch.device, slots: tuple[int, ...]) -> Link:
     mailbox: Any = _Nobody()
 
     def serve(_message: object) -> None:
         """Nothing comes."""
 
     if device.type == "cpu":
-        return HostLink(mailbox, serve, DEADLINE_S, (0, 1))
+        return HostLink(mailbox, serve, DEADLINE_S, slots)
     from sparseray.actors.peers.device_link import DeviceLink  # and Triton, which a CPU does without
     from sparseray.kernels import peer
 
     signs = peer.new_state(device), peer.new_end(device)
-    return DeviceLink(mailbox, serve, DEADLINE_S, (0, 1), signs)
+    return DeviceLink(mailbox, serve, DEADLINE_S, slots, signs)
