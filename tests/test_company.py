@@ -18,7 +18,9 @@ from sparseray.actors.state.dense_slab import DenseSlabs
 from sparseray.kernels.held_ops import PlainHeldOps
 from sparseray.model.config import MTPConfig
 from sparseray.model.dse_layout import DSELayout
+from sparseray.model.statistics import is_collecting
 from sparseray.platform.config import RunConfig, load_yaml, to_dict
+from sparseray.platform.fleet import warming
 from sparseray.platform.fleet.company import distinct_shares, rehearse_in_company
 from sparseray.platform.fleet.job import SlotJob
 from sparseray.platform.fleet.weights_port import WeightsPort
@@ -129,6 +131,24 @@ def test_what_slots_run_that_come_one_after_another_was_run_before(
     assert isinstance(dense, DenseSlabs)
     rehearse_in_company(job, dense, 3)
     assert wanted - called == set()
+
+
+def test_a_slot_has_run_what_evaluations_and_statistics_need(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the first of them is compiled in mid-training: kernels without gradients are others."""
+    train(tmp_path / "run", slabs_run(corpus), stop_after=1)
+    job, ways = job_of(tmp_path / "run"), list[tuple[bool, bool]]()
+    dense, loss = job.holdings().spare(), warming.cross_entropy_sum
+
+    def noted(*arguments: Any) -> Tensor:
+        ways.append((torch.is_grad_enabled(), is_collecting()))
+        return loss(*arguments)
+
+    monkeypatch.setattr(warming, "cross_entropy_sum", noted)
+    warming.rehearse(job, dense)
+    assert ways == [(True, False), (False, True)]
+    assert all(parameter.grad is None for parameter in dense.parameters)
 
 
 def test_a_rehearsal_is_short() -> None:

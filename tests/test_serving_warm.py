@@ -90,3 +90,25 @@ def test_requests_launch_nothing_that_was_not_launched_before(dse: DSEConfig, la
         )
     finish(engine)
     assert launched == before, launched - before
+
+
+@pytest.mark.parametrize("rows", [0, 3])
+def test_experts_are_launched_by_themselves_for_as_many_rows_as_asked_for(rows: int) -> None:
+    """For none where slots compute in rounds, whose kernels are others."""
+    parts = make_parts(dse=DSEConfig(), attention=("full",))
+    model, calls = parts.model.eval(), list[int]()
+
+    def experts(layer: int, x_TH: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Tensor:
+        calls.append(len(x_TH))
+        return x_TH
+
+    engine = PagedEngine(model, experts, None, max_batch=2, max_model_len=LONGEST, prefill_chunk=40, page=16)
+    engine.paged.warm_rows = 0
+    with torch.no_grad():
+        engine.paged.launch_prompts(experts, None)
+    prompts = calls.copy()
+    calls.clear()
+    engine.paged.warm_rows = rows
+    with torch.no_grad():
+        engine.paged.launch_prompts(experts, None)
+    assert prompts and calls == [*prompts, *range(1, rows + 1)]

@@ -21,6 +21,7 @@ from sparseray.actors.state.holdings import Holdings
 from sparseray.actors.state.memory import warm_loops
 from sparseray.actors.state.staged_memory import StagedMemory
 from sparseray.log import get_logger
+from sparseray.model.statistics import collect
 from sparseray.model.transformer import Transformer, cross_entropy_sum
 from sparseray.platform.fleet.company import rehearse_in_company, zero_rows
 from sparseray.platform.fleet.job import SlotJob
@@ -129,7 +130,7 @@ class _Stage:
 
 
 def rehearse(job: SlotJob, dense: DenseState) -> None:
-    """Open the data and run one part forward and backward, with stand-ins for what other slots or slabs will give.
+    """Open the data and run one part forward and backward, then forward alone, with stand-ins for what other slots or slabs give.
 
     A process takes some 0.3 s longer over its first part, and with a GPU a minute; here that delays nobody. The
     weights are left alone, and of the gradient nothing stays.
@@ -150,16 +151,23 @@ def rehearse(job: SlotJob, dense: DenseState) -> None:
         addresses={layer: rows for layer, (rows, _) in values.items()},
         values={layer: value for layer, (_, value) in values.items()},
     ).differentiable()
-    out = model(
-        batch.tokens_BT.to(device),
-        experts=_pass_through if slabs is None else slabs,
-        memory=None,
-        document_starts_BT=batch.document_starts_BT.to(device),
-        fetched=fetched,
-    )
-    loss = cross_entropy_sum(model, out.hidden_BTH, batch.targets_BT.to(device)) + out.aux_loss
-    loss.backward()
+
+    def loss() -> Tensor:
+        out = model(
+            batch.tokens_BT.to(device),
+            experts=_pass_through if slabs is None else slabs,
+            memory=None,
+            document_starts_BT=batch.document_starts_BT.to(device),
+            fetched=fetched,
+        )
+        total = cross_entropy_sum(model, out.hidden_BTH, batch.targets_BT.to(device))
+        return torch.add(total, out.aux_loss)
+
+    loss().backward()
     gradients = dense.take_gradients()
+    with torch.no_grad(), collect():
+        # As in evaluations, and where a step notes statistics.
+        loss()
     if isinstance(dense, DenseSlabs) and slabs is not None:
         _rehearse_update(dense, [*gradients, *slabs.tensors])
         if job.layout is not None:
