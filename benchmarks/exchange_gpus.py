@@ -1,8 +1,8 @@
 """Time of one MoE layer's dispatch and combine between two GPUs of one host, without the experts: peer memory alone.
 
-Two processes, each with a GPU, open each other's memory (actors/state/shared_buffer.py) and run what the exchange of
-training runs (actors/peers/across.py): tokens with their expert ids go to the peer, a word says so, half of the
-rows come back at their places, a word says so, and the rows are combined. Replayed from a CUDA graph; what came is
+Two processes, each with a GPU, open each other's memory (actors/state/shared_buffer.py) and launch what the exchange of
+training launches (actors/peers/token_exchange.py): tokens with their expert ids and weights go to both, a word says so, half of
+the rows of each come back at their places, a word says so, and the rows are combined. Replayed from a CUDA graph; what came is
 compared with what should have come. Prints a line for each size:
 
   PYTHONPATH=. python -m benchmarks.exchange_gpus
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sparseray.actors.peers.regions import Regions, Sizes
 from sparseray.actors.state.shared_buffer import Buffer, open_buffer
-from sparseray.kernels import peer
+from sparseray.kernels import peer, peer_rows
 from sparseray.kernels.triton_ops import TRITON
 
 HIDDEN, TOP_K, WORD, LATER = 2048, 6, 1 << 32, 2 << 32
@@ -44,30 +44,49 @@ class Side:
         # Every other (token, k) has its expert at the peer.
         self.ids_TK = (torch.arange(tokens * TOP_K, device=device).view(tokens, TOP_K) % 2).int()
         self.weights_TK = torch.ones(tokens, TOP_K, device=device)
-        rows = torch.arange(tokens * TOP_K, device=device, dtype=torch.int32)
-        self.places_R = rows.view(-1, 2)[:, rank].contiguous()
+        # Rows that are computed here, of both sources.
+        rows = torch.arange(2 * tokens * TOP_K, device=device, dtype=torch.int32)
+        self.order_R = rows.view(-1, 2)[:, rank].contiguous()
+        self.held = torch.tensor(len(self.order_R), dtype=torch.int32, device=device)
         # What stands for the experts' outputs: rows that say whose they are.
-        self.y_RH = torch.full((len(self.places_R), HIDDEN), float(1 + rank), device=device).bfloat16()
+        self.y_RH = torch.full((len(self.order_R), HIDDEN), float(1 + rank), device=device).bfloat16()
+        both = (self.own, self.theirs) if rank == 0 else (self.theirs, self.own)
+        sent = (self.x_TH, "x_STH"), (self.ids_TK, "ids_STK"), (self.weights_TK, "weights_STK")
+        self.sent = [(t, peer.table_of([getattr(r, name)[rank] for r in both], device)) for t, name in sent]
+        self.rows = peer.table_of([regions.rows_RH for regions in both], device)
+        self.flags = peer.table_of([self.theirs.flags_S], device)
 
     def _signal(self, count: int) -> None:
-        peer.signal(self.theirs.flags_S, self.rank, WORD + count, self.state)
+        peer.signal_all(self.flags, self.rank, WORD + count, self.state)
 
     def _wait(self, count: int) -> None:
         peer.wait(self.own.flags_S, 1 << (1 - self.rank), WORD + count, LATER, self.state, self.end, LIMIT_S)
 
-    def layer(self) -> Tensor:
-        """Dispatch, give back, combine."""
-        T = len(self.x_TH)
-        peer.put_rows(self.x_TH, self.theirs.x_STH[self.rank, :T], None, self.state)
-        peer.put_rows(self.ids_TK, self.theirs.ids_STK[self.rank, :T], None, self.state)
+    def send(self) -> None:
+        """Dispatch."""
+        for numbers, table in self.sent:
+            peer.put_all(numbers, table, self.state)
         self._signal(1)
+
+    def answer(self) -> None:
+        """Give back."""
         self._wait(1)
-        peer.put_rows(self.y_RH, self.theirs.rows_RH, self.places_R, self.state)
+        span = self.ids_TK.numel()
+        peer_rows.give_rows(self.y_RH, self.order_R, self.held, self.rows, span, HIDDEN, self.state)
         self._signal(2)
-        peer.put_rows(self.y_RH, self.own.rows_RH, self.places_R, self.state)
+
+    def combine(self) -> Tensor:
+        """Sum up what has come back."""
         self._wait(2)
         self.state[1] += 2
+        T = len(self.x_TH)
         return TRITON.combine_slots(self.own.rows_RH[: T * TOP_K].view(T, TOP_K, HIDDEN), self.weights_TK)
+
+    def layer(self) -> Tensor:
+        """All of it."""
+        self.send()
+        self.answer()
+        return self.combine()
 
 
 def tokens_of(rank: int, tokens: int, device: torch.device) -> Tensor:
@@ -126,7 +145,7 @@ def measure(side: Side, barrier: Any) -> None:
         and torch.equal(side.own.x_STH[1 - side.rank], tokens_of(1 - side.rank, T, device))
         and torch.equal(out_TH, torch.full_like(out_TH, 3 * TOP_K / 2))
     )
-    sent, us = T * (HIDDEN * 2 + TOP_K * 4) + len(side.y_RH) * HIDDEN * 2, statistics.median(times)
+    sent, us = T * (HIDDEN * 2 + TOP_K * 8) + len(side.y_RH) // 2 * HIDDEN * 2, statistics.median(times)
     if side.rank == 0 or not is_right:
         verdict = "right" if is_right else f"WRONG (rank {side.rank}, state {side.state.tolist()})"
         size = f"{sent / 2**20:.2f} MiB a direction"

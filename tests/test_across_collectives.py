@@ -83,6 +83,7 @@ def test_recomputed_layers_change_no_bit(corpus: Path, one: dict[int, Trained], 
     check(train(tmp_path / "run", config, stop_after=SHORT), one, SHORT)
 
 
+@pytest.mark.long
 def test_the_fast_order_has_the_bits_of_slots_that_share_memory(corpus: Path, tmp_path: Path) -> None:
     found = []
     for exchange in ("peers", "collective"):
@@ -172,6 +173,7 @@ def test_a_kill_at_any_moment_changes_no_bit_and_loses_no_step(
     survives(fault, config, one, tmp_path / "run", monkeypatch)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("slot", [0, 1])
 def test_a_kill_while_a_group_forms_changes_no_bit(
     slot: int, corpus: Path, one: dict[int, Trained], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -267,6 +269,7 @@ slow = Slow()
 """
 
 
+@pytest.mark.long
 def test_a_process_that_ends_while_its_group_does_ends_in_order() -> None:
     """The collective's own end comes while Python is torn down, which takes a process with a GPU as long."""
     assert subprocess.run([sys.executable, "-c", ENDS_MEANWHILE], cwd=Path(__file__).parent).returncode == 0

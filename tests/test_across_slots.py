@@ -15,6 +15,7 @@ from sparseray.actors.exchange.reduction import Reduction
 from sparseray.actors.peers.across import DeviceExchange
 from sparseray.actors.peers.dense_slices import DenseSlices
 from sparseray.actors.peers.link import HostLink
+from sparseray.actors.peers.regions import Sizes, room_for
 from sparseray.actors.peers.token_exchange import TokenExchange
 from sparseray.actors.state.shared_buffer import Buffer, open_buffer
 from sparseray.errors import UserError
@@ -306,3 +307,17 @@ def test_a_buffer_whose_owner_is_gone_is_no_other_one() -> None:
     assert int(gone.bytes[5]) == 7 and not int(opened[6])
     with pytest.raises(OSError, match="another buffer"):
         open_buffer(replace(handle, token=handle.token + 1), torch.device("cpu"), 0)
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 12, 15])
+def test_what_each_source_writes_begins_where_kernels_store_many_numbers_at_once(tokens: int) -> None:
+    """With modules of further tokens a layer has fewer tokens than a part, and an odd number of them."""
+    few = {"nodes": 1, "dense": 1, "dense_slice": 1, "shares": 1, "dtype": torch.bfloat16}
+    sizes = Sizes(slots=3, tokens=room_for(15), top_k=6, hidden=16, **few)
+    regions = sizes.cut(torch.zeros(sizes.num_bytes, dtype=torch.uint8))
+    for name in ("x_STH", "ids_STK", "weights_STK"):
+        every = regions.of_sources(name, tokens)
+        assert every.shape == (3, tokens, getattr(regions, name).shape[2])
+        assert all(source.is_contiguous() for source in every)
+        assert all((source.data_ptr() - every.data_ptr()) % 16 == 0 for source in every)
+        assert len({source.data_ptr() for source in every}) == 3

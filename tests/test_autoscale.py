@@ -88,6 +88,7 @@ def test_a_slot_that_never_starts_blocks_nothing() -> None:
     assert sim.wanted == 1 and len(sim.engines) == 1
 
 
+@pytest.mark.long
 def test_engines_that_share_cores_are_not_added_once_they_were_seen_to_do_no_more() -> None:
     def rate(t: float) -> float:
         return min(60.0, 5 + t / 3)

@@ -8,6 +8,7 @@ import psutil
 import pytest
 from processes import wait_until
 
+from benchmarks import on_gpus
 from benchmarks.on_gpus import MARKED, RUNS, Evening, Run
 
 ROOT = Path(__file__).parent.parent
@@ -28,8 +29,9 @@ def test_every_command_is_there_and_every_test_that_needs_a_gpu_is_run() -> None
 
 
 def test_a_run_is_ended_at_its_limit_and_none_is_begun_too_late(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(on_gpus, "STOP_S", 1.0)
     evening = Evening(tmp_path, 30.0)
     sleeper = f"import subprocess,sys;p=subprocess.Popen(['sleep','60']);open('{tmp_path}/pid','w').write(str(p.pid));p.wait()"
     (tmp_path / "sleeper.py").write_text(sleeper)

@@ -74,6 +74,7 @@ def job_of(run: Path) -> SlotJob:
     return SlotJob(spec, Metrics({}), WeightsPort())
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("determinism", "replication", "changes"),
     [("bitwise", 1, {}), ("fast", 2, {}), ("bitwise", 2, {"mtp": MTPConfig(depth=1)}), ("bitwise", 1, {"recompute": True})],
@@ -112,6 +113,7 @@ def test_what_two_slots_run_was_run_before_and_nothing_stays(
     assert dense.sum.total is None and not list(dense.sum.nodes())
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("determinism", ["bitwise", "fast"])
 @pytest.mark.parametrize(
     "roles",

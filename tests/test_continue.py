@@ -166,6 +166,7 @@ def test_what_cannot_go_on_is_refused_with_a_cure(first: Trained, corpus: Path, 
         RunConfig(init_state="optimizer")
 
 
+@pytest.mark.long
 def test_the_report_shows_both_curves_on_one_axis(first: Trained, corpus: Path, tmp_path: Path) -> None:
     for state, shift in (("weights", 4), ("optimizer", 0)):
         config = replace(base(corpus), init_from=middle(first), init_state=state)

@@ -107,6 +107,7 @@ def test_a_file_that_is_not_written_yet_holds_no_change_of_plan_up(
     check(found, undisturbed)
 
 
+@pytest.mark.long
 @pytest.mark.one_in(2)
 @pytest.mark.parametrize("change", [kill, grow])
 def test_tables_that_are_not_copied_yet_hold_no_change_of_plan_up(
@@ -144,6 +145,7 @@ def test_tables_that_are_not_copied_yet_hold_no_change_of_plan_up(
     check(found, undisturbed)
 
 
+@pytest.mark.long
 def test_a_scheduler_that_dies_in_the_middle_of_a_checkpoint_makes_another(
     corpus: Path, undisturbed: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -185,6 +185,7 @@ def test_values_are_fresh_and_of_both_runs(live: Live) -> None:
     assert all(series["value"][1] == "1" for series in live.prometheus.now('up{job="sparseray"}'))
 
 
+@pytest.mark.long
 def test_the_terminal_shows_the_same_figures(live: Live) -> None:
     shown = sparseray("top", "--once", "--run_dir", str(live.run_dir), env=live.env, timeout=60.0)
     assert shown.returncode == 0, shown.stderr
@@ -208,6 +209,7 @@ def listener(address: str) -> psutil.Process:
     raise AssertionError(f"nobody listens at {address}")
 
 
+@pytest.mark.long
 def test_a_killed_actor_takes_its_series_along_and_the_fault_is_shown(live: Live) -> None:
     # On a machine that is busy enough a slot may have been lost and replaced before.
     killed = max(name.removeprefix("run/") for name in targets(live) if name.startswith("run/slot-"))

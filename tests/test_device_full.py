@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from local_cluster import tiny_run, train
+from processes import wait_until
 
 from sparseray.actors.slot import device_full
 from sparseray.actors.training.worker import AttentionWorker
@@ -23,10 +24,12 @@ FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. G
 def test_a_run_whose_device_is_full_ends_with_what_to_change_and_keeps_its_checkpoints(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run_step = AttentionWorker.run_step
+    run_step, checkpoints = AttentionWorker.run_step, tmp_path / "run" / "checkpoints"
 
     def full(self: AttentionWorker, step: int, *arguments: Any) -> None:
         if step == 4:
+            # It is written beside the steps.
+            wait_until(lambda: checkpoint.list_finished(checkpoints), "the checkpoint of step 2")
             raise FULL
         run_step(self, step, *arguments)
 
@@ -38,7 +41,7 @@ def test_a_run_whose_device_is_full_ends_with_what_to_change_and_keeps_its_check
     ) as said:
         train(tmp_path / "run", config)
     assert "Tried to allocate 2.00 GiB. GPU 0 has 79.1 GiB in all." in str(said.value)
-    assert [path.name for path in checkpoint.list_finished(tmp_path / "run" / "checkpoints")] == ["step_2"]
+    assert [path.name for path in checkpoint.list_finished(checkpoints)] == ["step_2"]
     monkeypatch.setattr(AttentionWorker, "run_step", run_step)
     done = train(tmp_path / "run", config)
     assert done.records[-1]["step"] == 6

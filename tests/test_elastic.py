@@ -259,6 +259,7 @@ def test_repeated_late_and_overtaking_messages_apply_every_step_once(
     assert "lost" not in trained.events
 
 
+@pytest.mark.long
 def test_dropped_messages_cost_time_and_nothing_else(
     corpus: Path, undisturbed: dict[int, Trained], tmp_path: Path
 ) -> None:

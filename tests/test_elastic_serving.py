@@ -116,7 +116,11 @@ def test_a_kill_fails_no_request_and_changes_no_token(
 
 
 @pytest.mark.parametrize(
-    "silent", [pytest.param({30: 2}, id="expert shard"), pytest.param({0: 5, 30: 3}, id="memory and expert")]
+    "silent",
+    [
+        pytest.param({30: 2}, id="expert shard", marks=pytest.mark.long),
+        pytest.param({0: 5, 30: 3}, id="memory and expert"),
+    ],
 )
 def test_a_shard_that_hangs_is_replaced_by_its_replica_before_anybody_calls_it_lost(
     silent: dict[int, int], trained: Path, undisturbed: list[Heard], tmp_path: Path
@@ -175,6 +179,7 @@ def test_engines_are_added_and_taken_away_while_they_answer(
             server.run.reconciler.request("attention", 0)
 
 
+@pytest.mark.long
 def test_no_request_waits_for_a_shard_that_is_slow_to_get_what_a_plan_gives_it(
     trained: Path, undisturbed: list[Heard], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

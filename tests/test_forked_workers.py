@@ -63,6 +63,7 @@ def test_a_worker_is_forked_with_what_it_was_given_and_its_status_comes_back(
     assert int(said.split()[0]) != process.pid and process.returncode == 7
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("changes", [{"OMP_NUM_THREADS": "2"}, {"PYTHONHASHSEED": "3"}])
 def test_one_with_another_environment_than_the_libraries_were_loaded_in_loads_for_itself(
     workers: ForkedWorkers, worker: Path, changes: dict[str, str]

@@ -108,6 +108,7 @@ def test_a_recording_holds_for_the_slots_of_a_round_and_where_the_experts_lie(
     assert exchange.built_in() not in (None, alone) and before is not None
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("keys", [{}, {"recompute": True}, {"logical_shards": 2}], ids=str)
 @pytest.mark.parametrize("determinism", ["bitwise", "fast"])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=ON_A_GPU)])

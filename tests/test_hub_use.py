@@ -114,6 +114,7 @@ def test_a_run_begins_with_imported_weights_and_is_as_elastic_as_any(
     assert keys[0]["bos_token_id"] == keys[1]["bos_token_id"] == 269
 
 
+@pytest.mark.long
 def test_an_imported_model_survives_kills_and_resizes_to_the_bit(deep: RunConfig, tmp_path: Path) -> None:
     whole = train(tmp_path / "whole", deep)
     assert set(whole.records[0]["losses"]) == {"mtp_1", "mtp_2"}

@@ -220,6 +220,7 @@ def test_a_checkpoint_whose_tables_are_copied_over_four_steps_is_of_its_own(
     assert count >= halves and written["step"] == 2 and written["digest"] == two.digest
 
 
+@pytest.mark.long
 def test_a_copy_that_fails_costs_a_checkpoint_and_no_step(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

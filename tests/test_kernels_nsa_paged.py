@@ -115,6 +115,7 @@ def test_decode_where_too_many_blocks_are_kept_to_compare_them_all(monkeypatch: 
     assert decode_error([2500], 1, (2, 1), (16, 16), sizes, 64, torch.float32) < 1e-5
 
 
+@pytest.mark.long
 def test_decode_of_the_last_tokens_of_128k(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, launch in {"decode": {"piece": 512, "keys": 64}}.items():
         monkeypatch.setitem(tuning.LAUNCH, name, tuning.LAUNCH[name] | launch)

@@ -129,7 +129,7 @@ def test_numbers_come_to_several_places_and_a_word_after_them() -> None:
 
 
 @pytest.mark.parametrize(
-    ("is_weighted", "S", "T", "num"), [(True, 2, 11, 25), (False, 3, 301, 1999), (False, 2, 64, 0), (True, 3, 101, 909)]
+    ("is_weighted", "S", "T", "num"), [(True, 2, 11, 25), (False, 3, 101, 709), (False, 2, 64, 0), (True, 3, 37, 333)]
 )  # fmt: skip
 def test_rows_and_sums_of_rows_come_to_their_sources(is_weighted: bool, S: int, T: int, num: int) -> None:
     torch.manual_seed(0)

@@ -177,9 +177,8 @@ def test_a_server_begins_with_a_step_that_was_never_on_a_disk_and_goes_over_to_l
     assert trained.curve == plain.curve and trained.digest == plain.digest
 
 
-@pytest.mark.parametrize(
-    "drafts", [pytest.param("none", marks=pytest.mark.long), "mtp"], ids=["modules left alone", "drafting"]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("drafts", ["none", "mtp"], ids=["modules left alone", "drafting"])
 def test_a_run_with_modules_for_further_tokens_feeds_a_server_that_drafts_or_does_not(
     drafts: Literal["none", "mtp"], corpus: Path, tmp_path: Path
 ) -> None:
@@ -219,6 +218,7 @@ def test_versions_follow_by_themselves_and_the_last_checkpoint_when_the_run_has_
         assert "refused" not in server.events
 
 
+@pytest.mark.long
 def test_what_the_server_has_lost_of_a_step_that_nobody_keeps_comes_anew_and_whole(
     training: Training, corpus: Path, tmp_path: Path
 ) -> None:
@@ -273,6 +273,7 @@ def test_a_port_gives_the_step_that_it_is_asked_for_or_nothing(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.long
 def test_a_server_that_lost_an_engine_and_gave_a_slot_back_takes_the_last_checkpoint(
     training: Training, corpus: Path, tmp_path: Path
 ) -> None:
@@ -307,13 +308,10 @@ def from_engines(corpus: Path) -> RunConfig:
     return replace(config, train=replace(config.train, restore_from="engines"))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "role",
-    [
-        "expert_primaries",
-        pytest.param("memory_primaries", marks=pytest.mark.long),
-        pytest.param("dense", marks=pytest.mark.long),
-    ],
+    ["expert_primaries", "memory_primaries", "dense"],
 )
 def test_a_run_that_lost_all_replicas_goes_on_with_the_weights_of_engines(
     role: str, corpus: Path, tmp_path: Path
@@ -345,6 +343,7 @@ def test_a_run_that_lost_all_replicas_goes_on_with_the_weights_of_engines(
     assert answers == undisturbed(corpus, tmp_path, served), "the server noticed nothing"
 
 
+@pytest.mark.long
 def test_a_run_that_starts_again_takes_what_engines_have_and_its_checkpoint_has_not(
     corpus: Path, tmp_path: Path
 ) -> None:

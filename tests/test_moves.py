@@ -347,8 +347,8 @@ class KillInMove:
                 fleet.kill(self.victim)
 
 
-@pytest.mark.one_in(4)
-@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize(
     ("kind", "of"),
     [

@@ -78,6 +78,7 @@ def test_parts_side_by_side_change_no_bit(
     check(train(tmp_path / "run", run_of(corpus, colocated=True)), reference)
 
 
+@pytest.mark.long
 def test_a_killed_expert_shard_changes_no_bit(corpus: Path, reference: Trained, tmp_path: Path) -> None:
     done = []
 

@@ -136,6 +136,7 @@ def with_little_shared_memory() -> list[str]:
     return inside if may else []
 
 
+@pytest.mark.long
 @pytest.mark.ray
 @pytest.mark.xdist_group("starts")
 def test_a_run_works_without_a_home_with_a_long_tmpdir_another_rays_address_and_little_shared_memory(

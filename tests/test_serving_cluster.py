@@ -176,6 +176,7 @@ def test_a_checkpoint_is_served_over_shards(
     assert f"cannot listen on 127.0.0.1:{served.port}" in capsys.readouterr().err
 
 
+@pytest.mark.long
 @pytest.mark.ray
 def test_a_server_takes_other_weights_and_its_answers_name_them(
     served: Served, trained: Path, tmp_path: Path

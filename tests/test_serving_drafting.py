@@ -185,7 +185,7 @@ def whole(expected: dict[str, list[TokenEvent]]) -> dict[str, list[int]]:
     return {r.request_id: [*r.prompt_tokens, *tokens_of(expected[r.request_id])] for r in requests()}
 
 
-@pytest.mark.one_in(6)
+@pytest.mark.one_in(12)
 @pytest.mark.parametrize("worth", [0.0, 0.9], ids=["always", "with rests"])
 @pytest.mark.parametrize("kind", [ToldEngine, AheadEngine], ids=["in step", "one step ahead"])
 def test_texts_of_every_kind_are_the_same_with_drafts_and_without(
@@ -222,7 +222,7 @@ def test_steps_that_start_ahead_of_the_host_change_no_text(
     assert sum(e.accepted for events in found.values() for e in events) > 4 * len(names)
 
 
-@pytest.mark.one_in(6)
+@pytest.mark.one_in(12)
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.long)])
 def test_texts_are_the_same_in_any_company(parts: Parts, seed: int) -> None:
     """Requests of random settings that come at random; few are accepted, so drafting pauses and begins again."""
@@ -315,7 +315,7 @@ def test_a_request_that_moves_goes_on_with_its_tokens(
             assert plain(found)[name] == plain(expected)[name][cut:]
 
 
-@pytest.mark.one_in(6)
+@pytest.mark.one_in(12)
 @pytest.mark.parametrize("kind", [ToldEngine, AheadEngine], ids=["in step", "one step ahead"])
 def test_a_step_that_fails_loses_no_token(
     parts: Parts, expected: dict[str, list[TokenEvent]], kind: type[ToldEngine]

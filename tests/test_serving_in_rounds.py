@@ -111,6 +111,7 @@ def test_after_a_loss_nothing_moves_before_those_who_are_left_go_on(
         assert server.ask(requests()) == one
 
 
+@pytest.mark.long
 def test_a_slot_that_hangs_is_gone_as_soon_as_it_is_silent(
     trained: Path, one: list[Heard], tmp_path: Path
 ) -> None:

@@ -19,7 +19,9 @@ from sparseray.model.transformer import Transformer
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests/test_gpu_serving.py says the same of a GPU")
-@pytest.mark.parametrize("ops", [REFERENCE, TRITON], ids=["plain", "kernels"])
+@pytest.mark.parametrize(
+    "ops", [REFERENCE, pytest.param(TRITON, marks=pytest.mark.long)], ids=["plain", "kernels"]
+)
 def test_chunks_of_a_graph_equal_chunks_of_their_own(ops: Ops) -> None:
     config = make_parts(attention=("full",), dse=DSEConfig()).model.config
     model, experts = Transformer(config, None, seed=3, ops=ops).eval(), LocalExperts(config, seed=3, ops=ops)

@@ -149,6 +149,7 @@ def test_pages_that_were_given_back_are_never_read(
     assert recent.num_held == 0 and engine.cache_usage == 0.0 and engine.stats.failed_steps == 0
 
 
+@pytest.mark.long
 @pytest.mark.one_in(3)
 def test_nor_with_drafts_or_after_failures_or_a_move(
     sized: tuple[int, Parts], wanted: dict[str, list[int]]
@@ -198,6 +199,7 @@ def test_modules_that_lag_behind_draft_what_they_would(sized: tuple[int, Parts])
     assert found[0] == found[1] and len(found[0]) > 10
 
 
+@pytest.mark.long
 @pytest.mark.one_in(10)
 @pytest.mark.parametrize("worth", [0.0, 1.1], ids=["always", "with rests"])
 @pytest.mark.parametrize("size", SIZES)

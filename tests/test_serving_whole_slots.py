@@ -52,6 +52,7 @@ def whole(server: LocalServer) -> list[int]:
     return sorted(plan.attention)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("standby", [0, 1])
 def test_a_killed_engine_fails_no_request_and_changes_no_token(
     standby: int, trained: Path, one: list[Heard], tmp_path: Path

@@ -135,6 +135,7 @@ def test_a_step_left_out_changes_no_weight_and_a_rollback_brings_old_ones(
     assert kept == [8, 16, 18]
 
 
+@pytest.mark.long
 def test_the_checkpoint_that_a_rollback_needs_outlives_those_that_stops_leave(
     corpus: Path, tmp_path: Path, planted: dict[int, float]
 ) -> None:
@@ -168,6 +169,7 @@ def test_without_a_reaction_what_is_not_finite_ends_the_run_and_the_cure_goes_on
     assert cured.records[-1]["step"] == STEPS and left_out(cured) == [21, 22]
 
 
+@pytest.mark.long
 def test_one_slot_with_slabs_leaves_steps_out_and_goes_back_too(
     corpus: Path, tmp_path: Path, planted: dict[int, float]
 ) -> None:

@@ -157,7 +157,8 @@ def test_a_kill_in_any_stage_changes_no_bit_and_loses_no_step(
     assert all(len(holders) >= 2 for holders in holdings(watched.plans[-1]).values())
 
 
-@pytest.mark.parametrize("victim", [2, pytest.param(3, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("victim", [2, 3])
 def test_a_slot_that_dies_while_a_stage_moves_changes_no_bit(
     victim: int, corpus: Path, undisturbed: Trained, tmp_path: Path, entered: list[tuple[int, int]]
 ) -> None:
@@ -171,13 +172,10 @@ def test_a_slot_that_dies_while_a_stage_moves_changes_no_bit(
     assert found.events.count("lost") == 1
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("victim", "standby"),
-    [
-        (0, 1),
-        *(pytest.param(*which, marks=pytest.mark.long) for which in ((1, 0), (0, 0), (1, 1), (2, 0), (2, 1))),
-    ],
+    [(0, 1), (1, 0), (0, 0), (1, 1), (2, 0), (2, 1)],
 )
 def test_replicas_that_were_lost_come_again_in_stages(
     victim: int,
@@ -198,7 +196,8 @@ def test_replicas_that_were_lost_come_again_in_stages(
     assert watched.settled[-1] and not watched.settled[5]
 
 
-@pytest.mark.parametrize("stage", [3, pytest.param(1, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("stage", [3, 1])
 def test_a_wish_that_is_taken_back_half_way_leaves_nothing_behind(
     stage: int, corpus: Path, undisturbed: Trained, tmp_path: Path
 ) -> None:
@@ -221,6 +220,7 @@ def test_another_wish_half_way_is_the_one_that_counts(
     assert watched.change is None
 
 
+@pytest.mark.long
 def test_a_scheduler_that_dies_half_way_goes_on_with_the_wish(
     corpus: Path, undisturbed: Trained, tmp_path: Path, entered: list[tuple[int, int]]
 ) -> None:
@@ -231,6 +231,7 @@ def test_a_scheduler_that_dies_half_way_goes_on_with_the_wish(
     assert sum(event["step"] < 5 for event in pauses(found, "staged")) > 0
 
 
+@pytest.mark.long
 def test_a_node_that_is_drained_is_left_in_stages(corpus: Path, undisturbed: Trained, tmp_path: Path) -> None:
     def drain(run: Run, fleet: LocalFleet) -> None:
         fleet.drained["b"] = 1e6
@@ -244,6 +245,7 @@ def test_a_node_that_is_drained_is_left_in_stages(corpus: Path, undisturbed: Tra
     assert 2 not in watched.plans[-1].holders
 
 
+@pytest.mark.long
 def test_a_node_that_is_gone_in_a_moment_is_left_at_once(
     corpus: Path, undisturbed: Trained, tmp_path: Path
 ) -> None:

@@ -167,6 +167,7 @@ def test_a_missing_file_is_found_before_anything_is_submitted(capsys: pytest.Cap
     assert "--data.path nowhere does not exist" in capsys.readouterr().err
 
 
+@pytest.mark.long
 @pytest.mark.ray
 @pytest.mark.xdist_group("starts")
 @pytest.mark.skipif(PROMETHEUS is None, reason=MISSING)

@@ -124,9 +124,8 @@ def test_open_requests_finish_with_their_version_and_new_ones_get_the_next(
         wait_for(server, lambda: all(slot.roles.earlier is None for slot in server.fleet.slots.values()))
 
 
-@pytest.mark.parametrize(
-    "cluster", [pytest.param(ALONE, marks=pytest.mark.long), WIDE], ids=["one slot", "shards and replicas"]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("cluster", [ALONE, WIDE], ids=["one slot", "shards and replicas"])
 @pytest.mark.usefixtures("slowly")
 def test_open_requests_go_on_with_the_new_version_where_that_is_wanted(
     cluster: ClusterConfig, run: RunFolder, undisturbed: dict[int, list[Heard]], tmp_path: Path
@@ -144,6 +143,7 @@ def test_open_requests_go_on_with_the_new_version_where_that_is_wanted(
         assert server.ask(requests("n")) == undisturbed[6]
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("slowly")
 def test_a_slot_dies_while_two_versions_are_served_and_no_request_fails(
     run: RunFolder, undisturbed: dict[int, list[Heard]], tmp_path: Path
@@ -249,6 +249,7 @@ def test_what_cannot_be_followed_is_told_in_a_sentence(
         assert what in error and cure in error and error.count("\n") == 1, error
 
 
+@pytest.mark.long
 def test_where_the_run_has_removed_what_is_served_its_newest_checkpoint_takes_the_place(
     run: RunFolder, undisturbed: dict[int, list[Heard]], tmp_path: Path
 ) -> None:

@@ -54,6 +54,7 @@ def test_bfloat16_ends_beside_fp32_within_what_seeds_differ_by(corpus: Path, tmp
     assert 0.0 < differs < noise
 
 
+@pytest.mark.long
 def test_recomputed_layers_change_no_bit(corpus: Path, tmp_path: Path) -> None:
     # The tenth step is one whose statistics are noted.
     kept, again = (train(tmp_path / str(r), whole_run(corpus, steps=10, recompute=r)) for r in (False, True))

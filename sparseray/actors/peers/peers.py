@@ -17,7 +17,7 @@ from sparseray.actors.peers.collective_link import far_regions
 from sparseray.actors.peers.dense_slices import num_nodes, slice_bounds
 from sparseray.actors.peers.expert_shares import num_shared
 from sparseray.actors.peers.group import Group, host_of
-from sparseray.actors.peers.regions import Regions, Sizes
+from sparseray.actors.peers.regions import Regions, Sizes, room_for
 from sparseray.actors.peers.table import Table
 from sparseray.actors.peers.token_exchange import num_returned
 from sparseray.actors.state.assignment import Plan
@@ -157,7 +157,7 @@ def sizes_of(plan: Plan, dense: DenseSlabs, part_tokens: int) -> Sizes:
     bounds = slice_bounds(count, len(plan.dense))
     return Sizes(
         slots=len(plan.peers),
-        tokens=part_tokens,
+        tokens=room_for(part_tokens),
         top_k=config.moe.top_k,
         hidden=config.hidden,
         returned=num_returned(plan, config.moe.top_k, dense.sum.determinism),

@@ -44,13 +44,24 @@ class Regions:
     def of_sources(self, name: str, tokens: int) -> Tensor:
         """What sources write, [S, T, ...], where they have fewer tokens than a part.
 
+        Each source's lies together, and begins as far on as `room_for` leaves it room.
+
         Args:
             name: of the region.
             tokens: of each source.
         """
         region: Tensor = getattr(self, name)
-        S, _, width = region.shape
-        return region.view(-1)[: S * tokens * width].view(S, tokens, width)
+        (S, _, width), room = region.shape, room_for(tokens)
+        return region.view(-1)[: S * room * width].view(S, room, width)[:, :tokens]
+
+
+def room_for(tokens: int) -> int:
+    """Tokens of each source that a region has room for: what is written for one of them begins at a multiple of 16 bytes.
+
+    Args:
+        tokens: T; numbers of a token have four bytes, or are many.
+    """
+    return -(-tokens // 4) * 4
 
 
 @dataclass(frozen=True, kw_only=True)

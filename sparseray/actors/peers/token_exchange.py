@@ -219,6 +219,7 @@ class TokenExchange:
             counted = self._start_counting(rows)
             if keep:
                 x_STH, weights_STK = x_STH.clone(), weights_STK.clone()
+            weights_STK = weights_STK.contiguous()
             counts = counted()
             y_RH, saved = self.ops.held_forward(x_STH.flatten(0, 1), rows, counts, *slab.compute)
             if keep:
