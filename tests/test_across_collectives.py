@@ -65,9 +65,8 @@ def test_the_number_of_slots_changes_no_bit(
     assert [group.size for group in groups] == [slots] * slots
 
 
-@pytest.mark.parametrize(
-    ("attention", "experts", "memory"), [(1, 2, 1), pytest.param(3, 1, 2, marks=pytest.mark.long)]
-)
+@pytest.mark.long
+@pytest.mark.parametrize(("attention", "experts", "memory"), [(1, 2, 1), (3, 1, 2)])
 def test_slots_with_some_of_the_roles_change_no_bit(
     attention: int, experts: int, memory: int, corpus: Path, one: dict[int, Trained], tmp_path: Path
 ) -> None:
@@ -117,7 +116,7 @@ def test_slots_of_several_hosts_meet_as_a_group_and_those_of_one_do_not(
     assert {group.host for group in groups} == {"127.0.0.1"} and len(groups) == 2
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.long
 @pytest.mark.parametrize("replication", [1, 2])
 def test_slots_come_and_go_while_training_goes_on(
     replication: int, corpus: Path, one: dict[int, Trained], tmp_path: Path, groups: list[Group]

@@ -234,6 +234,7 @@ def test_wrong_arguments_about_a_running_job_are_named(cli: Out, arguments: list
     assert err.startswith(f"usage: sparseray {arguments[0]}") and word in err, err
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("command", HELPS, ids=" ".join)
 def test_help_is_shown_without_loading_what_only_the_work_needs(command: list[str]) -> None:
     program = (

@@ -16,7 +16,7 @@ from sparseray.platform.opening import training_inventory
 from sparseray.platform.planning.schedule import learning_rate
 from sparseray.platform.settings import keys_of
 
-CASES = 1500
+CASES = 600
 TINY = (ROOT / "configs" / "tiny.yaml").read_text()
 
 

@@ -177,6 +177,7 @@ def test_slots_with_rows_alone_say_when_they_have_written(corpus: Path, tmp_path
     assert set(digests(found)) == {SAVED, 2 * SAVED} and "unsaved" not in found.events
 
 
+@pytest.mark.long
 def test_a_slot_takes_no_host_memory_beside_what_it_still_writes_from(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -298,6 +298,7 @@ def test_replicas_lie_on_different_nodes_and_a_whole_node_may_go(
     assert "restored" not in trained.events
 
 
+@pytest.mark.long
 def test_machines_of_several_kinds_are_told_at_start_and_on_resume(corpus: Path, tmp_path: Path) -> None:
     def kinds(*names: str) -> dict[int, str]:
         return {slot: names[slot % len(names)] for slot in range(12)}

@@ -247,6 +247,7 @@ def test_other_data_is_refused_and_the_cure_prepares_it(
     assert evaluate.main(command(trained, tmp_path / "mended", "--tasks", "loss")) == 0
 
 
+@pytest.mark.long
 def test_ctrl_c_ends_it_and_writes_nothing(trained: Path, data: Path, tmp_path: Path) -> None:
     log, out = tmp_path / "log", tmp_path / "figures.json"
     process = start(

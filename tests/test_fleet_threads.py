@@ -25,6 +25,7 @@ print(*found)
 """
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="needs MKL")
 def test_an_inherited_number_of_threads_does_not_hold_in_the_work_thread() -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

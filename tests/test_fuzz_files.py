@@ -10,6 +10,7 @@ from fuzz_files import files
 FEW, MANY = {"data": 1_000, "checkpoints": 250}, {"data": 20_000, "checkpoints": 5_000}
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("cases", [FEW, pytest.param(MANY, marks=pytest.mark.long)], ids=["", "many"])
 @pytest.mark.parametrize("kind", ["data", "checkpoints"])
 def test_no_damage_ends_in_a_traceback_or_in_something_else(

@@ -241,6 +241,7 @@ def test_a_copy_that_fails_costs_a_checkpoint_and_no_step(
     assert [path.name for path in checkpoint.list_finished(found.folder.checkpoints)] == ["step_8"]
 
 
+@pytest.mark.long
 def test_a_change_of_plan_in_the_middle_of_a_copy_changes_no_bit(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -236,6 +236,7 @@ def test_what_the_server_has_lost_of_a_step_that_nobody_keeps_comes_anew_and_who
     assert answers == undisturbed(corpus, tmp_path, second)
 
 
+@pytest.mark.long
 def test_a_slot_of_the_run_that_dies_spoils_no_version(
     training: Training, corpus: Path, tmp_path: Path
 ) -> None:

@@ -125,6 +125,7 @@ def slow_nsa(layer: NSAttention, config: ModelConfig, x_TH: Tensor) -> Tensor:
     return torch.stack(out)
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("T", [1, 7, 8, 75])
 def test_nsa_layer_equals_the_papers_equations_at_every_token(T: int, shared: bool) -> None:

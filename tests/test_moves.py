@@ -318,7 +318,8 @@ def test_resizes_move_state_through_memory_and_change_no_bit(
     assert paths["mapped"] > 500_000 and not paths["message"]
 
 
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_resizes_over_several_hosts_move_state_by_message_and_change_no_bit(
     dtype: str,
     corpus: Path,

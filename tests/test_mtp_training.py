@@ -45,7 +45,7 @@ def check(found: Trained, reference: Trained) -> None:
     assert found.digest == reference.digest
 
 
-@pytest.mark.one_in(6)
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("attention", "experts", "memory", "replication", "colocated"),
     [(2, 2, 1, 1, False), (4, 3, 2, 2, False), (2, 1, 2, 1, True), (1, 1, 1, 1, True)],

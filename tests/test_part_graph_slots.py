@@ -96,6 +96,7 @@ def test_replayed_parts_of_several_slots_change_no_bit(case: str, corpus: Path, 
     assert slots.total("replays") == of_slots * (STEPS - 2) * rounds
 
 
+@pytest.mark.long
 def test_a_number_of_slots_changes_no_bit_where_parts_are_replayed(corpus: Path, tmp_path: Path) -> None:
     alone = train(tmp_path / "one", slots_run(corpus, slots=1), stop_after=STEPS)
     for slots in (2, 3):
@@ -209,6 +210,7 @@ def test_a_recording_that_fails_half_way_leaves_nothing_behind(
     assert sorted(left) == [(), (), (0, 0), (0, 0)]
 
 
+@pytest.mark.long
 def test_a_host_that_counts_rows_records_nothing(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -303,7 +303,7 @@ def test_drafts_are_what_the_module_says_of_the_whole_text(
     assert sum(agreed) >= len(agreed) - 1, "a tie within rounding is possible, no more"
 
 
-@pytest.mark.one_in(6)
+@pytest.mark.long
 def test_a_request_that_moves_goes_on_with_its_tokens(
     parts: Parts, expected: dict[str, list[TokenEvent]]
 ) -> None:

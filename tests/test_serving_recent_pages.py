@@ -169,7 +169,7 @@ def test_nor_with_drafts_or_after_failures_or_a_move(
     assert told(run(there, moved)) == {r.request_id: wanted[r.request_id][7:] for r in moved}
 
 
-@pytest.mark.one_in(6)
+@pytest.mark.long
 @pytest.mark.parametrize("worth", [0.0, 1.1], ids=["always", "with rests"])
 @pytest.mark.parametrize("has_memory", [False, True], ids=["tokens alone", "memory"])
 def test_nor_with_drafts_that_the_device_judges_one_step_ahead(has_memory: bool, worth: float) -> None:

@@ -269,6 +269,7 @@ def test_where_the_run_has_removed_what_is_served_its_newest_checkpoint_takes_th
         assert server.ask(requests("n")) == undisturbed[6]
 
 
+@pytest.mark.long
 def test_a_run_that_is_followed_brings_its_next_checkpoints(
     run: RunFolder, undisturbed: dict[int, list[Heard]], tmp_path: Path
 ) -> None:
