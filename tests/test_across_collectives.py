@@ -76,6 +76,7 @@ def test_slots_with_some_of_the_roles_change_no_bit(
         check(train(tmp_path / str(colocated), config, stop_after=SHORT), one, SHORT)
 
 
+@pytest.mark.long
 def test_recomputed_layers_change_no_bit(corpus: Path, one: dict[int, Trained], tmp_path: Path) -> None:
     config = by_collectives(corpus, slots=3)
     config = replace(config, train=replace(config.train, recompute=True))

@@ -58,6 +58,7 @@ def as_other(arguments: list[str], place: Path, mark: str = "") -> subprocess.Co
     return subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=110)
 
 
+@pytest.mark.long
 def test_data_is_prepared_and_a_compiler_finds_a_place_for_its_cache(place: Path) -> None:
     options = ["--source", str(place / "text"), "--vocab_size", "300", "--out", str(place / "data")]
     done = as_other(["-m", "sparseray", "data", "prepare", *options], place)

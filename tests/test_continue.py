@@ -60,6 +60,7 @@ def middle(first: Trained) -> str:
     return str(first.folder.checkpoints / "step_4")
 
 
+@pytest.mark.long
 def test_with_moments_and_the_same_data_it_is_the_same_run(
     first: Trained, corpus: Path, tmp_path: Path
 ) -> None:

@@ -260,6 +260,7 @@ def test_the_page_loads_nothing_from_elsewhere() -> None:
         )
 
 
+@pytest.mark.long
 @pytest.mark.skipif(CHROMIUM is None, reason=NO_CHROMIUM)
 def test_a_browser_draws_the_records_of_a_run_wide_and_narrow(page: str) -> None:
     shown = cards(document(f"{page}/?theme=dark#sparseray-training", (390, 844)))

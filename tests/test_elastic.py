@@ -92,7 +92,7 @@ ALONE = [
 ]
 
 
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize(
     ("moment", "standby"), [*((m, 1) for m in MOMENTS), ("two different ones", 0), *ALONE]
 )

@@ -93,7 +93,7 @@ def test_decode_of_several_tokens_selects_for_each_of_them(page: int) -> None:
     assert decode_error([150, 33], 3, (3, 1), (24, 12), sizes, page, torch.float32) < 1e-5
 
 
-@pytest.mark.one_in(6)
+@pytest.mark.long
 @pytest.mark.parametrize(("piece", "num_selected"), [(4, 6), (8, 5)])
 @pytest.mark.parametrize("key_scale", [1.0, 0.0])
 def test_decode_over_several_pieces_of_scores(

@@ -56,6 +56,7 @@ def test_slots_that_are_lent_and_come_back_change_no_bit(
     assert trained.events.count("resized") == 2 and "lost" not in trained.events
 
 
+@pytest.mark.long
 def test_a_scheduler_that_dies_knows_what_is_lent_and_what_the_run_wished_itself(
     corpus: Path, undisturbed: Trained, tmp_path: Path
 ) -> None:

@@ -68,6 +68,7 @@ def test_texts_are_those_of_a_server_that_drafts_nothing(
     assert answers(tmp_path / "s", trained, cluster, DRAFTING) == expected
 
 
+@pytest.mark.long
 def test_slots_that_die_change_no_token(trained: Path, expected: Any, tmp_path: Path) -> None:
     killed: list[int] = []
 

@@ -71,6 +71,7 @@ def test_placement_changes_no_bit(
     check(train(tmp_path / "run", config), reference)
 
 
+@pytest.mark.long
 def test_parts_side_by_side_change_no_bit(
     corpus: Path, reference: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -111,6 +111,7 @@ def test_modules_of_further_tokens_are_replayed_until_their_weight_changes(
     assert [r["losses"] for r in replayed.records] == [r["losses"] for r in plain.records]
 
 
+@pytest.mark.long
 def test_a_killed_slot_records_again_and_comes_to_the_same_bits(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

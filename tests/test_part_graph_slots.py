@@ -118,7 +118,7 @@ def test_launched_and_replayed_slots_meet_in_one_round(
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("replication", some([1, 2], [2]))
+@pytest.mark.parametrize("replication", [1, 2])
 def test_slots_come_and_go_between_replays(replication: int, corpus: Path, tmp_path: Path) -> None:
     """Each generation records anew, also after its slots have forgotten what they hold no more."""
     alone = train(tmp_path / "one", slots_run(corpus, slots=1), stop_after=18)
@@ -144,7 +144,8 @@ MOMENTS = {
 }
 
 
-@pytest.mark.parametrize("moment", some(list(MOMENTS), list(MOMENTS)[2:3]))
+@pytest.mark.long
+@pytest.mark.parametrize("moment", list(MOMENTS))
 def test_a_kill_between_replays_or_in_one_changes_no_bit(
     moment: str, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -315,7 +315,7 @@ def test_a_request_that_moves_goes_on_with_its_tokens(
             assert plain(found)[name] == plain(expected)[name][cut:]
 
 
-@pytest.mark.one_in(12)
+@pytest.mark.long
 @pytest.mark.parametrize("kind", [ToldEngine, AheadEngine], ids=["in step", "one step ahead"])
 def test_a_step_that_fails_loses_no_token(
     parts: Parts, expected: dict[str, list[TokenEvent]], kind: type[ToldEngine]

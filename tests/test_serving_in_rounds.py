@@ -134,6 +134,7 @@ def test_engines_come_and_go_in_rounds(trained: Path, one: list[Heard], tmp_path
             server.run.reconciler.request("attention", 5)
 
 
+@pytest.mark.long
 def test_a_killed_engine_without_replicas_is_made_up_for_from_the_checkpoint(
     trained: Path, one: list[Heard], tmp_path: Path
 ) -> None:

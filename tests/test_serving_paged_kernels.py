@@ -29,8 +29,8 @@ LATENT: dict[str, Any] = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests/test_gpu_serving.py says the same of a GPU")
-@pytest.mark.one_in(6)
 @pytest.mark.parametrize(
     ("changes", "kind", "page"),
     [

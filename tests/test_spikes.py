@@ -119,6 +119,7 @@ def test_planted_bad_batches_are_left_out_alike_on_any_slots_and_through_any_los
         assert other.digest == one.digest
 
 
+@pytest.mark.long
 def test_a_step_left_out_changes_no_weight_and_a_rollback_brings_old_ones(
     corpus: Path, tmp_path: Path, planted: dict[int, float]
 ) -> None:

@@ -104,6 +104,7 @@ def test_a_submitted_run_trains_on_the_cluster_and_its_log_and_status_come_back(
     assert newest is not None and newest.name == "step_3"
 
 
+@pytest.mark.long
 @pytest.mark.ray
 @pytest.mark.xdist_group("starts")
 def test_a_job_that_fails_hands_its_exit_status_back(head: Head, config: Path) -> None:
