@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparseray.errors import ConfigError
+from sparseray.kernels.attention.ordered import ordered_attention
 from sparseray.kernels.dense.reference import adamw_reference, squared_norms_reference
 from sparseray.kernels.dse.reference import Fusion, context_gate, ngram_hash, short_conv
 from sparseray.kernels.held_ops import PlainHeldOps
@@ -108,7 +109,9 @@ class PlainOps(PlainRowOps, PlainHeldOps):
         mask = None
         if T != S:
             mask = torch.ones(T, S, dtype=torch.bool, device=q_BTQD.device).tril(S - T)
-        out = F.scaled_dot_product_attention(
+        is_ordered = q_BTQD.is_cuda and torch.are_deterministic_algorithms_enabled()
+        attention = ordered_attention if is_ordered else F.scaled_dot_product_attention
+        out: Tensor = attention(
             q_BTQD.transpose(1, 2),
             k_BSGD.transpose(1, 2),
             v_BSGV.transpose(1, 2),

@@ -1,1 +1,1 @@
-"""Full attention over paged caches: decoding."""
+"""Full attention: decoding over paged caches; a backward pass in one order."""

@@ -242,8 +242,7 @@ class SlotJob:
 def _fix_order(is_fixed: bool) -> None:
     """Have torch's own operations on this process's GPU sum in one order, or as is fastest.
 
-    Attention is what differs: cuDNN's backward pass adds up in the order in which its blocks end, so torch takes
-    FlashAttention with a fixed order instead. What has no fixed order warns; of that no step has any.
+    Attention is what differs (kernels/attention/ordered.py). What else has no fixed order warns; of that no step has any.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(is_fixed, warn_only=True)
