@@ -64,6 +64,7 @@ RUNS = (
     Run("peers_2", 2, 250, "-m benchmarks.elastic_gpu_peers --data {data}"),
     Run("layer_2", 2, 120, "-m benchmarks.moe_layer_gpus --gpus 2 --profile"),
     Run("ordered", 1, 120, f"{PYTEST} -n 4 tests/test_kernels_ordered.py tests/test_gpu_training.py"),
+    Run("ordered_attention", 1, 120, "-m benchmarks.ordered_attention"),
     Run("bitwise", 1, 150, "-m benchmarks.train_gpus --data {data} --configs 1b_full --gpus 1 --determinism fast,bitwise,bitwise"),
     Run("exchange_2", 2, 90, "-m benchmarks.exchange_gpus"),
     Run("moonlight_6", 1, 150, "-m benchmarks.train_gpus --data {data} --configs moonlight_6 --gpus 1"),

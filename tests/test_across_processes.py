@@ -19,15 +19,15 @@ def temporary() -> Iterator[Path]:
         yield folder
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("exchange", "faults"),
     [
         ("peers", ["forward:20:raise", "backward:15:stop", "commit:4:raise"]),
         # While the others are in a collective with it or about to be.
-        pytest.param(
+        (
             "collective",
             ["forward:40:kill", "backward:30:kill", "sums:8:kill", "commit:8:kill", "backward:30:stop"],
-            marks=pytest.mark.long,
         ),
     ],
     ids=["peers", "collective"],

@@ -42,6 +42,7 @@ def test_four_times_the_load_is_held_within_five_seconds_and_then_nothing_change
     assert 60.0 < sim.changes[0][0] < 64.0
 
 
+@pytest.mark.long
 def test_a_ramp_is_followed_up_without_a_step_back() -> None:
     sim = Simulation(lambda t: 1 + t / 10, SERVE, Service(standby=1, start_s=4.0), seed=1).run(400.0)
     assert counts(sim) == sorted(counts(sim)) and 4 <= sim.wanted <= 8

@@ -201,6 +201,7 @@ def test_a_run_with_modules_for_further_tokens_feeds_a_server_that_drafts_or_doe
     assert later == undisturbed(corpus, tmp_path, second, depth=1)
 
 
+@pytest.mark.long
 def test_versions_follow_by_themselves_and_the_last_checkpoint_when_the_run_has_ended(
     training: Training, tmp_path: Path
 ) -> None:
