@@ -184,6 +184,7 @@ def test_checkpoint_of_another_dse_identity_is_refused(trained: Command) -> None
     assert "DSE identity" in line
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", ["dense_0_1.safetensors", "experts_1_1.safetensors", "manifest.json"])
 def test_truncated_checkpoint_is_named_and_the_one_before_is_used_without_it(
     trained: Command, corpus: Path, name: str

@@ -261,6 +261,7 @@ def test_ctrl_c_while_a_command_starts_is_one_line(cli: Out, monkeypatch: pytest
     assert cli("serve", "--checkpoint", "x") == (130, "", "sparseray: interrupted\n")
 
 
+@pytest.mark.long
 def test_a_command_that_only_shows_something_ends_with_its_reader() -> None:
     # A device that is named has nothing to be told about it on the other output.
     options = "--config configs/tiny.yaml --cluster.device=cpu"

@@ -272,6 +272,7 @@ def test_a_browser_draws_the_records_of_a_run_wide_and_narrow(page: str) -> None
     assert {"drawn", "unrecorded"} == set(shown.values()) and shown["Tokens per expert"] == "drawn"
 
 
+@pytest.mark.long
 def test_the_dashboard_command_serves_until_ctrl_c(run_dir: Path) -> None:
     command = [sys.executable, "-m", "sparseray", "dashboard", "--run", str(run_dir), "--port", "0"]
     process = Background([*command], environment())

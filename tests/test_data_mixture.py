@@ -106,6 +106,7 @@ def test_batches_come_from_the_sources_and_the_unnamed_order_stays(mixed: Path) 
         data.num_windows(10**6, "code")
 
 
+@pytest.mark.long
 def test_a_run_mixes_by_the_data_or_by_its_own_schedule_and_says_so_of_every_step(
     mixed: Path, tmp_path: Path
 ) -> None:

@@ -45,6 +45,7 @@ def start(workers: ForkedWorkers, worker: Path, *arguments: str, **changes: str)
     )
 
 
+@pytest.mark.long
 def test_a_worker_is_forked_with_what_it_was_given_and_its_status_comes_back(
     workers: ForkedWorkers, worker: Path
 ) -> None:

@@ -80,6 +80,7 @@ def test_a_killed_engine_with_experts_fails_no_request_and_its_replicas_go_on(
         assert server.ask(requests()) == one
 
 
+@pytest.mark.long
 def test_after_a_loss_nothing_moves_before_those_who_are_left_go_on(
     trained: Path, one: list[Heard], tmp_path: Path
 ) -> None:

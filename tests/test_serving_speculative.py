@@ -231,7 +231,7 @@ def test_a_shared_prefix_gives_the_drafts_of_a_fresh_one(parts: Parts) -> None:
     assert [d for d in alone if d] == [d for d in after if d] != []
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.long
 def test_drawn_texts_have_the_distribution_of_the_model(parts: Parts) -> None:
     """Two tokens of which the second was drafted, over 1600 seeds: chi-square of the pairs against their probabilities."""
     prompt = PROMPT[:12]

@@ -148,6 +148,7 @@ def test_the_checkpoint_that_a_rollback_needs_outlives_those_that_stops_leave(
     assert stopped.curve == straight.curve and stopped.digest == straight.digest
 
 
+@pytest.mark.long
 def test_before_the_first_checkpoint_a_rollback_leaves_the_step_out(
     corpus: Path, tmp_path: Path, planted: dict[int, float]
 ) -> None:

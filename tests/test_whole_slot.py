@@ -123,6 +123,7 @@ def test_a_disk_that_is_full_in_the_background_costs_a_checkpoint_and_no_step(
     assert [path.name for path in checkpoint.list_finished(done.folder.checkpoints)][-1] == "step_6"
 
 
+@pytest.mark.long
 def test_an_evaluation_between_steps_reads_the_rows_of_the_last_commit(corpus: Path, tmp_path: Path) -> None:
     config = whole_run(corpus, steps=6, eval_every=2)
     through = train(tmp_path / "through", config)
