@@ -25,10 +25,12 @@ SHAPES = ((8, 4096, 16), (1, 16384, 16), (1, 4096, 128))
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def by(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def by(
+    backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool = True, enable_gqa: bool = False
+) -> Tensor:
     """By one backend alone."""
     with sdpa_kernel(backend):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, enable_gqa=enable_gqa)
 
 
 def padded(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

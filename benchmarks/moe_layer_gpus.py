@@ -195,11 +195,10 @@ def profiled(run: Any) -> str:
     )
 
 
-def run(rank: int, gpus: int, handles: Any, barrier: Any, is_profiled: bool, beside: int) -> None:
+def run(rank: int, gpus: int, handles: Any, barrier: Any, is_profiled: bool) -> None:
     """One process: open the memory of all, then time every model and order."""
     device = torch.device("cuda", rank)
     torch.cuda.set_device(device)
-    peer.BESIDE_PROGRAMS = beside
     widest = max(shape.hidden for shape in SHAPES)
     buffer = Buffer(_sizes(gpus, widest).num_bytes, device)
     torch.cuda.synchronize()
@@ -252,16 +251,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--gpus", type=int, default=2)
     parser.add_argument("--profile", action="store_true")
-    parser.add_argument(
-        "--beside", type=int, default=peer.BESIDE_PROGRAMS, help="programs that send while others compute"
-    )
     options = parser.parse_args()
     title = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {options.gpus} GPUs"
     print(f"{title}, {TOKENS} tokens a GPU, top {TOP_K} of {EXPERTS}, bf16, forward and backward", flush=True)
     context = mp.get_context("spawn")
     handles = [context.Queue() for _ in range(options.gpus)]
     barrier = context.Barrier(options.gpus, timeout=LIMIT_S)
-    arguments = options.gpus, handles, barrier, options.profile, options.beside
+    arguments = options.gpus, handles, barrier, options.profile
     sides = [context.Process(target=run, args=(rank, *arguments)) for rank in range(options.gpus)]
     for side in sides:
         side.start()

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import SDPBackend
 
+from benchmarks.mla_train import Attend, by
 from benchmarks.moe import guarded, milliseconds, say
 from sparseray.kernels.attention.ordered import ordered_attention
 from sparseray.kernels.nsa.geometry import KEYS, uniform
@@ -33,8 +34,6 @@ SHAPES = (
 )
 """Sequences, tokens, query heads, key/value heads, and their sizes."""
 ALL: dict[str, Any] = {"kind": KEYS, "block": 1, "stride": 1, "window": 0}
-
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Ranges(torch.autograd.Function):
@@ -74,14 +73,8 @@ def fused(attention: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor) -> 
     return attention(*heads, is_causal=True, enable_gqa=True).transpose(1, 2)[..., : v.shape[-1]]
 
 
-def by_cudnn(q: Tensor, k: Tensor, v: Tensor, **named: Any) -> Tensor:
-    """By cuDNN alone."""
-    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        return F.scaled_dot_product_attention(q, k, v, **named)
-
-
 WAYS: dict[str, Attend] = {
-    "cuDNN": partial(fused, by_cudnn),
+    "cuDNN": partial(fused, partial(by, SDPBackend.CUDNN_ATTENTION)),
     "FlashAttention in order": partial(fused, ordered_attention),
     "ranges": ranges,
 }

@@ -74,6 +74,14 @@ def job_of(run: Path) -> SlotJob:
     return SlotJob(spec, Metrics({}), WeightsPort())
 
 
+def slot_of(run: Path) -> tuple[SlotJob, DenseSlabs]:
+    """A slot of a run that has begun, and its dense weights."""
+    job = job_of(run)
+    dense = job.holdings().spare()
+    assert isinstance(dense, DenseSlabs)
+    return job, dense
+
+
 @pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("determinism", "replication", "changes"),
@@ -103,9 +111,7 @@ def test_what_two_slots_run_was_run_before_and_nothing_stays(
         "combine_slots",
     }
     called.clear()
-    job = job_of(tmp_path / "run")
-    dense = job.holdings().spare()
-    assert isinstance(dense, DenseSlabs)
+    job, dense = slot_of(tmp_path / "run")
     before = {name: tensor.clone() for name, tensor in dense.model.state_dict().items()}
     rehearse_in_company(job, dense)
     assert wanted - called == set()
@@ -128,9 +134,7 @@ def test_what_slots_run_that_come_one_after_another_was_run_before(
     train(tmp_path / "run", config, stop_after=1)
     wanted = set(called)
     called.clear()
-    job = job_of(tmp_path / "run")
-    dense = job.holdings().spare()
-    assert isinstance(dense, DenseSlabs)
+    job, dense = slot_of(tmp_path / "run")
     rehearse_in_company(job, dense, 3)
     assert wanted - called == set()
 
@@ -140,8 +144,8 @@ def test_a_slot_has_run_what_evaluations_and_statistics_need(
 ) -> None:
     """Else the first of them is compiled in mid-training: kernels without gradients are others."""
     train(tmp_path / "run", slabs_run(corpus), stop_after=1)
-    job, ways = job_of(tmp_path / "run"), list[tuple[bool, bool]]()
-    dense, loss = job.holdings().spare(), warming.cross_entropy_sum
+    job, dense = slot_of(tmp_path / "run")
+    ways, loss = list[tuple[bool, bool]](), warming.cross_entropy_sum
 
     def noted(*arguments: Any) -> Tensor:
         ways.append((torch.is_grad_enabled(), is_collecting()))
@@ -155,10 +159,9 @@ def test_a_slot_has_run_what_evaluations_and_statistics_need(
 
 def test_a_rehearsal_is_short() -> None:
     config = RunConfig()
-    experts = config.model.moe.num_experts
     for determinism, most in (("fast", 8), ("bitwise", 9)):
         found = distinct_shares(replace(config, determinism=determinism), 8)
-        assert found[0] == (2, 2) and len(found) <= most, (experts, found)
+        assert found[0] == (2, 2) and len(found) <= most, found
 
 
 @pytest.mark.parametrize("at", ["held_forward", "held_backward"])
@@ -171,9 +174,7 @@ def test_a_rehearsal_that_fails_leaves_nothing(
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     train(tmp_path / "run", slabs_run(corpus), stop_after=1)
-    job = job_of(tmp_path / "run")
-    dense = job.holdings().spare()
-    assert isinstance(dense, DenseSlabs)
+    job, dense = slot_of(tmp_path / "run")
     monkeypatch.setattr(PlainHeldOps, at, full)
     with pytest.raises(torch.OutOfMemoryError):
         rehearse_in_company(job, dense)

@@ -108,7 +108,6 @@ def test_a_file_that_is_not_written_yet_holds_no_change_of_plan_up(
 
 
 @pytest.mark.long
-@pytest.mark.one_in(2)
 @pytest.mark.parametrize("change", [kill, grow])
 def test_tables_that_are_not_copied_yet_hold_no_change_of_plan_up(
     change: Callable[[Run, LocalFleet], None],

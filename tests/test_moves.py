@@ -355,8 +355,8 @@ class KillInMove:
     [
         ("chunk", "sender"),
         ("pull_on", "receiver"),
-        pytest.param("pull_on", "sender", marks=pytest.mark.long),
-        pytest.param("pull", "sender", marks=pytest.mark.long),
+        ("pull_on", "sender"),
+        ("pull", "sender"),
     ],
 )
 def test_a_source_or_a_puller_that_is_killed_in_a_move_changes_no_bit(

@@ -150,7 +150,6 @@ def test_pages_that_were_given_back_are_never_read(
 
 
 @pytest.mark.long
-@pytest.mark.one_in(3)
 def test_nor_with_drafts_or_after_failures_or_a_move(
     sized: tuple[int, Parts], wanted: dict[str, list[int]]
 ) -> None:
@@ -200,7 +199,6 @@ def test_modules_that_lag_behind_draft_what_they_would(sized: tuple[int, Parts])
 
 
 @pytest.mark.long
-@pytest.mark.one_in(10)
 @pytest.mark.parametrize("worth", [0.0, 1.1], ids=["always", "with rests"])
 @pytest.mark.parametrize("size", SIZES)
 def test_a_module_drafts_on_the_device_what_it_would(size: str, worth: float) -> None:

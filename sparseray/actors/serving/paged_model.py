@@ -301,7 +301,7 @@ class PagedModel:
         """
         for chunks in self._rehearsal():
             self.prefill(chunks, experts, memory)
-        if self._is_launching and self.warm_rows and self.model.config.moe_layers:
+        if self._is_launching and self.model.config.moe_layers:
             self._launch_experts(experts)
 
     @property
@@ -328,7 +328,7 @@ class PagedModel:
     def _launch_experts(self, experts: Experts) -> None:
         moe, most = self.model.config.moe, self.warm_rows
         x_TH = self.model.embedding.new_zeros(most, self.model.config.hidden)
-        ids_TK = torch.arange(most * moe.top_k, device=self.device).view(most, -1) % moe.num_experts
+        ids_TK = torch.arange(most * moe.top_k, device=self.device).view(most, moe.top_k) % moe.num_experts
         weights_TK = torch.ones(most, moe.top_k, device=self.device)
         for rows in range(1, most + 1):
             experts(self.model.config.moe_layers[0], x_TH[:rows], ids_TK[:rows], weights_TK[:rows])

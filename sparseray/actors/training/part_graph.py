@@ -202,10 +202,10 @@ class PartGraph:
         # What a recording has built in: the sizes, factors of the loss, and where everything lies that it reads.
         lies, exchanged = [t.data_ptr() for t in (*leaves, *model.buffers())], self.exchange.built_in()
         key = (batch.tokens_BT.shape, weight, model.config.mtp.weight_at(step), exchanged, *lies)
+        is_new = key != self._key
         if self._recorder is None or exchanged is None or batch.weights_BT is not None:
             found = run(there, rows)
-        elif key != self._key or (self._recording is None and step == self._since):
-            is_new = key != self._key
+        elif is_new or (self._recording is None and step == self._since):
             if is_new:
                 self._key, self._since, self._recording = key, step, None
             found = self._recorder.launch(lambda: run(there, rows), is_new=is_new)

@@ -84,9 +84,9 @@ def _warm_holdings(job: SlotJob) -> Holdings:
     dense = holdings.spare()
     if not job.is_serving:
         rehearse(job, dense)
-        if isinstance(dense, DenseSlabs) and dense.device.type == "cuda" and gpus_here() > 1:
+        if isinstance(dense, DenseSlabs) and dense.device.type == "cuda" and (gpus := gpus_here()) > 1:
             try:
-                rehearse_in_company(job, dense, gpus_here())
+                rehearse_in_company(job, dense, gpus)
             except Exception as error:
                 # No reason not to train: a GPU that others share may be too full for it, for one.
                 log.warning("what runs among several slots is compiled when it is needed: %s", error)
