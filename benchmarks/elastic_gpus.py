@@ -27,6 +27,8 @@ from sparseray.platform.config import ClusterConfig, RunConfig, load_yaml
 
 KILL_S, STOP_S, ILLEGAL_S, RESIZE_S, COST = 0.8, 1.5, 1.0, 0.5, 0.08
 PARTS = 4
+AGAIN = ("resized", "mended")
+"""After a loss those who are left go on; later a spare slot has all that was lost."""
 
 
 @dataclass
@@ -71,6 +73,14 @@ def pause(run: Training, first: int, usual_s: float) -> float:
     return max(gaps(run.records()[max(0, first - 1) :])) - usual_s
 
 
+def spare_comes(run: Training, known_events: int, usual_s: float) -> float:
+    """The pause in which a spare slot takes the place of a lost one, after training has gone on without both."""
+    back = len(run.records())
+    run.wait(lambda: any(e["kind"] in AGAIN for e in run.events()[known_events:]), "the spare slot")
+    run.wait_steps(3)
+    return pause(run, back, usual_s)
+
+
 def faults(bench: Bench) -> None:
     """SIGKILL, SIGSTOP and an illegal access of one of two GPUs' slots, with a third on standby."""
     blows = bench.folder / "blows"
@@ -105,6 +115,8 @@ def faults(bench: Bench) -> None:
                 phases = ", ".join(f"{key} {value:.2f}" for key, value in found.phases.items())
                 beyond = f"{found.seconds - usual:.2f} s after the blow, beyond a step; {phases}"
                 bench.add(f"{name}, {standby} on standby", pause(run, first, usual), target, "s", beyond)
+                if standby:
+                    bench.add("and the spare slot's coming", spare_comes(run, known, usual), RESIZE_S, "s")
             print(f"steps lost: {run.repeated_steps()}", flush=True)
             bench.rows.append(f"| steps lost | {run.repeated_steps()} | 0 | | |")
             run.stop()

@@ -1,6 +1,7 @@
 """Steps that a slot makes in company before it serves: they run what two slots of a run do, and leave nothing."""
 
 import json
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from test_across_slots import slabs_run
 from torch import Tensor
 
 from sparseray.actors.installation import JobSpec
+from sparseray.actors.peers.across import DeviceExchange
 from sparseray.actors.peers.link import HostLink
 from sparseray.actors.state.dense_slab import DenseSlabs
 from sparseray.kernels.held_ops import PlainHeldOps
@@ -20,8 +22,8 @@ from sparseray.model.config import MTPConfig
 from sparseray.model.dse_layout import DSELayout
 from sparseray.model.statistics import is_collecting
 from sparseray.platform.config import RunConfig, load_yaml, to_dict
-from sparseray.platform.fleet import warming
-from sparseray.platform.fleet.company import distinct_shares, rehearse_in_company
+from sparseray.platform.fleet import company, warming
+from sparseray.platform.fleet.company import Shares, distinct_shares, in_company, rehearse_in_company
 from sparseray.platform.fleet.job import SlotJob
 from sparseray.platform.fleet.weights_port import WeightsPort
 from sparseray.platform.metrics.exporter import Metrics
@@ -170,13 +172,40 @@ def test_a_rehearsal_that_fails_leaves_nothing(
 ) -> None:
     """The slot goes on without it, and a gradient that was left would be in its first step."""
 
+    begun, all_of = list[Shares](), in_company
+
+    def noted(job: Any, dense: Any, observe: Any, shares: Shares) -> DeviceExchange:
+        begun.append(shares)
+        return all_of(job, dense, observe, shares)
+
     def full(*_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     train(tmp_path / "run", slabs_run(corpus), stop_after=1)
     job, dense = slot_of(tmp_path / "run")
+    monkeypatch.setattr(company, "in_company", noted)
     monkeypatch.setattr(PlainHeldOps, at, full)
-    with pytest.raises(torch.OutOfMemoryError):
-        rehearse_in_company(job, dense)
+    rehearse_in_company(job, dense, 3)
+    # Others may take less.
+    assert begun == distinct_shares(job.config, 3) and len(begun) > 1
     assert dense.sum.total is None and not list(dense.sum.nodes())
     assert all(parameter.grad is None for parameter in dense.parameters)
+
+
+def test_a_rehearsal_has_one_buffer_at_a_time_and_leaves_none(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What several slots lay open to each other takes tens of gigabytes of a large model."""
+    exchanges, all_of = list["weakref.ref[DeviceExchange]"](), in_company
+
+    def noted(job: Any, dense: Any, observe: Any, shares: Shares) -> DeviceExchange:
+        assert all(of() is None for of in exchanges)
+        found = all_of(job, dense, observe, shares)
+        exchanges.append(weakref.ref(found))
+        return found
+
+    train(tmp_path / "run", slabs_run(corpus), stop_after=1)
+    job, dense = slot_of(tmp_path / "run")
+    monkeypatch.setattr(company, "in_company", noted)
+    rehearse_in_company(job, dense, 3)
+    assert len(exchanges) > 1 and all(of() is None for of in exchanges)

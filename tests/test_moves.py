@@ -26,6 +26,7 @@ from sparseray.errors import SlotLostError
 from sparseray.platform.composition import Run
 from sparseray.platform.config import RunConfig
 from sparseray.platform.metrics.exporter import Metrics
+from sparseray.platform.planning import stages
 from sparseray.platform.planning.inventory import Roles
 
 SMALL, ROWS = 4 * ALIGNMENT, 20_000
@@ -120,7 +121,7 @@ class Asked:
 
 def pulled(asked: Any, wanted: dict[int, tuple[Piece, ...]], holdings: Holdings) -> None:
     every = [piece for pieces in wanted.values() for piece in pieces]
-    with holdings.arriving(every, 7) as tensors:
+    with holdings.arriving(every, 7, runs_of=list(wanted.values())) as tensors:
         for tensor in tensors.values():
             as_bytes(tensor).fill_(255)  # NaN, where it is a number
         pulls.pull(asked, wanted, tensors, torch.device("cpu"))
@@ -167,7 +168,7 @@ def iter_pull(asked: Asked, mine: Holdings) -> Iterator[None]:
     own = Asked({}, asked.source)
     own.giving = asked.giving
     wanted: dict[int, tuple[Piece, ...]] = {0: tuple(EVERY)}
-    with mine.arriving(EVERY, 7) as tensors:
+    with mine.arriving(EVERY, 7, runs_of=[EVERY]) as tensors:
         pulling = pulls._Pulling(own, wanted, tensors, torch.device("cpu"))  # type: ignore[arg-type]
         pulling._ask(0, Pull(pieces=wanted[0], namespace=pulls.process_namespace()))
         while pulling._asked:
@@ -332,6 +333,28 @@ def test_resizes_over_several_hosts_move_state_by_message_and_change_no_bit(
     found = train(tmp_path / "run", run_of(corpus, dtype, 1, 1), at_step=resize_at(WIDER))
     check(found, one[dtype])
     assert paths["message"] > 500_000 and not paths["mapped"]
+
+
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.long), "bfloat16"])
+def test_after_a_loss_training_goes_on_with_what_is_left_and_a_spare_slot_comes_later(
+    dtype: str, corpus: Path, one: dict[str, Trained], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing moves before the next commit: what the spare slot lacks comes by a change of its own."""
+    monkeypatch.setattr(stages, "LEAST_BYTES", 0)
+    config = run_of(corpus, dtype, 2, 2, standby=1)
+
+    def kill(step: int, run: Run, fleet: LocalFleet) -> None:
+        if step == 4:
+            fleet.kill(1)
+
+    found = train(tmp_path / "run", config, at_step=kill)
+    check(found, one[dtype])
+    events = found.folder.event_lines()
+    after = events[[event["kind"] for event in events].index("recovered") + 1 :]
+    later = [event for event in after if event["kind"] in ("staged", "resized", "mended")]
+    assert later and all(event["moved"] for event in later)
+    assert not any("moved" in event for event in events if event not in after)
+    assert (events[-1]["attention"], events[-1]["experts"]) == (2, 2)
 
 
 class KillInMove:

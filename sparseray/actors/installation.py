@@ -206,5 +206,6 @@ def pull_missing(
         return
     call.step, call.part = message.step + 1, -1
     every = [piece for own in wanted.values() for piece in own]
-    with holdings.arriving(every, message.step, with_optimizer=with_optimizer) as tensors:
+    of_sources = list(wanted.values())
+    with holdings.arriving(every, message.step, with_optimizer=with_optimizer, runs_of=of_sources) as tensors:
         pull(call, wanted, tensors, holdings.experts.device)

@@ -27,6 +27,8 @@ CHUNK_BYTES = 64 << 20
 """Two of them for each slot that pulls are all that a move takes of a source's memory."""
 ALIGNMENT = 256
 HALVES = 2
+Group = tuple[str, int, int]
+"""Pieces that lie together: the experts of a layer, or another piece by itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +66,7 @@ class Chunk(Body):
     Args:
         move, index: which chunk it is.
         chunks: of the move, in all; -1 where the source knows of no such move.
-        names: logical names.
+        names: of tensors, as `Holdings.tensors` gives them in runs.
         starts, sizes: first byte within each tensor, and how many.
         handle: of the buffer that they lie in; None where they are in `data`.
         offsets: where in the buffer.
@@ -84,15 +86,15 @@ class Chunk(Body):
 
 @dataclass(frozen=True, kw_only=True)
 class Span:
-    """Bytes of a tensor of a piece.
+    """Bytes of a tensor.
 
     Args:
-        piece, name: whose.
+        group, name: whose.
         start, size: which of its bytes.
         offset: where they lie in their chunk.
     """
 
-    piece: Piece
+    group: Group
     name: str
     start: int
     size: int
@@ -104,23 +106,23 @@ def as_bytes(tensor: Tensor) -> Tensor:
     return tensor.detach().view(-1).view(torch.uint8)
 
 
-def cut(tensors: Iterable[tuple[Piece, str, int]], chunk_bytes: int) -> list[tuple[Span, ...]]:
+def cut(tensors: Iterable[tuple[Group, str, int]], chunk_bytes: int) -> list[tuple[Span, ...]]:
     """Cut tensors into chunks, in their order; a large one goes over several.
 
     Args:
-        tensors: piece, logical name and bytes of each.
+        tensors: group, name and bytes of each.
         chunk_bytes: of a chunk at most; a multiple of ALIGNMENT.
     """
     chunks: list[list[Span]] = []
     end = chunk_bytes
-    for piece, name, num_bytes in tensors:
+    for group, name, num_bytes in tensors:
         start = 0
         while start < num_bytes:
             if end == chunk_bytes:
                 chunks.append([])
                 end = 0
             size = min(num_bytes - start, chunk_bytes - end)
-            chunks[-1].append(Span(piece=piece, name=name, start=start, size=size, offset=end))
+            chunks[-1].append(Span(group=group, name=name, start=start, size=size, offset=end))
             start += size
             end = min(chunk_bytes, end + -(-size // ALIGNMENT) * ALIGNMENT)
     return [tuple(chunk) for chunk in chunks]
@@ -154,24 +156,29 @@ class _Move:
         self.is_mapped = is_mapped
         self._buffers: dict[str, Buffer] = {}
         self._stream: torch.cuda.Stream | None = None
-        sizes: dict[str, list[tuple[Piece, str, int]]] = {}
+        self._groups: dict[Group, list[Piece]] = {}
         for piece in pieces:
-            for name, tensor in self._tensors([piece]).items():
-                sizes.setdefault(tensor.device.type, []).append((piece, name, tensor.nbytes))
+            group = ("expert", piece[1], 0) if piece[0] == "expert" else piece
+            self._groups.setdefault(group, []).append(piece)
+        sizes: dict[str, list[tuple[Group, str, int]]] = {}
+        for group in self._groups:
+            for name, tensor in self._tensors([group]).items():
+                sizes.setdefault(tensor.device.type, []).append((group, name, tensor.nbytes))
         # A chunk lies where its tensors do: rows of memory tables in the host's memory, whatever computes.
         self.chunks = [
             (device, chunk) for device, of in sorted(sizes.items()) for chunk in cut(of, CHUNK_BYTES)
         ]
 
-    def _tensors(self, pieces: Sequence[Piece]) -> dict[str, Tensor]:
-        return self.holdings.tensors(pieces, with_optimizer=self.with_optimizer)
+    def _tensors(self, groups: Iterable[Group]) -> dict[str, Tensor]:
+        pieces = [piece for group in groups for piece in self._groups[group]]
+        return self.holdings.tensors(pieces, with_optimizer=self.with_optimizer, in_runs=True)
 
     def give(self, index: int) -> Chunk:
         """Copy a chunk to where the puller finds it."""
         if not self.chunks:
             return Chunk(move=self.number, index=index, chunks=0)
         device, spans = self.chunks[index]
-        tensors = self._tensors(list(dict.fromkeys(span.piece for span in spans)))
+        tensors = self._tensors(dict.fromkeys(span.group for span in spans))
         parts = [as_bytes(tensors[s.name])[s.start : s.start + s.size] for s in spans]
         chunk = Chunk(
             move=self.number,

@@ -29,7 +29,7 @@ def pull(
     Args:
         call: asks them.
         wanted: pieces by source.
-        tensors: of all pieces, by logical name, to be filled.
+        tensors: of all pieces, as each source gives them in runs, to be filled.
         device: of this slot.
 
     Raises:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sparseray.actors.state.adamw import adamw_
-from sparseray.actors.state.pieces import Key
+from sparseray.actors.state.pieces import Key, following
 from sparseray.actors.state.slab import MOMENTS, ExpertSlab
 from sparseray.actors.state.tree import TreeSum
 from sparseray.kernels.moe import grouped
@@ -66,6 +66,7 @@ class ExpertShard:
     ) -> None:
         self.ops = ops
         self.config, self.seed, self.num_parts = config, seed, num_parts
+        self._layers = config.moe_layers
         self.device = torch.device(device)
         self.shapes = [expert_shape(config, part) for part in EXPERT_PARTS]
         self.size = sum(rows * columns for rows, columns in self.shapes)
@@ -77,7 +78,7 @@ class ExpertShard:
                 compute_dtype=compute_dtype,
                 moments=moments,
             )
-            for _ in config.moe_layers
+            for _ in self._layers
         ]
         self.owned: list[Key] = []
         self.primary: list[Key] = []
@@ -100,7 +101,7 @@ class ExpertShard:
 
     def names(self, key: Key) -> list[str]:
         """Logical names of an expert's weights."""
-        layer = self.config.moe_layers[key[0]]
+        layer = self._layers[key[0]]
         return [expert_name(layer, key[1], part) for part in EXPERT_PARTS]
 
     def initialize(self, keys: Sequence[Key], step: int = 0) -> None:
@@ -353,17 +354,39 @@ class ExpertShard:
                     found[name + suffix] = matrix
         return found
 
-    def begin_load(self, keys: Sequence[Key], step: int, *, with_optimizer: bool = True) -> dict[str, Tensor]:
+    def runs(self, *sources: Sequence[Key], with_optimizer: bool = True) -> dict[str, Tensor]:
+        """What `tensors` has, of experts that follow each other in a layer as one: it lies together wherever they are held.
+
+        Args:
+            sources, with_optimizer: experts that are held, those of each by themselves; and their moments too.
+        """
+        return {
+            f"experts.{layer}.{first}+{count}.{field}": tensor
+            for keys in sources
+            for layer, first, count in following(keys)
+            for field, tensor in self.slabs[layer].run(first, count, with_optimizer=with_optimizer).items()
+        }
+
+    def begin_load(
+        self,
+        keys: Sequence[Key],
+        step: int,
+        *,
+        with_optimizer: bool = True,
+        runs_of: Sequence[Sequence[Key]] | None = None,
+    ) -> dict[str, Tensor]:
         """Tensors of replicas to fill, as `tensors` gives them; they are held from `end_load` on.
 
         Args:
-            keys: experts.
-            step: optimizer step that they will be from.
+            keys, step: experts, and the optimizer step that they will be from.
             with_optimizer: the moments too.
+            runs_of: the same experts by where they come from, to be filled as `runs` gives each.
         """
         self._take(keys, step)
         self._arriving = set(keys)
-        return self.tensors(keys, with_optimizer=with_optimizer)
+        if runs_of is None:
+            return self.tensors(keys, with_optimizer=with_optimizer)
+        return self.runs(*runs_of, with_optimizer=with_optimizer)
 
     def end_load(self) -> None:
         """Hold what has been filled."""

@@ -5,7 +5,7 @@ A piece that the plan takes away stays readable until `trim`, so a change of pla
 way has lost nothing.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -92,18 +92,22 @@ class Holdings:
             found += self.memory.tensor_names(keys_of(pieces, "bucket"), with_optimizer=with_optimizer)
         return found
 
-    def tensors(self, pieces: Sequence[Piece], *, with_optimizer: bool = True) -> dict[str, torch.Tensor]:
+    def tensors(
+        self, pieces: Sequence[Piece], *, with_optimizer: bool = True, in_runs: bool = False
+    ) -> dict[str, torch.Tensor]:
         """Tensors of pieces, by logical name, as views.
 
         Args:
             pieces: held here.
             with_optimizer: their optimizer state too.
+            in_runs: experts as `ExpertShard.runs` gives them.
         """
         found: dict[str, torch.Tensor] = {}
         if DENSE in pieces:
             assert self.dense is not None
             found |= self.dense.tensors(with_optimizer=with_optimizer)
-        found |= self.experts.tensors(keys_of(pieces, "expert"), with_optimizer=with_optimizer)
+        of_experts = self.experts.runs if in_runs else self.experts.tensors
+        found |= of_experts(keys_of(pieces, "expert"), with_optimizer=with_optimizer)
         if self.memory is not None:
             found |= self.memory.tensors(keys_of(pieces, "bucket"), with_optimizer=with_optimizer)
         return found
@@ -134,15 +138,23 @@ class Holdings:
 
     @contextmanager
     def arriving(
-        self, pieces: Sequence[Piece], step: int, *, with_optimizer: bool = True
+        self,
+        pieces: Sequence[Piece],
+        step: int,
+        *,
+        with_optimizer: bool = True,
+        runs_of: Iterable[Sequence[Piece]] | None = None,
     ) -> Iterator[dict[str, torch.Tensor]]:
         """Tensors of pieces to fill within a block, by logical name; none of them is held before its end, or if it fails.
 
         Args:
             pieces, step, with_optimizer: as in `load`.
+            runs_of: the same pieces by where they come from, to be filled as each gives them `in_runs`.
         """
         experts, memory = self.experts, self.memory
-        found = experts.begin_load(keys_of(pieces, "expert"), step, with_optimizer=with_optimizer)
+        of_sources = None if runs_of is None else [keys_of(own, "expert") for own in runs_of]
+        keys = keys_of(pieces, "expert")
+        found = experts.begin_load(keys, step, with_optimizer=with_optimizer, runs_of=of_sources)
         if memory is not None:
             found |= memory.begin_load(keys_of(pieces, "bucket"), step, with_optimizer=with_optimizer)
         dense = (self.dense or self.spare()) if DENSE in pieces else None

@@ -30,6 +30,22 @@ def keys_of(pieces: Iterable[Piece], kind: str) -> list[Key]:
     return [(layer, index) for name, layer, index in pieces if name == kind]
 
 
+def following(keys: Iterable[Key]) -> list[tuple[int, int, int]]:
+    """(layer, first index, how many) of keys whose indices follow each other.
+
+    Args:
+        keys: in any order.
+    """
+    found: list[tuple[int, int, int]] = []
+    for layer, index in sorted(keys):
+        of, first, count = found[-1] if found else (-1, 0, 0)
+        if (of, first + count) == (layer, index):
+            found[-1] = layer, first, count + 1
+        else:
+            found.append((layer, index, 1))
+    return found
+
+
 def bucket_sizes(table_rows: Sequence[int], num_buckets: int) -> list[list[int]]:
     """Rows of every bucket, [dse layers][buckets]; `table_rows` has the rows of each layer's table.
 

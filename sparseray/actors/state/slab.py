@@ -119,6 +119,21 @@ class ExpertSlab:
         """Pairs by the suffix of their logical names: weights, and the moments if they are asked for."""
         return {"": self.weights} | (dict(zip(MOMENTS, self.moments())) if with_optimizer else {})
 
+    def run(self, first: int, count: int, *, with_optimizer: bool) -> dict[str, Tensor]:
+        """Tensors of experts that follow each other, of all fields, as views.
+
+        Args:
+            first: the first of them; all are held.
+            count: how many.
+            with_optimizer: their moments too.
+        """
+        row = self.rows[first]
+        return {
+            f"{matrix}{suffix}": tensor[row : row + count]
+            for suffix, pair in self.fields(with_optimizer=with_optimizer).items()
+            for matrix, tensor in enumerate(pair)
+        }
+
     @property
     def num_bytes(self) -> int:
         """Bytes of all tensors here."""

@@ -26,8 +26,12 @@ from sparseray.actors.state.assignment import Plan
 from sparseray.actors.state.dense_slab import DenseSlabs
 from sparseray.actors.state.slab_experts import SlabExperts
 from sparseray.actors.training.worker import AttentionWorker
+from sparseray.log import get_logger
 from sparseray.platform.config import RunConfig
+from sparseray.platform.fleet.freeing import free_memory
 from sparseray.platform.fleet.job import SlotJob
+
+log = get_logger(__name__)
 
 STEPS = 2
 """From the second on the host may not count rows any more (TokenExchange.settle)."""
@@ -92,7 +96,12 @@ def rehearse_in_company(job: SlotJob, dense: DenseSlabs, slots: int = 2) -> None
         slots: that there may be.
     """
     for index, shares in enumerate(distinct_shares(job.config, slots)):
-        _rehearse(job, dense, shares, 1 if index else STEPS)
+        try:
+            _rehearse(job, dense, shares, 1 if index else STEPS)
+        except torch.OutOfMemoryError as error:
+            # No reason not to train, nor not to rehearse those that take less.
+            log.warning("what %d and %d slots run is compiled when it is needed: %s", *shares, error)
+        free_memory()
 
 
 def distinct_shares(config: RunConfig, slots: int) -> list[Shares]:

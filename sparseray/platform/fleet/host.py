@@ -1,7 +1,6 @@
 """What a slot's process holds for one lease: transport, metrics, the slot and its signs of life."""
 
 import contextlib
-import gc
 import os
 import threading
 import warnings
@@ -133,10 +132,3 @@ class Host:
             with contextlib.suppress(zmq.Again):
                 socket.send_multipart(beat, zmq.DONTWAIT)
         socket.close(linger=0)
-
-
-def free_memory() -> None:
-    """Give back what an ended lease had: tensors are in cycles with the slot that held them."""
-    gc.collect()
-    if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()

@@ -71,7 +71,7 @@ class SlotActor:
             if self._host is not None and not self._host.close():
                 return False
             self._host = self._lease = None
-        self._module.free_memory()
+        importlib.import_module("sparseray.platform.fleet.freeing").free_memory()
         return True
 
     def wait_for_end(self, lease: Lease) -> None:

@@ -24,6 +24,7 @@ from sparseray.log import get_logger
 from sparseray.model.statistics import collect
 from sparseray.model.transformer import Transformer, cross_entropy_sum
 from sparseray.platform.fleet.company import rehearse_in_company, zero_rows
+from sparseray.platform.fleet.freeing import free_memory
 from sparseray.platform.fleet.job import SlotJob
 from sparseray.platform.metrics.discovery import state_directory
 
@@ -88,14 +89,14 @@ def _warm_holdings(job: SlotJob) -> Holdings:
             try:
                 rehearse_in_company(job, dense, gpus)
             except Exception as error:
-                # No reason not to train: a GPU that others share may be too full for it, for one.
+                # No reason not to train.
                 log.warning("what runs among several slots is compiled when it is needed: %s", error)
     else:
         job.engine(dense.model, _Stage(dense))
         if dense.device.type == "cpu":
             _warm_experts(dense.model)
     if dense.device.type == "cuda":
-        torch.cuda.empty_cache()
+        free_memory()
         # Of the run alone: an exchange leaves as much room.
         torch.cuda.reset_peak_memory_stats()
     warm_loops(job.config.model.dse.row_dtype)
