@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +41,22 @@ WITHOUT, WITH = "1b_full", "1b_memory"
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """One side's figures; `seconds` is the median step, `gib` the peak of the GPU's memory that torch reserved."""
+    """One side's figures.
+
+    Args:
+        name: of the side.
+        tokens_per_second, seconds: of the median step.
+        gib: peak of the GPU's memory that torch reserved.
+        loss: of the last step.
+        loads: tokens of each expert, [steps][MoE layers][experts], where they are known.
+    """
 
     name: str
     tokens_per_second: float
     seconds: float
     gib: float
     loss: float
+    loads: list[list[list[int]]] = field(default_factory=list, repr=False)
 
 
 def run_side(name: str, module: str, *arguments: str) -> Measured | None:
@@ -127,6 +136,7 @@ def product(
             seconds=seconds,
             gib=float(records[-1].get("device_gib", 0.0)),
             loss=records[-1]["loss"],
+            loads=[record["expert_load"] for record in records[warmup:]],
         )
 
 

@@ -17,13 +17,16 @@ from benchmarks.train_gpu import ROOT, Measured, product, teraflops
 from sparseray.platform.config import RunConfig, load_yaml
 
 CONFIGS = ("1b_full", "moonlight_6")
+SEQUENCES = 8
+"""Of a step on one GPU."""
 
 
-def options_for(gpus: int, determinism: str, replication: int, exchange: str) -> list[str]:
+def options_for(gpus: int, parts: int, determinism: str, replication: int, exchange: str) -> list[str]:
     """Settings that spread a configuration over GPUs.
 
     Args:
         gpus: how many.
+        parts: of a step.
         determinism: order of sums.
         replication: holders of every expert.
         exchange: `cluster.exchange`.
@@ -32,10 +35,28 @@ def options_for(gpus: int, determinism: str, replication: int, exchange: str) ->
         f"--cluster.attention_workers={gpus}",
         f"--cluster.expert_shards={gpus}",
         f"--cluster.replication={min(gpus, replication)}",
-        f"--train.logical_shards={gpus}",
+        f"--train.logical_shards={parts}",
         f"--determinism={determinism}",
         f"--cluster.exchange={exchange}",
     ]
+
+
+def busiest(loads: list[list[list[int]]], gpus: int) -> float:
+    """How much longer experts take than with even loads: a layer waits for the GPU with most tokens.
+
+    Args:
+        loads: of `Measured`.
+        gpus: that have as many experts each, side by side.
+    """
+    most, all_of = 0.0, 0.0
+    for layers in loads:
+        for row in layers:
+            each = [0] * gpus
+            for expert, tokens in enumerate(row):
+                each[expert * gpus // len(row)] += tokens
+            most += max(each) * gpus
+            all_of += sum(each)
+    return most / all_of if all_of else 1.0
 
 
 def row(config: RunConfig, gpus: int, determinism: str, found: Measured, one: Measured | None) -> str:
@@ -51,7 +72,7 @@ def row(config: RunConfig, gpus: int, determinism: str, found: Measured, one: Me
     ratio = f"{each / one.tokens_per_second:.3f}" if one is not None else "-"
     return (
         f"| {gpus} | {determinism} | {found.seconds * 1e3:.1f} | {found.tokens_per_second:,.0f} | {each:,.0f} |"
-        f" {teraflops(config, found) / gpus:.0f} | {ratio} | {found.gib:.1f} | {found.loss:.3f} |"
+        f" {teraflops(config, found) / gpus:.0f} | {ratio} | {found.gib:.1f} | {found.loss!r} |"
     )
 
 
@@ -64,13 +85,18 @@ def main() -> int:
     parser.add_argument("--determinism", default="fast", help="one or both of fast,bitwise")
     parser.add_argument("--replication", type=int, default=1)
     parser.add_argument("--exchange", default="auto", choices=("auto", "peers", "collective"))
+    parser.add_argument(
+        "--same_tokens",
+        action="store_true",
+        help="the same step on all, in parts of as few sequences as on the most",
+    )
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--warmup", type=int, default=5)
     parser.add_argument("--extra", default="", help="further options of pretrain, separated by spaces")
     parser.add_argument("--limit_s", type=float, default=3600.0, help="seconds after which a run is ended")
     parser.add_argument("--out", type=Path, help="file to write the table to")
     options = parser.parse_args()
-    data = Path(options.data).absolute()
+    data, counts = Path(options.data).absolute(), list(map(int, options.gpus.split(",")))
     parts = [
         "# Training on several GPUs of one host",
         "",
@@ -89,13 +115,19 @@ def main() -> int:
         parts += ["|---|---|---|---|---|---|---|---|---|"]
         for determinism in options.determinism.split(","):
             found: dict[int, Measured] = {}
-            for gpus in map(int, options.gpus.split(",")):
-                extra = options_for(gpus, determinism, options.replication, options.exchange)
+            for gpus in counts:
+                parts_of_step = max(counts) if options.same_tokens else gpus
+                extra = options_for(gpus, parts_of_step, determinism, options.replication, options.exchange)
+                if options.same_tokens:
+                    extra.append(f"--train.sequences_per_shard={SEQUENCES // max(counts)}")
                 extra += options.extra.split()
                 measured = product(config, data, options.steps, options.warmup, extra, options.limit_s)
                 if measured is not None:
                     found[gpus] = measured
-                    print(f"{config}, {determinism}, {gpus} GPUs: {measured}", flush=True)
+                    print(
+                        f"{config}, {determinism}, {gpus} GPUs: {measured}, busiest {busiest(measured.loads, gpus):.3f}",
+                        flush=True,
+                    )
             parts += [
                 row(settings, gpus, determinism, measured, found.get(1))
                 for gpus, measured in sorted(found.items())
