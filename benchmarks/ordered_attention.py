@@ -1,8 +1,7 @@
 """Full attention in training whose gradients come in one order: what it costs, by which kernels. On one GPU, bf16, causal.
 
-`cuDNN` is what `fast` takes, and has no order; `FlashAttention in order` is what `bitwise` takes (kernels/attention/ordered.py); `ranges`
-are NSA's kernels of keys that are all read, as where a sequence has no more blocks than are selected. Each is asked twice for the same
-gradients. Prints Markdown:
+`cuDNN` is what `fast` takes, and has no order; `ordered` is what `bitwise` takes (kernels/attention/ordered.py); `FlashAttention in order`
+is torch's, told to keep one. Each is asked several times for the same gradients. Prints Markdown:
 
   PYTHONPATH=. python -m benchmarks.ordered_attention
 """
@@ -11,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,9 +19,6 @@ from torch.nn.attention import SDPBackend
 from benchmarks.mla_train import Attend, by
 from benchmarks.moe import guarded, milliseconds, say
 from sparseray.kernels.attention.ordered import ordered_attention
-from sparseray.kernels.nsa.geometry import KEYS, uniform
-from sparseray.kernels.nsa.range_backward import range_backward
-from sparseray.kernels.nsa.range_forward import range_forward
 
 SHAPES = (
     (8, 4096, 16, 16, 64, 64),
@@ -33,37 +28,6 @@ SHAPES = (
     (8, 4096, 16, 16, 192, 128),
 )
 """Sequences, tokens, query heads, key/value heads, and their sizes."""
-ALL: dict[str, Any] = {"kind": KEYS, "block": 1, "stride": 1, "window": 0}
-
-
-class Ranges(torch.autograd.Function):
-    """Causal attention [B, T, heads, D] by NSA's kernels of a range of keys, of which every query sees all."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        B, T, scale = *q.shape[:2], q.shape[-1] ** -0.5
-        geometry = uniform(B, T, 0, T, T, 0, 0, q.device)
-        ctx.geometry, ctx.scale, ctx.shapes = geometry, scale, (q.shape, k.shape, v.shape)
-        q, k, v = (x.flatten(0, 1).contiguous() for x in (q, k, v))
-        out, lse = range_forward(q, k, v, geometry, scale=scale, **ALL)
-        ctx.save_for_backward(q, k, v, out, lse)
-        return out.view(B, T, *out.shape[1:])
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
-        q, k, v, out, lse = ctx.saved_tensors
-        do = grads[0].flatten(0, 1).contiguous()
-        rows, dq = (do.float() * out.float()).sum(-1), torch.empty_like(q)
-        dk, dv = range_backward(
-            q, k, v, do, lse, rows, dq, ctx.geometry, scale=ctx.scale, add=False, **ALL
-        )  # fmt: skip
-        return tuple(x.view(shape) for x, shape in zip((dq, dk, dv), ctx.shapes))
-
-
-def ranges(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """See `Ranges`."""
-    out: Tensor = Ranges.apply(q, k, v)
-    return out
 
 
 def fused(attention: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -75,8 +39,8 @@ def fused(attention: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor) -> 
 
 WAYS: dict[str, Attend] = {
     "cuDNN": partial(fused, partial(by, SDPBackend.CUDNN_ATTENTION)),
-    "FlashAttention in order": partial(fused, ordered_attention),
-    "ranges": ranges,
+    "FlashAttention in order": partial(fused, partial(by, SDPBackend.FLASH_ATTENTION)),
+    "ordered": ordered_attention,
 }
 
 
@@ -93,6 +57,9 @@ def tensors(shape: tuple[int, ...], device: str, dtype: torch.dtype) -> tuple[Te
 def time_one(name: str, attend: Attend, shape: tuple[int, ...]) -> None:
     """One line of the table."""
     q, k, v, dout = tensors(shape, "cuda", torch.bfloat16)
+
+    # Torch takes FlashAttention's order only while what has none is refused.
+    torch.use_deterministic_algorithms(name != "cuDNN")
 
     def both() -> tuple[Tensor, ...]:
         return torch.autograd.grad(attend(q, k, v), (q, k, v), dout)
@@ -112,7 +79,6 @@ def time_one(name: str, attend: Attend, shape: tuple[int, ...]) -> None:
 
 def main() -> None:
     """Every shape by every way."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
     say(
         f"# Full attention in training, in one order: {torch.cuda.get_device_name()}, torch {torch.__version__}\n"
     )

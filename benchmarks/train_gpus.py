@@ -21,12 +21,14 @@ SEQUENCES = 8
 """Of a step on one GPU."""
 
 
-def options_for(gpus: int, parts: int, determinism: str, replication: int, exchange: str) -> list[str]:
+def options_for(
+    gpus: int, shape: tuple[int, int], determinism: str, replication: int, exchange: str
+) -> list[str]:
     """Settings that spread a configuration over GPUs.
 
     Args:
         gpus: how many.
-        parts: of a step.
+        shape: parts of a step, and sequences of each; 0 for the configuration's.
         determinism: order of sums.
         replication: holders of every expert.
         exchange: `cluster.exchange`.
@@ -35,7 +37,8 @@ def options_for(gpus: int, parts: int, determinism: str, replication: int, excha
         f"--cluster.attention_workers={gpus}",
         f"--cluster.expert_shards={gpus}",
         f"--cluster.replication={min(gpus, replication)}",
-        f"--train.logical_shards={parts}",
+        f"--train.logical_shards={shape[0]}",
+        *([f"--train.sequences_per_shard={shape[1]}"] if shape[1] else []),
         f"--determinism={determinism}",
         f"--cluster.exchange={exchange}",
     ]
@@ -116,18 +119,14 @@ def main() -> int:
         for determinism in options.determinism.split(","):
             found: dict[int, Measured] = {}
             for gpus in counts:
-                parts_of_step = max(counts) if options.same_tokens else gpus
-                extra = options_for(gpus, parts_of_step, determinism, options.replication, options.exchange)
-                if options.same_tokens:
-                    extra.append(f"--train.sequences_per_shard={SEQUENCES // max(counts)}")
+                shape = (max(counts), SEQUENCES // max(counts)) if options.same_tokens else (gpus, 0)
+                extra = options_for(gpus, shape, determinism, options.replication, options.exchange)
                 extra += options.extra.split()
                 measured = product(config, data, options.steps, options.warmup, extra, options.limit_s)
                 if measured is not None:
                     found[gpus] = measured
-                    print(
-                        f"{config}, {determinism}, {gpus} GPUs: {measured}, busiest {busiest(measured.loads, gpus):.3f}",
-                        flush=True,
-                    )
+                    most = busiest(measured.loads, gpus)
+                    print(f"{config}, {determinism}, {gpus} GPUs: {measured}, busiest {most:.3f}", flush=True)
             parts += [
                 row(settings, gpus, determinism, measured, found.get(1))
                 for gpus, measured in sorted(found.items())

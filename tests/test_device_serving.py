@@ -127,6 +127,14 @@ def test_sizes_that_the_kernels_do_not_take_are_refused_and_the_cure_works(
     assert resolve(change(wrong, cluster__device="cpu"), NONE).cluster.device == "cpu"
 
 
+def test_heads_whose_gradients_would_have_no_order_are_refused_where_one_is_wanted() -> None:
+    wide = change(served(), model=replace(config().model, head_dim=256), determinism="bitwise")
+    with pytest.raises(ConfigError, match=r"at most 192 channels.* not 256, with determinism=bitwise"):
+        resolve_device(wide, of(1000.0))
+    resolve_device(change(wide, determinism="fast"), of(1000.0))
+    resolve_serving_device(wide, of(1000.0))
+
+
 @pytest.mark.parametrize(
     "keys", [{"head_dim": 80}, {"head_dim": 192, "v_head_dim": 128}, {"select_block": 128}], ids=str
 )

@@ -16,6 +16,7 @@ from torch.nn.attention.bias import causal_lower_right
 
 from sparseray.kernels.attention.decode import PagedDecodeWorkspace, paged_decode
 from sparseray.kernels.attention.latent_decode import LatentDecodeWorkspace, latent_decode
+from sparseray.kernels.attention.ordered import ordered_attention
 from sparseray.kernels.attention.paged_write import (
     latent_append,
     paged_write,
@@ -313,8 +314,10 @@ class PagedTritonOps(PagedPlainOps):
 
     def attend(self, q_BTQD: Tensor, k_BSGD: Tensor, v_BSGV: Tensor) -> Tensor:
         T, S, narrow = q_BTQD.shape[1], k_BSGD.shape[1], v_BSGV.shape[-1]
+        if torch.are_deterministic_algorithms_enabled() and T <= S:
+            return ordered_attention(q_BTQD, k_BSGD, v_BSGV)
         if q_BTQD.is_cuda and narrow < q_BTQD.shape[-1]:
-            # FlashAttention takes heads of one size; others would sum their gradients in any order, or keep all scores.
+            # FlashAttention takes heads of one size; for others torch may keep all scores.
             wide_BSGD = F.pad(v_BSGV, (0, q_BTQD.shape[-1] - narrow))
             return self.attend(q_BTQD, k_BSGD, wide_BSGD)[..., :narrow]
         if not 1 < T < S or not q_BTQD.is_cuda or torch.is_grad_enabled():

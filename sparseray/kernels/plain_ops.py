@@ -7,13 +7,14 @@ rows, which CPU libraries sum in one order; the rest is per row, without scalar 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sparseray.errors import ConfigError
-from sparseray.kernels.attention.ordered import ordered_attention
 from sparseray.kernels.dense.reference import adamw_reference, squared_norms_reference
 from sparseray.kernels.dse.reference import Fusion, context_gate, ngram_hash, short_conv
 from sparseray.kernels.held_ops import PlainHeldOps
@@ -109,16 +110,13 @@ class PlainOps(PlainRowOps, PlainHeldOps):
         mask = None
         if T != S:
             mask = torch.ones(T, S, dtype=torch.bool, device=q_BTQD.device).tril(S - T)
-        is_ordered = q_BTQD.is_cuda and torch.are_deterministic_algorithms_enabled()
-        attention = ordered_attention if is_ordered else F.scaled_dot_product_attention
-        out: Tensor = attention(
-            q_BTQD.transpose(1, 2),
-            k_BSGD.transpose(1, 2),
-            v_BSGV.transpose(1, 2),
-            attn_mask=mask,
-            is_causal=T == S,
-            enable_gqa=True,
-        )
+        q, k, v = (x.transpose(1, 2) for x in (q_BTQD, k_BSGD, v_BSGV))
+        # Torch's fused ones on a GPU add gradients up in any order.
+        is_ordered = q.is_cuda and torch.are_deterministic_algorithms_enabled()
+        with sdpa_kernel(SDPBackend.MATH) if is_ordered else nullcontext():
+            out: Tensor = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=T == S, enable_gqa=True
+            )
         return out.transpose(1, 2)
 
     def compress(self, x_BTGD: Tensor, phi: Compression, sizes: NSASizes) -> Tensor:

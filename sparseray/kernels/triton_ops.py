@@ -5,7 +5,7 @@ Paged caches are in paged_triton_ops.py. A method that is in neither is the plai
 | operation | what runs | until |
 |---|---|---|
 | linear, linear_by_head, logits | cuBLAS, with the row's bits as they come | |
-| attend | torch's fused attention; values narrower than keys are padded | |
+| attend | torch's fused attention, but where gradients must have an order; values narrower than keys are padded | |
 | rotary_split where head sizes differ | torch | |
 | memory_gate, memory_conv | torch: the fused kernel takes whole sequences, these are a chunk's pieces in serving | |
 | ngram_rows of orders with gaps | torch | |

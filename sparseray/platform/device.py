@@ -72,7 +72,7 @@ def resolve_device(config: RunConfig, found: Driver | None = None) -> RunConfig:
     if config.cluster.device == "cuda":
         assert found is not None
         _check_gpu(config, found, or_else=", or kernels=reference")
-        check_shapes(config)
+        check_shapes(config, trains=True)
         _check_memory(config, found)
     return config
 
@@ -96,7 +96,7 @@ def resolve_serving_device(config: RunConfig, found: Driver | None = None) -> Ru
         config = replace(config, kernels="auto")
         _check_engines(config)
         _check_gpu(config, found, or_else="")
-        check_shapes(config)
+        check_shapes(config, trains=False)
         _check_serving_memory(config, found)
     return config
 

@@ -3,7 +3,7 @@
 import re
 
 from sparseray.errors import ConfigError
-from sparseray.kernels.settings import nsa_complaint
+from sparseray.kernels.settings import NSA_CHANNELS, NSA_VALUES, nsa_complaint
 from sparseray.platform.config import RunConfig
 
 TRITON = (3, 6)
@@ -37,8 +37,12 @@ def check_triton(what: str, or_else: str) -> None:
         )
 
 
-def check_shapes(config: RunConfig) -> None:
+def check_shapes(config: RunConfig, *, trains: bool) -> None:
     """See that the kernels take the sizes of a model, and torch's fused attention those of its other layers.
+
+    Args:
+        config: of a run or a server.
+        trains: whether there are gradients, whose order may matter.
 
     Raises:
         ConfigError: they do not.
@@ -47,15 +51,17 @@ def check_shapes(config: RunConfig) -> None:
     if "nsa" in model.attention and config.kernels != "reference":
         heads, widths = (model.num_heads, model.num_kv_heads), (model.head_dim, model.value_dim)
         complaints.append(("native sparse attention", nsa_complaint(heads, widths, model.nsa.select_block)))
+    # Gradients in one order are of our own kernels, with their limits (kernels/attention/ordered.py).
+    limits = _without_order if trains and config.determinism == "bitwise" else _too_wide
     if "full" in model.attention:
         names = {"model.head_dim": model.head_dim, "model.v_head_dim": model.value_dim}
-        complaints.append(("full attention", _too_wide(names)))
+        complaints.append(("full attention", limits(names)))
     if "mla" in model.attention:
         names = {
             "model.mla.qk_nope_head_dim": model.mla.qk_head_dim,
             "model.mla.v_head_dim": model.mla.v_head_dim,
         }
-        complaints.append(("latent attention", _too_wide(names)))
+        complaints.append(("latent attention", limits(names)))
     for what, said in complaints:
         if said:
             raise ConfigError(f"cluster.device=cuda: {what} takes {said}, or cluster.device=cpu")
@@ -67,3 +73,12 @@ def _too_wide(widths: dict[str, int]) -> str:
     return (
         f"heads of at most {FUSED_CHANNELS} channels, not {max(widths.values())}; set {cure}" if cure else ""
     )
+
+
+def _without_order(widths: dict[str, int]) -> str:
+    """The complaint about heads whose gradients would have no order; empty where they have one."""
+    if max(widths.values()) <= NSA_CHANNELS and min(widths.values()) <= NSA_VALUES:
+        return ""
+    cure = " and ".join(f"{name}=128" for name, width in widths.items() if width > NSA_VALUES)
+    most = f"heads of at most {NSA_CHANNELS} channels, and values of at most {NSA_VALUES}"
+    return f"{most}, not {max(widths.values())}, with determinism=bitwise; set {cure}, or determinism=fast"

@@ -52,6 +52,31 @@ def prepare_kernel(
         tl.store(p_dgate + o_r * 3 + c, b_dg.to(p_dgate.dtype.element_ty), mask=m_r)
 
 
+@triton.jit(do_not_specialize=["num_rows"])
+def dots_kernel(p_a, p_b, p_o, num_rows, BR: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr):
+    o_r = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
+    m_r = o_r < num_rows
+    b_a = load_tile(p_a, o_r, m_r, DV, 0, DVP, True).to(tl.float32)
+    b_b = load_tile(p_b, o_r, m_r, DV, 0, DVP, True).to(tl.float32)
+    tl.store(p_o + o_r, tl.sum(b_a * b_b, 1), mask=m_r)
+
+
+def row_dots(a: Tensor, b: Tensor) -> Tensor:
+    """Dot products of the rows of two tensors, fp32 [T, HQ].
+
+    Args:
+        a, b: [T, HQ, Dv], contiguous.
+    """
+    out = torch.empty(a.shape[:2], dtype=torch.float32, device=a.device)
+    launch = LAUNCH["combine"]
+    launch_kernel(
+        dots_kernel, (triton.cdiv(out.numel(), launch["rows"]),),
+        a, b, out, out.numel(), BR=launch["rows"], DV=a.shape[2], DVP=max(16, next_power_of_2(a.shape[2])),
+        num_warps=launch["num_warps"],
+    )  # fmt: skip
+    return out
+
+
 def combine(out_cmp: Tensor, out_slc: Tensor, out_win: Tensor, gates: Tensor) -> Tensor:
     """Sum of gate times branch output.
 
