@@ -101,24 +101,24 @@ class Layer:
         self.slots = tuple(regions)
         mailbox: Any = Mailbox(rank)
         link = DeviceLink(mailbox, print, LIMIT_S, self.slots, (peer.new_state(device), peer.new_end(device)))
-        plan: Any = SimpleNamespace(expert_primaries=self.slots)
+        holders = tuple((e // count,) for e in range(EXPERTS))
+        plan: Any = SimpleNamespace(expert_primaries=self.slots, experts=(holders,))
         self.exchange = TokenExchange(
             plan, dense, held, Table(slots=self.slots, regions=regions), rank, link, Meter(link, nothing)
         )
 
     def forward(self) -> Tensor:
         """Tokens out, rows back."""
-        self.exchange.send(self.x_TH, (self.ids_TK, self.weights_TK))
+        self.exchange.send(0, self.x_TH, (self.ids_TK, self.weights_TK))
         self.exchange.forward(0, self.slots, TOKENS, keep=True)
-        weights = None if self.exchange.is_summed else self.weights_TK
-        return TRITON.combine_slots(self.exchange.returned(TOKENS), weights)
+        return self.exchange.returned(0, TOKENS, self.weights_TK)
 
     def run(self) -> None:
         """Forward and backward."""
         self.forward()
-        self.exchange.send(self.dout_TH, None)
+        self.exchange.send(0, self.dout_TH, None)
         self.exchange.backward(0, self.slots, TOKENS)
-        TRITON.combine_slots(self.exchange.returned(TOKENS), None)
+        self.exchange.returned(0, TOKENS, None)
         self.exchange.take_gradients()
         self.exchange.meter.forget()
 

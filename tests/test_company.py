@@ -29,8 +29,25 @@ from sparseray.platform.fleet.weights_port import WeightsPort
 from sparseray.platform.metrics.exporter import Metrics
 
 CALLS = {
-    HostLink: ("put", "put_all", "give_rows", "give_sums", "signal_all", "signal", "wait", "start_read"),
-    PlainHeldOps: ("group_held", "held_forward", "held_backward", "combine_slots"),
+    HostLink: (
+        "put",
+        "put_all",
+        "put_tokens",
+        "give_rows",
+        "give_sums",
+        "signal_all",
+        "signal",
+        "wait",
+        "start_read",
+    ),
+    PlainHeldOps: (
+        "group_held",
+        "held_forward",
+        "held_backward",
+        "combine_slots",
+        "owners_of",
+        "sum_of_owners",
+    ),
 }
 
 
@@ -38,6 +55,7 @@ ABOUT: dict[str, Callable[..., Any]] = {
     # Rows are sorted into groups by kernels for so many in powers of two, and summed by kernels for so many.
     "group_held": lambda _groups_TK, num_sets, num_held, _like: (num_sets * num_held).bit_length(),
     "combine_slots": lambda rows_TKH, _weights_TK: rows_TKH.shape[1],
+    "sum_of_owners": lambda rows_TOH, _owners_T: rows_TOH.shape[1],
 }
 
 
@@ -105,12 +123,14 @@ def test_what_two_slots_run_was_run_before_and_nothing_stays(
         config = replace(config, train=replace(config.train, **changes))
     train(tmp_path / "run", config, stop_after=2)
     wanted = set(called)
+    combined = "sum_of_owners" if determinism == "fast" else "combine_slots"
     assert {name for name, *_ in wanted} >= {
         "put",
         "put_all",
+        "owners_of",
         "held_forward",
         "held_backward",
-        "combine_slots",
+        combined,
     }
     called.clear()
     job, dense = slot_of(tmp_path / "run")
@@ -125,7 +145,13 @@ def test_what_two_slots_run_was_run_before_and_nothing_stays(
 @pytest.mark.parametrize("determinism", ["bitwise", "fast"])
 @pytest.mark.parametrize(
     "roles",
-    [{"expert_shards": 1}, {"attention_workers": 1}, {"slots": 3}, {"slots": 3, "expert_shards": 2}],
+    [
+        {"expert_shards": 1},
+        {"attention_workers": 1},
+        {"slots": 3},
+        {"slots": 3, "expert_shards": 2},
+        {"slots": 3, "attention_workers": 1},
+    ],
     ids=str,
 )
 def test_what_slots_run_that_come_one_after_another_was_run_before(

@@ -7,6 +7,7 @@ import torch
 import triton_interpreter  # noqa: F401  (first: it sets the interpreter up where there is no GPU)
 
 from sparseray.kernels import peer, peer_rows
+from sparseray.kernels.ops import REFERENCE
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 GENERATION = 5
@@ -155,8 +156,40 @@ def test_rows_and_sums_of_rows_come_to_their_sources(is_weighted: bool, S: int, 
     into = [region[:, 1] for region in regions(S, T, 2, H)]
     table = peer.table_of(into, DEVICE)
     peer_rows.give_sums(rows, inverse, weights if is_weighted else None, held, table, (S, T, K), 2 * H, state)
-    for place, values in zip(into, wanted):
-        assert torch.allclose(place.float(), values, atol=0.05)
+    has_any = (inverse.view(S, T, K) < num).any(2)
+    for place, values, is_here in zip(into, wanted, has_any):
+        assert torch.allclose(place[is_here].float(), values[is_here], atol=0.05)
+        assert (place[~is_here] == 7.0).all(), "nobody waits for a sum of nothing"
+
+
+@pytest.mark.parametrize(
+    ("T", "K", "H", "owners"), [(1, 1, 8, 1), (37, 3, 40, 3), (300, 6, 64, 5), (70, 2, 5000, 2)]
+)
+@pytest.mark.parametrize("beside", [False, True])
+def test_tokens_come_to_those_alone_who_have_experts_of_theirs(
+    T: int, K: int, H: int, owners: int, beside: bool
+) -> None:
+    """And what these give is summed alone, in their order, whatever lies at the others' places."""
+    torch.manual_seed(0)
+    x_TH, state = torch.randn(T, H, device=DEVICE).bfloat16(), peer.new_state(DEVICE)
+    ids_TK = torch.rand(T, 16).topk(K).indices.int().to(DEVICE)
+    bits_E = (1 << torch.randint(owners, (16,))).int().to(DEVICE)
+    owners_T = peer_rows.owners_of(ids_TK, bits_E)
+    assert torch.equal(owners_T, REFERENCE.owners_of(ids_TK, bits_E))
+    into = regions(owners, T, H)
+    peer_rows.put_tokens(x_TH, owners_T, peer.table_of(into, DEVICE), state, beside=beside)
+    is_owner_TO = torch.stack([(owners_T >> i & 1).bool() for i in range(owners)], 1)
+    for place, is_its in zip(into, is_owner_TO.T):
+        assert torch.equal(place[is_its], x_TH[is_its]) and (place[~is_its] == 7.0).all()
+    rows_TOH = torch.randn(T, owners, H, device=DEVICE).bfloat16()
+    rows_TOH[~is_owner_TO] = torch.nan
+    found = peer_rows.sum_of_owners(rows_TOH, owners_T)
+    wanted = torch.where(is_owner_TO[..., None], rows_TOH.float(), 0.0).sum(1)
+    assert torch.allclose(found.float(), wanted, atol=0.05)
+    assert torch.allclose(found, REFERENCE.sum_of_owners(rows_TOH, owners_T), atol=0.05, rtol=0.02)
+    state[0] = peer.LATE
+    peer_rows.put_tokens(x_TH + 1, owners_T, peer.table_of(into, DEVICE), state, beside=beside)
+    assert all(torch.equal(p[m], x_TH[m]) for p, m in zip(into, is_owner_TO.T))
 
 
 @pytest.mark.gpu

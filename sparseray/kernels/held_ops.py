@@ -98,6 +98,24 @@ class HeldOps(Protocol):
         """Sum over k, in k order, of the rows, times their weights where there are any, [T, H]."""
         ...
 
+    def owners_of(self, ids_TK: Tensor, bits_E: Tensor) -> Tensor:
+        """Which owners the experts of each token have, as bits, int32 [T].
+
+        Args:
+            ids_TK: int32, experts of each token.
+            bits_E: int32, of each expert the bit of its owner.
+        """
+        ...
+
+    def sum_of_owners(self, rows_TOH: Tensor, owners_T: Tensor) -> Tensor:
+        """Sum of what each token's owners have for it, in their order, [T, H].
+
+        Args:
+            rows_TOH: of every owner; what belongs to none of a token may be anything.
+            owners_T: of `owners_of`.
+        """
+        ...
+
 
 class PlainHeldOps:
     """See `HeldOps`."""
@@ -144,3 +162,15 @@ class PlainHeldOps:
 
     def combine_slots(self, rows_TKH: Tensor, weights_TK: Tensor | None) -> Tensor:
         return sums.combine_slots(rows_TKH, weights_TK)
+
+    def owners_of(self, ids_TK: Tensor, bits_E: Tensor) -> Tensor:
+        bits_TK = bits_E[ids_TK.long()]
+        found_T = bits_TK[:, 0]
+        for k in range(1, bits_TK.shape[1]):
+            found_T = found_T | bits_TK[:, k]
+        return found_T
+
+    def sum_of_owners(self, rows_TOH: Tensor, owners_T: Tensor) -> Tensor:
+        numbers_O = torch.arange(rows_TOH.shape[1], dtype=torch.int32, device=rows_TOH.device)
+        is_owner_TO = (owners_T[:, None] >> numbers_O & 1).bool()
+        return rows_TOH.where(is_owner_TO[..., None], 0).sum(1)

@@ -1,20 +1,72 @@
-"""Rows of experts to the GPUs whose tokens they are of: each to its place, or the sum of a token's.
+"""Tokens to the GPUs that have experts of theirs, and rows of experts back: each to its place, or the sum of a token's.
 
 Stored over NVLink as in peer.py, whose words say when they are there. Twin: link.py's `HostLink`. Programs that follow each other
 store for another source each, so what stays here is written while the rest is on its way.
 
-Names: p_ pointers, i_ program ids, o_ offsets, m_ masks; R rows, N numbers of a row, S sources, T tokens, K experts per token,
-H hidden.
+Names: p_ pointers, i_ program ids, o_ offsets, m_ masks; R rows, N numbers of a row, S sources, O owners of experts, T tokens,
+K experts per token, E experts, H hidden.
 """
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from sparseray.kernels.launch import launch_kernel
-from sparseray.kernels.peer import FLAT, WIDTH, of_table
+from sparseray.kernels.peer import BESIDE_PROGRAMS, FLAT, MOST_PROGRAMS, WIDTH, of_table
+
+OWNERS_BLOCK = 256
+"""Tokens whose owners one program finds."""
+
+
+@triton.jit
+def _owners_kernel(p_ids, p_bits, p_out, T, K: tl.constexpr, KP: tl.constexpr, BT: tl.constexpr):
+    """Which owners the experts of each token have, as bits."""
+    o_t = tl.program_id(0) * BT + tl.arange(0, BT)
+    o_k = tl.arange(0, KP)
+    m = (o_t < T)[:, None] & (o_k < K)[None, :]
+    ids = tl.load(p_ids + o_t[:, None] * K + o_k[None, :], mask=m, other=0)
+    bits = tl.load(p_bits + ids, mask=m, other=0)
+    tl.store(p_out + o_t, tl.reduce(bits, 1, _either), mask=o_t < T)
+
+
+@triton.jit
+def _either(a, b):
+    return a | b
+
+
+@triton.jit(do_not_specialize=["COUNT"])
+def _put_tokens_kernel(
+    p_from, p_table, p_owners, p_state, T, COUNT, H: tl.constexpr, BH: tl.constexpr, BT: tl.constexpr
+):
+    """Tokens i * BT and on, and those as many programs further, to each of COUNT places whose bit they have."""
+    if tl.load(p_state) == 0:
+        o_h = tl.arange(0, BH)
+        for first in range(tl.program_id(0) * BT, T, tl.num_programs(0) * BT):
+            o_t = first + tl.arange(0, BT)
+            m_t = o_t < T
+            owners = tl.load(p_owners + o_t, mask=m_t, other=0)
+            at = o_t.to(tl.int64)[:, None] * H + o_h[None, :]
+            b = tl.load(p_from + at, mask=m_t[:, None] & (o_h < H)[None, :])
+            for i in range(COUNT):
+                m = (((owners >> i) & 1) == 1)[:, None] & (o_h < H)[None, :]
+                tl.store(of_table(p_table, i, p_from) + at, b, mask=m)
+
+
+@triton.jit
+def _sum_of_owners_kernel(p_rows, p_owners, p_out, O: tl.constexpr, H: tl.constexpr, BH: tl.constexpr):
+    """One token: the sum, in the owners' order and in fp32, of what those gave whose bit it has."""
+    i_t = tl.program_id(0).to(tl.int64)
+    owners = tl.load(p_owners + i_t)
+    for start in range(0, H, BH):
+        o_h = start + tl.arange(0, BH)
+        acc = tl.zeros([BH], tl.float32)
+        for i in tl.static_range(O):
+            m = (((owners >> i) & 1) == 1) & (o_h < H)
+            acc += tl.load(p_rows + (i_t * O + i) * H + o_h, mask=m, other=0.0).to(tl.float32)
+        tl.store(p_out + i_t * H + o_h, acc.to(p_out.dtype.element_ty), mask=o_h < H)
 
 
 @triton.jit(do_not_specialize=["S"])
@@ -55,12 +107,16 @@ def _give_sums_kernel(
     WEIGHTED: tl.constexpr,
     BH: tl.constexpr,
 ):
-    """One token of one source: the sum over those of its k whose rows are held, in fp32."""
+    """One token of one source: the sum over those of its k whose rows are held, in fp32, if any is."""
     i_t, i_s = (tl.program_id(0) // S).to(tl.int64), tl.program_id(0) % S
     if tl.load(p_state) == 0:
         held = tl.load(p_held)
         p_into = of_table(p_table, i_s, p_rows) + i_t * STRIDE
         first = (i_s * T + i_t) * K
+        # Nobody reads what a token has where no expert of it is (`sum_of_owners`).
+        nearest = held
+        for k in tl.static_range(K):
+            nearest = tl.minimum(nearest, tl.load(p_inverse + first + k))
         for start in range(0, H, BH):
             o_h = start + tl.arange(0, BH)
             acc = tl.zeros([BH], tl.float32)
@@ -71,7 +127,60 @@ def _give_sums_kernel(
                 if WEIGHTED:
                     x = x * tl.load(p_weights + first + k)
                 acc += x
-            tl.store(p_into + o_h, acc.to(p_rows.dtype.element_ty), mask=o_h < H)
+            tl.store(p_into + o_h, acc.to(p_rows.dtype.element_ty), mask=(o_h < H) & (nearest < held))
+
+
+def owners_of(ids_TK: Tensor, bits_E: Tensor) -> Tensor:
+    """Which owners the experts of each token have, as bits, int32 [T].
+
+    Args:
+        ids_TK: int32, experts of each token, contiguous.
+        bits_E: int32, of each expert the bit of its owner.
+    """
+    T, K = ids_TK.shape
+    out_T = torch.empty(T, dtype=torch.int32, device=ids_TK.device)
+    padded = triton.next_power_of_2(K)
+    launch_kernel(
+        _owners_kernel, (triton.cdiv(T, OWNERS_BLOCK),),
+        ids_TK, bits_E, out_T, T, K=K, KP=padded, BT=OWNERS_BLOCK, num_warps=4,
+    )  # fmt: skip
+    return out_T
+
+
+def put_tokens(x_TH: Tensor, owners_T: Tensor, table: Tensor, state: Tensor, *, beside: bool = False) -> None:
+    """Store each token where its bits say, at its own place.
+
+    Args:
+        x_TH: contiguous.
+        owners_T: of `owners_of`; bit i is of the table's i-th place.
+        table: of `table_of`; contiguous places of the same dtype and size.
+        state: of `new_state`; where it is not OK nothing is stored.
+        beside: as of `put_all`.
+    """
+    T, H = x_TH.shape
+    programs, block, warps = (BESIDE_PROGRAMS, 4 * FLAT, 16) if beside else (MOST_PROGRAMS, FLAT, 4)
+    wide = triton.next_power_of_2(H)
+    tokens = max(1, block // wide)
+    launch_kernel(
+        _put_tokens_kernel, (min(programs, triton.cdiv(T, tokens)),),
+        x_TH, table, owners_T, state, T, len(table), H=H, BH=wide, BT=tokens, num_warps=warps,
+    )  # fmt: skip
+
+
+def sum_of_owners(rows_TOH: Tensor, owners_T: Tensor) -> Tensor:
+    """What `give_sums` gave for each token, summed over its owners in their order, [T, H].
+
+    Args:
+        rows_TOH: contiguous; what belongs to no owner of a token may be anything.
+        owners_T: of `owners_of`.
+    """
+    T, owners, H = rows_TOH.shape
+    out_TH = rows_TOH.new_empty(T, H)
+    launch_kernel(
+        _sum_of_owners_kernel, (T,),
+        rows_TOH, owners_T, out_TH, O=owners, H=H, BH=min(2048, triton.next_power_of_2(H)), num_warps=4,
+    )  # fmt: skip
+    return out_TH
 
 
 def give_rows(
@@ -122,7 +231,7 @@ def give_sums(
     stride: int,
     state: Tensor,
 ) -> None:
-    """Store, for every token of every source, the sum of its rows that are held; zeros where none is.
+    """Store, for every token of every source, the sum of its rows that are held; nothing where none is.
 
     Args:
         rows_RH: contiguous.

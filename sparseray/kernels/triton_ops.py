@@ -24,6 +24,7 @@ import triton
 from torch import Tensor
 
 from sparseray.errors import ConfigError
+from sparseray.kernels import peer_rows
 from sparseray.kernels.dense.adamw import adamw_step
 from sparseray.kernels.dense.embedding import embedding_grad_
 from sparseray.kernels.dense.head_loss import head_loss
@@ -284,6 +285,12 @@ class TritonOps(PagedTritonOps):
     def combine_slots(self, rows_TKH: Tensor, weights_TK: Tensor | None) -> Tensor:
         T, K, H = rows_TKH.shape
         return combine_rows(rows_TKH.reshape(T * K, H), _numbers(T * K, rows_TKH.device), K, weights_TK)
+
+    def owners_of(self, ids_TK: Tensor, bits_E: Tensor) -> Tensor:
+        return peer_rows.owners_of(ids_TK, bits_E)
+
+    def sum_of_owners(self, rows_TOH: Tensor, owners_T: Tensor) -> Tensor:
+        return peer_rows.sum_of_owners(rows_TOH, owners_T)
 
     def ngram_rows(
         self,

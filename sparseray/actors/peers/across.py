@@ -157,7 +157,7 @@ class DeviceExchange(Abortable):
             weights_TK: fp32, their weights, contiguous.
         """
         self.check()
-        self.across.send(x_TH, (ids_TK, weights_TK))
+        self.across.send(layer, x_TH, (ids_TK, weights_TK))
 
     def forward_rows(self, layer: int, weights_TK: Tensor) -> Tensor:
         """The weighted sum of the chosen experts' outputs, [T, H], of the tokens that were sent last.
@@ -167,13 +167,17 @@ class DeviceExchange(Abortable):
             weights_TK: as there.
         """
         self._forward(layer)
-        weights = None if self.across.is_summed else weights_TK
-        return self.ops.combine_slots(self.across.returned(len(weights_TK)), weights)
+        return self.across.returned(layer, len(weights_TK), weights_TK)
 
-    def send_gradient(self, dout_TH: Tensor) -> None:
-        """Let the gradient of a layer's output, contiguous, go the same way."""
+    def send_gradient(self, layer: int, dout_TH: Tensor) -> None:
+        """Let the gradient of a layer's output go the same way.
+
+        Args:
+            layer: index among the MoE layers.
+            dout_TH: contiguous.
+        """
         self.check()
-        self.across.send(dout_TH, None)
+        self.across.send(layer, dout_TH, None)
 
     def backward_rows(self, layer: int, tokens: int) -> tuple[Tensor, Tensor]:
         """Gradients of the inputs, [T, H], and of the routing weights, [T, K], after `send_gradient`.
@@ -183,7 +187,7 @@ class DeviceExchange(Abortable):
             tokens: T.
         """
         self._backward(layer)
-        dx_TH = self.ops.combine_slots(self.across.returned(tokens), None)
+        dx_TH = self.across.returned(layer, tokens, None)
         return dx_TH, self.across.returned_weights(tokens).clone()
 
     def _tokens(self, layer: int) -> int:

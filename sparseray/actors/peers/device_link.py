@@ -102,6 +102,15 @@ class DeviceLink(Link):
             is_aside = torch.cuda.current_stream() == self._side
             peer.put_all(numbers, self._table(intos), self._state, beside=is_aside)
 
+    def put_tokens(self, x_TH: Tensor, owners_T: Tensor, intos: Sequence[Tensor]) -> None:
+        """As of `Link`.
+
+        Args:
+            x_TH, owners_T, intos: there.
+        """
+        is_aside = torch.cuda.current_stream() == self._side
+        peer_rows.put_tokens(x_TH, owners_T, self._table(intos), self._state, beside=is_aside)
+
     def give_rows(self, rows_RN: Tensor, held: HeldRows, intos: Sequence[Tensor]) -> None:
         """As of `Link`.
 

@@ -85,6 +85,15 @@ class Link(Protocol):
             intos: contiguous, of the same dtype and size.
         """
 
+    def put_tokens(self, x_TH: Tensor, owners_T: Tensor, intos: Sequence[Tensor]) -> None:
+        """Write each token to the places whose bit it has, at its own row.
+
+        Args:
+            x_TH: contiguous.
+            owners_T: int32, bits.
+            intos: as in `put_all`.
+        """
+
     def give_rows(self, rows_RN: Tensor, held: HeldRows, intos: Sequence[Tensor]) -> None:
         """Write each row that is held to the place of its (token, k) pair.
 
@@ -97,7 +106,7 @@ class Link(Protocol):
     def give_sums(
         self, rows_RH: Tensor, held: HeldRows, weights_STK: Tensor, intos: Sequence[Tensor], *, weighted: bool
     ) -> None:
-        """Write the sum of each token's rows that are held; zeros for one that has none.
+        """Write the sum of each token's rows that are held; of one that has none, nothing or zeros.
 
         Args:
             rows_RH, held: as in `give_rows`.
@@ -206,6 +215,16 @@ class HostLink(Link):
         """
         for into in intos:
             self.put(numbers, into)
+
+    def put_tokens(self, x_TH: Tensor, owners_T: Tensor, intos: Sequence[Tensor]) -> None:
+        """As of `Link`.
+
+        Args:
+            x_TH, owners_T, intos: there.
+        """
+        for index, into in enumerate(intos):
+            wanted = (owners_T >> index & 1).nonzero()[:, 0]
+            self.put(x_TH[wanted], into, wanted)
 
     def give_rows(self, rows_RN: Tensor, held: HeldRows, intos: Sequence[Tensor]) -> None:
         """As of `Link`.

@@ -85,7 +85,7 @@ class _Returned(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, on_way: Tensor, weights_TK: Tensor, exchange: DeviceExchange, layer: int) -> Tensor:
-        ctx.exchange = exchange
+        ctx.exchange, ctx.layer = exchange, layer
         # Asking for it below has all be computed again that is, before gradients go out.
         ctx.save_for_backward(weights_TK)
         return exchange.forward_rows(layer, weights_TK)
@@ -93,5 +93,5 @@ class _Returned(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         assert ctx.saved_tensors
-        ctx.exchange.send_gradient(grads[0].contiguous())
+        ctx.exchange.send_gradient(ctx.layer, grads[0].contiguous())
         return ctx.exchange.nothing, None, None, None

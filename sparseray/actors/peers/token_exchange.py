@@ -24,6 +24,8 @@ from sparseray.actors.state.gradient_sum import Determinism
 from sparseray.actors.state.slab_experts import SlabExperts
 from sparseray.kernels.ops import HeldRows
 
+FEW = 3
+"""Slots with experts, of which fewer all want nearly every token."""
 Gradients = list[list[Tensor]]
 """Of the parts of a round, or of their sum: gate_up and down of every layer."""
 
@@ -75,7 +77,7 @@ class TokenExchange:
         self.held, self.table, self.me, self.link, self.ops = experts, table, me, link, dense.ops
         self._dense = dense
         self.meter = meter
-        self.owners = plan.expert_primaries
+        self._plan, self.owners = plan, plan.expert_primaries
         self.is_owner = me in self.owners
         self.is_summed = dense.sum.determinism == "fast"
         self.device = dense.device
@@ -86,6 +88,10 @@ class TokenExchange:
         self._is_settled = False
         self._groups: dict[tuple[int, int], tuple[dict[int, int], Tensor]] = {}
         self._kept: dict[int, _Kept] = {}
+        self._owners: dict[int, Tensor] = {}
+        """Of each layer's experts the bit of the slot that computes them."""
+        self._owners_of: dict[int, Tensor] = {}
+        """Of each layer's tokens on their way, the bits of the slots that have experts of theirs."""
         self._sending: list[Tensor] = []
         """What is on its way: its memory is used for nothing else meanwhile."""
         self._gradients: Gradients = []
@@ -93,6 +99,7 @@ class TokenExchange:
     def clear(self) -> None:
         """Forget what a step left."""
         self._kept.clear()
+        self._owners_of.clear()
         self._gradients.clear()
 
     def settle(self, sources: int, tokens: int) -> None:
@@ -156,18 +163,22 @@ class TokenExchange:
         """
         self.count = count
         self._kept.clear()
+        self._owners_of.clear()
         self._sending, self._gradients = [], []
 
     # -- of the own tokens -----------------------------------------------------------------------------
 
-    def send(self, tokens_TH: Tensor, chosen: tuple[Tensor, Tensor] | None) -> None:
-        """Give all that hold experts the tokens of this slot, beside what is computed before they are waited for.
+    def send(self, layer: int, tokens_TH: Tensor, chosen: tuple[Tensor, Tensor] | None) -> None:
+        """Give those that hold experts of them the tokens of this slot, beside what is computed before they are waited for.
 
         Args:
+            layer: index among the MoE layers.
             tokens_TH: tokens, or gradients of their outputs.
             chosen: their experts, int32, and routing weights, both [T, K]; None where these are known.
         """
         T, rank = tokens_TH.shape[0], self.table.rank(self.me)
+        if chosen is not None:
+            self._owners_of[layer] = self.ops.owners_of(chosen[0], self._owners_in(layer))
         theirs = [self.table.regions[slot] for slot in self.owners]
         others = [self.table.regions[slot].flags_S for slot in self.owners if slot != self.me]
         sent = [tokens_TH, *(chosen or ())]
@@ -175,19 +186,29 @@ class TokenExchange:
         self._sending = sent
         with self.link.aside():
             with self.meter.phase("dispatch", num_bytes):
-                for numbers, name in zip(sent, ("x_STH", "ids_STK", "weights_STK")):
+                places = [r.of_sources("x_STH", T)[rank] for r in theirs]
+                if len(theirs) < FEW:
+                    self.link.put_all(tokens_TH, places)
+                else:
+                    self.link.put_tokens(tokens_TH, self._owners_of[layer], places)
+                for numbers, name in zip(chosen or (), ("ids_STK", "weights_STK")):
                     self.link.put_all(numbers, [r.of_sources(name, T)[rank] for r in theirs])
             self.link.signal_all(others, rank, self.count + 1)
 
-    def returned(self, tokens: int) -> Tensor:
-        """What came back, [T, rows of a token, H]; it lies there until the next exchange.
+    def returned(self, layer: int, tokens: int, weights_TK: Tensor | None) -> Tensor:
+        """The sum of what came back for each token, [T, H].
 
         Args:
+            layer: index among the MoE layers.
             tokens: T.
+            weights_TK: of rows that come one by one; None for 1.
         """
         rows_RH = self.table.regions[self.me].rows_RH
         each = len(self.owners) if self.is_summed else self.held.config.moe.top_k
-        return rows_RH[: tokens * each].view(tokens, each, -1)
+        rows_TKH = rows_RH[: tokens * each].view(tokens, each, -1)
+        if self.is_summed:
+            return self.ops.sum_of_owners(rows_TKH, self._owners_of[layer])
+        return self.ops.combine_slots(rows_TKH, weights_TK)
 
     def returned_weights(self, tokens: int) -> Tensor:
         """Gradients of the routing weights, [T, K].
@@ -269,6 +290,13 @@ class TokenExchange:
         groups_SE = self._groups_of(layer, sets).expand(S, -1)
         groups_TK = groups_SE.gather(1, ids_STK.view(S, T * K).long()).view(S * T, K)
         return self.ops.group_held(groups_TK, sets, num_held, like)
+
+    def _owners_in(self, layer: int) -> Tensor:
+        """Of each expert the bit of the slot that computes it, int32 [experts]."""
+        if layer not in self._owners:
+            bits = [1 << self.owners.index(holders[0]) for holders in self._plan.experts[layer]]
+            self._owners[layer] = torch.tensor(bits, dtype=torch.int32, device=self.device)
+        return self._owners[layer]
 
     def _groups_of(self, layer: int, sets: int) -> Tensor:
         """Group of each expert that is computed here, int32 [sets, experts]; the number of groups for all others."""

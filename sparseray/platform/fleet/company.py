@@ -22,6 +22,7 @@ from sparseray.actors.peers.link import COUNT_BITS, HostLink, Link, word_of
 from sparseray.actors.peers.peers import sizes_of
 from sparseray.actors.peers.regions import Regions
 from sparseray.actors.peers.table import Table
+from sparseray.actors.peers.token_exchange import FEW
 from sparseray.actors.state.assignment import Plan
 from sparseray.actors.state.dense_slab import DenseSlabs
 from sparseray.actors.state.slab_experts import SlabExperts
@@ -107,7 +108,8 @@ def rehearse_in_company(job: SlotJob, dense: DenseSlabs, slots: int = 2) -> None
 def distinct_shares(config: RunConfig, slots: int) -> list[Shares]:
     """Shares that between them run every kernel that any do.
 
-    Kernels are compiled for how many rows of a token come back, and for the groups that rows are sorted into, in powers of two.
+    Kernels are compiled for how many rows of a token come back, and for the groups that rows are sorted into, in powers of two;
+    another one gives tokens where many slots have experts.
 
     Args:
         config: of the run.
@@ -120,7 +122,7 @@ def distinct_shares(config: RunConfig, slots: int) -> list[Shares]:
         sets = 1 if is_fast else sources
         for held in {experts // owners, -(-experts // owners)}:
             if max(owners, sources) > 1:
-                key = owners if is_fast else 0, (sets * held).bit_length()
+                key = owners if is_fast else int(owners >= FEW), (sets * held).bit_length()
                 found.setdefault(key, (owners, sources))
     return list(dict.fromkeys(found.values()))
 
