@@ -1,6 +1,6 @@
 """Compiles what a CPU computes with, once, before several processes of tests would each compile it for themselves.
 
-Two steps of training, by message with tables of both kinds of rows and in slabs, and a few tokens of two models: what they
+Two steps of training, by message with tables of both kinds of rows and in slabs, and a few tokens of four models: what they
 call stays compiled beside the sources. Where it lies there already this takes seconds.
 """
 
@@ -8,13 +8,16 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
+import test_model_cache
 from conftest import write_corpus
 from local_cluster import MODEL, tiny_run, train
 from serving_parts import finish, make_parts, request_of
 from test_across_slots import slabs_run
+from test_model_cache import ODD, Net, random_tokens
 from test_serving_paged_kernels import LATENT
 
 from sparseray.jobs.tokens.prepare import prepare
+from sparseray.kernels.compiled_ops import COMPILED
 
 
 def main() -> None:
@@ -33,6 +36,10 @@ def main() -> None:
         for index, way in enumerate(({"temperature": 0.0}, {"top_p": 0.9}, {"logprobs": 2})):
             engine.add(request_of(str(index), tuple(range(3, 40 + index)), **way))
         finish(engine)
+    for model in (ODD, test_model_cache.LATENT):
+        net, tokens = Net(model, COMPILED), random_tokens(71, 1)
+        net.full(tokens)
+        net.served().text(tokens, [3, 1, 17, 50])
 
 
 if __name__ == "__main__":

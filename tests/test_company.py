@@ -102,10 +102,10 @@ def slot_of(run: Path) -> tuple[SlotJob, DenseSlabs]:
     return job, dense
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize(
     ("determinism", "replication", "changes"),
-    [("bitwise", 1, {}), ("fast", 2, {}), ("bitwise", 2, {"mtp": MTPConfig(depth=1)}), ("bitwise", 1, {"recompute": True})],
+    [("fast", 2, {}), ("bitwise", 1, {}), ("bitwise", 2, {"mtp": MTPConfig(depth=1)}), ("bitwise", 1, {"recompute": True})],
 )  # fmt: skip
 def test_what_two_slots_run_was_run_before_and_nothing_stays(
     determinism: Any,
@@ -141,7 +141,7 @@ def test_what_two_slots_run_was_run_before_and_nothing_stays(
     assert dense.sum.total is None and not list(dense.sum.nodes())
 
 
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(10)
 @pytest.mark.parametrize("determinism", ["bitwise", "fast"])
 @pytest.mark.parametrize(
     "roles",
@@ -192,7 +192,8 @@ def test_a_rehearsal_is_short() -> None:
         assert found[0] == (2, 2) and len(found) <= most, found
 
 
-@pytest.mark.parametrize("at", ["held_forward", "held_backward"])
+@pytest.mark.one_in(2)
+@pytest.mark.parametrize("at", ["held_backward", "held_forward"])
 def test_a_rehearsal_that_fails_leaves_nothing(
     at: str, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

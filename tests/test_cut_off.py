@@ -171,7 +171,8 @@ def test_a_scheduler_that_dies_in_the_middle_of_a_checkpoint_makes_another(
 
 
 def test_slots_with_rows_alone_say_when_they_have_written(corpus: Path, tmp_path: Path) -> None:
-    config = run_of(corpus, slots=1, memory_shards=2)
+    # A step that takes long is no loss here.
+    config = run_of(corpus, slots=1, memory_shards=2, deadline_s=30.0)
     found = train(tmp_path / "run", config, stop_after=2 * SAVED)
     assert set(digests(found)) == {SAVED, 2 * SAVED} and "unsaved" not in found.events
 

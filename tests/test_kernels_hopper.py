@@ -11,7 +11,7 @@ import pytest
 
 MOST_SHARED = 227 * 1024
 """Bytes of shared memory that a program may have on Hopper."""
-COUNTS = {"dense": 145, "range": 3, "window": 3, "selected": 1, "latent": 3}
+COUNTS = {"dense": 149, "range": 3, "window": 3, "selected": 1, "latent": 3}
 MOST_SPILLED = {"dense": 128, "range": 160, "window": 160, "selected": 160, "latent": 16}
 """Bytes. Spilled registers inside the pipelined kernels' loops would cost more than all the rest gains."""
 # One process compiles all that is not recorded: it loads for two seconds, and what may take minutes is to begin early.
