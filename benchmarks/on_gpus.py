@@ -51,7 +51,9 @@ class Run:
 
 PYTEST = "-m pytest -m gpu --dist worksteal -v -rP -p no:cacheprovider"
 RUNS = (
-    Run("stories", 2, 400, f"{PYTEST} -n 4 tests/test_gpu_several.py tests/test_gpu_several_serving.py tests/test_gpu_collective.py"),
+    Run("stories", 2, 350, f"{PYTEST} -n 2 tests/test_gpu_several.py"),
+    Run("stories_serving", 2, 350, f"{PYTEST} -n 3 tests/test_gpu_several_serving.py"),
+    Run("stories_collective", 2, 300, f"{PYTEST} -n 3 tests/test_gpu_collective.py"),
     Run("elastic_2", 2, 300, "-m benchmarks.elastic_gpus --data {data} --only resize,faults"),
     Run(
         "sixteen_4", 4, 400,
