@@ -272,7 +272,7 @@ def peers() -> None:
         peer.put_all(source, flags, state)
         peer_rows.give_rows(source, places, order, flags, 8, 2048, state)
     peer_rows.give_sums(bf16(16, 2048), order, torch.zeros(16), order, flags, (4, 2, 2), 8192, state)
-    owners = peer_rows.owners_of(torch.zeros(64, 6, dtype=torch.int32), torch.zeros(64, dtype=torch.int32))
+    owners = peer_rows.owners_of(torch.zeros(64, 6, dtype=torch.int32), torch.zeros(64, dtype=torch.int64))
     for is_beside in (False, True):
         peer_rows.put_tokens(bf16(64, 2048), owners, flags, state, beside=is_beside)
     peer_rows.sum_of_owners(bf16(64, 4, 2048), owners)

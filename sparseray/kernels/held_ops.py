@@ -99,11 +99,11 @@ class HeldOps(Protocol):
         ...
 
     def owners_of(self, ids_TK: Tensor, bits_E: Tensor) -> Tensor:
-        """Which owners the experts of each token have, as bits, int32 [T].
+        """Which owners the experts of each token have, as bits, int64 [T].
 
         Args:
             ids_TK: int32, experts of each token.
-            bits_E: int32, of each expert the bit of its owner.
+            bits_E: int64, of each expert the bit of its owner.
         """
         ...
 
@@ -171,6 +171,6 @@ class PlainHeldOps:
         return found_T
 
     def sum_of_owners(self, rows_TOH: Tensor, owners_T: Tensor) -> Tensor:
-        numbers_O = torch.arange(rows_TOH.shape[1], dtype=torch.int32, device=rows_TOH.device)
+        numbers_O = torch.arange(rows_TOH.shape[1], device=rows_TOH.device)
         is_owner_TO = (owners_T[:, None] >> numbers_O & 1).bool()
         return rows_TOH.where(is_owner_TO[..., None], 0).sum(1)

@@ -131,14 +131,14 @@ def _give_sums_kernel(
 
 
 def owners_of(ids_TK: Tensor, bits_E: Tensor) -> Tensor:
-    """Which owners the experts of each token have, as bits, int32 [T].
+    """Which owners the experts of each token have, as bits, int64 [T].
 
     Args:
         ids_TK: int32, experts of each token, contiguous.
-        bits_E: int32, of each expert the bit of its owner.
+        bits_E: int64, of each expert the bit of its owner.
     """
     T, K = ids_TK.shape
-    out_T = torch.empty(T, dtype=torch.int32, device=ids_TK.device)
+    out_T = torch.empty(T, dtype=torch.int64, device=ids_TK.device)
     padded = triton.next_power_of_2(K)
     launch_kernel(
         _owners_kernel, (triton.cdiv(T, OWNERS_BLOCK),),

@@ -252,6 +252,7 @@ class Generations:
                 restore, step = self.workload.renewed(restore, step)
             else:
                 held = self.holders.among(self.fleet.members())
+                # What serves does that by `shrink.after_loss`, above.
                 if self.plan is not None and self.workload.is_settled_by_commit:
                     wished, new = new, stages.after_loss(self.plan, new, held, self.size)
                     self.unfinished = new.generation if new is not wished else -1

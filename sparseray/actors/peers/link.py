@@ -90,7 +90,7 @@ class Link(Protocol):
 
         Args:
             x_TH: contiguous.
-            owners_T: int32, bits.
+            owners_T: int64, bits.
             intos: as in `put_all`.
         """
 

@@ -292,10 +292,10 @@ class TokenExchange:
         return self.ops.group_held(groups_TK, sets, num_held, like)
 
     def _owners_in(self, layer: int) -> Tensor:
-        """Of each expert the bit of the slot that computes it, int32 [experts]."""
+        """Of each expert the bit of the slot that computes it, int64 [experts]."""
         if layer not in self._owners:
             bits = [1 << self.owners.index(holders[0]) for holders in self._plan.experts[layer]]
-            self._owners[layer] = torch.tensor(bits, dtype=torch.int32, device=self.device)
+            self._owners[layer] = torch.tensor(bits, dtype=torch.int64, device=self.device)
         return self._owners[layer]
 
     def _groups_of(self, layer: int, sets: int) -> Tensor:
