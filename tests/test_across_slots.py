@@ -82,6 +82,16 @@ def test_roles_in_slots_of_their_own_change_no_bit(
     check(train(tmp_path / "run", slabs_run(corpus, **roles), stop_after=SHORT), one, SHORT)
 
 
+def test_experts_that_are_packed_by_load_change_no_bit(
+    corpus: Path, one: dict[int, Trained], tmp_path: Path
+) -> None:
+    """Every layer waits for the slot with most tokens: in the first steps of a run that one has far more than others."""
+    config = slabs_run(corpus, slots=4, rebalance_above=1.01, rebalance_every=2)
+    found = train(tmp_path / "run", config, stop_after=SHORT)
+    check(found, one, SHORT)
+    assert "rebalanced" in found.events
+
+
 def test_a_host_that_does_not_learn_the_counts_of_rows_changes_no_bit(
     corpus: Path, one: dict[int, Trained], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
