@@ -59,7 +59,7 @@ RUNS = (
         "sixteen_4", 4, 400,
         "-m benchmarks.train_gpus --data {data} --configs moonlight --gpus 4 --steps 12 --extra=--train.sequences_per_shard=4",
     ),
-    Run("train_4", 4, 400, "-m benchmarks.train_gpus --data {data} --gpus 1,4"),
+    Run("train_4", 4, 560, "-m benchmarks.train_gpus --data {data} --gpus 4 --steps 700 --warmup 660"),
     Run(
         "bits_4", 4, 300,
         "-m benchmarks.train_gpus --data {data} --configs 1b_full --gpus 1,2,4 --determinism bitwise --steps 12 --same_tokens",

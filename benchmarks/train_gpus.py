@@ -2,7 +2,8 @@
 
 Through `python -m sparseray pretrain` on real text: data parallel dense weights and expert parallel experts, a logical
 part for each GPU. TFLOP/s are those of 6 x the parameters that are active for a token, and attention; what is computed
-again does not count. Prints a table as Markdown:
+again does not count. In the first some hundred steps of a run experts get uneven numbers of tokens, and all GPUs wait for the
+busiest: `busiest` says by how much, and `--steps 700 --warmup 660` measures after it. Prints a table as Markdown:
 
   PYTHONPATH=. python -m benchmarks.train_gpus --data data/stdlib --gpus 1,2 --out benchmarks/results/train_gpus_GPU_DATE.md
   PYTHONPATH=. python -m benchmarks.train_gpus --data data/stdlib --configs moonlight --gpus 2 --steps 12
