@@ -15,7 +15,10 @@ from pathlib import Path
 import torch
 
 from benchmarks.train_gpu import ROOT, Measured, product, teraflops
+from sparseray.actors.state.assignment import Plan
 from sparseray.platform.config import RunConfig, load_yaml
+from sparseray.platform.planning.placement import split_evenly
+from sparseray.platform.planning.policy import imbalance
 
 CONFIGS = ("1b_full", "moonlight_6")
 SEQUENCES = 8
@@ -52,15 +55,13 @@ def busiest(loads: list[list[list[int]]], gpus: int) -> float:
         loads: of `Measured`.
         gpus: that have as many experts each, side by side.
     """
-    most, all_of = 0.0, 0.0
-    for layers in loads:
-        for row in layers:
-            each = [0] * gpus
-            for expert, tokens in enumerate(row):
-                each[expert * gpus // len(row)] += tokens
-            most += max(each) * gpus
-            all_of += sum(each)
-    return most / all_of if all_of else 1.0
+    rows = [row for layers in loads for row in layers]
+    if not rows:
+        return 1.0
+    holders = tuple((gpu,) for gpu in split_evenly(len(rows[0]), range(gpus)))
+    experts = (holders,) * len(rows)
+    plan = Plan(generation=0, addresses={}, part_owners=(), dense=(), experts=experts, buckets=())
+    return imbalance(plan, rows)
 
 
 def row(config: RunConfig, gpus: int, determinism: str, found: Measured, one: Measured | None) -> str:

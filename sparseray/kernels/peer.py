@@ -179,6 +179,11 @@ def table_of(places: Sequence[Tensor], device: torch.device) -> Tensor:
     return torch.tensor(addresses, dtype=torch.int64).to(device)
 
 
+def of_stores(beside: bool) -> tuple[int, int, int]:
+    """Programs that store in several places, numbers of each at once, and its warps; few programs where others compute."""
+    return (BESIDE_PROGRAMS, 4 * FLAT, 16) if beside else (MOST_PROGRAMS, FLAT, 4)
+
+
 def put_all(numbers: Tensor, table: Tensor, state: Tensor, *, beside: bool = False) -> None:
     """Store the same numbers in several places; they are read once.
 
@@ -189,7 +194,7 @@ def put_all(numbers: Tensor, table: Tensor, state: Tensor, *, beside: bool = Fal
         beside: something else computes meanwhile; then few programs store, many numbers at once each.
     """
     count = numbers.numel()
-    programs, block, warps = (BESIDE_PROGRAMS, 4 * FLAT, 16) if beside else (MOST_PROGRAMS, FLAT, 4)
+    programs, block, warps = of_stores(beside)
     launch_kernel(
         _put_all_kernel,
         (min(programs, triton.cdiv(count, block)),),

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparseray.kernels.launch import launch_kernel
-from sparseray.kernels.peer import BESIDE_PROGRAMS, FLAT, MOST_PROGRAMS, WIDTH, of_table
+from sparseray.kernels.peer import FLAT, WIDTH, of_stores, of_table
 
 OWNERS_BLOCK = 256
 """Tokens whose owners one program finds."""
@@ -158,7 +158,7 @@ def put_tokens(x_TH: Tensor, owners_T: Tensor, table: Tensor, state: Tensor, *, 
         beside: as of `put_all`.
     """
     T, H = x_TH.shape
-    programs, block, warps = (BESIDE_PROGRAMS, 4 * FLAT, 16) if beside else (MOST_PROGRAMS, FLAT, 4)
+    programs, block, warps = of_stores(beside)
     wide = triton.next_power_of_2(H)
     tokens = max(1, block // wide)
     launch_kernel(

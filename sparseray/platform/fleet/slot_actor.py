@@ -71,7 +71,9 @@ class SlotActor:
             if self._host is not None and not self._host.close():
                 return False
             self._host = self._lease = None
-        importlib.import_module("sparseray.platform.fleet.freeing").free_memory()
+        from sparseray.platform.fleet.freeing import free_memory  # and torch, loaded by now
+
+        free_memory()
         return True
 
     def wait_for_end(self, lease: Lease) -> None:
