@@ -49,6 +49,8 @@ class Measured:
         gib: peak of the GPU's memory that torch reserved.
         loss: of the last step.
         loads: tokens of each expert, [steps][MoE layers][experts], where they are known.
+        times: Unix times of all commits, those of the warm-up included.
+        all_loads: as `loads`, of all steps.
     """
 
     name: str
@@ -57,6 +59,8 @@ class Measured:
     gib: float
     loss: float
     loads: list[list[list[int]]] = field(default_factory=list, repr=False)
+    times: list[float] = field(default_factory=list, repr=False)
+    all_loads: list[list[list[int]]] = field(default_factory=list, repr=False)
 
 
 def run_side(name: str, module: str, *arguments: str) -> Measured | None:
@@ -96,7 +100,7 @@ def product(
         data: folder of token shards.
         steps, warmup: how many, and how many of them do not count.
         extra: further options of the command.
-        limit_s: seconds after which it is ended.
+        limit_s: seconds after which it is ended; what was committed by then counts, if it is beyond the warm-up.
     """
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
@@ -120,14 +124,14 @@ def product(
             )
         records = _first_records(process, run / "metrics.jsonl", steps, limit_s)
         stop_at_once(process)
-        if records is None:
+        if len(records) < warmup + 2:
             print(f"pretrain: exit code {process.returncode}\n{log.read_text()[-4000:]}", flush=True)
             return None
         # From commit to commit: what a user waits for, the scheduler's work between two steps included.
         times = [record["time"] for record in records]
         seconds = statistics.median(b - a for a, b in zip(times[warmup:], times[warmup + 1 :]))
         print(
-            f"pretrain: {time.time() - started:.0f} s in all for {steps} steps, the first after {times[0] - started:.0f} s",
+            f"pretrain: {time.time() - started:.0f} s in all for {len(records)} steps, the first after {times[0] - started:.0f} s",
             flush=True,
         )
         return Measured(
@@ -137,20 +141,24 @@ def product(
             gib=float(records[-1].get("device_gib", 0.0)),
             loss=records[-1]["loss"],
             loads=[record["expert_load"] for record in records[warmup:]],
+            times=times,
+            all_loads=[record["expert_load"] for record in records],
         )
 
 
 def _first_records(
     process: "subprocess.Popen[bytes]", metrics: Path, steps: int, limit_s: float
-) -> list[dict[str, Any]] | None:
-    """Wait for the records of the first steps; None where the run ends before, or the time."""
+) -> list[dict[str, Any]]:
+    """Wait for the records of the first steps; fewer where the time is over, none where the run ends before."""
     deadline = time.monotonic() + limit_s
-    while process.poll() is None and time.monotonic() < deadline:
-        lines = metrics.read_text().splitlines() if metrics.exists() else []
-        if len(lines) > steps:
+    lines = list[str]()
+    while process.poll() is None:
+        # The last line may be half written.
+        lines = metrics.read_text().splitlines()[:-1] if metrics.exists() else []
+        if len(lines) >= steps or time.monotonic() > deadline:
             return [json.loads(line) for line in lines[:steps]]
         time.sleep(0.2)
-    return None
+    return []
 
 
 def stop_at_once(process: "subprocess.Popen[bytes]") -> None:

@@ -10,6 +10,8 @@ busiest: `busiest` says by how much, and `--steps 700 --warmup 660` measures aft
 """
 
 import argparse
+import itertools
+import statistics
 from pathlib import Path
 
 import torch
@@ -23,6 +25,8 @@ from sparseray.platform.planning.policy import imbalance
 CONFIGS = ("1b_full", "moonlight_6")
 SEQUENCES = 8
 """Of a step on one GPU."""
+SPAN = 50
+"""Steps of which `as_it_trains` makes one figure."""
 
 
 def options_for(
@@ -62,6 +66,18 @@ def busiest(loads: list[list[list[int]]], gpus: int) -> float:
     experts = (holders,) * len(rows)
     plan = Plan(generation=0, addresses={}, part_owners=(), dense=(), experts=experts, buckets=())
     return imbalance(plan, rows)
+
+
+def as_it_trains(found: Measured, gpus: int) -> str:
+    """Milliseconds of a step and `busiest`, of `SPAN` steps each: experts get more even as routers learn."""
+    spans = []
+    for first in range(0, len(found.times) - 1, SPAN):
+        times = found.times[first : first + SPAN + 1]
+        milliseconds = statistics.median(b - a for a, b in itertools.pairwise(times)) * 1e3
+        spans.append(
+            f"{first + 1}: {milliseconds:.1f} ms {busiest(found.all_loads[first : first + SPAN], gpus):.3f}"
+        )
+    return ", ".join(spans)
 
 
 def row(config: RunConfig, gpus: int, determinism: str, found: Measured, one: Measured | None) -> str:
@@ -129,6 +145,8 @@ def main() -> int:
                     found[gpus] = measured
                     most = busiest(measured.loads, gpus)
                     print(f"{config}, {determinism}, {gpus} GPUs: {measured}, busiest {most:.3f}", flush=True)
+                    if len(measured.times) > SPAN:
+                        print(f"from step: ms a step, busiest: {as_it_trains(measured, gpus)}", flush=True)
             parts += [
                 row(settings, gpus, determinism, measured, found.get(1))
                 for gpus, measured in sorted(found.items())
