@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from local_cluster import train
-from processes import for_slots, kill_all, of_mark, resting, run, start, wait_until
+from processes import for_slots, kill_all, of_mark, resting, run, start, wait_until, with_last_words
 
 from sparseray.platform.config import RunConfig, save_yaml
 from sparseray.platform.run import checkpoint
@@ -153,7 +153,8 @@ def told(config: RunConfig, folder: Path, temporary: Path, faults: Sequence[str]
     """
     story = Story(config, folder, temporary, faults)
     try:
-        yield story
+        with with_last_words(story.log, temporary):
+            yield story
         story.process.send_signal(signal.SIGINT)
         assert story.process.wait(LIMIT_S) == 130, story.log.read_text()[-3000:]
     finally:

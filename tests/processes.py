@@ -17,6 +17,8 @@ import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT_S = 120.0
+LAST_LINES = 40
+"""Of a log, that tell why a command failed."""
 
 
 def environment(**changes: str) -> dict[str, str]:
@@ -96,6 +98,24 @@ def wait_until(condition: Callable[[], object], what: str, limit_s: float = LIMI
     while not condition():
         assert time.monotonic() < deadline, f"{what} did not happen within {limit_s} s"
         time.sleep(0.02)
+
+
+@contextlib.contextmanager
+def with_last_words(log: Path, temporary: Path) -> Iterator[None]:
+    """If what runs in a block fails, print the ends of what a command and its workers have logged.
+
+    Args:
+        log: of the command.
+        temporary: its folder of sockets and Ray.
+    """
+    try:
+        yield
+    except BaseException:
+        for path in [log, *sorted(temporary.rglob("worker-*.err"))]:
+            lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+            if lines:
+                print(f"-- {path.name}", *lines[-LAST_LINES:], sep="\n")
+        raise
 
 
 def of_mark(mark: str) -> list[psutil.Process]:

@@ -161,6 +161,9 @@ class Roles:
                 self.mailbox.post(SCHEDULER, Stale(), step=self.committed)
                 return
         self.holdings.assign(plan, me)
+        if not trains and isinstance(self.holdings.experts, SlabExperts):
+            # Nobody pulls from an engine's slabs, and rounds go by the rows that experts have in them from here on.
+            self.holdings.trim()
         self._take_roles(plan, call)
         if body.restore is not None and body.restore.everything:
             # A start, which compiles next; who enters later waits for pinned memory only when it is back at work.

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from sparseray.actors.peers.in_rounds import places_of
 from sparseray.actors.peers.link import COUNT_BITS, lost
 from sparseray.actors.peers.table import Table
 from sparseray.actors.state.assignment import MOST_IN_ROUNDS, Plan
@@ -58,20 +59,8 @@ class RoundTables:
         self.table.copy_(torch.tensor(rows))
         others = (1 << len(table.slots)) - 1 & ~(1 << rank)
         self.who.copy_(torch.tensor([others, owners, rank]))
-        self.places_LE.copy_(_places(experts))
+        self.places_LE.copy_(places_of(experts))
         self.state[:2] = torch.tensor([peer.OK, generation << COUNT_BITS])
-
-
-def _places(experts: SlabExperts) -> Tensor:
-    """Row of each layer's slabs that an expert has here; the number of rows for those that others compute."""
-    every = experts.config.moe.num_experts
-    places_LE = torch.empty(len(experts.slabs), every + 1, dtype=torch.int32)
-    for layer, slab in enumerate(experts.slabs):
-        places_LE[layer] = len(slab.rows)
-        for expert, row in slab.rows.items():
-            if (layer, expert) in experts.computed:
-                places_LE[layer, expert] = row
-    return places_LE
 
 
 class DeviceLayers:

@@ -70,6 +70,24 @@ def round_sizes(experts: ExpertShard, tokens: int) -> Sizes:
     )
 
 
+def places_of(experts: SlabExperts) -> Tensor:
+    """Row of each layer's slabs that an expert has here, int32 [layers, experts + 1]; the last place is no expert's.
+
+    It is the number of rows for those that others compute. Slabs do not change before the next plan.
+
+    Args:
+        experts: of the slot.
+    """
+    every = experts.config.moe.num_experts
+    places_LE = torch.empty(len(experts.slabs), every + 1, dtype=torch.int32)
+    for layer, slab in enumerate(experts.slabs):
+        places_LE[layer] = len(slab.rows)
+        for expert, row in slab.rows.items():
+            if (layer, expert) in experts.computed:
+                places_LE[layer, expert] = row
+    return places_LE
+
+
 class Layers(Protocol):
     """What a round consists of on one kind of device."""
 
@@ -132,6 +150,7 @@ class HostLayers:
         self.held, self.table, self.link, self.me, self.ops = experts, table, link, me, ops
         self.owners = plan.expert_primaries
         self.others = [slot for slot in table.slots if slot != me]
+        self.places_LE = places_of(experts).long()
         self._count = 0
 
     def run(self, index: int, tokens: tuple[Tensor, Tensor] | None) -> Tensor | None:
@@ -176,10 +195,7 @@ class HostLayers:
         ids_TK = mine.ids_STK[rank]
         T = int((ids_TK[:, 0] >= 0).sum())
         # Elsewhere counts as one expert more.
-        places_E = torch.full((self.held.config.moe.num_experts,), num, dtype=torch.int64)
-        here = [expert for expert in slab.rows if (index, expert) in self.held.computed]
-        places_E[here] = torch.tensor([slab.rows[expert] for expert in here], dtype=torch.int64)
-        rows = self.ops.group_held(places_E[ids_TK[:T].long()], 1, num, slab.compute[0])
+        rows = self.ops.group_held(self.places_LE[index][ids_TK[:T].long()], 1, num, slab.compute[0])
         counts = rows.counts_E[:num].tolist()
         y_RH, _ = self.ops.held_forward(mine.x_STH[rank, :T], rows, counts, *slab.compute)
         self.link.put(y_RH, theirs.rows_RH, rows.order_R[: sum(counts)])
