@@ -11,6 +11,7 @@ import torch
 from faulty_transport import Killed
 from local_cluster import MODEL, LocalFleet, Trained, tiny_run, train
 
+from sparseray.actors.exchange.by_message import MessageExchange
 from sparseray.actors.exchange.reduction import Reduction
 from sparseray.actors.peers.across import DeviceExchange
 from sparseray.actors.peers.dense_slices import DenseSlices
@@ -125,6 +126,31 @@ def test_a_slot_answers_others_while_it_waits_for_gradients_of_rows(
     for names in calls.values():
         before = [names[index - 1] for index, name in enumerate(names) if name == "send_rows"]
         assert len(before) == 2 * SHORT and set(before) == {"start_read"}
+
+
+def test_nobody_begins_before_all_have_their_rows(
+    corpus: Path, one: dict[int, Trained], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who has launched what waits for another may answer nobody: on a GPU, an evaluation stood still for a minute."""
+    fetched: dict[int, int] = {}
+    fetch, send = MessageExchange.prefetch, TokenExchange.send
+
+    def fetch_late(me: MessageExchange, rows: Any) -> Any:
+        slot = me.call.mailbox.slot
+        time.sleep(0.05 * slot)
+        found = fetch(me, rows)
+        fetched[slot] = fetched.get(slot, 0) + 1
+        return found
+
+    def send_then(me: TokenExchange, *arguments: Any) -> None:
+        # In the evaluation at the end the first one runs all.
+        assert fetched.get(1) in (fetched[0], SHORT), fetched
+        send(me, *arguments)
+
+    monkeypatch.setattr(MessageExchange, "prefetch", fetch_late)
+    monkeypatch.setattr(TokenExchange, "send", send_then)
+    check(train(tmp_path / "run", slabs_run(corpus, slots=2), stop_after=SHORT), one, SHORT)
+    assert fetched == {0: SHORT + 1, 1: SHORT}
 
 
 def test_recomputed_layers_change_no_bit(corpus: Path, one: dict[int, Trained], tmp_path: Path) -> None:

@@ -67,6 +67,9 @@ def _wrap(of: type, method: str, moment: str, calls: "Counter[str]", known: dict
     original = getattr(of, method)
 
     def call(me: Any, *args: Any, **named: Any) -> Any:
+        if getattr(getattr(me, "mailbox", None), "is_nobody", False):
+            # Rehearsals before a slot serves are no calls of a run.
+            return original(me, *args, **named)
         # Experts and who gives do not know their slot; what was called before them does.
         known["slot"] = me.call.mailbox.slot if moment == "take" else getattr(me, "me", known.get("slot", -1))
         calls[moment] += 1

@@ -189,6 +189,9 @@ class Exchange(Protocol):
             step: that is open.
         """
 
+    def await_device(self) -> None:
+        """Wait for what was launched, as somebody may have to be answered before it ends."""
+
     def take_fetches(self) -> list[Fetch]:
         """Return what was fetched since the last call."""
         ...
@@ -232,6 +235,9 @@ class Abortable:
         Args:
             step: that is open.
         """
+
+    def await_device(self) -> None:
+        """What is asked for by message is there when it is returned."""
 
     def check(self) -> None:
         """Raise SupersededError once it was aborted."""

@@ -117,6 +117,7 @@ class DeviceExchange(Abortable):
         Args:
             step: that is open.
         """
+        self._meet()
         turn = self._turn
         own = sum(self.me in running for running in turn.rounds)
         # An evaluation does without the modules that predict further tokens.
@@ -296,7 +297,16 @@ class DeviceExchange(Abortable):
         values = {
             layer: value.to(self.dense.device).to(self.dense.dtype) for layer, value in found.values.items()
         }
+        self._meet()
         return FetchedRows(addresses=found.addresses, values=values)
+
+    def _meet(self) -> None:
+        if self.held.config.dse.layers:
+            self.across.meet(self.nothing)
+
+    def await_device(self) -> None:
+        """As of `Exchange`; others are answered meanwhile, and a wait that came to no end is told."""
+        self.link.read(self.nothing)
 
     def take_fetches(self) -> list[Fetch]:
         """Return what was fetched since the last call."""

@@ -92,6 +92,7 @@ class TokenExchange:
         """Of each layer's experts the bit of the slot that computes them."""
         self._owners_of: dict[int, Tensor] = {}
         """Of each layer's tokens on their way, the bits of the slots that have experts of theirs."""
+        self._has_met = False
         self._sending: list[Tensor] = []
         """What is on its way: its memory is used for nothing else meanwhile."""
         self._gradients: Gradients = []
@@ -101,6 +102,26 @@ class TokenExchange:
         self._kept.clear()
         self._owners_of.clear()
         self._gradients.clear()
+        self._has_met = False
+
+    def meet(self, nothing: Tensor) -> None:
+        """Wait for all slots, once in what they run together, and answer them meanwhile.
+
+        Where rows go by message, nobody may begin before all have theirs: whoever waits for its device, or for room in its
+        queue, answers nobody, and the device may wait for a slot that waits for an answer.
+
+        Args:
+            nothing: any number on the device.
+        """
+        if self._has_met:
+            return
+        self._has_met = True
+        self.count += 1
+        own, others = self.table.regions[self.me], [slot for slot in self.table.slots if slot != self.me]
+        flags = [self.table.regions[slot].flags_S for slot in others]
+        self.link.signal_all(flags, self.table.rank(self.me), self.count)
+        self.link.wait(own.flags_S, self.table.ranks(others), self.count)
+        self.link.read(nothing)
 
     def settle(self, sources: int, tokens: int) -> None:
         """After the first step, when its memory is known: do without counts where all rows would have room.

@@ -230,6 +230,7 @@ class AttentionWorker:
         for part, batch, rows in zip(parts, loaded, self._fetch(step, loaded, fetch)):
             self.exchange.begin(step, part)
             loss = self._loss(self.state, batch, rows, None)
+            self.exchange.await_device()
             found[part] = (float(loss.sum), loss.weight)
         return found
 
