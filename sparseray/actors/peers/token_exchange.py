@@ -10,6 +10,7 @@ Shapes: S sources, T tokens of a part, K experts per token, E experts here, R ro
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import comb
 from typing import Any
 
 import torch
@@ -203,7 +204,8 @@ class TokenExchange:
         theirs = [self.table.regions[slot] for slot in self.owners]
         others = [self.table.regions[slot].flags_S for slot in self.owners if slot != self.me]
         sent = [tokens_TH, *(chosen or ())]
-        num_bytes = len(others) * sum(t.numel() * t.element_size() for t in sent)
+        of_tokens, *of_others = (t.numel() * t.element_size() for t in sent)
+        num_bytes = len(others) * (int(of_tokens * self._share()) + sum(of_others))
         self._sending = sent
         with self.link.aside():
             with self.meter.phase("dispatch", num_bytes):
@@ -215,6 +217,12 @@ class TokenExchange:
                 for numbers, name in zip(chosen or (), ("ids_STK", "weights_STK")):
                     self.link.put_all(numbers, [r.of_sources(name, T)[rank] for r in theirs])
             self.link.signal_all(others, rank, self.count + 1)
+
+    def _share(self) -> float:
+        """Of all tokens, those that a slot has experts of, if experts are even: the host does not learn how many."""
+        moe, owners = self.held.config.moe, len(self.owners)
+        elsewhere = moe.num_experts - moe.num_experts // owners
+        return 1.0 if owners < FEW else 1.0 - comb(elsewhere, moe.top_k) / comb(moe.num_experts, moe.top_k)
 
     def returned(self, layer: int, tokens: int, weights_TK: Tensor | None) -> Tensor:
         """The sum of what came back for each token, [T, H].
@@ -348,7 +356,7 @@ class TokenExchange:
         if self.is_summed:
             holders, own = len(self.owners), self.owners.index(self.me)
             into = [rows[: T * holders].view(T, holders, -1)[:, own] for rows in theirs]
-            with self.meter.phase("combine", others * T * width):
+            with self.meter.phase("combine", int(others * T * width * self._share())):
                 self.link.give_sums(rows_RH, held, weights_STK, into, weighted=weighted)
         else:
             # How many rows of each source there are is known on the device alone: as many as of any other, about.
