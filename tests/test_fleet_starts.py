@@ -23,16 +23,6 @@ TEXT = """The actor died because of an error raised in its creation task, ray::S
 ModuleNotFoundError: No module named 'zmq'"""
 
 
-def test_a_killed_process_is_ending_before_and_after_somebody_takes_note() -> None:
-    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
-        assert not slot_end.is_ending(process.pid)
-        process.kill()
-        while not slot_end.is_ending(process.pid):
-            time.sleep(0.001)
-        process.wait()
-        assert slot_end.is_ending(process.pid)
-
-
 class DyingRay:
     """A Ray whose actors die while they start."""
 

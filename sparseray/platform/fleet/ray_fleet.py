@@ -23,7 +23,7 @@ from sparseray.platform.fleet.control import Loss, Member
 from sparseray.platform.fleet.lease import Lease
 from sparseray.platform.fleet.pool import Pool, Waiting
 from sparseray.platform.fleet.pool_actor import Actor, kind_of
-from sparseray.platform.fleet.slot_end import cause_of, is_ending, kill_process
+from sparseray.platform.fleet.slot_end import cause_of, kill_process
 from sparseray.platform.fleet.transport import ZmqTransport, own_address, private_directory
 
 log = get_logger(__name__)
@@ -330,17 +330,14 @@ class RayFleet:
         self._on_change(members)
 
     def _listen(self) -> None:
-        """Take heartbeats; a slot that gives none for `hang_s` counts as lost, and one at once whose process ends."""
-        last = looked = time.monotonic()
+        """Take heartbeats; a slot that gives none for `hang_s` counts as lost."""
+        last = time.monotonic()
         while self._running:
             frames = self._transport.receive(LISTEN_S)
             while frames is not None:
                 self._hear(frames)
                 frames = self._transport.receive(0.0)
             now = time.monotonic()
-            if now - looked > LISTEN_S / 2:
-                looked = now
-                self._look()
             with self._lock:
                 if now - last > self.config.hang_s / 3:
                     # This process itself stood still: silence since then says nothing about the others.
@@ -355,13 +352,6 @@ class RayFleet:
                 # A busy machine looks like a dead slot: where nobody else has its state, that is worth a longer wait.
                 if self.is_spare(slot) or silence > self.config.deadline_s:
                     self._lose(slot, f"no sign of life for {silence:.1f} s")
-
-    def _look(self) -> None:
-        """Find members on this host whose process ends; Ray says so when its sockets are closed."""
-        here = process_namespace()
-        for slot, member in self.members().items():
-            if member.pid and member.namespace == here and is_ending(member.pid):
-                self._lose(slot, "its process died")
 
     def _hear(self, frames: list[Any]) -> None:
         try:

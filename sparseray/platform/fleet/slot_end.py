@@ -5,7 +5,6 @@ import os
 import re
 import signal
 import time
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -17,8 +16,6 @@ log = get_logger(__name__)
 
 CAUSE_CHARACTERS = 300
 END_S = 2.0
-EXITING = 0x4
-"""PF_EXITING of Linux, from the moment that a process is to end."""
 
 
 def end_slot(handle: Any, pid: int) -> None:
@@ -36,23 +33,6 @@ def end_slot(handle: Any, pid: int) -> None:
     while pid and psutil.pid_exists(pid) and time.monotonic() < deadline:
         time.sleep(0.02)
     kill_process(pid)
-
-
-def is_ending(pid: int) -> bool:
-    """Whether a process of this host is gone, or on its way.
-
-    What it held is freed first, a GPU's driver's share above all, and its sockets close after that: a tenth of a second later.
-
-    Args:
-        pid: of the process.
-    """
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_bytes()
-    except OSError:
-        return not psutil.pid_exists(pid)
-    # After the name, which may have spaces in it: state, four ids, terminal, flags.
-    state, *_, flags = stat.rpartition(b")")[2].split()[:7]
-    return state in (b"Z", b"X") or bool(int(flags) & EXITING)
 
 
 def kill_process(pid: int) -> None:
