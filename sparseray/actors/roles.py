@@ -160,10 +160,6 @@ class Roles:
                 self.engine_role.drop()
                 self.mailbox.post(SCHEDULER, Stale(), step=self.committed)
                 return
-        self.holdings.assign(plan, me)
-        if not trains and isinstance(self.holdings.experts, SlabExperts):
-            # Nobody pulls from an engine's slabs, and rounds go by the rows that experts have in them from here on.
-            self.holdings.trim()
         self._take_roles(plan, call)
         if body.restore is not None and body.restore.everything:
             # A start, which compiles next; who enters later waits for pinned memory only when it is back at work.
@@ -259,6 +255,10 @@ class Roles:
         """Build what the plan has this slot do."""
         assert self.holdings is not None
         me, held, self.is_new_plan = self.mailbox.slot, self.holdings, True
+        held.assign(plan, me)
+        if self.is_serving and isinstance(held.experts, SlabExperts):
+            # Nobody pulls from an engine's slabs, and rounds go by the rows that experts have in them from here on.
+            held.trim()
         dense = held.dense if me in plan.dense else None
         # What lies in slabs is summed by the exchange itself.
         in_slabs = isinstance(held.experts, SlabExperts)
