@@ -7,6 +7,8 @@ STAMP := $(VENV)/.installed
 # Well over half of all installed files, of which next to none is imported: not compiled beforehand. pip compiles on one core.
 SELDOM := transformers/models|openai/types|/tests?/|/testing/|/_inductor/|scipy/|fontTools/|networkx/|ray/(rllib|data|serve|tune|train|llm)/|/pip/|/mypyc?/|/setuptools/
 WORKERS ?= 3
+# Hundreds of processes start in the tests, and each would compile all that it loads once more.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test test-long clients checks unit clean
 
@@ -42,7 +44,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt "torch==2.13.0"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e ".[dev]"
-	$(BIN)/python -m compileall -qq -j 2 -x '$(SELDOM)' $(VENV)/lib || true
+	$(BIN)/python -m compileall -qq -j 2 -x '$(SELDOM)' $(VENV)/lib sparseray || true
 	touch $(STAMP)
 
 clean:
