@@ -342,7 +342,8 @@ def test_after_a_loss_training_goes_on_with_what_is_left_and_a_spare_slot_comes_
     dtype: str, corpus: Path, one: dict[str, Trained], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing moves before the next commit: what the spare slot lacks comes by a change of its own."""
-    monkeypatch.setattr(stages, "LEAST_BYTES", 1)
+    monkeypatch.setattr(stages, "LEAST_BYTES", 200_000)
+    monkeypatch.setattr(stages, "REST", 0.0)
     config = run_of(corpus, dtype, 2, 2, standby=1)
 
     def kill(step: int, run: Run, fleet: LocalFleet) -> None:
