@@ -44,7 +44,7 @@ DEADLINE_S = 60.0
 class _Nobody:
     """In the place of a slot's mailbox: nothing comes, and what is posted is for nobody."""
 
-    slot, generation, is_nobody = 0, 1, True
+    slot, generation = 0, 1
 
     def serve_until(
         self, condition: Callable[[], bool], _deadline_s: float, _serve: object, poll_s: float
