@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +49,8 @@ class Measured:
         tokens_per_second, seconds: of the median step.
         gib: peak of the GPU's memory that torch reserved.
         loss: of the last step.
-        loads: tokens of each expert, [steps][MoE layers][experts], where they are known.
-        times: Unix times of all commits, those of the warm-up included.
-        all_loads: as `loads`, of all steps.
+        times: Unix times of all commits, those of the warm-up included, where they are known.
+        loads: tokens of each expert of all steps, [steps][MoE layers][experts].
     """
 
     name: str
@@ -58,9 +58,8 @@ class Measured:
     seconds: float
     gib: float
     loss: float
-    loads: list[list[list[int]]] = field(default_factory=list, repr=False)
     times: list[float] = field(default_factory=list, repr=False)
-    all_loads: list[list[list[int]]] = field(default_factory=list, repr=False)
+    loads: list[list[list[int]]] = field(default_factory=list, repr=False)
 
 
 def run_side(name: str, module: str, *arguments: str) -> Measured | None:
@@ -129,7 +128,7 @@ def product(
             return None
         # From commit to commit: what a user waits for, the scheduler's work between two steps included.
         times = [record["time"] for record in records]
-        seconds = statistics.median(b - a for a, b in zip(times[warmup:], times[warmup + 1 :]))
+        seconds = seconds_between(times[warmup:])
         print(
             f"pretrain: {time.time() - started:.0f} s in all for {len(records)} steps, the first after {times[0] - started:.0f} s",
             flush=True,
@@ -140,10 +139,14 @@ def product(
             seconds=seconds,
             gib=float(records[-1].get("device_gib", 0.0)),
             loss=records[-1]["loss"],
-            loads=[record["expert_load"] for record in records[warmup:]],
             times=times,
-            all_loads=[record["expert_load"] for record in records],
+            loads=[record["expert_load"] for record in records],
         )
+
+
+def seconds_between(times: list[float]) -> float:
+    """Of the median step, from commit to commit."""
+    return statistics.median(b - a for a, b in pairwise(times))
 
 
 def _first_records(
@@ -151,7 +154,6 @@ def _first_records(
 ) -> list[dict[str, Any]]:
     """Wait for the records of the first steps; fewer where the time is over, none where the run ends before."""
     deadline = time.monotonic() + limit_s
-    lines = list[str]()
     while process.poll() is None:
         # The last line may be half written.
         lines = metrics.read_text().splitlines()[:-1] if metrics.exists() else []

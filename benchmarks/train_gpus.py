@@ -10,13 +10,11 @@ busiest: `busiest` says by how much, and `--steps 700 --warmup 660` measures aft
 """
 
 import argparse
-import itertools
-import statistics
 from pathlib import Path
 
 import torch
 
-from benchmarks.train_gpu import ROOT, Measured, product, teraflops
+from benchmarks.train_gpu import ROOT, Measured, product, seconds_between, teraflops
 from sparseray.actors.state.assignment import Plan
 from sparseray.platform.config import RunConfig, load_yaml
 from sparseray.platform.planning.placement import split_evenly
@@ -56,7 +54,7 @@ def busiest(loads: list[list[list[int]]], gpus: int) -> float:
     """How much longer experts take than with even loads: a layer waits for the GPU with most tokens.
 
     Args:
-        loads: of `Measured`.
+        loads: of some steps of `Measured`.
         gpus: that have as many experts each, side by side.
     """
     rows = [row for layers in loads for row in layers]
@@ -73,10 +71,8 @@ def as_it_trains(found: Measured, gpus: int) -> str:
     spans = []
     for first in range(0, len(found.times) - 1, SPAN):
         times = found.times[first : first + SPAN + 1]
-        milliseconds = statistics.median(b - a for a, b in itertools.pairwise(times)) * 1e3
-        spans.append(
-            f"{first + 1}: {milliseconds:.1f} ms {busiest(found.all_loads[first : first + SPAN], gpus):.3f}"
-        )
+        most = busiest(found.loads[first : first + SPAN], gpus)
+        spans.append(f"{first + 1}: {seconds_between(times) * 1e3:.1f} ms {most:.3f}")
     return ", ".join(spans)
 
 
@@ -143,7 +139,7 @@ def main() -> int:
                 measured = product(config, data, options.steps, options.warmup, extra, options.limit_s)
                 if measured is not None:
                     found[gpus] = measured
-                    most = busiest(measured.loads, gpus)
+                    most = busiest(measured.loads[options.warmup :], gpus)
                     print(f"{config}, {determinism}, {gpus} GPUs: {measured}, busiest {most:.3f}", flush=True)
                     if len(measured.times) > SPAN:
                         print(f"from step: ms a step, busiest: {as_it_trains(measured, gpus)}", flush=True)

@@ -213,14 +213,6 @@ def test_gentle_work_has_a_low_priority_and_leaves_the_callers_as_it_is() -> Non
         gently(lambda: 1 // 0)
 
 
-def test_a_gpus_operations_are_loaded_without_torchs_compiler() -> None:
-    program = "import sys, sparseray.kernels.triton_ops; print('torch._dynamo' in sys.modules)"
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True
-    )
-    assert done.stdout.strip() == "False"
-
-
 def test_a_slots_state_is_built_without_torchs_compiler() -> None:
     # It would cost every slot that starts beside a running job 1.3 s of processor time.
     program = (

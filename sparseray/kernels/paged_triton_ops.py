@@ -12,6 +12,7 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 
 from sparseray.kernels.attention.decode import PagedDecodeWorkspace, paged_decode
 from sparseray.kernels.attention.latent_decode import LatentDecodeWorkspace, latent_decode
@@ -321,9 +322,6 @@ class PagedTritonOps(PagedPlainOps):
             return self.attend(q_BTQD, k_BSGD, wide_BSGD)[..., :narrow]
         if not 1 < T < S or not q_BTQD.is_cuda or torch.is_grad_enabled():
             return super().attend(q_BTQD, k_BSGD, v_BSGV)
-        # Loads torch's compiler, a second that slots that train do without.
-        from torch.nn.attention.bias import causal_lower_right
-
         # A chunk after earlier keys: this mask is known to the fused attention and is not built.
         q, k, v = (x.transpose(1, 2) for x in (q_BTQD, k_BSGD, v_BSGV))
         if k.shape[1] != q.shape[1]:

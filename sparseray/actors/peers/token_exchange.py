@@ -42,6 +42,18 @@ def num_returned(plan: Plan, top_k: int, determinism: Determinism) -> int:
     return len(plan.expert_primaries) if determinism == "fast" else top_k
 
 
+def share_of_tokens(plan: Plan, experts: int, top_k: int) -> float:
+    """Of all tokens, those that go to a slot with experts if these are even: the host does not learn how many do.
+
+    Args:
+        plan: of the generation.
+        experts: E of a layer.
+        top_k: K.
+    """
+    owners = len(plan.expert_primaries)
+    return 1.0 if owners < FEW else 1.0 - comb(experts - experts // owners, top_k) / comb(experts, top_k)
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Kept:
     """What the backward pass of a layer's rows needs."""
@@ -80,6 +92,7 @@ class TokenExchange:
         self.meter = meter
         self._plan, self.owners = plan, plan.expert_primaries
         self.is_owner = me in self.owners
+        self._share = share_of_tokens(plan, experts.config.moe.num_experts, experts.config.moe.top_k)
         self.is_summed = dense.sum.determinism == "fast"
         self.device = dense.device
         self.count = 0
@@ -205,7 +218,7 @@ class TokenExchange:
         others = [self.table.regions[slot].flags_S for slot in self.owners if slot != self.me]
         sent = [tokens_TH, *(chosen or ())]
         of_tokens, *of_others = (t.numel() * t.element_size() for t in sent)
-        num_bytes = len(others) * (int(of_tokens * self._share()) + sum(of_others))
+        num_bytes = len(others) * (int(of_tokens * self._share) + sum(of_others))
         self._sending = sent
         with self.link.aside():
             with self.meter.phase("dispatch", num_bytes):
@@ -217,12 +230,6 @@ class TokenExchange:
                 for numbers, name in zip(chosen or (), ("ids_STK", "weights_STK")):
                     self.link.put_all(numbers, [r.of_sources(name, T)[rank] for r in theirs])
             self.link.signal_all(others, rank, self.count + 1)
-
-    def _share(self) -> float:
-        """Of all tokens, those that a slot has experts of, if experts are even: the host does not learn how many."""
-        moe, owners = self.held.config.moe, len(self.owners)
-        elsewhere = moe.num_experts - moe.num_experts // owners
-        return 1.0 if owners < FEW else 1.0 - comb(elsewhere, moe.top_k) / comb(moe.num_experts, moe.top_k)
 
     def returned(self, layer: int, tokens: int, weights_TK: Tensor | None) -> Tensor:
         """The sum of what came back for each token, [T, H].
@@ -356,7 +363,7 @@ class TokenExchange:
         if self.is_summed:
             holders, own = len(self.owners), self.owners.index(self.me)
             into = [rows[: T * holders].view(T, holders, -1)[:, own] for rows in theirs]
-            with self.meter.phase("combine", int(others * T * width * self._share())):
+            with self.meter.phase("combine", int(others * T * width * self._share)):
                 self.link.give_sums(rows_RH, held, weights_STK, into, weighted=weighted)
         else:
             # How many rows of each source there are is known on the device alone: as many as of any other, about.
